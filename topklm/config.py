@@ -1,0 +1,294 @@
+"""Every setting once: its default, its unit, its meaning, and what is allowed.
+
+An experiment is a Python file with `get_config(arg)` that starts from `default()` and returns an
+`ml_collections.ConfigDict`; the command line overrides single fields. `resolve` turns the result into
+the typed, frozen `Config` that the library uses, or ends with one line that names the field.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import json
+import math
+from typing import Any, get_type_hints
+
+import ml_collections
+
+from topklm.errors import UserError
+
+TOPK_ACTIVATIONS = ("relu", "identity", "abs")
+TOPK_BACKENDS = ("auto", "lax", "threshold")
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "wsd")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer and its TopK. The Base LM is `n_nontopk = n_layers`."""
+
+    d_model: int = 256  # D, width of the residual stream = neurons per TopK layer
+    n_layers: int = 4  # L
+    n_heads: int = 4  # H, query heads; d_model / n_heads is the head width, which must be even (RoPE)
+    n_kv_heads: int = 4  # K, key and value heads; divides n_heads
+    d_mlp: int = 688  # F, hidden width of the SwiGLU
+    vocab_size: int = 0  # V, rows of the embedding; 0: the tokenizer's size
+    context_length: int = 256  # T, tokens per training window
+    topk_k: int = 32  # k, residual entries a TopK layer keeps per token, 1 to d_model
+    n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
+    topk_activation: str = "relu"  # what is kept: relu (clipped at 0), identity, abs (by magnitude)
+    topk_backend: str = "auto"  # how it is computed: auto, lax, threshold; the result is the same
+    tie_embeddings: bool = False  # unembedding = transposed embedding
+    rope_theta: float = 10_000.0  # RoPE base wavelength
+    norm_eps: float = 1e-5  # RMSNorm epsilon
+    init_embed_std: float = 0.02  # standard deviation of the embedding at initialisation
+    init_residual_scale: float = 1.0  # multiplies 1/sqrt(2 L) in the initial scale of what blocks write
+    dtype: str = "float32"  # of activations; parameters and reductions are float32
+    scan_layers: bool = False  # one compiled block scanned over layers; False: unrolled, faster on CPU
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def n_topk_layers(self) -> int:
+        """S, the number of leading layers whose output passes through TopK."""
+        return self.n_layers - self.n_nontopk
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "quickstart"  # "quickstart", or files and globs of .txt, .jsonl, .jsonl.gz, comma-separated
+    text_field: str = "text"  # key of the text in a JSON line
+    vocab_size: int = 4096  # tokens of the BPE tokenizer trained on the training split, separator included
+    heldout_fraction: float = 0.05  # share of documents held out, chosen by a hash of their text
+    dir: str = "datasets"  # folder that holds prepared datasets, one subfolder for each
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and on what batches."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # sequences (windows of context_length tokens) per step, over all devices
+    grad_accumulation: int = 1  # microbatches that a step is split into; the gradient stays exact
+    seed: int = 0  # of parameters, data order and samples
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the loss's extras."""
+
+    learning_rate: float = 3e-3  # peak
+    schedule: str = "cosine"  # cosine, or wsd (warm-up, stable, linear decay)
+    warmup_steps: int = 50  # steps of linear warm-up
+    decay_fraction: float = 0.2  # wsd: share of all steps spent decaying
+    final_learning_rate_fraction: float = 0.0  # last learning rate / peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; never on norms
+    clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: not clipped
+    z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2) in the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 200  # 0: only at the end and on interruption
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    every_steps: int = 200  # 0: only at the end
+    batch_size: int = 16  # sequences
+    sample_prompt: str = "The"  # prompt of the text sample
+    sample_tokens: int = 40  # length of the text sample, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is printed and written."""
+
+    every_steps: int = 10  # steps between metrics lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as stored in a run's config.json."""
+        return dataclasses.asdict(self)
+
+
+# A run may be continued with other values of these; any other field that differs is refused.
+CHANGEABLE_ON_RESUME = frozenset({"train.steps", "data.dir", "mesh", "checkpoint", "eval", "log"})
+
+
+def default() -> ml_collections.ConfigDict:
+    """The default experiment as a `ConfigDict`, the starting point of every file in configs/."""
+    return ml_collections.ConfigDict(Config().to_dict())
+
+
+def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks field names, types and ranges and returns the typed config.
+
+    Args:
+        raw: Nested mapping of sections to fields; what is missing takes its default.
+
+    Raises:
+        UserError: For an unknown field (with the nearest name), a wrong type, or a value out of range.
+    """
+    values = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
+    sections = {f.name: f.type for f in dataclasses.fields(Config)}
+    built = {}
+    for name, section in values.items():
+        if name not in sections:
+            raise UserError(f"config.{name} is not a section; {_nearest(name, sections)}")
+        if not isinstance(section, Mapping):
+            raise UserError(f"config.{name} = {section!r}: must be a section with fields")
+        built[name] = _build_section(name, get_type_hints(Config)[name], section)
+    config = Config(**built)
+    _check_ranges(config)
+    return config
+
+
+def from_json(text: str) -> Config:
+    """Reads the config.json of a run folder."""
+    return resolve(json.loads(text))
+
+
+def nearest_field(dotted: str) -> str:
+    """The advice for an unknown field such as "model.d_modl": the closest name that exists."""
+    return _nearest(dotted, flatten(Config()))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"model.d_model": 256, ...}`."""
+    return {f"{s}.{k}": v for s, fields in config.to_dict().items() for k, v in fields.items()}
+
+
+def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields whose change would make a continued run a different run: name -> (saved, asked)."""
+    old, new = flatten(saved), flatten(asked)
+    return {
+        name: (old[name], new[name])
+        for name in old
+        if old[name] != new[name]
+        and name not in CHANGEABLE_ON_RESUME
+        and name.split(".", maxsplit=1)[0] not in CHANGEABLE_ON_RESUME
+    }
+
+
+def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
+    types = get_type_hints(cls)
+    typed = {}
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"config.{name}.{key} is not a field; {_nearest(key, types)}")
+        typed[key] = _typed(f"{name}.{key}", types[key], value)
+    return cls(**typed)
+
+
+def _typed(field: str, want: type, value: Any) -> Any:
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) != (want is bool) or not isinstance(value, want):
+        raise UserError(f"{field} = {value!r}: must be of type {want.__name__}")
+    return value
+
+
+def _nearest(name: str, names: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
+
+
+def _check_ranges(config: Config) -> None:
+    def require(field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"{field} = {flatten(config)[field]!r}: must be {allowed}")
+
+    m = config.model
+    positive = ["model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.d_mlp"]
+    positive += ["model.context_length", "train.steps", "train.batch_size", "train.grad_accumulation"]
+    positive += ["checkpoint.keep", "eval.batch_size", "log.every_steps"]
+    not_negative = ["model.vocab_size", "optim.warmup_steps", "checkpoint.every_steps"]
+    not_negative += ["eval.every_steps", "eval.sample_tokens", "train.seed"]
+    flat = flatten(config)
+    for field, value in flat.items():
+        if isinstance(value, float):
+            require(field, math.isfinite(value), "a finite number")
+    for field in positive:
+        require(field, flat[field] >= 1, "1 or more")
+    for field in not_negative:
+        require(field, flat[field] >= 0, "0 or more")
+    require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
+    require(
+        "model.n_heads",
+        m.head_dim % 2 == 0,
+        f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE",
+    )
+    require(
+        "model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})"
+    )
+    require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
+    require(
+        "model.n_nontopk",
+        1 <= m.n_nontopk <= m.n_layers,
+        f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)",
+    )
+    for field, allowed in {
+        "model.topk_activation": TOPK_ACTIVATIONS,
+        "model.topk_backend": TOPK_BACKENDS,
+        "model.dtype": DTYPES,
+        "optim.schedule": SCHEDULES,
+    }.items():
+        require(field, flat[field] in allowed, f"one of {', '.join(allowed)}")
+    for field in ["model.rope_theta", "model.norm_eps", "optim.learning_rate", "optim.epsilon"]:
+        require(field, flat[field] > 0, "above 0")
+    for field in ["model.init_embed_std", "model.init_residual_scale", "optim.weight_decay"]:
+        require(field, flat[field] >= 0, "0 or more")
+    for field in ["optim.clip_norm", "optim.z_loss"]:
+        require(field, flat[field] >= 0, "0 or more")
+    for field in ["optim.beta1", "optim.beta2"]:
+        require(field, 0 <= flat[field] < 1, "at least 0 and below 1")
+    for field in ["optim.decay_fraction", "optim.final_learning_rate_fraction"]:
+        require(field, 0 <= flat[field] <= 1, "from 0 to 1")
+    require("data.vocab_size", flat["data.vocab_size"] >= 257, "257 or more (256 bytes and a separator)")
+    require("data.heldout_fraction", 0 < config.data.heldout_fraction < 1, "above 0 and below 1")
+    require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
+    require(
+        "train.batch_size",
+        config.train.batch_size % config.train.grad_accumulation == 0,
+        f"a multiple of train.grad_accumulation ({config.train.grad_accumulation})",
+    )
+    axes = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
+    for field in axes:
+        require(field, flat[field] >= 1 or flat[field] == -1, "1 or more, or -1 for all that are left")
+    if sum(flat[field] == -1 for field in axes) > 1:
+        raise UserError("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")

@@ -1,0 +1,54 @@
+"""The one exception that means "the user can fix this", and how the commands end on it.
+
+Everything else that is raised is a bug and keeps its traceback.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import sys
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text is one line: what, its value, what is allowed, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk: free some, or choose another folder",
+    errno.EDQUOT: "disk quota exceeded: free some space, or choose another folder",
+    errno.EFBIG: "the file would pass the size limit set for this process: raise it (ulimit -f)",
+    errno.EACCES: "permission denied: choose a folder you can write to",
+    errno.EPERM: "operation not permitted: choose a folder you can write to",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+}
+
+
+@contextlib.contextmanager
+def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
+    """Turns an operating-system refusal (full disk, no permission) inside the block into a UserError.
+
+    Args:
+        doing: What was attempted, for the message, e.g. "writing the checkpoint of step 400".
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({e.filename})" if e.filename else ""
+        raise UserError(f"{doing}{where}: {_DISK_ERRORS[e.errno]}") from e
+
+
+def exit_cleanly(command: Callable[[], int | None]) -> int:
+    """Runs `command`; on a UserError prints its one line to stderr and returns exit code 2."""
+    try:
+        return command() or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
