@@ -6,6 +6,7 @@ Everything else that is raised is a bug and keeps its traceback.
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
+import os
 import sys
 
 EXIT_USER_ERROR = 2
@@ -38,11 +39,17 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as e:
-        if e.errno not in _DISK_ERRORS:
+    except (OSError, ValueError, RuntimeError) as e:
+        code = e.errno if isinstance(e, OSError) and e.errno else _error_number_in(str(e))
+        if code not in _DISK_ERRORS:
             raise
-        where = f" ({e.filename})" if e.filename else ""
-        raise UserError(f"{doing}{where}: {_DISK_ERRORS[e.errno]}") from e
+        where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
+        raise UserError(f"{doing}{where}: {_DISK_ERRORS[code]}") from e
+
+
+def _error_number_in(text: str) -> int | None:
+    """TensorStore and Orbax report the system's refusal as text inside other exceptions."""
+    return next((code for code in _DISK_ERRORS if os.strerror(code) in text), None)
 
 
 def exit_cleanly(command: Callable[[], int | None]) -> int:

@@ -1,0 +1,1 @@
+"""From text to batches: corpora, tokenizer, token streams on disk, batches in memory."""

@@ -1,0 +1,136 @@
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topklm.data import tokenizer as tokenizer_module
+from topklm.data.tokenizer import SEPARATOR, Tokenizer, split_text, train_bpe
+from topklm.errors import UserError
+
+TEXTS = [f"The sea, the sea! {n} ships sailed in 'twenty-{n}." for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 320)
+
+
+@given(st.text())
+def test_any_text_comes_back_unchanged(text):
+    tokenizer = train_bpe(TEXTS, 320)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", " leading", "a\x00b\r\n\t ", "漢字 🙂 e\u0301 \u2028", "  the  "]
+)
+def test_unusual_text_comes_back_unchanged(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_separator_is_token_zero_and_the_vocabulary_has_the_size_asked_for(tokenizer):
+    assert tokenizer.separator_id == 0
+    assert tokenizer.vocab_size == 320
+
+
+def test_a_small_corpus_gives_fewer_tokens():
+    assert train_bpe(["ab"], 4096).vocab_size == 258  # bytes, separator, "ab"
+
+
+def test_text_that_spells_the_separator_is_ordinary_text(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text = f"one{SEPARATOR} two {SEPARATOR}"
+    copies = [tokenizer, Tokenizer.load(tmp_path / "tokenizer.json")]
+    copies += [pickle.loads(pickle.dumps(tokenizer)), train_bpe([text] * 50, 4096)]
+    for copy in copies:
+        ids = copy.encode(text)
+        assert copy.separator_id not in ids
+        assert copy.decode(ids) == text
+
+
+def test_separators_and_unused_ids_are_decoded_to_nothing(tokenizer):
+    ids = tokenizer.encode("the sea").tolist()
+    assert tokenizer.decode([0, *ids, 0, 5000]) == "the sea"
+
+
+def test_token_strings_show_every_token_readably(tokenizer):
+    ids = tokenizer.encode(" the sea é").tolist()
+    shown = tokenizer.token_strings([0, *ids, 5000])
+    assert shown[0] == SEPARATOR
+    assert shown[-1] == "<unused 5000>"
+    assert shown[1:3] == [" the", " sea"]
+    assert shown[-3:-1] == [r"\xc3", r"\xa9"]
+    assert "".join(shown[1:-3]) == " the sea "
+
+
+def test_encode_batch_gives_what_encode_gives(tokenizer):
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@given(st.text(alphabet="ab'1.é漢 \n\t\u00a0\u2003\x1c\x85\u200b", max_size=60))
+def test_cutting_a_text_changes_no_token(text):
+    tokenizer = train_bpe(TEXTS, 320)
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_PIECE_CHARS", 3)
+        pieces = list(split_text(text))
+        np.testing.assert_array_equal(tokenizer.encode(text), whole)
+    assert "".join(pieces) == text
+
+
+def test_a_long_text_is_cut_into_pieces():
+    text = "word and word\n" * 50_000
+    pieces = list(split_text(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < (1 << 16) + 10
+
+
+def test_training_twice_gives_the_same_bytes_also_in_another_process(tokenizer):
+    program = (
+        "from topklm.data.tokenizer import train_bpe; import sys;"
+        "print(train_bpe(sys.argv[1:], 320).sha256)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *TEXTS], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == tokenizer.sha256 == train_bpe(TEXTS, 320).sha256
+
+
+def test_saving_and_loading_keeps_every_byte_and_leaves_nothing_beside(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("an older file")
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.sha256 == tokenizer.sha256
+    np.testing.assert_array_equal(loaded.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"model": {"type": "BPE"}, "added_tokens": []}']
+)
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no tokenizer file"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_an_error_in_the_documents_ends_training_as_itself():
+    def documents():
+        yield "one"
+        raise UserError("a bad line")
+
+    with pytest.raises(UserError, match="a bad line"):
+        train_bpe(documents(), 300)

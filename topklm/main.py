@@ -1,0 +1,89 @@
+"""Trains a model: `python -m topklm.main --config=configs/small.py`.
+
+Short on purpose: it reads the flags and hands over to `training.loop.train`, which can be called from
+anywhere. Single settings are overridden like `--config.model.topk_k=16`.
+"""
+
+from collections.abc import Sequence
+import pathlib
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from topklm import allocator, config, errors
+from topklm.training import loop
+
+EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the command line says; `argv[0]` is the program's name."""
+    experiment, workdir = parse(argv)
+    # Before the first use of a device: threads that exist already keep their own heaps.
+    allocator.keep_freed_memory()
+    loop.train(experiment, workdir)
+
+
+def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
+    """Reads the flags.
+
+    Returns:
+        The checked config, and the run folder.
+
+    Raises:
+        UserError: For a flag, a config file or a field that does not exist or does not fit.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, f"Config file, with an optional :variant. Example: {EXAMPLE}", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "Run folder; default runs/<config name>.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        raise errors.UserError(_explain(e)) from e
+    if values.help:
+        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}\n\n{_fields_help()}")
+        sys.exit(0)
+    if len(rest) > 1:
+        raise errors.UserError(f"{rest[1]!r} is not a flag; example: {EXAMPLE}")
+    if values.config is None:
+        raise errors.UserError(f"--config is missing: name a config file; example: {EXAMPLE}")
+    workdir = values.workdir or f"runs/{_run_name(values['config'].config_filename)}"
+    return config.resolve(values.config), pathlib.Path(workdir)
+
+
+def run() -> int:
+    """The process's entry: returns its exit code."""
+    try:
+        return errors.exit_cleanly(lambda: main(sys.argv))
+    except KeyboardInterrupt:
+        print("interrupted before training began: nothing to save", file=sys.stderr)
+        return 130
+
+
+def _run_name(config_file: str) -> str:
+    """configs/small.py:base -> small-base."""
+    path, _, variant = config_file.partition(":")
+    return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (pathlib.Path(path).stem, variant) if part)
+
+
+def _explain(error: Exception) -> str:
+    """A line on what absl or ml_collections refused."""
+    text = " ".join(str(error).split())
+    field = re.search(r"config\.([\w.]+)", text)
+    if isinstance(error, flags.UnrecognizedFlagError | AttributeError | KeyError) and field:
+        return f"config.{field[1]} is not a field; {config.nearest_field(field[1])}"
+    return text
+
+
+def _fields_help() -> str:
+    fields = "\n".join(f"  {name} = {value!r}" for name, value in config.flatten(config.Config()).items())
+    return f"Fields of --config and their defaults (topklm/config.py says what they mean):\n{fields}"
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,178 @@
+"""Causal self-attention inside documents: rotary positions, grouped queries, blocked over queries.
+
+`causal_attention` is what the model runs. It walks the queries in blocks and never touches keys to the
+right of a block, so about half of the square is never computed. `attention_reference` is the plain
+formula the tests hold it to.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.model.layers import Linear
+
+# Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
+# 64 to 128 measured best on CPUs.
+_QUERY_BLOCK = 128
+_MASKED = -1e30  # finite, so that a row of masked scores gives no NaN
+
+
+class Attention(nnx.Module):
+    """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
+
+    def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
+        d, width = config.d_model, config.head_dim
+        self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
+        self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
+        self.head_dim = width
+
+    def __call__(self, x_BTD: jax.Array, rotation: "Rotation", segment_ids_BT: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves."""
+        batch, length, _ = x_BTD.shape
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(batch, length, -1, self.head_dim)
+
+        q = rotate(heads(self.query(x_BTD)), rotation)
+        k = rotate(heads(self.key(x_BTD)), rotation)
+        mixed = causal_attention(q, k, heads(self.value(x_BTD)), segment_ids_BT)
+        return self.out(mixed.reshape(batch, length, -1))
+
+
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rotation_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:
+    """Cosines and signed sines of rotary position embedding (Su et al. 2021, eq. 15; Llama's half layout).
+
+    Args:
+        positions_BT: int32[B, T].
+        head_dim: Width d of a head, even.
+        theta: Base wavelength.
+        dtype: Of the result; angles are computed in float32.
+
+    Returns:
+        Two arrays [B, T, 1, 2, d / 2]: cos, and sin with the sign each half needs.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    both_cos = jnp.stack([cos, cos], axis=-2)[:, :, None]
+    both_sin = jnp.stack([-sin, sin], axis=-2)[:, :, None]
+    return both_cos.astype(dtype), both_sin.astype(dtype)
+
+
+def rotate(x_BTHd: jax.Array, rotation: Rotation) -> jax.Array:
+    """Applies the rotation: `[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]`, [B, T, H, d] -> same."""
+    cos, sin = rotation
+    halves = x_BTHd.reshape(*x_BTHd.shape[:-1], 2, -1)
+    return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x_BTHd.shape)
+
+
+def attention_reference(
+    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """The plain formula: softmax(q k^T / sqrt(d)) v over the allowed keys; same contract as below."""
+    length = q_BTHd.shape[1]
+    same_segment = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    allowed = same_segment & np.tril(np.ones((length, length), bool))
+    return jax.nn.dot_product_attention(q_BTHd, k_BTKd, v_BTKd, mask=allowed[:, None])
+
+
+@jax.custom_vjp
+def causal_attention(
+    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Causal attention within segments.
+
+    Args:
+        q_BTHd: Queries [B, T, H, d].
+        k_BTKd: Keys [B, T, K, d]; K divides H, query head h reads key head h // (H / K).
+        v_BTKd: Values [B, T, K, d].
+        segment_ids_BT: int32[B, T]; a token attends to equal ids only.
+
+    Returns:
+        [B, T, H, d] in the dtype of q; scores and probabilities are float32. The backward pass keeps the
+        probabilities of the lower triangle.
+    """
+    return _attention_forward(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)[0]
+
+
+def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple:
+    grouped, keys, values = _to_groups(q, k.shape[2]), _heads_first(k), _heads_first(v)
+    scaled = grouped * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    outputs, probabilities = [], []
+    for start, stop in _query_blocks(q.shape[1]):
+        scores = _product("bkgtd,bksd->bkgts", scaled[:, :, :, start:stop], keys[:, :, :stop])
+        scores = jnp.where(_allowed(segments, start, stop), scores, _MASKED)
+        exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        p = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        p = p.astype(q.dtype)
+        outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :stop]).astype(q.dtype))
+        probabilities.append(p)
+    out = jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
+    return _from_groups(out), (scaled, keys, values, out, probabilities)
+
+
+def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
+    scaled, keys, values, out, probabilities = saved
+    g = _to_groups(g_BTHd, keys.shape[1])
+    # Row sums of p * dp equal g . out (Dao et al. 2022, FlashAttention, eq. 4), so dp is used once.
+    row_sums = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    dq_blocks = []
+    dk = dv = jnp.zeros(keys.shape, jnp.float32)
+    for (start, stop), p in reversed(list(zip(_query_blocks(g.shape[3]), probabilities, strict=True))):
+        rows = slice(start, stop)
+        dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :stop])
+        ds = (p * (dp - row_sums[:, :, :, rows])).astype(p.dtype)
+        dq_blocks.append(_product("bkgts,bksd->bkgtd", ds, keys[:, :, :stop]))
+        dk_block = _product("bkgts,bkgtd->bksd", ds, scaled[:, :, :, rows])
+        dv_block = _product("bkgts,bkgtd->bksd", p, g[:, :, :, rows])
+        if stop == g.shape[3]:
+            dk, dv = dk_block, dv_block
+        else:
+            dk, dv = dk.at[:, :, :stop].add(dk_block), dv.at[:, :, :stop].add(dv_block)
+    dq = jnp.concatenate(dq_blocks[::-1], axis=3) * keys.shape[-1] ** -0.5
+    dtype = g_BTHd.dtype
+    return (
+        _from_groups(dq).astype(dtype),
+        _heads_first(dk).astype(dtype),
+        _heads_first(dv).astype(dtype),
+        None,
+    )
+
+
+causal_attention.defvjp(_attention_forward, _attention_backward)
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    return [(s, min(s + _QUERY_BLOCK, length)) for s in range(0, length, _QUERY_BLOCK)]
+
+
+def _allowed(segments_BT: jax.Array, start: int, stop: int) -> jax.Array:
+    causal = np.arange(start, stop)[:, None] >= np.arange(stop)[None, :]
+    same = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+    return (same & causal)[:, None, None]
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
+    """[B, T, H, d] -> [B, K, H/K, T, d]."""
+    batch, length, _, width = x_BTHd.shape
+    return jnp.transpose(x_BTHd.reshape(batch, length, n_kv_heads, -1, width), (0, 2, 3, 1, 4))
+
+
+def _from_groups(x_BKGTd: jax.Array) -> jax.Array:
+    batch, n_kv, group, length, width = x_BKGTd.shape
+    return jnp.transpose(x_BKGTd, (0, 3, 1, 2, 4)).reshape(batch, length, n_kv * group, width)

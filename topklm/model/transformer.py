@@ -1,0 +1,185 @@
+"""The TopK language model: a Llama-style stack whose residual stream passes through TopK.
+
+    a  = h + Attention(Norm(h))
+    u  = a + MLP(Norm(a))
+    h' = TopK_k(u)   in the first L - n_nontopk layers
+    h' = u           in the last n_nontopk layers
+
+Nothing bypasses the sparse vector and no norm stands before it. With `n_nontopk = n_layers` the same code
+is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V vocabulary.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from topklm.config import ModelConfig
+from topklm.model.attention import Attention, Rotation, rotation_angles
+from topklm.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from topklm.model.topk import topk, topk_sharded
+
+# Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
+Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]
+Parameters = dict[str, Any]
+
+
+class Block(nnx.Module):
+    """One layer up to the point where TopK is applied: `h -> u`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        write_scale = config.init_residual_scale * (2 * config.n_layers) ** -0.5
+        self.attention_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
+        self.attention = Attention(config, out_std=write_scale * config.d_model**-0.5, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
+        self.mlp = SwiGLU(
+            config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs
+        )
+
+    def __call__(self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        a_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotation, segment_ids_BT)
+        return a_BTD + self.mlp(self.mlp_norm(a_BTD))
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model with TopK on the residual stream.
+
+    The parameters of all blocks are stacked on a leading layer axis, whether the stack is scanned or
+    unrolled (`config.scan_layers`), so a checkpoint does not depend on that choice.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size = {config.vocab_size}: must be set before the model is built")
+
+        @nnx.split_rngs(splits=config.n_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        d, v = config.d_model, config.vocab_size
+        self.config = config
+        self.embed = Embedding(v, d, std=config.init_embed_std, rngs=rngs)
+        self.blocks = stacked_blocks(rngs)
+        self.final_norm = RMSNorm(d, epsilon=config.norm_eps)
+        self.unembed = None if config.tie_embeddings else Linear(d, v, std=d**-0.5, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+            tokens_BT: int32[B, T].
+            segment_ids_BT: int32[B, T], which document each token belongs to; default: one document.
+            positions_BT: int32[B, T], position inside its document; default: 0, 1, 2, ...
+
+        Returns:
+            float32[B, T, V].
+        """
+        h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT, positions_BT)
+        kernel_DV = self.unembedding().astype(h_BTD.dtype)
+        return jnp.matmul(h_BTD, kernel_DV, preferred_element_type=jnp.float32)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        *,
+        tap: Tap | None = None,
+        sharding: jax.sharding.NamedSharding | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """The stack up to and with the final norm.
+
+        Args:
+            tokens_BT: int32[B, T].
+            segment_ids_BT: As in `__call__`.
+            positions_BT: As in `__call__`.
+            tap: Called in every layer with (h, u, h'); see `Tap`.
+            sharding: Of the residual stream [B, T, D], with D unsharded; None on one device.
+
+        Returns:
+            The normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`; and what `tap`
+            returned, each leaf stacked to [L, ...] (None without a tap).
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, dtype)
+        block_def, stacked = nnx.split(self.blocks)
+
+        def layer(h: jax.Array, block_params: nnx.State, sparse: bool) -> tuple[jax.Array, Any]:
+            u = nnx.merge(block_def, block_params)(h, rotation, segment_ids_BT)
+            h_next = self._topk(u, sharding) if sparse else u
+            return h_next, tap(h, u, h_next) if tap else None
+
+        h_BTD = self.embed(tokens_BT, dtype)
+        if sharding is not None:
+            h_BTD = jax.lax.with_sharding_constraint(h_BTD, sharding)
+        run = _scan_layers if config.scan_layers else _unroll_layers
+        h_BTD, taps = run(layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
+        return self.final_norm(h_BTD), taps
+
+    def unembedding(self) -> jax.Array:
+        """float32[D, V]."""
+        return self.embed.embedding[...].T if self.unembed is None else self.unembed.kernel[...]
+
+    def _topk(self, u: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+        c = self.config
+        if sharding is None:
+            return topk(u, c.topk_k, c.topk_activation, c.topk_backend)
+        return topk_sharded(
+            u, c.topk_k, c.topk_activation, c.topk_backend, sharding.mesh, sharding.spec[0]
+        )
+
+
+def create(config: ModelConfig, seed: int) -> Parameters:
+    """Freshly initialised parameters as a plain nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=seed))))
+
+
+def bind(config: ModelConfig, params: Parameters) -> Transformer:
+    """The model that these parameters make; cheap, meant to be called inside `jax.jit`."""
+    return nnx.merge(_definition(config), params)
+
+
+@functools.cache
+def _definition(config: ModelConfig) -> nnx.GraphDef:
+    """The static part of a model; its parameters are never allocated."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+
+
+def _unroll_layers(
+    layer: Callable, h: jax.Array, stacked: nnx.State, n_sparse: int, n_layers: int
+) -> tuple[jax.Array, Any]:
+    # unstack, not indexing: its gradient is one concatenation instead of n_layers padded sums.
+    leaves, treedef = jax.tree.flatten(stacked)
+    by_layer = zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True)
+    taps = []
+    for index, layer_leaves in enumerate(by_layer):
+        h, seen = layer(h, jax.tree.unflatten(treedef, layer_leaves), index < n_sparse)
+        taps.append(seen)
+    return h, jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *taps)
+
+
+def _scan_layers(
+    layer: Callable, h: jax.Array, stacked: nnx.State, n_sparse: int, n_layers: int
+) -> tuple[jax.Array, Any]:
+    taps = []
+    for start, stop, sparse in [(0, n_sparse, True), (n_sparse, n_layers, False)]:
+        if start < stop:
+            part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stacked)
+            h, seen = jax.lax.scan(lambda c, p, s=sparse: layer(c, p, s), h, part)
+            taps.append(seen)
+    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)

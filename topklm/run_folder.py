@@ -1,0 +1,89 @@
+"""The folder of one run: who may write to it, and the small files that describe it."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+import pathlib
+import tempfile
+
+from topklm import config as config_lib
+from topklm.errors import UserError, disk_errors_are_user_errors
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+_LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Creates the folder and holds it for this process; the kernel lets go when the process ends.
+
+    Raises:
+        UserError: If the folder cannot be written, or another process is using it.
+    """
+    with disk_errors_are_user_errors(f"opening the run folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK_FILE).open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"run folder {folder} is in use by process {owner}: wait for it, stop it, or choose "
+                "another with --workdir"
+            ) from None
+        with disk_errors_are_user_errors(f"writing to the run folder {folder}"):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        yield folder
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file beside its place, flushes it to the disk and renames it, so it is never half there."""
+    with disk_errors_are_user_errors(f"writing {path}"):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(name, 0o644)  # mkstemp makes it private; a run folder is there to be shared
+            os.replace(name, path)
+        except BaseException:
+            pathlib.Path(name).unlink(missing_ok=True)
+            raise
+
+
+def saved_config(folder: pathlib.Path) -> config_lib.Config | None:
+    """The config that the run was started with, or None for a new folder."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return config_lib.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}): restore it, or choose another --workdir") from e
+
+
+def check_same_run(folder: pathlib.Path, asked: config_lib.Config) -> None:
+    """Refuses to continue a run under a config that would make it a different run.
+
+    Raises:
+        UserError: Naming each field that differs, its saved and its asked value.
+    """
+    saved = saved_config(folder)
+    if saved is None:
+        return
+    differing = config_lib.differences_that_matter(saved, asked)
+    if differing:
+        fields = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
+        raise UserError(
+            f"run folder {folder} holds a run with another config: {fields}. Set them back, or start a "
+            "new run with --workdir"
+        )

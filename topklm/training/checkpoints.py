@@ -1,0 +1,154 @@
+"""Saving and restoring a run: parameters, optimizer, data position and facts, in one atomic Orbax step.
+
+Everything on disk is a plain nested dict of arrays or JSON, so the layout depends on neither Flax nor optax
+classes, and parameters can be read without the optimizer. `inference.load` reads the same folders.
+"""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+from etils import epath
+import flax.serialization
+import jax
+import orbax.checkpoint as ocp
+
+from topklm import sharding
+from topklm.config import CheckpointConfig
+from topklm.errors import UserError
+from topklm.training.step import TrainState
+
+# Items of one checkpoint; inference reads PARAMS and FACTS only.
+PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Saving is asynchronous: training goes on while bytes are written."""
+
+    def __init__(self, folder: pathlib.Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            enable_async_checkpointing=True,
+            # Without `keep_period` and friends the newest `keep` steps stay.
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            epath.Path(folder.absolute()),
+            options=options,
+            item_names=(PARAMS, OPTIMIZER, DATA, FACTS),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Starts saving; a step that is already saved is left as it is.
+
+        Args:
+            state: The training state; its buffers are copied before this returns.
+            data_state: JSON-able state of the data iterator after exactly `state.step` batches.
+            facts: JSON-able: config, tokenizer sha256, tokens seen, seconds trained, versions.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        optimizer = {
+            "step": state.step,
+            "opt_state": flax.serialization.to_state_dict(state.opt_state),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    PARAMS: ocp.args.PyTreeSave(state.params),
+                    OPTIMIZER: ocp.args.PyTreeSave(optimizer),
+                    DATA: ocp.args.JsonSave(dict(data_state)),
+                    FACTS: ocp.args.JsonSave(dict(facts)),
+                }
+            ),
+        )
+
+    def restore(
+        self, abstract_state: TrainState, mesh: jax.sharding.Mesh
+    ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """Reads the newest checkpoint onto `mesh`, whatever devices it was saved from.
+
+        Args:
+            abstract_state: Shapes and dtypes, as from `jax.eval_shape`.
+            mesh: Where the arrays shall live.
+
+        Returns:
+            The state, the data iterator's state, and the facts.
+
+        Raises:
+            UserError: If the checkpoint holds another model; each parameter that differs is named.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise ValueError("there is no checkpoint to restore")
+        self._check_parameters(step, abstract_state.params)
+        optimizer = {
+            "step": abstract_state.step,
+            "opt_state": flax.serialization.to_state_dict(abstract_state.opt_state),
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    PARAMS: restore_args(abstract_state.params, mesh),
+                    OPTIMIZER: restore_args(optimizer, mesh),
+                    DATA: ocp.args.JsonRestore(),
+                    FACTS: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        opt_state = flax.serialization.from_state_dict(
+            abstract_state.opt_state, restored[OPTIMIZER]["opt_state"]
+        )
+        state = TrainState(restored[OPTIMIZER]["step"], restored[PARAMS], opt_state)
+        return state, restored[DATA], restored[FACTS]
+
+    def wait(self) -> None:
+        """Returns when everything started is safely on disk; raises what went wrong while writing."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the manager's threads."""
+        self._manager.close()
+
+    def _check_parameters(self, step: int, params: Any) -> None:
+        saved = self._manager.item_metadata(step)[PARAMS]
+        problems = mismatches(getattr(saved, "tree", saved), params)
+        if problems:
+            raise UserError(f"checkpoint {step} holds another model: {'; '.join(problems)}")
+
+
+def restore_args(abstract: Any, mesh: jax.sharding.Mesh) -> ocp.args.PyTreeRestore:
+    """What Orbax needs to read a tree onto a mesh: shapes, dtypes and the new layout of every leaf."""
+    shardings = sharding.parameter_shardings(abstract, mesh)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    return ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+
+
+def mismatches(saved: Any, wanted: Any) -> list[str]:
+    """Names every array that is missing, unexpected or of another shape, a short phrase each."""
+    old, new = _shapes(saved), _shapes(wanted)
+    problems = [f"{name} is missing" for name in new if name not in old]
+    problems += [f"{name} is not part of this model" for name in old if name not in new]
+    problems += [
+        f"{name} is {list(old[name])}, this model needs {list(new[name])}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    return problems
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(entry.key) for entry in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,99 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere, and tables.
+
+It prints and computes nothing that training depends on.
+"""
+
+from collections.abc import Mapping, Sequence
+import sys
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+
+class Console:
+    """Progress of one run."""
+
+    def __init__(self) -> None:
+        self._rich = rich.console.Console(file=sys.stdout, highlight=False)
+        self._live = self._rich.is_terminal
+        self._bar: rich.progress.Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._live:
+            self._rich.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def start(self, step: int, steps: int) -> None:
+        """Begins the progress display of steps `step` to `steps`."""
+        self._first, self._steps, self._began = step, steps, time.monotonic()
+        if self._live:
+            columns = (
+                rich.progress.TextColumn("step {task.completed:,}/{task.total:,}"),
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+            )
+            self._bar = rich.progress.Progress(*columns, console=self._rich)
+            self._task = self._bar.add_task("", total=steps, completed=step, figures="")
+            self._bar.start()
+
+    def report(self, step: int, *, loss: float, tokens_per_second: float, mfu: float) -> None:
+        """Shows the figures of a step: loss in nats per token, throughput, MFU, time left."""
+        figures = (
+            f"loss {loss:.3f} | {tokens_per_second:,.0f} tokens/s | MFU {mfu:.0%} | "
+            f"{self._time_left(step)} left"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=step, figures=figures)
+        else:
+            print(f"step {step:,}/{self._steps:,} | {figures}", flush=True)
+
+    def finish(self) -> None:
+        """Takes the live line down."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """Prints a two-column table."""
+        table = rich.table.Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        self._rich.print(table)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first
+        if not done:
+            return "?"
+        return duration((time.monotonic() - self._began) / done * (self._steps - step))
+
+
+def duration(seconds: float) -> str:
+    """4:05, 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+def percentages(shares: Sequence[float]) -> str:
+    """`12 %, 3 %` for one share per layer, or a dash where there are none."""
+    return ", ".join(f"{share:.1%}".replace("%", " %") for share in shares) or "-"
+
+
+def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
+    """One line on a held-out evaluation."""
+    line = (
+        f"held-out at step {step:,}: {result['bits_per_byte']:.4f} bits/byte | "
+        f"loss {result['loss']:.4f} nats/token | perplexity {result['perplexity']:.2f}"
+    )
+    if result["dead_neurons"]:
+        line += (
+            f" | per TopK layer: dead {percentages(result['dead_neurons'])}; "
+            f"norm kept {percentages(result['norm_kept'])}; "
+            f"overlap with layer below {percentages(result['overlap_below'])}"
+        )
+    return line

@@ -1,0 +1,354 @@
+"""The training run: prepare, restore or start, then step, log, evaluate and save until done.
+
+The order inside the loop is what resuming rests on. A step's metrics are fetched while the next step
+already runs; before a checkpoint everything up to its step is written out, so whatever is on disk after a
+kill belongs to steps up to a checkpoint, or is dropped and done again.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import importlib.metadata
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from topklm import run_folder, sharding
+from topklm.config import Config
+from topklm.data.prepare import Dataset, prepare
+from topklm.data.stream import heldout_batches, train_stream
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.inference.generate import generate_tokens
+from topklm.training import metrics as metrics_lib
+from topklm.training.checkpoints import Checkpoints
+from topklm.training.console import Console, duration, evaluation_line, percentages
+from topklm.training.evaluation import evaluate
+from topklm.training.interruption import StopRequest, stop_on_signal
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+
+def train(config: Config, workdir: pathlib.Path, console: Console | None = None) -> None:
+    """Trains the run in `workdir`, from its newest checkpoint if it has one, to `config.train.steps`.
+
+    Args:
+        config: The experiment.
+        workdir: The run folder; created if missing.
+        console: Where progress is shown.
+
+    Raises:
+        UserError: For anything the user can mend, and for a loss that is no longer finite.
+    """
+    console = console or Console()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.train, mesh)
+    with run_folder.owned(workdir):
+        dataset = prepare(config.data, console.say)
+        config = _with_vocabulary(config, dataset)
+        run_folder.check_same_run(workdir, config)
+        _check_tokenizer(workdir, dataset)
+        run_folder.write_atomically(workdir / run_folder.CONFIG_FILE, _pretty(config.to_dict()))
+        dataset.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
+        _Run(config, workdir, dataset, mesh, console).train()
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds spent on training steps; stopped while the run evaluates or saves."""
+
+    total: float
+    since: float = 0.0
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.total += time.perf_counter() - self.since
+
+    def now(self) -> float:
+        return self.total + time.perf_counter() - self.since
+
+
+class _Run:
+    """One process's part in a run: what the loop needs at hand, opened once."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: pathlib.Path,
+        dataset: Dataset,
+        mesh: jax.sharding.Mesh,
+        console: Console,
+    ):
+        self.config, self.folder, self.dataset, self.console = config, folder, dataset, console
+        self.mesh = mesh
+        self.batch_sharding = sharding.batch_sharding(mesh)
+        self.tokens_per_step = config.train.batch_size * config.model.context_length
+        self.optimizer = make_optimizer(config.optim, config.train.steps)
+        self.eval_step = make_eval_step(config, mesh)
+        with disk_errors_are_user_errors(f"opening the checkpoints of {folder}"):
+            self.checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint)
+        self.stream = train_stream(
+            dataset,
+            context_length=config.model.context_length,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+        )
+
+    def train(self) -> None:
+        """Runs to the end, or to the point where somebody asks to stop."""
+        try:
+            if (self.checkpoints.latest_step or 0) >= self.config.train.steps:
+                self._say_finished()
+                return
+            state, seconds = self._restore_or_start()
+            first = int(state.step)
+            self.writer = metrics_lib.MetricsWriter(self.folder, resume_step=first)
+            self.clock = _Clock(seconds)
+            with stop_on_signal() as stop:
+                self._steps(state, first, stop)
+        finally:
+            self.console.finish()
+            self.checkpoints.close()
+
+    def _steps(self, state: TrainState, first: int, stop: StopRequest) -> None:
+        steps = self.config.train.steps
+        train_step = self._compile(state)
+        self.log_rate = _Rate(self.config, self.tokens_per_step, first, self.clock.total)
+        self.console.start(first, steps)
+        pending: tuple[int, Any] | None = None
+        self.clock.start()
+        for step in range(first + 1, steps + 1):
+            state, step_metrics = train_step(state, self._to_devices(next(self.stream)))
+            if pending:
+                self._log(*pending)  # of the step before: the devices are busy with this one
+            pending = (step, step_metrics)
+            evaluation_due = _is_due(step, self.config.eval.every_steps, steps)
+            saving_due = _is_due(step, self.config.checkpoint.every_steps, steps) or bool(stop)
+            if evaluation_due or saving_due:
+                self._log(*pending)
+                pending = None
+                self.clock.stop()
+                if evaluation_due and not stop:
+                    self._evaluate(step, state)
+                if saving_due:
+                    self._save(state)
+                self.clock.start()
+            if stop:
+                self._say_stopped(step, stop)
+                return
+        self._say_trained(steps)
+
+    def _compile(self, state: TrainState) -> Callable:
+        began = time.perf_counter()
+        train_step = make_train_step(self.config, self.optimizer, self.mesh)
+        spec = jax.ShapeDtypeStruct(
+            (self.config.train.batch_size, self.config.model.context_length),
+            np.int32,
+            sharding=self.batch_sharding,
+        )
+        batch = {name: spec for name in ("inputs", "targets", "segment_ids", "positions")}
+        batch["loss_weights"] = spec.update(dtype=np.float32)
+        compiled = train_step.lower(state, batch).compile()
+        self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        return compiled
+
+    def _restore_or_start(self) -> tuple[TrainState, float]:
+        """The state and the seconds already trained; the data stream is moved to its place."""
+        if self.checkpoints.latest_step is None:
+            state = init_state(self.config, self.optimizer, self.mesh)
+            n = metrics_lib.parameter_count(state.params)
+            self.console.say(f"new run in {self.folder}: {n:,} parameters, {_shape(self.config)}")
+            return state, 0.0
+        abstract = abstract_state(self.config, self.optimizer)
+        state, data_state, facts = self.checkpoints.restore(abstract, self.mesh)
+        self.stream.set_state(data_state)
+        self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
+        return state, facts["seconds_trained"]
+
+    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        place = self.batch_sharding
+        return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+
+    def _log(self, step: int, step_metrics: Any) -> None:
+        values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            self._stop_not_finite(step, values)
+        if step % self.config.log.every_steps and step != self.config.train.steps:
+            return
+        seconds = self.clock.now()
+        rate, mfu = self.log_rate.at(step, seconds)
+        self.console.report(step, loss=values["loss"], tokens_per_second=rate, mfu=mfu)
+        line = {f"train/{name}": value for name, value in values.items()}
+        timing = {"tokens_per_second": rate, "mfu": mfu, "seconds_trained": seconds}
+        self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        result = evaluate(
+            self.eval_step,
+            state.params,
+            self._heldout(),
+            n_bytes=self.dataset.heldout.bytes,
+            n_topk_layers=self.config.model.n_topk_layers,
+        )
+        sample = self._sample(state)
+        self.console.say(evaluation_line(step, result))
+        self.console.say(f"sample: {sample}")
+        line = {f"eval/{name}": value for name, value in result.items()}
+        tokens_seen = step * self.tokens_per_step
+        self.writer.write(step, {"tokens_seen": tokens_seen, **line, "eval/sample": sample})
+
+    def _heldout(self) -> Iterator[dict[str, jax.Array]]:
+        for batch in heldout_batches(
+            self.dataset,
+            context_length=self.config.model.context_length,
+            batch_size=_rounded_up(self.config.eval.batch_size, self.mesh),
+        ):
+            yield self._to_devices(batch)
+
+    def _sample(self, state: TrainState) -> str:
+        tokenizer, settings = self.dataset.tokenizer, self.config.eval
+        prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
+        continuation = generate_tokens(
+            self.config.model,
+            state.params,
+            prompt,
+            max_new_tokens=settings.sample_tokens,
+            temperature=0.7,
+            seed=self.config.train.seed,
+            stop_token=tokenizer.separator_id,
+        )
+        return settings.sample_prompt + tokenizer.decode(continuation)
+
+    def _save(self, state: TrainState) -> None:
+        step = int(state.step)
+        facts = {
+            "config": self.config.to_dict(),
+            "tokenizer_sha256": self.dataset.tokenizer.sha256,
+            "step": step,
+            "tokens_seen": step * self.tokens_per_step,
+            "seconds_trained": self.clock.total,
+            "process_count": jax.process_count(),
+            "versions": {p: importlib.metadata.version(p) for p in ("topklm", "jax", "flax", "grain")},
+        }
+        self.writer.sync()
+        with disk_errors_are_user_errors(f"saving the checkpoint of step {step} in {self.folder}"):
+            self.checkpoints.save(state, self.stream.get_state(), facts)
+
+    def _stop_not_finite(self, step: int, values: dict[str, float]) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step
+        last = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+        raise UserError(
+            f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}: no longer "
+            f"finite; {last} in {self.folder}. Lower --config.optim.learning_rate (now "
+            f"{self.config.optim.learning_rate}) in a new --workdir, or look at the data of that step"
+        )
+
+    def _say_stopped(self, step: int, stop: StopRequest) -> None:
+        with disk_errors_are_user_errors(f"saving the checkpoint of step {step} in {self.folder}"):
+            self.checkpoints.wait()
+        self.console.finish()
+        self.console.say(
+            f"{stop.signal_name}: stopped after step {step:,} of {self.config.train.steps:,}; saved in "
+            f"{self.folder}. Continue with the same command"
+        )
+
+    def _say_trained(self, steps: int) -> None:
+        with disk_errors_are_user_errors(f"saving the checkpoint of step {steps} in {self.folder}"):
+            self.checkpoints.wait()
+        self.console.finish()
+        self.console.table(f"{self.folder}: trained", self._summary())
+
+    def _say_finished(self) -> None:
+        self.console.say(
+            f"{self.folder} is finished at step {self.checkpoints.latest_step:,}: nothing to train. Go on "
+            "with a larger --config.train.steps, or start a new run with --workdir"
+        )
+        self.console.table(str(self.folder), self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        """Rows of the final table, from what is on disk."""
+        lines = [json.loads(line) for line in (self.folder / run_folder.METRICS_FILE).open()]
+        trained = [line for line in lines if "train/loss" in line][-1]
+        evaluated = [line for line in lines if "eval/loss" in line][-1]
+        kept, overlap = evaluated["eval/norm_kept"], evaluated["eval/overlap_below"]
+        return {
+            "steps": f"{trained['step']:,}",
+            "tokens seen": f"{trained['tokens_seen']:,}",
+            "time in training steps": duration(trained["seconds_trained"]),
+            "last train loss, nats/token": f"{trained['train/loss']:.4f}",
+            "held-out loss, nats/token": f"{evaluated['eval/loss']:.4f}",
+            "held-out perplexity": f"{evaluated['eval/perplexity']:.2f}",
+            "held-out bits per byte": f"{evaluated['eval/bits_per_byte']:.4f}",
+            "dead neurons, per TopK layer": percentages(evaluated["eval/dead_neurons"]),
+            "squared norm kept, per TopK layer": percentages(kept),
+            "active in the layer below too": percentages(overlap),
+            "read it": f'topklm.load("{self.folder}").generate("The", max_new_tokens=40)',
+        }
+
+
+class _Rate:
+    """Throughput since the last time it was asked for."""
+
+    def __init__(self, config: Config, tokens_per_step: int, step: int, seconds: float):
+        self._last = (step, seconds)
+        self._tokens_per_step = tokens_per_step
+        peak = metrics_lib.peak_flops_per_second(jax.devices(), config.model.dtype)
+        self._mfu_of_rate = metrics_lib.flops_per_token(config.model) / peak
+
+    def at(self, step: int, seconds: float) -> tuple[float, float]:
+        """Tokens per second, and the model FLOPs utilisation that is."""
+        steps, elapsed = step - self._last[0], seconds - self._last[1]
+        self._last = (step, seconds)
+        rate = steps * self._tokens_per_step / max(elapsed, 1e-9)
+        return rate, rate * self._mfu_of_rate
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _rounded_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    return -(-batch_size // ways) * ways
+
+
+def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
+    """Fills in model.vocab_size from the tokenizer."""
+    size, asked = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if asked and asked < size:
+        raise UserError(
+            f"model.vocab_size = {asked}: must be 0 (the tokenizer's) or at least the tokenizer's {size}"
+        )
+    model = dataclasses.replace(config.model, vocab_size=asked or size)
+    return dataclasses.replace(config, model=model)
+
+
+def _check_tokenizer(folder: pathlib.Path, dataset: Dataset) -> None:
+    path = folder / run_folder.TOKENIZER_FILE
+    if path.exists() and type(dataset.tokenizer).load(path).sha256 != dataset.tokenizer.sha256:
+        raise UserError(
+            f"{path} is not the tokenizer of the data (the text or its settings changed): restore the "
+            "data, or start a new run with --workdir"
+        )
+
+
+def _shape(config: Config) -> str:
+    m = config.model
+    sparse = f"TopK keeps {m.topk_k} of {m.d_model} ({m.topk_activation}) in {m.n_topk_layers}"
+    return f"{m.n_layers} layers, {sparse if m.n_topk_layers else 'TopK in none'} of them"
+
+
+def _pretty(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"

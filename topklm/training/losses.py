@@ -1,0 +1,129 @@
+"""Next-token cross-entropy that never holds all logits at once.
+
+The logits of one chunk of tokens are formed, turned into their loss and their gradient, and dropped, so the
+backward pass does no second matrix product with the unembedding. `cross_entropy_reference` is the plain
+formula the tests hold it to.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# A chunk's logits should stay near the cache (8 MB in float32) but a matrix product over fewer tokens
+# than this wastes the machine.
+_LOGITS_PER_CHUNK = 2**21
+_MIN_TOKENS_PER_CHUNK = 512
+
+
+def cross_entropy_reference(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """Same contract as `cross_entropy`, with all logits in memory."""
+    logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights_BT * (nll + z_loss * log_z**2)), jnp.sum(weights_BT * nll)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of next-token losses.
+
+    Args:
+        h_BTD: Final hidden state [B, T, D].
+        w_DV: Unembedding [D, V]; cast to the dtype of h, logits are float32.
+        targets_BT: int32[B, T].
+        weights_BT: float32[B, T]; divide by the total beforehand for a mean. Gets no gradient.
+        z_loss: Weight of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022, section 5).
+
+    Returns:
+        float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
+        sum of weights * nll in nats, which carries none.
+    """
+    chunks = _split(h_BTD, targets_BT, weights_BT, w_DV.shape[1])
+    w = w_DV.astype(h_BTD.dtype)
+
+    def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, None]:
+        h, targets, weights = chunk
+        nll, log_z, _ = _losses(h, w, targets)
+        loss = total[0] + jnp.sum(weights * (nll + z_loss * log_z**2))
+        return (loss, total[1] + jnp.sum(weights * nll)), None
+
+    return jax.lax.scan(add_chunk, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
+
+
+def token_losses(h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Next-token loss of every position, nats, float32[B, T]; arguments as in `cross_entropy`."""
+    chunks = _split(h_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32), w_DV.shape[1])
+    w = w_DV.astype(h_BTD.dtype)
+    nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1])[0], chunks)
+    return _join(nll_CBS, targets_BT.shape[1])
+
+
+def _forward(h: jax.Array, w_DV: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float) -> tuple:
+    w = w_DV.astype(h.dtype)
+    vocabulary = jnp.arange(w.shape[1], dtype=targets.dtype)
+
+    def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+        loss, nll_sum, dw = total
+        h_BSD, targets_BS, weights_BS = chunk
+        nll, log_z, probabilities = _losses(h_BSD, w, targets_BS)
+        loss += jnp.sum(weights_BS * (nll + z_loss * log_z**2))
+        nll_sum += jnp.sum(weights_BS * nll)
+        # d nll = p - onehot(target); d log_z^2 = 2 log_z p
+        scale = 1.0 + 2.0 * z_loss * log_z
+        is_target = (vocabulary == targets_BS[..., None]).astype(jnp.float32)
+        dlogits = ((probabilities * scale[..., None] - is_target) * weights_BS[..., None]).astype(h.dtype)
+        flat_h, flat_d = h_BSD.reshape(-1, h.shape[-1]), dlogits.reshape(-1, w.shape[1])
+        dw += jnp.matmul(flat_h.T, flat_d, preferred_element_type=jnp.float32)
+        return (loss, nll_sum, dw), jnp.matmul(dlogits, w.T)
+
+    zero = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(w_DV.shape, jnp.float32))
+    (loss, nll_sum, dw), dh = jax.lax.scan(add_chunk, zero, _split(h, targets, weights, w.shape[1]))
+    return (loss, nll_sum), (_join(dh, h.shape[1]), dw)
+
+
+def _backward(z_loss: float, saved: tuple, cotangents: tuple) -> tuple:
+    del z_loss
+    dh, dw = saved
+    g = cotangents[0]
+    return (dh * g.astype(dh.dtype), dw * g, None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _losses(
+    h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
+    logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    log_z = (highest + jnp.log(total))[..., 0]
+    target_logits = jnp.take_along_axis(logits, targets_BS[..., None], axis=-1)[..., 0]
+    return log_z - target_logits, log_z, exponentials / total
+
+
+def _split(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, vocab_size: int) -> tuple:
+    """Cuts along T, which no mesh axis shards: each [B, T, ...] -> [chunks, B, S, ...], zero-padded."""
+    batch, length, _ = h_BTD.shape
+    tokens = max(_MIN_TOKENS_PER_CHUNK, _LOGITS_PER_CHUNK // vocab_size)
+    n_chunks = max(1, min(length, round(batch * length / tokens)))
+    size = -(-length // n_chunks)
+    n_chunks = -(-length // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, n_chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, n_chunks, size, *x.shape[2:]), 1, 0)
+
+    return cut(h_BTD), cut(targets_BT), cut(weights_BT)
+
+
+def _join(x_CBS: jax.Array, length: int) -> jax.Array:
+    joined = jnp.moveaxis(x_CBS, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *x_CBS.shape[3:])[:, :length]

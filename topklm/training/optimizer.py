@@ -1,0 +1,45 @@
+"""AdamW with a decay mask, clipping and the learning-rate schedules."""
+
+from typing import Any
+
+import jax
+import optax
+
+from topklm.config import OptimConfig
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay (Loshchilov and Hutter 2019), schedule.
+
+    Args:
+        config: Its settings.
+        steps: Length of the whole run, optimizer steps.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
+    )
+
+
+def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then a cosine, or a plateau with a linear end (WSD)."""
+    peak = config.learning_rate
+    final = peak * config.final_learning_rate_fraction
+    # The first step already moves: the ramp starts at peak / warmup_steps, not at 0.
+    warmup = min(config.warmup_steps, steps)
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        decay_steps = max(steps - warmup, 1)
+        tail = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_learning_rate_fraction)
+        return optax.join_schedules([ramp, tail], [warmup])
+    decay = min(round(config.decay_fraction * steps), steps - warmup)
+    tail = optax.linear_schedule(peak, final, max(decay, 1))
+    return optax.join_schedules([ramp, optax.constant_schedule(peak), tail], [warmup, steps - decay])
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices, False for norm scales (which carry a layer axis, so the name decides)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
