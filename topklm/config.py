@@ -183,9 +183,12 @@ def from_json(text: str) -> Config:
     return resolve(json.loads(text))
 
 
-def nearest_field(dotted: str) -> str:
-    """The advice for an unknown field such as "model.d_modl": the closest name that exists."""
-    return _nearest(dotted, flatten(Config()))
+def nearest_field(name: str) -> str:
+    """The advice for an unknown section or field such as "d_modl": the closest that exists."""
+    names = {f.name: f.name for f in dataclasses.fields(Config)}
+    names |= {dotted.rsplit(".", maxsplit=1)[1]: dotted for dotted in flatten(Config())}
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean config.{names[close[0]]}?" if close else "topklm train --help lists them all"
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -234,8 +237,19 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"{field} = {flatten(config)[field]!r}: must be {allowed}")
 
     m = config.model
-    positive = ["model.d_model", "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.d_mlp"]
-    positive += ["model.context_length", "train.steps", "train.batch_size", "train.grad_accumulation"]
+    positive = [
+        "model.d_model",
+        "model.n_layers",
+        "model.n_heads",
+        "model.n_kv_heads",
+        "model.d_mlp",
+    ]
+    positive += [
+        "model.context_length",
+        "train.steps",
+        "train.batch_size",
+        "train.grad_accumulation",
+    ]
     positive += ["checkpoint.keep", "eval.batch_size", "log.every_steps"]
     not_negative = ["model.vocab_size", "optim.warmup_steps", "checkpoint.every_steps"]
     not_negative += ["eval.every_steps", "eval.sample_tokens", "train.seed"]
@@ -254,7 +268,9 @@ def _check_ranges(config: Config) -> None:
         f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE",
     )
     require(
-        "model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})"
+        "model.n_kv_heads",
+        m.n_heads % m.n_kv_heads == 0,
+        f"a divisor of model.n_heads ({m.n_heads})",
     )
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
     require(

@@ -4,7 +4,7 @@ Short on purpose: it reads the flags and hands over to `training.loop.train`, wh
 anywhere. Single settings are overridden like `--config.model.topk_k=16`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 import re
 import sys
@@ -37,12 +37,17 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, f"Config file, with an optional :variant. Example: {EXAMPLE}", flag_values=values
+        "config",
+        None,
+        f"Config file, with an optional :variant. Example: {EXAMPLE}",
+        flag_values=values,
     )
     flags.DEFINE_string("workdir", None, "Run folder; default runs/<config name>.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
     try:
         rest = values(argv)
+        # A file that failed to load shows itself only when it is read.
+        experiment = values.config.to_dict() if values.config is not None else None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
         raise errors.UserError(_explain(e)) from e
     if values.help:
@@ -50,18 +55,23 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
         sys.exit(0)
     if len(rest) > 1:
         raise errors.UserError(f"{rest[1]!r} is not a flag; example: {EXAMPLE}")
-    if values.config is None:
+    if experiment is None:
         raise errors.UserError(f"--config is missing: name a config file; example: {EXAMPLE}")
-    workdir = values.workdir or f"runs/{_run_name(values['config'].config_filename)}"
-    return config.resolve(values.config), pathlib.Path(workdir)
+    workdir = values.workdir or f"runs/{_run_name(config_flags.get_config_filename(values['config']))}"
+    return config.resolve(experiment), pathlib.Path(workdir)
 
 
 def run() -> int:
     """The process's entry: returns its exit code."""
+    return guarded(lambda: main(sys.argv))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Runs a command to its exit code: 2 with one line for a mistake of the user, 130 for Ctrl-C."""
     try:
-        return errors.exit_cleanly(lambda: main(sys.argv))
+        return errors.exit_cleanly(command)
     except KeyboardInterrupt:
-        print("interrupted before training began: nothing to save", file=sys.stderr)
+        print("interrupted; what was saved before stays", file=sys.stderr)
         return 130
 
 
@@ -74,9 +84,11 @@ def _run_name(config_file: str) -> str:
 def _explain(error: Exception) -> str:
     """A line on what absl or ml_collections refused."""
     text = " ".join(str(error).split())
-    field = re.search(r"config\.([\w.]+)", text)
-    if isinstance(error, flags.UnrecognizedFlagError | AttributeError | KeyError) and field:
-        return f"config.{field[1]} is not a field; {config.nearest_field(field[1])}"
+    if "No such file or directory" in text:
+        missing = re.findall(r"No such file or directory: '([^']*)'", text)[-1]
+        return f"--config = {missing}: there is no such file; example: {EXAMPLE}"
+    if isinstance(error, AttributeError | KeyError) and (unknown := re.search(r"'(\w+)", text)):
+        return f"config has no field {unknown[1]!r}; {config.nearest_field(unknown[1])}"
     return text
 
 

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import os
 import pathlib
-import tempfile
 
 from topklm import config as config_lib
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -42,22 +41,6 @@ def owned(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             lock.write(str(os.getpid()))
             lock.flush()
         yield folder
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file beside its place, flushes it to the disk and renames it, so it is never half there."""
-    with disk_errors_are_user_errors(f"writing {path}"):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(name, 0o644)  # mkstemp makes it private; a run folder is there to be shared
-            os.replace(name, path)
-        except BaseException:
-            pathlib.Path(name).unlink(missing_ok=True)
-            raise
 
 
 def saved_config(folder: pathlib.Path) -> config_lib.Config | None:

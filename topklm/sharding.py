@@ -108,5 +108,8 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 def _that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Drops the split of a dim that the axis does not divide (a vocabulary of 50,257, say)."""
     return PartitionSpec(
-        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape, strict=False)
+        )
     )

@@ -1,6 +1,6 @@
 import gzip
-import json
 from importlib import metadata
+import json
 
 import pytest
 
@@ -19,7 +19,17 @@ def write_lines(path, *texts):
     return path
 
 
-def test_a_text_file_is_one_document_with_its_newlines_and_blank_lines(tmp_path):
+def test_a_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
+    paragraphs = [f"paragraph {i} " + "x" * 1000 + "\n" for i in range(100)]
+    text = "\n".join(paragraphs)
+    (tmp_path / "a.txt").write_text(text)
+    documents, _ = read(tmp_path / "a.txt")
+    assert "".join(documents) == text
+    assert all(16 * 1024 <= len(d) < 18 * 1024 and d.endswith("\n\n") for d in documents[:-1])
+    assert len(documents) == 7
+
+
+def test_a_short_text_file_is_one_document_with_its_newlines_and_blank_lines(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\r\ntwo é\n".encode())
     documents, counts = read(tmp_path / "a.txt")
     assert documents == ["one\r\n\r\ntwo é\n"]
@@ -36,9 +46,7 @@ def test_each_json_line_is_a_document_plain_or_compressed(tmp_path):
 def test_files_are_sorted_and_each_is_read_once(tmp_path):
     for name in "cab":
         (tmp_path / f"{name}.txt").write_text(name)
-    corpus = open_corpus(
-        f"{tmp_path}/c.txt,{tmp_path}/*.txt,{tmp_path}/../{tmp_path.name}/a.txt", "text"
-    )
+    corpus = open_corpus(f"{tmp_path}/c.txt,{tmp_path}/*.txt,{tmp_path}/../{tmp_path.name}/a.txt", "text")
     assert [file.name for file in corpus.files] == ["a.txt", "b.txt", "c.txt"]
     assert corpus.name == "a-and-2-more"
     assert list(corpus.documents()) == ["a", "b", "c"]

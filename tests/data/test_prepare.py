@@ -3,6 +3,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import time
 
 import numpy as np
@@ -79,9 +80,7 @@ def test_a_finished_dataset_is_reused_with_one_line(data):
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == written
 
 
-@pytest.mark.parametrize(
-    "change", [{"vocab_size": 310}, {"heldout_fraction": 0.3}, {"text_field": "body"}]
-)
+@pytest.mark.parametrize("change", [{"vocab_size": 310}, {"heldout_fraction": 0.3}, {"text_field": "body"}])
 def test_another_setting_is_another_dataset(data, tmp_path, change):
     lines = [json.dumps({"text": text, "body": text}) for text in TEXTS]
     (tmp_path / "ships.jsonl").write_text("\n".join(lines))
@@ -114,7 +113,7 @@ def test_the_description_says_where_the_dataset_comes_from(data):
     dataset = prepare(data, quiet)
     content = json.loads((dataset.path / "dataset.json").read_text())
     (file,) = content["files"]
-    raw = open(data.source, "rb").read()
+    raw = Path(data.source).read_bytes()
     assert (file["path"], file["size"]) == (data.source, len(raw))
     assert file["sha256"] == hashlib.sha256(raw).hexdigest()
     assert content["tokenizer_sha256"] == dataset.tokenizer.sha256
@@ -133,9 +132,7 @@ def test_replaced_and_empty_text_is_announced(data, tmp_path):
 
 def test_long_documents_are_encoded_in_pieces_as_if_whole(data, tmp_path, monkeypatch):
     text = "\n".join(TEXTS * 40)
-    (tmp_path / "ships.jsonl").write_text(
-        "\n".join(json.dumps({"text": t}) for t in [*TEXTS, text])
-    )
+    (tmp_path / "ships.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in [*TEXTS, text]))
     monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 5000)
     dataset = prepare(data, quiet)
     tokens = dataset.tokens(dataset.train).read(0, dataset.train.tokens)
@@ -146,9 +143,7 @@ def test_long_documents_are_encoded_in_pieces_as_if_whole(data, tmp_path, monkey
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "heldout"), (1 - 1e-9, "train")])
 def test_a_split_without_documents_is_refused_and_nothing_is_left(data, tmp_path, fraction, split):
-    with pytest.raises(
-        UserError, match=rf"data\.heldout_fraction.*none came into the {split} split"
-    ):
+    with pytest.raises(UserError, match=rf"data\.heldout_fraction.*none came into the {split} split"):
         prepare(dataclasses.replace(data, heldout_fraction=fraction), quiet)
     assert list((tmp_path / "datasets").iterdir()) == []
 
@@ -164,9 +159,7 @@ def test_a_bad_line_late_in_the_text_leaves_nothing(data, tmp_path):
 def test_a_source_that_changes_while_it_is_read_is_refused(data, tmp_path):
     def change(line):
         if "vocabulary" in line:
-            (tmp_path / "ships.jsonl").write_text(
-                "\n".join(json.dumps({"text": t}) for t in TEXTS[:-1])
-            )
+            (tmp_path / "ships.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS[:-1]))
 
     with pytest.raises(UserError, match="a file changed while it was read"):
         prepare(data, change)
@@ -214,9 +207,7 @@ def prepare_in_process(data, barrier, queue):
 def test_two_processes_at_once_agree(data):
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(2), context.Queue()
-    processes = [
-        context.Process(target=prepare_in_process, args=(data, barrier, queue)) for _ in range(2)
-    ]
+    processes = [context.Process(target=prepare_in_process, args=(data, barrier, queue)) for _ in range(2)]
     for process in processes:
         process.start()
     fingerprints = {queue.get(timeout=120) for _ in processes}
@@ -233,9 +224,7 @@ def test_a_tokenizer_of_another_dataset_is_refused(data):
         load_dataset(dataset.path)
 
 
-@pytest.mark.parametrize(
-    "name", ["dataset.json", "tokenizer.json", "train-00000-of-00001.arrayrecord"]
-)
+@pytest.mark.parametrize("name", ["dataset.json", "tokenizer.json", "train-00000-of-00001.arrayrecord"])
 def test_a_folder_with_a_missing_file_is_refused_and_the_file_named(data, name):
     path = prepare(data, quiet).path
     (path / name).unlink()

@@ -1,12 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
 import errno
 import pickle
 import resource
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from topklm.data.records import (
     RECORD_TOKENS,
@@ -14,7 +14,6 @@ from topklm.data.records import (
     TokenStream,
     check_shards,
     token_dtype,
-    write_atomically,
 )
 from topklm.errors import UserError
 
@@ -97,7 +96,7 @@ def test_only_the_shards_that_are_read_are_opened(tmp_path, stored):
     stream = TokenStream(tmp_path, shards, VOCAB)
     part = slice(2 * RECORD_TOKENS, 4 * RECORD_TOKENS)
     np.testing.assert_array_equal(stream.read(part.start, part.stop), ids[part])
-    with pytest.raises(UserError, match="train-00000-of-00003.arrayrecord is missing"):
+    with pytest.raises(UserError, match=r"train-00000-of-00003\.arrayrecord is missing"):
         stream.read(0, 1)
 
 
@@ -113,9 +112,7 @@ def test_threads_read_the_same_stream(stored):
     stream = TokenStream(folder, shards, VOCAB)
     starts = np.random.default_rng(1).integers(0, ids.size - 300, 400).tolist()
     with ThreadPoolExecutor(4) as pool:
-        for start, tokens in zip(
-            starts, pool.map(lambda s: stream.read(s, s + 300), starts), strict=True
-        ):
+        for start, tokens in zip(starts, pool.map(lambda s: stream.read(s, s + 300), starts), strict=True):
             np.testing.assert_array_equal(tokens, ids[start : start + 300])
 
 
@@ -137,11 +134,9 @@ def one_bit_flipped(path):
 def test_a_damaged_shard_is_named(tmp_path, damage):
     shards = write(tmp_path, random_ids(2 * RECORD_TOKENS))
     damage(tmp_path / shards[0].name)
-    with pytest.raises(
-        UserError, match="train-00000-of-00001.arrayrecord .*prepare the data again"
-    ):
+    with pytest.raises(UserError, match=r"00000-of-00001\.arrayrecord .*prepare the data"):
         TokenStream(tmp_path, shards, VOCAB).read(0, 2 * RECORD_TOKENS)
-    with pytest.raises(UserError, match="train-00000-of-00001.arrayrecord"):
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.arrayrecord"):
         check_shards(tmp_path, shards, contents=True)
 
 
@@ -149,7 +144,7 @@ def test_a_shard_of_another_stream_is_found_when_contents_are_checked(tmp_path):
     shards = write(tmp_path, random_ids(RECORD_TOKENS))
     check_shards(tmp_path, shards, contents=True)
     write(tmp_path, random_ids(RECORD_TOKENS, seed=1))
-    with pytest.raises(UserError, match="train-00000-of-00001.arrayrecord"):
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.arrayrecord"):
         check_shards(tmp_path, shards, contents=True)
 
 
@@ -159,7 +154,7 @@ def test_a_shard_with_another_number_of_tokens_is_named(tmp_path):
     other.mkdir()
     (shard,) = write(other, random_ids(99))
     (other / shard.name).write_bytes((tmp_path / shard.name).read_bytes())
-    with pytest.raises(UserError, match="train-00000-of-00001.arrayrecord"):
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.arrayrecord"):
         TokenStream(other, [shard], VOCAB).read(0, 10)
 
 
@@ -179,12 +174,3 @@ def test_an_error_of_the_caller_leaves_the_stream_without_shards(tmp_path):
         writer.append(random_ids(3 * RECORD_TOKENS))
         raise KeyError
     assert writer.shards == ()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

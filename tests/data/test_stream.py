@@ -1,10 +1,11 @@
-import json
 from collections import Counter
+import itertools
+import json
 
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from topklm.data import stream as stream_module
 from topklm.data.prepare import Dataset, SplitInfo
@@ -58,13 +59,12 @@ class ListStream:
 
 @given(st.integers(1, 20), st.integers(2, 200))
 def test_every_token_but_the_first_is_a_target(context_length, n):
-    if n < context_length + 1:
-        return
+    assume(n > context_length)
     source = WindowSource(ListStream(n), context_length)
     windows = [source[i] for i in range(len(source))]
     assert all(window.size == context_length + 1 for window in windows)
     assert {int(t) for window in windows for t in window[1:]} == set(range(1, n))
-    for left, right in zip(windows[:-2], windows[1:-1], strict=True):
+    for left, right in itertools.pairwise(windows[:-1]):
         assert left[-1] == right[0]
     assert len(source) == -(-(n - 1) // context_length)
 
@@ -150,37 +150,20 @@ def test_hosts_read_their_rows_of_the_same_batches(dataset):
     whole = take(train_stream(dataset, **settings_), 20)
     first = take(train_stream(dataset, **settings_, rows=slice(0, 2)), 20)
     second = take(train_stream(dataset, **settings_, rows=slice(2, 6)), 20)
-    joined = [
-        {k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(first, second, strict=True)
-    ]
+    joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(first, second, strict=True)]
     assert_batches_equal(joined, whole)
-
-
-def score_by_document(batches, document_of_tokens):
-    """Counts (document, token index) over all scored targets, by following the inputs back."""
-    scored = Counter()
-    for batch in batches:
-        for b, t in np.argwhere(batch["loss_weights"] > 0):
-            segment = batch["segment_ids"][b, t]
-            assert segment > 0
-            tokens = batch["inputs"][b][batch["segment_ids"][b] == segment]
-            context = tokens[: batch["positions"][b, t] + 1]
-            scored[document_of_tokens(tuple(context), int(batch["targets"][b, t]))] += 1
-    return scored
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(
-        st.one_of(st.integers(1, 9), st.integers(1, 40), st.just(300)), min_size=1, max_size=30
-    ),
+    lengths=st.lists(st.one_of(st.integers(1, 9), st.integers(1, 40), st.just(300)), min_size=1, max_size=30),
     context_length=st.integers(1, 12),
     batch_size=st.integers(1, 5),
     open_rows=st.integers(1, 4),
     scan=st.sampled_from([3, 17, 10_000]),
 )
 def test_every_text_token_of_every_document_is_scored_exactly_once(
-    tmp_path_factory, lengths, context_length, batch_size, open_rows, scan
+    tmp_path_factory, *, lengths, context_length, batch_size, open_rows, scan
 ):
     # Token (document, index) gets a value of its own, so a scored target says where it is from.
     folder = tmp_path_factory.mktemp("heldout")
@@ -198,9 +181,7 @@ def test_every_text_token_of_every_document_is_scored_exactly_once(
         patch.setattr(Dataset, "tokens", lambda *_: stream)
         info = SplitInfo(len(lengths), len(stream), 0, writer.shards)
         dataset = Dataset(folder, TOKENIZER, info, info, "")
-        batches = list(
-            heldout_batches(dataset, context_length=context_length, batch_size=batch_size)
-        )
+        batches = list(heldout_batches(dataset, context_length=context_length, batch_size=batch_size))
 
     first_tokens = set(np.cumsum([1, *lengths])[:-1].tolist())
     scored = Counter()

@@ -2,10 +2,10 @@ import pickle
 import subprocess
 import sys
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from topklm.data import tokenizer as tokenizer_module
 from topklm.data.tokenizer import SEPARATOR, Tokenizer, split_text, train_bpe
@@ -27,9 +27,7 @@ def test_any_text_comes_back_unchanged(text):
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", " leading", "a\x00b\r\n\t ", "漢字 🙂 e\u0301 \u2028", "  the  "]
-)
+@pytest.mark.parametrize("text", ["", " leading", "a\x00b\r\n\t ", "漢字 🙂 e\u0301 \u2028", "  the  "])
 def test_unusual_text_comes_back_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -94,8 +92,7 @@ def test_a_long_text_is_cut_into_pieces():
 
 def test_training_twice_gives_the_same_bytes_also_in_another_process(tokenizer):
     program = (
-        "from topklm.data.tokenizer import train_bpe; import sys;"
-        "print(train_bpe(sys.argv[1:], 320).sha256)"
+        "from topklm.data.tokenizer import train_bpe; import sys;print(train_bpe(sys.argv[1:], 320).sha256)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, *TEXTS], capture_output=True, text=True, check=True
@@ -113,9 +110,7 @@ def test_saving_and_loading_keeps_every_byte_and_leaves_nothing_beside(tokenizer
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '{"model": {"type": "BPE"}, "added_tokens": []}']
-)
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "BPE"}, "added_tokens": []}'])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):

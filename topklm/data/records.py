@@ -4,29 +4,27 @@ Shards are ArrayRecord files of fixed-length records. What the tokens mean, and 
 begin, is not known here.
 """
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
 import hashlib
 import os
-import threading
-import uuid
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+import threading
 from typing import Any
 
-import numpy as np
 from array_record.python import array_record_module
+import numpy as np
 
 from topklm.errors import UserError
+from topklm.files import fsync
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
 SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard, 16.8 M; the last shard may be shorter
 
 _WRITER_OPTIONS = "group_size:1"  # one record per compressed chunk: nothing unwanted is decoded
-_READER_OPTIONS = (
-    "readahead_buffer_size:0,max_parallelism:0"  # the library's advice for random access
-)
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's advice for random access
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 
 
@@ -52,9 +50,7 @@ class StreamWriter:
     fsynced. The folder should be one that nobody reads until the stream is whole.
     """
 
-    def __init__(
-        self, folder: Path, stream: str, vocab_size: int, tokens_per_shard: int = SHARD_TOKENS
-    ):
+    def __init__(self, folder: Path, stream: str, vocab_size: int, tokens_per_shard: int = SHARD_TOKENS):
         if tokens_per_shard % RECORD_TOKENS:
             raise ValueError(f"tokens_per_shard must be a multiple of {RECORD_TOKENS}")
         self.shards: tuple[Shard, ...] = ()  # filled when the stream is closed
@@ -103,7 +99,7 @@ class StreamWriter:
     def _finish_shard(self, path: Path) -> None:
         with _write_errors_are_os_errors(path):
             self._writer.close()
-        _fsync(path)
+        fsync(path)
         self._finished.append((path, self._tokens_in_shard))
         self._writer, self._tokens_in_shard = None, 0
 
@@ -111,14 +107,10 @@ class StreamWriter:
         if self._n_pending:
             self._write_record(np.concatenate(self._pending))
         if self._writer is not None:
-            self._finish_shard(
-                self._folder / f"{self._stream}-{len(self._finished):05d}.arrayrecord"
-            )
+            self._finish_shard(self._folder / f"{self._stream}-{len(self._finished):05d}.arrayrecord")
         shards = []
         for i, (path, tokens) in enumerate(self._finished):
-            final = path.with_name(
-                f"{self._stream}-{i:05d}-of-{len(self._finished):05d}.arrayrecord"
-            )
+            final = path.with_name(f"{self._stream}-{i:05d}-of-{len(self._finished):05d}.arrayrecord")
             path.rename(final)
             shards.append(Shard(final.name, tokens, final.stat().st_size, sha256_of_file(final)))
         self.shards = tuple(shards)
@@ -203,18 +195,6 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file beside `path`, fsyncs it and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _open_shard(path: Path, shard: Shard) -> Any:
     _check_size(path, shard)
     try:
@@ -239,14 +219,6 @@ def _check_size(path: Path, shard: Shard) -> None:
 
 def _bad_shard(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}; delete its folder and prepare the data again")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 Gives NumPy arrays on one host. Where they go, and on how many devices, is decided in training.
 """
 
-import dataclasses
 from collections.abc import Iterator
+import dataclasses
 from typing import TypedDict
 
 import grain

@@ -4,18 +4,18 @@ Wraps Hugging Face `tokenizers` so that the separator can never come out of text
 documents on disk, models or batches.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+import re
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from topklm.data.records import write_atomically
 from topklm.errors import UserError
+from topklm.files import write_atomically
 
 SEPARATOR = "<|endoftext|>"
 

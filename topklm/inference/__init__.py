@@ -1,0 +1,1 @@
+"""Opening a run as a model, and text from it."""

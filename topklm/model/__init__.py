@@ -1,0 +1,1 @@
+"""The TopK transformer: pure functions and Flax modules, no data and no training."""

@@ -29,9 +29,7 @@ def _matmul_forward(x_NI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[
     return x_NI @ w_IO, (x_NI, w_IO)
 
 
-def _matmul_backward(
-    saved: tuple[jax.Array, jax.Array], g_NO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_NI, w_IO = saved
     return g_NO @ w_IO.T, x_NI.T @ g_NO
 
@@ -80,15 +78,11 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def _gated_silu_forward(
-    gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _gated_silu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return gated_silu(gate, up), (gate, up)
 
 
-def _gated_silu_backward(
-    saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _gated_silu_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import functools
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS
 
@@ -54,7 +54,7 @@ def topk_sharded(
     k: int,
     activation: str,
     backend: str,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     batch_axes: str | Sequence[str],
 ) -> jax.Array:
     """`topk` of an array whose first dim is split over `batch_axes`, with no communication at all.
@@ -107,10 +107,7 @@ def _active(x: jax.Array, k: int, activation: str, backend: str) -> jax.Array:
     positive = key > 0
     if activation == "abs":
         key = _order_key(jnp.abs(x))
-    if k >= x.shape[-1]:
-        winners = jnp.ones(x.shape, bool)
-    else:
-        winners = _BACKENDS[backend](key, k)
+    winners = jnp.ones(x.shape, bool) if k >= x.shape[-1] else _BACKENDS[backend](key, k)
     return winners & positive if activation == "relu" else winners
 
 
@@ -166,9 +163,7 @@ def _search(key_RD: jax.Array, k: int) -> jax.Array:
         )
 
     low, _, count = jax.lax.while_loop(unsettled, halve, (low, high, count))
-    return jax.lax.cond(
-        jnp.any(count > k), lambda: _break_ties(key_RD, low, k), lambda: key_RD >= low
-    )
+    return jax.lax.cond(jnp.any(count > k), lambda: _break_ties(key_RD, low, k), lambda: key_RD >= low)
 
 
 def _lower_bound(key_RD: jax.Array, k: int) -> jax.Array:

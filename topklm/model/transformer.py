@@ -11,6 +11,7 @@ is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V v
 
 from collections.abc import Callable
 import functools
+import operator
 from typing import Any
 
 from flax import nnx
@@ -35,9 +36,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
         self.attention = Attention(config, out_std=write_scale * config.d_model**-0.5, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
-        self.mlp = SwiGLU(
-            config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs
-        )
+        self.mlp = SwiGLU(config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs)
 
     def __call__(self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -139,9 +138,7 @@ class Transformer(nnx.Module):
         c = self.config
         if sharding is None:
             return topk(u, c.topk_k, c.topk_activation, c.topk_backend)
-        return topk_sharded(
-            u, c.topk_k, c.topk_activation, c.topk_backend, sharding.mesh, sharding.spec[0]
-        )
+        return topk_sharded(u, c.topk_k, c.topk_activation, c.topk_backend, sharding.mesh, sharding.spec[0])
 
 
 def create(config: ModelConfig, seed: int) -> Parameters:
@@ -179,7 +176,7 @@ def _scan_layers(
     taps = []
     for start, stop, sparse in [(0, n_sparse, True), (n_sparse, n_layers, False)]:
         if start < stop:
-            part = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], stacked)
-            h, seen = jax.lax.scan(lambda c, p, s=sparse: layer(c, p, s), h, part)
+            part = jax.tree.map(operator.itemgetter(slice(start, stop)), stacked)
+            h, seen = jax.lax.scan(functools.partial(layer, sparse=sparse), h, part)
             taps.append(seen)
     return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)

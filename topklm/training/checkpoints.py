@@ -1,7 +1,7 @@
 """Saving and restoring a run: parameters, optimizer, data position and facts, in one atomic Orbax step.
 
 Everything on disk is a plain nested dict of arrays or JSON, so the layout depends on neither Flax nor optax
-classes, and parameters can be read without the optimizer. `inference.load` reads the same folders.
+classes, and parameters can be read without the optimizer (see `checkpoint_format`).
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,10 @@ import flax.serialization
 import jax
 import orbax.checkpoint as ocp
 
-from topklm import sharding
+from topklm.checkpoint_format import DATA, FACTS, OPTIMIZER, PARAMS, mismatches, restore_args
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.training.step import TrainState
-
-# Items of one checkpoint; inference reads PARAMS and FACTS only.
-PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
 
 
 class Checkpoints:
@@ -29,7 +26,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             enable_async_checkpointing=True,
-            # Without `keep_period` and friends the newest `keep` steps stay.
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(
@@ -123,32 +119,3 @@ class Checkpoints:
         problems = mismatches(getattr(saved, "tree", saved), params)
         if problems:
             raise UserError(f"checkpoint {step} holds another model: {'; '.join(problems)}")
-
-
-def restore_args(abstract: Any, mesh: jax.sharding.Mesh) -> ocp.args.PyTreeRestore:
-    """What Orbax needs to read a tree onto a mesh: shapes, dtypes and the new layout of every leaf."""
-    shardings = sharding.parameter_shardings(abstract, mesh)
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-    )
-    return ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
-
-
-def mismatches(saved: Any, wanted: Any) -> list[str]:
-    """Names every array that is missing, unexpected or of another shape, a short phrase each."""
-    old, new = _shapes(saved), _shapes(wanted)
-    problems = [f"{name} is missing" for name in new if name not in old]
-    problems += [f"{name} is not part of this model" for name in old if name not in new]
-    problems += [
-        f"{name} is {list(old[name])}, this model needs {list(new[name])}"
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
-    return problems
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(str(entry.key) for entry in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -20,8 +20,9 @@ import numpy as np
 from topklm import run_folder, sharding
 from topklm.config import Config
 from topklm.data.prepare import Dataset, prepare
-from topklm.data.stream import heldout_batches, train_stream
+from topklm.data.stream import Batch, heldout_batches, train_stream
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import write_atomically
 from topklm.inference.generate import generate_tokens
 from topklm.training import metrics as metrics_lib
 from topklm.training.checkpoints import Checkpoints
@@ -57,8 +58,9 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
         config = _with_vocabulary(config, dataset)
         run_folder.check_same_run(workdir, config)
         _check_tokenizer(workdir, dataset)
-        run_folder.write_atomically(workdir / run_folder.CONFIG_FILE, _pretty(config.to_dict()))
-        dataset.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
+        with disk_errors_are_user_errors(f"writing to the run folder {workdir}"):
+            write_atomically(workdir / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
+            dataset.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
         _Run(config, workdir, dataset, mesh, console).train()
 
 
@@ -176,9 +178,12 @@ class _Run:
         self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
         return state, facts["seconds_trained"]
 
-    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def _to_devices(self, batch: Batch) -> dict[str, jax.Array]:
         place = self.batch_sharding
-        return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(place, np.asarray(array))
+            for name, array in batch.items()
+        }
 
     def _log(self, step: int, step_metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
@@ -198,7 +203,7 @@ class _Run:
             self.eval_step,
             state.params,
             self._heldout(),
-            n_bytes=self.dataset.heldout.bytes,
+            n_bytes=self.dataset.heldout.utf8_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
         )
         sample = self._sample(state)

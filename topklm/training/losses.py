@@ -99,7 +99,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _losses(
     h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
+    """Nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
     logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
     highest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)

@@ -14,6 +14,7 @@ import tensorboardX
 from topklm import run_folder
 from topklm.config import ModelConfig
 from topklm.errors import disk_errors_are_user_errors
+from topklm.files import write_atomically
 
 # Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets.
 _PEAK_FLOPS = {
@@ -36,14 +37,11 @@ class MetricsWriter:
     """Appends one JSON line a call, and the same numbers to TensorBoard files in the run folder."""
 
     def __init__(self, folder: pathlib.Path, resume_step: int):
-        """Args:
-        folder: The run folder.
-        resume_step: Lines of later steps are dropped: those steps are about to be done again.
-        """
+        """Opens the files; lines of steps after `resume_step`, which will be done again, are dropped."""
         path = folder / run_folder.METRICS_FILE
-        run_folder.write_atomically(path, "".join(_lines_up_to(path, resume_step)))
         self._path = path
-        with disk_errors_are_user_errors(f"opening {path}"):
+        with disk_errors_are_user_errors(f"writing {path}"):
+            write_atomically(path, "".join(_lines_up_to(path, resume_step)).encode())
             self._file = path.open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
                 str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None

@@ -46,7 +46,7 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The gradient is that of the weighted mean loss over all tokens of the batch, also when it is accumulated
@@ -60,9 +60,7 @@ def make_train_step(
 
     def loss(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = transformer.bind(config.model, params)
-        h, _ = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], sharding=hidden
-        )
+        h, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"], sharding=hidden)
         return losses.cross_entropy(
             h, model.unembedding(), batch["targets"], batch["loss_weights"], config.optim.z_loss
         )
