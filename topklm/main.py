@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
         None,
         f"Config file, with an optional :variant. Example: {EXAMPLE}",
         flag_values=values,
+        sys_argv=list(argv),
     )
     flags.DEFINE_string("workdir", None, "Run folder; default runs/<config name>.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)

@@ -26,7 +26,7 @@ def test_a_long_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     documents, _ = read(tmp_path / "a.txt")
     assert "".join(documents) == text
     assert all(16 * 1024 <= len(d) < 18 * 1024 and d.endswith("\n\n") for d in documents[:-1])
-    assert len(documents) == 7
+    assert len(documents) == 6
 
 
 def test_a_short_text_file_is_one_document_with_its_newlines_and_blank_lines(tmp_path):

@@ -107,18 +107,17 @@ def load(
         raise UserError(f"{folder} is not a run folder with checkpoints: train first, or check the path")
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    # Orbax refuses relative paths. Its CheckpointManager is for those who save: it asks for every item.
     path = checkpoints if checkpoints.as_posix().startswith("gs://") else checkpoints.resolve()
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(path, options=options, item_names=(PARAMS, FACTS)) as manager:
-        chosen = _choose_step(manager.all_steps(), step, str(folder))
-        facts = manager.restore(chosen, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))[FACTS]
-        config = resolve(facts["config"])
-        abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
-        saved = manager.item_metadata(chosen)[PARAMS]
-        if problems := mismatches(getattr(saved, "tree", saved), abstract):
-            raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
-        args = ocp.args.Composite(**{PARAMS: restore_args(abstract, mesh)})
-        params = manager.restore(chosen, args=args)[PARAMS]
+    chosen = _choose_step(ocp.utils.checkpoint_steps(path), step, str(folder))
+    facts = ocp.JsonCheckpointHandler().restore(path / str(chosen) / FACTS)
+    config = resolve(facts["config"])
+    abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(path / str(chosen) / PARAMS)
+    if problems := mismatches(getattr(saved, "tree", saved), abstract):
+        raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
+    params = handler.restore(path / str(chosen) / PARAMS, args=restore_args(abstract, mesh))
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, facts["tokenizer_sha256"])
     return LanguageModel(str(folder), chosen, config, tokenizer, params)
 

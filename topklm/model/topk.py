@@ -92,7 +92,11 @@ def _topk_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (x_dot,) = primals, tangents
     active = _active(x, k, activation, backend)
-    return _keep(x, active), jnp.where(active, x_dot, jnp.zeros_like(x_dot))
+    # The zeros are made from an empty slice of the tangent: an ordinary array of zeros would be one more
+    # thing that the reverse pass keeps. XLA folds both to a constant.
+    padding = [(0, 0)] * (x_dot.ndim - 1) + [(0, x_dot.shape[-1])]
+    zeros = jnp.pad(x_dot[..., :0], padding)
+    return _keep(x, active), jnp.where(active, x_dot, zeros)
 
 
 def _keep(x: jax.Array, active: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             epath.Path(folder.absolute()),
             options=options,
-            item_names=(PARAMS, OPTIMIZER, DATA, FACTS),
+            handler_registry=_item_handlers(),
         )
 
     @property
@@ -119,3 +119,17 @@ class Checkpoints:
         problems = mismatches(getattr(saved, "tree", saved), params)
         if problems:
             raise UserError(f"checkpoint {step} holds another model: {'; '.join(problems)}")
+
+
+def _item_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Without it, what an item holds cannot be asked for before it is restored."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in (PARAMS, OPTIMIZER):
+        trees = ocp.PyTreeCheckpointHandler()
+        registry.add(item, ocp.args.PyTreeSave, trees)
+        registry.add(item, ocp.args.PyTreeRestore, trees)
+    for item in (DATA, FACTS):
+        json_files = ocp.JsonCheckpointHandler()
+        registry.add(item, ocp.args.JsonSave, json_files)
+        registry.add(item, ocp.args.JsonRestore, json_files)
+    return registry

@@ -1,0 +1,253 @@
+"""The TopK activation against an independent NumPy reference, bit for bit."""
+
+import functools
+import os
+import subprocess
+import sys
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from jax.test_util import check_grads
+import ml_dtypes
+import numpy as np
+import pytest
+
+from topklm.model.topk import active_mask, topk
+
+BACKENDS = ("lax", "threshold")
+ACTIVATIONS = ("relu", "identity", "abs")
+DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
+# Few shapes, so that few programs are compiled; one has more rows than a block, and rows left over.
+SHAPES = {np.float32: ((3, 8), (130, 12)), ml_dtypes.bfloat16: ((2, 3, 5),), np.float16: ((4, 6),)}
+
+compiled = jax.jit(topk, static_argnums=(1, 2, 3))
+
+
+def unsigned(dtype):
+    return np.uint32 if np.dtype(dtype).itemsize == 4 else np.uint16
+
+
+def total_order(value):
+    """An integer that sorts as IEEE total order, from the bits, one value at a time."""
+    bits = int(value.view(unsigned(value.dtype)))
+    sign = 1 << (8 * value.dtype.itemsize - 1)
+    return -(bits ^ sign) - 1 if bits & sign else bits
+
+
+def reference_row(row, k, activation):
+    """Which entries of a row are active, and the row that comes out: a loop over sorted Python tuples."""
+    magnitude = ~np.array(0, unsigned(row.dtype)) >> 1
+    judged = (row.view(unsigned(row.dtype)) & magnitude).view(row.dtype) if activation == "abs" else row
+    ranked = sorted(range(row.size), key=lambda j: (-total_order(judged[j]), j))
+    active = np.zeros(row.size, bool)
+    for j in ranked[:k]:
+        active[j] = activation != "relu" or total_order(row[j]) > 0
+    out = np.zeros_like(row)
+    out[active] = row[active]
+    if any(value != value for value in row):
+        out[:] = np.nan
+    return active, out
+
+
+def reference(x, k, activation):
+    rows = [reference_row(row, k, activation) for row in x.reshape(-1, x.shape[-1])]
+    return tuple(np.stack(part).reshape(x.shape) for part in zip(*rows, strict=True))
+
+
+def assert_same_bits(got, want):
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    is_nan = want != want
+    np.testing.assert_array_equal(got != got, is_nan)  # any NaN will do
+    unsigned_type = unsigned(want.dtype)
+    np.testing.assert_array_equal(got.view(unsigned_type)[~is_nan], want.view(unsigned_type)[~is_nan])
+
+
+@st.composite
+def arrays(draw):
+    """Rows full of ties, signed zeros, infinities, denormals; sometimes NaN, sometimes all equal."""
+    scalar_type = draw(st.sampled_from(DTYPES))
+    dtype, shape = np.dtype(scalar_type), draw(st.sampled_from(SHAPES[scalar_type]))
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    special = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, np.inf, -np.inf, tiny, -tiny]
+    kind = draw(st.sampled_from(["ties", "special", "normal", "bits", "equal", "nan"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if kind == "normal":
+        return rng.normal(size=shape).astype(dtype)
+    if kind == "bits":
+        return rng.integers(0, 2 ** (8 * dtype.itemsize), shape).astype(unsigned(dtype)).view(dtype)
+    if kind == "equal":
+        return np.full(shape, rng.choice(special), dtype)
+    x = rng.choice(special[:4] if kind == "ties" else special, size=shape).astype(dtype)
+    if kind == "nan":
+        x.flat[rng.integers(x.size)] = np.nan
+    return x
+
+
+@given(arrays(), st.sampled_from(ACTIVATIONS), st.sampled_from(["one", "some", "d - 1", "d"]))
+@settings(max_examples=400, deadline=None)
+def test_every_backend_gives_the_reference_bit_for_bit(x, activation, how_many):
+    d = x.shape[-1]
+    k = {"one": 1, "some": max(1, d // 3), "d - 1": max(1, d - 1), "d": d}[how_many]
+    _, want = reference(x, k, activation)
+    for backend in BACKENDS:
+        assert_same_bits(compiled(jnp.asarray(x), k, activation, backend), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: np.dtype(t).name)
+def test_wide_rows_of_real_size_agree_with_the_reference(backend, dtype):
+    x = np.random.default_rng(0).normal(size=(300, 256)).astype(dtype)  # bfloat16 has many ties here
+    _, want = reference(x, 32, "identity")
+    assert_same_bits(compiled(jnp.asarray(x), 32, "identity", backend), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tie_keeps_the_lowest_index(backend):
+    x = jnp.array([[2.0, 1.0, 1.0, 1.0, 3.0]])
+    np.testing.assert_array_equal(topk(x, 3, "identity", backend), [[2.0, 1.0, 0.0, 0.0, 3.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positive_zero_ranks_above_negative_zero(backend):
+    x = jnp.array([[-0.0, 0.0, -1.0]])
+    np.testing.assert_array_equal(active_mask(x, 1, "identity", backend), [[False, True, False]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_makes_its_row_nan_and_no_other(backend, activation):
+    x = jnp.ones((3, 6)).at[1, 4].set(jnp.nan)
+    y = np.asarray(topk(x, 2, activation, backend))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relu_clips_winners_below_zero(backend):
+    x = jnp.array([[-3.0, -1.0, -2.0, 5.0]])
+    np.testing.assert_array_equal(topk(x, 2, "relu", backend), [[0.0, 0.0, 0.0, 5.0]])
+    np.testing.assert_array_equal(topk(x, 2, "identity", backend), [[0.0, -1.0, 0.0, 5.0]])
+    np.testing.assert_array_equal(topk(x, 2, "abs", backend), [[-3.0, 0.0, 0.0, 5.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_one_entry_keeps_it(backend):
+    np.testing.assert_array_equal(topk(jnp.array([[2.0], [-2.0]]), 1, "relu", backend), [[2.0], [0.0]])
+
+
+def test_k_of_the_whole_row_drops_nothing():
+    x = jax.random.normal(jax.random.key(0), (4, 7))
+    np.testing.assert_array_equal(topk(x, 7, "identity"), x)
+    np.testing.assert_array_equal(topk(x, 99, "relu"), jnp.maximum(x, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_passes_through_active_entries_only(backend, activation):
+    rng = np.random.default_rng(1)
+    x, g = rng.choice([-1.0, 0.0, 0.5, 2.0], (2, 5, 9)).astype(np.float32), rng.normal(size=(2, 5, 9))
+    active, _ = reference(x, 4, activation)
+    _, pull = jax.vjp(lambda v: topk(v, 4, activation, backend), jnp.asarray(x))
+    np.testing.assert_array_equal(pull(jnp.float32(g))[0], np.where(active, np.float32(g), 0))
+    _, tangent = jax.jvp(lambda v: topk(v, 4, activation, backend), (jnp.asarray(x),), (jnp.float32(g),))
+    np.testing.assert_array_equal(tangent, np.where(active, np.float32(g), 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_agrees_with_finite_differences(backend, activation):
+    x = jnp.asarray(np.random.default_rng(2).permutation(24).reshape(3, 8) - 11.5, jnp.float32)
+    check_grads(lambda v: topk(v, 3, activation, backend) ** 2, (x,), 1, ("fwd", "rev"), eps=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_backward_pass_keeps_a_mask_and_no_floats(backend, activation):
+    x = jnp.ones((4, 150, 16))
+    _, pull = jax.vjp(lambda v: topk(v, 4, activation, backend), x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "dtype") and leaf.size >= x.size]
+    assert [leaf.dtype for leaf in kept] == [bool]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_transformations_change_nothing(backend, activation):
+    x = jnp.asarray(np.random.default_rng(3).choice([-1.0, 0.0, 1.0, 2.0], (5, 140, 6)), jnp.float32)
+    f = functools.partial(topk, k=2, activation=activation, backend=backend)
+    want = f(x)
+    assert_same_bits(jax.jit(f)(x), want)
+    assert_same_bits(jax.vmap(f)(x), want)
+    assert_same_bits(jax.vmap(jax.vmap(f))(x), want)
+    assert_same_bits(jax.vmap(f, in_axes=1, out_axes=1)(x), want)
+    assert_same_bits(jax.lax.scan(lambda c, row: (c, f(row)), 0, x)[1], want)
+    assert_same_bits(jax.checkpoint(f)(x), want)
+
+    def loss(v, through):
+        return jnp.sum(jnp.sin(through(v)) * jnp.arange(v.size).reshape(v.shape))
+
+    gradient = jax.grad(loss)(x, f)
+    scanned = jax.grad(loss)(x, lambda v: jax.lax.scan(lambda c, row: (c, f(row)), 0, v)[1])
+    for other in (jax.checkpoint(f), jax.jit(f), jax.vmap(f)):
+        np.testing.assert_array_equal(jax.grad(loss)(x, other), gradient)
+    np.testing.assert_array_equal(scanned, gradient)
+
+
+def test_it_agrees_with_torch_where_there_are_no_ties():
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(4).normal(size=(20, 64)).astype(np.float32)
+    values, index = torch.topk(torch.tensor(x), 16, dim=-1)
+    want = torch.zeros(x.shape).scatter(-1, index, values).numpy()
+    for backend in BACKENDS:
+        assert_same_bits(compiled(jnp.asarray(x), 16, "identity", backend), want)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k = 0"),
+        ({"k": -1}, ValueError, "k = -1"),
+        ({"k": 1, "activation": "gelu"}, ValueError, "relu, identity, abs"),
+        ({"k": 1, "backend": "magic"}, ValueError, "lax, threshold"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        topk(jnp.ones((2, 4)), **arguments)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="int32"):
+        topk(jnp.ones((2, 4), jnp.int32), 1)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from topklm.model.topk import topk, topk_sharded
+mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+x = jax.random.normal(jax.random.key(0), (8, 200, 24)).round(1)
+split = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
+for backend in ("lax", "threshold"):
+    f = lambda v: topk_sharded(v, 5, "relu", backend, mesh, ("data", "fsdp"))
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(f(v) * v)))
+    np.testing.assert_array_equal(jax.jit(f)(split), topk(x, 5, "relu", backend))
+    np.testing.assert_array_equal(gradient(split), 2 * topk(x, 5, "relu", backend))
+    text = jax.jit(lambda v, g: jax.vjp(f, v)[1](g)).lower(split, split).compile().as_text()
+    for name in ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"):
+        assert name not in text, (backend, name)
+print("ok")
+"""
+
+
+def test_a_sharded_batch_needs_no_communication():
+    flags = "--xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "ok", result.stderr
