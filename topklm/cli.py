@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Sequence
 import json
+import math
 import sys
+from typing import NoReturn
 
 from topklm import errors, main
 from topklm.inference.load import load
@@ -25,8 +27,10 @@ def dispatch(argv: Sequence[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    if arguments.temperature < 0:
-        raise errors.UserError(f"--temperature = {arguments.temperature}: must be 0 or more")
+    for flag in ("temperature", "max_new_tokens"):
+        value = getattr(arguments, flag)
+        if not 0 <= value < math.inf:
+            raise errors.UserError(f"--{flag.replace('_', '-')} = {value}: must be 0 or more")
     model = load(arguments.run, step=arguments.step)
     text = model.generate(arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
     if arguments.json:
@@ -35,8 +39,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are one line, like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("topklm", description="Train TopK language models and read them.")
+    parser = _Parser("topklm", description="Train TopK language models and read them.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     verbs.add_parser("train", help=f"train a model; the same as {main.EXAMPLE}", add_help=False)
     generate = verbs.add_parser(

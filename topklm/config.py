@@ -40,7 +40,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # unembedding = transposed embedding
     rope_theta: float = 10_000.0  # RoPE base wavelength
     norm_eps: float = 1e-5  # RMSNorm epsilon
-    init_embed_std: float = 0.02  # standard deviation of the embedding at initialisation
+    init_embed_std: float = 1.0  # standard deviation of the embedding at initialisation
     init_residual_scale: float = 1.0  # multiplies 1/sqrt(2 L) in the initial scale of what blocks write
     dtype: str = "float32"  # of activations; parameters and reductions are float32
     scan_layers: bool = False  # one compiled block scanned over layers; False: unrolled, faster on CPU
@@ -71,8 +71,8 @@ class DataConfig:
 class TrainConfig:
     """How long and on what batches."""
 
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences (windows of context_length tokens) per step, over all devices
+    steps: int = 1300  # optimizer steps
+    batch_size: int = 8  # sequences (windows of context_length tokens) per step, over all devices
     grad_accumulation: int = 1  # microbatches that a step is split into; the gradient stays exact
     seed: int = 0  # of parameters, data order and samples
 
@@ -81,7 +81,7 @@ class TrainConfig:
 class OptimConfig:
     """AdamW, its schedule and the loss's extras."""
 
-    learning_rate: float = 3e-3  # peak
+    learning_rate: float = 6e-3  # peak
     schedule: str = "cosine"  # cosine, or wsd (warm-up, stable, linear decay)
     warmup_steps: int = 50  # steps of linear warm-up
     decay_fraction: float = 0.2  # wsd: share of all steps spent decaying
@@ -125,7 +125,7 @@ class EvalConfig:
 class LogConfig:
     """What is printed and written."""
 
-    every_steps: int = 10  # steps between metrics lines
+    every_steps: int = 20  # steps between metrics lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,8 @@ _DISK_ERRORS = {
     errno.EACCES: "permission denied: choose a folder you can write to",
     errno.EPERM: "operation not permitted: choose a folder you can write to",
     errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EEXIST: "a file is in the way: choose another path",
+    errno.EISDIR: "a folder is in the way: choose another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
 }
 

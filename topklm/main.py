@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
         rest = values(argv)
         # A file that failed to load shows itself only when it is read.
         experiment = values.config.to_dict() if values.config is not None else None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
         raise errors.UserError(_explain(e)) from e
     if values.help:
         print(f"{__doc__}\n{values.main_module_help() or values.get_help()}\n\n{_fields_help()}")
@@ -88,6 +88,8 @@ def _explain(error: Exception) -> str:
     if "No such file or directory" in text:
         missing = re.findall(r"No such file or directory: '([^']*)'", text)[-1]
         return f"--config = {missing}: there is no such file; example: {EXAMPLE}"
+    if isinstance(error, SyntaxError):
+        return f"--config = {error.filename}, line {error.lineno}: {error.msg}; give a Python file"
     if isinstance(error, AttributeError | KeyError) and (unknown := re.search(r"'(\w+)", text)):
         return f"config has no field {unknown[1]!r}; {config.nearest_field(unknown[1])}"
     return text

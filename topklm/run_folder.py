@@ -54,6 +54,11 @@ def saved_config(folder: pathlib.Path) -> config_lib.Config | None:
         raise UserError(f"{path} is not valid JSON ({e}): restore it, or choose another --workdir") from e
 
 
+def has_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether the run has anything to continue from; until then it may start over, also as another."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS_FOLDER).glob("*"))
+
+
 def check_same_run(folder: pathlib.Path, asked: config_lib.Config) -> None:
     """Refuses to continue a run under a config that would make it a different run.
 

@@ -6,6 +6,7 @@ kill belongs to steps up to a checkpoint, or is dropped and done again.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -56,8 +57,9 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
     with run_folder.owned(workdir):
         dataset = prepare(config.data, console.say)
         config = _with_vocabulary(config, dataset)
-        run_folder.check_same_run(workdir, config)
-        _check_tokenizer(workdir, dataset)
+        if run_folder.has_checkpoint(workdir):
+            run_folder.check_same_run(workdir, config)
+            _check_tokenizer(workdir, dataset)
         with disk_errors_are_user_errors(f"writing to the run folder {workdir}"):
             write_atomically(workdir / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
             dataset.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
@@ -110,18 +112,22 @@ class _Run:
     def train(self) -> None:
         """Runs to the end, or to the point where somebody asks to stop."""
         try:
-            if (self.checkpoints.latest_step or 0) >= self.config.train.steps:
+            saved = self.checkpoints.latest_step or 0
+            if saved >= self.config.train.steps and not self._owes_evaluation(saved):
                 self._say_finished()
                 return
             state, seconds = self._restore_or_start()
             first = int(state.step)
-            self.writer = metrics_lib.MetricsWriter(self.folder, resume_step=first)
             self.clock = _Clock(seconds)
-            with stop_on_signal() as stop:
+            writer = metrics_lib.MetricsWriter(self.folder, resume_step=first)
+            with contextlib.closing(writer) as self.writer, stop_on_signal() as stop:
+                if self._owes_evaluation(first):
+                    self._evaluate(first, state)
                 self._steps(state, first, stop)
         finally:
             self.console.finish()
-            self.checkpoints.close()
+            with disk_errors_are_user_errors(f"saving a checkpoint in {self.folder}"):
+                self.checkpoints.close()
 
     def _steps(self, state: TrainState, first: int, stop: StopRequest) -> None:
         steps = self.config.train.steps
@@ -136,17 +142,19 @@ class _Run:
                 self._log(*pending)  # of the step before: the devices are busy with this one
             pending = (step, step_metrics)
             evaluation_due = _is_due(step, self.config.eval.every_steps, steps)
-            saving_due = _is_due(step, self.config.checkpoint.every_steps, steps) or bool(stop)
-            if evaluation_due or saving_due:
+            saving_due = _is_due(step, self.config.checkpoint.every_steps, steps)
+            stopping = bool(stop)
+            if evaluation_due or saving_due or stopping:
                 self._log(*pending)
                 pending = None
                 self.clock.stop()
-                if evaluation_due and not stop:
+                if evaluation_due and not stopping:
                     self._evaluate(step, state)
-                if saving_due:
+                    stopping = bool(stop)
+                if saving_due or stopping:
                     self._save(state)
                 self.clock.start()
-            if stop:
+            if stopping:
                 self._say_stopped(step, stop)
                 return
         self._say_trained(steps)
@@ -174,6 +182,11 @@ class _Run:
             return state, 0.0
         abstract = abstract_state(self.config, self.optimizer)
         state, data_state, facts = self.checkpoints.restore(abstract, self.mesh)
+        if facts["tokenizer_sha256"] != self.dataset.tokenizer.sha256:
+            raise UserError(
+                f"checkpoint {int(state.step)} of {self.folder} belongs to another tokenizer than the data: "
+                "put the run's own checkpoints back, or start a new run with --workdir"
+            )
         self.stream.set_state(data_state)
         self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
         return state, facts["seconds_trained"]
@@ -197,6 +210,11 @@ class _Run:
         line = {f"train/{name}": value for name, value in values.items()}
         timing = {"tokens_per_second": rate, "mfu": mfu, "seconds_trained": seconds}
         self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
+
+    def _owes_evaluation(self, step: int) -> bool:
+        """Whether somebody stopped the run between this step and the evaluation that was due after it."""
+        due = step > 0 and _is_due(step, self.config.eval.every_steps, self.config.train.steps)
+        return due and not metrics_lib.is_evaluated(self.folder, step)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         result = evaluate(
@@ -284,23 +302,23 @@ class _Run:
 
     def _summary(self) -> dict[str, Any]:
         """Rows of the final table, from what is on disk."""
-        lines = [json.loads(line) for line in (self.folder / run_folder.METRICS_FILE).open()]
-        trained = [line for line in lines if "train/loss" in line][-1]
-        evaluated = [line for line in lines if "eval/loss" in line][-1]
-        kept, overlap = evaluated["eval/norm_kept"], evaluated["eval/overlap_below"]
-        return {
-            "steps": f"{trained['step']:,}",
-            "tokens seen": f"{trained['tokens_seen']:,}",
-            "time in training steps": duration(trained["seconds_trained"]),
-            "last train loss, nats/token": f"{trained['train/loss']:.4f}",
-            "held-out loss, nats/token": f"{evaluated['eval/loss']:.4f}",
-            "held-out perplexity": f"{evaluated['eval/perplexity']:.2f}",
-            "held-out bits per byte": f"{evaluated['eval/bits_per_byte']:.4f}",
-            "dead neurons, per TopK layer": percentages(evaluated["eval/dead_neurons"]),
-            "squared norm kept, per TopK layer": percentages(kept),
-            "active in the layer below too": percentages(overlap),
-            "read it": f'topklm.load("{self.folder}").generate("The", max_new_tokens=40)',
+        newest: dict[str, Any] = {}
+        for line in metrics_lib.read(self.folder):
+            newest |= line
+        formats: dict[str, tuple[str, Callable[[Any], str]]] = {
+            "tokens_seen": ("tokens seen", "{:,}".format),
+            "seconds_trained": ("time in training steps", duration),
+            "train/loss": ("last train loss, nats/token", "{:.4f}".format),
+            "eval/loss": ("held-out loss, nats/token", "{:.4f}".format),
+            "eval/perplexity": ("held-out perplexity", "{:.2f}".format),
+            "eval/bits_per_byte": ("held-out bits per byte", "{:.4f}".format),
+            "eval/dead_neurons": ("dead neurons, per TopK layer", percentages),
+            "eval/norm_kept": ("squared norm kept, per TopK layer", percentages),
+            "eval/overlap_below": ("active in the layer below too", percentages),
         }
+        rows = {label: show(newest[key]) for key, (label, show) in formats.items() if key in newest}
+        example = f'topklm.load("{self.folder}").generate("The", max_new_tokens=40)'
+        return {"steps": f"{self.checkpoints.latest_step:,}", **rows, "read it": example}
 
 
 class _Rate:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 import os
 import pathlib
 import time
@@ -9,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from topklm import run_folder
 from topklm.config import ModelConfig
@@ -43,9 +46,7 @@ class MetricsWriter:
         with disk_errors_are_user_errors(f"writing {path}"):
             write_atomically(path, "".join(_lines_up_to(path, resume_step)).encode())
             self._file = path.open("a", encoding="utf-8")
-            self._board = tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-            )
+            self._board = _Board(folder / "tensorboard", first_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; numbers, lists of numbers (one per layer) and text are understood."""
@@ -54,25 +55,64 @@ class MetricsWriter:
             self._file.flush()
             for name, value in values.items():
                 if isinstance(value, str):
-                    self._board.add_text(name, value, step)
+                    self._board.add(step, summary.text(name, value))
                 elif isinstance(value, list):
                     for layer, x in enumerate(value):
-                        self._board.add_scalar(f"{name}/{layer}", x, step)
+                        self._board.add(step, summary.scalar(f"{name}/{layer}", x))
                 else:
-                    self._board.add_scalar(name, value, step)
+                    self._board.add(step, summary.scalar(name, value))
 
     def sync(self) -> None:
         """Returns when the lines are on the disk itself; called before a checkpoint refers to them."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
             os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
-        self._board.close()
+        with disk_errors_are_user_errors(f"writing {self._path}"):
+            self._file.close()
+            self._board.close()
 
 
-def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
+class _Board:
+    """A TensorBoard file, written by the caller's own thread.
+
+    tensorboardX would write from a thread behind a short queue: on a full disk that thread dies, and
+    the run waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        # Tells TensorBoard to forget what an earlier process wrote of this step and later ones.
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: Any) -> None:
+        self._write(Event(step=step, summary=values))
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+
+def is_evaluated(folder: pathlib.Path, step: int) -> bool:
+    """Whether the metrics of a run hold the evaluation of a step."""
+    return any(line["step"] == step and "eval/loss" in line for line in read(folder))
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics; none where there is no such file yet."""
+    return [json.loads(line) for line in _lines_up_to(folder / run_folder.METRICS_FILE, math.inf)]
+
+
+def _lines_up_to(path: pathlib.Path, step: float) -> list[str]:
     if not path.exists():
         return []
     kept = []

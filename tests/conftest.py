@@ -1,0 +1,45 @@
+"""What several test files share: a small corpus, the tiny model's trainer, and one finished run of it."""
+
+from pathlib import Path
+import shutil
+
+from helpers import Trainer, sentences, write_documents
+import pytest
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests marked slow out, unless the command line asks for a mark."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A .jsonl file of 300 documents, some 75 kB."""
+    return write_documents(tmp_path_factory.mktemp("corpus") / "village.jsonl", sentences(0, 300))
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory, corpus) -> Trainer:
+    """Trains the tiny model. Programs compiled by one process are reused by the next."""
+    place = tmp_path_factory.mktemp("trainer")
+    return Trainer(corpus, place / "datasets", place / "compiled")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, trainer) -> Path:
+    """A run that nobody disturbed, with all its checkpoints; not to be changed. Its output lies beside."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = trainer.run(run)
+    assert process.exit_code == 0, process.errors
+    assert process.errors == ""
+    run.with_suffix(".out").write_text(process.output)
+    return run
+
+
+@pytest.fixture
+def run_copy(tmp_path, finished_run) -> Path:
+    """The finished run, to be changed at will."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))

@@ -1,0 +1,230 @@
+"""Runs the commands as real processes on a tiny model, and reads what they leave behind.
+
+Tests of single functions need none of this.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+from pathlib import Path
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[1]
+CONFIG_FILE = ROOT / "configs" / "small.py"
+PATIENCE_SECONDS = 300  # other work may share the cores
+STEPS = 24
+# Checkpoints after 5, 10, 15, 20 and 24 steps, evaluations after 8, 16 and 24.
+TINY: Mapping[str, Any] = {
+    "model.d_model": 32,
+    "model.n_layers": 2,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 2,
+    "model.d_mlp": 64,
+    "model.context_length": 32,
+    "model.topk_k": 8,
+    "data.vocab_size": 320,
+    "train.batch_size": 4,
+    "train.steps": STEPS,
+    "optim.warmup_steps": 4,
+    "checkpoint.every_steps": 5,
+    "checkpoint.keep": 10,
+    "eval.every_steps": 8,
+    "eval.sample_tokens": 8,
+    "log.every_steps": 1,
+}
+WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained")
+
+
+def sentences(seed: int, n_documents: int) -> list[str]:
+    """Documents of a few sentences each from a small grammar; the same seed gives the same ones."""
+    pick = random.Random(seed).choice
+    adjectives = ["old", "young", "tall", "quiet", "clever", "hungry", "grey", "tired", "lucky", "small"]
+    nouns = ["baker", "sailor", "horse", "teacher", "kitten", "doctor", "gardener", "crow", "child", "farmer"]
+    verbs = [
+        "found",
+        "watched",
+        "carried",
+        "lost",
+        "painted",
+        "followed",
+        "mended",
+        "remembered",
+        "sold",
+        "hid",
+    ]
+    things = ["lantern", "basket", "letter", "boat", "kettle", "garden", "ladder", "coat", "bridge", "clock"]
+    places = ["by the river", "in the barn", "near the mill", "under a tree", "at the market", "on the hill"]
+
+    def sentence() -> str:
+        subject, thing = (f"{pick(adjectives)} {pick(words)}" for words in (nouns, things))
+        return f"The {subject} {pick(verbs)} a {thing} {pick(places)}."
+
+    return [" ".join(sentence() for _ in range(pick(range(2, 8)))) for _ in range(n_documents)]
+
+
+def write_documents(path: Path, documents: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents), encoding="utf-8")
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The tiny model's training command; settings given to a method override those of `TINY`."""
+
+    corpus: Path
+    datasets: Path
+    compilation_cache: Path | None
+
+    def arguments(self, workdir: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
+        place = {"data.source": self.corpus, "data.dir": self.datasets}
+        fields = {**TINY, **place, **(settings or {})}
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        return [f"--config={CONFIG_FILE}", f"--workdir={workdir}", *flags]
+
+    def start(self, workdir: Path, settings: Mapping[str, Any] | None = None, **options: Any) -> "Process":
+        return self.start_python("-m", "topklm.main", *self.arguments(workdir, settings), **options)
+
+    def start_python(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> "Process":
+        variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(environment or {})}
+        if self.compilation_cache is not None:
+            variables["JAX_COMPILATION_CACHE_DIR"] = str(self.compilation_cache)
+            variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        return Process([sys.executable, *arguments], env=variables, **options)
+
+    def run(self, workdir: Path, settings: Mapping[str, Any] | None = None, **options: Any) -> "Process":
+        process = self.start(workdir, settings, **options)
+        process.finish()
+        return process
+
+
+class Process:
+    """A running command whose lines are read as they come; `output` and `errors` hold what came so far."""
+
+    def __init__(self, command: list[str], **options: Any):
+        self._popen = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._output: list[str] = []
+        self._errors: list[str] = []
+        self._readers = [threading.Thread(target=target, daemon=True) for target in (self._read, self._drain)]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def output(self) -> str:
+        return "".join(self._output)
+
+    @property
+    def errors(self) -> str:
+        return "".join(self._errors)
+
+    def wait_for_line(self, text: str) -> str:
+        """The next line of standard output that holds `text`."""
+        while (line := self._lines.get(timeout=PATIENCE_SECONDS)) is not None:
+            if text in line:
+                return line
+        raise AssertionError(f"ended without printing {text!r}:\n{self.output}\n{self.errors}")
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._popen.poll()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def kill(self) -> None:
+        """`kill -9`, and waits until the process is gone."""
+        self.signal(signal.SIGKILL)
+        self.finish()
+
+    def finish(self) -> int:
+        """Waits for the end and returns the exit code."""
+        code = self._popen.wait(timeout=PATIENCE_SECONDS)
+        for reader in self._readers:
+            reader.join(timeout=PATIENCE_SECONDS)
+        return code
+
+    def _read(self) -> None:
+        for line in self._popen.stdout:
+            self._output.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _drain(self) -> None:
+        self._errors.extend(self._popen.stderr)
+
+
+def wait_until(condition: Any, process: Process) -> bool:
+    """Whether the condition came true before the process ended; looks as often as it can."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while process.exit_code is None:
+        if condition():
+            return True
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited in vain:\n{process.output}\n{process.errors}")
+    return False
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the figures that depend on the wall clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK_FIGURES} for line in lines]
+
+
+def final_arrays(run: Path) -> Any:
+    """Parameters and optimizer state of the newest checkpoint."""
+    return arrays(run, max(checkpoint_steps(run)))
+
+
+def arrays(run: Path, step: int) -> Any:
+    """Parameters and optimizer state of a checkpoint, as NumPy arrays."""
+    handler, restored = ocp.PyTreeCheckpointHandler(), {}
+    for item in ("params", "optimizer"):
+        folder = epath.Path(run / "checkpoints" / str(step) / item)
+        shapes = handler.metadata(folder).tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        restored[item] = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return restored
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    """Two trees of arrays agree in structure, dtypes and every bit."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        assert a.tobytes() == b.tobytes(), path
+
+
+def assert_one_line_error(errors: str) -> str:
+    """Standard error is exactly one line, made for a person; returns it."""
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in errors
+    return lines[0]

@@ -1,0 +1,94 @@
+"""Blocked attention against the plain formula and against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from topklm.model import attention
+from topklm.model.attention import attention_reference, causal_attention, rotate, rotation_angles
+
+
+def make(length, *, heads=4, kv_heads=2, batch=2, width=6, dtype=jnp.float32):
+    rng = np.random.default_rng(length)
+    q = rng.normal(size=(batch, length, heads, width))
+    k, v = rng.normal(size=(2, batch, length, kv_heads, width))
+    segments = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
+    return [jnp.asarray(x, dtype) for x in (q, k, v)], jnp.asarray(segments, jnp.int32)
+
+
+def numpy_attention(q, k, v, segments):
+    """One query at a time, float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros_like(q)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[3])
+        p = np.exp(scores - scores.max())
+        out[b, t, h] = p / p.sum() @ v[b, seen, h // group]
+    return out
+
+
+def test_it_equals_a_loop_in_float64(monkeypatch):
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 4)
+    qkv, segments = make(11)
+    np.testing.assert_allclose(
+        causal_attention(*qkv, segments), numpy_attention(*qkv, np.asarray(segments)), atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 19])
+@pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(4, 4, 2), (4, 1, 1)])
+def test_values_and_gradients_equal_the_plain_formula(monkeypatch, length, heads, kv_heads, batch):
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 8)
+    qkv, segments = make(length, heads=heads, kv_heads=kv_heads, batch=batch)
+    want, pull_want = jax.vjp(lambda *x: attention_reference(*x, segments), *qkv)
+    got, pull = jax.vjp(lambda *x: causal_attention(*x, segments), *qkv)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    g = jax.random.normal(jax.random.key(0), want.shape)
+    for ours, theirs in zip(pull(g), pull_want(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_the_real_block_size_with_a_rest():
+    qkv, segments = make(attention._QUERY_BLOCK * 2 + 3, batch=1)
+    want = attention_reference(*qkv, segments)
+    np.testing.assert_allclose(causal_attention(*qkv, segments), want, atol=2e-6)
+
+
+def test_bfloat16_stays_near_float32():
+    qkv, segments = make(20, dtype=jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in qkv]
+    want, pull_want = jax.vjp(lambda *x: attention_reference(*x, segments), *exact)
+    got, pull = jax.vjp(lambda *x: causal_attention(*x, segments), *qkv)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03)
+    g = jax.random.normal(jax.random.key(0), want.shape)
+    for ours, theirs in zip(pull(g.astype(jnp.bfloat16)), pull_want(g), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
+
+
+def test_rotation_is_the_formula_of_the_paper_in_halves():
+    positions, width, theta = np.array([[0, 1, 7, 300]]), 6, 10_000.0
+    x = np.random.default_rng(0).normal(size=(1, 4, 2, width))
+    got = rotate(jnp.float32(x), rotation_angles(jnp.asarray(positions), width, theta, jnp.float32))
+    want = np.zeros_like(x)
+    for t, h, i in np.ndindex(4, 2, width // 2):
+        angle = positions[0, t] * theta ** (-2 * i / width)
+        first, second = x[0, t, h, i], x[0, t, h, i + width // 2]
+        want[0, t, h, i] = first * np.cos(angle) - second * np.sin(angle)
+        want[0, t, h, i + width // 2] = second * np.cos(angle) + first * np.sin(angle)
+    np.testing.assert_allclose(got, want, atol=5e-5)
+
+
+def test_scores_depend_on_relative_positions_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(query_at, key_at):
+        angles = [rotation_angles(jnp.array([[at]]), 8, 100.0, jnp.float32) for at in (query_at, key_at)]
+        return float(jnp.sum(rotate(q, angles[0]) * rotate(k, angles[1])))
+
+    assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
