@@ -17,8 +17,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A .jsonl file of 300 documents, some 75 kB."""
-    return write_documents(tmp_path_factory.mktemp("corpus") / "village.jsonl", sentences(0, 300))
+    """A .jsonl file of 300 documents, some 75 kB, and one more that is not valid UTF-8."""
+    path = write_documents(tmp_path_factory.mktemp("corpus") / "village.jsonl", sentences(0, 300))
+    with path.open("ab") as file:
+        file.write(b'\n{"text": "The miller\xff smiled\xfe."}\n')
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +34,9 @@ def trainer(tmp_path_factory, corpus) -> Trainer:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, trainer) -> Path:
     """A run that nobody disturbed, with all its checkpoints; not to be changed. Its output lies beside."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    process = trainer.run(run)
+    place = tmp_path_factory.mktemp("runs")
+    run = place / "undisturbed"
+    process = trainer.run(run, {"data.dir": place / "datasets"})
     assert process.exit_code == 0, process.errors
     assert process.errors == ""
     run.with_suffix(".out").write_text(process.output)

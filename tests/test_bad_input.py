@@ -19,6 +19,7 @@ import pytest
 
 import topklm
 from topklm import main
+from topklm.data.tokenizer import train_bpe
 
 # Runs the trainer under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
 WITH_A_FILE_SIZE_LIMIT = """
@@ -75,7 +76,6 @@ def refusal(capsys, monkeypatch):
         ("surplus", ["'surplus' is not a flag"]),
         (f"--config={CONFIG_FILE}:nonsense", ["nonsense", "the variants are topk, base"]),
         ("--config=configs/missing.py", ["--config = configs/missing.py", "no such file"]),
-        (f"--config={CONFIG_FILE.parents[1] / 'LICENSE'}", ["LICENSE, line 1", "Python file"]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it(trainer, refusal, tmp_path, flag, words):
@@ -86,6 +86,11 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(trainer, refusa
 
 def test_a_config_that_nobody_named_is_asked_for(refusal):
     assert "--config is missing" in refusal([])
+
+
+def test_a_config_file_that_is_not_python_is_named(refusal, tmp_path):
+    (tmp_path / "notes.txt").write_text("\nmy notes")
+    assert f"{tmp_path / 'notes.txt'}, line 2" in refusal([f"--config={tmp_path / 'notes.txt'}"])
 
 
 def test_a_misspelt_field_inside_a_config_file_is_named(refusal, tmp_path):
@@ -145,14 +150,10 @@ def test_each_field_that_would_make_it_another_run_is_named(trainer, refusal, ru
     assert (run_copy / "config.json").read_bytes() == before
 
 
-def test_other_data_than_the_run_began_with_is_refused(trainer, refusal, run_copy, corpus):
-    with corpus.open(encoding="utf-8") as lines:
-        original = lines.read()
-    try:
-        write_documents(corpus, sentences(3, 300))
-        assert "is not the tokenizer of the data" in refusal(trainer.arguments(run_copy))
-    finally:
-        corpus.write_text(original, encoding="utf-8")
+def test_other_data_than_the_run_began_with_is_refused(trainer, refusal, run_copy):
+    train_bpe(sentences(3, 300), 320).save(run_copy / "tokenizer.json")
+    line = refusal(trainer.arguments(run_copy))
+    assert f"{run_copy / 'tokenizer.json'} is not the tokenizer of the data" in line
 
 
 def test_a_run_that_saved_nothing_may_start_over_with_another_config(trainer, refusal, tmp_path):
@@ -218,16 +219,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(trainer, tmp_path):
     assert "train.batch_size = 4: must be a multiple of 8 (mesh data 4 x fsdp 2" in line
 
 
-def test_invalid_utf8_is_counted_replaced_and_trained_on(trainer, tmp_path, corpus):
-    file = tmp_path / "village.jsonl"
-    shutil.copy(corpus, file)
-    with file.open("ab") as lines:
-        lines.write(b'\n{"text": "a \xff b \xfe c"}\n')
-    process = trainer.run(tmp_path / "run", {"data.source": file})
-    assert process.exit_code == 0, process.errors
-    assert process.errors == ""
-    assert "replaced 2 invalid UTF-8 sequences in 1 documents" in process.output
-    assert checkpoint_steps(tmp_path / "run")[-1] == STEPS
+def test_invalid_utf8_is_counted_replaced_and_trained_on(finished_run):
+    output = finished_run.with_suffix(".out").read_text()
+    assert "data: replaced 2 invalid UTF-8 sequences in 1 documents with U+FFFD" in output
+    assert checkpoint_steps(finished_run)[-1] == STEPS
 
 
 def test_a_full_disk_while_data_is_prepared_leaves_nothing_behind(trainer, tmp_path):

@@ -6,6 +6,7 @@ Everything else that is raised is a bug and keeps its traceback.
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
+import logging
 import os
 import sys
 
@@ -57,7 +58,33 @@ def _error_number_in(text: str) -> int | None:
 def exit_cleanly(command: Callable[[], int | None]) -> int:
     """Runs `command`; on a UserError prints its one line to stderr and returns exit code 2."""
     try:
-        return command() or 0
+        with _failures_reported_once():
+            return command() or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+
+
+@contextlib.contextmanager
+def _failures_reported_once() -> Iterator[None]:
+    """Keeps libraries from printing, trace and all, what they also raise for the command to report.
+
+    When a disk is full, Orbax logs the error of each of its threads, and TensorStore's threads complain that
+    nobody listens to theirs any more.
+    """
+
+    def has_no_trace(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    absl_logger, before = logging.getLogger("absl"), sys.unraisablehook
+    absl_logger.addFilter(has_no_trace)
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        absl_logger.removeFilter(has_no_trace)
+        sys.unraisablehook = before

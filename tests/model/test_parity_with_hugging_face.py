@@ -37,26 +37,38 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS, ids=str)
+@pytest.fixture(params=VARIANTS, ids=str, scope="module")
 def config(request):
     return dataclasses.replace(CONFIG, **VARIANTS[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params(config):
-    """Norm scales are moved away from 1, so that one left out would show."""
-    fresh = transformer.create(config, seed=0)
+    """Random ones. Norm scales are moved away from 1, so that one left out would show."""
     rng = np.random.default_rng(0)
 
-    def perturb(path, leaf):
-        return leaf + rng.normal(size=leaf.shape, scale=0.2) if path[-1].key == "scale" else leaf
+    def fill(path, leaf):
+        match path[-1].key:
+            case "scale":
+                values = 1 + 0.2 * rng.normal(size=leaf.shape)
+            case "kernel":
+                values = rng.normal(size=leaf.shape, scale=leaf.shape[-2] ** -0.5)
+            case "embedding":
+                values = rng.normal(size=leaf.shape, scale=config.init_embed_std)
+        return np.float32(values)
 
-    return jax.tree.map(jnp.float32, jax.tree_util.tree_map_with_path(perturb, fresh))
+    shapes = jax.eval_shape(lambda: transformer.create(config, seed=0))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokens(config):
     return np.random.default_rng(1).integers(0, config.vocab_size, (3, config.context_length + 1))
+
+
+def logits_of(config, params, *arguments):
+    forward = jax.jit(lambda p, *arguments: transformer.bind(config, p)(*arguments))
+    return forward(params, *(jnp.asarray(x, jnp.int32) for x in arguments))
 
 
 # Our block parameter -> Hugging Face's name inside a layer, and whether it is a transposed matrix.
@@ -145,7 +157,7 @@ def test_the_logits_are_the_same(config, params, tokens):
     add_topk(model, config)
     with torch.no_grad():
         want = model(torch.tensor(tokens)).logits.numpy()
-    got = transformer.bind(config, params)(jnp.asarray(tokens, jnp.int32))
+    got = logits_of(config, params, tokens)
     assert relative_error(got, want) < 1e-4
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
@@ -182,9 +194,6 @@ def test_documents_packed_in_one_row_give_what_each_gives_alone(config, params):
     add_topk(model, config)
     with torch.no_grad():
         want = np.concatenate([model(torch.tensor(d)).logits.numpy() for d in (first, second)], axis=1)
-    got = transformer.bind(config, params)(
-        jnp.asarray(np.concatenate([first, second], axis=1), jnp.int32),
-        jnp.asarray([[1] * 9 + [2] * 13], jnp.int32),
-        jnp.asarray([[*range(9), *range(13)]], jnp.int32),
-    )
+    packed, segment_ids = np.concatenate([first, second], axis=1), [[1] * 9 + [2] * 13]
+    got = logits_of(config, params, packed, segment_ids, [[*range(9), *range(13)]])
     assert relative_error(got, want) < 1e-4

@@ -1,6 +1,7 @@
 """The stack: what is sparse, what sees what, and how parameters are laid out."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from topklm.config import ModelConfig
 from topklm.model import transformer
 
 CONFIG = ModelConfig(
-    d_model=24, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=32, vocab_size=50, topk_k=6, n_nontopk=1
+    d_model=24, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=32, vocab_size=50, topk_k=6, n_nontopk=1
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 12)), jnp.int32)
 
@@ -20,81 +21,141 @@ def variant(**changes):
     return dataclasses.replace(CONFIG, **changes)
 
 
-def hidden_states(config, params):
-    """(h, u, h') of every layer, each [L, B, T, D]."""
-    return transformer.bind(config, params).hidden(TOKENS, tap=lambda *seen: seen)[1]
+def create(config, seed):
+    return jax.jit(transformer.create, static_argnums=0)(config, seed)
+
+
+@functools.cache
+def program(config):
+    """Compiled: (params, tokens, segments) -> final hidden state, (h, u, h') of every layer."""
+
+    @jax.jit
+    def run(params, tokens, segment_ids):
+        return transformer.bind(config, params).hidden(tokens, segment_ids, tap=lambda *seen: seen)
+
+    return run
+
+
+def final_hidden(config, params, tokens=TOKENS, segment_ids=None):
+    return np.asarray(program(config)(params, tokens, segment_ids)[0])
+
+
+def layer_states(config, params):
+    """(h, u, h'), each [L, B, T, D]."""
+    states = [np.asarray(x) for x in program(config)(params, TOKENS, None)[1]]
+    assert {x.shape for x in states} == {(config.n_layers, *TOKENS.shape, config.d_model)}
+    return states
 
 
 @pytest.fixture(scope="module")
 def params():
-    return transformer.create(CONFIG, seed=0)
+    return create(CONFIG, seed=0)
 
 
-def test_block_parameters_are_stacked_on_a_leading_layer_axis(params):
-    shapes = jax.tree.map(jnp.shape, params)
-    assert shapes["embed"]["embedding"] == (50, 24)
-    assert shapes["blocks"]["attention"]["key"]["kernel"] == (4, 24, 12)
-    assert shapes["blocks"]["mlp"]["down"]["kernel"] == (4, 32, 24)
-    assert shapes["blocks"]["mlp_norm"]["scale"] == (4, 24)
-    assert shapes["unembed"]["kernel"] == (24, 50)
-    assert "unembed" not in transformer.create(variant(tie_embeddings=True), seed=0)
+def shapes_of(config):
+    made = jax.eval_shape(lambda: transformer.create(config, seed=0))
+    leaves = jax.tree_util.tree_leaves_with_path(made)
+    return {".".join(entry.key for entry in path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+def test_parameters_are_float32_and_those_of_blocks_have_a_leading_layer_axis():
+    shapes = {
+        "embed.embedding": (50, 24),
+        "blocks.attention_norm.scale": (3, 24),
+        "blocks.attention.query.kernel": (3, 24, 24),
+        "blocks.attention.key.kernel": (3, 24, 12),
+        "blocks.attention.value.kernel": (3, 24, 12),
+        "blocks.attention.out.kernel": (3, 24, 24),
+        "blocks.mlp_norm.scale": (3, 24),
+        "blocks.mlp.gate.kernel": (3, 24, 32),
+        "blocks.mlp.up.kernel": (3, 24, 32),
+        "blocks.mlp.down.kernel": (3, 32, 24),
+        "final_norm.scale": (24,),
+        "unembed.kernel": (24, 50),
+    }
+    want = {name: (shape, jnp.float32) for name, shape in shapes.items()}
+    assert shapes_of(CONFIG) == shapes_of(variant(scan_layers=True, dtype="bfloat16")) == want
+    del want["unembed.kernel"]
+    assert shapes_of(variant(tie_embeddings=True)) == want
 
 
 def test_layers_are_initialised_differently_and_seeds_matter(params):
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
     assert not np.allclose(kernel[0], kernel[1])
-    assert not np.allclose(kernel, transformer.create(CONFIG, seed=1)["blocks"]["mlp"]["up"]["kernel"])
+    assert not np.allclose(kernel, create(CONFIG, seed=1)["blocks"]["mlp"]["up"]["kernel"])
+
+
+def test_the_initial_scale_of_what_is_written_to_the_stream_is_a_setting():
+    config = variant(init_embed_std=0.5, init_residual_scale=3.0)
+    made = create(config, seed=0)
+    blocks = made["blocks"]
+    for kernel, fan_in in [(blocks["attention"]["out"], 24), (blocks["mlp"]["down"], 32)]:
+        assert np.std(kernel["kernel"]) == pytest.approx(3 / np.sqrt(6) / np.sqrt(fan_in), rel=0.1)
+    assert np.std(blocks["mlp"]["up"]["kernel"]) == pytest.approx(24**-0.5, rel=0.1)
+    assert np.std(made["embed"]["embedding"]) == pytest.approx(0.5, rel=0.1)
+    assert (np.asarray(blocks["mlp_norm"]["scale"]) == 1).all()
 
 
 def test_scanned_and_unrolled_layers_are_the_same_model(params):
-    for config in (CONFIG, variant(n_nontopk=4), variant(n_nontopk=2)):
-        unrolled = transformer.bind(config, params)(TOKENS)
+    for config in (CONFIG, variant(n_nontopk=3)):
         scanned = dataclasses.replace(config, scan_layers=True)
-        np.testing.assert_allclose(transformer.bind(scanned, params)(TOKENS), unrolled, atol=1e-5)
-        for a, b in zip(hidden_states(scanned, params), hidden_states(config, params), strict=True):
+        ours, theirs = final_hidden(scanned, params), final_hidden(config, params)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        for a, b in zip(layer_states(scanned, params), layer_states(config, params), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(("activation", "exactly"), [("relu", False), ("identity", True), ("abs", True)])
 def test_every_topk_layer_leaves_k_entries_and_the_last_is_dense(params, activation, exactly):
-    _, u, h_next = hidden_states(variant(topk_activation=activation), params)
+    _, u, h_next = layer_states(variant(topk_activation=activation), params)
     active = (h_next != 0).sum(axis=-1)
-    assert active[:3].max() == CONFIG.topk_k
+    assert active[:2].max() == CONFIG.topk_k
     if exactly:
-        assert active[:3].min() == CONFIG.topk_k
-    np.testing.assert_array_equal(h_next[3], u[3])
-    assert (active[3] == CONFIG.d_model).all()
+        assert active[:2].min() == CONFIG.topk_k
+    np.testing.assert_array_equal(h_next[2], u[2])
+    assert (active[2] == CONFIG.d_model).all()
 
 
 def test_the_sparse_vector_is_all_that_enters_the_next_layer(params):
-    h, _, h_next = hidden_states(CONFIG, params)
+    h, _, h_next = layer_states(CONFIG, params)
     np.testing.assert_array_equal(h[1:], h_next[:-1])
 
 
 def test_the_base_model_equals_keeping_everything(params):
-    base = transformer.bind(variant(n_nontopk=4), params)(TOKENS)
-    everything = variant(topk_k=24, topk_activation="identity")
-    np.testing.assert_allclose(transformer.bind(everything, params)(TOKENS), base, atol=1e-6)
+    base = final_hidden(variant(n_nontopk=3), params)
+    everything = final_hidden(variant(topk_k=24, topk_activation="identity"), params)
+    np.testing.assert_allclose(everything, base, atol=1e-6)
 
 
 def test_tokens_do_not_see_the_future_or_other_segments(params):
-    model = transformer.bind(CONFIG, params)
     segments = jnp.asarray([[1] * 5 + [2] * 7] * 2, jnp.int32)
-    before = model(TOKENS, segments)
-    after = model(TOKENS.at[:, 3].set((TOKENS[:, 3] + 1) % 50), segments)
-    changed = np.abs(np.asarray(after - before)).max(axis=(0, 2)) > 0
+    before = final_hidden(CONFIG, params, TOKENS, segments)
+    after = final_hidden(CONFIG, params, TOKENS.at[:, 3].set((TOKENS[:, 3] + 1) % 50), segments)
+    changed = np.abs(after - before).max(axis=(0, 2)) > 0
     np.testing.assert_array_equal(changed, [False] * 3 + [True] * 2 + [False] * 7)
 
 
-def test_both_backends_give_the_same_logits(params):
-    logits = [transformer.bind(variant(topk_backend=b), params)(TOKENS) for b in ("lax", "threshold")]
-    np.testing.assert_array_equal(*logits)
+def test_both_backends_give_the_same_model(params):
+    outputs = [final_hidden(variant(topk_backend=backend), params) for backend in ("lax", "threshold")]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def test_logits_are_the_final_hidden_state_times_the_unembedding(params):
+    positions = jnp.broadcast_to(jnp.arange(12), TOKENS.shape)
+    said = jax.jit(lambda p, *x: transformer.bind(CONFIG, p)(*x))(
+        params, TOKENS, jnp.full_like(TOKENS, 7), positions
+    )
+    # No segments and no positions given: one document that starts at position 0.
+    want = final_hidden(CONFIG, params) @ np.asarray(params["unembed"]["kernel"])
+    np.testing.assert_allclose(said, want, atol=1e-5)
 
 
 def test_bfloat16_activations_give_float32_logits(params):
-    model = transformer.bind(variant(dtype="bfloat16"), params)
-    assert model(TOKENS).dtype == jnp.float32
-    assert model.hidden(TOKENS)[0].dtype == jnp.bfloat16
+    config = variant(dtype="bfloat16")
+    h, (_, _, h_next) = program(config)(params, TOKENS, None)
+    assert h.dtype == h_next.dtype == jnp.bfloat16
+    assert (np.asarray(h_next[:2]) != 0).sum(axis=-1).max() == CONFIG.topk_k
+    assert jax.eval_shape(transformer.bind(config, params), TOKENS).dtype == jnp.float32
 
 
 def test_a_model_without_a_vocabulary_is_refused():

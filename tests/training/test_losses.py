@@ -10,12 +10,20 @@ from topklm.training.losses import cross_entropy, cross_entropy_reference, token
 
 
 def make(batch, length, d, vocab, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    h = jax.random.normal(keys[0], (batch, length, d), dtype)
-    w = jax.random.normal(keys[1], (d, vocab)) * 0.3
-    targets = jax.random.randint(keys[2], (batch, length), 0, vocab)
-    weights = jax.random.bernoulli(keys[3], 0.7, (batch, length)).astype(jnp.float32)
-    return h, w, targets, weights / jnp.maximum(weights.sum(), 1)
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=(batch, length, d)), dtype)
+    w = jnp.asarray(rng.normal(size=(d, vocab), scale=0.3), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
+    weights = (rng.random((batch, length)) < 0.7).astype(np.float32)
+    return h, w, targets, jnp.asarray(weights / max(weights.sum(), 1))
+
+
+def value_and_gradients(function, h, w, targets, weights, z_loss):
+    """((loss, nll), (dh, dw)), compiled as one program."""
+    gradient = jax.value_and_grad(
+        lambda h, w: function(h, w, targets, weights, z_loss), argnums=(0, 1), has_aux=True
+    )
+    return jax.jit(gradient)(h, w)
 
 
 SHAPES = {
@@ -31,17 +39,12 @@ SHAPES = {
 def test_values_and_gradients_equal_the_plain_formula(monkeypatch, shape, z_loss):
     monkeypatch.setattr(losses, "_MIN_TOKENS_PER_CHUNK", 8)
     monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 1)
-    h, w, targets, weights = make(*shape)
-
-    def run(function):
-        return jax.value_and_grad(
-            lambda h, w: function(h, w, targets, weights, z_loss), argnums=(0, 1), has_aux=True
-        )(h, w)
-
-    (loss, nll), grads = run(cross_entropy)
-    (want_loss, want_nll), want_grads = run(cross_entropy_reference)
+    made = make(*shape)
+    (loss, nll), grads = value_and_gradients(cross_entropy, *made, z_loss)
+    (want_loss, want_nll), want_grads = value_and_gradients(cross_entropy_reference, *made, z_loss)
     np.testing.assert_allclose([loss, nll], [want_loss, want_nll], rtol=1e-6)
-    np.testing.assert_allclose(cross_entropy(h, w, targets, weights, z_loss), [loss, nll], rtol=1e-6)
+    without_gradient = jax.jit(cross_entropy, static_argnums=4)(*made, z_loss)
+    np.testing.assert_allclose(without_gradient, [loss, nll], rtol=1e-6)
     for got, want in zip(grads, want_grads, strict=True):
         assert np.linalg.norm(got - want) < 1e-6 * np.linalg.norm(want) + 1e-12
 
@@ -49,29 +52,42 @@ def test_values_and_gradients_equal_the_plain_formula(monkeypatch, shape, z_loss
 def test_it_equals_torch():
     torch = pytest.importorskip("torch")
     h, w, targets, _ = make(2, 9, 8, 31)
-    weights = jnp.full((2, 9), 1 / 18)
-    logits = torch.tensor(np.asarray(h)) @ torch.tensor(np.asarray(w))
+    (loss, _), grads = value_and_gradients(cross_entropy, h, w, targets, jnp.full((2, 9), 1 / 18), 0.0)
+    in_torch = [torch.tensor(np.asarray(x), requires_grad=True) for x in (h, w)]
     want = torch.nn.functional.cross_entropy(
-        logits.reshape(18, 31), torch.tensor(np.asarray(targets)).reshape(18).long()
+        (in_torch[0] @ in_torch[1]).reshape(18, 31), torch.tensor(np.asarray(targets)).reshape(18).long()
     )
-    assert float(cross_entropy(h, w, targets, weights, 0.0)[0]) == pytest.approx(want.item(), rel=1e-6)
+    want.backward()
+    assert float(loss) == pytest.approx(want.item(), rel=1e-6)
+    for got, tensor in zip(grads, in_torch, strict=True):
+        np.testing.assert_allclose(got, tensor.grad.numpy(), atol=1e-7)
 
 
 def test_bfloat16_stays_near_float32():
     h, w, targets, weights = make(3, 40, 8, 31, jnp.bfloat16)
+    exact_h, exact_w = h.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32)
+    _, (dh, dw) = value_and_gradients(cross_entropy, h, w, targets, weights, 0.0)
+    _, exact = value_and_gradients(cross_entropy_reference, exact_h, exact_w, targets, weights, 0.0)
+    assert (dh.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    for got, want in zip((dh, dw), exact, strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float32) - want) < 0.02 * np.linalg.norm(want)
 
-    def gradient(h):
-        return jax.grad(lambda h: cross_entropy(h, w, targets, weights, 0.0)[0])(h)
 
-    exact = gradient(h.astype(jnp.float32))
-    assert gradient(h).dtype == jnp.bfloat16
-    assert np.linalg.norm(gradient(h) - exact) < 0.02 * np.linalg.norm(exact)
+def test_tokens_of_weight_zero_leave_no_trace():
+    h, w, targets, weights = make(2, 9, 8, 31)
+    weights = weights.at[1].set(0.0)
+    (loss, _), (dh, dw) = value_and_gradients(cross_entropy, h, w, targets, weights, 0.0)
+    only_first = value_and_gradients(cross_entropy, h[:1], w, targets[:1], weights[:1], 0.0)
+    assert float(loss) == pytest.approx(float(only_first[0][0]), rel=1e-6)
+    assert (np.asarray(dh[1]) == 0).all()
+    np.testing.assert_allclose(dw, only_first[1][1], atol=1e-7)
 
 
 def test_token_losses_are_the_terms_of_the_sum():
     h, w, targets, weights = make(3, 37, 8, 31)
-    total = jnp.sum(token_losses(h, w, targets) * weights)
-    assert float(total) == pytest.approx(float(cross_entropy(h, w, targets, weights, 0.0)[1]), rel=1e-6)
+    each = jax.jit(token_losses)(h, w, targets)
+    _, nll = jax.jit(cross_entropy, static_argnums=4)(h, w, targets, weights, 0.0)
+    assert np.sum(np.asarray(each) * weights) == pytest.approx(float(nll), rel=1e-6)
 
 
 def largest_array(jaxpr):

@@ -6,9 +6,8 @@ Only parameters are read, never the optimizer, onto one device or any mesh, what
 from collections.abc import Sequence
 import dataclasses
 import functools
+import hashlib
 import os
-import pathlib
-import tempfile
 
 from etils import epath
 import jax
@@ -133,13 +132,10 @@ def _choose_step(saved: Sequence[int], step: int | None, folder: str) -> int:
 def _load_tokenizer(path: epath.Path, sha256: str) -> Tokenizer:
     if not path.exists():
         raise UserError(f"{path} is missing: copy the whole run folder")
-    with tempfile.TemporaryDirectory() as local:
-        copy = pathlib.Path(local) / path.name
-        copy.write_bytes(path.read_bytes())
-        tokenizer = Tokenizer.load(copy)
-    if tokenizer.sha256 != sha256:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{path} is not the tokenizer that this model was trained with: restore it")
-    return tokenizer
+    return Tokenizer(content)
 
 
 @functools.partial(jax.jit, static_argnums=0)

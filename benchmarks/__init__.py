@@ -1,0 +1,1 @@
+"""One script per claim; each writes JSON under benchmarks/results/. Run as `python -m benchmarks.NAME`."""

@@ -1,0 +1,82 @@
+"""Draws the loss curves of runs side by side, from their metrics.jsonl.
+
+python -m benchmarks.plot_loss_curves runs/small runs/small-base --out docs/images/loss_curves.svg
+"""
+
+import argparse
+import json
+import pathlib
+
+import matplotlib as mpl
+import matplotlib.axes
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by colour-blind eyes
+_SMOOTHING_LINES = 9  # logged steps in the running mean of the train loss
+
+
+def main() -> None:
+    """Reads the runs and writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--baselines", type=pathlib.Path, help="JSON of benchmarks.text_baselines")
+    arguments = parser.parse_args()
+    baselines = json.loads(arguments.baselines.read_text()) if arguments.baselines else {}
+    draw(arguments.runs, arguments.out, baselines.get("bits_per_byte", {}))
+
+
+def draw(runs: list[pathlib.Path], out: pathlib.Path, baselines: dict[str, float]) -> None:
+    """Writes the figure; its format is that of the file's ending.
+
+    Args:
+        runs: Run folders.
+        out: The picture.
+        baselines: Name -> held-out bits per byte, drawn as horizontal lines.
+    """
+    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 10, "axes.spines.top": False})
+    mpl.rcParams["axes.spines.right"] = False
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for run, colour in zip(runs, COLOURS, strict=False):
+        _draw_run(left, right, run, colour)
+    for name, bits in baselines.items():
+        right.axhline(bits, color="#888888", linewidth=0.8, linestyle="--")
+        right.text(
+            0.02, bits, name, transform=right.get_yaxis_transform(), va="bottom", color="#555555", size=8
+        )
+    left.set(xlabel="tokens seen (millions)", ylabel="train loss (nats per token)")
+    right.set(xlabel="tokens seen (millions)", ylabel="held-out bits per byte")
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_xlim(left=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=150)
+    plt.close(figure)
+
+
+def _draw_run(
+    left: matplotlib.axes.Axes, right: matplotlib.axes.Axes, run: pathlib.Path, colour: str
+) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+    trained = [(x["tokens_seen"] / 1e6, x["train/loss"]) for x in lines if "train/loss" in x]
+    held_out = [(x["tokens_seen"] / 1e6, x["eval/bits_per_byte"]) for x in lines if "eval/loss" in x]
+    tokens, losses = np.array(trained).T
+    left.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
+    window = min(_SMOOTHING_LINES, len(losses))
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    left.plot(tokens[window // 2 : window // 2 + len(smooth)], smooth, color=colour, label=run.name)
+    right.plot(*np.array(held_out).T, color=colour, marker="o", markersize=4)
+    right.annotate(
+        f"{held_out[-1][1]:.3f}",
+        held_out[-1],
+        xytext=(4, 6),
+        textcoords="offset points",
+        color=colour,
+        size=9,
+    )
+
+
+if __name__ == "__main__":
+    main()

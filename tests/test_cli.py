@@ -1,0 +1,131 @@
+import json
+import re
+
+from helpers import CONFIG_FILE, STEPS, assert_one_line_error
+import pytest
+
+from topklm import cli, main
+from topklm.config import Config, flatten
+
+RUNS_THE_COMMAND = "import sys; from topklm import cli; sys.exit(cli.run())"
+
+
+@pytest.fixture
+def output(finished_run):
+    """What the finished run printed; its output went into a pipe."""
+    return finished_run.with_suffix(".out").read_text()
+
+
+def test_a_step_prints_loss_tokens_per_second_mfu_and_time_left(output):
+    lines = re.findall(
+        r"^step (\d+)/24 \| loss \d+\.\d{3} \| [\d,]+ tokens/s \| MFU \d+% \| \d+:\d\d left$", output, re.M
+    )
+    assert list(map(int, lines)) == list(range(1, STEPS + 1))
+
+
+def test_output_that_is_no_terminal_is_plain(output):
+    assert "\x1b" not in output
+    assert "\r" not in output
+
+
+def test_a_run_prints_what_it_trains_on_evaluations_samples_and_a_table(output):
+    assert re.search(r"^data: wrote .*train: \d+ documents", output, re.M)
+    assert re.search(
+        r"^new run in .*: [\d,]+ parameters, 2 layers, TopK keeps 8 of 32 \(relu\) in 1", output, re.M
+    )
+    assert re.findall(r"^held-out at step (\d+): \d\.\d{4} bits/byte", output, re.M) == ["8", "16", "24"]
+    assert len(re.findall(r"^sample: The", output, re.M)) == 3
+    assert "held-out bits per byte" in output
+    assert "dead neurons, per TopK layer" in output
+
+
+def test_generate_prints_one_json_object(trainer, finished_run):
+    arguments = ["generate", str(finished_run), "The old", "--max-new-tokens", "5", "--json"]
+    process = trainer.start_python("-c", RUNS_THE_COMMAND, *arguments)
+    assert process.finish() == 0, process.errors
+    assert process.errors == ""
+    printed = json.loads(process.output)
+    assert printed["run"] == str(finished_run)
+    assert printed["step"] == STEPS
+    assert printed["text"].startswith("The old")
+
+
+def test_generate_refuses_in_one_line(trainer, finished_run):
+    arguments = ["generate", str(finished_run), "The old", "--step", "6"]
+    process = trainer.start_python("-c", RUNS_THE_COMMAND, *arguments)
+    assert process.finish() == 2
+    line = assert_one_line_error(process.errors)
+    assert "step = 6" in line
+    assert "5, 10, 15, 20, 24" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "VERB"),
+        (["genrate"], "'genrate'"),
+        (["generate"], "RUN, prompt"),
+        (["generate", "nowhere", "The"], "nowhere is not a run folder"),
+        (["generate", "nowhere", "The", "--seed", "x"], "--seed"),
+        (["generate", "nowhere", "The", "--sed", "1"], "--sed"),
+        (["generate", "nowhere", "The", "--temperature", "-1"], "--temperature = -1.0: must be 0 or more"),
+        (["generate", "nowhere", "The", "--temperature", "nan"], "--temperature = nan"),
+        (["generate", "nowhere", "The", "--max-new-tokens", "-1"], "--max-new-tokens = -1: must be 0 or"),
+        (["train"], "--config is missing"),
+        (["train", f"--config={CONFIG_FILE}", "--config.model.topk_k=0"], "model.topk_k = 0"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, words):
+    assert main.guarded(lambda: cli.dispatch(arguments)) == 2
+    captured = capsys.readouterr()
+    assert words in assert_one_line_error(captured.err)
+    assert captured.out == ""
+
+
+def help_of(capsys, call):
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_the_command_lists_its_verbs(capsys):
+    text = help_of(capsys, lambda: cli.dispatch(["--help"]))
+    assert "train" in text
+    assert "generate" in text
+
+
+def test_generate_explains_itself_with_an_example(capsys):
+    text = help_of(capsys, lambda: cli.dispatch(["generate", "--help"]))
+    assert "example: topklm generate runs/small" in text
+    assert "--temperature" in text
+
+
+def test_train_explains_itself_with_an_example_and_every_field(capsys):
+    text = help_of(capsys, lambda: cli.dispatch(["train", "--help"]))
+    assert main.EXAMPLE in " ".join(text.split())
+    assert "--workdir" in text
+    for name, value in flatten(Config()).items():
+        assert f"{name} = {value!r}" in text
+
+
+@pytest.mark.parametrize(("variant", "folder"), [("", "runs/small"), (":base", "runs/small-base")])
+def test_a_run_without_a_folder_is_named_after_its_config(variant, folder):
+    config, workdir = main.parse(["topklm train", f"--config={CONFIG_FILE}{variant}"])
+    assert str(workdir) == folder
+    assert (config.model.n_topk_layers == 0) == (variant == ":base")
+
+
+def test_flags_override_the_file():
+    config, workdir = main.parse(
+        [
+            "train",
+            f"--config={CONFIG_FILE}",
+            "--config.model.topk_k=5",
+            "--config.optim.learning_rate=1e-3",
+            "--workdir=w",
+        ]
+    )
+    assert (config.model.topk_k, config.optim.learning_rate, str(workdir)) == (5, 1e-3, "w")

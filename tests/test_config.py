@@ -1,0 +1,125 @@
+import dataclasses
+import json
+
+import pytest
+
+from topklm import config as config_lib
+from topklm.config import Config, differences_that_matter, flatten, from_json, nearest_field, resolve
+from topklm.errors import UserError
+
+
+def with_fields(**fields):
+    """The default config with fields such as model__topk_k."""
+    values = Config().to_dict()
+    for name, value in fields.items():
+        section, field = name.split("__")
+        values[section][field] = value
+    return resolve(values)
+
+
+def test_the_defaults_resolve_to_themselves():
+    assert resolve(config_lib.default()) == Config()
+    assert resolve({}) == Config()
+
+
+def test_what_is_missing_takes_its_default():
+    config = resolve({"model": {"d_model": 64}, "train": {"steps": 3}})
+    assert (config.model.d_model, config.train.steps) == (64, 3)
+    assert config.model.n_layers == Config().model.n_layers
+
+
+def test_a_config_survives_json():
+    config = with_fields(model__topk_k=7, optim__learning_rate=0.1, data__source="a.txt,b.txt")
+    assert from_json(json.dumps(config.to_dict())) == config
+
+
+def test_a_config_is_frozen_and_hashable():
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.d_model = 3
+    assert hash(config) == hash(Config())
+
+
+def test_every_field_has_a_name_of_two_parts():
+    names = list(flatten(Config()))
+    assert "model.d_model" in names
+    assert all(name.count(".") == 1 for name in names)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modl": {}}, r"config\.modl is not a section; did you mean model\?"),
+        ({"xyz": {}}, r"config\.xyz is not a section; there are: model, data, train"),
+        ({"model": 3}, r"config\.model = 3: must be a section"),
+        ({"model": {"topk": 3}}, r"config\.model\.topk is not a field; did you mean topk_k\?"),
+        ({"log": {"xyz": 3}}, r"config\.log\.xyz is not a field; there are: every_steps"),
+        ({"model": {"topk_k": "8"}}, r"model\.topk_k = '8': must be of type int"),
+        ({"model": {"topk_k": 8.0}}, r"model\.topk_k = 8\.0: must be of type int"),
+        ({"model": {"topk_k": True}}, r"model\.topk_k = True: must be of type int"),
+        ({"model": {"scan_layers": 1}}, r"model\.scan_layers = 1: must be of type bool"),
+        ({"data": {"source": None}}, r"data\.source = None: must be of type str"),
+        ({"optim": {"beta1": 1.0}}, r"optim\.beta1 = 1\.0: must be at least 0 and below 1"),
+        ({"optim": {"learning_rate": float("inf")}}, r"optim\.learning_rate = inf: must be a finite number"),
+        ({"optim": {"schedule": "linear"}}, r"optim\.schedule = 'linear': must be one of cosine, wsd"),
+        ({"data": {"heldout_fraction": 1.0}}, r"data\.heldout_fraction = 1\.0: must be above 0 and below 1"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, r"only one of mesh\.data, mesh\.fsdp, mesh\.tensor may be -1"),
+    ],
+)
+def test_a_mistake_is_named(values, message):
+    with pytest.raises(UserError, match=message):
+        resolve(values)
+
+
+def test_a_whole_number_is_a_number():
+    rate = with_fields(optim__learning_rate=1).optim.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("k", "n_nontopk"), [(1, 1), (Config().model.d_model, 1), (32, Config().model.n_layers)]
+)
+def test_the_ends_of_a_range_are_allowed(k, n_nontopk):
+    model = with_fields(model__topk_k=k, model__n_nontopk=n_nontopk).model
+    assert model.n_topk_layers == model.n_layers - n_nontopk
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("d_modl", "config.model.d_model"), ("modl", "config.model"), ("step", "config.train.steps")],
+)
+def test_the_nearest_name_is_suggested(misspelt, meant):
+    assert nearest_field(misspelt) == f"did you mean {meant}?"
+
+
+def test_a_name_like_no_other_is_sent_to_the_help():
+    assert "--help" in nearest_field("zzzzzz")
+
+
+def test_equal_configs_do_not_differ():
+    assert differences_that_matter(Config(), Config()) == {}
+
+
+def test_a_change_of_the_run_itself_is_listed_with_both_values():
+    saved, asked = with_fields(), with_fields(model__topk_k=4, optim__schedule="wsd", train__steps=5)
+    assert differences_that_matter(saved, asked) == {
+        "model.topk_k": (Config().model.topk_k, 4),
+        "optim.schedule": ("cosine", "wsd"),
+    }
+
+
+@pytest.mark.parametrize("schedule", config_lib.SCHEDULES)
+def test_length_place_and_reporting_may_change(schedule):
+    saved = with_fields(optim__schedule=schedule)
+    asked = with_fields(
+        optim__schedule=schedule,
+        train__steps=9,
+        data__dir="elsewhere",
+        mesh__fsdp=2,
+        checkpoint__every_steps=3,
+        checkpoint__keep=9,
+        eval__every_steps=4,
+        log__every_steps=1,
+    )
+    assert differences_that_matter(saved, asked) == {}

@@ -1,0 +1,74 @@
+"""What the README tells people to type works as written."""
+
+import os
+from pathlib import Path
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from topklm import config, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def training_flags():
+    """The arguments of each command in the README that trains."""
+    commands = re.findall(r"python -m topklm\.main (--config=.*)", README)
+    return [shlex.split(command) for command in commands]
+
+
+def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(training_flags()) >= 2
+    for flags in training_flags():
+        main.parse(["topklm", *flags])
+
+
+def test_the_test_command_is_what_continuous_integration_finds():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    line = re.search(r"test_command=\$\((.*)\)\n", script).group(1)
+    found = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() in blocks("bash")[1]
+    assert found.stdout.strip().endswith("-m pytest -n auto")
+
+
+def test_every_field_that_the_readme_names_exists():
+    fields = config.flatten(config.Config())
+    sections = "|".join(config.Config().to_dict())
+    named = re.findall(rf"(?:`|--config\.)((?:{sections})\.[a-z_0-9]+)[`=,]", README)
+    assert len(named) > 10
+    assert not set(named) - set(fields)
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
+def test_the_python_example_runs(run_copy, tmp_path):
+    (tmp_path / "runs").mkdir()
+    run_copy.rename(tmp_path / "runs/small")
+    for number, block in enumerate(blocks("python")):
+        script = tmp_path / f"example{number}.py"
+        script.write_text(block)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_your_own_text_trains(trainer, tmp_path, suffix):
+    source = tmp_path / f"mine{suffix}"
+    words = trainer.corpus.read_text(encoding="utf-8", errors="replace").splitlines()
+    source.write_text("\n\n".join(words * 3) if suffix == ".txt" else "\n".join(words), encoding="utf-8")
+    settings = {"data.source": source, "data.dir": tmp_path / "datasets", "train.steps": 2}
+    process = trainer.run(tmp_path / "run", {**settings, "data.heldout_fraction": 0.2})
+    assert process.exit_code == 0, process.errors
+    assert (tmp_path / "run/metrics.jsonl").exists()

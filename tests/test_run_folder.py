@@ -1,0 +1,92 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from topklm import run_folder
+from topklm.config import Config, TrainConfig
+from topklm.errors import UserError
+
+HOLDS_THE_LOCK = """
+import pathlib, sys, time
+from topklm import run_folder
+
+with run_folder.owned(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def write_config(folder, config):
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def test_an_owned_folder_is_created_with_its_parents(tmp_path):
+    with run_folder.owned(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir()
+
+
+def test_a_folder_is_free_again_after_its_owner_leaves(tmp_path):
+    for _ in range(2):
+        with run_folder.owned(tmp_path):
+            pass
+
+
+def test_the_owner_is_named_to_a_second_one(tmp_path):
+    with (
+        run_folder.owned(tmp_path),
+        pytest.raises(UserError, match=f"in use by process {os.getpid()}: .*--workdir"),
+        run_folder.owned(tmp_path),
+    ):
+        raise AssertionError("was let in")
+
+
+def test_a_killed_owner_leaves_the_folder_free(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {owner.pid}"), run_folder.owned(tmp_path):
+            pass
+        owner.kill()
+        owner.wait()
+    with run_folder.owned(tmp_path):
+        pass
+
+
+def test_a_new_folder_has_no_config_and_no_checkpoint(tmp_path):
+    assert run_folder.saved_config(tmp_path) is None
+    assert not run_folder.has_checkpoint(tmp_path)
+    run_folder.check_same_run(tmp_path, Config())
+
+
+def test_a_checkpoint_counts_only_once_it_is_whole(tmp_path):
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not run_folder.has_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir()
+    assert run_folder.has_checkpoint(tmp_path)
+
+
+def test_the_saved_config_is_read_back(tmp_path):
+    config = Config(train=TrainConfig(steps=7, seed=3))
+    write_config(tmp_path, config)
+    assert run_folder.saved_config(tmp_path) == config
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        run_folder.saved_config(tmp_path)
+
+
+def test_another_length_is_the_same_run_and_another_seed_is_not(tmp_path):
+    config = Config()
+    write_config(tmp_path, config)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2000))
+    run_folder.check_same_run(tmp_path, longer)
+    reseeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
+    with pytest.raises(UserError, match=r"train\.seed was 0, now 1\. .*--workdir"):
+        run_folder.check_same_run(tmp_path, reseeded)

@@ -1,0 +1,216 @@
+import functools
+import json
+
+from helpers import TINY, assert_same_bits
+import jax
+import numpy as np
+import pytest
+
+from topklm import sharding
+from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
+from topklm.errors import UserError
+from topklm.training.checkpoints import Checkpoints
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import abstract_state, init_state, make_train_step
+
+# Saves a trained state of 8 devices, then restores a checkpoint of one device onto its own mesh:
+# `SCRIPT CONFIG_JSON FOLDER_OF_8 ARRAYS_OF_8 FOLDER_OF_1 ARRAYS_OF_1`.
+ON_EIGHT_DEVICES = """
+import pathlib, sys
+import jax, numpy as np
+from topklm import config as config_lib, sharding
+from topklm.training.checkpoints import Checkpoints
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import abstract_state, init_state
+
+config = config_lib.from_json(sys.argv[1])
+of_8, arrays_of_8, of_1, arrays_of_1 = map(pathlib.Path, sys.argv[2:])
+mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
+optimizer = make_optimizer(config.optim, config.train.steps)
+
+def write(path, state):
+    np.savez(path, *map(np.asarray, jax.tree.leaves(state)))
+
+def is_split(state):
+    return any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+
+state = init_state(config, optimizer, mesh)
+assert jax.device_count() == 8 and is_split(state)
+checkpoints = Checkpoints(of_8, config.checkpoint)
+checkpoints.save(state._replace(step=state.step + 7), {"next_index": 7}, {"note": "eight"})
+checkpoints.close()
+write(arrays_of_8, state._replace(step=state.step + 7))
+
+state, data, facts = Checkpoints(of_1, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+assert is_split(state)
+assert (data, facts) == ({"next_index": 3}, {"note": "one"})
+write(arrays_of_1, state)
+"""
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    sections: dict = {}
+    for name, value in TINY.items():
+        section, field = name.split(".")
+        sections.setdefault(section, {})[field] = value
+    sections["model"]["vocab_size"] = 320
+    return resolve(sections)
+
+
+@pytest.fixture(scope="module")
+def optimizer(config):
+    return make_optimizer(config.optim, config.train.steps)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def train_step(config, optimizer, mesh):
+    return make_train_step(config, optimizer, mesh)
+
+
+def batch(config, seed):
+    shape = (config.train.batch_size, config.model.context_length)
+    tokens = np.random.default_rng(seed).integers(0, 320, shape, dtype=np.int32)
+    return {
+        "inputs": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "loss_weights": np.ones(shape, np.float32),
+    }
+
+
+def copied(state):
+    """The values of now, in memory of their own."""
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+
+
+@pytest.fixture
+def state(config, optimizer, mesh, train_step):
+    """After three steps, so that no part of the optimizer is zero any more."""
+    state = init_state(config, optimizer, mesh)
+    for seed in range(3):
+        state, _ = train_step(state, batch(config, seed))
+    return state
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {"next_index": 3}, {"tokens_seen": 384, "config": config.to_dict()})
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "c", config.checkpoint)
+    assert again.latest_step == 3
+    restored, data, facts = again.restore(abstract_state(config, optimizer), mesh)
+    assert_same_bits(restored, state)
+    assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(restored.opt_state))
+    assert data == {"next_index": 3}
+    assert facts == {"tokens_seen": 384, "config": config.to_dict()}
+    again.close()
+
+
+def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, mesh, train_step, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {}, {})
+    checkpoints.wait()
+    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), mesh)
+    checkpoints.close()
+    for seed in range(3, 6):
+        state, expected = train_step(state, batch(config, seed))
+        restored, actual = train_step(restored, batch(config, seed))
+        assert_same_bits(actual, expected)
+    assert_same_bits(restored, state)
+
+
+def test_steps_taken_while_a_save_is_written_do_not_reach_it(
+    tmp_path, config, optimizer, mesh, train_step, state
+):
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=10))
+    expected = {}
+    for _ in range(5):
+        expected[int(state.step)] = copied(state)
+        given_away = state
+        checkpoints.save(state, {}, {})
+        for seed in range(8):  # each overwrites the buffers of the one before
+            state, _ = train_step(state, batch(config, seed))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given_away))
+    checkpoints.close()
+    for step, values in expected.items():
+        only = tmp_path / f"only-{step}"
+        only.mkdir()
+        (tmp_path / "c" / str(step)).rename(only / str(step))
+        restored, _, _ = Checkpoints(only, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+        assert_same_bits(restored, values)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=2))
+    assert checkpoints.latest_step is None
+    for step in (3, 4, 5):
+        checkpoints.save(state._replace(step=np.int32(step)), {}, {})
+    checkpoints.close()
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"4", "5"}
+
+
+def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path, config, optimizer, mesh, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {"next_index": 1}, {})
+    checkpoints.save(state, {"next_index": 2}, {})
+    checkpoints.wait()
+    assert checkpoints.restore(abstract_state(config, optimizer), mesh)[1] == {"next_index": 1}
+    checkpoints.close()
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_never_read(tmp_path, config, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {}, {})
+    checkpoints.close()
+    half = tmp_path / "c" / "9.orbax-checkpoint-tmp"
+    (half / "params.orbax-checkpoint-tmp").mkdir(parents=True)
+    again = Checkpoints(tmp_path / "c", config.checkpoint)
+    assert again.latest_step == 3
+    again.close()
+    assert not half.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
+    tmp_path, config, optimizer, mesh, state
+):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {}, {})
+    checkpoints.wait()
+    other = resolve({**config.to_dict(), "model": {**config.to_dict()["model"], "tie_embeddings": True}})
+    with pytest.raises(UserError, match=r"checkpoint 3 holds .*unembed\.kernel is not part of this model"):
+        checkpoints.restore(abstract_state(other, optimizer), mesh)
+    checkpoints.close()
+
+
+def test_restoring_from_nothing_is_refused(tmp_path, config, optimizer, mesh):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoints.restore(abstract_state(config, optimizer), mesh)
+    checkpoints.close()
+
+
+def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, config, optimizer, mesh, state):
+    checkpoints = Checkpoints(tmp_path / "one", config.checkpoint)
+    checkpoints.save(state, {"next_index": 3}, {"note": "one"})
+    checkpoints.close()
+    places = [tmp_path / name for name in ("eight", "eight.npz", "one", "one.npz")]
+    process = trainer.start_python(
+        "-c",
+        ON_EIGHT_DEVICES,
+        json.dumps(config.to_dict()),
+        *map(str, places),
+        environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
+    assert process.finish() == 0, process.errors
+    shapes = functools.partial(abstract_state, config, optimizer)
+    from_eight, data, facts = Checkpoints(tmp_path / "eight", config.checkpoint).restore(shapes(), mesh)
+    assert (int(from_eight.step), data, facts) == (7, {"next_index": 7}, {"note": "eight"})
+    assert_same_bits(jax.tree.leaves(from_eight), list(np.load(tmp_path / "eight.npz").values()))
+    assert_same_bits(jax.tree.leaves(state), list(np.load(tmp_path / "one.npz").values()))

@@ -1,0 +1,160 @@
+import json
+
+from helpers import TINY
+import jax
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from topklm.config import ModelConfig
+from topklm.errors import UserError
+from topklm.model import transformer
+from topklm.training import metrics
+from topklm.training.metrics import MetricsWriter, flops_per_token, parameter_count, peak_flops_per_second
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_steps(folder, resume_step, steps):
+    writer = MetricsWriter(folder, resume_step)
+    for step in steps:
+        writer.write(step, {"train/loss": step / 7})
+    writer.close()
+
+
+def test_each_call_writes_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    writer.write(1, {"train/loss": 0.1, "tokens_seen": 128})
+    writer.write(1, {"eval/dead_neurons": [0.5, 0.25], "eval/sample": "The –"})
+    writer.close()
+    assert lines_of(tmp_path) == [
+        {"step": 1, "train/loss": 0.1, "tokens_seen": 128},
+        {"step": 1, "eval/dead_neurons": [0.5, 0.25], "eval/sample": "The –"},
+    ]
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    writer.write(1, {"train/loss": 0.1})
+    assert len(lines_of(tmp_path)) == 1
+    writer.close()
+
+
+def test_continuing_drops_the_lines_of_later_steps(tmp_path):
+    write_steps(tmp_path, 0, [1, 2, 3, 3, 4, 5])
+    write_steps(tmp_path, 3, [4])
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 3, 4]
+
+
+def test_starting_over_drops_every_line(tmp_path):
+    write_steps(tmp_path, 0, [1, 2])
+    write_steps(tmp_path, 0, [1])
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_half_a_last_line_is_dropped(tmp_path, cut):
+    write_steps(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    write_steps(tmp_path, 3, [4])
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 4]
+
+
+def test_complete_lines_are_read_back_and_none_where_there_is_no_file(tmp_path):
+    assert metrics.read(tmp_path) == []
+    write_steps(tmp_path, 0, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tra')
+    assert metrics.read(tmp_path) == lines_of_first(tmp_path, 2)
+
+
+def lines_of_first(folder, n):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:n]]
+
+
+def test_only_a_step_with_a_held_out_loss_is_evaluated(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    writer.write(1, {"train/loss": 0.1})
+    writer.write(2, {"train/loss": 0.1})
+    writer.write(2, {"eval/loss": 0.2})
+    writer.close()
+    assert [metrics.is_evaluated(tmp_path, step) for step in (1, 2, 3)] == [False, True, False]
+
+
+def events(folder):
+    """The events of the newest TensorBoard file: records of length, checksum, data, checksum."""
+    raw = max((folder / "tensorboard").iterdir()).read_bytes()
+    found = []
+    while raw:
+        size = int.from_bytes(raw[:8], "little")
+        found.append(Event.FromString(raw[12 : 12 + size]))
+        raw = raw[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_every_number_and_text(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=6)
+    writer.write(7, {"train/loss": 0.5, "eval/dead_neurons": [0.5, 0.25], "eval/sample": "The end"})
+    writer.close()
+    header, start, *rest = events(tmp_path)
+    assert header.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, SessionLog.START)  # forgets step 7 and later
+    values = {value.tag: value for event in rest for value in event.summary.value}
+    assert {event.step for event in rest} == {7}
+    assert values["train/loss"].simple_value == 0.5
+    assert values["eval/dead_neurons/0"].simple_value == 0.5
+    assert values["eval/dead_neurons/1"].simple_value == 0.25
+    assert values["eval/sample/text_summary"].tensor.string_val == [b"The end"]
+
+
+def test_a_folder_in_the_way_is_a_user_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        MetricsWriter(tmp_path, resume_step=0)
+
+
+def test_flops_per_token_counted_by_hand():
+    config = ModelConfig(
+        d_model=4, n_heads=2, n_kv_heads=1, d_mlp=8, vocab_size=10, n_layers=3, context_length=5, topk_k=2
+    )
+    attention = 4 * 4 + 4 * 2 + 4 * 2 + 4 * 4  # query, key, value, out; heads of width 2
+    swiglu = 3 * (4 * 8)  # gate, up, down
+    matrices = 3 * (attention + swiglu) + 4 * 10  # and the unembedding
+    assert matrices == 472
+    # 6 per parameter; scores and mixing: 2 products of 2 * 5 * 4 per layer forward, twice that backward.
+    assert flops_per_token(config) == 6 * 472 + 3 * (3 * 2 * 2 * 5 * 4) == 3552
+
+
+def test_flops_count_the_matrices_of_the_real_model():
+    sizes = {name.removeprefix("model."): TINY[name] for name in TINY if name.startswith("model.")}
+    config = ModelConfig(**sizes, vocab_size=320)
+    params = jax.eval_shape(lambda: transformer.create(config, 0))
+    norms = 2 * config.n_layers * config.d_model + config.d_model
+    embedding = config.vocab_size * config.d_model
+    matrices = parameter_count(params) - norms - embedding
+    attention = 12 * config.n_layers * config.d_model * config.context_length
+    assert flops_per_token(config) == 6 * matrices + attention
+
+
+def test_topk_makes_no_arithmetic_that_mfu_counts():
+    sparse, base = ModelConfig(vocab_size=9, n_nontopk=1), ModelConfig(vocab_size=9, n_nontopk=4)
+    assert flops_per_token(sparse) == flops_per_token(base)
+
+
+class Chip:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"), [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v4", 275)]
+)
+def test_the_peak_of_known_chips_is_the_data_sheets(kind, teraflops):
+    assert peak_flops_per_second([Chip(kind)] * 4, "bfloat16") == 4 * teraflops * 1e12
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    peak = peak_flops_per_second(jax.devices("cpu"), "float32")
+    assert 1e8 < peak < 1e15
