@@ -26,9 +26,9 @@ WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from topklm import main
 
-limit = int(sys.argv[1])
+limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-sys.exit(main.guarded(lambda: main.main(["topklm train", *sys.argv[2:]])))
+sys.exit(main.run())
 """
 
 

@@ -24,15 +24,15 @@ import signal, sys
 from topklm import main
 from topklm.training.console import Console
 
-report = Console.report
+stop_after, report = int(sys.argv.pop(1)), Console.report
 
 def report_and_ask(self, step, **figures):
     report(self, step, **figures)
-    if step == int(sys.argv[1]):
+    if step == stop_after:
         signal.raise_signal(signal.SIGTERM)
 
 Console.report = report_and_ask
-sys.exit(main.guarded(lambda: main.main(["topklm train", *sys.argv[2:]])))
+sys.exit(main.run())
 """
 
 
@@ -75,7 +75,8 @@ def kill_in_an_evaluation(process, run, chance):
 
 
 def kill_while_a_checkpoint_is_written(process, run, chance):
-    process.wait_for_line("compiled the train step")  # what an earlier kill has left is gone by now
+    process.wait_for_line("compiled the train step")
+    assert wait_until(lambda: not files_being_written(run), process)  # what an earlier kill has left
     assert wait_until(lambda: files_being_written(run), process)
     process.kill()
 
@@ -104,11 +105,11 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(trainer, finished_r
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_kills_at_any_time_change_nothing(trainer, finished_run, tmp_path, seed):
     chance, run = random.Random(seed), tmp_path / "killed"
     compiling_anew = dataclasses.replace(trainer, compilation_cache=None)
-    for _ in range(25):
+    for _ in range(20):
         process = compiling_anew.start(run, {"data.dir": tmp_path / "datasets"})
         deadline = time.monotonic() + chance.uniform(0, 25)
         wait_until(lambda deadline=deadline: time.monotonic() > deadline, process)

@@ -13,6 +13,7 @@ from topklm.inference.load import load
 
 def run() -> int:
     """The console script's entry: returns the exit code."""
+    errors.report_each_failure_once()
     return main.guarded(lambda: dispatch(sys.argv[1:]))
 
 

@@ -58,33 +58,27 @@ def _error_number_in(text: str) -> int | None:
 def exit_cleanly(command: Callable[[], int | None]) -> int:
     """Runs `command`; on a UserError prints its one line to stderr and returns exit code 2."""
     try:
-        with _failures_reported_once():
-            return command() or 0
+        return command() or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 
 
-@contextlib.contextmanager
-def _failures_reported_once() -> Iterator[None]:
-    """Keeps libraries from printing, trace and all, what they also raise for the command to report.
+def report_each_failure_once() -> None:
+    """Keeps libraries from printing, trace and all, what they also raise; for the rest of the process.
 
-    When a disk is full, Orbax logs the error of each of its threads, and TensorStore's threads complain that
-    nobody listens to theirs any more.
+    When a disk is full, Orbax logs the error of each of its threads, asyncio those that nobody waited for,
+    and TensorStore's threads complain that nobody listens to theirs any more.
     """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_has_no_trace)
+    sys.unraisablehook = _report_unraisable
 
-    def has_no_trace(record: logging.LogRecord) -> bool:
-        return not record.exc_info
 
-    def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
+def _has_no_trace(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
-    absl_logger, before = logging.getLogger("absl"), sys.unraisablehook
-    absl_logger.addFilter(has_no_trace)
-    sys.unraisablehook = report
-    try:
-        yield
-    finally:
-        absl_logger.removeFilter(has_no_trace)
-        sys.unraisablehook = before
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

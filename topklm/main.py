@@ -64,6 +64,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
 
 def run() -> int:
     """The process's entry: returns its exit code."""
+    errors.report_each_failure_once()
     return guarded(lambda: main(sys.argv))
 
 

@@ -12,7 +12,16 @@ from topklm.config import ModelConfig
 from topklm.model import transformer
 
 CONFIG = ModelConfig(
-    d_model=24, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=32, vocab_size=50, topk_k=6, n_nontopk=1
+    d_model=24,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_mlp=32,
+    vocab_size=50,
+    topk_k=6,
+    n_nontopk=1,
+    init_embed_std=0.5,
+    init_residual_scale=3.0,
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 12)), jnp.int32)
 
@@ -22,7 +31,7 @@ def variant(**changes):
 
 
 def create(config, seed):
-    return jax.jit(transformer.create, static_argnums=0)(config, seed)
+    return jax.jit(transformer.create, static_argnums=(0, 1))(config, seed)
 
 
 @functools.cache
@@ -85,14 +94,12 @@ def test_layers_are_initialised_differently_and_seeds_matter(params):
     assert not np.allclose(kernel, create(CONFIG, seed=1)["blocks"]["mlp"]["up"]["kernel"])
 
 
-def test_the_initial_scale_of_what_is_written_to_the_stream_is_a_setting():
-    config = variant(init_embed_std=0.5, init_residual_scale=3.0)
-    made = create(config, seed=0)
-    blocks = made["blocks"]
+def test_the_initial_scale_of_what_is_written_to_the_stream_is_as_set(params):
+    blocks = params["blocks"]
     for kernel, fan_in in [(blocks["attention"]["out"], 24), (blocks["mlp"]["down"], 32)]:
         assert np.std(kernel["kernel"]) == pytest.approx(3 / np.sqrt(6) / np.sqrt(fan_in), rel=0.1)
     assert np.std(blocks["mlp"]["up"]["kernel"]) == pytest.approx(24**-0.5, rel=0.1)
-    assert np.std(made["embed"]["embedding"]) == pytest.approx(0.5, rel=0.1)
+    assert np.std(params["embed"]["embedding"]) == pytest.approx(0.5, rel=0.1)
     assert (np.asarray(blocks["mlp_norm"]["scale"]) == 1).all()
 
 

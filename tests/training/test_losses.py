@@ -73,6 +73,17 @@ def test_bfloat16_stays_near_float32():
         assert np.linalg.norm(np.asarray(got, np.float32) - want) < 0.02 * np.linalg.norm(want)
 
 
+def test_only_the_first_sum_carries_gradient_and_it_scales_with_what_comes_back():
+    h, w, targets, weights = make(2, 9, 8, 31)
+    _, pull = jax.vjp(lambda h, w: cross_entropy(h, w, targets, weights, 1e-2), h, w)
+    back = [(1, 0), (3, 0), (0, 1)]
+    once, thrice, from_nll = [pull((jnp.float32(loss), jnp.float32(nll))) for loss, nll in back]
+    for a, b, c in zip(once, thrice, from_nll, strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(b, 3 * a, rtol=1e-6)
+        np.testing.assert_array_equal(c, 0 * a)
+
+
 def test_tokens_of_weight_zero_leave_no_trace():
     h, w, targets, weights = make(2, 9, 8, 31)
     weights = weights.at[1].set(0.0)

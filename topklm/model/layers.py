@@ -111,6 +111,15 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, d: int, *, std: float, rngs: nnx.Rngs):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32))
 
-    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """int32[B, T] -> [B, T, D] in `dtype`."""
-        return self.embedding[...].astype(dtype)[tokens_BT]
+    def __call__(
+        self, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: jax.sharding.NamedSharding | None = None
+    ) -> jax.Array:
+        """int32[B, T] -> [B, T, D] in `dtype`, laid out as `sharding` says (None on one device)."""
+        table_VD = self.embedding[...].astype(dtype)
+        if sharding is None:
+            return table_VD[tokens_BT]
+        # Whole on every device before the look-up: fsdp splits both its D and the batch, and XLA's way out
+        # of that is to rearrange the result.
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None))
+        table_VD = jax.lax.with_sharding_constraint(table_VD, whole)
+        return jax.lax.with_sharding_constraint(table_VD[tokens_BT], sharding)

@@ -123,9 +123,7 @@ class Transformer(nnx.Module):
             h_next = self._topk(u, sharding) if sparse else u
             return h_next, tap(h, u, h_next) if tap else None
 
-        h_BTD = self.embed(tokens_BT, dtype)
-        if sharding is not None:
-            h_BTD = jax.lax.with_sharding_constraint(h_BTD, sharding)
+        h_BTD = self.embed(tokens_BT, dtype, sharding)
         run = _scan_layers if config.scan_layers else _unroll_layers
         h_BTD, taps = run(layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
         return self.final_norm(h_BTD), taps

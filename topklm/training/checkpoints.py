@@ -43,7 +43,7 @@ class Checkpoints:
         """Starts saving; a step that is already saved is left as it is.
 
         Args:
-            state: The training state; its buffers are copied before this returns.
+            state: The training state; the next step may be given its buffers once this returns.
             data_state: JSON-able state of the data iterator after exactly `state.step` batches.
             facts: JSON-able: config, tokenizer sha256, tokens seen, seconds trained, versions.
         """
