@@ -247,7 +247,8 @@ def assert_step_5_is_as_good_as_ever(run, finished_run):
 
 def test_a_checkpoint_too_large_to_be_written_leaves_the_one_before(trainer, run_copy, finished_run):
     forget_checkpoints_after(run_copy, 5)
-    process = trainer.start_python("-c", WITH_A_FILE_SIZE_LIMIT, "60000", *trainer.arguments(run_copy))
+    arguments = trainer.arguments(run_copy, {"data.dir": finished_run.parent / "datasets"})
+    process = trainer.start_python("-c", WITH_A_FILE_SIZE_LIMIT, "60000", *arguments)
     assert process.finish() == 2, process.errors
     line = assert_one_line_error(process.errors)
     assert str(run_copy) in line
@@ -277,7 +278,7 @@ def test_a_full_disk_while_a_checkpoint_is_saved_leaves_the_one_before(
 ):
     forget_checkpoints_after(run_copy, 5)
     run = shutil.copytree(run_copy, small_disk / "run")
-    process = trainer.run(run)
+    process = trainer.run(run, {"data.dir": finished_run.parent / "datasets"})
     assert process.exit_code == 2, process.errors
     line = assert_one_line_error(process.errors)
     assert str(run) in line
