@@ -1,15 +1,11 @@
 import json
 
-from helpers import TINY
-import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import transformer
 from topklm.training import metrics
-from topklm.training.metrics import MetricsWriter, flops_per_token, parameter_count, peak_flops_per_second
+from topklm.training.metrics import MetricsWriter
 
 
 def lines_of(folder):
@@ -109,48 +105,3 @@ def test_a_folder_in_the_way_is_a_user_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         MetricsWriter(tmp_path, resume_step=0)
-
-
-def test_flops_per_token_counted_by_hand():
-    config = ModelConfig(
-        d_model=4, n_heads=2, n_kv_heads=1, d_mlp=8, vocab_size=10, n_layers=3, context_length=5, topk_k=2
-    )
-    attention = 4 * 4 + 4 * 2 + 4 * 2 + 4 * 4  # query, key, value, out; heads of width 2
-    swiglu = 3 * (4 * 8)  # gate, up, down
-    matrices = 3 * (attention + swiglu) + 4 * 10  # and the unembedding
-    assert matrices == 472
-    # 6 per parameter; scores and mixing: 2 products of 2 * 5 * 4 per layer forward, twice that backward.
-    assert flops_per_token(config) == 6 * 472 + 3 * (3 * 2 * 2 * 5 * 4) == 3552
-
-
-def test_flops_count_the_matrices_of_the_real_model():
-    sizes = {name.removeprefix("model."): TINY[name] for name in TINY if name.startswith("model.")}
-    config = ModelConfig(**sizes, vocab_size=320)
-    params = jax.eval_shape(lambda: transformer.create(config, 0))
-    norms = 2 * config.n_layers * config.d_model + config.d_model
-    embedding = config.vocab_size * config.d_model
-    matrices = parameter_count(params) - norms - embedding
-    attention = 12 * config.n_layers * config.d_model * config.context_length
-    assert flops_per_token(config) == 6 * matrices + attention
-
-
-def test_topk_makes_no_arithmetic_that_mfu_counts():
-    sparse, base = ModelConfig(vocab_size=9, n_nontopk=1), ModelConfig(vocab_size=9, n_nontopk=4)
-    assert flops_per_token(sparse) == flops_per_token(base)
-
-
-class Chip:
-    def __init__(self, kind):
-        self.device_kind = kind
-
-
-@pytest.mark.parametrize(
-    ("kind", "teraflops"), [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v4", 275)]
-)
-def test_the_peak_of_known_chips_is_the_data_sheets(kind, teraflops):
-    assert peak_flops_per_second([Chip(kind)] * 4, "bfloat16") == 4 * teraflops * 1e12
-
-
-def test_the_peak_of_a_cpu_is_measured():
-    peak = peak_flops_per_second(jax.devices("cpu"), "float32")
-    assert 1e8 < peak < 1e15

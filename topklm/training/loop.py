@@ -26,6 +26,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import write_atomically
 from topklm.inference.generate import generate_tokens
 from topklm.training import metrics as metrics_lib
+from topklm.training import throughput
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, duration, evaluation_line, percentages
 from topklm.training.evaluation import evaluate
@@ -66,23 +67,6 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
         _Run(config, workdir, dataset, mesh, console).train()
 
 
-@dataclasses.dataclass
-class _Clock:
-    """Seconds spent on training steps; stopped while the run evaluates or saves."""
-
-    total: float
-    since: float = 0.0
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.total += time.perf_counter() - self.since
-
-    def now(self) -> float:
-        return self.total + time.perf_counter() - self.since
-
-
 class _Run:
     """One process's part in a run: what the loop needs at hand, opened once."""
 
@@ -118,7 +102,7 @@ class _Run:
                 return
             state, seconds = self._restore_or_start()
             first = int(state.step)
-            self.clock = _Clock(seconds)
+            self.clock = throughput.Clock(seconds)
             writer = metrics_lib.MetricsWriter(self.folder, resume_step=first)
             with contextlib.closing(writer) as self.writer, stop_on_signal() as stop:
                 if self._owes_evaluation(first):
@@ -132,7 +116,7 @@ class _Run:
     def _steps(self, state: TrainState, first: int, stop: StopRequest) -> None:
         steps = self.config.train.steps
         train_step = self._compile(state)
-        self.log_rate = _Rate(self.config, self.tokens_per_step, first, self.clock.total)
+        self.log_rate = throughput.Rate(self.config, self.tokens_per_step, first, self.clock.total)
         self.console.start(first, steps)
         pending: tuple[int, Any] | None = None
         self.clock.start()
@@ -177,7 +161,7 @@ class _Run:
         """The state and the seconds already trained; the data stream is moved to its place."""
         if self.checkpoints.latest_step is None:
             state = init_state(self.config, self.optimizer, self.mesh)
-            n = metrics_lib.parameter_count(state.params)
+            n = throughput.parameter_count(state.params)
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {_shape(self.config)}")
             return state, 0.0
         abstract = abstract_state(self.config, self.optimizer)
@@ -319,23 +303,6 @@ class _Run:
         rows = {label: show(newest[key]) for key, (label, show) in formats.items() if key in newest}
         example = f'topklm.load("{self.folder}").generate("The", max_new_tokens=40)'
         return {"steps": f"{self.checkpoints.latest_step:,}", **rows, "read it": example}
-
-
-class _Rate:
-    """Throughput since the last time it was asked for."""
-
-    def __init__(self, config: Config, tokens_per_step: int, step: int, seconds: float):
-        self._last = (step, seconds)
-        self._tokens_per_step = tokens_per_step
-        peak = metrics_lib.peak_flops_per_second(jax.devices(), config.model.dtype)
-        self._mfu_of_rate = metrics_lib.flops_per_token(config.model) / peak
-
-    def at(self, step: int, seconds: float) -> tuple[float, float]:
-        """Tokens per second, and the model FLOPs utilisation that is."""
-        steps, elapsed = step - self._last[0], seconds - self._last[1]
-        self._last = (step, seconds)
-        rate = steps * self._tokens_per_step / max(elapsed, 1e-9)
-        return rate, rate * self._mfu_of_rate
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
