@@ -40,11 +40,14 @@ def draw(runs: list[pathlib.Path], out: pathlib.Path, baselines: dict[str, float
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, colour in zip(runs, COLOURS, strict=False):
         _draw_run(left, right, run, colour)
-    for name, bits in baselines.items():
+    above = np.inf
+    for name, bits in sorted(baselines.items(), key=lambda item: -item[1]):
         right.axhline(bits, color="#888888", linewidth=0.8, linestyle="--")
-        right.text(
-            0.02, bits, name, transform=right.get_yaxis_transform(), va="bottom", color="#555555", size=8
-        )
+        # A label goes under its line where the one above is too close to leave room.
+        side = "bottom" if above - bits > 0.05 else "top"
+        across = right.get_yaxis_transform()
+        right.text(0.02, bits, name, transform=across, va=side, color="#555555", size=8)
+        above = bits
     left.set(xlabel="tokens seen (millions)", ylabel="train loss (nats per token)")
     right.set(xlabel="tokens seen (millions)", ylabel="held-out bits per byte")
     left.legend(frameon=False)

@@ -21,7 +21,7 @@ def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
         config.model.n_nontopk = config.model.n_layers
     if variant == "hour":
         config.model.update(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_mlp=1024, topk_k=48)
-        config.train.update(steps=1200, batch_size=16)
-        # Four passes over a small corpus: a smaller step and more decay keep it from learning it by heart.
+        config.train.update(steps=1000, batch_size=16)
+        # Three passes over a small corpus: a smaller step and more decay keep it from learning it by heart.
         config.optim.update(learning_rate=4e-3, weight_decay=0.3)
     return config

