@@ -89,6 +89,15 @@ def assert_trees_close(got, want, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), path
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_bfloat16_computes_nearly_the_same_over_float32_parameters(base_gradient, scanned):
+    model = dataclasses.replace(BASE.model, dtype="bfloat16", scan_layers=scanned)
+    gradient, metrics = gradient_and_metrics(dataclasses.replace(BASE, model=model), one_device())
+    assert float(metrics["loss"]) == pytest.approx(float(base_gradient[1]["loss"]), rel=0.01)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}
+    assert_trees_close(gradient, base_gradient[0], tolerance=0.1)
+
+
 def test_the_gradient_is_that_of_the_weighted_mean_loss(base_gradient):
     batch = make_batch()
 
