@@ -27,6 +27,11 @@ def test_the_newest_checkpoint_is_loaded_with_its_config_and_tokenizer(model, fi
     assert model.config.model.vocab_size == model.tokenizer.vocab_size == 320
 
 
+def test_a_model_says_in_one_line_what_it_is(model, finished_run):
+    shape = "2 layers, d_model 32, TopK keeps 8 in 1 of them, vocabulary 320"
+    assert repr(model) == f"LanguageModel({finished_run}, step {STEPS}: {shape})"
+
+
 def test_the_parameters_are_those_of_the_checkpoint(model, finished_run):
     assert_same_bits(model.params, arrays(finished_run, STEPS)["params"])
 

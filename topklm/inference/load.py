@@ -24,7 +24,7 @@ from topklm.inference.generate import generate_tokens
 from topklm.model import transformer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
     """A trained model with its tokenizer, ready to be called."""
 
@@ -32,7 +32,14 @@ class LanguageModel:
     step: int
     config: Config
     tokenizer: Tokenizer
-    params: transformer.Parameters = dataclasses.field(repr=False)
+    params: transformer.Parameters
+
+    def __repr__(self) -> str:
+        m = self.config.model
+        return (
+            f"LanguageModel({self.run}, step {self.step:,}: {m.n_layers} layers, d_model {m.d_model}, TopK keeps "
+            f"{m.topk_k} in {m.n_topk_layers} of them, vocabulary {m.vocab_size:,})"
+        )
 
     def __call__(self, tokens: str | jax.Array | np.ndarray | Sequence) -> jax.Array:
         """Next-token logits, float32[B, T, V].
