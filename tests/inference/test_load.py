@@ -28,7 +28,7 @@ def test_the_newest_checkpoint_is_loaded_with_its_config_and_tokenizer(model, fi
 
 
 def test_a_model_says_in_one_line_what_it_is(model, finished_run):
-    shape = "2 layers, d_model 32, TopK keeps 8 in 1 of them, vocabulary 320"
+    shape = "2 layers of width 32, vocabulary 320, TopK keeps 8 in 1 layers"
     assert repr(model) == f"LanguageModel({finished_run}, step {STEPS}: {shape})"
 
 

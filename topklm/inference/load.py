@@ -36,10 +36,9 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         m = self.config.model
-        return (
-            f"LanguageModel({self.run}, step {self.step:,}: {m.n_layers} layers, d_model {m.d_model}, TopK keeps "
-            f"{m.topk_k} in {m.n_topk_layers} of them, vocabulary {m.vocab_size:,})"
-        )
+        shape = f"{m.n_layers} layers of width {m.d_model}, vocabulary {m.vocab_size:,}"
+        topk = f"TopK keeps {m.topk_k} in {m.n_topk_layers} layers" if m.n_topk_layers else "no TopK"
+        return f"LanguageModel({self.run}, step {self.step:,}: {shape}, {topk})"
 
     def __call__(self, tokens: str | jax.Array | np.ndarray | Sequence) -> jax.Array:
         """Next-token logits, float32[B, T, V].
