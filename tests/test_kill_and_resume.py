@@ -35,6 +35,27 @@ Console.report = report_and_ask
 sys.exit(main.run())
 """
 
+# Rests after every step, so that a signal meant for one step arrives before the next few are done: `SCRIPT FLAGS...`.
+REST_SECONDS = 0.2
+RESTS_AFTER_EACH_STEP = f"""
+import sys, time
+from topklm import main
+from topklm.training.console import Console
+
+report = Console.report
+
+def report_and_rest(self, step, **figures):
+    report(self, step, **figures)
+    time.sleep({REST_SECONDS})
+
+Console.report = report_and_rest
+sys.exit(main.run())
+"""
+
+
+def start_slowly(trainer, run, settings=None):
+    return trainer.start_python("-c", RESTS_AFTER_EACH_STEP, *trainer.arguments(run, settings))
+
 
 def assert_as_if_undisturbed(run, finished_run):
     assert metrics(run) == metrics(finished_run)
@@ -52,7 +73,8 @@ def files_being_written(run):
 
 
 def kill_while_starting(process, run, chance):
-    time.sleep(chance.uniform(0, 6))
+    deadline = time.monotonic() + chance.uniform(0, 6)
+    wait_until(lambda: time.monotonic() > deadline or "step 1/" in process.output, process)
     process.kill()
 
 
@@ -70,7 +92,7 @@ def kill_between_checkpoints(process, run, chance):
 def kill_in_an_evaluation(process, run, chance):
     next_evaluation = (newest_step(run) // 8 + 1) * 8
     process.wait_for_line(f"step {next_evaluation}/")  # evaluated as soon as this is printed
-    time.sleep(chance.uniform(0, 0.1))
+    time.sleep(REST_SECONDS + chance.uniform(0, 0.1))
     process.kill()
 
 
@@ -93,7 +115,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(trainer, finished_r
         kill_while_a_checkpoint_is_written,
         kill_between_checkpoints,
     ):
-        kill(trainer.start(run, {"data.dir": tmp_path / "datasets"}), run, chance)
+        kill(start_slowly(trainer, run, {"data.dir": tmp_path / "datasets"}), run, chance)
         half_written += bool(files_being_written(run))
     assert half_written  # a folder that is still being written stays behind under its temporary name
     assert newest_step(run) < STEPS
@@ -122,7 +144,7 @@ def test_kills_at_any_time_change_nothing(trainer, finished_run, tmp_path, seed)
 def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, finished_run, tmp_path):
     run = tmp_path / "stopped"
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 11)):
-        process = trainer.start(run)
+        process = start_slowly(trainer, run)
         process.wait_for_line(f"step {step}/")
         process.signal(number)
         assert process.finish() == 0
