@@ -24,7 +24,8 @@ import rich.table
 from benchmarks import machine
 from benchmarks.kneser_ney import KneserNey
 from topklm import config
-from topklm.data.prepare import Dataset, SplitInfo, prepare
+from topklm.data.dataset import Dataset, SplitInfo
+from topklm.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 NGRAM_ORDER = 5
@@ -42,7 +43,7 @@ def main() -> None:
     data = dataclasses.replace(
         config.resolve(config.default()).data, source=arguments.source, dir=arguments.dir
     )
-    dataset = prepare(data)
+    (dataset,) = prepare(data).datasets
     train = list(documents(dataset, dataset.train))
     heldout = list(documents(dataset, dataset.heldout))
     train_text, heldout_text = (text_of(dataset, split) for split in (train, heldout))

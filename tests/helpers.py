@@ -46,7 +46,7 @@ TINY: Mapping[str, Any] = {
     "eval.sample_tokens": 8,
     "log.every_steps": 1,
 }
-WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained")
+WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained", "input_wait")
 
 
 def sentences(seed: int, n_documents: int) -> list[str]:

@@ -18,7 +18,7 @@ from helpers import (
 import pytest
 
 import topklm
-from topklm import main
+from topklm import errors, main
 from topklm.data.tokenizer import train_bpe
 
 # Runs the trainer under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
@@ -39,7 +39,7 @@ def refusal(capsys, monkeypatch):
 
     def run(arguments):
         capsys.readouterr()
-        assert main.guarded(lambda: main.main(["topklm train", *map(str, arguments)])) == 2
+        assert errors.guarded(lambda: main.main(["topklm train", *map(str, arguments)])) == 2
         return assert_one_line_error(capsys.readouterr().err)
 
     return run

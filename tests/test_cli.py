@@ -1,13 +1,17 @@
 import json
 import re
+import subprocess
+import sys
 
 from helpers import CONFIG_FILE, STEPS, assert_one_line_error
 import pytest
 
-from topklm import cli, main
+import topklm
+from topklm import cli, errors, main
 from topklm.config import Config, flatten
 
 RUNS_THE_COMMAND = "import sys; from topklm import cli; sys.exit(cli.run())"
+HEAVY = ("jax", "flax", "optax", "orbax", "grain")
 
 
 @pytest.fixture
@@ -64,7 +68,17 @@ def test_generate_refuses_in_one_line(trainer, finished_run):
     [
         ([], "VERB"),
         (["genrate"], "'genrate'"),
+        (["--verbose"], "VERB"),
         (["generate"], "RUN, prompt"),
+        (["data"], "show|verify"),
+        (["data", "shwo"], "'shwo'"),
+        (["data", "show"], "DIR"),
+        (["data", "show", "nowhere"], "nowhere/dataset.json: not there"),
+        (["data", "show", "nowhere", "--windows", "0"], "--windows = 0: must be 1 or more"),
+        (["data", "show", "nowhere", "--context-length", "0"], "--context-length = 0: must be 1 or more"),
+        (["data", "show", "nowhere", "--split", "test"], "--split"),
+        (["data", "verify", "nowhere"], "nowhere/dataset.json: not there"),
+        (["data", "verify", "gs://bucket/data"], "DIR = gs://bucket/data: must be a local or mounted"),
         (["generate", "nowhere", "The"], "nowhere is not a run folder"),
         (["generate", "nowhere", "The", "--seed", "x"], "--seed"),
         (["generate", "nowhere", "The", "--sed", "1"], "--sed"),
@@ -76,7 +90,7 @@ def test_generate_refuses_in_one_line(trainer, finished_run):
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, words):
-    assert main.guarded(lambda: cli.dispatch(arguments)) == 2
+    assert errors.guarded(lambda: cli.dispatch(arguments)) == 2
     captured = capsys.readouterr()
     assert words in assert_one_line_error(captured.err)
     assert captured.out == ""
@@ -93,8 +107,40 @@ def help_of(capsys, call):
 
 def test_the_command_lists_its_verbs(capsys):
     text = help_of(capsys, lambda: cli.dispatch(["--help"]))
-    assert "train" in text
-    assert "generate" in text
+    for verb, summary in cli.VERBS.items():
+        assert re.search(rf"^ +{verb} +{re.escape(summary)}$", text, re.M)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
+def test_every_verb_explains_itself_with_an_example(capsys, verb):
+    text = help_of(capsys, lambda: cli.dispatch([verb, "--help"]))
+    assert f"example: topklm {verb} " in text
+
+
+def heavy_modules_after(code):
+    """Which of `HEAVY` a new interpreter has imported after running `code`."""
+    code = f"{code}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("imported", ["topklm", "topklm.cli", "topklm.__main__ as cli"])
+def test_importing_the_command_imports_no_jax(imported):
+    code = f"import sys; sys.argv = ['topklm', '--help']\ntry: import {imported}\nexcept SystemExit: pass"
+    assert heavy_modules_after(code) == "[]"
+
+
+@pytest.mark.parametrize("verb", ["prepare", "data show", "data verify", "generate"])
+def test_help_is_shown_without_jax(verb):
+    code = f"from topklm import cli\ntry: cli.dispatch([*{verb.split()}, '--help'])\nexcept SystemExit: pass"
+    assert heavy_modules_after(code) == "[]"
+
+
+def test_the_python_interface_is_there_when_it_is_asked_for():
+    assert {"LanguageModel", "load"} <= set(dir(topklm))
+    assert topklm.load.__module__ == topklm.LanguageModel.__module__ == "topklm.inference.load"
+    with pytest.raises(AttributeError, match="module 'topklm' has no attribute 'lod'"):
+        topklm.lod  # noqa: B018
 
 
 def test_generate_explains_itself_with_an_example(capsys):

@@ -35,7 +35,7 @@ Console.report = report_and_ask
 sys.exit(main.run())
 """
 
-# Rests after every step, so that a signal meant for one step arrives before the next few are done: `SCRIPT FLAGS...`.
+# Rests after every step, so that a signal meant for one step arrives before the next few: `SCRIPT FLAGS...`.
 REST_SECONDS = 0.2
 RESTS_AFTER_EACH_STEP = f"""
 import sys, time

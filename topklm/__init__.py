@@ -1,6 +1,21 @@
 """topklm: pretrain TopK language models and read their hidden states."""
 
-from topklm.inference.load import LanguageModel, load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topklm.inference.load import LanguageModel, load
 
 __all__ = ["LanguageModel", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # They need JAX, which takes seconds to import; commands and workers that prepare text do without.
+    if name in __all__:
+        return getattr(importlib.import_module("topklm.inference.load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

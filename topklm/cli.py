@@ -1,43 +1,47 @@
-"""The `topklm` command: a verb, and a thin call into the library."""
+"""The `topklm` command: finds the module of a verb in `topklm.commands`, and runs it.
+
+Imports nothing else of the library, so that it starts at once and a verb loads only what it needs.
+"""
 
 import argparse
 from collections.abc import Sequence
-import json
-import math
+import importlib
 import sys
 from typing import NoReturn
 
-from topklm import errors, main
-from topklm.inference.load import load
+from topklm import errors
+
+VERBS = {
+    "train": "train a model",
+    "prepare": "turn text into a dataset of token shards",
+    "data": "look into a dataset, or check all of it",
+    "generate": "continue a prompt",
+}
 
 
 def run() -> int:
     """The console script's entry: returns the exit code."""
     errors.report_each_failure_once()
-    return main.guarded(lambda: dispatch(sys.argv[1:]))
+    return errors.guarded(lambda: dispatch(sys.argv[1:]))
 
 
 def dispatch(argv: Sequence[str]) -> None:
-    """Runs one verb with its arguments."""
-    if argv and argv[0] == "train":
-        # Its flags are those of the config, which argparse does not know.
-        main.main(["topklm train", *argv[1:]])
+    """Runs one verb with its arguments.
+
+    The module of a verb has `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`.
+    """
+    if not argv or argv[0] not in VERBS:
+        _parser_of_verbs().parse_args(argv)  # shows the help, or says what is wrong
         return
-    arguments = _parser().parse_args(argv)
-    arguments.call(arguments)
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    for flag in ("temperature", "max_new_tokens"):
-        value = getattr(arguments, flag)
-        if not 0 <= value < math.inf:
-            raise errors.UserError(f"--{flag.replace('_', '-')} = {value}: must be 0 or more")
-    model = load(arguments.run, step=arguments.step)
-    text = model.generate(arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
-    if arguments.json:
-        print(json.dumps({"run": model.run, "step": model.step, "text": text}))
-    else:
-        print(text)
+    verb, *rest = argv
+    command = importlib.import_module(f"topklm.commands.{verb}")
+    if verb == "train":
+        # Its flags are those of the config, which argparse does not know.
+        command.run(rest)
+        return
+    parser = _Parser(f"topklm {verb}", description=command.DESCRIPTION, epilog=f"example: {command.EXAMPLE}")
+    command.add_arguments(parser)
+    command.run(parser.parse_args(rest))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,22 +51,13 @@ class _Parser(argparse.ArgumentParser):
         raise errors.UserError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("topklm", description="Train TopK language models and read them.")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    verbs.add_parser("train", help=f"train a model; the same as {main.EXAMPLE}", add_help=False)
-    generate = verbs.add_parser(
-        "generate",
-        help="continue a prompt",
-        description="Continues a prompt with the newest checkpoint of a run.",
-        epilog='example: topklm generate runs/small "The city of" --temperature 0.7',
+def _parser_of_verbs() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "topklm",
+        description="Train TopK language models and read them.",
+        epilog="topklm VERB --help explains a verb, with an example.",
     )
-    generate.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
-    generate.add_argument("prompt", help="text that begins a document")
-    generate.add_argument("--max-new-tokens", type=int, default=50, help="default %(default)s")
-    generate.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default %(default)s")
-    generate.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    generate.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    generate.add_argument("--json", action="store_true", help="print one JSON object")
-    generate.set_defaults(call=_generate)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        verbs.add_parser(verb, help=summary)
     return parser

@@ -60,7 +60,8 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    source: str = "quickstart"  # "quickstart", or files and globs of .txt, .jsonl, .jsonl.gz, comma-separated
+    source: str = "quickstart"  # quickstart, a prepared folder, or files, globs, URLs of text
+    mixture: str = ""  # prepared folders and their shares of the windows, "DIR:0.7,DIR:0.3"; replaces source
     text_field: str = "text"  # key of the text in a JSON line
     vocab_size: int = 4096  # tokens of the BPE tokenizer trained on the training split, separator included
     heldout_fraction: float = 0.05  # share of documents held out, chosen by a hash of their text

@@ -11,6 +11,7 @@ import os
 import sys
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class UserError(Exception):
@@ -55,13 +56,17 @@ def _error_number_in(text: str) -> int | None:
     return next((code for code in _DISK_ERRORS if os.strerror(code) in text), None)
 
 
-def exit_cleanly(command: Callable[[], int | None]) -> int:
-    """Runs `command`; on a UserError prints its one line to stderr and returns exit code 2."""
+def guarded(command: Callable[[], None]) -> int:
+    """Runs a command to its exit code: 2 with one line for a mistake of the user, 130 for Ctrl-C."""
     try:
-        return command() or 0
+        command()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before stays", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
 
 
 def report_each_failure_once() -> None:

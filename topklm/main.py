@@ -4,7 +4,7 @@ Short on purpose: it reads the flags and hands over to `training.loop.train`, wh
 anywhere. Single settings are overridden like `--config.model.topk_k=16`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import pathlib
 import re
 import sys
@@ -65,16 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
 def run() -> int:
     """The process's entry: returns its exit code."""
     errors.report_each_failure_once()
-    return guarded(lambda: main(sys.argv))
-
-
-def guarded(command: Callable[[], None]) -> int:
-    """Runs a command to its exit code: 2 with one line for a mistake of the user, 130 for Ctrl-C."""
-    try:
-        return errors.exit_cleanly(command)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before stays", file=sys.stderr)
-        return 130
+    return errors.guarded(lambda: main(sys.argv))
 
 
 def _run_name(config_file: str) -> str:

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
-import os
 import pathlib
 
 from topklm import config as config_lib
+from topklm import locks
 from topklm.errors import UserError, disk_errors_are_user_errors
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
-_LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -23,23 +21,17 @@ def owned(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         UserError: If the folder cannot be written, or another process is using it.
     """
-    with disk_errors_are_user_errors(f"opening the run folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK_FILE).open("a+", encoding="utf-8")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UserError(
-                f"run folder {folder} is in use by process {owner}: wait for it, stop it, or choose "
-                "another with --workdir"
-            ) from None
-        with disk_errors_are_user_errors(f"writing to the run folder {folder}"):
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+
+    def refuse(owner: str) -> None:
+        raise UserError(
+            f"run folder {folder} is in use by process {owner}: wait for it, stop it, or choose "
+            "another with --workdir"
+        )
+
+    with contextlib.ExitStack() as stack:
+        with disk_errors_are_user_errors(f"opening the run folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(folder, refuse))
         yield folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from topklm.config import MeshConfig, TrainConfig
 from topklm.errors import UserError
@@ -73,6 +74,23 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, T]."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process must provide, as rising numbers.
+
+    They need not be neighbours: where the devices of two processes take turns in the mesh, so do the
+    rows. `jax.make_array_from_process_local_data` expects the rows of its local data in this order.
+
+    Args:
+        sharding: Of the batch (`batch_sharding`).
+        batch_size: B, rows over all processes; a multiple of the ways the sharding splits them.
+
+    Returns:
+        int64[R], the rows that the addressable devices hold, each once.
+    """
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def hidden_sharding(mesh: Mesh) -> NamedSharding | None:

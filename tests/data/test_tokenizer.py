@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from topklm.data import tokenizer as tokenizer_module
-from topklm.data.tokenizer import SEPARATOR, Tokenizer, split_text, train_bpe
+from topklm.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
 from topklm.errors import UserError
 
 TEXTS = [f"The sea, the sea! {n} ships sailed in 'twenty-{n}." for n in range(40)]
@@ -78,14 +78,14 @@ def test_cutting_a_text_changes_no_token(text):
     whole = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "_PIECE_CHARS", 3)
-        pieces = list(split_text(text))
+        pieces = list(tokenizer.pieces(text))
         np.testing.assert_array_equal(tokenizer.encode(text), whole)
     assert "".join(pieces) == text
 
 
-def test_a_long_text_is_cut_into_pieces():
+def test_a_long_text_is_cut_into_pieces(tokenizer):
     text = "word and word\n" * 50_000
-    pieces = list(split_text(text))
+    pieces = list(tokenizer.pieces(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) < (1 << 16) + 10
 

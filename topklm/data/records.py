@@ -4,15 +4,18 @@ Shards are ArrayRecord files of fixed-length records. What the tokens mean, and 
 begin, is not known here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 from pathlib import Path
 import threading
 from typing import Any
+import uuid
 
 from array_record.python import array_record_module
 import numpy as np
@@ -21,7 +24,8 @@ from topklm.errors import UserError
 from topklm.files import fsync
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
-SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard, 16.8 M; the last shard may be shorter
+SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard at most, 16.8 M, unless asked otherwise
+MAX_OPEN_SHARDS = 256  # of one stream; systems allow a process some 1,000 open files
 
 _WRITER_OPTIONS = "group_size:1"  # one record per compressed chunk: nothing unwanted is decoded
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's advice for random access
@@ -38,88 +42,101 @@ class Shard:
     sha256: str  # of the file, hex
 
 
+class ShardError(UserError):
+    """A shard is not the file that was written.
+
+    Attributes:
+        what: Says of it what is wrong, e.g. "is missing".
+    """
+
+    def __init__(self, message: str, what: str = ""):
+        super().__init__(message)
+        self.what = what
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The little-endian integer type that tokens of this vocabulary are stored in."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-class StreamWriter:
-    """Appends token ids to a new stream; use as a context manager, then read `shards`.
+def shard_bounds(n_tokens: int, shard_tokens: int = SHARD_TOKENS) -> list[tuple[int, int]]:
+    """Cuts a stream into shards of near-equal size.
 
-    Files are named `<stream>-00000-of-00002.arrayrecord` once their number is known, and each is
-    fsynced. The folder should be one that nobody reads until the stream is whole.
+    Args:
+        n_tokens: Length of the stream.
+        shard_tokens: Tokens per shard at most, rounded down to whole records, one at least.
+
+    Returns:
+        (start, stop) of each shard, as few as possible. Their numbers of records differ by one at
+        most; only the stream's last record may be short. Nothing for an empty stream.
     """
+    records = -(-n_tokens // RECORD_TOKENS)
+    n_shards = -(-records // max(1, shard_tokens // RECORD_TOKENS))
+    cuts = [records * i // n_shards * RECORD_TOKENS for i in range(n_shards)]
+    return list(itertools.pairwise([*cuts, n_tokens])) if n_shards else []
 
-    def __init__(self, folder: Path, stream: str, vocab_size: int, tokens_per_shard: int = SHARD_TOKENS):
-        if tokens_per_shard % RECORD_TOKENS:
-            raise ValueError(f"tokens_per_shard must be a multiple of {RECORD_TOKENS}")
-        self.shards: tuple[Shard, ...] = ()  # filled when the stream is closed
-        self._folder, self._stream, self._vocab_size = folder, stream, vocab_size
-        self._tokens_per_shard = tokens_per_shard
-        self._pending: list[np.ndarray] = []  # tokens of the record not yet full
-        self._n_pending = 0
-        self._writer: Any = None
-        self._tokens_in_shard = 0
-        self._finished: list[tuple[Path, int]] = []
 
-    def __enter__(self) -> "StreamWriter":
-        return self
+def shard_name(stream: str, number: int, n_shards: int) -> str:
+    """For example `train-00000-of-00002.arrayrecord`."""
+    return f"{stream}-{number:05d}-of-{n_shards:05d}.arrayrecord"
 
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is None:
-            self._close()
-        elif self._writer is not None:
-            # The caller's error is the one to report, not what closing half a file says to it.
-            with contextlib.suppress(RuntimeError):
-                self._writer.close()
 
-    def append(self, ids: np.ndarray) -> None:
-        """Adds integer ids, shape [n], each from 0 to vocab_size - 1."""
-        if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
-            raise ValueError(f"token ids must be from 0 to {self._vocab_size - 1}")
-        self._pending.append(ids)
-        self._n_pending += ids.size
-        if self._n_pending >= RECORD_TOKENS:
-            tokens = np.concatenate(self._pending)
-            whole = tokens.size - tokens.size % RECORD_TOKENS
-            for start in range(0, whole, RECORD_TOKENS):
-                self._write_record(tokens[start : start + RECORD_TOKENS])
-            self._pending, self._n_pending = [tokens[whole:]], tokens.size - whole
+def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Shard:
+    """Writes a shard beside `path`, flushes it to the disk, and renames it into place.
 
-    def _write_record(self, tokens: np.ndarray) -> None:
-        path = self._folder / f"{self._stream}-{len(self._finished):05d}.arrayrecord"
+    Args:
+        path: The file; one of that name is replaced.
+        blocks: The shard's token ids in order, integers [n_i] from 0 to vocab_size - 1.
+        vocab_size: Decides how many bytes a token takes.
+
+    Raises:
+        ValueError: For ids outside the vocabulary.
+        OSError: If the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    dtype, tokens = token_dtype(vocab_size), 0
+    try:
         with _write_errors_are_os_errors(path):
-            if self._writer is None:
-                self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-            self._writer.write(tokens.astype(token_dtype(self._vocab_size)).tobytes())
-        self._tokens_in_shard += tokens.size
-        if self._tokens_in_shard == self._tokens_per_shard:
-            self._finish_shard(path)
+            writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            try:
+                for record in _records(blocks, vocab_size):
+                    writer.write(record.astype(dtype).tobytes())
+                    tokens += record.size
+            except BaseException:
+                # The error at hand is the one to report, not what closing half a file says to it.
+                with contextlib.suppress(RuntimeError):
+                    writer.close()
+                raise
+            writer.close()
+        fsync(temporary)
+        shard = Shard(path.name, tokens, temporary.stat().st_size, sha256_of_file(temporary))
+        temporary.replace(path)
+        fsync(path.parent)
+        return shard
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def _finish_shard(self, path: Path) -> None:
-        with _write_errors_are_os_errors(path):
-            self._writer.close()
-        fsync(path)
-        self._finished.append((path, self._tokens_in_shard))
-        self._writer, self._tokens_in_shard = None, 0
 
-    def _close(self) -> None:
-        if self._n_pending:
-            self._write_record(np.concatenate(self._pending))
-        if self._writer is not None:
-            self._finish_shard(self._folder / f"{self._stream}-{len(self._finished):05d}.arrayrecord")
-        shards = []
-        for i, (path, tokens) in enumerate(self._finished):
-            final = path.with_name(f"{self._stream}-{i:05d}-of-{len(self._finished):05d}.arrayrecord")
-            path.rename(final)
-            shards.append(Shard(final.name, tokens, final.stat().st_size, sha256_of_file(final)))
-        self.shards = tuple(shards)
+def _records(blocks: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
+    """The tokens of all blocks in pieces of RECORD_TOKENS; the last may be shorter."""
+    rest = np.zeros(0, np.int32)
+    for ids in blocks:
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise ValueError(f"token ids must be from 0 to {vocab_size - 1}")
+        tokens = np.concatenate([rest, ids])
+        whole = tokens.size - tokens.size % RECORD_TOKENS
+        for start in range(0, whole, RECORD_TOKENS):
+            yield tokens[start : start + RECORD_TOKENS]
+        rest = tokens[whole:]
+    if rest.size:
+        yield rest
 
 
 class TokenStream:
-    """Random access to a stream that `StreamWriter` wrote; `len` is its number of tokens.
+    """Random access to a stream that `write_shard` wrote; `len` is its number of tokens.
 
-    Safe to use from several threads and to pickle. A shard is opened when first read.
+    Safe to use from several threads and to pickle. A shard is opened, and its size and number of
+    records are checked, when it is first read; no more than a few hundred are open at a time.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], vocab_size: int):
@@ -132,7 +149,7 @@ class TokenStream:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_locks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -142,7 +159,7 @@ class TokenStream:
         """Tokens start to stop - 1, int32[stop - start].
 
         Raises:
-            UserError: If a shard is missing, cut short, damaged, or not the one that was written.
+            ShardError: If a shard is missing, cut short, damaged, or not the one that was written.
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
@@ -156,31 +173,70 @@ class TokenStream:
         return np.concatenate(parts)
 
     def _prepare_to_open(self) -> None:
-        self._readers: list[Any] = [None] * len(self._shards)
-        self._locks = [threading.Lock() for _ in self._shards]
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the least recently used one first
+        self._lock = threading.Lock()
 
     def _read_shard(self, number: int, start: int, stop: int) -> np.ndarray:
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
-        path = self._folder / self._shards[number].name
-        with self._locks[number]:
-            if self._readers[number] is None:
-                self._readers[number] = _open_shard(path, self._shards[number])
-            try:
-                records = self._readers[number].read(list(range(first, last + 1)))
-            except RuntimeError as e:
-                raise _bad_shard(path, f"is damaged ({e})") from e
+        records = self._shard(number).read(first, last)
         tokens = np.frombuffer(b"".join(records), self._dtype).astype(np.int32)
         offset = first * RECORD_TOKENS
         if tokens.size != min((last + 1) * RECORD_TOKENS, self._shards[number].tokens) - offset:
-            raise _bad_shard(path, "holds other records than were written")
+            raise _bad_shard(
+                self._folder / self._shards[number].name, "holds other records than were written"
+            )
         return tokens[start - offset : stop - offset]
+
+    def _shard(self, number: int) -> "_OpenShard":
+        with self._lock:
+            shard = self._open.pop(number, None)
+            if shard is None:
+                shard = _OpenShard(self._folder / self._shards[number].name, self._shards[number])
+            self._open[number] = shard
+            if len(self._open) > MAX_OPEN_SHARDS:
+                # A thread that still reads from it keeps it alive: the last reference closes the file.
+                self._open.popitem(last=False)
+            return shard
+
+
+class _OpenShard:
+    """A shard's reader, for one thread at a time."""
+
+    def __init__(self, path: Path, shard: Shard):
+        self._path, self._shard = path, shard
+        self._lock = threading.Lock()
+        self._reader: Any = None
+
+    def read(self, first: int, last: int) -> list[bytes]:
+        with self._lock:
+            if self._reader is None:
+                self._reader = _open_shard(self._path, self._shard)
+            wanted = list(range(first, last + 1))
+            try:
+                return self._reader.read(wanted)
+            except RuntimeError as e:
+                damaged = next((n for n in wanted if not self._is_readable(n)), first)
+                raise _bad_shard(self._path, f"is damaged: its record {damaged} cannot be read ({e})") from e
+
+    def _is_readable(self, record: int) -> bool:
+        try:
+            self._reader.read([record])
+        except RuntimeError:
+            return False
+        return True
+
+
+def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
+    """Names of the shards that are not there; one look at the folder, however many they are."""
+    there = set(os.listdir(folder))
+    return [shard.name for shard in shards if shard.name not in there]
 
 
 def check_shards(folder: Path, shards: Sequence[Shard], *, contents: bool = False) -> None:
     """Checks that every shard is there in its full size, and with `contents` that no byte changed.
 
     Raises:
-        UserError: Naming the first file that is not as it was written.
+        ShardError: Naming the first file that is not as it was written.
     """
     for shard in shards:
         path = folder / shard.name
@@ -217,8 +273,8 @@ def _check_size(path: Path, shard: Shard) -> None:
         raise _bad_shard(path, f"has {size} bytes, not {shard.size}")
 
 
-def _bad_shard(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}; delete its folder and prepare the data again")
+def _bad_shard(path: Path, what: str) -> ShardError:
+    return ShardError(f"{path} {what}; delete its folder and prepare the data again", what)
 
 
 @contextlib.contextmanager

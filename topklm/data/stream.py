@@ -5,17 +5,22 @@ Gives NumPy arrays on one host. Where they go, and on how many devices, is decid
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
+import sys
 from typing import TypedDict
 
 import grain
+from grain.experimental import index_shuffle
 import numpy as np
 
-from topklm.data.prepare import Dataset
+from topklm.data.dataset import Dataset
+from topklm.data.mixture import Mixture
 from topklm.data.records import RECORD_TOKENS, TokenStream
 from topklm.errors import UserError
 
 _SCAN_TOKENS = 64 * RECORD_TOKENS  # tokens read at a time while looking for document boundaries
 _OPEN_ROWS = 64  # rows of a held-out batch that still take pieces
+_SHUFFLE_ROUNDS = 4  # of Grain's index shuffle; another number is another order
 
 
 class Batch(TypedDict):
@@ -29,19 +34,19 @@ class Batch(TypedDict):
 
 
 class WindowSource:
-    """Overlapping windows of a stream, as a Grain random-access source.
+    """Overlapping windows of a dataset's training split, each found by arithmetic.
 
     Window i is tokens s to s + T, s = min(i T, n - T - 1): neighbours share one token, and the last
-    one is moved back to be full, so every token but the stream's first is a target.
+    one is moved back to be full, so every token but the split's first is a target.
     """
 
-    def __init__(self, stream: TokenStream, context_length: int):
-        """Raises UserError if the stream does not fill one window of context_length + 1 tokens."""
+    def __init__(self, dataset: Dataset, context_length: int):
+        """Raises UserError if the split does not fill one window of context_length + 1 tokens."""
+        stream = dataset.tokens(dataset.train)
         if len(stream) < context_length + 1:
             raise UserError(
-                f"model.context_length = {context_length}: the training split has only "
-                f"{len(stream)} tokens; it must be "
-                f"at most {len(stream) - 1}, or give more text in data.source"
+                f"model.context_length = {context_length}: the training split of {dataset.path} has only "
+                f"{len(stream)} tokens; it must be at most {len(stream) - 1}, or give that dataset more text"
             )
         self._stream, self._context_length = stream, context_length
 
@@ -53,54 +58,107 @@ class WindowSource:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         length = self._context_length + 1
-        start = min(int(index) * self._context_length, len(self._stream) - length)
+        start = min(index * self._context_length, len(self._stream) - length)
         return self._stream.read(start, start + length)
 
 
 def train_stream(
-    dataset: Dataset,
+    mixture: Mixture,
     *,
     context_length: int,
     batch_size: int,
     seed: int,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless training batches: every window once per epoch, in a new order each epoch.
+    """Endless training batches: the windows that `window_ids` names, each epoch in a new order.
 
     The iterator's state (`get_state`, `set_state`) is `{"next_index": batches given out}`. It does
     not depend on `rows` or `threads`, so a run may continue with other values of both.
 
     Args:
-        dataset: Its training split is read.
+        mixture: The training splits of its datasets are read, in exactly its proportions.
         context_length: T, tokens per window.
         batch_size: B, windows per batch over all hosts. An epoch may end inside a batch.
         seed: Of the order.
-        rows: The rows of each batch that this host wants; only they are read.
+        rows: The rows of each batch that this host wants, a slice or their numbers; only they are read.
         threads: Threads that read ahead; 0 reads when asked.
 
     Returns:
         An iterator of `Batch`, with as many rows as `rows` takes from B.
 
     Raises:
-        UserError: If the split is shorter than one window.
+        UserError: If a split is shorter than one window, naming its folder.
     """
-    source = WindowSource(dataset.tokens(dataset.train), context_length)
-    separator_id = dataset.tokenizer.separator_id
+    sources = [WindowSource(dataset, context_length) for dataset in mixture.datasets]
+    separator_id = mixture.tokenizer.separator_id
 
     def read_batch(ids: np.ndarray) -> Batch:
-        return windows_to_batch(np.stack([source[i] for i in ids[rows]]), separator_id)
+        windows = np.empty((len(ids), context_length + 1), np.int32)
+        for row, (dataset, window) in enumerate(ids.tolist()):
+            windows[row] = sources[dataset][window]
+        return windows_to_batch(windows, separator_id)
 
+    sizes = {"context_length": context_length, "batch_size": batch_size}
+    batches = window_ids(mixture, **sizes, seed=seed, rows=rows).map(read_batch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(1, 4 * threads))
-    batches = window_ids(len(source), batch_size=batch_size, seed=seed).map(read_batch)
     return iter(batches.to_iter_dataset(options))
 
 
-def window_ids(n_windows: int, *, batch_size: int, seed: int) -> grain.MapDataset:
-    """The order of training: element b is the int[batch_size] ids of batch b's windows."""
-    ids = grain.MapDataset.range(n_windows).seed(seed).shuffle()
-    # Repeated before batched: no window is dropped or doubled where an epoch ends.
-    return ids.repeat(None, reseed_each_epoch=True).batch(batch_size)
+def window_ids(
+    mixture: Mixture,
+    *,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    rows: slice | np.ndarray = slice(None),
+) -> grain.MapDataset:
+    """The order of training: which window stands in which row of which batch.
+
+    Batch b holds windows b B to b B + B - 1 of the mixture's turns. A dataset gives each of its windows
+    once per epoch of its own, and orders every epoch anew. Its order follows from `seed` and its place
+    in the mixture alone, so that one more dataset at the end changes nothing about the others' order.
+
+    Args:
+        mixture: Whose turn it is.
+        context_length: T, tokens per window.
+        batch_size: B, windows per batch over all hosts.
+        seed: Of the order.
+        rows: The rows of each batch that are wanted, a slice or their numbers.
+
+    Returns:
+        An endless random-access dataset; element b is int64[R, 2], the number of the dataset and of its
+        window (see `WindowSource`) for each wanted row of batch b.
+
+    Raises:
+        UserError: If a split is shorter than one window, naming its folder.
+    """
+    n_windows = [len(WindowSource(dataset, context_length)) for dataset in mixture.datasets]
+    seeds = [_shuffle_seed(seed, i) for i in range(len(mixture.datasets))]
+    wanted = np.arange(batch_size)[rows]
+
+    def ids_of(batch: int) -> np.ndarray:
+        datasets, given = mixture.picks(batch * batch_size + wanted)
+        windows = [
+            _shuffled(n, n_windows[i], seeds[i])
+            for i, n in zip(datasets.tolist(), given.tolist(), strict=True)
+        ]
+        return np.stack([datasets, np.array(windows, np.int64)], axis=1)
+
+    return grain.MapDataset.range(sys.maxsize).map(ids_of)
+
+
+def _shuffle_seed(seed: int, dataset: int) -> int:
+    # For the first dataset, what Grain's `MapDataset.range(n).seed(seed).shuffle()` makes of the seed:
+    # the order that runs on one dataset had before there were mixtures.
+    sequence = np.random.SeedSequence([seed, 1], spawn_key=(dataset,) if dataset else ())
+    return int(sequence.generate_state(1, np.uint32)[0])
+
+
+def _shuffled(n: int, n_windows: int, seed: int) -> int:
+    """Window number n of an endless run through a dataset, as Grain's `shuffle().repeat()` orders it."""
+    epoch, place = divmod(n, n_windows)
+    return index_shuffle(place, max_index=n_windows - 1, seed=(seed + epoch) % 2**32, rounds=_SHUFFLE_ROUNDS)
 
 
 def windows_to_batch(windows: np.ndarray, separator_id: int) -> Batch:
@@ -124,21 +182,24 @@ def windows_to_batch(windows: np.ndarray, separator_id: int) -> Batch:
     )
 
 
-def heldout_batches(dataset: Dataset, *, context_length: int, batch_size: int) -> Iterator[Batch]:
+def heldout_batches(mixture: Mixture, *, context_length: int, batch_size: int) -> Iterator[Batch]:
     """Batches that score every text token of every held-out document exactly once.
 
-    The first token of a document is predicted from the separator, which itself is never scored. A
-    document of more than T tokens becomes overlapping pieces, T // 2 apart, so that every scored
-    token but its first T sees at least T / 2 tokens before it. Pieces share rows; the last batch is
-    filled up with rows of padding.
+    The datasets follow one another, whatever their weights. The first token of a document is predicted
+    from the separator, which itself is never scored. A document of more than T tokens becomes
+    overlapping pieces, T // 2 apart, so that every scored token but its first T sees at least T / 2
+    tokens before it. Pieces share rows; the last batch is filled up with rows of padding.
 
     Args:
-        dataset: Its held-out split is read.
+        mixture: The held-out splits of its datasets are read.
         context_length: T, tokens per row.
         batch_size: B, rows per batch; the same for all batches.
     """
-    separator_id = dataset.tokenizer.separator_id
-    pieces = _heldout_pieces(dataset.tokens(dataset.heldout), separator_id, context_length)
+    separator_id = mixture.tokenizer.separator_id
+    pieces = itertools.chain.from_iterable(
+        _heldout_pieces(dataset.tokens(dataset.heldout), separator_id, context_length)
+        for dataset in mixture.datasets
+    )
     rows: list[_Row] = []
     for row in _pack(pieces, context_length):
         rows.append(row)

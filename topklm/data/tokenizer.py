@@ -1,10 +1,12 @@
-"""Byte-level BPE: text to token ids and back without loss, trained on the corpus at hand.
+"""Text to token ids and back: byte-level BPE trained on the corpus at hand, or a tokenizer that users bring.
 
-Wraps Hugging Face `tokenizers` so that the separator can never come out of text. Knows nothing of
+Whatever the kind, it is one file, tokenizer.json, and no text becomes the separator. Knows nothing of
 documents on disk, models or batches.
 """
 
+import base64
 from collections.abc import Iterable, Iterator, Sequence
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -14,90 +16,153 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from topklm.data.tokenizer_kinds import SEPARATOR, Backend, HuggingFace, SentencePiece, Tiktoken
 from topklm.errors import UserError
 from topklm.files import write_atomically
 
-SEPARATOR = "<|endoftext|>"
+__all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
 
 # Characters per piece given to the library, which needs some 100 bytes for each token of a piece.
 _PIECE_CHARS = 1 << 16
-# The pre-tokenizer never joins white space to the character before it: a cut here changes no token.
-_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+_CONTAINER = "topklm-tokenizer"  # our file around a model that is no tokenizer.json
+_CONTAINER_VERSION = 1
 
 
 class Tokenizer:
-    """A trained tokenizer.
+    """A tokenizer.
 
     Attributes:
-        separator_id: Id of `<|endoftext|>`, which stands before documents. No text encodes to it.
-        vocab_size: Number of tokens, the separator included.
+        kind: "huggingface" (also for those we train), "sentencepiece" or "tiktoken".
+        separator_id: Id of the token that stands before documents. No text encodes to it.
+        vocab_size: Largest id + 1, the separator's included.
         sha256: Hex digest of the bytes of tokenizer.json.
+        cut_before: A character of this begins a token wherever it follows one that is no white space, so a
+            text may be cut before it; empty where that is not known.
     """
 
-    def __init__(self, json_bytes: bytes):
-        """Builds from the bytes of a tokenizer.json; see `load` and `train_bpe`."""
-        self._json_bytes = json_bytes
-        self._tokenizer = tokenizers.Tokenizer.from_str(json_bytes.decode())
-        # Not part of the file format: text that spells the separator is ordinary text.
-        self._tokenizer.encode_special_tokens = True
-        self.separator_id = int(self._tokenizer.get_vocab()[SEPARATOR])
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self.sha256 = hashlib.sha256(json_bytes).hexdigest()
+    def __init__(self, content: bytes):
+        """Builds from the bytes of a saved tokenizer.json; see `load`, `open_tokenizer` and `train_bpe`.
+
+        Raises:
+            ValueError: If they are none, saying why.
+        """
+        self._content = content
+        self._backend = _backend(content)
+        self.kind = self._backend.kind
+        self.separator_id = int(self._backend.separator_id)
+        self.vocab_size = int(self._backend.vocab_size)
+        self.cut_before = self._backend.cut_before
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
     def __repr__(self) -> str:
-        return f"Tokenizer(vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
+        return f"Tokenizer(kind={self.kind}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self._json_bytes,)
+        return Tokenizer, (self._content,)
+
+    def to_bytes(self) -> bytes:
+        """The bytes of tokenizer.json."""
+        return self._content
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32[n]; no separator is added."""
-        return np.concatenate([np.zeros(0, np.int32), *self.encode_batch(list(split_text(text)))])
+        return np.concatenate([np.zeros(0, np.int32), *self.encode_batch(list(self.pieces(text)))])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32[n_i]; on several threads, all held in memory at once."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        """Token ids of each text, int32[n_i]; on several threads, all held in memory at once.
+
+        Where a vocabulary spells its separator so that text can become it, those tokens are left out.
+        """
+        encoded = self._backend.encode_batch(texts)
+        return [ids[ids != self.separator_id] if self.separator_id in ids else ids for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids; separators and ids outside the vocabulary are shown as nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Text of the ids; separators and ids outside the vocabulary are shown as nothing.
+
+        A tokenizer that normalises its text gives back the normalised text.
+        """
+        known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size and int(i) != self.separator_id]
+        return self._backend.decode(known)
 
     def token_strings(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         r"""Each token as a reader would want it: bytes that are no whole character as `\xe2`."""
         return [self._token_string(int(i)) for i in ids]
 
+    def token_bytes_lengths(self) -> np.ndarray | None:
+        """UTF-8 bytes of text that each token stands for, int64[vocab_size], special tokens 0.
+
+        None where a token does not stand for the same bytes everywhere.
+        """
+        if not self._backend.is_lossless():
+            return None
+        pieces = [self._backend.piece(token_id) for token_id in range(self.vocab_size)]
+        return np.array([len(piece) if isinstance(piece, bytes) else 0 for piece in pieces], np.int64)
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Cuts a long text where no token can cross, so that pieces may be encoded on their own.
+
+        The tokens of the pieces, one after another, are the tokens of the text.
+        """
+        start = 0
+        while self.cut_before and len(text) - start > _PIECE_CHARS:
+            cut = _safe_cut(self.cut_before).search(text, start + _PIECE_CHARS)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start()
+        if start < len(text):
+            yield text[start:]
+
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json, whole or not at all."""
-        write_atomically(Path(path), self._json_bytes)
+        write_atomically(Path(path), self._content)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a file that `save` wrote.
 
         Raises:
-            UserError: If it is missing or is no tokenizer of ours.
+            UserError: If it is missing or is no tokenizer.
         """
         try:
-            raw = Path(path).read_bytes()
-            content = json.loads(raw)
-            added = [token["content"] for token in content["added_tokens"]]
-            ours = content["model"]["type"] == "BPE" and SEPARATOR in added
+            return cls(Path(path).read_bytes())
         except FileNotFoundError as e:
             raise UserError(f"{path}: there is no tokenizer file; prepare the data again") from e
-        except (ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{path}: not a tokenizer of this project; prepare the data again")
-        return cls(raw)
+        except ValueError as e:
+            raise UserError(f"{path}: not a tokenizer ({e}); prepare the data again") from e
 
     def _token_string(self, token_id: int) -> str:
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
+        piece = self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+        if piece is None:
             return f"<unused {token_id}>"
-        if token_id == self.separator_id:
-            return token
-        return bytes(_BYTE_OF_CHAR[char] for char in token).decode("utf-8", "backslashreplace")
+        return piece if isinstance(piece, str) else piece.decode("utf-8", "backslashreplace")
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a user's tokenizer: a Hugging Face tokenizer.json, a SentencePiece model, a .tiktoken file.
+
+    Raises:
+        UserError: If it is missing, damaged, of none of these kinds, or has no separator; or if the library
+            that it needs is not installed.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"tokenizer = {path}: {e.strerror or e}; give a tokenizer.json, a SentencePiece .model, a "
+            ".tiktoken file, or train:VOCAB"
+        ) from e
+    try:
+        if path.suffix == ".tiktoken":
+            return Tokenizer(_container("tiktoken", content, encoding=path.stem))
+        if path.suffix == ".json":
+            return Tokenizer(content)
+        return Tokenizer(_container("sentencepiece", content))
+    except ValueError as e:
+        raise UserError(
+            f"tokenizer = {path}: {e}; give a tokenizer.json, a SentencePiece .model, or a .tiktoken file"
+        ) from e
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -117,34 +182,41 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for document in documents for piece in split_text(document))
-    tokenizer.train_from_iterator(pieces, trainer)
-    return Tokenizer(tokenizer.to_str(pretty=True).encode())
+    # An untrained tokenizer of the kind knows where its texts may be cut.
+    untrained = Tokenizer(_trained(tokenizer, [], trainer))
+    pieces = (piece for document in documents for piece in untrained.pieces(document))
+    return Tokenizer(_trained(tokenizer, pieces, trainer))
 
 
-def split_text(text: str) -> Iterator[str]:
-    """Cuts a long text where no token can cross, so that pieces may be encoded on their own.
-
-    The tokens of the pieces, one after another, are the tokens of the text.
-    """
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        cut = _SAFE_CUT.search(text, start + _PIECE_CHARS)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    if start < len(text):
-        yield text[start:]
+def _trained(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer) -> bytes:
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True).encode()
 
 
-def _byte_of_char() -> dict[str, int]:
-    """The printable characters that stand for bytes inside byte-level vocabularies (from GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + rank): byte for rank, byte in enumerate(others)
-    }
+@functools.cache
+def _safe_cut(cut_before: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=\S)(?=[{cut_before}])")
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+def _container(kind: str, model: bytes, **settings: str) -> bytes:
+    content = {"format": _CONTAINER, "version": _CONTAINER_VERSION, "kind": kind, **settings}
+    return json.dumps({**content, "model": base64.b64encode(model).decode()}).encode()
+
+
+def _backend(content: bytes) -> Backend:
+    try:
+        parts = json.loads(content)
+    except ValueError as e:
+        raise ValueError("it is no JSON") from e
+    if not isinstance(parts, dict):
+        raise ValueError("it holds no JSON object")
+    if parts.get("format") != _CONTAINER:
+        if not isinstance(parts.get("model"), dict) or "type" not in parts["model"]:
+            raise ValueError("it is JSON, but no tokenizer.json")
+        return HuggingFace(content)
+    if parts["version"] != _CONTAINER_VERSION:
+        raise ValueError(f"its version is {parts['version']!r}, this program reads {_CONTAINER_VERSION}")
+    model = base64.b64decode(parts["model"])
+    if parts["kind"] == "tiktoken":
+        return Tiktoken(model, parts["encoding"])
+    return SentencePiece(model)

@@ -20,8 +20,9 @@ import numpy as np
 
 from topklm import run_folder, sharding
 from topklm.config import Config
-from topklm.data.prepare import Dataset, prepare
-from topklm.data.stream import Batch, heldout_batches, train_stream
+from topklm.data.mixture import Mixture
+from topklm.data.prepare import prepare
+from topklm.data.stream import heldout_batches, train_stream
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import write_atomically
 from topklm.inference.generate import generate_tokens
@@ -30,6 +31,7 @@ from topklm.training import throughput
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, duration, evaluation_line, percentages
 from topklm.training.evaluation import evaluate
+from topklm.training.feed import DeviceBatch, Feed, to_devices
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import (
@@ -56,15 +58,15 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train, mesh)
     with run_folder.owned(workdir):
-        dataset = prepare(config.data, console.say)
-        config = _with_vocabulary(config, dataset)
+        mixture = prepare(config.data, console.say)
+        config = _with_vocabulary(config, mixture)
         if run_folder.has_checkpoint(workdir):
             run_folder.check_same_run(workdir, config)
-            _check_tokenizer(workdir, dataset)
+            _check_tokenizer(workdir, mixture)
         with disk_errors_are_user_errors(f"writing to the run folder {workdir}"):
             write_atomically(workdir / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
-            dataset.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
-        _Run(config, workdir, dataset, mesh, console).train()
+            mixture.tokenizer.save(workdir / run_folder.TOKENIZER_FILE)
+        _Run(config, workdir, mixture, mesh, console).train()
 
 
 class _Run:
@@ -74,11 +76,11 @@ class _Run:
         self,
         config: Config,
         folder: pathlib.Path,
-        dataset: Dataset,
+        mixture: Mixture,
         mesh: jax.sharding.Mesh,
         console: Console,
     ):
-        self.config, self.folder, self.dataset, self.console = config, folder, dataset, console
+        self.config, self.folder, self.mixture, self.console = config, folder, mixture, console
         self.mesh = mesh
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.tokens_per_step = config.train.batch_size * config.model.context_length
@@ -86,12 +88,14 @@ class _Run:
         self.eval_step = make_eval_step(config, mesh)
         with disk_errors_are_user_errors(f"opening the checkpoints of {folder}"):
             self.checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint)
-        self.stream = train_stream(
-            dataset,
+        stream = train_stream(
+            mixture,
             context_length=config.model.context_length,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
+            rows=sharding.local_rows(self.batch_sharding, config.train.batch_size),
         )
+        self.feed = Feed(stream, lambda b: to_devices(b, self.batch_sharding, config.train.batch_size))
 
     def train(self) -> None:
         """Runs to the end, or to the point where somebody asks to stop."""
@@ -117,11 +121,12 @@ class _Run:
         steps = self.config.train.steps
         train_step = self._compile(state)
         self.log_rate = throughput.Rate(self.config, self.tokens_per_step, first, self.clock.total)
+        self.last_logged = (self.clock.total, self.feed.waited)
         self.console.start(first, steps)
         pending: tuple[int, Any] | None = None
         self.clock.start()
         for step in range(first + 1, steps + 1):
-            state, step_metrics = train_step(state, self._to_devices(next(self.stream)))
+            state, step_metrics = train_step(state, next(self.feed))
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
             pending = (step, step_metrics)
@@ -166,21 +171,14 @@ class _Run:
             return state, 0.0
         abstract = abstract_state(self.config, self.optimizer)
         state, data_state, facts = self.checkpoints.restore(abstract, self.mesh)
-        if facts["tokenizer_sha256"] != self.dataset.tokenizer.sha256:
+        if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
             raise UserError(
                 f"checkpoint {int(state.step)} of {self.folder} belongs to another tokenizer than the data: "
                 "put the run's own checkpoints back, or start a new run with --workdir"
             )
-        self.stream.set_state(data_state)
+        self.feed.set_state(data_state)
         self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
         return state, facts["seconds_trained"]
-
-    def _to_devices(self, batch: Batch) -> dict[str, jax.Array]:
-        place = self.batch_sharding
-        return {
-            name: jax.make_array_from_process_local_data(place, np.asarray(array))
-            for name, array in batch.items()
-        }
 
     def _log(self, step: int, step_metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
@@ -193,7 +191,14 @@ class _Run:
         self.console.report(step, loss=values["loss"], tokens_per_second=rate, mfu=mfu)
         line = {f"train/{name}": value for name, value in values.items()}
         timing = {"tokens_per_second": rate, "mfu": mfu, "seconds_trained": seconds}
+        timing["input_wait"] = self._input_wait(seconds)
         self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
+
+    def _input_wait(self, seconds: float) -> float:
+        """Share of the training time since the line before that the loop spent waiting for its input."""
+        before, waited_before = self.last_logged
+        self.last_logged = (seconds, self.feed.waited)
+        return (self.feed.waited - waited_before) / max(seconds - before, 1e-9)
 
     def _owes_evaluation(self, step: int) -> bool:
         """Whether somebody stopped the run between this step and the evaluation that was due after it."""
@@ -205,7 +210,7 @@ class _Run:
             self.eval_step,
             state.params,
             self._heldout(),
-            n_bytes=self.dataset.heldout.utf8_bytes,
+            n_bytes=self.mixture.heldout_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
         )
         sample = self._sample(state)
@@ -215,16 +220,16 @@ class _Run:
         tokens_seen = step * self.tokens_per_step
         self.writer.write(step, {"tokens_seen": tokens_seen, **line, "eval/sample": sample})
 
-    def _heldout(self) -> Iterator[dict[str, jax.Array]]:
-        for batch in heldout_batches(
-            self.dataset,
-            context_length=self.config.model.context_length,
-            batch_size=_rounded_up(self.config.eval.batch_size, self.mesh),
-        ):
-            yield self._to_devices(batch)
+    def _heldout(self) -> Iterator[DeviceBatch]:
+        batch_size = _rounded_up(self.config.eval.batch_size, self.mesh)
+        context_length = self.config.model.context_length
+        # Documents are packed one after another, so every process makes whole batches.
+        rows = sharding.local_rows(self.batch_sharding, batch_size)
+        for batch in heldout_batches(self.mixture, context_length=context_length, batch_size=batch_size):
+            yield to_devices(batch, self.batch_sharding, batch_size, rows)
 
     def _sample(self, state: TrainState) -> str:
-        tokenizer, settings = self.dataset.tokenizer, self.config.eval
+        tokenizer, settings = self.mixture.tokenizer, self.config.eval
         prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
         continuation = generate_tokens(
             self.config.model,
@@ -241,7 +246,7 @@ class _Run:
         step = int(state.step)
         facts = {
             "config": self.config.to_dict(),
-            "tokenizer_sha256": self.dataset.tokenizer.sha256,
+            "tokenizer_sha256": self.mixture.tokenizer.sha256,
             "step": step,
             "tokens_seen": step * self.tokens_per_step,
             "seconds_trained": self.clock.total,
@@ -250,7 +255,7 @@ class _Run:
         }
         self.writer.sync()
         with disk_errors_are_user_errors(f"saving the checkpoint of step {step} in {self.folder}"):
-            self.checkpoints.save(state, self.stream.get_state(), facts)
+            self.checkpoints.save(state, self.feed.state(), facts)
 
     def _stop_not_finite(self, step: int, values: dict[str, float]) -> None:
         self.checkpoints.wait()
@@ -314,9 +319,9 @@ def _rounded_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     return -(-batch_size // ways) * ways
 
 
-def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
+def _with_vocabulary(config: Config, mixture: Mixture) -> Config:
     """Fills in model.vocab_size from the tokenizer."""
-    size, asked = dataset.tokenizer.vocab_size, config.model.vocab_size
+    size, asked = mixture.tokenizer.vocab_size, config.model.vocab_size
     if asked and asked < size:
         raise UserError(
             f"model.vocab_size = {asked}: must be 0 (the tokenizer's) or at least the tokenizer's {size}"
@@ -325,9 +330,9 @@ def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _check_tokenizer(folder: pathlib.Path, dataset: Dataset) -> None:
+def _check_tokenizer(folder: pathlib.Path, mixture: Mixture) -> None:
     path = folder / run_folder.TOKENIZER_FILE
-    if path.exists() and type(dataset.tokenizer).load(path).sha256 != dataset.tokenizer.sha256:
+    if path.exists() and type(mixture.tokenizer).load(path).sha256 != mixture.tokenizer.sha256:
         raise UserError(
             f"{path} is not the tokenizer of the data (the text or its settings changed): restore the "
             "data, or start a new run with --workdir"

@@ -1,0 +1,153 @@
+"""`topklm prepare` against `datasets.map(batched=True, num_proc=2)`: the same text, the same tokenizer.
+
+python -m benchmarks.prepare 'books/*.jsonl.gz'
+
+The peer's figure is that of `map` alone, without loading the text before it and without making shards of its
+result after it; ours is the whole command, from the start of Python to a dataset on disk. Memory is the
+proportional set size of all processes together. Needs the extras `bench` and `hf`.
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+from pathlib import Path
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks import machine, processes
+from topklm.data.readers import FileReader, Problem
+from topklm.data.sources import find
+from topklm.data.tokenizer import train_bpe
+from topklm.files import write_atomically
+
+VOCAB_SIZE = 16_384
+DOCUMENT_CHARS = 16_384  # about: books are cut at line ends, or 300 documents would be one batch
+N_FILES = 8
+CORES = 2
+RESULT = Path(__file__).parent / "results" / "prepare.json"
+
+PEER = """
+import json, sys, time
+import datasets, pyarrow.compute, tokenizers
+datasets.disable_progress_bars()
+tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
+text = datasets.load_dataset("json", data_files=sys.argv[3:], split="train", cache_dir=sys.argv[2])
+
+def encode(batch):
+    return {"ids": [e.ids for e in tokenizer.encode_batch_fast(batch["text"])]}
+
+began = time.perf_counter()
+ids = text.map(encode, batched=True, num_proc=2, remove_columns=text.column_names)
+seconds = time.perf_counter() - began
+tokens = pyarrow.compute.sum(pyarrow.compute.list_value_length(ids.data["ids"])).as_py()
+print(json.dumps({"seconds": seconds, "tokens": tokens}))
+"""
+
+
+def main() -> None:
+    """Writes benchmarks/results/prepare.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", nargs="+")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        large, small = _cut(arguments.sources, folder)
+        tokenizer = folder / "tokenizer.json"
+        train_bpe(_texts(large[:1]), VOCAB_SIZE).save(tokenizer)
+        runs = []
+        for repeat in range(arguments.repeats):
+            runs.append(
+                {
+                    "ours": _ours(large, tokenizer, folder / f"ours-{repeat}"),
+                    "ours_tenth": _ours(small, tokenizer, folder / f"tenth-{repeat}"),
+                    "peer": _peer(large, tokenizer, folder / f"peer-{repeat}"),
+                }
+            )
+            print(json.dumps(runs[-1]), flush=True)
+    speed = {name: _median(runs, name, "tokens_per_second") for name in ("ours", "peer")}
+    memory = {name: _median(runs, name, "peak_bytes") for name in ("ours", "ours_tenth", "peer")}
+    result = {
+        "machine": machine.describe(),
+        "text_bytes": _median(runs, "ours", "utf8_bytes"),
+        "cores": CORES,
+        "runs": runs,
+        "tokens_per_second": speed,
+        "peak_bytes": memory,
+        "speed_ratio": speed["ours"] / speed["peer"],
+        "memory_ratio": memory["ours"] / memory["peer"],
+        "memory_growth_for_ten_times_the_text": memory["ours"] / memory["ours_tenth"],
+    }
+    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps({**result, "runs": None}, indent=1))
+
+
+def _median(runs: list[dict[str, Any]], name: str, figure: str) -> float:
+    return statistics.median(run[name][figure] for run in runs)
+
+
+def _ours(files: list[Path], tokenizer: Path, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "topklm", "prepare", *map(str, files), "--out", str(out), "--json"]
+    measured = processes.measure([*command, "--tokenizer", str(tokenizer), "--workers", str(CORES)])
+    splits = json.loads(measured.output)["splits"].values()
+    tokens = sum(split["text_tokens"] for split in splits)
+    return {
+        "seconds": measured.seconds,
+        "tokens": tokens,
+        "utf8_bytes": sum(split["utf8_bytes"] for split in splits),
+        "tokens_per_second": tokens / measured.seconds,
+        "peak_bytes": measured.peak_bytes,
+    }
+
+
+def _peer(files: list[Path], tokenizer: Path, cache: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", PEER, str(tokenizer), str(cache), *map(str, files)]
+    measured = processes.measure(command, {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    map_alone = json.loads(measured.output.splitlines()[-1])
+    return {
+        "seconds": map_alone["seconds"],
+        "seconds_with_loading": measured.seconds,
+        "tokens": map_alone["tokens"],
+        "tokens_per_second": map_alone["tokens"] / map_alone["seconds"],
+        "peak_bytes": measured.peak_bytes,
+    }
+
+
+def _cut(sources: list[str], folder: Path) -> tuple[list[Path], list[Path]]:
+    """The text as N_FILES .jsonl.gz files of short documents, and every tenth document as as many again."""
+    paths = [[folder / f"{name}-{i}.jsonl.gz" for i in range(N_FILES)] for name in ("large", "small")]
+    with contextlib.ExitStack() as stack:
+        files = [
+            [stack.enter_context(gzip.open(path, "wt", compresslevel=4, encoding="utf-8")) for path in group]
+            for group in paths
+        ]
+        for number, text in enumerate(_short(_texts(find(sources)))):
+            line = json.dumps({"text": text}) + os.linesep
+            files[0][number % N_FILES].write(line)
+            if number % 10 == 0:
+                files[1][number // 10 % N_FILES].write(line)
+    return paths[0], paths[1]
+
+
+def _texts(files: Any) -> Any:
+    for file in files if not isinstance(files[0], Path) else find([str(file) for file in files]):
+        yield from (item.text for item in FileReader(file, "text") if not isinstance(item, Problem))
+
+
+def _short(texts: Any) -> Any:
+    for text in texts:
+        start = 0
+        while start < len(text):
+            cut = text.find("\n", start + DOCUMENT_CHARS)
+            stop = len(text) if cut < 0 else cut + 1
+            if text[start:stop].strip():
+                yield text[start:stop]
+            start = stop
+
+
+if __name__ == "__main__":
+    main()

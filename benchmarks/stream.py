@@ -1,0 +1,156 @@
+"""The token stream alone: tokens per second of one core, and the start from a dataset of 10,000 shards.
+
+python -m benchmarks.stream
+
+Its peer is what has to be fed: the training step of `configs/small.py`, the fastest config here, timed in
+the same run on all cores. The stream is one process on one core, reading, cutting and packing batches as
+training gets them.
+"""
+
+import argparse
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from topklm.data.dataset import Dataset, SplitInfo, load_dataset
+from topklm.data.mixture import Mixture
+from topklm.data.records import RECORD_TOKENS, shard_bounds, shard_name, write_shard
+from topklm.data.stream import train_stream
+from topklm.data.tokenizer import train_bpe
+from topklm.files import write_atomically
+
+RESULT = Path(__file__).parent / "results" / "stream.json"
+SHAPES = ((256, 8), (256, 64), (1024, 64), (2048, 32))  # context length, batch size
+SECONDS = 5.0
+TOKENS = 40_000_000
+N_SHARDS = 10_000
+DOCUMENT_TOKENS = 500
+
+
+def main() -> None:
+    """Writes benchmarks/results/stream.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--child", nargs="+", help=argparse.SUPPRESS
+    )  # one measurement, in a process of its own
+    child = parser.parse_args().child
+    if child:
+        print(json.dumps(CHILDREN[child[0]](Path(child[1]), *map(int, child[2:]))))
+        return
+    training = [_training_tokens_per_second() for _ in range(3)]
+    print(f"training: {training}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        dataset = _make_dataset(Path(name) / "large", TOKENS, RECORD_TOKENS * 8192)
+        rates = {f"T {t}, B {b}": _in_a_process("rate", dataset.path, t, b) for t, b in SHAPES}
+        many = _make_dataset(Path(name) / "many", N_SHARDS * RECORD_TOKENS, RECORD_TOKENS)
+        starts = [_in_a_process("start", many.path) for _ in range(5)]
+    fastest = statistics.median(training)
+    result = {
+        "machine": machine.describe(),
+        "training_tokens_per_second": training,
+        "stream_tokens_per_second_of_one_core": rates,
+        "ratio": {shape: rate / fastest for shape, rate in rates.items()},
+        "start_from_10000_shards": {
+            "seconds": statistics.median(start["seconds"] for start in starts),
+            "files_open_after_one_batch": starts[0]["open_shards"],
+            "shards_of_one_batch": starts[0]["batch_size"],
+        },
+    }
+    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result, indent=1))
+
+
+def _training_tokens_per_second() -> float:
+    """Of `configs/small.py`, after its first steps."""
+    with tempfile.TemporaryDirectory() as run:
+        settings = ["--config.train.steps=80", "--config.eval.sample_tokens=1", "--config.log.every_steps=1"]
+        command = [
+            sys.executable,
+            "-m",
+            "topklm.main",
+            "--config=configs/small.py",
+            f"--workdir={run}",
+            *settings,
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["tokens_per_second"] for line in lines[20:] if "tokens_per_second" in line)
+
+
+def _make_dataset(folder: Path, tokens: int, shard_tokens: int) -> Dataset:
+    """Random tokens in documents; the tokenizer only gives the sizes."""
+    folder.mkdir()
+    tokenizer = train_bpe(["abc"], 300)
+    ids = np.random.default_rng(0).integers(1, tokenizer.vocab_size, tokens).astype(np.int32)
+    ids[::DOCUMENT_TOKENS] = tokenizer.separator_id
+    bounds = shard_bounds(tokens, shard_tokens)
+    shards = tuple(
+        write_shard(folder / shard_name("train", i, len(bounds)), [ids[start:stop]], tokenizer.vocab_size)
+        for i, (start, stop) in enumerate(bounds)
+    )
+    train = SplitInfo(tokens // DOCUMENT_TOKENS, tokens, 0, shards)
+    dataset = Dataset(folder, tokenizer, train, SplitInfo(0, 0, 0, ()), "")
+    tokenizer.save(folder / "tokenizer.json")
+    content = {
+        "format_version": 2,
+        "fingerprint": "",
+        "tokenizer": {"sha256": tokenizer.sha256},
+        "splits": {name: _as_json(split) for name, split in dataset.splits.items()},
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return dataset
+
+
+def _as_json(split: SplitInfo) -> dict[str, Any]:
+    sizes = {"documents": split.documents, "tokens": split.tokens, "utf8_bytes": split.utf8_bytes}
+    return {**sizes, "shards": [vars(shard) for shard in split.shards]}
+
+
+def _in_a_process(what: str, folder: Path, *sizes: int) -> Any:
+    command = [sys.executable, "-m", "benchmarks.stream", "--child", what, str(folder), *map(str, sizes)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def _rate(folder: Path, context_length: int, batch_size: int) -> float:
+    """Tokens per second on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    mixture = Mixture.single(load_dataset(folder))
+    stream = train_stream(mixture, context_length=context_length, batch_size=batch_size, seed=0)
+    next(stream)
+    batches, began = 0, time.perf_counter()
+    while time.perf_counter() < began + SECONDS:
+        next(stream)
+        batches += 1
+    return batches * context_length * batch_size / (time.perf_counter() - began)
+
+
+def _start(folder: Path) -> dict[str, Any]:
+    """From a path to the first batch."""
+    began = time.perf_counter()
+    batch_size = 4
+    mixture = Mixture.single(load_dataset(folder))
+    stream = train_stream(mixture, context_length=RECORD_TOKENS, batch_size=batch_size, seed=0, threads=0)
+    next(stream)
+    seconds = time.perf_counter() - began
+    open_files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return {
+        "seconds": seconds,
+        "open_shards": sum(path.endswith(".arrayrecord") for path in open_files),
+        "batch_size": batch_size,
+    }
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {"rate": _rate, "start": _start}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Text to a prepared dataset: files are encoded, copies dropped, shards written, and a description last.
+
+The result depends on the sources and the settings alone, never on who does the work or on what was
+interrupted: the work lies in a hidden folder beside the dataset, found again by whoever continues, and the
+dataset appears whole.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+
+import tokenizers
+
+from topklm import locks
+from topklm.data.building import description as description_lib
+from topklm.data.building import duplicates, tasks
+from topklm.data.building.chunks import Chunk
+from topklm.data.building.encode import FileJob, FileResult, chunks_of, training_text
+from topklm.data.building.progress import Progress
+from topklm.data.building.settings import Settings, Sources
+from topklm.data.building.shards import plan_shards
+from topklm.data.building.storage import Storage
+from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE
+from topklm.data.sources import store_errors_are_user_errors
+from topklm.data.tokenizer import Tokenizer, train_bpe
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import fsync
+
+# A byte-level BPE of some ten thousand tokens changes little beyond this much text.
+TOKENIZER_TRAINING_BYTES = 1 << 28
+
+
+def build(
+    sources: Sources,
+    settings: Settings,
+    out: Storage,
+    engine: tasks.Engine,
+    progress: Progress,
+    *,
+    wait: bool = False,
+) -> None:
+    """Makes the dataset `out`, continues an attempt at it, or finds it made.
+
+    Args:
+        sources: Where the text is.
+        settings: What is made of it.
+        out: The dataset's folder; must not exist, be empty, or hold this dataset.
+        engine: Does the work; no bit of the result depends on it.
+        progress: Where it is shown.
+        wait: Whether to wait for another process that makes the same, instead of refusing.
+
+    Raises:
+        UserError: For text that cannot be read, a split without documents, a disk that refuses, a
+            folder that holds something else.
+    """
+    work = out.parent.child(f".{out.name}.partial")
+    with disk_errors_are_user_errors(f"preparing the data in {out.url}"), contextlib.ExitStack() as stack:
+        if _is_made(out, sources, settings):
+            progress.say(f"data: {out.url} is prepared already")
+            return
+        if work.is_local:
+            work.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(work.path, lambda owner: _busy(out.url, owner, wait, progress)))
+            if _is_made(out, sources, settings):  # by whom we waited for
+                work.remove()
+                return
+        _Build(sources, settings, work, out, engine, progress).run()
+        work.remove()
+
+
+class _Build:
+    """One attempt."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        settings: Settings,
+        work: Storage,
+        final: Storage,
+        engine: tasks.Engine,
+        progress: Progress,
+    ):
+        self._sources, self._settings, self._work, self._final = sources, settings, work, final
+        self._engine, self._progress = engine, progress
+
+    def run(self) -> None:
+        """Does what is left to do."""
+        tokenizer = self._tokenizer()
+        tasks.share_tokenizer(tokenizer, self._work)
+        selection, work = self._settings.selection, self._work
+        jobs = [FileJob(file, held, selection, tokenizer.sha256) for file, held in self._sources.files]
+        results = self._encode(jobs)
+        chunks = [c for job, r in zip(jobs, results, strict=True) for c in chunks_of(job, r, work)]
+        self._drop_duplicates(chunks)
+        totals = self._engine.totals(chunks, self._work)
+        description_lib.check_not_empty(results, totals, self._settings)
+        # Object stores cannot rename a folder; without its description, a folder is no dataset.
+        folder = self._work.child(self._folder_name(jobs)) if self._final.is_local else self._final
+        planned = plan_shards(chunks, totals, tokenizer.vocab_size, self._settings.shard_tokens)
+        shard_tasks = [tasks.ShardTask(job, folder) for job in planned]
+        with self._progress.phase("writing shards", sum(job.tokens for job in planned)) as report:
+            shards = self._engine.write_shards(shard_tasks, work, report)
+        named = [(job.split, shard) for job, shard in zip(planned, shards, strict=True)]
+        content = description_lib.describe(self._sources, self._settings, tokenizer, results, totals, named)
+        for line in description_lib.remarks(content):
+            self._progress.say(f"data: {line}")
+        folder.write(TOKENIZER_FILE, tokenizer.to_bytes())
+        folder.write(DESCRIPTION_FILE, description_lib.to_bytes(content))
+        if self._final.is_local:
+            folder.path.rename(self._final.path)
+            fsync(self._final.path.parent)
+
+    def _tokenizer(self) -> Tokenizer:
+        """From its file, or trained on the training split."""
+        vocab_size = self._settings.vocab_size
+        if vocab_size is None:
+            return self._settings.open_tokenizer()
+        files = self._sources.files
+        described = [[dataclasses.asdict(file), held] for file, held in files]
+        name = f"trained-{_digest([described, self._settings.to_json(), tokenizers.__version__])}.json"
+        if self._work.exists(name):
+            return Tokenizer(self._work.read(name))
+        began = time.monotonic()
+        self._progress.say(f"data: reading {len(files):,} file(s) to train the tokenizer")
+        with self._progress.phase("training the tokenizer", 0) as report:
+            text = training_text(files, self._settings.selection, TOKENIZER_TRAINING_BYTES, report)
+            tokenizer = train_bpe(text, vocab_size)
+        self._progress.say(
+            f"data: {tokenizer.vocab_size:,} tokens in the vocabulary, {time.monotonic() - began:.1f} s"
+        )
+        self._work.write(name, tokenizer.to_bytes())
+        return tokenizer
+
+    def _encode(self, jobs: Sequence[FileJob]) -> list[FileResult]:
+        began = time.monotonic()
+        with self._progress.phase("encoding", sum(job.file.size for job in jobs)) as report:
+            encode_tasks = [tasks.EncodeTask(job, self._work) for job in jobs]
+            results = self._engine.encode(encode_tasks, self._work, report)
+        documents = sum(result.documents for result in results)
+        self._progress.say(f"data: encoded {documents:,} documents, {time.monotonic() - began:.1f} s")
+        return results
+
+    def _drop_duplicates(self, chunks: Sequence[Chunk]) -> None:
+        if self._settings.deduplicate:
+            self._engine.drop_duplicates(chunks, self._work)
+        else:
+            duplicates.keep_all(chunks)
+
+    def _folder_name(self, jobs: Sequence[FileJob]) -> str:
+        """Shards of another set of files, or cut otherwise, lie in another folder."""
+        s = self._settings
+        return f"dataset-{_digest([[job.folder for job in jobs], s.deduplicate, s.shard_tokens])}"
+
+
+def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
+    """Whether the dataset is there; UserError if something else is, or the store cannot be reached."""
+    guard = contextlib.nullcontext() if final.is_local else store_errors_are_user_errors("--out", final.url)
+    with guard:
+        exists = final.exists(DESCRIPTION_FILE)
+    if exists:
+        description_lib.check_same(json.loads(final.read(DESCRIPTION_FILE)), sources, settings, final.url)
+        return True
+    if final.is_local and final.path.exists() and (final.path.is_file() or any(final.path.iterdir())):
+        raise UserError(
+            f"{final.url} exists and is no prepared dataset: choose another folder, or move it away"
+        )
+    return False
+
+
+def _busy(out: str, owner: str, wait: bool, progress: Progress) -> None:
+    if not wait:
+        raise UserError(
+            f"{out} is being prepared by process {owner}: wait for it, stop it, or choose another folder"
+        )
+    progress.say(f"data: waiting for process {owner}, which prepares {out}")
+
+
+def _digest(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]

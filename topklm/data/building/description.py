@@ -1,0 +1,167 @@
+"""What a preparation writes about its dataset, and whether a folder holds the dataset that is asked for."""
+
+from collections import Counter
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from topklm.data.building.chunks import Totals
+from topklm.data.building.encode import FileResult
+from topklm.data.building.settings import Settings, Sources, fingerprint
+from topklm.data.dataset import FORMAT_VERSION, SPLITS
+from topklm.data.records import Shard, sha256_of_file
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+
+MAX_EXAMPLES = 100  # problems kept word for word
+
+
+def describe(
+    sources: Sources,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    results: Sequence[FileResult],
+    totals: Sequence[Totals],
+    shards: Sequence[tuple[str, Shard]],
+) -> dict[str, Any]:
+    """The content of dataset.json.
+
+    Args:
+        sources: Where the text came from.
+        settings: What was made of it.
+        tokenizer: Of the dataset.
+        results: One for each file.
+        totals: One for each chunk.
+        shards: (split, shard), in order.
+    """
+    contents = [(f.ending, r.sha256, held) for (f, held), r in zip(sources.files, results, strict=True)]
+    return {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(contents, settings),
+        "settings": settings.to_json(),
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "separator_id": tokenizer.separator_id,
+        },
+        "sources": [
+            {**dataclasses.asdict(file), "heldout": held, "sha256": r.sha256, "documents": r.documents}
+            for (file, held), r in zip(sources.files, results, strict=True)
+        ],
+        "text": _text_counts(results, totals),
+        "problem_examples": [example for r in results for example in r.examples][:MAX_EXAMPLES],
+        "splits": {
+            name: _split(number, totals, [shard for split, shard in shards if split == name])
+            for number, name in enumerate(SPLITS)
+        },
+    }
+
+
+def remarks(description: dict[str, Any]) -> list[str]:
+    """Lines on everything that a user should know of what was left out or mended."""
+    text, lines = description["text"], []
+    if text["replaced_sequences"]:
+        lines.append(
+            f"replaced {text['replaced_sequences']:,} invalid UTF-8 sequences in "
+            f"{text['documents_with_replacements']:,} documents with U+FFFD"
+        )
+    if text["duplicates"]:
+        lines.append(f"dropped {text['duplicates']:,} documents that are copies of others")
+    for name, what in (("too_short", "shorter than min_chars"), ("too_long", "longer than max_chars")):
+        if text[name]:
+            lines.append(f"left out {text[name]:,} documents {what}")
+    for kind, n in text["problems"].items():
+        example = next((e for e in description["problem_examples"] if f": {kind} (" in e), None)
+        lines.append(f"{n:,} x {kind}" + (f"; the first: {example}" if example else ""))
+    return lines
+
+
+def check_not_empty(results: Sequence[FileResult], totals: Sequence[Totals], settings: Settings) -> None:
+    """Refuses a dataset without training text, or with none held out where some was asked for.
+
+    Raises:
+        UserError: Saying why there is none.
+    """
+    documents = [sum(total.documents[split] for total in totals) for split in (0, 1)]
+    if not any(documents):
+        examples = [example for result in results for example in result.examples]
+        why = f"; the first problem: {examples[0]}" if examples else ""
+        names = ", ".join(result.url for result in results[:3]) + (" ..." if len(results) > 3 else "")
+        raise UserError(f"no text in {names}: give files that hold text{why}")
+    fraction = settings.selection.heldout_fraction
+    for name, n in zip(SPLITS, documents, strict=True):
+        if n == 0 and (name == "train" or fraction > 0):
+            raise UserError(
+                f"heldout_fraction = {fraction}: of {sum(documents)} document(s) none came into the {name} "
+                "split; give more documents or another fraction"
+            )
+
+
+def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where: str) -> None:
+    """Refuses a dataset that other sources or settings made.
+
+    Args:
+        made: Its description.
+        sources: Those that are asked for.
+        settings: Those that are asked for.
+        where: The dataset's folder.
+
+    Raises:
+        UserError: Naming what differs.
+    """
+    old, asked = made["settings"], settings.to_json()
+    different = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in asked.items() if old.get(k) != v]
+    if not _same_sources(made["sources"], sources):
+        different.append("its sources are others or have changed")
+    if different:
+        raise UserError(
+            f"{where} holds another dataset: {'; '.join(different)}. Choose another folder, or delete it"
+        )
+
+
+def to_bytes(description: dict[str, Any]) -> bytes:
+    """As stored; the same content gives the same bytes."""
+    return json.dumps(description, indent=1).encode()
+
+
+def _same_sources(made: Sequence[dict[str, Any]], asked: Sources) -> bool:
+    if [(s["url"], s["size"], s["heldout"]) for s in made] != [(f.url, f.size, h) for f, h in asked.files]:
+        return False
+    # A file that was copied or touched has another version, and perhaps the same content.
+    return all(
+        old["version"] == file.version
+        or (os.path.isfile(file.url) and sha256_of_file(Path(file.url)) == old["sha256"])
+        for old, (file, _) in zip(made, asked.files, strict=True)
+    )
+
+
+def _text_counts(results: Sequence[FileResult], totals: Sequence[Totals]) -> dict[str, Any]:
+    names = ("too_short", "too_long", "documents_with_replacements", "replaced_sequences")
+    read = sum(result.documents for result in results)
+    kept = sum(sum(total.documents) for total in totals)
+    problems: Counter[str] = Counter()
+    for result in results:
+        problems.update(result.problems)
+    return {
+        "documents": read,  # before copies were dropped
+        "utf8_bytes": sum(result.utf8_bytes for result in results),
+        "duplicates": read - kept,
+        **{name: sum(getattr(result, name) for result in results) for name in names},
+        "problems": dict(sorted(problems.items())),
+    }
+
+
+def _split(number: int, totals: Sequence[Totals], shards: Sequence[Shard]) -> dict[str, Any]:
+    names = ("documents", "tokens", "utf8_bytes")
+    documents, tokens, utf8_bytes = (sum(getattr(total, name)[number] for total in totals) for name in names)
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "text_tokens": tokens - documents,
+        "utf8_bytes": utf8_bytes,
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }

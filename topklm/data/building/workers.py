@@ -1,0 +1,149 @@
+"""Runs the same function on many tasks, on as many cores as asked for, and hears how far each is.
+
+A core is a process, unless there are fewer tasks than cores: then the tokenizer's own threads take the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from typing import Any, TypeVar
+
+from topklm.errors import UserError
+
+_POLL_SECONDS = 0.1
+_ORPHAN_POLL_SECONDS = 1.0
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Report = Callable[..., None]
+
+_reports: Any = None  # in a worker process: where its reports go
+
+
+def all_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """Cores to work with; use as a context manager."""
+
+    def __init__(self, cores: int, *, in_this_process: bool = False):
+        """Takes the number of cores, and whether to start no process (a trainer's would hold all of JAX)."""
+        self._cores, self._in_this_process = cores, in_this_process
+        self._pool: ProcessPoolExecutor | None = None
+        self._reports: Any = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()) if error[0] else []:
+                process.terminate()  # nothing that a worker has not finished is of use
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Task, Report], Result], tasks: Sequence[Task], report: Report
+    ) -> list[Result]:
+        """`[function(task, report) for task in tasks]`; begins with the first tasks.
+
+        Args:
+            function: At the top level of a module; its second argument takes what `report` takes.
+            tasks: Can be pickled.
+            report: Called in this thread of this process only.
+
+        Raises:
+            UserError: If a worker process was killed, as the system does when memory runs out; and
+                what a task raises.
+        """
+        if self._in_this_process or min(self._cores, len(tasks)) <= 1:
+            _limit_threads(self._cores)
+            return self._map_in_threads(function, tasks, report)
+        try:
+            return self._map_in_processes(function, tasks, report)
+        except BrokenProcessPool as e:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory; the same command with fewer "
+                "--workers continues where it stopped"
+            ) from e
+
+    def _map_in_threads(self, function: Callable, tasks: Sequence, report: Report) -> list:
+        messages: queue.SimpleQueue = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def tell(*message: Any) -> None:
+            if stop.is_set():
+                raise _Stopped
+            messages.put(message)
+
+        with ThreadPoolExecutor(1) as pool:
+            futures = [pool.submit(function, task, tell) for task in tasks]
+            try:
+                return _collect(futures, messages, report)
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _map_in_processes(self, function: Callable, tasks: Sequence, report: Report) -> list:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._reports = context.Queue()
+            processes = min(self._cores, len(tasks))
+            arguments = (self._reports, -(-self._cores // processes), os.getpid())
+            self._pool = ProcessPoolExecutor(processes, context, _begin_worker, arguments)
+        futures = [self._pool.submit(_call, function, task) for task in tasks]
+        return _collect(futures, self._reports, report)
+
+
+class _Stopped(Exception):  # noqa: N818 - no error: it unwinds a task that nobody waits for
+    pass
+
+
+def _collect(futures: Sequence[Future], messages: Any, report: Report) -> list:
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        for message in _pending(messages):
+            report(*message)
+        for future in done:
+            future.result()  # the first failure ends the work
+    return [future.result() for future in futures]
+
+
+def _pending(messages: Any) -> Iterator[tuple]:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield messages.get_nowait()
+
+
+def _begin_worker(reports: Any, threads: int, parent: int) -> None:
+    global _reports  # noqa: PLW0603 - a process pool offers no other place for what every task needs
+    _reports = reports
+    _limit_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed cannot tell its workers to stop."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_POLL_SECONDS)
+    os._exit(1)
+
+
+def _limit_threads(threads: int) -> None:
+    # Read by the tokenizer's library when it first uses threads.
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+
+def _call(function: Callable, task: Any) -> Any:
+    return function(task, lambda *message: _reports.put(message))

@@ -1,0 +1,607 @@
+"""Reads text: from one source file to its documents, and to what is wrong with it.
+
+Knows file formats and broken bytes; memory stays bounded whatever a file holds. Which files there are is
+`topklm.data.sources`' affair; what becomes of documents and problems is the caller's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from types import TracebackType
+from typing import Any
+import zlib
+
+from topklm.data import sources
+from topklm.data.sources import SourceFile
+from topklm.errors import UserError
+
+PROBLEMS = ("damaged file", "invalid JSON", "no text field", "line too long", "empty", "NUL bytes")
+MAX_LINE_BYTES = 64 << 20  # longer lines, and longer texts in a table, are no documents
+
+_BLOCK_BYTES = 1 << 20  # read, and decompressed, at a time
+_GZIP_BYTES = 64 << 10  # compressed; what a step does not use up is copied
+_TABLE_ROWS = 128  # of a Parquet file, decoded at a time
+# A .txt file does not say where documents begin, and a book must not fall into one split whole.
+_TEXT_MIN_BYTES = 16 << 10
+_TEXT_LONG_BYTES = 1 << 20  # without a blank line, a document ends with a line after these
+_TEXT_MAX_BYTES = 2 << 20  # and without an end of line, here
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_QUICKSTART_FIELD = "extract"
+
+# RFC 8878, section 3.1.
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
+_ZSTD_RLE_BLOCK = 1
+# Some public corpora are compressed with `zstd --long=31`; the memory is taken only if a file asks for it.
+_ZSTD_MAX_WINDOW_BYTES = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """A text: can be encoded as UTF-8, is not blank, has no NUL."""
+
+    text: str
+    where: str  # "line 12" and "row 5", counted from 1, or "byte 16384", where it begins
+    replaced: int  # invalid UTF-8 sequences and unpaired surrogates, now U+FFFD
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A part of a file that holds no document."""
+
+    kind: str  # one of PROBLEMS
+    where: str
+    what: str  # short reason
+
+
+Items = Iterator[Document | Problem]
+
+
+class FileReader:
+    """Iterates over the documents and problems of a file, in order.
+
+    A `.txt` file is cut after blank lines into documents of at least 16 KiB (after a line where 1 MiB has no
+    blank line, anywhere where 2 MiB have no line). A `.jsonl` file holds one JSON object a line, a `.parquet`
+    file and a Hugging Face dataset one document a row. Blank lines are no documents.
+
+    A file that is damaged yields what came before the damage, then a Problem("damaged file", ...), and ends.
+
+    Attributes:
+        bytes_read: Stored bytes read so far (rows for a Hugging Face dataset); may be read from any thread.
+        sha256: After the end, hex digest of the bytes as stored; for a Hugging Face dataset of all texts
+            (empty where there is none), each after its length in UTF-8 bytes as 8 bytes, little-endian.
+
+    Raises:
+        UserError: While iterating: if the file is not there any more, has changed since it was found, or
+            may not be read, if its store does not answer, if a package is missing, or if a whole table
+            lacks the column.
+    """
+
+    def __init__(self, file: SourceFile, text_field: str):
+        """Opens nothing yet.
+
+        Args:
+            file: What to read.
+            text_field: Key of the text in a JSON line, or column of a table.
+        """
+        self.bytes_read = 0
+        self.sha256 = ""
+        self._file, self._text_field = file, text_field
+        self._hash = hashlib.sha256()
+
+    def __iter__(self) -> Items:
+        self.bytes_read, self._hash = 0, hashlib.sha256()
+        if self._file.ending == sources.HF:
+            yield from self._read_hf()
+        else:
+            with _StoredFile(self._file) as stored:
+                yield from self._read_stored(stored)
+                stored.check_unchanged()
+        self.sha256 = self._hash.hexdigest()
+
+    def _read_stored(self, stored: "_StoredFile") -> Items:
+        read = functools.partial(self._next_bytes, stored)
+        if self._file.ending == ".parquet":
+            yield from self._read_parquet(stored)
+            stored.seek(0)
+            self.bytes_read = 0
+        else:
+            yield from _READERS[self._file.ending](read, self._text_field)
+        while read(_BLOCK_BYTES):  # what comes after a damage counts for the hash
+            pass
+
+    def _next_bytes(self, stored: "_StoredFile", size: int) -> bytes:
+        block = stored.read(size)
+        self._hash.update(block)
+        self.bytes_read += len(block)
+        return block
+
+    def _read_parquet(self, stored: "_StoredFile") -> Items:
+        for row, n_rows, item in _parquet_items(stored, self._file.url, self._text_field):
+            # The size of a single row is not to be had.
+            self.bytes_read = self._file.size * row // max(n_rows, row, 1)
+            yield item
+
+    def _read_hf(self) -> Items:
+        for raw, item in _hf_items(self._file, self._text_field):
+            if raw is not None:
+                self.bytes_read += 1
+                self._hash.update(len(raw).to_bytes(8, "little"))
+                self._hash.update(raw)
+            yield item
+
+
+class _StoredFile:
+    """A file's bytes, local or not; what its store raises becomes a UserError. Reads like a Python file."""
+
+    def __init__(self, file: SourceFile):
+        self._file = file
+        self._is_remote = sources.is_remote(file.url)
+        self.closed = False
+        with self._errors_are_user_errors():
+            self._check_version()
+            if self._is_remote:
+                fs, path = sources.file_system(file.url, "reading")
+                self._handle = fs.open(path, "rb", block_size=8 * _BLOCK_BYTES)
+            else:
+                self._handle = open(file.url, "rb")  # noqa: SIM115 - closed by close()
+
+    def __enter__(self) -> "_StoredFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes; fewer at the end only."""
+        with self._errors_are_user_errors():
+            block = self._handle.read(size)
+            while 0 < len(block) < size and (more := self._handle.read(size - len(block))):
+                block += more
+            return block
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As for any file."""
+        with self._errors_are_user_errors():
+            return self._handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As for any file."""
+        return self._handle.tell()
+
+    def readable(self) -> bool:
+        """As for any file."""
+        return True
+
+    def seekable(self) -> bool:
+        """As for any file."""
+        return True
+
+    def writable(self) -> bool:
+        """As for any file."""
+        return False
+
+    def close(self) -> None:
+        """As for any file."""
+        self.closed = True
+        self._handle.close()
+
+    def check_unchanged(self) -> None:
+        """Raises a UserError if a local file is another one now."""
+        if not self._is_remote:
+            with self._errors_are_user_errors():
+                self._check_version()
+
+    def _check_version(self) -> None:
+        if not self._file.version:
+            return
+        if self._is_remote:
+            fs, path = sources.file_system(self._file.url, "reading")
+            is_same = sources.is_version(self._file.version, fs.info(path))
+        else:
+            is_same = sources.local_version(os.stat(self._file.url)) == self._file.version
+        if not is_same:
+            raise UserError(f"{self._file.url} has changed since the command began; start it again")
+
+    @contextlib.contextmanager
+    def _errors_are_user_errors(self) -> Iterator[None]:
+        if self._is_remote:
+            with sources.store_errors_are_user_errors("reading", self._file.url):
+                yield
+        else:
+            try:
+                yield
+            except OSError as e:
+                raise UserError(f"{self._file.url} cannot be read: {e.strerror}; check the path") from e
+
+
+class _DamageError(Exception):
+    """The bytes of a file end or break where they must not; its text says how."""
+
+
+Read = Callable[..., bytes]  # read(size) -> bytes, fewer at the end only
+
+
+def _text_items(read: Read, _: str) -> Items:
+    buffer, offset = read(_BLOCK_BYTES), 0
+    if buffer.startswith(_BYTE_ORDER_MARK):
+        offset = len(_BYTE_ORDER_MARK)
+        buffer = buffer[offset:]
+    is_first, block = True, buffer
+    while block:
+        start = 0
+        while end := _document_end(buffer, start):
+            yield _document(*_decode(buffer[start:end]), f"byte {offset + start}")
+            start, is_first = end, False
+        block = read(_BLOCK_BYTES)
+        buffer, offset = buffer[start:] + block, offset + start
+    if is_first or buffer.strip():
+        yield _document(*_decode(buffer), f"byte {offset}")
+
+
+def _document_end(text: bytes, start: int) -> int:
+    """Where the document that begins at `start` ends; 0 if `text` is too short to know."""
+    if len(text) < start + _TEXT_MIN_BYTES:
+        return 0
+    limit = start + _TEXT_MAX_BYTES
+    # From the last line that ends too early, as a blank line follows the end of another.
+    line_before = text.rfind(b"\n", start, start + _TEXT_MIN_BYTES - 1)
+    blank = _BLANK_LINE.search(text, line_before if line_before >= 0 else start + _TEXT_MIN_BYTES - 1, limit)
+    line_end = text.find(b"\n", start + _TEXT_LONG_BYTES - 1, limit) + 1
+    if blank or line_end:
+        return min(end for end in (blank.end() if blank else 0, line_end) if end)
+    if len(text) <= limit:
+        return 0
+    # A byte 10xxxxxx continues a character, which has four at most.
+    return next((end for end in range(limit, limit - 4, -1) if text[end] & 0xC0 != 0x80), limit)
+
+
+def _json_line_items(read: Read, text_field: str) -> Items:
+    return _json_items(_blocks(read), text_field)
+
+
+def _gzip_items(read: Read, text_field: str) -> Items:
+    return _json_items(_gunzip(read), text_field)
+
+
+def _zstd_items(read: Read, text_field: str) -> Items:
+    return _json_items(_unzstd(read), text_field)
+
+
+def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
+    number = 0
+    try:
+        for line in _lines(blocks):
+            number += 1
+            if line is None:
+                yield _too_long(f"line {number}")
+            elif line and not line.isspace():
+                yield _json_item(line, text_field, f"line {number}")
+    except _DamageError as e:
+        yield Problem("damaged file", f"line {number + 1}", str(e))
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """The lines without their ends; None for one that is too long."""
+    begun, size = bytearray(), 0  # a line whose end is yet to come
+    for block in blocks:
+        lines: list[Any] = block.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            size += len(lines[0])
+            lines[0] = bytes(begun) + lines[0] if size <= MAX_LINE_BYTES else None
+            begun, size = bytearray(), 0
+            yield from lines
+        size += len(rest)
+        begun += rest
+        if size > MAX_LINE_BYTES:
+            begun.clear()
+    if size:
+        yield bytes(begun) if size <= MAX_LINE_BYTES else None
+
+
+def _json_item(line: bytes, text_field: str, where: str) -> Document | Problem:
+    text, replaced = _decode(line.removeprefix(_BYTE_ORDER_MARK))
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        if "\0" in text:
+            return Problem("NUL bytes", where, f"U+0000 at character {text.index(chr(0))} of the line")
+        reason = f"{e.msg} at character {e.pos}" if isinstance(e, json.JSONDecodeError) else str(e)
+        return Problem("invalid JSON", where, reason)
+    return _field_item(record, text_field, where, replaced)
+
+
+def _field_item(record: Any, text_field: str, where: str, replaced: int) -> Document | Problem:
+    """The document in a row of JSON, or of a dataset."""
+    if not isinstance(record, dict):
+        return Problem("no text field", where, f"no object but {type(record).__name__}")
+    if text_field not in record:
+        return Problem("no text field", where, f"no {text_field!r} in {_listing(record)}")
+    value = record[text_field]
+    if value is None:
+        return Problem("empty", where, "null")
+    if not isinstance(value, str):
+        return Problem("no text field", where, f"{text_field!r} is no text but {type(value).__name__}")
+    text, unpaired = _replace_surrogates(value)
+    return _document(text, replaced + unpaired, where)
+
+
+def _document(text: str, replaced: int, where: str) -> Document | Problem:
+    if not text or text.isspace():
+        return Problem("empty", where, "nothing but white space" if text else "no character")
+    if "\0" in text:
+        return Problem("NUL bytes", where, f"U+0000 at character {text.index(chr(0))}")
+    return Document(text, where, replaced)
+
+
+def _too_long(where: str) -> Problem:
+    return Problem("line too long", where, f"more than {MAX_LINE_BYTES:,} bytes")
+
+
+def _listing(names: Any) -> str:
+    names = list(names)
+    shown = ", ".join(repr(str(name)[:40]) for name in names[:10])
+    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown or "an empty object"
+
+
+def _blocks(read: Read) -> Iterator[bytes]:
+    while block := read(_BLOCK_BYTES):
+        yield block
+
+
+def _gunzip(read: Read) -> Iterator[bytes]:
+    """The content of all members of a gzip file (RFC 1952), in blocks."""
+    data = _first_block(read, _GZIP_BYTES)
+    what = "no gzip file"
+    while data:
+        decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        while not decoder.eof:
+            data = data or read(_GZIP_BYTES)
+            before = decoder.copy()
+            try:
+                block = decoder.decompress(data, _BLOCK_BYTES)
+            except zlib.error as e:
+                yield _inflate_until_error(before, data)
+                raise _DamageError(f"{what}: {e}") from e
+            if not (data or block or decoder.eof):
+                raise _DamageError("cut short within the compressed data")
+            data = decoder.unconsumed_tail
+            what = "damaged gzip data"
+            yield block
+        data = decoder.unused_data
+        # Zeros may fill a file up to the blocks of its medium.
+        while not (data := data.lstrip(b"\0")):
+            if not (data := read(_GZIP_BYTES)):
+                return
+        what = "other data after the compressed data"
+
+
+def _inflate_until_error(decoder: Any, data: bytes) -> bytes:
+    """What can be had from data whose decompression fails at some point; the library gives all or nothing."""
+    good, start = [], 0
+    for step in (4096, 64, 1):
+        before = decoder
+        with contextlib.suppress(zlib.error):
+            while start < len(data):
+                before = decoder.copy()
+                good.append(decoder.decompress(data[start : start + step]))
+                start += step
+        decoder = before
+    return b"".join(good)
+
+
+def _unzstd(read: Read) -> Iterator[bytes]:
+    """The content of all frames of a Zstandard file (RFC 8878), in blocks.
+
+    The library does not say whether a file ends within a frame, and may turn a few bytes into gigabytes at
+    once; so it is given one of the format's blocks after the other, each of which holds 128 KiB at most.
+    """
+    zstandard = sources.optional_module("zstandard", "zstd", "reading .zst")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
+    magic, what = _first_block(read, 4), "no zstd file"
+    while magic:
+        try:
+            if _ZSTD_SKIPPABLE.fullmatch(magic):
+                _skip(read, int.from_bytes(_exactly(read, 4), "little"))
+            elif magic == _ZSTD_MAGIC:
+                yield from _zstd_frame(read, zstandard, decompressor.decompressobj())
+            else:
+                raise _DamageError(what)
+        except zstandard.ZstdError as e:
+            raise _DamageError(f"damaged zstd data: {e}") from e
+        magic, what = read(4), "other data after the compressed data"
+
+
+def _zstd_frame(read: Read, zstandard: Any, decoder: Any) -> Iterator[bytes]:
+    header = _ZSTD_MAGIC + _exactly(read, 1)
+    has_checksum = header[4] & 0b100
+    header += _exactly(read, zstandard.frame_header_size(header) - len(header))
+    yield decoder.decompress(header)
+    is_last = False
+    while not is_last:
+        block = _exactly(read, 3)
+        number = int.from_bytes(block, "little")
+        is_last, kind, size = bool(number & 1), number >> 1 & 3, number >> 3
+        yield decoder.decompress(block + _exactly(read, 1 if kind == _ZSTD_RLE_BLOCK else size))
+    if has_checksum:
+        yield decoder.decompress(_exactly(read, 4))
+
+
+def _first_block(read: Read, size: int) -> bytes:
+    block = read(size)
+    if not block:
+        raise _DamageError("cut short: holds no bytes at all")
+    return block
+
+
+def _exactly(read: Read, size: int) -> bytes:
+    block = read(size)
+    if len(block) < size:
+        raise _DamageError("cut short within the compressed data")
+    return block
+
+
+def _skip(read: Read, size: int) -> None:
+    while size:
+        size -= len(_exactly(read, min(size, _BLOCK_BYTES)))
+
+
+def _parquet_items(
+    stored: _StoredFile, url: str, text_field: str
+) -> Iterator[tuple[int, int, Document | Problem]]:
+    """(row, number of rows, item) of a table."""
+    parquet = sources.optional_module("pyarrow.parquet", "parquet", "reading .parquet")
+    row = n_rows = 0
+    try:
+        table = parquet.ParquetFile(stored, buffer_size=_BLOCK_BYTES, page_checksum_verification=True)
+        n_rows = table.metadata.num_rows
+        _check_column(table.schema_arrow, url, text_field)
+        for group in range(table.num_row_groups):
+            for raw in _parquet_column(table, text_field, group):
+                row += 1
+                yield row, n_rows, _table_item(raw, f"row {row}")
+        if row != n_rows:
+            raise ValueError(f"it holds {row} rows, not {n_rows} as it says")
+    except _parquet_errors() as e:
+        yield row, n_rows, _damaged_table(e, row + 1)
+
+
+def _check_column(schema: Any, url: str, text_field: str) -> None:
+    if text_field not in schema.names:
+        raise _no_column(url, text_field, schema.names)
+    column_type = schema.field(text_field).type
+    if not re.search("string|binary", str(getattr(column_type, "value_type", column_type))):
+        raise UserError(
+            f"text_field = {text_field!r}: that column of {url} holds {column_type}, not text; "
+            f"there are also: {', '.join(name for name in schema.names if name != text_field)}"
+        )
+
+
+def _no_column(url: str, text_field: str, columns: Sequence[str]) -> UserError:
+    return UserError(
+        f"text_field = {text_field!r}: {url} has no such column; give the one that holds the text, "
+        f"of {_listing(columns)}"
+    )
+
+
+def _parquet_column(table: Any, text_field: str, group: int) -> Iterator[bytes | None]:
+    n_done = 0
+    try:
+        for batch in _parquet_batches(table, text_field, group, _TABLE_ROWS):
+            yield from batch
+            n_done += len(batch)
+    except _parquet_errors():
+        # The batch that failed may have rows before the damage.
+        for batch in itertools.islice(_parquet_batches(table, text_field, group, 1), n_done, None):
+            yield from batch
+        raise
+
+
+def _parquet_batches(table: Any, text_field: str, group: int, n_rows: int) -> Iterator[list[bytes | None]]:
+    pyarrow = sources.optional_module("pyarrow", "parquet", "reading .parquet")
+    for batch in table.iter_batches(n_rows, row_groups=[group], columns=[text_field], use_threads=False):
+        column = batch.column(0)
+        column = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+        yield column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _parquet_errors() -> tuple[type[Exception], ...]:
+    pyarrow = sources.optional_module("pyarrow", "parquet", "reading .parquet")
+    return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+
+
+def _damaged_table(error: Exception, row: int) -> Problem:
+    return Problem("damaged file", f"row {row}", " ".join(str(error).split())[:200] or type(error).__name__)
+
+
+def _table_item(raw: bytes | None, where: str) -> Document | Problem:
+    if raw is None:
+        return Problem("empty", where, "null")
+    if len(raw) > MAX_LINE_BYTES:
+        return _too_long(where)
+    return _document(*_decode(raw), where)
+
+
+def _quickstart_items(read: Read, _: str) -> Items:
+    """The file of the quickstart corpus: {title: {"extract": text, ...}}."""
+    content = b"".join(_blocks(read))
+    try:
+        entries = list(json.loads(content).values())
+    except (ValueError, AttributeError) as e:
+        yield Problem("damaged file", "row 1", str(e))
+        return
+    for row, entry in enumerate(entries, start=1):
+        yield _field_item(entry, _QUICKSTART_FIELD, f"row {row}", 0)
+
+
+def _hf_items(file: SourceFile, text_field: str) -> Iterator[tuple[bytes | None, Document | Problem]]:
+    """(text in UTF-8, item) of the rows of one shard of a dataset."""
+    row = 0
+    try:
+        for row, record in enumerate(_hf_rows(file, text_field), start=1):
+            raw, value = b"", record[text_field]
+            if isinstance(value, str):
+                raw = _replace_surrogates(value)[0].encode()
+            item = _field_item(record, text_field, f"row {row}", 0)
+            yield raw, _too_long(f"row {row}") if len(raw) > MAX_LINE_BYTES else item
+    except (EOFError, zlib.error, *sources.store_errors()) as e:  # type: ignore[misc]
+        if isinstance(e, OSError) and (e.errno is not None or isinstance(e, ConnectionError)):
+            raise UserError(f"{file.url} cannot be read any more: {e}; check the network and the path") from e
+        yield None, _damaged_table(e, row + 1)
+
+
+def _hf_rows(file: SourceFile, text_field: str) -> Iterator[dict[str, Any]]:
+    name, config, split, shard, n_shards = sources.hf_parts(file.url)
+    dataset = _hf_dataset(name, config, split, file.version).shard(n_shards, shard)
+    columns = dataset.column_names or list(next(iter(dataset), {text_field: ""}))
+    if text_field not in columns:
+        raise _no_column(file.url, text_field, columns)
+    yield from dataset.select_columns([text_field])  # the others may be pictures to decode
+
+
+@functools.lru_cache(maxsize=1)  # to open it once for all of its shards
+def _hf_dataset(name: str, config: str, split: str, version: str) -> Any:
+    dataset, current_version = sources.hf_dataset(name, config, split, "reading")
+    if version not in ("", current_version):
+        raise UserError(f"hf:{name}:{config}:{split} has changed since the command began; start it again")
+    return dataset
+
+
+_READERS: dict[str, Callable[[Read, str], Items]] = {
+    ".txt": _text_items,
+    ".jsonl": _json_line_items,
+    ".jsonl.gz": _gzip_items,
+    ".jsonl.zst": _zstd_items,
+    sources.QUICKSTART: _quickstart_items,
+}
+
+
+def _decode(raw: bytes) -> tuple[str, int]:
+    """Text, and how many invalid sequences in it were replaced."""
+    try:
+        return raw.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        text = raw.decode("utf-8", errors="replace")
+        return text, text.count(_REPLACEMENT) - raw.count(_REPLACEMENT.encode())
+
+
+def _replace_surrogates(text: str) -> tuple[str, int]:
+    # JSON may escape half a surrogate pair ("\ud83d"), which no UTF-8 can hold.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATES.subn(_REPLACEMENT, text)
+    return text, 0

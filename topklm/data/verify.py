@@ -1,0 +1,210 @@
+"""Reads all of a prepared dataset and lists what is not as it was written.
+
+Every byte of every file, every record, every token. Mends nothing, decodes no text, and needs the memory of
+a few records.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topklm.data.building.progress import Progress
+from topklm.data.dataset import DESCRIPTION_FILE, SPLITS, TOKENIZER_FILE, SplitInfo, read_description
+from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+
+_BLOCK_TOKENS = 64 * RECORD_TOKENS  # read at a time
+_TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str  # name inside the folder
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the readable shards of a split hold."""
+
+    shards: int  # that could be read to their end
+    documents: int
+    tokens: int  # separators included
+    utf8_bytes: int | None  # of the text; None if the tokenizer does not tell the bytes of its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    path: Path
+    splits: dict[str, Counts]
+    problems: tuple[Problem, ...]
+    other_files: tuple[str, ...]  # names in the folder that do not belong to the dataset
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> Report:
+    """Reads a dataset to its last byte.
+
+    Compared with dataset.json are the size and sha256 of every file, the number of records of every
+    shard, and for each split documents, tokens and, where the tokenizer tells the bytes of its tokens,
+    the bytes of text.
+
+    Args:
+        path: The dataset's folder.
+        progress: Is told of the bytes, documents and tokens that were read.
+
+    Raises:
+        UserError: If dataset.json cannot be read, so that there is nothing to compare with.
+    """
+    path = Path(path).expanduser().absolute()
+    description = read_description(path)
+    try:
+        splits = {name: _split(description["splits"][name]) for name in SPLITS}
+        told = {field: description["tokenizer"][field] for field in ("sha256", *_TOKENIZER_FIELDS)}
+        if [type(value) for value in told.values()] != [str, str, int, int]:
+            raise TypeError(f"tokenizer: {told}")
+        contradictions = _contradictions(description)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{path / DESCRIPTION_FILE}: damaged ({e!r}); delete the folder and prepare the data again"
+        ) from e
+    total = sum(shard.size for split in splits.values() for shard in split.shards)
+    check = _Check(path, told, contradictions)
+    with (progress or Progress(lambda text: None)).phase("verifying", total) as report:
+        found = {name: check.split(name, split, report) for name, split in splits.items()}
+    expected = {DESCRIPTION_FILE, TOKENIZER_FILE}
+    expected.update(shard.name for split in splits.values() for shard in split.shards)
+    others = sorted(file.name for file in path.iterdir() if file.name not in expected)
+    return Report(path, found, tuple(check.problems), tuple(others))
+
+
+class _Check:
+    """The comparison of one dataset with its description; collects problems."""
+
+    def __init__(self, path: Path, told: dict[str, Any], contradictions: list[str]):
+        self._path = path
+        self._problems = {Problem(DESCRIPTION_FILE, what): None for what in contradictions}
+        tokenizer = self._tokenizer(told)
+        if tokenizer is None:
+            self._vocab_size, self._separator_id = told["vocab_size"], told["separator_id"]
+            self._token_bytes = None
+        else:
+            self._vocab_size, self._separator_id = tokenizer.vocab_size, tokenizer.separator_id
+            self._token_bytes = tokenizer.token_bytes_lengths()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """In the order in which they were found, none twice."""
+        return list(self._problems)
+
+    def split(self, name: str, split: SplitInfo, report: Callable[[int, int, int], None]) -> Counts:
+        """Reads the shards of a split, and compares what they hold in all."""
+        counts = [self._shard(shard, number == 0, report) for number, shard in enumerate(split.shards)]
+        readable = [count for count in counts if count is not None]
+        documents, tokens = (sum(getattr(count, f) for count in readable) for f in ("documents", "tokens"))
+        utf8_bytes = None
+        if self._token_bytes is not None:
+            utf8_bytes = sum(count.utf8_bytes or 0 for count in readable)
+        found = Counts(len(readable), documents, tokens, utf8_bytes)
+        if found.shards == len(split.shards):
+            for field in ("documents", "tokens", "utf8_bytes"):
+                told, counted = getattr(split, field), getattr(found, field)
+                if counted is not None and told != counted:
+                    self._note(DESCRIPTION_FILE, f"{name}: {field} = {told:,}, its shards hold {counted:,}")
+        return found
+
+    def _shard(self, shard: Shard, is_first: bool, report: Callable[[int, int, int], None]) -> Counts | None:
+        """What the shard holds; None if it could not be read to its end."""
+        try:
+            check_shards(self._path, [shard], contents=True)
+        except ShardError as e:
+            self._note(shard.name, e.what)
+        except OSError as e:
+            self._note(shard.name, f"cannot be read ({e.strerror})")
+            return None
+        documents = utf8_bytes = 0
+        stream = TokenStream(self._path, [shard], self._vocab_size)
+        for start in range(0, len(stream), _BLOCK_TOKENS):
+            stop = min(start + _BLOCK_TOKENS, len(stream))
+            try:
+                tokens = stream.read(start, stop)
+            except ShardError as e:
+                self._note(shard.name, e.what)
+                return None
+            if is_first and start == 0 and tokens[0] != self._separator_id:
+                self._note(shard.name, f"begins with token {tokens[0]}, not with a separator")
+            inside = self._inside(tokens, start, shard)
+            begun = int(np.count_nonzero(inside == self._separator_id))
+            documents += begun
+            if self._token_bytes is not None:
+                utf8_bytes += int(self._token_bytes[inside[inside != self._separator_id]].sum())
+            report(shard.size * stop // len(stream) - shard.size * start // len(stream), begun, stop - start)
+        return Counts(1, documents, len(stream), utf8_bytes)
+
+    def _inside(self, tokens: np.ndarray, start: int, shard: Shard) -> np.ndarray:
+        """The tokens that the vocabulary has."""
+        is_inside = (tokens >= 0) & (tokens < self._vocab_size)
+        if not is_inside.all():
+            first = int(np.argmin(is_inside))
+            self._note(
+                shard.name,
+                f"holds token id {tokens[first]} in record {(start + first) // RECORD_TOKENS}, "
+                f"outside the vocabulary of {self._vocab_size:,}",
+            )
+        return tokens[is_inside]
+
+    def _tokenizer(self, told: dict[str, Any]) -> Tokenizer | None:
+        """The dataset's tokenizer; None if the file is another."""
+        file = self._path / TOKENIZER_FILE
+        try:
+            sha256 = sha256_of_file(file)
+        except OSError as e:
+            self._note(TOKENIZER_FILE, f"cannot be read ({e.strerror})")
+            return None
+        if sha256 != told["sha256"]:
+            self._note(TOKENIZER_FILE, f"has the sha256 {sha256[:12]}, not {told['sha256'][:12]}")
+            return None
+        tokenizer = Tokenizer.load(file)
+        for field in _TOKENIZER_FIELDS:
+            has = getattr(tokenizer, field)
+            if told[field] != has:
+                self._note(
+                    DESCRIPTION_FILE, f"tokenizer: {field} = {told[field]!r}, {TOKENIZER_FILE}: {has!r}"
+                )
+        return tokenizer
+
+    def _note(self, file: str, what: str) -> None:
+        self._problems[Problem(file, what)] = None
+
+
+def _split(content: dict[str, Any]) -> SplitInfo:
+    shards = tuple(Shard(**shard) for shard in content["shards"])
+    for shard in shards:
+        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str]:
+            raise TypeError(f"{shard}")
+    return SplitInfo(content["documents"], content["tokens"], content["utf8_bytes"], shards)
+
+
+def _contradictions(description: dict[str, Any]) -> list[str]:
+    """Counts that do not follow from one another as they must."""
+    text, splits = description["text"], description["splits"]
+    read = sum(source["documents"] for source in description["sources"])
+    kept = sum(splits[name]["documents"] for name in SPLITS)
+    sums = [
+        ("text: documents", text["documents"], "sources", read),
+        ("text: duplicates", text["duplicates"], "documents that are in no split", read - kept),
+    ]
+    for name in SPLITS:
+        split = splits[name]
+        in_text = split["tokens"] - split["documents"]
+        in_shards = sum(shard["tokens"] for shard in split["shards"])
+        sums.append((f"{name}: text_tokens", split["text_tokens"], "tokens less documents", in_text))
+        sums.append((f"{name}: tokens", split["tokens"], "its shards", in_shards))
+    return [f"{what} = {told:,}, {other}: {count:,}" for what, told, other, count in sums if told != count]

@@ -1,0 +1,94 @@
+"""Batches on their way to the devices: the next ones are transferred while the current step runs.
+
+What a batch holds is decided in `topklm.data.stream`, and how it lies over devices in `topklm.sharding`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+import time
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from topklm.data.stream import Batch
+
+DeviceBatch = dict[str, jax.Array]  # a Batch of global arrays [B, T]
+
+
+class Feed:
+    """Gives out a stream's batches on the devices, and keeps the next ones under way.
+
+    Every `next` gives out a batch that was sent earlier, and sends another after it. JAX transfers
+    asynchronously, so no thread is needed: only taking a batch from the stream, which reads ahead by
+    itself, costs the caller time.
+    """
+
+    def __init__(self, stream: grain.DatasetIterator, put: Callable[[Batch], DeviceBatch], ahead: int = 2):
+        """Reads nothing yet.
+
+        Args:
+            stream: Of batches; it may end.
+            put: Starts a batch's transfer.
+            ahead: Batches under way besides the one given out; they take device memory.
+        """
+        self.waited = 0.0  # seconds the caller has waited for the stream; sending is not waiting
+        self._stream, self._put, self._ahead = stream, put, ahead
+        self._under_way: deque[tuple[DeviceBatch, Any]] = deque()  # batch, the stream's state after it
+        self._state = stream.get_state()
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        while len(self._under_way) <= self._ahead and self._send_one():
+            pass
+        if not self._under_way:
+            raise StopIteration
+        batch, self._state = self._under_way.popleft()
+        return batch
+
+    def state(self) -> Any:
+        """The stream's state after the last batch given out, whatever was read since."""
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        """Goes on where `state` was taken; what is under way is forgotten."""
+        self._under_way.clear()
+        self._stream.set_state(state)
+        self._state = state
+
+    def _send_one(self) -> bool:
+        began = time.perf_counter()
+        try:
+            batch = next(self._stream)
+        except StopIteration:
+            return False
+        finally:
+            self.waited += time.perf_counter() - began
+        self._under_way.append((self._put(batch), self._stream.get_state()))
+        return True
+
+
+def to_devices(
+    batch: Batch,
+    place: jax.sharding.NamedSharding,
+    batch_size: int,
+    rows: slice | np.ndarray = slice(None),
+) -> DeviceBatch:
+    """Starts the transfer of a batch, to which every process gives its own rows.
+
+    Args:
+        batch: Arrays [R, T].
+        place: How the whole batch lies over the devices of all processes.
+        batch_size: B, rows of the whole batch.
+        rows: Where this process's rows (`sharding.local_rows`) are in `batch`: by default it holds just
+            those; where every process makes the whole batch, their numbers.
+
+    Returns:
+        Global arrays [B, T].
+    """
+    local = {name: np.asarray(array)[rows] for name, array in batch.items()}
+    shapes = {name: (batch_size, *array.shape[1:]) for name, array in local.items()}
+    return jax.make_array_from_process_local_data(place, local, shapes)
