@@ -31,7 +31,10 @@ class ModelConfig:
     n_heads: int = 4  # H, query heads; d_model / n_heads is the head width, which must be even (RoPE)
     n_kv_heads: int = 4  # K, key and value heads; divides n_heads
     d_mlp: int = 688  # F, hidden width of the SwiGLU
-    vocab_size: int = 0  # V, rows of the embedding; 0: the tokenizer's size
+    vocab_size: int = 0  # V, tokens that can be predicted; 0: the tokenizer's size, the only other value
+    vocab_multiple: int = (
+        128  # rows of the (un)embedding are V rounded up to this; padding is never predicted
+    )
     context_length: int = 256  # T, tokens per training window
     topk_k: int = 32  # k, residual entries a TopK layer keeps per token, 1 to d_model
     n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
@@ -49,6 +52,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and columns of the unembedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def n_topk_layers(self) -> int:
@@ -181,7 +189,13 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 def from_json(text: str) -> Config:
     """Reads the config.json of a run folder."""
-    return resolve(json.loads(text))
+    return from_saved(json.loads(text))
+
+
+def from_saved(values: Mapping[str, Any]) -> Config:
+    """A config that a run has saved; fields that did not exist then get the value that they stood for."""
+    model = {"vocab_multiple": 1, **values["model"]} if "model" in values else {}
+    return resolve({**values, "model": model})
 
 
 def nearest_field(name: str) -> str:
@@ -244,6 +258,7 @@ def _check_ranges(config: Config) -> None:
         "model.n_heads",
         "model.n_kv_heads",
         "model.d_mlp",
+        "model.vocab_multiple",
     ]
     positive += [
         "model.context_length",

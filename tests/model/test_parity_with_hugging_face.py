@@ -86,10 +86,11 @@ BLOCK_NAMES = {
 
 def in_torch_names(tree, config):
     """A tree of parameters, or of their gradients, as Hugging Face's state dict of NumPy arrays."""
-    named = {"model.embed_tokens.weight": tree["embed"]["embedding"]}
+    v = config.vocab_size  # rows of padding have no counterpart
+    named = {"model.embed_tokens.weight": tree["embed"]["embedding"][:v]}
     named["model.norm.weight"] = tree["final_norm"]["scale"]
     if not config.tie_embeddings:
-        named["lm_head.weight"] = tree["unembed"]["kernel"].T
+        named["lm_head.weight"] = tree["unembed"]["kernel"].T[:v]
     for path, name in BLOCK_NAMES.items():
         stacked = tree["blocks"]
         for key in path:
@@ -168,7 +169,7 @@ def test_the_gradients_are_the_same_with_the_active_sets_held_fixed(config, para
     def loss(p):
         model = transformer.bind(config, p)
         h, masks = model.hidden(inputs, tap=lambda h, u, h_next: h_next != 0)
-        return cross_entropy(h, model.unembedding(), targets, weights, 0.0)[0], masks
+        return cross_entropy(h, model.unembedding(), targets, weights, 0.0, config.vocab_size)[0], masks
 
     (got_loss, masks), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     model = llama(config, params)

@@ -18,6 +18,7 @@ CONFIG = ModelConfig(
     n_kv_heads=2,
     d_mlp=32,
     vocab_size=50,
+    vocab_multiple=1,
     topk_k=6,
     n_nontopk=1,
     init_embed_std=0.5,

@@ -26,7 +26,15 @@ from topklm.training.step import TrainState, init_state, make_train_step
 TOPK = Config(
     # The vocabulary is divided by no mesh axis; every dim of a block matrix by all.
     model=ModelConfig(
-        d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab_size=41, context_length=8, topk_k=4
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        d_mlp=32,
+        vocab_size=41,
+        context_length=8,
+        topk_k=4,
+        vocab_multiple=1,
     ),
     train=TrainConfig(batch_size=8, steps=10),
     optim=OptimConfig(z_loss=1e-3, warmup_steps=4),

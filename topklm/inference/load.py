@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from topklm import run_folder, sharding
 from topklm.checkpoint_format import FACTS, PARAMS, mismatches, restore_args
-from topklm.config import Config, MeshConfig, ModelConfig, resolve
+from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.generate import generate_tokens
@@ -116,7 +116,7 @@ def load(
     path = checkpoints if checkpoints.as_posix().startswith("gs://") else checkpoints.resolve()
     chosen = _choose_step(ocp.utils.checkpoint_steps(path), step, str(folder))
     facts = ocp.JsonCheckpointHandler().restore(path / str(chosen) / FACTS)
-    config = resolve(facts["config"])
+    config = from_saved(facts["config"])
     abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(path / str(chosen) / PARAMS)

@@ -38,10 +38,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, no bias. `kernel` is float32 [I, O], normal with standard deviation `std`."""
+    """`x @ kernel`, no bias. `kernel` is float32 [I, O], normal with standard deviation `std`.
 
-    def __init__(self, d_in: int, d_out: int, *, std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32))
+    With `columns`, it is padded to that many columns, with zeros.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, std: float, rngs: nnx.Rngs, columns: int | None = None):
+        kernel = std * jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32)
+        self.kernel = nnx.Param(jnp.pad(kernel, ((0, 0), (0, (columns or d_out) - d_out))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., I] -> [..., O] in the dtype of x."""
@@ -106,10 +110,11 @@ class SwiGLU(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding, float32 [V, D], normal with standard deviation `std`."""
+    """Token embedding, float32 [rows, D], normal with standard deviation `std`; rows past V are 0."""
 
-    def __init__(self, vocab_size: int, d: int, *, std: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32))
+    def __init__(self, vocab_size: int, d: int, *, rows: int, std: float, rngs: nnx.Rngs):
+        table_VD = std * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32)
+        self.embedding = nnx.Param(jnp.pad(table_VD, ((0, rows - vocab_size), (0, 0))))
 
     def __call__(
         self, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: jax.sharding.NamedSharding | None = None

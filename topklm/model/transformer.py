@@ -62,10 +62,11 @@ class Transformer(nnx.Module):
 
         d, v = config.d_model, config.vocab_size
         self.config = config
-        self.embed = Embedding(v, d, std=config.init_embed_std, rngs=rngs)
+        rows = config.padded_vocab_size
+        self.embed = Embedding(v, d, rows=rows, std=config.init_embed_std, rngs=rngs)
         self.blocks = stacked_blocks(rngs)
         self.final_norm = RMSNorm(d, epsilon=config.norm_eps)
-        self.unembed = None if config.tie_embeddings else Linear(d, v, std=d**-0.5, rngs=rngs)
+        self.unembed = None if config.tie_embeddings else Linear(d, v, std=d**-0.5, rngs=rngs, columns=rows)
 
     def __call__(
         self,
@@ -85,7 +86,8 @@ class Transformer(nnx.Module):
         """
         h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT, positions_BT)
         kernel_DV = self.unembedding().astype(h_BTD.dtype)
-        return jnp.matmul(h_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(h_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def hidden(
         self,
@@ -129,7 +131,7 @@ class Transformer(nnx.Module):
         return self.final_norm(h_BTD), taps
 
     def unembedding(self) -> jax.Array:
-        """float32[D, V]."""
+        """float32[D, padded_vocab_size]; columns past V stand for no token."""
         return self.embed.embedding[...].T if self.unembed is None else self.unembed.kernel[...]
 
     def _topk(self, u: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:

@@ -322,11 +322,9 @@ def _rounded_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
 def _with_vocabulary(config: Config, mixture: Mixture) -> Config:
     """Fills in model.vocab_size from the tokenizer."""
     size, asked = mixture.tokenizer.vocab_size, config.model.vocab_size
-    if asked and asked < size:
-        raise UserError(
-            f"model.vocab_size = {asked}: must be 0 (the tokenizer's) or at least the tokenizer's {size}"
-        )
-    model = dataclasses.replace(config.model, vocab_size=asked or size)
+    if asked not in (0, size):
+        raise UserError(f"model.vocab_size = {asked}: must be 0 (the tokenizer's) or the tokenizer's {size}")
+    model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model)
 
 

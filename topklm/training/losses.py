@@ -17,18 +17,28 @@ _MIN_TOKENS_PER_CHUNK = 512
 
 
 def cross_entropy_reference(
-    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float,
+    n_vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Same contract as `cross_entropy`, with all logits in memory."""
-    logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32)[..., :n_vocab]
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
     return jnp.sum(weights_BT * (nll + z_loss * log_z**2)), jnp.sum(weights_BT * nll)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float,
+    n_vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of next-token losses.
 
@@ -38,6 +48,8 @@ def cross_entropy(
         targets_BT: int32[B, T].
         weights_BT: float32[B, T]; divide by the total beforehand for a mean. Gets no gradient.
         z_loss: Weight of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022, section 5).
+        n_vocab: Leading columns of w that stand for tokens; the others get probability and gradient 0.
+            None: all of them.
 
     Returns:
         float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
@@ -48,29 +60,38 @@ def cross_entropy(
 
     def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, None]:
         h, targets, weights = chunk
-        nll, log_z, _ = _losses(h, w, targets)
+        nll, log_z, _ = _losses(h, w, targets, n_vocab)
         loss = total[0] + jnp.sum(weights * (nll + z_loss * log_z**2))
         return (loss, total[1] + jnp.sum(weights * nll)), None
 
     return jax.lax.scan(add_chunk, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
 
 
-def token_losses(h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def token_losses(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, n_vocab: int | None = None
+) -> jax.Array:
     """Next-token loss of every position, nats, float32[B, T]; arguments as in `cross_entropy`."""
     chunks = _split(h_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32), w_DV.shape[1])
     w = w_DV.astype(h_BTD.dtype)
-    nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1])[0], chunks)
+    nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1], n_vocab)[0], chunks)
     return _join(nll_CBS, targets_BT.shape[1])
 
 
-def _forward(h: jax.Array, w_DV: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float) -> tuple:
+def _forward(
+    h: jax.Array,
+    w_DV: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
+    n_vocab: int | None = None,
+) -> tuple:
     w = w_DV.astype(h.dtype)
     vocabulary = jnp.arange(w.shape[1], dtype=targets.dtype)
 
     def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         loss, nll_sum, dw = total
         h_BSD, targets_BS, weights_BS = chunk
-        nll, log_z, probabilities = _losses(h_BSD, w, targets_BS)
+        nll, log_z, probabilities = _losses(h_BSD, w, targets_BS, n_vocab)
         loss += jnp.sum(weights_BS * (nll + z_loss * log_z**2))
         nll_sum += jnp.sum(weights_BS * nll)
         # d nll = p - onehot(target); d log_z^2 = 2 log_z p
@@ -86,8 +107,8 @@ def _forward(h: jax.Array, w_DV: jax.Array, targets: jax.Array, weights: jax.Arr
     return (loss, nll_sum), (_join(dh, h.shape[1]), dw)
 
 
-def _backward(z_loss: float, saved: tuple, cotangents: tuple) -> tuple:
-    del z_loss
+def _backward(z_loss: float, n_vocab: int | None, saved: tuple, cotangents: tuple) -> tuple:
+    del z_loss, n_vocab
     dh, dw = saved
     g = cotangents[0]
     return (dh * g.astype(dh.dtype), dw * g, None, None)
@@ -97,10 +118,13 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _losses(
-    h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array
+    h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array, n_vocab: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
     logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
+    if n_vocab is not None and n_vocab < w_DV.shape[1]:
+        # Masked, not cut off: the products keep the shape that the hardware likes.
+        logits = jnp.where(jnp.arange(w_DV.shape[1]) < n_vocab, logits, -jnp.inf)
     highest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)

@@ -62,7 +62,12 @@ def make_train_step(
         model = transformer.bind(config.model, params)
         h, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"], sharding=hidden)
         return losses.cross_entropy(
-            h, model.unembedding(), batch["targets"], batch["loss_weights"], config.optim.z_loss
+            h,
+            model.unembedding(),
+            batch["targets"],
+            batch["loss_weights"],
+            config.optim.z_loss,
+            config.model.vocab_size,
         )
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -99,7 +104,8 @@ def make_eval_step(
         h, health = model.hidden(
             batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, sharding=hidden
         )
-        nll = losses.token_losses(h, model.unembedding(), batch["targets"]) * batch["loss_weights"]
+        nll = losses.token_losses(h, model.unembedding(), batch["targets"], config.model.vocab_size)
+        nll = nll * batch["loss_weights"]
         return {"nll_nats": nll.sum(axis=-1), "topk_health": health}
 
     return jax.jit(eval_step)

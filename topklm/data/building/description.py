@@ -91,7 +91,9 @@ def check_not_empty(results: Sequence[FileResult], totals: Sequence[Totals], set
         examples = [example for result in results for example in result.examples]
         why = f"; the first problem: {examples[0]}" if examples else ""
         names = ", ".join(result.url for result in results[:3]) + (" ..." if len(results) > 3 else "")
-        raise UserError(f"no text in {names}: give files that hold text{why}")
+        raise UserError(
+            f"no text in {names}: give files that hold text, and its key (--text-field, data.text_field){why}"
+        )
     fraction = settings.selection.heldout_fraction
     for name, n in zip(SPLITS, documents, strict=True):
         if n == 0 and (name == "train" or fraction > 0):
