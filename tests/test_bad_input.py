@@ -147,6 +147,22 @@ def test_other_data_than_the_run_began_with_is_refused(trainer, refusal, run_cop
     assert f"{run_copy / 'tokenizer.json'} is not the tokenizer of the data" in line
 
 
+def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_other_data(
+    trainer, refusal, finished_run, run_copy, tmp_path
+):
+    (dataset,) = (finished_run.parent / "datasets").glob("village-*")
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    finished = trainer.run(run_copy, {"data.source": moved})
+    assert finished.exit_code == 0, finished.errors
+    assert "is finished at step 24" in finished.output
+
+    description = json.loads((moved / "dataset.json").read_text())
+    (moved / "dataset.json").write_text(json.dumps({**description, "fingerprint": "0" * 64}))
+    line = refusal(trainer.arguments(run_copy, {"data.source": moved, "train.steps": STEPS + 1}))
+    assert f"not the data that {run_copy} was trained on" in line
+    assert "fingerprint 000000000000" in line
+
+
 def test_a_run_that_saved_nothing_may_start_over_with_another_config(trainer, refusal, tmp_path):
     arguments = trainer.arguments(tmp_path / "run", {"model.context_length": 1_000_000})
     assert "model.context_length" in refusal(arguments)

@@ -39,7 +39,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_has_a_rule_and_only_norms_are_whole(tied):
-    config = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=128, tie_embeddings=tied)
+    config = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=64, tie_embeddings=tied)
     params = jax.eval_shape(lambda: transformer.create(config, 0))
     shardings = sharding.parameter_shardings(params, mesh_of(1, 4, 2))
     for path, layout in jax.tree_util.tree_leaves_with_path(shardings):

@@ -32,9 +32,7 @@ class ModelConfig:
     n_kv_heads: int = 4  # K, key and value heads; divides n_heads
     d_mlp: int = 688  # F, hidden width of the SwiGLU
     vocab_size: int = 0  # V, tokens that can be predicted; 0: the tokenizer's size, the only other value
-    vocab_multiple: int = (
-        128  # rows of the (un)embedding are V rounded up to this; padding is never predicted
-    )
+    vocab_multiple: int = 128  # (un)embedding rows: V rounded up to a multiple of this; 1: no padding
     context_length: int = 256  # T, tokens per training window
     topk_k: int = 32  # k, residual entries a TopK layer keeps per token, 1 to d_model
     n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
@@ -55,7 +53,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and columns of the unembedding."""
+        """Rows of the embedding and columns of the unembedding; those from V on are never predicted."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -155,8 +153,11 @@ class Config:
         return dataclasses.asdict(self)
 
 
-# A run may be continued with other values of these; any other field that differs is refused.
-CHANGEABLE_ON_RESUME = frozenset({"train.steps", "data.dir", "mesh", "checkpoint", "eval", "log"})
+# A run may be continued with other values of these; any other field that differs is refused. Data may lie
+# elsewhere: what it holds is compared by its fingerprint.
+CHANGEABLE_ON_RESUME = frozenset(
+    {"train.steps", "data.source", "data.mixture", "data.dir", "mesh", "checkpoint", "eval", "log"}
+)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -193,9 +194,16 @@ def from_json(text: str) -> Config:
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
-    """A config that a run has saved; fields that did not exist then get the value that they stood for."""
-    model = {"vocab_multiple": 1, **values["model"]} if "model" in values else {}
-    return resolve({**values, "model": model})
+    """A config that a run has saved; one from before `vocab_multiple` keeps the shapes that it had.
+
+    Raises:
+        UserError: As `resolve`.
+    """
+    config = resolve(values)
+    model = config.model
+    if "vocab_multiple" in values.get("model", {}) or model.padded_vocab_size == model.vocab_size:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_multiple=1))
 
 
 def nearest_field(name: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from helpers import STEPS, arrays, assert_same_bits
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import topklm
@@ -126,6 +127,22 @@ def test_parameters_that_do_not_fit_the_config_are_named(run_copy):
     facts.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"checkpoint 24 .*blocks\.mlp\.down\.kernel is \[2, 64, 32\]"):
         topklm.load(run_copy)
+
+
+def test_a_run_from_before_the_vocabulary_was_padded_is_loaded(model, run_copy):
+    step = run_copy / "checkpoints" / str(STEPS)
+    facts = json.loads((step / "facts" / "metadata").read_text())
+    del facts["config"]["model"]["vocab_multiple"]
+    (step / "facts" / "metadata").write_text(json.dumps(facts))
+    bare = jax.tree.map(np.asarray, model.params)
+    bare["embed"] = {"embedding": bare["embed"]["embedding"][:320]}
+    bare["unembed"] = {"kernel": bare["unembed"]["kernel"][:, :320]}
+    shutil.rmtree(step / "params")
+    ocp.PyTreeCheckpointer().save(step / "params", bare)
+    old = topklm.load(run_copy)
+    assert_same_bits(old.params, bare)
+    np.testing.assert_allclose(old("The old baker"), model("The old baker"), rtol=1e-5, atol=1e-5)
+    assert old.generate("The old", 5, seed=1) == model.generate("The old", 5, seed=1)
 
 
 def test_a_text_becomes_tokens_behind_the_separator_and_back(model):

@@ -156,6 +156,34 @@ def test_the_gradient_passes_through_active_entries_only(backend, activation):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("activation", "bits", "want"),
+    [
+        # The row is NaN, 1, 3, 2, -5, and k is 2; without its sign bit a NaN ranks above infinity,
+        ("relu", 0x7FC00000, [1, 0, 1, 0, 0]),
+        ("identity", 0x7FC00000, [1, 0, 1, 0, 0]),
+        ("abs", 0x7FC00000, [1, 0, 0, 0, 1]),
+        # with it below minus infinity, unless magnitudes compete.
+        ("relu", 0xFFC00000, [0, 0, 1, 1, 0]),
+        ("identity", 0xFFC00000, [0, 0, 1, 1, 0]),
+        ("abs", 0xFFC00000, [1, 0, 0, 0, 1]),
+    ],
+)
+def test_a_nan_competes_by_its_bits_and_the_gradient_passes_through_what_wins(
+    backend, activation, bits, want
+):
+    row = np.array([0, 1, 3, 2, -5], np.float32)
+    row.view(np.uint32)[0] = bits
+    x = jnp.asarray(row)[None]
+    y, pull = jax.vjp(lambda v: topk(v, 2, activation, backend), x)
+    assert np.isnan(y).all()
+    np.testing.assert_array_equal(active_mask(x, 2, activation, backend)[0], np.array(want, bool))
+    np.testing.assert_array_equal(reference_row(row, 2, activation)[0], np.array(want, bool))
+    cotangent = np.float32([[2, 3, 5, 7, 11]])
+    np.testing.assert_array_equal(pull(jnp.asarray(cotangent))[0], cotangent * want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_gradient_agrees_with_finite_differences(backend, activation):
     x = jnp.asarray(np.random.default_rng(2).permutation(24).reshape(3, 8) - 11.5, jnp.float32)
@@ -226,17 +254,20 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from topklm.model.topk import topk, topk_sharded
-mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 x = jax.random.normal(jax.random.key(0), (8, 200, 24)).round(1)
-split = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
-for backend in ("lax", "threshold"):
-    f = lambda v: topk_sharded(v, 5, "relu", backend, mesh, ("data", "fsdp"))
+both, one = {"data": 4, "fsdp": 2}, {"data": 8}
+for backend, sizes in [("lax", both), ("threshold", both), ("lax", one), ("threshold", one)]:
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    axes = "data" if sizes is one else ("data", "fsdp")
+    f = lambda v: topk_sharded(v, 5, "relu", backend, mesh, axes)
+    split = jax.device_put(x, NamedSharding(mesh, P(axes)))
     gradient = jax.jit(jax.grad(lambda v: jnp.sum(f(v) * v)))
+    assert jax.jit(f)(split).sharding.spec[0] == axes
     np.testing.assert_array_equal(jax.jit(f)(split), topk(x, 5, "relu", backend))
     np.testing.assert_array_equal(gradient(split), 2 * topk(x, 5, "relu", backend))
     text = jax.jit(lambda v, g: jax.vjp(f, v)[1](g)).lower(split, split).compile().as_text()
     for name in ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"):
-        assert name not in text, (backend, name)
+        assert name not in text, (backend, axes, name)
 print("ok")
 """
 

@@ -1,3 +1,5 @@
+"""Padding of the vocabulary: wherever it lies and whatever it holds, no result depends on it."""
+
 import dataclasses
 
 import jax
@@ -5,15 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.config import ModelConfig, from_saved
+from topklm import sharding
+from topklm.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    differences_that_matter,
+    from_saved,
+    resolve,
+)
+from topklm.errors import UserError
 from topklm.inference.generate import generate_tokens
 from topklm.model import transformer
 from topklm.training.losses import cross_entropy, cross_entropy_reference, token_losses
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 CONFIG = ModelConfig(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab_size=41, context_length=8, topk_k=4
 )
 TOKENS = np.random.default_rng(0).integers(0, 41, (2, 8))
+BATCH = {
+    "inputs": TOKENS,
+    "targets": np.roll(TOKENS, -1, axis=1),
+    "segment_ids": np.ones((2, 8), np.int32),
+    "positions": np.broadcast_to(np.arange(8), (2, 8)),
+    "loss_weights": np.ones((2, 8), np.float32),
+}
 
 
 def with_loud_padding(params, config):
@@ -38,6 +59,39 @@ def test_padding_has_rows_of_its_own_and_no_logit(tied):
     np.testing.assert_array_equal(loud, logits)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_with_padding_is_training_without(tied):
+    def trained(vocab_multiple):
+        model = dataclasses.replace(CONFIG, n_layers=1, tie_embeddings=tied, vocab_multiple=vocab_multiple)
+        config = Config(model=model, optim=OptimConfig(z_loss=1e-3, warmup_steps=1))
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state, train_step = init_state(config, optimizer, mesh), make_train_step(config, optimizer, mesh)
+        losses = []
+        for _ in range(3):
+            state, metrics = train_step(state, BATCH)
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state.params)
+
+    losses, params = trained(128)
+    want_losses, want = trained(1)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    # From zero, with gradient zero, even Adam leaves it at exactly zero.
+    assert not params["embed"]["embedding"][41:].any()
+    np.testing.assert_allclose(
+        params["embed"]["embedding"][:41], want["embed"]["embedding"], rtol=1e-3, atol=1e-4
+    )
+    assert tied or not params["unembed"]["kernel"][:, 41:].any()
+
+
+def test_evaluation_does_not_see_padding():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = transformer.create(CONFIG, seed=0)
+    eval_step = make_eval_step(Config(model=CONFIG), mesh)
+    want = eval_step(params, BATCH)["nll_nats"]
+    np.testing.assert_array_equal(eval_step(with_loud_padding(params, CONFIG), BATCH)["nll_nats"], want)
+
+
 def test_padding_changes_no_initial_value_of_a_token():
     padded = transformer.create(CONFIG, seed=0)
     bare = transformer.create(dataclasses.replace(CONFIG, vocab_multiple=1), seed=0)
@@ -55,8 +109,11 @@ def test_padding_is_never_drawn(temperature):
     assert max(drawn) < 41
 
 
+@pytest.mark.parametrize("chunk_tokens", [512, 4])  # 4: in several chunks
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_the_loss_and_its_gradients_do_not_see_padding(z_loss):
+def test_the_loss_and_its_gradients_do_not_see_padding(z_loss, chunk_tokens, monkeypatch):
+    monkeypatch.setattr("topklm.training.losses._MIN_TOKENS_PER_CHUNK", chunk_tokens)
+    monkeypatch.setattr("topklm.training.losses._LOGITS_PER_CHUNK", chunk_tokens)
     rng = np.random.default_rng(1)
     h = rng.normal(size=(2, 9, 16)).astype(np.float32)
     w = np.concatenate([rng.normal(size=(16, 41)), np.full((16, 87), 1e3)], axis=1).astype(np.float32)
@@ -90,8 +147,37 @@ def test_a_vocabulary_without_padding_costs_nothing():
     assert program(100) != program(None)
 
 
+def test_a_training_step_without_padding_is_the_same_program_whatever_the_multiple():
+    def program(vocab_multiple):
+        config = Config(model=dataclasses.replace(CONFIG, vocab_size=128, vocab_multiple=vocab_multiple))
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = abstract_state(config, optimizer)
+        return make_train_step(config, optimizer, mesh).lower(state, BATCH).as_text()
+
+    assert program(128) == program(1)
+    assert program(100) != program(1)
+
+
 def test_a_run_from_before_padding_keeps_its_shapes():
     saved = {"model": {"vocab_size": 41, "d_model": 256}}
     assert from_saved(saved).model.padded_vocab_size == 41
     saved["model"]["vocab_multiple"] = 128
     assert from_saved(saved).model.padded_vocab_size == 128
+
+
+def test_a_run_from_before_padding_whose_shapes_need_none_goes_on_under_the_default():
+    asked = resolve({"model": {"vocab_size": 4096}})
+    saved = asked.to_dict()
+    del saved["model"]["vocab_multiple"]
+    assert differences_that_matter(from_saved(saved), asked) == {}
+
+
+def test_another_multiple_is_another_run():
+    one, other = (resolve({"model": {"vocab_size": 41, "vocab_multiple": n}}) for n in (1, 128))
+    assert differences_that_matter(one, other) == {"model.vocab_multiple": (1, 128)}
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(UserError, match=r"model\.vocab_multiple = 0: must be 1 or more"):
+        resolve({"model": {"vocab_multiple": 0}})

@@ -216,6 +216,14 @@ def test_topk_training_lowers_the_loss_on_every_mesh(eight_devices, mesh):
     assert second < first
 
 
+def test_a_vocabulary_padded_to_fit_the_mesh_gives_the_gradient_of_one_device_without(eight_devices):
+    found = eight_devices["padded"]
+    assert found["loss"] == pytest.approx(eight_devices["one device"]["base_loss"], rel=1e-4)
+    assert max(found["relative_gradient_errors"].values()) < 1e-4
+    assert found["vocabulary_on_a_device"] == {"embed": 64, "unembed": 64}
+    assert found["padding_stays_zero"]
+
+
 def test_a_fresh_state_is_the_same_on_a_mesh_as_on_one_device(eight_devices):
     assert eight_devices["init_state"] == {"differs": [], "misplaced": []}
 
@@ -241,6 +249,7 @@ def compare_meshes():
     want, _ = gradient_and_metrics(BASE, one_device())
     adamw = make_optimizer(TOPK.optim, TOPK.train.steps)
     report = {"init_state": inspect_init_state(adamw, sharding.make_mesh(MeshConfig(*MESHES["1x8x1"])))}
+    report["padded"] = inspect_padding(want, sharding.make_mesh(MeshConfig(*MESHES["2x2x2"])))
     for name, sizes in {"one device": None, **MESHES}.items():
         mesh = one_device() if sizes is None else sharding.make_mesh(MeshConfig(*sizes))
         got, base = gradient_and_metrics(BASE, mesh)
@@ -260,6 +269,29 @@ def compare_meshes():
             "misplaced": misplaced(state, mesh),
         }
     return report
+
+
+def inspect_padding(want, mesh):
+    """One step of plain gradient with rows of padding, split over the mesh, against `want` without."""
+    config = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, vocab_multiple=128))
+    before = init_state(config, PLAIN_GRADIENT, mesh)
+    batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+    start = jax.device_get(before.params)
+    after, metrics = make_train_step(config, PLAIN_GRADIENT, mesh)(before, batch)
+    embed, unembed = after.params["embed"]["embedding"], after.params["unembed"]["kernel"]
+    got = jax.tree.map(lambda a, b: a - np.asarray(b), start, after.params)
+    got["embed"]["embedding"] = got["embed"]["embedding"][:41]
+    got["unembed"]["kernel"] = got["unembed"]["kernel"][:, :41]
+    errors = jax.tree.map(lambda g, w: float(np.linalg.norm(g - w) / np.linalg.norm(w)), got, want)
+    return {
+        "loss": float(metrics["loss"]),
+        "relative_gradient_errors": by_name(errors),
+        "vocabulary_on_a_device": {
+            "embed": embed.addressable_shards[0].data.shape[0],
+            "unembed": unembed.addressable_shards[0].data.shape[1],
+        },
+        "padding_stays_zero": not (np.asarray(embed)[41:].any() or np.asarray(unembed)[:, 41:].any()),
+    }
 
 
 def inspect_init_state(optimizer, mesh):

@@ -37,6 +37,12 @@ def test_topk_makes_no_arithmetic_that_mfu_counts():
     assert flops_per_token(sparse) == flops_per_token(base)
 
 
+def test_padding_of_the_vocabulary_is_no_arithmetic_that_mfu_counts():
+    padded, bare = ModelConfig(vocab_size=9), ModelConfig(vocab_size=9, vocab_multiple=1)
+    assert padded.padded_vocab_size == 128
+    assert flops_per_token(padded) == flops_per_token(bare)
+
+
 class Chip:
     def __init__(self, kind):
         self.device_kind = kind

@@ -1,9 +1,12 @@
 """`topklm prepare`: turns text into a dataset of token shards."""
 
 import argparse
+import importlib
 import json
+import logging
 import shlex
 import time
+from types import ModuleType
 from typing import Any
 
 import rich.console
@@ -104,9 +107,7 @@ def _build(
     progress: TerminalProgress,
 ) -> None:
     if arguments.runner:
-        from topklm.data.building.beam import BeamEngine  # noqa: PLC0415 - Beam is an optional extra
-
-        engine = BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
+        engine = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
         build(sources, settings, out, engine, progress)
         return
     if not out.is_local:
@@ -115,6 +116,17 @@ def _build(
         )
     with Workers(_cores(arguments.workers)) as workers:
         build(sources, settings, out, LocalEngine(workers), progress)
+
+
+def _beam() -> ModuleType:
+    """The module that needs the extra `beam`."""
+    logging.disable(logging.WARNING)  # as it is imported, Beam warns of the optional parts that it misses
+    try:
+        return importlib.import_module("topklm.data.building.beam")
+    except ModuleNotFoundError as e:
+        raise UserError(f"--runner needs {e.name}; run: pip install 'topklm[beam]'") from e
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

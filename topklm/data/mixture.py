@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import dataclasses
 from fractions import Fraction
 import functools
+import hashlib
 import heapq
+import json
 import math
 from pathlib import Path
 import re
@@ -57,6 +59,14 @@ class Mixture:
     def period(self) -> int:
         """Windows after which the turns repeat."""
         return sum(self.weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the datasets hold and their weights, not where they lie."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        parts = [[d.fingerprint, weight] for d, weight in zip(self.datasets, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def heldout_bytes(self) -> int:

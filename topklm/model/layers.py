@@ -40,7 +40,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
     """`x @ kernel`, no bias. `kernel` is float32 [I, O], normal with standard deviation `std`.
 
-    With `columns`, it is padded to that many columns, with zeros.
+    With `columns`, it is padded to that many with zeros, so what stands before does not depend on padding.
     """
 
     def __init__(self, d_in: int, d_out: int, *, std: float, rngs: nnx.Rngs, columns: int | None = None):

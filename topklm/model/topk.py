@@ -5,7 +5,7 @@ for all of them. What wins is decided on the row's IEEE total order (-0.0 < +0.0
 it; on a tie the lowest index wins, in every backend, bit for bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 
 import jax
@@ -33,7 +33,8 @@ def topk(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") 
     Returns:
         [..., D] in the dtype of x. A row that holds a NaN is NaN throughout, so that a diverged run is seen.
         The gradient, forward and reverse, passes through the active entries and is zero elsewhere; the
-        reverse pass keeps one bool per entry and no floats.
+        reverse pass keeps one bool per entry and no floats. A row with a NaN has active entries too, see
+        `active_mask`: its gradient is theirs, neither NaN nor zero throughout.
 
     Raises:
         ValueError: If k is below 1, or the activation or backend is unknown.
@@ -44,7 +45,25 @@ def topk(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") 
 
 
 def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
-    """bool[..., D]: the entries that `topk` passes on; with "relu" only those above 0."""
+    """Which entries pass through `topk`; with "relu" only those above 0.
+
+    A NaN competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign
+    bit is set; with "abs" above infinity either way. So its row still has winners, the same in every backend,
+    and they are where the gradient of `topk` passes.
+
+    Args:
+        x: As in `topk`.
+        k: As in `topk`.
+        activation: As in `topk`.
+        backend: As in `topk`.
+
+    Returns:
+        bool[..., D].
+
+    Raises:
+        ValueError: As `topk`.
+        TypeError: As `topk`.
+    """
     _check(x, k, activation, backend)
     return _active(x, k, activation, backend)
 
@@ -55,14 +74,15 @@ def topk_sharded(
     activation: str,
     backend: str,
     mesh: Mesh | AbstractMesh,
-    batch_axes: str | Sequence[str],
+    batch_axes: str | tuple[str, ...],
 ) -> jax.Array:
-    """`topk` of an array whose first dim is split over `batch_axes`, with no communication at all.
+    """`topk` of an array whose first dim is split over `batch_axes`, one mesh axis or several.
 
     Left to itself, XLA gathers the whole activation to loop over its blocks; each device holds whole rows,
-    so it can work on its own.
+    so it can work on its own. There is no communication, but for one sum in the gradient over mesh axes that
+    are not in `batch_axes`, where the rows are repeated.
     """
-    spec = PartitionSpec(tuple(batch_axes), *(None,) * (x_BTD.ndim - 1))
+    spec = PartitionSpec(batch_axes, *(None,) * (x_BTD.ndim - 1))
     local = functools.partial(topk, k=k, activation=activation, backend=backend)
     # The rows are independent, so there is nothing to check about replication; the bisection's carry would
     # need annotations for the check to pass.

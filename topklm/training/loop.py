@@ -60,6 +60,11 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
     with run_folder.owned(workdir):
         mixture = prepare(config.data, console.say)
         config = _with_vocabulary(config, mixture)
+        if not mixture.heldout_text_tokens:
+            raise UserError(
+                "data.source, data.mixture: no dataset has held-out text to evaluate on; prepare one with "
+                "--heldout or --heldout-fraction"
+            )
         if run_folder.has_checkpoint(workdir):
             run_folder.check_same_run(workdir, config)
             _check_tokenizer(workdir, mixture)
@@ -176,6 +181,13 @@ class _Run:
                 f"checkpoint {int(state.step)} of {self.folder} belongs to another tokenizer than the data: "
                 "put the run's own checkpoints back, or start a new run with --workdir"
             )
+        # Absent from checkpoints of earlier versions.
+        if facts.get("data_fingerprint", self.mixture.fingerprint) != self.mixture.fingerprint:
+            raise UserError(
+                f"data.source, data.mixture: not the data that {self.folder} was trained on (fingerprint "
+                f"{self.mixture.fingerprint[:12]}, not {facts['data_fingerprint'][:12]}): name the data it "
+                "began with, wherever it lies now, or start a new run with --workdir"
+            )
         self.feed.set_state(data_state)
         self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
         return state, facts["seconds_trained"]
@@ -247,6 +259,7 @@ class _Run:
         facts = {
             "config": self.config.to_dict(),
             "tokenizer_sha256": self.mixture.tokenizer.sha256,
+            "data_fingerprint": self.mixture.fingerprint,
             "step": step,
             "tokens_seen": step * self.tokens_per_step,
             "seconds_trained": self.clock.total,

@@ -44,7 +44,7 @@ def cross_entropy(
 
     Args:
         h_BTD: Final hidden state [B, T, D].
-        w_DV: Unembedding [D, V]; cast to the dtype of h, logits are float32.
+        w_DV: Unembedding [D, V], padding included; cast to the dtype of h, logits are float32.
         targets_BT: int32[B, T].
         weights_BT: float32[B, T]; divide by the total beforehand for a mean. Gets no gradient.
         z_loss: Weight of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022, section 5).
@@ -83,7 +83,7 @@ def _forward(
     targets: jax.Array,
     weights: jax.Array,
     z_loss: float,
-    n_vocab: int | None = None,
+    n_vocab: int | None,
 ) -> tuple:
     w = w_DV.astype(h.dtype)
     vocabulary = jnp.arange(w.shape[1], dtype=targets.dtype)
