@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from topklm.data import tokenizer as tokenizer_module
 from topklm.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
@@ -88,6 +90,21 @@ def test_a_long_text_is_cut_into_pieces(tokenizer):
     pieces = list(tokenizer.pieces(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) < (1 << 16) + 10
+
+
+def test_training_gives_the_file_that_the_library_gives(tokenizer):
+    theirs = tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(TEXTS, trainer)
+    assert tokenizer.to_bytes() == theirs.to_str(pretty=True).encode()
+    assert tokenizer.encode(TEXTS[0]).tolist() == theirs.encode(TEXTS[0]).ids
 
 
 def test_training_twice_gives_the_same_bytes_also_in_another_process(tokenizer):

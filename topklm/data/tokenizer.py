@@ -16,7 +16,15 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from topklm.data.tokenizer_kinds import SEPARATOR, Backend, HuggingFace, SentencePiece, Tiktoken
+from topklm.data.tokenizer_kinds import (
+    ENCODINGS,
+    SEPARATOR,
+    Backend,
+    HuggingFace,
+    SentencePiece,
+    Tiktoken,
+    looks_like_tiktoken,
+)
 from topklm.errors import UserError
 from topklm.files import write_atomically
 
@@ -158,6 +166,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             return Tokenizer(_container("tiktoken", content, encoding=path.stem))
         if path.suffix == ".json":
             return Tokenizer(content)
+        if looks_like_tiktoken(content):  # Llama 3 calls it tokenizer.model
+            names = ", ".join(f"{name}.tiktoken" for name in ENCODINGS)
+            raise ValueError(f"it is a tiktoken file, which must be called after its encoding: {names}")
         return Tokenizer(_container("sentencepiece", content))
     except ValueError as e:
         raise UserError(
@@ -211,12 +222,15 @@ def _backend(content: bytes) -> Backend:
     if not isinstance(parts, dict):
         raise ValueError("it holds no JSON object")
     if parts.get("format") != _CONTAINER:
-        if not isinstance(parts.get("model"), dict) or "type" not in parts["model"]:
+        if not isinstance(parts.get("model"), dict):
             raise ValueError("it is JSON, but no tokenizer.json")
         return HuggingFace(content)
-    if parts["version"] != _CONTAINER_VERSION:
-        raise ValueError(f"its version is {parts['version']!r}, this program reads {_CONTAINER_VERSION}")
-    model = base64.b64decode(parts["model"])
-    if parts["kind"] == "tiktoken":
-        return Tiktoken(model, parts["encoding"])
-    return SentencePiece(model)
+    if parts.get("version") != _CONTAINER_VERSION:
+        raise ValueError(f"its version is {parts.get('version')!r}, this program reads {_CONTAINER_VERSION}")
+    try:
+        kind, model = parts["kind"], base64.b64decode(parts["model"], validate=True)
+        settings = {"encoding": parts["encoding"]} if kind == "tiktoken" else {}
+        backend = {"tiktoken": Tiktoken, "sentencepiece": SentencePiece}[kind]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"it is damaged ({e!r})") from e
+    return backend(model, **settings)

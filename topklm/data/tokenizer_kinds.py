@@ -5,23 +5,27 @@ Each gives its library's own tokens. None lets text become the separator that st
 
 import base64
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 import importlib
 import json
 import os
 import re
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
+from tokenizers import models
 
 from topklm.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 
-# What ends a text in well-known vocabularies, and what begins one where nothing ends it.
+# What ends a text in well-known vocabularies, and what begins one where nothing ends it: a file that has both
+# uses the end between documents. Names that only one family uses come first.
 _SEPARATORS = (
     SEPARATOR,
     "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "</s>",
     "<eos>",
     "[EOS]",
@@ -41,23 +45,34 @@ _O200K_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A .tiktoken file holds no pattern: name of the encoding -> pattern, id of the separator. From
-# tiktoken_ext/openai_public.py, tiktoken 0.14.
-ENCODINGS: dict[str, tuple[str, int]] = {
-    "gpt2": (_GPT2_WORDS, 50256),
-    "r50k_base": (_GPT2_WORDS, 50256),
-    "p50k_base": (_GPT2_WORDS, 50256),
-    "cl100k_base": (_CL100K_WORDS, 100257),
-    "o200k_base": (_O200K_WORDS, 199999),
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Encoding(NamedTuple):
+    """What a .tiktoken file does not say."""
+
+    pattern: str  # splits text into words
+    separator_id: int  # in the whole vocabulary
+    separator: str = SEPARATOR
+
+
+# By the name of the file. From tiktoken_ext/openai_public.py of tiktoken 0.14; the last from the tokenizer.py
+# that Llama 3 was published with, where 128,000 ranks are followed by <|begin_of_text|> and this.
+ENCODINGS = {
+    "gpt2": Encoding(_GPT2_WORDS, 50256),
+    "r50k_base": Encoding(_GPT2_WORDS, 50256),
+    "p50k_base": Encoding(_GPT2_WORDS, 50256),
+    "cl100k_base": Encoding(_CL100K_WORDS, 100257),
+    "o200k_base": Encoding(_O200K_WORDS, 199999),
+    "llama3": Encoding(_LLAMA3_WORDS, 128001, "<|end_of_text|>"),
 }
 _GAP = 2  # cl100k leaves one id unused between its ranks and its separator
-# In Hugging Face files: as above, and those of Llama 3 and Qwen 2.
+# In Hugging Face files: as above, and that of Qwen 2.
 _KNOWN_SPLITS = {
-    _GPT2_WORDS,
-    _CL100K_WORDS,
-    _O200K_WORDS,
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    *(encoding.pattern for encoding in ENCODINGS.values()),
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -94,26 +109,34 @@ class HuggingFace:
         """Raises ValueError if the library refuses the file or it has no separator."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as e:
+        except Exception as e:  # the library raises no narrower class
             raise ValueError(str(e)) from e
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if isinstance(self._tokenizer.model, models.BPE):
+            self._tokenizer.model.dropout = None  # would give other tokens every time
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._added = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        separator = self._choose_separator(vocabulary)
+        self.separator_id, self.vocab_size = vocabulary[separator], max(vocabulary.values()) + 1
+        if list(vocabulary.values()).count(self.separator_id) > 1:
+            raise ValueError(f"another token has the id {self.separator_id} of its separator {separator}")
+        if self.separator_id in self._added:
+            self._tokenizer.add_special_tokens([separator])  # where it is added, but as ordinary text
         # Not part of the file format: text that spells a special token is ordinary text.
         self._tokenizer.encode_special_tokens = True
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        names = [name for name in _SEPARATORS if name in vocabulary]
-        if not names:
-            raise ValueError(f"it has no separator of documents: add one of {', '.join(_SEPARATORS)}")
-        self.separator_id = vocabulary[names[0]]
-        self.vocab_size = max(vocabulary.values()) + 1
-        parts = json.loads(content)
-        self._byte_level = _is_byte_level(parts)
-        self.cut_before = _cut_before(parts) if self._byte_level else ""
-        self._special = {token["id"] for token in parts.get("added_tokens", []) if token["special"]}
+        # As the library understood it: old files leave out what newer ones say.
+        parts = json.loads(self._tokenizer.to_str())
+        self._speaks_bytes = any(step["type"] == "ByteLevel" for step in _pre_tokenizers(parts))
+        self._lossless = self.separator_id in self._added and _is_lossless(parts)
+        self.cut_before = _cut_before(parts) if self._lossless else ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Backend`."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as e:  # the library raises no narrower class
+            raise UserError(f"tokenizer: its library cannot encode this text: {e}") from e
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,20 +145,37 @@ class HuggingFace:
 
     def piece(self, token_id: int) -> str | bytes | None:
         """See `Backend`."""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._special:
+        token = self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._added:
             return token
-        if self._byte_level:
-            return bytes(_BYTE_OF_CHAR[char] for char in token)
-        return _readable(token)
+        if self._speaks_bytes:
+            known = all(char in _BYTE_OF_CHAR for char in token)
+            return bytes(_BYTE_OF_CHAR[char] for char in token) if known else token
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ")
 
     def is_lossless(self) -> bool:
         """See `Backend`."""
-        return self._byte_level
+        return self._lossless
+
+    def _choose_separator(self, vocabulary: dict[str, int]) -> str:
+        """The first of the names that is a special token; else one that is added; else any in the vocabulary.
+
+        In vocabularies with HTML tags, </s> is the end of struck-out text.
+        """
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in tokens if token.special}
+        for names in (special, {token.content for token in tokens}, vocabulary):
+            if found := [name for name in _SEPARATORS if name in names]:
+                return found[0]
+        raise ValueError(f"it has no separator of documents: add one of {', '.join(_SEPARATORS)}")
 
 
 class SentencePiece:
-    """A SentencePiece model; decoding gives the text as the model normalised it."""
+    """A SentencePiece model; decoding gives the text as the model normalised it.
+
+    Its end and beginning of text are control pieces: the library makes them from no text.
+    """
 
     kind = "sentencepiece"
     cut_before = ""
@@ -146,13 +186,14 @@ class SentencePiece:
         try:
             self._model = library.SentencePieceProcessor(model_proto=model)
         except RuntimeError as e:
-            raise ValueError(str(e)) from e
-        self.separator_id = max(self._model.eos_id(), -1)
-        if self.separator_id < 0:
-            self.separator_id = self._model.bos_id()
-        if self.separator_id < 0:
+            raise ValueError("it is no SentencePiece model, or not all of one") from e
+        # The library reads one that was cut off between two of its pieces.
+        if _NORMALIZER_FIELD not in _protobuf_fields(model):
+            raise ValueError("it is no SentencePiece model, or not all of one")
+        ends = [i for i in (self._model.eos_id(), self._model.bos_id()) if i >= 0]
+        if not ends:
             raise ValueError("it has neither an end-of-text nor a beginning-of-text piece: train it with one")
-        self.vocab_size = self._model.vocab_size()
+        self.separator_id, self.vocab_size = ends[0], self._model.vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Backend`."""
@@ -165,7 +206,8 @@ class SentencePiece:
 
     def piece(self, token_id: int) -> str | bytes | None:
         """See `Backend`."""
-        return _readable(self._model.id_to_piece(token_id)) if token_id < self.vocab_size else None
+        piece = self._model.id_to_piece(token_id)
+        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token_id) else piece.replace("\u2581", " ")
 
     def is_lossless(self) -> bool:
         """See `Backend`."""
@@ -186,23 +228,25 @@ class Tiktoken:
                 f"name the file after its encoding: {', '.join(ENCODINGS)}"
             )
         ranks = _parse_ranks(ranks_file)
-        pattern, separator_id = ENCODINGS[encoding]
+        pattern, separator_id, self._separator = ENCODINGS[encoding]
         largest = max(ranks.values())
-        largest = max(ranks.values())
-        # A vocabulary that was cut short has its separator right after its ranks.
+        # A smaller vocabulary for the same words has its separator right after its ranks.
         whole = separator_id not in ranks.values() and separator_id <= largest + _GAP
         self.separator_id = separator_id if whole else largest + 1
         self.vocab_size = max(largest, self.separator_id) + 1
         self._pieces = {rank: piece for piece, rank in ranks.items()}
         self._encoding = _library("tiktoken").Encoding(
-            encoding, pat_str=pattern, mergeable_ranks=ranks, special_tokens={SEPARATOR: self.separator_id}
+            encoding,
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={self._separator: self.separator_id},
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Backend`."""
         threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
-        encoded = self._encoding.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [np.array(ids, np.int32) for ids in encoded]
+        with ThreadPoolExecutor(min(threads, max(len(texts), 1))) as pool:
+            return list(pool.map(self._encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Backend`."""
@@ -210,11 +254,25 @@ class Tiktoken:
 
     def piece(self, token_id: int) -> str | bytes | None:
         """See `Backend`."""
-        return SEPARATOR if token_id == self.separator_id else self._pieces.get(token_id)
+        return self._separator if token_id == self.separator_id else self._pieces.get(token_id)
 
     def is_lossless(self) -> bool:
         """See `Backend`."""
         return True
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+        except ValueError as e:
+            raise UserError(
+                f"tokenizer: tiktoken cannot split a text of {len(text):,} characters ({e}); shorten its "
+                "longest run of white space"
+            ) from e
+
+
+def looks_like_tiktoken(content: bytes) -> bool:
+    """Whether a file begins as .tiktoken files do, whatever its name."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
 
 
 def _parse_ranks(content: bytes) -> dict[bytes, int]:
@@ -223,34 +281,62 @@ def _parse_ranks(content: bytes) -> dict[bytes, int]:
         if not line.strip():
             continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError as e:
+            token, rank = base64.b64decode(line.split()[0], validate=True), int(line.split()[1])
+        except (ValueError, IndexError) as e:
             raise ValueError(f"line {number} is not a base64 token and its rank") from e
-    if len(set(ranks.values())) != len(ranks) or len(ranks) < 256:
-        raise ValueError("its ranks are not a whole vocabulary, each rank once")
+        if token in ranks:
+            raise ValueError(f"line {number} repeats the token of rank {ranks[token]}")
+        ranks[token] = rank
+    # The library dies of a byte without a rank, and of a rank that two tokens have.
+    used = set(ranks.values())
+    whole = len(used) == len(ranks) and all(bytes([byte]) in ranks for byte in range(256))
+    if not whole or min(used) < 0 or max(used) + 1 > len(used) + _GAP:
+        raise ValueError("its ranks are not a whole vocabulary: all 256 bytes, each rank once, none left out")
     return ranks
 
 
-def _is_byte_level(parts: dict[str, Any]) -> bool:
+_NORMALIZER_FIELD = 3  # of ModelProto in sentencepiece_model.proto; stands after the pieces
+
+
+def _protobuf_fields(content: bytes) -> set[int]:
+    """Numbers of the fields of a protocol buffer that the library could read."""
+    fields, at = set(), 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        fields.add(key >> 3)
+        value, after = _varint(content, at)
+        # Wire types: 0 number, 1 eight bytes, 2 a length and as many bytes, 5 four bytes.
+        at = {0: after, 1: at + 8, 2: after + value, 5: at + 4}.get(key & 7, len(content))
+    return fields
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    for byte in content[at : at + 10]:
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            break
+    return value, at
+
+
+def _is_lossless(parts: dict[str, Any]) -> bool:
     """Whether the file is a byte-level BPE that changes no text and whose tokens are all of their bytes."""
-    model = parts["model"]
+    model, steps = parts["model"], _pre_tokenizers(parts)
     plain = model["type"] == "BPE" and not any(
-        model.get(name)
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     )
-    added = all(token["special"] for token in parts.get("added_tokens", []))
-    whole = all(char in model.get("vocab", {}) for char in _BYTE_OF_CHAR)
-    last = _pre_tokenizers(parts)[-1:]
-    return (
-        plain
-        and added
-        and whole
-        and parts.get("normalizer") is None
-        and bool(last)
-        and last[0]["type"] == "ByteLevel"
-        and not last[0]["add_prefix_space"]
+    ordinary = all(token["special"] for token in parts["added_tokens"])
+    whole = all(char in model["vocab"] for char in _BYTE_OF_CHAR)
+    kept = all(
+        step["type"] in ("Split", "Punctuation", "Digits", "ByteLevel")
+        and step.get("behavior") != "Removed"
+        and not step.get("add_prefix_space")
+        for step in steps
     )
+    kinds = [step["type"] for step in steps]
+    last = kinds.count("ByteLevel") == 1 and kinds[-1] == "ByteLevel"
+    return plain and ordinary and whole and kept and last and parts["normalizer"] is None
 
 
 def _cut_before(parts: dict[str, Any]) -> str:
@@ -273,13 +359,6 @@ def _cut_before(parts: dict[str, Any]) -> str:
 def _pre_tokenizers(parts: dict[str, Any]) -> list[dict[str, Any]]:
     pre_tokenizer = parts.get("pre_tokenizer") or {"type": "None"}
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-
-
-def _readable(piece: str) -> str | bytes:
-    """A piece of a vocabulary that marks spaces with U+2581 and may name single bytes."""
-    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-        return bytes([int(byte[1], 16)])
-    return piece.replace("\u2581", " ")
 
 
 def _library(name: str) -> Any:

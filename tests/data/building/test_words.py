@@ -29,7 +29,7 @@ def tokenizer(request, tmp_path_factory):
     return open_tokenizer(path)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXT, max_size=8), max_words=st.sampled_from([0, 3, 1000]))
 def test_remembered_words_give_the_librarys_tokens(tokenizer, texts, max_words):
     encoder = WordEncoder(
