@@ -1,5 +1,7 @@
 """What the README tells people to type works as written."""
 
+import argparse
+import importlib
 import os
 from pathlib import Path
 import re
@@ -30,6 +32,22 @@ def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
     assert len(training_flags()) >= 2
     for flags in training_flags():
         main.parse(["topklm", *flags])
+
+
+def data_commands():
+    """(verb, arguments) of each command about data in the README and the docs."""
+    texts = [README, (ROOT / "docs" / "data.md").read_text(encoding="utf-8")]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    commands = [re.fullmatch(r"\s*topklm (prepare|data) (.*)", line) for line in lines]
+    return [(command[1], shlex.split(command[2])) for command in commands if command]
+
+
+def test_the_data_commands_have_the_flags_that_there_are():
+    assert len(data_commands()) >= 10
+    for verb, arguments in data_commands():
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"topklm.commands.{verb}").add_arguments(parser)
+        parser.parse_args(arguments)
 
 
 def test_the_test_command_is_what_continuous_integration_finds():

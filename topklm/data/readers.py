@@ -18,14 +18,13 @@ from typing import Any
 import zlib
 
 from topklm.data import sources
+from topklm.data.compression import BLOCK_BYTES, DamageError, Read, gunzip, plain_blocks, unzstd
 from topklm.data.sources import SourceFile
 from topklm.errors import UserError
 
 PROBLEMS = ("damaged file", "invalid JSON", "no text field", "line too long", "empty", "NUL bytes")
 MAX_LINE_BYTES = 64 << 20  # longer lines, and longer texts in a table, are no documents
 
-_BLOCK_BYTES = 1 << 20  # read, and decompressed, at a time
-_GZIP_BYTES = 64 << 10  # compressed; what a step does not use up is copied
 _TABLE_ROWS = 128  # of a Parquet file, decoded at a time
 # A .txt file does not say where documents begin, and a book must not fall into one split whole.
 _TEXT_MIN_BYTES = 16 << 10
@@ -37,13 +36,6 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUICKSTART_FIELD = "extract"
-
-# RFC 8878, section 3.1.
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
-_ZSTD_RLE_BLOCK = 1
-# Some public corpora are compressed with `zstd --long=31`; the memory is taken only if a file asks for it.
-_ZSTD_MAX_WINDOW_BYTES = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +109,7 @@ class FileReader:
             self.bytes_read = 0
         else:
             yield from _READERS[self._file.ending](read, self._text_field)
-        while read(_BLOCK_BYTES):  # what comes after a damage counts for the hash
+        while read(BLOCK_BYTES):  # what comes after a damage counts for the hash
             pass
 
     def _next_bytes(self, stored: "_StoredFile", size: int) -> bytes:
@@ -152,7 +144,7 @@ class _StoredFile:
             self._check_version()
             if self._is_remote:
                 fs, path = sources.file_system(file.url, "reading")
-                self._handle = fs.open(path, "rb", block_size=8 * _BLOCK_BYTES)
+                self._handle = fs.open(path, "rb", block_size=8 * BLOCK_BYTES)
             else:
                 self._handle = open(file.url, "rb")  # noqa: SIM115 - closed by close()
 
@@ -227,15 +219,8 @@ class _StoredFile:
                 raise UserError(f"{self._file.url} cannot be read: {e.strerror}; check the path") from e
 
 
-class _DamageError(Exception):
-    """The bytes of a file end or break where they must not; its text says how."""
-
-
-Read = Callable[..., bytes]  # read(size) -> bytes, fewer at the end only
-
-
 def _text_items(read: Read, _: str) -> Items:
-    buffer, offset = read(_BLOCK_BYTES), 0
+    buffer, offset = read(BLOCK_BYTES), 0
     if buffer.startswith(_BYTE_ORDER_MARK):
         offset = len(_BYTE_ORDER_MARK)
         buffer = buffer[offset:]
@@ -245,7 +230,7 @@ def _text_items(read: Read, _: str) -> Items:
         while end := _document_end(buffer, start):
             yield _document(*_decode(buffer[start:end]), f"byte {offset + start}")
             start, is_first = end, False
-        block = read(_BLOCK_BYTES)
+        block = read(BLOCK_BYTES)
         buffer, offset = buffer[start:] + block, offset + start
     if is_first or buffer.strip():
         yield _document(*_decode(buffer), f"byte {offset}")
@@ -269,15 +254,15 @@ def _document_end(text: bytes, start: int) -> int:
 
 
 def _json_line_items(read: Read, text_field: str) -> Items:
-    return _json_items(_blocks(read), text_field)
+    return _json_items(plain_blocks(read), text_field)
 
 
 def _gzip_items(read: Read, text_field: str) -> Items:
-    return _json_items(_gunzip(read), text_field)
+    return _json_items(gunzip(read), text_field)
 
 
 def _zstd_items(read: Read, text_field: str) -> Items:
-    return _json_items(_unzstd(read), text_field)
+    return _json_items(unzstd(read), text_field)
 
 
 def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
@@ -289,7 +274,7 @@ def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
                 yield _too_long(f"line {number}")
             elif line and not line.isspace():
                 yield _json_item(line, text_field, f"line {number}")
-    except _DamageError as e:
+    except DamageError as e:
         yield Problem("damaged file", f"line {number + 1}", str(e))
 
 
@@ -357,108 +342,6 @@ def _listing(names: Any) -> str:
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown or "an empty object"
 
 
-def _blocks(read: Read) -> Iterator[bytes]:
-    while block := read(_BLOCK_BYTES):
-        yield block
-
-
-def _gunzip(read: Read) -> Iterator[bytes]:
-    """The content of all members of a gzip file (RFC 1952), in blocks."""
-    data = _first_block(read, _GZIP_BYTES)
-    what = "no gzip file"
-    while data:
-        decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        while not decoder.eof:
-            data = data or read(_GZIP_BYTES)
-            before = decoder.copy()
-            try:
-                block = decoder.decompress(data, _BLOCK_BYTES)
-            except zlib.error as e:
-                yield _inflate_until_error(before, data)
-                raise _DamageError(f"{what}: {e}") from e
-            if not (data or block or decoder.eof):
-                raise _DamageError("cut short within the compressed data")
-            data = decoder.unconsumed_tail
-            what = "damaged gzip data"
-            yield block
-        data = decoder.unused_data
-        # Zeros may fill a file up to the blocks of its medium.
-        while not (data := data.lstrip(b"\0")):
-            if not (data := read(_GZIP_BYTES)):
-                return
-        what = "other data after the compressed data"
-
-
-def _inflate_until_error(decoder: Any, data: bytes) -> bytes:
-    """What can be had from data whose decompression fails at some point; the library gives all or nothing."""
-    good, start = [], 0
-    for step in (4096, 64, 1):
-        before = decoder
-        with contextlib.suppress(zlib.error):
-            while start < len(data):
-                before = decoder.copy()
-                good.append(decoder.decompress(data[start : start + step]))
-                start += step
-        decoder = before
-    return b"".join(good)
-
-
-def _unzstd(read: Read) -> Iterator[bytes]:
-    """The content of all frames of a Zstandard file (RFC 8878), in blocks.
-
-    The library does not say whether a file ends within a frame, and may turn a few bytes into gigabytes at
-    once; so it is given one of the format's blocks after the other, each of which holds 128 KiB at most.
-    """
-    zstandard = sources.optional_module("zstandard", "zstd", "reading .zst")
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW_BYTES)
-    magic, what = _first_block(read, 4), "no zstd file"
-    while magic:
-        try:
-            if _ZSTD_SKIPPABLE.fullmatch(magic):
-                _skip(read, int.from_bytes(_exactly(read, 4), "little"))
-            elif magic == _ZSTD_MAGIC:
-                yield from _zstd_frame(read, zstandard, decompressor.decompressobj())
-            else:
-                raise _DamageError(what)
-        except zstandard.ZstdError as e:
-            raise _DamageError(f"damaged zstd data: {e}") from e
-        magic, what = read(4), "other data after the compressed data"
-
-
-def _zstd_frame(read: Read, zstandard: Any, decoder: Any) -> Iterator[bytes]:
-    header = _ZSTD_MAGIC + _exactly(read, 1)
-    has_checksum = header[4] & 0b100
-    header += _exactly(read, zstandard.frame_header_size(header) - len(header))
-    yield decoder.decompress(header)
-    is_last = False
-    while not is_last:
-        block = _exactly(read, 3)
-        number = int.from_bytes(block, "little")
-        is_last, kind, size = bool(number & 1), number >> 1 & 3, number >> 3
-        yield decoder.decompress(block + _exactly(read, 1 if kind == _ZSTD_RLE_BLOCK else size))
-    if has_checksum:
-        yield decoder.decompress(_exactly(read, 4))
-
-
-def _first_block(read: Read, size: int) -> bytes:
-    block = read(size)
-    if not block:
-        raise _DamageError("cut short: holds no bytes at all")
-    return block
-
-
-def _exactly(read: Read, size: int) -> bytes:
-    block = read(size)
-    if len(block) < size:
-        raise _DamageError("cut short within the compressed data")
-    return block
-
-
-def _skip(read: Read, size: int) -> None:
-    while size:
-        size -= len(_exactly(read, min(size, _BLOCK_BYTES)))
-
-
 def _parquet_items(
     stored: _StoredFile, url: str, text_field: str
 ) -> Iterator[tuple[int, int, Document | Problem]]:
@@ -466,7 +349,7 @@ def _parquet_items(
     parquet = sources.optional_module("pyarrow.parquet", "parquet", "reading .parquet")
     row = n_rows = 0
     try:
-        table = parquet.ParquetFile(stored, buffer_size=_BLOCK_BYTES, page_checksum_verification=True)
+        table = parquet.ParquetFile(stored, buffer_size=BLOCK_BYTES, page_checksum_verification=True)
         n_rows = table.metadata.num_rows
         _check_column(table.schema_arrow, url, text_field)
         for group in range(table.num_row_groups):
@@ -537,7 +420,7 @@ def _table_item(raw: bytes | None, where: str) -> Document | Problem:
 
 def _quickstart_items(read: Read, _: str) -> Items:
     """The file of the quickstart corpus: {title: {"extract": text, ...}}."""
-    content = b"".join(_blocks(read))
+    content = b"".join(plain_blocks(read))
     try:
         entries = list(json.loads(content).values())
     except (ValueError, AttributeError) as e:
