@@ -109,7 +109,12 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(text, undisturbed, t
 
 def test_an_interrupted_command_says_so_and_continues(text, undisturbed, tmp_path):
     arguments = (text, "--out", tmp_path / "out", "--tokenizer", "train:600", "--shard-tokens", "300000")
-    process = start(*arguments, "--workers", "2", start_new_session=True)
+
+    def heed_interrupts():  # which a shell's background jobs, and their children, are told to ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"start_new_session": True, "preexec_fn": heed_interrupts}
+    process = start(*arguments, "--workers", "2", **options)
     process.wait_for_line("tokens in the vocabulary")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     assert process.finish() == 130
