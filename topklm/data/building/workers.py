@@ -100,8 +100,19 @@ class Workers:
             processes = min(self._cores, len(tasks))
             arguments = (self._reports, -(-self._cores // processes), os.getpid())
             self._pool = ProcessPoolExecutor(processes, context, _begin_worker, arguments)
-        futures = [self._pool.submit(_call, function, task) for task in tasks]
+        with _interrupts_held():
+            futures = [self._pool.submit(_call, function, task) for task in tasks]
         return _collect(futures, self._reports, report)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; processes that begin in it never hear of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stopped(Exception):  # noqa: N818 - no error: it unwinds a task that nobody waits for
