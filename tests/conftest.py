@@ -4,7 +4,12 @@ from pathlib import Path
 import shutil
 
 from helpers import Trainer, sentences, write_documents
+import hypothesis
 import pytest
+
+# Tests assert no wall-clock times, and a busy disk may take longer than hypothesis's 200 ms.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(config, items):
