@@ -205,6 +205,16 @@ def test_a_folder_without_its_description_is_no_dataset(data):
         prepare(data, quiet)
 
 
+@pytest.mark.parametrize("field", ["splits", "tokenizer", "fingerprint"])
+def test_a_description_that_lacks_a_field_is_refused_in_one_line(data, field):
+    file = prepared(data).path / "dataset.json"
+    content = json.loads(file.read_text())
+    del content[field]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"dataset\.json: damaged \(no '{field}'\)"):
+        load_dataset(file.parent)
+
+
 def test_a_format_of_another_version_is_refused(data):
     file = prepared(data).path / "dataset.json"
     file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))

@@ -73,21 +73,27 @@ def load_dataset(path: str | Path) -> Dataset:
     """
     path = Path(path).expanduser().absolute()
     content = read_description(path)
+    try:
+        splits = {name: _split_from_json(content["splits"][name]) for name in SPLITS}
+        sha256, fingerprint = content["tokenizer"]["sha256"], content["fingerprint"]
+    except (KeyError, TypeError) as e:
+        raise UserError(
+            f"{path / DESCRIPTION_FILE}: damaged (no {e}); delete the folder and prepare the data again"
+        ) from e
     tokenizer = Tokenizer.load(path / TOKENIZER_FILE)
-    if tokenizer.sha256 != content["tokenizer"]["sha256"]:
+    if tokenizer.sha256 != sha256:
         raise UserError(
             f"{path / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 "
-            f"{tokenizer.sha256[:12]}, not {content['tokenizer']['sha256'][:12]}); "
+            f"{tokenizer.sha256[:12]}, not {sha256[:12]}); "
             "put it back, or delete the folder and prepare the data again"
         )
-    splits = {name: _split_from_json(content["splits"][name]) for name in SPLITS}
     missing = missing_shards(path, [shard for split in splits.values() for shard in split.shards])
     if missing:
         raise UserError(
             f"{path / missing[0]} is missing ({len(missing)} of its shards are); put it back, or delete the "
             "folder and prepare the data again"
         )
-    return Dataset(path, tokenizer, fingerprint=content["fingerprint"], **splits)
+    return Dataset(path, tokenizer, fingerprint=fingerprint, **splits)
 
 
 def read_description(path: Path) -> dict[str, Any]:
