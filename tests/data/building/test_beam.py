@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from test_build import SELECTION, SETTINGS, TEXTS, contents, make, sources, write_lines  # noqa: F401
+from test_build import SELECTION, SETTINGS, TEXTS, contents, make, write_lines
 
 from topklm.data.building import encode
 from topklm.data.building.beam import BeamEngine
