@@ -138,7 +138,8 @@ def test_help_is_shown_without_jax(verb):
 
 def test_the_python_interface_is_there_when_it_is_asked_for():
     assert {"LanguageModel", "load"} <= set(dir(topklm))
-    assert topklm.load.__module__ == topklm.LanguageModel.__module__ == "topklm.inference.load"
+    assert topklm.load.__module__ == "topklm.inference.load"
+    assert topklm.LanguageModel.__module__ == "topklm.inference.language_model"
     with pytest.raises(AttributeError, match="module 'topklm' has no attribute 'lod'"):
         topklm.lod  # noqa: B018
 

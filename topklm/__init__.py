@@ -4,16 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from topklm.inference.load import LanguageModel, load
+    from topklm.inference.language_model import LanguageModel
+    from topklm.inference.load import load
 
 __all__ = ["LanguageModel", "load"]
+_MODULES = {"LanguageModel": "topklm.inference.language_model", "load": "topklm.inference.load"}
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # They need JAX, which takes seconds to import; commands and workers that prepare text do without.
-    if name in __all__:
-        return getattr(importlib.import_module("topklm.inference.load"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
