@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 
 from topklm import sharding
-from topklm.config import MeshConfig, ModelConfig, TrainConfig
+from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
 from topklm.errors import UserError
 from topklm.model import transformer
 
 
-def mesh_of(data, fsdp, tensor):
+def mesh_of(data, fsdp, tensor, context=1):
     """A mesh by shape alone: rules need no devices."""
-    return jax.sharding.AbstractMesh((data, fsdp, tensor), sharding.AXES)
+    return jax.sharding.AbstractMesh((data, fsdp, context, tensor), sharding.AXES)
+
+
+def params_of(**fields):
+    small = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 64}
+    return jax.eval_shape(lambda: transformer.create(ModelConfig(**{**small, **fields}), 0))
 
 
 def test_one_axis_takes_the_devices_that_are_left():
@@ -21,6 +26,7 @@ def test_one_axis_takes_the_devices_that_are_left():
     assert dict(sharding.make_mesh(MeshConfig(), devices).shape) == {
         "data": len(devices),
         "fsdp": 1,
+        "context": 1,
         "tensor": 1,
     }
 
@@ -33,15 +39,68 @@ def test_axes_that_do_not_multiply_to_the_devices_are_refused(mesh):
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
     with pytest.raises(UserError, match=r"train.batch_size = 12: must be a multiple of 8"):
-        sharding.check_batch(TrainConfig(batch_size=12, grad_accumulation=2), mesh_of(2, 2, 1))
-    sharding.check_batch(TrainConfig(batch_size=16, grad_accumulation=2), mesh_of(2, 2, 1))
+        sharding.check(Config(train=TrainConfig(batch_size=12, grad_accumulation=2)), mesh_of(2, 2, 1))
+    sharding.check(Config(train=TrainConfig(batch_size=16, grad_accumulation=2)), mesh_of(2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mesh", "message"),
+    [
+        ({"context_length": 60}, (1, 1, 2, 4), r"model.context_length = 60: must be a multiple of 8"),
+        ({"n_heads": 2, "n_kv_heads": 2}, (1, 1, 4), r"model.n_heads = 2: must be a multiple of 4"),
+        ({"n_heads": 4, "n_kv_heads": 2}, (1, 1, 4), r"model.n_kv_heads = 2: must be a multiple of 4"),
+        ({"d_mlp": 86}, (1, 1, 4), r"model.d_mlp = 86: must be a multiple of 4 \(mesh.tensor\)"),
+        (
+            {"vocab_multiple": 1, "vocab_size": 41},
+            (1, 1, 4),
+            r"model.vocab_multiple\) = 41: must be a multiple",
+        ),
+    ],
+)
+def test_a_shape_that_the_mesh_cannot_split_is_refused_by_name(fields, mesh, message):
+    config = Config(model=ModelConfig(**{"vocab_size": 256, **fields}))
+    with pytest.raises(UserError, match=message):
+        sharding.check(config, mesh_of(*mesh))
+
+
+def test_a_mesh_over_which_most_parameters_stay_whole_is_refused():
+    with pytest.raises(
+        UserError, match=r"fsdp=3 .* 100% of the parameter bytes would be repeated, .*\["
+    ) as e:
+        sharding.check_split(params_of(), mesh_of(1, 3, 1))
+    assert "\n" not in str(e.value)
+    sharding.check_split(params_of(), mesh_of(1, 4, 2))
+    sharding.check_split(params_of(), mesh_of(3, 1, 1))  # data parallelism repeats them on purpose
+
+
+def test_the_layout_table_gives_the_bytes_of_each_parameter_on_a_device():
+    rows = {row.name: row for row in sharding.layout_of(params_of(), mesh_of(2, 4, 2))}
+    up = rows["blocks.mlp.up.kernel"]
+    assert (up.shape, up.spec) == ((2, 32, 688), PartitionSpec(None, "fsdp", "tensor"))
+    assert (up.n_bytes, up.n_bytes_on_device) == (2 * 32 * 688 * 4, 2 * 32 * 688 * 4 // 8)
+    assert up.is_split
+    assert not rows["final_norm.scale"].is_split
+    assert len(rows) == len(jax.tree.leaves(params_of()))
+
+
+def test_only_data_spans_slices():
+    class Device:
+        platform = device_kind = "TPU v5 lite"
+        process_index = 0
+
+        def __init__(self, number):
+            self.id, self.slice_index = number, number // 8
+            self.coords, self.core_on_chip = (number % 4, number % 8 // 4, 0), 0
+
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), [Device(i) for i in range(16)])
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"mesh.data = 1: must be a multiple of the 2 slices"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=16), [Device(i) for i in range(16)])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_has_a_rule_and_only_norms_are_whole(tied):
-    config = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, vocab_size=64, tie_embeddings=tied)
-    params = jax.eval_shape(lambda: transformer.create(config, 0))
-    shardings = sharding.parameter_shardings(params, mesh_of(1, 4, 2))
+    shardings = sharding.parameter_shardings(params_of(tie_embeddings=tied), mesh_of(1, 4, 2))
     for path, layout in jax.tree_util.tree_leaves_with_path(shardings):
         split = {axis for axis in layout.spec if axis}
         assert split == (set() if path[-1].key == "scale" else {"fsdp", "tensor"})

@@ -20,6 +20,8 @@ TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 TOPK_BACKENDS = ("auto", "lax", "threshold")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "wsd")
+REMAT_POLICIES = ("none", "minimal", "full")
+BAD_STEP_POLICIES = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,9 @@ class ModelConfig:
     init_residual_scale: float = 1.0  # multiplies 1/sqrt(2 L) in the initial scale of what blocks write
     dtype: str = "float32"  # of activations; parameters and reductions are float32
     scan_layers: bool = False  # one compiled block scanned over layers; False: unrolled, faster on CPU
+    remat: str = (
+        "none"  # kept for the backward pass: none (all), minimal (matrix products), full (layer inputs)
+    )
 
     @property
     def head_dim(self) -> int:
@@ -82,6 +87,10 @@ class TrainConfig:
     batch_size: int = 8  # sequences (windows of context_length tokens) per step, over all devices
     grad_accumulation: int = 1  # microbatches that a step is split into; the gradient stays exact
     seed: int = 0  # of parameters, data order and samples
+    on_bad_step: str = "stop"  # a step that is not finite, or a spike: stop the run, or skip its update
+    spike_sigmas: float = (
+        0.0  # a spike is this many standard deviations above recent steps; 0: not looked for
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +114,10 @@ class OptimConfig:
 class MeshConfig:
     """Devices along each mesh axis; one may be -1: all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # parameters repeated; across slices of TPUs, whose links are slower
+    fsdp: int = 1  # parameters, optimizer and batch split
+    context: int = 1  # tokens of a sequence split
+    tensor: int = 1  # heads, MLP and vocabulary split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +164,10 @@ class Config:
 
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
-# elsewhere: what it holds is compared by its fingerprint.
+# elsewhere: what it holds is compared by its fingerprint. How a step is computed changes its rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"train.steps", "data.source", "data.mixture", "data.dir", "mesh", "checkpoint", "eval", "log"}
+    {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.scan_layers"}
+    | {"data.source", "data.mixture", "data.dir", "mesh", "checkpoint", "eval", "log"}
 )
 
 
@@ -306,6 +317,8 @@ def _check_ranges(config: Config) -> None:
         "model.topk_activation": TOPK_ACTIVATIONS,
         "model.topk_backend": TOPK_BACKENDS,
         "model.dtype": DTYPES,
+        "model.remat": REMAT_POLICIES,
+        "train.on_bad_step": BAD_STEP_POLICIES,
         "optim.schedule": SCHEDULES,
     }.items():
         require(field, flat[field] in allowed, f"one of {', '.join(allowed)}")
@@ -313,7 +326,7 @@ def _check_ranges(config: Config) -> None:
         require(field, flat[field] > 0, "above 0")
     for field in ["model.init_embed_std", "model.init_residual_scale", "optim.weight_decay"]:
         require(field, flat[field] >= 0, "0 or more")
-    for field in ["optim.clip_norm", "optim.z_loss"]:
+    for field in ["optim.clip_norm", "optim.z_loss", "train.spike_sigmas"]:
         require(field, flat[field] >= 0, "0 or more")
     for field in ["optim.beta1", "optim.beta2"]:
         require(field, 0 <= flat[field] < 1, "at least 0 and below 1")
@@ -327,8 +340,8 @@ def _check_ranges(config: Config) -> None:
         config.train.batch_size % config.train.grad_accumulation == 0,
         f"a multiple of train.grad_accumulation ({config.train.grad_accumulation})",
     )
-    axes = ["mesh.data", "mesh.fsdp", "mesh.tensor"]
+    axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
     for field in axes:
         require(field, flat[field] >= 1 or flat[field] == -1, "1 or more, or -1 for all that are left")
     if sum(flat[field] == -1 for field in axes) > 1:
-        raise UserError("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+        raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")

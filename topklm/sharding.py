@@ -1,23 +1,30 @@
 """How arrays are laid out over devices: the mesh and the one table of partition rules.
 
-Axes: `data` repeats parameters, `fsdp` splits them and is gathered at use, `tensor` splits the inner
-dimension of attention and MLP. A batch is split over `data` and `fsdp`; the residual dimension of an
-activation is never split, so TopK sees whole rows.
+Axes: `data` repeats parameters, `fsdp` splits them and is gathered at use, `context` splits the tokens of a
+sequence, `tensor` the inner dimension of attention, MLP and vocabulary. A batch is split over `data` and
+`fsdp`; the residual dimension of an activation is never split, so TopK sees whole rows.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.config import MeshConfig, TrainConfig
+from topklm.config import Config, MeshConfig
 from topklm.errors import UserError
+from topklm.model.parallel import ALONE, Parallel, gather_parameter
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+PARAMETER_AXES = ("fsdp", "tensor")  # those that can split parameters
+MAX_REPLICATED_SHARE = 0.02  # of the parameters' bytes, on a mesh that is there to split them
 
 # Parameter (its last two names) -> partition of its dims. Block parameters have a leading layer axis.
 PARAMETER_RULES: Mapping[tuple[str, str], PartitionSpec] = {
@@ -39,40 +46,111 @@ PARAMETER_RULES: Mapping[tuple[str, str], PartitionSpec] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh; an axis of -1 takes the devices that are left.
 
+    Neighbours along the later axes are neighbours in the machine. Where the devices are several slices of
+    TPUs, whose links to each other are slower, only `data` spans slices.
+
     Raises:
-        UserError: If the axes do not multiply to the number of devices.
+        UserError: If the axes do not multiply to the number of devices, or `data` does not to the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size > 0)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
+        asked = " ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}: must multiply to the "
-            f"{len(devices)} devices found; set one axis to -1 to take all that are left"
+            f"mesh {asked}: must multiply to the {len(devices)} devices found; set one axis to -1 to take "
+            "all that are left"
         )
-    # Auto: XLA propagates the layout from the parameters and the batch. make_mesh defaults to Explicit.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Auto: outside the model's own program XLA propagates the layout. make_mesh defaults to Explicit.
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data = {sizes[0]}: must be a multiple of the {slices} slices, which it spans")
+    between = (slices, *(1,) * (len(AXES) - 1))
+    within = (sizes[0] // slices, *sizes[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
 
 
-def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Refuses a batch that the mesh cannot split evenly.
+def check(config: Config, mesh: Mesh) -> None:
+    """Refuses shapes that the mesh cannot split evenly.
 
     Raises:
-        UserError: Naming train.batch_size.
+        UserError: Naming the field.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.grad_accumulation
-    if config.batch_size % ways:
+    model, train, shape = config.model, config.train, mesh.shape
+    ways = shape["data"] * shape["fsdp"] * train.grad_accumulation
+    if train.batch_size % ways:
         raise UserError(
-            f"train.batch_size = {config.batch_size}: must be a multiple of {ways} (mesh data "
-            f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x grad_accumulation "
-            f"{config.grad_accumulation})"
+            f"train.batch_size = {train.batch_size}: must be a multiple of {ways} (mesh data "
+            f"{shape['data']} x fsdp {shape['fsdp']} x grad_accumulation {train.grad_accumulation})"
         )
+    context, tensor = shape["context"], shape["tensor"]
+    divisors = {
+        "model.context_length": (model.context_length, context * tensor, "mesh.context x mesh.tensor"),
+        "model.n_heads": (model.n_heads, tensor, "mesh.tensor"),
+        "model.n_kv_heads": (model.n_kv_heads, tensor, "mesh.tensor"),
+        "model.d_mlp": (model.d_mlp, tensor, "mesh.tensor"),
+        "the padded vocabulary (model.vocab_multiple)": (model.padded_vocab_size, tensor, "mesh.tensor"),
+    }
+    for name, (size, divisor, why) in divisors.items():
+        if size % divisor:
+            raise UserError(f"{name} = {size}: must be a multiple of {divisor} ({why}); choose another mesh")
+
+
+def check_split(parameters: Any, mesh: Mesh) -> None:
+    """Refuses a mesh over which parameters stay whole that it is there to split.
+
+    Args:
+        parameters: Nested dict of arrays or ShapeDtypeStructs.
+        mesh: Of the run.
+
+    Raises:
+        UserError: If more than `MAX_REPLICATED_SHARE` of the bytes are repeated along fsdp or tensor.
+    """
+    rows = layout_of(parameters, mesh)
+    replicated = [row for row in rows if not row.is_split]
+    total, whole = (sum(row.n_bytes for row in some) for some in (rows, replicated))
+    if whole > MAX_REPLICATED_SHARE * total:
+        largest = max(replicated, key=lambda row: row.n_bytes)
+        raise UserError(
+            f"mesh fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}: {whole / total:.0%} of the "
+            f"parameter bytes would be repeated, {largest.name} {list(largest.shape)} above all; at most "
+            f"{MAX_REPLICATED_SHARE:.0%} may: choose axes that divide its dims (model.d_model, model.d_mlp)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterLayout:
+    """One parameter on a mesh."""
+
+    name: str  # "blocks.mlp.up.kernel"
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    n_bytes: int
+    n_bytes_on_device: int
+    is_split: bool  # along every axis of the mesh that can split parameters
+
+
+def layout_of(parameters: Any, mesh: Mesh) -> list[ParameterLayout]:
+    """The layout of every parameter (`parameter_shardings`), for people to read."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        spec = _spec(path, leaf, mesh)
+        axes = {axis for axis in spec if axis}
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        n_bytes = leaf.size * leaf.dtype.itemsize
+        split = all(axis in axes for axis in PARAMETER_AXES if mesh.shape[axis] > 1)
+        name = ".".join(_names(path))
+        rows.append(ParameterLayout(name, leaf.shape, spec, n_bytes, n_bytes // ways, split))
+    return rows
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, T]."""
+    """Of arrays [B, T], as the hosts provide them: every process has all tokens of its rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -93,11 +171,6 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
-def hidden_sharding(mesh: Mesh) -> NamedSharding | None:
-    """Of the residual stream [B, T, D]; None on one device, where nothing needs to be said."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None)) if mesh.size > 1 else None
-
-
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """The layout of every leaf of a parameter tree, or of anything that contains parameter trees.
 
@@ -112,15 +185,56 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     Raises:
         KeyError: For an array that no rule names.
     """
+    return jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(tree, mesh))
 
-    def layout(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
-        spec = PARAMETER_RULES[names[-2:]]  # type: ignore[index]
-        return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(layout, tree)
+def parameter_specs(tree: Any, mesh: Mesh) -> Any:
+    """The same tree of `PartitionSpec`; arguments and errors as `parameter_shardings`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, mesh), tree)
+
+
+def parallel(mesh: Mesh, parameters: Any, dtype: jnp.dtype) -> Parallel:
+    """What one device's program needs to know of the mesh, see `Parallel`.
+
+    Args:
+        mesh: Of the run.
+        parameters: Shapes of the whole parameters, nested dict.
+        dtype: Compute dtype, in which parameters are gathered.
+    """
+    if mesh.size == 1:
+        return ALONE
+    split_dims = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        spec = (*_spec(path, leaf, mesh), *(None,) * leaf.ndim)[: leaf.ndim]
+        if "fsdp" in spec and mesh.shape["fsdp"] > 1:
+            # Counted from the end: inside the stack of layers the layer axis is gone.
+            split_dims[_names(path)[-2:]] = spec.index("fsdp") - leaf.ndim
+
+    def whole(path: tuple, part: jax.Array) -> jax.Array:
+        dim = split_dims.get(_names(path)[-2:])
+        return part if dim is None else gather_parameter(part, "fsdp", dim + part.ndim, dtype)
+
+    def axis(name: str) -> str | None:
+        return name if mesh.shape[name] > 1 else None
+
+    return Parallel(axis("context"), axis("tensor"), lambda t: jax.tree_util.tree_map_with_path(whole, t))
+
+
+def other_axes(mesh: Mesh, spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of the mesh, longer than 1, along which an array with this partition is repeated."""
+    named = {axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in named)
+
+
+def _spec(path: tuple, leaf: Any, mesh: Mesh) -> PartitionSpec:
+    if leaf.ndim == 0:
+        return PartitionSpec()
+    return _that_divides(PARAMETER_RULES[_names(path)[-2:]], leaf.shape, mesh)  # type: ignore[index]
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    """The dict keys on the way to a leaf."""
+    return tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def _that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

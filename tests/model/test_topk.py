@@ -1,9 +1,6 @@
 """The TopK activation against an independent NumPy reference, bit for bit."""
 
 import functools
-import os
-import subprocess
-import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -248,37 +245,3 @@ def test_wrong_arguments_are_refused(arguments, error, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="int32"):
         topk(jnp.ones((2, 4), jnp.int32), 1)
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from topklm.model.topk import topk, topk_sharded
-x = jax.random.normal(jax.random.key(0), (8, 200, 24)).round(1)
-both, one = {"data": 4, "fsdp": 2}, {"data": 8}
-for backend, sizes in [("lax", both), ("threshold", both), ("lax", one), ("threshold", one)]:
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    axes = "data" if sizes is one else ("data", "fsdp")
-    f = lambda v: topk_sharded(v, 5, "relu", backend, mesh, axes)
-    split = jax.device_put(x, NamedSharding(mesh, P(axes)))
-    gradient = jax.jit(jax.grad(lambda v: jnp.sum(f(v) * v)))
-    assert jax.jit(f)(split).sharding.spec[0] == axes
-    np.testing.assert_array_equal(jax.jit(f)(split), topk(x, 5, "relu", backend))
-    np.testing.assert_array_equal(gradient(split), 2 * topk(x, 5, "relu", backend))
-    text = jax.jit(lambda v, g: jax.vjp(f, v)[1](g)).lower(split, split).compile().as_text()
-    for name in ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"):
-        assert name not in text, (backend, axes, name)
-print("ok")
-"""
-
-
-def test_a_sharded_batch_needs_no_communication():
-    flags = "--xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout.strip() == "ok", result.stderr

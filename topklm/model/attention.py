@@ -6,6 +6,7 @@ formula the tests hold it to.
 """
 
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model.layers import Linear
+from topklm.model.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
 # 64 to 128 measured best on CPUs.
@@ -32,8 +34,18 @@ class Attention(nnx.Module):
         self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
         self.head_dim = width
 
-    def __call__(self, x_BTD: jax.Array, rotation: "Rotation", segment_ids_BT: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: "Rotation",
+        segment_ids_BT: jax.Array,
+        parallel: Parallel = ALONE,
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
+
+        Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
+        of a sum.
+        """
         batch, length, _ = x_BTD.shape
 
         def heads(y: jax.Array) -> jax.Array:
@@ -41,7 +53,14 @@ class Attention(nnx.Module):
 
         q = rotate(heads(self.query(x_BTD)), rotation)
         k = rotate(heads(self.key(x_BTD)), rotation)
-        mixed = causal_attention(q, k, heads(self.value(x_BTD)), segment_ids_BT)
+        v = heads(self.value(x_BTD))
+        if parallel.context is None:
+            mixed = causal_attention(q, k, v, segment_ids_BT)
+        else:
+            # Few tokens are on this device; keys and values of all of them are narrower than the activations.
+            k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
+            first = jax.lax.axis_index(parallel.context) * length
+            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
         return self.out(mixed.reshape(batch, length, -1))
 
 
@@ -87,34 +106,50 @@ def attention_reference(
 
 @jax.custom_vjp
 def causal_attention(
-    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    segment_ids_BT: jax.Array,
+    key_segment_ids_BS: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within segments.
 
     Args:
         q_BTHd: Queries [B, T, H, d].
-        k_BTKd: Keys [B, T, K, d]; K divides H, query head h reads key head h // (H / K).
-        v_BTKd: Values [B, T, K, d].
+        k_BSKd: Keys [B, S, K, d]; K divides H, query head h reads key head h // (H / K).
+        v_BSKd: Values [B, S, K, d].
         segment_ids_BT: int32[B, T]; a token attends to equal ids only.
+        key_segment_ids_BS: int32[B, S] of the keys, where the queries are a part of all tokens; else S = T.
+        first: int32 scalar, with them: the place of the first query among the keys. It is known only when
+            the program runs, so the keys to the right are computed and masked.
 
     Returns:
         [B, T, H, d] in the dtype of q; scores and probabilities are float32. The backward pass keeps the
-        probabilities of the lower triangle.
+        probabilities, of the lower triangle where the queries are all tokens.
     """
-    return _attention_forward(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)[0]
+    return _attention_forward(q_BTHd, k_BSKd, v_BSKd, segment_ids_BT, key_segment_ids_BS, first)[0]
 
 
-def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple:
+def _attention_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array | None = None,
+    first: jax.Array | None = None,
+) -> tuple:
     grouped, keys, values = _to_groups(q, k.shape[2]), _heads_first(k), _heads_first(v)
     scaled = grouped * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
-        scores = _product("bkgtd,bksd->bkgts", scaled[:, :, :, start:stop], keys[:, :, :stop])
-        scores = jnp.where(_allowed(segments, start, stop), scores, _MASKED)
+        seen = stop if first is None else k.shape[1]
+        scores = _product("bkgtd,bksd->bkgts", scaled[:, :, :, start:stop], keys[:, :, :seen])
+        scores = jnp.where(_allowed(segments, key_segments, first, start, stop), scores, _MASKED)
         exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         p = exponentials / exponentials.sum(axis=-1, keepdims=True)
         p = p.astype(q.dtype)
-        outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :stop]).astype(q.dtype))
+        outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :seen]).astype(q.dtype))
         probabilities.append(p)
     out = jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
     return _from_groups(out), (scaled, keys, values, out, probabilities)
@@ -126,24 +161,25 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
     # Row sums of p * dp equal g . out (Dao et al. 2022, FlashAttention, eq. 4), so dp is used once.
     row_sums = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
     dq_blocks = []
-    dk = dv = jnp.zeros(keys.shape, jnp.float32)
+    dk = dv = None
     for (start, stop), p in reversed(list(zip(_query_blocks(g.shape[3]), probabilities, strict=True))):
-        rows = slice(start, stop)
-        dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :stop])
+        rows, seen = slice(start, stop), p.shape[-1]
+        dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :seen])
         ds = (p * (dp - row_sums[:, :, :, rows])).astype(p.dtype)
-        dq_blocks.append(_product("bkgts,bksd->bkgtd", ds, keys[:, :, :stop]))
+        dq_blocks.append(_product("bkgts,bksd->bkgtd", ds, keys[:, :, :seen]))
         dk_block = _product("bkgts,bkgtd->bksd", ds, scaled[:, :, :, rows])
         dv_block = _product("bkgts,bkgtd->bksd", p, g[:, :, :, rows])
-        if stop == g.shape[3]:
-            dk, dv = dk_block, dv_block
-        else:
-            dk, dv = dk.at[:, :, :stop].add(dk_block), dv.at[:, :, :stop].add(dv_block)
+        # The last queries come first here, and see all keys.
+        dk = dk_block if dk is None else dk.at[:, :, :seen].add(dk_block)
+        dv = dv_block if dv is None else dv.at[:, :, :seen].add(dv_block)
     dq = jnp.concatenate(dq_blocks[::-1], axis=3) * keys.shape[-1] ** -0.5
     dtype = g_BTHd.dtype
     return (
         _from_groups(dq).astype(dtype),
         _heads_first(dk).astype(dtype),
         _heads_first(dv).astype(dtype),
+        None,
+        None,
         None,
     )
 
@@ -157,10 +193,19 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(s, min(s + _QUERY_BLOCK, length)) for s in range(0, length, _QUERY_BLOCK)]
 
 
-def _allowed(segments_BT: jax.Array, start: int, stop: int) -> jax.Array:
-    causal = np.arange(start, stop)[:, None] >= np.arange(stop)[None, :]
-    same = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
-    return (same & causal)[:, None, None]
+def _allowed(
+    segments_BT: jax.Array,
+    key_segments_BS: jax.Array | None,
+    first: jax.Array | None,
+    start: int,
+    stop: int,
+) -> jax.Array:
+    """bool[B, 1, 1, stop - start, keys]: which keys a block of queries attends to."""
+    if key_segments_BS is None:
+        key_segments_BS = segments_BT[:, :stop]
+    queries: Any = np.arange(start, stop) if first is None else first + np.arange(start, stop)
+    same = segments_BT[:, start:stop, None] == key_segments_BS[:, None, :]
+    return (same & (queries[:, None] >= np.arange(key_segments_BS.shape[1])))[:, None, None]
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

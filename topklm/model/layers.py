@@ -8,6 +8,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from topklm.model.parallel import ALONE, Parallel
+
 
 @jax.custom_vjp
 def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
@@ -116,15 +118,13 @@ class Embedding(nnx.Module):
         table_VD = std * jax.random.normal(rngs.params(), (vocab_size, d), jnp.float32)
         self.embedding = nnx.Param(jnp.pad(table_VD, ((0, rows - vocab_size), (0, 0))))
 
-    def __call__(
-        self, tokens_BT: jax.Array, dtype: jnp.dtype, sharding: jax.sharding.NamedSharding | None = None
-    ) -> jax.Array:
-        """int32[B, T] -> [B, T, D] in `dtype`, laid out as `sharding` says (None on one device)."""
+    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype, parallel: Parallel = ALONE) -> jax.Array:
+        """int32[B, T] -> [B, T, D] in `dtype`; across devices, the residual tokens of each."""
         table_VD = self.embedding[...].astype(dtype)
-        if sharding is None:
+        if parallel.tensor is None:
             return table_VD[tokens_BT]
-        # Whole on every device before the look-up: fsdp splits both its D and the batch, and XLA's way out
-        # of that is to rearrange the result.
-        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None))
-        table_VD = jax.lax.with_sharding_constraint(table_VD, whole)
-        return jax.lax.with_sharding_constraint(table_VD[tokens_BT], sharding)
+        # This device has some rows only: the others give 0, and the sum over devices is exact.
+        row = tokens_BT - jax.lax.axis_index(parallel.tensor) * table_VD.shape[0]
+        here = (row >= 0) & (row < table_VD.shape[0])
+        own = table_VD[jnp.clip(row, 0, table_VD.shape[0] - 1)]
+        return parallel.scatter_tokens(jnp.where(here[..., None], own, jnp.zeros((), dtype)))

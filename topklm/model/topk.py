@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS
 
@@ -66,27 +65,6 @@ def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "
     """
     _check(x, k, activation, backend)
     return _active(x, k, activation, backend)
-
-
-def topk_sharded(
-    x_BTD: jax.Array,
-    k: int,
-    activation: str,
-    backend: str,
-    mesh: Mesh | AbstractMesh,
-    batch_axes: str | tuple[str, ...],
-) -> jax.Array:
-    """`topk` of an array whose first dim is split over `batch_axes`, one mesh axis or several.
-
-    Left to itself, XLA gathers the whole activation to loop over its blocks; each device holds whole rows,
-    so it can work on its own. There is no communication, but for one sum in the gradient over mesh axes that
-    are not in `batch_axes`, where the rows are repeated.
-    """
-    spec = PartitionSpec(batch_axes, *(None,) * (x_BTD.ndim - 1))
-    local = functools.partial(topk, k=k, activation=activation, backend=backend)
-    # The rows are independent, so there is nothing to check about replication; the bisection's carry would
-    # need annotations for the check to pass.
-    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x_BTD)
 
 
 def _check(x: jax.Array, k: int, activation: str, backend: str) -> None:

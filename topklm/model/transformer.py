@@ -16,12 +16,14 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from topklm.config import ModelConfig
 from topklm.model.attention import Attention, Rotation, rotation_angles
 from topklm.model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from topklm.model.topk import topk, topk_sharded
+from topklm.model.parallel import ALONE, Parallel
+from topklm.model.topk import topk
 
 # Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
 Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -38,10 +40,15 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs)
 
-    def __call__(self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array, parallel: Parallel = ALONE
+    ) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        a_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotation, segment_ids_BT)
-        return a_BTD + self.mlp(self.mlp_norm(a_BTD))
+        x_BTD = parallel.gather_tokens(self.attention_norm(h_BTD))
+        mixed_BTD = self.attention(x_BTD, rotation, segment_ids_BT, parallel)
+        a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
+        x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
+        return a_BTD + parallel.scatter_tokens(self.mlp(x_BTD))
 
 
 class Transformer(nnx.Module):
@@ -96,7 +103,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         *,
         tap: Tap | None = None,
-        sharding: jax.sharding.NamedSharding | None = None,
+        parallel: Parallel = ALONE,
     ) -> tuple[jax.Array, Any]:
         """The stack up to and with the final norm.
 
@@ -105,11 +112,11 @@ class Transformer(nnx.Module):
             segment_ids_BT: As in `__call__`.
             positions_BT: As in `__call__`.
             tap: Called in every layer with (h, u, h'); see `Tap`.
-            sharding: Of the residual stream [B, T, D], with D unsharded; None on one device.
+            parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
 
         Returns:
-            The normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`; and what `tap`
-            returned, each leaf stacked to [L, ...] (None without a tap).
+            The normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`, of the residual
+            tokens (`Parallel`); and what `tap` returned, each leaf stacked to [L, ...] (None without a tap).
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -120,25 +127,23 @@ class Transformer(nnx.Module):
         rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, dtype)
         block_def, stacked = nnx.split(self.blocks)
 
-        def layer(h: jax.Array, block_params: nnx.State, sparse: bool) -> tuple[jax.Array, Any]:
-            u = nnx.merge(block_def, block_params)(h, rotation, segment_ids_BT)
-            h_next = self._topk(u, sharding) if sparse else u
+        def layer(sparse: bool, h: jax.Array, block_params: nnx.State) -> tuple[jax.Array, Any]:
+            block = nnx.merge(block_def, parallel.gather(block_params))
+            u = block(h, rotation, segment_ids_BT, parallel)
+            h_next = topk(u, config.topk_k, config.topk_activation, config.topk_backend) if sparse else u
             return h_next, tap(h, u, h_next) if tap else None
 
-        h_BTD = self.embed(tokens_BT, dtype, sharding)
+        h_BTD = self.embed(tokens_BT, dtype, parallel)
         run = _scan_layers if config.scan_layers else _unroll_layers
-        h_BTD, taps = run(layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
+        sparse_layer, dense_layer = (
+            _rematerialized(functools.partial(layer, sparse), config, parallel) for sparse in (True, False)
+        )
+        h_BTD, taps = run(sparse_layer, dense_layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
         return self.final_norm(h_BTD), taps
 
     def unembedding(self) -> jax.Array:
         """float32[D, padded_vocab_size]; columns past V stand for no token."""
         return self.embed.embedding[...].T if self.unembed is None else self.unembed.kernel[...]
-
-    def _topk(self, u: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-        c = self.config
-        if sharding is None:
-            return topk(u, c.topk_k, c.topk_activation, c.topk_backend)
-        return topk_sharded(u, c.topk_k, c.topk_activation, c.topk_backend, sharding.mesh, sharding.spec[0])
 
 
 def create(config: ModelConfig, seed: int) -> Parameters:
@@ -157,26 +162,55 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
+def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel) -> Callable:
+    """The layer with less kept for its backward pass (`config.remat`), to be computed again there."""
+    policy = {
+        "none": _all_but_gathered,
+        "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[config.remat]
+    if config.remat == "none" and parallel == ALONE:
+        return layer
+    # A scan keeps XLA from merging the two computations by itself.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+    """Whole parameters are gathered again: kept from every layer, they would be what fsdp is to avoid."""
+    return primitive.name != "all_gather"
+
+
 def _unroll_layers(
-    layer: Callable, h: jax.Array, stacked: nnx.State, n_sparse: int, n_layers: int
+    sparse_layer: Callable,
+    dense_layer: Callable,
+    h: jax.Array,
+    stacked: nnx.State,
+    n_sparse: int,
+    n_layers: int,
 ) -> tuple[jax.Array, Any]:
     # unstack, not indexing: its gradient is one concatenation instead of n_layers padded sums.
     leaves, treedef = jax.tree.flatten(stacked)
     by_layer = zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True)
     taps = []
     for index, layer_leaves in enumerate(by_layer):
-        h, seen = layer(h, jax.tree.unflatten(treedef, layer_leaves), index < n_sparse)
+        layer = sparse_layer if index < n_sparse else dense_layer
+        h, seen = layer(h, jax.tree.unflatten(treedef, layer_leaves))
         taps.append(seen)
     return h, jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *taps)
 
 
 def _scan_layers(
-    layer: Callable, h: jax.Array, stacked: nnx.State, n_sparse: int, n_layers: int
+    sparse_layer: Callable,
+    dense_layer: Callable,
+    h: jax.Array,
+    stacked: nnx.State,
+    n_sparse: int,
+    n_layers: int,
 ) -> tuple[jax.Array, Any]:
     taps = []
-    for start, stop, sparse in [(0, n_sparse, True), (n_sparse, n_layers, False)]:
+    for start, stop, layer in [(0, n_sparse, sparse_layer), (n_sparse, n_layers, dense_layer)]:
         if start < stop:
             part = jax.tree.map(operator.itemgetter(slice(start, stop)), stacked)
-            h, seen = jax.lax.scan(functools.partial(layer, sparse=sparse), h, part)
+            h, seen = jax.lax.scan(layer, h, part)
             taps.append(seen)
     return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)

@@ -56,10 +56,10 @@ def train(config: Config, workdir: pathlib.Path, console: Console | None = None)
     """
     console = console or Console()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.train, mesh)
     with run_folder.owned(workdir):
         mixture = prepare(config.data, console.say)
         config = _with_vocabulary(config, mixture)
+        sharding.check(config, mesh)
         if not mixture.heldout_text_tokens:
             raise UserError(
                 "data.source, data.mixture: no dataset has held-out text to evaluate on; prepare one with "

@@ -31,7 +31,7 @@ def cross_entropy_reference(
     return jnp.sum(weights_BT * (nll + z_loss * log_z**2)), jnp.sum(weights_BT * nll)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     h_BTD: jax.Array,
     w_DV: jax.Array,
@@ -39,6 +39,7 @@ def cross_entropy(
     weights_BT: jax.Array,
     z_loss: float,
     n_vocab: int | None = None,
+    vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of next-token losses.
 
@@ -50,6 +51,8 @@ def cross_entropy(
         z_loss: Weight of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022, section 5).
         n_vocab: Leading columns of w that stand for tokens; the others get probability and gradient 0.
             None: all of them.
+        vocab_axis: Inside `jax.shard_map`, the mesh axis that splits V; w is then this device's columns,
+            and the gradient of h its share of a sum over the axis.
 
     Returns:
         float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
@@ -60,7 +63,7 @@ def cross_entropy(
 
     def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, None]:
         h, targets, weights = chunk
-        nll, log_z, _ = _losses(h, w, targets, n_vocab)
+        nll, log_z, _ = _losses(h, w, targets, n_vocab, vocab_axis)
         loss = total[0] + jnp.sum(weights * (nll + z_loss * log_z**2))
         return (loss, total[1] + jnp.sum(weights * nll)), None
 
@@ -68,12 +71,16 @@ def cross_entropy(
 
 
 def token_losses(
-    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, n_vocab: int | None = None
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    n_vocab: int | None = None,
+    vocab_axis: str | None = None,
 ) -> jax.Array:
     """Next-token loss of every position, nats, float32[B, T]; arguments as in `cross_entropy`."""
     chunks = _split(h_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32), w_DV.shape[1])
     w = w_DV.astype(h_BTD.dtype)
-    nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1], n_vocab)[0], chunks)
+    nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1], n_vocab, vocab_axis)[0], chunks)
     return _join(nll_CBS, targets_BT.shape[1])
 
 
@@ -84,14 +91,15 @@ def _forward(
     weights: jax.Array,
     z_loss: float,
     n_vocab: int | None,
+    vocab_axis: str | None,
 ) -> tuple:
     w = w_DV.astype(h.dtype)
-    vocabulary = jnp.arange(w.shape[1], dtype=targets.dtype)
+    vocabulary = _vocabulary(w.shape[1], vocab_axis)
 
     def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         loss, nll_sum, dw = total
         h_BSD, targets_BS, weights_BS = chunk
-        nll, log_z, probabilities = _losses(h_BSD, w, targets_BS, n_vocab)
+        nll, log_z, probabilities = _losses(h_BSD, w, targets_BS, n_vocab, vocab_axis)
         loss += jnp.sum(weights_BS * (nll + z_loss * log_z**2))
         nll_sum += jnp.sum(weights_BS * nll)
         # d nll = p - onehot(target); d log_z^2 = 2 log_z p
@@ -107,8 +115,10 @@ def _forward(
     return (loss, nll_sum), (_join(dh, h.shape[1]), dw)
 
 
-def _backward(z_loss: float, n_vocab: int | None, saved: tuple, cotangents: tuple) -> tuple:
-    del z_loss, n_vocab
+def _backward(
+    z_loss: float, n_vocab: int | None, vocab_axis: str | None, saved: tuple, cotangents: tuple
+) -> tuple:
+    del z_loss, n_vocab, vocab_axis
     dh, dw = saved
     g = cotangents[0]
     return (dh * g.astype(dh.dtype), dw * g, None, None)
@@ -118,23 +128,45 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _losses(
-    h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array, n_vocab: int | None
+    h_BSD: jax.Array,
+    w_DV: jax.Array,
+    targets_BS: jax.Array,
+    n_vocab: int | None,
+    vocab_axis: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
     logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
-    if n_vocab is not None and n_vocab < w_DV.shape[1]:
+    if n_vocab is not None and (vocab_axis is not None or n_vocab < w_DV.shape[1]):
         # Masked, not cut off: the products keep the shape that the hardware likes.
-        logits = jnp.where(jnp.arange(w_DV.shape[1]) < n_vocab, logits, -jnp.inf)
+        logits = jnp.where(_vocabulary(w_DV.shape[1], vocab_axis) < n_vocab, logits, -jnp.inf)
     highest = logits.max(axis=-1, keepdims=True)
+    if vocab_axis is not None:
+        highest = jax.lax.pmax(highest, vocab_axis)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
+    target_logits = _target_logits(logits, targets_BS, vocab_axis)
+    if vocab_axis is not None:
+        total, target_logits = jax.lax.psum((total, target_logits), vocab_axis)
     log_z = (highest + jnp.log(total))[..., 0]
-    target_logits = jnp.take_along_axis(logits, targets_BS[..., None], axis=-1)[..., 0]
     return log_z - target_logits, log_z, exponentials / total
 
 
+def _target_logits(logits_BSV: jax.Array, targets_BS: jax.Array, vocab_axis: str | None) -> jax.Array:
+    """[B, S]; 0 for a target whose column another device has."""
+    if vocab_axis is None:
+        return jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    is_target = _vocabulary(logits_BSV.shape[-1], vocab_axis) == targets_BS[..., None]
+    return jnp.where(is_target, logits_BSV, 0.0).sum(axis=-1)
+
+
+def _vocabulary(n_columns: int, vocab_axis: str | None) -> jax.Array:
+    """The token that each column of this device stands for, int32[V]."""
+    columns = jnp.arange(n_columns, dtype=jnp.int32)
+    return columns if vocab_axis is None else columns + jax.lax.axis_index(vocab_axis) * n_columns
+
+
 def _split(h_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, vocab_size: int) -> tuple:
-    """Cuts along T, which no mesh axis shards: each [B, T, ...] -> [chunks, B, S, ...], zero-padded."""
+    """Cuts along T: each [B, T, ...] -> [chunks, B, S, ...], zero-padded."""
     batch, length, _ = h_BTD.shape
     tokens = max(_MIN_TOKENS_PER_CHUNK, _LOGITS_PER_CHUNK // vocab_size)
     n_chunks = max(1, min(length, round(batch * length / tokens)))

@@ -1,4 +1,8 @@
-"""The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh."""
+"""The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh.
+
+Loss and gradient are one program for every device (`jax.shard_map`) whose communication is written out, here
+and in `model.parallel`; the optimizer works on each array as it lies.
+"""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -6,15 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from topklm import sharding
 from topklm.config import Config
 from topklm.model import transformer
+from topklm.model.parallel import Parallel
 from topklm.training import losses, topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
+
+_EVERYWHERE = PartitionSpec()
+_OF_TOKENS = PartitionSpec(sharding.BATCH_AXES, "context")  # arrays [B, T] in a device's program
+_OF_ROWS = PartitionSpec(sharding.BATCH_AXES)
 
 
 class TrainState(NamedTuple):
@@ -25,9 +35,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A fresh state, every array created where it lives on the mesh."""
     shapes = abstract_state(config, optimizer)
     shardings = sharding.parameter_shardings(shapes, mesh)
@@ -45,7 +53,7 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
@@ -56,30 +64,14 @@ def make_train_step(
     and `learning_rate`.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
-    hidden = sharding.hidden_sharding(mesh)
-
-    def loss(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = transformer.bind(config.model, params)
-        h, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"], sharding=hidden)
-        return losses.cross_entropy(
-            h,
-            model.unembedding(),
-            batch["targets"],
-            batch["loss_weights"],
-            config.optim.z_loss,
-            config.model.vocab_size,
-        )
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    loss_and_gradient = _make_loss_and_gradient(config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total = jnp.maximum(batch["loss_weights"].sum(), 1.0)
-        batch = {**batch, "loss_weights": batch["loss_weights"] / total}
-        (_, nll), grads = _accumulate(gradient, state.params, batch, config.train.grad_accumulation)
+        loss, grads = loss_and_gradient(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": nll,
+            "loss": loss,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -88,27 +80,99 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: Config, mesh: jax.sharding.Mesh
-) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
-    """Builds `(params, batch) -> sums` over the batch's weighted tokens.
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
+    """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64) and
     `topk_health`, see `topk_health.measure`.
     """
-    hidden = sharding.hidden_sharding(mesh)
+    specs, parallel = _layout(config, mesh)
 
-    def eval_step(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        model = transformer.bind(config.model, params)
-        tap = topk_health.tap(batch["loss_weights"])
-        h, health = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, sharding=hidden
+    def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
+        tap = topk_health.tap(parallel.residual_tokens(batch["loss_weights"]))
+        model, h, health = _hidden(config, params, batch, parallel, tap)
+        nll = losses.token_losses(
+            parallel.gather_tokens(h),
+            model.unembedding(),
+            batch["targets"],
+            config.model.vocab_size,
+            parallel.tensor,
         )
-        nll = losses.token_losses(h, model.unembedding(), batch["targets"], config.model.vocab_size)
-        nll = nll * batch["loss_weights"]
-        return {"nll_nats": nll.sum(axis=-1), "topk_health": health}
+        nll = (nll * batch["loss_weights"]).sum(axis=-1)
+        return {
+            "nll_nats": _sum_over(mesh, nll, keep=_OF_ROWS, leave_out="tensor"),
+            "topk_health": jax.tree.map(lambda x: _sum_over(mesh, x, keep=_EVERYWHERE), health),
+        }
 
-    return jax.jit(eval_step)
+    out = {"nll_nats": _OF_ROWS, "topk_health": _EVERYWHERE}
+    eval_step = _on_every_device(of_device, mesh, specs, out)
+    # Every process reads the sums, those of other processes' rows too.
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, _EVERYWHERE))
+
+
+def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
+    """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
+    specs, parallel = _layout(config, mesh)
+
+    def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model, h, _ = _hidden(config, params, batch, parallel)
+        return losses.cross_entropy(
+            parallel.gather_tokens(h),
+            model.unembedding(),
+            batch["targets"],
+            batch["loss_weights"],
+            config.optim.z_loss,
+            config.model.vocab_size,
+            parallel.tensor,
+        )
+
+    gradient = jax.value_and_grad(loss_of_device, has_aux=True)
+
+    def of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, Any]:
+        total = _sum_over(mesh, batch["loss_weights"].sum(), keep=_EVERYWHERE, leave_out="tensor")
+        batch = {**batch, "loss_weights": batch["loss_weights"] / jnp.maximum(total, 1.0)}
+        (_, nll), grads = _accumulate(gradient, params, batch, config.train.grad_accumulation)
+        # Along the axes that split a parameter its gradient has been summed where it was gathered.
+        grads = jax.tree.map(lambda g, spec: _sum_over(mesh, g, keep=spec), grads, specs)
+        return _sum_over(mesh, nll, keep=_EVERYWHERE, leave_out="tensor"), grads
+
+    return _on_every_device(of_device, mesh, specs, (_EVERYWHERE, specs))
+
+
+def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
+    shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
+    parallel = sharding.parallel(mesh, shapes, jnp.dtype(config.model.dtype))
+    return sharding.parameter_specs(shapes, mesh), parallel
+
+
+def _hidden(
+    config: Config,
+    params: transformer.Parameters,
+    batch: Batch,
+    parallel: Parallel,
+    tap: transformer.Tap | None = None,
+) -> tuple[transformer.Transformer, jax.Array, Any]:
+    # The blocks are gathered one at a time, where they are used.
+    outside_blocks = parallel.gather({name: part for name, part in params.items() if name != "blocks"})
+    model = transformer.bind(config.model, {**params, **outside_blocks})
+    h, seen = model.hidden(
+        batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
+    )
+    return model, h, seen
+
+
+def _on_every_device(program: Callable, mesh: Mesh, params: Any, out: Any) -> Callable:
+    """`program(params, batch)` on each device's parts; the program itself where there is one device."""
+    if mesh.size == 1:
+        return program
+    # What is replicated is so by the sums we write; the TopK search's carry could not be checked.
+    return jax.shard_map(program, mesh=mesh, in_specs=(params, _OF_TOKENS), out_specs=out, check_vma=False)
+
+
+def _sum_over(mesh: Mesh, x: jax.Array, *, keep: PartitionSpec, leave_out: str | None = None) -> jax.Array:
+    """The sum over all devices but those along the axes of `keep`, and along one where all have the same."""
+    axes = tuple(axis for axis in sharding.other_axes(mesh, keep) if axis != leave_out)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
@@ -117,7 +181,6 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
         return gradient(params, batch)
 
     def microbatches(x: jax.Array) -> jax.Array:
-        # Row i goes to microbatch i % n, so each device keeps the rows it holds.
         return jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0)
 
     def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
