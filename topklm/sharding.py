@@ -40,6 +40,9 @@ PARAMETER_RULES: Mapping[tuple[str, str], PartitionSpec] = {
     ("attention_norm", "scale"): PartitionSpec(),
     ("mlp_norm", "scale"): PartitionSpec(),
     ("final_norm", "scale"): PartitionSpec(),
+    # Not parameters, but of the train state too.
+    ("recent", "loss"): PartitionSpec(),
+    ("recent", "gradient_norm"): PartitionSpec(),
 }
 
 
@@ -233,8 +236,11 @@ def _spec(path: tuple, leaf: Any, mesh: Mesh) -> PartitionSpec:
 
 
 def _names(path: tuple) -> tuple[str, ...]:
-    """The dict keys on the way to a leaf."""
-    return tuple(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    """The dict keys and fields on the way to a leaf."""
+    entries = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    if entries[-1:] == ["value"]:  # of an NNX variable
+        del entries[-1]
+    return tuple(str(entry) for entry in entries if entry is not None)
 
 
 def _that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

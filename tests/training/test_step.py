@@ -20,6 +20,7 @@ import pytest
 from topklm import sharding
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from topklm.model import transformer
+from topklm.training import bad_steps
 from topklm.training.optimizer import learning_rate_schedule, make_optimizer
 from topklm.training.step import TrainState, init_state, make_train_step
 
@@ -70,7 +71,8 @@ def initial_params():
 
 def fresh_state(optimizer, mesh):
     """What `init_state` gives, without compiling it."""
-    state = TrainState(jnp.zeros((), jnp.int32), initial_params(), optimizer.init(initial_params()))
+    params = initial_params()
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
     # Copied, because a step reuses the memory.
     return jax.device_put(state, sharding.parameter_shardings(state, mesh), may_alias=False)
 
@@ -203,6 +205,36 @@ def test_steps_are_counted_and_follow_the_schedule(two_steps):
 def test_the_loss_of_the_same_batch_falls(two_steps):
     losses = [float(m["loss"]) for m in two_steps[2]]
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "learns"),
+    [("skip", False), ("stop", True)],  # a run that stops never saves what the step has done
+)
+def test_a_step_that_is_not_finite_is_reported_and_changes_nothing_if_skipped(policy, learns):
+    train = dataclasses.replace(BASE.train, on_bad_step=policy)
+    step = make_train_step(dataclasses.replace(BASE, train=train), PLAIN_GRADIENT, one_device())
+    first = fresh_state(PLAIN_GRADIENT, one_device())
+    poisoned = first._replace(recent=first.recent | {"count": first.recent["count"] + 3})
+    weights = make_batch()["loss_weights"] * jnp.inf
+    after, metrics = step(poisoned, make_batch() | {"loss_weights": weights})
+    assert float(metrics["bad"]) == 1.0
+    assert int(after.step) == 1
+    assert int(after.recent["count"]) == 3
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), after.params, initial_params())
+    assert all(jax.tree.leaves(same)) is not learns
+
+
+def test_a_spike_is_skipped_and_a_good_step_is_learned_from():
+    train = dataclasses.replace(BASE.train, on_bad_step="skip", spike_sigmas=4.0)
+    step = make_train_step(dataclasses.replace(BASE, train=train), PLAIN_GRADIENT, one_device())
+    usual = {"loss": jnp.linspace(1.0, 1.1, 128), "gradient_norm": jnp.linspace(90.0, 110.0, 128)}
+    for recent, bad in [(usual, 1.0), (usual | {"loss": usual["loss"] + 3.1}, 0.0)]:
+        state = fresh_state(PLAIN_GRADIENT, one_device())._replace(recent=recent | {"count": jnp.int32(128)})
+        after, metrics = step(jax.tree.map(jnp.array, state), make_batch())
+        assert float(metrics["bad"]) == bad, float(metrics["loss"])
+        moved = not np.array_equal(after.params["embed"]["embedding"], initial_params()["embed"]["embedding"])
+        assert moved is (bad == 0.0)
 
 
 MESHES = {

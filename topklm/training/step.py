@@ -17,7 +17,7 @@ from topklm import sharding
 from topklm.config import Config
 from topklm.model import transformer
 from topklm.model.parallel import Parallel
-from topklm.training import losses, topk_health
+from topklm.training import bad_steps, losses, topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
@@ -33,6 +33,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar, optimizer steps done
     params: transformer.Parameters
     opt_state: optax.OptState
+    recent: bad_steps.Recent  # what the last good steps were like
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -49,7 +50,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> T
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     params = transformer.create(config.model, config.train.seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
 
 
 def make_train_step(
@@ -58,24 +59,32 @@ def make_train_step(
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The gradient is that of the weighted mean loss over all tokens of the batch, also when it is accumulated
-    over microbatches that hold different numbers of weighted tokens.
+    over microbatches that hold different numbers of weighted tokens. A bad step (`bad_steps.is_bad`) counts,
+    but with `train.on_bad_step = "skip"` changes neither parameters nor optimizer.
 
-    Metrics are float32 scalars: `loss` (nats per token, without z-loss), `gradient_norm` (before clipping)
-    and `learning_rate`.
+    Metrics are float32 scalars: `loss` (nats per token, without z-loss), `gradient_norm` (before clipping),
+    `learning_rate`, and `bad`, 1 for a bad step.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
     loss_and_gradient = _make_loss_and_gradient(config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_gradient(state.params, batch)
+        norm = optax.tree.norm(grads)
+        bad = bad_steps.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
+        recent = bad_steps.remember(state.recent, loss, norm, bad)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learned = optax.apply_updates(state.params, updates), opt_state
+        if config.train.on_bad_step == "skip":
+            before = state.params, state.opt_state
+            learned = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, learned)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "bad": bad.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, *learned, recent), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -83,8 +92,8 @@ def make_train_step(
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
-    Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64) and
-    `topk_health`, see `topk_health.measure`.
+    Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
+    int32[B], how many a row has, and `topk_health`, see `topk_health.measure`.
     """
     specs, parallel = _layout(config, mesh)
 
@@ -98,13 +107,15 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Paramete
             config.model.vocab_size,
             parallel.tensor,
         )
-        nll = (nll * batch["loss_weights"]).sum(axis=-1)
+        sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
+        nll_nats, tokens = (_sum_over(mesh, x, keep=_OF_ROWS, leave_out="tensor") for x in sums)
         return {
-            "nll_nats": _sum_over(mesh, nll, keep=_OF_ROWS, leave_out="tensor"),
+            "nll_nats": nll_nats,
+            "tokens": tokens,
             "topk_health": jax.tree.map(lambda x: _sum_over(mesh, x, keep=_EVERYWHERE), health),
         }
 
-    out = {"nll_nats": _OF_ROWS, "topk_health": _EVERYWHERE}
+    out = {"nll_nats": _OF_ROWS, "tokens": _OF_ROWS, "topk_health": _EVERYWHERE}
     eval_step = _on_every_device(of_device, mesh, specs, out)
     # Every process reads the sums, those of other processes' rows too.
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, _EVERYWHERE))

@@ -1,0 +1,116 @@
+"""TopK costs no communication: the compiled train step has the same collectives with it as without it.
+
+Run as a program with a platform, this file compiles both and prints what it found.
+"""
+
+from collections import Counter
+import dataclasses
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import pytest
+
+from topklm import sharding
+from topklm.compile_check import hlo
+from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import abstract_state, make_train_step
+
+TOPK = Config(
+    model=ModelConfig(
+        d_model=256,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=4,
+        d_mlp=512,
+        vocab_size=512,
+        context_length=256,
+        topk_k=16,
+        dtype="bfloat16",
+    ),
+    train=TrainConfig(batch_size=8),
+)
+MESHES = {
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "data, fsdp and tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp, context and tensor": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+}
+PLATFORMS = {
+    # The last two only make XLA compile faster.
+    "cpu": {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        " --xla_llvm_disable_expensive_passes=true"
+    },
+    # Without these libtpu looks for a TPU's metadata server, for minutes.
+    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_LOG_LEVEL": "3"},
+}
+
+
+@pytest.fixture(scope="module", params=PLATFORMS)
+def found(request):
+    if request.param == "tpu":
+        pytest.importorskip("libtpu")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **PLATFORMS[request.param]}
+    environment["PYTHONPATH"] = str(Path(sharding.__file__).parents[1])
+    command = [sys.executable, __file__, request.param]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_topk_adds_no_collective_to_the_train_step(found, mesh):
+    base, topk = (found[f"{mesh} {model}"] for model in ("base", "topk"))
+    assert base, "a train step over eight devices communicates"
+    assert topk == base
+
+
+def compile_all(platform):
+    if platform == "tpu":
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    else:
+        devices = jax.devices()
+    report = {}
+    for name, sizes in MESHES.items():
+        for model, n_nontopk in (("base", 3), ("topk", 1)):
+            # Each as it is usually trained there.
+            shape = dataclasses.replace(TOPK.model, n_nontopk=n_nontopk, scan_layers=platform == "tpu")
+            config = dataclasses.replace(TOPK, model=shape)
+            text = compiled_step(config, sharding.make_mesh(sizes, devices)).as_text()
+            report[f"{name} {model}"] = communication(text)
+    return report
+
+
+def compiled_step(config, mesh):
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state = abstract_state(config, optimizer)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        sharding.parameter_shardings(state, mesh),
+    )
+    shape = (config.train.batch_size, config.model.context_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = {name: tokens for name in ("inputs", "targets", "segment_ids", "positions")}
+    batch["loss_weights"] = tokens.update(dtype=jnp.float32)
+    return make_train_step(config, optimizer, mesh).lower(state, batch).compile()
+
+
+def communication(text):
+    """Runs and bytes of every kind of collective, by the devices that take part."""
+    runs, n_bytes = Counter(), Counter()
+    for collective in hlo.collectives(text):
+        key = f"{collective.kind} over {collective.groups}"
+        runs[key] += collective.count
+        n_bytes[key] += collective.count * collective.bytes
+    return {key: [runs[key], n_bytes[key]] for key in sorted(runs)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

@@ -1,0 +1,162 @@
+"""Arithmetic and memory traffic of a compiled program, with every loop counted as often as it runs.
+
+XLA's own cost analysis counts the body of a loop once, which for a scan over layers is most of the program.
+"""
+
+from collections.abc import Iterable
+import math
+import re
+
+from topklm.compile_check.program import Computation, Instruction, Program, Shape
+
+# They move nothing: names for parts of something, or the second half of what was counted at its start.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"}
+_FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "send-done", "recv", "recv-done"}
+_SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
+
+
+def matmul_flops(program: Program) -> int:
+    """Floating-point operations of all matrix products (and convolutions) of one run, on one device."""
+    total = 0
+    for computation, instruction, runs in program.walk():
+        if instruction.opcode == "dot":
+            total += runs.count * _dot_flops(computation, instruction)
+        elif instruction.opcode == "convolution":
+            total += runs.count * _convolution_flops(computation, instruction)
+    return total
+
+
+def main_memory_bytes(program: Program) -> int:
+    """Bytes that one run reads from and writes to the main memory of one device; an estimate.
+
+    What stays in a TPU's on-chip memory counts as nothing, and so does what happens inside a fusion. Of an
+    array that is only sliced the slice counts, of one that is updated in place the update.
+    """
+    fused = {name for _, i, _ in program.walk() if i.opcode == "fusion" for name in i.called("calls")}
+    total = 0
+    for computation, instruction, runs in program.walk():
+        if computation.name not in fused:
+            total += runs.count * _traffic(program, computation, instruction)
+    return total
+
+
+def _dot_flops(computation: Computation, dot: Instruction) -> int:
+    """2 x elements of the result x size of the dims summed over."""
+    left = computation.operands(dot)[0].shapes[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
+    dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+    return 2 * math.prod(dot.shapes[0].dims) * math.prod(left.dims[dim] for dim in dims)
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
+    """2 x batch x output features x input features x valid pairs of output and kernel positions.
+
+    A TPU writes every matrix product as a convolution; a batched one runs its batch through the positions
+    of a dilated window, most of which meet only padding and cost nothing.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {convolution.attributes[:200]}")
+    data, kernel = (operand.shapes[0].dims for operand in computation.operands(convolution)[:2])
+    result = convolution.shapes[0].dims
+    window = _Window(convolution.attributes, n_dims=sum(label.isdigit() for label in labels[1]))
+    pairs = math.prod(
+        window.valid_pairs(
+            dim,
+            n_data=data[labels[1].index(str(dim))],
+            n_kernel=kernel[labels[2].index(str(dim))],
+            n_result=result[labels[3].index(str(dim))],
+        )
+        for dim in range(window.n_dims)
+    )
+    features = kernel[labels[2].index("i")] * result[labels[3].index("f")]
+    return 2 * result[labels[3].index("b")] * features * pairs
+
+
+class _Window:
+    """The window of a convolution, "{size=16x12 stride=15x11 pad=0_0x11_11 lhs_dilate=16x12}"."""
+
+    def __init__(self, attributes: str, n_dims: int):
+        text = re.search(r"window=\{([^}]*)\}", attributes)
+        fields = dict(field.split("=") for field in text[1].split()) if text else {}
+        ones, self.n_dims = "x".join("1" * n_dims), n_dims
+        self._stride, self._data_dilation, self._kernel_dilation = (
+            [int(size) for size in fields.get(name, ones).split("x")] if n_dims else []
+            for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        pads = fields.get("pad", "x".join(["0_0"] * n_dims)).split("x")
+        self._pad_low = [int(pad.split("_")[0]) for pad in pads if pad]
+
+    def valid_pairs(self, dim: int, *, n_data: int, n_kernel: int, n_result: int) -> int:
+        """Pairs of result and kernel positions that meet a true element of the data."""
+        dilation = self._data_dilation[dim]
+        last = (n_data - 1) * dilation
+        starts = range(
+            -self._pad_low[dim], n_result * self._stride[dim] - self._pad_low[dim], self._stride[dim]
+        )
+        steps = range(0, n_kernel * self._kernel_dilation[dim], self._kernel_dilation[dim])
+        return sum(
+            0 <= start + step <= last and (start + step) % dilation == 0 for start in starts for step in steps
+        )
+
+
+def _traffic(program: Program, computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+        return 0
+    operands = computation.operands(instruction)
+    if opcode == "fusion":
+        [callee] = instruction.called("calls")
+        return _fusion_traffic(instruction, operands, program.computations[callee])
+    if opcode == "dynamic-update-slice":
+        return 2 * _bytes(operands[1].shapes)
+    written = _written(instruction)
+    if opcode in _SLICES:
+        return _bytes(written) + (_size(written) if operands[0].shapes[0].memory_space == 0 else 0)
+    return _bytes(written) + sum(_bytes(operand.shapes) for operand in operands)
+
+
+def _written(instruction: Instruction) -> tuple[Shape, ...]:
+    """Of an asynchronous operation the destination: beside it, its result names the source again."""
+    if not instruction.opcode.endswith("-start") or len(instruction.shapes) < 2:
+        return instruction.shapes
+    return instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes[1:2]
+
+
+def _fusion_traffic(fusion: Instruction, operands: list[Instruction], inside: Computation) -> int:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inside.instructions.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    total = 0
+    for parameter in inside.instructions.values():
+        if parameter.opcode == "parameter":
+            operand = operands[int(parameter.argument)]
+            total += _read(parameter, operand, users.get(parameter.name, []))
+    roots = [inside.instructions[inside.root]]
+    if roots[0].opcode == "tuple":
+        roots = inside.operands(roots[0])
+    for root, shape in zip(roots, fusion.shapes, strict=False):
+        written = inside.operands(root)[1].shapes if root.opcode == "dynamic-update-slice" else (shape,)
+        total += _bytes(written) if shape.memory_space == 0 else 0
+    return total
+
+
+def _read(parameter: Instruction, operand: Instruction, users: list[Instruction]) -> int:
+    if _bytes(operand.shapes[:1]) == 0:
+        return 0
+    if users and all(
+        user.opcode in _SLICES
+        or (user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name)
+        for user in users
+    ):
+        return sum(_size(user.shapes) for user in users if user.opcode in _SLICES)
+    return _bytes(operand.shapes[:1])
+
+
+def _bytes(shapes: Iterable[Shape]) -> int:
+    return sum(shape.bytes for shape in shapes if shape.memory_space == 0)
+
+
+def _size(shapes: Iterable[Shape]) -> int:
+    return sum(shape.bytes for shape in shapes)

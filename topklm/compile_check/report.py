@@ -1,0 +1,202 @@
+"""What a compile check found, what follows from it, and how it is printed."""
+
+from collections.abc import Mapping
+import dataclasses
+import io
+import math
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from topklm.compile_check.topology import CHIPS, GIB, Chip
+
+# Collectives along these move parameters and gradients: as much for few tokens as for many.
+_PARAMETER_AXES = {"data", "fsdp"}
+_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of one device, bytes."""
+
+    arguments: int  # state and batch
+    outputs: int  # those that do not take the place of an argument
+    temporaries: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.outputs + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind along the same mesh axes: of one device, in one step."""
+
+    kind: str
+    axes: tuple[str, ...]
+    across_slices: bool
+    count: int
+    bytes: int  # of the whole arrays
+    bytes_sent: float
+    seconds: float  # at the data sheet's bandwidth, one after the other
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One train step on one topology. All sizes and times are of one device and one step."""
+
+    config: str
+    topology: str
+    n_slices: int
+    mesh: Mapping[str, int]
+    parameters: int
+    tokens_per_device: float
+    memory: Memory
+    model_flops: float  # `throughput.flops_per_token`: no recomputation, no padding
+    compiled_flops: float  # matrix products that the compiled program does
+    hbm_traffic: float  # bytes
+    traffic: tuple[Traffic, ...]
+    compile_seconds: float
+
+    @property
+    def chip(self) -> Chip | None:
+        """None for virtual CPU devices."""
+        return CHIPS.get(self.topology.partition(":")[0])
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return self.chip is None or self.memory.total <= self.chip.hbm_bytes
+
+    @property
+    def compute_seconds(self) -> float:
+        """At the chip's peak."""
+        return self.compiled_flops / self.chip.flops_per_second if self.chip else math.nan
+
+    @property
+    def hbm_seconds(self) -> float:
+        """At the memory's peak."""
+        return self.hbm_traffic / self.chip.hbm_bytes_per_second if self.chip else math.nan
+
+    @property
+    def communication_seconds(self) -> float:
+        """All collectives one after the other."""
+        return sum(row.seconds for row in self.traffic) if self.chip else math.nan
+
+    @property
+    def communication_share(self) -> float:
+        """Of the time for communication and matrix products, if the two never overlap."""
+        return self.communication_seconds / (self.communication_seconds + self.compute_seconds)
+
+    @property
+    def critical_tokens(self) -> float:
+        """Tokens per device and step below which communication takes longer than the matrix products.
+
+        What moves parameters does not depend on the tokens; the rest grows with them, as the products do.
+        Infinite where that rest alone takes longer.
+        """
+        fixed = sum(row.seconds for row in self.traffic if set(row.axes) <= _PARAMETER_AXES)
+        gain = (self.compute_seconds - self.communication_seconds + fixed) / self.tokens_per_device
+        return fixed / gain if gain > 0 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads the fields back and derives the rest again."""
+        derived = ("compute_seconds", "hbm_seconds", "communication_seconds", "communication_share")
+        values = {name: getattr(self, name) for name in (*derived, "critical_tokens")}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        available = self.chip.hbm_bytes if self.chip else None
+        return {
+            **dataclasses.asdict(self),
+            "fits": self.fits,
+            "memory_total": self.memory.total,
+            "memory_available": available,
+            **finite,
+        }
+
+
+def from_dict(values: Mapping[str, Any]) -> Report:
+    """The inverse of `Report.to_dict`."""
+    fields = {field.name: values[field.name] for field in dataclasses.fields(Report)}
+    fields["memory"] = Memory(**values["memory"])
+    fields["traffic"] = tuple(Traffic(**{**row, "axes": tuple(row["axes"])}) for row in values["traffic"])
+    return Report(**fields)
+
+
+def as_text(report: Report) -> str:
+    """The tables, without colours."""
+    console = rich.console.Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+    for table in tables(report):
+        console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines).strip() + "\n"
+
+
+def tables(report: Report) -> list[rich.table.Table]:
+    """What is printed: one table of sizes and times, one of collectives."""
+    return [_sizes(report), _collectives(report)]
+
+
+def _sizes(report: Report) -> rich.table.Table:
+    mesh = " ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1) or "one device"
+    slices = f"{report.n_slices} x " if report.n_slices > 1 else ""
+    title = f"{report.config} on {slices}{report.topology}: {report.parameters:,} parameters, mesh {mesh}"
+    table = _table(title, "per device and step", "", "")
+    memory = report.memory
+    table.add_row("state and batch", _gib(memory.arguments))
+    table.add_row("temporaries", _gib(memory.temporaries))
+    table.add_row("outputs in memory of their own", _gib(memory.outputs))
+    table.add_row("program", _gib(memory.program))
+    left = _gib(report.chip.hbm_bytes - memory.total) if report.chip else ""
+    has = f"of {_gib(report.chip.hbm_bytes)}, {left} left" if report.chip else ""
+    table.add_row("memory, all", _gib(memory.total), has)
+    table.add_section()
+    ratio = f"{report.compiled_flops / report.model_flops:.2f} x the model's"
+    table.add_row("arithmetic of the model", f"{report.model_flops / 1e12:,.3f} TFLOP")
+    table.add_row("matrix products as compiled", f"{report.compiled_flops / 1e12:,.3f} TFLOP", ratio)
+    table.add_row("memory read and written", f"{report.hbm_traffic / 1e9:,.2f} GB")
+    if report.chip:
+        table.add_section()
+        _add_times(table, report)
+    return table
+
+
+def _add_times(table: rich.table.Table, report: Report) -> None:
+    table.add_row("time of the products, at peak", _ms(report.compute_seconds))
+    table.add_row("time of the memory, at peak", _ms(report.hbm_seconds))
+    share = f"{report.communication_share:.1%} of it and the products"
+    table.add_row("time of communication, at peak", _ms(report.communication_seconds), share)
+    bound = f"below {report.critical_tokens:,.0f} tokens"
+    if math.isinf(report.critical_tokens):
+        bound = "with any number of tokens"
+    table.add_row("bound by communication", bound, f"now {report.tokens_per_device:,.0f}")
+
+
+def _collectives(report: Report) -> rich.table.Table:
+    table = _table("", "collectives", "along", "runs", "MB sent", "ms")
+    for row in report.traffic:
+        axes = ", ".join(row.axes) + (" (between slices)" if row.across_slices else "")
+        seconds = f"{row.seconds * 1e3:,.3f}" if report.chip else ""
+        table.add_row(row.kind, axes, f"{row.count:,}", f"{row.bytes_sent / 1e6:,.3f}", seconds)
+    if not report.traffic:
+        table.add_row("none", "", "", "", "")
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> rich.table.Table:
+    table = rich.table.Table(title=title or None, title_justify="left", title_style="", box=rich.box.SIMPLE)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="left" if name == "along" else "right")
+    return table
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:,.2f} GiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms"
