@@ -11,6 +11,7 @@ import os
 import sys
 
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process of the run died, or nothing moved
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

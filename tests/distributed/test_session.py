@@ -1,0 +1,251 @@
+"""Real processes on this machine, ended in every way that a process can end."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import textwrap
+
+from helpers import ROOT, Process
+import pytest
+
+PROGRAM = """
+import os, signal, sys, time
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from topklm import distributed, errors
+from topklm.training.watchdog import Watchdog
+
+def sum_over_processes(value):
+    mesh = jax.make_mesh((jax.device_count(),), ("x",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
+    ones = jax.make_array_from_process_local_data(split, np.array([value], np.float32))
+    return float(jax.jit(lambda x: x.sum(), out_shardings=whole)(ones))
+
+def main():
+    with distributed.session():
+        me = distributed.process_index()
+{body}
+    print("left", flush=True)
+
+sys.exit(errors.guarded(main))
+"""
+IN_A_COLLECTIVE = """
+sum_over_processes(1)
+print("ready", flush=True)
+{instead}
+sum_over_processes(1)
+"""
+
+
+class Job:
+    """Processes that run the program together."""
+
+    def __init__(
+        self, folder, count: int, body: str, *, started=None, timeouts: tuple[int, int] = (300, 300)
+    ):
+        path = folder / "program.py"
+        path.write_text(PROGRAM.format(body=textwrap.indent(body, " " * 8)))
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            coordinator = f"localhost:{probe.getsockname()[1]}"
+        start_timeout, peer_timeout = timeouts
+        common = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "TOPKLM_COORDINATOR": coordinator,
+            "TOPKLM_PROCESS_COUNT": str(count),
+            "TOPKLM_START_TIMEOUT": str(start_timeout),
+            "TOPKLM_PEER_TIMEOUT": str(peer_timeout),
+        }
+        self.processes = {
+            index: Process([sys.executable, str(path)], env={**common, "TOPKLM_PROCESS_ID": str(index)})
+            for index in (range(count) if started is None else started)
+        }
+
+    def __getitem__(self, index: int) -> Process:
+        return self.processes[index]
+
+    def wait_for(self, text: str) -> None:
+        for process in self.processes.values():
+            process.wait_for_line(text)
+
+    def finish(self) -> list[int]:
+        """The exit codes."""
+        return [process.finish() for process in self.processes.values()]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a job, of which nothing is left after the test."""
+    jobs = []
+
+    def start_job(*arguments, **options) -> Job:
+        jobs.append(Job(tmp_path, *arguments, **options))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        for process in job.processes.values():
+            if process.exit_code is None:
+                process.kill()
+
+
+def last_line(process: Process) -> str:
+    return process.errors.splitlines()[-1]
+
+
+def test_four_processes_agree_and_end_on_the_mistake_that_one_of_them_finds(start):
+    job = start(
+        4,
+        """
+for turn in "ab":
+    print(distributed.gather("words", f"{turn}{me}"), distributed.broadcast("word", f"{turn}{me}"))
+distributed.barrier("words")
+print(me == jax.process_index(), distributed.process_count(), distributed.is_primary())
+print("sum", sum_over_processes(me + 1), flush=True)
+if me == 2:
+    raise errors.UserError("data.source = nowhere: there is no such file")
+sum_over_processes(1)
+""",
+    )
+    assert job.finish() == [2, 2, 2, 2]
+    for index, process in job.processes.items():
+        lines = [line for line in process.output.splitlines() if "Gloo" not in line]
+        assert lines == [
+            "['a0', 'a1', 'a2', 'a3'] a0",
+            "['b0', 'b1', 'b2', 'b3'] b0",
+            f"True 4 {index == 0}",
+            "sum 10.0",
+        ]
+        said = "data.source = nowhere: there is no such file"
+        heard = said if index == 2 else f"process 2 failed: {said}"
+        assert process.errors == f"error: {heard}\n"
+
+
+def test_a_barrier_names_who_did_not_come_and_all_leave_together(start):
+    job = start(
+        2,
+        """
+if me == 0:
+    try:
+        distributed.barrier("door", 0.5)
+    except distributed.PeerLost as e:
+        print(e, flush=True)
+sum_over_processes(1)
+""",
+    )
+    assert job.finish() == [0, 0]
+    assert "waited 0.5 s at 'door' for process 1; start the same command again" in job[0].output
+    assert [process.output.splitlines()[-1] for process in job.processes.values()] == ["left", "left"]
+    assert [process.errors for process in job.processes.values()] == ["", ""]
+
+
+def test_who_waits_in_vain_ends_the_run_for_all(start):
+    job = start(2, 'distributed.barrier("door", 0.5) if me else sum_over_processes(1)')
+    assert job.finish() == [75, 75]
+    for process in job.processes.values():
+        assert process.errors.startswith("error: waited 0.5 s at 'door' for process 0; start the same")
+
+
+def test_a_mistake_that_all_make_is_one_line_of_each(start):
+    job = start(2, 'raise errors.UserError(f"the mistake of {me}")')
+    assert job.finish() == [2, 2]
+    assert [job[i].errors for i in (0, 1)] == ["error: the mistake of 0\n", "error: the mistake of 1\n"]
+
+
+def test_a_bug_keeps_its_traceback_and_the_others_name_it(start):
+    job = start(2, IN_A_COLLECTIVE.format(instead="if me == 0: {}['neuron']"))
+    assert job.finish() == [1, 75]
+    assert "Traceback" in job[0].errors
+    assert last_line(job[0]) == "KeyError: 'neuron'"
+    assert job[1].errors == (
+        "error: process 0 failed: KeyError: 'neuron'; start the same command again to resume\n"
+    )
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_is_missed_by_those_who_wait_in_a_collective(start, killed):
+    job = start(2, IN_A_COLLECTIVE.format(instead=f"if me == {killed}: time.sleep(1000)"))
+    job.wait_for("ready")
+    job[killed].kill()
+    survivor = job[1 - killed]
+    assert survivor.finish() == 75
+    assert re.fullmatch(
+        rf"error: process {killed} is gone \(.*\): it was killed or its machine failed; "
+        "start the same command again to resume\n",
+        survivor.errors,
+    )
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_given_up_and_ends_when_it_wakes(start, stopped):
+    job = start(2, IN_A_COLLECTIVE.format(instead=f"if me == {stopped}: time.sleep(1000)"), timeouts=(300, 5))
+    job.wait_for("ready")
+    job[stopped].signal(signal.SIGSTOP)
+    survivor = job[1 - stopped]
+    assert survivor.finish() == 75
+    assert f"process {stopped} is gone (no sign of life for 5 s)" in last_line(survivor)
+    job[stopped].signal(signal.SIGCONT)
+    assert job[stopped].finish() == 75
+    assert last_line(job[stopped]).endswith("start the same command again to resume")
+
+
+def test_a_process_that_never_starts_is_named(start):
+    job = start(3, "pass", started=[0, 2], timeouts=(10, 300))
+    assert job.finish() == [75, 75]
+    for process in job.processes.values():
+        assert process.errors == (
+            "error: waited 10 s for 3 processes, 2 came (missing: 1): start the same command on every host\n"
+        )
+
+
+def test_without_process_0_the_others_say_where_they_looked_for_it(start):
+    job = start(2, "pass", started=[1], timeouts=(1, 300))
+    assert job.finish() == [75]
+    assert re.match(r"error: waited 1 s for process 0 to answer at localhost:\d+ \(", job[1].errors)
+
+
+def test_a_stop_before_training_ends_all_with_its_text(start):
+    job = start(
+        2,
+        """
+if me == 1:
+    distributed.announce_stop("SIGTERM: stopped before the first step")
+    os._exit(0)
+time.sleep(1000)
+""",
+    )
+    assert job.finish() == [0, 0]
+    assert job[0].output.splitlines()[-1] == "SIGTERM: stopped before the first step"
+    assert job[0].errors == ""
+
+
+def test_a_hang_shows_where_each_process_is(start):
+    job = start(
+        2,
+        """
+def waits_for_ever():
+    time.sleep(1000)
+
+def works():
+    while True:
+        time.sleep(0.05)
+        watchdog.tick()
+
+with Watchdog(timeout_s=3.0) as watchdog:
+    watchdog.tick(step=411)
+    waits_for_ever() if me else works()
+""",
+    )
+    assert job.finish() == [75, 75]
+    for process, function in ((job[0], "works"), (job[1], "waits_for_ever")):
+        assert last_line(process) == (
+            "error: no progress for 3 s in step 412 (process 1); stacks above; "
+            "start the same command again to resume"
+        )
+        assert f"in {function}" in process.errors

@@ -1,0 +1,129 @@
+"""Where this process stands among the processes of a run, as its environment says.
+
+Either three variables of ours name it, or the launcher's own (TPU pods, GKE, Slurm, Open MPI) are read the
+way JAX reads them. Nothing is started or connected here; on a laptop it costs a few look-ups.
+"""
+
+import dataclasses
+import os
+import re
+
+from jax._src import clusters
+
+from topklm.errors import UserError
+
+# The port that Google's own firewall rules for TPU pods open; JAX's default moved away from it.
+PORT = 8476
+_NAME_TIMEOUT_S = 300  # until process 0's host name is known; that it answers is waited for elsewhere
+_EXPLICIT = ("TOPKLM_COORDINATOR", "TOPKLM_PROCESS_ID", "TOPKLM_PROCESS_COUNT")
+_BY_HAND = f"set {', '.join(_EXPLICIT)}, or TOPKLM_DISTRIBUTED=off for a single process"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One process of a run.
+
+    Attributes:
+        index: From 0.
+        count: Of all processes; at least 2.
+        host: Where process 0 listens.
+        port: And at which port.
+        local_device_ids: The GPUs of its host that it may use; None for all.
+    """
+
+    index: int
+    count: int
+    host: str
+    port: int = PORT
+    local_device_ids: tuple[int, ...] | None = None
+
+
+def find() -> Place | None:
+    """This process's place, or None where it is alone.
+
+    TOPKLM_DISTRIBUTED=off turns the search off. TOPKLM_COORDINATOR=host:port, TOPKLM_PROCESS_ID and
+    TOPKLM_PROCESS_COUNT say it outright. JAX_COORDINATOR_PORT replaces port 8476 for the launchers.
+
+    Raises:
+        UserError: For variables that are missing or do not fit.
+    """
+    switch = os.environ.get("TOPKLM_DISTRIBUTED", "auto")
+    if switch not in ("auto", "off"):
+        raise UserError(f"TOPKLM_DISTRIBUTED = {switch!r}: must be auto or off; leave it away for auto")
+    if switch == "off":
+        return None
+    if any(name in os.environ for name in _EXPLICIT):
+        return _explicit()
+    return _launched()
+
+
+def _explicit() -> Place | None:
+    missing = [name for name in _EXPLICIT if name not in os.environ]
+    if missing:
+        given = [name for name in _EXPLICIT if name in os.environ]
+        raise UserError(
+            f"{' and '.join(missing)}: missing, while {' and '.join(given)} is set; set all three or none"
+        )
+    coordinator = os.environ["TOPKLM_COORDINATOR"]
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"TOPKLM_COORDINATOR = {coordinator!r}: must be host:port, e.g. 10.0.0.2:{PORT}")
+    count = _number("TOPKLM_PROCESS_COUNT", 1, None)
+    index = _number("TOPKLM_PROCESS_ID", 0, count - 1)
+    return Place(index, count, host.strip("[]"), int(port)) if count > 1 else None
+
+
+def _number(name: str, lowest: int, highest: int | None) -> int:
+    text = os.environ[name]
+    if not text.isdigit() or int(text) < lowest or (highest is not None and int(text) > highest):
+        allowed = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+        raise UserError(f"{name} = {text!r}: must be a whole number, {allowed}")
+    return int(text)
+
+
+def _launched() -> Place | None:
+    """The place given by the launcher that JAX recognizes, if any."""
+    try:
+        launcher = next((kind for kind in _launchers() if kind.is_env_present()), None)
+        if launcher is None or launcher.get_process_count() == 1:
+            return None
+        address = launcher.get_coordinator_address(
+            timeout_secs=_NAME_TIMEOUT_S,
+            override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT", str(PORT)),
+        )
+        host, _, port = address.rpartition(":")
+        index, count = launcher.get_process_id(), launcher.get_process_count()
+        return Place(index, count, host.strip("[]"), int(port), _own_gpus())
+    except (RuntimeError, LookupError, ValueError, OSError, ImportError) as e:
+        raise UserError(
+            f"this looks like one process of several, but its place cannot be read ({e}): {_BY_HAND}"
+        ) from e
+
+
+def _launchers() -> list[type[clusters.ClusterEnv]]:
+    # Any pod looks like Kubernetes, also a lone notebook: only indexed jobs are runs of several processes.
+    in_job = "JOB_COMPLETION_INDEX" in os.environ
+    return [
+        kind
+        for kind in clusters.ClusterEnv._cluster_types
+        if not kind.opt_in_only_method and (in_job or kind is not clusters.K8sCluster)
+    ]
+
+
+def _own_gpus() -> tuple[int, ...] | None:
+    """One GPU for each process where several share a host and the launcher did not share them out."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if _processes_on_host() == 1 or (visible is not None and "," not in visible):
+        return None
+    own = os.environ.get("SLURM_LOCALID", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
+    return None if own is None else (int(own),)
+
+
+def _processes_on_host() -> int:
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
+        return int(os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    # Slurm: "8(x2),4" for two hosts with eight and one with four.
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(tasks)] * int(times or 1)
+    return counts[int(os.environ.get("SLURM_NODEID", "0"))] if counts else 1
