@@ -60,12 +60,40 @@ def test_the_peak_of_a_cpu_is_measured():
     assert 1e8 < peak < 1e15
 
 
-def test_a_clock_counts_only_while_it_runs(monkeypatch):
-    moment = iter([10.0, 13.0, 20.0, 24.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(moment))
-    clock = Clock(total=100.0)
+@pytest.fixture
+def times(monkeypatch):
+    """What the counter and the date show; to be set."""
+    shown = {"perf_counter": 0.0, "time": 0.0}
+    for name in list(shown):
+        monkeypatch.setattr(f"time.{name}", lambda name=name: shown[name])
+    return shown
+
+
+def test_a_clock_counts_only_while_it_runs(times):
+    clock = Clock(total=100.0, began_at=0.0)
+    for start, stop in ((10.0, 13.0), (20.0, 24.0)):
+        times["perf_counter"] = start
+        clock.start()
+        times["perf_counter"] = stop
+        assert clock.now() == (103.0 if stop == 13.0 else 107.0)
+        clock.stop()
+    times["perf_counter"] = 50.0
+    assert clock.now() == clock.total == 107.0
+
+
+def test_goodput_counts_pauses_between_processes_as_lost(times):
+    times["time"] = 1000.0 + 500.0
+    clock = Clock(total=100.0, began_at=1000.0)
+    assert clock.goodput() == 100 / 500
     clock.start()
-    clock.stop()
-    clock.start()
-    assert clock.now() == 107.0
-    assert clock.total == 103.0
+    times["perf_counter"] += 50.0
+    times["time"] += 50.0
+    assert clock.goodput() == 150 / 550
+
+
+def test_goodput_stays_a_share_when_the_date_is_set_back(times):
+    times["time"] = 900.0
+    assert Clock(total=100.0, began_at=1000.0).goodput() == 1.0
+    times["time"] = 1001.0
+    assert Clock(total=100.0, began_at=1000.0).goodput() == 1.0
+    assert Clock(total=0.0, began_at=1001.0).goodput() == 0.0

@@ -1,37 +1,144 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to finish its step and save, the second ends at once."""
+"""Ctrl-C and SIGTERM, heard at once whatever the main thread does: in a compilation of minutes, too.
 
-from collections.abc import Iterator
+Python runs signal handlers between bytecodes of the main thread only; here the interpreter passes each
+signal on to a thread (`signal.set_wakeup_fd`). How a run saves and processes agree is the loop's affair.
+"""
+
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
+import threading
 import types
+from typing import Any
+
+from topklm.errors import EXIT_INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BYTES_AT_ONCE = 64  # a signal is one byte
 
 
 class StopRequest:
-    """Truthy once a signal has asked to stop; `signal_name` says which."""
+    """Truthy once somebody has asked a training run to stop; `signal_name` says by what.
 
-    def __init__(self) -> None:
+    While the run is starting, nothing is lost by ending: the first signal ends the process. Once it trains,
+    the first signal only makes this truthy, so that the loop finishes its step and saves. A second signal
+    always ends the process at once.
+    """
+
+    def __init__(self, on_stop_while_starting: Callable[[str], None]):
         self.signal_name: str | None = None
+        self._on_stop_while_starting = on_stop_while_starting
+        self._training = False
+        self._heard = False  # a signal to this process itself
+        self._ending: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
+    def begin_training(self) -> None:
+        """From here on there are steps to save; does not return if the process is ending already."""
+        with self._lock:
+            self._training = self._ending is None
+        if self._ending:
+            self._ending.join()
+
+    def request(self, signal_name: str) -> None:
+        """Stops this process because another one of the run was asked to; it never counts as a second signal.
+
+        Args:
+            signal_name: "SIGTERM" or "SIGINT", what the other process got.
+        """
+        with self._lock:
+            self._stop(signal_name, tell_others=False)
+
+    def _receive(self, number: int) -> None:
+        with self._lock:
+            if self._heard:
+                os._exit(128 + number)
+            self._heard = True
+            self._stop(signal.Signals(number).name, tell_others=True)
+
+    def _stop(self, signal_name: str, *, tell_others: bool) -> None:
         if self:
-            os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
+            return
+        self.signal_name = signal_name
+        if not self._training:
+            # A thread of its own: telling others may take a while, and a second signal is still heard.
+            self._ending = threading.Thread(target=self._end, args=(tell_others,), daemon=True)
+            self._ending.start()
+
+    def _end(self, tell_others: bool) -> None:
+        text = (
+            f"{self.signal_name}: stopped before the first step; nothing new to save. Resume with the same "
+            "command"
+        )
+        try:
+            print(f"{text}\n", end="", flush=True)  # in one piece: all processes of a machine print at once
+            if tell_others:
+                self._on_stop_while_starting(text)
+        finally:
+            # Nothing below the main thread's compilation could be unwound.
+            os._exit(EXIT_INTERRUPTED if self.signal_name == "SIGINT" else 0)
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM inside the block; only the main thread may enter it."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request._receive) for number in _SIGNALS}
+def stop_on_signal(
+    on_stop_while_starting: Callable[[str], None] = lambda text: None,
+) -> Iterator[StopRequest]:
+    """Catches SIGINT and SIGTERM inside the block; only the main thread may enter it.
+
+    A signal that is ignored stays so: shells let their background jobs ignore Ctrl-C. Processes that begin
+    inside the block know nothing of this.
+
+    Args:
+        on_stop_while_starting: Told the last line of a process that a signal ends before it has trained; the
+            place to tell the run's other processes. A request by one of them does not call it.
+    """
+    request = StopRequest(on_stop_while_starting)
+    received, sent = os.pipe()
+    os.set_blocking(sent, False)
+    watcher = threading.Thread(target=_watch, args=(received, request), daemon=True)
+    before = {n: signal.getsignal(n) for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    wakeup_before = signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+    for number in before:
+        signal.signal(number, _leave_to_watcher)
+    _handlers_before.append(before)
+    watcher.start()
     try:
         yield request
     finally:
+        _handlers_before.remove(before)
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.close(sent)  # ends the watcher
+        watcher.join()
+        os.close(received)
+
+
+# Of the blocks that are open now, for processes forked in them.
+_handlers_before: list[dict[signal.Signals, Any]] = []
+
+
+def _leave_to_watcher(number: int, frame: types.FrameType | None) -> None:
+    """Stands in the handler's place: only signals that have one are passed on."""
+
+
+def _watch(received: int, request: StopRequest) -> None:
+    while numbers := os.read(received, _BYTES_AT_ONCE):
+        for number in numbers:
+            if number in _SIGNALS:
+                request._receive(number)
+
+
+def _forget_in_child() -> None:
+    """A forked process shares the pipe: without this, a signal to it would stop its parent instead."""
+    if _handlers_before:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _handlers_before[0].items():
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -28,10 +28,14 @@ _PEAK_FLOPS = {
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds spent on training steps; stopped while the run evaluates or saves."""
+    """Seconds spent on training steps; stopped while the run evaluates or saves.
+
+    Goes on from the total of a checkpoint, so steps that a dying process had done after it never count.
+    """
 
     total: float
-    since: float = 0.0
+    began_at: float  # when the run was begun for the first time, in seconds since 1970
+    since: float | None = None  # None: stopped
 
     def start(self) -> None:
         """Goes on counting."""
@@ -39,11 +43,19 @@ class Clock:
 
     def stop(self) -> None:
         """Adds what has passed since `start`."""
-        self.total += time.perf_counter() - self.since
+        self.total, self.since = self.now(), None
 
     def now(self) -> float:
-        """Seconds so far, while running."""
-        return self.total + time.perf_counter() - self.since
+        """Seconds so far."""
+        return self.total if self.since is None else self.total + time.perf_counter() - self.since
+
+    def goodput(self) -> float:
+        """Share of the time since the run was begun that went into its steps, pauses between processes too.
+
+        At most 1, also where the machine's date has been set back in between.
+        """
+        productive = self.now()
+        return productive / max(time.time() - self.began_at, productive, 1e-9)
 
 
 class Rate:
