@@ -70,6 +70,30 @@ def test_a_checkpoint_counts_only_once_it_is_whole(tmp_path):
     assert run_folder.has_checkpoint(tmp_path)
 
 
+def test_what_was_set_aside_or_not_finished_is_no_checkpoint(tmp_path):
+    for name in ("10", "5", "15.orbax-checkpoint-tmp", "20.damaged-1", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert run_folder.complete_steps(tmp_path) == [5, 10]
+
+
+def test_a_folder_that_is_shared_passes_and_keeps_no_marker(tmp_path):
+    token = run_folder.write_marker(tmp_path / "run")
+    run_folder.check_marker(tmp_path / "run", token)
+    run_folder.remove_marker(tmp_path / "run", token)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_another_host_does_not_see_is_refused(tmp_path):
+    token = run_folder.write_marker(tmp_path / "here")
+    with pytest.raises(UserError, match=r"--workdir = .*elsewhere: host \S+ does not see what the first"):
+        run_folder.check_marker(tmp_path / "elsewhere", token, patience_seconds=0.0)
+
+
+def test_a_local_folder_is_owned_until_it_is_let_go(tmp_path):
+    with run_folder.owned(tmp_path):
+        run_folder.check_owned(tmp_path)
+
+
 def test_the_saved_config_is_read_back(tmp_path):
     config = Config(train=TrainConfig(steps=7, seed=3))
     write_config(tmp_path, config)

@@ -1,57 +1,117 @@
-"""The folder of one run: who may write to it, and the small files that describe it."""
+"""The folder of one run, on a disk or in a bucket: who may write to it, and what describes it.
 
-from collections.abc import Iterator
+The numbers that a run writes are the affair of `topklm.training.metrics`, its arrays that of
+`topklm.training.checkpoints`.
+"""
+
+from collections.abc import Callable, Iterator
 import contextlib
+import datetime
+import json
+import os
 import pathlib
+import socket
+import time
+from typing import Any
+import uuid
 
+from topklm import checkpoint_format, locks
 from topklm import config as config_lib
-from topklm import locks
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.buckets import storage_errors_are_user_errors
+from topklm.data.sources import store_errors
+from topklm.errors import UserError
+from topklm.files import AnyPath, absolute, is_bucket, write_atomically
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+OWNER_FILE = ".owner"
+
+# A network file system may show a new file to other machines only after its attribute cache has expired:
+# NFS keeps what it knows of a folder for up to 60 s (acdirmax of nfs(5)).
+_SHARED_PATIENCE_SECONDS = 90.0
+
+_THIS_PROCESS = uuid.uuid4().hex
 
 
 @contextlib.contextmanager
-def owned(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Creates the folder and holds it for this process; the kernel lets go when the process ends.
+def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyPath]:
+    """Creates the folder and holds it for this process; of many processes of one run, the first one does.
+
+    On a disk nobody else gets in while this process lives: the kernel keeps the lock, and lets go when the
+    process ends. A bucket has no such locks, and a machine that was taken away cannot let go, so there the
+    last to come is the owner: it leaves its name in an object, warns if it finds another's, and the other
+    stops with one line at its next `check_owned`, before it saves. Between that check and the end of the
+    saving both may write; their checkpoints are of one run, and whole.
+
+    Args:
+        folder: As `topklm.files.as_path` gave it.
+        warn: Is told about an earlier owner in a bucket that did not take its leave.
 
     Raises:
-        UserError: If the folder cannot be written, or another process is using it.
+        UserError: If the folder cannot be written, or another process is known to be using it.
     """
+    if is_bucket(folder):
+        with _signed(folder, warn):
+            yield folder
+        return
 
     def refuse(owner: str) -> None:
-        raise UserError(
-            f"run folder {folder} is in use by process {owner}: wait for it, stop it, or choose "
-            "another with --workdir"
-        )
+        raise _in_use(folder, owner)
 
     with contextlib.ExitStack() as stack:
-        with disk_errors_are_user_errors(f"opening the run folder {folder}"):
+        with storage_errors_are_user_errors(f"opening the run folder {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(folder, refuse))
+            stack.enter_context(locks.held(pathlib.Path(folder), refuse))
         yield folder
 
 
-def saved_config(folder: pathlib.Path) -> config_lib.Config | None:
+def check_owned(folder: AnyPath) -> None:
+    """Makes sure that no other process has taken over a folder in a bucket; to be called before each save.
+
+    Raises:
+        UserError: If one has.
+    """
+    if not is_bucket(folder):
+        return
+    try:
+        owner = _read_owner(folder)
+    except store_errors():
+        return  # saving, which tries again for long, will show whether the bucket is well
+    if owner is not None and owner["token"] != _THIS_PROCESS:
+        raise UserError(
+            f"run folder {folder} was taken over by {_who(owner)}: this process stops here; what it saved "
+            "before is kept. To run both, give one another --workdir"
+        )
+
+
+def saved_config(folder: AnyPath) -> config_lib.Config | None:
     """The config that the run was started with, or None for a new folder."""
     path = folder / CONFIG_FILE
-    if not path.exists():
-        return None
+    with storage_errors_are_user_errors(f"reading {path}", path):
+        if not path.exists():
+            return None
+        content = path.read_text(encoding="utf-8")
     try:
-        return config_lib.from_json(path.read_text(encoding="utf-8"))
+        return config_lib.from_json(content)
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}): restore it, or choose another --workdir") from e
 
 
-def has_checkpoint(folder: pathlib.Path) -> bool:
+def complete_steps(folder: AnyPath) -> list[int]:
+    """Steps of the checkpoints that were written to their end, rising; those set aside do not count."""
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    with storage_errors_are_user_errors(f"listing {checkpoints}", checkpoints):
+        return checkpoint_format.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
+
+
+def has_checkpoint(folder: AnyPath) -> bool:
     """Whether the run has anything to continue from; until then it may start over, also as another."""
-    return any(path.name.isdigit() for path in (folder / CHECKPOINTS_FOLDER).glob("*"))
+    return bool(complete_steps(folder))
 
 
-def check_same_run(folder: pathlib.Path, asked: config_lib.Config) -> None:
+def check_same_run(folder: AnyPath, asked: config_lib.Config) -> None:
     """Refuses to continue a run under a config that would make it a different run.
 
     Raises:
@@ -67,3 +127,114 @@ def check_same_run(folder: pathlib.Path, asked: config_lib.Config) -> None:
             f"run folder {folder} holds a run with another config: {fields}. Set them back, or start a "
             "new run with --workdir"
         )
+
+
+def write_marker(folder: AnyPath) -> str:
+    """Leaves a file in the folder that the run's other processes can look for; returns what they need."""
+    token = uuid.uuid4().hex
+    with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(_marker(folder, token), b"")
+    return token
+
+
+def check_marker(folder: AnyPath, token: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
+    """Waits until this process sees what `write_marker` left.
+
+    Raises:
+        UserError: If it does not: then the folder is not shared by all hosts, and checkpoints would be torn.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while not has_marker(folder, token):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--workdir = {folder}: host {socket.gethostname()} does not see what the first process "
+                "writes there: give gs://BUCKET/FOLDER, or a folder of a file system that all hosts share"
+            )
+        time.sleep(0.1)
+
+
+def has_marker(folder: AnyPath, token: str) -> bool:
+    """Whether this process sees what `write_marker` left."""
+    with storage_errors_are_user_errors(f"reading the run folder {folder}", folder):
+        return _marker(folder, token).exists()
+
+
+def remove_marker(folder: AnyPath, token: str) -> None:
+    """Takes away what `write_marker` left, once all have seen it."""
+    with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
+        _marker(folder, token).unlink(missing_ok=True)
+
+
+def _marker(folder: AnyPath, token: str) -> AnyPath:
+    # A name that nobody has asked for before: file systems also remember what was not there.
+    return folder / f".shared-{token}"
+
+
+@contextlib.contextmanager
+def _signed(folder: AnyPath, warn: Callable[[str], None]) -> Iterator[None]:
+    """Holds a folder in a bucket: `owned` says how."""
+    with storage_errors_are_user_errors(f"opening the run folder {folder}", folder):
+        before = _read_owner(folder)
+        if before and _is_alive_here(before):
+            raise _in_use(folder, str(before["process"]))
+        write_atomically(folder / OWNER_FILE, json.dumps(_signature()).encode())
+    if before:
+        warn(
+            f"warning: run folder {folder} was left without notice by {_who(before)}: if that is still "
+            "running, it will stop before its next checkpoint"
+        )
+    try:
+        yield
+    finally:
+        # A name that stays costs the next process a warning, nothing else.
+        with contextlib.suppress(*store_errors()):
+            owner = _read_owner(folder)
+            if owner is not None and owner["token"] == _THIS_PROCESS:
+                (folder / OWNER_FILE).unlink(missing_ok=True)
+
+
+def _signature() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "birth": _birth(os.getpid()),
+        "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "token": _THIS_PROCESS,
+    }
+
+
+def _read_owner(folder: AnyPath) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _is_alive_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner is another process of this machine that is known to live."""
+    elsewhere = owner["host"] != socket.gethostname() or owner["token"] == _THIS_PROCESS
+    return not elsewhere and owner["birth"] is not None and owner["birth"] == _birth(owner["process"])
+
+
+def _birth(process: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if there is none, or no /proc to ask.
+
+    A process id alone says little: in a container that was started anew, it is the same again.
+    """
+    try:
+        content = pathlib.Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return int(content.rpartition(")")[2].split()[19])  # field 22 of proc_pid_stat(5)
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner['process']} on {owner['host']} (there since {owner['since']})"
+
+
+def _in_use(folder: AnyPath, owner: str) -> UserError:
+    return UserError(
+        f"run folder {folder} is in use by process {owner}: wait for it, stop it, or choose "
+        "another with --workdir"
+    )

@@ -1,18 +1,17 @@
 import gzip
 import hashlib
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from urllib.parse import parse_qs, unquote, urlsplit
 import urllib.request
 
 import boto3
 import fsspec
+import gcs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -202,8 +201,25 @@ def test_s3_without_credentials_says_what_to_set(s3_server, monkeypatch):
         texts_of(file)
 
 
+class AccessDenied(BaseHTTPRequestHandler):
+    """Refuses everything, as S3 words it."""
+
+    def do_GET(self):
+        content = b"<Error><Code>AccessDenied</Code></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def log_message(self, *_):
+        pass
+
+
 def test_a_key_that_is_refused_says_what_to_set(s3, monkeypatch):
-    with refusing_server(403, b"<Error><Code>AccessDenied</Code></Error>") as url:
+    with gcs.serving(AccessDenied) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         for name in ("a.jsonl", "*.jsonl"):
             with pytest.raises(UserError, match=r"no access to s3://books .*set AWS_ACCESS_KEY_ID"):
@@ -227,81 +243,12 @@ def test_a_store_that_does_not_answer_is_given_up_soon(s3, monkeypatch):
 # Google Cloud Storage.
 
 
-class Gcs(BaseHTTPRequestHandler):
-    """As much of the JSON API as it takes to list and to read (cloud.google.com/storage/docs/json_api)."""
-
-    def do_GET(self):
-        url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        parts = url.path.strip("/").split("/")
-        name = unquote(parts[-1]).removeprefix("shelf/")
-        if "books" not in parts:
-            self.answer(404, b"{}")
-        elif parts[-1] == "o":
-            found = [n for n in FILES if f"shelf/{n}".startswith(query.get("prefix", ""))]
-            self.answer(200, json.dumps(self.listing(found, query)).encode())
-        elif parts[-1] == "books":
-            self.answer(200, b'{"name": "books"}')
-        elif name not in FILES:
-            self.answer(404, b"{}")
-        elif query.get("alt") == "media":
-            begin, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            self.answer(206, FILES[name][int(begin) : int(end) + 1 if end else None])
-        else:
-            self.answer(200, json.dumps(self.info(name)).encode())
-
-    def listing(self, names, query):
-        prefix, folders, items = query.get("prefix", ""), set(), []
-        for name in names:
-            rest = f"shelf/{name}".removeprefix(prefix)
-            if "delimiter" in query and "/" in rest:
-                folders.add(f"{prefix}{rest.partition('/')[0]}/")
-            else:
-                items.append(self.info(name))
-        return {"items": items, "prefixes": sorted(folders)}
-
-    def info(self, name):
-        size, updated = str(len(FILES[name])), "2026-01-01T00:00:00.000Z"
-        facts = {"size": size, "generation": "17", "updated": updated, "timeCreated": updated}
-        return {"name": f"shelf/{name}", "bucket": "books", **facts}
-
-    def answer(self, status, content):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-class serving:  # noqa: N801 - reads as a verb
-    """Serves with a handler on a free port; gives the URL."""
-
-    def __init__(self, handler):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.handle_error = lambda *_: None  # a client may hang up
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def refusing_server(status, content):
-    def refuse(self):
-        self.answer(status, content)
-
-    return serving(type("Refusing", (Gcs,), {"do_GET": refuse, "do_HEAD": refuse}))
+def shelf():
+    return gcs.Bucket("books", {f"shelf/{name}": content for name, content in FILES.items()})
 
 
 def test_a_bucket_of_gcs_is_listed_and_read(monkeypatch):
-    with serving(Gcs) as url:
+    with shelf().served() as url:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         check_all_files("gs://books/shelf")
         with pytest.raises(UserError, match=r"there is no gs://nosuch"):
@@ -311,8 +258,9 @@ def test_a_bucket_of_gcs_is_listed_and_read(monkeypatch):
 @pytest.mark.parametrize("status", [401, 403])
 def test_gcs_without_credentials_says_what_to_run(monkeypatch, status, capfd):
     monkeypatch.setattr(sources, "_ANSWER_SECONDS", 5.0)
-    message = {"error": {"code": status, "message": "Anonymous caller does not have access"}}
-    with refusing_server(status, json.dumps(message).encode()) as url:
+    bucket = shelf()
+    bucket.fail(status, lambda _: True)
+    with bucket.served() as url:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         for name in ("a.txt", "*.txt"):
             with pytest.raises(UserError, match=r"no access to gs://books .*run `gcloud auth application-d"):
@@ -332,7 +280,7 @@ def test_files_of_a_web_server_are_listed_and_read(tmp_path, monkeypatch):
     for name in ("a.jsonl", "b.jsonl.gz"):
         (tmp_path / name).write_bytes(FILES[name])
     monkeypatch.chdir(tmp_path)
-    with serving(Web) as url:
+    with gcs.serving(Web) as url:
         files = find([f"{url}/*.jsonl*", f"{url}/a.jsonl"])
         assert [file.url for file in files] == [f"{url}/a.jsonl", f"{url}/b.jsonl.gz"]
         assert [texts_of(file)[0] for file in files] == [TEXTS, TEXTS]

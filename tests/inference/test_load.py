@@ -1,19 +1,27 @@
+import dataclasses
+import functools
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
 
-from helpers import STEPS, arrays, assert_same_bits
+from etils import epath
+from helpers import ROOT, STEPS, arrays, assert_same_bits
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import saved_runs
 
 import topklm
-from topklm import sharding
+from topklm import checksums, sharding
 from topklm.config import MeshConfig, from_json
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
+from topklm.model import transformer
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +137,206 @@ def test_parameters_that_do_not_fit_the_config_are_named(run_copy):
         topklm.load(run_copy)
 
 
+def test_every_weight_that_does_not_fit_is_named_in_one_line(tmp_path):
+    saved_runs.save(tmp_path, [5])
+    params = tmp_path / "checkpoints" / "5" / "params"
+    tree = arrays(tmp_path, 5)["params"]
+    del tree["embed"]["embedding"]
+    del tree["blocks"]["mlp"]["up"]
+    tree["extra"] = np.zeros(3, np.float32)
+    tree["unembed"]["kernel"] = tree["unembed"]["kernel"][:, :100]
+    shutil.rmtree(params)
+    ocp.PyTreeCheckpointer().save(params, tree)
+    with pytest.raises(UserError) as refused:
+        topklm.load(tmp_path)
+    for problem in (
+        "embed.embedding is missing",
+        "blocks.mlp.up.kernel is missing",
+        "extra is not part of this model",
+        "unembed.kernel is [32, 100], this model needs [32, 384]",
+    ):
+        assert problem in str(refused.value)
+
+
+# Damage.
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A run folder with the steps 5 and 10, and their parameters; not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, saved_runs.save(folder, [5, 10])
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_the_first_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 0x10]) + content[1:])
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), cut_in_half, change_the_first_byte])
+def test_damage_is_named_with_an_older_checkpoint_or_does_no_harm(tmp_path, two_checkpoints, harm):
+    original, saved = two_checkpoints
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    step = folder / "checkpoints" / "10"
+    names = [p.relative_to(step) for item in ("params", "facts") for p in (step / item).rglob("*")]
+    refusal = rf"checkpoint 10 of {folder} is damaged or incomplete \(.*\): load an older one, e\.g\. step=5$"
+    n_refused = 0
+    for name in filter(lambda name: (step / name).is_file(), names):
+        content = (step / name).read_bytes()
+        harm(step / name)
+        try:
+            assert_same_bits(topklm.load(folder).params, saved[10])
+        except UserError as refused:
+            n_refused += 1
+            assert re.match(refusal, str(refused)), name
+        (step / name).write_bytes(content)
+    assert n_refused >= 5
+    assert_same_bits(topklm.load(folder, step=5).params, saved[5])
+
+
+def test_one_changed_bit_anywhere_in_the_arrays_is_found(tmp_path, two_checkpoints):
+    original, saved = two_checkpoints
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    step = folder / "checkpoints" / "10"
+    sums = checksums.checksums({"params": jax.tree.map(jnp.asarray, saved[10])})
+    record = {"arrays": {name: ["", value] for name, value in sums.items()}}
+    (step / "facts" / "checksums.json").write_text(json.dumps(record))
+    assert_same_bits(topklm.load(folder).params, saved[10])
+    n_refused = 0
+    for path in (path for path in (step / "params").rglob("d/*") if path.stat().st_size > 1000):
+        content = path.read_bytes()
+        for place in np.linspace(100, len(content) - 100, 5).astype(int):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            try:
+                assert_same_bits(topklm.load(folder).params, saved[10])
+            except UserError as refused:
+                n_refused += 1
+                assert "checkpoint 10" in str(refused)
+        path.write_bytes(content)
+    assert n_refused >= 5
+
+
+def test_the_only_checkpoint_being_damaged_is_said(tmp_path):
+    saved_runs.save(tmp_path, [5])
+    (tmp_path / "checkpoints" / "5" / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 5 of .* is damaged .*: there is no older one"):
+        topklm.load(tmp_path)
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path):
+    saved = saved_runs.save(tmp_path, [5])
+    for name in ("10.orbax-checkpoint-tmp", "15.orbax-checkpoint-tmp-17", "20.damaged-1", "tmp", "+25"):
+        shutil.copytree(tmp_path / "checkpoints" / "5", tmp_path / "checkpoints" / name)
+    model = topklm.load(tmp_path)
+    assert model.step == 5
+    assert_same_bits(model.params, saved[5])
+
+
+# Elsewhere.
+
+
+SAVES_AS_ONE_OF_MANY = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import saved_runs
+from topklm import distributed, run_folder, sharding
+from topklm.config import MeshConfig
+from topklm.files import as_path
+from topklm.training.checkpoints import Checkpoints
+
+with distributed.session():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    state = saved_runs.state(7, mesh=mesh)
+    folder = as_path(sys.argv[2]) / run_folder.CHECKPOINTS_FOLDER
+    checkpoints = Checkpoints(folder, saved_runs.CONFIG.checkpoint)
+    checkpoints.save(state, {"position": 7}, saved_runs.facts(7))
+    checkpoints.wait()
+    checkpoints.close()
+"""
+
+
+@pytest.mark.parametrize("n_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_many_processes_of_eight_devices_saved_is_loaded_onto_one(tmp_path, trainer, n_processes):
+    saved_runs.describe(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // n_processes}",
+        "TOPKLM_COORDINATOR": f"127.0.0.1:{port}",
+        "TOPKLM_PROCESS_COUNT": str(n_processes),
+    }
+    processes = [
+        trainer.start_python(
+            "-c",
+            SAVES_AS_ONE_OF_MANY,
+            str(ROOT / "tests"),
+            str(tmp_path),
+            environment=environment | {"TOPKLM_PROCESS_ID": str(i)},
+        )
+        for i in range(n_processes)
+    ]
+    for process in processes:
+        assert process.finish() == 0, process.errors
+    model = topklm.load(tmp_path)
+    assert model.step == 7
+    for leaf in jax.tree.leaves(model.params):
+        assert leaf.devices() == {jax.devices()[0]}
+    assert_same_bits(model.params, jax.tree.map(np.array, saved_runs.state(7).params))
+
+
+MEASURES_MEMORY = """
+import json, resource, sys
+import jax
+import topklm
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+topklm.load(sys.argv[1])  # a small one: what loading itself takes is not of the parameters
+before = peak_bytes()
+model = topklm.load(sys.argv[2])
+held = sum(x.nbytes for x in jax.tree.leaves(model.params))
+print(json.dumps({"parameters": held, "taken": peak_bytes() - before}))
+"""
+
+
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
+    saved_runs.save(tmp_path / "small", [1])
+    shape = {"d_model": 768, "n_layers": 4, "n_heads": 12, "n_kv_heads": 12, "d_mlp": 2048}
+    model = dataclasses.replace(saved_runs.MODEL, **shape, vocab_size=8192)
+    saved_runs.describe(tmp_path / "large")
+    step = epath.Path(tmp_path / "large" / "checkpoints" / "1")
+    step.mkdir(parents=True)
+    draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
+    abstract = jax.eval_shape(functools.partial(transformer.create, model, 0))
+    params = jax.tree.map(lambda leaf: draw(leaf.shape), abstract)
+    # As training saves them: a chunk is read whole, and held twice where it is compressed.
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=16 * 2**20), params)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    ocp.Checkpointer(handler).save(step / "params", ocp.args.PyTreeSave(params, save_args=chunks))
+    facts = saved_runs.facts(1, dataclasses.replace(saved_runs.CONFIG, model=model))
+    ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(step / "facts", facts)
+    del params
+    command = [sys.executable, "-c", MEASURES_MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert measured["parameters"] > 150e6
+    assert measured["taken"] <= 1.2 * measured["parameters"]
+
+
 def test_a_run_from_before_the_vocabulary_was_padded_is_loaded(model, run_copy):
     step = run_copy / "checkpoints" / str(STEPS)
     facts = json.loads((step / "facts" / "metadata").read_text())
     del facts["config"]["model"]["vocab_multiple"]
     (step / "facts" / "metadata").write_text(json.dumps(facts))
+    (step / "facts" / "checksums.json").unlink(missing_ok=True)
     bare = jax.tree.map(np.asarray, model.params)
     bare["embed"] = {"embedding": bare["embed"]["embedding"][:320]}
     bare["unembed"] = {"kernel": bare["unembed"]["kernel"][:, :320]}

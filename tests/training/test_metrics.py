@@ -75,6 +75,19 @@ def test_only_a_step_with_a_held_out_loss_is_evaluated(tmp_path):
     assert [metrics.is_evaluated(tmp_path, step) for step in (1, 2, 3)] == [False, True, False]
 
 
+def test_only_the_first_process_writes(tmp_path):
+    bystander = metrics.open_writer(tmp_path, resume_step=0, primary=False)
+    bystander.write(1, {"train/loss": 0.1})
+    bystander.sync()
+    bystander.close()
+    assert list(tmp_path.iterdir()) == []
+    writer = metrics.open_writer(tmp_path, resume_step=0)
+    writer.write(1, {"train/loss": 0.1})
+    writer.sync()
+    writer.close()
+    assert lines_of(tmp_path) == [{"step": 1, "train/loss": 0.1}]
+
+
 def events(folder):
     """The events of the newest TensorBoard file: records of length, checksum, data, checksum."""
     raw = max((folder / "tensorboard").iterdir()).read_bytes()

@@ -3,22 +3,30 @@
 Only parameters are read, never the optimizer, onto one device or any mesh, whatever the run was saved from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import functools
 import hashlib
+import json
 import os
+from typing import Any
 
 from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from topklm import run_folder, sharding
-from topklm.checkpoint_format import FACTS, PARAMS, mismatches, restore_args
-from topklm.config import MeshConfig, from_saved
+from topklm import buckets, run_folder, sharding
+from topklm.checkpoint_format import FACTS, PARAMS, mismatches
+from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.files import AnyPath, absolute, as_path
 from topklm.inference.language_model import LanguageModel
+from topklm.inference.parameters import open_arrays, read_arrays
+from topklm.inference.verification import changed
 from topklm.model import transformer
+
+_CHECKSUMS_FILE = "checksums.json"
 
 
 def load(
@@ -26,47 +34,110 @@ def load(
 ) -> LanguageModel:
     """Reads a checkpoint's model.
 
+    Besides the parameters, which stay in the memory of the host where that is the device, it takes little
+    (see `topklm.inference.parameters`).
+
     Args:
-        run: A run folder, local or remote (gs://...).
+        run: A run folder, local or in a bucket (gs://...).
         step: Which checkpoint; default the newest.
-        mesh: Where the parameters shall live; default the first device.
+        mesh: Where the parameters shall live; default this process's first device.
 
     Raises:
-        UserError: If the folder holds no such checkpoint, or its parts do not belong together.
+        UserError: If the folder holds no such checkpoint, it is damaged, or its parts do not belong together.
     """
-    folder = epath.Path(run)
-    checkpoints = folder / run_folder.CHECKPOINTS_FOLDER
-    if not checkpoints.exists():
-        raise UserError(f"{folder} is not a run folder with checkpoints: train first, or check the path")
+    folder = as_path(run, "run")
+    buckets.check_usable(folder, "run", write=False)
+    saved = _complete_steps(folder)
+    chosen = _choose_step(saved, step, folder)
+    place = absolute(folder) / run_folder.CHECKPOINTS_FOLDER / str(chosen)
+    with _damage_is_a_user_error(folder, chosen, saved):
+        facts = ocp.JsonCheckpointHandler().restore(place / FACTS)
+        saved_config, tokenizer_sha256 = facts["config"], facts["tokenizer_sha256"]
+    config = _config(saved_config, chosen, folder)
     if mesh is None:
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    # Orbax refuses relative paths. Its CheckpointManager is for those who save: it asks for every item.
-    path = checkpoints if checkpoints.as_posix().startswith("gs://") else checkpoints.resolve()
-    chosen = _choose_step(ocp.utils.checkpoint_steps(path), step, str(folder))
-    facts = ocp.JsonCheckpointHandler().restore(path / str(chosen) / FACTS)
-    config = from_saved(facts["config"])
-    abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(path / str(chosen) / PARAMS)
-    if problems := mismatches(getattr(saved, "tree", saved), abstract):
+        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    target = _target(config.model, mesh)
+    with _damage_is_a_user_error(folder, chosen, saved):
+        stores = open_arrays(place / PARAMS)
+    held = {n: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for n, store in stores.items()}
+    if problems := mismatches(held, target):
         raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
-    params = handler.restore(path / str(chosen) / PARAMS, args=restore_args(abstract, mesh))
-    tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, facts["tokenizer_sha256"])
+    with _damage_is_a_user_error(folder, chosen, saved):
+        params = read_arrays(stores, target)
+        saved_checksums = _saved_checksums(place)
+        if saved_checksums and (names := changed({PARAMS: params}, saved_checksums)):
+            raise ValueError(f"not what was saved: {', '.join(names)}")
+    tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
     return LanguageModel(str(folder), chosen, config, tokenizer, params)
 
 
-def _choose_step(saved: Sequence[int], step: int | None, folder: str) -> int:
+def _saved_checksums(place: epath.Path) -> dict[str, int]:
+    """The checksum of each array; none in checkpoints of earlier versions."""
+    path = place / FACTS / _CHECKSUMS_FILE
+    if not path.exists():
+        return {}
+    return {name: value for name, (_, value) in json.loads(path.read_text())["arrays"].items()}
+
+
+def _complete_steps(folder: AnyPath) -> list[int]:
+    saved = run_folder.complete_steps(folder)
+    if not saved and not (folder / run_folder.CHECKPOINTS_FOLDER).exists():
+        raise UserError(f"{folder} is not a run folder with checkpoints: train first, or check the path")
     if not saved:
         raise UserError(f"{folder} has no complete checkpoint yet: train on, or choose another run")
+    return saved
+
+
+def _choose_step(saved: Sequence[int], step: int | None, folder: AnyPath) -> int:
     if step is not None and step not in saved:
-        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, sorted(saved)))}")
+        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, saved))}")
     return max(saved) if step is None else step
 
 
-def _load_tokenizer(path: epath.Path, sha256: str) -> Tokenizer:
-    if not path.exists():
-        raise UserError(f"{path} is missing: copy the whole run folder")
-    content = path.read_bytes()
+def _config(saved: dict[str, Any], step: int, folder: AnyPath) -> Config:
+    try:
+        return from_saved(saved)
+    except UserError as e:
+        raise UserError(
+            f"checkpoint {step} of {folder} was saved with another version, or is damaged: {e}"
+        ) from e
+
+
+def _target(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Shape, dtype and layout of every parameter."""
+    abstract = jax.eval_shape(functools.partial(transformer.create, config, 0))
+    shardings = sharding.parameter_shardings(abstract, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+@contextlib.contextmanager
+def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Sequence[int]) -> Iterator[None]:
+    """For a block that reads a checkpoint: names it, and what could be loaded instead."""
+    with buckets.storage_errors_are_user_errors(f"reading checkpoint {step} of {folder}", folder):
+        try:
+            yield
+        # What Orbax and TensorStore raise where a file is missing, cut off or changed.
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
+            if buckets.says_nothing_of_content(e):
+                raise
+            older = [s for s in saved if s < step]
+            advice = f"load an older one, e.g. step={max(older)}" if older else "there is no older one"
+            raise UserError(
+                f"checkpoint {step} of {folder} is damaged or incomplete ({_short(e)}): {advice}"
+            ) from e
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error; TensorStore adds whole specifications to its own."""
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line[:200]}"
+
+
+def _load_tokenizer(path: AnyPath, sha256: str) -> Tokenizer:
+    with buckets.storage_errors_are_user_errors(f"reading {path}", path):
+        if not path.exists():
+            raise UserError(f"{path} is missing: copy the whole run folder")
+        content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{path} is not the tokenizer that this model was trained with: restore it")
     return Tokenizer(content)

@@ -1,0 +1,91 @@
+import dataclasses
+
+from helpers import assert_same_bits
+import jax
+import numpy as np
+import pytest
+
+import topklm
+from topklm.model import transformer
+
+TEXT = "The old baker lost a kettle."
+
+
+@pytest.fixture(scope="module")
+def model(finished_run):
+    return topklm.load(finished_run)
+
+
+def dense_layers(model, tokens):
+    """What every layer hands on, [L, B, T, D]."""
+
+    def run(params):
+        return transformer.bind(model.config.model, params).hidden(tokens, tap=lambda h, u, h_next: h_next)
+
+    return np.asarray(jax.jit(run)(model.params)[1])
+
+
+def test_running_with_a_cache_gives_the_logits_and_the_activations(model):
+    logits, cache = model.run_with_cache(TEXT)
+    assert_same_bits(logits, model(TEXT))
+    expected = dense_layers(model, model.to_tokens(TEXT))
+    assert list(cache) == ["blocks.0.hook_topk"]
+    assert_same_bits(cache["blocks.0.hook_topk"], expected[0])
+    assert_same_bits(cache.neurons.dense(), expected[:1])
+    assert (np.asarray(cache.neurons.active).sum(-1) == (expected[:1] != 0).sum(-1)).all()
+
+
+def test_tokens_are_as_good_as_text_and_may_be_a_batch(model):
+    tokens = np.random.default_rng(0).integers(0, 320, (3, 7))
+    logits, cache = model.run_with_cache(tokens.tolist())
+    assert logits.shape == (3, 7, 320)
+    assert cache["blocks.0.hook_topk"].shape == (3, 7, 32)
+    assert_same_bits(cache["blocks.0.hook_topk"], dense_layers(model, tokens)[0])
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3], [[320]], [[-1]]])
+def test_tokens_that_make_no_sense_are_refused_here_too(model, tokens):
+    with pytest.raises(ValueError, match="tokens"):
+        model.run_with_cache(tokens)
+
+
+def test_the_active_neurons_of_a_text_are_those_of_its_tokens(model):
+    found = model.active_neurons(TEXT)
+    assert list(found.tokens) == model.to_str_tokens(TEXT)
+    expected = dense_layers(model, model.to_tokens(TEXT))[0, 0]
+    for row, active in zip(expected, found, strict=True):
+        by_value = sorted(np.flatnonzero(row), key=lambda neuron: -row[neuron])
+        assert active == [(0, neuron, row[neuron]) for neuron in by_value]
+    strongest = found[3][0]
+    np.testing.assert_array_equal(found.neuron(0, strongest.neuron).values, expected[:, strongest.neuron])
+
+
+def test_the_base_lm_runs_with_an_empty_cache(model):
+    config = dataclasses.replace(
+        model.config, model=dataclasses.replace(model.config.model, n_nontopk=model.config.model.n_layers)
+    )
+    base = dataclasses.replace(model, config=config)
+    logits, cache = base.run_with_cache(TEXT)
+    assert_same_bits(logits, base(TEXT))
+    assert len(cache) == 0
+    assert all(active == [] for active in base.active_neurons(TEXT))
+    assert "none: a Base LM" in base._repr_html_()
+
+
+def test_a_notebook_shows_the_model_as_a_table_of_facts(model, finished_run):
+    page = model._repr_html_()
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    for fact in (
+        f"{finished_run}, step 24",
+        f"{n_parameters:,} on {jax.devices()[0]}",
+        "2 of width 32; 2 heads, MLP 64 wide",
+        "keeps 8 of 32 neurons in the first 1 layers (relu)",
+        "vocabulary of 320; trained on windows of 32",
+    ):
+        assert fact in page
+
+
+def test_the_name_of_a_run_is_shown_and_never_executed(model):
+    page = dataclasses.replace(model, run="<script>alert(1)</script>")._repr_html_()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page

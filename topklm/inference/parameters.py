@@ -1,0 +1,158 @@
+"""Reads the arrays of a checkpoint onto devices, a few chunks at a time.
+
+Orbax's own restoring holds each array three times while it reads it: as stored, unpacked, and copied to the
+device. Here only chunks are held besides the arrays themselves. Nothing is known of what the arrays mean.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+import contextlib
+import ctypes
+import itertools
+import math
+import mmap
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import tensorstore as ts
+
+from topklm.files import is_bucket
+
+# Unpacked bytes of the chunks that are read at the same time: at least these, or this share of all there are.
+# Each chunk is held once more as it is stored.
+_BYTES_IN_FLIGHT = 16 * 2**20
+_SHARE_IN_FLIGHT = 1 / 32
+
+_ARRAY_KEY = "/.zarray"  # of the object that describes an array (Zarr, version 2)
+
+# Of the index of a checkpoint, which otherwise is read again for each array.
+_CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+
+
+def open_arrays(folder: epath.Path) -> dict[str, ts.TensorStore]:
+    """Opens every array of an Orbax item (OCDBT, Zarr); none is read.
+
+    Args:
+        folder: The item's folder, absolute, on a disk or in a bucket.
+
+    Returns:
+        Dotted names, such as blocks.mlp.up.kernel, to arrays, which know their shape and dtype.
+
+    Raises:
+        ValueError: If what is stored is missing or damaged.
+    """
+    context = ts.Context(_CONTEXT)
+    index = ts.KvStore.open(_kvstore(folder), context=context).result()
+    keys = [key.decode() for key in index.list().result()]
+    names = [key.removesuffix(_ARRAY_KEY) for key in keys if key.endswith(_ARRAY_KEY)]
+    if not names:
+        raise ValueError(f"there are no arrays in {folder}")
+    opening = {name: ts.open(_spec(folder, name), open=True, context=context) for name in names}
+    return {name: store.result() for name, store in opening.items()}
+
+
+def read_arrays(stores: Mapping[str, ts.TensorStore], target: Any) -> Any:
+    """Reads arrays onto devices, whatever devices they were saved from.
+
+    Host memory at its peak: the arrays that stay there, and a sixteenth of all, 32 MiB or two chunks on top,
+    whichever is most. On the CPU an array is the very memory that was read into; for other devices that is
+    given back one by one.
+
+    Args:
+        stores: From `open_arrays`.
+        target: Nested dict of `jax.ShapeDtypeStruct` with shardings; shapes and dtypes as saved.
+
+    Returns:
+        The same dict, of arrays.
+
+    Raises:
+        ValueError: If what is stored is missing, damaged, or of another shape or dtype.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(target)
+    leaves = {".".join(str(entry.key) for entry in path): leaf for path, leaf in paths}
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in leaves.items()}
+    in_flight = max(_BYTES_IN_FLIGHT, int(sum(sizes.values()) * _SHARE_IN_FLIGHT))
+    arrays = {}
+    # The largest first: what it needs on top then comes before the others are there.
+    for name in sorted(leaves, key=lambda name: -sizes[name]):
+        arrays[name] = _read(name, stores[name], leaves[name], in_flight)
+        _return_freed_memory()
+    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in leaves])
+
+
+def _kvstore(folder: epath.Path) -> dict[str, Any]:
+    base = f"{folder}/" if is_bucket(folder) else f"file://{folder}/"
+    return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}
+
+
+def _spec(folder: epath.Path, name: str) -> dict[str, Any]:
+    return {
+        "driver": "zarr",
+        "kvstore": _kvstore(folder) | {"path": f"{name}/"},
+        # A chunk that is not there would otherwise read as zeros.
+        "fill_missing_data_reads": False,
+        # A checkpoint does not change; otherwise a bucket is asked before each chunk whether its index did.
+        "recheck_cached_data": "open",
+    }
+
+
+def _read(name: str, store: ts.TensorStore, target: jax.ShapeDtypeStruct, in_flight: int) -> jax.Array:
+    if (store.shape, store.dtype.numpy_dtype) != (target.shape, target.dtype):
+        raise ValueError(
+            f"{name} is {store.dtype.name}{list(store.shape)}, not {target.dtype}{list(target.shape)}"
+        )
+    places: dict[tuple[tuple[int, int], ...], list[jax.Device]] = collections.defaultdict(list)
+    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        bounds = (part.indices(size) for part, size in zip(index, target.shape, strict=True))
+        places[tuple((start, stop) for start, stop, _ in bounds)].append(device)
+    shards = []
+    for box, devices in places.items():
+        content = _read_box(store, box, in_flight)
+        shards += [jax.device_put(content, device) for device in devices]
+    array = jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
+    return array.block_until_ready()
+
+
+def _read_box(store: ts.TensorStore, box: tuple[tuple[int, int], ...], in_flight: int) -> np.ndarray:
+    """Reads [start, stop) of each dim, chunk by chunk, at most `in_flight` bytes at the same time."""
+    content = _empty([stop - start for start, stop in box], store.dtype.numpy_dtype)
+    destination = ts.array(content).translate_to[[start for start, _ in box]] if box else ts.array(content)
+    copies: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
+    n_bytes = 0
+    for part in _chunks(box, store.chunk_layout.read_chunk_template.shape):
+        size = math.prod(part.shape) * content.itemsize
+        while copies and n_bytes + size > in_flight:
+            copy, copy_size = copies.popleft()
+            copy.result()
+            n_bytes -= copy_size
+        copies.append((destination[part].write(store[part]), size))
+        n_bytes += size
+    for copy, _ in copies:
+        copy.result()
+    return content
+
+
+def _chunks(box: tuple[tuple[int, int], ...], chunk: tuple[int, ...]) -> Iterator[ts.IndexDomain]:
+    """The parts of a box that lie in one chunk each."""
+    cuts = [range(start // size * size, stop, size) for (start, stop), size in zip(box, chunk, strict=True)]
+    for corner in itertools.product(*cuts):
+        yield ts.IndexDomain(
+            inclusive_min=[max(at, start) for at, (start, _) in zip(corner, box, strict=True)],
+            exclusive_max=[
+                min(at + size, stop) for at, (_, stop), size in zip(corner, box, chunk, strict=True)
+            ],
+        )
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array at the start of a page, which the CPU device takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype, count=math.prod(shape)).reshape(shape)
+
+
+def _return_freed_memory() -> None:
+    """Gives back what the threads that read have freed but kept (glibc; elsewhere there is nothing to do)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

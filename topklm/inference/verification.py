@@ -1,0 +1,52 @@
+"""Whether parameters that were read are those that were saved: compares checksums.
+
+What a checksum is, `topklm.checksums` says. That computes them where arrays live, by a compiled program;
+here those of arrays in host memory are computed without one, which would take longer to compile, and more
+memory, than a small model takes to load.
+"""
+
+from collections.abc import Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+
+from topklm import checksums
+
+_PIECE = 2**15  # elements: what is computed on the way stays in a core's own cache
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by the bytes of an element
+
+
+def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
+    """Names the arrays whose checksum is not the saved one.
+
+    Args:
+        tree: Nested dict of arrays, as `topklm.checksums.checksums` takes it.
+        saved: What that gave before they were saved; it may hold others, too.
+    """
+    arrays = checksums.named(tree)
+    if all(_is_in_host_memory(array) for array in arrays.values()):
+        with futures.ThreadPoolExecutor() as threads:
+            found = dict(zip(arrays, threads.map(_checksum, arrays.values()), strict=True))
+    else:
+        found = checksums.checksums(tree)
+    return [name for name in found if found[name] != saved.get(name)]
+
+
+def _is_in_host_memory(array: jax.Array) -> bool:
+    return len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"
+
+
+def _checksum(array: jax.Array) -> int:
+    content = np.asarray(array).reshape(-1)  # a view
+    bits = content.view(_WORDS[content.itemsize])
+    stride = checksums._INDEX_STRIDE
+    pattern = np.arange(_PIECE, dtype=np.uint32) * np.uint32(stride)
+    total = 0
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE]
+        mixed = checksums._mix((pattern[: piece.size] + np.uint32(start * stride % 2**32)) ^ piece)
+        total += int(mixed.sum(dtype=np.uint64))
+    return total % 2**32
