@@ -1,43 +1,260 @@
-"""What a checkpoint is made of, for those who write one and those who read one.
+"""What a checkpoint is made of, for those who write one and those who read one; the one user of Orbax.
 
-A step's folder holds four Orbax items: `params` (nested dict of arrays), `optimizer`, `data` (JSON) and
-`facts` (JSON: config, tokenizer sha256, step, tokens seen, seconds trained, versions).
+A step's folder holds four items: `params` and `optimizer` (nested dicts of arrays; Orbax: OCDBT and Zarr),
+`data` and `facts` (JSON: config, tokenizer sha256, step, tokens seen, seconds trained, versions). Beside the
+facts lies the record of checksums, which checkpoints of earlier versions lack. When to save, what to do about
+failures and which checkpoint to take is the affair of `topklm.training.checkpoints`.
 """
 
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+import concurrent.futures
+import json
+import time
 from typing import Any
+import zlib
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from topklm import sharding
+from topklm import checksums, sharding
+from topklm.files import fsync, is_bucket, write_atomically
+from topklm.inference.parameters import open_arrays, read_arrays
 
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
 
+_JSON_FILE = "metadata"  # as Orbax's JsonCheckpointHandler has it
+_RECORD_FILE = "checksums.json"
 
-def restore_args(abstract: Any, mesh: jax.sharding.Mesh) -> ocp.args.PyTreeRestore:
-    """What Orbax needs to read a tree onto a mesh: shapes, dtypes and the new layout of every leaf."""
+# A folder in a bucket cannot be renamed into place: a checkpoint is complete once this object is in it.
+_COMMITTED = "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+# Small enough that a process reads little besides its shards, and that several are read at the same time;
+# large enough for the requests to a bucket to be few. Weights hardly shrink, and compressing them costs ten
+# times what writing does.
+_CHUNK_BYTES = 16 * 2**20
+
+
+class DamagedError(Exception):
+    """A checkpoint is not as it was written; its text is a phrase that says where."""
+
+
+# Folders
+
+
+def complete_steps(checkpoints: epath.Path) -> list[int]:
+    """Steps that were written to their end, rising; those set aside do not count."""
+    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / _COMMITTED).exists())
+
+
+def remove_unfinished(checkpoints: epath.Path) -> None:
+    """Removes what a process that was killed left half-written, or half-deleted."""
+    complete = {str(step) for step in complete_steps(checkpoints)}
+    for path in list(checkpoints.iterdir()):
+        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete):
+            path.rmtree()
+
+
+def remove(folder: epath.Path) -> None:
+    """Removes a checkpoint; nobody takes what is left of it meanwhile for a whole one."""
+    if is_bucket(folder):
+        (folder / _COMMITTED).unlink(missing_ok=True)
+    else:
+        folder = folder.rename(folder.with_name(f"{folder.name}.deleted{_TEMPORARY}"))
+    folder.rmtree()
+
+
+def set_aside(folder: epath.Path) -> epath.Path:
+    """Renames a checkpoint so that it no longer counts as one; returns its new place."""
+    n = 1
+    while (place := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
+        n += 1
+    return folder.rename(place)
+
+
+# Writing
+
+
+class Writing:
+    """A checkpoint that is being written, under a temporary name where the storage can rename.
+
+    In a run of several processes each has its own part; the first one also does what is to be done once.
+    """
+
+    def __init__(self, checkpoints: epath.Path, step: int):
+        self._final = checkpoints / str(step)
+        bucket = is_bucket(checkpoints)
+        self._folder = self._final if bucket else self._final.with_name(f"{step}{_TEMPORARY}")
+        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._futures: list[Any] = []
+
+    def make_folders(self, items: Sequence[str]) -> None:
+        """Makes room, for all processes."""
+        if self._folder.exists():
+            self._folder.rmtree()
+        for item in items:
+            (self._folder / item).mkdir(parents=True)
+
+    def copy(self, trees: Mapping[str, Any]) -> None:
+        """Copies this process's part of the arrays to the host and begins to write it.
+
+        Args:
+            trees: Nested dicts of arrays, by item. They may be donated once this returns.
+        """
+        self._trees = tuple(trees)
+        for item, tree in trees.items():
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            self._futures += _run(self._handler.async_save(self._folder / item, args=args))
+
+    def finish_part(self, timeout_s: float) -> None:
+        """Returns when this process's part of the arrays is on the disk."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            for future in self._futures:
+                future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError as e:
+            raise TimeoutError(f"not done after {timeout_s:g} s") from e
+
+    def commit(self, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Makes the checkpoint whole, once all processes have finished their parts.
+
+        Args:
+            values: What JSON can hold, by item.
+            record: From `make_record`.
+        """
+        for item in self._trees:
+            self._handler.finalize(self._folder / item)
+        for item, value in values.items():
+            write_atomically(self._folder / item / _JSON_FILE, json.dumps(value).encode())
+        write_atomically(self._folder / FACTS / _RECORD_FILE, json.dumps(record).encode())
+        if is_bucket(self._folder):
+            (self._folder / _COMMITTED).write_text("")
+        else:
+            for folder in (*self._folder.iterdir(), self._folder):
+                fsync(folder)
+            self._folder.rename(self._final)
+            fsync(self._final.parent)
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        if self._folder.exists():
+            self._folder.rmtree()
+
+
+def make_record(trees: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Begins computing what `Contents.check` needs; the arrays may be donated at once.
+
+    Returns:
+        From the JSON items to the record; it waits for the checksums of the arrays.
+    """
+    shapes = _described(trees)
+    sums = checksums.start(dict(trees))
+
+    def finish(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "arrays": {name: [shapes[name], value] for name, value in checksums.fetch(sums).items()},
+            "values": {item: _json_checksum(value) for item, value in values.items()},
+        }
+
+    return finish
+
+
+def _run(coroutine: Any) -> Any:
+    """Runs it to its end, also where an event loop is running already, as in a notebook."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+# Reading
+
+
+class Contents:
+    """A checkpoint that can be read: its arrays are open, none is read yet.
+
+    Raises:
+        DamagedError: If the record does not fit the arrays.
+        OSError, ValueError: If something is missing or does not parse.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        path = folder / FACTS / _RECORD_FILE
+        self._record = json.loads(path.read_text()) if path.exists() else None
+        self._stores = {item: open_arrays(folder / item) for item in (PARAMS, OPTIMIZER)}
+        self.shapes = {
+            item: {name: jax.ShapeDtypeStruct(s.shape, s.dtype.numpy_dtype) for name, s in stores.items()}
+            for item, stores in self._stores.items()
+        }
+        if self._record is not None:
+            recorded = {name: shape for name, (shape, _) in self._record["arrays"].items()}
+            if recorded != _described(self.shapes):
+                raise DamagedError("its arrays are not those that were written")
+
+    def read(self, item: str, target: Any) -> Any:
+        """Reads arrays, each process only those parts that its devices hold.
+
+        Args:
+            item: PARAMS or OPTIMIZER.
+            target: Nested dict of `jax.ShapeDtypeStruct` with shardings.
+        """
+        return read_arrays(self._stores[item], target)
+
+    def read_values(self) -> dict[str, Any]:
+        """Reads the JSON items.
+
+        Raises:
+            DamagedError: If they are not as they were written.
+        """
+        values = {item: json.loads((self._folder / item / _JSON_FILE).read_text()) for item in (DATA, FACTS)}
+        for item, value in values.items():
+            if self._record is not None and self._record["values"][item] != _json_checksum(value):
+                raise DamagedError(f"{item}: checksum differs")
+        return values
+
+    def check(self, trees: Mapping[str, Any]) -> None:
+        """Makes sure that the arrays read are those that were written; all processes of a mesh must call it.
+
+        Raises:
+            DamagedError: If they are not.
+        """
+        if self._record is None:
+            return
+        found = checksums.checksums(dict(trees))
+        differing = [name for name, value in found.items() if self._record["arrays"][name][1] != value]
+        if differing:
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            raise DamagedError(f"{differing[0]}{more}: checksum differs")
+
+
+def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and dtypes with the layout on a mesh of every leaf, the target of a reading."""
     shardings = sharding.parameter_shardings(abstract, mesh)
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-    )
-    return ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
 def mismatches(saved: Any, wanted: Any) -> list[str]:
-    """Names every array that is missing, unexpected or of another shape, a short phrase each."""
-    old, new = _shapes(saved), _shapes(wanted)
+    """Names every array that is missing, unexpected or of another shape or dtype, a short phrase each."""
+    old, new = checksums.named(saved), checksums.named(wanted)
     problems = [f"{name} is missing" for name in new if name not in old]
     problems += [f"{name} is not part of this model" for name in old if name not in new]
-    problems += [
-        f"{name} is {list(old[name])}, this model needs {list(new[name])}"
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
+    for name in (name for name in new if name in old):
+        held, needed = old[name], new[name]
+        if tuple(held.shape) != tuple(needed.shape):
+            problems.append(f"{name} is {list(held.shape)}, this model needs {list(needed.shape)}")
+        elif held.dtype != needed.dtype:
+            problems.append(f"{name} is {held.dtype}, this model needs {needed.dtype}")
     return problems
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(str(entry.key) for entry in path): tuple(leaf.shape) for path, leaf in leaves}
+def _described(trees: Mapping[str, Any]) -> dict[str, str]:
+    """Every array's dtype and shape, as "float32[4, 8]"."""
+    arrays = checksums.named(dict(trees))
+    return {name: f"{array.dtype.name}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _json_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())

@@ -192,7 +192,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     other = resolve({**config.to_dict(), "model": {**config.to_dict()["model"], "tie_embeddings": True}})
-    with pytest.raises(UserError, match=r"checkpoint 3 holds .*unembed\.kernel is not part of this model"):
+    with pytest.raises(
+        UserError, match=r"checkpoint 3 of .* holds .*: unembed\.kernel is not part of this model"
+    ):
         checkpoints.restore(abstract_state(other, optimizer), mesh)
     checkpoints.close()
 

@@ -1,0 +1,146 @@
+"""Checksums of arrays, computed where they live: to tell whether what was read is what was written.
+
+They depend on values and places alone, not on mesh, layout or the order of a sum. They find every change of a
+single element and, but for one in 2^32, any other; they are no protection against somebody who means harm.
+"""
+
+from collections.abc import Mapping
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+_INDEX_STRIDE = 0x9E3779B1  # a prime near 2^32 / golden ratio: spreads neighbouring indices over all bits
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the bytes of an element
+
+# The CPU backend makes one fast loop of a sum of slices, but not of a sum over all of a large array.
+_SLICES = 16
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The checksum of every array, mod 2^32: sum over elements of mix(bits XOR index * _INDEX_STRIDE).
+
+    The index is that in the whole array, row by row; from 2^32 elements on it starts again, and then a swap
+    of two elements that far apart goes unnoticed. `mix` is a bijection, so one changed element always shows.
+
+    Args:
+        tree: Nested dict of arrays whose elements have 1, 2 or 4 bytes, all on one device or one mesh.
+
+    Returns:
+        By name, as "params.blocks.mlp.up.kernel".
+    """
+    return fetch(start(tree))
+
+
+def start(tree: Any) -> dict[str, jax.Array]:
+    """Begins computing checksums and does not wait; the arrays may be donated to a later computation.
+
+    Every process of the mesh must call it, in the same order as other computations.
+
+    Returns:
+        uint32 scalars, on every device.
+    """
+    arrays = named(tree)
+    specs = tuple(_spec(array) for array in arrays.values())
+    return dict(zip(arrays, _sums(tuple(arrays.values()), specs, _mesh(arrays)), strict=True))
+
+
+def fetch(sums: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Waits for what `start` began."""
+    return {name: int(value) for name, value in jax.device_get(dict(sums)).items()}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dict by their path, joined with dots."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def _mesh(arrays: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that the arrays are spread over, if they are."""
+    shardings = (getattr(array, "sharding", None) for array in arrays.values())
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.size > 1), None)
+
+
+def _spec(array: Any) -> PartitionSpec:
+    sharding = getattr(array, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sums(arrays: tuple[Any, ...], specs: tuple[PartitionSpec, ...], mesh: Mesh | None) -> list[jax.Array]:
+    shapes = [jnp.shape(array) for array in arrays]
+    if mesh is None:
+        return [_sum(array, [0] * len(shape), shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+    def of_device(*parts: jax.Array) -> jax.Array:
+        own = [_sum_once(*part, mesh) for part in zip(parts, shapes, specs, strict=True)]
+        return jax.lax.psum(jnp.stack(own), mesh.axis_names)
+
+    on_every_device = jax.shard_map(
+        of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    return list(on_every_device(*arrays))
+
+
+def _sum_once(part: jax.Array, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """A device's part of an array, or nothing where another device has the same part."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    axes_of_dims = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in entries]
+    starts = [
+        jax.lax.axis_index(axes).astype(jnp.uint32) * size if axes else 0
+        for axes, size in zip(axes_of_dims, part.shape, strict=True)
+    ]
+    split = {axis for axes in axes_of_dims for axis in axes}
+    repeated = tuple(axis for axis in mesh.axis_names if axis not in split)
+    first = jax.lax.axis_index(repeated) == 0 if repeated else True
+    return jnp.where(first, _sum(part, starts, shape), jnp.uint32(0))
+
+
+def _sum(part: jax.Array, starts: list[Any], shape: tuple[int, ...]) -> jax.Array:
+    """The sum over the part of an array of this shape that begins at the index `starts`, uint32 scalar."""
+    part = jnp.asarray(part)
+    if part.dtype.itemsize < 4:
+        part = _words(part)  # the CPU backend slices narrow floats by way of float32, which changes NaNs
+    if part.ndim == 0:
+        return _mix(_words(part).astype(jnp.uint32))
+    length = max(1, -(-part.shape[0] // _SLICES))
+    whole = part.shape[0] // length * length
+
+    def mixed(begin: int, end: int) -> jax.Array:
+        bits = _words(part[begin:end]).astype(jnp.uint32)
+        index = _index(bits.shape, [starts[0] + begin, *starts[1:]], shape)
+        return _mix(bits ^ (index * np.uint32(_INDEX_STRIDE)))
+
+    rest = jnp.pad(
+        mixed(whole, part.shape[0]), [(0, whole + length - part.shape[0])] + [(0, 0)] * (part.ndim - 1)
+    )
+    slices = (mixed(begin, begin + length) for begin in range(0, whole, length))
+    return jnp.sum(functools.reduce(jnp.add, slices, rest), dtype=jnp.uint32)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The elements' bits, as unsigned integers of their size."""
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    return jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+
+
+def _index(part_shape: tuple[int, ...], starts: list[Any], shape: tuple[int, ...]) -> jax.Array:
+    """The index in the whole array, mod 2^32, of the elements of a part of it; uint32 of the part's shape."""
+    index = jnp.zeros(part_shape, jnp.uint32)
+    for dim, begin in enumerate(starts):
+        along = jax.lax.broadcasted_iota(jnp.uint32, part_shape, dim) + jnp.asarray(begin, jnp.uint32)
+        index += along * np.uint32(math.prod(shape[dim + 1 :]) % 2**32)
+    return index
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3 (Austin Appleby, public domain), a bijection of 32 bits."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
