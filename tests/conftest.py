@@ -1,11 +1,16 @@
 """What several test files share: a small corpus, the tiny model's trainer, and one finished run of it."""
 
+import os
 from pathlib import Path
 import shutil
 
 from helpers import Trainer, sentences, write_documents
 import hypothesis
+import jax
 import pytest
+
+# Where libtpu is installed to compile for TPUs, JAX would look for one, in processes that tests start too.
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 
 # Tests assert no wall-clock times, and a busy disk may take longer than hypothesis's 200 ms.
 hypothesis.settings.register_profile("no deadline", deadline=None)

@@ -46,7 +46,7 @@ TINY: Mapping[str, Any] = {
     "eval.sample_tokens": 8,
     "log.every_steps": 1,
 }
-WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained", "input_wait")
+WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained", "input_wait", "goodput")
 
 
 def sentences(seed: int, n_documents: int) -> list[str]:
@@ -102,9 +102,10 @@ class Trainer:
         self, *arguments: str, environment: Mapping[str, str] | None = None, **options: Any
     ) -> "Process":
         variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(environment or {})}
-        if self.compilation_cache is not None:
-            variables["JAX_COMPILATION_CACHE_DIR"] = str(self.compilation_cache)
-            variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        if self.compilation_cache is None:
+            variables["TOPKLM_COMPILATION_CACHE"] = "off"
+        else:
+            variables["XDG_CACHE_HOME"] = str(self.compilation_cache)
         return Process([sys.executable, *arguments], env=variables, **options)
 
     def run(self, workdir: Path, settings: Mapping[str, Any] | None = None, **options: Any) -> "Process":

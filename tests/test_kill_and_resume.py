@@ -149,10 +149,10 @@ def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, fini
         process.signal(number)
         assert process.finish() == 0
         assert process.errors == ""
-        stopped = re.search(r"(\w+): stopped after step (\d+) of 24; saved in .*Continue", process.output)
+        stopped = re.search(r"(\w+): stopped after step (\d+) of 24; saved in .*Resume", process.output)
         assert stopped[1] == number.name
         assert newest_step(run) == int(stopped[2]) < STEPS
-        assert "Continue with the same command" in process.output
+        assert "Resume with the same command" in process.output
     assert trainer.run(run).exit_code == 0
     assert_as_if_undisturbed(run, finished_run)
 

@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "turn text into a dataset of token shards",
     "data": "look into a dataset, or check all of it",
     "generate": "continue a prompt",
+    "compile-check": "compile a train step for a pod without one: does it fit, what does it send?",
 }
 
 
@@ -34,7 +35,7 @@ def dispatch(argv: Sequence[str]) -> None:
         _parser_of_verbs().parse_args(argv)  # shows the help, or says what is wrong
         return
     verb, *rest = argv
-    command = importlib.import_module(f"topklm.commands.{verb}")
+    command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
     if verb == "train":
         # Its flags are those of the config, which argparse does not know.
         command.run(rest)

@@ -164,7 +164,7 @@ class Config:
 
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
-# elsewhere: what it holds is compared by its fingerprint. How a step is computed changes its rounding at most.
+# elsewhere: what it holds is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
     {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.scan_layers"}
     | {"data.source", "data.mixture", "data.dir", "mesh", "checkpoint", "eval", "log"}

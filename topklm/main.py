@@ -12,7 +12,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from topklm import allocator, config, errors
+from topklm import allocator, compilation_cache, config, distributed, errors
+from topklm.buckets import check_usable
+from topklm.files import AnyPath, as_path
 from topklm.training import loop
 
 EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
@@ -23,10 +25,13 @@ def main(argv: Sequence[str]) -> None:
     experiment, workdir = parse(argv)
     # Before the first use of a device: threads that exist already keep their own heaps.
     allocator.keep_freed_memory()
-    loop.train(experiment, workdir)
+    with distributed.session():
+        compilation_cache.enable()
+        check_usable(workdir, "--workdir", write=True)
+        loop.train(experiment, workdir)
 
 
-def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
+def parse(argv: Sequence[str]) -> tuple[config.Config, AnyPath]:
     """Reads the flags.
 
     Returns:
@@ -43,7 +48,9 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
         flag_values=values,
         sys_argv=list(argv),
     )
-    flags.DEFINE_string("workdir", None, "Run folder; default runs/<config name>.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "Run folder, local or gs://...; default runs/<config name>.", flag_values=values
+    )
     flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
     try:
         rest = values(argv)
@@ -59,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[config.Config, pathlib.Path]:
     if experiment is None:
         raise errors.UserError(f"--config is missing: name a config file; example: {EXAMPLE}")
     workdir = values.workdir or f"runs/{_run_name(config_flags.get_config_filename(values['config']))}"
-    return config.resolve(experiment), pathlib.Path(workdir)
+    return config.resolve(experiment), as_path(workdir, "--workdir")
 
 
 def run() -> int:

@@ -27,7 +27,8 @@ def fake_step(nll_per_token):
         weights = np.asarray(batch["loss_weights"])
         health = {"active_tokens": np.ones((1, 4)), "kept_square_share": weights.sum(keepdims=True)[0]}
         health |= {"active": np.ones(1), "also_active_below": np.ones(1)}
-        return {"nll_nats": nll_per_token * weights.sum(axis=-1), "topk_health": health}
+        sums = {"nll_nats": nll_per_token * weights.sum(axis=-1), "tokens": (weights > 0).sum(axis=-1)}
+        return {**sums, "topk_health": health}
 
     return step
 

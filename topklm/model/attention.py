@@ -161,7 +161,8 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
     # Row sums of p * dp equal g . out (Dao et al. 2022, FlashAttention, eq. 4), so dp is used once.
     row_sums = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
     dq_blocks = []
-    dk = dv = None
+    dk: jax.Array | None = None
+    dv: jax.Array | None = None
     for (start, stop), p in reversed(list(zip(_query_blocks(g.shape[3]), probabilities, strict=True))):
         rows, seen = slice(start, stop), p.shape[-1]
         dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :seen])
@@ -172,6 +173,8 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
         # The last queries come first here, and see all keys.
         dk = dk_block if dk is None else dk.at[:, :, :seen].add(dk_block)
         dv = dv_block if dv is None else dv.at[:, :, :seen].add(dv_block)
+    assert dk is not None
+    assert dv is not None
     dq = jnp.concatenate(dq_blocks[::-1], axis=3) * keys.shape[-1] ** -0.5
     dtype = g_BTHd.dtype
     return (

@@ -12,20 +12,23 @@ import rich.console
 import rich.progress
 import rich.table
 
+from topklm.sharding import ParameterLayout
+
 
 class Console:
-    """Progress of one run."""
+    """Progress of one run; a quiet one, of a process that is not the run's first, shows nothing."""
 
-    def __init__(self) -> None:
-        self._rich = rich.console.Console(file=sys.stdout, highlight=False)
-        self._live = self._rich.is_terminal
+    def __init__(self, quiet: bool = False) -> None:
+        self._rich = rich.console.Console(file=sys.stdout, highlight=False, quiet=quiet)
+        self._quiet = quiet
+        self._live = self._rich.is_terminal and not quiet
         self._bar: rich.progress.Progress | None = None
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         if self._live:
             self._rich.print(text, markup=False)
-        else:
+        elif not self._quiet:
             print(text, flush=True)
 
     def start(self, step: int, steps: int) -> None:
@@ -49,7 +52,7 @@ class Console:
         )
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)
-        else:
+        elif not self._quiet:
             print(f"step {step:,}/{self._steps:,} | {figures}", flush=True)
 
     def finish(self) -> None:
@@ -65,11 +68,33 @@ class Console:
             table.add_row(name, str(value))
         self._rich.print(table)
 
+    def layout(self, mesh: str, rows: Sequence[ParameterLayout]) -> None:
+        """Prints how the parameters lie over the devices."""
+        table = rich.table.Table(title=f"parameters on a mesh of {mesh}", title_justify="left")
+        for column, justify in {"parameter": "left", "shape": "left", "split over": "left"}.items():
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column("MiB", justify="right")
+        table.add_column("MiB on a device", justify="right")
+        for row in rows:
+            shape = " x ".join(map(str, row.shape))
+            split = ", ".join(
+                str(axis or "-") for axis in (*row.spec, *(None,) * len(row.shape))[: len(row.shape)]
+            )
+            table.add_row(row.name, shape, split, _mib(row.n_bytes), _mib(row.n_bytes_on_device))
+        table.add_section()
+        total = [sum(getattr(row, name) for row in rows) for name in ("n_bytes", "n_bytes_on_device")]
+        table.add_row("all", "", "", *map(_mib, total))
+        self._rich.print(table)
+
     def _time_left(self, step: int) -> str:
         done = step - self._first
         if not done:
             return "?"
         return duration((time.monotonic() - self._began) / done * (self._steps - step))
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.2f}"
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,8 @@ def evaluate(
     *,
     n_bytes: int,
     n_topk_layers: int,
-) -> dict[str, Any]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Runs the model over the held-out batches.
 
     Args:
@@ -26,19 +27,23 @@ def evaluate(
         batches: Held-out batches that together score every text token once.
         n_bytes: UTF-8 bytes of the held-out text.
         n_topk_layers: S.
+        stopped: Asked after every batch whether to give up.
 
     Returns:
-        `loss` (nats per token), `perplexity`, `bits_per_byte` (all nats over all bytes, in bits), `tokens`,
-        and the three lists of `topk_health.summarize`, one figure per TopK layer.
+        None if it was given up, else `loss` (nats per token), `perplexity`, `bits_per_byte` (all nats over
+        all bytes, in bits), `tokens`, and the three lists of `topk_health.summarize`, one figure per TopK
+        layer.
     """
     nll_nats, tokens = 0.0, 0
     health: Any = None
     for batch in batches:
         sums = jax.device_get(eval_step(params, batch))
         nll_nats += float(np.sum(sums["nll_nats"], dtype=np.float64))
-        tokens += int(np.sum(np.asarray(batch["loss_weights"]), dtype=np.float64))
+        tokens += int(np.sum(sums["tokens"]))
         in_float64 = jax.tree.map(lambda x: np.asarray(x, np.float64), sums["topk_health"])
         health = in_float64 if health is None else jax.tree.map(np.add, health, in_float64)
+        if stopped():
+            return None
     loss = nll_nats / tokens
     return {
         "loss": loss,
