@@ -38,9 +38,9 @@ FAULTS = ("kill", "stop", "preempt", "kill all")
 SETTINGS = {
     "mesh.data": 2,
     "mesh.fsdp": 2,
-    "train.steps": 300,
+    "train.steps": 600,
     "train.batch_size": 4,
-    "checkpoint.every_steps": 20,
+    "checkpoint.every_steps": 10,
     "checkpoint.keep": 3,
     "eval.every_steps": 50,
     "log.every_steps": 5,
@@ -48,18 +48,20 @@ SETTINGS = {
 
 
 class Job:
-    """`launch/local.py 4` with the trainer behind it."""
+    """`launch/local.py` with the trainer behind it: four devices, each of a process if not said otherwise."""
 
-    def __init__(self, trainer: Trainer, run: Path, logs: Path, settings: dict):
+    def __init__(
+        self, trainer: Trainer, run: Path, logs: Path, settings: dict, n_processes: int = N_PROCESSES
+    ):
         flags = trainer.arguments(run, {**SETTINGS, **settings})
-        options = [str(N_PROCESSES), "--log-dir", str(logs), "--grace", str(GRACE_SECONDS)]
-        options += ["--module", "keeping_programs"]
+        options = [str(n_processes), "--devices-per-process", str(N_PROCESSES // n_processes)]
+        options += ["--log-dir", str(logs), "--grace", str(GRACE_SECONDS), "--module", "keeping_programs"]
         command = [str(ROOT / "launch" / "local.py"), *options, "--", *flags]
         environment = {
             "TOPKLM_START_TIMEOUT": str(START_TIMEOUT_SECONDS),
             "TOPKLM_PEER_TIMEOUT": str(PEER_TIMEOUT_SECONDS),
             "XLA_FLAGS": FAST_COMPILATION,
-            "KEPT_PROGRAMS": str(trainer.compilation_cache),
+            "KEPT_PROGRAMS": str(trainer.compilation_cache / str(n_processes)),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
         self.launcher: Process = trainer.start_python(*command, environment=environment)
@@ -130,6 +132,11 @@ def assert_as_if_undisturbed(run: Path, undisturbed: Path) -> None:
     """Parameters, optimizer and metrics agree bit for bit, and so does the place in the data."""
     assert metrics(run) == metrics(undisturbed)
     assert_same_bits(final_arrays(run), final_arrays(undisturbed))
+    assert_same_place_in_the_data(run, undisturbed)
+
+
+def assert_same_place_in_the_data(run: Path, undisturbed: Path) -> None:
+    """The newest checkpoints are of one step and have read the same windows."""
     assert checkpoint_steps(run)[-1] == checkpoint_steps(undisturbed)[-1]
     newest = str(checkpoint_steps(run)[-1])
     states = [
@@ -144,11 +151,13 @@ def train_undisturbed(trainer: Trainer, run: Path, logs: Path, settings: dict | 
 
 
 def _wait_for_a_moment(job: Job, chance: random.Random) -> None:
-    if chance.random() < 0.25:  # while it starts
-        time.sleep(chance.uniform(0, 8))
+    if chance.random() < 0.2:  # while it starts
+        time.sleep(chance.uniform(0, 6))
         return
     job.launcher.wait_for_line("compiled the train step")
-    time.sleep(chance.uniform(0, 3))
+    for _ in range(chance.randint(0, 10)):
+        job.launcher.wait_for_line("step ")
+    time.sleep(chance.uniform(0, 0.2))  # between two lines, or in an evaluation or a saving
 
 
 def _signal(pids: list[int], number: signal.Signals) -> None:

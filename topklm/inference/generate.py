@@ -72,8 +72,7 @@ def _next_token(
     model = transformer.bind(config, params)
     h_1TD, _ = model.hidden(window_1T)
     h_D = jax.lax.dynamic_index_in_dim(h_1TD[0], last, keepdims=False)
-    kernel = model.unembedding().astype(h_D.dtype)
-    logits_V = jnp.matmul(h_D, kernel, preferred_element_type=jnp.float32)[: config.vocab_size]
+    logits_V = model.logits(h_D)
     # The quotient of temperature 0 is never used, but must not be NaN.
     sampled = jax.random.categorical(key, logits_V / jnp.where(temperature > 0, temperature, 1.0))
     return jnp.where(temperature > 0, sampled, jnp.argmax(logits_V))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+import html
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.generate import generate_tokens
 from topklm.model import transformer
+from topklm.neurons.activations import ActivationCache, SparseActivations, capture
+from topklm.neurons.show import ActiveNeurons
+
+Tokens = str | jax.Array | np.ndarray | Sequence  # a text, or token ids [B, T]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,18 +35,43 @@ class LanguageModel:
         topk = f"TopK keeps {m.topk_k} in {m.n_topk_layers} layers" if m.n_topk_layers else "no TopK"
         return f"LanguageModel({self.run}, step {self.step:,}: {shape}, {topk})"
 
-    def __call__(self, tokens: str | jax.Array | np.ndarray | Sequence) -> jax.Array:
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align:left">{name}</th>'
+            f'<td style="text-align:left">{html.escape(fact)}</td></tr>'
+            for name, fact in self._facts().items()
+        )
+        return f"<table>{rows}</table>"
+
+    def __call__(self, tokens: Tokens) -> jax.Array:
         """Next-token logits, float32[B, T, V].
 
         Args:
             tokens: A text, or token ids int32[B, T].
+
+        Raises:
+            ValueError: For token ids that are not [B, T], or not in the vocabulary.
         """
-        ids = self.to_tokens(tokens) if isinstance(tokens, str) else jnp.asarray(tokens, jnp.int32)
-        if ids.ndim != 2:
-            raise ValueError(f"tokens has shape {ids.shape}: must be [B, T]")
-        if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < self.config.model.vocab_size):
-            raise ValueError(f"tokens: ids must be from 0 to {self.config.model.vocab_size - 1}")
-        return _logits(self.config.model, self.params, ids)
+        return _logits(self.config.model, self.params, self._ids(tokens))
+
+    def run_with_cache(self, tokens: Tokens) -> tuple[jax.Array, ActivationCache]:
+        """Next-token logits, float32[B, T, V], and what the TopK layers handed on.
+
+        `cache.neurons` holds the layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
+
+        Args:
+            tokens: A text, or token ids int32[B, T].
+
+        Raises:
+            ValueError: As calling the model.
+        """
+        logits, neurons = _logits_and_neurons(self.config.model, self.params, self._ids(tokens))
+        return logits, ActivationCache(neurons)
+
+    def active_neurons(self, text: str) -> ActiveNeurons:
+        """The active neurons of each token of a text; a notebook or a terminal shows them as a table."""
+        _, cache = self.run_with_cache(text)
+        return ActiveNeurons.of(self.to_str_tokens(text), cache.neurons)
 
     def generate(
         self,
@@ -82,7 +112,39 @@ class LanguageModel:
         """The pieces that `to_tokens` cuts a text into."""
         return self.tokenizer.token_strings(np.asarray(self.to_tokens(text, prepend_separator))[0])
 
+    def _facts(self) -> dict[str, str]:
+        """What a reader wants to know first, for a notebook."""
+        m = self.config.model
+        leaves = jax.tree.leaves(self.params)
+        devices = set().union(*(leaf.devices() for leaf in leaves))
+        place = f"{len(devices)} devices" if len(devices) > 1 else str(devices.pop())
+        kept = f"keeps {m.topk_k} of {m.d_model:,} neurons in the first {m.n_topk_layers} layers"
+        return {
+            "run": f"{self.run}, step {self.step:,}",
+            "parameters": f"{sum(leaf.size for leaf in leaves):,} on {place}",
+            "layers": f"{m.n_layers} of width {m.d_model:,}; {m.n_heads} heads, MLP {m.d_mlp:,} wide",
+            "TopK": f"{kept} ({m.topk_activation})" if m.n_topk_layers else "none: a Base LM",
+            "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
+        }
+
+    def _ids(self, tokens: Tokens) -> jax.Array:
+        ids = self.to_tokens(tokens) if isinstance(tokens, str) else jnp.asarray(tokens, jnp.int32)
+        if ids.ndim != 2:
+            raise ValueError(f"tokens has shape {ids.shape}: must be [B, T]")
+        if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < self.config.model.vocab_size):
+            raise ValueError(f"tokens: ids must be from 0 to {self.config.model.vocab_size - 1}")
+        return ids
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.Array) -> jax.Array:
     return transformer.bind(config, params)(tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_and_neurons(
+    config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.Array
+) -> tuple[jax.Array, SparseActivations]:
+    model = transformer.bind(config, params)
+    h_BTD, neurons = capture(model, tokens_BT)
+    return model.logits(h_BTD), neurons

@@ -91,10 +91,7 @@ class Transformer(nnx.Module):
         Returns:
             float32[B, T, V].
         """
-        h_BTD, _ = self.hidden(tokens_BT, segment_ids_BT, positions_BT)
-        kernel_DV = self.unembedding().astype(h_BTD.dtype)
-        logits = jnp.matmul(h_BTD, kernel_DV, preferred_element_type=jnp.float32)
-        return logits[..., : self.config.vocab_size]
+        return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT)[0])
 
     def hidden(
         self,
@@ -140,6 +137,11 @@ class Transformer(nnx.Module):
         )
         h_BTD, taps = run(sparse_layer, dense_layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
         return self.final_norm(h_BTD), taps
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Of normed hidden states from `hidden`, [..., D] -> float32[..., V]."""
+        logits = jnp.matmul(h, self.unembedding().astype(h.dtype), preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def unembedding(self) -> jax.Array:
         """float32[D, padded_vocab_size]; columns past V stand for no token."""

@@ -1,0 +1,248 @@
+"""The notebook from a clean kernel on one device, on a run that a mesh of eight devices trained and saved."""
+
+import dataclasses
+from html.parser import HTMLParser
+import json
+import re
+import subprocess
+import sys
+
+from helpers import ROOT
+import jax
+import nbformat
+import numpy as np
+import pytest
+
+import topklm
+from topklm.model import transformer
+
+NOTEBOOK = ROOT / "notebooks" / "restore_in_colab.ipynb"
+PATIENCE_SECONDS = 300  # other work may share the cores
+MESH = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
+
+# Runs a notebook as Jupyter would; `argv` is that of a kernel which nobody has used or configured before.
+EXECUTES = f"""
+import sys
+import nbclient, nbformat
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+client = nbclient.NotebookClient(
+    notebook, kernel_name="clean", timeout={PATIENCE_SECONDS}, startup_timeout={PATIENCE_SECONDS},
+    allow_errors=True, resources={{"metadata": {{"path": sys.argv[3]}}}},
+)
+client.execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+# What the cells have made, for this process to compare with.
+REPORTS = """
+import json
+print(json.dumps({
+    "devices": jax.device_count(),
+    "text": text,
+    "sentence": SENTENCE,
+    "prompt": PROMPT,
+    "active": list(active),
+    "followed": [layer, neuron],
+    "values": active.neuron(layer, neuron).values.tolist(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_of_eight_devices(tmp_path_factory, trainer):
+    """A run folder that the trainer left behind after a few steps."""
+    run = tmp_path_factory.mktemp("eight") / "run"
+    settings = {**MESH, "model.n_layers": 3, "train.steps": 6, "eval.every_steps": 0}
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    process = trainer.start(run, settings, environment=environment)
+    assert process.finish() == 0, process.errors
+    return run
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, trainer, run_of_eight_devices):
+    """The notebook's cells after they ran, by id."""
+    place = tmp_path_factory.mktemp("notebook")
+    kernel = place / "jupyter" / "kernels" / "clean"
+    kernel.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "clean", "language": "python"})
+    )
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(REPORTS, id="report"))
+    nbformat.write(notebook, place / "before.ipynb")
+    environment = {
+        "TOPKLM_RUN": str(run_of_eight_devices),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JUPYTER_PATH": str(place / "jupyter"),
+        "JUPYTER_RUNTIME_DIR": str(place / "runtime"),
+        "IPYTHONDIR": str(place / "ipython"),
+    }
+    files = [str(place / name) for name in ("before.ipynb", "after.ipynb")]
+    process = trainer.start_python("-c", EXECUTES, *files, str(place), environment=environment)
+    assert process.finish() == 0, process.errors
+    return {cell.id: cell for cell in nbformat.read(place / "after.ipynb", as_version=4).cells}
+
+
+@pytest.fixture(scope="module")
+def report(executed):
+    return json.loads(said(executed["report"]))
+
+
+@pytest.fixture(scope="module")
+def model(run_of_eight_devices):
+    return topklm.load(run_of_eight_devices)
+
+
+@pytest.fixture(scope="module")
+def dense_layers(model, report):
+    """What the TopK layers hand on at the notebook's sentence, [S, T, D], from what enters them."""
+
+    def entering(params, tokens):
+        config = dataclasses.replace(model.config.model, topk_backend="lax", scan_layers=True)
+        return transformer.bind(config, params).hidden(tokens, tap=lambda h, u, h_next: u)[1]
+
+    tokens = model.to_tokens(report["sentence"])
+    u = np.asarray(jax.jit(entering)(model.params, tokens))[: model.config.model.n_topk_layers, 0]
+    _, winners = jax.lax.top_k(u, model.config.model.topk_k)
+    kept = np.zeros_like(u)
+    np.put_along_axis(kept, np.asarray(winners), np.take_along_axis(u, np.asarray(winners), -1), -1)
+    return np.maximum(kept, 0)
+
+
+def outputs(cell, mime):
+    return "".join(output.data[mime] for output in cell.outputs if mime in output.get("data", {}))
+
+
+def said(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+class Cells(HTMLParser):
+    """The rows of an HTML table as lists of texts, and the values that show on hover."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.titles = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        self.titles += [value for name, value in attrs if name == "title"]
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_every_cell_runs_from_top_to_bottom_without_an_error(executed):
+    code = [cell for cell in executed.values() if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        assert not [output for output in cell.outputs if output.output_type == "error"], cell.outputs
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"], cell.outputs
+
+
+def test_a_checkpoint_of_eight_devices_is_opened_on_one(executed, report, run_of_eight_devices):
+    saved = json.loads((run_of_eight_devices / "config.json").read_text())
+    assert {name: saved["mesh"][name.removeprefix("mesh.")] for name in MESH} == MESH
+    assert report["devices"] == 1
+    assert "fsdp=4, context=1, tensor=2" in said(executed["devices"])
+    assert str(run_of_eight_devices) in outputs(executed["open"], "text/html")
+    assert "keeps 8 of 32 neurons in the first 2 layers" in outputs(executed["open"], "text/html")
+    assert re.search(r"blocks\.mlp\.up\.kernel +\(3, 32, 64\)", said(executed["devices"]))
+
+
+def test_the_text_is_what_the_model_writes_here(executed, report, model):
+    expected = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, seed=0)
+    assert report["text"] == expected
+    assert said(executed["generate"]) == expected + "\n"
+
+
+def test_the_active_neurons_are_those_of_an_independent_computation(report, dense_layers):
+    for position, active in enumerate(report["active"]):
+        found = {(layer, neuron): value for layer, neuron, value in active}
+        assert len(found) == len(active)
+        expected = dense_layers[:, position]
+        assert set(found) == set(zip(*np.nonzero(expected), strict=True))
+        np.testing.assert_allclose(list(found.values()), [expected[at] for at in found], rtol=1e-4, atol=1e-6)
+    assert len(report["active"]) == dense_layers.shape[1]
+
+
+def test_the_table_shows_each_token_with_its_strongest_neurons(executed, model, report, dense_layers):
+    table = Cells(outputs(executed["active"], "text/html"))
+    assert table.rows[0] == ["token", "layer 0", "layer 1"]
+    assert [row[0] for row in table.rows[1:]] == model.to_str_tokens(report["sentence"])
+    for position, row in enumerate(table.rows[1:]):
+        for layer, cell in enumerate(row[1:]):
+            expected = dense_layers[layer, position]
+            n_active = np.count_nonzero(expected)
+            shown = [int(number) for number in re.findall(r"(\d+) [\d.e-]+", cell)]
+            assert shown == np.argsort(-expected, kind="stable")[: min(n_active, 5)].tolist()
+            assert ("+" in cell) == (n_active > 5)
+
+
+def test_the_picture_and_the_arrays_are_there(executed):
+    assert len(outputs(executed["picture"], "image/png")) > 1000
+    assert "blocks.1.hook_topk" in said(executed["cache"])
+
+
+def test_the_neuron_that_is_followed_is_the_strongest(executed, report, dense_layers):
+    layer, neuron = report["followed"]
+    assert dense_layers[layer, 1:, neuron].max() == dense_layers[:, 1:].max()
+    np.testing.assert_allclose(report["values"], dense_layers[layer, :, neuron], rtol=1e-4, atol=1e-6)
+    for cell in ("follow", "elsewhere"):
+        assert f"layer {layer}, neuron {neuron}: active at" in outputs(executed[cell], "text/html")
+
+
+# What is committed.
+
+
+def test_the_committed_notebook_is_valid_and_holds_no_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+INSTALLS = """
+import json, sys
+from IPython.core.interactiveshell import InteractiveShell
+
+sys.modules["topklm"] = None  # as if it were not installed
+cell = json.loads(sys.argv[1])
+shell = InteractiveShell.instance()
+shell.register_magic_function(lambda line: print("pip", line), "line", "pip")
+result = shell.run_cell(cell)
+sys.exit(0 if result.success else 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "git+https://example.org/topklm.git",
+            'pip install --quiet "topklm[gcs] @ git+https://example.org/topklm.git" matplotlib',
+        ),
+        ("", "topklm is not installed: set INSTALL_FROM"),
+    ],
+)
+def test_where_topklm_is_missing_it_is_installed_from_the_field_or_the_field_is_named(tmp_path, source, said):
+    (cell,) = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.id == "install"]
+    filled = cell.source.replace('INSTALL_FROM = ""', f"INSTALL_FROM = {source!r}")
+    run = subprocess.run(
+        [sys.executable, "-c", INSTALLS, json.dumps(filled)],
+        env={"IPYTHONDIR": str(tmp_path), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said in run.stdout, run.stdout + run.stderr
+    assert run.returncode == (0 if source else 1)

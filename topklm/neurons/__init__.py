@@ -1,0 +1,1 @@
+"""The neurons of TopK layers: captured from a model, and shown."""

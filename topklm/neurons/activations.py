@@ -1,0 +1,128 @@
+"""The activations of TopK layers in sparse form, read off while the model runs.
+
+`capture` is for inside `jax.jit`; what people call is `LanguageModel.run_with_cache`. Dims: S TopK layers,
+B batch, T tokens, k kept entries, D d_model = neurons per layer.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from topklm.model.transformer import Tap, Transformer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["indices", "values"], meta_fields=["d_model"]
+)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class SparseActivations:
+    """What TopK layers keep: k entries for each token, the strongest first.
+
+    Entries are sorted by falling magnitude, ties by rising index; with "relu", where nothing is negative,
+    that is falling value. A token's k indices are distinct and below `d_model`, always. An entry with value
+    0 is *inactive* ("relu" clipped it) and its index says nothing: it is the lowest one not used yet. So
+    every entry may be scattered, gathered or stored as it is, but only those of `active` may be counted.
+
+    Attributes:
+        indices: int32[S, B, T, k], neurons. A slice may have fewer leading axes.
+        values: [S, B, T, k] in the model's compute dtype, NaN for a token whose hidden state holds a NaN.
+        d_model: D, neurons per layer.
+    """
+
+    indices: jax.Array
+    values: jax.Array
+    d_model: int
+
+    @classmethod
+    def from_dense(cls, dense: jax.Array, k: int) -> "SparseActivations":
+        """The k largest entries by magnitude of every row; nothing is lost where at most k are not 0.
+
+        Args:
+            dense: [..., D], e.g. the output of a TopK layer with any of its activations.
+            k: Entries kept, at most D.
+        """
+        # In float32, in which XLA has a TopK for CPUs; other types it sorts.
+        _, indices = jax.lax.top_k(jnp.abs(dense).astype(jnp.float32), k)
+        return cls(indices, jnp.take_along_axis(dense, indices, axis=-1), dense.shape[-1])
+
+    @property
+    def active(self) -> jax.Array:
+        """bool[S, B, T, k], which entries are not 0."""
+        return self.values != 0
+
+    def dense(self) -> jax.Array:
+        """[S, B, T, D], what the layers hand on."""
+        zeros = jnp.zeros((*self.values.shape[:-1], self.d_model), self.values.dtype)
+        return jnp.put_along_axis(zeros, self.indices, self.values, axis=-1, inplace=False)
+
+    def __getitem__(self, index: Any) -> "SparseActivations":
+        """A part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k]."""
+        return dataclasses.replace(self, indices=self.indices[index], values=self.values[index])
+
+    def __repr__(self) -> str:
+        # JAX prints trees that hold other things than arrays in its error messages.
+        shape = list(getattr(self.values, "shape", "?"))
+        return f"SparseActivations({getattr(self.values, 'dtype', '?')}{shape} of {self.d_model} neurons)"
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ActivationCache(Mapping[str, jax.Array]):
+    """What a forward pass left behind; keys are named as in TransformerLens.
+
+    `cache["blocks.3.hook_topk"]` is [B, T, D], what layer 3 hands on, made dense when it is asked for.
+
+    Attributes:
+        neurons: All TopK layers, sparse.
+    """
+
+    neurons: SparseActivations
+
+    def __getitem__(self, name: str) -> jax.Array:
+        names = list(self)
+        if name not in names:
+            there_are = ", ".join(names) or "none, for this model has no TopK layers"
+            raise KeyError(f"{name!r} is not in the cache; there are: {there_are}")
+        return self.neurons[names.index(name)].dense()
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"blocks.{layer}.hook_topk" for layer in range(len(self)))
+
+    def __len__(self) -> int:
+        return self.neurons.values.shape[0]
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({', '.join(self) or 'empty'}; neurons={self.neurons!r})"
+
+
+def capture(
+    model: Transformer,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+) -> tuple[jax.Array, SparseActivations]:
+    """Runs the stack and keeps what its TopK layers hand on.
+
+    Args:
+        model: As `transformer.bind` gives it, inside `jax.jit`.
+        tokens_BT: int32[B, T].
+        segment_ids_BT: As in `Transformer.__call__`.
+        positions_BT: As in `Transformer.__call__`.
+
+    Returns:
+        The normed hidden state [B, T, D], and the activations [S, B, T, k]; S = 0 for the Base LM.
+    """
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=sparse_tap(model.config.topk_k))
+    return h_BTD, seen[: model.config.n_topk_layers]
+
+
+def sparse_tap(k: int) -> Tap:
+    """A tap that keeps [B, T, k] of each layer; those of dense layers are to be thrown away."""
+
+    def keep(_h: jax.Array, _u: jax.Array, h_next: jax.Array) -> SparseActivations:
+        return SparseActivations.from_dense(h_next, k)
+
+    return keep
