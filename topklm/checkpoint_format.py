@@ -25,7 +25,7 @@ from topklm.inference.parameters import open_arrays, read_arrays
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
 
 _JSON_FILE = "metadata"  # as Orbax's JsonCheckpointHandler has it
-_RECORD_FILE = "checksums.json"
+RECORD_FILE = "checksums.json"
 
 # A folder in a bucket cannot be renamed into place: a checkpoint is complete once this object is in it.
 _COMMITTED = "commit_success.txt"
@@ -46,6 +46,8 @@ class DamagedError(Exception):
 
 def complete_steps(checkpoints: epath.Path) -> list[int]:
     """Steps that were written to their end, rising; those set aside do not count."""
+    if not checkpoints.exists():
+        return []  # a folder in a bucket is there only while something is in it
     steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
     return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / _COMMITTED).exists())
 
@@ -53,7 +55,7 @@ def complete_steps(checkpoints: epath.Path) -> list[int]:
 def remove_unfinished(checkpoints: epath.Path) -> None:
     """Removes what a process that was killed left half-written, or half-deleted."""
     complete = {str(step) for step in complete_steps(checkpoints)}
-    for path in list(checkpoints.iterdir()):
+    for path in list(checkpoints.iterdir()) if checkpoints.exists() else []:
         if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete):
             path.rmtree()
 
@@ -130,11 +132,13 @@ class Writing:
             self._handler.finalize(self._folder / item)
         for item, value in values.items():
             write_atomically(self._folder / item / _JSON_FILE, json.dumps(value).encode())
-        write_atomically(self._folder / FACTS / _RECORD_FILE, json.dumps(record).encode())
+        write_atomically(self._folder / FACTS / RECORD_FILE, json.dumps(record).encode())
         if is_bucket(self._folder):
             (self._folder / _COMMITTED).write_text("")
         else:
-            for folder in (*self._folder.iterdir(), self._folder):
+            items = list(self._folder.iterdir())
+            (self._folder / _COMMITTED).write_text("")  # for those who copy it into a bucket
+            for folder in (*items, self._folder):
                 fsync(folder)
             self._folder.rename(self._final)
             fsync(self._final.parent)
@@ -182,7 +186,7 @@ class Contents:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        path = folder / FACTS / _RECORD_FILE
+        path = folder / FACTS / RECORD_FILE
         self._record = json.loads(path.read_text()) if path.exists() else None
         self._stores = {item: open_arrays(folder / item) for item in (PARAMS, OPTIMIZER)}
         self.shapes = {

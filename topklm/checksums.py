@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-_INDEX_STRIDE = 0x9E3779B1  # a prime near 2^32 / golden ratio: spreads neighbouring indices over all bits
+INDEX_STRIDE = 0x9E3779B1  # a prime near 2^32 / golden ratio: spreads neighbouring indices over all bits
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the bytes of an element
 
 # The CPU backend makes one fast loop of a sum of slices, but not of a sum over all of a large array.
@@ -22,7 +22,7 @@ _SLICES = 16
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The checksum of every array, mod 2^32: sum over elements of mix(bits XOR index * _INDEX_STRIDE).
+    """The checksum of every array, mod 2^32: sum over elements of mix(bits XOR index * INDEX_STRIDE).
 
     The index is that in the whole array, row by row; from 2^32 elements on it starts again, and then a swap
     of two elements that far apart goes unnoticed. `mix` is a bijection, so one changed element always shows.
@@ -108,14 +108,14 @@ def _sum(part: jax.Array, starts: list[Any], shape: tuple[int, ...]) -> jax.Arra
     if part.dtype.itemsize < 4:
         part = _words(part)  # the CPU backend slices narrow floats by way of float32, which changes NaNs
     if part.ndim == 0:
-        return _mix(_words(part).astype(jnp.uint32))
+        return mix(_words(part).astype(jnp.uint32))
     length = max(1, -(-part.shape[0] // _SLICES))
     whole = part.shape[0] // length * length
 
     def mixed(begin: int, end: int) -> jax.Array:
         bits = _words(part[begin:end]).astype(jnp.uint32)
         index = _index(bits.shape, [starts[0] + begin, *starts[1:]], shape)
-        return _mix(bits ^ (index * np.uint32(_INDEX_STRIDE)))
+        return mix(bits ^ (index * np.uint32(INDEX_STRIDE)))
 
     rest = jnp.pad(
         mixed(whole, part.shape[0]), [(0, whole + length - part.shape[0])] + [(0, 0)] * (part.ndim - 1)
@@ -139,7 +139,7 @@ def _index(part_shape: tuple[int, ...], starts: list[Any], shape: tuple[int, ...
     return index
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """The finaliser of MurmurHash3 (Austin Appleby, public domain), a bijection of 32 bits."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

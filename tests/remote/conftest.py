@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 import contextlib
+import tempfile
 
 import gcs
 import pytest
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Iterator[gcs.Bucket]:
+def bucket(monkeypatch, tmp_path) -> Iterator[gcs.Bucket]:
     """The bucket gs://bucket, empty."""
+    # Processes that are killed leave their spool behind.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     bucket = gcs.Bucket()
     with bucket.served() as url, contextlib.ExitStack() as stack:
         stack.callback(gcs.forget_connections)

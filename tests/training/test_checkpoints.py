@@ -1,15 +1,22 @@
 import functools
 import json
+import math
 
+from etils import epath
+import flax.serialization
 from helpers import TINY, assert_same_bits
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from topklm import sharding
+from topklm import checkpoint_format, sharding
 from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
 from topklm.errors import UserError
+from topklm.inference.parameters import open_arrays
+from topklm.training import bad_steps
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_train_step
@@ -197,6 +204,87 @@ def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
     ):
         checkpoints.restore(abstract_state(other, optimizer), mesh)
     checkpoints.close()
+
+
+def saved_by_an_earlier_version(folder, state):
+    """As version 0.1 did: by Orbax's manager, compressed, in large chunks, without checksums or `recent`."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    optimizer = {"step": state.step, "opt_state": flax.serialization.to_state_dict(state.opt_state)}
+    with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
+        manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(state.params),
+                optimizer=ocp.args.PyTreeSave(optimizer),
+                data=ocp.args.JsonSave({"next_index": 3}),
+                facts=ocp.args.JsonSave({"note": "old"}),
+            ),
+        )
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, mesh, state):
+    saved_by_an_earlier_version(tmp_path / "c", state)
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    fresh = {"recent": bad_steps.fresh()}
+    restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), mesh, fresh)
+    assert_same_bits(restored, state._replace(recent=bad_steps.fresh()))
+    assert restored.recent["loss"].sharding == restored.step.sharding
+    assert (data, facts) == ({"next_index": 3}, {"note": "old"})
+
+
+def test_what_an_earlier_version_did_not_save_is_named_if_nothing_takes_its_place(
+    tmp_path, config, optimizer, mesh, state
+):
+    saved_by_an_earlier_version(tmp_path / "c", state)
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    with pytest.raises(UserError, match=r"recent\.count is missing; recent\.gradient_norm is missing"):
+        checkpoints.restore(abstract_state(config, optimizer), mesh)
+
+
+def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimizer, mesh, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {}, {})
+    checkpoints.wait()
+    fresh = {"recent": bad_steps.fresh()}
+    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), mesh, fresh)
+    assert_same_bits(restored.recent, state.recent)
+    assert int(restored.recent["count"]) == 3
+
+
+def test_another_optimizer_or_dtype_is_another_model_and_no_damage(tmp_path, config, mesh, optimizer, state):
+    said = []
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint, said.append)
+    checkpoints.save(state, {}, {})
+    checkpoints.wait()
+    shapes = abstract_state(config, optimizer)
+    with pytest.raises(UserError, match=r"checkpoint 3 of .*: opt_state\.\S+ is not part of this model"):
+        checkpoints.restore(shapes._replace(opt_state=optax.sgd(1.0).init(state.params)), mesh)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes.params)
+    with pytest.raises(UserError, match=r"embed\.embedding is float32, this model needs bfloat16"):
+        checkpoints.restore(shapes._replace(params=half), mesh)
+    assert said == []
+
+
+def test_a_checkpoint_half_deleted_when_its_process_died_is_never_read(tmp_path, config, state):
+    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {}, {})
+    checkpoints.close()
+    (tmp_path / "c" / "2.deleted.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert Checkpoints(tmp_path / "c", config.checkpoint).latest_step == 3
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"3"}
+
+
+def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
+    folder = epath.Path(tmp_path)
+    array = jnp.arange(12 * 1024 * 1024, dtype=jnp.float32).reshape(3, 1024, 4096)  # 48 MiB
+    writing = checkpoint_format.Writing(folder, 1)
+    writing.make_folders(["params", "facts"])
+    writing.copy({"params": {"up": {"kernel": array}}})
+    writing.finish_part(timeout_s=300)
+    writing.commit({}, {})
+    stored = open_arrays(folder / "1" / "params")["up.kernel"]
+    assert 2**20 <= math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= 16 * 2**20
+    np.testing.assert_array_equal(stored[1, 5:7].read().result(), array[1, 5:7])
 
 
 def test_restoring_from_nothing_is_refused(tmp_path, config, optimizer, mesh):

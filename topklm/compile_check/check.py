@@ -143,6 +143,5 @@ def _bandwidth(collective: hlo.Collective, mesh: Mesh, topology: Topology, chip:
     if collective.across_slices:
         return chip.dcn_bytes_per_second
     devices = mesh.devices.reshape(-1)
-    return min(
-        topology.link_bandwidth(tuple(devices[place] for place in group)) for group in collective.groups[:1]
-    )
+    # The groups of one collective lie alike.
+    return topology.link_bandwidth(tuple(devices[place] for place in collective.groups[0]))

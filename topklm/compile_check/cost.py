@@ -143,15 +143,11 @@ def _fusion_traffic(fusion: Instruction, operands: list[Instruction], inside: Co
 
 
 def _read(parameter: Instruction, operand: Instruction, users: list[Instruction]) -> int:
-    if _bytes(operand.shapes[:1]) == 0:
-        return 0
-    if users and all(
-        user.opcode in _SLICES
-        or (user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name)
-        for user in users
-    ):
-        return sum(_size(user.shapes) for user in users if user.opcode in _SLICES)
-    return _bytes(operand.shapes[:1])
+    whole = _bytes(operand.shapes[:1])
+    in_parts = [user for user in users if user.opcode in (*_SLICES, "dynamic-update-slice")]
+    if whole == 0 or users != [user for user in in_parts if user.operands[0] == parameter.name]:
+        return whole
+    return sum(_size(user.shapes) for user in users if user.opcode in _SLICES)
 
 
 def _bytes(shapes: Iterable[Shape]) -> int:

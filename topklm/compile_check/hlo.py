@@ -90,15 +90,22 @@ def _collective(
     if kind is None or _is_a_later_part(computation, instruction):
         return None
     groups, size = _groups(instruction, program.n_partitions)
-    operands = computation.operands(instruction)
-    if kind == "collective-permute":
-        operands = operands[:1]  # what follows are buffers and offsets of the in-place form
-    n_bytes = sum(shape.bytes for operand in operands for shape in operand.shapes)
-    if kind == "all-gather":
-        n_bytes *= size
+    n_bytes = _whole_bytes(kind, size, computation, instruction)
     if instruction.name in scattered:
         kind = "reduce-scatter"
     return Collective(kind=kind, bytes=n_bytes, group_size=size, groups=groups, **common)
+
+
+def _whole_bytes(kind: str, size: int, computation: Computation, instruction: Instruction) -> int:
+    operands = computation.operands(instruction)
+    if kind == "collective-permute":
+        operands = operands[:1]  # what follows are buffers and offsets of the in-place form
+    taken = sum(shape.bytes for operand in operands for shape in operand.shapes)
+    taken *= size if kind == "all-gather" else 1
+    if instruction.opcode.endswith("-start"):
+        return taken  # the result names the operands again
+    given = sum(shape.bytes for shape in instruction.shapes) * (size if kind == "reduce-scatter" else 1)
+    return max(taken, given)  # they differ where a TPU converts on the way: to be sure, the wider type
 
 
 def _over_slices(computation: Computation, instruction: Instruction, common: dict) -> Collective | None:

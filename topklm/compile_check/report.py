@@ -12,9 +12,8 @@ import rich.table
 
 from topklm.compile_check.topology import CHIPS, GIB, Chip
 
-# Collectives along these move parameters and gradients: as much for few tokens as for many.
 _PARAMETER_AXES = {"data", "fsdp"}
-_WIDTH = 100
+_WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,12 @@ class Traffic:
     bytes: int  # of the whole arrays
     bytes_sent: float
     seconds: float  # at the data sheet's bandwidth, one after the other
+
+    @property
+    def moves_parameters(self) -> bool:
+        """Parameters or gradients, as much for few tokens as for many; activations otherwise."""
+        summed_over_context = self.kind == "all-reduce" and "context" in self.axes
+        return summed_over_context or not _PARAMETER_AXES.isdisjoint(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Report:
         What moves parameters does not depend on the tokens; the rest grows with them, as the products do.
         Infinite where that rest alone takes longer.
         """
-        fixed = sum(row.seconds for row in self.traffic if set(row.axes) <= _PARAMETER_AXES)
+        fixed = sum(row.seconds for row in self.traffic if row.moves_parameters)
         gain = (self.compute_seconds - self.communication_seconds + fixed) / self.tokens_per_device
         return fixed / gain if gain > 0 else math.inf
 
@@ -127,37 +132,41 @@ def from_dict(values: Mapping[str, Any]) -> Report:
 
 
 def as_text(report: Report) -> str:
-    """The tables, without colours."""
+    """What `show` prints, without colours."""
     console = rich.console.Console(file=io.StringIO(), width=_WIDTH, color_system=None)
-    for table in tables(report):
-        console.print(table)
+    show(report, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in lines).strip() + "\n"
 
 
-def tables(report: Report) -> list[rich.table.Table]:
-    """What is printed: one table of sizes and times, one of collectives."""
-    return [_sizes(report), _collectives(report)]
+def show(report: Report, console: rich.console.Console) -> None:
+    """Prints one table of sizes and times and one of collectives."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "of one device"
+    slices = f"{report.n_slices} x " if report.n_slices > 1 else ""
+    title = f"{report.config} on {slices}{report.topology}, mesh {mesh}: {report.parameters:,} parameters"
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(_sizes(report))
+    console.print(_collectives(report))
 
 
 def _sizes(report: Report) -> rich.table.Table:
-    mesh = " ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1) or "one device"
-    slices = f"{report.n_slices} x " if report.n_slices > 1 else ""
-    title = f"{report.config} on {slices}{report.topology}: {report.parameters:,} parameters, mesh {mesh}"
-    table = _table(title, "per device and step", "", "")
+    table = _table("of a device, a step", "", "")
     memory = report.memory
     table.add_row("state and batch", _gib(memory.arguments))
     table.add_row("temporaries", _gib(memory.temporaries))
-    table.add_row("outputs in memory of their own", _gib(memory.outputs))
+    table.add_row("new outputs", _gib(memory.outputs))
     table.add_row("program", _gib(memory.program))
-    left = _gib(report.chip.hbm_bytes - memory.total) if report.chip else ""
-    has = f"of {_gib(report.chip.hbm_bytes)}, {left} left" if report.chip else ""
-    table.add_row("memory, all", _gib(memory.total), has)
+    left = (
+        f"{_gib(report.chip.hbm_bytes - memory.total)} left of {report.chip.hbm_bytes / GIB:.2f}"
+        if report.chip
+        else ""
+    )
+    table.add_row("memory", _gib(memory.total), left)
     table.add_section()
-    ratio = f"{report.compiled_flops / report.model_flops:.2f} x the model's"
+    ratio = f"{report.compiled_flops / report.model_flops:.2f} of the model's"
     table.add_row("arithmetic of the model", f"{report.model_flops / 1e12:,.3f} TFLOP")
-    table.add_row("matrix products as compiled", f"{report.compiled_flops / 1e12:,.3f} TFLOP", ratio)
-    table.add_row("memory read and written", f"{report.hbm_traffic / 1e9:,.2f} GB")
+    table.add_row("matrix products compiled", f"{report.compiled_flops / 1e12:,.3f} TFLOP", ratio)
+    table.add_row("memory traffic", f"{report.hbm_traffic / 1e9:,.2f} GB")
     if report.chip:
         table.add_section()
         _add_times(table, report)
@@ -165,20 +174,19 @@ def _sizes(report: Report) -> rich.table.Table:
 
 
 def _add_times(table: rich.table.Table, report: Report) -> None:
-    table.add_row("time of the products, at peak", _ms(report.compute_seconds))
-    table.add_row("time of the memory, at peak", _ms(report.hbm_seconds))
-    share = f"{report.communication_share:.1%} of it and the products"
-    table.add_row("time of communication, at peak", _ms(report.communication_seconds), share)
-    bound = f"below {report.critical_tokens:,.0f} tokens"
-    if math.isinf(report.critical_tokens):
-        bound = "with any number of tokens"
-    table.add_row("bound by communication", bound, f"now {report.tokens_per_device:,.0f}")
+    table.add_row("matrix products at peak", _ms(report.compute_seconds))
+    table.add_row("memory traffic at peak", _ms(report.hbm_seconds))
+    share = f"{report.communication_share:.1%} if none overlaps"
+    table.add_row("communication at peak", _ms(report.communication_seconds), share)
+    bound = f"below {report.critical_tokens:,.0f} tokens" if report.critical_tokens else "never"
+    bound = "always" if math.isinf(report.critical_tokens) else bound
+    table.add_row("bound by communication", bound, f"now {report.tokens_per_device:,.0f} tokens")
 
 
 def _collectives(report: Report) -> rich.table.Table:
-    table = _table("", "collectives", "along", "runs", "MB sent", "ms")
+    table = _table("collectives", "along", "runs", "MB sent", "ms")
     for row in report.traffic:
-        axes = ", ".join(row.axes) + (" (between slices)" if row.across_slices else "")
+        axes = ", ".join(row.axes) + (" between slices" if row.across_slices else "")
         seconds = f"{row.seconds * 1e3:,.3f}" if report.chip else ""
         table.add_row(row.kind, axes, f"{row.count:,}", f"{row.bytes_sent / 1e6:,.3f}", seconds)
     if not report.traffic:
@@ -186,11 +194,11 @@ def _collectives(report: Report) -> rich.table.Table:
     return table
 
 
-def _table(title: str, first: str, *others: str) -> rich.table.Table:
-    table = rich.table.Table(title=title or None, title_justify="left", title_style="", box=rich.box.SIMPLE)
-    table.add_column(first)
+def _table(first: str, *others: str) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE)
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="left" if name == "along" else "right")
+        table.add_column(name, justify="left" if name == "along" else "right", no_wrap=True)
     return table
 
 

@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from topklm import buckets, run_folder, sharding
-from topklm.checkpoint_format import FACTS, PARAMS, mismatches
+from topklm.checkpoint_format import FACTS, PARAMS, RECORD_FILE, mismatches
 from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -25,8 +25,6 @@ from topklm.inference.language_model import LanguageModel
 from topklm.inference.parameters import open_arrays, read_arrays
 from topklm.inference.verification import changed
 from topklm.model import transformer
-
-_CHECKSUMS_FILE = "checksums.json"
 
 
 def load(
@@ -73,7 +71,7 @@ def load(
 
 def _saved_checksums(place: epath.Path) -> dict[str, int]:
     """The checksum of each array; none in checkpoints of earlier versions."""
-    path = place / FACTS / _CHECKSUMS_FILE
+    path = place / FACTS / RECORD_FILE
     if not path.exists():
         return {}
     return {name: value for name, (_, value) in json.loads(path.read_text())["arrays"].items()}

@@ -42,11 +42,11 @@ def _is_in_host_memory(array: jax.Array) -> bool:
 def _checksum(array: jax.Array) -> int:
     content = np.asarray(array).reshape(-1)  # a view
     bits = content.view(_WORDS[content.itemsize])
-    stride = checksums._INDEX_STRIDE
+    stride = checksums.INDEX_STRIDE
     pattern = np.arange(_PIECE, dtype=np.uint32) * np.uint32(stride)
     total = 0
     for start in range(0, bits.size, _PIECE):
         piece = bits[start : start + _PIECE]
-        mixed = checksums._mix((pattern[: piece.size] + np.uint32(start * stride % 2**32)) ^ piece)
+        mixed = checksums.mix((pattern[: piece.size] + np.uint32(start * stride % 2**32)) ^ piece)
         total += int(mixed.sum(dtype=np.uint64))
     return total % 2**32

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from topklm import distributed, run_folder, sharding
+from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import Config
 from topklm.data.mixture import Mixture
 from topklm.data.stream import heldout_batches, train_stream
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.errors import UserError
 from topklm.files import AnyPath
 from topklm.inference.generate import generate_tokens
 from topklm.training import bad_steps, throughput
@@ -82,7 +83,7 @@ class _Run:
         self.tokens_per_step = config.train.batch_size * config.model.context_length
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.eval_step = self.agreement.voting(make_eval_step(config, mesh))
-        with disk_errors_are_user_errors(f"opening the checkpoints of {folder}"):
+        with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
             self.checkpoints = Checkpoints(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
@@ -121,7 +122,7 @@ class _Run:
                 self._steps(train_step, state, first)
         finally:
             self.console.finish()
-            with disk_errors_are_user_errors(f"saving a checkpoint in {self.folder}"):
+            with storage_errors_are_user_errors(f"saving a checkpoint in {self.folder}", self.folder):
                 self.checkpoints.close()
 
     def _steps(self, train_step: Callable, state: TrainState, first: int) -> None:
@@ -305,7 +306,7 @@ class _Run:
             if distributed.is_primary():
                 run_folder.check_owned(self.folder)
             self.writer.sync()
-            with disk_errors_are_user_errors(f"saving the checkpoint of step {step} in {self.folder}"):
+            with storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder):
                 self.checkpoints.save(state, self.feed.state(), facts)
 
     def _say_stopped(self, step: int) -> None:
@@ -328,7 +329,7 @@ class _Run:
         self.console.table(str(self.folder), summary(self.folder, step))
 
     def _wait_for_checkpoint(self, step: int) -> None:
-        saving = disk_errors_are_user_errors(f"saving the checkpoint of step {step} in {self.folder}")
+        saving = storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder)
         with self.watchdog.paused(), saving:
             self.checkpoints.wait()
         if said := self.policy.finish():
