@@ -35,7 +35,7 @@ def test_a_job_disturbed_at_twenty_random_moments_ends_as_if_undisturbed(
 def test_a_run_continues_exactly_on_another_number_of_hosts(trainer, undisturbed, tmp_path):
     """On four hosts, then two, then one, with the same four devices in all."""
     run = tmp_path / "run"
-    for n_processes, stop_after in ((4, 40), (2, 120), (1, None)):
+    for n_processes, stop_after in ((4, 20), (2, 60), (1, None)):
         job = faults.Job(trainer, run, tmp_path / f"logs-{n_processes}", {}, n_processes)
         if stop_after is not None:
             job.launcher.wait_for_line(f"step {stop_after}/")
