@@ -16,7 +16,7 @@ VERBS = {
     "prepare": "turn text into a dataset of token shards",
     "data": "look into a dataset, or check all of it",
     "generate": "continue a prompt",
-    "compile-check": "compile a train step for a pod without one: does it fit, what does it send?",
+    "compile-check": "compile a train step for a TPU slice without one",
 }
 
 
@@ -36,8 +36,8 @@ def dispatch(argv: Sequence[str]) -> None:
         return
     verb, *rest = argv
     command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
-    if verb == "train":
-        # Its flags are those of the config, which argparse does not know.
+    if verb in ("train", "compile-check"):
+        # Their flags are those of the config too, which argparse does not know.
         command.run(rest)
         return
     parser = _Parser(f"topklm {verb}", description=command.DESCRIPTION, epilog=f"example: {command.EXAMPLE}")

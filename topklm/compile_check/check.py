@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 from topklm import sharding
 from topklm.compile_check import cost, hlo, program
@@ -21,7 +20,7 @@ from topklm.config import Config
 from topklm.errors import UserError
 from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, abstract_state, make_train_step
+from topklm.training.step import TrainState, abstract_batch, abstract_state, make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -46,7 +45,9 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
     state = abstract_state(config, optimizer)
     sharding.check_split(state.params, mesh)
     began = time.perf_counter()
-    lowered = make_train_step(config, optimizer, mesh).lower(_placed(state, mesh), _batch(config, mesh))
+    lowered = make_train_step(config, optimizer, mesh).lower(
+        _placed(state, mesh), abstract_batch(config, mesh)
+    )
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
     parsed = program.parse(compiled.as_text() or "")
@@ -84,13 +85,6 @@ def does_not_fit(needed: float, available: float, chip: str) -> UserError:
 def _placed(state: TrainState, mesh: Mesh) -> Any:
     shardings = sharding.parameter_shardings(state, mesh)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
-
-
-def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.train.batch_size, config.model.context_length)
-    spec = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    batch = {name: spec for name in ("inputs", "targets", "segment_ids", "positions")}
-    return {**batch, "loss_weights": spec.update(dtype=np.float32)}
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:

@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from topklm import distributed, run_folder, sharding
 from topklm.buckets import storage_errors_are_user_errors
@@ -36,6 +35,7 @@ from topklm.training.opening import opened
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import (
     TrainState,
+    abstract_batch,
     abstract_state,
     init_state,
     make_eval_step,
@@ -160,13 +160,7 @@ class _Run:
         began = time.perf_counter()
         step_alone = make_train_step(self.config, self.optimizer, self.mesh)
         train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
-        spec = jax.ShapeDtypeStruct(
-            (self.config.train.batch_size, self.config.model.context_length),
-            np.int32,
-            sharding=self.batch_sharding,
-        )
-        batch = {name: spec for name in ("inputs", "targets", "segment_ids", "positions")}
-        batch["loss_weights"] = spec.update(dtype=np.float32)
+        batch = abstract_batch(self.config, self.mesh)
         compiled = train_step.lower(state, batch, *self.agreement.ballot()).compile()
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled

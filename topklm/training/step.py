@@ -53,6 +53,15 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
 
 
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and layout of a training batch, with nothing allocated."""
+    shape = (config.train.batch_size, config.model.context_length)
+    place = sharding.batch_sharding(mesh)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
+    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+
+
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:

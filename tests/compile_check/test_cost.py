@@ -1,0 +1,96 @@
+"""Arithmetic and memory traffic of compiled programs, against counts by hand and XLA's own."""
+
+from topklm.compile_check import cost
+from topklm.compile_check.program import parse
+
+# By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
+LOOPED = 2 * 16 * 32 * 32
+BATCHED = 8 * 2 * 4 * 32 * 16
+
+
+def test_products_in_a_loop_count_as_often_as_it_turns(compiled):
+    assert cost.matmul_flops(parse(compiled["products"])) == 6 * LOOPED + BATCHED
+
+
+def test_xla_counts_the_body_of_a_loop_once(compiled):
+    """Why the count is ours; the products differ from XLA's number only by its elementwise operations."""
+    elementwise = 20_000
+    once = LOOPED + BATCHED
+    assert once <= compiled["flops"] <= once + elementwise < 6 * LOOPED + BATCHED
+
+
+# As a TPU writes a batch of 16 x 12 products [128, 64] x [64, 896]: the batch is a dilated window.
+CONVOLUTIONS = """HloModule made
+
+ENTRY %main (a: f32[16,12,128,64], b: f32[16,12,896,64], c: f32[64,32], d: f32[32,8]) -> f32[64,8] {
+  %a = f32[16,12,128,64]{3,2,1,0} parameter(0)
+  %b = f32[16,12,896,64]{3,2,1,0} parameter(1)
+  %c = f32[64,32]{1,0} parameter(2)
+  %d = f32[32,8]{1,0} parameter(3)
+  %many = f32[16,12,128,896]{3,2,1,0:T(8,128)S(1)} convolution(%a, %b), \
+window={size=16x12 stride=15x11 lhs_dilate=16x12}, dim_labels=01bf_01oi->01bf
+  ROOT %one = f32[64,8]{1,0} convolution(%c, %d), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_a_product_written_as_a_convolution_costs_what_the_product_costs():
+    assert cost.matmul_flops(parse(CONVOLUTIONS)) == 16 * 12 * 2 * 128 * 64 * 896 + 2 * 64 * 32 * 8
+
+
+def test_traffic_counts_main_memory_only():
+    operands = 4 * (16 * 12 * (128 + 896) * 64 + 64 * 32 + 32 * 8)
+    assert cost.main_memory_bytes(parse(CONVOLUTIONS)) == operands + 4 * 64 * 8  # %many stays on the chip
+
+
+SLICED = """HloModule made
+
+%body (p: (s32[], f32[10,256], f32[256])) -> (s32[], f32[10,256], f32[256]) {
+  %p = (s32[], f32[10,256]{1,0}, f32[256]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %stack = f32[10,256]{1,0} get-tuple-element(%p), index=1
+  %h = f32[256]{0} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] fusion(%i, %one), kind=kLoop, calls=%increment
+  %h.1 = f32[256]{0} fusion(%stack, %i, %h), kind=kLoop, calls=%add_slice
+  ROOT %t = (s32[], f32[10,256]{1,0}, f32[256]{0}) tuple(%next, %stack, %h.1)
+}
+
+%increment (i: s32[], one: s32[]) -> s32[] {
+  %i = s32[] parameter(0)
+  %one = s32[] parameter(1)
+  ROOT %sum = s32[] add(%i, %one)
+}
+
+%add_slice (stack: f32[10,256], i: s32[], h: f32[256]) -> f32[256] {
+  %stack = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %h = f32[256]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %slice = f32[1,256]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,256}
+  %row = f32[256]{0} bitcast(%slice)
+  ROOT %sum = f32[256]{0} add(%h, %row)
+}
+
+%goes_on (p: (s32[], f32[10,256], f32[256])) -> pred[] {
+  %p = (s32[], f32[10,256]{1,0}, f32[256]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %end = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (stack: f32[10,256], h: f32[256]) -> (s32[], f32[10,256], f32[256]) {
+  %stack = f32[10,256]{1,0} parameter(0)
+  %h = f32[256]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[10,256]{1,0}, f32[256]{0}) tuple(%zero, %stack, %h)
+  ROOT %loop = (s32[], f32[10,256]{1,0}, f32[256]{0}) while(%t), condition=%goes_on, body=%body
+}
+"""
+
+
+def test_a_loop_over_slices_reads_the_slices():
+    """Without an annotation, the trip count is found by running the counter."""
+    rows = 3 * 256 * 4  # a slice and h read, h written
+    counter = 4 + 3 * 4 + (4 + 4 + 1)  # where to slice; i, 1 and i + 1; i, 10 and whether it is less
+    assert cost.main_memory_bytes(parse(SLICED)) == 10 * (rows + counter)

@@ -1,0 +1,35 @@
+"""docs/scaling.md says what benchmarks/results/scaling.json holds."""
+
+import json
+
+from benchmarks import scaling
+from configs import paper
+from topklm.compile_check.report import from_dict
+
+
+def results():
+    return json.loads(scaling.RESULT.read_text(encoding="utf-8"))["checks"]
+
+
+def test_the_document_is_rendered_from_the_results():
+    document = scaling.DOCUMENT.read_text(encoding="utf-8")
+    assert scaling.render(document, results()) == document
+
+
+def test_every_recipe_and_its_twin_fits_its_slice():
+    reports = {name: from_dict(check["report"]) for name, check in results().items()}
+    for size, topology in paper.TOPOLOGIES.items():
+        for recipe in (size, f"{size}-base"):
+            assert reports[f"{recipe} on {topology}"].fits
+
+
+def test_topk_sends_no_more_than_its_twin_on_any_slice():
+    """A little less: its last, dense layer is a loop of one turn, which gathers its parameters once."""
+    reports = {name: from_dict(check["report"]) for name, check in results().items()}
+    for size, topology in paper.TOPOLOGIES.items():
+        ours, base = (
+            {(row.kind, row.axes): row.bytes for row in reports[f"{recipe} on {topology}"].traffic}
+            for recipe in (size, f"{size}-base")
+        )
+        assert ours.keys() == base.keys()
+        assert all(0.97 * base[key] <= ours[key] <= base[key] for key in base)
