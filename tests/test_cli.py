@@ -108,7 +108,7 @@ def help_of(capsys, call):
 def test_the_command_lists_its_verbs(capsys):
     text = help_of(capsys, lambda: cli.dispatch(["--help"]))
     for verb, summary in cli.VERBS.items():
-        assert re.search(rf"^ +{verb} +{re.escape(summary)}$", text, re.M)
+        assert re.search(rf"^ +{verb}\s+{re.escape(summary)}$", text, re.M)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])

@@ -64,7 +64,10 @@ def test_every_field_has_a_name_of_two_parts():
         ({"optim": {"learning_rate": float("inf")}}, r"optim\.learning_rate = inf: must be a finite number"),
         ({"optim": {"schedule": "linear"}}, r"optim\.schedule = 'linear': must be one of cosine, wsd"),
         ({"data": {"heldout_fraction": 1.0}}, r"data\.heldout_fraction = 1\.0: must be above 0 and below 1"),
-        ({"mesh": {"data": -1, "fsdp": -1}}, r"only one of mesh\.data, mesh\.fsdp, mesh\.tensor may be -1"),
+        (
+            {"mesh": {"data": -1, "fsdp": -1}},
+            r"only one of mesh\.data, mesh\.fsdp, mesh\.context, mesh\.tensor may be -1",
+        ),
     ],
 )
 def test_a_mistake_is_named(values, message):

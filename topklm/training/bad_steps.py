@@ -29,8 +29,9 @@ def fresh() -> Recent:
         `loss` and `gradient_norm`, float32[WINDOW_STEPS], rings of the last good steps; `count`, int32
         scalar, how many good steps there have been.
     """
-    window = jnp.zeros(WINDOW_STEPS, jnp.float32)
-    return {"loss": window, "gradient_norm": window, "count": jnp.zeros((), jnp.int32)}
+    # Two arrays: a step that reuses the state's memory must not be given one twice.
+    windows = {name: jnp.zeros(WINDOW_STEPS, jnp.float32) for name in ("loss", "gradient_norm")}
+    return {**windows, "count": jnp.zeros((), jnp.int32)}
 
 
 def is_bad(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
