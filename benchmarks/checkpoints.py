@@ -36,9 +36,9 @@ from topklm.training.step import TrainState
 
 RESULT = Path(__file__).parent / "results" / "checkpoints.json"
 EVERY_STEPS = 10
-STEPS = 121  # of which 100 are timed, with a save after every tenth
-TIMED = (20, 120)
-RUNS = 7
+STEPS = 61  # of which 50 are timed, with a save after every tenth
+TIMED = (10, 60)
+RUNS = 5
 LOADS = 9
 MODEL = ModelConfig(
     d_model=1024, n_layers=24, n_heads=16, n_kv_heads=16, d_mlp=2816, vocab_size=50257, context_length=1024
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _saving() -> dict[str, Any]:
-    """Seconds for the timed steps of `configs/small.py`, with and without saves among them."""
+    """Seconds for the timed steps of `configs/small.py:hour`, with and without saves among them."""
     seconds: dict[int, list[float]] = {0: [], EVERY_STEPS: []}
     for run, every in itertools.product(range(RUNS), seconds):
         seconds[every].append(_seconds_of_timed_steps(every))
@@ -84,7 +84,7 @@ def _seconds_of_timed_steps(every: int) -> float:
     times = {}
     with tempfile.TemporaryDirectory() as run:
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
-        command = ["-m", "topklm.main", "--config=configs/small.py", f"--workdir={run}", *flags]
+        command = ["-m", "topklm.main", "--config=configs/small.py:hour", f"--workdir={run}", *flags]
         with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or []:
                 if found := re.match(r"step (\d+)/", line):

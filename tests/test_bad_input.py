@@ -21,11 +21,22 @@ import topklm
 from topklm import errors, main
 from topklm.data.tokenizer import train_bpe
 
-# Runs the trainer under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
+# Runs the trainer with little patience for storage that fails: `SCRIPT FLAGS...`.
+IMPATIENT = """
+import sys
+from topklm import main
+from topklm.training import checkpoints
+
+checkpoints.PATIENCE = checkpoints.Patience(while_training_s=2.0, at_end_s=2.0)
+sys.exit(main.run())
+"""
+# The same under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
 WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from topklm import main
+from topklm.training import checkpoints
 
+checkpoints.PATIENCE = checkpoints.Patience(while_training_s=2.0, at_end_s=2.0)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main.run())
@@ -288,8 +299,9 @@ def test_a_full_disk_while_a_checkpoint_is_saved_leaves_the_one_before(
 ):
     forget_checkpoints_after(run_copy, 5)
     run = shutil.copytree(run_copy, small_disk / "run")
-    process = trainer.run(run, {"data.dir": finished_run.parent / "datasets"})
-    assert process.exit_code == 2, process.errors
+    flags = trainer.arguments(run, {"data.dir": finished_run.parent / "datasets"})
+    process = trainer.start_python("-c", IMPATIENT, *flags)
+    assert process.finish() == 2, process.errors
     line = assert_one_line_error(process.errors)
     assert str(run) in line
     assert "no space left on the disk" in line

@@ -9,6 +9,7 @@ failures and which checkpoint to take is the affair of `topklm.training.checkpoi
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
+import itertools
 import json
 import time
 from typing import Any
@@ -107,10 +108,7 @@ class Writing:
             trees: Nested dicts of arrays, by item. They may be donated once this returns.
         """
         self._trees = tuple(trees)
-        for item, tree in trees.items():
-            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-            args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            self._futures += _run(self._handler.async_save(self._folder / item, args=args))
+        self._futures = _run(self._begin(trees))
 
     def finish_part(self, timeout_s: float) -> None:
         """Returns when this process's part of the arrays is on the disk."""
@@ -147,6 +145,14 @@ class Writing:
         """Removes what was written so far."""
         if self._folder.exists():
             self._folder.rmtree()
+
+    async def _begin(self, trees: Mapping[str, Any]) -> list[Any]:
+        saves = []
+        for item, tree in trees.items():
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            saves.append(self._handler.async_save(self._folder / item, args=args))
+        return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
 
 
 def make_record(trees: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
