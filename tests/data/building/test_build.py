@@ -345,3 +345,17 @@ def test_only_a_file_that_was_mended_is_read_again(sources, tmp_path, monkeypatc
     dataset, _ = make(Sources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
     assert opened == [str(smallest)]
     assert texts_of(dataset, dataset.train) == [t for t in TEXTS if not is_heldout(t)]
+
+
+def test_what_a_killed_process_was_writing_does_not_stay(sources, tmp_path, monkeypatch):
+    write_shards = LocalEngine.write_shards
+
+    def leaving_a_half_written_file(self, shard_tasks, *arguments):
+        folder = shard_tasks[0].folder.path
+        folder.mkdir(parents=True)
+        (folder / ".train-00000-of-00001.arrayrecord.0123.tmp").write_bytes(b"half")
+        return write_shards(self, shard_tasks, *arguments)
+
+    monkeypatch.setattr(LocalEngine, "write_shards", leaving_a_half_written_file)
+    make(sources, tmp_path / "out")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]

@@ -110,6 +110,7 @@ class _Build:
         folder.write(TOKENIZER_FILE, tokenizer.to_bytes())
         folder.write(DESCRIPTION_FILE, description_lib.to_bytes(content))
         if self._final.is_local:
+            folder.remove_unfinished()
             folder.path.rename(self._final.path)
             fsync(self._final.path.parent)
 

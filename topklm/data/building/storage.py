@@ -76,6 +76,12 @@ class Storage:
                 yield temporary
                 self._fs().put_file(str(temporary), f"{self.url}/{name}")
 
+    def remove_unfinished(self) -> None:
+        """Deletes what processes that were killed left of the files they were creating."""
+        if self.is_local:
+            for path in self.path.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def open_local(self, name: str) -> Iterator[Path]:
         """A local path to read a file at, while the block lasts."""
