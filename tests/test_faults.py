@@ -19,6 +19,7 @@ def undisturbed(trainer, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_job_disturbed_in_every_way_ends_as_if_undisturbed(trainer, undisturbed, tmp_path):
     run, logs = tmp_path / "run", tmp_path / "logs"
     done = faults.train_disturbed(trainer, run, logs, n_faults=4, seed=0, settings=SHORT)
