@@ -16,6 +16,7 @@ from topklm import allocator, compilation_cache, config, distributed, errors
 from topklm.buckets import check_usable
 from topklm.files import AnyPath, as_path
 from topklm.training import loop
+from topklm.training.interruption import stop_on_signal
 
 EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
 
@@ -25,10 +26,11 @@ def main(argv: Sequence[str]) -> None:
     experiment, workdir = parse(argv)
     # Before the first use of a device: threads that exist already keep their own heaps.
     allocator.keep_freed_memory()
-    with distributed.session():
+    # From before the others have come: waiting for them can take minutes.
+    with stop_on_signal(distributed.announce_stop) as stop, distributed.session():
         compilation_cache.enable()
         check_usable(workdir, "--workdir", write=True)
-        loop.train(experiment, workdir)
+        loop.train(experiment, workdir, stop=stop)
 
 
 def parse(argv: Sequence[str]) -> tuple[config.Config, AnyPath]:

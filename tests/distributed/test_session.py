@@ -32,6 +32,24 @@ def main():
 
 sys.exit(errors.guarded(main))
 """
+# Hears signals from before the others have come, like the trainer.
+WAITING_PROGRAM = """
+import sys, threading, time
+from topklm import distributed, errors
+from topklm.training.interruption import stop_on_signal
+
+def say_when_connected():
+    while not (distributed._membership and distributed._membership._connected):
+        time.sleep(0.01)
+    print("connected", flush=True)
+
+def main():
+    threading.Thread(target=say_when_connected, daemon=True).start()
+    with stop_on_signal(distributed.announce_stop), distributed.session():
+        print("all have come", flush=True)
+
+sys.exit(errors.guarded(main))
+"""
 IN_A_COLLECTIVE = """
 sum_over_processes(1)
 print("ready", flush=True)
@@ -44,10 +62,17 @@ class Job:
     """Processes that run the program together."""
 
     def __init__(
-        self, folder, count: int, body: str, *, started=None, timeouts: tuple[int, int] = (300, 300)
+        self,
+        folder,
+        count: int,
+        body: str,
+        *,
+        started=None,
+        timeouts: tuple[int, int] = (300, 300),
+        program: str = PROGRAM,
     ):
         path = folder / "program.py"
-        path.write_text(PROGRAM.format(body=textwrap.indent(body, " " * 8)))
+        path.write_text(program.format(body=textwrap.indent(body, " " * 8)))
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             coordinator = f"localhost:{probe.getsockname()[1]}"
@@ -249,3 +274,13 @@ with Watchdog(timeout_s=3.0) as watchdog:
             "start the same command again to resume"
         )
         assert f"in {function}" in process.errors
+
+
+@pytest.mark.parametrize("preempted", [0, 1])
+def test_a_stop_while_others_have_not_come_ends_those_that_have(start, preempted):
+    job = start(3, "", started=[0, 1], program=WAITING_PROGRAM)
+    job.wait_for("connected")
+    job[preempted].signal(signal.SIGTERM)
+    assert job.finish() == [0, 0]
+    for process in job.processes.values():
+        assert "Resume with the same command" in process.output.splitlines()[-1]

@@ -44,9 +44,9 @@ def session() -> Iterator[None]:
         start_timeout_s=patience.seconds("TOPKLM_START_TIMEOUT", 300),
         peer_timeout_s=patience.seconds("TOPKLM_PEER_TIMEOUT", 30),
     )
+    _membership = membership  # from before it has joined, so that a request to stop can be passed on
     try:
         address = membership.join()
-        _membership = membership
         runtime.start(place, address)
         yield
         exits.leave_together(membership, PATIENCE_S)

@@ -45,23 +45,27 @@ from topklm.training.summary import describe_model, summary
 from topklm.training.watchdog import Watchdog
 
 
-def train(config: Config, workdir: AnyPath, console: Console | None = None) -> None:
+def train(
+    config: Config, workdir: AnyPath, console: Console | None = None, stop: StopRequest | None = None
+) -> None:
     """Trains the run in `workdir`, from its newest checkpoint if it has one, to `config.train.steps`.
 
     Args:
         config: The experiment.
         workdir: The run folder, local or in a bucket; created if missing.
         console: Where progress is shown; by default standard output, of the first process.
+        stop: What asks the run to stop; by default Ctrl-C and SIGTERM, from now on.
 
     Raises:
         UserError: For anything the user can mend, and for a loss that is no longer finite.
     """
     console = console or Console(quiet=not distributed.is_primary())
-    with stop_on_signal(distributed.announce_stop) as stop:
+    hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
+    with hearing as request:
         mesh = sharding.make_mesh(config.mesh)
         with opened(config, workdir, console) as (whole_config, mixture):
             sharding.check(whole_config, mesh)
-            _Run(whole_config, workdir, mixture, mesh, console, stop).train()
+            _Run(whole_config, workdir, mixture, mesh, console, request).train()
 
 
 class _Run:
