@@ -2,8 +2,8 @@
 
 python -m benchmarks.checkpoints
 
-Training with saves is compared with training without, loading with a plain loop that reads the same files
-into memory; both in turn in the same run, page cache warm. It needs 4 GB of disk and 6 GB of memory.
+Steps with saves among them are compared with steps without, loading with a plain loop that reads the same
+files into memory; both in turn in the same run, page cache warm. It needs 4 GB of disk and 6 GB of memory.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import itertools
 import json
 from pathlib import Path
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,30 +19,19 @@ import tempfile
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
 from benchmarks import machine
 from topklm import config as config_lib
-from topklm import load, run_folder, sharding
-from topklm.config import CheckpointConfig, MeshConfig, ModelConfig
-from topklm.data.tokenizer import train_bpe
+from topklm.bench import checkpoint
+from topklm.config import ModelConfig
 from topklm.files import write_atomically
-from topklm.model import transformer
-from topklm.training.checkpoints import Checkpoints
-from topklm.training.step import TrainState
 
 RESULT = Path(__file__).parent / "results" / "checkpoints.json"
 EVERY_STEPS = 10
-STEPS = 61  # of which 50 are timed, with a save after every tenth
-TIMED = (10, 60)
-RUNS = 5
+PAIRS = 14  # of ten steps without a save and ten with one
 LOADS = 9
 MODEL = ModelConfig(
     d_model=1024, n_layers=24, n_heads=16, n_kv_heads=16, d_mlp=2816, vocab_size=50257, context_length=1024
 )
-BLOCK_BYTES = 16 * 2**20
 
 
 def main() -> None:
@@ -61,37 +49,40 @@ def main() -> None:
 
 
 def _saving() -> dict[str, Any]:
-    """Seconds for the timed steps of `configs/small.py:hour`, with and without saves among them."""
-    seconds: dict[int, list[float]] = {0: [], EVERY_STEPS: []}
-    for run, every in itertools.product(range(RUNS), seconds):
-        seconds[every].append(_seconds_of_timed_steps(every))
-        print(f"saving, run {run}, every {every} steps: {seconds[every][-1]:.2f} s", flush=True)
-    without, with_saves = (statistics.median(seconds[every]) for every in (0, EVERY_STEPS))
-    first, last = TIMED
+    """What a save costs `configs/small.py:hour`: every other ten steps of one run have a save among them.
+
+    Neighbours are compared, because the machine's speed drifts by more than a save costs.
+    """
+    seconds = _seconds_of_ten_steps()
+    without, with_saves = seconds[1::2], seconds[2::2]
+    lost = [1 - a / b for a, b in zip(without, with_saves, strict=True)]
+    quartiles = statistics.quantiles(lost, n=4)
     return {
         "every_steps": EVERY_STEPS,
-        "seconds_per_step": without / (last - first),
-        "seconds_without_saves": seconds[0],
-        "seconds_with_saves": seconds[EVERY_STEPS],
-        "throughput_lost": 1 - without / with_saves,
+        "seconds_of_ten_steps_without_save": without,
+        "seconds_of_ten_steps_with_save": with_saves,
+        "throughput_lost_quartiles": quartiles,
+        "throughput_lost": statistics.median(lost),
     }
 
 
-def _seconds_of_timed_steps(every: int) -> float:
-    """From the line about the first of them to that about the last, as the trainer prints them."""
-    settings = {"train.steps": STEPS, "checkpoint.every_steps": every, "eval.every_steps": 0}
-    settings |= {"eval.sample_tokens": 1, "log.every_steps": 10, "eval.batch_size": 1}
-    times = {}
+def _seconds_of_ten_steps() -> list[float]:
+    """Of steps 1 to 10, 11 to 20, ... as the trainer prints them; it saves after steps 20, 40, ..."""
+    steps = (2 * PAIRS + 1) * EVERY_STEPS
+    settings = {"train.steps": steps, "checkpoint.every_steps": 2 * EVERY_STEPS, "eval.every_steps": 0}
+    settings |= {"eval.sample_tokens": 1, "log.every_steps": EVERY_STEPS, "eval.batch_size": 1}
+    times = []
     with tempfile.TemporaryDirectory() as run:
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
         command = ["-m", "topklm.main", "--config=configs/small.py:hour", f"--workdir={run}", *flags]
         with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or []:
-                if found := re.match(r"step (\d+)/", line):
-                    times[int(found[1])] = time.perf_counter()
+                if re.match(r"(step \d+/|compiled the train step)", line):
+                    times.append(time.perf_counter())
+                    print(line, end="", flush=True)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-    return times[TIMED[1]] - times[TIMED[0]]
+    return [end - begin for begin, end in itertools.pairwise(times)]
 
 
 def _loading() -> dict[str, Any]:
@@ -115,31 +106,12 @@ def _in_a_process(what: str, run: Path) -> Any:
 
 
 def _write(run: Path) -> int:
-    """A run folder with a checkpoint whose optimizer holds nothing, written as the trainer does."""
-    config = config_lib.Config(model=MODEL)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    shapes = jax.eval_shape(lambda: transformer.create(MODEL, 0))
-    shardings = sharding.parameter_shardings(shapes, mesh)
-    params = jax.jit(lambda: transformer.create(MODEL, 0), out_shardings=shardings)()
-    state = TrainState(jnp.int32(1), params, optax.EmptyState(), {})
-    tokenizer = train_bpe(["abc"], 300)
-    tokenizer.save(run / run_folder.TOKENIZER_FILE)
-    facts = {"config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256}
-    checkpoints = Checkpoints(run / run_folder.CHECKPOINTS_FOLDER, CheckpointConfig())
-    checkpoints.save(state, {}, facts)
-    checkpoints.wait()
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return checkpoint.write_run(run, config_lib.Config(model=MODEL))
 
 
 def _seconds(run: Path) -> dict[str, list[float]]:
     """Of each way to get at the parameters, in turn."""
-    folder = run / run_folder.CHECKPOINTS_FOLDER / "1" / "params"
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    ways: dict[str, Callable[[], Any]] = {
-        "read_into_memory": lambda: [path.read_bytes() for path in files],
-        "read_and_forget": lambda: [_read_and_forget(path) for path in files],
-        "load": lambda: jax.block_until_ready(load(run).params),
-    }
+    ways = checkpoint.ways_to_load(run, 1)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _, (way, action) in itertools.product(range(LOADS), ways.items()):
         began = time.perf_counter()
@@ -149,25 +121,11 @@ def _seconds(run: Path) -> dict[str, list[float]]:
     return {way: measured[1:] for way, measured in seconds.items()}  # the first time, files may not be cached
 
 
-def _read_and_forget(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(len(block) for block in iter(lambda: file.read(BLOCK_BYTES), b""))
-
-
-def _memory(run: Path) -> dict[str, float]:
-    jax.devices()
-    before = _peak_bytes()
-    params = jax.block_until_ready(load(run).params)
-    n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {"parameters": count, "peak_over_parameters": (_peak_bytes() - before) / n_bytes}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-CHILDREN: dict[str, Callable[[Path], Any]] = {"write": _write, "seconds": _seconds, "memory": _memory}
+CHILDREN: dict[str, Callable[[Path], Any]] = {
+    "write": _write,
+    "seconds": _seconds,
+    "memory": checkpoint.load_memory,
+}
 
 if __name__ == "__main__":
     main()

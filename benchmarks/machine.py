@@ -1,32 +1,5 @@
-"""What a benchmark ran on, for the JSON beside its numbers."""
+"""What a benchmark ran on, for the JSON beside its numbers; as `topklm bench` has it."""
 
-import os
-import pathlib
-import platform
-from typing import Any
+from topklm.bench.machine import describe
 
-import jax
-
-
-def describe() -> dict[str, Any]:
-    """Processor, cores granted to this process, memory, devices and versions."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "devices": [device.device_kind for device in jax.devices()],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    facts: dict[str, str] = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
-    name = facts.get("model name", platform.processor())
-    return f"{name} (family {facts['cpu family']})" if "cpu family" in facts else name
+__all__ = ["describe"]

@@ -19,14 +19,12 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
-
 from benchmarks import machine
-from topklm.data.dataset import Dataset, SplitInfo, load_dataset
+from topklm.bench.data import make_dataset
+from topklm.data.dataset import load_dataset
 from topklm.data.mixture import Mixture
-from topklm.data.records import RECORD_TOKENS, shard_bounds, shard_name, write_shard
+from topklm.data.records import RECORD_TOKENS
 from topklm.data.stream import train_stream
-from topklm.data.tokenizer import train_bpe
 from topklm.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
@@ -34,7 +32,6 @@ SHAPES = ((256, 8), (256, 64), (1024, 64), (2048, 32))  # context length, batch 
 SECONDS = 5.0
 TOKENS = 40_000_000
 N_SHARDS = 10_000
-DOCUMENT_TOKENS = 500
 
 
 def main() -> None:
@@ -50,9 +47,9 @@ def main() -> None:
     training = [_training_tokens_per_second() for _ in range(3)]
     print(f"training: {training}", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        dataset = _make_dataset(Path(name) / "large", TOKENS, RECORD_TOKENS * 8192)
+        dataset = make_dataset(Path(name) / "large", TOKENS, RECORD_TOKENS * 8192)
         rates = {f"T {t}, B {b}": _in_a_process("rate", dataset.path, t, b) for t, b in SHAPES}
-        many = _make_dataset(Path(name) / "many", N_SHARDS * RECORD_TOKENS, RECORD_TOKENS)
+        many = make_dataset(Path(name) / "many", N_SHARDS * RECORD_TOKENS, RECORD_TOKENS)
         starts = [_in_a_process("start", many.path) for _ in range(5)]
     fastest = statistics.median(training)
     result = {
@@ -85,35 +82,6 @@ def _training_tokens_per_second() -> float:
         subprocess.run(command, check=True, stdout=subprocess.PIPE)
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["tokens_per_second"] for line in lines[20:] if "tokens_per_second" in line)
-
-
-def _make_dataset(folder: Path, tokens: int, shard_tokens: int) -> Dataset:
-    """Random tokens in documents; the tokenizer only gives the sizes."""
-    folder.mkdir()
-    tokenizer = train_bpe(["abc"], 300)
-    ids = np.random.default_rng(0).integers(1, tokenizer.vocab_size, tokens).astype(np.int32)
-    ids[::DOCUMENT_TOKENS] = tokenizer.separator_id
-    bounds = shard_bounds(tokens, shard_tokens)
-    shards = tuple(
-        write_shard(folder / shard_name("train", i, len(bounds)), [ids[start:stop]], tokenizer.vocab_size)
-        for i, (start, stop) in enumerate(bounds)
-    )
-    train = SplitInfo(tokens // DOCUMENT_TOKENS, tokens, 0, shards)
-    dataset = Dataset(folder, tokenizer, train, SplitInfo(0, 0, 0, ()), "")
-    tokenizer.save(folder / "tokenizer.json")
-    content = {
-        "format_version": 2,
-        "fingerprint": "",
-        "tokenizer": {"sha256": tokenizer.sha256},
-        "splits": {name: _as_json(split) for name, split in dataset.splits.items()},
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return dataset
-
-
-def _as_json(split: SplitInfo) -> dict[str, Any]:
-    sizes = {"documents": split.documents, "tokens": split.tokens, "utf8_bytes": split.utf8_bytes}
-    return {**sizes, "shards": [vars(shard) for shard in split.shards]}
 
 
 def _in_a_process(what: str, folder: Path, *sizes: int) -> Any:

@@ -18,7 +18,7 @@ from helpers import (
 import pytest
 
 import topklm
-from topklm import errors, main
+from topklm import cli, errors
 from topklm.data.tokenizer import train_bpe
 
 # Runs the trainer with little patience for storage that fails: `SCRIPT FLAGS...`.
@@ -50,7 +50,7 @@ def refusal(capsys, monkeypatch):
 
     def run(arguments):
         capsys.readouterr()
-        assert errors.guarded(lambda: main.main(["topklm train", *map(str, arguments)])) == 2
+        assert errors.guarded(lambda: cli.dispatch(["train", *map(str, arguments)])) == 2
         return assert_one_line_error(capsys.readouterr().err)
 
     return run

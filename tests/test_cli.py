@@ -7,7 +7,8 @@ from helpers import CONFIG_FILE, STEPS, assert_one_line_error
 import pytest
 
 import topklm
-from topklm import cli, errors, main
+from topklm import cli, errors
+from topklm.commands import train
 from topklm.config import Config, flatten
 
 RUNS_THE_COMMAND = "import sys; from topklm import cli; sys.exit(cli.run())"
@@ -152,7 +153,7 @@ def test_generate_explains_itself_with_an_example(capsys):
 
 def test_train_explains_itself_with_an_example_and_every_field(capsys):
     text = help_of(capsys, lambda: cli.dispatch(["train", "--help"]))
-    assert main.EXAMPLE in " ".join(text.split())
+    assert train.EXAMPLE in " ".join(text.split())
     assert "--workdir" in text
     for name, value in flatten(Config()).items():
         assert f"{name} = {value!r}" in text
@@ -160,15 +161,14 @@ def test_train_explains_itself_with_an_example_and_every_field(capsys):
 
 @pytest.mark.parametrize(("variant", "folder"), [("", "runs/small"), (":base", "runs/small-base")])
 def test_a_run_without_a_folder_is_named_after_its_config(variant, folder):
-    config, workdir = main.parse(["topklm train", f"--config={CONFIG_FILE}{variant}"])
+    config, workdir = train.parse([f"--config={CONFIG_FILE}{variant}"])
     assert str(workdir) == folder
     assert (config.model.n_topk_layers == 0) == (variant == ":base")
 
 
 def test_flags_override_the_file():
-    config, workdir = main.parse(
+    config, workdir = train.parse(
         [
-            "train",
             f"--config={CONFIG_FILE}",
             "--config.model.topk_k=5",
             "--config.optim.learning_rate=1e-3",

@@ -40,11 +40,18 @@ def test_a_config_is_frozen_and_hashable():
     assert hash(config) == hash(Config())
 
 
-def test_every_field_has_a_name_of_two_parts():
+def test_every_field_has_a_name_of_two_parts_but_those_of_no_section():
     names = list(flatten(Config()))
     assert "model.d_model" in names
-    assert all(name.count(".") == 1 for name in names)
+    assert [name for name in names if name.count(".") != 1] == ["profile"]
     assert len(set(names)) == len(names)
+
+
+def test_a_field_of_no_section_is_set_and_survives_like_others():
+    config = resolve({"profile": "10:13"})
+    assert config.profile == flatten(config)["profile"] == "10:13"
+    assert from_json(json.dumps(config.to_dict())) == config
+    assert not differences_that_matter(Config(), config)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,8 @@ def test_every_field_has_a_name_of_two_parts():
         ({"modl": {}}, r"config\.modl is not a section; did you mean model\?"),
         ({"xyz": {}}, r"config\.xyz is not a section; there are: model, data, train"),
         ({"model": 3}, r"config\.model = 3: must be a section"),
+        ({"profile": {"steps": 3}}, r"profile = \{'steps': 3\}: must be of type str"),
+        ({"profil": "3:4"}, r"config\.profil is not a section; did you mean profile\?"),
         ({"model": {"topk": 3}}, r"config\.model\.topk is not a field; did you mean topk_k\?"),
         ({"log": {"xyz": 3}}, r"config\.log\.xyz is not a field; there are: every_steps"),
         ({"model": {"topk_k": "8"}}, r"model\.topk_k = '8': must be of type int"),

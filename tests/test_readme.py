@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from topklm import config, main
+from topklm import config
+from topklm.commands import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +32,7 @@ def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert len(training_flags()) >= 2
     for flags in training_flags():
-        main.parse(["topklm", *flags])
+        train.parse(flags)
 
 
 def data_commands():

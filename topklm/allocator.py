@@ -1,23 +1,98 @@
-"""Keeps freed memory for the next step instead of returning it to the system (Linux with glibc).
+"""Whose memory allocator a training process uses (Linux).
 
-XLA on CPU allocates its temporaries anew each step. glibc maps and unmaps each large one, and the page
-faults cost a quarter of the step. Here glibc is told to serve them from one heap that it keeps. Must run
-before jax first uses a device: its threads, once they exist, keep heaps of their own. Measured on two cores:
-docs/decisions.md.
+XLA on CPU allocates its temporaries anew each step. The C library's allocator maps and unmaps each large one,
+and the page faults cost a quarter of the step. tcmalloc keeps them; it must be there when the process starts,
+so a process that finds it installed starts itself again with it. Otherwise glibc is told to keep what is
+freed. Measured: docs/decisions.md.
 """
 
 import ctypes
 import os
+from pathlib import Path
+import sys
 
+from topklm.errors import UserError
+
+VARIABLE = "TOPKLM_ALLOCATOR"
+CHOICES = ("tcmalloc", "glibc", "system")
+
+# Where distributions and conda put shared libraries.
+_FOLDERS = ("/usr/lib", "/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64")
+_LIBRARIES = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4", "libtcmalloc_minimal.so", "libtcmalloc.so")
+_SILENT_BYTES = str(2**50)
 # mallopt parameters, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER_TRIM_BYTES = 2**31 - 1
 
 
-def keep_freed_memory() -> bool:
-    """Sets the allocator up; False where the C library has no mallopt or TOPKLM_ALLOCATOR=system."""
-    if os.environ.get("TOPKLM_ALLOCATOR") == "system":
-        return False
+def restart_with_tcmalloc() -> None:
+    """Starts this process's command again with tcmalloc in it; returns if there is no need or no tcmalloc.
+
+    The process keeps its number. To be called before anything slow is imported.
+
+    Raises:
+        UserError: If TOPKLM_ALLOCATOR is none of `CHOICES`, or tcmalloc is asked for and not installed.
+    """
+    choice = _choice()
+    if choice not in (None, "tcmalloc") or sys.platform != "linux" or preloaded():
+        return
+    library = find_tcmalloc()
+    if library is None:
+        if choice:
+            raise UserError(
+                f"{VARIABLE} = tcmalloc: it is not installed; install it (Debian, Ubuntu: "
+                "libtcmalloc-minimal4), or unset the variable"
+            )
+        return
+    os.environ["LD_PRELOAD"] = " ".join(filter(None, [str(library), os.environ.get("LD_PRELOAD")]))
+    # It would report every allocation of a gigabyte.
+    os.environ.setdefault("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", _SILENT_BYTES)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def keep_freed_memory() -> str:
+    """Sets up the allocator that the process has; to be called before jax first uses a device.
+
+    Threads that exist already keep heaps of their own.
+
+    Returns:
+        What it is, for the log.
+    """
+    if library := preloaded():
+        return f"{library} ({VARIABLE}=system turns it off)"
+    if _choice() == "system" or not _tell_glibc():
+        return "the system's"
+    return f"glibc, told to keep freed memory ({VARIABLE}=system turns that off)"
+
+
+def find_tcmalloc() -> Path | None:
+    """The installed library, if there is one."""
+    prefix = os.environ.get("CONDA_PREFIX")
+    folders = [*_FOLDERS, f"{prefix}/lib"] if prefix else _FOLDERS
+    for name in _LIBRARIES:
+        for pattern in folders:
+            found = sorted(Path("/").glob(f"{pattern}/{name}".lstrip("/")))
+            if found:
+                return found[0]
+    return None
+
+
+def preloaded() -> str | None:
+    """The allocator that was put into this process when it started, as a file name."""
+    names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    return next((Path(name).name for name in names if "malloc" in name), None)
+
+
+def _choice() -> str | None:
+    choice = os.environ.get(VARIABLE) or None
+    if choice not in (None, *CHOICES):
+        raise UserError(f"{VARIABLE} = {choice}: must be one of {', '.join(CHOICES)}, or not set")
+    return choice
+
+
+def _tell_glibc() -> bool:
+    """False where the C library has no mallopt."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

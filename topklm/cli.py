@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from topklm import errors
+from topklm import allocator, errors
 
 VERBS = {
     "train": "train a model",
@@ -17,13 +17,21 @@ VERBS = {
     "data": "look into a dataset, or check all of it",
     "generate": "continue a prompt",
     "compile-check": "compile a train step for a TPU slice without one",
+    "bench": "measure a part of the library on this machine",
 }
 
 
-def run() -> int:
+def run(argv: Sequence[str] | None = None) -> int:
     """The console script's entry: returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
-    return errors.guarded(lambda: dispatch(sys.argv[1:]))
+    return errors.guarded(lambda: _start(arguments))
+
+
+def _start(argv: Sequence[str]) -> None:
+    if argv[:1] in (["train"], ["bench"]):
+        allocator.restart_with_tcmalloc()
+    dispatch(argv)
 
 
 def dispatch(argv: Sequence[str]) -> None:
@@ -36,7 +44,7 @@ def dispatch(argv: Sequence[str]) -> None:
         return
     verb, *rest = argv
     command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
-    if verb in ("train", "compile-check"):
+    if verb in ("train", "compile-check", "bench"):
         # Their flags are those of the config too, which argparse does not know.
         command.run(rest)
         return

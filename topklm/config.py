@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from typing import Any, get_type_hints
 
 import ml_collections
@@ -17,7 +18,8 @@ import ml_collections
 from topklm.errors import UserError
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
-TOPK_BACKENDS = ("auto", "lax", "threshold")
+TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")
+ATTENTIONS = ("auto", "blocked", "splash", "triton", "cudnn")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "wsd")
 REMAT_POLICIES = ("none", "minimal", "full")
@@ -39,7 +41,8 @@ class ModelConfig:
     topk_k: int = 32  # k, residual entries a TopK layer keeps per token, 1 to d_model
     n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
     topk_activation: str = "relu"  # what is kept: relu (clipped at 0), identity, abs (by magnitude)
-    topk_backend: str = "auto"  # how it is computed: auto, lax, threshold; the result is the same
+    topk_backend: str = "auto"  # how it is computed; of all but approx (approximate) the result is the same
+    attention: str = "auto"  # how it is computed: auto, blocked, splash (TPU), triton or cudnn (GPU)
     tie_embeddings: bool = False  # unembedding = transposed embedding
     rope_theta: float = 10_000.0  # RoPE base wavelength
     norm_eps: float = 1e-5  # RMSNorm epsilon
@@ -157,17 +160,25 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    profile: str = ""  # "A:B": trace steps A to B - 1 into the run folder, as numpy counts; empty: none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as stored in a run's config.json."""
         return dataclasses.asdict(self)
+
+    @property
+    def profiled_steps(self) -> range:
+        """What `profile` says; the first step of a run is 1."""
+        begin, _, end = self.profile.partition(":")
+        return range(int(begin), int(end)) if self.profile else range(0)
 
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
 # elsewhere: what it holds is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
     {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.scan_layers"}
-    | {"data.source", "data.mixture", "data.dir", "mesh", "checkpoint", "eval", "log"}
+    | {"model.attention", "data.source", "data.mixture", "data.dir"}
+    | {"mesh", "checkpoint", "eval", "log", "profile"}
 )
 
 
@@ -180,20 +191,24 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Checks field names, types and ranges and returns the typed config.
 
     Args:
-        raw: Nested mapping of sections to fields; what is missing takes its default.
+        raw: Nested mapping of sections to fields, and of the fields in no section; what is missing takes its
+            default.
 
     Raises:
         UserError: For an unknown field (with the nearest name), a wrong type, or a value out of range.
     """
     values = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
-    sections = {f.name: f.type for f in dataclasses.fields(Config)}
+    types = get_type_hints(Config)
     built = {}
-    for name, section in values.items():
-        if name not in sections:
-            raise UserError(f"config.{name} is not a section; {_nearest(name, sections)}")
-        if not isinstance(section, Mapping):
-            raise UserError(f"config.{name} = {section!r}: must be a section with fields")
-        built[name] = _build_section(name, get_type_hints(Config)[name], section)
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"config.{name} is not a section; {_nearest(name, types)}")
+        if not dataclasses.is_dataclass(types[name]):
+            built[name] = _typed(name, types[name], value)
+        elif isinstance(value, Mapping):
+            built[name] = _build_section(name, types[name], value)
+        else:
+            raise UserError(f"config.{name} = {value!r}: must be a section with fields")
     config = Config(**built)
     _check_ranges(config)
     return config
@@ -220,14 +235,18 @@ def from_saved(values: Mapping[str, Any]) -> Config:
 def nearest_field(name: str) -> str:
     """The advice for an unknown section or field such as "d_modl": the closest that exists."""
     names = {f.name: f.name for f in dataclasses.fields(Config)}
-    names |= {dotted.rsplit(".", maxsplit=1)[1]: dotted for dotted in flatten(Config())}
+    names |= {dotted.rsplit(".", maxsplit=1)[-1]: dotted for dotted in flatten(Config())}
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"did you mean config.{names[close[0]]}?" if close else "topklm train --help lists them all"
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """`{"model.d_model": 256, ...}`."""
-    return {f"{s}.{k}": v for s, fields in config.to_dict().items() for k, v in fields.items()}
+    """`{"model.d_model": 256, ..., "profile": ""}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        fields = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{field}".rstrip("."): v for field, v in fields.items()}
+    return flat
 
 
 def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
@@ -316,6 +335,7 @@ def _check_ranges(config: Config) -> None:
     for field, allowed in {
         "model.topk_activation": TOPK_ACTIVATIONS,
         "model.topk_backend": TOPK_BACKENDS,
+        "model.attention": ATTENTIONS,
         "model.dtype": DTYPES,
         "model.remat": REMAT_POLICIES,
         "train.on_bad_step": BAD_STEP_POLICIES,
@@ -334,6 +354,7 @@ def _check_ranges(config: Config) -> None:
         require(field, 0 <= flat[field] <= 1, "from 0 to 1")
     require("data.vocab_size", flat["data.vocab_size"] >= 257, "257 or more (256 bytes and a separator)")
     require("data.heldout_fraction", 0 < config.data.heldout_fraction < 1, "above 0 and below 1")
+    _check_profile(config)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     require(
         "train.batch_size",
@@ -345,3 +366,14 @@ def _check_ranges(config: Config) -> None:
         require(field, flat[field] >= 1 or flat[field] == -1, "1 or more, or -1 for all that are left")
     if sum(flat[field] == -1 for field in axes) > 1:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
+
+
+def _check_profile(config: Config) -> None:
+    steps = config.train.steps
+    if not config.profile:
+        return
+    if not re.fullmatch(r"\d+:\d+", config.profile) or not 1 <= config.profiled_steps.start <= steps:
+        allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({steps})'
+        raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
+    if not config.profiled_steps:
+        raise UserError(f"profile = {config.profile!r}: holds no step; B of A:B is the first not traced")

@@ -38,6 +38,25 @@ def test_a_product_written_as_a_convolution_costs_what_the_product_costs():
     assert cost.matmul_flops(parse(CONVOLUTIONS)) == 16 * 12 * 2 * 128 * 64 * 896 + 2 * 64 * 32 * 8
 
 
+SPLASH = """HloModule made
+
+ENTRY %main (m: s8[1,3,3], q: bf16[2,4,768,64], k: bf16[2,2,768,64]) -> bf16[2,4,768,64] {
+  %m = s8[1,3,3]{2,1,0} parameter(0)
+  %q = bf16[2,4,768,64]{3,2,1,0} parameter(1)
+  %k = bf16[2,2,768,64]{3,2,1,0} parameter(2)
+  ROOT %splash_mha_fwd_segmented.1 = bf16[2,4,768,64]{3,2,1,0} custom-call(%m, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/pallas_call"}
+}
+"""
+
+
+def test_a_kernel_of_splash_attention_does_the_blocks_on_and_under_the_diagonal():
+    blocks = 3 + 2 + 1  # of 256 x 256 tokens
+    assert cost.matmul_flops(parse(SPLASH)) == 2 * 4 * blocks * 2 * (2 * 256 * 256 * 64)
+
+
 def test_traffic_counts_main_memory_only():
     operands = 4 * (16 * 12 * (128 + 896) * 64 + 64 * 32 + 32 * 8)
     assert cost.main_memory_bytes(parse(CONVOLUTIONS)) == operands + 4 * 64 * 8  # %many stays on the chip

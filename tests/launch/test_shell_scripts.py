@@ -12,7 +12,7 @@ import types
 from helpers import ROOT
 import pytest
 
-from topklm import main
+from topklm.commands import train
 from topklm.training import loop
 from topklm.training.console import Console
 
@@ -120,7 +120,7 @@ def test_the_trainers_flags_in_the_docs_name_real_configs_and_fields(monkeypatch
     flags = [f for f in flags if f[0].startswith("--config")]
     assert len(flags) >= 6
     for arguments in flags:
-        main.parse(["topklm", *arguments])
+        train.parse(arguments)
 
 
 # --- what the launchers read in the trainer's output ---

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from topklm.model.topk import active_mask, topk
+from topklm.errors import UserError
+from topklm.model.topk import APPROX_RECALL, active_mask, check_platform, topk
 
-BACKENDS = ("lax", "threshold")
+BACKENDS = ("lax", "threshold")  # on CPUs "auto" is the second: see the test of that
 ACTIVATIONS = ("relu", "identity", "abs")
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 # Few shapes, so that few programs are compiled; one has more rows than a block, and rows left over.
@@ -245,3 +246,82 @@ def test_wrong_arguments_are_refused(arguments, error, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="int32"):
         topk(jnp.ones((2, 4), jnp.int32), 1)
+
+
+def test_a_residual_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="residual is bfloat16"):
+        topk(jnp.ones((2, 4)), 1, residual=jnp.ones((2, 4), jnp.bfloat16))
+    with pytest.raises(ValueError, match="residual is of shape"):
+        topk(jnp.ones((2, 4)), 1, residual=jnp.ones(4))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "approx"])
+def test_a_residual_is_added_first_and_shares_the_gradient(backend):
+    x, residual, g = jax.random.normal(jax.random.key(5), (3, 6, 20), jnp.bfloat16)
+    want, pull = jax.vjp(lambda v: topk(v, 5, backend=backend), x + residual)
+    got, pull_both = jax.vjp(lambda v, w: topk(v, 5, backend=backend, residual=w), x, residual)
+    assert_same_bits(got, want)
+    for gradient in pull_both(g):
+        assert_same_bits(gradient, pull(g)[0])
+    assert_same_bits(topk(x, 5, backend=backend, residual=residual), want)
+    _, tangent = jax.jvp(lambda v, w: topk(v, 5, backend=backend, residual=w), (x, residual), (g, g))
+    assert_same_bits(tangent, jnp.where(want != 0, g + g, 0))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "approx"])
+def test_the_second_derivative_sees_the_active_entries(backend):
+    x = jnp.asarray([0.5, -1.0, 2.0, 1.5, 0.25])
+
+    def cubes(v):
+        return jnp.sum(topk(v, 3, backend=backend) ** 3)
+
+    want = np.diag([6 * 0.5, 0, 6 * 2.0, 6 * 1.5, 0])
+    np.testing.assert_array_equal(jax.hessian(cubes)(x), want)
+    np.testing.assert_array_equal(jax.jacrev(jax.jacrev(cubes))(x), want)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_approx_keeps_k_entries_and_finds_the_promised_share(activation):
+    x = np.random.default_rng(6).normal(size=(400, 512)).astype(np.float32)
+    kept = np.asarray(compiled(jnp.asarray(x), 64, activation, "approx"))
+    mask = np.asarray(active_mask(jnp.asarray(x), 64, activation, "approx"))
+    np.testing.assert_array_equal(kept, np.where(mask, x, 0))
+    assert (mask.sum(axis=-1) == 64).all()
+    exact = np.asarray(active_mask(jnp.asarray(x), 64, activation, "lax"))
+    assert (mask & exact).sum() >= APPROX_RECALL * exact.sum()
+    gradient = jax.grad(lambda v: topk(v, 64, activation, "approx").sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, mask)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_on_a_cpu_auto_is_the_very_program_of_threshold(with_gradient):
+    def program(backend):
+        def layer(x):
+            return topk(x, 4, "relu", backend)
+
+        def both(x):
+            y, pull = jax.vjp(layer, x)
+            return pull(y)
+
+        compiled = jax.jit(both if with_gradient else layer).lower(jnp.ones((6, 40))).compile()
+        cost = compiled.cost_analysis()
+        return cost["flops"], cost["bytes accessed"], compiled.memory_analysis().temp_size_in_bytes
+
+    assert program("auto") == program("threshold")
+
+
+@pytest.mark.parametrize(("platform", "call"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
+def test_auto_is_the_kernel_where_the_program_is_lowered_for_it(platform, call):
+    traced = jax.jit(topk, static_argnums=1).trace(jnp.ones((256, 256), jnp.bfloat16), 32)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert call in text
+    assert call not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_kernel_for_other_devices_is_refused():
+    for backend, platform in [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu"), ("auto", "cpu"), ("lax", "gpu")]:
+        check_platform(backend, platform)
+    with pytest.raises(UserError, match=r"model.topk_backend = 'pallas_tpu': .* TPUs, .* CPUs"):
+        check_platform("pallas_tpu", "cpu")
+    with pytest.raises(NotImplementedError, match="cpu"):
+        jax.jit(topk, static_argnums=(1, 2, 3)).lower(jnp.ones((2, 4)), 1, "relu", "pallas_tpu")

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
+from topklm.model.parallel import ALONE
 
 CONFIG = ModelConfig(
     d_model=24,
@@ -146,6 +148,61 @@ def test_tokens_do_not_see_the_future_or_other_segments(params):
 def test_both_backends_give_the_same_model(params):
     outputs = [final_hidden(variant(topk_backend=backend), params) for backend in ("lax", "threshold")]
     np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+def loss_gradient(config, parallel=ALONE):
+    """params -> gradient of a number that depends on every entry of the final hidden state."""
+
+    def loss(params):
+        h, _ = transformer.bind(config, params).hidden(TOKENS, parallel=parallel)
+        return jnp.sum(h**3)
+
+    return jax.grad(loss)
+
+
+def primitives(jaxpr):
+    """Names of all operations, those of inner functions too, each as often as it stands there."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from primitives(inner)
+
+
+@pytest.mark.parametrize(
+    ("remat", "scan_layers", "activation"),
+    [("full", True, "relu"), ("minimal", False, "abs")],
+)
+def test_what_is_computed_again_gives_the_same_gradient(params, remat, scan_layers, activation):
+    want = jax.jit(loss_gradient(variant(topk_activation=activation)))(params)
+    config = variant(remat=remat, scan_layers=scan_layers, topk_activation=activation)
+    got = jax.jit(loss_gradient(config))(params)
+    for ours, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_no_layer_is_searched_twice_and_no_product_computed_again_for_its_mask(params, activation):
+    """The jaxpr of a gradient, with a backend whose search is one operation."""
+    counts = {}
+    for remat in ("none", "minimal", "full"):
+        for n_nontopk in (1, 3):
+            settings = {"n_nontopk": n_nontopk, "topk_backend": "lax", "topk_activation": activation}
+            config = variant(remat=remat, **settings)
+            names = list(primitives(jax.make_jaxpr(loss_gradient(config))(params).jaxpr))
+            counts[remat, n_nontopk] = names.count("dot_general")
+            assert names.count("top_k") == 3 - n_nontopk
+    for remat in ("none", "minimal", "full"):
+        assert counts[remat, 1] == counts[remat, 3]
+    assert counts["none", 1] < counts["full", 1]
+
+
+def test_a_program_for_a_tpu_holds_its_kernel_and_not_the_scores(params):
+    config = variant(scan_layers=True)
+    parallel = dataclasses.replace(ALONE, attention="splash")
+    traced = jax.jit(loss_gradient(config, parallel)).trace(params)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "splash_mha_fwd" in text
+    assert "2x2x2x12x12" not in text  # [B, K, H / K, T, T]
 
 
 def test_logits_are_the_final_hidden_state_times_the_unembedding(params):

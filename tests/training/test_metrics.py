@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -118,3 +120,11 @@ def test_a_folder_in_the_way_is_a_user_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         MetricsWriter(tmp_path, resume_step=0)
+
+
+def test_the_trainer_does_not_import_torch():
+    # It takes seconds, and tensorboardX would.
+    program = "import sys, topklm.commands.train; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    torch_after = "import topklm.training.metrics, torch; torch.zeros(1)"
+    subprocess.run([sys.executable, "-c", torch_after], check=True, timeout=300)

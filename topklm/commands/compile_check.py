@@ -7,7 +7,7 @@ import json
 import jax
 import rich.console
 
-from topklm import main
+from topklm.commands import train
 from topklm.compile_check import topology as topology_lib
 from topklm.compile_check.check import compile_check, does_not_fit
 from topklm.compile_check.report import show
@@ -41,7 +41,7 @@ def run(flags: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments, rest = parser.parse_known_args(flags)
-    config, _ = main.parse(["topklm compile-check", *rest])
+    config, _ = train.parse(rest, EXAMPLE)
     # Nothing runs here: leave the machine's accelerators to others.
     jax.config.update("jax_platforms", "cpu")
     topology = topology_lib.find(arguments.topology, arguments.slices)

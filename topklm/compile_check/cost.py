@@ -8,10 +8,15 @@ import math
 import re
 
 from topklm.compile_check.program import Computation, Instruction, Program, Shape
+from topklm.model.attention_backends import splash_block
 
 # They move nothing: names for parts of something, or the second half of what was counted at its start.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"}
 _FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "send-done", "recv", "recv-done"}
+# The kernels of `attention_backends.splash`, and how many products each does for a pair of blocks: scores and
+# output; scores, their gradient, dq; scores, their gradient, dk, dv.
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 
 
@@ -23,6 +28,8 @@ def matmul_flops(program: Program) -> int:
             total += runs.count * _dot_flops(computation, instruction)
         elif instruction.opcode == "convolution":
             total += runs.count * _convolution_flops(computation, instruction)
+        elif instruction.opcode == "custom-call" and (kernel := _SPLASH.match(instruction.name)):
+            total += runs.count * _splash_flops(computation, instruction, kernel[1])
     return total
 
 
@@ -30,7 +37,8 @@ def main_memory_bytes(program: Program) -> int:
     """Bytes that one run reads from and writes to the main memory of one device; an estimate.
 
     What stays in a TPU's on-chip memory counts as nothing, and so does what happens inside a fusion. Of an
-    array that is only sliced the slice counts, of one that is updated in place the update.
+    array that is only sliced the slice counts, of one that is updated in place the update. A kernel is taken
+    to read and write each of its arrays once.
     """
     fused = {name for _, i, _ in program.walk() if i.opcode == "fusion" for name in i.called("calls")}
     total = 0
@@ -71,6 +79,17 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     )
     features = kernel[labels[2].index("i")] * result[labels[3].index("f")]
     return 2 * result[labels[3].index("b")] * features * pairs
+
+
+def _splash_flops(computation: Computation, kernel: Instruction, role: str) -> int:
+    """2 x pairs x head width for each product; pairs of tokens in blocks on and under the diagonal."""
+    # The first of its four-dimensional arrays are the queries [B, H, T, d].
+    queries = next(x.shapes[0].dims for x in computation.operands(kernel) if len(x.shapes[0].dims) == 4)
+    batch, heads, length, width = queries
+    block = splash_block(length)
+    blocks = length // block
+    pairs = batch * heads * blocks * (blocks + 1) // 2 * block**2
+    return _SPLASH_PRODUCTS[role] * 2 * pairs * width
 
 
 class _Window:

@@ -17,6 +17,7 @@ _INTEGERS = ("pred", "s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # a kernel's metadata has lines that only begin like it
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%([\w.-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
@@ -146,7 +147,7 @@ def parse(text: str) -> Program:
         if header := _HEADER.match(line):
             name, root, instructions = header[2], "", {}
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
+        elif _END.match(line) and name:
             computations[name] = Computation(name, instructions, root)
             name = ""
         elif name and (match := _INSTRUCTION.match(line)):

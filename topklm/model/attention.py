@@ -1,10 +1,11 @@
 """Causal self-attention inside documents: rotary positions, grouped queries, blocked over queries.
 
-`causal_attention` is what the model runs. It walks the queries in blocks and never touches keys to the
-right of a block, so about half of the square is never computed. `attention_reference` is the plain
-formula the tests hold it to.
+`causal_attention` is what the model runs on CPUs. It walks the queries in blocks and never touches keys to
+the right of a block, so about half of the square is never computed; on accelerators a kernel of
+`attention_backends` takes its place. `attention_reference` is the plain formula the tests hold them to.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.model import attention_backends
 from topklm.model.layers import Linear
 from topklm.model.parallel import ALONE, Parallel, all_gather
 
@@ -55,9 +57,11 @@ class Attention(nnx.Module):
         k = rotate(heads(self.key(x_BTD)), rotation)
         v = heads(self.value(x_BTD))
         if parallel.context is None:
-            mixed = causal_attention(q, k, v, segment_ids_BT)
+            mixed = _BACKENDS[parallel.attention](q, k, v, segment_ids_BT)
         else:
-            # Few tokens are on this device; keys and values of all of them are narrower than the activations.
+            # The place of the queries among the keys is known only when the program runs, which the kernels
+            # of accelerators do not take. Few tokens are on this device; keys and values of all of them are
+            # narrower than the activations.
             k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
             first = jax.lax.axis_index(parallel.context) * length
             mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
@@ -188,6 +192,13 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
+
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "blocked": causal_attention,
+    "splash": attention_backends.splash,
+    "triton": attention_backends.triton,
+    "cudnn": attention_backends.cudnn,
+}
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

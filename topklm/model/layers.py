@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.parallel import ALONE, Parallel
+from topklm.model.products import product, transposed
 
 
 @jax.custom_vjp
@@ -24,16 +25,16 @@ def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
     Returns:
         [N, O].
     """
-    return x_NI @ w_IO
+    return product(x_NI, w_IO)
 
 
 def _matmul_forward(x_NI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x_NI @ w_IO, (x_NI, w_IO)
+    return product(x_NI, w_IO), (x_NI, w_IO)
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_NI, w_IO = saved
-    return g_NO @ w_IO.T, x_NI.T @ g_NO
+    return product(g_NO, transposed(w_IO)), product(transposed(x_NI), g_NO)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -27,6 +27,8 @@ class Parallel:
     tensor: str | None = None
     # Makes a tree of this device's parts of parameters (a block's, say) whole along fsdp, at use.
     gather: Callable[[Any], Any] = _as_it_is
+    # What its devices compute attention with, see `attention_backends.choose`.
+    attention: str = "blocked"
 
     def gather_tokens(self, x_BTD: jax.Array) -> jax.Array:
         """Residual tokens -> all tokens that the tensor group works on."""

@@ -1,24 +1,39 @@
 """The TopK activation: each row keeps its k largest entries, the rest become zero.
 
-A backend finds the winners of every row as a mask of exactly k; activation, NaN and gradient are the same
-for all of them. What wins is decided on the row's IEEE total order (-0.0 < +0.0), as `jax.lax.top_k` has
-it; on a tie the lowest index wins, in every backend, bit for bit.
+A backend finds the winners of every row; activation, NaN and gradient are the same for all of them. What
+wins is decided on the row's IEEE total order (-0.0 < +0.0), as `jax.lax.top_k` has it; on a tie the lowest
+index wins, in every backend but "approx", bit for bit.
 """
 
 from collections.abc import Callable
 import functools
+import operator
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
 from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS
+from topklm.errors import UserError
+from topklm.model import topk_pallas, topk_threshold
+from topklm.model.topk_threshold import keep, order_key
 
-# Rows searched together. The block stays in a core's cache through all passes of the search, and the search
-# stops as soon as these rows are settled.
-_ROWS_PER_BLOCK = 128
+# Share of the k largest entries that "approx" finds, on average over rows in random order.
+APPROX_RECALL = 0.95
+MASK_NAME = "topk_mask"  # of what the reverse pass keeps, in remat policies
+
+Selected = tuple[jax.Array, jax.Array | None]  # what `topk` returns, and which entries are active
+_PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 
 
-def topk(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
+def topk(
+    x: jax.Array,
+    k: int,
+    activation: str = "relu",
+    backend: str = "auto",
+    residual: jax.Array | None = None,
+) -> jax.Array:
     """Keeps the k largest entries of every row.
 
     Args:
@@ -26,8 +41,11 @@ def topk(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") 
         k: Entries kept per row, 1 or more; k >= D drops none.
         activation: What is kept. "relu": the largest by signed value, clipped at 0. "identity": the same,
             not clipped. "abs": the largest by magnitude, with their sign.
-        backend: How the winners are found: "lax" (`jax.lax.top_k`), "threshold" (bisection for the k-th
-            value), or "auto". All give the same bits.
+        backend: How the winners are found. "lax": `jax.lax.top_k`. "threshold": a search for the k-th value.
+            "pallas_gpu", "pallas_tpu": one kernel, on that platform only. "auto": the fastest of these where
+            the program runs. All of them give the same bits. "approx": `jax.lax.approx_max_k`, which keeps k
+            entries, but on TPUs not always the largest: on average `APPROX_RECALL` of them.
+        residual: [..., D] in the dtype of x: the row is x + residual.
 
     Returns:
         [..., D] in the dtype of x. A row that holds a NaN is NaN throughout, so that a diverged run is seen.
@@ -36,19 +54,20 @@ def topk(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") 
         `active_mask`: its gradient is theirs, neither NaN nor zero throughout.
 
     Raises:
-        ValueError: If k is below 1, or the activation or backend is unknown.
-        TypeError: If x is not of a floating dtype.
+        ValueError: If k is below 1, the activation or backend is unknown, or x and residual differ in shape.
+        TypeError: If x is not of one of these dtypes, or residual of another than x.
     """
-    _check(x, k, activation, backend)
-    return _topk(x, k, activation, backend)
+    terms = (x,) if residual is None else (x, residual)
+    _check(terms, k, activation, backend)
+    return _topk(terms, k, activation, backend)
 
 
 def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
     """Which entries pass through `topk`; with "relu" only those above 0.
 
     A NaN competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign
-    bit is set; with "abs" above infinity either way. So its row still has winners, the same in every backend,
-    and they are where the gradient of `topk` passes.
+    bit is set; with "abs" above infinity either way. So its row still has winners, the same in every exact
+    backend, and they are where the gradient of `topk` passes.
 
     Args:
         x: As in `topk`.
@@ -63,132 +82,163 @@ def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "
         ValueError: As `topk`.
         TypeError: As `topk`.
     """
-    _check(x, k, activation, backend)
-    return _active(x, k, activation, backend)
+    _check((x,), k, activation, backend)
+    return _topk_and_mask((x,), k, activation, backend)[1]
 
 
-def _check(x: jax.Array, k: int, activation: str, backend: str) -> None:
+def check_platform(backend: str, platform: str) -> None:
+    """Refuses a kernel that was asked for by name and is not made for the devices.
+
+    Args:
+        backend: As in `topk`.
+        platform: Of the devices, as `jax.Device.platform` has it.
+
+    Raises:
+        UserError: If the backend is a kernel for another platform.
+    """
+    wanted = _PLATFORMS.get(backend, platform)
+    if wanted != platform:
+        raise UserError(
+            f"model.topk_backend = {backend!r}: a kernel for {wanted.upper()}s, and these devices are "
+            f"{platform.upper()}s; use model.topk_backend=auto"
+        )
+
+
+def _check(terms: tuple[jax.Array, ...], k: int, activation: str, backend: str) -> None:
     if k < 1:
         raise ValueError(f"k = {k}: must be 1 or more")
     if activation not in TOPK_ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(TOPK_ACTIVATIONS)}")
     if backend not in TOPK_BACKENDS:
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(TOPK_BACKENDS)}")
+    x = terms[0]
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"x is {x.dtype}: must be float32, bfloat16 or float16")
+    for residual in terms[1:]:
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual is {residual.dtype}: must be {x.dtype}, as x is")
+        if residual.shape != x.shape:
+            raise ValueError(f"residual is of shape {residual.shape}: must be {x.shape}, as x is")
 
 
-# A custom JVP, not VJP: forward mode works too (Jacobian lenses need it), and its transpose is the VJP.
+# Custom JVPs, not VJPs: forward mode works too (Jacobian lenses need it), and its transpose is the VJP.
+# There are two, so that a program without gradients makes no mask, and one with gradients searches once.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _topk(x: jax.Array, k: int, activation: str, backend: str) -> jax.Array:
-    return _keep(x, _active(x, k, activation, backend))
+def _topk(terms: tuple[jax.Array, ...], k: int, activation: str, backend: str) -> jax.Array:
+    return _select(terms, k, activation, backend, with_mask=False)[0]
 
 
 @_topk.defjvp
 def _topk_jvp(
     k: int, activation: str, backend: str, primals: tuple, tangents: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    (x,), (x_dot,) = primals, tangents
-    active = _active(x, k, activation, backend)
+    (terms,), (terms_dot,) = primals, tangents
+    y, active = _topk_and_mask(terms, k, activation, backend)
+    return y, _pass_through(active, terms_dot)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _topk_and_mask(
+    terms: tuple[jax.Array, ...], k: int, activation: str, backend: str
+) -> tuple[jax.Array, jax.Array]:
+    y, active = _select(terms, k, activation, backend, with_mask=True)
+    assert active is not None
+    return y, active
+
+
+@_topk_and_mask.defjvp
+def _topk_and_mask_jvp(
+    k: int, activation: str, backend: str, primals: tuple, tangents: tuple
+) -> tuple[tuple, tuple]:
+    (terms,), (terms_dot,) = primals, tangents
+    y, active = _topk_and_mask(terms, k, activation, backend)
+    return (y, active), (_pass_through(active, terms_dot), np.zeros(active.shape, jax.dtypes.float0))
+
+
+def _pass_through(active: jax.Array, terms_dot: tuple[jax.Array, ...]) -> jax.Array:
+    x_dot = functools.reduce(operator.add, terms_dot)
     # The zeros are made from an empty slice of the tangent: an ordinary array of zeros would be one more
     # thing that the reverse pass keeps. XLA folds both to a constant.
     padding = [(0, 0)] * (x_dot.ndim - 1) + [(0, x_dot.shape[-1])]
-    zeros = jnp.pad(x_dot[..., :0], padding)
-    return _keep(x, active), jnp.where(active, x_dot, zeros)
+    return jnp.where(checkpoint_name(active, MASK_NAME), x_dot, jnp.pad(x_dot[..., :0], padding))
 
 
-def _keep(x: jax.Array, active: jax.Array) -> jax.Array:
-    kept = jnp.where(active, x, jnp.zeros_like(x))
-    has_nan = jnp.any(jnp.isnan(x), axis=-1, keepdims=True)
-    return jnp.where(has_nan, jnp.full_like(x, jnp.nan), kept)
+# Compiled for itself only so that the layers of a model share one trace.
+@functools.partial(jax.jit, static_argnames=("k", "activation", "backend", "with_mask"))
+def _select(
+    terms: tuple[jax.Array, ...], k: int, activation: str, backend: str, *, with_mask: bool
+) -> Selected:
+    if k >= terms[0].shape[-1]:
+        x = _sum(terms)
+        active = order_key(x) > 0 if activation == "relu" else jnp.ones(x.shape, bool)
+        return keep(x, active), active if with_mask else None
+    return _BACKENDS[backend](terms, k, activation, with_mask)
 
 
-def _active(x: jax.Array, k: int, activation: str, backend: str) -> jax.Array:
+def _sum(terms: tuple[jax.Array, ...]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _select_lax(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+    x = _sum(terms)
     # The order of a row is decided on integers: exact, the same on every platform, denormals included.
-    key = _order_key(x)
-    positive = key > 0
-    if activation == "abs":
-        key = _order_key(jnp.abs(x))
-    winners = jnp.ones(x.shape, bool) if k >= x.shape[-1] else _BACKENDS[backend](key, k)
-    return winners & positive if activation == "relu" else winners
+    key = order_key(x)
+    _, index = jax.lax.top_k(order_key(jnp.abs(x)) if activation == "abs" else key, k)
+    return _keep_indices(x, index, activation, with_mask)
 
 
-def _order_key(x: jax.Array) -> jax.Array:
-    """int32 that sorts as the IEEE total order of x; 0 for +0.0, above 0 exactly where x is."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32 if x.dtype == jnp.float32 else jnp.int16)
-    magnitude = jnp.array(jnp.iinfo(bits.dtype).max, bits.dtype)
-    return jnp.where(bits < 0, bits ^ magnitude, bits).astype(jnp.int32)
+def _select_approx(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+    x = _sum(terms)
+    judged = jnp.abs(x) if activation == "abs" else x
+    _, index = jax.lax.approx_max_k(judged, k, recall_target=APPROX_RECALL)
+    return _keep_indices(x, index, activation, with_mask)
 
 
-def _winners_lax(key: jax.Array, k: int) -> jax.Array:
-    _, index = jax.lax.top_k(key, k)
-    return jnp.put_along_axis(jnp.zeros(key.shape, bool), index, True, axis=-1, inplace=False)
+def _keep_indices(x: jax.Array, index: jax.Array, activation: str, with_mask: bool) -> Selected:
+    winners = jnp.put_along_axis(jnp.zeros(x.shape, bool), index, True, axis=-1, inplace=False)
+    active = winners & (order_key(x) > 0) if activation == "relu" else winners
+    return keep(x, active), active if with_mask else None
 
 
-def _winners_threshold(key: jax.Array, k: int) -> jax.Array:
-    """Walks the rows in blocks; a last block that is not full repeats its first row."""
-    rows = key.reshape(-1, key.shape[-1])
-    n_rows = rows.shape[0]
-    if n_rows <= _ROWS_PER_BLOCK:
-        return _search(rows, k).reshape(key.shape)
-    n_blocks = -(-n_rows // _ROWS_PER_BLOCK)
-    missing = n_blocks * _ROWS_PER_BLOCK - n_rows
-    padded = jnp.concatenate([rows, rows[:missing]]) if missing else rows
-    blocks = padded.reshape(n_blocks, _ROWS_PER_BLOCK, -1)
-    winners = jax.lax.map(functools.partial(_search, k=k), blocks)
-    return winners.reshape(-1, key.shape[-1])[:n_rows].reshape(key.shape)
+def _select_threshold(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+    return topk_threshold.select(_sum(terms), k, activation, with_mask=with_mask)
 
 
-def _search(key_RD: jax.Array, k: int) -> jax.Array:
-    """bool[R, D] with exactly k True a row, by bisection for each row's k-th largest key.
+def _kernel(backend: str, k: int, activation: str, with_mask: bool) -> Callable[..., Selected]:
+    def run(x: jax.Array, residual: jax.Array | None = None) -> Selected:
+        platform = _PLATFORMS[backend]
+        return topk_pallas.select(x, k, activation, platform, residual=residual, with_mask=with_mask)
 
-    Invariant: count(key >= low) >= k and count(key > high) < k. A row is settled when exactly k keys reach
-    `low`, or when low = high, which is a tie at the k-th place.
-    """
-    low, high = _lower_bound(key_RD, k), key_RD.max(axis=-1, keepdims=True)
-    count = _count_at_least(key_RD, low)
-
-    def unsettled(state: tuple) -> jax.Array:
-        low, high, count = state
-        return jnp.any((low < high) & (count != k))
-
-    def halve(state: tuple) -> tuple:
-        low, high, count = state
-        middle = (low | high) - ((low ^ high) >> 1)  # mean rounded up, without overflow
-        reached = _count_at_least(key_RD, middle)
-        enough = reached >= k
-        settled = count == k
-        return (
-            jnp.where(enough & ~settled, middle, low),
-            jnp.where(enough | settled, high, middle - 1),
-            jnp.where(enough & ~settled, reached, count),
-        )
-
-    low, _, count = jax.lax.while_loop(unsettled, halve, (low, high, count))
-    return jax.lax.cond(jnp.any(count > k), lambda: _break_ties(key_RD, low, k), lambda: key_RD >= low)
+    return run
 
 
-def _lower_bound(key_RD: jax.Array, k: int) -> jax.Array:
-    """A key that at least k entries reach: with k groups, each one's largest reaches the least of them."""
-    rows, d = key_RD.shape
-    if d % k:
-        return key_RD.min(axis=-1, keepdims=True)
-    return key_RD.reshape(rows, d // k, k).max(axis=1).min(axis=-1, keepdims=True)
+def _select_kernel(
+    backend: str, platform: str, terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool
+) -> Selected:
+    # Lowering for any other platform is an error: none else is named.
+    return jax.lax.platform_dependent(*terms, **{platform: _kernel(backend, k, activation, with_mask)})
 
 
-def _count_at_least(key_RD: jax.Array, bound_R1: jax.Array) -> jax.Array:
-    # In float32, exact below 2^24 and faster to reduce on CPUs than int32.
-    return jnp.sum((key_RD >= bound_R1).astype(jnp.float32), axis=-1, keepdims=True)
+def _select_auto(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+    """Chooses when the program is lowered, when its platform is known: that need not be this machine's."""
+    x = terms[0]
+
+    def anywhere(*terms: jax.Array) -> Selected:
+        return _select_threshold(terms, k, activation, with_mask)
+
+    kernels = {
+        platform: _kernel(backend, k, activation, with_mask)
+        for backend, platform in (("pallas_gpu", "cuda"), ("pallas_tpu", "tpu"))
+        if topk_pallas.supports(x.shape, x.dtype, _PLATFORMS[backend])
+    }
+    return jax.lax.platform_dependent(*terms, default=anywhere, **kernels)
 
 
-def _break_ties(key_RD: jax.Array, kth_R1: jax.Array, k: int) -> jax.Array:
-    above, tied = key_RD > kth_R1, key_RD == kth_R1
-    places_left = k - above.sum(axis=-1, keepdims=True)
-    return above | (tied & (jnp.cumsum(tied, axis=-1) <= places_left))
-
-
-_BACKENDS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
-    "lax": _winners_lax,
-    "threshold": _winners_threshold,
-    "auto": _winners_threshold,
+_BACKENDS: dict[str, Callable[[tuple[jax.Array, ...], int, str, bool], Selected]] = {
+    "auto": _select_auto,
+    "lax": _select_lax,
+    "threshold": _select_threshold,
+    "pallas_gpu": functools.partial(_select_kernel, "pallas_gpu", "cuda"),
+    "pallas_tpu": functools.partial(_select_kernel, "pallas_tpu", "tpu"),
+    "approx": _select_approx,
 }

@@ -11,19 +11,21 @@ is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V v
 
 from collections.abc import Callable
 import functools
-import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.model import attention_backends
 from topklm.model.attention import Attention, Rotation, rotation_angles
 from topklm.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from topklm.model.parallel import ALONE, Parallel
-from topklm.model.topk import topk
+from topklm.model.topk import MASK_NAME, topk
+from topklm.model.topk_gate import gate, relu_topk
 
 # Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
 Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -31,7 +33,7 @@ Parameters = dict[str, Any]
 
 
 class Block(nnx.Module):
-    """One layer up to the point where TopK is applied: `h -> u`."""
+    """One layer up to the point where TopK is applied: `h -> a, MLP(Norm(a))`, whose sum is u."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         write_scale = config.init_residual_scale * (2 * config.n_layers) ** -0.5
@@ -42,13 +44,20 @@ class Block(nnx.Module):
 
     def __call__(
         self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array, parallel: Parallel = ALONE
-    ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D] -> two of them, which a TopK kernel adds up by itself."""
         x_BTD = parallel.gather_tokens(self.attention_norm(h_BTD))
         mixed_BTD = self.attention(x_BTD, rotation, segment_ids_BT, parallel)
         a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
         x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
-        return a_BTD + parallel.scatter_tokens(self.mlp(x_BTD))
+        return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD))
+
+
+class _LayerInputs(NamedTuple):
+    """What differs from layer to layer; of all layers, with a leading layer axis."""
+
+    params: nnx.State
+    behind_topk: jax.Array | np.ndarray  # bool, whether the layer before ends in a TopK
 
 
 class Transformer(nnx.Module):
@@ -124,18 +133,34 @@ class Transformer(nnx.Module):
         rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, dtype)
         block_def, stacked = nnx.split(self.blocks)
 
-        def layer(sparse: bool, h: jax.Array, block_params: nnx.State) -> tuple[jax.Array, Any]:
-            block = nnx.merge(block_def, parallel.gather(block_params))
-            u = block(h, rotation, segment_ids_BT, parallel)
-            h_next = topk(u, config.topk_k, config.topk_activation, config.topk_backend) if sparse else u
-            return h_next, tap(h, u, h_next) if tap else None
+        # In halves where the input of a layer is kept in any case; a tap would see what is between them.
+        in_halves = config.remat != "none" and config.topk_activation == "relu" and tap is None
+        in_halves &= config.n_topk_layers > 0
+
+        def layer(sparse: bool, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
+            if in_halves:
+                h = gate(h, inputs.behind_topk)
+            block = nnx.merge(block_def, parallel.gather(inputs.params))
+            a, written = block(h, rotation, segment_ids_BT, parallel)
+            if not sparse:
+                h_next = a + written
+            elif in_halves:
+                h_next = relu_topk(written, a, config.topk_k, config.topk_backend)
+            else:
+                selection = config.topk_k, config.topk_activation, config.topk_backend
+                h_next = topk(written, *selection, residual=a)
+            return h_next, tap(h, a + written, h_next) if tap else None
 
         h_BTD = self.embed(tokens_BT, dtype, parallel)
         run = _scan_layers if config.scan_layers else _unroll_layers
         sparse_layer, dense_layer = (
-            _rematerialized(functools.partial(layer, sparse), config, parallel) for sparse in (True, False)
+            _rematerialized(functools.partial(layer, sparse), n_layers, config, parallel)
+            for sparse, n_layers in ((True, config.n_topk_layers), (False, config.n_nontopk))
         )
-        h_BTD, taps = run(sparse_layer, dense_layer, h_BTD, stacked, config.n_topk_layers, config.n_layers)
+        behind_topk = np.arange(config.n_layers) <= config.n_topk_layers
+        behind_topk[0] = False
+        inputs = _LayerInputs(stacked, behind_topk)
+        h_BTD, taps = run(sparse_layer, dense_layer, h_BTD, inputs, config.n_topk_layers, config.n_layers)
         return self.final_norm(h_BTD), taps
 
     def logits(self, h: jax.Array) -> jax.Array:
@@ -164,17 +189,24 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
-def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel) -> Callable:
-    """The layer with less kept for its backward pass (`config.remat`), to be computed again there."""
+def _rematerialized(layer: Callable, n_layers: int, config: ModelConfig, parallel: Parallel) -> Callable:
+    """One of n_layers layers with less kept for its backward pass (`config.remat`), to be computed again."""
+    policies = jax.checkpoint_policies
+    # The mask of a TopK that is not in halves is one byte an entry; without it the search, and the product
+    # before it, would run again.
     policy = {
         "none": _all_but_gathered,
-        "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "minimal": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(MASK_NAME, attention_backends.CHECKPOINT_NAME),
+        ),
+        "full": policies.save_only_these_names(MASK_NAME),
     }[config.remat]
-    if config.remat == "none" and parallel == ALONE:
+    if config.remat == "none" and parallel.gather is ALONE.gather:
         return layer
-    # A scan keeps XLA from merging the two computations by itself.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not config.scan_layers)
+    # A scan keeps XLA from merging the two computations by itself, unless it is a scan over one layer.
+    prevent_cse = not config.scan_layers or n_layers == 1
+    return jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
 
 
 def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
@@ -186,12 +218,12 @@ def _unroll_layers(
     sparse_layer: Callable,
     dense_layer: Callable,
     h: jax.Array,
-    stacked: nnx.State,
+    inputs: _LayerInputs,
     n_sparse: int,
     n_layers: int,
 ) -> tuple[jax.Array, Any]:
     # unstack, not indexing: its gradient is one concatenation instead of n_layers padded sums.
-    leaves, treedef = jax.tree.flatten(stacked)
+    leaves, treedef = jax.tree.flatten(inputs)
     by_layer = zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True)
     taps = []
     for index, layer_leaves in enumerate(by_layer):
@@ -205,14 +237,17 @@ def _scan_layers(
     sparse_layer: Callable,
     dense_layer: Callable,
     h: jax.Array,
-    stacked: nnx.State,
+    inputs: _LayerInputs,
     n_sparse: int,
     n_layers: int,
 ) -> tuple[jax.Array, Any]:
+    # split, not slices: its gradient is one concatenation instead of two padded sums.
+    leaves, treedef = jax.tree.flatten(inputs)
+    halves = zip(*[jnp.split(leaf, [n_sparse]) for leaf in leaves], strict=True)
+    sizes = (n_sparse, n_layers - n_sparse)
     taps = []
-    for start, stop, layer in [(0, n_sparse, sparse_layer), (n_sparse, n_layers, dense_layer)]:
-        if start < stop:
-            part = jax.tree.map(operator.itemgetter(slice(start, stop)), stacked)
-            h, seen = jax.lax.scan(layer, h, part)
+    for n, layer, half in zip(sizes, (sparse_layer, dense_layer), halves, strict=True):
+        if n:
+            h, seen = jax.lax.scan(layer, h, jax.tree.unflatten(treedef, half))
             taps.append(seen)
     return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)

@@ -33,6 +33,7 @@ from topklm.training.feed import DeviceBatch, Feed, to_devices
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.opening import opened
 from topklm.training.optimizer import make_optimizer
+from topklm.training.profile import Profiler
 from topklm.training.step import (
     TrainState,
     abstract_batch,
@@ -118,7 +119,12 @@ class _Run:
             first = int(state.step)
             primary = distributed.is_primary()
             writer = metrics_lib.open_writer(self.folder, first, primary=primary, warn=self.console.say)
-            with contextlib.closing(writer) as self.writer, Watchdog(self.folder) as self.watchdog:
+            profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
+            with (
+                contextlib.closing(writer) as self.writer,
+                Watchdog(self.folder) as self.watchdog,
+                contextlib.closing(profiler) as self.profiler,
+            ):
                 train_step = self._compile(state)
                 self.stop.begin_training()
                 if self._owes_evaluation(first):
@@ -137,7 +143,8 @@ class _Run:
         pending: tuple[int, Any] | None = None
         self.clock.start()
         for step in range(first + 1, steps + 1):
-            state, step_metrics = train_step(state, next(self.feed), *self.agreement.ballot())
+            with self.profiler.step(step):
+                state, step_metrics = train_step(state, next(self.feed), *self.agreement.ballot())
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
             pending = (step, step_metrics)
@@ -145,10 +152,14 @@ class _Run:
             saving_due = _is_due(step, self.config.checkpoint.every_steps, steps)
             saving_due |= self.checkpoints.due(step)
             stopping = bool(self.agreement)
-            if evaluation_due or saving_due or stopping:
+            traced = self.profiler.ends_with(step)
+            if evaluation_due or saving_due or stopping or traced:
                 self._log(*pending)
                 pending = None
                 self.clock.stop()
+                if traced:  # and the devices are done, for `_log` has fetched what they made
+                    with self.watchdog.paused():
+                        self.profiler.close()
                 if evaluation_due and not stopping:
                     self._evaluate(step, state)
                 stopping = stopping or bool(self.agreement)

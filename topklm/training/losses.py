@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from topklm.model.products import product, transposed
+
 # A chunk's logits should stay near the cache (8 MB in float32) but a matrix product over fewer tokens
 # than this wastes the machine.
 _LOGITS_PER_CHUNK = 2**21
@@ -94,6 +96,7 @@ def _forward(
     vocab_axis: str | None,
 ) -> tuple:
     w = w_DV.astype(h.dtype)
+    w_transposed = transposed(w)
     vocabulary = _vocabulary(w.shape[1], vocab_axis)
 
     def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
@@ -107,8 +110,8 @@ def _forward(
         is_target = (vocabulary == targets_BS[..., None]).astype(jnp.float32)
         dlogits = ((probabilities * scale[..., None] - is_target) * weights_BS[..., None]).astype(h.dtype)
         flat_h, flat_d = h_BSD.reshape(-1, h.shape[-1]), dlogits.reshape(-1, w.shape[1])
-        dw += jnp.matmul(flat_h.T, flat_d, preferred_element_type=jnp.float32)
-        return (loss, nll_sum, dw), jnp.matmul(dlogits, w.T)
+        dw += jnp.matmul(transposed(flat_h), flat_d, preferred_element_type=jnp.float32)
+        return (loss, nll_sum, dw), product(dlogits, w_transposed)
 
     zero = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(w_DV.shape, jnp.float32))
     (loss, nll_sum, dw), dh = jax.lax.scan(add_chunk, zero, _split(h, targets, weights, w.shape[1]))

@@ -8,15 +8,18 @@ import pathlib
 import time
 from typing import Any, Protocol
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from topklm import run_folder
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.errors import disk_errors_are_user_errors
 from topklm.files import AnyPath, is_bucket, write_atomically
+from topklm.imports import without
 from topklm.training.spool import Spool
+
+# tensorboardX looks for them, which takes seconds, for what is not used here.
+with without("torch", "boto3", "google.cloud.storage"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 class Writer(Protocol):

@@ -5,6 +5,7 @@ and in `model.parallel`; the optimizer works on each array as it lies.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import optax
 
 from topklm import sharding
 from topklm.config import Config
-from topklm.model import transformer
+from topklm.model import attention_backends, topk, transformer
 from topklm.model.parallel import Parallel
 from topklm.training import bad_steps, losses, topk_health
 from topklm.training.optimizer import learning_rate_schedule
@@ -162,7 +163,10 @@ def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
 def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
     shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
     parallel = sharding.parallel(mesh, shapes, jnp.dtype(config.model.dtype))
-    return sharding.parameter_specs(shapes, mesh), parallel
+    platform = mesh.devices.flat[0].platform
+    topk.check_platform(config.model.topk_backend, platform)
+    attention = attention_backends.choose(config.model, platform)
+    return sharding.parameter_specs(shapes, mesh), dataclasses.replace(parallel, attention=attention)
 
 
 def _hidden(

@@ -1,0 +1,130 @@
+"""docs/performance.md says what the JSON of the benchmarks holds, and nothing about what has none."""
+
+import json
+
+import pytest
+
+from benchmarks import performance_table
+from benchmarks.performance_targets import TARGETS
+from topklm.bench.report import Comparison, Report, Result
+
+DOCUMENT = "".join(
+    f"<!-- {name} -->\nold\n<!-- end -->\n"
+    for name in (
+        "targets",
+        "commands",
+        "step",
+        "topk",
+        "data",
+        "decode",
+        "checkpoint",
+        "parts",
+        "fit",
+        "pictures",
+    )
+)
+
+
+def step_report(s1_ratio):
+    facts = {"side": "TopK", "mfu": 0.42}
+    report = Report(
+        "step",
+        {"cases": {"s1 float32": {"allocator": "libtcmalloc.so (TOPKLM_ALLOCATOR=system turns it off)"}}},
+        [Result("s1 float32: step, TopK", "s", (1.0, 1.1, 1.3), floor=0.55, facts=facts, note="fast")],
+        [
+            Comparison("s1 float32: tokens/s, TopK / torch eager", (s1_ratio,) * 3, at_least=1.25),
+            Comparison("s1 float32: step, TopK / Base", (1.0, 1.02, 1.04), at_most=1.04),
+            Comparison("s2 float32: step, TopK / Base", (1.06, 1.06, 1.06), at_most=1.04),
+            Comparison("s1 float32: peak memory, TopK / torch eager", (0.9,), at_most=1.0),
+        ],
+    )
+    return json.loads(json.dumps(report.to_dict(["topklm", "bench", "step"])))
+
+
+def rows_of(document, beginning):
+    return [line for line in document.splitlines() if line.startswith(f"| {beginning}")]
+
+
+def test_the_document_is_rendered_from_the_results():
+    path = performance_table.DOCUMENT
+    document = path.read_text(encoding="utf-8")
+    results = performance_table.read(performance_table.RESULTS)
+    assert performance_table.render(document, results, path.parent / "images") == document
+
+
+def test_a_target_is_reached_missed_or_not_measured(tmp_path):
+    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)}, tmp_path)
+    (s1,) = [row for row in rows_of(document, "2 CPU cores") if "S1 float32" in row]
+    assert s1.endswith("| >= 1.25 | torch eager: 1.30 (1.30 to 1.30) | reached |")
+    (base,) = [row for row in rows_of(document, "2 CPU cores") if "TopK step / Base" in row]
+    assert base.endswith(
+        "| s1 float32: 1.02 (1.01 to 1.03); s2 float32: 1.06 (1.06 to 1.06) | **missed** by s2 float32 |"
+    )
+    (memory,) = [row for row in rows_of(document, "2 CPU cores") if "peak memory" in row]
+    assert memory.endswith("| < 1 | s1 float32: 0.90 | reached |")
+    assert len(rows_of(document, "H200")) == len([t for t in TARGETS if t.place == "H200"])
+    assert all(row.endswith("| not measured | no such machine here |") for row in rows_of(document, "H200"))
+
+
+def test_a_target_that_all_cases_miss_says_so(tmp_path):
+    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.1)}, tmp_path)
+    (s1,) = [row for row in rows_of(document, "2 CPU cores") if "S1 float32" in row]
+    assert s1.endswith("| **missed** |")
+
+
+def test_figures_have_their_floor_and_files_their_circumstances(tmp_path):
+    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)}, tmp_path)
+    (figure,) = rows_of(document, "s1 float32: step, TopK |")
+    assert figure == "| s1 float32: step, TopK | 1.10 s | 1.05 s to 1.20 s | 550 ms | 2.00 x | fast |"
+    (command,) = rows_of(document, "`topklm bench step --peer=torch`")
+    assert "allocator libtcmalloc.so," in command
+    assert "Not measured yet: `topklm bench checkpoint`." in document
+    assert "old" not in document
+
+
+def test_every_target_looks_into_a_file_whose_command_is_known():
+    assert {target.file for target in TARGETS} <= set(performance_table.COMMANDS)
+
+
+def test_what_topk_adds_on_a_tpu_is_that_of_the_compiled_twins():
+    content = json.loads((performance_table.RESULTS / "scaling.json").read_text(encoding="utf-8"))
+    added = [target for target in TARGETS if target.place.startswith("TPU")]
+    assert len(added) == 3
+    for target in added:
+        assert [found.what for found in target.find(content)] == ["130m", "400m", "1.4b"]
+    reports = content["checks"]
+    share = reports["130m on v5e:4x4"]["report"]["hbm_traffic"]
+    share /= reports["130m-base on v5e:4x4"]["report"]["hbm_traffic"]
+    assert next(iter(added[0].find(content))).value == f"{share - 1:+.1%}"
+
+
+def test_the_cost_model_and_its_points_are_printed(tmp_path):
+    point = {
+        "axes": ["d_model", "batch_size"],
+        "config": dict.fromkeys(
+            ("d_model", "n_layers", "context_length", "vocab_size", "topk_k", "batch_size"), 1024
+        ),
+        "seconds": 0.5,
+        "fitted_seconds": 0.4,
+        "tokens_per_second": 2048.0,
+        "peak_bytes": 2**30,
+        "fitted_peak_bytes": 2**30,
+    }
+    fit = {"constant": 0.01, "worst_residual": 0.25}
+    rates = {"matmul_flops": 1e-11, "activation_bytes": 0.0, "parameter_bytes": 1e-10}
+    growth = {
+        "machine": step_report(1.3)["machine"],
+        "points": [point],
+        "centre_again_seconds": 0.55,
+        "fits": {"seconds": {**fit, "rates": rates}, "peak_bytes": {**fit, "rates": rates}},
+    }
+    document = performance_table.render(DOCUMENT, {"growth.json": growth}, tmp_path)
+    assert "matrix products at 100.0 GFLOP/s, activations free, parameters at 10.0 GB/s" in document
+    assert "its time moved by +10.0%" in document
+    (row,) = rows_of(document, "1,024 |")
+    assert row.endswith("| 500 ms | 400 ms | +25% | 2,048 | 1.00 GiB | 1.00 GiB | +0% |")
+
+
+def test_a_document_without_markers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no markers for targets"):
+        performance_table.render("# Performance", {}, tmp_path)

@@ -1,0 +1,164 @@
+"""`topklm bench decode`: tokens per second of generation, for one prompt and for many.
+
+The floor is a program that reads every parameter once for all prompts' next tokens and does each matrix
+product for those tokens alone, which takes a cache of keys and values. The peer is Hugging Face's `generate`,
+with such a cache, the same weights and TopK in hooks. All sides take the most likely token each time.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from topklm import config as config_lib
+from topklm.bench import floors, peers
+from topklm.bench.processes import Prepared, Worker
+from topklm.bench.report import Comparison, Report, Result
+from topklm.bench.shapes import SHAPES
+from topklm.bench.timing import Samples, alternate
+from topklm.compile_check.check import with_vocabulary
+from topklm.config import Config, ModelConfig
+from topklm.errors import UserError
+from topklm.inference.generate import generate_tokens
+from topklm.model import transformer
+
+DESCRIPTION = "Measures generation with a config's model, freshly initialised."
+EXAMPLE = "topklm bench decode --config=configs/small.py --config.model.vocab_size=4096 --peer=torch"
+
+BATCH_SIZES = (1, 32)
+_PROMPT_TOKENS = 16
+_NEW_TOKENS = 16
+_SECONDS_PER_SAMPLE = 0.3
+_WEIGHT_BYTES = 4  # parameters are float32 whatever the compute dtype
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares flags of its own."""
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=_NEW_TOKENS,
+        metavar="N",
+        help=f"length of each continuation of {_PROMPT_TOKENS} tokens; default %(default)s",
+    )
+
+
+def run(arguments: argparse.Namespace, config: Config | None) -> Report:
+    """Continues random prompts, 1 and 32 at a time.
+
+    Args:
+        arguments: `peer`, `repeats`, `new_tokens`.
+        config: Its model; default shape s1. A vocabulary of 0 stands for `data.vocab_size`.
+
+    Raises:
+        UserError: If prompt and continuation do not fit the context, or the peer is not installed.
+    """
+    config = with_vocabulary(config or SHAPES["s1"])
+    length = config.model.context_length
+    if not 1 <= arguments.new_tokens <= length - _PROMPT_TOKENS:
+        raise UserError(
+            f"--new-tokens = {arguments.new_tokens}: must be from 1 to {length - _PROMPT_TOKENS}, "
+            f"model.context_length ({length}) less the prompt's {_PROMPT_TOKENS}"
+        )
+    if arguments.peer:
+        peers.require(arguments.peer)
+    rates = floors.measure_rates(config.model.dtype, arguments.repeats)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        spec = {"config": config.to_dict(), "new_tokens": arguments.new_tokens}
+        ours = stack.enter_context(Worker(__name__, spec))
+        sides = ours.sides()
+        if arguments.peer:
+            weights = str(Path(folder) / "weights.npz")
+            with Worker("topklm.bench.sides.weights", {"config": config.to_dict(), "file": weights}):
+                pass
+            torch = Worker("topklm.bench.peers.torch_decode", {**spec, "weights": weights})
+            sides |= stack.enter_context(torch).sides()
+        samples = alternate(sides, arguments.repeats, warmup=1, at_least=_SECONDS_PER_SAMPLE, label="decode")
+        return _report(samples, config, arguments.new_tokens, rates, ours.facts)
+
+
+def prepare(spec: Mapping[str, Any]) -> Prepared:
+    """Our sides "batch N", in a process of their own; `spec` as `run` makes it."""
+    config = config_lib.resolve(spec["config"])
+    params = transformer.create(config.model, config.train.seed)
+    prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
+    stop = _never_drawn(config.model, params, prompts, new_tokens)
+    sides: dict[str, Callable[[], Any]] = {
+        f"batch {n}": functools.partial(continuations, config.model, params, prompts[:n], new_tokens, stop)
+        for n in BATCH_SIZES
+    }
+    return Prepared(sides, {"prompt_tokens": _PROMPT_TOKENS})
+
+
+def continuations(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    prompts: np.ndarray,
+    new_tokens: int,
+    stop_token: int,
+) -> list[list[int]]:
+    """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": 0.0, "seed": 0}
+    return [
+        generate_tokens(config, params, prompt.tolist(), stop_token=stop_token, **options)
+        for prompt in prompts
+    ]
+
+
+def random_prompts(config: ModelConfig, n: int) -> np.ndarray:
+    """int64[n, 16], the same ones for all sides."""
+    return np.random.default_rng(1).integers(0, config.vocab_size, (n, _PROMPT_TOKENS))
+
+
+def step_floor(config: Config, batch_size: int, rates: floors.Rates) -> float:
+    """Seconds for one new token of each prompt: the parameters read once, or the matrix products."""
+    shapes = jax.eval_shape(lambda: transformer.create(config.model, 0))
+    in_products = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    if not config.model.tie_embeddings:  # of the embedding, only the rows of the tokens are looked at
+        in_products -= shapes["embed"]["embedding"].size
+    flops = 2.0 * in_products * batch_size
+    return max(_WEIGHT_BYTES * in_products / rates.bytes_per_second, flops / rates.flops_per_second)
+
+
+def _never_drawn(
+    config: ModelConfig, params: transformer.Parameters, prompts: np.ndarray, new_tokens: int
+) -> int:
+    """A token that ends no continuation early, so that all sides do the same work."""
+    for candidate in range(config.vocab_size):
+        found = continuations(config, params, prompts, new_tokens, candidate)
+        if all(len(tokens) == new_tokens for tokens in found):
+            return candidate
+    raise ValueError(f"every token of {config.vocab_size} was drawn in {len(prompts)} x {new_tokens}")
+
+
+def _report(
+    samples: Mapping[str, Samples],
+    config: Config,
+    new_tokens: int,
+    rates: floors.Rates,
+    facts: Mapping[str, Any],
+) -> Report:
+    results, comparisons = [], []
+    for n in BATCH_SIZES:
+        floor = n / step_floor(config, n, rates)
+        names = [name for name in (f"batch {n}", f"torch, batch {n}") if name in samples]
+        results += [Result(name, "tokens/s", samples[name].rates(n * new_tokens), floor) for name in names]
+        if len(names) > 1:
+            ours, theirs = (samples[name] for name in names)
+            comparisons.append(Comparison(f"{names[0]} / {names[1]}", ours.speedup_over(theirs)))
+    settings = {
+        **facts,
+        "new_tokens": new_tokens,
+        "model": dataclasses.asdict(config.model),
+        "rates": dataclasses.asdict(rates),
+    }
+    note = "The floor: parameters and products of the new tokens alone, as with a cache of keys and values."
+    return Report("decode", settings, results, comparisons, [note])

@@ -1,0 +1,155 @@
+"""Sides that live in processes of their own, kept alive and told to go: peak memory, allocators, PyTorch.
+
+All get the same number of threads and the same allocator. The process that asks imports neither JAX nor
+PyTorch, and is idle while a side runs.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+from typing import Any, Self
+
+from topklm.bench.timing import Side
+from topklm.errors import UserError
+
+_PATIENCE_SECONDS = 60.0  # for a process that was told to end
+_SHOWN_CHARACTERS = 2000  # of what a process printed before it died
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the `prepare(spec)` of a side's module returns, in the process that runs it."""
+
+    sides: Mapping[str, Callable[[], Any]]  # by name; each returns when its work is done
+    facts: Mapping[str, Any]  # what else is to be known, for JSON
+    device_peak_bytes: Callable[[], int | None] = lambda: None  # of an accelerator, at the end
+
+
+class WorkerError(RuntimeError):
+    """A process died; the text is the end of what it printed."""
+
+
+class Worker:
+    """A process that prepared a module's sides and waits to run them.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    facts: dict[str, Any]
+
+    def __init__(
+        self, module: str, spec: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts it; returns when it is ready.
+
+        Args:
+            module: Has `prepare(spec) -> Prepared`, e.g. "topklm.bench.sides.train_step".
+            spec: For `prepare`; must survive JSON.
+            environment: Variables set over those of `shared_environment`.
+
+        Raises:
+            UserError: If `prepare` raised one.
+            WorkerError: If the process died.
+        """
+        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "topklm.bench.child", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+            env={**shared_environment(), **(environment or {})},
+        )
+        try:
+            ready = self._ask(spec)
+        except BaseException:
+            self._kill()
+            raise
+        self.facts, self._names = ready["facts"], ready["sides"]
+
+    def sides(self) -> dict[str, Side]:
+        """Its sides for `timing.alternate`; the time is taken in the process."""
+
+        def side(name: str) -> Side:
+            return lambda calls: self._ask({"side": name, "calls": calls})["seconds"]
+
+        return {name: side(name) for name in self._names}
+
+    def peak_bytes(self) -> int:
+        """Most memory that it had so far: of the device where it used an accelerator, else resident."""
+        return self._ask({"peak": True})["peak_bytes"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, message: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise WorkerError(f"the process of a side ended with code {code}: {self._last_words()}")
+        answer = json.loads(line)
+        if "user_error" in answer:
+            raise UserError(answer["user_error"])
+        return answer
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()[-_SHOWN_CHARACTERS:].strip()
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream:
+                stream.close()
+
+
+def threads() -> int:
+    """Cores that this process may use, which is how many threads each side gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_environment() -> dict[str, str]:
+    """The environment of every side: this process's, so with its allocator, and one thread count for all."""
+    shared = {**os.environ, "OMP_NUM_THREADS": str(threads()), "PYTHONUNBUFFERED": "1"}
+    # Sides of two frameworks share an accelerator.
+    shared.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return shared
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process had resident so far.
+
+    Not from `getrusage`, which on Linux also counts what the process was before it became this program.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise UserError("bench: /proc/self/status does not say how much memory a process has; use Linux")
