@@ -115,3 +115,19 @@ def test_a_dim_that_the_axis_does_not_divide_stays_whole():
 def test_a_parameter_that_no_rule_names_is_a_bug():
     with pytest.raises(KeyError):
         sharding.parameter_shardings({"new": {"thing": np.zeros((4, 4))}}, mesh_of(1, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "wanted"),
+    [
+        ("auto", 1, "auto"),
+        ("pallas_tpu", 1, "auto"),
+        ("auto", 8, "threshold"),
+        ("pallas_gpu", 8, "threshold"),
+        ("lax", 8, "lax"),
+        ("approx", 8, "approx"),
+    ],
+)
+def test_a_program_that_xla_splits_by_itself_has_no_kernels(backend, devices, wanted):
+    model = sharding.outside_shard_map(ModelConfig(topk_backend=backend), mesh_of(devices, 1, 1))
+    assert model == ModelConfig(topk_backend=wanted)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.config import Config, MeshConfig
+from topklm.config import Config, MeshConfig, ModelConfig
 from topklm.errors import UserError
 from topklm.model.parallel import ALONE, Parallel, gather_parameter
+from topklm.model.topk import KERNELS
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -251,3 +252,17 @@ def _that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Pa
             for axis, size in zip(spec, shape, strict=False)
         )
     )
+
+
+def outside_shard_map(model: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The same model for programs that XLA splits over the mesh by itself: it cannot split kernels.
+
+    Args:
+        model: As it is trained.
+        mesh: Where its parameters are.
+    """
+    kernel_possible = model.topk_backend in ("auto", *KERNELS)
+    if mesh.size > 1 and kernel_possible:
+        return dataclasses.replace(model, topk_backend="threshold")
+    # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
+    return dataclasses.replace(model, topk_backend="auto") if kernel_possible else model

@@ -47,7 +47,8 @@ def bytes_by_kind(report, axis):
 
 @needs_libtpu
 def test_a_step_is_compiled_for_a_tpu_slice_without_one():
-    done = run("--topology=v5e:2x4", "--json")
+    # Splash attention would compute the scores once more for each of its two gradients.
+    done = run("--topology=v5e:2x4", "--json", model__attention="blocked")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["fits"] and report["memory_available"] == int(15.75 * 2**30)

@@ -5,6 +5,7 @@ Only parameters are read, never the optimizer, onto one device or any mesh, what
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -54,6 +55,7 @@ def load(
     config = _config(saved_config, chosen, folder)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    config = dataclasses.replace(config, model=sharding.outside_shard_map(config.model, mesh))
     target = _target(config.model, mesh)
     with _damage_is_a_user_error(folder, chosen, saved):
         stores = open_arrays(place / PARAMS)

@@ -24,7 +24,7 @@ APPROX_RECALL = 0.95
 MASK_NAME = "topk_mask"  # of what the reverse pass keeps, in remat policies
 
 Selected = tuple[jax.Array, jax.Array | None]  # what `topk` returns, and which entries are active
-_PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # backends for one platform only
 
 
 def topk(
@@ -96,7 +96,7 @@ def check_platform(backend: str, platform: str) -> None:
     Raises:
         UserError: If the backend is a kernel for another platform.
     """
-    wanted = _PLATFORMS.get(backend, platform)
+    wanted = KERNELS.get(backend, platform)
     if wanted != platform:
         raise UserError(
             f"model.topk_backend = {backend!r}: a kernel for {wanted.upper()}s, and these devices are "
@@ -206,7 +206,7 @@ def _select_threshold(terms: tuple[jax.Array, ...], k: int, activation: str, wit
 
 def _kernel(backend: str, k: int, activation: str, with_mask: bool) -> Callable[..., Selected]:
     def run(x: jax.Array, residual: jax.Array | None = None) -> Selected:
-        platform = _PLATFORMS[backend]
+        platform = KERNELS[backend]
         return topk_pallas.select(x, k, activation, platform, residual=residual, with_mask=with_mask)
 
     return run
@@ -229,7 +229,7 @@ def _select_auto(terms: tuple[jax.Array, ...], k: int, activation: str, with_mas
     kernels = {
         platform: _kernel(backend, k, activation, with_mask)
         for backend, platform in (("pallas_gpu", "cuda"), ("pallas_tpu", "tpu"))
-        if topk_pallas.supports(x.shape, x.dtype, _PLATFORMS[backend])
+        if topk_pallas.supports(x.shape, x.dtype, KERNELS[backend])
     }
     return jax.lax.platform_dependent(*terms, default=anywhere, **kernels)
 

@@ -288,7 +288,7 @@ class _Run:
         tokenizer, settings = self.mixture.tokenizer, self.config.eval
         prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
         continuation = generate_tokens(
-            self.config.model,
+            sharding.outside_shard_map(self.config.model, self.mesh),
             state.params,
             prompt,
             max_new_tokens=settings.sample_tokens,
