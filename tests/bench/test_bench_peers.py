@@ -39,7 +39,10 @@ def peer_training(config):
     return torch_step.Training(config, llama.state_dict(config.model, params), compiled=False)
 
 
-@pytest.mark.parametrize("name", ["topk", "base", "tied"])
+@pytest.mark.parametrize(
+    "name",
+    ["topk", pytest.param("base", marks=pytest.mark.slow), pytest.param("tied", marks=pytest.mark.slow)],
+)
 def test_the_loss_of_the_first_step_and_the_one_after_its_update_are_ours(name):
     config = {
         "topk": SMALL,
@@ -54,6 +57,7 @@ def test_the_loss_of_the_first_step_and_the_one_after_its_update_are_ours(name):
     assert theirs.step() == pytest.approx(ours.sides["step"](), rel=1e-4 if name != "topk" else 1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_autocast_over_float32_weights():
     config = with_model(SMALL, dtype="bfloat16")
     theirs = peer_training(config)

@@ -68,6 +68,7 @@ def test_no_coefficient_is_below_zero_and_residuals_are_measured_over_fitted():
     np.testing.assert_allclose(np.array(found.fitted) * (1 + np.array(found.residuals)), [1.0, 2.0, 3.0, 4.4])
 
 
+@pytest.mark.slow
 def test_a_point_is_measured_in_a_process_of_its_own():
     tiny = with_model(CENTRE, d_model=64, n_layers=1, n_heads=1, n_kv_heads=1, d_mlp=32, vocab_size=128)
     tiny = with_model(tiny, context_length=16, topk_k=8)

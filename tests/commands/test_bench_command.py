@@ -47,6 +47,7 @@ def test_step_measures_topk_and_base(tmp_path, capsys):
     assert "loss of the first step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_step_explains_where_its_time_goes(tmp_path, capsys):
     found = measured(tmp_path, "step", "--explain", *CONFIG)
     parts = {row["facts"]["part"]: row for row in found["results"]}
@@ -69,6 +70,7 @@ def test_topk_measures_every_backend_beside_a_copy(tmp_path):
     assert forward["name"] == "256 x 16, k 4, float32, forward: faster than lax.top_k + scatter"
 
 
+@pytest.mark.slow
 def test_topk_measures_growth_with_k(tmp_path):
     found = measured(tmp_path, "topk", "--sizes=16:4", "--rows=64", "--dtype=bfloat16", "--against=k")
     auto = [row["facts"]["k"] for row in found["results"] if row["facts"]["operation"] == "auto"]

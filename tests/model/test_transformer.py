@@ -170,7 +170,7 @@ def primitives(jaxpr):
 
 @pytest.mark.parametrize(
     ("remat", "scan_layers", "activation"),
-    [("full", True, "relu"), ("minimal", False, "abs")],
+    [("full", True, "relu"), pytest.param("minimal", False, "abs", marks=pytest.mark.slow)],
 )
 def test_what_is_computed_again_gives_the_same_gradient(params, remat, scan_layers, activation):
     want = jax.jit(loss_gradient(variant(topk_activation=activation)))(params)

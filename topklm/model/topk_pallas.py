@@ -170,7 +170,7 @@ def _kernel(
         tile.store_whole(outputs["mask"], active)
     # A row with a NaN keeps nothing: all of it is filled.
     kept = jnp.where(has_nan_R1, 0, active)
-    # In float32 first: a TPU cannot choose between 16-bit numbers by what was decided on 32-bit ones, one a row.
+    # In float32 first: with a condition of one value a row, a TPU cannot choose between 16-bit numbers.
     fill_R1 = jnp.where(has_nan_R1, jnp.float32(jnp.nan), jnp.float32(0)).astype(u[0].dtype)
     y = [jnp.where(kept & _bit(chunk) != 0, each, fill_R1) for chunk, each in enumerate(u)]
     for chunk, each in enumerate(y):
