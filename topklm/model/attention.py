@@ -18,7 +18,6 @@ from topklm.config import ModelConfig
 from topklm.model import attention_backends
 from topklm.model.layers import Linear
 from topklm.model.parallel import ALONE, Parallel, all_gather
-from topklm.model.products import transposed
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
 # 64 to 128 measured best on CPUs.
@@ -173,8 +172,8 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
         dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :seen])
         ds = (p * (dp - row_sums[:, :, :, rows])).astype(p.dtype)
         dq_blocks.append(_product("bkgts,bksd->bkgtd", ds, keys[:, :, :seen]))
-        dk_block = _product_over_queries(ds, scaled[:, :, :, rows])
-        dv_block = _product_over_queries(p, g[:, :, :, rows])
+        dk_block = _product("bkgts,bkgtd->bksd", ds, scaled[:, :, :, rows])
+        dv_block = _product("bkgts,bkgtd->bksd", p, g[:, :, :, rows])
         # The last queries come first here, and see all keys.
         dk = dk_block if dk is None else dk.at[:, :, :seen].add(dk_block)
         dv = dv_block if dv is None else dv.at[:, :, :seen].add(dv_block)
@@ -202,13 +201,6 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
 }
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def _product_over_queries(p: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, K, G, t, s], [B, K, G, t, d] -> float32[B, K, s, d]."""
-    if p.dtype == jnp.bfloat16:
-        return _product("bkgst,bkgtd->bksd", transposed(p), x)
-    return _product("bkgts,bkgtd->bksd", p, x)
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
