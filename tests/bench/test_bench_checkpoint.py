@@ -25,6 +25,7 @@ MODEL = ModelConfig(
 CONFIG = Config(model=MODEL)
 
 
+@pytest.mark.slow
 def test_the_report_has_saves_and_loads_beside_plain_files(tmp_path):
     report = checkpoint.run(argparse.Namespace(peer="", repeats=2, folder=str(tmp_path)), CONFIG)
     results = {result.name: result for result in report.results}

@@ -35,6 +35,7 @@ def params():
     return transformer.create(MODEL, 0)
 
 
+@pytest.mark.slow
 def test_continuations_are_the_most_likely_tokens_of_a_plain_loop(params):
     prompts = decode.random_prompts(MODEL, 2)
     forward = jax.jit(transformer.bind(MODEL, params))

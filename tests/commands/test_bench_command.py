@@ -30,6 +30,7 @@ def by_name(rows):
     return {row["name"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_step_measures_topk_and_base(tmp_path, capsys):
     found = measured(tmp_path, "step", *CONFIG)
     results = by_name(found["results"])

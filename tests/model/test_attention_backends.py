@@ -56,6 +56,7 @@ def test_values_and_gradients_equal_the_plain_formula(name, length, heads, kv_he
         np.testing.assert_allclose(ours, plain, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_bfloat16_stays_near_float32(name):
     arrays, segments = make(140, heads=2, kv_heads=1, batch=1, dtype=jnp.bfloat16)

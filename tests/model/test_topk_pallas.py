@@ -103,7 +103,8 @@ def assert_same_bits(got, want):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "d", "k", "activation"), named(CASES) + named(MORE_CASES, slow=True)
+    ("platform", "dtype", "d", "k", "activation"),
+    named(CASES) + named(MORE_CASES, slow=True),
 )
 def test_the_kernel_gives_the_bits_of_a_stable_sort_and_of_the_lax_backend(platform, dtype, d, k, activation):
     x = rows_of_all_kinds(dtype, d)
