@@ -5,6 +5,7 @@ Run as a program with a platform, this file compiles both and prints what it fou
 
 from collections import Counter
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -55,37 +56,46 @@ PLATFORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=PLATFORMS)
-def found(request):
-    if request.param == "tpu":
-        pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **PLATFORMS[request.param]}
+@functools.cache
+def found(platform, *meshes):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **PLATFORMS[platform]}
     environment["PYTHONPATH"] = str(Path(sharding.__file__).parents[1])
-    command = [sys.executable, __file__, request.param]
+    command = [sys.executable, __file__, platform, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_topk_adds_no_collective_to_the_train_step(found, mesh):
-    base, topk = (found[f"{mesh} {model}"] for model in ("base", "topk"))
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("data, fsdp and tensor", marks=pytest.mark.slow),
+        "fsdp, context and tensor",
+    ],
+)
+def test_topk_adds_no_collective_to_the_train_step(mesh, platform):
+    if platform == "tpu":
+        pytest.importorskip("libtpu")
+    figures = found(platform, mesh)
+    base, topk = (figures[f"{mesh} {model}"] for model in ("base", "topk"))
     assert base, "a train step over eight devices communicates"
     assert topk == base
 
 
-def compile_all(platform):
+def compile_all(platform, meshes):
     if platform == "tpu":
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     else:
         devices = jax.devices()
     report = {}
-    for name, sizes in MESHES.items():
+    for name in meshes:
         for model, n_nontopk in (("base", 3), ("topk", 1)):
             # Each as it is usually trained there.
             shape = dataclasses.replace(TOPK.model, n_nontopk=n_nontopk, scan_layers=platform == "tpu")
             config = dataclasses.replace(TOPK, model=shape)
-            text = compiled_step(config, sharding.make_mesh(sizes, devices)).as_text()
+            text = compiled_step(config, sharding.make_mesh(MESHES[name], devices)).as_text()
             report[f"{name} {model}"] = communication(text)
     return report
 
@@ -112,4 +122,4 @@ def communication(text):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    print(json.dumps(compile_all(sys.argv[1], sys.argv[2:])))

@@ -36,6 +36,7 @@ def test_a_job_disturbed_at_twenty_random_moments_ends_as_if_undisturbed(trainer
     faults.assert_as_if_undisturbed(tmp_path / "run", tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_run_continues_exactly_on_another_number_of_hosts(trainer, undisturbed, tmp_path):
     """On four hosts, then two, then one, with the same four devices in all."""
     run = tmp_path / "run"

@@ -113,8 +113,6 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(trainer, finished_r
         kill_between_checkpoints,
         kill_while_a_checkpoint_is_written,
         kill_in_an_evaluation,
-        kill_while_a_checkpoint_is_written,
-        kill_between_checkpoints,
     ):
         kill(start_slowly(trainer, run, {"data.dir": tmp_path / "datasets"}), run, chance)
         half_written += bool(files_being_written(run))

@@ -52,13 +52,12 @@ def test_topk_adds_no_collective(sparse, base):
 
 
 def test_topk_adds_little_memory_traffic(sparse, base):
-    """The target is under 3 %; these few tokens reach 5.7 %, with one scan over layers more than Base has."""
-    assert sparse.hbm_traffic < 1.06 * base.hbm_traffic
+    """So few tokens stay on the chip between two operations; the 130M recipe adds 1.4 %."""
+    assert sparse.hbm_traffic < 1.005 * base.hbm_traffic
 
 
 def test_topk_adds_little_memory(sparse, base):
-    """The target is under 2 %; these few tokens reach 11.1 %."""
-    assert sparse.memory.temporaries < 1.12 * base.memory.temporaries
+    assert sparse.memory.temporaries < 1.005 * base.memory.temporaries
 
 
 def test_topk_adds_no_matrix_product(sparse, base):

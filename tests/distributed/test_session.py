@@ -1,14 +1,18 @@
 """Real processes on this machine, ended in every way that a process can end."""
 
+import json
 import os
 import re
 import signal
 import socket
 import sys
 import textwrap
+import time
 
 from helpers import ROOT, Process
 import pytest
+
+from topklm.distributed.ending import Ending, Kind
 
 PROGRAM = """
 import os, signal, sys, time
@@ -75,14 +79,14 @@ class Job:
         path.write_text(program.format(body=textwrap.indent(body, " " * 8)))
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
-            coordinator = f"localhost:{probe.getsockname()[1]}"
+            self.coordinator = probe.getsockname()
         start_timeout, peer_timeout = timeouts
         common = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
-            "TOPKLM_COORDINATOR": coordinator,
+            "TOPKLM_COORDINATOR": f"localhost:{self.coordinator[1]}",
             "TOPKLM_PROCESS_COUNT": str(count),
             "TOPKLM_START_TIMEOUT": str(start_timeout),
             "TOPKLM_PEER_TIMEOUT": str(peer_timeout),
@@ -284,3 +288,17 @@ def test_a_stop_while_others_have_not_come_ends_those_that_have(start, preempted
     assert job.finish() == [0, 0]
     for process in job.processes.values():
         assert "Resume with the same command" in process.output.splitlines()[-1]
+
+
+def test_a_stop_reaches_one_whose_first_word_comes_later(start):
+    job = start(2, "", started=[0], program=WAITING_PROGRAM)
+    job.wait_for("connected")
+    with socket.create_connection(job.coordinator) as newcomer:
+        job[0].signal(signal.SIGTERM)
+        job[0].wait_for_line("Resume with the same command")
+        time.sleep(1)  # it says so before it tells the others
+        hello = {"hello": "member", "index": 1, "count": 2, "versions": {}}
+        newcomer.sendall(json.dumps(hello).encode() + b"\n")
+        answer = json.loads(newcomer.makefile().readline())
+    assert Ending.from_json(answer["ending"]).kind is Kind.STOP
+    assert job.finish() == [0]

@@ -269,6 +269,26 @@ def test_a_residual_is_added_first_and_shares_the_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "approx"])
+@pytest.mark.parametrize("k", [3, 20])
+def test_where_it_does_not_apply_all_passes_and_so_does_the_gradient(backend, k):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 20)), jnp.float32)
+
+    def function(x, residual, **applies):
+        return jnp.sin(topk(x, k, "relu", backend, residual=residual, **applies)).sum()
+
+    def plain(x, residual):
+        return jnp.sin(x + residual).sum()
+
+    flagged = jax.jit(jax.value_and_grad(lambda x, r, flag: function(x, r, applies=flag), (0, 1)))
+    for applies, same in ((False, plain), (True, function)):
+        want = jax.value_and_grad(same, (0, 1))(x, x[::-1])
+        for a, b in zip(*map(jax.tree.leaves, (flagged(x, x[::-1], applies), want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    tangent = jax.jvp(lambda x: topk(x, k, backend=backend, applies=jnp.array(False)), (x,), (x,))[1]
+    np.testing.assert_array_equal(tangent, x)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "approx"])
 def test_the_second_derivative_sees_the_active_entries(backend):
     x = jnp.asarray([0.5, -1.0, 2.0, 1.5, 0.25])
 

@@ -145,6 +145,31 @@ def test_residual_topk_and_norm_in_one_are_the_three_one_after_the_other(platfor
     assert np.isnan(normed[3].astype(np.float32)).all() and not normed[1].any()
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "d", "k", "activation"),
+    named([("gpu", BF16, 130, 16, "relu")])
+    + named([("tpu", BF16, 1000, 77, "abs"), ("tpu", F32, 5, 9, "identity")], slow=True),
+)
+def test_a_kernel_that_is_told_not_to_apply_passes_the_sum_on(platform, dtype, d, k, activation):
+    x, residual = (jnp.asarray(rows_of_all_kinds(dtype, d, seed)) for seed in (0, 1))
+    select = functools.partial(topk_pallas.select, platform=platform, with_mask=True, interpret=True)
+    run = interpreted(lambda x, r, applies: select(x, k, activation, residual=r, applies=applies))
+    y, mask = run(x, residual, False)
+    assert_same_bits(y, x + residual)
+    assert mask.all()
+    want_y, want_mask = reference(np.asarray(x + residual), k, activation)
+    y, mask = run(x, residual, True)
+    assert_same_bits(y, want_y)
+    np.testing.assert_array_equal(mask, want_mask)
+
+
+def test_for_cuda_a_flag_does_not_split_the_kernel():
+    x, flag = jax.ShapeDtypeStruct((13, 2048), BF16), jax.ShapeDtypeStruct((), bool)
+    text = lowered_for_cuda(lambda x, flag: topk_pallas.select(x, 3, "relu", "gpu", applies=flag)[0], x, flag)
+    assert text.count("stablehlo.custom_call") == 1
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text
+
+
 def test_it_runs_inside_shard_map_scan_checkpoint_and_vmap():
     x = rows_of_all_kinds(BF16, 40)[:18].reshape(3, 2, 3, 40)
     want, _ = reference(x.reshape(18, 40), 5, "relu")
@@ -277,3 +302,19 @@ def test_on_a_v5e_residual_topk_and_norm_are_one_kernel():
     assert done.as_text().count('custom_call_target="tpu_custom_call"') == 1
     moved = cost.main_memory_bytes(program.parse(done.as_text()))
     assert moved == pytest.approx(4 * x.size * BF16.itemsize, rel=0.07)  # the inverse RMS fills 128 lanes
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "d"), [(BF16, 768), (F32, 1000), (BF16, 16_384)])
+def test_on_a_v5e_a_flag_and_a_residual_add_one_read_and_no_memory(dtype, d):
+    x, flag = jax.ShapeDtypeStruct((4100, d), dtype), jax.ShapeDtypeStruct((), bool)
+
+    def flagged(x, residual, flag):
+        return topk_pallas.select(x, d // 16, "relu", "tpu", residual=residual, applies=flag)[0]
+
+    compiled = compiled_for_v5e(flagged, x, x, flag)
+    n_bytes = x.size * dtype.itemsize
+    touched = cost.main_memory_bytes(program.parse(compiled.as_text()))
+    assert touched == pytest.approx(3 * n_bytes, rel=0.001)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes

@@ -115,6 +115,21 @@ def test_scanned_and_unrolled_layers_are_the_same_model(params):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("remat", "activation", "n_nontopk"), [("none", "abs", 1), ("minimal", "relu", 2), ("full", "relu", 0)]
+)
+def test_scanned_and_unrolled_layers_have_the_same_gradient(params, remat, activation, n_nontopk):
+    config = variant(remat=remat, topk_activation=activation, n_nontopk=n_nontopk)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(config, params):
+        return jax.grad(lambda params: jnp.sin(program(config)(params, TOKENS, None)[0]).sum())(params)
+
+    scanned = gradient(dataclasses.replace(config, scan_layers=True), params)
+    for a, b in zip(*map(jax.tree.leaves, (scanned, gradient(config, params))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("activation", "exactly"), [("relu", False), ("identity", True), ("abs", True)])
 def test_every_topk_layer_leaves_k_entries_and_the_last_is_dense(params, activation, exactly):
     _, u, h_next = layer_states(variant(topk_activation=activation), params)

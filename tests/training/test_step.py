@@ -248,8 +248,15 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def eight_devices():
+# Where nothing is split that is not split on the others too.
+AT_NIGHT = ("4x2", "context of 4")
+each_mesh = pytest.mark.parametrize(
+    "mesh", [pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in MESHES]
+)
+
+
+@functools.cache
+def compared(*names):
     """What `compare_meshes` prints; the number of devices is fixed when JAX starts, so in a new process."""
     environment = {
         **os.environ,
@@ -259,15 +266,21 @@ def eight_devices():
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(sharding.__file__).parents[1]),
     }
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    command = [sys.executable, __file__, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture
+def eight_devices(request):
+    """The figures of the test's mesh, beside those of one device."""
+    mesh = request.node.callspec.params.get("mesh") if hasattr(request.node, "callspec") else None
+    return compared(*(name for name in MESHES if (name in AT_NIGHT) == (mesh in AT_NIGHT)))
+
+
 @pytest.mark.parametrize("model", ["base", "topk_with_fixed_sets"])
-@pytest.mark.parametrize("mesh", MESHES)
+@each_mesh
 def test_a_mesh_gives_the_loss_and_the_gradient_of_one_device(eight_devices, mesh, model):
     found = eight_devices[mesh][model]
     assert found["loss"] == pytest.approx(eight_devices["one device"][model]["loss"], rel=1e-5)
@@ -282,7 +295,7 @@ def test_scanning_and_recomputing_change_nothing_on_a_mesh(eight_devices, how):
     assert max(found["relative_gradient_errors"].values()) < 1e-5
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@each_mesh
 def test_the_loss_curve_of_a_mesh_stays_closer_than_that_of_another_seed(eight_devices, mesh):
     want, other_seed = eight_devices["one device"]["topk_losses"], eight_devices["other seed"]["topk_losses"]
     found = eight_devices[mesh]["topk_losses"]
@@ -301,7 +314,7 @@ def test_a_fresh_state_is_the_same_on_a_mesh_as_on_one_device(eight_devices):
     assert eight_devices["init_state"] == {"differs": [], "misplaced": []}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@each_mesh
 def test_a_step_leaves_every_array_where_the_rules_put_it(eight_devices, mesh):
     assert eight_devices[mesh]["misplaced"] == []
 
@@ -317,7 +330,7 @@ def test_data_parallelism_repeats_every_parameter(eight_devices):
     assert set(eight_devices["8x1"]["share_on_a_device"].values()) == {1.0}
 
 
-def compare_meshes():
+def compare_meshes(names):
     """{mesh: figures}: plain gradients of the Base LM and of TopK with fixed sets, and a TopK loss curve."""
     adamw = make_optimizer(TOPK.optim, TOPK.train.steps)
     want = {
@@ -333,8 +346,8 @@ def compare_meshes():
         mesh = sharding.make_mesh(MESHES["2x2x2 with context"])
         gradient, metrics = gradient_and_metrics(config, mesh)
         report["recomputed"][how] = figures(gradient, metrics["loss"], want["base"])
-    for name, sizes in {"one device": None, **MESHES}.items():
-        mesh = one_device() if sizes is None else sharding.make_mesh(sizes)
+    for name in ("one device", *names):
+        mesh = sharding.make_mesh(MESHES[name]) if name in MESHES else one_device()
         base, metrics = gradient_and_metrics(BASE, mesh)
         fixed, fixed_loss = topk_gradient_with_fixed_sets(mesh)
         state, losses = train_some_steps(adamw, mesh)
@@ -400,4 +413,4 @@ def by_name(tree):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare_meshes()))
+    print(json.dumps(compare_meshes(sys.argv[1:])))

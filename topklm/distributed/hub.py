@@ -5,6 +5,7 @@ the firewalls of pods open few ports.
 """
 
 import asyncio
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +17,8 @@ from topklm.distributed.runtime import CONNECT_S
 from topklm.errors import UserError
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# For connections that the system has accepted and this process has not looked at yet.
+_ACCEPT_S = 0.05
 
 
 @dataclasses.dataclass
@@ -49,6 +52,7 @@ class Hub:
         self._start_timeout_s, self._peer_timeout_s = start_timeout_s, peer_timeout_s
         self._jax_port = jax_port
         self._members: dict[int, _Member] = {}
+        self._newcomers = 0  # connections that have not said yet whose they are, or are refused
         self._rounds: dict[str, _Round] = {}
         self._versions: dict[str, str] = {}
         self._begun = False
@@ -91,33 +95,61 @@ class Hub:
             self._tell_all({"ending": ending.to_json()})
 
     async def wait_until_others_left(self, timeout_s: float) -> None:
-        """Returns when all others have gone, or after `timeout_s` seconds."""
+        """Returns when all others have gone, or after `timeout_s` seconds.
+
+        Those that are just coming count too: the news reaches them as the answer to their first word.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._members.keys() - {self._place.index}:
+                await asyncio.sleep(_ACCEPT_S)
+                while self._newcomers or self._members.keys() - {self._place.index}:
                     self._somebody_left.clear()
                     await self._somebody_left.wait()
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        member: _Member | None = None
         try:
-            match await wire.receive(reader):
-                case {"hello": "jax"}:
-                    await self._connect_to_jax(reader, writer)
-                case {
-                    "hello": "member",
-                    "index": int(index),
-                    "count": int(count),
-                    "versions": dict(versions),
-                }:
-                    refusal = self._ending or self._refusal(index, count, versions)
-                    if refusal is None:
-                        await self._serve(index, reader, writer)
+            with self._newcomer():
+                match await wire.receive(reader):
+                    case {
+                        "hello": "member",
+                        "index": int(index),
+                        "count": int(count),
+                        "versions": dict(versions),
+                    }:
+                        if refusal := self._ending or self._refusal(index, count, versions):
+                            await self._refuse(refusal, reader, writer)
+                            return
+                        member = self._members[index] = _Member(writer)
+                    case {"hello": "jax"}:
+                        pass
+                    case _:
                         return
-                    wire.send(writer, {"ending": refusal.to_json()})
-                    if not self._begun:
-                        self.declare(refusal)
+            if member:
+                await self._serve(index, member, reader)
+            else:
+                await self._connect_to_jax(reader, writer)
         finally:
             writer.close()
+
+    @contextlib.contextmanager
+    def _newcomer(self) -> Iterator[None]:
+        self._newcomers += 1
+        try:
+            yield
+        finally:
+            self._newcomers -= 1
+            self._somebody_left.set()
+
+    async def _refuse(
+        self, refusal: Ending, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Tells a newcomer why, and waits until it has gone."""
+        wire.send(writer, {"ending": refusal.to_json()})
+        if not self._begun:
+            self.declare(refusal)
+        while await wire.receive(reader):
+            pass
 
     async def _connect_to_jax(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -141,8 +173,7 @@ class Hub:
             return refuse(f"runs {_listed(versions)}, others {_listed(self._versions)}: install the same")
         return None
 
-    async def _serve(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._members[index] = member = _Member(writer)
+    async def _serve(self, index: int, member: _Member, reader: asyncio.StreamReader) -> None:
         if len(self._members) == self._place.count:
             self._begun = True
             self._tell_all({"begin": True})
@@ -151,7 +182,7 @@ class Hub:
             member.silent_s = 0.0
             match message:
                 case {"alive": _}:
-                    wire.send(writer, message)
+                    wire.send(member.writer, message)
                 case {"round": str(key), "value": value, "timeout_s": timeout_s}:
                     self._come(key, index, value, timeout_s)
                 case {"ending": str(text)}:

@@ -23,7 +23,9 @@ from topklm.model.topk_threshold import keep, order_key
 APPROX_RECALL = 0.95
 MASK_NAME = "topk_mask"  # of what the reverse pass keeps, in remat policies
 
+Terms = tuple[jax.Array, ...]  # what a row is the sum of
 Selected = tuple[jax.Array, jax.Array | None]  # what `topk` returns, and which entries are active
+Backend = Callable[[Terms, jax.Array | None, int, str, bool], Selected]
 KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # backends for one platform only
 
 
@@ -33,6 +35,7 @@ def topk(
     activation: str = "relu",
     backend: str = "auto",
     residual: jax.Array | None = None,
+    applies: jax.Array | None = None,
 ) -> jax.Array:
     """Keeps the k largest entries of every row.
 
@@ -46,6 +49,8 @@ def topk(
             the program runs. All of them give the same bits. "approx": `jax.lax.approx_max_k`, which keeps k
             entries, but on TPUs not always the largest: on average `APPROX_RECALL` of them.
         residual: [..., D] in the dtype of x: the row is x + residual.
+        applies: bool scalar, known when the program runs; False: the rows pass as they are, with all their
+            gradient, and nothing is searched for. None: True.
 
     Returns:
         [..., D] in the dtype of x. A row that holds a NaN is NaN throughout, so that a diverged run is seen.
@@ -59,7 +64,7 @@ def topk(
     """
     terms = (x,) if residual is None else (x, residual)
     _check(terms, k, activation, backend)
-    return _topk(terms, k, activation, backend)
+    return _topk(terms, applies, k, activation, backend)
 
 
 def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
@@ -83,7 +88,7 @@ def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "
         TypeError: As `topk`.
     """
     _check((x,), k, activation, backend)
-    return _topk_and_mask((x,), k, activation, backend)[1]
+    return _topk_and_mask((x,), None, k, activation, backend)[1]
 
 
 def check_platform(backend: str, platform: str) -> None:
@@ -104,7 +109,7 @@ def check_platform(backend: str, platform: str) -> None:
         )
 
 
-def _check(terms: tuple[jax.Array, ...], k: int, activation: str, backend: str) -> None:
+def _check(terms: Terms, k: int, activation: str, backend: str) -> None:
     if k < 1:
         raise ValueError(f"k = {k}: must be 1 or more")
     if activation not in TOPK_ACTIVATIONS:
@@ -123,25 +128,25 @@ def _check(terms: tuple[jax.Array, ...], k: int, activation: str, backend: str) 
 
 # Custom JVPs, not VJPs: forward mode works too (Jacobian lenses need it), and its transpose is the VJP.
 # There are two, so that a program without gradients makes no mask, and one with gradients searches once.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _topk(terms: tuple[jax.Array, ...], k: int, activation: str, backend: str) -> jax.Array:
-    return _select(terms, k, activation, backend, with_mask=False)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _topk(terms: Terms, applies: jax.Array | None, k: int, activation: str, backend: str) -> jax.Array:
+    return _select(terms, applies, k, activation, backend, with_mask=False)[0]
 
 
 @_topk.defjvp
 def _topk_jvp(
     k: int, activation: str, backend: str, primals: tuple, tangents: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    (terms,), (terms_dot,) = primals, tangents
-    y, active = _topk_and_mask(terms, k, activation, backend)
+    (terms, applies), (terms_dot, _) = primals, tangents
+    y, active = _topk_and_mask(terms, applies, k, activation, backend)
     return y, _pass_through(active, terms_dot)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _topk_and_mask(
-    terms: tuple[jax.Array, ...], k: int, activation: str, backend: str
+    terms: Terms, applies: jax.Array | None, k: int, activation: str, backend: str
 ) -> tuple[jax.Array, jax.Array]:
-    y, active = _select(terms, k, activation, backend, with_mask=True)
+    y, active = _select(terms, applies, k, activation, backend, with_mask=True)
     assert active is not None
     return y, active
 
@@ -150,8 +155,8 @@ def _topk_and_mask(
 def _topk_and_mask_jvp(
     k: int, activation: str, backend: str, primals: tuple, tangents: tuple
 ) -> tuple[tuple, tuple]:
-    (terms,), (terms_dot,) = primals, tangents
-    y, active = _topk_and_mask(terms, k, activation, backend)
+    (terms, applies), (terms_dot, _) = primals, tangents
+    y, active = _topk_and_mask(terms, applies, k, activation, backend)
     return (y, active), (_pass_through(active, terms_dot), np.zeros(active.shape, jax.dtypes.float0))
 
 
@@ -166,20 +171,42 @@ def _pass_through(active: jax.Array, terms_dot: tuple[jax.Array, ...]) -> jax.Ar
 # Compiled for itself only so that the layers of a model share one trace.
 @functools.partial(jax.jit, static_argnames=("k", "activation", "backend", "with_mask"))
 def _select(
-    terms: tuple[jax.Array, ...], k: int, activation: str, backend: str, *, with_mask: bool
+    terms: Terms, applies: jax.Array | None, k: int, activation: str, backend: str, *, with_mask: bool
 ) -> Selected:
-    if k >= terms[0].shape[-1]:
-        x = _sum(terms)
-        active = order_key(x) > 0 if activation == "relu" else jnp.ones(x.shape, bool)
-        return keep(x, active), active if with_mask else None
-    return _BACKENDS[backend](terms, k, activation, with_mask)
+    select = _select_all if k >= terms[0].shape[-1] else _BACKENDS[backend]
+    return select(terms, applies, k, activation, with_mask)
 
 
-def _sum(terms: tuple[jax.Array, ...]) -> jax.Array:
+def _where_it_applies(select: Callable[[Terms, int, str, bool], Selected]) -> Backend:
+    """A backend from a selection that always applies."""
+
+    def run(terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool) -> Selected:
+        def pass_all() -> Selected:
+            x = _sum(terms)
+            return x, jnp.ones(x.shape, bool) if with_mask else None
+
+        def search() -> Selected:
+            return select(terms, k, activation, with_mask)
+
+        return search() if applies is None else jax.lax.cond(applies, search, pass_all)
+
+    return run
+
+
+def _sum(terms: Terms) -> jax.Array:
     return functools.reduce(operator.add, terms)
 
 
-def _select_lax(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+@_where_it_applies
+def _select_all(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+    del k
+    x = _sum(terms)
+    active = order_key(x) > 0 if activation == "relu" else jnp.ones(x.shape, bool)
+    return keep(x, active), active if with_mask else None
+
+
+@_where_it_applies
+def _select_lax(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
     x = _sum(terms)
     # The order of a row is decided on integers: exact, the same on every platform, denormals included.
     key = order_key(x)
@@ -187,7 +214,8 @@ def _select_lax(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask
     return _keep_indices(x, index, activation, with_mask)
 
 
-def _select_approx(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+@_where_it_applies
+def _select_approx(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
     x = _sum(terms)
     judged = jnp.abs(x) if activation == "abs" else x
     _, index = jax.lax.approx_max_k(judged, k, recall_target=APPROX_RECALL)
@@ -200,41 +228,61 @@ def _keep_indices(x: jax.Array, index: jax.Array, activation: str, with_mask: bo
     return keep(x, active), active if with_mask else None
 
 
-def _select_threshold(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+@_where_it_applies
+def _select_threshold(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
     return topk_threshold.select(_sum(terms), k, activation, with_mask=with_mask)
 
 
 def _kernel(backend: str, k: int, activation: str, with_mask: bool) -> Callable[..., Selected]:
-    def run(x: jax.Array, residual: jax.Array | None = None) -> Selected:
-        platform = KERNELS[backend]
-        return topk_pallas.select(x, k, activation, platform, residual=residual, with_mask=with_mask)
+    def run(terms: Terms, applies: jax.Array | None) -> Selected:
+        if backend == "pallas_tpu":
+            # The matrix product that makes x adds the residual on its way out; the kernel would read both.
+            terms = (_sum(terms),)
+        return topk_pallas.select(
+            terms[0],
+            k,
+            activation,
+            KERNELS[backend],
+            residual=terms[1] if len(terms) > 1 else None,
+            applies=applies,
+            with_mask=with_mask,
+        )
 
     return run
 
 
 def _select_kernel(
-    backend: str, platform: str, terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool
+    backend: str,
+    platform: str,
+    terms: Terms,
+    applies: jax.Array | None,
+    k: int,
+    activation: str,
+    with_mask: bool,
 ) -> Selected:
     # Lowering for any other platform is an error: none else is named.
-    return jax.lax.platform_dependent(*terms, **{platform: _kernel(backend, k, activation, with_mask)})
+    kernel = _kernel(backend, k, activation, with_mask)
+    return jax.lax.platform_dependent(terms, applies, **{platform: kernel})
 
 
-def _select_auto(terms: tuple[jax.Array, ...], k: int, activation: str, with_mask: bool) -> Selected:
+def _select_auto(
+    terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool
+) -> Selected:
     """Chooses when the program is lowered, when its platform is known: that need not be this machine's."""
     x = terms[0]
 
-    def anywhere(*terms: jax.Array) -> Selected:
-        return _select_threshold(terms, k, activation, with_mask)
+    def anywhere(terms: Terms, applies: jax.Array | None) -> Selected:
+        return _select_threshold(terms, applies, k, activation, with_mask)
 
     kernels = {
         platform: _kernel(backend, k, activation, with_mask)
         for backend, platform in (("pallas_gpu", "cuda"), ("pallas_tpu", "tpu"))
         if topk_pallas.supports(x.shape, x.dtype, KERNELS[backend])
     }
-    return jax.lax.platform_dependent(*terms, default=anywhere, **kernels)
+    return jax.lax.platform_dependent(terms, applies, default=anywhere, **kernels)
 
 
-_BACKENDS: dict[str, Callable[[tuple[jax.Array, ...], int, str, bool], Selected]] = {
+_BACKENDS: dict[str, Backend] = {
     "auto": _select_auto,
     "lax": _select_lax,
     "threshold": _select_threshold,

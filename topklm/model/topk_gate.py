@@ -13,29 +13,34 @@ from topklm.model.topk import topk
 from topklm.model.topk_threshold import order_key
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def relu_topk(x: jax.Array, residual: jax.Array, k: int, backend: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def relu_topk(
+    x: jax.Array, residual: jax.Array, applies: jax.Array | None, k: int, backend: str
+) -> jax.Array:
     """`topk(x + residual, k, "relu", backend)`, but its gradient is that of the sum: `gate` must follow.
 
     Args:
         x: [..., D].
         residual: [..., D], same dtype.
+        applies: As in `topk`.
         k: As in `topk`.
         backend: As in `topk`.
 
     Returns:
         [..., D].
     """
-    return topk(x, k, "relu", backend, residual=residual)
+    return topk(x, k, "relu", backend, residual=residual, applies=applies)
 
 
-def _relu_topk_forward(x: jax.Array, residual: jax.Array, k: int, backend: str) -> tuple[jax.Array, None]:
-    return relu_topk(x, residual, k, backend), None
+def _relu_topk_forward(
+    x: jax.Array, residual: jax.Array, applies: jax.Array | None, k: int, backend: str
+) -> tuple[jax.Array, None]:
+    return relu_topk(x, residual, applies, k, backend), None
 
 
-def _relu_topk_backward(k: int, backend: str, saved: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _relu_topk_backward(k: int, backend: str, saved: None, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     del k, backend, saved
-    return g, g
+    return g, g, None
 
 
 relu_topk.defvjp(_relu_topk_forward, _relu_topk_backward)
@@ -47,7 +52,7 @@ def gate(h: jax.Array, is_sparse: jax.Array) -> jax.Array:
 
     Args:
         h: [..., D].
-        is_sparse: bool scalar, whether a `relu_topk` made it; False: all gradient passes.
+        is_sparse: bool scalar, whether a `relu_topk` made it that applied; False: all gradient passes.
 
     Returns:
         [..., D].

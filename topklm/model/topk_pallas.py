@@ -43,6 +43,7 @@ def select(
     platform: str,
     *,
     residual: jax.Array | None = None,
+    applies: jax.Array | None = None,
     with_mask: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -54,6 +55,7 @@ def select(
         activation: "relu", "identity" or "abs", as in `topk.topk`.
         platform: "gpu" or "tpu".
         residual: [..., D] in the dtype of x; added first, the sum rounded to that dtype.
+        applies: bool scalar, as in `topk.topk`; if False, the kernel copies and searches for nothing.
         with_mask: Return which entries are active, too.
         interpret: Run the kernel as ordinary JAX operations, on any platform.
 
@@ -61,7 +63,7 @@ def select(
         The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D] as of `topk.active_mask`,
         or None. The kernel writes the mask as one bit an entry.
     """
-    out = _call(x, residual, None, k, activation, platform, 0.0, with_mask, interpret)
+    out = _call(x, residual, applies, None, k, activation, platform, 0.0, with_mask, interpret)
     return out["y"], _unpacked(out, x.shape[-1])
 
 
@@ -94,13 +96,14 @@ def select_and_norm(
         The result of TopK; its norm, in the dtype of x; the inverse root mean square, float32[..., 1]; the
         mask of `select`, or None. Of a row with a NaN, the first three are NaN.
     """
-    out = _call(x, residual, scale_D, k, activation, platform, epsilon, with_mask, interpret)
+    out = _call(x, residual, None, scale_D, k, activation, platform, epsilon, with_mask, interpret)
     return out["y"], out["normed"], out["inverse_rms"], _unpacked(out, x.shape[-1])
 
 
 def _call(
     x: jax.Array,
     residual: jax.Array | None,
+    applies: jax.Array | None,
     scale_D: jax.Array | None,
     k: int,
     activation: str,
@@ -117,6 +120,8 @@ def _call(
     outputs, out_specs = {"y": jax.ShapeDtypeStruct((n_rows, d), x.dtype)}, {"y": block}
     if residual is not None:
         inputs["residual"], in_specs["residual"] = residual.reshape(n_rows, d), block
+    if applies is not None:
+        inputs["applies"], in_specs["applies"] = applies.astype(jnp.int32).reshape(1), tile.flag_spec
     if with_mask:
         outputs["mask"] = jax.ShapeDtypeStruct((n_rows, tile.width), jnp.int32)
         out_specs["mask"] = pl.BlockSpec((tile.rows, tile.width), lambda i: (i, 0))
@@ -165,7 +170,7 @@ def _kernel(
     epsilon: float,
 ) -> None:
     u = [_load_sum(inputs, tile, chunk) for chunk in range(bits.WORD)]
-    active, has_nan_R1 = _active(u, tile, k, activation)
+    active, has_nan_R1 = _active_if_it_applies(inputs, u, tile, k, activation)
     if "mask" in outputs:
         tile.store_whole(outputs["mask"], active)
     # A row with a NaN keeps nothing: all of it is filled.
@@ -186,6 +191,24 @@ def _load_sum(inputs: dict[str, Ref], tile: Tile, chunk: int) -> jax.Array:
     # Rounded once more from float32, a sum of 16-bit floats is still the nearest one (Figueroa 1995).
     residual = tile.load(inputs["residual"], chunk)
     return (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+
+
+def _active_if_it_applies(
+    inputs: dict[str, Ref], u: list[jax.Array], tile: Tile, k: int, activation: str
+) -> tuple[jax.Array, jax.Array]:
+    """As `_active`; where TopK does not apply, all entries and no row: those that hold a NaN pass, too."""
+    if "applies" not in inputs:
+        return _active(u, tile, k, activation)
+
+    def search() -> tuple[jax.Array, jax.Array]:
+        active, has_nan_R1 = _active(u, tile, k, activation)
+        return active, has_nan_R1.astype(jnp.int32)  # a branch of a TPU kernel cannot return a mask
+
+    def pass_all() -> tuple[jax.Array, jax.Array]:
+        return bits.valid(tile.d, u[0].shape), jnp.zeros((tile.rows, 1), jnp.int32)
+
+    active, has_nan_R1 = jax.lax.cond(inputs["applies"][0] != 0, search, pass_all)
+    return active, has_nan_R1 != 0
 
 
 def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,11 @@ class Tile:
         """Entries of a row with those past its end that fill up the last chunk."""
         return pl.cdiv(self.d, self.width) * self.width
 
+    @property
+    def flag_spec(self) -> pl.BlockSpec:
+        """Of one int32 that all tiles read, int32[1]."""
+        return pl.BlockSpec() if self._on_gpu else pl.BlockSpec(memory_space=pltpu.SMEM)
+
     def load(self, ref: Ref, chunk: int) -> jax.Array:
         """A chunk of the tile [rows, width], or of an array with one row for all; 0 past the end of a row."""
         rows = ref.shape[0]

@@ -58,6 +58,7 @@ class _LayerInputs(NamedTuple):
 
     params: nnx.State
     behind_topk: jax.Array | np.ndarray  # bool, whether the layer before ends in a TopK
+    ends_in_topk: jax.Array | np.ndarray  # bool, whether this one does
 
 
 class Transformer(nnx.Module):
@@ -137,30 +138,33 @@ class Transformer(nnx.Module):
         in_halves = config.remat != "none" and config.topk_activation == "relu" and tap is None
         in_halves &= config.n_topk_layers > 0
 
-        def layer(sparse: bool, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
+        def layer(sparse: bool | None, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
+            """Ends in a TopK if sparse; None: if its inputs say so, which are known when the program runs."""
             if in_halves:
                 h = gate(h, inputs.behind_topk)
             block = nnx.merge(block_def, parallel.gather(inputs.params))
             a, written = block(h, rotation, segment_ids_BT, parallel)
-            if not sparse:
+            applies = jnp.asarray(inputs.ends_in_topk) if sparse is None else None
+            if sparse is False:
                 h_next = a + written
             elif in_halves:
-                h_next = relu_topk(written, a, config.topk_k, config.topk_backend)
+                h_next = relu_topk(written, a, applies, config.topk_k, config.topk_backend)
             else:
+                select = topk if applies is None else functools.partial(topk, applies=applies)
                 selection = config.topk_k, config.topk_activation, config.topk_backend
-                h_next = topk(written, *selection, residual=a)
+                h_next = select(written, *selection, residual=a)
             return h_next, tap(h, a + written, h_next) if tap else None
 
-        h_BTD = self.embed(tokens_BT, dtype, parallel)
         run = _scan_layers if config.scan_layers else _unroll_layers
-        sparse_layer, dense_layer = (
-            _rematerialized(functools.partial(layer, sparse), n_layers, config, parallel)
-            for sparse, n_layers in ((True, config.n_topk_layers), (False, config.n_nontopk))
-        )
-        behind_topk = np.arange(config.n_layers) <= config.n_topk_layers
-        behind_topk[0] = False
-        inputs = _LayerInputs(stacked, behind_topk)
-        h_BTD, taps = run(sparse_layer, dense_layer, h_BTD, inputs, config.n_topk_layers, config.n_layers)
+        index = np.arange(config.n_layers)
+        behind_topk = (index > 0) & (index <= config.n_topk_layers)
+        inputs = _LayerInputs(stacked, behind_topk, ends_in_topk=index < config.n_topk_layers)
+
+        def layer_of_kind(sparse: bool | None) -> Callable:
+            return _rematerialized(functools.partial(layer, sparse), config, parallel)
+
+        h_BTD = self.embed(tokens_BT, dtype, parallel)
+        h_BTD, taps = run(layer_of_kind, h_BTD, inputs)
         return self.final_norm(h_BTD), taps
 
     def logits(self, h: jax.Array) -> jax.Array:
@@ -189,8 +193,8 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
-def _rematerialized(layer: Callable, n_layers: int, config: ModelConfig, parallel: Parallel) -> Callable:
-    """One of n_layers layers with less kept for its backward pass (`config.remat`), to be computed again."""
+def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel) -> Callable:
+    """The layer with less kept for its backward pass (`config.remat`), to be computed again."""
     policies = jax.checkpoint_policies
     # The mask of a TopK that is not in halves is one byte an entry; without it the search, and the product
     # before it, would run again.
@@ -205,7 +209,7 @@ def _rematerialized(layer: Callable, n_layers: int, config: ModelConfig, paralle
     if config.remat == "none" and parallel.gather is ALONE.gather:
         return layer
     # A scan keeps XLA from merging the two computations by itself, unless it is a scan over one layer.
-    prevent_cse = not config.scan_layers or n_layers == 1
+    prevent_cse = not config.scan_layers or config.n_layers == 1
     return jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
 
 
@@ -215,39 +219,24 @@ def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) 
 
 
 def _unroll_layers(
-    sparse_layer: Callable,
-    dense_layer: Callable,
-    h: jax.Array,
-    inputs: _LayerInputs,
-    n_sparse: int,
-    n_layers: int,
+    layer_of_kind: Callable[[bool], Callable], h: jax.Array, inputs: _LayerInputs
 ) -> tuple[jax.Array, Any]:
     # unstack, not indexing: its gradient is one concatenation instead of n_layers padded sums.
     leaves, treedef = jax.tree.flatten(inputs)
     by_layer = zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True)
+    sparse_layer, dense_layer = layer_of_kind(True), layer_of_kind(False)
     taps = []
-    for index, layer_leaves in enumerate(by_layer):
-        layer = sparse_layer if index < n_sparse else dense_layer
+    for sparse, layer_leaves in zip(inputs.ends_in_topk, by_layer, strict=True):
+        layer = sparse_layer if sparse else dense_layer
         h, seen = layer(h, jax.tree.unflatten(treedef, layer_leaves))
         taps.append(seen)
     return h, jax.tree.map(lambda *per_layer: jnp.stack(per_layer), *taps)
 
 
 def _scan_layers(
-    sparse_layer: Callable,
-    dense_layer: Callable,
-    h: jax.Array,
-    inputs: _LayerInputs,
-    n_sparse: int,
-    n_layers: int,
+    layer_of_kind: Callable[[bool | None], Callable], h: jax.Array, inputs: _LayerInputs
 ) -> tuple[jax.Array, Any]:
-    # split, not slices: its gradient is one concatenation instead of two padded sums.
-    leaves, treedef = jax.tree.flatten(inputs)
-    halves = zip(*[jnp.split(leaf, [n_sparse]) for leaf in leaves], strict=True)
-    sizes = (n_sparse, n_layers - n_sparse)
-    taps = []
-    for n, layer, half in zip(sizes, (sparse_layer, dense_layer), halves, strict=True):
-        if n:
-            h, seen = jax.lax.scan(layer, h, jax.tree.unflatten(treedef, half))
-            taps.append(seen)
-    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *taps)
+    # One scan over both kinds: of two, each would take its part out of the stacked parameters by a copy, and
+    # their gradients would be put together by another.
+    kinds = {bool(sparse) for sparse in inputs.ends_in_topk}
+    return jax.lax.scan(layer_of_kind(kinds.pop() if len(kinds) == 1 else None), h, inputs)

@@ -1,12 +1,13 @@
 """The training run: open, restore or start, then step, log, evaluate and save until done.
 
 The order inside the loop is what resuming rests on. A step's metrics are fetched while the next step
-already runs; before a checkpoint everything up to its step is written out, so whatever is on disk after a
-kill belongs to steps up to a checkpoint, or is dropped and done again. Every process of a run takes the same
-turns: what one alone knows (a signal, a damaged file) is agreed on first.
+already runs (large steps on CPUs take turns: `cpu_memory`); before a checkpoint everything up to its step is
+written out, so whatever is on disk after a kill belongs to steps up to a checkpoint, or is dropped and done
+again. Every process of a run takes the same turns: what one alone knows (a signal, a damaged file) is agreed
+on first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import importlib.metadata
 import math
@@ -23,7 +24,7 @@ from topklm.data.stream import heldout_batches, train_stream
 from topklm.errors import UserError
 from topklm.files import AnyPath
 from topklm.inference.generate import generate_tokens
-from topklm.training import bad_steps, throughput
+from topklm.training import bad_steps, cpu_memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
 from topklm.training.checkpoints import Checkpoints
@@ -135,14 +136,19 @@ class _Run:
             with storage_errors_are_user_errors(f"saving a checkpoint in {self.folder}", self.folder):
                 self.checkpoints.close()
 
-    def _steps(self, train_step: Callable, state: TrainState, first: int) -> None:
+    def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
         steps = self.config.train.steps
+        release_seconds = cpu_memory.release_seconds(train_step)
         self.log_rate = throughput.Rate(self.config, self.tokens_per_step, first, self.clock.total)
         self.last_logged = (self.clock.total, self.feed.waited)
         self.console.start(first, steps)
         pending: tuple[int, Any] | None = None
         self.clock.start()
         for step in range(first + 1, steps + 1):
+            if release_seconds and pending:
+                self._log(*pending)
+                pending = None
+                time.sleep(release_seconds)
             with self.profiler.step(step):
                 state, step_metrics = train_step(state, next(self.feed), *self.agreement.ballot())
             if pending:
@@ -171,12 +177,12 @@ class _Run:
                 return
         self._say_trained(steps)
 
-    def _compile(self, state: TrainState) -> Callable:
+    def _compile(self, state: TrainState) -> jax.stages.Compiled:
         began = time.perf_counter()
         step_alone = make_train_step(self.config, self.optimizer, self.mesh)
         train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.mesh)
-        compiled = train_step.lower(state, batch, *self.agreement.ballot()).compile()
+        compiled = cpu_memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
 

@@ -12,7 +12,7 @@ from topklm import sharding
 from topklm.bench.processes import Prepared
 from topklm.bench.shapes import random_tokens
 from topklm.data.stream import Batch as HostBatch
-from topklm.training import throughput
+from topklm.training import cpu_memory, throughput
 from topklm.training.feed import to_devices
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import Batch, TrainState, abstract_batch, init_state, make_train_step
@@ -33,7 +33,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     batch = to_devices(random_batch(config), sharding.batch_sharding(mesh), config.train.batch_size)
     began = time.perf_counter()
     lowered = make_train_step(config, optimizer, mesh).lower(state, abstract_batch(config, mesh))
-    training = _Training(lowered.compile(), state, batch)
+    training = _Training(cpu_memory.compile_step(lowered), state, batch)
     compile_seconds = time.perf_counter() - began
     del state  # the first step takes its memory
     facts = {
@@ -71,9 +71,11 @@ class _Training:
 
     def __init__(self, compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
         self._compiled, self._state, self._batch = compiled, state, batch
+        self._release_seconds = cpu_memory.release_seconds(compiled)
 
     def step(self) -> float:
         """One step, done; the loss in nats per token."""
         self._state, metrics = self._compiled(self._state, self._batch)
         jax.block_until_ready(self._state)
+        time.sleep(self._release_seconds)  # as the trainer does
         return float(metrics["loss"])
