@@ -135,3 +135,14 @@ def test_length_place_and_reporting_may_change(schedule):
         log__every_steps=1,
     )
     assert differences_that_matter(saved, asked) == {}
+
+
+def test_a_run_may_change_between_exact_topk_backends_and_not_to_the_approximate_one():
+    def with_backend(backend):
+        return dataclasses.replace(Config(), model=dataclasses.replace(Config().model, topk_backend=backend))
+
+    assert differences_that_matter(Config(), with_backend("lax")) == {}
+    assert differences_that_matter(with_backend("threshold"), with_backend("approx")) == {
+        "model.topk_backend": ("threshold", "approx")
+    }
+    assert differences_that_matter(with_backend("approx"), Config())

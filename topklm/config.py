@@ -258,6 +258,7 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
         if old[name] != new[name]
         and name not in CHANGEABLE_ON_RESUME
         and name.split(".", maxsplit=1)[0] not in CHANGEABLE_ON_RESUME
+        and not (name == "model.topk_backend" and "approx" not in (old[name], new[name]))  # the same bits
     }
 
 

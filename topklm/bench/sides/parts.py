@@ -1,7 +1,7 @@
 """The train step in pieces: each part's forward and backward pass, compiled alone at the real shapes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from flax import nnx
 import jax
@@ -13,6 +13,7 @@ from topklm import sharding
 from topklm.bench.processes import Prepared
 from topklm.bench.sides.train_step import random_batch
 from topklm.config import Config
+from topklm.data.stream import Batch as HostBatch
 from topklm.errors import UserError
 from topklm.model import attention_backends
 from topklm.model.attention import Attention, rotation_angles
@@ -41,7 +42,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     if mesh.size > 1:
         raise UserError(f"--explain: takes one device apart, there are {mesh.size}; make one visible")
     state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
-    host_batch = random_batch(config)
+    host_batch = cast(HostBatch, random_batch(config))
     place = sharding.batch_sharding(mesh)
     batch = to_devices(host_batch, place, config.train.batch_size)
 

@@ -11,9 +11,7 @@ from topklm import config as config_lib
 from topklm import sharding
 from topklm.bench.processes import Prepared
 from topklm.bench.shapes import random_tokens
-from topklm.data.stream import Batch as HostBatch
 from topklm.training import cpu_memory, throughput
-from topklm.training.feed import to_devices
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import Batch, TrainState, abstract_batch, init_state, make_train_step
 
@@ -30,7 +28,8 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = init_state(config, optimizer, mesh)
     n_parameters = throughput.parameter_count(state.params)
-    batch = to_devices(random_batch(config), sharding.batch_sharding(mesh), config.train.batch_size)
+    # Not by the trainer's feed, which would bring all of data loading into this process.
+    batch = jax.device_put(random_batch(config), sharding.batch_sharding(mesh))
     began = time.perf_counter()
     lowered = make_train_step(config, optimizer, mesh).lower(state, abstract_batch(config, mesh))
     training = _Training(cpu_memory.compile_step(lowered), state, batch)
@@ -47,7 +46,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     return Prepared({"step": training.step}, facts, device_peak_bytes)
 
 
-def random_batch(config: config_lib.Config) -> HostBatch:
+def random_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
     """A training batch of random tokens, one document a row."""
     tokens = random_tokens(config)
     shape = tokens[:, :-1].shape
