@@ -20,7 +20,7 @@ def chain(x):
 def test_the_order_takes_less_memory_than_xlas_own_and_changes_no_bit():
     x = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
     lowered = jax.jit(chain).lower(x)
-    ours, plain = cpu_memory.compile_step(lowered), lowered.compile()
+    ours, plain = cpu_memory.compile_step(lowered, "cpu"), lowered.compile()
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (ours, plain)]
     assert sizes[0] < 0.7 * sizes[1]
     assert jnp.array_equal(ours(x), plain(x))

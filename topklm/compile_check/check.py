@@ -5,6 +5,7 @@ The step, its shardings and its refusals are those of training; only the devices
 
 from collections.abc import Sequence
 import dataclasses
+import importlib.metadata
 import re
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from topklm.compile_check.report import Memory, Report, Traffic
 from topklm.compile_check.topology import GIB, Chip, Topology
 from topklm.config import Config
 from topklm.errors import UserError
-from topklm.training import throughput
+from topklm.training import cpu_memory, throughput
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, abstract_batch, abstract_state, make_train_step
 
@@ -36,7 +37,8 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
 
     Raises:
         UserError: If the mesh cannot split the model or the batch, or the compiler gives up because the step
-            needs more memory than a device has. Where it does not give up, the report says whether it fits.
+            needs more memory than a device has (where it does not give up, the report says whether it fits),
+            or its program is of a version that this jax cannot read.
     """
     config = with_vocabulary(config)
     mesh = sharding.make_mesh(config.mesh, topology.devices)
@@ -50,7 +52,7 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
     )
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
-    parsed = program.parse(compiled.as_text() or "")
+    parsed = program.parse(_text(compiled))
     tokens = config.train.batch_size * config.model.context_length
     return Report(
         config=name,
@@ -89,13 +91,24 @@ def _placed(state: TrainState, mesh: Mesh) -> Any:
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:
     try:
-        return lowered.compile()
+        return cpu_memory.compile_step(lowered, topology.devices[0].platform)
     except jax.errors.JaxRuntimeError as e:
         limits = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or limits is None:
             raise
         needed, available = (float(limits[i]) * _UNITS[limits[i + 1]] for i in (1, 3))
         raise does_not_fit(needed, available, topology.name.partition(":")[0]) from e
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as e:
+        jax_version, libtpu = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
+        raise UserError(
+            f"the program that libtpu {libtpu} has compiled cannot be read by jax {jax_version}: install the "
+            'libtpu that belongs to it, pip install "jax[tpu]", or the newest jax'
+        ) from e
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:

@@ -14,9 +14,14 @@ _LARGE_BYTES = 64 * 2**20
 _CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a train step: on CPUs in the order that needs least memory; then what it took is freed."""
-    if jax.default_backend() != "cpu":
+def compile_step(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
+    """Compiles a train step: for CPUs in the order that needs least memory; then what it took is freed.
+
+    Args:
+        lowered: The step.
+        platform: What it is lowered for, "cpu" or another.
+    """
+    if platform != "cpu":
         return lowered.compile()
     compiled = lowered.compile(_CPU_OPTIONS)
     allocator.release_freed_memory()
