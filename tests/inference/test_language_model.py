@@ -35,6 +35,52 @@ def test_running_with_a_cache_gives_the_logits_and_the_activations(model):
     assert (np.asarray(cache.neurons.active).sum(-1) == (expected[:1] != 0).sum(-1)).all()
 
 
+ALL_NAMES = [
+    "blocks.0.hook_resid_pre",
+    "blocks.0.hook_topk_pre",
+    "blocks.0.hook_topk",
+    "blocks.0.hook_resid_post",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.hook_resid_post",
+]
+
+
+def test_everything_that_has_a_name_can_be_captured(model):
+    def run(params):
+        bound = transformer.bind(model.config.model, params)
+        return bound.hidden(model.to_tokens(TEXT), tap=lambda h, u, h_next: (h, u, h_next))
+
+    entering, summed, leaving = map(np.asarray, jax.jit(run)(model.params)[1])
+    expected = dict(
+        zip(
+            ALL_NAMES,
+            [entering[0], summed[0], leaving[0], leaving[0], entering[1], leaving[1]],
+            strict=True,
+        )
+    )
+    logits, cache = model.run_with_cache(TEXT, names_filter=lambda name: True)
+    assert_same_bits(logits, model(TEXT))
+    assert sorted(cache) == sorted(ALL_NAMES)
+    assert len(cache) == len(ALL_NAMES)
+    for name, array in expected.items():
+        assert_same_bits(cache[name], array)
+    assert_same_bits(cache["resid_pre", 1], entering[1])
+
+
+@pytest.mark.parametrize("names_filter", ["blocks.1.hook_resid_post", ["blocks.1.hook_resid_post"]])
+def test_only_what_is_asked_for_is_captured(model, names_filter):
+    _, cache = model.run_with_cache(TEXT, names_filter)
+    assert list(cache) == ["blocks.1.hook_resid_post"]
+    assert cache.neurons.values.shape == (0, *model.to_tokens(TEXT).shape, model.config.model.topk_k)
+    with pytest.raises(KeyError, match=r"there are: blocks\.1\.hook_resid_post"):
+        cache["blocks.0.hook_topk"]
+
+
+def test_a_name_that_there_is_not_is_refused(model):
+    with pytest.raises(ValueError, match=r"'blocks\.1\.hook_topk' is none of this model's names"):
+        model.run_with_cache(TEXT, names_filter="blocks.1.hook_topk")
+
+
 def test_tokens_are_as_good_as_text_and_may_be_a_batch(model):
     tokens = np.random.default_rng(0).integers(0, 320, (3, 7))
     logits, cache = model.run_with_cache(tokens.tolist())

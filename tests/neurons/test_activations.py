@@ -12,7 +12,8 @@ import pytest
 import saved_runs
 
 from topklm.model import transformer
-from topklm.neurons.activations import ActivationCache, SparseActivations, capture
+from topklm.neurons.activations import SparseActivations, capture
+from topklm.neurons.cache import ActivationCache
 
 B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
@@ -77,7 +78,7 @@ def test_the_base_lm_has_no_sparse_layers():
     assert_same_bits(hidden, expected_hidden)
     assert neurons.values.shape == (0, B, T, K)
     assert neurons.dense().shape == (0, B, T, 32)
-    cache = ActivationCache(neurons)
+    cache = ActivationCache(neurons, layers=())
     assert list(cache) == []
     with pytest.raises(KeyError, match="there are: none, for this model has no TopK layers"):
         cache["blocks.0.hook_topk"]
@@ -158,7 +159,7 @@ def test_it_passes_through_jax_transformations():
 
 @pytest.fixture
 def cache():
-    return ActivationCache(SparseActivations.from_dense(jnp.eye(12).reshape(2, 2, 3, 12), 4))
+    return ActivationCache(SparseActivations.from_dense(jnp.eye(12).reshape(2, 2, 3, 12), 4), (0, 1))
 
 
 def test_the_cache_gives_each_layer_by_its_name(cache):

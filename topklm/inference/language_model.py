@@ -13,7 +13,9 @@ from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.generate import generate_tokens
 from topklm.model import transformer
-from topklm.neurons.activations import ActivationCache, SparseActivations, capture
+from topklm.neurons import names
+from topklm.neurons.activations import SparseActivations, capture_named
+from topklm.neurons.cache import ActivationCache
 from topklm.neurons.show import ActiveNeurons
 
 Tokens = str | jax.Array | np.ndarray | Sequence  # a text, or token ids [B, T]
@@ -54,19 +56,28 @@ class LanguageModel:
         """
         return _logits(self.config.model, self.params, self._ids(tokens))
 
-    def run_with_cache(self, tokens: Tokens) -> tuple[jax.Array, ActivationCache]:
-        """Next-token logits, float32[B, T, V], and what the TopK layers handed on.
+    def run_with_cache(
+        self, tokens: Tokens, names_filter: names.NamesFilter = None
+    ) -> tuple[jax.Array, ActivationCache]:
+        """Next-token logits, float32[B, T, V], and what the layers computed on the way.
 
-        `cache.neurons` holds the layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
+        `cache.neurons` holds the TopK layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
 
         Args:
             tokens: A text, or token ids int32[B, T].
+            names_filter: What to keep: a name such as "blocks.2.hook_resid_post" (see `neurons.names`),
+                several, or a function that says of each name whether it is wanted. By default what the TopK
+                layers keep, in sparse form; everything else takes B x T x D numbers for each name.
 
         Raises:
-            ValueError: As calling the model.
+            ValueError: As calling the model, and for a name that the model does not have.
         """
-        logits, neurons = _logits_and_neurons(self.config.model, self.params, self._ids(tokens))
-        return logits, ActivationCache(neurons)
+        wanted = names.chosen(self.config.model, names_filter)
+        ids = self._ids(tokens)
+        logits, neurons, others = _logits_and_activations(self.config.model, wanted, self.params, ids)
+        places = map(names.parse, wanted)
+        layers = tuple(layer for layer, hook in places if hook == names.TOPK)
+        return logits, ActivationCache(neurons, layers, others)
 
     def active_neurons(self, text: str) -> ActiveNeurons:
         """The active neurons of each token of a text; a notebook or a terminal shows them as a table."""
@@ -141,10 +152,10 @@ def _logits(config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.
     return transformer.bind(config, params)(tokens_BT)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits_and_neurons(
-    config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.Array
-) -> tuple[jax.Array, SparseActivations]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits_and_activations(
+    config: ModelConfig, wanted: tuple[str, ...], params: transformer.Parameters, tokens_BT: jax.Array
+) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     model = transformer.bind(config, params)
-    h_BTD, neurons = capture(model, tokens_BT)
-    return model.logits(h_BTD), neurons
+    h_BTD, neurons, others = capture_named(model, tokens_BT, wanted)
+    return model.logits(h_BTD), neurons, others

@@ -4,7 +4,7 @@
 B batch, T tokens, k kept entries, D d_model = neurons per layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.transformer import Tap, Transformer
+from topklm.neurons import names
 
 
 @functools.partial(
@@ -69,35 +70,6 @@ class SparseActivations:
         return f"SparseActivations({getattr(self.values, 'dtype', '?')}{shape} of {self.d_model} neurons)"
 
 
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class ActivationCache(Mapping[str, jax.Array]):
-    """What a forward pass left behind; keys are named as in TransformerLens.
-
-    `cache["blocks.3.hook_topk"]` is [B, T, D], what layer 3 hands on, made dense when it is asked for.
-
-    Attributes:
-        neurons: All TopK layers, sparse.
-    """
-
-    neurons: SparseActivations
-
-    def __getitem__(self, name: str) -> jax.Array:
-        names = list(self)
-        if name not in names:
-            there_are = ", ".join(names) or "none, for this model has no TopK layers"
-            raise KeyError(f"{name!r} is not in the cache; there are: {there_are}")
-        return self.neurons[names.index(name)].dense()
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"blocks.{layer}.hook_topk" for layer in range(len(self)))
-
-    def __len__(self) -> int:
-        return self.neurons.values.shape[0]
-
-    def __repr__(self) -> str:
-        return f"ActivationCache({', '.join(self) or 'empty'}; neurons={self.neurons!r})"
-
-
 def capture(
     model: Transformer,
     tokens_BT: jax.Array,
@@ -117,6 +89,40 @@ def capture(
     """
     h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=sparse_tap(model.config.topk_k))
     return h_BTD, seen[: model.config.n_topk_layers]
+
+
+def capture_named(
+    model: Transformer, tokens_BT: jax.Array, wanted: Sequence[str]
+) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
+    """Runs the stack and keeps what has one of these names.
+
+    Args:
+        model: As `transformer.bind` gives it, inside `jax.jit`.
+        tokens_BT: int32[B, T].
+        wanted: Names, from `names.chosen`.
+
+    Returns:
+        The normed hidden state [B, T, D]; the activations of the TopK layers whose `hook_topk` is wanted,
+        sparse, in their order; and everything else, dense, [B, T, D] each in the compute dtype.
+    """
+    places = {name: names.parse(name) for name in wanted}
+    sparse_layers = [layer for layer, hook in places.values() if hook == names.TOPK]
+    dense_hooks = {hook for _, hook in places.values()} - {names.TOPK}
+    k = model.config.topk_k
+
+    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> tuple[SparseActivations | None, dict]:
+        dense = {names.RESID_PRE: h, names.TOPK_PRE: u, names.RESID_POST: h_next}
+        neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
+        return neurons, {hook: dense[hook] for hook in dense_hooks}
+
+    h_BTD, (neurons, dense) = model.hidden(tokens_BT, tap=tap)
+    others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
+    if not sparse_layers:
+        empty = jnp.zeros((0, *tokens_BT.shape, k))
+        return h_BTD, SparseActivations(empty.astype(jnp.int32), empty, model.config.d_model), others
+    # Slices, so that XLA sees which layers nobody asks for, and does not search those.
+    chosen = jax.tree.map(lambda x: jnp.stack([x[layer] for layer in sparse_layers]), neurons)
+    return h_BTD, chosen, others
 
 
 def sparse_tap(k: int) -> Tap:
