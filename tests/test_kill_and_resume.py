@@ -156,6 +156,7 @@ def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, fini
     assert_as_if_undisturbed(run, finished_run)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_stop_came_before_is_made_up_for(trainer, finished_run, tmp_path):
     run = tmp_path / "stopped"
 

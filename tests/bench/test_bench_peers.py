@@ -39,9 +39,10 @@ def peer_training(config):
     return torch_step.Training(config, llama.state_dict(config.model, params), compiled=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["topk", pytest.param("base", marks=pytest.mark.slow), pytest.param("tied", marks=pytest.mark.slow)],
+    ["topk", "base", "tied"],
 )
 def test_the_loss_of_the_first_step_and_the_one_after_its_update_are_ours(name):
     config = {

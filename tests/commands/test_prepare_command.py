@@ -207,6 +207,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, flags, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_pipeline_gives_the_bytes_of_the_command_without_one(text, undisturbed, tmp_path):
     arguments = (text, "--tokenizer", "train:600", "--shard-tokens", "300000", "--runner=DirectRunner")
     process = run(*arguments, "--out", tmp_path / "out")

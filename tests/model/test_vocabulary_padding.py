@@ -59,6 +59,7 @@ def test_padding_has_rows_of_its_own_and_no_logit(tied):
     np.testing.assert_array_equal(loud, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_with_padding_is_training_without(tied):
     def trained(vocab_multiple):

@@ -19,7 +19,7 @@ from topklm.compile_check.report import Memory, Report, Traffic
 from topklm.compile_check.topology import GIB, Chip, Topology
 from topklm.config import Config
 from topklm.errors import UserError
-from topklm.training import cpu_memory, throughput
+from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, abstract_batch, abstract_state, make_train_step
 
@@ -91,7 +91,7 @@ def _placed(state: TrainState, mesh: Mesh) -> Any:
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:
     try:
-        return cpu_memory.compile_step(lowered, topology.devices[0].platform)
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         limits = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or limits is None:

@@ -90,15 +90,10 @@ def _gated_silu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tupl
 
 
 def _gated_silu_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = jax.lax.platform_dependent(*saved, cpu=_not_seen_before, default=lambda *arrays: arrays)
+    gate, up = saved
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     return g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
-
-
-def _not_seen_before(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, of which XLA does not know that it has a sigmoid already, and would keep it."""
-    return jax.lax.optimization_barrier(arrays)
 
 
 gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)

@@ -1,4 +1,4 @@
-"""How a train step on CPUs comes to take no more memory than it must; elsewhere nothing of this applies.
+"""How a train step on CPUs comes to take the memory of one step; elsewhere nothing of this applies.
 
 Measured: docs/decisions.md.
 """
@@ -10,20 +10,11 @@ from topklm import allocator
 # XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
 _RELEASE_SECONDS = 0.002
 _LARGE_BYTES = 64 * 2**20
-# The default order runs independent operations side by side, which a step of large ones gains nothing from.
-_CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def compile_step(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """Compiles a train step: for CPUs in the order that needs least memory; then what it took is freed.
-
-    Args:
-        lowered: The step.
-        platform: What it is lowered for, "cpu" or another.
-    """
-    if platform != "cpu":
-        return lowered.compile()
-    compiled = lowered.compile(_CPU_OPTIONS)
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a train step, and gives back what the compiler took and freed."""
+    compiled = lowered.compile()
     allocator.release_freed_memory()
     return compiled
 

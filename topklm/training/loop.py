@@ -182,8 +182,7 @@ class _Run:
         step_alone = make_train_step(self.config, self.optimizer, self.mesh)
         train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.mesh)
-        lowered = train_step.lower(state, batch, *self.agreement.ballot())
-        compiled = cpu_memory.compile_step(lowered, jax.default_backend())
+        compiled = cpu_memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
 

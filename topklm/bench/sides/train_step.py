@@ -32,7 +32,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     batch = jax.device_put(random_batch(config), sharding.batch_sharding(mesh))
     began = time.perf_counter()
     lowered = make_train_step(config, optimizer, mesh).lower(state, abstract_batch(config, mesh))
-    training = _Training(cpu_memory.compile_step(lowered, jax.default_backend()), state, batch)
+    training = _Training(cpu_memory.compile_step(lowered), state, batch)
     compile_seconds = time.perf_counter() - began
     del state  # the first step takes its memory
     facts = {
