@@ -1,0 +1,218 @@
+"""The store of activations against dense arrays in memory; killed, damaged and misused."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from topklm.errors import UserError
+from topklm.neurons import segment as segment_lib
+from topklm.neurons.store import Metadata, Store, StoreWriter
+
+S, D, K = 2, 24, 5
+METADATA = Metadata(
+    run="village",
+    step=24,
+    tokenizer_sha256="ab" * 32,
+    source="held-out text of village-0123",
+    n_layers=S,
+    d_model=D,
+    topk_k=K,
+    topk_activation="relu",
+    context_length=64,
+)
+
+
+def random_layers(n, seed):
+    """What layers hand on, [S, n, D] in bfloat16, k entries a token or fewer."""
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(size=(S, n, D)).astype(ml_dtypes.bfloat16)
+    threshold = -np.sort(-dense.astype(np.float32), axis=-1)[..., K - 1 : K]
+    return np.where((dense >= threshold) & (dense > 0), dense, np.zeros_like(dense))
+
+
+def random_segment(n, seed, first_document=0):
+    """A segment, and the dense layers that it is made of."""
+    rng = np.random.default_rng(seed)
+    layers = random_layers(n, seed)
+    documents = first_document + np.cumsum(rng.random(n) < 0.02)
+    losses = rng.normal(size=n).astype(np.float16)
+    return segment_lib.from_dense(rng.integers(0, 500, n), documents, losses, layers), layers
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A store of three segments; and its segments as they were, with all dense layers, [S, N, D]."""
+    writer, segments, layers = StoreWriter(tmp_path / "store", METADATA), [], []
+    first = 0
+    for seed, n in enumerate((300, 1, 40_000)):
+        segment, dense = random_segment(n, seed, first)
+        writer.append(segment)
+        segments.append(segment)
+        layers.append(dense)
+        first = int(segment.documents[-1])  # it goes on in the next segment
+    return tmp_path / "store", segments, np.concatenate(layers, axis=1)
+
+
+def joined(segments, name):
+    return np.concatenate([getattr(segment, name) for segment in segments])
+
+
+def test_every_neurons_events_come_back(filled):
+    folder, _, dense = filled
+    store = Store(folder)
+    assert (store.n_tokens, store.n_events) == (dense.shape[1], np.count_nonzero(dense))
+    for layer in range(S):
+        for neuron in range(D):
+            events = store.neuron(layer, neuron)
+            np.testing.assert_array_equal(events.tokens, np.flatnonzero(dense[layer, :, neuron]))
+            np.testing.assert_array_equal(events.values, dense[layer, events.tokens, neuron])
+
+
+def test_a_segment_read_whole_is_what_was_written(filled):
+    folder, segments, _ = filled
+    for reader, segment in zip(Store(folder).segments, segments, strict=True):
+        found = reader.read()
+        for field in dataclasses.fields(segment):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(segment, field.name))
+
+
+def test_stretches_of_text_are_read_across_segments(filled):
+    folder, segments, _ = filled
+    store = Store(folder)
+    for begin, end in ((0, 10), (295, 310), (300, 301), (-5, 3), (40_290, 50_000), (60_000, 60_010), (7, 7)):
+        wanted = slice(max(begin, 0), max(end, 0))
+        np.testing.assert_array_equal(store.tokens(begin, end), joined(segments, "tokens")[wanted])
+        np.testing.assert_array_equal(store.losses(begin, end), joined(segments, "losses")[wanted])
+        np.testing.assert_array_equal(store.documents(begin, end), joined(segments, "documents")[wanted])
+
+
+def test_a_document_is_found_even_across_segments(filled):
+    folder, segments, _ = filled
+    documents, store = joined(segments, "documents"), Store(folder)
+    across = int(segments[0].documents[-1])
+    for number in {0, across, int(documents[-1])}:
+        begin, end = store.document(number)
+        np.testing.assert_array_equal(np.arange(begin, end), np.flatnonzero(documents == number))
+    with pytest.raises(UserError, match=r"document 99999: .* does not hold it"):
+        store.document(99_999)
+
+
+def test_it_takes_less_than_four_bytes_an_activation(tmp_path):
+    n, d, k = 16_384, 256, 32
+    dense = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    dense[dense < np.partition(dense, d - k, axis=1)[:, d - k, None]] = 0
+    layers = [dense.astype(ml_dtypes.bfloat16)]
+    segment = segment_lib.from_dense(np.arange(n) % 4096, np.arange(n) // 500, np.zeros(n), layers)
+    StoreWriter(tmp_path / "store", METADATA).append(segment)
+    size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+    assert size < 3 * len(segment.places)
+
+
+def test_the_smallest_types_are_used(filled):
+    arrays = {name: Store(filled[0]).segments[2].array(name) for name in segment_lib.ARRAYS}
+    types = {name: array.dtype.name for name, array in arrays.items()}
+    assert types["tokens"] == "uint16"
+    assert types["gaps"] in ("uint8", "uint16")
+    assert types["values"] == "bfloat16"
+
+
+def test_a_writer_goes_on_behind_what_is_there_and_parts_stand_side_by_side(filled):
+    folder, segments, dense = filled
+    first, second = StoreWriter(folder, METADATA), StoreWriter(folder, METADATA, part=1)
+    assert (first.n_tokens, second.n_tokens) == (dense.shape[1], 0)
+    of_second, of_first = random_segment(50, 7)[0], random_segment(60, 8)[0]
+    second.append(of_second)
+    first.append(of_first)
+    store = Store(folder)
+    assert [reader.folder.name for reader in store.segments] == [
+        "0-000000",
+        "0-000001",
+        "0-000002",
+        "0-000003",
+        "1-000000",
+    ]
+    everything = joined([*segments, of_first, of_second], "tokens")
+    np.testing.assert_array_equal(store.tokens(0, store.n_tokens), everything)
+
+
+def append_for_ever(folder):
+    writer = StoreWriter(folder, METADATA)
+    while True:
+        writer.append(random_segment(3000, len(writer._written))[0])
+
+
+def test_whoever_is_killed_leaves_whole_segments(tmp_path):
+    folder = tmp_path / "store"
+    context = multiprocessing.get_context("spawn")
+    for seconds in (0.0, 0.05, 0.13, 0.31):
+        process = context.Process(target=append_for_ever, args=(folder,), daemon=True)
+        process.start()
+        there = len(list(folder.glob("segments/0-*")))
+        while len(list(folder.glob("segments/0-*"))) < there + 2:
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    writer, store = StoreWriter(folder, METADATA), Store(folder)
+    assert not list(folder.glob("segments/.*"))
+    assert writer.n_tokens == store.n_tokens == 3000 * len(store.segments)
+    for number, reader in enumerate(store.segments):
+        np.testing.assert_array_equal(reader.read().values, random_segment(3000, number)[0].values)
+
+
+@pytest.mark.parametrize(("layer", "neuron"), [(-1, 0), (S, 0), (0, -1), (0, D)])
+def test_what_there_is_not_is_refused(filled, layer, neuron):
+    with pytest.raises(UserError, match=f"must be from 0 to {S - 1 if neuron == 0 else D - 1}"):
+        Store(filled[0]).neuron(layer, neuron)
+
+
+def test_activations_of_something_else_are_not_mixed_in(filled):
+    with pytest.raises(UserError, match="holds activations of another step \\(24, not 25\\)"):
+        StoreWriter(filled[0], dataclasses.replace(METADATA, step=25))
+
+
+def test_a_folder_that_is_no_store_is_named(tmp_path):
+    with pytest.raises(UserError, match="there are no activations here; run topklm neurons harvest"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', "[]"])
+def test_damaged_metadata_is_named(filled, content):
+    (filled[0] / "metadata.json").write_text(content)
+    with pytest.raises(UserError, match=r"metadata.json is damaged \("):
+        Store(filled[0])
+
+
+def test_a_store_of_a_later_format_is_refused(filled):
+    path = filled[0] / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(UserError, match="a store of format 2, this topklm reads 1"):
+        Store(filled[0])
+
+
+def test_a_segment_without_its_facts_is_named(filled):
+    (filled[0] / "segments" / "0-000001" / "segment.json").unlink()
+    with pytest.raises(UserError, match=r"0-000001 is damaged \(.*: delete it"):
+        Store(filled[0])
+
+
+def test_an_array_that_is_gone_or_cut_off_is_named(filled):
+    folder = filled[0] / "segments" / "0-000002"
+    shutil.rmtree(folder / "gaps")
+    with pytest.raises(UserError, match=r"0-000002.* is damaged"):
+        Store(filled[0]).neuron(0, 0)
+    values = next(
+        path for path in (folder / "values").rglob("*") if path.is_file() and path.name != "zarr.json"
+    )
+    values.write_bytes(values.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"0-000002.* is damaged"):
+        Store(filled[0]).segments[2].read()
