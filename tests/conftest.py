@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import shutil
+import signal
 
 from helpers import Trainer, sentences, write_documents
 import hypothesis
@@ -11,6 +12,10 @@ import pytest
 
 # Where libtpu is installed to compile for TPUs, JAX would look for one, in processes that tests start too.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+
+# A shell lets its background jobs ignore Ctrl-C, and what is tested would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests assert no wall-clock times, and a busy disk may take longer than hypothesis's 200 ms.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -21,10 +26,9 @@ hypothesis.settings.load_profile("no deadline")
 LONGEST_FIRST = (
     "test_kill_and_resume.py",
     "test_step.py",
-    "test_faults.py",
+    "test_code_quality.py",
     "test_transformer.py",
     "test_prepare_command.py",
-    "test_code_quality.py",
     "test_restore_in_colab.py",
     "test_readme.py",
 )

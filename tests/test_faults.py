@@ -57,6 +57,7 @@ def test_a_run_continues_exactly_on_another_number_of_hosts(trainer, undisturbed
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_of_four_hosts_continues_on_one_device(trainer, undisturbed, tmp_path):
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     alone = {"train.steps": STEPS + 2, "mesh.data": 1, "mesh.fsdp": 1}

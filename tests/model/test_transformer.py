@@ -116,7 +116,12 @@ def test_scanned_and_unrolled_layers_are_the_same_model(params):
 
 
 @pytest.mark.parametrize(
-    ("remat", "activation", "n_nontopk"), [("none", "abs", 1), ("minimal", "relu", 2), ("full", "relu", 0)]
+    ("remat", "activation", "n_nontopk"),
+    [
+        pytest.param("none", "abs", 1, marks=pytest.mark.slow),
+        ("minimal", "relu", 2),
+        pytest.param("full", "relu", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_scanned_and_unrolled_layers_have_the_same_gradient(params, remat, activation, n_nontopk):
     config = variant(remat=remat, topk_activation=activation, n_nontopk=n_nontopk)
