@@ -54,6 +54,17 @@ sys.exit(main.run())
 """
 
 
+# As steps with large temporaries do on CPUs: `SCRIPT FLAGS...`.
+TAKES_TURNS = """
+import sys
+from topklm import main
+from topklm.training import cpu_memory
+
+cpu_memory._LARGE_BYTES = -1
+sys.exit(main.run())
+"""
+
+
 def start_slowly(trainer, run, settings=None):
     return trainer.start_python("-c", RESTS_AFTER_EACH_STEP, *trainer.arguments(run, settings))
 
@@ -153,6 +164,17 @@ def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, fini
         assert newest_step(run) == int(stopped[2]) < STEPS
         assert "Resume with the same command" in process.output
     assert trainer.run(run).exit_code == 0
+    assert_as_if_undisturbed(run, finished_run)
+
+
+def test_steps_that_take_turns_train_the_same_model(trainer, finished_run, tmp_path):
+    run = tmp_path / "in-turns"
+    process = trainer.start_python("-c", TAKES_TURNS, *trainer.arguments(run))
+    process.wait_for_line("step 7/")
+    process.signal(signal.SIGTERM)
+    assert process.finish() == 0, process.errors
+    process = trainer.start_python("-c", TAKES_TURNS, *trainer.arguments(run))
+    assert process.finish() == 0, process.errors
     assert_as_if_undisturbed(run, finished_run)
 
 

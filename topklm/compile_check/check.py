@@ -6,6 +6,7 @@ The step, its shardings and its refusals are those of training; only the devices
 from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
+import importlib.util
 import re
 import time
 from typing import Any
@@ -104,6 +105,8 @@ def _text(compiled: jax.stages.Compiled) -> str:
     try:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as e:
+        if importlib.util.find_spec("libtpu") is None:
+            raise
         jax_version, libtpu = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
         raise UserError(
             f"the program that libtpu {libtpu} has compiled cannot be read by jax {jax_version}: install the "

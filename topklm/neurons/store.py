@@ -122,7 +122,7 @@ class StoreWriter:
 
 
 class Store:
-    """Reads a store; opening it reads two small files for each segment's name, and no activations.
+    """Reads a store; opening it reads a small file of facts for each segment, and no activations.
 
     Args:
         folder: Of the store.
