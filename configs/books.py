@@ -23,7 +23,7 @@ def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
         config.eval.update(every_steps=0)  # 1.2 million held-out tokens take longer than a hundred steps
         return config
     config.model.update(d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, d_mlp=1408, context_length=1024)
-    config.model.update(topk_k=64, dtype="bfloat16", scan_layers=True)
+    config.model.update(topk_k=64, dtype="bfloat16")
     # Four passes: more repeat what the model knows by heart.
     config.train.update(steps=2400, batch_size=64)
     config.optim.update(learning_rate=2e-3, warmup_steps=200)

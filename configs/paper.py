@@ -41,7 +41,7 @@ def get_config(variant: str = "130m") -> ml_collections.ConfigDict:
     config = config_lib.default()
     config.data.update(source="datasets/web", vocab_size=VOCABULARY)
     config.model.update(_MODELS[size], context_length=_CONTEXT[size], topk_k=_MODELS[size]["d_model"] // 16)
-    config.model.update(dtype="bfloat16", scan_layers=True, remat="full")
+    config.model.update(dtype="bfloat16", remat="full")
     tokens = _SEQUENCES[size] * _CONTEXT[size]
     steps = round(TOKENS_PER_PARAMETER * parameter_count(config.model) / tokens)
     config.train.update(batch_size=_SEQUENCES[size], steps=steps)

@@ -93,7 +93,7 @@ def compile_all(platform, meshes):
     for name in meshes:
         for model, n_nontopk in (("base", 3), ("topk", 1)):
             # Each as it is usually trained there.
-            shape = dataclasses.replace(TOPK.model, n_nontopk=n_nontopk, scan_layers=platform == "tpu")
+            shape = dataclasses.replace(TOPK.model, n_nontopk=n_nontopk)
             config = dataclasses.replace(TOPK, model=shape)
             text = compiled_step(config, sharding.make_mesh(MESHES[name], devices)).as_text()
             report[f"{name} {model}"] = communication(text)

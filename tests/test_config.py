@@ -67,7 +67,11 @@ def test_a_field_of_no_section_is_set_and_survives_like_others():
         ({"model": {"topk_k": "8"}}, r"model\.topk_k = '8': must be of type int"),
         ({"model": {"topk_k": 8.0}}, r"model\.topk_k = 8\.0: must be of type int"),
         ({"model": {"topk_k": True}}, r"model\.topk_k = True: must be of type int"),
-        ({"model": {"scan_layers": 1}}, r"model\.scan_layers = 1: must be of type bool"),
+        (
+            {"model": {"layer_stack": "scan"}},
+            r"model\.layer_stack = 'scan': must be one of auto, scanned,",
+        ),
+        ({"model": {"tie_embeddings": 1}}, r"model\.tie_embeddings = 1: must be of type bool"),
         ({"data": {"source": None}}, r"data\.source = None: must be of type str"),
         ({"optim": {"beta1": 1.0}}, r"optim\.beta1 = 1\.0: must be at least 0 and below 1"),
         ({"optim": {"learning_rate": float("inf")}}, r"optim\.learning_rate = inf: must be a finite number"),
@@ -146,3 +150,11 @@ def test_a_run_may_change_between_exact_topk_backends_and_not_to_the_approximate
         "model.topk_backend": ("threshold", "approx")
     }
     assert differences_that_matter(with_backend("approx"), Config())
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_config_saved_with_scan_layers_is_still_read(scanned):
+    saved = config_lib.Config().to_dict()
+    del saved["model"]["layer_stack"]
+    saved["model"]["scan_layers"] = scanned
+    assert config_lib.from_saved(saved) == config_lib.Config()

@@ -22,6 +22,7 @@ TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx
 ATTENTIONS = ("auto", "blocked", "splash", "triton", "cudnn")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "wsd")
+LAYER_STACKS = ("auto", "scanned", "unrolled")
 REMAT_POLICIES = ("none", "minimal", "full")
 BAD_STEP_POLICIES = ("stop", "skip")
 
@@ -49,7 +50,7 @@ class ModelConfig:
     init_embed_std: float = 1.0  # standard deviation of the embedding at initialisation
     init_residual_scale: float = 1.0  # multiplies 1/sqrt(2 L) in the initial scale of what blocks write
     dtype: str = "float32"  # of activations; parameters and reductions are float32
-    scan_layers: bool = False  # one compiled block scanned over layers; False: unrolled, faster on CPU
+    layer_stack: str = "auto"  # scanned (one compiled block), unrolled; auto: what suits the platform
     remat: str = (
         "none"  # kept for the backward pass: none (all), minimal (matrix products), full (layer inputs)
     )
@@ -176,7 +177,7 @@ class Config:
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
 # elsewhere: what it holds is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.scan_layers"}
+    {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.layer_stack"}
     | {"model.attention", "data.source", "data.mixture", "data.dir"}
     | {"mesh", "checkpoint", "eval", "log", "profile"}
 )
@@ -220,16 +221,24 @@ def from_json(text: str) -> Config:
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
-    """A config that a run has saved; one from before `vocab_multiple` keeps the shapes that it had.
+    """A config that a run has saved, also one from before `vocab_multiple` or `layer_stack`.
 
     Raises:
         UserError: As `resolve`.
     """
-    config = resolve(values)
+    config = resolve(_without_scan_layers(values))
     model = config.model
     if "vocab_multiple" in values.get("model", {}) or model.padded_vocab_size == model.vocab_size:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(model, vocab_multiple=1))
+
+
+def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`model.scan_layers` said what `layer_stack` says now; nothing that was saved depends on it."""
+    model = values.get("model")
+    if not isinstance(model, Mapping) or "scan_layers" not in model:
+        return values
+    return {**values, "model": {name: value for name, value in model.items() if name != "scan_layers"}}
 
 
 def nearest_field(name: str) -> str:
@@ -338,6 +347,7 @@ def _check_ranges(config: Config) -> None:
         "model.topk_backend": TOPK_BACKENDS,
         "model.attention": ATTENTIONS,
         "model.dtype": DTYPES,
+        "model.layer_stack": LAYER_STACKS,
         "model.remat": REMAT_POLICIES,
         "train.on_bad_step": BAD_STEP_POLICIES,
         "optim.schedule": SCHEDULES,

@@ -254,6 +254,11 @@ def _that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Pa
     )
 
 
+def scans_layers(platform: str) -> bool:
+    """What `model.layer_stack = "auto"` is on devices of a platform (docs/performance.md)."""
+    return platform != "cpu"
+
+
 def outside_shard_map(model: ModelConfig, mesh: Mesh) -> ModelConfig:
     """The same model for programs that XLA splits over the mesh by itself: it cannot split kernels.
 
@@ -261,6 +266,8 @@ def outside_shard_map(model: ModelConfig, mesh: Mesh) -> ModelConfig:
         model: As it is trained.
         mesh: Where its parameters are.
     """
+    if model.layer_stack == "auto" and scans_layers(mesh.devices.flat[0].platform):
+        model = dataclasses.replace(model, layer_stack="scanned")
     kernel_possible = model.topk_backend in ("auto", *KERNELS)
     if mesh.size > 1 and kernel_possible:
         return dataclasses.replace(model, topk_backend="threshold")

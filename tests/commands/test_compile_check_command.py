@@ -18,7 +18,6 @@ TINY = {
     "model.n_kv_heads": 2,
     "model.d_mlp": 256,
     "model.context_length": 128,
-    "model.scan_layers": True,
     "model.dtype": "bfloat16",
     "data.vocab_size": 1024,
     "train.batch_size": 16,

@@ -24,7 +24,7 @@ SHAPE = {
     "context_length": 1024,
     "topk_k": 48,
     "dtype": "bfloat16",
-    "scan_layers": True,
+    "layer_stack": "scanned",
     "remat": "full",
 }
 

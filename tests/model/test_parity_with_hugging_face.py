@@ -9,7 +9,7 @@ import pytest
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.training.losses import cross_entropy
+from topklm.model.losses import cross_entropy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

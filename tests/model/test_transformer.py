@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from topklm import sharding
 from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.model.parallel import ALONE
@@ -86,7 +87,7 @@ def test_parameters_are_float32_and_those_of_blocks_have_a_leading_layer_axis():
         "unembed.kernel": (24, 50),
     }
     want = {name: (shape, jnp.float32) for name, shape in shapes.items()}
-    assert shapes_of(CONFIG) == shapes_of(variant(scan_layers=True, dtype="bfloat16")) == want
+    assert shapes_of(CONFIG) == shapes_of(variant(layer_stack="scanned", dtype="bfloat16")) == want
     del want["unembed.kernel"]
     assert shapes_of(variant(tie_embeddings=True)) == want
 
@@ -108,7 +109,7 @@ def test_the_initial_scale_of_what_is_written_to_the_stream_is_as_set(params):
 
 def test_scanned_and_unrolled_layers_are_the_same_model(params):
     for config in (CONFIG, variant(n_nontopk=3)):
-        scanned = dataclasses.replace(config, scan_layers=True)
+        scanned = dataclasses.replace(config, layer_stack="scanned")
         ours, theirs = final_hidden(scanned, params), final_hidden(config, params)
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
         for a, b in zip(layer_states(scanned, params), layer_states(config, params), strict=True):
@@ -130,7 +131,7 @@ def test_scanned_and_unrolled_layers_have_the_same_gradient(params, remat, activ
     def gradient(config, params):
         return jax.grad(lambda params: jnp.sin(program(config)(params, TOKENS, None)[0]).sum())(params)
 
-    scanned = gradient(dataclasses.replace(config, scan_layers=True), params)
+    scanned = gradient(dataclasses.replace(config, layer_stack="scanned"), params)
     for a, b in zip(*map(jax.tree.leaves, (scanned, gradient(config, params))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -189,12 +190,12 @@ def primitives(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers", "activation"),
-    [("full", True, "relu"), pytest.param("minimal", False, "abs", marks=pytest.mark.slow)],
+    ("remat", "layer_stack", "activation"),
+    [("full", "scanned", "relu"), pytest.param("minimal", "unrolled", "abs", marks=pytest.mark.slow)],
 )
-def test_what_is_computed_again_gives_the_same_gradient(params, remat, scan_layers, activation):
+def test_what_is_computed_again_gives_the_same_gradient(params, remat, layer_stack, activation):
     want = jax.jit(loss_gradient(variant(topk_activation=activation)))(params)
-    config = variant(remat=remat, scan_layers=scan_layers, topk_activation=activation)
+    config = variant(remat=remat, layer_stack=layer_stack, topk_activation=activation)
     got = jax.jit(loss_gradient(config))(params)
     for ours, plain in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
@@ -217,7 +218,7 @@ def test_no_layer_is_searched_twice_and_no_product_computed_again_for_its_mask(p
 
 
 def test_a_program_for_a_tpu_holds_its_kernel_and_not_the_scores(params):
-    config = variant(scan_layers=True)
+    config = variant(layer_stack="scanned")
     parallel = dataclasses.replace(ALONE, attention="splash")
     traced = jax.jit(loss_gradient(config, parallel)).trace(params)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
@@ -246,3 +247,44 @@ def test_bfloat16_activations_give_float32_logits(params):
 def test_a_model_without_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size = 0"):
         transformer.create(variant(vocab_size=0), seed=0)
+
+
+def test_layers_are_scanned_on_accelerators_and_unrolled_on_cpus(params):
+    def whiles(platform):
+        parallel = dataclasses.replace(ALONE, scan_layers=sharding.scans_layers(platform))
+        names = list(primitives(jax.make_jaxpr(loss_gradient(variant(), parallel))(params).jaxpr))
+        return names.count("scan")
+
+    assert whiles("tpu") == whiles("gpu") > whiles("cpu")
+
+
+@pytest.mark.parametrize("layer_stack", ["scanned", "unrolled"])
+@pytest.mark.parametrize("n_nontopk", [1, 3])
+def test_an_edit_replaces_what_a_layer_hands_on(params, layer_stack, n_nontopk):
+    config = variant(layer_stack=layer_stack, n_nontopk=n_nontopk)
+    shape = (config.n_layers, 2, 12, config.d_model)
+    given = jax.random.normal(jax.random.key(1), shape)
+    chosen = jnp.asarray([False, True, False])  # the middle layer
+
+    def edit(h, edits):
+        replaces, content = edits
+        return jnp.where(replaces, content, h)
+
+    @jax.jit
+    def run(tokens, chosen):
+        def tap(h, u, h_next):
+            return h, h_next
+
+        model = transformer.bind(config, params)
+        return model.hidden(tokens, tap=tap, edit=edit, edits=(chosen, given))
+
+    tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, config.vocab_size)
+    h, (before, after) = run(tokens, chosen)
+    np.testing.assert_array_equal(after[1], given[1])
+    np.testing.assert_array_equal(before[2], given[1])
+    # Nothing goes past it.
+    np.testing.assert_array_equal(run((tokens + 1) % config.vocab_size, chosen)[0], h)
+    # And where it changes nothing, the model is the plain one.
+    untouched, _ = run(tokens, jnp.zeros(3, bool))
+    plain, _ = jax.jit(lambda tokens: transformer.bind(config, params).hidden(tokens))(tokens)
+    np.testing.assert_allclose(untouched, plain, rtol=1e-5, atol=1e-5)

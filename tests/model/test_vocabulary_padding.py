@@ -20,7 +20,7 @@ from topklm.config import (
 from topklm.errors import UserError
 from topklm.inference.generate import generate_tokens
 from topklm.model import transformer
-from topklm.training.losses import cross_entropy, cross_entropy_reference, token_losses
+from topklm.model.losses import cross_entropy, cross_entropy_reference, token_losses
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -113,8 +113,8 @@ def test_padding_is_never_drawn(temperature):
 @pytest.mark.parametrize("chunk_tokens", [512, 4])  # 4: in several chunks
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_the_loss_and_its_gradients_do_not_see_padding(z_loss, chunk_tokens, monkeypatch):
-    monkeypatch.setattr("topklm.training.losses._MIN_TOKENS_PER_CHUNK", chunk_tokens)
-    monkeypatch.setattr("topklm.training.losses._LOGITS_PER_CHUNK", chunk_tokens)
+    monkeypatch.setattr("topklm.model.losses._MIN_TOKENS_PER_CHUNK", chunk_tokens)
+    monkeypatch.setattr("topklm.model.losses._LOGITS_PER_CHUNK", chunk_tokens)
     rng = np.random.default_rng(1)
     h = rng.normal(size=(2, 9, 16)).astype(np.float32)
     w = np.concatenate([rng.normal(size=(16, 41)), np.full((16, 87), 1e3)], axis=1).astype(np.float32)

@@ -19,9 +19,9 @@ B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
 TOKENS = np.random.default_rng(0).integers(0, 257, (B, T), dtype=np.int32)
 COMBINATIONS = [
-    {"topk_activation": "relu", "scan_layers": False, "dtype": "float32"},
-    {"topk_activation": "identity", "scan_layers": True, "dtype": "float32"},
-    {"topk_activation": "abs", "scan_layers": True, "dtype": "bfloat16"},
+    {"topk_activation": "relu", "layer_stack": "unrolled", "dtype": "float32"},
+    {"topk_activation": "identity", "layer_stack": "scanned", "dtype": "float32"},
+    {"topk_activation": "abs", "layer_stack": "scanned", "dtype": "bfloat16"},
 ]
 
 
@@ -84,9 +84,9 @@ def test_the_base_lm_has_no_sparse_layers():
         cache["blocks.0.hook_topk"]
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_no_array_of_all_layers_is_ever_dense(scan_layers):
-    config = configured(scan_layers=scan_layers)
+@pytest.mark.parametrize("layer_stack", ["scanned", "unrolled"])
+def test_no_array_of_all_layers_is_ever_dense(layer_stack):
+    config = configured(layer_stack=layer_stack)
     traced = jax.make_jaxpr(lambda params: capture(transformer.bind(config, params), TOKENS))(params())
     program = str(traced)
     assert f"[{S},{B},{T},{K}]" in program

@@ -22,7 +22,8 @@ METADATA = Metadata(
     step=24,
     tokenizer_sha256="ab" * 32,
     source="held-out text of village-0123",
-    n_layers=S,
+    kind="topk",
+    layers=tuple(range(S)),
     d_model=D,
     topk_k=K,
     topk_activation="relu",
@@ -59,6 +60,17 @@ def filled(tmp_path):
         layers.append(dense)
         first = int(segment.documents[-1])  # it goes on in the next segment
     return tmp_path / "store", segments, np.concatenate(layers, axis=1)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, D), (3, 4), (5, 17)])
+def test_a_block_of_neurons_is_what_they_are_one_by_one(filled, begin, end):
+    store = Store(filled[0])
+    for layer in range(S):
+        block = store.block(layer, begin, end)
+        for place, neuron in enumerate(range(begin, end)):
+            part, events = slice(*block.offsets[place : place + 2]), store.neuron(layer, neuron)
+            np.testing.assert_array_equal(block.tokens[part], events.tokens)
+            np.testing.assert_array_equal(block.values[part], events.values)
 
 
 def joined(segments, name):
@@ -171,7 +183,7 @@ def test_whoever_is_killed_leaves_whole_segments(tmp_path):
 
 @pytest.mark.parametrize(("layer", "neuron"), [(-1, 0), (S, 0), (0, -1), (0, D)])
 def test_what_there_is_not_is_refused(filled, layer, neuron):
-    with pytest.raises(UserError, match=f"must be from 0 to {S - 1 if neuron == 0 else D - 1}"):
+    with pytest.raises(UserError, match=f"must be from 0 to {D - 1}|must be one of 0, {S - 1}"):
         Store(filled[0]).neuron(layer, neuron)
 
 

@@ -100,7 +100,7 @@ def dense_layers(model, report):
     """What the TopK layers hand on at the notebook's sentence, [S, T, D], from what enters them."""
 
     def entering(params, tokens):
-        config = dataclasses.replace(model.config.model, topk_backend="lax", scan_layers=True)
+        config = dataclasses.replace(model.config.model, topk_backend="lax", layer_stack="scanned")
         return transformer.bind(config, params).hidden(tokens, tap=lambda h, u, h_next: u)[1]
 
     tokens = model.to_tokens(report["sentence"])

@@ -130,9 +130,9 @@ def assert_trees_close(got, want, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), path
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_bfloat16_computes_nearly_the_same_over_float32_parameters(base_gradient, scanned):
-    model = dataclasses.replace(BASE.model, dtype="bfloat16", scan_layers=scanned)
+@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+def test_bfloat16_computes_nearly_the_same_over_float32_parameters(base_gradient, layer_stack):
+    model = dataclasses.replace(BASE.model, dtype="bfloat16", layer_stack=layer_stack)
     gradient, metrics = gradient_and_metrics(dataclasses.replace(BASE, model=model), one_device())
     assert float(metrics["loss"]) == pytest.approx(float(base_gradient[1]["loss"]), rel=0.01)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {np.dtype(np.float32)}
@@ -341,7 +341,11 @@ def compare_meshes(names):
     report = {"init_state": inspect_init_state(adamw, fsdp), "recomputed": {}}
     report["other seed"] = {"topk_losses": train_some_steps(adamw, one_device(), seed=1)[1]}
     for how in ("scanned", "minimal", "full"):
-        changed = {"scan_layers": True} if how == "scanned" else {"scan_layers": how == "full", "remat": how}
+        changed = {
+            "scanned": {"layer_stack": "scanned"},
+            "minimal": {"remat": "minimal"},
+            "full": {"layer_stack": "scanned", "remat": "full"},
+        }[how]
         config = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **changed))
         mesh = sharding.make_mesh(MESHES["2x2x2 with context"])
         gradient, metrics = gradient_and_metrics(config, mesh)

@@ -21,7 +21,7 @@ def _as_it_is(parameters: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """The mesh axes of one device's program; an axis with one device along it is None."""
+    """The mesh axes of one device's program, and how it computes; an axis with one device is None."""
 
     context: str | None = None
     tensor: str | None = None
@@ -29,6 +29,9 @@ class Parallel:
     gather: Callable[[Any], Any] = _as_it_is
     # What its devices compute attention with, see `attention_backends.choose`.
     attention: str = "blocked"
+    # How they run layers if `config.layer_stack` is "auto": one block scanned, which compiles in a time that
+    # does not grow with depth, or unrolled, which XLA makes faster on CPUs.
+    scan_layers: bool = False
 
     def gather_tokens(self, x_BTD: jax.Array) -> jax.Array:
         """Residual tokens -> all tokens that the tensor group works on."""

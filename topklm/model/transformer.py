@@ -29,6 +29,8 @@ from topklm.model.topk_gate import gate, relu_topk
 
 # Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
 Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]
+# Changes what a layer hands on: (h' [B, T, D], the layer's part of `edits`) -> h'.
+Edit = Callable[[jax.Array, Any], jax.Array]
 Parameters = dict[str, Any]
 
 
@@ -59,13 +61,14 @@ class _LayerInputs(NamedTuple):
     params: nnx.State
     behind_topk: jax.Array | np.ndarray  # bool, whether the layer before ends in a TopK
     ends_in_topk: jax.Array | np.ndarray  # bool, whether this one does
+    edits: Any = None  # any pytree
 
 
 class Transformer(nnx.Module):
     """Decoder-only language model with TopK on the residual stream.
 
     The parameters of all blocks are stacked on a leading layer axis, whether the stack is scanned or
-    unrolled (`config.scan_layers`), so a checkpoint does not depend on that choice.
+    unrolled (`config.layer_stack`), so a checkpoint does not depend on that choice.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -110,6 +113,8 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         *,
         tap: Tap | None = None,
+        edit: Edit | None = None,
+        edits: Any = None,
         parallel: Parallel = ALONE,
     ) -> tuple[jax.Array, Any]:
         """The stack up to and with the final norm.
@@ -118,7 +123,10 @@ class Transformer(nnx.Module):
             tokens_BT: int32[B, T].
             segment_ids_BT: As in `__call__`.
             positions_BT: As in `__call__`.
-            tap: Called in every layer with (h, u, h'); see `Tap`.
+            tap: Called in every layer with (h, u, h'); see `Tap`. It sees h' as `edit` leaves it.
+            edit: Called in every layer, behind its TopK; see `Edit`.
+            edits: What it is called with: any pytree of arrays with a leading layer axis [L, ...]. Other
+                values of the same shapes need no other program.
             parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
 
         Returns:
@@ -135,7 +143,8 @@ class Transformer(nnx.Module):
         block_def, stacked = nnx.split(self.blocks)
 
         # In halves where the input of a layer is kept in any case; a tap would see what is between them.
-        in_halves = config.remat != "none" and config.topk_activation == "relu" and tap is None
+        in_halves = config.remat != "none" and config.topk_activation == "relu"
+        in_halves &= tap is None and edit is None
         in_halves &= config.n_topk_layers > 0
 
         def layer(sparse: bool | None, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
@@ -153,15 +162,18 @@ class Transformer(nnx.Module):
                 select = topk if applies is None else functools.partial(topk, applies=applies)
                 selection = config.topk_k, config.topk_activation, config.topk_backend
                 h_next = select(written, *selection, residual=a)
+            if edit is not None:
+                h_next = edit(h_next, inputs.edits)
             return h_next, tap(h, a + written, h_next) if tap else None
 
-        run = _scan_layers if config.scan_layers else _unroll_layers
+        scanned = parallel.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
+        run = _scan_layers if scanned else _unroll_layers
         index = np.arange(config.n_layers)
         behind_topk = (index > 0) & (index <= config.n_topk_layers)
-        inputs = _LayerInputs(stacked, behind_topk, ends_in_topk=index < config.n_topk_layers)
+        inputs = _LayerInputs(stacked, behind_topk, ends_in_topk=index < config.n_topk_layers, edits=edits)
 
         def layer_of_kind(sparse: bool | None) -> Callable:
-            return _rematerialized(functools.partial(layer, sparse), config, parallel)
+            return _rematerialized(functools.partial(layer, sparse), config, parallel, scanned)
 
         h_BTD = self.embed(tokens_BT, dtype, parallel)
         h_BTD, taps = run(layer_of_kind, h_BTD, inputs)
@@ -193,7 +205,7 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
-def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel) -> Callable:
+def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:
     """The layer with less kept for its backward pass (`config.remat`), to be computed again."""
     policies = jax.checkpoint_policies
     # The mask of a TopK that is not in halves is one byte an entry; without it the search, and the product
@@ -209,7 +221,7 @@ def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel) ->
     if config.remat == "none" and parallel.gather is ALONE.gather:
         return layer
     # A scan keeps XLA from merging the two computations by itself, unless it is a scan over one layer.
-    prevent_cse = not config.scan_layers or config.n_layers == 1
+    prevent_cse = not scanned or config.n_layers == 1
     return jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
 
 

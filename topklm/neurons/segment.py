@@ -127,9 +127,9 @@ class SegmentReader:
         except (ValueError, OSError) as e:  # TensorStore's own errors are ValueErrors
             raise UserError(f"{self.folder} is damaged ({e}): delete it, and harvest again") from e
 
-    def start_reading(self, neuron: int) -> tuple[ts.Future, ts.Future]:
-        """Begins to read the gaps and values of a neuron, numbered through all layers."""
-        begin, end = self.offsets[neuron : neuron + 2]
+    def start_reading(self, first: int, behind: int) -> tuple[ts.Future, ts.Future]:
+        """Begins to read the gaps and values of neighbouring neurons, numbered through all layers."""
+        begin, end = self.offsets[first], self.offsets[behind]
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
     def read(self) -> Segment:
@@ -137,18 +137,20 @@ class SegmentReader:
         reading = {name: self.array(name).read() for name in ARRAYS}
         arrays = {name: self.result(future) for name, future in reading.items()}
         offsets = arrays["offsets"].astype(np.int64)
-        # Every neuron's sum begins at 0 again: what came before its first event is taken off.
-        total = np.cumsum(arrays["gaps"], dtype=np.int64)
-        before = np.concatenate([[0], total])[offsets[:-1]]
-        places = total - np.repeat(before, np.diff(offsets))
+        places = places_of(arrays["gaps"], offsets)
         return Segment(
             arrays["tokens"], arrays["documents"], arrays["losses"], offsets, places, arrays["values"]
         )
 
 
-def places_of(gaps: np.ndarray) -> np.ndarray:
-    """int64[E], the places of one neuron's events from their gaps."""
-    return np.cumsum(gaps, dtype=np.int64)
+def places_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+    """int64[E], the places of events from their gaps; `offsets` say where each of several neurons begins."""
+    total = np.cumsum(gaps, dtype=np.int64)
+    if offsets is None:
+        return total
+    # Every neuron's sum begins at 0 again: what came before its first event is taken off.
+    before = np.concatenate([[0], total])[offsets[:-1]]
+    return total - np.repeat(before, np.diff(offsets))
 
 
 def _smallest(array: np.ndarray) -> np.ndarray:

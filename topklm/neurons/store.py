@@ -37,9 +37,10 @@ class Metadata:
         step: Of the checkpoint.
         tokenizer_sha256: Of the tokenizer that made the tokens.
         source: What the text is, in words and fingerprints.
-        n_layers: S, TopK layers.
+        kind: "topk", what TopK layers hand on; or "dense", the positive part of what a Base LM's layers do.
+        layers: The model's layers, rising; S of them.
         d_model: D, neurons per layer.
-        topk_k: k.
+        topk_k: k; D where the kind is dense.
         topk_activation: As in the config.
         context_length: Tokens in a window.
     """
@@ -48,7 +49,8 @@ class Metadata:
     step: int
     tokenizer_sha256: str
     source: str
-    n_layers: int
+    kind: str
+    layers: tuple[int, ...]
     d_model: int
     topk_k: int
     topk_activation: str
@@ -64,6 +66,21 @@ class Events:
         values: float32[E].
     """
 
+    tokens: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """All events of neighbouring neurons of a layer, neuron by neuron.
+
+    Attributes:
+        offsets: int64[n + 1], where the events of each of the n neurons begin.
+        tokens: int64[E], rising for each neuron; as in `Events`.
+        values: float32[E].
+    """
+
+    offsets: np.ndarray
     tokens: np.ndarray
     values: np.ndarray
 
@@ -152,14 +169,14 @@ class Store:
         """All events of a neuron.
 
         Args:
-            layer: Of the TopK layers, from 0.
+            layer: One of `metadata.layers`.
             neuron: From 0 to D - 1.
 
         Raises:
             UserError: If there is no such neuron.
         """
         number = self._number(layer, neuron)
-        reading = [segment.start_reading(number) for segment in self.segments]
+        reading = [segment.start_reading(number, number + 1) for segment in self.segments]
         tokens, values = [], []
         for start, segment, (gaps, found) in zip(self._starts, self.segments, reading, strict=False):
             tokens.append(start + segment_lib.places_of(segment.result(gaps)))
@@ -168,6 +185,32 @@ class Store:
             np.concatenate(tokens) if tokens else np.zeros(0, np.int64),
             np.concatenate(values) if values else np.zeros(0, np.float32),
         )
+
+    def block(self, layer: int, begin: int, end: int) -> Block:
+        """All events of the neurons from `begin` to `end` - 1 of a layer; memory grows with their number.
+
+        Raises:
+            UserError: If there are no such neurons.
+        """
+        first, behind = self._number(layer, begin), self._number(layer, end - 1) + 1
+        starts = [segment.offsets[first : behind + 1] for segment in self.segments]
+        reading = [segment.start_reading(first, behind) for segment in self.segments]
+        counts = np.zeros((len(self.segments), end - begin), np.int64)
+        tokens, values = [], []
+        for n, (segment, (gaps, found)) in enumerate(zip(self.segments, reading, strict=True)):
+            counts[n] = np.diff(starts[n])
+            places = segment_lib.places_of(segment.result(gaps), starts[n] - starts[n][0])
+            tokens.append(self._starts[n] + places)
+            values.append(segment.result(found).astype(np.float32))
+        offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+        # A segment's events go behind those of the same neuron from the segments before.
+        all_tokens, all_values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
+        before = np.cumsum(counts, axis=0) - counts
+        for n in range(len(self.segments)):
+            shift = offsets[:-1] + before[n] - (starts[n][:-1] - starts[n][0])
+            at = np.arange(len(tokens[n])) + np.repeat(shift, counts[n])
+            all_tokens[at], all_values[at] = tokens[n], values[n]
+        return Block(offsets, all_tokens, all_values)
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """int[end - begin], ids of the store's tokens; what lies outside of the store is left out."""
@@ -198,12 +241,12 @@ class Store:
         return int(found[0][0]), int(found[-1][1])
 
     def _number(self, layer: int, neuron: int) -> int:
-        n_layers, d = self.metadata.n_layers, self.metadata.d_model
-        if not 0 <= layer < n_layers:
-            raise UserError(f"layer {layer}: must be from 0 to {n_layers - 1}, the TopK layers")
+        layers, d = self.metadata.layers, self.metadata.d_model
+        if layer not in layers:
+            raise UserError(f"layer {layer}: must be one of {', '.join(map(str, layers))}")
         if not 0 <= neuron < d:
             raise UserError(f"neuron {neuron}: must be from 0 to {d - 1}")
-        return layer * d + neuron
+        return layers.index(layer) * d + neuron
 
     def _stretch(self, name: str, begin: int, end: int) -> np.ndarray:
         begin, end = max(begin, 0), min(end, self.n_tokens)
@@ -241,7 +284,7 @@ def _read_metadata(folder: Path) -> Metadata:
             raise UserError(
                 f"{folder}: a store of format {version}, this topklm reads {FORMAT}: harvest again"
             )
-        return Metadata(**content)
+        return Metadata(**{**content, "layers": tuple(content["layers"])})
     except FileNotFoundError as e:
         raise UserError(f"{folder}: there are no activations here; run topklm neurons harvest") from e
     except (OSError, ValueError, TypeError, KeyError) as e:

@@ -16,9 +16,9 @@ import optax
 
 from topklm import sharding
 from topklm.config import Config
-from topklm.model import attention_backends, topk, transformer
+from topklm.model import attention_backends, losses, topk, transformer
 from topklm.model.parallel import Parallel
-from topklm.training import bad_steps, losses, topk_health
+from topklm.training import bad_steps, topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
@@ -166,7 +166,9 @@ def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
     platform = mesh.devices.flat[0].platform
     topk.check_platform(config.model.topk_backend, platform)
     attention = attention_backends.choose(config.model, platform)
-    return sharding.parameter_specs(shapes, mesh), dataclasses.replace(parallel, attention=attention)
+    return sharding.parameter_specs(shapes, mesh), dataclasses.replace(
+        parallel, attention=attention, scan_layers=sharding.scans_layers(platform)
+    )
 
 
 def _hidden(

@@ -15,12 +15,11 @@ from topklm.bench.sides.train_step import random_batch
 from topklm.config import Config
 from topklm.data.stream import Batch as HostBatch
 from topklm.errors import UserError
-from topklm.model import attention_backends
+from topklm.model import attention_backends, losses
 from topklm.model.attention import Attention, rotation_angles
 from topklm.model.layers import RMSNorm, SwiGLU
 from topklm.model.parallel import Parallel
 from topklm.model.topk import topk
-from topklm.training import losses
 from topklm.training.feed import to_devices
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.training import losses
-from topklm.training.losses import cross_entropy, cross_entropy_reference, token_losses
+from topklm.model import losses
+from topklm.model.losses import cross_entropy, cross_entropy_reference, token_losses
 
 
 def make(batch, length, d, vocab, dtype=jnp.float32):

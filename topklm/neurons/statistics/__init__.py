@@ -1,0 +1,1 @@
+"""Figures of single neurons, from a store of their activations and the model itself."""

@@ -1,0 +1,133 @@
+"""What is known of every neuron, one row each, as a Parquet file.
+
+Columns and their meaning are `COLUMNS`; what they were measured on stands in the file's own metadata, as
+`Measured`. Definitions of the figures are in the modules that compute them. A figure that cannot be given
+(of a dead neuron, say) is null.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from topklm.errors import UserError
+from topklm.files import write_atomically
+
+FORMAT = 1
+HISTOGRAM_BINS = 40
+RANGE_PARTS = 5  # into which the range of a neuron's activations is cut, for examples
+
+_METADATA_KEY = b"topklm"
+
+_F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
+COLUMNS = pa.schema(
+    [
+        ("layer", _I32),  # of the model's layers, from 0
+        ("neuron", _I32),
+        ("n_active", _I64),  # tokens at which it is active
+        ("density", _F64),  # that as a share of all tokens
+        ("mean_activation", _F64),  # over the tokens at which it is active
+        ("max_activation", _F64),
+        # Tokens by activation: HISTOGRAM_BINS parts of equal width from 0 to max_activation.
+        ("histogram", pa.list_(_I64)),
+        ("n_distinct_tokens", _I64),  # ids among the tokens at which it is active
+        ("token_entropy", _F64),  # nats, plug-in
+        ("token_entropy_corrected", _F64),  # nats, Miller-Madow
+        ("semantic_entropy", _F64),  # nats, plug-in
+        ("semantic_entropy_corrected", _F64),
+        ("monosemanticity", _F64),
+        ("monosemanticity_shuffled", _F64),  # the same with contexts dealt out anew: what chance gives
+        # Input tokens by their share of the neuron's whole activation, the largest first.
+        ("top_tokens", pa.list_(_I32)),
+        ("top_token_shares", pa.list_(_F64)),
+        # Output tokens that it raises most (from the top) and lowers most (from the bottom), and by how much.
+        ("identity_top", pa.list_(_I32)),
+        ("identity_top_effects", pa.list_(_F64)),
+        ("identity_bottom", pa.list_(_I32)),
+        ("identity_bottom_effects", pa.list_(_F64)),
+        ("jacobian_top", pa.list_(_I32)),
+        ("jacobian_top_effects", pa.list_(_F64)),
+        ("jacobian_bottom", pa.list_(_I32)),
+        ("jacobian_bottom_effects", pa.list_(_F64)),
+        # Change of the next token's loss, nats, when the neuron is set to 0 at a token at which it is active.
+        ("ablation_effect", _F64),  # mean
+        ("ablation_standard_error", _F64),
+        ("ablation_samples", _I32),
+        # Neurons of the same layer, the nearest first.
+        ("coactive", pa.list_(_I32)),
+        ("coactive_similarity", pa.list_(_F64)),
+        ("similar_effect", pa.list_(_I32)),
+        ("similar_effect_similarity", pa.list_(_F64)),
+        # Tokens of the store: the strongest, and some from each part of the range; see `examples`.
+        ("examples", pa.list_(_I64)),
+        ("example_activations", pa.list_(_F64)),
+        ("example_parts", pa.list_(pa.int8())),  # 0: the strongest; 1 to RANGE_PARTS: from that part, rising
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the figures of a table were measured on.
+
+    Attributes:
+        run: Name of the run folder.
+        step: Of the checkpoint.
+        tokenizer_sha256: Of the tokenizer.
+        kind: "topk", or "dense": the positive part of a Base LM's hidden state.
+        layers: The model's layers that have rows.
+        d_model: D, neurons per layer.
+        topk_k: k; D where the kind is dense.
+        source: What the text was.
+        n_tokens: Tokens of text; separators and padding are not among them.
+        n_documents: Of which those are.
+        embedding: What semantic entropy and monosemanticity compare tokens by.
+        n_clusters: Of tokens, for semantic entropy.
+        details: Sample sizes, seeds and the like, by name.
+    """
+
+    run: str
+    step: int
+    tokenizer_sha256: str
+    kind: str
+    layers: tuple[int, ...]
+    d_model: int
+    topk_k: int
+    source: str
+    n_tokens: int
+    n_documents: int
+    embedding: str
+    n_clusters: int
+    details: Mapping[str, Any]
+
+
+def write(path: Path, rows: pa.Table, measured: Measured) -> None:
+    """Writes a table of `COLUMNS`, sorted by layer and neuron; it is there whole or not at all."""
+    content = {"format": FORMAT, **dataclasses.asdict(measured)}
+    rows = rows.cast(COLUMNS).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read(path: Path) -> tuple[pa.Table, Measured]:
+    """What `write` has written.
+
+    Raises:
+        UserError: If it is missing, damaged, or of another version.
+    """
+    try:
+        rows = pq.read_table(path)
+        content = json.loads((rows.schema.metadata or {})[_METADATA_KEY])
+        if content.pop("format") != FORMAT or rows.schema.names != COLUMNS.names:
+            raise UserError(f"{path} was written by another version of topklm: delete it, and measure again")
+        content["layers"] = tuple(content["layers"])
+        return rows, Measured(**content)
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is missing: run topklm neurons measure") from e
+    except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path} is damaged ({e}): delete it, and run topklm neurons measure") from e
