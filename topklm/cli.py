@@ -16,6 +16,8 @@ VERBS = {
     "prepare": "turn text into a dataset of token shards",
     "data": "look into a dataset, or check all of it",
     "generate": "continue a prompt",
+    "neurons": "harvest, measure and find the neurons of a model",
+    "explore": "look at a model's neurons in the browser",
     "compile-check": "compile a train step for a TPU slice without one",
     "bench": "measure a part of the library on this machine",
 }

@@ -266,8 +266,6 @@ def outside_shard_map(model: ModelConfig, mesh: Mesh) -> ModelConfig:
         model: As it is trained.
         mesh: Where its parameters are.
     """
-    if model.layer_stack == "auto" and scans_layers(mesh.devices.flat[0].platform):
-        model = dataclasses.replace(model, layer_stack="scanned")
     kernel_possible = model.topk_backend in ("auto", *KERNELS)
     if mesh.size > 1 and kernel_possible:
         return dataclasses.replace(model, topk_backend="threshold")

@@ -59,6 +59,13 @@ def test_separators_and_unused_ids_are_decoded_to_nothing(tokenizer):
     assert tokenizer.decode([0, *ids, 0, 5000]) == "the sea"
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer):
+    text = "The café — naïve 海 \N{GRINNING FACE}"
+    pieces = tokenizer.token_bytes(tokenizer.encode(text))
+    assert b"".join(pieces) == text.encode()
+    assert tokenizer.token_bytes([5000]) == [b"<unused 5000>"]
+
+
 def test_token_strings_show_every_token_readably(tokenizer):
     ids = tokenizer.encode(" the sea é").tolist()
     shown = tokenizer.token_strings([0, *ids, 5000])

@@ -224,7 +224,7 @@ class _Row:
 
 def _heldout_pieces(stream: TokenStream, separator_id: int, length: int) -> Iterator[_Piece]:
     stride = max(1, length // 2)
-    for start, stop in _document_bounds(stream, separator_id):
+    for start, stop in document_bounds(stream, separator_id):
         scored = start + 1  # the first token not yet scored; tokens[start] is the separator
         first = start
         while scored < stop:
@@ -233,7 +233,8 @@ def _heldout_pieces(stream: TokenStream, separator_id: int, length: int) -> Iter
             scored, first = last + 1, first + stride
 
 
-def _document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[int, int]]:
+def document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[int, int]]:
+    """Of each document of a stream, where its separator stands, and where the next one's does."""
     start = 0
     for offset in range(0, len(stream), _SCAN_TOKENS):
         tokens = stream.read(offset, min(offset + _SCAN_TOKENS, len(stream)))

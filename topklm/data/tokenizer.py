@@ -96,6 +96,10 @@ class Tokenizer:
         r"""Each token as a reader would want it: bytes that are no whole character as `\xe2`."""
         return [self._token_string(int(i)) for i in ids]
 
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """What each token stands for in UTF-8; of one that is a part of a character, that part."""
+        return [self._token_bytes(int(i)) for i in ids]
+
     def token_bytes_lengths(self) -> np.ndarray | None:
         """UTF-8 bytes of text that each token stands for, int64[vocab_size], special tokens 0.
 
@@ -140,10 +144,16 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer ({e}); prepare the data again") from e
 
     def _token_string(self, token_id: int) -> str:
-        piece = self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
-        if piece is None:
-            return f"<unused {token_id}>"
+        piece = self._piece(token_id)
         return piece if isinstance(piece, str) else piece.decode("utf-8", "backslashreplace")
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        piece = self._piece(token_id)
+        return piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogateescape")
+
+    def _piece(self, token_id: int) -> str | bytes:
+        piece = self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+        return f"<unused {token_id}>" if piece is None else piece
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

@@ -55,7 +55,10 @@ def load(
     config = _config(saved_config, chosen, folder)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    config = dataclasses.replace(config, model=sharding.outside_shard_map(config.model, mesh))
+    model = sharding.outside_shard_map(config.model, mesh)
+    if model.layer_stack == "auto" and sharding.scans_layers(mesh.devices.flat[0].platform):
+        model = dataclasses.replace(model, layer_stack="scanned")
+    config = dataclasses.replace(config, model=model)
     target = _target(config.model, mesh)
     with _damage_is_a_user_error(folder, chosen, saved):
         stores = open_arrays(place / PARAMS)

@@ -63,12 +63,44 @@ def from_dense(
     for layer in layers:
         # What is not 0 in the transpose comes in the right order: nothing has to be sorted.
         by_neuron = np.ascontiguousarray(layer.T)
-        active = by_neuron != 0
+        active = _is_not_zero(by_neuron)
         places.append(np.flatnonzero(active) % len(layer))
         values.append(by_neuron[active])
         offsets.append(offsets[-1][-1] + np.cumsum(active.sum(axis=1)))
     return Segment(
         tokens, documents, losses, np.concatenate(offsets), np.concatenate(places), np.concatenate(values)
+    )
+
+
+def from_sparse(
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    losses: np.ndarray,
+    indices: np.ndarray,
+    values: np.ndarray,
+    d_model: int,
+) -> Segment:
+    """Sorts activations by neuron, like `from_dense`.
+
+    Args:
+        tokens: As in `Segment`, as the next two.
+        documents: int[N].
+        losses: float[N].
+        indices: int[S, N, k], neurons, distinct for each token.
+        values: [S, N, k]; those that are 0 are left out.
+        d_model: D.
+    """
+    offsets, places, kept = [np.zeros(1, np.int64)], [], []
+    for layer_indices, layer_values in zip(indices, values, strict=True):
+        active = _is_not_zero(layer_values).reshape(-1)
+        neurons = layer_indices.reshape(-1)[active]
+        order = np.argsort(neurons, kind="stable")  # so that tokens go on rising
+        at = np.flatnonzero(active)[order]
+        places.append(at // layer_indices.shape[1])
+        kept.append(layer_values.reshape(-1)[at])
+        offsets.append(offsets[-1][-1] + np.cumsum(np.bincount(neurons, minlength=d_model)))
+    return Segment(
+        tokens, documents, losses, np.concatenate(offsets), np.concatenate(places), np.concatenate(kept)
     )
 
 
@@ -151,6 +183,13 @@ def places_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray
     # Every neuron's sum begins at 0 again: what came before its first event is taken off.
     before = np.concatenate([[0], total])[offsets[:-1]]
     return total - np.repeat(before, np.diff(offsets))
+
+
+def _is_not_zero(array: np.ndarray) -> np.ndarray:
+    if array.dtype != ml_dtypes.bfloat16:
+        return array != 0
+    # NumPy compares bfloat16 numbers one by one; all but the sign is 0 in a zero.
+    return (array.view(np.uint16) << 1) != 0
 
 
 def _smallest(array: np.ndarray) -> np.ndarray:

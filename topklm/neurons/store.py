@@ -43,6 +43,7 @@ class Metadata:
         topk_k: k; D where the kind is dense.
         topk_activation: As in the config.
         context_length: Tokens in a window.
+        parts: Into how many shares the documents were dealt.
     """
 
     run: str
@@ -55,6 +56,7 @@ class Metadata:
     topk_k: int
     topk_activation: str
     context_length: int
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,146 @@
+"""The language model once more, in NumPy and float64, one text at a time; and stores made with it.
+
+Written from the formulas, without the code under test. `change(layer, h)` sees what each layer hands on,
+[T, D], and returns what it hands on instead.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.model import transformer
+from topklm.neurons import segment as segment_lib
+from topklm.neurons.store import Metadata, Store, StoreWriter
+
+SEPARATOR = 0
+V = 50
+MODEL = ModelConfig(
+    d_model=16,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_mlp=24,
+    vocab_size=V,
+    vocab_multiple=32,
+    context_length=64,
+    topk_k=5,
+    layer_stack="scanned",  # compiles sooner
+)
+
+
+def configured(**fields):
+    return dataclasses.replace(MODEL, **fields)
+
+
+@functools.cache
+def params():
+    """Random numbers, so that layers and norms differ; columns for no token would win if anyone read them."""
+    draw = np.random.default_rng(1).standard_normal
+    shapes = jax.eval_shape(functools.partial(transformer.create, MODEL, 0))
+    drawn = jax.tree.map(lambda leaf: 0.3 * draw(leaf.shape, dtype=np.float32), shapes)
+    drawn["final_norm"]["scale"] += 1
+    drawn["unembed"]["kernel"][:, V:] = 1000
+    return drawn
+
+
+def unembedding():
+    return np.asarray(params()["unembed"]["kernel"][:, :V], np.float64)
+
+
+def final_hidden(config, tokens, change=lambda layer, h: h):
+    """The normed hidden state, [T, D]."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params())
+    h = p["embed"]["embedding"][tokens]
+    for layer in range(config.n_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
+        a = h + _attention(config, block["attention"], _norm(config, block["attention_norm"], h))
+        x, mlp = _norm(config, block["mlp_norm"], a), block["mlp"]
+        gate = x @ mlp["gate"]["kernel"]
+        u = a + (gate / (1 + np.exp(-gate)) * (x @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
+        h = change(layer, _topk(config, u) if layer < config.n_topk_layers else u)
+    return _norm(config, p["final_norm"], h)
+
+
+def handed_on(config, tokens):
+    """What each layer hands on, [L, T, D]."""
+    seen = []
+
+    def keep(_layer, h):
+        seen.append(h)
+        return h
+
+    final_hidden(config, tokens, keep)
+    return np.stack(seen)
+
+
+def loss(hidden_D, token):
+    logits = hidden_D @ unembedding()
+    return np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token]
+
+
+def make_store(folder, config, documents):
+    """A store of these texts, each a list of ids, with activations from the whole text."""
+    is_base = config.n_topk_layers == 0
+    layers = tuple(range(config.n_topk_layers or config.n_layers))
+    metadata = Metadata(
+        run="plain",
+        step=1,
+        tokenizer_sha256="ab" * 32,
+        source="random numbers",
+        kind="dense" if is_base else "topk",
+        layers=layers,
+        d_model=config.d_model,
+        topk_k=config.d_model if is_base else config.topk_k,
+        topk_activation=config.topk_activation,
+        context_length=config.context_length,
+    )
+    parts = [handed_on(config, [SEPARATOR, *ids])[: len(layers), 1:] for ids in documents]
+    dense = np.concatenate(parts, axis=1).astype(ml_dtypes.bfloat16)
+    dense = np.maximum(dense, 0) if is_base else dense
+    numbers = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
+    tokens = np.concatenate(documents)
+    segment = segment_lib.from_dense(tokens, numbers, np.zeros(len(tokens)), list(dense))
+    StoreWriter(folder, metadata).append(segment)
+    return Store(folder)
+
+
+def random_documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, V, n) for n in lengths]
+
+
+def _norm(config, parameters, x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps) * parameters["scale"]
+
+
+def _attention(config, parameters, x):
+    length, width = len(x), config.head_dim
+    q, k, v = (
+        (x @ parameters[name]["kernel"]).reshape(length, -1, width) for name in ("query", "key", "value")
+    )
+    q, k = (_rotated(config, y) for y in (q, k))
+    mixed = np.zeros_like(q)
+    for head in range(config.n_heads):
+        shared = head * config.n_kv_heads // config.n_heads
+        for t in range(length):
+            scores = np.exp(k[: t + 1, shared] @ q[t, head] / np.sqrt(width))
+            mixed[t, head] = scores @ v[: t + 1, shared] / scores.sum()
+    return mixed.reshape(length, -1) @ parameters["out"]["kernel"]
+
+
+def _rotated(config, x):
+    half = config.head_dim // 2
+    angles = np.arange(len(x))[:, None] * config.rope_theta ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _topk(config, u):
+    score = np.abs(u) if config.topk_activation == "abs" else u
+    threshold = -np.sort(-score, axis=-1)[:, config.topk_k - 1, None]
+    kept = np.where(score >= threshold, u, 0)
+    return np.maximum(kept, 0) if config.topk_activation == "relu" else kept

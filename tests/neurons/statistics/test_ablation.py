@@ -1,0 +1,144 @@
+"""Ablation effects against a model in NumPy whose hidden state is changed by hand."""
+
+import dataclasses
+
+import numpy as np
+import plain_model
+from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
+import pytest
+
+from topklm.neurons.statistics import ablation, contexts, table
+from topklm.neurons.windows import windows_of
+
+T = 12
+DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
+KINDS = [{}, {"n_nontopk": 3, "dtype": "bfloat16", "layer_stack": "unrolled"}]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["topk", "dense"])
+def model(request, tmp_path_factory):
+    config = configured(context_length=T, **request.param)
+    folder = tmp_path_factory.mktemp("ablation")
+    return config, plain_model.make_store(folder / "store", config, DOCUMENTS)
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """So that there are several groups, and several chunks in each."""
+    monkeypatch.setattr(ablation, "_GROUP_TOKENS", 3 * T)
+    monkeypatch.setattr(ablation, "_PER_ROW", 20)
+
+
+def measured(model, **settings):
+    config, store = model
+    bounds = contexts.document_bounds(store)
+    return ablation.measure(store, bounds, config, params(), separator_id=SEPARATOR, **settings)
+
+
+def by_hand(config, inputs, layer, neuron, place):
+    """The effect at a place of a window."""
+
+    def change(at, h):
+        h = h.copy()
+        if at == layer:
+            h[place, neuron] = min(h[place, neuron], 0) if config.n_topk_layers == 0 else 0
+        return h
+
+    hidden = final_hidden(config, inputs, change), final_hidden(config, inputs)
+    without, with_neuron = (plain_model.loss(h[place], inputs[place + 1]) for h in hidden)
+    return without - with_neuron
+
+
+def test_with_all_samples_it_is_the_mean_of_effects_by_hand(model):
+    config, store = model
+    found = measured(model, samples=10_000)
+    assert found.layers == store.metadata.layers
+    windows = [w for i, ids in enumerate(DOCUMENTS) for w in windows_of(i, ids, SEPARATOR, T)]
+    for layer, neuron in ((0, 0), (0, 7), (1, 3), (1, 12), (found.layers[-1], 5)):
+        effects = []
+        for window in windows:
+            states = handed_on(config, window.inputs)[layer]
+            for place in range(window.n_known, len(window.inputs) - 1):
+                if states[place, neuron] > 0 or (config.n_topk_layers and states[place, neuron] != 0):
+                    effects.append(by_hand(config, window.inputs, layer, neuron, place))
+        number = found.layers.index(layer)
+        assert found.n_samples[number, neuron] == len(effects) > 3
+        assert found.mean[number, neuron] == pytest.approx(np.mean(effects), abs=1e-5)
+        error = np.std(effects, ddof=1) / len(effects) ** 0.5
+        assert found.standard_error[number, neuron] == pytest.approx(error, abs=1e-5)
+
+
+def test_every_sample_is_an_active_neuron_and_has_the_effect_by_hand(model):
+    config, store = dataclasses.replace(model[0], dtype="float32"), model[1]
+    inputs, usable = plain_windows()
+    rng = np.random.default_rng(3)
+    wanted = rng.integers(0, 4, (len(store.metadata.layers), config.d_model))
+    parts = ablation.measure_group(config, params(), store.metadata.layers, inputs, usable, wanted, rng)
+    n_found = np.zeros_like(wanted)
+    for samples in parts:
+        columns = samples.layers, samples.neurons, samples.rows, samples.places, samples.effects
+        for n, (layer, neuron, row, place, effect) in enumerate(zip(*columns, strict=True)):
+            assert usable[row, place]
+            n_found[store.metadata.layers.index(layer), neuron] += 1
+            if n % 5 == 0:
+                assert effect == pytest.approx(by_hand(config, inputs[row], layer, neuron, place), abs=1e-5)
+    assert (n_found <= wanted).all()
+    assert (n_found == wanted).mean() > 0.5
+
+
+def plain_windows():
+    """The first window of each of three documents."""
+    inputs = np.full((3, T), SEPARATOR, np.int32)
+    usable = np.zeros((3, T), bool)
+    for row, document in enumerate((0, 1, 4)):
+        ids = DOCUMENTS[document][: T - 1]
+        inputs[row, 1 : len(ids) + 1] = ids
+        usable[row, 1 : len(ids)] = True
+    return inputs, usable
+
+
+def test_samples_are_drawn_from_all_active_places_alike():
+    states = np.zeros((40, 3), np.float32)
+    states[:30, 0], states[5, 1] = 1.0, -2.0
+    rng, times = np.random.default_rng(0), np.zeros(40)
+    config = configured(topk_activation="abs")
+    for _ in range(600):
+        tokens, neurons = ablation._draw(states, np.array([10, 4, 4]), config, rng)
+        assert sorted(neurons) == [0] * 10 + [1]
+        assert tokens[neurons == 1] == [5]
+        chosen = tokens[neurons == 0]
+        assert len(set(chosen)) == 10
+        times[chosen] += 1
+    assert times[30:].sum() == 0
+    assert times[:30].min() > 150 and times[:30].max() < 250  # 200 expected, deviation 12
+
+
+def test_no_more_than_asked_for_are_taken_and_they_are_of_many_windows(model):
+    found = measured(model, samples=4)
+    assert found.n_samples.max() == 4
+    assert (measured(model, samples=4).mean == found.mean)[found.n_samples > 0].all()
+    assert not np.array_equal(measured(model, samples=4, seed=1).mean, found.mean)
+
+
+def test_the_windows_looked_at_are_limited(model):
+    few = measured(model, samples=10_000, max_tokens=2 * T).n_samples.sum()
+    assert 0 < few < measured(model, samples=10_000).n_samples.sum() / 3
+
+
+def test_columns_fit_the_table_and_are_null_without_a_sample(model):
+    _, store = model
+    found = measured(model, samples=2)
+    found.n_samples[0, 1], found.mean[0, 1], found.standard_error[0, 1] = 0, np.nan, np.nan
+    layer = store.metadata.layers[0]
+    for columns in (ablation.columns(found, layer, 0, 3), ablation.columns(None, layer, 0, 3)):
+        for name, values in columns.items():
+            assert name in table.COLUMNS.names
+            assert len(values) == 3
+            assert name == "ablation_samples" or values[1] is None
+
+
+def test_what_is_done_is_told(model):
+    told = []
+    measured(model, samples=3, report=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1

@@ -1,0 +1,78 @@
+"""The same figures however neurons are cut into blocks and text into segments; and they fit the table."""
+
+from activity_stores import make_store, random_dense
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from topklm.neurons.statistics import (
+    activity,
+    clusters,
+    coactivation,
+    contexts,
+    entropy,
+    examples,
+    monosemanticity,
+)
+from topklm.neurons.statistics.table import COLUMNS
+
+N, D, V = 3000, 12, 60
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Dense activations, tokens, documents, an unembedding."""
+    rng = np.random.default_rng(0)
+    documents = np.cumsum(rng.random(N) < 0.02)
+    dense = random_dense(0, 2, N, D, share=0.2, signed=True)
+    return dense, rng.integers(0, V, N), documents, rng.normal(size=(70, V)).astype(np.float32)
+
+
+def measured(folder, text, cuts, size):
+    """All columns, by layer and name."""
+    dense, tokens, documents, unembedding = text
+    store = make_store(folder, dense, tokens, documents, cuts)
+    ids, bounds = store.tokens(0, store.n_tokens), contexts.document_bounds(store)
+    of_tokens = clusters.of_tokens(unembedding)
+    around = contexts.Contexts(ids, bounds, contexts.token_vectors(unembedding))
+    scores = monosemanticity.measure(store, around)
+    found = {}
+    for layer in store.metadata.layers:
+        similarities = coactivation.measure(store, layer)
+        for begin in range(0, D, size):
+            end = min(begin + size, D)
+            block = store.block(layer, begin, end)
+            columns = {
+                **activity.columns(block, store.n_tokens),
+                **entropy.columns(block, ids, of_tokens),
+                **monosemanticity.columns(scores, layer, begin, end),
+                **coactivation.columns(similarities, begin, end),
+                **examples.columns(block, bounds, layer, begin),
+            }
+            for name, column in columns.items():
+                found.setdefault((layer, name), []).extend(column)
+    return found
+
+
+@pytest.mark.parametrize(("cuts", "size"), [((), 1), ((1, 700, 701, 2999), 5), ((1500,), D)])
+def test_figures_do_not_depend_on_how_things_are_cut(tmp_path, text, cuts, size):
+    wanted = measured(tmp_path / "wanted", text, (1000,), 4)
+    found = measured(tmp_path / "found", text, cuts, size)
+    assert found.keys() == wanted.keys()
+    for (layer, name), column in found.items():
+        # These are summed stretch by stretch in float32; the others are the same to the last bit.
+        if name.startswith("monosemanticity") or name == "coactive_similarity":
+            for one, other in zip(column, wanted[layer, name], strict=True):
+                assert (one is None) == (other is None)
+                np.testing.assert_allclose(one or 0, other or 0, atol=2e-6)
+        else:
+            assert column == wanted[layer, name]
+
+
+def test_columns_have_the_names_and_types_of_the_table(tmp_path, text):
+    for (_, name), column in measured(tmp_path / "store", text, (), 5).items():
+        array = pa.array(column, COLUMNS.field(name).type)
+        assert len(array) == D
+        # Only the last neuron is dead.
+        figures_of_the_dead = {"n_active", "density", "n_distinct_tokens"}
+        assert array.null_count == (0 if name in figures_of_the_dead else 1), name

@@ -1,0 +1,272 @@
+"""`topklm neurons`: reads activations off a model, measures its neurons, and finds them."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+import re
+
+import jax
+import rich.console
+
+import topklm
+from topklm import sharding
+from topklm.commands import neurons_find
+from topklm.config import MeshConfig
+from topklm.data.building.progress import Progress, TerminalProgress
+from topklm.data.dataset import SPLITS
+from topklm.distributed import places
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import is_bucket
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons import harvest as harvest_lib
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.harvest import ALL, Share
+from topklm.neurons.statistics import ablation, jacobian
+from topklm.neurons.statistics.measure import Settings, measure
+from topklm.neurons.store import Metadata, Store, StoreWriter
+from topklm.neurons.texts import open_documents
+
+DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
+EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
+
+DEFAULT_TOKENS = 500_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="harvest|measure|find")
+    harvest_verb = verbs.add_parser(
+        "harvest",
+        help="run held-out text through the model and store what its neurons do",
+        description="Runs text through a model and stores the activations of its TopK layers, the tokens and "
+        "their losses. Started again it goes on where it stopped.",
+        epilog=f"example: {EXAMPLE}",
+    )
+    harvest_verb.add_argument(
+        "--tokens", type=_count, default=DEFAULT_TOKENS, metavar="N", help="default %(default)s"
+    )
+    harvest_verb.add_argument(
+        "--source",
+        metavar="TEXT",
+        help="prepared folder, or files, globs, URLs of text; default the run's data",
+    )
+    harvest_verb.add_argument(
+        "--split", choices=SPLITS, default="heldout", help="of prepared data; default %(default)s"
+    )
+    harvest_verb.add_argument("--batch-size", type=_count, metavar="B", help="rows; default by device")
+    harvest_verb.add_argument(
+        "--part",
+        type=_share,
+        metavar="I/N",
+        help="every N-th document, from the I-th, 0/4 to 3/4 say; default by the launcher's environment",
+    )
+    measure_verb = verbs.add_parser(
+        "measure",
+        help="compute the statistics of all neurons from what was harvested",
+        description="Computes density, entropies, logit effects, ablation effects, nearest neurons and "
+        "examples of every neuron, and writes them as neurons.parquet.",
+        epilog="example: topklm neurons measure runs/small",
+    )
+    measure_verb.add_argument(
+        "--ablation-samples",
+        type=int,
+        default=ablation.SAMPLES,
+        metavar="N",
+        help="tokens at which each neuron is set to 0; 0: none; default %(default)s",
+    )
+    measure_verb.add_argument(
+        "--lens-contexts",
+        type=_count,
+        default=jacobian.N_CONTEXTS,
+        metavar="N",
+        help="over which the Jacobian is averaged; default %(default)s",
+    )
+    find_verb = verbs.add_parser(
+        "find",
+        help="which neurons fire on a text, a token or a pattern",
+        description=neurons_find.DESCRIPTION,
+        epilog=f"example: {neurons_find.EXAMPLE}",
+    )
+    for verb, call in ((harvest_verb, _harvest), (measure_verb, _measure)):
+        verb.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+        verb.add_argument("--step", type=int, help="which checkpoint; default the newest")
+        verb.add_argument("--json", action="store_true", help="print one JSON object")
+        verb.set_defaults(call=call)
+    neurons_find.add_arguments(find_verb)
+    find_verb.set_defaults(call=neurons_find.run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    arguments.call(arguments)
+
+
+def ensure_measured(run_folder: str, step: int | None, console: rich.console.Console) -> NeuronsFolder:
+    """Harvests and measures what has not been, so that there is something to look at.
+
+    Args:
+        run_folder: As the user wrote it.
+        step: Which checkpoint; None: the newest.
+        console: For progress.
+    """
+    progress = TerminalProgress(console)
+    model, mesh = _load(run_folder, step)
+    folder = NeuronsFolder(Path(run_folder), model.step)
+    if not folder.store.exists():
+        _harvest_into(folder, model, mesh, progress)
+    if not folder.table.exists():
+        _measure_into(folder, model, progress, Settings())
+    return folder
+
+
+def _harvest(arguments: argparse.Namespace) -> None:
+    console = rich.console.Console(stderr=arguments.json)
+    model, mesh = _load(arguments.run, arguments.step)
+    folder = NeuronsFolder(Path(arguments.run), model.step)
+    place = places.find() if arguments.part is None else None
+    share = arguments.part or (Share(place.index, place.count) if place else ALL)
+    _harvest_into(
+        folder,
+        model,
+        mesh,
+        TerminalProgress(console),
+        n_tokens=arguments.tokens,
+        source=arguments.source,
+        split=arguments.split,
+        rows=arguments.batch_size,
+        share=share,
+    )
+    store = Store(folder.store)
+    if arguments.json:
+        facts = dataclasses.asdict(store.metadata)
+        print(json.dumps({"store": str(folder.store), "tokens": store.n_tokens, **facts}))
+    else:
+        console.print(_summary(folder, store), highlight=False, markup=False, soft_wrap=True)
+
+
+def _harvest_into(
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+    *,
+    n_tokens: int = DEFAULT_TOKENS,
+    source: str | None = None,
+    split: str = "heldout",
+    rows: int | None = None,
+    share: Share = ALL,
+) -> None:
+    config = model.config.model
+    rows = rows or harvest_lib.batch_rows(config, mesh)
+    if rows % mesh.size:
+        raise UserError(f"--batch-size = {rows}: must be a multiple of the {mesh.size} devices")
+    documents = open_documents(model.tokenizer, model.config.data, source, split)
+    kind, layers = harvest_lib.kind_and_layers(config)
+    metadata = Metadata(
+        run=folder.run.resolve().name,
+        step=model.step,
+        tokenizer_sha256=model.tokenizer.sha256,
+        source=documents.name,
+        kind=kind,
+        layers=layers,
+        d_model=config.d_model,
+        topk_k=config.topk_k if kind == harvest_lib.TOPK else config.d_model,
+        topk_activation=config.topk_activation,
+        context_length=config.context_length,
+        parts=share.count,
+    )
+    wanted = n_tokens if documents.n_tokens is None else min(n_tokens, documents.n_tokens)
+    with disk_errors_are_user_errors(f"writing {folder.store}"):
+        writer = StoreWriter(folder.store, metadata, share.index)
+        before = done = writer.n_tokens
+        begun = 0
+        with progress.phase(f"harvesting {documents.name}", max(wanted // share.count - before, 0)) as report:
+
+            def tell(tokens: int, documents_begun: int) -> None:
+                nonlocal done, begun
+                report(tokens - done, documents_begun - begun, tokens - done)
+                done, begun = tokens, documents_begun
+
+            harvest_lib.harvest(
+                config,
+                model.params,
+                mesh,
+                documents,
+                writer,
+                separator_id=model.tokenizer.separator_id,
+                n_tokens=-(-n_tokens // share.count),
+                rows=rows,
+                share=share,
+                report=tell,
+            )
+    if not writer.n_tokens and share.count == 1:
+        raise UserError(f"--source = {source}: there is no text in it; give other text")
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    if arguments.ablation_samples < 0:
+        raise UserError(f"--ablation-samples = {arguments.ablation_samples}: must be 0 or more")
+    console = rich.console.Console(stderr=arguments.json)
+    model, _ = _load(arguments.run, arguments.step)
+    folder = NeuronsFolder(Path(arguments.run), model.step)
+    settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
+    _measure_into(folder, model, TerminalProgress(console), settings)
+    if arguments.json:
+        print(json.dumps({"table": str(folder.table)}))
+    else:
+        console.print(f"wrote {folder.table}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _measure_into(
+    folder: NeuronsFolder, model: LanguageModel, progress: Progress, settings: Settings
+) -> None:
+    store = Store(folder.store)
+    if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or store.metadata.step != model.step:
+        raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    with disk_errors_are_user_errors(f"writing {folder.table}"):
+        measure(
+            folder.table,
+            store,
+            model.config.model,
+            model.params,
+            separator_id=model.tokenizer.separator_id,
+            settings=settings,
+            progress=progress,
+        )
+
+
+def _load(run_folder: str, step: int | None) -> tuple[LanguageModel, jax.sharding.Mesh]:
+    """The model on all devices of this host."""
+    if is_bucket(run_folder):
+        raise UserError(
+            f"RUN = {run_folder}: activations are kept on a disk: copy the run folder to one first"
+        )
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    return topklm.load(run_folder, step=step, mesh=mesh), mesh
+
+
+def _summary(folder: NeuronsFolder, store: Store) -> str:
+    metadata = store.metadata
+    size = sum(path.stat().st_size for path in folder.store.rglob("*") if path.is_file())
+    what = (
+        "activations" if metadata.kind == harvest_lib.TOPK else "positive entries of a Base LM's hidden state"
+    )
+    return (
+        f"{folder.store}: {store.n_events:,} {what} of {len(metadata.layers)} layers at {store.n_tokens:,} "
+        f"tokens, {size / 2**20:,.0f} MiB ({size / max(store.n_events, 1):.2f} bytes each)"
+    )
+
+
+def _count(text: str) -> int:
+    """A number of 1 or more, also written 2_000_000."""
+    if not re.fullmatch(r"\d[\d_]*", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> Share:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 0 to N - 1, e.g. 0/4")
+    return Share(int(found[1]), int(found[2]))

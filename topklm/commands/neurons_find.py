@@ -1,0 +1,266 @@
+"""`topklm neurons find`: which neurons are active in a text, or where a pattern or a token stands."""
+
+import argparse
+from collections.abc import Mapping
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+import topklm
+from topklm import run_folder
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+from topklm.files import is_bucket
+from topklm.neurons.find import RankedNeuron, TokenNeurons, neurons_of_text, rank
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.labels import Labels
+from topklm.neurons.matches import Matches, StoredText
+from topklm.neurons.show import SHOWN_PER_LAYER, Activation, visible
+from topklm.neurons.store import Store
+
+DESCRIPTION = (
+    "Shows which neurons are active at each token of a text; or ranks neurons by how well they tell the "
+    "tokens that match a pattern, or are a token, from all others that were harvested."
+)
+EXAMPLE = 'topklm neurons find runs/small --regex "sea|ocean"'
+
+_SHOWN_TEXT = 40  # characters of what was looked for, in a message
+
+LabelOf = Mapping[tuple[int, int], str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="show the active neurons of each token of it")
+    parser.add_argument("--regex", metavar="PATTERN", help="rank neurons by the tokens that match")
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="rank neurons by this token, with or without a space before it; a number is an id",
+    )
+    parser.add_argument("--case", action="store_true", help="--regex: capitals are not small letters")
+    parser.add_argument(
+        "--ends",
+        action="store_true",
+        help="--regex: count only the token at which a match ends, where a neuron can first know of it",
+    )
+    parser.add_argument("--layer", type=int, metavar="L", help="only this layer")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=SHOWN_PER_LAYER,
+        metavar="N",
+        help="TEXT: strongest neurons of a layer for each token; default %(default)s",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="neurons that are ranked; default %(default)s"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint; default the newest (with activations)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    asked = [a for a in (arguments.text, arguments.regex, arguments.token) if a is not None]
+    if len(asked) != 1:
+        raise UserError("give one of TEXT, --regex and --token; see topklm neurons find --help")
+    if any("\ud800" <= character <= "\udfff" for character in asked[0]):
+        raise UserError(f"{_quoted(asked[0])} is no valid UTF-8: give it in UTF-8")
+    for flag in ("top", "limit"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag} = {getattr(arguments, flag)}: must be 1 or more")
+    if arguments.regex is None and (arguments.case or arguments.ends):
+        raise UserError(f"--{'case' if arguments.case else 'ends'}: goes with --regex only; leave it out")
+    if arguments.text is not None:
+        _find_in_text(arguments)
+    else:
+        _find_in_store(arguments)
+
+
+def _find_in_text(arguments: argparse.Namespace) -> None:
+    if not arguments.text:
+        raise UserError("TEXT is empty: give at least a character")
+    model = topklm.load(arguments.run, step=arguments.step)
+    n_tokens, most = len(model.to_str_tokens(arguments.text)), model.config.model.context_length
+    if n_tokens < 2:
+        raise UserError(f"TEXT = {_quoted(arguments.text)}: has no tokens; give other text")
+    if n_tokens > most:
+        raise UserError(
+            f"TEXT = {_quoted(arguments.text)}: has {n_tokens - 1:,} tokens, this model reads at most "
+            f"{most - 1:,} and the separator; shorten it"
+        )
+    # The separator that stands before is no part of the text.
+    rows = neurons_of_text(model.active_neurons(arguments.text), arguments.top, arguments.layer, begin=1)
+    labels = (
+        {}
+        if is_bucket(arguments.run)
+        else Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+    )
+    if arguments.json:
+        tokens = [
+            {
+                "position": row.position,
+                "token": row.token,
+                "n_active": [{"layer": layer, "n_active": n} for layer, n in row.n_active.items()],
+                "neurons": [
+                    {**active._asdict(), "label": labels.get(active[:2], "")}
+                    for strongest in row.neurons.values()
+                    for active in strongest
+                ],
+            }
+            for row in rows
+        ]
+        print(
+            json.dumps({"run": arguments.run, "step": model.step, "text": arguments.text, "tokens": tokens})
+        )
+    else:
+        _print_rows(rows, labels)
+
+
+def _find_in_store(arguments: argparse.Namespace) -> None:
+    folder = _folder(arguments.run, arguments.step)
+    store = _open_store(folder)
+    tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
+    text, labels = StoredText(store, tokenizer), Labels(folder.labels).all()
+    if arguments.regex is not None:
+        found = text.matches(arguments.regex, ignore_case=not arguments.case)
+        what = {"regex": arguments.regex, "ignore_case": not arguments.case}
+    else:
+        ids = _ids_of(arguments.token, tokenizer)
+        matched = text.tokens_equal(*ids)
+        found = Matches(int(matched.sum()), matched, matched)
+        what = {"token_ids": ids, "tokens": tokenizer.token_strings(ids)}
+    matched = found.ends if arguments.ends else found.touched
+    ranked = rank(store, matched, arguments.limit, None if arguments.layer is None else [arguments.layer])
+    if arguments.json:
+        facts = {
+            "run": arguments.run,
+            "step": folder.step,
+            **what,
+            "counted": "ends" if arguments.ends else "touched",
+            "n_tokens": store.n_tokens,
+            "n_matches": found.count,
+            "n_matched_tokens": int(matched.sum()),
+        }
+        neurons = [{**dataclasses.asdict(r), "label": labels.get((r.layer, r.neuron), "")} for r in ranked]
+        print(json.dumps({**facts, "neurons": neurons}))
+        return
+    name = (
+        _quoted(arguments.regex)
+        if arguments.regex is not None
+        else " and ".join(map(_quoted, what["tokens"]))
+    )
+    _print_ranked(name, found.count, matched, ranked, labels)
+
+
+def _folder(run: str, step: int | None) -> NeuronsFolder:
+    """Where the activations are: of a step, or of the newest that has some."""
+    if is_bucket(run):
+        raise UserError(f"RUN = {run}: activations are kept on a disk; copy the run folder to one")
+    if not Path(run).is_dir():
+        raise UserError(f"RUN = {run}: there is no such folder; check the path")
+    if step is not None:
+        return NeuronsFolder(Path(run), step)
+    steps = [int(path.name) for path in Path(run).glob("neurons/*") if path.name.isdecimal()]
+    folders = [NeuronsFolder(Path(run), step) for step in sorted(steps)]
+    harvested = [folder for folder in folders if folder.store.exists()]
+    if not harvested:
+        raise UserError(f"{run}: there are no activations yet; run topklm neurons harvest {run}")
+    return harvested[-1]
+
+
+def _open_store(folder: NeuronsFolder) -> Store:
+    if not folder.store.exists():
+        raise UserError(
+            f"step = {folder.step}: {folder.run} has no activations of this checkpoint; run topklm neurons "
+            f"harvest {folder.run} --step {folder.step}"
+        )
+    store = Store(folder.store)
+    if store.metadata.step != folder.step:
+        raise UserError(
+            f"{folder.store} holds activations of step {store.metadata.step}: delete it, and harvest again"
+        )
+    if not store.n_tokens:
+        raise UserError(f"{folder.store} is empty: run topklm neurons harvest {folder.run}")
+    return store
+
+
+def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that are this text, with and without a space before it; or of this id."""
+    if token.isascii() and token.isdigit():
+        if int(token) >= tokenizer.vocab_size:
+            raise UserError(f"--token = {token}: ids are from 0 to {tokenizer.vocab_size - 1}")
+        return [int(token)]
+    if not token:
+        raise UserError("--token is empty: give the text of a token, or its id")
+    forms = [tokenizer.encode(token), tokenizer.encode(" " + token)]
+    ids = sorted({int(form[0]) for form in forms if len(form) == 1})
+    if not ids:
+        pieces = [_quoted(piece) for piece in tokenizer.token_strings(forms[0][:10])]
+        raise UserError(
+            f"--token = {_quoted(token)}: is {len(forms[0])} tokens of this model, {', '.join(pieces)}; give "
+            "one of them, or use --regex"
+        )
+    return ids
+
+
+def _print_rows(rows: list[TokenNeurons], labels: LabelOf) -> None:
+    table = rich.table.Table()
+    table.add_column("token", style="cyan", no_wrap=True)
+    for layer in rows[0].neurons:
+        table.add_column(f"layer {layer}")
+    for row in rows:
+        cells = []
+        for layer, strongest in row.neurons.items():
+            shown = [_with_label(active, labels) for active in strongest]
+            more = row.n_active[layer] - len(strongest)
+            cells.append(", ".join([*shown, f"+{more}"] if more else shown))
+        table.add_row(*(rich.text.Text(visible(cell)) for cell in (row.token, *cells)))
+    console = rich.console.Console()
+    console.print(table)
+    console.out("neuron:activation, the strongest first; +N: so many more are active", highlight=False)
+
+
+def _with_label(active: Activation, labels: LabelOf) -> str:
+    label = labels.get((active.layer, active.neuron), "")
+    return f"{active.neuron}:{active.value:.3g}" + (f" ({label})" if label else "")
+
+
+def _print_ranked(
+    name: str, n_matches: int, matched: np.ndarray, ranked: list[RankedNeuron], labels: LabelOf
+) -> None:
+    console = rich.console.Console()
+    n_matched, share = int(matched.sum()), matched.mean()
+    lines = [f"{name}: {n_matches:,} matches, {n_matched:,} of {len(matched):,} tokens ({share:.2%})"]
+    if not ranked:
+        reason = "no neuron is active there" if n_matched else "nothing to rank neurons by"
+        console.out(f"{lines[0]}; {reason}", highlight=False)
+        return
+    named = any((r.layer, r.neuron) in labels for r in ranked)
+    table = rich.table.Table()
+    for column in ("layer", "neuron", "F1", "precision", "recall", "firing from", "active at"):
+        table.add_column(column, justify="right")
+    if named:
+        table.add_column("label")
+    for r in ranked:
+        shares = (f"{figure:.3f}" for figure in (r.f1, r.precision, r.recall))
+        label = [rich.text.Text(visible(labels.get((r.layer, r.neuron), "")))] if named else []
+        table.add_row(str(r.layer), str(r.neuron), *shares, f"{r.threshold:.3g}", f"{r.n_active:,}", *label)
+    console.out(lines[0], highlight=False)
+    console.print(table)
+    console.out(
+        "a neuron fires where its activation reaches the threshold that makes its F1 highest here; "
+        f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); recall: of the "
+        "tokens that match, the share at which it fires",
+        highlight=False,
+    )
+
+
+def _quoted(text: str) -> str:
+    return f"'{visible(text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + '...')}'"

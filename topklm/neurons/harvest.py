@@ -1,0 +1,218 @@
+"""Runs a model over text and stores what its neurons do.
+
+Every token of every document is read once, in a window that begins with the separator or with tokens before
+it. Separators and padding are not stored. Dims: S layers, B batch, T tokens, D neurons per layer, k kept.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.errors import UserError
+from topklm.model import transformer
+from topklm.model.losses import token_losses
+from topklm.neurons import segment as segment_lib
+from topklm.neurons.activations import SparseActivations
+from topklm.neurons.segment import Segment
+from topklm.neurons.store import StoreWriter
+from topklm.neurons.texts import Documents
+from topklm.neurons.windows import Packed, Window, pack, stretches, windows_of
+
+TOPK, DENSE = "topk", "dense"
+
+_BATCH_TOKENS = 8192  # of one device, where nobody asks for something else
+_SEGMENT_TOKENS = 16_384
+_SEGMENT_EVENTS = 2**24  # at most, unless four windows have more
+
+# (tokens done so far, documents begun so far)
+Report = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which documents are harvested: of each `count` one after another, the one numbered `index`."""
+
+    index: int = 0
+    count: int = 1
+
+
+ALL = Share()
+
+
+def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
+    """What there is to be harvested: TopK layers or, of a Base LM, the positive part of all layers."""
+    n_layers = config.n_topk_layers or config.n_layers
+    return (TOPK if config.n_topk_layers else DENSE), tuple(range(n_layers))
+
+
+def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
+    """B: as many rows as suit the devices."""
+    return max(1, _BATCH_TOKENS // config.context_length) * mesh.size
+
+
+def segment_tokens(config: ModelConfig) -> int:
+    """Tokens of a segment: so few that it fits into memory."""
+    kind, layers = kind_and_layers(config)
+    events = len(layers) * (config.topk_k if kind == TOPK else config.d_model // 2)
+    return max(4 * config.context_length, min(_SEGMENT_TOKENS, _SEGMENT_EVENTS // events))
+
+
+def harvest(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    mesh: Mesh,
+    documents: Documents,
+    writer: StoreWriter,
+    *,
+    separator_id: int,
+    n_tokens: int | None = None,
+    rows: int | None = None,
+    share: Share = ALL,
+    report: Report = lambda tokens, documents: None,
+) -> int:
+    """Appends to a store what follows the text that it already holds.
+
+    Args:
+        config: The model.
+        params: Its parameters, on the devices of `mesh`.
+        mesh: Rows of a batch are split over all its devices.
+        documents: The text; the same as before where the store is not empty.
+        writer: Of the store, for this share's part.
+        separator_id: The token that stands before documents.
+        n_tokens: How many the part shall hold, about; None: all there are.
+        rows: B, over all devices; default `batch_rows`.
+        share: Which documents.
+        report: Told from time to time how far it is.
+
+    Returns:
+        How many tokens the part holds.
+
+    Raises:
+        UserError: If the store holds other text than this.
+    """
+    rows = rows or batch_rows(config, mesh)
+    model = _Program(config, params, mesh)
+    length = config.context_length
+    windows = _windows(documents, separator_id, length, share)
+    windows = _behind(windows, writer.n_tokens)
+    with futures.ThreadPoolExecutor(1) as thread:
+        writing: futures.Future[None] | None = None
+        for stretch in stretches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
+            packed = pack(stretch, length, rows, separator_id)
+            segment = model.run(packed, rows)
+            if writing is not None:
+                writing.result()
+            # Sorting and compressing one stretch takes less time than to run the next.
+            writing = thread.submit(lambda make: writer.append(make()), segment)
+            report(writer.n_tokens + len(packed.tokens), stretch[-1].document + 1)
+        if writing is not None:
+            writing.result()
+    return writer.n_tokens
+
+
+def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[Window]:
+    for number, ids in enumerate(documents):
+        if number % share.count == share.index:
+            yield from windows_of(number, ids, separator_id, length)
+
+
+def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
+    """What a part that holds so many tokens does not hold yet; windows are cut the same way every time."""
+    skipped = 0
+    while skipped < stored and (window := next(windows, None)):
+        skipped += window.n_new
+    if skipped != stored:
+        raise UserError(
+            f"the store holds {stored:,} tokens, which is no end of a window of this text: the text "
+            "has changed; delete the store, and harvest again"
+        )
+    yield from windows
+
+
+def _first(windows: Iterator[Window], before: int, n_tokens: int | None) -> Iterator[Window]:
+    for window in windows:
+        if n_tokens is not None and before >= n_tokens:
+            return
+        yield window
+        before += window.n_new
+
+
+class _Program:
+    """The compiled forward pass, and what is taken from it."""
+
+    def __init__(self, config: ModelConfig, params: transformer.Parameters, mesh: Mesh):
+        self._config, self._params = config, params
+        kind, self._layers = kind_and_layers(config)
+        # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
+        # faster than a TopK over them would; from other devices only k entries are fetched.
+        on_host = mesh.devices.flat[0].platform == "cpu"
+        self._sparse = kind == TOPK and not on_host
+        self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._program = functools.partial(_forward, config, self._sparse)
+
+    def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
+        """Reads a stretch; what is returned makes its segment."""
+        n, d = len(packed.tokens), self._config.d_model
+        losses = np.full(n, np.nan, np.float32)
+        shape = (len(self._layers), n, self._config.topk_k if self._sparse else d)
+        values = np.empty(shape, jnp.bfloat16)
+        indices = np.empty(shape, np.min_scalar_type(d - 1)) if self._sparse else None
+        starts = range(0, len(packed.inputs), rows)
+        computed = (self._start(packed, slice(start, start + rows)) for start in starts)
+        # Each is taken apart while the next one is computed.
+        ahead = next(computed)
+        for start in starts:
+            (nll, layers), ahead = ahead, next(computed, ahead)
+            places = packed.places[start : start + rows].reshape(-1)
+            wanted = np.flatnonzero(places >= 0)
+            to = places[wanted]
+            # A token's own loss is found where the one before it stands; there always is one in its row.
+            losses[to] = np.asarray(nll).reshape(-1)[wanted - 1]
+            flat = (len(self._layers), -1, shape[-1])
+            taken = np.asarray(layers.values if self._sparse else layers).reshape(flat)
+            for number in range(len(self._layers)):
+                values[number, to] = taken[number, wanted]
+            if indices is not None:
+                indices[:, to] = np.asarray(layers.indices).reshape(flat)[:, wanted]
+        text = packed.tokens, packed.documents, losses
+        if indices is None:
+            return lambda: segment_lib.from_dense(*text, values)
+        return lambda: segment_lib.from_sparse(*text, indices, values, d)
+
+    def _start(self, packed: Packed, rows: slice) -> tuple[jax.Array, Any]:
+        arrays = (packed.inputs[rows], packed.segment_ids[rows], packed.positions[rows])
+        return self._program(self._params, *jax.device_put(arrays, self._batch))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+    config: ModelConfig,
+    sparse: bool,
+    params: transformer.Parameters,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Next-token losses float32[B, T], and what the layers hand on in bfloat16, sparse or [S, B, T, D]."""
+    n_layers = len(kind_and_layers(config)[1])
+
+    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
+        kept = h_next if config.n_topk_layers else jnp.maximum(h_next, 0)
+        if not sparse:
+            return kept.astype(jnp.bfloat16)
+        neurons = SparseActivations.from_dense(kept, config.topk_k)
+        return dataclasses.replace(neurons, values=neurons.values.astype(jnp.bfloat16))
+
+    model = transformer.bind(config, params)
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=tap)
+    targets = jnp.roll(tokens_BT, -1, axis=1)
+    nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
+    return nll_BT, jax.tree.map(lambda x: x[:n_layers], seen)

@@ -1,0 +1,150 @@
+"""Names that people give neurons, kept in a run folder and shared by all who look at it.
+
+    {"format": 1, "labels": [{"layer": 0, "neuron": 17, "label": "the sea"}]}
+
+The file is read anew before each change and replaced whole, under a lock, so nobody's labels are lost.
+"""
+
+from collections.abc import Mapping
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+import unicodedata
+
+from topklm import locks
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import write_atomically
+
+FORMAT = 1
+MAX_CHARACTERS = 200
+
+# Control, surrogate, line and paragraph separators, and what is not seen but turns or hides text; of the last
+# kind, the joiners belong to words of several scripts and to emoji.
+_REFUSED = ("Cc", "Cs", "Zl", "Zp", "Cf")
+_JOINERS = "\u200c\u200d"
+# A spreadsheet takes a cell that begins with one of these for a formula; of the wide ones, Japanese ones do.
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+class Labels:
+    """The labels of a run's neurons, by layer and number.
+
+    Args:
+        path: Of the file, which need not be there; its folder gets a lock file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def get(self, layer: int, neuron: int) -> str:
+        """A neuron's label; "" if it has none.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        return self.all().get((layer, neuron), "")
+
+    def all(self) -> dict[tuple[int, int], str]:
+        """All labels by (layer, neuron), rising.
+
+        Raises:
+            UserError: If the file is damaged or cannot be read.
+        """
+        try:
+            return _parse(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as e:
+            raise UserError(f"{self._path} cannot be read ({e.strerror or e}): mend its permissions") from e
+        except ValueError as e:
+            raise UserError(
+                f"{self._path} is damaged ({e}): mend it, put a copy back, or move it away to begin anew"
+            ) from e
+
+    def set(self, layer: int, neuron: int, text: str) -> None:
+        """Gives a neuron a label, on the disk when this returns.
+
+        Args:
+            layer: From 0; whether the model has it is for the caller to check.
+            neuron: From 0; likewise.
+            text: One line of at most `MAX_CHARACTERS` characters; white space around it is left out. Empty:
+                the neuron has no label any more.
+
+        Raises:
+            UserError: For a text that is none of this, if the file is damaged, which is left as it is, or if
+                it cannot be written.
+        """
+        if layer < 0 or neuron < 0:
+            raise UserError(f"layer {layer}, neuron {neuron}: both must be 0 or more")
+        text = text.strip()
+        if problem := _problem(text):
+            raise UserError(f"label = {text[:40]!a}: {problem}")
+        with disk_errors_are_user_errors("writing a label"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with locks.held(self._path.parent, _wait):
+                labels = {**self.all(), (layer, neuron): text}
+                if not text:
+                    del labels[layer, neuron]
+                write_atomically(self._path, _content(labels))
+
+    def as_json(self) -> bytes:
+        """All labels as the file itself holds them."""
+        return _content(self.all())
+
+    def as_csv(self) -> bytes:
+        """All labels as CSV in UTF-8, with the columns layer, neuron and label.
+
+        A label that a spreadsheet would take for a formula gets a ' in front; JSON has all as they are.
+        """
+        lines = io.StringIO()
+        writer = csv.writer(lines)
+        writer.writerow(["layer", "neuron", "label"])
+        for (layer, neuron), label in self.all().items():
+            writer.writerow([layer, neuron, f"'{label}" if label.startswith(_FORMULA) else label])
+        return lines.getvalue().encode()
+
+
+def _wait(_owner: str) -> None:
+    """Whoever holds the lock is done in a moment."""
+
+
+def _problem(text: str) -> str:
+    """What is wrong with a label, and what to do; "" if nothing is."""
+    if len(text) > MAX_CHARACTERS:
+        return f"{len(text):,} characters, at most {MAX_CHARACTERS} are allowed; shorten it"
+    for character in text:
+        if unicodedata.category(character) in _REFUSED and character not in _JOINERS:
+            return f"must be one line without control characters; leave U+{ord(character):04X} out"
+    return ""
+
+
+def _content(labels: Mapping[tuple[int, int], str]) -> bytes:
+    entries = [{"layer": layer, "neuron": j, "label": text} for (layer, j), text in sorted(labels.items())]
+    return (json.dumps({"format": FORMAT, "labels": entries}, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _parse(content: bytes) -> dict[tuple[int, int], str]:
+    """Raises ValueError for what is no file of labels."""
+    try:
+        parts: Any = json.loads(content)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(parts, dict) or not isinstance(parts.get("labels"), list):
+        raise ValueError('it has no list "labels"')
+    if parts.get("format") != FORMAT:
+        raise ValueError(f"its format is {parts.get('format')!r}, this topklm reads {FORMAT}")
+    labels: dict[tuple[int, int], str] = {}
+    for number, entry in enumerate(parts["labels"], start=1):
+        if not isinstance(entry, dict) or entry.keys() != {"layer", "neuron", "label"}:
+            raise ValueError(f"entry {number} does not have layer, neuron and label")
+        place, text = (entry["layer"], entry["neuron"]), entry["label"]
+        if not all(type(part) is int and part >= 0 for part in place) or not isinstance(text, str):
+            raise ValueError(f"entry {number}: layer and neuron must be numbers from 0, label a text")
+        if problem := _problem(text) or ("" if text else "is empty"):
+            raise ValueError(f"entry {number}: label {problem}")
+        if place in labels:
+            raise ValueError(f"entry {number} is the second for layer {place[0]}, neuron {place[1]}")
+        labels[place] = text
+    return dict(sorted(labels.items()))

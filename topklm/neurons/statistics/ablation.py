@@ -1,0 +1,303 @@
+"""What a neuron is worth, measured: how the next token's loss changes when it is set to 0.
+
+A sample is a token at which the neuron is active, in the window of its document in which it was harvested
+(`topklm.neurons.windows`), and not the window's last. The neuron is set to 0 at that token only, in the
+layer's output, and everything that depends on it is computed again: the later layers at that token, for no
+other token of the window that counts sees it. The effect is the loss of the next token without the neuron
+less the loss with it, in nats: positive where the neuron helps.
+
+For a Base LM the neuron is the positive part of a coordinate, so that part is taken away: h becomes
+min(h, 0). The definition is ours. Dims: L layers, W windows of T tokens, D neurons per layer, M
+samples of a window.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.model import decode, losses, transformer
+from topklm.model.attention import rotation_angles
+from topklm.model.topk import topk
+from topklm.neurons.statistics import activity
+from topklm.neurons.store import Store
+from topklm.neurons.windows import cut
+
+SAMPLES = 256  # with 16, two draws agree on hardly anything (correlation 0.1), with 256 on much (0.6)
+MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
+
+_GROUP_TOKENS = 2048  # windows that are run together
+_PER_ROW = 128  # M: samples of a window in one program
+_GROUPS_PER_NEURON = 8  # over which the samples of a neuron are spread, so that they are not of one text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Effects:
+    """Of all neurons.
+
+    Attributes:
+        layers: The model's layers, S of them.
+        mean: float64[S, D], nats; NaN without a sample.
+        standard_error: float64[S, D], as if samples were independent; NaN below two.
+        n_samples: int64[S, D].
+    """
+
+    layers: tuple[int, ...]
+    mean: np.ndarray
+    standard_error: np.ndarray
+    n_samples: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """What was measured; each array has one entry for each sample.
+
+    Attributes:
+        layers: int, of the model.
+        neurons: int.
+        rows: int, which window of the group.
+        places: int, where in the window.
+        effects: float64, nats.
+    """
+
+    layers: np.ndarray
+    neurons: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+    effects: np.ndarray
+
+
+def columns(effects: Effects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
+    """The columns `ablation_*` of `table.COLUMNS`, of the neurons from `begin` to `end` - 1; of None, null."""
+    if effects is None:
+        nothing = [None] * (end - begin)
+        return {"ablation_effect": nothing, "ablation_standard_error": nothing, "ablation_samples": nothing}
+    number = effects.layers.index(layer)
+    return {
+        "ablation_effect": activity.or_null(effects.mean[number, begin:end]),
+        "ablation_standard_error": activity.or_null(effects.standard_error[number, begin:end]),
+        "ablation_samples": effects.n_samples[number, begin:end],
+    }
+
+
+def measure(
+    store: Store,
+    bounds: np.ndarray,
+    config: ModelConfig,
+    params: transformer.Parameters,
+    *,
+    separator_id: int,
+    samples: int = SAMPLES,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda share: None,
+) -> Effects:
+    """Measures all neurons, on windows drawn from the text of a store.
+
+    It is computed in float32, whatever the dtype of the model, for effects of single neurons are small.
+
+    Args:
+        store: Of the text; activations are not read from it.
+        bounds: int64[documents + 1], as `contexts.document_bounds` gives them.
+        config: The model.
+        params: Its parameters, on one device or a mesh.
+        separator_id: Of the tokenizer.
+        samples: For each neuron, at most.
+        max_tokens: Of the windows, at most.
+        seed: Of what is drawn.
+        report: Told which share of the work is done.
+    """
+    config = dataclasses.replace(config, dtype="float32")
+    layers, d = store.metadata.layers, config.d_model
+    count = np.zeros((len(layers), d), np.int64)
+    total, squares = np.zeros(count.shape), np.zeros(count.shape)
+    rng = np.random.default_rng(seed)
+    groups = _groups(store, bounds, config.context_length, max_tokens, rng)
+    each = max(1, -(-samples // min(_GROUPS_PER_NEURON, max(len(groups), 1))))
+    for number, group in enumerate(groups):
+        wanted = np.minimum(each, samples - count)
+        if not wanted.any():
+            break
+        inputs, usable = _inputs(store, group, config.context_length, separator_id)
+        for found in measure_group(config, params, layers, inputs, usable, wanted, rng):
+            at = np.searchsorted(layers, found.layers), found.neurons
+            np.add.at(count, at, 1)
+            np.add.at(total, at, found.effects)
+            np.add.at(squares, at, found.effects**2)
+        report(max((number + 1) / len(groups), np.minimum(count, samples).sum() / (samples * count.size)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / count
+        variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
+        error = np.where(count > 1, np.sqrt(variance / count), np.nan)
+    return Effects(layers, mean, error, count)
+
+
+def measure_group(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    layers: tuple[int, ...],
+    inputs: np.ndarray,
+    usable: np.ndarray,
+    wanted: np.ndarray,
+    rng: np.random.Generator,
+) -> Iterator[Samples]:
+    """Samples of some windows.
+
+    Args:
+        config: The model.
+        params: Its parameters.
+        layers: S of its layers, rising.
+        inputs: int32[W, T].
+        usable: bool[W, T], where samples may be taken; never at the last place.
+        wanted: int[S, D], how many samples of each neuron, at most.
+        rng: Draws.
+    """
+    with jax.default_matmul_precision("float32"):
+        states_LWTD, losses_WT = _forward(config, params, inputs)
+    with_neuron = np.asarray(losses_WT, np.float64)
+    rows, places = np.nonzero(usable)
+    drawn = [
+        _draw(np.asarray(states_LWTD[layer])[rows, places], wanted[number], config, rng)
+        for number, layer in enumerate(layers)
+    ]
+    sizes = [len(neurons) for _, neurons in drawn]
+    which, neurons = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    of_layer, rows, places = np.repeat(layers, sizes), rows[which], places[which]
+    for chunk in _chunks(rows, len(inputs)):
+        # Chunks have one shape, [W, M]: what is left over is filled up with any sample, and not looked at.
+        of_chunk = (x[chunk].astype(np.int32) for x in (of_layer, places, neurons))
+        with jax.default_matmul_precision("float32"):
+            without_WM = _losses_without(config, params, states_LWTD, inputs, *of_chunk)
+        row, column = np.nonzero(chunk >= 0)
+        at = chunk[row, column]
+        effects = np.asarray(without_WM, np.float64)[row, column] - with_neuron[rows[at], places[at]]
+        yield Samples(of_layer[at], neurons[at], rows[at], places[at], effects)
+
+
+def _chunks(rows: np.ndarray, n_rows: int) -> Iterator[np.ndarray]:
+    """Samples by row, int64[W, M] with numbers of samples, or -1."""
+    by_row = [np.flatnonzero(rows == row) for row in range(n_rows)]
+    for first in range(0, max(map(len, by_row)), _PER_ROW):
+        chunk = np.full((n_rows, _PER_ROW), -1)
+        for row, numbers in enumerate(by_row):
+            part = numbers[first : first + _PER_ROW]
+            chunk[row, : len(part)] = part
+        yield chunk
+
+
+def _draw(
+    states_ND: np.ndarray, wanted_D: np.ndarray, config: ModelConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of N tokens, and which neuron, of as many samples of each neuron as are wanted and there are."""
+    active = states_ND != 0 if config.n_topk_layers else states_ND > 0
+    most = min(int(wanted_D.max()), len(states_ND))
+    if not most:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # The lowest of random numbers; those of tokens at which a neuron is not active are higher than any.
+    lots = np.where(active, rng.random(active.shape, np.float32), 2.0)
+    lowest = np.argpartition(lots, most - 1, axis=0)[:most]
+    drawn = np.take_along_axis(lots, lowest, axis=0) < 1
+    drawn &= np.cumsum(drawn, axis=0) <= wanted_D
+    order, neurons = np.nonzero(drawn)
+    return lowest[order, neurons], neurons
+
+
+def _groups(
+    store: Store, bounds: np.ndarray, length: int, max_tokens: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Windows in random order, as many together as are run together: int64[W, 4] each.
+
+    A row holds where the window's document begins in the store, and what `windows.cut` gives.
+    """
+    windows = [
+        (begin, *window)
+        for begin, end in itertools.pairwise(bounds)
+        for window in cut(int(end - begin) + 1, length)
+    ]
+    together = max(1, _GROUP_TOKENS // length)
+    n_windows = min(len(windows), max(1, max_tokens // length))
+    chosen = rng.permutation(len(windows))[:n_windows]
+    return [
+        np.array([windows[i] for i in part])
+        for part in np.split(chosen, range(together, n_windows, together))
+    ]
+
+
+def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of windows, int32[W, T], filled up with separators; and where samples may be taken."""
+    inputs = np.full((max(1, _GROUP_TOKENS // length), length), separator_id, np.int32)
+    usable = np.zeros(inputs.shape, bool)
+    for row, (document, first, behind, known) in enumerate(group):
+        # The document's own first input is the separator, which the store does not hold.
+        inputs[row, max(0, 1 - first) : behind - first] = store.tokens(
+            document + max(first - 1, 0), document + behind - 1
+        )
+        usable[row, known - first : behind - first - 1] = True
+    return inputs, usable
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What every layer hands on, [L, W, T, D], and the loss of the next token, [W, T]."""
+    model = transformer.bind(config, params)
+    h_WTD, states_LWTD = model.hidden(inputs_WT, tap=lambda _h, _u, h_next: h_next)
+    return states_LWTD, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_without(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    states_LWTD: jax.Array,
+    inputs_WT: jax.Array,
+    layers_WM: jax.Array,
+    places_WM: jax.Array,
+    neurons_WM: jax.Array,
+) -> jax.Array:
+    """The loss of the token that follows each sample, without its neuron, float32[W, M].
+
+    Layers, places and neurons are data, so all samples share one program.
+    """
+    model = transformer.bind(config, params)
+    rows_W1 = jnp.arange(len(inputs_WT))[:, None]
+    block_def, stacked = nnx.split(model.blocks)
+    angles = functools.partial(
+        rotation_angles, head_dim=config.head_dim, theta=config.rope_theta, dtype=jnp.dtype(config.dtype)
+    )
+    of_windows = angles(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
+    of_samples = angles(places_WM)
+    seen_WMT = jnp.arange(inputs_WT.shape[1]) < places_WM[..., None]
+
+    h_WMD = states_LWTD[layers_WM, rows_W1, places_WM]
+    is_neuron_WMD = jnp.arange(config.d_model) == neurons_WM[..., None]
+    without_WMD = jnp.zeros_like(h_WMD) if config.n_topk_layers else jnp.minimum(h_WMD, 0.0)
+    h_WMD = jnp.where(is_neuron_WMD, without_WMD, h_WMD)
+
+    def layer(h_WMD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+        block_params, entering_WTD, number, ends_in_topk = inputs
+        block = nnx.merge(block_def, block_params)
+        past = decode.keys_and_values(block, entering_WTD, of_windows)
+        a_WMD, written_WMD, _ = decode.step(block, h_WMD, of_samples, past, seen_WMT)
+        selection = config.topk_k, config.topk_activation, config.topk_backend
+        next_WMD = topk(written_WMD, *selection, residual=a_WMD, applies=ends_in_topk)
+        return jnp.where((number > layers_WM)[..., None], next_WMD, h_WMD), None
+
+    # The first layer comes before every sample; what enters the others is what the one before hands on.
+    numbers = np.arange(1, config.n_layers)
+    later = jax.tree.map(lambda leaf: leaf[1:], stacked)
+    inputs = later, states_LWTD[:-1], numbers, numbers < config.n_topk_layers
+    h_WMD, _ = jax.lax.scan(layer, h_WMD, inputs)
+    return _losses(model, model.final_norm(h_WMD), inputs_WT[rows_W1, places_WM + 1])
+
+
+def _losses(model: transformer.Transformer, h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return losses.token_losses(h_BTD, model.unembedding(), targets_BT, model.config.vocab_size)

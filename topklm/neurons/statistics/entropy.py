@@ -1,0 +1,135 @@
+"""Token entropy and semantic entropy: over how many different tokens a neuron's activation is spread.
+
+The paper names both; its formulas are unknown to us, and these definitions are ours. Let a[n, j] be the
+strength (`activity`) of neuron j at token n of the store, and v(n) the *input* token there.
+
+    p(v | j) = sum of a[n, j] over n with v(n) = v  /  sum of a[n, j] over all n
+    token entropy      H_tok(j) = - sum over v of p(v | j) ln p(v | j), in nats
+    semantic entropy   H_sem(j): the same of p(c | j) = sum of p(v | j) over the tokens v of cluster c
+
+exp(H_tok) reads as an effective number of tokens. A neuron for a concept has a high token entropy and a low
+semantic one. What the clusters are is up to the caller; see `clusters`.
+
+Entropies of samples ("plug-in") come out too low where few activations were seen. The Miller-Madow
+correction adds (m - 1) / (2 n), where m is the number of distinct tokens (clusters) seen, and n the number of
+activations seen, each counted once whatever its strength. For shares weighted by strength that is an
+approximation: it is right to first order in 1 / n where all strengths are equal.
+Dims: n neurons of a block, E events, V tokens, C clusters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from topklm.neurons.statistics import activity
+from topklm.neurons.store import Block
+
+TOP_TOKENS = 10
+
+
+def columns(block: Block, token_ids: np.ndarray, clusters: np.ndarray) -> Mapping[str, Any]:
+    """The columns of `table` that are about tokens and their clusters.
+
+    Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies and no top tokens.
+
+    Args:
+        block: The neurons.
+        token_ids: uint[N], of the whole store.
+        clusters: int[V], the cluster of each token.
+
+    Returns:
+        For each column one value for each neuron; None where there is none.
+    """
+    n_active = activity.n_active(block)
+    by_token = by_group(block, token_ids, len(clusters))
+    by_cluster = merged(by_token, clusters)
+    token, semantic = plug_in(by_token), plug_in(by_cluster)
+    top = top_tokens(by_token)
+    return {
+        "n_distinct_tokens": np.count_nonzero(by_token, axis=1),
+        "token_entropy": activity.or_null(token),
+        "token_entropy_corrected": activity.or_null(token + miller_madow(by_token, n_active)),
+        "semantic_entropy": activity.or_null(semantic),
+        "semantic_entropy_corrected": activity.or_null(semantic + miller_madow(by_cluster, n_active)),
+        "top_tokens": [ids.tolist() if len(ids) else None for ids, _ in top],
+        "top_token_shares": [shares.tolist() if len(shares) else None for _, shares in top],
+    }
+
+
+def by_group(block: Block, token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """float64[n, V], the sum of each neuron's strengths over the places where each token stands.
+
+    Args:
+        block: The neurons.
+        token_ids: uint[N], of the whole store, below V.
+        vocab_size: V.
+    """
+    n = len(block.offsets) - 1
+    cells = activity.owners(block)
+    cells *= vocab_size
+    cells += token_ids[block.tokens]
+    summed = np.bincount(cells, weights=np.abs(block.values), minlength=n * vocab_size)
+    return summed.reshape(n, vocab_size)
+
+
+def merged(strengths: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """float64[n, C], the strengths of `by_group` added up over the tokens of each cluster.
+
+    Args:
+        strengths: float64[n, V].
+        clusters: int[V], from 0 to C - 1.
+    """
+    n, n_clusters = len(strengths), int(clusters.max()) + 1
+    neurons, ids = np.nonzero(strengths)
+    summed = np.bincount(
+        neurons * n_clusters + clusters[ids], weights=strengths[neurons, ids], minlength=n * n_clusters
+    )
+    return summed.reshape(n, n_clusters)
+
+
+def plug_in(strengths: np.ndarray) -> np.ndarray:
+    """float64[n], the entropy of each row's shares, nats; NaN for a row of zeros.
+
+    Args:
+        strengths: float64[n, V], not negative.
+    """
+    totals = strengths.sum(axis=1)
+    rows, ids = np.nonzero(strengths)
+    shares = strengths[rows, ids] / totals[rows]
+    entropies = np.bincount(rows, weights=-shares * np.log(shares), minlength=len(strengths))
+    return np.where(totals > 0, np.maximum(entropies, 0.0), np.nan)
+
+
+def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
+    """float64[n], what the correction adds to `plug_in`: (m - 1) / (2 n), nats; NaN for a row of zeros.
+
+    Args:
+        strengths: float64[n, V], of which m are not 0.
+        n_active: int64[n], the activations that went into a row.
+    """
+    m = np.count_nonzero(strengths, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(m > 0, (m - 1) / (2 * n_active), np.nan)
+
+
+def top_tokens(strengths: np.ndarray, count: int = TOP_TOKENS) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row the tokens with the largest shares, falling, and the shares; equal ones by rising id.
+
+    Args:
+        strengths: float64[n, V].
+        count: How many; fewer where fewer are above 0.
+
+    Returns:
+        n pairs of int64[m] and float64[m], m at most `count`.
+    """
+    n, vocab_size = strengths.shape
+    at = max(vocab_size - count, 0)
+    least = np.partition(strengths, at, axis=1)[:, at]
+    rows, ids = np.nonzero((strengths >= least[:, None]) & (strengths > 0))
+    found = strengths[rows, ids]
+    order = np.lexsort((ids, -found, rows))
+    shares = found[order] / strengths.sum(axis=1)[rows[order]]
+    starts = np.searchsorted(rows, np.arange(n + 1))
+    ends = np.minimum(starts[1:], starts[:-1] + count)
+    return [(ids[order[a:b]], shares[a:b]) for a, b in zip(starts[:-1], ends, strict=True)]

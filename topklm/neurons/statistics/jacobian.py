@@ -1,0 +1,132 @@
+"""How the model's last hidden state follows what an earlier layer hands on, averaged over contexts.
+
+J_l = mean over contexts of d(normed final hidden state at the last position) / d(h_l at the last position),
+where h_l is what layer l hands on: behind its TopK. The masks of later TopK layers hold at their values. The
+definition is ours; that of the lens made of it stands in `topklm.neurons.statistics.lenses`.
+
+No other token attends to the last one, so the last position alone carries the derivative, and nothing else
+is differentiated. One pass back from a coordinate of the final state gives its row of J_l of every layer.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.errors import UserError
+from topklm.model import decode, transformer
+from topklm.model.attention import rotation_angles
+from topklm.neurons.statistics import excerpts as excerpts_lib
+from topklm.neurons.statistics.excerpts import Excerpts
+from topklm.neurons.store import Store
+
+N_CONTEXTS, CONTEXT_TOKENS, SEED = 64, 32, 0
+
+_BATCH = 32  # contexts in one program, which holds D x D numbers for each
+
+
+def averaged_jacobians(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    separator_id: int,
+    store: Store,
+    *,
+    n_contexts: int = N_CONTEXTS,
+    context_tokens: int = CONTEXT_TOKENS,
+    seed: int = SEED,
+) -> jax.Array:
+    """J_l of every layer, over contexts that end at tokens drawn evenly over a store.
+
+    It is computed in float32, whatever the dtype of the model.
+
+    Args:
+        config: The model's shape.
+        params: Its parameters, on one device or a mesh.
+        separator_id: Of the tokenizer.
+        store: Of text that contexts are taken from: see `excerpts.ending_at`.
+        n_contexts: How many; fewer where the store has fewer tokens.
+        context_tokens: Of each, at most.
+        seed: Of the draw.
+
+    Returns:
+        float32[L, D, D]: of layer l, output coordinate i and neuron j at [l, i, j].
+
+    Raises:
+        UserError: If the store is empty.
+    """
+    if store.n_tokens == 0:
+        raise UserError(f"{store.folder} holds no tokens: run topklm neurons harvest")
+    ends = excerpts_lib.spread_ends(store.n_tokens, n_contexts, seed)
+    length = min(context_tokens, config.context_length)
+    contexts = excerpts_lib.ending_at(store, ends, length, separator_id)
+    config = dataclasses.replace(config, dtype="float32")
+    total: Any = 0.0
+    with jax.default_matmul_precision("float32"):
+        for first in range(0, len(contexts), _BATCH):
+            # The last batch is filled up with a context of weight 0.
+            rows = np.minimum(np.arange(first, first + _BATCH), len(contexts) - 1)
+            weights = (np.arange(first, first + _BATCH) < len(contexts)) / np.float32(len(contexts))
+            total = total + _weighted_jacobians(config, params, *_arrays(contexts[rows]), weights)
+    return total
+
+
+def _arrays(contexts: Excerpts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return contexts.tokens, contexts.segments, contexts.positions
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weighted_jacobians(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    weights_B: jax.Array,
+) -> jax.Array:
+    """The sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
+    model = transformer.bind(config, params)
+    # What enters each layer, and what leaves it at the last position.
+    _, (entering_LBTD, leaving_LBD) = model.hidden(
+        tokens_BT, segment_ids_BT, positions_BT, tap=lambda h, _u, h_next: (h, h_next[:, -1])
+    )
+    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    of_last = rotation[0][:, -1:], rotation[1][:, -1:]
+    seen_BT = (segment_ids_BT == segment_ids_BT[:, -1:]).at[:, -1].set(False)
+    block_def, stacked = nnx.split(model.blocks)
+    is_dense_L = np.arange(config.n_layers) >= config.n_topk_layers
+    passes_LBD = (leaving_LBD != 0) | is_dense_L[:, None, None]
+    _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
+
+    def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
+        """From what the layer hands on to what enters it."""
+        block_params, entering_BTD, passes_BD = layer
+
+        def run(h_BD: jax.Array) -> jax.Array:
+            block = nnx.merge(block_def, block_params)
+            past = decode.keys_and_values(block, entering_BTD, rotation)
+            a_B1D, written_B1D, _ = decode.step(block, h_BD[:, None], of_last, past, seen_BT[:, None])
+            return jnp.where(passes_BD, (a_B1D + written_B1D)[:, 0], 0.0)
+
+        _, back = jax.vjp(run, entering_BTD[:, -1])
+        return _one_by_one(back, g_DBD), g_DBD.sum(axis=1)
+
+    # The first axis is the coordinate of the final state, each with its weight in all contexts.
+    one_hot_DBD = jnp.eye(config.d_model)[:, None] * weights_B[:, None]
+    g_DBD = _one_by_one(back_through_norm, one_hot_DBD)
+    layers = stacked, entering_LBTD, passes_LBD
+    return jax.lax.scan(back_through_layer, g_DBD, layers, reverse=True)[1]
+
+
+def _one_by_one(back: Callable[[jax.Array], tuple[jax.Array]], g_DBD: jax.Array) -> jax.Array:
+    """The pass back of each coordinate, not vectorised over them.
+
+    XLA for CPUs (0.10.2) gets `vmap` of it wrong at some shapes, [256, 16, 256] among them: sums over the
+    last axis of a product with an array that has no first axis.
+    """
+    return jax.lax.map(lambda g_BD: back(g_BD)[0], g_DBD)
