@@ -29,6 +29,8 @@ LONGEST_FIRST = (
     "test_code_quality.py",
     "test_transformer.py",
     "test_prepare_command.py",
+    "test_browser.py",
+    "test_neurons_command.py",
     "test_restore_in_colab.py",
     "test_readme.py",
 )

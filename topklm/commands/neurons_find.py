@@ -256,8 +256,8 @@ def _print_ranked(
     console.print(table)
     console.out(
         "a neuron fires where its activation reaches the threshold that makes its F1 highest here; "
-        f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); recall: of the "
-        "tokens that match, the share at which it fires",
+        f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); "
+        "recall: of the tokens that match, the share at which it fires",
         highlight=False,
     )
 

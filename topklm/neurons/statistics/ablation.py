@@ -75,7 +75,7 @@ class Samples:
 
 
 def columns(effects: Effects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
-    """The columns `ablation_*` of `table.COLUMNS`, of the neurons from `begin` to `end` - 1; of None, null."""
+    """The columns `ablation_*` of `table.COLUMNS` for neurons from `begin` to `end` - 1; of None, null."""
     if effects is None:
         nothing = [None] * (end - begin)
         return {"ablation_effect": nothing, "ablation_standard_error": nothing, "ablation_samples": nothing}

@@ -1,0 +1,240 @@
+"""What it takes to look at the neurons of a run: to harvest, to store, to measure and to write pages.
+
+python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
+
+- Harvest over the plain forward pass: both go over the same batches in turns. Plain means the compiled model
+  alone, from token ids on the host to next-token losses on the host; harvest is all of
+  `topklm.neurons.harvest.harvest`: cutting and packing documents, the model, fetching, sorting, compressing
+  and writing. Documents are held as token ids beforehand.
+- Bytes of the store for each activation in it.
+- Pages of all neurons a minute, from the store and the statistics, as one HTML file, as JSON and as
+  Neuronpedia's files; what the statistics themselves take; and both together.
+- The same neurons by `sae-dashboard` (https://pypi.org/project/sae-dashboard/) where a Python that has it is
+  given: the same activations and tokens, cut into prompts of 128 (`benchmarks.sae_dashboard_pages`). What it
+  does for a page is to measure and to write; its figures are fewer, so it is compared with our statistics
+  without ablation, and with all of them. In a virtual environment of its own it installs with
+  `pip install sae-dashboard "pyarrow<22"`; a torchvision that is not of the same build as torch must go.
+
+Nothing is written into RUN.
+"""
+
+import argparse
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import functools
+import json
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+
+from benchmarks import machine, sae_dashboard_peer
+from benchmarks.neuron_harvest import Held, against_forward
+import topklm
+from topklm import sharding
+from topklm.bench import timing
+from topklm.bench.timing import Samples, Side
+from topklm.config import MeshConfig
+from topklm.data.building.progress import Progress
+from topklm.explorer import export as html
+from topklm.explorer import neuronpedia
+from topklm.explorer.source import Source
+from topklm.explorer.views import neuron as neuron_view
+from topklm.files import write_atomically
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.statistics.measure import Settings, measure
+from topklm.neurons.store import Store
+from topklm.neurons.texts import open_documents
+from topklm.run_folder import CONFIG_FILE, TOKENIZER_FILE
+
+RESULT = Path(__file__).parent / "results" / "neuron_pages.json"
+TARGETS = {"harvest_over_forward": 1.15, "bytes_per_activation": 4.0, "pages_per_minute": 5000.0}
+
+_SILENT = Progress(lambda text: None)
+_WITHOUT_ABLATION = Settings(ablation_samples=0)
+
+
+def main() -> None:
+    """Writes benchmarks/results/neuron_pages.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    parser.add_argument("--tokens", type=int, default=200_000, help="default %(default)s")
+    parser.add_argument(
+        "--source", help="text, as of topklm neurons harvest; default the run's held-out text"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--measure-repeats", type=int, default=3, help="of statistics; default %(default)s")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
+    parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
+    arguments = parser.parse_args()
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    model = topklm.load(arguments.run, mesh=mesh)
+    documents = _held(model, arguments.source, arguments.tokens)
+    with tempfile.TemporaryDirectory() as name:
+        folder = _folder(Path(name), Path(arguments.run), model.step)
+        harvested = against_forward(model, mesh, documents, folder, arguments.repeats)
+        store = Store(folder.store)
+        measured = _measure(model, store, folder, arguments.measure_repeats)
+        written, facts = _write(model, store, folder, Path(name), arguments.repeats, arguments.peer_python)
+        n_neurons = len(store.metadata.layers) * store.metadata.d_model
+        result = {
+            "machine": machine.describe(),
+            "model": dataclasses.asdict(model.config.model),
+            "text": documents.name,
+            "n_tokens": store.n_tokens,
+            "n_neurons": n_neurons,
+            "targets": TARGETS,
+            "harvest": harvested,
+            "store": _size(store),
+            "pages": _pages(measured, written, n_neurons, facts),
+        }
+    write_atomically(arguments.result, (json.dumps(result, indent=1) + "\n").encode())
+    print(json.dumps(result, indent=1))
+
+
+def _held(model: LanguageModel, source: str | None, n_tokens: int) -> Held:
+    documents = open_documents(model.tokenizer, model.config.data, source)
+    ids, n = [], 0
+    for document in documents:
+        ids.append(document)
+        n += len(document)
+        if n >= n_tokens:
+            break
+    return Held(documents.name, n, ids)
+
+
+def _folder(place: Path, run: Path, step: int) -> NeuronsFolder:
+    """A run folder with what pages need of a run, and no neurons yet."""
+    (place / "run").mkdir()
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        shutil.copy(run / name, place / "run" / name)
+    return NeuronsFolder(place / "run", step)
+
+
+def _size(store: Store) -> dict[str, Any]:
+    n_bytes = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    return {
+        "bytes": n_bytes,
+        "activations": store.n_events,
+        "bytes_per_activation": n_bytes / max(store.n_events, 1),
+    }
+
+
+def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats: int) -> dict[str, Samples]:
+    """Measures again and again; the table with all figures stays where it belongs."""
+
+    def side(settings: Settings, path: Path) -> Side:
+        return timing.timed(
+            functools.partial(
+                measure,
+                path,
+                store,
+                model.config.model,
+                model.params,
+                separator_id=model.tokenizer.separator_id,
+                settings=settings,
+                progress=_SILENT,
+            )
+        )
+
+    sides = {
+        "without ablation": side(_WITHOUT_ABLATION, folder.path / "less.parquet"),
+        "all figures": side(Settings(), folder.table),
+    }
+    # A call before the first that counts, for what is compiled.
+    return timing.alternate(sides, repeats, warmup=1, label="statistics")
+
+
+def _write(
+    model: LanguageModel,
+    store: Store,
+    folder: NeuronsFolder,
+    place: Path,
+    repeats: int,
+    peer_python: str | None,
+) -> tuple[dict[str, Samples], dict[str, Any]]:
+    """Writes all pages in turns with the peer, if there is one; says what was written."""
+    sides: dict[str, Side] = {
+        "HTML": timing.timed(lambda: html.export(Source(folder), place / "neurons.html")),
+        "JSON": timing.timed(functools.partial(_write_json, folder, place / "neurons.jsonl")),
+        "Neuronpedia": functools.partial(_write_neuronpedia, folder, model, place / "neuronpedia"),
+    }
+    with contextlib.ExitStack() as stack:
+        facts: dict[str, Any] = {}
+        if peer_python:
+            handed = place / "peer"
+            expected = sae_dashboard_peer.hand_over(model, store, handed)
+            peer = stack.enter_context(sae_dashboard_peer.Peer(peer_python, handed))
+            sides["sae-dashboard"] = peer.run
+            facts = {"versions": peer.versions}
+        samples = timing.alternate(sides, repeats, warmup=1, label="pages")
+        if peer_python:
+            facts |= sae_dashboard_peer.check(handed, expected)
+    sizes = {
+        "HTML": _bytes_under(place / "neurons.html"),
+        "JSON": _bytes_under(place / "neurons.jsonl"),
+        "Neuronpedia": _bytes_under(place / "neuronpedia"),
+        "sae-dashboard": _bytes_under(place / "peer" / "pages"),
+    }
+    n_examples = sum(map(len, filter(None, Source(folder).rows["examples"].to_pylist())))
+    return samples, {"n_examples": n_examples, "peer": facts, "bytes": {name: sizes[name] for name in sides}}
+
+
+def _write_json(folder: NeuronsFolder, path: Path) -> None:
+    """A line for each neuron, of all that its page shows."""
+    source = Source(folder)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(source.n_neurons):
+            file.write(json.dumps(neuron_view.neuron(source, *source.place(number))) + "\n")
+
+
+def _write_neuronpedia(folder: NeuronsFolder, model: LanguageModel, out: Path, calls: int) -> float:
+    seconds = 0.0
+    for _ in range(calls):
+        shutil.rmtree(out, ignore_errors=True)
+        write = functools.partial(neuronpedia.export, folder, model.tokenizer, out, model_id="benchmark")
+        seconds += timing.timed(write)(1)
+    return seconds
+
+
+def _pages(
+    measured: Mapping[str, Samples], written: Mapping[str, Samples], n_neurons: int, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Pages a minute of every way to get them."""
+    both = {
+        f"statistics ({settings}) and {name}": measured[settings].median + samples.median
+        for settings in measured
+        for name, samples in written.items()
+        if name != "sae-dashboard"
+    }
+    seconds = {name: samples.median for name, samples in written.items()} | both
+    seconds |= {f"statistics ({name})": samples.median for name, samples in measured.items()}
+    result: dict[str, Any] = {
+        "per_minute": {name: 60 * n_neurons / s for name, s in seconds.items()},
+        "seconds": {name: samples.seconds for name, samples in written.items()},
+        "statistics_seconds": {name: samples.seconds for name, samples in measured.items()},
+        "n_examples": facts["n_examples"],
+        "bytes": facts["bytes"],
+    }
+    if "sae-dashboard" in written:
+        theirs = written["sae-dashboard"].median
+        result["peer"] = {
+            **facts["peer"],
+            "times_as_fast": {name: theirs / s for name, s in seconds.items() if name != "sae-dashboard"},
+        }
+    return result
+
+
+def _bytes_under(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+if __name__ == "__main__":
+    main()

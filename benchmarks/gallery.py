@@ -1,0 +1,176 @@
+"""What the neurons of a TopK model and of its Base twin look like, for docs/gallery.md.
+
+    python -m benchmarks.gallery --topk runs/a runs/b --base runs/a-base runs/b-base --out NAME
+
+Reads the statistics that `topklm neurons measure` wrote for each run; the first run of each kind is shown.
+Writes benchmarks/results/NAME.json, the ten neurons that the tool puts first and what they are active at, and
+how the entropies of all neurons are distributed; and draws the latter as docs/images/NAME.svg.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from benchmarks.plot_loss_curves import COLOURS
+from topklm import run_folder
+from topklm.data.tokenizer import Tokenizer
+from topklm.files import write_atomically
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.ranking import readable_first
+from topklm.neurons.statistics import table
+from topklm.neurons.store import Store
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHOWN = 10
+EXAMPLES = 4
+BEFORE, BEHIND = 10, 4  # tokens of an example's context
+COLOUR_OF = {"TopK": COLOURS[0], "Base": COLOURS[1]}
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN_FIGURES = (
+    "layer",
+    "neuron",
+    "density",
+    "n_distinct_tokens",
+    "token_entropy_corrected",
+    "semantic_entropy_corrected",
+    "monosemanticity",
+    "monosemanticity_shuffled",
+    "ablation_effect",
+    "ablation_standard_error",
+    "ablation_samples",
+)
+FIGURES = {
+    "token_entropy_corrected": "token entropy, nats",
+    "semantic_entropy_corrected": "semantic entropy, nats",
+    "monosemanticity": "monosemanticity",
+}
+
+
+def main() -> None:
+    """Reads the statistics, writes the JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--topk", type=pathlib.Path, nargs="+", required=True, help="run folders")
+    parser.add_argument("--base", type=pathlib.Path, nargs="+", required=True, help="of their twins")
+    parser.add_argument("--out", required=True, help="name of the JSON and of the picture")
+    arguments = parser.parse_args()
+    groups = {"TopK": arguments.topk, "Base": arguments.base}
+    runs = {kind: [_folder(run) for run in folders] for kind, folders in groups.items()}
+    result = {
+        "rule": "topklm.neurons.ranking.readable_first",
+        "runs": {kind: [_describe(folder) for folder in folders] for kind, folders in runs.items()},
+        "first": {kind: _first(folders[0]) for kind, folders in runs.items()},
+    }
+    path = ROOT / "benchmarks" / "results" / f"{arguments.out}.json"
+    write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    rows = {kind: [table.read(folder.table)[0] for folder in folders] for kind, folders in runs.items()}
+    draw(rows, ROOT / "docs" / "images" / f"{arguments.out}.svg")
+
+
+def _folder(run: pathlib.Path) -> NeuronsFolder:
+    steps = [int(path.parent.name) for path in run.glob("neurons/*/neurons.parquet")]
+    return NeuronsFolder(run, max(steps))
+
+
+def _describe(folder: NeuronsFolder) -> dict[str, Any]:
+    rows, measured = table.read(folder.table)
+    layers = {}
+    for layer in measured.layers:
+        of_layer = rows.filter(pa.compute.equal(rows["layer"], layer))
+        figures = ("density", "ablation_effect", *FIGURES)
+        quantiles = {name: np.nanquantile(numbers(of_layer, name), QUANTILES).tolist() for name in figures}
+        dead = int((numbers(of_layer, "n_active") == 0).sum())
+        layers[layer] = {"dead": dead, "quantiles": quantiles}
+    return {
+        "kind": measured.kind,
+        "step": measured.step,
+        "source": measured.source,
+        "n_tokens": measured.n_tokens,
+        "n_documents": measured.n_documents,
+        "n_clusters": measured.n_clusters,
+        "details": dict(measured.details),
+        "quantiles": QUANTILES,
+        "layers": layers,
+    }
+
+
+def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
+    """The neurons that the tool puts first; of those with one number in several layers, the first of them."""
+    rows, _ = table.read(folder.table)
+    tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
+    store = Store(folder.store)
+    found: dict[int, dict[str, Any]] = {}
+    for place in readable_first(rows):
+        row = rows.slice(int(place), 1).to_pylist()[0]
+        if row["neuron"] not in found:
+            found[row["neuron"]] = _neuron(row, tokenizer, store)
+        if len(found) == SHOWN:
+            break
+    return list(found.values())
+
+
+def _neuron(row: Mapping[str, Any], tokenizer: Tokenizer, store: Store) -> dict[str, Any]:
+    figures = {name: row[name] for name in SHOWN_FIGURES}
+    shares = zip(tokenizer.token_strings(row["top_tokens"]), row["top_token_shares"], strict=True)
+    examples = []
+    for at in row["examples"][:EXAMPLES]:
+        begin, end = store.document(int(store.documents(at, at + 1)[0]))
+        before = tokenizer.decode(store.tokens(max(begin, at - BEFORE), at))
+        behind = tokenizer.decode(store.tokens(at + 1, min(end, at + 1 + BEHIND)))
+        examples.append([before, tokenizer.decode(store.tokens(at, at + 1)), behind])
+    return {
+        **figures,
+        "top_tokens": [[token, round(share, 4)] for token, share in shares],
+        "jacobian_top": tokenizer.token_strings(row["jacobian_top"]),
+        "examples": examples,
+    }
+
+
+def numbers(rows: pa.Table, name: str) -> np.ndarray:
+    """float64[n], NaN where there is none."""
+    return rows[name].to_numpy().astype(np.float64)
+
+
+def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
+    """Distributions of figures over neurons, a panel for each figure and layer.
+
+    Args:
+        rows: Tables of several seeds, by kind of model.
+        path: Of the picture.
+    """
+    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 9, "axes.spines.top": False})
+    mpl.rcParams["axes.spines.right"] = False
+    layers = sorted(set(rows["TopK"][0]["layer"].to_pylist()))
+    shape = (len(FIGURES), len(layers))
+    figure, axes = plt.subplots(*shape, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False)
+    for across, (name, label) in zip(axes, FIGURES.items(), strict=True):
+        for panel, layer in zip(across, layers, strict=True):
+            for kind, tables in rows.items():
+                for seed, of_seed in enumerate(tables):
+                    of_layer = of_seed.filter(pa.compute.equal(of_seed["layer"], layer))
+                    values = np.sort(numbers(of_layer, name))
+                    values = values[~np.isnan(values)]
+                    shares = np.arange(1, len(values) + 1) / len(values)
+                    style = {"color": COLOUR_OF[kind], "linestyle": ("-", "--")[seed % 2], "linewidth": 1.4}
+                    panel.plot(values, shares, label=f"{kind}, seed {seed}", **style)
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.25)
+            if across is axes[0]:
+                panel.set_title(f"layer {layer}", fontsize=10)
+        across[0].set_ylabel("share of neurons below")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

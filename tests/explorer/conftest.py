@@ -1,0 +1,125 @@
+"""What the explorer's tests share: one explored run, and a server of it."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import http.client
+import json
+from pathlib import Path
+import shutil
+import threading
+import time
+from typing import Any
+from urllib.parse import urlencode
+
+import explored_run
+import pytest
+
+from topklm.explorer import app, server
+from topklm.explorer.index import Index
+from topklm.explorer.security import Guard
+from topklm.explorer.source import Source
+from topklm.neurons.folder import NeuronsFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A server that runs in this process."""
+
+    port: int
+    source: Source
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.host}"
+
+    def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
+        form: dict[str, str] | None = None,
+    ) -> Answer:
+        """One request, without following redirections."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = dict(headers or {})
+        if form is not None:
+            body, method = urlencode(form).encode(), "POST"
+            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            named = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, named, answer.read())
+
+
+@contextlib.contextmanager
+def serving(source: Source, token: str | None = None) -> Iterator[Site]:
+    listening = server.listen("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}) if token is None else None
+    running = server.make_server(Guard(app.create(source, lambda line: None), hosts, token))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield Site(port, source)
+    finally:
+        running.should_exit = True
+        thread.join(timeout=30)
+        listening.close()
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory) -> NeuronsFolder:
+    """Not to be changed."""
+    return explored_run.make(tmp_path_factory.mktemp("explored") / "village")
+
+
+@pytest.fixture
+def explored_copy(explored, tmp_path) -> NeuronsFolder:
+    """To be changed at will; labels written there go nowhere else."""
+    ignored = shutil.ignore_patterns(explored.index.name)
+    return NeuronsFolder(
+        Path(shutil.copytree(explored.run, tmp_path / "village", ignore=ignored)), explored.step
+    )
+
+
+@pytest.fixture(scope="module")
+def source(explored) -> Source:
+    return Source(explored)
+
+
+@pytest.fixture(scope="module")
+def index(source) -> Iterator[Index]:
+    with contextlib.closing(Index(source, lambda line: None)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def site(explored, tmp_path_factory) -> Iterator[Site]:
+    """Serves a copy, whose labels may be changed."""
+    run = shutil.copytree(explored.run, tmp_path_factory.mktemp("site") / "village")
+    with serving(Source(NeuronsFolder(Path(run), explored.step))) as served:
+        yield served

@@ -1,0 +1,360 @@
+"""Every page in a real browser: what a person does there, by mouse and by keyboard, wide and narrow."""
+
+import re
+import shutil
+
+import pytest
+
+from topklm.explorer.export import export
+
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+EVERY_PAGE = [
+    "/",
+    "/?columns=all&density.min=0.001",
+    "/neurons/0/3",
+    "/neurons/0/31",
+    "/neurons/1/17?text=The+old+baker",
+    "/prompt",
+    "/prompt?text=The+old+baker",
+    "/prompt?text=The+old+baker&token=4",
+    "/search?q=lantern",
+    "/search?kind=regex&q=lantern",
+    "/labels",
+    "/neurons/9/9",
+]
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 800}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, site):
+    """Opens pages that fail the test when they complain, or ask another machine for anything."""
+    complaints, contexts = [], []
+
+    def heard(message):
+        # That the page of a mistake has its status is no complaint of ours.
+        if message.type in ("error", "warning") and "the server responded with a status" not in message.text:
+            complaints.append(message.text)
+
+    def opened(path="/", address=None, **options):
+        context = browser.new_context(**{"viewport": WIDE, "base_url": site.address, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", heard)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        allowed = (site.address, "file://", "blob:", "data:")
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith(allowed) else complaints.append(request.url),
+        )
+        page.goto(address or path)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def serious_faults(page):
+    found = axe.Axe().run(page).response["violations"]
+    return [
+        (fault["id"], [node["html"][:200] for node in fault["nodes"][:3]])
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_has_a_serious_fault_for_people_who_see_or_move_otherwise(open_page, scheme):
+    page = open_page("/labels", color_scheme=scheme)
+    for path in EVERY_PAGE:
+        page.goto(path)
+        assert (path, serious_faults(page)) == (path, [])
+    page.goto("/neurons/0/3")
+    page.keyboard.press("v")
+    page.keyboard.press("w")
+    page.locator(".definitions summary").click()
+    page.keyboard.press("?")
+    assert serious_faults(page) == []
+
+
+def test_no_page_is_wider_than_a_phone(open_page):
+    page = open_page("/labels", viewport=PHONE, has_touch=True, is_mobile=True)
+    for path in EVERY_PAGE:
+        page.goto(path)
+        widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert (path, widths) == (path, [375, 375])
+    page.goto("/neurons/0/3")
+    page.get_by_role("button", name="Values").click()
+    page.get_by_role("button", name="Whole windows").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+def column(page, title):
+    heads = page.locator("table.neurons thead th").all_inner_texts()
+    place = next(n for n, head in enumerate(heads) if title in head)
+    return page.locator(f"table.neurons tbody tr > :nth-child({place + 1})").all_inner_texts()
+
+
+def test_the_table_sorts_filters_and_pages_and_the_address_says_how(open_page):
+    page = open_page("/")
+    assert page.locator("table.neurons tbody tr").count() == 50
+    page.get_by_role("link", name="Density").click()
+    page.wait_for_url("**/?sort=density")
+    page.get_by_role("link", name="Density").click()
+    page.wait_for_url("**/?sort=density&order=falling")
+    densities = [float(text.split()[0]) for text in column(page, "Density")]
+    assert densities == sorted(densities, reverse=True)
+    assert page.evaluate("document.activeElement.textContent").strip().endswith("Density")
+    page.reload()
+    assert [float(text.split()[0]) for text in column(page, "Density")] == densities
+    page.get_by_role("checkbox", name="1", exact=True).check()
+    page.get_by_text("Filter by value").click()
+    page.get_by_label("Density, at least").fill("0.2")
+    page.get_by_role("button", name="Apply").click()
+    page.wait_for_url("**density.min=0.2**")
+    assert all(float(text.split()[0]) >= 20 for text in column(page, "Density"))
+    assert all(text.startswith("1:") for text in column(page, "Neuron"))
+    page.get_by_role("link", name="Reset").click()
+    page.wait_for_url(re.compile(r"/$"))
+    page.get_by_role("link", name="next →").click()
+    page.wait_for_url("**/?page=2")
+    assert page.locator("table.neurons tbody tr").count() == 14
+    page.go_back()
+    page.wait_for_url(re.compile(r"/$"))
+    page.locator("table.neurons tbody tr").nth(49).wait_for()
+
+
+def test_a_value_that_makes_no_sense_is_said_to_be_wrong_where_it_was_typed(open_page):
+    page = open_page("/")
+    page.get_by_text("Filter by value").click()
+    page.get_by_label("Density, at least").fill("much")
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_role("alert").get_by_text("density.min = much: must be a number").wait_for()
+
+
+def test_neurons_are_walked_by_keyboard(open_page):
+    page = open_page("/neurons/0/3")
+    for key, place in (("j", "0/4"), ("ArrowRight", "0/5"), ("k", "0/4"), ("ArrowLeft", "0/3")):
+        page.keyboard.press(key)
+        page.wait_for_url(f"**/neurons/{place}")
+    page.keyboard.press("?")
+    page.get_by_role("heading", name="Keys").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="Keys").wait_for(state="hidden")
+    page.keyboard.press("g")
+    page.keyboard.type("1:7")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/neurons/1/7")
+    page.keyboard.press("/")
+    page.wait_for_url("**/search")
+    playwright.expect(page.get_by_role("searchbox")).to_be_focused()
+    page.keyboard.type("jk?")  # typed, not obeyed
+    assert page.get_by_role("searchbox").input_value() == "jk?"
+    page.goto("/neurons/1/7")
+    page.keyboard.press("r")
+    page.wait_for_url(re.compile(r"/neurons/\d+/\d+$"))
+
+
+def test_what_has_the_focus_can_be_seen(open_page):
+    page = open_page("/neurons/0/3")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        width = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
+        assert float(width.removesuffix("px")) >= 2
+
+
+def test_tabs_are_worked_by_keyboard(open_page):
+    page = open_page("/neurons/0/3")
+    page.get_by_role("tab", name="Strongest").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.get_by_role("tab", selected=True).first.inner_text().startswith("80")
+    assert page.url.endswith("/neurons/0/3")
+
+
+def test_an_examples_token_is_seen_and_more_of_its_text_on_demand(open_page):
+    page = open_page("/neurons/0/3")
+    # In a document longer than a window.
+    example = page.locator(".example").filter(has_text=re.compile(r"\bThe .{100,}")).first
+    assert example.locator("mark.here").is_visible()
+    before = len(example.locator(".text").inner_text())
+    more = example.get_by_role("button")
+    more.click()
+    whole = len(example.locator(".text").inner_text())
+    assert whole > before
+    more.click()
+    longer = re.compile(rf"^.{{{whole + 1},}}$", re.DOTALL)
+    playwright.expect(example.locator(".text")).to_have_text(longer)
+    assert example.locator("mark.here").count() == 1
+
+
+def test_the_activation_of_a_token_is_told(open_page):
+    page = open_page("/neurons/0/3")
+    mark = page.locator("mark.here").first
+    mark.hover()
+    told = mark.evaluate("m => getComputedStyle(m, '::after').content")
+    assert told == f'"{mark.get_attribute("data-v")}"'
+    page.keyboard.press("v")
+    mark = page.locator("mark[data-v]").nth(1)
+    assert mark.evaluate("m => getComputedStyle(m, '::after').position") == "static"
+
+
+def test_a_neuron_is_labelled_and_the_label_stays(open_page):
+    page = open_page("/neurons/1/11")
+    page.keyboard.press("l")
+    page.keyboard.type("<b>bold</b> & 'quoted'")
+    page.keyboard.press("Enter")
+    page.get_by_text("saved").wait_for()
+    page.reload()
+    assert page.get_by_label("Label").input_value() == "<b>bold</b> & 'quoted'"
+    page.goto("/labels")
+    page.get_by_role("link", name="<b>bold</b> & 'quoted'").click()
+    page.wait_for_url("**/neurons/1/11")
+    page.get_by_label("Label").fill("")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("saved").wait_for()
+    page.goto("/labels")
+    page.get_by_text("There are none yet").wait_for()
+
+
+def test_a_prompt_shows_neurons_that_lead_to_their_pages(open_page):
+    page = open_page("/prompt")
+    page.get_by_label("Text", exact=True).fill("The old <i>baker</i>")
+    page.get_by_role("button", name="Show neurons").click()
+    page.wait_for_url("**/prompt?text=*")
+    assert page.locator("table.prompt tbody tr").count() == 20  # one for each byte
+    page.reload()
+    assert page.locator("table.prompt tbody tr").count() == 20
+    page.locator("table.prompt tbody tr").nth(4).get_by_role("link", name="All 8 neurons").first.click()
+    page.get_by_role("heading", name="Token 4").wait_for()
+    name = page.locator("#chosen a.neuron-name").first
+    layer, neuron = name.inner_text().split(":")
+    name.click()
+    page.wait_for_url(f"**/neurons/{layer}/{neuron}")
+
+
+def test_a_prompt_that_is_too_long_is_said_to_be(open_page):
+    page = open_page("/prompt")
+    page.get_by_label("Text", exact=True).fill("a" * 300)
+    page.get_by_role("button", name="Show neurons").click()
+    page.get_by_role("alert").get_by_text("at most 127").wait_for()
+    assert page.get_by_label("Text", exact=True).input_value() == "a" * 300
+
+
+def test_a_neuron_is_tried_on_a_text_of_ones_own(open_page):
+    page = open_page("/neurons/1/17")
+    page.get_by_label("Text to run the model on").fill("The old baker found a lantern")
+    page.get_by_role("button", name="Show activations").click()
+    page.locator(".own").wait_for()
+    assert page.locator(".own").inner_text() == "The old baker found a lantern"
+    assert "text=The+old" in page.url
+
+
+def test_search_finds_passages_and_ranks_neurons(open_page):
+    page = open_page("/search")
+    page.get_by_role("searchbox").fill("lantern")
+    page.keyboard.press("Enter")
+    page.locator(".passages mark.found").first.wait_for()
+    page.get_by_label("regular expression").check()
+    page.get_by_role("searchbox").fill("lant(ern|h")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    page.get_by_role("searchbox").fill("lantern|boat")
+    page.keyboard.press("Enter")
+    page.get_by_text("matches:").wait_for()
+    page.locator("table.neurons a.neuron-name").first.click()
+    page.wait_for_url("**/neurons/**")
+
+
+def test_similar_neurons_are_links(open_page):
+    page = open_page("/neurons/0/3")
+    page.get_by_role("tab", name="By effect").click()
+    link = page.locator(".similar a.neuron-name:visible").first
+    place = link.inner_text().split()[0].replace(":", "/")
+    link.click()
+    page.wait_for_url(f"**/neurons/{place}")
+
+
+def test_a_neuron_is_copied_as_json(open_page, site):
+    page = open_page("/neurons/0/3", permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("link", name="Copy as JSON").click()
+    page.get_by_text("Copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == site.ask("/api/neurons/0/3").text
+
+
+def test_the_theme_is_chosen_and_remembered(open_page):
+    page = open_page("/", color_scheme="light")
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    light = page.evaluate(background)
+    page.get_by_role("button", name="Light or dark").click()
+    dark = page.evaluate(background)
+    assert dark != light
+    page.goto("/labels")
+    assert page.evaluate(background) == dark
+    page.keyboard.press("t")
+    assert page.evaluate(background) == light
+
+
+def test_markup_in_the_text_is_never_run(open_page, site):
+    page = open_page("/search?q=script")
+    assert page.locator(".passages li").count() >= 1
+    assert page.locator("main script, main img").count() == 0
+    page.goto("/prompt?text=%3Cimg+src%3Dx+onerror%3Dalert(1)%3E")
+    assert page.locator("main script, main img").count() == 0
+
+
+def test_without_scripts_everything_can_still_be_read_and_asked(open_page):
+    page = open_page("/neurons/0/3", java_script_enabled=False)
+    assert page.get_by_role("heading", name="Identity lens").is_visible()
+    page.goto("/prompt")
+    page.get_by_label("Text", exact=True).fill("The old baker")
+    page.get_by_role("button", name="Show neurons").click()
+    assert page.locator("table.prompt tbody tr").count() == 13
+
+
+def test_what_the_server_refuses_is_said_and_the_page_stays(open_page):
+    page = open_page("/")
+    page.route("**/?sort=*", lambda route: route.fulfill(status=503, body="too many"))
+    page.get_by_role("link", name="Density").click()
+    page.get_by_role("alert").get_by_text("too many").wait_for()
+    assert page.locator("table.neurons tbody tr").count() == 50
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_file_opens_from_disk_and_is_walked_and_sorted(open_page, source, tmp_path, scheme):
+    path = tmp_path / "neurons.html"
+    export(source, path)
+    page = open_page(address=path.as_uri(), color_scheme=scheme)
+    assert serious_faults(page) == []
+    page.get_by_role("button", name="Density").click()
+    densities = [float(text.split()[0]) for text in column(page, "Density")]
+    assert densities == sorted(densities)
+    link = page.locator("table.neurons a.neuron-name").nth(20)
+    place = link.inner_text().split()[0]
+    link.click()
+    page.get_by_role("heading", name=f"Neuron {place}").wait_for()
+    assert serious_faults(page) == []
+    assert page.locator("mark.here").first.is_visible()
+    page.keyboard.press("j")
+    playwright.expect(page).not_to_have_title(re.compile(rf"^{place}\b"))
+    page.reload()
+    page.locator("#neuron h1").wait_for()
+    page.go_back()
+    page.get_by_role("heading", name=f"Neuron {place}").wait_for()
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375

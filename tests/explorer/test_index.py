@@ -1,0 +1,165 @@
+"""The explorer's index: found things against plain loops, and files that are damaged or of something else."""
+
+import contextlib
+import sqlite3
+import threading
+
+import numpy as np
+import pytest
+
+from topklm.explorer.figures import FIGURES
+from topklm.explorer.index import Index, Wanted
+from topklm.explorer.source import Source
+from topklm.neurons.ranking import readable_first
+
+
+@contextlib.contextmanager
+def opened(folder, said):
+    with contextlib.closing(Index(Source(folder), said.append)) as index:
+        yield index
+
+
+def numbers(index, wanted=None):
+    return index.neurons(wanted or Wanted(), 0, 1000)[1]
+
+
+@pytest.mark.parametrize("name", [figure.name for figure in FIGURES])
+@pytest.mark.parametrize("falling", [False, True])
+def test_neurons_are_sorted_by_every_figure_with_those_without_it_last(source, index, name, falling):
+    found = source.column(name)[numbers(index, Wanted(name, falling))]
+    there = found[np.isfinite(found)]
+    assert np.isnan(found[len(there) :]).all()
+    np.testing.assert_array_equal(there, np.sort(there)[::-1] if falling else np.sort(there))
+
+
+def test_without_a_wish_the_readable_come_first(source, index):
+    assert numbers(index) == readable_first(source.rows).tolist()
+
+
+def test_neurons_are_filtered_by_layer_range_and_number(source, index):
+    density = source.column("density")
+    low, high = np.quantile(density, [0.3, 0.6])
+    wanted = Wanted(layers=(1,), ranges={"density": (low, high)}, numbers=range(0, 64, 2))
+    expected = {n for n in range(32, 64, 2) if low <= density[n] <= high}
+    assert expected
+    count, found = index.neurons(wanted, 0, 1000)
+    assert (count, set(found)) == (len(expected), expected)
+    assert numbers(index, Wanted(ranges={"density": (None, low)})) == [
+        n for n in numbers(index) if density[n] <= low
+    ]
+
+
+def test_a_page_is_a_part_of_the_whole(index):
+    everything = numbers(index)
+    assert index.neurons(Wanted(), 20, 10) == (64, everything[20:30])
+
+
+def test_words_are_found_in_the_text_of_the_store(source, index):
+    found = index.passages("lantern", 1000)
+    assert found
+    for passage in found:
+        assert "lantern" in "".join(text for text, _ in passage.pieces).lower()
+        assert any(matched and text.lower() == "lantern" for text, matched in passage.pieces)
+        assert "lantern" in source.plain_text(passage.begin, passage.begin + 128)
+        assert source.store.documents(passage.begin, passage.begin + 1)[0] == passage.document
+
+
+@pytest.mark.parametrize("words", ['"', "a OR", "NEAR(", "x*y^z", "-- ;drop table", "col:", "\x00", "(", "'"])
+def test_no_word_has_a_meaning_to_the_database(index, words):
+    index.passages(words, 5)
+    index.active_at(words, 5)
+
+
+def test_words_are_found_under_the_neurons_whose_examples_hold_them(source, index):
+    for number in index.active_at("lantern", 100):
+        row = source.row(number, ["examples", "example_parts"])
+        texts = [
+            source.plain_text(max(0, at - 40), at + 10)
+            for at, part in zip(row["examples"], row["example_parts"], strict=True)
+            if part == 0
+        ]
+        assert any("lantern" in text for text in texts)
+
+
+def test_it_is_made_once_and_opened_after_that(explored_copy):
+    said = []
+    for _ in range(3):
+        with opened(explored_copy, said) as index:
+            assert len(numbers(index)) == 64
+    assert len(said) == 1
+
+
+def spoil_middle(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 4
+    content[middle : 3 * middle] = b"\xaa" * (2 * middle)
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "rubbish": lambda path: path.write_bytes(b"this is no database " * 1000),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "middle": spoil_middle,
+    "another database": lambda path: (path.unlink(), sqlite3.connect(path).execute("CREATE TABLE x (y)")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_made_anew(explored_copy, damage):
+    said = []
+    with opened(explored_copy, said) as index:
+        expected = [numbers(index), index.passages("lantern", 50), index.active_at("the", 50)]
+    DAMAGE[damage](explored_copy.index)
+    with opened(explored_copy, said) as index:
+        assert [numbers(index), index.passages("lantern", 50), index.active_at("the", 50)] == expected
+    assert len(said) == 2
+    with opened(explored_copy, said) as index:
+        assert numbers(index) == expected[0]
+    assert len(said) == 2
+
+
+def test_an_index_of_other_statistics_is_made_anew(explored_copy):
+    said = []
+    with opened(explored_copy, said):
+        pass
+    explored_copy.table.write_bytes(rewritten(explored_copy))
+    with opened(explored_copy, said):
+        pass
+    assert len(said) == 2
+
+
+def rewritten(folder):
+    """The same table from another sample, as far as its metadata say."""
+    content = folder.table.read_bytes()
+    assert content.count(b"a village") >= 1
+    return content.replace(b"a village", b"a Village")
+
+
+def test_where_nothing_can_be_written_it_is_held_in_memory(explored_copy):
+    explored_copy.index.mkdir()  # root may write everywhere, but not over a folder
+    said = []
+    with opened(explored_copy, said) as index:
+        assert len(numbers(index)) == 64
+    assert list(explored_copy.path.glob(".index*")) == []
+
+
+def test_two_explorers_of_one_run_do_not_disturb_each_other(explored_copy):
+    results, errors = [], []
+
+    def explore():
+        try:
+            with opened(explored_copy, []) as index:
+                results.append(numbers(index))
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=explore) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(results) == 4
+    assert all(result == results[0] for result in results)
+    assert [path.name for path in explored_copy.path.iterdir() if "index" in path.name] == ["index.sqlite"]

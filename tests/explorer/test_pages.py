@@ -1,0 +1,138 @@
+"""How tokens are shaded and numbers written, and plots measured."""
+
+import math
+import re
+from xml.etree import ElementTree
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from topklm.explorer import figures, pages, plots
+
+TOKENS = st.lists(
+    st.tuples(st.text(max_size=6), st.one_of(st.just(0.0), st.floats(-100, 100, allow_subnormal=False))),
+    min_size=1,
+)
+
+
+@given(TOKENS)
+def test_pieces_hold_all_of_the_text_in_order(tokens):
+    texts, values = zip(*tokens, strict=True)
+    expected = "".join(text or (pages.UNFINISHED if value else "") for text, value in tokens)
+    assert "".join(piece.text for piece in pages.pieces(texts, values, 100.0)) == expected
+
+
+@given(TOKENS)
+def test_every_active_token_is_a_piece_of_its_own_and_no_other_is_shaded(tokens):
+    texts, values = zip(*tokens, strict=True)
+    shaded = [piece for piece in pages.pieces(texts, values, 100.0) if piece.level]
+    active = [(text.lstrip(" ") or text or pages.UNFINISHED, value) for text, value in tokens if value]
+    assert [(piece.text, piece.value) for piece in shaded] == [(t, figures.short(v)) for t, v in active]
+    assert all(
+        piece.level[0] == ("p" if value > 0 else "n")
+        for piece, (_, value) in zip(shaded, active, strict=True)
+    )
+
+
+def test_shades_rise_with_the_activation():
+    steps = [int(pages.level(value, 10)[1:]) for value in (0.01, 1, 1.01, 5, 9.99, 10, 12)]
+    assert steps == [1, 1, 2, 5, 10, 10, 10]
+    assert pages.level(0, 10) == ""
+
+
+def test_an_example_is_whole_and_its_token_stands_in_the_part_that_is_shown():
+    tokens, values = [f"t{n} " for n in range(128)], [0.0] * 128
+    values[100] = 2.0
+    html = str(pages.example_text({"tokens": tokens, "values": values, "example": 100}, 2.0))
+    hidden = "".join(re.findall(r'<span class="far">(.*?)</span>', html))
+    assert re.sub(r"<[^>]*>", "", html) == "".join(tokens)
+    assert 'class="p10 here" data-v="2.00">t100 </mark>' in html
+    assert "t100 " not in hidden
+    assert "t0 " in hidden
+    assert "t127 " in hidden
+
+
+@given(st.text())
+def test_no_text_leaves_its_place_in_the_page(text):
+    html = str(pages.shaded(pages.pieces([text, text], [1.0, 0.0], 1.0)))
+    found = ElementTree.fromstring(f"<p>{re.sub(r'[^ -~]', '?', html)}</p>")
+    assert {element.tag for element in found.iter()} <= {"p", "mark"}
+
+
+@pytest.mark.parametrize(
+    ("token", "seen"),
+    [(" the", "␣the"), ("the", "the"), ("  ", "␣␣"), ("a ", "a␣"), ("", "◌"), (" a b", "␣a b")],
+)
+def test_spaces_at_the_ends_of_a_lone_token_are_seen(token, seen):
+    assert pages.chip(token) == seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("share", 0.0123, "1.23\u00a0%"),
+        ("share", 0.00001, "0.0010\u00a0%"),
+        ("number", 0.00999, "0.0100"),
+        ("number", 0.000012, "1.2e\u221205"),
+        ("share", 1.0, "100\u00a0%"),
+        ("count", 1234567, "1,234,567"),
+        ("number", 2.0, "2.00"),
+        ("number", 0.0, "0"),
+        ("number", -12.34, "\u221212.3"),
+        ("number", 1234.5, "1,234"),
+        ("effect", 0.01, "+0.0100"),
+        ("effect", -0.01, "\u22120.0100"),
+        ("number", None, figures.MISSING),
+        ("number", math.nan, figures.MISSING),
+    ],
+)
+def test_numbers_are_written_for_people(kind, value, text):
+    assert figures.write_as(kind, value) == text
+
+
+def bars(svg, kind="rect"):
+    root = ElementTree.fromstring(str(svg))
+    return root, [element.attrib for element in root.iter(kind)]
+
+
+def test_a_histograms_bars_are_as_high_as_the_roots_of_their_counts():
+    counts = [0, 16, 4, 1, 0]
+    root, found = bars(plots.histogram(counts, 5.0, "activation", "tokens", "about <this>"))
+    heights = [float(bar["height"]) for bar in found]
+    np.testing.assert_allclose(np.array(heights) / heights[0], [1, 0.5, 0.25], atol=0.01)
+    assert [element.text for element in root.iter("title")] == ["1 to 2: 16", "2 to 3: 4", "3 to 4: 1"]
+    assert root.attrib["aria-label"] == "about <this>"
+
+
+def test_the_line_of_a_violin_stands_at_the_median():
+    axis = plots.Axis("density", 0.001, 1, True)
+    _, lines = bars(plots.violins([plots.Group("0", np.array([0.01, 0.1, 1.0]))], axis, "layer", "x"), "line")
+    ticks = {float(line["y1"]) for line in lines if line["class"] == "grid"}
+    middle = next(float(line["y1"]) for line in lines if line["class"] == "median")
+    assert any(abs(tick - middle) < 0.11 for tick in ticks)  # of 0.1
+    assert len(ticks) == 4
+
+
+def test_layers_without_any_value_leave_their_place_empty():
+    groups = [plots.Group("0", np.zeros(0)), plots.Group("1", np.array([1.0]))]
+    root, _ = bars(plots.violins(groups, plots.Axis("x", 0, 2), "layer", "x"))
+    assert len([e for e in root.iter("path") if e.attrib["class"] == "violin"]) == 1
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_inside(low, width):
+    axis = plots.Axis("x", low, low + width)
+    ticks = axis.ticks()
+    assert 1 <= len(ticks) <= 6
+    assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks)
+
+
+def test_points_stand_where_their_values_are():
+    x, y = plots.Axis("a", 0, 10), plots.Axis("b", 0, 10)
+    _, found = bars(plots.scatter([(0, 0, "zero", "/0"), (10, 10, "<ten>", "/1")], x, y, "two"), "circle")
+    (left, low), (right, high) = ((float(c["cx"]), float(c["cy"])) for c in found)
+    assert left < right
+    assert low > high
+    assert [c["data-address"] for c in found] == ["/0", "/1"]

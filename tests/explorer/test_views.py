@@ -1,0 +1,251 @@
+"""What pages show, against the store and the table read directly, and against the model."""
+
+import math
+
+import explored_run
+import numpy as np
+import pytest
+
+from topklm.errors import UserError
+from topklm.explorer.figures import BY_NAME
+from topklm.explorer.reading import Reader
+from topklm.explorer.source import NotThereError, shown
+from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.views import overview as overview_view
+from topklm.explorer.views import prompt as prompt_view
+from topklm.explorer.views import search as search_view
+from topklm.explorer.views.overview import Asked
+from topklm.neurons.find import rank
+
+
+@pytest.fixture(scope="module")
+def reader(source):
+    return Reader(str(source.folder.run), source.store.metadata)
+
+
+@pytest.fixture(scope="module")
+def dense(source):
+    """float32[S, N, D] from the store's events."""
+    store = source.store
+    found = np.zeros((2, store.n_tokens, explored_run.D), np.float32)
+    for layer in explored_run.LAYERS:
+        for neuron in range(explored_run.D):
+            events = store.neuron(layer, neuron)
+            found[layer, events.tokens, neuron] = events.values
+    return found
+
+
+def test_examples_hold_the_tokens_and_activations_of_the_store(source, dense):
+    store = source.store
+    for layer, neuron in ((0, 3), (1, 17)):
+        data = neuron_view.neuron(source, layer, neuron)
+        assert {example["part"] for example in data["examples"]} >= {0, 1, 5}
+        for example in data["examples"]:
+            begin, n = example["begin"], len(example["tokens"])
+            ids = store.tokens(begin, begin + n)
+            assert "".join(example["tokens"]) == shown(source.tokenizer.decode(ids))
+            np.testing.assert_array_equal(example["values"], dense[layer, begin : begin + n, neuron])
+            assert set(store.documents(begin, begin + n)) == {example["document"]}
+            assert begin + example["example"] == example["at"]
+            assert example["values"][example["example"]] == pytest.approx(example["activation"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 128, 1000])
+def test_a_window_is_as_large_as_its_document_lets_it_be_and_holds_its_token(source, size):
+    documents = source.store.documents(0, source.store.n_tokens)
+    for at in range(0, source.store.n_tokens, 37):
+        window = source.window(at, size)
+        assert window.begin <= at < window.begin + len(window.ids)
+        assert len(window.ids) == min(size, int((documents == documents[at]).sum()))
+        assert (documents[window.begin : window.begin + len(window.ids)] == documents[at]).all()
+        assert window.document == documents[at]
+
+
+def test_a_neurons_page_says_what_the_table_says(source):
+    data, row = neuron_view.neuron(source, 1, 4), source.row(explored_run.D + 4)
+    assert data["figures"] == {name: row[name] for name in BY_NAME}
+    assert data["effective_tokens"] == pytest.approx(math.exp(row["token_entropy_corrected"]))
+    assert data["histogram"]["counts"] == row["histogram"]
+    assert sum(data["histogram"]["counts"]) == row["n_active"]
+    assert [item["id"] for item in data["input_tokens"]] == row["top_tokens"]
+    assert [item["share"] for item in data["input_tokens"]] == row["top_token_shares"]
+    for lens in ("identity", "jacobian"):
+        for end in ("top", "bottom"):
+            assert [item["effect"] for item in data["output_tokens"][lens][end]] == row[
+                f"{lens}_{end}_effects"
+            ]
+    assert [item["neuron"] for item in data["similar"]["coactive"]] == row["coactive"]
+    assert (data["previous"], data["next"]) == ({"layer": 1, "neuron": 3}, {"layer": 1, "neuron": 5})
+
+
+def test_neighbours_go_on_from_layer_to_layer_and_round(source):
+    assert neuron_view.neuron(source, 0, 31)["next"] == {"layer": 1, "neuron": 0}
+    assert neuron_view.neuron(source, 1, 31)["next"] == {"layer": 0, "neuron": 0}
+    assert neuron_view.neuron(source, 0, 0)["previous"] == {"layer": 1, "neuron": 31}
+
+
+def test_a_dead_neuron_has_a_page_too(source):
+    data = neuron_view.neuron(source, *explored_run.DEAD)
+    assert data["dead"]
+    assert data["examples"] == []
+    assert data["figures"]["token_entropy"] is None
+    assert data["output_tokens"]["identity"]["top"]
+
+
+@pytest.mark.parametrize(("layer", "neuron"), [(2, 0), (-1, 0), (0, 32), (0, -1)])
+def test_neurons_that_there_are_not_are_said_to_be_none(source, reader, layer, neuron):
+    for view in (
+        lambda: neuron_view.neuron(source, layer, neuron),
+        lambda: neuron_view.context(source, layer, neuron, 0, 10),
+        lambda: neuron_view.on_text(source, reader, layer, neuron, "text"),
+    ):
+        with pytest.raises(NotThereError, match="must be"):
+            view()
+
+
+@pytest.mark.parametrize("at", [-1, 10**9])
+def test_tokens_that_there_are_not_are_said_to_be_none(source, at):
+    with pytest.raises(NotThereError, match="token"):
+        neuron_view.context(source, 0, 0, at, 10)
+
+
+def test_what_is_read_ahead_is_what_is_read_singly(source, dense):
+    source.read_ahead(1, 5, 20)
+    for neuron in (4, 5, 19, 20):
+        events = source.events(1, neuron)
+        np.testing.assert_array_equal(events.tokens, np.flatnonzero(dense[1, :, neuron]))
+        np.testing.assert_array_equal(events.values, dense[1, events.tokens, neuron])
+
+
+def test_a_text_of_ones_own_gives_what_the_store_holds_of_the_same_text(source, reader, dense):
+    text = explored_run.DOCUMENTS[2][:100]
+    begin = int(source.documents[0][2])
+    for layer, neuron in ((0, 3), (1, 17)):
+        data = neuron_view.on_text(source, reader, layer, neuron, text)
+        expected = dense[layer, begin : begin + len(data["tokens"]), neuron]
+        # The store keeps bfloat16.
+        np.testing.assert_allclose(data["values"], expected, rtol=2**-8, atol=1e-3)
+
+
+def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(source, reader, dense):
+    text = explored_run.DOCUMENTS[4][:90]
+    begin = int(source.documents[0][4])
+    data = prompt_view.prompt(source, reader, text)
+    assert len(data["tokens"]) == len(source.tokenizer.encode(text))
+    for place, token in enumerate(data["tokens"]):
+        for layer in token["layers"]:
+            found = np.zeros(explored_run.D)
+            strengths = [abs(neuron["activation"]) for neuron in layer["neurons"]]
+            assert strengths == sorted(strengths, reverse=True)
+            for neuron in layer["neurons"]:
+                found[neuron["neuron"]] = neuron["activation"]
+            if layer["layer"] == 0:  # silenced in the store only
+                found[explored_run.DEAD[1]] = 0
+            np.testing.assert_allclose(found, dense[layer["layer"], begin + place], rtol=2**-7, atol=1e-3)
+
+
+def test_texts_of_all_lengths_up_to_the_limit_are_read(source, reader):
+    assert reader.most_tokens == 127
+    for n in (1, 31, 32, 33, 127):
+        assert len(prompt_view.prompt(source, reader, "a" * n)["tokens"]) == n
+    with pytest.raises(UserError, match="text has 128 tokens: at most 127"):
+        prompt_view.prompt(source, reader, "a" * 128)
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_an_empty_prompt_is_refused(source, reader, text):
+    with pytest.raises(UserError, match="text is empty"):
+        prompt_view.prompt(source, reader, text)
+
+
+def test_half_a_character_is_read_as_a_sign_for_it(source, reader):
+    assert prompt_view.prompt(source, reader, "a\ud800b")["tokens"]
+
+
+def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source, index):
+    data = overview_view.overview(source, index, Asked())
+    assert [layer["n_dead"] for layer in data["layers"]] == [1, 0]
+    alive = source.column("density")[:32][source.column("n_active")[:32] > 0]
+    assert data["layers"][0]["median"]["density"] == pytest.approx(np.median(alive))
+    assert data["table"]["count"] == 64
+    assert len(data["table"]["neurons"]) == 50
+
+
+def test_a_link_says_what_it_asked_for():
+    asked = Asked.of(
+        {
+            "sort": "density",
+            "order": "falling",
+            "layer": "1,0",
+            "density.min": "1e-3",
+            "page": "2",
+            "columns": "all",
+        },
+        (0, 1),
+    )
+    assert asked == Asked("density", True, (1, 0), {"density": (0.001, None)}, False, True, 2)
+    assert Asked.of(asked.query(), (0, 1)) == asked
+    assert Asked().query() == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sort": "name; DROP TABLE neurons"},
+        {"layer": "2"},
+        {"layer": "x"},
+        {"page": "0"},
+        {"page": "-1"},
+        {"page": "²"},
+        {"density.min": "much"},
+        {"density.max": "nan"},
+        {"density.max": "inf"},
+    ],
+)
+def test_a_link_without_sense_is_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)).split(".")[0]):
+        Asked.of(wrong, (0, 1))
+
+
+def test_a_page_that_is_not_there_is_refused(source, index):
+    with pytest.raises(UserError, match="page 3: must be from 1 to 2"):
+        overview_view.overview(source, index, Asked(page=3))
+
+
+def test_a_random_neuron_is_alive_and_not_always_the_same(source):
+    found = {overview_view.random_neuron(source, seed) for seed in range(300)}
+    assert explored_run.DEAD not in found
+    assert len(found) > 50
+
+
+def test_words_find_passages_neurons_and_labels(source, index):
+    data = search_view.words(source, index, "lantern")
+    assert data["passages"]
+    assert data["neurons"]
+    assert data["labelled"] == []
+    with pytest.raises(UserError, match="empty"):
+        search_view.words(source, index, " ")
+
+
+def test_a_pattern_ranks_neurons_as_find_does(source):
+    data = search_view.regex(source, "lan?tern|boat")
+    text = source.plain_text(0, source.store.n_tokens)
+    assert data["n_matches"] == text.count("lantern") + text.count("latern") + text.count("boat")
+    found = rank(source.store, source.stored_text.tokens_matching("lan?tern|boat"), 50)
+    assert [(n["layer"], n["neuron"], n["f1"]) for n in data["neurons"]] == [
+        (r.layer, r.neuron, r.f1) for r in found
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["(", "", "a" * 1001, "x*"])
+def test_a_pattern_of_no_use_is_refused(source, pattern):
+    with pytest.raises(UserError, match="regex"):
+        search_view.regex(source, pattern)
+
+
+def test_a_character_of_several_tokens_stands_whole_at_its_last(source):
+    ids = source.tokenizer.encode("a\u00e9\u4e2db")
+    assert source.running_texts(ids) == ["a", "", "\u00e9", "", "", "\u4e2d", "b"]
+    cut = source.running_texts(ids[2:])  # it begins within a character, which is shown by its bytes
+    assert cut[0] == "\\xa9"
+    assert cut[1:] == ["", "", "\u4e2d", "b"]

@@ -1,0 +1,291 @@
+"""The explorer's addresses: which page or JSON is answered to which request.
+
+What takes long is done in threads of its own, one at a time for the model and one for regular expressions, so
+that whoever asks for it makes nobody else wait.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+from urllib.parse import urlencode
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from topklm.errors import UserError
+from topklm.explorer import pages
+from topklm.explorer.asking import BusyError, field, file, in_thread, in_turn, number
+from topklm.explorer.index import Index
+from topklm.explorer.reading import Reader
+from topklm.explorer.security import comes_from_elsewhere
+from topklm.explorer.source import NotThereError, Source
+from topklm.explorer.static_files import StaticFiles
+from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.views import overview as overview_view
+from topklm.explorer.views import prompt as prompt_view
+from topklm.explorer.views import search as search_view
+from topklm.explorer.views.overview import Asked
+from topklm.neurons.labels import MAX_CHARACTERS
+
+_LONGEST_LINK = 60_000  # characters
+
+
+def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
+    """The application.
+
+    Args:
+        source: What the pages are about.
+        report: Is told when the index is made.
+    """
+    here = _Explorer(source, Index(source, report))
+    routes = [
+        Route("/", here.overview),
+        Route("/random", here.random),
+        Route("/neurons/{layer:int}/{neuron:int}", here.neuron),
+        Route("/neurons/{layer:int}/{neuron:int}/text", here.to_text, methods=["POST"]),
+        Route("/neurons/{layer:int}/{neuron:int}/label", here.label, methods=["POST"]),
+        Route("/go", here.go),
+        Route("/prompt", here.prompt),
+        Route("/prompt", here.to_prompt, methods=["POST"]),
+        Route("/search", here.search),
+        Route("/labels", here.labels),
+        Route("/api/overview", here.overview_json),
+        Route("/api/neurons/{layer:int}/{neuron:int}", here.neuron_json),
+        Route("/api/neurons/{layer:int}/{neuron:int}/context", here.context_json),
+        Route("/api/neurons/{layer:int}/{neuron:int}/text", here.text_json, methods=["POST"]),
+        Route("/api/neurons/{layer:int}/{neuron:int}/label", here.label_json, methods=["POST"]),
+        Route("/api/prompt", here.prompt_json, methods=["POST"]),
+        Route("/api/search", here.search_json),
+        Route("/api/labels.json", here.labels_json),
+        Route("/api/labels.csv", here.labels_csv),
+        Route("/static/{version}/{name}", here.files.answer),
+    ]
+    errors: dict[Any, Any] = {
+        UserError: here.mistake,
+        BusyError: here.busy,
+        HTTPException: here.http_error,
+        Exception: here.bug,
+    }
+    return Starlette(routes=routes, exception_handlers=errors)
+
+
+class _Explorer:
+    """What answers; ways that end on `_json` give data, the others pages."""
+
+    def __init__(self, source: Source, index: Index):
+        self._source, self._index = source, index
+        self._reader = Reader(str(source.folder.run), source.store.metadata)
+        self.files = StaticFiles()
+        self._templates = pages.environment()
+        self._templates.globals["static"] = f"/static/{self.files.version}"
+        self._model_turn = anyio.CapacityLimiter(1)
+        self._regex_turn = anyio.CapacityLimiter(1)
+
+    # Pages
+
+    def overview(self, request: Request) -> Response:
+        asked = self._asked(request)
+        data = overview_view.overview(self._source, self._index, asked)
+        return self._page(
+            request, "overview.html", data=data, asked=asked, sorting=pages.Sorting(asked), drawn=self._plots
+        )
+
+    def random(self, _request: Request) -> Response:
+        layer, neuron = overview_view.random_neuron(self._source)
+        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+
+    def go(self, request: Request) -> Response:
+        """To the neuron that was typed as 1:137 or 1/137."""
+        text = request.query_params.get("neuron", "").strip()
+        parts = text.replace("/", ":").split(":")
+        if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+            raise UserError(
+                f"neuron = {text}: must be LAYER:NEURON, e.g. {self._source.measured.layers[0]}:17"
+            )
+        layer, neuron = map(int, parts)
+        self._source.number(layer, neuron)
+        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+
+    async def neuron(self, request: Request) -> Response:
+        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
+        data = await in_thread(neuron_view.neuron, self._source, layer, neuron)
+        text, own, problem = request.query_params.get("text", ""), None, ""
+        if text and not comes_from_elsewhere(request.headers):
+            try:
+                own = await self._with_model(neuron_view.on_text, layer, neuron, text)
+            except UserError as e:
+                problem = str(e)
+        return await in_thread(
+            self._page, request, "neuron.html", data=data, text=text, own=own, problem=problem
+        )
+
+    async def to_text(self, request: Request) -> Response:
+        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
+        self._source.number(layer, neuron)
+        text = await field(request, "text")
+        return await self._to(f"/neurons/{layer}/{neuron}", text, "#own-text")
+
+    async def label(self, request: Request) -> Response:
+        layer, neuron = await self._set_label(request)
+        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+
+    async def prompt(self, request: Request) -> Response:
+        text, data, problem = request.query_params.get("text", ""), None, ""
+        if text and not comes_from_elsewhere(request.headers):
+            try:
+                data = await self._with_model(prompt_view.prompt, text)
+            except UserError as e:
+                problem = str(e)
+        chosen = number(request, "token") if data and "token" in request.query_params else None
+        if data and chosen is not None and chosen >= len(data["tokens"]):
+            raise NotThereError(f"token {chosen}: the text has {len(data['tokens'])}, counted from 0")
+
+        def at_link(token: int | None) -> str:
+            return "/prompt?" + urlencode({"text": text} | ({} if token is None else {"token": token}))
+
+        answer = {"text": text, "data": data, "problem": problem, "chosen": chosen, "at_link": at_link}
+        token = data["tokens"][chosen] if data and chosen is not None else None
+        limits = {
+            "most_tokens": self._reader.most_tokens,
+            "highest": prompt_view.highest(data) if data else {},
+            "usual": prompt_view.usual_tokens(self._source, token) if token else {},
+        }
+        return await in_thread(
+            self._page, request, "prompt.html", 400 if problem else 200, **answer, **limits
+        )
+
+    async def to_prompt(self, request: Request) -> Response:
+        return await self._to("/prompt", await field(request, "text"))
+
+    async def search(self, request: Request) -> Response:
+        asked, data, problem = request.query_params, None, ""
+        if asked.get("q") and not comes_from_elsewhere(request.headers):
+            try:
+                data = await self._found(request)
+            except UserError as e:
+                problem = str(e)
+        answer = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
+        return await in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
+
+    def labels(self, request: Request) -> Response:
+        return self._page(request, "labels.html", neurons=search_view.labelled(self._source))
+
+    # Data
+
+    def overview_json(self, request: Request) -> Response:
+        return JSONResponse(overview_view.overview(self._source, self._index, self._asked(request)))
+
+    def neuron_json(self, request: Request) -> Response:
+        place = request.path_params
+        return JSONResponse(neuron_view.neuron(self._source, place["layer"], place["neuron"]))
+
+    def context_json(self, request: Request) -> Response:
+        place = request.path_params
+        at, size = (number(request, name) for name in ("at", "size"))
+        data = neuron_view.context(self._source, place["layer"], place["neuron"], at, size)
+        strongest = self._source.row(self._source.number(place["layer"], place["neuron"]), ["max_activation"])
+        shaded = pages.pieces(data["tokens"], data["values"], strongest["max_activation"], data["example"])
+        return JSONResponse({**data, "pieces": [dataclasses.asdict(piece) for piece in shaded]})
+
+    async def text_json(self, request: Request) -> Response:
+        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
+        text = await field(request, "text")
+        return JSONResponse(await self._with_model(neuron_view.on_text, layer, neuron, text))
+
+    async def label_json(self, request: Request) -> Response:
+        layer, neuron = await self._set_label(request)
+        return JSONResponse(
+            {"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)}
+        )
+
+    async def prompt_json(self, request: Request) -> Response:
+        return JSONResponse(await self._with_model(prompt_view.prompt, await field(request, "text")))
+
+    async def search_json(self, request: Request) -> Response:
+        return JSONResponse(await self._found(request))
+
+    def labels_json(self, _request: Request) -> Response:
+        return file(self._source.labels.as_json(), "application/json", "labels.json")
+
+    def labels_csv(self, _request: Request) -> Response:
+        return file(self._source.labels.as_csv(), "text/csv; charset=utf-8", "labels.csv")
+
+    # Errors
+
+    def mistake(self, request: Request, error: Exception) -> Response:
+        return self._error(request, 404 if isinstance(error, NotThereError) else 400, str(error))
+
+    def busy(self, request: Request, _error: Exception) -> Response:
+        return self._error(request, 503, "too many are waiting for this already: try again in a moment")
+
+    def http_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = "there is no such page" if error.status_code == 404 else error.detail
+        return self._error(request, error.status_code, said, dict(error.headers or {}))
+
+    def bug(self, request: Request, _error: Exception) -> Response:
+        return self._error(request, 500, "this page could not be made; the terminal says why")
+
+    def _error(
+        self, request: Request, status: int, message: str, headers: dict[str, str] | None = None
+    ) -> Response:
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": message}, status, headers)
+        answer = self._page(request, "error.html", status, message=message, code=status)
+        answer.headers.update(headers or {})
+        return answer
+
+    # What they share
+
+    def _page(self, request: Request, template: str, status: int = 200, **content: Any) -> Response:
+        measured = self._source.measured
+        theme = request.cookies.get("topklm_theme")
+        theme = theme if theme in ("light", "dark") else ""
+        about = {
+            "measured": measured,
+            "theme": theme,
+            "page": template.removesuffix(".html"),
+            "max_label": MAX_CHARACTERS,
+        }
+        text = self._templates.get_template(template).render({**about, **content})
+        return HTMLResponse(text, status, {"cache-control": "no-store"})
+
+    @functools.cached_property
+    def _plots(self) -> dict[str, Any]:
+        return {"layers": pages.layer_plots(self._source), "entropies": pages.entropy_map(self._source)}
+
+    def _asked(self, request: Request) -> Asked:
+        # Of several boxes with one name, all that are ticked.
+        several = {"layer": ",".join(request.query_params.getlist("layer"))}
+        return Asked.of({**dict(request.query_params), **several}, self._source.measured.layers)
+
+    async def _found(self, request: Request) -> dict[str, Any]:
+        asked = request.query_params
+        text, kind = asked.get("q", ""), asked.get("kind", "words")
+        if kind not in search_view.KINDS:
+            raise UserError(f"kind = {kind}: must be one of {', '.join(search_view.KINDS)}")
+        if kind == "words":
+            return await in_thread(search_view.words, self._source, self._index, text)
+        options = (asked.get("case") != "1", asked.get("ends") == "1")
+        return await in_turn(self._regex_turn, search_view.regex, self._source, text, *options)
+
+    async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
+        return await in_turn(self._model_turn, view, self._source, self._reader, *arguments)
+
+    async def _set_label(self, request: Request) -> tuple[int, int]:
+        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
+        self._source.number(layer, neuron)
+        await in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
+        return layer, neuron
+
+    async def _to(self, path: str, text: str, place: str = "") -> Response:
+        """A page about a text has the text in its link, so that it can be reloaded and sent to others."""
+        link = f"{path}?{urlencode({'text': text}, errors='replace')}{place}"
+        if len(link) > _LONGEST_LINK:
+            raise UserError(f"text has {len(text):,} characters, which is too long: shorten it")
+        return RedirectResponse(link, 303)

@@ -1,0 +1,118 @@
+"""The same pages in one file that opens from a disk, without a server.
+
+Pages of neurons stand in the file compressed, and a script shows the one that the address asks for
+(#/neurons/1/17); the overview sorts itself. Nothing is loaded from anywhere: the file's own policy allows no
+script but ours, and no address.
+"""
+
+import base64
+from collections.abc import Iterator, Sequence
+import hashlib
+import importlib.resources
+from pathlib import Path
+import zlib
+
+import jinja2
+
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.explorer import pages
+from topklm.explorer.source import Source
+from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.views import overview as overview_view
+from topklm.files import write_atomically
+from topklm.neurons.ranking import readable_first
+
+EXAMPLE_TOKENS = 64  # of a window; a file with all neurons is to stay one that browsers like
+_LEVEL = 6  # of compression
+_AHEAD = 32  # neurons whose events are read at once
+
+_SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
+
+
+def export(source: Source, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
+    """Writes the file, whole or not at all.
+
+    Args:
+        source: What the pages are about.
+        path: Of the file.
+        neurons: Layer and number of each that gets a page; default all of them.
+
+    Returns:
+        How many neurons have a page.
+
+    Raises:
+        UserError: If there is no such neuron, or the file cannot be written.
+    """
+    numbers = chosen(source, neurons)
+    held = {source.place(number) for number in numbers}
+    templates = pages.environment()
+    templates.globals["link"] = lambda layer, neuron: (
+        f"#/neurons/{layer}/{neuron}" if (layer, neuron) in held else None
+    )
+    labels = source.named()
+    script, style = _script(), _static("style.css")
+    text = templates.get_template("export.html").render(
+        measured=source.measured,
+        layers=overview_view.layers(source),
+        drawn=pages.layer_plots(source),
+        neurons=[neuron_view.summary(source, number, labels) for number in numbers],
+        pages=_pages(source, templates, numbers),
+        script=script,
+        style=style,
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:",
+    )
+    with disk_errors_are_user_errors(f"writing {path}"):
+        if not path.parent.is_dir():
+            raise UserError(
+                f"--export = {path}: there is no folder {path.parent}; make it, or choose another"
+            )
+        write_atomically(path, text.encode())
+    return len(numbers)
+
+
+def chosen(source: Source, neurons: Sequence[tuple[int, int]] | None) -> list[int]:
+    """Numbers of the neurons, the most readable first.
+
+    Raises:
+        UserError: If there is no such neuron.
+    """
+    order = readable_first(source.rows).tolist()
+    if neurons is None:
+        return order
+    wanted = {source.number(layer, neuron) for layer, neuron in neurons}
+    return [number for number in order if number in wanted]
+
+
+def _pages(source: Source, templates: jinja2.Environment, numbers: Sequence[int]) -> Iterator[dict[str, str]]:
+    body = templates.get_template("export_neuron.html")
+    d, held = source.measured.d_model, set[tuple[int, int]]()
+    for number in sorted(numbers):
+        layer, neuron = source.place(number)
+        if (layer, neuron) not in held:
+            begin = neuron - neuron % _AHEAD
+            end = min(begin + _AHEAD, d)
+            source.read_ahead(layer, begin, end)
+            held = {(layer, other) for other in range(begin, end)}
+        data = neuron_view.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS)
+        text = body.render(data=data, prefix="", own_text=False, example_tokens=EXAMPLE_TOKENS)
+        packed = base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode()
+        yield {
+            "id": f"n-{layer}-{neuron}",
+            "title": f"{layer}:{neuron} {data['label']}".strip(),
+            "packed": packed,
+        }
+
+
+def _script() -> str:
+    """Our modules as one script: what they export and import has one name everywhere."""
+    lines = "\n".join(_static(name) for name in _SCRIPTS).splitlines()
+    kept = [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
+    return "(() => {\n" + "\n".join(kept) + "\n})();\n"
+
+
+def _static(name: str) -> str:
+    return importlib.resources.files("topklm.explorer").joinpath("static", name).read_text("utf-8")
+
+
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

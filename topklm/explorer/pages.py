@@ -1,0 +1,279 @@
+"""Draws pages from the data of `topklm.explorer.views`: templates, plots, and how tokens are shaded."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from markupsafe import Markup, escape
+import numpy as np
+
+from topklm.explorer import figures, plots
+from topklm.explorer.index import READABLE
+from topklm.explorer.source import Source
+from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.views.overview import Asked
+
+# In the place of a token that only begins a character.
+UNFINISHED = "◌"
+
+SHADES = 10  # steps of the shading of tokens
+
+# Tokens before and behind an example's own that are shown until a reader asks for more.
+_NEAR_BEFORE, _NEAR_BEHIND = 28, 14
+_MOST_POINTS = 2000
+_DENSITY_LOW = 1e-5
+
+
+def environment() -> jinja2.Environment:
+    """Templates with everything that they call; whatever text they are given is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("topklm.explorer"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        figure=lambda value, name: figures.written(name, value),
+        count=lambda value: figures.write_as("count", value),
+        share=lambda value: figures.write_as("share", value),
+        effect=lambda value: figures.write_as("effect", value),
+        short=lambda value: figures.write_as("number", value),
+        query=urlencode,
+        chip=chip,
+    )
+    made.globals.update(
+        figures=figures.FIGURES,
+        figure_of=figures.BY_NAME,
+        definitions=figures.DEFINITIONS,
+        part_titles=neuron_view.part_titles(),
+        pieces=pieces,
+        shaded=shaded,
+        example_text=example_text,
+        level=level,
+        activation_histogram=activation_histogram,
+        share_bar=share_bar,
+        first_columns=[figure for figure in figures.FIGURES if figure.first],
+        example_tokens=neuron_view.EXAMPLE_TOKENS,
+        link=neuron_address,
+        labels_of=lambda labels: {(item["layer"], item["neuron"]): item["label"] for item in labels},
+    )
+    return made
+
+
+def neuron_address(layer: int, neuron: int) -> str:
+    """The stable link of a neuron."""
+    return f"/neurons/{layer}/{neuron}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorting:
+    """The heads of the overview's table: what it is sorted by, and links that sort it otherwise."""
+
+    asked: Asked
+
+    @property
+    def sort(self) -> str:
+        """The figure, or "readable"."""
+        return self.asked.sort
+
+    @property
+    def falling(self) -> bool:
+        """The largest first."""
+        return self.asked.falling
+
+    @property
+    def columns(self) -> list[figures.Figure]:
+        """Those shown: the first ones and what is sorted or filtered by, or all."""
+        named = {self.asked.sort, *self.asked.ranges}
+        return [f for f in figures.FIGURES if self.asked.all_columns or f.first or f.name in named]
+
+    @property
+    def without_sort(self) -> str:
+        """The query of the same neurons in the order that nobody has to ask for."""
+        return self._query(sort=READABLE, falling=False)
+
+    def link(self, name: str) -> str:
+        """Sorts by a figure; by the same one again, the other way round."""
+        falling = not self.falling if name == self.sort else False
+        return f"/?{self._query(sort=name, falling=falling)}"
+
+    def page_link(self, page: int) -> str:
+        """To another page of the same table."""
+        return f"/?{urlencode(dataclasses.replace(self.asked, page=page).query())}"
+
+    def _query(self, **changes: Any) -> str:
+        return urlencode(dataclasses.replace(self.asked, page=1, **changes).query())
+
+
+def chip(token: str) -> str:
+    """A token by itself: a space at its ends would not be seen."""
+    inside = token.strip(" ")
+    if not inside:
+        return "␣" * len(token) or UNFINISHED
+    before, behind = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
+    return "␣" * before + inside + "␣" * behind
+
+
+def level(value: float, strongest: float) -> str:
+    """The class of a shade: p1 to p10 for positive activations, n1 to n10 for negative ones."""
+    if not value or not strongest:
+        return ""
+    step = min(SHADES, max(1, math.ceil(SHADES * abs(value) / strongest)))
+    return f"{'p' if value > 0 else 'n'}{step}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that is drawn alike.
+
+    Attributes:
+        text: As it is shown.
+        level: Class of its shade; empty where the neuron is not active.
+        value: The activation, written.
+        example: Whether it is the token that all this is about.
+    """
+
+    text: str
+    level: str = ""
+    value: str = ""
+    example: bool = False
+
+
+def pieces(
+    tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
+) -> list[Piece]:
+    """Text in as few pieces as can be: tokens that are not active are joined.
+
+    Args:
+        tokens: T strings.
+        values: T activations.
+        strongest: What the darkest shade stands for.
+        example: The token that all this is about.
+    """
+    found, plain = list[Piece](), list[str]()
+    for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        if not value and place != example:
+            plain.append(token)
+            continue
+        # A space before a word is not shaded: it would be where lines break.
+        word = token.lstrip(" ") or token or UNFINISHED
+        plain.append(token[: max(0, len(token) - len(word))])
+        if before := "".join(plain):
+            found.append(Piece(before))
+        plain = []
+        found.append(Piece(word, level(value, strongest) or "p0", figures.short(value), place == example))
+    if behind := "".join(plain):
+        found.append(Piece(behind))
+    return found
+
+
+def shaded(parts: Sequence[Piece]) -> Markup:
+    """Pieces as HTML. Not a template: pages have thousands of them."""
+    drawn = []
+    for part in parts:
+        text = str(escape(part.text))
+        if part.level:
+            here = " here" if part.example else ""
+            text = f'<mark class="{part.level}{here}" data-v="{part.value}">{text}</mark>'
+        drawn.append(text)
+    return Markup("".join(drawn))
+
+
+def example_text(example: Mapping[str, Any], strongest: float) -> Markup:
+    """An example's text; what stands far before and behind its token is hidden until a reader wants it."""
+    tokens, values, at = example["tokens"], example["values"], example["example"]
+    begin, end = max(0, at - _NEAR_BEFORE), min(len(tokens), at + _NEAR_BEHIND + 1)
+    near = pieces(tokens[begin:end], values[begin:end], strongest, at - begin)
+    drawn = [shaded(near)]
+    if begin:
+        drawn.insert(
+            0, Markup(f'<span class="far">{shaded(pieces(tokens[:begin], values[:begin], strongest))}</span>')
+        )
+    if end < len(tokens):
+        drawn.append(
+            Markup(f'<span class="far">{shaded(pieces(tokens[end:], values[end:], strongest))}</span>')
+        )
+    return Markup("").join(drawn)
+
+
+def activation_histogram(data: Mapping[str, Any]) -> Markup:
+    """Of a neuron's page."""
+    counts, highest = data["histogram"]["counts"], data["figures"]["max_activation"]
+    about = (
+        f"Histogram of the activations of neuron {data['neuron']} of layer {data['layer']}, from 0 to "
+        f"{figures.short(highest)}; {figures.write_as('count', sum(counts))} tokens."
+    )
+    return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
+
+
+def share_bar(share: float, kind: str = "") -> Markup:
+    """A bar beside a number, from 0 to 1."""
+    width = 60 * min(max(share, 0), 1)
+    return Markup(
+        f'<svg class="share {kind}" viewBox="0 0 60 8" aria-hidden="true"><path class="track" '
+        f'd="M0 0h60v8h-60z"/><path class="fill" d="M0 0h{width:.0f}v8h-{width:.0f}z"/></svg>'
+    )
+
+
+def layer_plots(source: Source) -> list[dict[str, Any]]:
+    """The overview's plots, layers side by side, each with a title and a sentence."""
+    measured, d = source.measured, source.measured.d_model
+    parts = [(str(layer), slice(place * d, (place + 1) * d)) for place, layer in enumerate(measured.layers)]
+
+    def groups(name: str) -> list[plots.Group]:
+        values = source.column(name)
+        found = [(layer, values[part]) for layer, part in parts]
+        return [plots.Group(layer, v[np.isfinite(v)]) for layer, v in found]
+
+    density = groups("density")
+    living = [plots.Group(group.name, group.values[group.values > 0]) for group in density]
+    least = min((float(group.values.min()) for group in living if len(group.values)), default=_DENSITY_LOW)
+    shares = plots.Axis("density, share of tokens", 10 ** math.floor(math.log10(least)), 1, True, _percent)
+    found = [
+        {
+            "title": "Density",
+            "about": "How often neurons are active. The line is the median; dead neurons are left out.",
+            "plot": plots.violins(living, shares, "layer", "Density of the neurons of each layer."),
+        }
+    ]
+    for name, title, about in (
+        ("token_entropy_corrected", "Token entropy", "Low: few tokens. High: many."),
+        ("semantic_entropy_corrected", "Semantic entropy", "The same after similar tokens are merged."),
+    ):
+        values = groups(name)
+        axis = plots.Axis(f"{title.lower()}, nats", 0, _highest([group.values for group in values]))
+        plot = plots.violins(values, axis, "layer", f"{title} of the neurons of each layer, nats.")
+        found.append({"title": title, "about": about, "plot": plot})
+    dead = [(layer, int((source.column("n_active")[part] == 0).sum())) for layer, part in parts]
+    said = f"Never active on these {measured.n_tokens:,} tokens, of {d:,} in each layer."
+    plot = plots.bars(dead, max(d // 10, *(n for _, n in dead)), "layer", "dead neurons", said)
+    found.append({"title": "Dead neurons", "about": said, "plot": plot})
+    return found
+
+
+def entropy_map(source: Source) -> Markup:
+    """Every neuron by its two entropies; of very many, as many as can be told apart."""
+    across, up = source.column("token_entropy_corrected"), source.column("semantic_entropy_corrected")
+    there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
+    there = there[:: max(1, -(-len(there) // _MOST_POINTS))]
+    points = []
+    for number in there.tolist():
+        layer, neuron = source.place(number)
+        title = f"layer {layer}, neuron {neuron}"
+        points.append((float(across[number]), float(up[number]), title, neuron_address(layer, neuron)))
+    x = plots.Axis("token entropy, nats", 0, _highest([across[there]]))
+    y = plots.Axis("semantic entropy, nats", 0, _highest([up[there]]))
+    about = f"{len(points):,} neurons by token entropy and semantic entropy."
+    return plots.scatter(points, x, y, about, (860, 300))
+
+
+def _highest(values: Sequence[np.ndarray]) -> float:
+    return max((float(v.max()) for v in values if len(v)), default=1.0) * 1.05 or 1.0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}\N{NO-BREAK SPACE}%"

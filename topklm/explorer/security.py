@@ -1,0 +1,159 @@
+"""Who may ask the explorer for what: the checks that every request passes before a page sees it.
+
+A browser that runs somebody else's page can be made to send requests to this machine. Hence: only the names
+under which the server was started are answered (else another site's name could be pointed here), what
+changes anything has to come from our own pages, and on other addresses than the loopback a token is needed.
+"""
+
+import asyncio
+from collections.abc import Mapping
+import hmac
+import ipaddress
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY = 64 * 1024  # bytes
+BODY_SECONDS = 10.0  # in which a body has to arrive
+COOKIE = "topklm_token"
+
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+HEADERS: Mapping[str, str] = {
+    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    # Not no-referrer: browsers would then send "Origin: null" with our own forms.
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Refuses requests that should not be answered, and adds the headers that keep pages in their place.
+
+    Args:
+        app: What is guarded.
+        hosts: Names, with ports, under which the server is asked for; None: any, for then there is a token.
+        token: What whoever asks has to show, once as `?token=`, then by a cookie; None: nothing.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None = None):
+        self._app, self._hosts, self._token = app, hosts, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or lets it through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    added.setdefault(name, value)
+            await send(message)
+
+        if refusal := self._refusal(scope, headers):
+            await refusal(scope, receive, send_guarded)
+            return
+        if scope["method"] in _SAFE_METHODS:
+            await self._app(scope, receive, send_guarded)
+            return
+        try:
+            body = await asyncio.wait_for(_read(receive), BODY_SECONDS)
+        except TimeoutError:
+            await _refused(408, "the request came too slowly")(scope, receive, send_guarded)
+            return
+        if len(body) > MAX_BODY:
+            await _too_large()(scope, receive, send_guarded)
+            return
+        await self._app(scope, _whole(body, receive), send_guarded)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        host = headers.get("host", "").lower()
+        if self._hosts is not None and host not in self._hosts:
+            return _refused(421, "this server does not answer under that name: open the address it printed")
+        if self._token is not None and (answer := self._without_token(scope, headers)):
+            return answer
+        # A link on another site's page may be followed; for pictures, scripts and the like it need not be.
+        followed = not comes_from_elsewhere(headers) or headers.get("sec-fetch-mode") == "navigate"
+        if scope["method"] in _SAFE_METHODS and followed:
+            return None
+        if not followed or not _from_own_page(headers, host):
+            return _refused(403, "this request came from another site's page, and is not carried out")
+        length = headers.get("content-length", "0")
+        return _too_large() if length.isdigit() and int(length) > MAX_BODY else None
+
+    def _without_token(self, scope: Scope, headers: Headers) -> Response | None:
+        """None for whoever has the token; with the token in its link, a browser is given the cookie."""
+        token = self._token or ""
+        parameters = parse_qsl(scope["query_string"].decode("latin-1"))
+        if _same(dict(parameters).get("token", ""), token):
+            rest = urlencode([(name, value) for name, value in parameters if name != "token"])
+            path = "/" + scope["path"].lstrip("/")  # "//host" would lead elsewhere
+            answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
+            return answer
+        shown = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if _same(shown, token) or _same(bearer, token):
+            return None
+        return _refused(401, "a token is needed: open the address that topklm explore printed")
+
+
+def comes_from_elsewhere(headers: Mapping[str, str]) -> bool:
+    """Whether another site's page, not a person, asks for one that takes long to make."""
+    return headers.get("sec-fetch-site") == "cross-site"
+
+
+def _from_own_page(headers: Headers, host: str) -> bool:
+    origin = headers.get("origin")
+    if origin is not None:
+        return origin.lower() in (f"http://{host}", f"https://{host}")
+    # Every browser of today says where a request that changes something comes from; programs need not.
+    return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+
+
+def _same(shown: str, token: str) -> bool:
+    return hmac.compare_digest(shown.encode(), token.encode())
+
+
+async def _read(receive: Receive) -> bytes:
+    """The body, or as much of it as shows that it is too large."""
+    body = b""
+    while len(body) <= MAX_BODY:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            break
+    return body
+
+
+def _whole(body: bytes, receive: Receive) -> Receive:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return give
+
+
+def _too_large() -> Response:
+    return _refused(413, f"the request is larger than {MAX_BODY // 1024} kB: shorten the text")
+
+
+def _refused(status: int, message: str) -> Response:
+    return PlainTextResponse(message + "\n", status, {"connection": "close"})

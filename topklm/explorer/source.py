@@ -1,0 +1,237 @@
+"""What the pages are about: the statistics, the text and the activations of one checkpoint of a run.
+
+The token ids of the whole store are held in memory, 2 bytes each in most vocabularies; everything else stays
+on the disk until a page asks for it.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.labels import Labels
+from topklm.neurons.matches import StoredText
+from topklm.neurons.show import visible
+from topklm.neurons.statistics import table
+from topklm.neurons.store import Events, Store
+from topklm.run_folder import TOKENIZER_FILE
+
+_KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
+
+# How what is not printed is shown inside of a token.
+# A token that is only a part of a character is shown by its bytes.
+_PART = re.compile(r"\\x[0-9a-f]{2}")
+_MOST_PARTS = 4  # bytes of a character in UTF-8
+_SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
+
+
+class NotThereError(UserError):
+    """What was asked for, a neuron or a token, does not exist."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of one document of the store.
+
+    Attributes:
+        begin: Its first token, counted through the store.
+        ids: int[n].
+        document: Its number.
+    """
+
+    begin: int
+    ids: np.ndarray
+    document: int
+
+
+class Source:
+    """Opens a checkpoint's store and statistics.
+
+    Args:
+        folder: Where they are.
+
+    Raises:
+        UserError: If they are missing, damaged, or not of one another.
+    """
+
+    def __init__(self, folder: NeuronsFolder):
+        self.folder = folder
+        rows, self.measured = table.read(folder.table)
+        self.store = Store(folder.store)
+        self.tokenizer = Tokenizer.load(folder.run / TOKENIZER_FILE)
+        self._check_same()
+        self.rows: pa.Table = rows.combine_chunks()
+        self._check_complete()
+        self.labels = Labels(folder.labels)
+        self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
+        self._ahead: dict[tuple[int, int], Events] = {}
+        self._texts: dict[int, str] = {}
+        self._characters: dict[tuple[int, ...], tuple[int, str | None]] = {}
+
+    @property
+    def n_neurons(self) -> int:
+        """Of all layers together."""
+        return len(self.measured.layers) * self.measured.d_model
+
+    def named(self) -> dict[tuple[int, int], str]:
+        """The labels of neurons that there are, by layer and number.
+
+        Raises:
+            UserError: If the file of labels is damaged.
+        """
+        layers, d = self.measured.layers, self.measured.d_model
+        return {
+            place: text for place, text in self.labels.all().items() if place[0] in layers and place[1] < d
+        }
+
+    def number(self, layer: int, neuron: int) -> int:
+        """Which row a neuron has.
+
+        Raises:
+            UserError: If there is no such neuron.
+        """
+        layers, d = self.measured.layers, self.measured.d_model
+        if layer not in layers:
+            raise NotThereError(f"layer {layer}: must be one of {', '.join(map(str, layers))}")
+        if not 0 <= neuron < d:
+            raise NotThereError(f"neuron {neuron}: must be from 0 to {d - 1}")
+        return layers.index(layer) * d + neuron
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The inverse of `number`: layer and neuron."""
+        layer, neuron = divmod(number, self.measured.d_model)
+        return self.measured.layers[layer], neuron
+
+    def row(self, number: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Columns of one row as plain Python values; all of them if none are named."""
+        return {name: self.rows[name][number].as_py() for name in names or self.rows.schema.names}
+
+    def column(self, name: str) -> np.ndarray:
+        """float64[n_neurons] of a column of numbers, NaN where there is none."""
+        return self.rows[name].to_numpy().astype(np.float64)
+
+    def events(self, layer: int, neuron: int) -> Events:
+        """All events of a neuron; those of the last few neurons are remembered."""
+        found = self._ahead.get((layer, neuron))
+        return self._events(layer, neuron) if found is None else found
+
+    def read_ahead(self, layer: int, begin: int, end: int) -> None:
+        """Reads the events of neighbouring neurons, which is faster than one by one; lets earlier ones go."""
+        block = self.store.block(layer, begin, end)
+        parts = [slice(*bounds) for bounds in zip(block.offsets[:-1], block.offsets[1:], strict=True)]
+        found = [Events(block.tokens[part], block.values[part]) for part in parts]
+        self._ahead = {(layer, begin + place): events for place, events in enumerate(found)}
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """int[N], all tokens of the store."""
+        return self.store.tokens(0, self.store.n_tokens)
+
+    @functools.cached_property
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document begins, int64[n + 1] with the end of the last; and their numbers, int[n]."""
+        numbers = self.store.documents(0, self.store.n_tokens)
+        starts = np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=-1))
+        return np.append(starts, len(numbers)), numbers[starts]
+
+    @functools.cached_property
+    def stored_text(self) -> StoredText:
+        """The text of the store, to be searched."""
+        return StoredText(self.store, self.tokenizer)
+
+    def window(self, at: int, size: int) -> Window:
+        """Text around a token that does not leave its document, with the token as far inside as can be.
+
+        Args:
+            at: The token, counted through the store.
+            size: At most so many tokens.
+
+        Raises:
+            UserError: If the store has no such token.
+        """
+        if not 0 <= at < self.store.n_tokens:
+            raise NotThereError(f"token {at}: must be from 0 to {self.store.n_tokens - 1}")
+        starts, numbers = self.documents
+        place = int(np.searchsorted(starts, at, side="right")) - 1
+        first, behind = int(starts[place]), int(starts[place + 1])
+        begin = max(first, min(at - size // 2, behind - size))
+        return Window(begin, self.ids[begin : min(begin + size, behind)], int(numbers[place]))
+
+    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Each token as a page shows it: what is not printed is spelled out."""
+        wanted, known = np.asarray(ids, np.int64).tolist(), self._texts
+        if unknown := [i for i in set(wanted) if i not in known]:
+            for token_id, text in zip(unknown, self.tokenizer.token_strings(unknown), strict=True):
+                known[token_id] = shown(text)
+        return [known[i] for i in wanted]
+
+    def running_texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The same for text in a row: a character of several tokens stands at the last of them."""
+        texts, at = self.texts(ids), 0
+        while at < len(texts):
+            n, whole = 1, None
+            if _PART.search(texts[at]):
+                n, whole = self._character(tuple(int(i) for i in ids[at : at + _MOST_PARTS]))
+            if whole is not None:
+                texts[at : at + n] = [*[""] * (n - 1), whole]
+            at += n
+        return texts
+
+    def _character(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
+        """How many of these tokens are whole characters, and those; (1, None) if they begin with none."""
+        if ids not in self._characters:
+            found: tuple[int, str | None] = (1, None)
+            for n in range(2, len(ids) + 1):
+                whole = self.tokenizer.decode(ids[:n])
+                if "\N{REPLACEMENT CHARACTER}" not in whole:
+                    found = n, shown(whole)
+                    break
+            self._characters[ids] = found
+        return self._characters[ids]
+
+    def plain_text(self, begin: int, end: int) -> str:
+        """The text of a stretch of the store."""
+        return self.tokenizer.decode(self.ids[begin:end])
+
+    def _check_same(self) -> None:
+        store, measured = self.store.metadata, self.measured
+        fields = ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k")
+        for name in fields:
+            if (there := getattr(store, name)) != (here := getattr(measured, name)):
+                raise UserError(
+                    f"{self.folder.table} was measured on another {name} ({here!r}) than {self.folder.store} "
+                    f"holds ({there!r}): delete it, and run topklm neurons measure"
+                )
+        if measured.n_tokens > self.store.n_tokens:
+            raise UserError(
+                f"{self.folder.table} was measured on {measured.n_tokens:,} tokens, and {self.folder.store} "
+                f"holds {self.store.n_tokens:,}: delete it, and run topklm neurons measure"
+            )
+        if self.tokenizer.sha256 != store.tokenizer_sha256:
+            raise UserError(
+                f"{self.folder.store} was made with another tokenizer than "
+                f"{self.folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"
+            )
+
+    def _check_complete(self) -> None:
+        d = self.measured.d_model
+        layers = np.repeat(self.measured.layers, d)
+        neurons = np.tile(np.arange(d), len(self.measured.layers))
+        found = [self.rows[name].to_numpy() for name in ("layer", "neuron")]
+        if not (np.array_equal(found[0], layers) and np.array_equal(found[1], neurons)):
+            raise UserError(
+                f"{self.folder.table} does not hold every neuron once: delete it, and run topklm "
+                "neurons measure"
+            )
+
+
+def shown(text: str) -> str:
+    """Text with line breaks as signs, and all else that is not printed, or turns text around, spelled."""
+    return visible(text.translate(_SPELLED))

@@ -1,0 +1,1 @@
+"""The data of each page as plain values: what templates draw, and what the JSON API gives."""
