@@ -35,17 +35,21 @@ def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
         train.parse(flags)
 
 
-def data_commands():
-    """(verb, arguments) of each command about data in the README and the docs."""
-    texts = [README, (ROOT / "docs" / "data.md").read_text(encoding="utf-8")]
+def commands_of(verbs, *docs):
+    """(verb, arguments) of each command with one of the verbs in the README and some docs."""
+    texts = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in docs)]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-    commands = [re.fullmatch(r"\s*topklm (prepare|data) (.*)", line) for line in lines]
-    return [(command[1], shlex.split(command[2])) for command in commands if command]
+    commands = [re.fullmatch(rf"\s*topklm ({verbs}) (.*)", line) for line in lines]
+    return [(command[1], shlex.split(command[2], comments=True)) for command in commands if command]
 
 
-def test_the_data_commands_have_the_flags_that_there_are():
-    assert len(data_commands()) >= 10
-    for verb, arguments in data_commands():
+@pytest.mark.parametrize(
+    ("verbs", "doc", "at_least"), [("prepare|data", "data.md", 10), ("neurons|explore", "neurons.md", 8)]
+)
+def test_commands_have_the_flags_that_there_are(verbs, doc, at_least):
+    commands = commands_of(verbs, doc)
+    assert len(commands) >= at_least
+    for verb, arguments in commands:
         parser = argparse.ArgumentParser(exit_on_error=False)
         importlib.import_module(f"topklm.commands.{verb}").add_arguments(parser)
         parser.parse_args(arguments)

@@ -136,3 +136,11 @@ def test_points_stand_where_their_values_are():
     assert left < right
     assert low > high
     assert [c["data-address"] for c in found] == ["/0", "/1"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (1000, "1k"), (2500, "2.5k"), (4_000_000, "4M"), (10**9, "1G")],
+)
+def test_counts_beside_an_axis_are_short(count, text):
+    assert plots._short(count) == text

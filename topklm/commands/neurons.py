@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 import re
@@ -22,8 +23,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.harvest import ALL, Share
-from topklm.neurons.statistics import ablation, jacobian
-from topklm.neurons.statistics.measure import Settings, measure
+from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.neurons.texts import open_documents
 
@@ -71,14 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measure_verb.add_argument(
         "--ablation-samples",
         type=int,
-        default=ablation.SAMPLES,
+        default=Settings.ablation_samples,
         metavar="N",
         help="tokens at which each neuron is set to 0; 0: none; default %(default)s",
     )
     measure_verb.add_argument(
         "--lens-contexts",
         type=_count,
-        default=jacobian.N_CONTEXTS,
+        default=Settings.lens_contexts,
         metavar="N",
         help="over which the Jacobian is averaged; default %(default)s",
     )
@@ -224,6 +224,11 @@ def _measure_into(
     store = Store(folder.store)
     if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or store.metadata.step != model.step:
         raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    # Parquet needs a package of the extra.
+    from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
+
     with disk_errors_are_user_errors(f"writing {folder.table}"):
         measure(
             folder.table,

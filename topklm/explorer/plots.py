@@ -88,7 +88,7 @@ def histogram(
             )
     largest = int(max([*counts, 1]))
     ticks = sorted({0, *(_round_down(largest * share) for share in (0.1, 0.4, 1.0))})
-    y_ticks = [(math.sqrt(tick), f"{tick:,}") for tick in ticks]
+    y_ticks = [(math.sqrt(tick), _short(tick)) for tick in ticks]
     return _svg(size, about, frame.axes(y_ticks=y_ticks) + "".join(bars))
 
 
@@ -214,6 +214,14 @@ def _violin(shares: np.ndarray, centre: float, half: float, height: float, bins:
     right = [f"{centre + w:.1f} {up:.1f}" for w, up in zip(widths, ups, strict=True)]
     left = [f"{centre - w:.1f} {up:.1f}" for w, up in zip(widths[::-1], ups[::-1], strict=True)]
     return f'<path class="violin" d="M{" L".join(right + left)} Z"/>'
+
+
+def _short(count: int) -> str:
+    """4000 -> "4k": there is little room beside an axis."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:g}{letter}"
+    return str(count)
 
 
 def _fits(axis: Axis, value: float) -> bool:

@@ -29,7 +29,7 @@ _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the context
 # A token that is only a part of a character is shown by its bytes.
 _PART = re.compile(r"\\x[0-9a-f]{2}")
 _MOST_PARTS = 4  # bytes of a character in UTF-8
-_SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
+_SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "←"})
 
 
 class NotThereError(UserError):

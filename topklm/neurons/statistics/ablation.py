@@ -27,10 +27,11 @@ from topklm.model import decode, losses, transformer
 from topklm.model.attention import rotation_angles
 from topklm.model.topk import topk
 from topklm.neurons.statistics import activity
+from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.windows import cut
 
-SAMPLES = 256  # with 16, two draws agree on hardly anything (correlation 0.1), with 256 on much (0.6)
+SAMPLES = Settings.ablation_samples
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
 
 _GROUP_TOKENS = 2048  # windows that are run together

@@ -24,9 +24,10 @@ from topklm.model import decode, transformer
 from topklm.model.attention import rotation_angles
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
+from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 
-N_CONTEXTS, CONTEXT_TOKENS, SEED = 64, 32, 0
+N_CONTEXTS, CONTEXT_TOKENS, SEED = Settings.lens_contexts, 32, Settings.seed
 
 _BATCH = 32  # contexts in one program, which holds D x D numbers for each
 

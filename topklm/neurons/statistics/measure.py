@@ -31,29 +31,13 @@ from topklm.neurons.statistics import (
     similar,
     table,
 )
+from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 
 EMBEDDING = "the model's own unembedding rows"
 
 _BLOCK_EVENTS = 2**22  # some 200 MB with all that is made of them
 _BLOCK_CELLS = 2**22  # neurons x vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How much is sampled.
-
-    Attributes:
-        ablation_samples: Tokens at which each neuron is set to 0; 0: none.
-        lens_contexts: Contexts over which the Jacobian is averaged.
-        n_clusters: Of tokens; None: by the vocabulary's size.
-        seed: Of everything that is drawn.
-    """
-
-    ablation_samples: int = ablation.SAMPLES
-    lens_contexts: int = jacobian.N_CONTEXTS
-    n_clusters: int | None = None
-    seed: int = 0
 
 
 def measure(
