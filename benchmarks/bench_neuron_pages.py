@@ -2,6 +2,7 @@
 
 python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
 
+- `run_with_cache` over calling the model, on 4,096 tokens.
 - Harvest over the plain forward pass: both go over the same batches in turns. Plain means the compiled model
   alone, from token ids on the host to next-token losses on the host; harvest is all of
   `topklm.neurons.harvest.harvest`: cutting and packing documents, the model, fetching, sorting, compressing
@@ -32,7 +33,7 @@ from typing import Any
 import jax
 
 from benchmarks import machine, sae_dashboard_peer
-from benchmarks.neuron_harvest import Held, against_forward
+from benchmarks.neuron_harvest import Held, against_forward, capture_against_forward
 import topklm
 from topklm import sharding
 from topklm.bench import timing
@@ -46,13 +47,19 @@ from topklm.explorer.views import neuron as neuron_view
 from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.statistics.measure import Settings, measure
+from topklm.neurons.statistics.measure import measure
+from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
 from topklm.run_folder import CONFIG_FILE, TOKENIZER_FILE
 
 RESULT = Path(__file__).parent / "results" / "neuron_pages.json"
-TARGETS = {"harvest_over_forward": 1.15, "bytes_per_activation": 4.0, "pages_per_minute": 5000.0}
+TARGETS = {
+    "capture_over_forward": 1.1,
+    "harvest_over_forward": 1.15,
+    "bytes_per_activation": 4.0,
+    "pages_per_minute": 5000.0,
+}
 
 _SILENT = Progress(lambda text: None)
 _WITHOUT_ABLATION = Settings(ablation_samples=0)
@@ -90,6 +97,7 @@ def main() -> None:
             "n_tokens": store.n_tokens,
             "n_neurons": n_neurons,
             "targets": TARGETS,
+            "capture": capture_against_forward(model, arguments.repeats),
             "harvest": harvested,
             "store": _size(store),
             "pages": _pages(measured, written, n_neurons, facts),

@@ -93,6 +93,34 @@ def against_forward(
     }
 
 
+def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any]:
+    """`run_with_cache` in turns with calling the model, on a batch of 4,096 tokens.
+
+    Returns:
+        Ratios, for JSON.
+    """
+    length = model.config.model.context_length
+    shape = (max(1, 4096 // length), length)
+    tokens = np.random.default_rng(0).integers(0, model.config.model.vocab_size, shape)
+
+    def forward() -> None:
+        model(tokens).block_until_ready()
+
+    def captured() -> None:
+        logits, cache = model.run_with_cache(tokens)
+        jax.block_until_ready((logits, cache.neurons.values))
+
+    sides = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
+    samples = timing.alternate(sides, repeats, label="capture")
+    ratios = samples["forward"].speedup_over(samples["captured"])
+    return {
+        "over_forward": statistics.median(ratios),
+        "over_forward_of_rounds": ratios,
+        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
+        "tokens": list(shape),
+    }
+
+
 def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
     """The batches of a harvest, in its order; `Packed` of `rows` rows each."""
     length = config.context_length

@@ -83,6 +83,33 @@ def test_a_harvest_that_is_killed_goes_on_where_it_was(tmp_path, trainer, finish
         np.testing.assert_array_equal(one.neuron(0, neuron).values, other.neuron(0, neuron).values)
 
 
+def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_have(
+    tmp_path, trainer, finished_run
+):
+    alone, shared = (NeuronsFolder(tmp_path / name / "village", STEP) for name in ("alone", "shared"))
+    for folder in (alone, shared):
+        shutil.copytree(finished_run, folder.run)
+    arguments = "--source", write_documents(tmp_path / "some.jsonl", sentences(2, 600)), "--tokens", 10**6
+    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        start(trainer, "harvest", shared.run, *arguments, "--part", f"{part}/2", environment=environment)
+        for part, environment in enumerate((two_devices, {}))
+    ]
+    for process in processes:
+        assert process.finish() == 0, process.errors
+    assert run(trainer, "harvest", alone.run, *arguments).exit_code == 0
+    one, parts = Store(alone.store), Store(shared.store)
+    assert one.n_tokens == parts.n_tokens > 30_000
+    assert {reader.folder.name[0] for reader in parts.segments} == {"0", "1"}
+    for number in (0, 1, 2, 77, 598, 599):
+        (a, b), (c, d) = one.document(number), parts.document(number)
+        np.testing.assert_array_equal(one.tokens(a, b), parts.tokens(c, d))
+        left, right = one.active(a, b), parts.active(c, d)
+        np.testing.assert_array_equal(left.tokens - a, right.tokens - c)
+        np.testing.assert_array_equal(left.neurons, right.neurons)
+        np.testing.assert_allclose(left.values, right.values, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

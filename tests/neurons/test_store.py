@@ -73,6 +73,18 @@ def test_a_block_of_neurons_is_what_they_are_one_by_one(filled, begin, end):
             np.testing.assert_array_equal(block.values[part], events.values)
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0, 5), (290, 320), (17, 17), (40_290, 50_000), (-3, 2)])
+def test_a_stretch_of_text_has_its_active_neurons(filled, begin, end):
+    folder, _, dense = filled
+    found = Store(folder).active(begin, end)
+    begin = max(begin, 0)
+    tokens, layers, neurons = np.nonzero(np.moveaxis(dense[:, begin:end].astype(np.float32), 0, 1))
+    np.testing.assert_array_equal(found.tokens, begin + tokens)
+    np.testing.assert_array_equal(found.layers, layers)
+    np.testing.assert_array_equal(found.neurons, neurons)
+    np.testing.assert_array_equal(found.values, dense[layers, begin + tokens, neurons].astype(np.float32))
+
+
 def joined(segments, name):
     return np.concatenate([getattr(segment, name) for segment in segments])
 

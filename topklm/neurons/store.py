@@ -87,6 +87,23 @@ class Block:
     values: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EventsByToken:
+    """What is active in a stretch of text, token by token.
+
+    Attributes:
+        tokens: int64[E], which tokens of the store, rising.
+        layers: int32[E], of the model.
+        neurons: int32[E], rising for each token and layer.
+        values: float32[E].
+    """
+
+    tokens: np.ndarray
+    layers: np.ndarray
+    neurons: np.ndarray
+    values: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class _Facts:
     """What is known of a segment without opening its arrays."""
@@ -213,6 +230,22 @@ class Store:
             at = np.arange(len(tokens[n])) + np.repeat(shift, counts[n])
             all_tokens[at], all_values[at] = tokens[n], values[n]
         return Block(offsets, all_tokens, all_values)
+
+    def active(self, begin: int, end: int) -> EventsByToken:
+        """All events of the tokens from `begin` to `end` - 1, of a document say; whole segments are read."""
+        layers, d = np.asarray(self.metadata.layers, np.int32), self.metadata.d_model
+        parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+        for start, reader, facts in zip(self._starts, self.segments, self._facts, strict=False):
+            if start < end and begin < start + facts.n_tokens:
+                segment = reader.read()
+                inside = np.flatnonzero((segment.places >= begin - start) & (segment.places < end - start))
+                numbers = np.searchsorted(segment.offsets, inside, side="right") - 1
+                order = np.argsort(segment.places[inside], kind="stable")
+                found = inside[order]
+                values = segment.values[found].astype(np.float32)
+                parts.append((start + segment.places[found], numbers[order], values))
+        tokens, numbers, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return EventsByToken(tokens, layers[numbers // d], (numbers % d).astype(np.int32), values)
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """int[end - begin], ids of the store's tokens; what lies outside of the store is left out."""
