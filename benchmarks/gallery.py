@@ -32,7 +32,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
-COLOUR_OF = {"TopK": COLOURS[0], "Base": COLOURS[1]}
+KEPT = "Base, k largest"
+COLOUR_OF = {"TopK": COLOURS[0], "Base": COLOURS[1], KEPT: COLOURS[2]}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FIGURES = (
     "layer",
@@ -59,9 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--topk", type=pathlib.Path, nargs="+", required=True, help="run folders")
     parser.add_argument("--base", type=pathlib.Path, nargs="+", required=True, help="of their twins")
+    parser.add_argument(
+        "--kept", type=pathlib.Path, nargs="*", default=[], help="of the twins, harvested with --keep"
+    )
     parser.add_argument("--out", required=True, help="name of the JSON and of the picture")
     arguments = parser.parse_args()
     groups = {"TopK": arguments.topk, "Base": arguments.base}
+    if arguments.kept:
+        groups[KEPT] = arguments.kept
     runs = {kind: [_folder(run) for run in folders] for kind, folders in groups.items()}
     result = {
         "rule": "topklm.neurons.ranking.readable_first",
@@ -85,7 +91,7 @@ def _describe(folder: NeuronsFolder) -> dict[str, Any]:
     for layer in measured.layers:
         of_layer = rows.filter(pa.compute.equal(rows["layer"], layer))
         figures = ("density", "ablation_effect", *FIGURES)
-        quantiles = {name: np.nanquantile(numbers(of_layer, name), QUANTILES).tolist() for name in figures}
+        quantiles = {name: _quantiles(numbers(of_layer, name)) for name in figures}
         dead = int((numbers(of_layer, "n_active") == 0).sum())
         layers[layer] = {"dead": dead, "quantiles": quantiles}
     return {
@@ -99,6 +105,11 @@ def _describe(folder: NeuronsFolder) -> dict[str, Any]:
         "quantiles": QUANTILES,
         "layers": layers,
     }
+
+
+def _quantiles(values: np.ndarray) -> list[float] | None:
+    values = values[~np.isnan(values)]
+    return np.quantile(values, QUANTILES).tolist() if len(values) else None
 
 
 def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
@@ -150,7 +161,7 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
     layers = sorted(set(rows["TopK"][0]["layer"].to_pylist()))
     shape = (len(FIGURES), len(layers))
     figure, axes = plt.subplots(*shape, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False)
-    for across, (name, label) in zip(axes, FIGURES.items(), strict=True):
+    for row, (across, (name, label)) in enumerate(zip(axes, FIGURES.items(), strict=True)):
         for panel, layer in zip(across, layers, strict=True):
             for kind, tables in rows.items():
                 for seed, of_seed in enumerate(tables):
@@ -162,7 +173,7 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
                     panel.plot(values, shares, label=f"{kind}, seed {seed}", **style)
             panel.set_xlabel(label)
             panel.grid(alpha=0.25)
-            if across is axes[0]:
+            if row == 0:
                 panel.set_title(f"layer {layer}", fontsize=10)
         across[0].set_ylabel("share of neurons below")
     axes[0][0].legend(frameon=False, fontsize=8)

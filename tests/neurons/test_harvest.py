@@ -156,6 +156,16 @@ def test_the_store_holds_what_the_model_does_at_every_token(tmp_path, config):
         assert store.n_events == n * config.topk_k * config.n_topk_layers
 
 
+def test_of_a_base_model_the_largest_entries_of_each_token_may_be_kept_alone(tmp_path):
+    every, few = harvested(tmp_path / "every", BASE), harvested(tmp_path / "few", BASE, keep=3)
+    for layer in every.metadata.layers:
+        all_of_them, kept = dense(every, layer), dense(few, layer)
+        ranks = np.argsort(np.argsort(-all_of_them, axis=1, kind="stable"), axis=1, kind="stable")
+        np.testing.assert_array_equal((kept > 0).sum(axis=1), 3)
+        same = kept == np.where(ranks < 3, all_of_them, 0)
+        assert same.mean() > 0.999  # of those that bfloat16 makes equal, another may be the third
+
+
 def test_what_the_layers_of_a_topk_model_are():
     assert harvest_lib.kind_and_layers(TOPK) == ("topk", (0, 1))
     assert harvest_lib.kind_and_layers(BASE) == ("dense", (0, 1, 2))
@@ -220,7 +230,7 @@ def test_sparse_arrays_give_the_same_segment_as_dense_ones():
 def test_what_an_accelerator_would_send_is_what_the_layers_hold():
     tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)
     arrays = tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(32), (2, 32))
-    nll, layers = harvest_lib._forward(TOPK, False, params_of(TOPK), *arrays)
-    sparse_nll, neurons = harvest_lib._forward(TOPK, True, params_of(TOPK), *arrays)
+    nll, layers = harvest_lib._forward(TOPK, False, None, params_of(TOPK), *arrays)
+    sparse_nll, neurons = harvest_lib._forward(TOPK, True, None, params_of(TOPK), *arrays)
     np.testing.assert_allclose(sparse_nll, nll, rtol=1e-5)
     np.testing.assert_array_equal(neurons.dense(), layers)

@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harvest_verb.add_argument(
         "--split", choices=SPLITS, default="heldout", help="of prepared data; default %(default)s"
     )
+    harvest_verb.add_argument(
+        "--keep",
+        type=_count,
+        metavar="K",
+        help="of a Base LM, only the K largest entries of each token, to compare it with a TopK model; "
+        "default all that are positive",
+    )
     harvest_verb.add_argument("--batch-size", type=_count, metavar="B", help="rows; default by device")
     harvest_verb.add_argument(
         "--part",
@@ -135,6 +142,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
         source=arguments.source,
         split=arguments.split,
         rows=arguments.batch_size,
+        keep=arguments.keep,
         share=share,
     )
     store = Store(folder.store)
@@ -155,12 +163,17 @@ def _harvest_into(
     source: str | None = None,
     split: str = "heldout",
     rows: int | None = None,
+    keep: int | None = None,
     share: Share = ALL,
 ) -> None:
     config = model.config.model
     rows = rows or harvest_lib.batch_rows(config, mesh)
     if rows % mesh.size:
         raise UserError(f"--batch-size = {rows}: must be a multiple of the {mesh.size} devices")
+    if keep is not None and config.n_topk_layers:
+        raise UserError(f"--keep = {keep}: is for Base LMs; this model's layers keep {config.topk_k} already")
+    if keep is not None and keep > config.d_model:
+        raise UserError(f"--keep = {keep}: must be at most d_model = {config.d_model}")
     documents = open_documents(model.tokenizer, model.config.data, source, split)
     kind, layers = harvest_lib.kind_and_layers(config)
     metadata = Metadata(
@@ -171,7 +184,7 @@ def _harvest_into(
         kind=kind,
         layers=layers,
         d_model=config.d_model,
-        topk_k=config.topk_k if kind == harvest_lib.TOPK else config.d_model,
+        topk_k=config.topk_k if kind == harvest_lib.TOPK else keep or config.d_model,
         topk_activation=config.topk_activation,
         context_length=config.context_length,
         parts=share.count,
@@ -197,6 +210,7 @@ def _harvest_into(
                 separator_id=model.tokenizer.separator_id,
                 n_tokens=-(-n_tokens // share.count),
                 rows=rows,
+                keep=keep,
                 share=share,
                 report=tell,
             )

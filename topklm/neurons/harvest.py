@@ -19,6 +19,7 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.losses import token_losses
+from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.activations import SparseActivations
 from topklm.neurons.segment import Segment
@@ -75,6 +76,7 @@ def harvest(
     separator_id: int,
     n_tokens: int | None = None,
     rows: int | None = None,
+    keep: int | None = None,
     share: Share = ALL,
     report: Report = lambda tokens, documents: None,
 ) -> int:
@@ -89,6 +91,7 @@ def harvest(
         separator_id: The token that stands before documents.
         n_tokens: How many the part shall hold, about; None: all there are.
         rows: B, over all devices; default `batch_rows`.
+        keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
         share: Which documents.
         report: Told from time to time how far it is.
 
@@ -99,7 +102,7 @@ def harvest(
         UserError: If the store holds other text than this.
     """
     rows = rows or batch_rows(config, mesh)
-    model = _Program(config, params, mesh)
+    model = _Program(config, params, mesh, keep)
     length = config.context_length
     windows = _windows(documents, separator_id, length, share)
     windows = _behind(windows, writer.n_tokens)
@@ -148,7 +151,7 @@ def _first(windows: Iterator[Window], before: int, n_tokens: int | None) -> Iter
 class _Program:
     """The compiled forward pass, and what is taken from it."""
 
-    def __init__(self, config: ModelConfig, params: transformer.Parameters, mesh: Mesh):
+    def __init__(self, config: ModelConfig, params: transformer.Parameters, mesh: Mesh, keep: int | None):
         self._config, self._params = config, params
         kind, self._layers = kind_and_layers(config)
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
@@ -156,7 +159,7 @@ class _Program:
         on_host = mesh.devices.flat[0].platform == "cpu"
         self._sparse = kind == TOPK and not on_host
         self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._program = functools.partial(_forward, config, self._sparse)
+        self._program = functools.partial(_forward, config, self._sparse, keep)
 
     def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
         """Reads a stretch; what is returned makes its segment."""
@@ -192,10 +195,11 @@ class _Program:
         return self._program(self._params, *jax.device_put(arrays, self._batch))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
     config: ModelConfig,
     sparse: bool,
+    keep: int | None,
     params: transformer.Parameters,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
@@ -205,7 +209,7 @@ def _forward(
     n_layers = len(kind_and_layers(config)[1])
 
     def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
-        kept = h_next if config.n_topk_layers else jnp.maximum(h_next, 0)
+        kept = h_next if config.n_topk_layers else topk(h_next, keep or config.d_model)
         if not sparse:
             return kept.astype(jnp.bfloat16)
         neurons = SparseActivations.from_dense(kept, config.topk_k)

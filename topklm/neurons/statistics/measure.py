@@ -80,7 +80,9 @@ def measure(
     )
     both_lenses = lenses.make(config, params, jacobians)
     effects = None
-    if settings.ablation_samples:
+    # Of what was kept of a Base LM, most of the model does not know: it goes on with all of its hidden state.
+    is_part = metadata.kind == "dense" and metadata.topk_k < metadata.d_model
+    if settings.ablation_samples and not is_part:
         with progress.phase("setting neurons to 0", 1000) as report:
             done = 0
 
