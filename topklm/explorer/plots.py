@@ -10,7 +10,7 @@ import math
 from markupsafe import Markup, escape
 import numpy as np
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 12, 34  # around the plot itself, for axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
 
 
 @dataclasses.dataclass(frozen=True)
