@@ -27,6 +27,7 @@ COMMANDS = {
     "bench_decode.json": f"{_BENCH} decode --peer=torch",
     "bench_checkpoint.json": f"{_BENCH} checkpoint",
     "bench_explain.json": f"{_BENCH} step --explain --shape=s1 --dtype=float32",
+    "bench_explain_bfloat16.json": f"{_BENCH} step --explain --shape=s1 --dtype=bfloat16",
     "bench_topk_growth.json": f"{_BENCH} topk --against=k --sizes=2048:64 --dtype=float32 --peer=torch",
     "growth.json": "python -m benchmarks.growth",
     "startup.json": "python -m benchmarks.startup",
@@ -71,6 +72,7 @@ def render(document: str, results: Mapping[str, Content], images: pathlib.Path) 
         ),
         "commands": _commands(results),
         "parts": _or_missing("bench_explain.json", results, _figures),
+        "parts in bfloat16": _or_missing("bench_explain_bfloat16.json", results, _figures),
         "fit": _or_missing("growth.json", results, _fit),
         "pictures": "\n".join(_picture(name, text, images) for name, text in PICTURES.items()),
     }
