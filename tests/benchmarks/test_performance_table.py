@@ -19,6 +19,7 @@ DOCUMENT = "".join(
         "decode",
         "checkpoint",
         "parts",
+        "parts in bfloat16",
         "fit",
         "pictures",
     )
