@@ -83,6 +83,7 @@ def test_a_harvest_that_is_killed_goes_on_where_it_was(tmp_path, trainer, finish
         np.testing.assert_array_equal(one.neuron(0, neuron).values, other.neuron(0, neuron).values)
 
 
+@pytest.mark.slow
 def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_have(
     tmp_path, trainer, finished_run
 ):

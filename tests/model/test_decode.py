@@ -27,8 +27,7 @@ CONFIG = ModelConfig(
 B, T = 2, 11
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n_nontopk", [1, 3])
+@pytest.mark.parametrize(("dtype", "n_nontopk"), [("float32", 1), ("bfloat16", 3)])
 def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
     config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk)
     params = jax.jit(transformer.create, static_argnums=(0, 1))(config, 0)
