@@ -1,9 +1,10 @@
 """A trained model with its tokenizer: what `topklm.load` gives back, and what people call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import html
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,19 @@ import numpy as np
 
 from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
-from topklm.inference.generate import generate_tokens
+from topklm.inference import hooks
+from topklm.inference.generate import Generation
+from topklm.inference.interventions import Interventions, Steer
+from topklm.inference.programs import STEPS
+from topklm.inference.sampling import Sampling
+from topklm.inference.streaming import TextStream, check_stop
 from topklm.model import transformer
 from topklm.neurons import names
 from topklm.neurons.activations import SparseActivations, capture_named
 from topklm.neurons.cache import ActivationCache
 from topklm.neurons.show import ActiveNeurons
 
+_STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
 Tokens = str | jax.Array | np.ndarray | Sequence  # a text, or token ids [B, T]
 
 
@@ -45,16 +52,19 @@ class LanguageModel:
         )
         return f"<table>{rows}</table>"
 
-    def __call__(self, tokens: Tokens) -> jax.Array:
+    def __call__(self, tokens: Tokens, steer: Steer | None = None, steer_mode: str = "clamp") -> jax.Array:
         """Next-token logits, float32[B, T, V].
 
         Args:
-            tokens: A text, or token ids int32[B, T].
+            tokens: A text, or token ids int32[B, T]; for interventions, all of it is the prompt.
+            steer: Interventions on neurons, see `generate`.
+            steer_mode: See `generate`.
 
         Raises:
-            ValueError: For token ids that are not [B, T], or not in the vocabulary.
+            ValueError: For token ids that are not [B, T], or not in the vocabulary; as `generate` for steer.
         """
-        return _logits(self.config.model, self.params, self._ids(tokens))
+        interventions = None if steer is None else Interventions.of(self.config.model, steer, steer_mode)
+        return _logits(self.config.model, self.params, self._ids(tokens), interventions)
 
     def run_with_cache(
         self, tokens: Tokens, names_filter: names.NamesFilter = None
@@ -84,33 +94,90 @@ class LanguageModel:
         _, cache = self.run_with_cache(text)
         return ActiveNeurons.of(self.to_str_tokens(text), cache.neurons)
 
+    def run_with_hooks(self, tokens: Tokens, fwd_hooks: Sequence[tuple[str, Callable]] = ()) -> jax.Array:
+        """Next-token logits, float32[B, T, V], with functions called on the way: for free-form research.
+
+        Nothing is compiled as a whole: the functions see arrays, not tracers, and may do anything. That is
+        slow; what `steer` can say is better said there.
+
+        Args:
+            tokens: A text, or token ids int32[B, T].
+            fwd_hooks: (name, fn) each, the name "blocks.{l}.hook_topk" (TopK layers only) or
+                "blocks.{l}.hook_resid_post"; fn(array [B, T, D], name) returns what takes the array's place,
+                or None. Of one layer, those of hook_topk come first; of one name, in this order.
+
+        Raises:
+            ValueError: As calling the model; for another name; for a result of another shape.
+        """
+        return hooks.run_with_hooks(self.config.model, self.params, self._ids(tokens), fwd_hooks)
+
     def generate(
         self,
         prompt: str | Sequence[str],
         max_new_tokens: int = 50,
         temperature: float = 1.0,
         seed: int = 0,
-    ) -> str | list[str]:
+        *,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        steer: Steer | None = None,
+        steer_mode: str = "clamp",
+        when_full: str = "slide",
+    ) -> str | list[str] | Iterator[str]:
         """Prompt and continuation as one string; a list of them for a list of prompts.
+
+        A text of a list is what it would be alone, with the same seed.
 
         Args:
             prompt: Text that begins a document; may be empty.
             max_new_tokens: Upper bound on the continuation's length, tokens.
             temperature: Divides the logits; 0 takes the most likely token each time.
             seed: The same seed gives the same text.
+            top_k: Only the k most likely tokens are drawn from; None or 0: all.
+            top_p: Only the fewest most likely tokens whose probabilities sum to this or more.
+            min_p: Only tokens at least this fraction as probable as the most likely one.
+            repetition_penalty: See `Sampling`.
+            stop: The continuation is cut before the first of these texts to appear in it.
+            stream: Give an iterator over pieces of the continuation, as they come, which together are the
+                text without the prompt. No piece ends inside a character. For one prompt only.
+            steer: Interventions on neurons: {(layer, neuron): value}, or `Intervention` objects, or
+                `Interventions`.
+            steer_mode: What is done with the values of a mapping: clamp, add, scale or ablate.
+            when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run anew
+                for each further token; "halve": when the context is full, its older half is forgotten, which
+                is faster; "stop": the text ends, and a prompt that does not fit is refused.
+
+        Raises:
+            ValueError: For a value that is not allowed, in one line: name, value, what is.
         """
-        if not isinstance(prompt, str):
-            return [str(self.generate(p, max_new_tokens, temperature, seed)) for p in prompt]
-        continuation = generate_tokens(
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed)
+        ids = [np.asarray(self.to_tokens(text))[0].tolist() for text in prompts]
+        generation = Generation(
             self.config.model,
             self.params,
-            np.asarray(self.to_tokens(prompt))[0].tolist(),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            ids,
+            [sampling.check()] * len(prompts),
+            max_new_tokens=[max_new_tokens] * len(prompts),
             stop_token=self.tokenizer.separator_id,
+            interventions=None if steer is None else Interventions.of(self.config.model, steer, steer_mode),
+            when_full=when_full,
         )
-        return prompt + self.tokenizer.decode(continuation)
+        stop = check_stop(stop)
+        streams = [TextStream(self.tokenizer, one, stop) for one in ids]
+        if stream and not isinstance(prompt, str):
+            raise ValueError("stream = True: must be False for a list of prompts; stream one at a time")
+        if stream:
+            # Alone, the first token need not wait for others.
+            steps = itertools.chain([1], itertools.repeat(_STEPS_OF_A_STREAM))
+            return (piece for (piece,) in _pieces(generation, streams, steps) if piece)
+        parts = list(_pieces(generation, streams, itertools.repeat(STEPS)))
+        texts = [text + "".join(pieces[row] for pieces in parts) for row, text in enumerate(prompts)]
+        return texts[0] if isinstance(prompt, str) else texts
 
     def to_tokens(self, text: str, prepend_separator: bool = True) -> jax.Array:
         """Token ids int32[1, T]; the separator stands first, as it does in training."""
@@ -147,9 +214,31 @@ class LanguageModel:
         return ids
 
 
+def _pieces(
+    generation: Generation, streams: Sequence[TextStream], steps: Iterator[int]
+) -> Iterator[list[str]]:
+    """The text of every row, piece by piece, each of as many tokens as `steps` says."""
+    while not generation.done:
+        new = generation.advance(next(steps))
+        yield [text.add(tokens) for text, tokens in zip(streams, new, strict=True)]
+        for row, text in enumerate(streams):
+            if text.stopped:
+                generation.end(row)
+    yield [text.end() for text in streams]
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.Array) -> jax.Array:
-    return transformer.bind(config, params)(tokens_BT)
+def _logits(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    tokens_BT: jax.Array,
+    interventions: Interventions | None,
+) -> jax.Array:
+    model = transformer.bind(config, params)
+    if interventions is None:
+        return model(tokens_BT)
+    h_BTD, _ = model.hidden(tokens_BT, edit=interventions.edit(), edits=jnp.arange(config.n_layers))
+    return model.logits(h_BTD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

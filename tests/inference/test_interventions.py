@@ -1,0 +1,233 @@
+"""Interventions against loops over single numbers, in whole passes and while text is made."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from plain_loop import CONFIG, compilations, params_of, plain_loop
+import pytest
+
+from topklm.errors import UserError
+from topklm.inference.generate import Generation
+from topklm.inference.intervention import Intervention, load_interventions, save_interventions
+from topklm.inference.interventions import Interventions
+from topklm.inference.sampling import Sampling
+from topklm.model import transformer
+from topklm.model.topk import topk
+
+PARAMS = params_of(CONFIG)
+ONE = {"layer": 0, "neuron": 1, "value": 1}
+SETS = [
+    Intervention(0, 3, 2.5),
+    Intervention(0, 4, 0.75, "add", "prompt"),
+    Intervention(0, 4, -1.5, "scale", "generated"),
+    Intervention(0, 5, mode="ablate", positions=(1, 4)),
+    Intervention(0, 5, 3.0, "add", positions=(4, 6)),
+    Intervention(1, 0, -2.0, "scale"),
+    Intervention(1, 23, 1.25, "clamp", (2, 3), row=1),
+    Intervention(1, 23, -4.0, "add", "all", row=0),
+    Intervention(1, 7, 9.0, "add", row=5),
+]
+
+
+def by_hand(h, layer, entries, prompt_lengths, first=(0, 0)):
+    """One number after another."""
+    h = np.array(h)
+    for row, position in np.ndindex(h.shape[:2]):
+        at = position + first[row]
+        for one in entries:
+            prompt = at < prompt_lengths[row]
+            where = {"all": True, "prompt": prompt, "generated": not prompt}
+            here = where[one.positions] if isinstance(one.positions, str) else at in range(*one.positions)
+            if one.layer == layer and here and one.row in (None, row):
+                old = h[row, position, one.neuron]
+                new = {"clamp": one.value, "add": old + one.value, "scale": old * one.value, "ablate": 0.0}
+                h[row, position, one.neuron] = new[one.mode]
+    return h
+
+
+@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
+    config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 8))
+    interventions = Interventions.of(config, SETS)
+    assert interventions.layer.shape == (16,)
+
+    @jax.jit
+    def run(interventions):
+        edit = interventions.edit(prompt_lengths_B=jnp.asarray([3, 5]))
+        model = transformer.bind(config, PARAMS)
+        _, taps = model.hidden(tokens, tap=lambda h, u, h_next: (u, h_next), edit=edit, edits=jnp.arange(2))
+        return taps
+
+    summed, after = run(interventions)
+    for layer, before in enumerate([topk(summed[0], config.topk_k), summed[1]]):
+        by_loop = by_hand(before, layer, SETS, [3, 5])
+        np.testing.assert_allclose(after[layer], by_loop, rtol=1e-5, atol=1e-6)
+        assert np.abs(by_loop - before).max() > 1
+
+
+def change(h, layer, positions, prompt_length):
+    """What the interventions of the next test do, written out, of one row."""
+    generated = positions >= prompt_length
+    early = (positions >= 2) & (positions < 9)
+    column = jnp.where((layer == 0) & generated, 2.0, h[0, :, 3])
+    h = h.at[0, :, 3].set(column)
+    column = jnp.where((layer == 1) & early, h[0, :, 8] * -3.0, h[0, :, 8])
+    return h.at[0, :, 8].set(column)
+
+
+@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack):
+    config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
+    steer = [Intervention(0, 3, 2.0, positions="generated"), Intervention(1, 8, -3.0, "scale", (2, 9))]
+    prompts, sampling, lengths = [[3, 14, 15], [9] * 20], [Sampling(0), Sampling(seed=4)], [33, 20]
+    generation = Generation(
+        config,
+        PARAMS,
+        prompts,
+        sampling,
+        max_new_tokens=lengths,
+        stop_token=-1,
+        interventions=Interventions.of(config, steer),
+    )
+    while not generation.done:
+        generation.advance()
+    for text, prompt, one, n in zip(generation.texts, prompts, sampling, lengths, strict=True):
+        steered = plain_loop(config, PARAMS, prompt, n, one, change=change)
+        assert text[len(prompt) :] == steered
+        if layer_stack == "unrolled":
+            assert steered != plain_loop(config, PARAMS, prompt, n, one)
+
+
+def logits_of(interventions, tokens):
+    model = transformer.bind(CONFIG, PARAMS)
+    h, _ = model.hidden(tokens, edit=interventions.edit(), edits=jnp.arange(CONFIG.n_layers))
+    return model.logits(h)
+
+
+def test_other_neurons_values_modes_and_places_compile_nothing():
+    tokens = np.arange(8)[None]
+    run = jax.jit(logits_of)
+
+    def text(steer):
+        generation = Generation(
+            CONFIG,
+            PARAMS,
+            [[1, 2]],
+            [Sampling()],
+            max_new_tokens=[20],
+            stop_token=-1,
+            interventions=Interventions.of(CONFIG, steer),
+        )
+        while not generation.done:
+            generation.advance()
+
+    def both(steer):
+        run(Interventions.of(CONFIG, steer), tokens)
+        text(steer)
+
+    both({(0, 1): 2.0})
+    with compilations() as compiled:
+        for steer in (SETS[:6], SETS[5:7], {}):
+            both(steer)
+    assert compiled == []
+
+
+def test_the_gradient_of_a_value_is_a_difference_quotient():
+    tokens = np.arange(8)[None]
+    interventions = Interventions.of(
+        CONFIG, [Intervention(1, 3, 0.5), Intervention(1, 4, 0.25, "add"), Intervention(1, 5, mode="ablate")]
+    )
+
+    @jax.jit
+    def loss(value):
+        set_to = dataclasses.replace(interventions, value=value)
+        return jax.nn.log_softmax(logits_of(set_to, tokens))[0, :, 7].sum()
+
+    value = jnp.asarray(interventions.value)
+    found = jax.jit(jax.grad(loss))(value)
+    for entry in range(2):
+        step = jnp.zeros_like(value).at[entry].set(0.02)
+        quotient = (loss(value + step) - loss(value - step)) / 0.04
+        np.testing.assert_allclose(found[entry], quotient, rtol=0.05, atol=1e-3)
+        assert abs(found[entry]) > 1e-3
+    assert (np.asarray(found[2:]) == 0).all()
+
+
+def test_what_people_write_comes_back_entry_by_entry():
+    assert Interventions.of(CONFIG, SETS).entries() == [
+        dataclasses.replace(one, value=float(np.float32(one.value))) for one in SETS
+    ]
+    assert Interventions.of(CONFIG, {(1, 2): 3.0}, "add").entries() == [Intervention(1, 2, 3.0, "add")]
+    assert Interventions.of(CONFIG, {}).entries() == []
+    same = Interventions.of(CONFIG, SETS)
+    assert Interventions.of(CONFIG, same) is same
+
+
+@pytest.mark.parametrize(
+    ("steer", "mode", "message"),
+    [
+        ({(2, 0): 1.0}, "clamp", "layer = 2: must be an integer from 0 to 1, the model's layers"),
+        ({(0, 24): 1.0}, "clamp", "neuron = 24: must be an integer from 0 to 23, the neurons of a layer"),
+        ({(0, -1): 1.0}, "clamp", "neuron = -1: must be"),
+        ({(0, 1.5): 1.0}, "clamp", "neuron = 1.5: must be"),
+        ({(0, 1): float("nan")}, "clamp", "value = nan of layer 0, neuron 1: must be a finite number"),
+        ({(0, 1): float("inf")}, "add", "value = inf of layer 0, neuron 1: must be a finite number"),
+        ({(0, 1): 1e39}, "add", r"value = 1e\+39 of layer 0, neuron 1: must be at most"),
+        ({(0, 1): "2"}, "add", "value = '2' of layer 0, neuron 1: must be a finite number"),
+        ({(0, 1): 1.0}, "push", "mode = 'push': must be one of clamp, add, scale, ablate"),
+        ({5: 1.0}, "clamp", r"steer: 5 names no neuron: must be \(layer, neuron\)"),
+        ([(0, 1)], "clamp", r"steer: \(0, 1\) is no Intervention"),
+        (
+            [Intervention(0, 1, 1.0, positions="end")],
+            "clamp",
+            "positions = 'end': must be one of all, prompt",
+        ),
+        ([Intervention(0, 1, 1.0, positions=(3, 3))], "clamp", r"positions = \(3, 3\): must be"),
+        ([Intervention(0, 1, 1.0, row=-1)], "clamp", "row = -1: must be"),
+        ([Intervention(0, 1, 1.0), Intervention(0, 1, 1.0, row=1)], "clamp", "two interventions on neuron 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(steer, mode, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Interventions.of(CONFIG, steer, mode)
+    assert "\n" not in str(refused.value)
+
+
+def test_interventions_survive_a_file(tmp_path):
+    save_interventions(tmp_path / "a.json", SETS)
+    assert load_interventions(tmp_path / "a.json", CONFIG) == SETS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "it is no JSON"),
+        ("[]", "must be an object with format = 'topklm-interventions'"),
+        ({"version": 2}, "version = 2: this program reads 1"),
+        ({"interventions": 3}, "interventions: must be a list"),
+        ({"interventions": [3]}, r"interventions\[0\]: must be an object with layer and neuron"),
+        ({"interventions": [{"layer": 0, "neuron": 1, "valu": 1}]}, r"interventions\[0\]: 'valu' is none of"),
+        ({"interventions": [{"layer": 0, "neuron": 1}]}, r"interventions\[0\]: value is missing"),
+        ({"interventions": [{**ONE, "layer": 9}]}, r"interventions\[0\]: layer = 9: must be"),
+        ({"interventions": [ONE, {**ONE, "value": None}]}, r"interventions\[1\]: value = None"),
+        ({"interventions": [{**ONE, "value": float("nan")}]}, r"interventions\[0\]: value = nan"),
+        ({"interventions": [{**ONE, "mode": []}]}, r"mode = \[\]: must be one of"),
+        ({"interventions": [{**ONE, "positions": [4, 2]}]}, r"positions = \(4, 2\): must be one of"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused_in_one_line(tmp_path, content, message):
+    whole = {"format": "topklm-interventions", "version": 1, "interventions": []}
+    text = content if isinstance(content, str) else json.dumps({**whole, **content})
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message) as refused:
+        load_interventions(tmp_path / "a.json", CONFIG)
+    assert str(refused.value).startswith(f"{tmp_path / 'a.json'}: ")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such file of interventions"):
+        load_interventions(tmp_path / "none.json")

@@ -1,0 +1,175 @@
+"""One intervention on one neuron, as people write it and as a file keeps it."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import os
+from typing import Any, Literal, get_args
+
+from topklm.buckets import storage_errors_are_user_errors
+from topklm.config import ModelConfig
+from topklm.errors import UserError
+from topklm.files import as_path, write_atomically
+
+Mode = Literal["clamp", "add", "scale", "ablate"]
+MODES: tuple[str, ...] = get_args(Mode)
+Positions = str | tuple[int, int]
+POSITIONS = ("all", "prompt", "generated")
+
+_FORMAT, _VERSION = "topklm-interventions", 1
+_LARGEST = 2**31 - 1
+_LARGEST_VALUE = 3.4028234e38  # of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+    """What is done to one neuron.
+
+    Attributes:
+        layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of what it hands on.
+        neuron: From 0.
+        value: "clamp" sets the activation to it, "add" adds it, "scale" multiplies by it; "ablate" sets the
+            activation to 0 and has no use for it.
+        mode: One of these.
+        positions: "all"; "prompt"; "generated", the tokens behind the prompt, of which the first is still
+            predicted from the prompt alone; or a range (begin, end) of positions without its end, 0 being the
+            separator before the text.
+        row: Which text of a batch; None: all.
+    """
+
+    layer: int
+    neuron: int
+    value: float = 0.0
+    mode: str = "clamp"
+    positions: Positions = "all"
+    row: int | None = None
+
+    def check(self, config: ModelConfig | None = None) -> None:
+        """Raises ValueError, in one line, for what cannot be, in general or in a model."""
+        n_layers, width = (config.n_layers, config.d_model) if config else (_LARGEST, _LARGEST)
+        _check_index("layer", self.layer, n_layers, "the model's layers")
+        _check_index("neuron", self.neuron, width, "the neurons of a layer")
+        if self.row is not None:
+            _check_index("row", self.row, _LARGEST, "rows")
+        if self.mode not in MODES:
+            raise ValueError(f"mode = {self.mode!r}: must be one of {', '.join(MODES)}")
+        number = isinstance(self.value, int | float) or hasattr(self.value, "__float__")
+        if isinstance(self.value, bool | str) or not number or not math.isfinite(float(self.value)):
+            raise ValueError(f"value = {self.value!r} of {self._name}: must be a finite number")
+        if abs(float(self.value)) > _LARGEST_VALUE:
+            raise ValueError(f"value = {self.value!r} of {self._name}: must be at most {_LARGEST_VALUE:g}")
+        if self.positions not in POSITIONS and not _is_range(self.positions):
+            raise ValueError(
+                f"positions = {self.positions!r}: must be one of {', '.join(POSITIONS)}, or (begin, end) "
+                "with 0 <= begin < end"
+            )
+
+    def may_meet(self, other: "Intervention") -> bool:
+        """Whether both can act on one token, if they are of one neuron."""
+        if None not in (self.row, other.row) and self.row != other.row:
+            return False
+        if {self.positions, other.positions} == {"prompt", "generated"}:
+            return False
+        if isinstance(self.positions, str) or isinstance(other.positions, str):
+            return True
+        return max(self.positions[0], other.positions[0]) < min(self.positions[1], other.positions[1])
+
+    @property
+    def _name(self) -> str:
+        return f"layer {self.layer}, neuron {self.neuron}"
+
+
+def save_interventions(path: str | os.PathLike[str], interventions: Sequence[Intervention]) -> None:
+    """Writes a small JSON file, whole or not at all.
+
+    Args:
+        path: Local, or in a bucket.
+        interventions: For those of an `Interventions`, its `entries()`.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    entries = [_to_json(one) for one in interventions]
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, "interventions": entries}, indent=1)
+    with storage_errors_are_user_errors("writing interventions", as_path(path)):
+        write_atomically(as_path(path), content.encode() + b"\n")
+
+
+def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None = None) -> list[Intervention]:
+    """Reads what `save_interventions` wrote, or a person.
+
+    Args:
+        path: Local, or in a bucket.
+        config: The model that they are for, if it shall be checked that they fit.
+
+    Raises:
+        UserError: If the file is missing, is no such JSON, or holds what `Intervention.check` refuses.
+    """
+    file = as_path(path)
+    with storage_errors_are_user_errors(f"reading {path}", file):
+        if not file.exists():
+            raise UserError(f"{path}: there is no such file of interventions")
+        content = file.read_bytes()
+    try:
+        return [_from_json(number, entry, config) for number, entry in enumerate(_entries(content))]
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def _entries(content: bytes) -> list[Any]:
+    try:
+        parts = json.loads(content)
+    except ValueError as e:
+        raise ValueError(f"it is no JSON ({e})") from e
+    if not isinstance(parts, dict) or parts.get("format") != _FORMAT:
+        raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
+    if parts.get("version") != _VERSION:
+        raise ValueError(f"version = {parts.get('version')!r}: this program reads {_VERSION}")
+    if not isinstance(parts.get("interventions"), list):
+        raise ValueError("interventions: must be a list")
+    return parts["interventions"]
+
+
+def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervention:
+    names = [field.name for field in dataclasses.fields(Intervention)]
+    if not isinstance(entry, dict) or not {"layer", "neuron"} <= set(entry):
+        raise ValueError(f"interventions[{number}]: must be an object with layer and neuron")
+    if unknown := sorted(set(entry) - set(names)):
+        raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
+    positions = entry.get("positions", "all")
+    entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
+    if "value" not in entry and entry.get("mode") != "ablate":
+        raise ValueError(f"interventions[{number}]: value is missing")
+    one = Intervention(**entry)
+    try:
+        one.check(config)
+    except ValueError as e:
+        raise ValueError(f"interventions[{number}]: {e}") from e
+    return one
+
+
+def _to_json(one: Intervention) -> dict[str, Any]:
+    one.check()
+    row = {} if one.row is None else {"row": int(one.row)}
+    positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
+    place = {"layer": int(one.layer), "neuron": int(one.neuron)}
+    return {**place, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
+
+
+def _is_index(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _check_index(name: str, value: Any, size: int, what: str) -> None:
+    if not _is_index(value) or not 0 <= value < size:
+        raise ValueError(f"{name} = {value!r}: must be an integer from 0 to {size - 1}, {what}")
+
+
+def _is_range(positions: Any) -> bool:
+    return (
+        isinstance(positions, tuple)
+        and len(positions) == 2
+        and all(_is_index(p) and p <= _LARGEST for p in positions)
+        and 0 <= positions[0] < positions[1]
+    )

@@ -1,0 +1,201 @@
+"""Neurons set from outside while a model runs: clamped, added to, scaled or ablated, at chosen positions.
+
+An intervention acts on what a layer hands on, behind its TopK. All of them are data of the program, filled
+up to a few sizes, so other neurons, values, modes or positions compile nothing. Dims: E entries, B rows,
+T tokens, D d_model, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference.intervention import MODES, POSITIONS, Intervention
+from topklm.model.transformer import Edit
+
+_SMALLEST = 8  # entries; more are filled up to the next power of two
+_NO_LAYER = -1
+_EVERY_ROW = -1
+_END = 2**31 - 1
+_RANGE = len(POSITIONS)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layer", "neuron", "value", "mode", "place", "begin", "end", "row"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Interventions:
+    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+
+    Attributes:
+        layer: int32[E]; -1 in entries that only fill up.
+        neuron: int32[E].
+        value: float32[E]; what it means depends on the mode, and "ablate" has no use for it.
+        mode: int32[E], index into "clamp", "add", "scale", "ablate".
+        place: int32[E], index into "all", "prompt", "generated", and 3 for a range.
+        begin: int32[E], first position of a range. The separator before a text has position 0.
+        end: int32[E], the position behind its last.
+        row: int32[E], which row of a batch; -1: all.
+    """
+
+    layer: Any
+    neuron: Any
+    value: Any
+    mode: Any
+    place: Any
+    begin: Any
+    end: Any
+    row: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig, steer: Any, mode: str = "clamp") -> "Interventions":
+        """From what people write.
+
+        Args:
+            config: The model that they are for.
+            steer: {(layer, neuron): value}; or a sequence of `Intervention`; or what this returned before.
+            mode: Of the entries of a mapping.
+
+        Raises:
+            ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
+                a mode or positions that there are not, or two interventions on one neuron at one place.
+        """
+        if isinstance(steer, Interventions):
+            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(steer)):
+                for entry in steer.entries():
+                    entry.check(config)
+            return steer
+        if isinstance(steer, Mapping):
+            entries = [_of_pair(pair, value, mode) for pair, value in steer.items()]
+        else:
+            entries = list(steer)
+        for entry in entries:
+            if not isinstance(entry, Intervention):
+                raise ValueError(
+                    f"steer: {entry!r} is no Intervention: give {{(layer, neuron): value}} or Interventions"
+                )
+            entry.check(config)
+        _refuse_overlap(entries)
+        size = _SMALLEST
+        while size < len(entries):
+            size *= 2
+        empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
+        rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
+        columns = zip(*rows, strict=True)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(
+            **{
+                name: np.array(column, np.float32 if name == "value" else np.int32)
+                for name, column in zip(names, columns, strict=True)
+            }
+        )
+
+    def entries(self) -> list[Intervention]:
+        """The interventions, one by one, as `of` takes them."""
+        columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return [
+            _intervention({name: column[i].item() for name, column in columns.items()})
+            for i in range(len(columns["layer"]))
+            if columns["layer"][i] != _NO_LAYER
+        ]
+
+    def edit(
+        self, positions_BT: jax.Array | None = None, prompt_lengths_B: jax.Array | int | None = None
+    ) -> Edit:
+        """For `Transformer.hidden(edit=..., edits=jnp.arange(L))`, inside a program.
+
+        Args:
+            positions_BT: int32[B, T]; default 0, 1, 2, ...
+            prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
+                Default: all tokens are the prompt.
+        """
+        lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
+
+        def change(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            batch, length, d = h_BTD.shape
+            positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
+            applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
+            applies_BTE = jnp.broadcast_to(
+                applies_BTE & (self.layer == layer), (batch, length, len(self.layer))
+            )
+            # Outside of the row where it does not apply: nothing is written there.
+            neuron_BTE = jnp.where(applies_BTE, self.neuron, d)
+            found_BTE = jnp.take(h_BTD, self.neuron, axis=-1)
+            rows, places = jnp.arange(batch)[:, None, None], jnp.arange(length)[:, None]
+            return h_BTD.at[rows, places, neuron_BTE].set(self._changed(found_BTE), mode="drop")
+
+        return change
+
+    def _changed(self, h_BTE: jax.Array) -> jax.Array:
+        value = jnp.asarray(self.value, h_BTE.dtype)
+        changed = [jnp.broadcast_to(value, h_BTE.shape), h_BTE + value, h_BTE * value, jnp.zeros_like(h_BTE)]
+        return jnp.select([self.mode == number for number in range(len(MODES))], changed, h_BTE)
+
+    def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
+        """bool[B, T, E], by position and row."""
+        at = positions_BT[..., None]
+        is_prompt = at < prompt_lengths_B[:, None, None]
+        in_range = (at >= self.begin) & (at < self.end)
+        place = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
+        by_place = jnp.select([self.place == number for number in range(len(place))], place, False)
+        row = jnp.arange(len(prompt_lengths_B))[:, None, None]
+        return by_place & ((self.row == _EVERY_ROW) | (self.row == row))
+
+    def __repr__(self) -> str:
+        # JAX prints trees that hold other things than arrays in its error messages.
+        return f"Interventions({getattr(self.layer, 'shape', '?')})"
+
+
+def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ValueError(f"steer: {pair!r} names no neuron: must be (layer, neuron)")
+    return Intervention(*pair, value, mode)
+
+
+def _numbers(entry: Intervention) -> tuple:
+    """The entry of each array."""
+    if isinstance(entry.positions, str):
+        place, begin, end = POSITIONS.index(entry.positions), 0, 0
+    else:
+        place, (begin, end) = _RANGE, entry.positions
+    row = _EVERY_ROW if entry.row is None else entry.row
+    return entry.layer, entry.neuron, entry.value, MODES.index(entry.mode), place, begin, end, row
+
+
+def _intervention(numbers: dict[str, Any]) -> Intervention:
+    place = numbers["place"]
+    return Intervention(
+        numbers["layer"],
+        numbers["neuron"],
+        numbers["value"],
+        MODES[numbers["mode"]],
+        POSITIONS[place] if place != _RANGE else (numbers["begin"], numbers["end"]),
+        None if numbers["row"] == _EVERY_ROW else numbers["row"],
+    )
+
+
+def _refuse_overlap(entries: Sequence[Intervention]) -> None:
+    """Of two at one place, which comes first would matter."""
+
+    def neuron(entry: Intervention) -> tuple[int, int]:
+        return entry.layer, entry.neuron
+
+    for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
+        for one, other in itertools.combinations(group, 2):
+            if one.may_meet(other):
+                raise ValueError(
+                    f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
+                    "keep one, or give them other positions"
+                )
+
+
+# What `Interventions.of` takes.
+Steer = Interventions | Mapping[tuple[int, int], float] | Sequence[Intervention]

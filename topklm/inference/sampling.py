@@ -1,0 +1,188 @@
+"""Which token comes next, given the logits: the most likely one, or one drawn under limits.
+
+The limits are data of the program, one set for each row, so changing them compiles nothing, and rows with
+different ones share a program. Dims: B rows, V tokens of the vocabulary.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.model.topk_threshold import order_key
+
+_SEED_BITS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one text are drawn.
+
+    In this order: the repetition penalty changes logits, the temperature divides them, `top_k`, then `top_p`
+    of what that leaves, then `min_p` take tokens out; one of those left is drawn. Ties at a limit stay in.
+
+    Attributes:
+        temperature: 0 takes the most likely token, the lowest of several; then only the penalty matters.
+        top_k: Only the k most likely tokens; 0: all.
+        top_p: Only the fewest most likely tokens whose probabilities sum to this or more; 1: all.
+        min_p: Only tokens at least this fraction as probable as the most likely one; 0: all.
+        repetition_penalty: Logits of tokens that the text holds already, the prompt's included, are divided
+            by this where they are positive and multiplied where not (Keskar et al. 2019, section 4.1);
+            1: nothing changes.
+        seed: The same seed gives the same text, whatever other texts are made beside it.
+        index: Further texts of the same prompt and seed, each with an index of its own.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    index: int = 0
+
+    def check(self) -> "Sampling":
+        """Itself.
+
+        Raises:
+            ValueError: For a value that is not allowed; one line with its name and what is.
+        """
+        _number("temperature", self.temperature, "0 or more, and finite", lambda x: x >= 0)
+        _integer("top_k", self.top_k, "an integer, 1 or more, or 0 for all tokens", 0, 2**31 - 1)
+        _number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        _number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+        _number("repetition_penalty", self.repetition_penalty, "above 0, and finite", lambda x: x > 0)
+        limit = 2 ** (_SEED_BITS - 1)
+        _integer("seed", self.seed, "an integer of 64 bits", -limit, 2 * limit - 1)
+        _integer("index", self.index, "an integer, 0 or more", 0, 2**31 - 1)
+        return self
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "index"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSampling:
+    """`Sampling` of each row as arrays [B], in float32 and int32; the seed as two words, uint32[B, 2]."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    seed: Any
+    index: Any
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
+        """Of checked ones."""
+
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(row, name) for row in rows], dtype)
+
+        floats = {
+            name: column(name, np.float32) for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        }
+        words = [(row.seed & 0xFFFFFFFF, row.seed >> 32 & 0xFFFFFFFF) for row in rows]
+        seed = np.array(words, np.uint32).reshape(-1, 2)
+        return cls(top_k=column("top_k", np.int32), index=column("index", np.int32), seed=seed, **floats)
+
+    def keys(self) -> jax.Array:
+        """The random key of each row, [B]."""
+
+        def key(seed: jax.Array, index: jax.Array) -> jax.Array:
+            # Small seeds have no second word; folded in all the same, so that one rule holds for all.
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
+
+        return jax.vmap(key)(self.seed, self.index)
+
+
+def draw(
+    logits_BV: jax.Array, present_BV: jax.Array, sampling: RowSampling, keys_B: jax.Array, number_B: jax.Array
+) -> jax.Array:
+    """The next token of each row, int32[B].
+
+    Args:
+        logits_BV: float32[B, V].
+        present_BV: bool[B, V], which tokens the row holds already.
+        sampling: Of each row.
+        keys_B: `sampling.keys()`.
+        number_B: int32[B], how many tokens were drawn in the row before; each has a random number of its own.
+    """
+    penalty_B1 = sampling.repetition_penalty[:, None]
+
+    def penalised(logits: jax.Array) -> jax.Array:
+        changed = jnp.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
+        return jnp.where(present_BV, changed, logits)
+
+    # What no row asks for is not computed; for a row that does not ask for it, it changes nothing.
+    logits_BV = jax.lax.cond(jnp.any(penalty_B1 != 1), penalised, lambda x: x, logits_BV)
+    most_likely_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    warm_B = sampling.temperature > 0
+
+    def sampled() -> jax.Array:
+        scaled_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1.0)[:, None]
+        limited_B = (sampling.top_k > 0) | (sampling.top_p < 1)
+        scaled_BV = jax.lax.cond(
+            jnp.any(limited_B), functools.partial(_within, sampling=sampling), lambda x: x, scaled_BV
+        )
+        # Of 0, minus infinity: everything passes.
+        lowest_B1 = scaled_BV.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
+        scaled_BV = jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
+        step_keys = jax.vmap(jax.random.fold_in)(keys_B, number_B)
+        drawn_B = jax.vmap(jax.random.categorical)(step_keys, scaled_BV).astype(jnp.int32)
+        return jnp.where(warm_B, drawn_B, most_likely_B)
+
+    return jax.lax.cond(jnp.any(warm_B), sampled, lambda: most_likely_B)
+
+
+def _within(scaled_BV: jax.Array, sampling: RowSampling) -> jax.Array:
+    """Minus infinity in place of what `top_k` and `top_p` take out."""
+    key_BV = order_key(scaled_BV)
+    size = scaled_BV.shape[-1]
+    kept_B = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
+    of_k_B1 = _limit(key_BV, jnp.ones_like(scaled_BV), kept_B.astype(jnp.float32))
+    scaled_BV = jnp.where(key_BV >= of_k_B1, scaled_BV, -jnp.inf)
+    probabilities_BV = jax.nn.softmax(scaled_BV, axis=-1)
+    of_p_B1 = _limit(key_BV, probabilities_BV, sampling.top_p)
+    # Rounding may bring the sum of all below 1; a row that asked for all of them gets them.
+    stays_BV = (key_BV >= of_p_B1) | (sampling.top_p >= 1)[:, None]
+    return jnp.where(stays_BV, scaled_BV, -jnp.inf)
+
+
+def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
+    """The highest key at and above which the weights sum to what is wanted or more, int32[B, 1].
+
+    Found bit by bit from the top, which takes 32 sums and no sorting.
+    """
+
+    def enough(limit_B: jax.Array) -> jax.Array:
+        return jnp.where(key_BV >= limit_B[:, None], weight_BV, 0.0).sum(axis=-1) >= wanted_B
+
+    lowest_B = jnp.full(wanted_B.shape, jnp.iinfo(jnp.int32).min, jnp.int32)
+    limit_B = jnp.where(enough(jnp.zeros_like(lowest_B)), 0, lowest_B)
+
+    def one_bit(place: jax.Array, limit_B: jax.Array) -> jax.Array:
+        higher_B = limit_B + jnp.left_shift(jnp.int32(1), 30 - place)
+        return jnp.where(enough(higher_B), higher_B, limit_B)
+
+    return jax.lax.fori_loop(0, 31, one_bit, limit_B)[:, None]
+
+
+def _number(name: str, value: Any, allowed: str, holds: Any) -> None:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and holds(value)):
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+
+
+def _integer(name: str, value: Any, allowed: str, lowest: int, highest: int) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole and lowest <= value <= highest):
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
