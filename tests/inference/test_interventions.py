@@ -15,10 +15,10 @@ from topklm.inference.intervention import Intervention, load_interventions, save
 from topklm.inference.interventions import Interventions
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
-from topklm.model.topk import topk
 
 PARAMS = params_of(CONFIG)
 ONE = {"layer": 0, "neuron": 1, "value": 1}
+BEHIND = ("clamp", "add", "scale", "ablate")
 SETS = [
     Intervention(0, 3, 2.5),
     Intervention(0, 4, 0.75, "add", "prompt"),
@@ -29,22 +29,43 @@ SETS = [
     Intervention(1, 23, 1.25, "clamp", (2, 3), row=1),
     Intervention(1, 23, -4.0, "add", "all", row=0),
     Intervention(1, 7, 9.0, "add", row=5),
+    Intervention(0, 8, mode="ban"),
+    Intervention(0, 9, mode="ban", positions="prompt"),
+    Intervention(0, 10, 1.5, "force"),
+    Intervention(0, 11, -2.0, "force", (2, 7), row=0),
 ]
 
 
-def by_hand(h, layer, entries, prompt_lengths, first=(0, 0)):
-    """One number after another."""
+def kept_by_hand(u, k, entries, prompt_lengths):
+    """TopK with its competition, by sorting: the forced ones, then the best of those that are not banned."""
+    h = np.zeros_like(u)
+    for row, at in np.ndindex(u.shape[:2]):
+        here = [one for one in entries if acts(one, row, at, prompt_lengths[row])]
+        forced = {one.neuron: one.value for one in here if one.mode == "force"}
+        banned = {one.neuron for one in here if one.mode == "ban"}
+        free = sorted(set(range(u.shape[2])) - banned - set(forced), key=lambda j: -u[row, at, j])
+        for j in free[: k - len(forced)]:
+            h[row, at, j] = max(u[row, at, j], 0)
+        for j, value in forced.items():
+            h[row, at, j] = value
+    return h
+
+
+def acts(one, row, at, prompt_length):
+    where = {"all": True, "prompt": at < prompt_length, "generated": at >= prompt_length}
+    here = where[one.positions] if isinstance(one.positions, str) else at in range(*one.positions)
+    return here and one.row in (None, row)
+
+
+def by_hand(h, layer, entries, prompt_lengths):
+    """What acts behind the TopK, one number after another."""
     h = np.array(h)
-    for row, position in np.ndindex(h.shape[:2]):
-        at = position + first[row]
+    for row, at in np.ndindex(h.shape[:2]):
         for one in entries:
-            prompt = at < prompt_lengths[row]
-            where = {"all": True, "prompt": prompt, "generated": not prompt}
-            here = where[one.positions] if isinstance(one.positions, str) else at in range(*one.positions)
-            if one.layer == layer and here and one.row in (None, row):
-                old = h[row, position, one.neuron]
+            if one.layer == layer and acts(one, row, at, prompt_lengths[row]) and one.mode in BEHIND:
+                old = h[row, at, one.neuron]
                 new = {"clamp": one.value, "add": old + one.value, "scale": old * one.value, "ablate": 0.0}
-                h[row, position, one.neuron] = new[one.mode]
+                h[row, at, one.neuron] = new[one.mode]
     return h
 
 
@@ -57,13 +78,15 @@ def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
 
     @jax.jit
     def run(interventions):
-        edit = interventions.edit(prompt_lengths_B=jnp.asarray([3, 5]))
+        changes = interventions.changes(config, prompt_lengths_B=jnp.asarray([3, 5]))
         model = transformer.bind(config, PARAMS)
-        _, taps = model.hidden(tokens, tap=lambda h, u, h_next: (u, h_next), edit=edit, edits=jnp.arange(2))
-        return taps
+        tap = lambda h, u, h_next: (u, h_next)  # noqa: E731
+        return model.hidden(tokens, tap=tap, **changes._asdict(), edits=jnp.arange(2))[1]
 
     summed, after = run(interventions)
-    for layer, before in enumerate([topk(summed[0], config.topk_k), summed[1]]):
+    kept = kept_by_hand(np.asarray(summed[0]), config.topk_k, [one for one in SETS if not one.layer], [3, 5])
+    assert (kept != 0).sum(axis=-1).max() == config.topk_k
+    for layer, before in enumerate([kept, summed[1]]):
         by_loop = by_hand(before, layer, SETS, [3, 5])
         np.testing.assert_allclose(after[layer], by_loop, rtol=1e-5, atol=1e-6)
         assert np.abs(by_loop - before).max() > 1
@@ -104,7 +127,8 @@ def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack
 
 def logits_of(interventions, tokens):
     model = transformer.bind(CONFIG, PARAMS)
-    h, _ = model.hidden(tokens, edit=interventions.edit(), edits=jnp.arange(CONFIG.n_layers))
+    changes = interventions.changes(CONFIG)
+    h, _ = model.hidden(tokens, **changes._asdict(), edits=jnp.arange(CONFIG.n_layers))
     return model.logits(h)
 
 

@@ -48,18 +48,19 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
             block = nnx.merge(block_def, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
             past = decode.keys_and_values(block, entering[layer], angles(jnp.tile(jnp.arange(T), (B, 1))))
             # What stands at a token's own place, or behind it, must not matter.
-            hidden = jnp.arange(T)[None, :, None, None] >= places.min(axis=1)[:, None, None, None]
+            hidden = jnp.arange(T)[None, None, :, None] >= places.min(axis=1)[:, None, None, None]
             one = decode.KeysAndValues(*(jnp.where(hidden, 1e3, x) for x in past))
             rows = jnp.arange(B)[:, None]
             h = entering[layer][rows, places]
             seen = jnp.arange(T) < places[..., None]
-            a, written, own = decode.step(block, h, angles(places), past, seen)
+            a, written, own = decode.step(block, h, angles(places), decode.own_behind(past, seen))
             lowest = jnp.argmin(places, axis=1)[:, None]
-            _, of_lowest, _ = decode.step(block, h, angles(places), one, seen)
+            _, of_lowest, _ = decode.step(block, h, angles(places), decode.own_behind(one, seen))
             sparse = layer < config.n_topk_layers
             u = topk(written, config.topk_k, residual=a) if sparse else a + written
             same = jnp.take_along_axis(of_lowest - written, lowest[..., None], axis=1)
-            found.append((u, leaving[layer][rows, places], same, own, [x[rows, places] for x in past]))
+            at_places = [jnp.swapaxes(x, 1, 2)[rows, places].swapaxes(1, 2) for x in past]
+            found.append((u, leaving[layer][rows, places], same, own, at_places))
         return found
 
     tolerance = 1e-5 if dtype == "float32" else 0.1

@@ -26,7 +26,8 @@ from topklm.bench.timing import Samples, alternate
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
-from topklm.inference.generate import generate_tokens
+from topklm.inference.generate import Generation
+from topklm.inference.sampling import Sampling
 from topklm.model import transformer
 
 DESCRIPTION = "Measures generation with a config's model, freshly initialised."
@@ -106,11 +107,14 @@ def continuations(
     stop_token: int,
 ) -> list[list[int]]:
     """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": 0.0, "seed": 0}
-    return [
-        generate_tokens(config, params, prompt.tolist(), stop_token=stop_token, **options)
-        for prompt in prompts
-    ]
+    greedy = [Sampling(temperature=0)] * len(prompts)
+    limits = [new_tokens] * len(prompts)
+    generation = Generation(
+        config, params, prompts.tolist(), greedy, max_new_tokens=limits, stop_token=stop_token
+    )
+    while not generation.done:
+        generation.advance()
+    return [text[prompts.shape[1] :] for text in generation.texts]
 
 
 def random_prompts(config: ModelConfig, n: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 Texts stand at the left of their rows, so a token's place in the cache is its position, and what stands to
 the right of a text is never looked at. Sizes are rounded up to a few, so that few programs are compiled.
+
+New tokens first go to a small buffer of their own, where all rows write at one index. So the cache itself
+is only read while a program makes tokens, and nothing of it is copied; `merged` takes the buffer in.
+
 Inside `jax.jit`, but for `bucket` and `by_layer`. Dims: L layers, B rows, P places of prompts, C places of
-the cache, D d_model, K key heads of width d.
+the cache, N of the buffer, D d_model, K key heads of width d.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -21,13 +24,14 @@ from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.decode import KeysAndValues
 from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
-from topklm.model.transformer import Edit
+from topklm.model.transformer import Changes
 
 SMALLEST_BUCKET = 32
+STEPS = 16  # N; a cache has as many places more than are used, so that a whole buffer fits behind any text
 
 # Of every layer: one array with a leading layer axis where layers are scanned, else a tuple of L.
 Layers = Any
-Cache = Any  # `KeysAndValues` of each layer, [B, C, K, d] each, in the same form
+Cache = Any  # `KeysAndValues` of each layer, [B, K, C, d] each, in the same form
 
 
 def bucket(length: int, context_length: int) -> int:
@@ -49,7 +53,7 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
 
 
 def prefill(
-    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, edit: Edit | None
+    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, changes: Changes
 ) -> tuple[jax.Array, Cache]:
     """Runs whole texts.
 
@@ -57,7 +61,7 @@ def prefill(
         model: As `transformer.bind` gives it.
         tokens_BP: int32[B, P], each text at the left; what is to its right does not matter.
         lengths_B: int32[B], tokens of each text, at least 1.
-        edit: As in `Transformer.hidden`, called with the number of the layer.
+        changes: As in `Transformer.hidden`, called with the number of the layer.
 
     Returns:
         Of each row's last token the normed hidden state, [B, D]; and the cache, with C = P.
@@ -67,7 +71,8 @@ def prefill(
     def keep(h: jax.Array, _u: jax.Array, _h_next: jax.Array) -> jax.Array:
         return h
 
-    h_BPD, entering_LBPD = model.hidden(tokens_BP, tap=keep, edit=edit, edits=jnp.arange(config.n_layers))
+    numbers = jnp.arange(config.n_layers)
+    h_BPD, entering_LBPD = model.hidden(tokens_BP, tap=keep, **changes._asdict(), edits=numbers)
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     block_def, stacked = nnx.split(model.blocks)
     rotation = _rotation(config, jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
@@ -84,87 +89,119 @@ def prefill(
 
 
 def with_room(cache: Cache, size: int) -> Cache:
-    """A cache of so many places, at least those that it has."""
+    """A cache for texts of up to so many tokens, at least the places that it has."""
 
     def pad(x: jax.Array) -> jax.Array:
-        before_places = x.ndim - 3  # whether there is a layer axis
         widths = [(0, 0)] * x.ndim
-        widths[before_places] = (0, size - x.shape[before_places])
+        widths[-2] = (0, size + STEPS - x.shape[-2])
         return jnp.pad(x, widths)
 
     return jax.tree.map(pad, cache)
+
+
+def room(cache: Cache) -> int:
+    """Tokens that a text may have whose keys and values are in the cache."""
+    return jax.tree.leaves(cache)[0].shape[-2] - STEPS
+
+
+def buffer(cache: Cache) -> Cache:
+    """An empty buffer for new tokens, N places."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], STEPS, x.shape[-1]), x.dtype), cache)
 
 
 def step(
     model: transformer.Transformer,
     layers: Layers,
     cache: Cache,
+    new: Cache,
     tokens_B: jax.Array,
-    places_B: jax.Array,
-    writes_B: jax.Array,
-    edit: Edit | None,
+    lengths_B: jax.Array,
+    number: jax.Array,
+    changes: Changes,
 ) -> tuple[jax.Array, Cache]:
-    """Runs one token of each row behind those in the cache, and adds it to the cache.
+    """Runs one token of each row behind those in the cache and the buffer, and adds it to the buffer.
 
     Args:
         model: As `transformer.bind` gives it; of its blocks only the structure is looked at.
         layers: Their parameters, from `by_layer`.
-        cache: Of the tokens before.
+        cache: Of the tokens before those in the buffer.
+        new: The buffer.
         tokens_B: int32[B].
-        places_B: int32[B], the token's position, which is its place in the cache.
-        writes_B: bool[B], rows whose cache changes; what the others compute means nothing.
-        edit: As in `prefill`.
+        lengths_B: int32[B], tokens of each row that are in the cache.
+        number: int32, how many are in the buffer, less than N.
+        changes: As in `prefill`.
 
     Returns:
-        The normed hidden state, [B, D], and the cache.
+        The normed hidden state, [B, D], and the buffer.
     """
     config = model.config
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
-    rotation = _rotation(config, places_B[:, None])
-    selection = config.topk_k, config.topk_activation, config.topk_backend
+    rotation = _rotation(config, (lengths_B + number)[:, None])
+    seen_B1C = (jnp.arange(room(cache) + STEPS) < lengths_B[:, None])[:, None]
+    seen_11N = (jnp.arange(STEPS) <= number)[None, None]
 
     def layer(
-        h_B1D: jax.Array, leaves: Any, past: KeysAndValues, number: Any, sparse: Any
+        h_B1D: jax.Array, leaves: Any, past: KeysAndValues, new: KeysAndValues, layer: Any, sparse: Any
     ) -> tuple[jax.Array, KeysAndValues]:
-        block = nnx.merge(block_def, jax.tree.unflatten(treedef, leaves))
-        seen_B1C = (jnp.arange(past.keys.shape[1]) < places_B[:, None])[:, None]
-        a_B1D, written_B1D, own = decode.step(block, h_B1D, rotation, past, seen_B1C)
-        if isinstance(sparse, bool):
-            h_B1D = topk(written_B1D, *selection, residual=a_B1D) if sparse else a_B1D + written_B1D
-        else:
-            h_B1D = topk(written_B1D, *selection, residual=a_B1D, applies=sparse)
-        return h_B1D if edit is None else edit(h_B1D, number), own
+        def attend(q_BKG1d: jax.Array, own: KeysAndValues) -> tuple[jax.Array, KeysAndValues]:
+            def put(x: jax.Array, one: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(x, one, number, axis=-2)
 
-    # Outside of the cache where nothing is to be written.
-    rows, n_places = jnp.arange(len(tokens_B)), jax.tree.leaves(cache)[0].shape[-3]
-    targets_B = jnp.where(writes_B, places_B, n_places)
+            with_own = jax.tree.map(put, new, own)
+            return decode.over(q_BKG1d, [(past, seen_B1C), (with_own, seen_11N)]), with_own
+
+        block = nnx.merge(block_def, jax.tree.unflatten(treedef, leaves))
+        a_B1D, written_B1D, with_own = decode.step(block, h_B1D, rotation, attend)
+        h_B1D = _ended(config, a_B1D, written_B1D, layer, sparse, changes)
+        return h_B1D, with_own
+
     h_B1D = model.embed(tokens_B[:, None], jnp.dtype(config.dtype))
     if _scans(config):
-
-        def scanned(h_B1D: jax.Array, inputs: tuple) -> tuple[jax.Array, KeysAndValues]:
-            return layer(h_B1D, *inputs)
-
         numbers = np.arange(config.n_layers)
-        inputs = layers, cache, numbers, numbers < config.n_topk_layers
-        h_B1D, own = jax.lax.scan(scanned, h_B1D, inputs)
-        cache = _written(cache, own, lambda x, new: x.at[:, rows, targets_B].set(new[:, :, 0], mode="drop"))
+        inputs = layers, cache, new, numbers, numbers < config.n_topk_layers
+        h_B1D, new = jax.lax.scan(lambda h, inputs: layer(h, *inputs), h_B1D, inputs)
     else:
-        cache = list(cache)
-        for number, leaves in enumerate(layers):
-            sparse = number < config.n_topk_layers
-            h_B1D, own = layer(h_B1D, leaves, cache[number], number, sparse)
-            cache[number] = _written(
-                cache[number], own, lambda x, new: x.at[rows, targets_B].set(new[:, 0], mode="drop")
-            )
-        cache = tuple(cache)
-    return model.final_norm(h_B1D)[:, 0], cache
+        of_layers = []
+        for i, (leaves, past, of_layer) in enumerate(zip(layers, cache, new, strict=True)):
+            h_B1D, with_own = layer(h_B1D, leaves, past, of_layer, i, i < config.n_topk_layers)
+            of_layers.append(with_own)
+        new = tuple(of_layers)
+    return model.final_norm(h_B1D)[:, 0], new
 
 
-def _written(
-    cache: KeysAndValues, own: KeysAndValues, write: Callable[[jax.Array, jax.Array], jax.Array]
-) -> KeysAndValues:
-    return jax.tree.map(write, cache, own)
+def merged(cache: Cache, new: Cache, lengths_B: jax.Array) -> Cache:
+    """The cache with the buffer behind each row's text; what a row has no use for lies behind its end."""
+
+    def put(x_KCd: jax.Array, new_KNd: jax.Array, length: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x_KCd, new_KNd, length, axis=1)
+
+    of_rows = jax.vmap(put)
+    has_layer_axis = jax.tree.leaves(cache)[0].ndim == 5
+    of_all = jax.vmap(of_rows, in_axes=(0, 0, None)) if has_layer_axis else of_rows
+    return jax.tree.map(lambda x, n: of_all(x, n, lengths_B), cache, new)
+
+
+def _ended(
+    config: ModelConfig,
+    a_B1D: jax.Array,
+    written_B1D: jax.Array,
+    layer: Any,
+    sparse: Any,
+    changes: Changes,
+) -> jax.Array:
+    """What a layer hands on; `sparse`, whether it ends in a TopK, may be known only when the program runs."""
+    known = isinstance(sparse, bool)
+    if known and not sparse:
+        h_B1D = a_B1D + written_B1D
+    elif changes.select is not None:
+        u_B1D = a_B1D + written_B1D
+        h_B1D = changes.select(u_B1D, layer)
+        h_B1D = h_B1D if known else jnp.where(sparse, h_B1D, u_B1D)
+    else:
+        selection = config.topk_k, config.topk_activation, config.topk_backend
+        h_B1D = topk(written_B1D, *selection, residual=a_B1D, applies=None if known else sparse)
+    return h_B1D if changes.edit is None else changes.edit(h_B1D, layer)
 
 
 def _scans(config: ModelConfig) -> bool:

@@ -126,8 +126,7 @@ class Generation:
         size = max(cache_lib.bucket(min(need, context), context), tokens.shape[1])
         made = np.array([len(text) for text in self.texts], np.int32) - self._rows.prompt_lengths
         filled, logits = programs.run_whole(plan, self._params, self._rows, tokens, lengths)
-        if size > tokens.shape[1]:
-            filled = programs.with_room(plan, filled, size)
+        filled = programs.with_room(plan, filled, size)
         self._state = State(filled, logits, lengths, made, self._remaining(), present)
 
     def _remaining(self) -> np.ndarray:

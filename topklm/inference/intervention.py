@@ -12,8 +12,11 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.files import as_path, write_atomically
 
-Mode = Literal["clamp", "add", "scale", "ablate"]
+Mode = Literal["clamp", "add", "scale", "ablate", "ban", "force"]
 MODES: tuple[str, ...] = get_args(Mode)
+# Those inside of the competition for the k places; only layers with TopK have one.
+COMPETING = ("ban", "force")
+_WITHOUT_VALUE = ("ablate", "ban")
 Positions = str | tuple[int, int]
 POSITIONS = ("all", "prompt", "generated")
 
@@ -29,9 +32,11 @@ class Intervention:
     Attributes:
         layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of what it hands on.
         neuron: From 0.
-        value: "clamp" sets the activation to it, "add" adds it, "scale" multiplies by it; "ablate" sets the
-            activation to 0 and has no use for it.
-        mode: One of these.
+        value: What the mode needs; "ablate" and "ban" have no use for it.
+        mode: Behind the TopK, "clamp" sets the activation to the value, "add" adds it, "scale" multiplies by
+            it, "ablate" sets the activation to 0. Inside of the competition, so that k entries are kept as
+            always: "ban" takes the neuron out, and the next one has its place; "force" gives it a place,
+            which the weakest of the others loses, and the value for its activation.
         positions: "all"; "prompt"; "generated", the tokens behind the prompt, of which the first is still
             predicted from the prompt alone; or a range (begin, end) of positions without its end, 0 being the
             separator before the text.
@@ -54,6 +59,12 @@ class Intervention:
             _check_index("row", self.row, _LARGEST, "rows")
         if self.mode not in MODES:
             raise ValueError(f"mode = {self.mode!r}: must be one of {', '.join(MODES)}")
+        if config and self.mode in COMPETING and self.layer >= config.n_topk_layers:
+            with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
+            raise ValueError(
+                f"mode = {self.mode!r} of {self._name}: the layer has no TopK, layers with one: {with_one}; "
+                "use 'clamp' or 'ablate'"
+            )
         number = isinstance(self.value, int | float) or hasattr(self.value, "__float__")
         if isinstance(self.value, bool | str) or not number or not math.isfinite(float(self.value)):
             raise ValueError(f"value = {self.value!r} of {self._name}: must be a finite number")
@@ -139,7 +150,7 @@ def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervent
         raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
     positions = entry.get("positions", "all")
     entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
-    if "value" not in entry and entry.get("mode") != "ablate":
+    if "value" not in entry and entry.get("mode") not in _WITHOUT_VALUE:
         raise ValueError(f"interventions[{number}]: value is missing")
     one = Intervention(**entry)
     try:

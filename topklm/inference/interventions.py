@@ -1,8 +1,7 @@
-"""Neurons set from outside while a model runs: clamped, added to, scaled or ablated, at chosen positions.
+"""Neurons set from outside while a model runs, at chosen positions: behind the TopK, or inside of it.
 
-An intervention acts on what a layer hands on, behind its TopK. All of them are data of the program, filled
-up to a few sizes, so other neurons, values, modes or positions compile nothing. Dims: E entries, B rows,
-T tokens, D d_model, L layers.
+All interventions are data of the program, filled up to a few sizes, so other neurons, values, modes or
+positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.intervention import MODES, POSITIONS, Intervention
-from topklm.model.transformer import Edit
+from topklm.inference.intervention import COMPETING, MODES, POSITIONS, Intervention
+from topklm.model.topk import topk
+from topklm.model.transformer import Changes
 
 _SMALLEST = 8  # entries; more are filled up to the next power of two
 _NO_LAYER = -1
 _EVERY_ROW = -1
 _END = 2**31 - 1
 _RANGE = len(POSITIONS)
+_BAN, _FORCE = map(MODES.index, COMPETING)
 
 
 @functools.partial(
@@ -39,7 +40,7 @@ class Interventions:
         layer: int32[E]; -1 in entries that only fill up.
         neuron: int32[E].
         value: float32[E]; what it means depends on the mode, and "ablate" has no use for it.
-        mode: int32[E], index into "clamp", "add", "scale", "ablate".
+        mode: int32[E], index into "clamp", "add", "scale", "ablate", "ban", "force".
         place: int32[E], index into "all", "prompt", "generated", and 3 for a range.
         begin: int32[E], first position of a range. The separator before a text has position 0.
         end: int32[E], the position behind its last.
@@ -66,7 +67,8 @@ class Interventions:
 
         Raises:
             ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
-                a mode or positions that there are not, or two interventions on one neuron at one place.
+                a mode or positions that there are not, "ban" or "force" in a layer without TopK, two
+                interventions on one neuron at one place, or more forced neurons than a layer has places.
         """
         if isinstance(steer, Interventions):
             if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(steer)):
@@ -84,6 +86,7 @@ class Interventions:
                 )
             entry.check(config)
         _refuse_overlap(entries)
+        _refuse_too_many(entries, config.topk_k)
         size = _SMALLEST
         while size < len(entries):
             size *= 2
@@ -107,37 +110,58 @@ class Interventions:
             if columns["layer"][i] != _NO_LAYER
         ]
 
-    def edit(
-        self, positions_BT: jax.Array | None = None, prompt_lengths_B: jax.Array | int | None = None
-    ) -> Edit:
-        """For `Transformer.hidden(edit=..., edits=jnp.arange(L))`, inside a program.
+    def changes(
+        self,
+        config: ModelConfig,
+        positions_BT: jax.Array | None = None,
+        prompt_lengths_B: jax.Array | int | None = None,
+    ) -> Changes:
+        """For `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))`, inside a program.
 
         Args:
+            config: Of the model that runs.
             positions_BT: int32[B, T]; default 0, 1, 2, ...
             prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
                 Default: all tokens are the prompt.
         """
         lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
 
-        def change(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            batch, length, d = h_BTD.shape
+        def at(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            """bool[B, T, E], which entries act at a token of a layer."""
+            batch, length, _ = h_BTD.shape
             positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
             applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
-            applies_BTE = jnp.broadcast_to(
-                applies_BTE & (self.layer == layer), (batch, length, len(self.layer))
-            )
-            # Outside of the row where it does not apply: nothing is written there.
-            neuron_BTE = jnp.where(applies_BTE, self.neuron, d)
-            found_BTE = jnp.take(h_BTD, self.neuron, axis=-1)
-            rows, places = jnp.arange(batch)[:, None, None], jnp.arange(length)[:, None]
-            return h_BTD.at[rows, places, neuron_BTE].set(self._changed(found_BTE), mode="drop")
+            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
 
-        return change
+        def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            applies_BTE = at(u_BTD, layer)
+            highest = jnp.finfo(u_BTD.dtype).max
+            lowest = jnp.zeros((), u_BTD.dtype) if config.topk_activation == "abs" else -highest
+            bid = jnp.where(self.mode == _FORCE, highest, lowest)
+            competes_BTE = applies_BTE & ((self.mode == _BAN) | (self.mode == _FORCE))
+            bids_BTD = self._put(u_BTD, competes_BTE, jnp.broadcast_to(bid, applies_BTE.shape))
+            kept_BTD = topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+            # What stands there is the bid, not the activation.
+            value = jnp.where(self.mode == _FORCE, jnp.asarray(self.value, u_BTD.dtype), 0)
+            return self._put(kept_BTD, competes_BTE, jnp.broadcast_to(value, applies_BTE.shape))
+
+        def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            applies_BTE = at(h_BTD, layer) & (self.mode != _BAN) & (self.mode != _FORCE)
+            return self._put(h_BTD, applies_BTE, self._changed(jnp.take(h_BTD, self.neuron, axis=-1)))
+
+        return Changes(select, edit)
+
+    def _put(self, h_BTD: jax.Array, applies_BTE: jax.Array, value_BTE: jax.Array) -> jax.Array:
+        batch, length, d = h_BTD.shape
+        # Outside of the row where it does not apply: nothing is written there.
+        neuron_BTE = jnp.where(applies_BTE, self.neuron, d)
+        rows, places = jnp.arange(batch)[:, None, None], jnp.arange(length)[:, None]
+        return h_BTD.at[rows, places, neuron_BTE].set(value_BTE.astype(h_BTD.dtype), mode="drop")
 
     def _changed(self, h_BTE: jax.Array) -> jax.Array:
         value = jnp.asarray(self.value, h_BTE.dtype)
         changed = [jnp.broadcast_to(value, h_BTE.shape), h_BTE + value, h_BTE * value, jnp.zeros_like(h_BTE)]
-        return jnp.select([self.mode == number for number in range(len(MODES))], changed, h_BTE)
+        return jnp.select([self.mode == number for number in range(len(changed))], changed, h_BTE)
 
     def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
         """bool[B, T, E], by position and row."""
@@ -195,6 +219,16 @@ def _refuse_overlap(entries: Sequence[Intervention]) -> None:
                     f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
                     "keep one, or give them other positions"
                 )
+
+
+def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
+    forced = [entry for entry in entries if entry.mode == "force"]
+    for layer, row in {(entry.layer, entry.row) for entry in forced}:
+        number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
+        if number > k:
+            raise ValueError(
+                f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
+            )
 
 
 # What `Interventions.of` takes.

@@ -146,7 +146,7 @@ class LanguageModel:
                 text without the prompt. No piece ends inside a character. For one prompt only.
             steer: Interventions on neurons: {(layer, neuron): value}, or `Intervention` objects, or
                 `Interventions`.
-            steer_mode: What is done with the values of a mapping: clamp, add, scale or ablate.
+            steer_mode: What is done with the values of a mapping, one of the modes of `Intervention`.
             when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run anew
                 for each further token; "halve": when the context is full, its older half is forgotten, which
                 is faster; "stop": the text ends, and a prompt that does not fit is refused.
@@ -237,7 +237,8 @@ def _logits(
     model = transformer.bind(config, params)
     if interventions is None:
         return model(tokens_BT)
-    h_BTD, _ = model.hidden(tokens_BT, edit=interventions.edit(), edits=jnp.arange(config.n_layers))
+    changes = interventions.changes(config)
+    h_BTD, _ = model.hidden(tokens_BT, **changes._asdict(), edits=jnp.arange(config.n_layers))
     return model.logits(h_BTD)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
+from topklm.inference.cache import STEPS
 from topklm.inference.interventions import Interventions
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
+from topklm.model.transformer import Changes
 
-STEPS = 16  # N, the most tokens that one call of `run_steps` makes
 NOTHING = np.iinfo(np.int32).min  # in place of a token, in rows that are done
 
 
@@ -67,17 +68,14 @@ def run_whole(
 ) -> tuple[Any, jax.Array]:
     """Runs whole texts; returns the cache, and the logits of what follows each, float32[B, V]."""
     model = transformer.bind(plan.config, params)
-    edit = None
-    if rows.interventions is not None:
-        positions_BP = rows.first[:, None] + jnp.arange(tokens_BP.shape[1])
-        edit = rows.interventions.edit(positions_BP, rows.prompt_lengths)
-    h_BD, filled = cache_lib.prefill(model, tokens_BP, lengths_B, edit)
+    positions_BP = rows.first[:, None] + jnp.arange(tokens_BP.shape[1])
+    h_BD, filled = cache_lib.prefill(model, tokens_BP, lengths_B, _changes(plan, rows, positions_BP))
     return _whole(plan, (filled, model.logits(h_BD)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def with_room(plan: Plan, filled: Any, size: int) -> Any:
-    """The cache of a program, with so many places."""
+    """The cache of a program, for texts of so many tokens."""
     return _whole(plan, cache_lib.with_room(filled, size))
 
 
@@ -93,11 +91,12 @@ def run_steps(
     """So many tokens of each row, int32[B, N]; fewer where all rows are done or the cache is full."""
     model = transformer.bind(plan.config, params)
     keys_B = rows.sampling.keys()
-    n_places = jax.tree.leaves(state.cache)[0].shape[-3]
+    cache, lengths_B = state.cache, state.place
+    room = cache_lib.room(cache)
 
     def goes_on(state: State) -> jax.Array:
         # The token that no longer fits the cache is the last one whose logits are known.
-        return (state.remaining > 0) & (state.place <= n_places)
+        return (state.remaining > 0) & (state.place <= room)
 
     def more(carry: tuple) -> jax.Array:
         number, _, state = carry
@@ -107,15 +106,12 @@ def run_steps(
         number, new_BN, state = carry
         active_B = goes_on(state)
         new_B = draw(state.logits, state.present, rows.sampling, keys_B, state.made)
-        edit = None
-        if rows.interventions is not None:
-            positions_B1 = (rows.first + state.place)[:, None]
-            edit = rows.interventions.edit(positions_B1, rows.prompt_lengths)
-        # The last token of all is run for nothing; to skip it would take a copy of the cache.
-        h_BD, cache = cache_lib.step(model, layers, state.cache, new_B, state.place, active_B, edit)
+        changes = _changes(plan, rows, (rows.first + lengths_B + number)[:, None])
+        # The last token of all is run for nothing; to skip it would take a copy of the buffer.
+        h_BD, new = cache_lib.step(model, layers, cache, state.cache, new_B, lengths_B, number, changes)
         left_B = jnp.where(new_B == rows.stop_token, 0, state.remaining - 1)
         state = State(
-            cache,
+            new,
             jnp.where(active_B[:, None], model.logits(h_BD), state.logits),
             state.place + active_B,
             state.made + active_B,
@@ -125,8 +121,17 @@ def run_steps(
         return number + 1, new_BN.at[:, number].set(jnp.where(active_B, new_B, NOTHING)), state
 
     nothing_BN = jnp.full((len(state.place), STEPS), NOTHING, jnp.int32)
-    _, new_BN, state = jax.lax.while_loop(more, one_token, (jnp.int32(0), nothing_BN, state))
+    # Inside the loop, the buffer stands in the cache's place: the cache itself does not change there.
+    start = jnp.int32(0), nothing_BN, state._replace(cache=cache_lib.buffer(cache))
+    _, new_BN, state = jax.lax.while_loop(more, one_token, start)
+    state = state._replace(cache=cache_lib.merged(cache, state.cache, lengths_B))
     return _whole(plan, (new_BN, state))
+
+
+def _changes(plan: Plan, rows: Rows, positions_BT: jax.Array) -> Changes:
+    if rows.interventions is None:
+        return Changes()
+    return rows.interventions.changes(plan.config, positions_BT, rows.prompt_lengths)
 
 
 def _whole(plan: Plan, tree: Any) -> Any:

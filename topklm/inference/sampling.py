@@ -124,7 +124,7 @@ def draw(
 
     # What no row asks for is not computed; for a row that does not ask for it, it changes nothing.
     logits_BV = jax.lax.cond(jnp.any(penalty_B1 != 1), penalised, lambda x: x, logits_BV)
-    most_likely_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    most_likely_B = _first_highest(logits_BV)
     warm_B = sampling.temperature > 0
 
     def sampled() -> jax.Array:
@@ -137,10 +137,18 @@ def draw(
         lowest_B1 = scaled_BV.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
         scaled_BV = jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
         step_keys = jax.vmap(jax.random.fold_in)(keys_B, number_B)
-        drawn_B = jax.vmap(jax.random.categorical)(step_keys, scaled_BV).astype(jnp.int32)
-        return jnp.where(warm_B, drawn_B, most_likely_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[-1:]))(step_keys)
+        # As `jax.random.categorical` draws.
+        return jnp.where(warm_B, _first_highest(scaled_BV + noise_BV), most_likely_B)
 
     return jax.lax.cond(jnp.any(warm_B), sampled, lambda: most_likely_B)
+
+
+def _first_highest(x_BV: jax.Array) -> jax.Array:
+    """`jnp.argmax` of rows without NaN, as two plain reductions, which XLA makes vector code of on CPUs."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
+    highest_B1 = x_BV.max(axis=-1, keepdims=True)
+    return jnp.where(x_BV == highest_B1, index, x_BV.shape[-1] - 1).min(axis=-1)
 
 
 def _within(scaled_BV: jax.Array, sampling: RowSampling) -> jax.Array:

@@ -1,10 +1,11 @@
 """Single tokens through a block, the keys and values of the tokens before them kept.
 
-For asking what would follow if the state at a token were another, or the next token not known yet.
+For the next token of a text, and for asking what would follow if the state at a token were another.
 Dims: B rows, T places in each, M tokens for each row, K key heads of width d, G query heads for each of them.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,15 @@ _MASKED = -1e30  # finite, as in `attention`
 
 
 class KeysAndValues(NamedTuple):
-    """What the attention of a layer keeps of tokens; each [B, T, K, d]."""
+    """What the attention of a layer keeps of tokens; each [B, K, T, d], as the products read it."""
 
     keys: jax.Array
     values: jax.Array
+
+
+# Attention of tokens, given their queries [B, K, G, M, d], scaled, and their own keys and values: what is
+# mixed, [B, K, G, M, d], and anything to be handed on.
+Attend = Callable[[jax.Array, KeysAndValues], tuple[jax.Array, Any]]
 
 
 def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysAndValues:
@@ -30,52 +36,99 @@ def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysA
         h_BTD: [B, T, D].
         rotation: Of their positions.
     """
-    return _keys_and_values(block.attention, block.attention_norm(h_BTD), rotation)
+    attention, x_BTD = block.attention, block.attention_norm(h_BTD)
+    return _keys_and_values(attention, attention.key(x_BTD), attention.value(x_BTD), rotation)
 
 
 def step(
-    block: Block, h_BMD: jax.Array, rotation: Rotation, past: KeysAndValues, seen_BMT: jax.Array
-) -> tuple[jax.Array, jax.Array, KeysAndValues]:
-    """Tokens through a block as `Block.__call__` does it, each with its own past and with no other.
+    block: Block, h_BMD: jax.Array, rotation: Rotation, attend: Attend
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Tokens through a block as `Block.__call__` does it, but for what they attend to.
 
     Args:
         block: The layer.
         h_BMD: What enters it at the tokens.
         rotation: Of the tokens' positions, [B, M, ...].
-        past: Keys and values of each row's T places.
+        attend: Their attention, e.g. `own_behind` of a past.
+
+    Returns:
+        The two terms whose sum is u, [B, M, D] each; and what `attend` handed on.
+    """
+    attention, x_BMD = block.attention, block.attention_norm(h_BMD)
+    own = _keys_and_values(attention, attention.key(x_BMD), attention.value(x_BMD), rotation)
+    batch, n_tokens, _ = h_BMD.shape
+    q_BMHd = rotate(_heads(attention, attention.query(x_BMD)), rotation)
+    q_BMKGd = q_BMHd.reshape(batch, n_tokens, own.keys.shape[1], -1, attention.head_dim)
+    scaled_BKGMd = jnp.transpose(q_BMKGd, (0, 2, 3, 1, 4)) * attention.head_dim**-0.5
+    mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
+    mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
+    a_BMD = h_BMD + attention.out(mixed_BMD)
+    return a_BMD, block.mlp(block.mlp_norm(a_BMD)), handed_on
+
+
+def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
+    """Each token attends to its own past and itself, and to no other token of the step.
+
+    Args:
+        past: Of each row's T places.
         seen_BMT: bool[B, M, T], which places of it a token sees besides itself.
 
     Returns:
-        The two terms whose sum is u, [B, M, D] each; and the tokens' own keys and values, [B, M, K, d].
+        What hands the tokens' own keys and values on.
     """
-    attention = block.attention
-    x_BMD = block.attention_norm(h_BMD)
-    own = _keys_and_values(attention, x_BMD, rotation)
-    q_BMHd = rotate(_heads(attention, attention.query(x_BMD)), rotation)
-    a_BMD = h_BMD + attention.out(_mix(q_BMHd, past, own, seen_BMT))
-    return a_BMD, block.mlp(block.mlp_norm(a_BMD)), own
+
+    def attend(q_BKGMd: jax.Array, own: KeysAndValues) -> tuple[jax.Array, KeysAndValues]:
+        scores = _scores(q_BKGMd, past, seen_BMT)
+        own_scores = jnp.einsum("bkgmd,bkmd->bkgm", q_BKGMd, own.keys, preferred_element_type=jnp.float32)
+        weights, own_weights = _joint_softmax([scores, own_scores[..., None]])
+        dtype = own.values.dtype
+        mixed = _mix(weights, past)
+        mixed += jnp.einsum("bkgm,bkmd->bkgmd", own_weights[..., 0].astype(dtype), own.values)
+        return mixed, own
+
+    return attend
 
 
-def _mix(q_BMHd: jax.Array, past: KeysAndValues, own: KeysAndValues, seen_BMT: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(d)) v over a token's past and itself, [B, M, H d]; sums in float32."""
-    batch, n_tokens, _, width = q_BMHd.shape
-    n_key_heads = past.keys.shape[2]
-    q = q_BMHd.reshape(batch, n_tokens, n_key_heads, -1, width) * width**-0.5
-    scores = jnp.einsum("bmkgd,btkd->bkgmt", q, past.keys, preferred_element_type=jnp.float32)
-    own_scores = jnp.einsum("bmkgd,bmkd->bkgm", q, own.keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BMT[:, None, None], scores, _MASKED)
-    highest = jnp.maximum(scores.max(axis=-1), own_scores)
-    weights, own_weights = jnp.exp(scores - highest[..., None]), jnp.exp(own_scores - highest)
-    total = weights.sum(axis=-1) + own_weights
-    dtype = past.values.dtype
-    mixed = jnp.einsum("bkgmt,btkd->bmkgd", (weights / total[..., None]).astype(dtype), past.values)
-    mixed += jnp.einsum("bkgm,bmkd->bmkgd", (own_weights / total).astype(dtype), own.values)
-    return mixed.reshape(batch, n_tokens, -1)
+def over(q_BKGMd: jax.Array, parts: Sequence[tuple[KeysAndValues, jax.Array]]) -> jax.Array:
+    """Attention over keys and values that lie in several places.
+
+    Args:
+        q_BKGMd: Queries, scaled.
+        parts: Keys and values, and which of them a token sees, bool[B, M, T].
+
+    Returns:
+        What is mixed, [B, K, G, M, d].
+    """
+    weights = _joint_softmax([_scores(q_BKGMd, *part) for part in parts])
+    mixed = [_mix(w, kept) for w, (kept, _) in zip(weights, parts, strict=True)]
+    return sum(mixed[1:], mixed[0])
 
 
-def _keys_and_values(attention: Attention, x_BTD: jax.Array, rotation: Rotation) -> KeysAndValues:
-    keys = rotate(_heads(attention, attention.key(x_BTD)), rotation)
-    return KeysAndValues(keys, _heads(attention, attention.value(x_BTD)))
+def _scores(q_BKGMd: jax.Array, kept: KeysAndValues, seen_BMT: jax.Array) -> jax.Array:
+    scores = jnp.einsum("bkgmd,bktd->bkgmt", q_BKGMd, kept.keys, preferred_element_type=jnp.float32)
+    return jnp.where(seen_BMT[:, None, None], scores, _MASKED)
+
+
+def _joint_softmax(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """Of scores in several arrays that differ in their last axis only; in float32."""
+    highest = scores[0].max(axis=-1, keepdims=True)
+    for more in scores[1:]:
+        highest = jnp.maximum(highest, more.max(axis=-1, keepdims=True))
+    exponentials = [jnp.exp(one - highest) for one in scores]
+    total = sum(one.sum(axis=-1, keepdims=True) for one in exponentials)
+    return [one / total for one in exponentials]
+
+
+def _mix(weights_BKGMT: jax.Array, kept: KeysAndValues) -> jax.Array:
+    return jnp.einsum("bkgmt,bktd->bkgmd", weights_BKGMT.astype(kept.values.dtype), kept.values)
+
+
+def _keys_and_values(
+    attention: Attention, keys_BTE: jax.Array, values_BTE: jax.Array, rotation: Rotation
+) -> KeysAndValues:
+    keys = rotate(_heads(attention, keys_BTE), rotation)
+    values = _heads(attention, values_BTE)
+    return KeysAndValues(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
 
 
 def _heads(attention: Attention, y: jax.Array) -> jax.Array:

@@ -31,7 +31,17 @@ from topklm.model.topk_gate import gate, relu_topk
 Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]
 # Changes what a layer hands on: (h' [B, T, D], the layer's part of `edits`) -> h'.
 Edit = Callable[[jax.Array, Any], jax.Array]
+# In place of a layer's TopK: (u [B, T, D], the layer's part of `edits`) -> h'.
+Select = Callable[[jax.Array, Any], jax.Array]
 Parameters = dict[str, Any]
+
+
+class Changes(NamedTuple):
+    """What is done to layers while they run, as `Transformer.hidden` takes it; None: nothing."""
+
+    select: Select | None = None
+    edit: Edit | None = None
+
 
 
 class Block(nnx.Module):
@@ -113,6 +123,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         *,
         tap: Tap | None = None,
+        select: Select | None = None,
         edit: Edit | None = None,
         edits: Any = None,
         parallel: Parallel = ALONE,
@@ -124,8 +135,9 @@ class Transformer(nnx.Module):
             segment_ids_BT: As in `__call__`.
             positions_BT: As in `__call__`.
             tap: Called in every layer with (h, u, h'); see `Tap`. It sees h' as `edit` leaves it.
+            select: Called in place of each layer's TopK; see `Select`.
             edit: Called in every layer, behind its TopK; see `Edit`.
-            edits: What it is called with: any pytree of arrays with a leading layer axis [L, ...]. Other
+            edits: What they are called with: any pytree of arrays with a leading layer axis [L, ...]. Other
                 values of the same shapes need no other program.
             parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
 
@@ -144,7 +156,7 @@ class Transformer(nnx.Module):
 
         # In halves where the input of a layer is kept in any case; a tap would see what is between them.
         in_halves = config.remat != "none" and config.topk_activation == "relu"
-        in_halves &= tap is None and edit is None
+        in_halves &= tap is None and select is None and edit is None
         in_halves &= config.n_topk_layers > 0
 
         def layer(sparse: bool | None, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
@@ -156,12 +168,16 @@ class Transformer(nnx.Module):
             applies = jnp.asarray(inputs.ends_in_topk) if sparse is None else None
             if sparse is False:
                 h_next = a + written
+            elif select is not None:
+                u = a + written
+                selected = select(u, inputs.edits)
+                h_next = selected if applies is None else jnp.where(applies, selected, u)
             elif in_halves:
                 h_next = relu_topk(written, a, applies, config.topk_k, config.topk_backend)
             else:
-                select = topk if applies is None else functools.partial(topk, applies=applies)
+                keep = topk if applies is None else functools.partial(topk, applies=applies)
                 selection = config.topk_k, config.topk_activation, config.topk_backend
-                h_next = select(written, *selection, residual=a)
+                h_next = keep(written, *selection, residual=a)
             if edit is not None:
                 h_next = edit(h_next, inputs.edits)
             return h_next, tap(h, a + written, h_next) if tap else None

@@ -7,8 +7,8 @@ other token of the window that counts sees it. The effect is the loss of the nex
 less the loss with it, in nats: positive where the neuron helps.
 
 For a Base LM the neuron is the positive part of a coordinate, so that part is taken away: h becomes
-min(h, 0). The definition is ours. Dims: L layers, W windows of T tokens, D neurons per layer, M
-samples of a window.
+min(h, 0). The definition is ours. Dims: L layers, W windows of T tokens, D neurons per layer; R rows of M
+samples, each row of one window.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import decode, losses, transformer
-from topklm.model.attention import rotation_angles
+from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.topk import topk
 from topklm.neurons.statistics import activity
 from topklm.neurons.statistics.settings import Settings
@@ -35,7 +35,7 @@ SAMPLES = Settings.ablation_samples
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
 
 _GROUP_TOKENS = 2048  # windows that are run together
-_PER_ROW = 128  # M: samples of a window in one program
+_ROWS, _PER_ROW = 16, 64  # R and M: samples in one program
 _GROUPS_PER_NEURON = 8  # over which the samples of a neuron are spread, so that they are not of one text
 
 
@@ -161,7 +161,7 @@ def measure_group(
         rng: Draws.
     """
     with jax.default_matmul_precision("float32"):
-        states_LWTD, losses_WT = _forward(config, params, inputs)
+        states_LWTD, past, losses_WT = _forward(config, params, inputs)
     with_neuron = np.asarray(losses_WT, np.float64)
     rows, places = np.nonzero(usable)
     drawn = [
@@ -171,25 +171,34 @@ def measure_group(
     sizes = [len(neurons) for _, neurons in drawn]
     which, neurons = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     of_layer, rows, places = np.repeat(layers, sizes), rows[which], places[which]
-    for chunk in _chunks(rows, len(inputs)):
-        # Chunks have one shape, [W, M]: what is left over is filled up with any sample, and not looked at.
+    for chunk in _chunks(of_layer, rows):
+        # Chunks have one shape, [R, M]: what is left over is filled up with any sample, and not looked at.
         of_chunk = (x[chunk].astype(np.int32) for x in (of_layer, places, neurons))
+        windows = rows[chunk[:, 0]].astype(np.int32)
         with jax.default_matmul_precision("float32"):
-            without_WM = _losses_without(config, params, states_LWTD, inputs, *of_chunk)
+            without_RM = _losses_without(config, params, states_LWTD, past, inputs, windows, *of_chunk)
         row, column = np.nonzero(chunk >= 0)
         at = chunk[row, column]
-        effects = np.asarray(without_WM, np.float64)[row, column] - with_neuron[rows[at], places[at]]
+        effects = np.asarray(without_RM, np.float64)[row, column] - with_neuron[rows[at], places[at]]
         yield Samples(of_layer[at], neurons[at], rows[at], places[at], effects)
 
 
-def _chunks(rows: np.ndarray, n_rows: int) -> Iterator[np.ndarray]:
-    """Samples by row, int64[W, M] with numbers of samples, or -1."""
-    by_row = [np.flatnonzero(rows == row) for row in range(n_rows)]
-    for first in range(0, max(map(len, by_row)), _PER_ROW):
-        chunk = np.full((n_rows, _PER_ROW), -1)
-        for row, numbers in enumerate(by_row):
-            part = numbers[first : first + _PER_ROW]
-            chunk[row, : len(part)] = part
+def _chunks(layers: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Samples of one window in each row, int64[R, M] with numbers of samples, or -1 behind them.
+
+    By rising layer: a chunk takes as long as its first layer asks for.
+    """
+    order = np.lexsort((rows, layers))
+    borders = np.flatnonzero(np.diff(layers[order]) | np.diff(rows[order])) + 1
+    lines = [
+        part[first : first + _PER_ROW]
+        for part in np.split(order, borders)
+        for first in range(0, len(part), _PER_ROW)
+    ]
+    for first in range(0, len(lines), _ROWS):
+        chunk = np.full((_ROWS, _PER_ROW), -1)
+        for row, line in enumerate(lines[first : first + _ROWS]):
+            chunk[row, : len(line)] = line
         yield chunk
 
 
@@ -247,11 +256,24 @@ def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What every layer hands on, [L, W, T, D], and the loss of the next token, [W, T]."""
+) -> tuple[jax.Array, decode.KeysAndValues, jax.Array]:
+    """What every layer hands on, [L, W, T, D]; what all but the first keep of it, [L - 1, W, ...]; losses.
+
+    A loss is that of the next token, [W, T].
+    """
     model = transformer.bind(config, params)
     h_WTD, states_LWTD = model.hidden(inputs_WT, tap=lambda _h, _u, h_next: h_next)
-    return states_LWTD, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
+    block_def, stacked = nnx.split(model.blocks)
+    rotation = _rotation(config, jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
+
+    def keep(layer: tuple) -> decode.KeysAndValues:
+        block_params, entering_WTD = layer
+        return decode.keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
+
+    # What enters a layer is what the one before hands on.
+    later = jax.tree.map(lambda leaf: leaf[1:], stacked)
+    past = jax.lax.map(keep, (later, states_LWTD[:-1]))
+    return states_LWTD, past, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -259,45 +281,44 @@ def _losses_without(
     config: ModelConfig,
     params: transformer.Parameters,
     states_LWTD: jax.Array,
+    past: decode.KeysAndValues,
     inputs_WT: jax.Array,
-    layers_WM: jax.Array,
-    places_WM: jax.Array,
-    neurons_WM: jax.Array,
+    windows_R: jax.Array,
+    layers_RM: jax.Array,
+    places_RM: jax.Array,
+    neurons_RM: jax.Array,
 ) -> jax.Array:
-    """The loss of the token that follows each sample, without its neuron, float32[W, M].
+    """The loss of the token that follows each sample, without its neuron, float32[R, M].
 
-    Layers, places and neurons are data, so all samples share one program.
+    Layers, windows, places and neurons are data, so all samples share one program; it runs the layers behind
+    the first of `layers_RM`.
     """
     model = transformer.bind(config, params)
-    rows_W1 = jnp.arange(len(inputs_WT))[:, None]
+    windows_R1 = windows_R[:, None]
     block_def, stacked = nnx.split(model.blocks)
-    angles = functools.partial(
-        rotation_angles, head_dim=config.head_dim, theta=config.rope_theta, dtype=jnp.dtype(config.dtype)
-    )
-    of_windows = angles(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
-    of_samples = angles(places_WM)
-    seen_WMT = jnp.arange(inputs_WT.shape[1]) < places_WM[..., None]
+    rotation = _rotation(config, places_RM)
+    seen_RMT = jnp.arange(inputs_WT.shape[1]) < places_RM[..., None]
 
-    h_WMD = states_LWTD[layers_WM, rows_W1, places_WM]
-    is_neuron_WMD = jnp.arange(config.d_model) == neurons_WM[..., None]
-    without_WMD = jnp.zeros_like(h_WMD) if config.n_topk_layers else jnp.minimum(h_WMD, 0.0)
-    h_WMD = jnp.where(is_neuron_WMD, without_WMD, h_WMD)
+    h_RMD = states_LWTD[layers_RM, windows_R1, places_RM]
+    is_neuron_RMD = jnp.arange(config.d_model) == neurons_RM[..., None]
+    without_RMD = jnp.zeros_like(h_RMD) if config.n_topk_layers else jnp.minimum(h_RMD, 0.0)
+    h_RMD = jnp.where(is_neuron_RMD, without_RMD, h_RMD)
 
-    def layer(h_WMD: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-        block_params, entering_WTD, number, ends_in_topk = inputs
-        block = nnx.merge(block_def, block_params)
-        past = decode.keys_and_values(block, entering_WTD, of_windows)
-        a_WMD, written_WMD, _ = decode.step(block, h_WMD, of_samples, past, seen_WMT)
+    def layer(number: jax.Array, h_RMD: jax.Array) -> jax.Array:
+        block = nnx.merge(block_def, jax.tree.map(lambda leaf: leaf[number], stacked))
+        own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
+        a_RMD, written_RMD, _ = decode.step(block, h_RMD, rotation, decode.own_behind(own_past, seen_RMT))
         selection = config.topk_k, config.topk_activation, config.topk_backend
-        next_WMD = topk(written_WMD, *selection, residual=a_WMD, applies=ends_in_topk)
-        return jnp.where((number > layers_WM)[..., None], next_WMD, h_WMD), None
+        next_RMD = topk(written_RMD, *selection, residual=a_RMD, applies=number < config.n_topk_layers)
+        return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 
-    # The first layer comes before every sample; what enters the others is what the one before hands on.
-    numbers = np.arange(1, config.n_layers)
-    later = jax.tree.map(lambda leaf: leaf[1:], stacked)
-    inputs = later, states_LWTD[:-1], numbers, numbers < config.n_topk_layers
-    h_WMD, _ = jax.lax.scan(layer, h_WMD, inputs)
-    return _losses(model, model.final_norm(h_WMD), inputs_WT[rows_W1, places_WM + 1])
+    if config.n_layers > 1:
+        h_RMD = jax.lax.fori_loop(layers_RM.min() + 1, config.n_layers, layer, h_RMD)
+    return _losses(model, model.final_norm(h_RMD), inputs_WT[windows_R1, places_RM + 1])
+
+
+def _rotation(config: ModelConfig, positions: jax.Array) -> Rotation:
+    return rotation_angles(positions, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
 
 
 def _losses(model: transformer.Transformer, h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
