@@ -29,6 +29,9 @@ from topklm.model.transformer import Changes
 SMALLEST_BUCKET = 32
 STEPS = 16  # N; a cache has as many places more than are used, so that a whole buffer fits behind any text
 
+# Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
+_SPARSE_SHARE = 0.5
+
 # Of every layer: one array with a leading layer axis where layers are scanned, else a tuple of L.
 Layers = Any
 Cache = Any  # `KeysAndValues` of each layer, [B, K, C, d] each, in the same form
@@ -46,10 +49,14 @@ def bucket(length: int, context_length: int) -> int:
 def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """The parameters of the blocks in the form in which `step` reads them fastest.
 
-    Where layers are not scanned that is a copy for each layer: to be made once for a text, not once a token.
+    That is a copy of them, to be made once for a text, not once a token: matrices in the compute dtype, to
+    which each product would cast them, and one array for each layer where layers are not scanned.
     """
     _, stacked = nnx.split(transformer.bind(config, params).blocks)
-    return jax.tree.leaves(stacked) if _scans(config) else _unstack(jax.tree.leaves(stacked))
+    dtype = jnp.dtype(config.dtype)
+    # Norms have one axis besides that of the layers, and stay as they are: they multiply in float32.
+    leaves = [leaf.astype(dtype) if leaf.ndim > 2 else leaf for leaf in jax.tree.leaves(stacked)]
+    return leaves if _scans(config) else _unstack(leaves)
 
 
 def prefill(
@@ -118,6 +125,7 @@ def step(
     lengths_B: jax.Array,
     number: jax.Array,
     changes: Changes,
+    n_active: int,
 ) -> tuple[jax.Array, Cache]:
     """Runs one token of each row behind those in the cache and the buffer, and adds it to the buffer.
 
@@ -130,11 +138,14 @@ def step(
         lengths_B: int32[B], tokens of each row that are in the cache.
         number: int32, how many are in the buffer, less than N.
         changes: As in `prefill`.
+        n_active: Entries that are not zero in what a layer with TopK hands on, at most.
 
     Returns:
         The normed hidden state, [B, D], and the buffer.
     """
     config = model.config
+    # Reading some rows of the weights costs more for each token than reading all of them once for all.
+    few = len(tokens_B) * n_active <= _SPARSE_SHARE * config.d_model and not _scans(config)
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
     rotation = _rotation(config, (lengths_B + number)[:, None])
@@ -152,7 +163,9 @@ def step(
             return decode.over(q_BKG1d, [(past, seen_B1C), (with_own, seen_11N)]), with_own
 
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, leaves))
-        a_B1D, written_B1D, with_own = decode.step(block, h_B1D, rotation, attend)
+        behind_topk = few and 0 < layer <= config.n_topk_layers
+        entries = n_active if behind_topk else None
+        a_B1D, written_B1D, with_own = decode.step(block, h_B1D, rotation, attend, entries)
         h_B1D = _ended(config, a_B1D, written_B1D, layer, sparse, changes)
         return h_B1D, with_own
 

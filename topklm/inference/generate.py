@@ -12,6 +12,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
 from topklm.inference import programs
+from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.interventions import Interventions
 from topklm.inference.programs import NOTHING, STEPS, Plan, Rows, State
 from topklm.inference.sampling import RowSampling, Sampling
@@ -41,6 +42,7 @@ class Generation:
         max_new_tokens: Sequence[int],
         stop_token: int,
         interventions: Interventions | None = None,
+        adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
     ):
         """Checks what is asked for; nothing is computed yet.
@@ -53,6 +55,8 @@ class Generation:
             max_new_tokens: Of each row.
             stop_token: A row ends when it is drawn; it is not returned.
             interventions: On the model's neurons, in all rows or some.
+            adaptive: More neurons at uncertain tokens; the prompt, and what is run anew in a full context,
+                has the model's k.
             when_full: One of `WHEN_FULL`.
 
         Raises:
@@ -64,7 +68,8 @@ class Generation:
         if when_full == "stop":
             self._limits = [min(limit, config.context_length) for limit in self._limits]
         self.finished: list[str | None] = [None] * len(prompts)
-        self._plan = Plan.of(config, params)
+        high_k = adaptive.check(config).high_k if adaptive else None
+        self._plan = Plan.of(config, params)._replace(high_k=high_k)
         self._params = params
         self._layers: Any = None
         self._kept_when_full = max(1, config.context_length // 2) if when_full == "halve" else None
@@ -74,6 +79,7 @@ class Generation:
             np.array([len(prompt) for prompt in prompts], np.int32),
             np.int32(stop_token),
             interventions,
+            np.float32(adaptive.entropy) if adaptive else None,
         )
         self._firsts = [max(0, len(prompt) - config.context_length) for prompt in prompts]
         self._state: State | None = None

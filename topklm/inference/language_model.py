@@ -13,6 +13,7 @@ import numpy as np
 from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference import hooks
+from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.generate import Generation
 from topklm.inference.interventions import Interventions, Steer
 from topklm.inference.programs import STEPS
@@ -52,19 +53,28 @@ class LanguageModel:
         )
         return f"<table>{rows}</table>"
 
-    def __call__(self, tokens: Tokens, steer: Steer | None = None, steer_mode: str = "clamp") -> jax.Array:
+    def __call__(
+        self,
+        tokens: Tokens,
+        steer: Steer | None = None,
+        steer_mode: str = "clamp",
+        topk_k: int | None = None,
+    ) -> jax.Array:
         """Next-token logits, float32[B, T, V].
 
         Args:
             tokens: A text, or token ids int32[B, T]; for interventions, all of it is the prompt.
             steer: Interventions on neurons, see `generate`.
             steer_mode: See `generate`.
+            topk_k: Entries that each TopK keeps; default as in training. Another k is another program.
 
         Raises:
-            ValueError: For token ids that are not [B, T], or not in the vocabulary; as `generate` for steer.
+            ValueError: For token ids that are not [B, T], or not in the vocabulary; as `generate` for steer
+                and topk_k.
         """
-        interventions = None if steer is None else Interventions.of(self.config.model, steer, steer_mode)
-        return _logits(self.config.model, self.params, self._ids(tokens), interventions)
+        config = with_topk_k(self.config.model, topk_k)
+        interventions = None if steer is None else Interventions.of(config, steer, steer_mode)
+        return _logits(config, self.params, self._ids(tokens), interventions)
 
     def run_with_cache(
         self, tokens: Tokens, names_filter: names.NamesFilter = None
@@ -126,6 +136,8 @@ class LanguageModel:
         stream: bool = False,
         steer: Steer | None = None,
         steer_mode: str = "clamp",
+        topk_k: int | None = None,
+        adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
     ) -> str | list[str] | Iterator[str]:
         """Prompt and continuation as one string; a list of them for a list of prompts.
@@ -147,6 +159,8 @@ class LanguageModel:
             steer: Interventions on neurons: {(layer, neuron): value}, or `Intervention` objects, or
                 `Interventions`.
             steer_mode: What is done with the values of a mapping, one of the modes of `Intervention`.
+            topk_k: Entries that each TopK keeps; default as in training.
+            adaptive: More of them at tokens where the model is uncertain, see `AdaptiveK`.
             when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run anew
                 for each further token; "halve": when the context is full, its older half is forgotten, which
                 is faster; "stop": the text ends, and a prompt that does not fit is refused.
@@ -157,14 +171,16 @@ class LanguageModel:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed)
         ids = [np.asarray(self.to_tokens(text))[0].tolist() for text in prompts]
+        config = with_topk_k(self.config.model, topk_k)
         generation = Generation(
-            self.config.model,
+            config,
             self.params,
             ids,
             [sampling.check()] * len(prompts),
             max_new_tokens=[max_new_tokens] * len(prompts),
             stop_token=self.tokenizer.separator_id,
-            interventions=None if steer is None else Interventions.of(self.config.model, steer, steer_mode),
+            interventions=None if steer is None else Interventions.of(config, steer, steer_mode),
+            adaptive=adaptive,
             when_full=when_full,
         )
         stop = check_stop(stop)

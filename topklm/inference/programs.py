@@ -4,6 +4,7 @@ Compiled for shapes and `Plan`; all else is data. Dims: B rows, P places of prom
 vocabulary, D d_model, N tokens of a call.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.inference import adaptive
 from topklm.inference import cache as cache_lib
 from topklm.inference.cache import STEPS
 from topklm.inference.interventions import Interventions
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
 from topklm.model.transformer import Changes
+
+_Place = tuple[Any, Any, Any, Any, Any, Any]  # of a step: layers, cache, buffer, tokens, lengths, number
 
 NOTHING = np.iinfo(np.int32).min  # in place of a token, in rows that are done
 
@@ -27,6 +31,7 @@ class Plan(NamedTuple):
 
     config: ModelConfig
     replicated: jax.sharding.NamedSharding | None  # of results, where parameters are on several devices
+    high_k: int | None = None  # of uncertain tokens; None: all have the model's k
 
     @classmethod
     def of(cls, config: ModelConfig, params: transformer.Parameters) -> "Plan":
@@ -56,6 +61,7 @@ class Rows(NamedTuple):
     prompt_lengths: Any  # int32, in the text
     stop_token: Any  # int32
     interventions: Interventions | None
+    entropy: Any = None  # float32 scalar, nats above which a token is uncertain
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,7 +75,7 @@ def run_whole(
     """Runs whole texts; returns the cache, and the logits of what follows each, float32[B, V]."""
     model = transformer.bind(plan.config, params)
     positions_BP = rows.first[:, None] + jnp.arange(tokens_BP.shape[1])
-    h_BD, filled = cache_lib.prefill(model, tokens_BP, lengths_B, _changes(plan, rows, positions_BP))
+    h_BD, filled = cache_lib.prefill(model, tokens_BP, lengths_B, _changes(plan.config, rows, positions_BP))
     return _whole(plan, (filled, model.logits(h_BD)))
 
 
@@ -89,7 +95,6 @@ def run_steps(
     steps: jax.Array,
 ) -> tuple[jax.Array, State]:
     """So many tokens of each row, int32[B, N]; fewer where all rows are done or the cache is full."""
-    model = transformer.bind(plan.config, params)
     keys_B = rows.sampling.keys()
     cache, lengths_B = state.cache, state.place
     room = cache_lib.room(cache)
@@ -106,13 +111,14 @@ def run_steps(
         number, new_BN, state = carry
         active_B = goes_on(state)
         new_B = draw(state.logits, state.present, rows.sampling, keys_B, state.made)
-        changes = _changes(plan, rows, (rows.first + lengths_B + number)[:, None])
+        positions_B1 = (rows.first + lengths_B + number)[:, None]
+        place = layers, cache, state.cache, new_B, lengths_B, number
         # The last token of all is run for nothing; to skip it would take a copy of the buffer.
-        h_BD, new = cache_lib.step(model, layers, cache, state.cache, new_B, lengths_B, number, changes)
+        logits_BV, new = _next(plan, params, rows, place, positions_B1)
         left_B = jnp.where(new_B == rows.stop_token, 0, state.remaining - 1)
         state = State(
             new,
-            jnp.where(active_B[:, None], model.logits(h_BD), state.logits),
+            jnp.where(active_B[:, None], logits_BV, state.logits),
             state.place + active_B,
             state.made + active_B,
             jnp.where(active_B, left_B, state.remaining),
@@ -128,10 +134,28 @@ def run_steps(
     return _whole(plan, (new_BN, state))
 
 
-def _changes(plan: Plan, rows: Rows, positions_BT: jax.Array) -> Changes:
+def _next(
+    plan: Plan, params: transformer.Parameters, rows: Rows, place: _Place, positions_B1: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Runs the newest token of each row: the logits of what follows, and the buffer with it."""
+    model = transformer.bind(plan.config, params)
+    changes = _changes(plan.config, rows, positions_B1)
+    # An intervention may make one more entry active than TopK keeps.
+    more_active = 0 if rows.interventions is None else len(rows.interventions.layer)
+    if plan.high_k is None:
+        n_active = min(plan.config.topk_k + more_active, plan.config.d_model)
+        h_BD, new = cache_lib.step(model, *place, changes, n_active)
+        return model.logits(h_BD), new
+    high_config = dataclasses.replace(plan.config, topk_k=plan.high_k)
+    high = transformer.bind(high_config, params)
+    both = changes, _changes(high_config, rows, positions_B1)
+    return adaptive.step(model, high, rows.entropy, *place, *both, more_active)[:2]
+
+
+def _changes(config: ModelConfig, rows: Rows, positions_BT: jax.Array) -> Changes:
     if rows.interventions is None:
         return Changes()
-    return rows.interventions.changes(plan.config, positions_BT, rows.prompt_lengths)
+    return rows.interventions.changes(config, positions_BT, rows.prompt_lengths)
 
 
 def _whole(plan: Plan, tree: Any) -> Any:

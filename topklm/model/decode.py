@@ -41,7 +41,7 @@ def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysA
 
 
 def step(
-    block: Block, h_BMD: jax.Array, rotation: Rotation, attend: Attend
+    block: Block, h_BMD: jax.Array, rotation: Rotation, attend: Attend, n_active: int | None = None
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Tokens through a block as `Block.__call__` does it, but for what they attend to.
 
@@ -50,14 +50,17 @@ def step(
         h_BMD: What enters it at the tokens.
         rotation: Of the tokens' positions, [B, M, ...].
         attend: Their attention, e.g. `own_behind` of a past.
+        n_active: If at most so many entries of each h are not zero, and queries, keys and values are to be
+            made of those rows of the weights alone; the same to rounding, and faster for few tokens.
 
     Returns:
         The two terms whose sum is u, [B, M, D] each; and what `attend` handed on.
     """
-    attention, x_BMD = block.attention, block.attention_norm(h_BMD)
-    own = _keys_and_values(attention, attention.key(x_BMD), attention.value(x_BMD), rotation)
+    attention = block.attention
+    query, key, value = _projections(block, h_BMD, n_active)
+    own = _keys_and_values(attention, key, value, rotation)
     batch, n_tokens, _ = h_BMD.shape
-    q_BMHd = rotate(_heads(attention, attention.query(x_BMD)), rotation)
+    q_BMHd = rotate(_heads(attention, query), rotation)
     q_BMKGd = q_BMHd.reshape(batch, n_tokens, own.keys.shape[1], -1, attention.head_dim)
     scaled_BKGMd = jnp.transpose(q_BMKGd, (0, 2, 3, 1, 4)) * attention.head_dim**-0.5
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
@@ -102,6 +105,17 @@ def over(q_BKGMd: jax.Array, parts: Sequence[tuple[KeysAndValues, jax.Array]]) -
     weights = _joint_softmax([_scores(q_BKGMd, *part) for part in parts])
     mixed = [_mix(w, kept) for w, (kept, _) in zip(weights, parts, strict=True)]
     return sum(mixed[1:], mixed[0])
+
+
+def _projections(block: Block, h_BMD: jax.Array, n_active: int | None) -> list[jax.Array]:
+    x_BMD = block.attention_norm(h_BMD)
+    linears = block.attention.query, block.attention.key, block.attention.value
+    if n_active is None:
+        return [linear(x_BMD) for linear in linears]
+    # The norm leaves zeros zero. By magnitude, for interventions and other activations than relu.
+    _, indices_BMk = jax.lax.top_k(jnp.abs(h_BMD), n_active)
+    x_BMk = jnp.take_along_axis(x_BMD, indices_BMk, axis=-1)
+    return [linear.of_entries(x_BMk, indices_BMk) for linear in linears]
 
 
 def _scores(q_BKGMd: jax.Array, kept: KeysAndValues, seen_BMT: jax.Array) -> jax.Array:

@@ -56,6 +56,19 @@ class Linear(nnx.Module):
         flat = matmul(x.reshape(-1, x.shape[-1]), kernel)
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
+    def of_entries(self, x: jax.Array, indices: jax.Array) -> jax.Array:
+        """The same to rounding where x is zero but for some entries; only their rows of the kernel are read.
+
+        Args:
+            x: Those entries, [..., k].
+            indices: int32[..., k], where they stand, each once.
+
+        Returns:
+            [..., O] in the dtype of x.
+        """
+        rows = self.kernel[...][indices].astype(x.dtype)
+        return jnp.einsum("...k,...ko->...o", x, rows, preferred_element_type=jnp.float32).astype(x.dtype)
+
 
 class RMSNorm(nnx.Module):
     """`x / rms(x) * scale` over the last axis (Zhang and Sennrich 2019, eq. 4); zeros stay zeros."""

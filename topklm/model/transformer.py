@@ -43,7 +43,6 @@ class Changes(NamedTuple):
     edit: Edit | None = None
 
 
-
 class Block(nnx.Module):
     """One layer up to the point where TopK is applied: `h -> a, MLP(Norm(a))`, whose sum is u."""
 

@@ -1,0 +1,201 @@
+"""More neurons for tokens at which the model is uncertain of what follows.
+
+A token is run with the model's k. If the entropy of the next token's distribution is then above a threshold,
+it is run once more with a higher k, and that is what counts: its logits, and the keys and values that later
+tokens see. The rule is ours. Dims: B rows, T tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference import cache as cache_lib
+from topklm.inference.cache import STEPS
+from topklm.model import transformer
+from topklm.model.transformer import Changes
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveK:
+    """When a token gets more neurons, and how many.
+
+    Attributes:
+        high_k: Entries that TopK keeps at an uncertain token.
+        entropy: A token is uncertain if the next token's distribution, run with the model's k, has an entropy
+            above this, in nats. 0 makes nearly every token uncertain, infinity none.
+    """
+
+    high_k: int
+    entropy: float
+
+    def check(self, config: ModelConfig) -> "AdaptiveK":
+        """Itself.
+
+        Raises:
+            ValueError: For what does not fit the model, in one line.
+        """
+        with_topk_k(config, self.high_k, name="adaptive.high_k")
+        if self.high_k < config.topk_k:
+            raise ValueError(
+                f"adaptive.high_k = {self.high_k}: must be at least {config.topk_k}, the k of other tokens"
+            )
+        if isinstance(self.entropy, bool | str) or not self.entropy >= 0:
+            raise ValueError(f"adaptive.entropy = {self.entropy!r}: must be a number of nats, 0 or more")
+        return self
+
+
+class TokenLosses(NamedTuple):
+    """Of texts run token by token, [B, T - 1]; entry t is of token t + 1, given those before."""
+
+    losses: Any  # float32, nats
+    k: Any  # int32, entries kept at token t
+
+
+def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -> ModelConfig:
+    """The model with another k; itself for None.
+
+    Raises:
+        ValueError: For a k that its layers do not have, or a model without TopK.
+    """
+    if topk_k is None:
+        return config
+    if not config.n_topk_layers:
+        raise ValueError(f"{name} = {topk_k!r}: the model has no layer with TopK; leave it out")
+    whole = isinstance(topk_k, int | np.integer) and not isinstance(topk_k, bool)
+    if not whole or not 1 <= topk_k <= config.d_model:
+        raise ValueError(f"{name} = {topk_k!r}: must be an integer from 1 to {config.d_model}, d_model")
+    return dataclasses.replace(config, topk_k=int(topk_k))
+
+
+def entropy(logits_BV: jax.Array) -> jax.Array:
+    """Of the distributions that logits make, in nats, float32[B]."""
+    log_p = jax.nn.log_softmax(logits_BV, axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def token_losses(
+    config: ModelConfig, params: transformer.Parameters, tokens_BT: Any, adaptive: AdaptiveK
+) -> TokenLosses:
+    """Losses of texts where each token's k depends on the model's uncertainty there.
+
+    Args:
+        config: The model's shape, with the k of tokens that are not uncertain.
+        params: Its parameters.
+        tokens_BT: int32[B, T], at least two tokens and at most the context.
+        adaptive: The rule.
+
+    Raises:
+        ValueError: For a rule that does not fit the model, or another number of tokens.
+    """
+    adaptive.check(config)
+    tokens_BT = np.asarray(tokens_BT, np.int32)
+    if tokens_BT.ndim != 2 or not 2 <= tokens_BT.shape[1] <= config.context_length:
+        raise ValueError(
+            f"tokens has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}"
+        )
+    layers = cache_lib.by_layer(config, params)
+    losses, k = _token_losses(
+        config, int(adaptive.high_k), params, layers, tokens_BT, np.float32(adaptive.entropy)
+    )
+    n = tokens_BT.shape[1] - 1
+    return TokenLosses(losses[:, :n], k[:, :n])
+
+
+def step(
+    model: transformer.Transformer,
+    high: transformer.Transformer,
+    threshold: jax.Array,
+    layers: cache_lib.Layers,
+    cache: cache_lib.Cache,
+    new: cache_lib.Cache,
+    tokens_B: jax.Array,
+    lengths_B: jax.Array,
+    number: jax.Array,
+    changes: Changes,
+    high_changes: Changes,
+    more_active: int,
+) -> tuple[jax.Array, cache_lib.Cache, jax.Array]:
+    """As `cache.step`, under the rule.
+
+    Args:
+        model: With the k of tokens that are not uncertain.
+        high: The same model with the k of those that are.
+        threshold: Entropy in nats, a scalar or [B].
+        layers: As in `cache.step`, and so the next five.
+        cache: Its cache.
+        new: Its buffer.
+        tokens_B: int32[B].
+        lengths_B: int32[B].
+        number: int32.
+        changes: For the model with its k.
+        high_changes: For the model with the higher one.
+        more_active: Entries that `changes` may add to those that TopK keeps.
+
+    Returns:
+        Logits float32[B, V]; the buffer; and which rows were uncertain, bool[B].
+    """
+    place = cache, new, tokens_B, lengths_B, number
+    d = model.config.d_model
+    n_active = min(model.config.topk_k + more_active, d)
+    h_BD, with_token = cache_lib.step(model, layers, *place, changes, n_active)
+    logits_BV = model.logits(h_BD)
+    uncertain_B = entropy(logits_BV) > threshold
+
+    def again() -> tuple[jax.Array, cache_lib.Cache]:
+        n_active = min(high.config.topk_k + more_active, d)
+        high_h_BD, high_with_token = cache_lib.step(high, layers, *place, high_changes, n_active)
+        logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
+        return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)
+
+    # Without an uncertain token the second run would be for nothing.
+    logits_BV, new = jax.lax.cond(jnp.any(uncertain_B), again, lambda: (logits_BV, with_token))
+    return logits_BV, new, uncertain_B
+
+
+def _of_rows(uncertain_B: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """The former in uncertain rows; [B, K, N, d], or with a layer axis before."""
+    return jnp.where(uncertain_B[:, None, None, None], high, low)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _token_losses(
+    config: ModelConfig,
+    high_k: int,
+    params: transformer.Parameters,
+    layers: cache_lib.Layers,
+    tokens_BT: jax.Array,
+    threshold: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """float32 and int32 [B, T rounded up], token by token, the buffer merged when it is full."""
+    model = transformer.bind(config, params)
+    high = transformer.bind(dataclasses.replace(config, topk_k=high_k), params)
+    batch, length = tokens_BT.shape
+    n_parts = -(-length // STEPS)
+    padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
+    empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
+    cache = cache_lib.with_room(zeros, n_parts * STEPS)
+
+    def part(cache: cache_lib.Cache, begin: jax.Array) -> tuple[cache_lib.Cache, tuple[jax.Array, jax.Array]]:
+        lengths_B = jnp.full((batch,), begin)
+
+        def token(new: cache_lib.Cache, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            at = begin + number
+            one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
+            target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
+            place = layers, cache, new, one_B, lengths_B, number
+            logits_BV, new, uncertain_B = step(model, high, threshold, *place, Changes(), Changes(), 0)
+            log_p = jax.nn.log_softmax(logits_BV, axis=-1)
+            loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
+            return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))
+
+        new, found = jax.lax.scan(token, cache_lib.buffer(cache), jnp.arange(STEPS))
+        return cache_lib.merged(cache, new, lengths_B), found
+
+    _, (losses, k) = jax.lax.scan(part, cache, jnp.arange(n_parts) * STEPS)
+    return losses.reshape(-1, batch).T, k.reshape(-1, batch).T
