@@ -1,7 +1,6 @@
 """How tokens are shaded and numbers written, and plots measured."""
 
 import math
-import re
 from xml.etree import ElementTree
 
 from hypothesis import given
@@ -9,64 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import figures, pages, plots
-
-TOKENS = st.lists(
-    st.tuples(st.text(max_size=6), st.one_of(st.just(0.0), st.floats(-100, 100, allow_subnormal=False))),
-    min_size=1,
-)
-
-
-@given(TOKENS)
-def test_pieces_hold_all_of_the_text_in_order(tokens):
-    texts, values = zip(*tokens, strict=True)
-    expected = "".join(text or (pages.UNFINISHED if value else "") for text, value in tokens)
-    assert "".join(piece.text for piece in pages.pieces(texts, values, 100.0)) == expected
-
-
-@given(TOKENS)
-def test_every_active_token_is_a_piece_of_its_own_and_no_other_is_shaded(tokens):
-    texts, values = zip(*tokens, strict=True)
-    shaded = [piece for piece in pages.pieces(texts, values, 100.0) if piece.level]
-    active = [(text.lstrip(" ") or text or pages.UNFINISHED, value) for text, value in tokens if value]
-    assert [(piece.text, piece.value) for piece in shaded] == [(t, figures.short(v)) for t, v in active]
-    assert all(
-        piece.level[0] == ("p" if value > 0 else "n")
-        for piece, (_, value) in zip(shaded, active, strict=True)
-    )
-
-
-def test_shades_rise_with_the_activation():
-    steps = [int(pages.level(value, 10)[1:]) for value in (0.01, 1, 1.01, 5, 9.99, 10, 12)]
-    assert steps == [1, 1, 2, 5, 10, 10, 10]
-    assert pages.level(0, 10) == ""
-
-
-def test_an_example_is_whole_and_its_token_stands_in_the_part_that_is_shown():
-    tokens, values = [f"t{n} " for n in range(128)], [0.0] * 128
-    values[100] = 2.0
-    html = str(pages.example_text({"tokens": tokens, "values": values, "example": 100}, 2.0))
-    hidden = "".join(re.findall(r'<span class="far">(.*?)</span>', html))
-    assert re.sub(r"<[^>]*>", "", html) == "".join(tokens)
-    assert 'class="p10 here" data-v="2.00">t100 </mark>' in html
-    assert "t100 " not in hidden
-    assert "t0 " in hidden
-    assert "t127 " in hidden
-
-
-@given(st.text())
-def test_no_text_leaves_its_place_in_the_page(text):
-    html = str(pages.shaded(pages.pieces([text, text], [1.0, 0.0], 1.0)))
-    found = ElementTree.fromstring(f"<p>{re.sub(r'[^ -~]', '?', html)}</p>")
-    assert {element.tag for element in found.iter()} <= {"p", "mark"}
-
-
-@pytest.mark.parametrize(
-    ("token", "seen"),
-    [(" the", "␣the"), ("the", "the"), ("  ", "␣␣"), ("a ", "a␣"), ("", "◌"), (" a b", "␣a b")],
-)
-def test_spaces_at_the_ends_of_a_lone_token_are_seen(token, seen):
-    assert pages.chip(token) == seen
+from topklm.explorer import figures, plots
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,16 @@ def test_examples_hold_the_tokens_and_activations_of_the_store(source, dense):
             assert example["values"][example["example"]] == pytest.approx(example["activation"], rel=1e-6)
 
 
+def test_a_row_is_what_arrow_itself_makes_of_it(source):
+    for number in (0, 7, source.number(*explored_run.DEAD), source.n_neurons - 1):
+        wanted = {name: source.rows[name][number].as_py() for name in source.rows.schema.names}
+        row = source.row(number)
+        assert row == wanted
+        assert list(map(type, row.values())) == list(map(type, wanted.values()))
+        assert source.row(number, ["examples"]) == {"examples": wanted["examples"]}
+    assert any(value is None for value in source.row(source.number(*explored_run.DEAD)).values())
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 128, 1000])
 def test_a_window_is_as_large_as_its_document_lets_it_be_and_holds_its_token(source, size):
     documents = source.store.documents(0, source.store.n_tokens)

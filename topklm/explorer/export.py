@@ -6,10 +6,12 @@ script but ours, and no address.
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 import hashlib
 import importlib.resources
 from pathlib import Path
+from typing import Any
 import zlib
 
 import jinja2
@@ -56,7 +58,7 @@ def export(source: Source, path: Path, neurons: Sequence[tuple[int, int]] | None
         layers=overview_view.layers(source),
         drawn=pages.layer_plots(source),
         neurons=[neuron_view.summary(source, number, labels) for number in numbers],
-        pages=_pages(source, templates, numbers),
+        pages=list(_pages(source, templates, numbers, labels)),
         script=script,
         style=style,
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:",
@@ -83,24 +85,35 @@ def chosen(source: Source, neurons: Sequence[tuple[int, int]] | None) -> list[in
     return [number for number in order if number in wanted]
 
 
-def _pages(source: Source, templates: jinja2.Environment, numbers: Sequence[int]) -> Iterator[dict[str, str]]:
+def _pages(
+    source: Source,
+    templates: jinja2.Environment,
+    numbers: Sequence[int],
+    labels: Mapping[tuple[int, int], str],
+) -> Iterator[dict[str, Any]]:
+    """Pages by layer and neuron; what is packed is a future."""
     body = templates.get_template("export_neuron.html")
     d, held = source.measured.d_model, set[tuple[int, int]]()
-    for number in sorted(numbers):
-        layer, neuron = source.place(number)
-        if (layer, neuron) not in held:
-            begin = neuron - neuron % _AHEAD
-            end = min(begin + _AHEAD, d)
-            source.read_ahead(layer, begin, end)
-            held = {(layer, other) for other in range(begin, end)}
-        data = neuron_view.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS)
-        text = body.render(data=data, prefix="", own_text=False, example_tokens=EXAMPLE_TOKENS)
-        packed = base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode()
-        yield {
-            "id": f"n-{layer}-{neuron}",
-            "title": f"{layer}:{neuron} {data['label']}".strip(),
-            "packed": packed,
-        }
+    # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
+    with futures.ThreadPoolExecutor(1) as packing:
+        for number in sorted(numbers):
+            layer, neuron = source.place(number)
+            if (layer, neuron) not in held:
+                begin = neuron - neuron % _AHEAD
+                end = min(begin + _AHEAD, d)
+                source.read_ahead(layer, begin, end)
+                held = {(layer, other) for other in range(begin, end)}
+            data = neuron_view.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
+            text = body.render(data=data, prefix="", own_text=False, example_tokens=EXAMPLE_TOKENS)
+            yield {
+                "id": f"n-{layer}-{neuron}",
+                "title": f"{layer}:{neuron} {data['label']}".strip(),
+                "packed": packing.submit(_packed, text),
+            }
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode()
 
 
 def _script() -> str:

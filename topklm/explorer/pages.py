@@ -1,4 +1,4 @@
-"""Draws pages from the data of `topklm.explorer.views`: templates, plots, and how tokens are shaded."""
+"""Draws pages from the data of `topklm.explorer.views`: templates, plots, and what they call."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -7,22 +7,28 @@ from typing import Any
 from urllib.parse import urlencode
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 import numpy as np
 
 from topklm.explorer import figures, plots
 from topklm.explorer.index import READABLE
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.views.markup import (
+    by_part,
+    chip,
+    chips,
+    effects,
+    examples,
+    level,
+    pieces,
+    shaded,
+    share_bar,
+    shares,
+    similar,
+)
 from topklm.explorer.views.overview import Asked
 
-# In the place of a token that only begins a character.
-UNFINISHED = "◌"
-
-SHADES = 10  # steps of the shading of tokens
-
-# Tokens before and behind an example's own that are shown until a reader asks for more.
-_NEAR_BEFORE, _NEAR_BEHIND = 28, 14
 _MOST_POINTS = 2000
 _DENSITY_LOW = 1e-5
 
@@ -35,6 +41,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,  # nobody edits templates while this runs
     )
     made.filters.update(
         figure=lambda value, name: figures.written(name, value),
@@ -52,8 +59,13 @@ def environment() -> jinja2.Environment:
         part_titles=neuron_view.part_titles(),
         pieces=pieces,
         shaded=shaded,
-        example_text=example_text,
         level=level,
+        chips=chips,
+        by_part=by_part,
+        examples=examples,
+        shares=shares,
+        effects=effects,
+        similar=similar,
         activation_histogram=activation_histogram,
         share_bar=share_bar,
         first_columns=[figure for figure in figures.FIGURES if figure.first],
@@ -109,97 +121,6 @@ class Sorting:
         return urlencode(dataclasses.replace(self.asked, page=1, **changes).query())
 
 
-def chip(token: str) -> str:
-    """A token by itself: a space at its ends would not be seen."""
-    inside = token.strip(" ")
-    if not inside:
-        return "␣" * len(token) or UNFINISHED
-    before, behind = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
-    return "␣" * before + inside + "␣" * behind
-
-
-def level(value: float, strongest: float) -> str:
-    """The class of a shade: p1 to p10 for positive activations, n1 to n10 for negative ones."""
-    if not value or not strongest:
-        return ""
-    step = min(SHADES, max(1, math.ceil(SHADES * abs(value) / strongest)))
-    return f"{'p' if value > 0 else 'n'}{step}"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of text that is drawn alike.
-
-    Attributes:
-        text: As it is shown.
-        level: Class of its shade; empty where the neuron is not active.
-        value: The activation, written.
-        example: Whether it is the token that all this is about.
-    """
-
-    text: str
-    level: str = ""
-    value: str = ""
-    example: bool = False
-
-
-def pieces(
-    tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
-) -> list[Piece]:
-    """Text in as few pieces as can be: tokens that are not active are joined.
-
-    Args:
-        tokens: T strings.
-        values: T activations.
-        strongest: What the darkest shade stands for.
-        example: The token that all this is about.
-    """
-    found, plain = list[Piece](), list[str]()
-    for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        if not value and place != example:
-            plain.append(token)
-            continue
-        # A space before a word is not shaded: it would be where lines break.
-        word = token.lstrip(" ") or token or UNFINISHED
-        plain.append(token[: max(0, len(token) - len(word))])
-        if before := "".join(plain):
-            found.append(Piece(before))
-        plain = []
-        found.append(Piece(word, level(value, strongest) or "p0", figures.short(value), place == example))
-    if behind := "".join(plain):
-        found.append(Piece(behind))
-    return found
-
-
-def shaded(parts: Sequence[Piece]) -> Markup:
-    """Pieces as HTML. Not a template: pages have thousands of them."""
-    drawn = []
-    for part in parts:
-        text = str(escape(part.text))
-        if part.level:
-            here = " here" if part.example else ""
-            text = f'<mark class="{part.level}{here}" data-v="{part.value}">{text}</mark>'
-        drawn.append(text)
-    return Markup("".join(drawn))
-
-
-def example_text(example: Mapping[str, Any], strongest: float) -> Markup:
-    """An example's text; what stands far before and behind its token is hidden until a reader wants it."""
-    tokens, values, at = example["tokens"], example["values"], example["example"]
-    begin, end = max(0, at - _NEAR_BEFORE), min(len(tokens), at + _NEAR_BEHIND + 1)
-    near = pieces(tokens[begin:end], values[begin:end], strongest, at - begin)
-    drawn = [shaded(near)]
-    if begin:
-        drawn.insert(
-            0, Markup(f'<span class="far">{shaded(pieces(tokens[:begin], values[:begin], strongest))}</span>')
-        )
-    if end < len(tokens):
-        drawn.append(
-            Markup(f'<span class="far">{shaded(pieces(tokens[end:], values[end:], strongest))}</span>')
-        )
-    return Markup("").join(drawn)
-
-
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
     """Of a neuron's page."""
     counts, highest = data["histogram"]["counts"], data["figures"]["max_activation"]
@@ -208,15 +129,6 @@ def activation_histogram(data: Mapping[str, Any]) -> Markup:
         f"{figures.short(highest)}; {figures.write_as('count', sum(counts))} tokens."
     )
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
-
-
-def share_bar(share: float, kind: str = "") -> Markup:
-    """A bar beside a number, from 0 to 1."""
-    width = 60 * min(max(share, 0), 1)
-    return Markup(
-        f'<svg class="share {kind}" viewBox="0 0 60 8" aria-hidden="true"><path class="track" '
-        f'd="M0 0h60v8h-60z"/><path class="fill" d="M0 0h{width:.0f}v8h-{width:.0f}z"/></svg>'
-    )
 
 
 def layer_plots(source: Source) -> list[dict[str, Any]]:

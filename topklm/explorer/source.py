@@ -51,6 +51,31 @@ class Window:
     document: int
 
 
+class _Column:
+    """A column of the table; what Arrow's `as_py` gives for a row, in a tenth of the time.
+
+    Args:
+        column: Of numbers, or lists of numbers; null or not, but not within a list.
+    """
+
+    def __init__(self, column: pa.ChunkedArray):
+        array = column.combine_chunks()
+        self._is_null = array.is_null().to_numpy(zero_copy_only=False)
+        self._offsets = None
+        if pa.types.is_list(array.type):
+            self._offsets, array = array.offsets.to_numpy(), array.values
+        elif array.null_count:
+            array = array.fill_null(0)
+        self._values = array.to_numpy(zero_copy_only=False)
+
+    def __getitem__(self, number: int) -> Any:
+        if self._is_null[number]:
+            return None
+        if self._offsets is None:
+            return self._values[number].item()
+        return self._values[self._offsets[number] : self._offsets[number + 1]].tolist()
+
+
 class Source:
     """Opens a checkpoint's store and statistics.
 
@@ -72,7 +97,9 @@ class Source:
         self.labels = Labels(folder.labels)
         self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
         self._ahead: dict[tuple[int, int], Events] = {}
+        self._columns: dict[str, _Column] = {}
         self._texts: dict[int, str] = {}
+        self._parts: set[int] = set()  # tokens, of those in _texts, that may be a part of a character
         self._characters: dict[tuple[int, ...], tuple[int, str | None]] = {}
 
     @property
@@ -111,7 +138,12 @@ class Source:
 
     def row(self, number: int, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Columns of one row as plain Python values; all of them if none are named."""
-        return {name: self.rows[name][number].as_py() for name in names or self.rows.schema.names}
+        return {name: self._values(name)[number] for name in names or self.rows.schema.names}
+
+    def _values(self, name: str) -> _Column:
+        if name not in self._columns:
+            self._columns[name] = _Column(self.rows[name])
+        return self._columns[name]
 
     def column(self, name: str) -> np.ndarray:
         """float64[n_neurons] of a column of numbers, NaN where there is none."""
@@ -156,33 +188,52 @@ class Source:
         Raises:
             UserError: If the store has no such token.
         """
-        if not 0 <= at < self.store.n_tokens:
-            raise NotThereError(f"token {at}: must be from 0 to {self.store.n_tokens - 1}")
+        return self.windows([at], size)[0]
+
+    def windows(self, places: Sequence[int], size: int) -> list[Window]:
+        """`window` around each of some tokens."""
+        for place in places:
+            if not 0 <= place < self.store.n_tokens:
+                raise NotThereError(f"token {place}: must be from 0 to {self.store.n_tokens - 1}")
+        at = np.array(places, np.int64)
         starts, numbers = self.documents
-        place = int(np.searchsorted(starts, at, side="right")) - 1
-        first, behind = int(starts[place]), int(starts[place + 1])
-        begin = max(first, min(at - size // 2, behind - size))
-        return Window(begin, self.ids[begin : min(begin + size, behind)], int(numbers[place]))
+        inside = np.searchsorted(starts, at, side="right") - 1
+        first, behind = starts[inside], starts[inside + 1]
+        begins = np.maximum(first, np.minimum(at - size // 2, behind - size))
+        ends = np.minimum(begins + size, behind)
+        facts = zip(begins.tolist(), ends.tolist(), numbers[inside].tolist(), strict=True)
+        return [Window(begin, self.ids[begin:end], document) for begin, end, document in facts]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Each token as a page shows it: what is not printed is spelled out."""
-        wanted, known = np.asarray(ids, np.int64).tolist(), self._texts
-        if unknown := [i for i in set(wanted) if i not in known]:
-            for token_id, text in zip(unknown, self.tokenizer.token_strings(unknown), strict=True):
-                known[token_id] = shown(text)
-        return [known[i] for i in wanted]
+        wanted, known = _as_list(ids), self._texts
+        try:
+            return list(map(known.__getitem__, wanted))
+        except KeyError:
+            self._learn([i for i in set(wanted) if i not in known])
+        return list(map(known.__getitem__, wanted))
 
     def running_texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The same for text in a row: a character of several tokens stands at the last of them."""
-        texts, at = self.texts(ids), 0
+        wanted = _as_list(ids)
+        texts, at = self.texts(wanted), 0
+        if self._parts.isdisjoint(wanted):
+            return texts
         while at < len(texts):
             n, whole = 1, None
-            if _PART.search(texts[at]):
-                n, whole = self._character(tuple(int(i) for i in ids[at : at + _MOST_PARTS]))
+            if wanted[at] in self._parts:
+                n, whole = self._character(tuple(wanted[at : at + _MOST_PARTS]))
             if whole is not None:
                 texts[at : at + n] = [*[""] * (n - 1), whole]
             at += n
         return texts
+
+    def _learn(self, ids: Sequence[int]) -> None:
+        for token_id, text in zip(ids, self.tokenizer.token_strings(ids), strict=True):
+            seen = shown(text)
+            if _PART.search(seen):
+                self._parts.add(token_id)
+            self._texts[token_id] = seen
 
     def _character(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
         """How many of these tokens are whole characters, and those; (1, None) if they begin with none."""
@@ -230,6 +281,10 @@ class Source:
                 f"{self.folder.table} does not hold every neuron once: delete it, and run topklm "
                 "neurons measure"
             )
+
+
+def _as_list(ids: Sequence[int] | np.ndarray) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
 def shown(text: str) -> str:

@@ -26,7 +26,8 @@ def model(request, tmp_path_factory):
 def small_groups(monkeypatch):
     """So that there are several groups, and several chunks in each."""
     monkeypatch.setattr(ablation, "_GROUP_TOKENS", 3 * T)
-    monkeypatch.setattr(ablation, "_PER_ROW", 20)
+    monkeypatch.setattr(ablation, "_ROWS", 5)
+    monkeypatch.setattr(ablation, "_PER_ROW", 10)
 
 
 def measured(model, **settings):
@@ -95,6 +96,21 @@ def plain_windows():
         inputs[row, 1 : len(ids) + 1] = ids
         usable[row, 1 : len(ids)] = True
     return inputs, usable
+
+
+def test_each_sample_is_in_one_chunk_whose_rows_are_of_one_window_and_layers_rise():
+    rng = np.random.default_rng(4)
+    layers, rows = np.sort(rng.integers(0, 3, 400)), rng.integers(0, 4, 400)
+    chunks = list(ablation._chunks(layers, rows))
+    assert {chunk.shape for chunk in chunks} == {(5, 10)}
+    assert sorted(np.concatenate(chunks).ravel()[np.concatenate(chunks).ravel() >= 0]) == list(range(400))
+    for line in np.concatenate(chunks):
+        held = line[line >= 0]
+        assert len(np.unique(rows[held])) == len(np.unique(layers[held])) == min(len(held), 1)
+        assert (line[: len(held)] >= 0).all()
+    first = [layers[chunk[chunk >= 0]].min() for chunk in chunks]
+    assert first == sorted(first)
+    assert list(ablation._chunks(layers[:0], rows[:0])) == []
 
 
 def test_samples_are_drawn_from_all_active_places_alike():

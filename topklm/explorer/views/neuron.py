@@ -1,6 +1,6 @@
 """What is known of one neuron, and its activations on text of the store or one's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ _LISTED_TOKENS = 10
 LabelOf = Mapping[tuple[int, int], str]
 
 
-def neuron(source: Source, layer: int, neuron: int, example_tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
+def neuron(
+    source: Source,
+    layer: int,
+    neuron: int,
+    example_tokens: int = EXAMPLE_TOKENS,
+    labels: LabelOf | None = None,
+) -> dict[str, Any]:
     """All that its page shows.
 
     Args:
@@ -26,12 +32,14 @@ def neuron(source: Source, layer: int, neuron: int, example_tokens: int = EXAMPL
         layer: Of the neuron.
         neuron: Its number in the layer.
         example_tokens: Tokens of each example, at most.
+        labels: As `source.named()` gives them, for whoever has them; None: they are read.
 
     Raises:
         UserError: If there is no such neuron.
     """
     number = source.number(layer, neuron)
-    row, measured, labels = source.row(number), source.measured, source.named()
+    row, measured = source.row(number), source.measured
+    labels = source.named() if labels is None else labels
     counts = row["histogram"] or []
     return {
         "run": measured.run,
@@ -85,7 +93,7 @@ def context(source: Source, layer: int, neuron: int, at: int, size: int) -> dict
     """
     source.number(layer, neuron)
     window = source.window(at, max(1, min(size, MOST_CONTEXT)))
-    return _activations(source, layer, neuron, window, at)
+    return _activations(source, layer, neuron, [window], [at])[0]
 
 
 def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) -> dict[str, Any]:
@@ -162,30 +170,35 @@ def _link(source: Source, number: int) -> dict[str, int]:
 def _examples(
     source: Source, layer: int, neuron: int, row: Mapping[str, Any], size: int
 ) -> list[dict[str, Any]]:
-    found = zip(
-        row["examples"] or (), row["example_activations"] or (), row["example_parts"] or (), strict=True
+    places, strengths, parts = (
+        row[name] or [] for name in ("examples", "example_activations", "example_parts")
     )
+    found = _activations(source, layer, neuron, source.windows(places, size), places)
     return [
-        {
-            "part": part,
-            "activation": activation,
-            **_activations(source, layer, neuron, source.window(at, size), at),
-        }
-        for at, activation, part in found
+        {"part": part, "activation": activation, **shown}
+        for part, activation, shown in zip(parts, strengths, found, strict=True)
     ]
 
 
-def _activations(source: Source, layer: int, neuron: int, window: Window, at: int) -> dict[str, Any]:
+def _activations(
+    source: Source, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The neuron in each window, and which of its tokens it is about."""
     events = source.events(layer, neuron)
-    n = len(window.ids)
-    first, behind = np.searchsorted(events.tokens, [window.begin, window.begin + n])
-    values = np.zeros(n, np.float32)
-    values[events.tokens[first:behind] - window.begin] = events.values[first:behind]
-    return {
-        "at": at,
-        "document": window.document,
-        "begin": window.begin,
-        "example": at - window.begin,
-        "tokens": source.running_texts(window.ids),
-        "values": values.tolist(),
-    }
+    edges = [(window.begin, window.begin + len(window.ids)) for window in windows]
+    inside = np.searchsorted(events.tokens, np.reshape(edges, (-1, 2))).tolist()
+    found = []
+    for window, at, (first, behind) in zip(windows, places, inside, strict=True):
+        values = np.zeros(len(window.ids), np.float32)
+        values[events.tokens[first:behind] - window.begin] = events.values[first:behind]
+        found.append(
+            {
+                "at": at,
+                "document": window.document,
+                "begin": window.begin,
+                "example": at - window.begin,
+                "tokens": source.running_texts(window.ids),
+                "values": values.tolist(),
+            }
+        )
+    return found
