@@ -213,6 +213,16 @@ def test_what_people_write_comes_back_entry_by_entry():
         ([Intervention(0, 1, 1.0, positions=(3, 3))], "clamp", r"positions = \(3, 3\): must be"),
         ([Intervention(0, 1, 1.0, row=-1)], "clamp", "row = -1: must be"),
         ([Intervention(0, 1, 1.0), Intervention(0, 1, 1.0, row=1)], "clamp", "two interventions on neuron 1"),
+        (
+            {(1, 1): 1.0},
+            "ban",
+            "mode = 'ban' of layer 1, neuron 1: the layer has no TopK, layers with one: 0 ",
+        ),
+        (
+            [Intervention(0, n, 1.0, "force", row=n % 2 or None) for n in range(11)],
+            "clamp",
+            "steer: 11 neurons forced in layer 0: must be at most 6, its places",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(steer, mode, message):

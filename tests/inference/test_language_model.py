@@ -135,3 +135,21 @@ def test_the_name_of_a_run_is_shown_and_never_executed(model):
     page = dataclasses.replace(model, run="<script>alert(1)</script>")._repr_html_()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_what_is_captured_of_a_steered_run_is_what_layers_hand_on_then(model):
+    steer, name = {(0, 5): 7.5}, "blocks.0.hook_topk"
+    logits, cache = model.run_with_cache("The sea", ["blocks.1.hook_resid_pre", name], steer=steer)
+    np.testing.assert_allclose(logits, model("The sea", steer=steer), atol=1e-5)
+    assert (np.asarray(cache[name])[..., 5] == 7.5).all()
+    # Of a layer that hands on more than k entries, none is lost.
+    np.testing.assert_array_equal(cache["blocks.1.hook_resid_pre"], cache[name])
+
+
+def test_another_k_keeps_as_many(model):
+    k = model.config.model.topk_k // 2
+    logits, cache = model.run_with_cache("The sea", topk_k=k)
+    assert cache.neurons.values.shape[-1] == k
+    assert ((np.asarray(cache["blocks.0.hook_topk"]) != 0).sum(axis=-1) <= k).all()
+    np.testing.assert_array_equal(logits, model("The sea", topk_k=k))
+    assert np.abs(np.asarray(logits - model("The sea"))).max() > 1e-3

@@ -56,6 +56,11 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
             a, written, own = decode.step(block, h, angles(places), decode.own_behind(past, seen))
             lowest = jnp.argmin(places, axis=1)[:, None]
             _, of_lowest, _ = decode.step(block, h, angles(places), decode.own_behind(one, seen))
+            if 0 < layer <= config.n_topk_layers:  # its input is sparse
+                few, of_few, _ = decode.step(
+                    block, h, angles(places), decode.own_behind(past, seen), n_active=config.topk_k
+                )
+                found.append((few + of_few, a + written, jnp.zeros(1), own, own))
             sparse = layer < config.n_topk_layers
             u = topk(written, config.topk_k, residual=a) if sparse else a + written
             same = jnp.take_along_axis(of_lowest - written, lowest[..., None], axis=1)

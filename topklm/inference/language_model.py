@@ -77,7 +77,12 @@ class LanguageModel:
         return _logits(config, self.params, self._ids(tokens), interventions)
 
     def run_with_cache(
-        self, tokens: Tokens, names_filter: names.NamesFilter = None
+        self,
+        tokens: Tokens,
+        names_filter: names.NamesFilter = None,
+        steer: Steer | None = None,
+        steer_mode: str = "clamp",
+        topk_k: int | None = None,
     ) -> tuple[jax.Array, ActivationCache]:
         """Next-token logits, float32[B, T, V], and what the layers computed on the way.
 
@@ -88,13 +93,18 @@ class LanguageModel:
             names_filter: What to keep: a name such as "blocks.2.hook_resid_post" (see `neurons.names`),
                 several, or a function that says of each name whether it is wanted. By default what the TopK
                 layers keep, in sparse form; everything else takes B x T x D numbers for each name.
+            steer: As in calling the model; what is kept is what layers hand on then.
+            steer_mode: See `generate`.
+            topk_k: As in calling the model.
 
         Raises:
             ValueError: As calling the model, and for a name that the model does not have.
         """
-        wanted = names.chosen(self.config.model, names_filter)
+        config = with_topk_k(self.config.model, topk_k)
+        wanted = names.chosen(config, names_filter)
+        interventions = None if steer is None else Interventions.of(config, steer, steer_mode)
         ids = self._ids(tokens)
-        logits, neurons, others = _logits_and_activations(self.config.model, wanted, self.params, ids)
+        logits, neurons, others = _logits_and_activations(config, wanted, self.params, ids, interventions)
         places = map(names.parse, wanted)
         layers = tuple(layer for layer, hook in places if hook == names.TOPK)
         return logits, ActivationCache(neurons, layers, others)
@@ -260,8 +270,13 @@ def _logits(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits_and_activations(
-    config: ModelConfig, wanted: tuple[str, ...], params: transformer.Parameters, tokens_BT: jax.Array
+    config: ModelConfig,
+    wanted: tuple[str, ...],
+    params: transformer.Parameters,
+    tokens_BT: jax.Array,
+    interventions: Interventions | None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     model = transformer.bind(config, params)
-    h_BTD, neurons, others = capture_named(model, tokens_BT, wanted)
+    how = () if interventions is None else (interventions.changes(config), len(interventions.layer))
+    h_BTD, neurons, others = capture_named(model, tokens_BT, wanted, *how)
     return model.logits(h_BTD), neurons, others

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from topklm.model.transformer import Tap, Transformer
+from topklm.model.transformer import Changes, Tap, Transformer
 from topklm.neurons import names
 
 
@@ -92,7 +92,11 @@ def capture(
 
 
 def capture_named(
-    model: Transformer, tokens_BT: jax.Array, wanted: Sequence[str]
+    model: Transformer,
+    tokens_BT: jax.Array,
+    wanted: Sequence[str],
+    changes: Changes | None = None,
+    more_active: int = 0,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     """Runs the stack and keeps what has one of these names.
 
@@ -100,6 +104,8 @@ def capture_named(
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
         wanted: Names, from `names.chosen`.
+        changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
+        more_active: Entries that this may make active besides those of TopK.
 
     Returns:
         The normed hidden state [B, T, D]; the activations of the TopK layers whose `hook_topk` is wanted,
@@ -108,14 +114,15 @@ def capture_named(
     places = {name: names.parse(name) for name in wanted}
     sparse_layers = [layer for layer, hook in places.values() if hook == names.TOPK]
     dense_hooks = {hook for _, hook in places.values()} - {names.TOPK}
-    k = model.config.topk_k
+    k = min(model.config.topk_k + more_active, model.config.d_model)
 
     def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> tuple[SparseActivations | None, dict]:
         dense = {names.RESID_PRE: h, names.TOPK_PRE: u, names.RESID_POST: h_next}
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
-    h_BTD, (neurons, dense) = model.hidden(tokens_BT, tap=tap)
+    numbers, changes = jnp.arange(model.config.n_layers), changes or Changes()
+    h_BTD, (neurons, dense) = model.hidden(tokens_BT, tap=tap, **changes._asdict(), edits=numbers)
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
     if not sparse_layers:
         empty = jnp.zeros((0, *tokens_BT.shape, k))
