@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from helpers import ROOT
+from executing import NOTEBOOKS, assert_all_ran, assert_committed_without_outputs, execute, outputs, said
 import jax
 import nbformat
 import numpy as np
@@ -16,23 +16,9 @@ import pytest
 import topklm
 from topklm.model import transformer
 
-NOTEBOOK = ROOT / "notebooks" / "restore_in_colab.ipynb"
-PATIENCE_SECONDS = 300  # other work may share the cores
+NOTEBOOK = NOTEBOOKS / "restore_in_colab.ipynb"
 MESH = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
 
-# Runs a notebook as Jupyter would; `argv` is that of a kernel which nobody has used or configured before.
-EXECUTES = f"""
-import sys
-import nbclient, nbformat
-
-notebook = nbformat.read(sys.argv[1], as_version=4)
-client = nbclient.NotebookClient(
-    notebook, kernel_name="clean", timeout={PATIENCE_SECONDS}, startup_timeout={PATIENCE_SECONDS},
-    allow_errors=True, resources={{"metadata": {{"path": sys.argv[3]}}}},
-)
-client.execute()
-nbformat.write(notebook, sys.argv[2])
-"""
 # What the cells have made, for this process to compare with.
 REPORTS = """
 import json
@@ -63,26 +49,7 @@ def run_of_eight_devices(tmp_path_factory, trainer):
 def executed(tmp_path_factory, trainer, run_of_eight_devices):
     """The notebook's cells after they ran, by id."""
     place = tmp_path_factory.mktemp("notebook")
-    kernel = place / "jupyter" / "kernels" / "clean"
-    kernel.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(
-        json.dumps({"argv": argv, "display_name": "clean", "language": "python"})
-    )
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(REPORTS, id="report"))
-    nbformat.write(notebook, place / "before.ipynb")
-    environment = {
-        "TOPKLM_RUN": str(run_of_eight_devices),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JUPYTER_PATH": str(place / "jupyter"),
-        "JUPYTER_RUNTIME_DIR": str(place / "runtime"),
-        "IPYTHONDIR": str(place / "ipython"),
-    }
-    files = [str(place / name) for name in ("before.ipynb", "after.ipynb")]
-    process = trainer.start_python("-c", EXECUTES, *files, str(place), environment=environment)
-    assert process.finish() == 0, process.errors
-    return {cell.id: cell for cell in nbformat.read(place / "after.ipynb", as_version=4).cells}
+    return execute(NOTEBOOK.name, run_of_eight_devices, place, trainer, REPORTS)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +78,6 @@ def dense_layers(model, report):
     return np.maximum(kept, 0)
 
 
-def outputs(cell, mime):
-    return "".join(output.data[mime] for output in cell.outputs if mime in output.get("data", {}))
-
-
-def said(cell):
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
-
-
 class Cells(HTMLParser):
     """The rows of an HTML table as lists of texts, and the values that show on hover."""
 
@@ -140,11 +99,7 @@ class Cells(HTMLParser):
 
 
 def test_every_cell_runs_from_top_to_bottom_without_an_error(executed):
-    code = [cell for cell in executed.values() if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    for cell in code:
-        assert not [output for output in cell.outputs if output.output_type == "error"], cell.outputs
-        assert not [output for output in cell.outputs if output.get("name") == "stderr"], cell.outputs
+    assert_all_ran(executed)
 
 
 def test_a_checkpoint_of_eight_devices_is_opened_on_one(executed, report, run_of_eight_devices):
@@ -203,12 +158,7 @@ def test_the_neuron_that_is_followed_is_the_strongest(executed, report, dense_la
 
 
 def test_the_committed_notebook_is_valid_and_holds_no_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    assert_committed_without_outputs(NOTEBOOK.name)
 
 
 INSTALLS = """
