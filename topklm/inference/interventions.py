@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.intervention import COMPETING, MODES, POSITIONS, Intervention
+from topklm.inference.intervention import MODES, POSITIONS, Intervention
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
@@ -24,7 +24,9 @@ _NO_LAYER = -1
 _EVERY_ROW = -1
 _END = 2**31 - 1
 _RANGE = len(POSITIONS)
-_BAN, _FORCE = map(MODES.index, COMPETING)
+_CLAMP, _ADD, _SCALE, _ABLATE, _BAN, _FORCE = range(len(MODES))
+# Kinds of change to a neuron; 0: none.
+_BANNED, _FORCED, _BEHIND = 1, 2, 3
 
 
 @functools.partial(
@@ -125,43 +127,55 @@ class Interventions:
                 Default: all tokens are the prompt.
         """
         lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
+        of_layers_LEX = self._of_layers(config)
 
-        def at(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            """bool[B, T, E], which entries act at a token of a layer."""
-            batch, length, _ = h_BTD.shape
+        def applies(batch: int, length: int) -> jax.Array:
             positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
             applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
-            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
+            return jnp.broadcast_to(applies_BTE, (batch, length, len(self.layer)))
+
+        at_once = None
+        if positions_BT is not None and positions_BT.shape[1] == 1:
+            # Of single tokens the tables are small: one product makes those of all layers.
+            at_once = jax.vmap(functools.partial(_tables, applies(*positions_BT.shape)))(of_layers_LEX)
+
+        def of_layer(like_BTD: jax.Array, layer: jax.Array) -> _Tables:
+            if at_once is not None:
+                return jax.tree.map(lambda x: x[layer], at_once)
+            return _tables(applies(*like_BTD.shape[:2]), of_layers_LEX[layer])
 
         def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            applies_BTE = at(u_BTD, layer)
+            kind_BTD = of_layer(u_BTD, layer).kind
             highest = jnp.finfo(u_BTD.dtype).max
-            lowest = jnp.zeros((), u_BTD.dtype) if config.topk_activation == "abs" else -highest
-            bid = jnp.where(self.mode == _FORCE, highest, lowest)
-            competes_BTE = applies_BTE & ((self.mode == _BAN) | (self.mode == _FORCE))
-            bids_BTD = self._put(u_BTD, competes_BTE, jnp.broadcast_to(bid, applies_BTE.shape))
-            kept_BTD = topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
-            # What stands there is the bid, not the activation.
-            value = jnp.where(self.mode == _FORCE, jnp.asarray(self.value, u_BTD.dtype), 0)
-            return self._put(kept_BTD, competes_BTE, jnp.broadcast_to(value, applies_BTE.shape))
+            lowest = 0 if config.topk_activation == "abs" else -highest
+            bids_BTD = jnp.where(kind_BTD == _FORCED, highest, jnp.where(kind_BTD == _BANNED, lowest, u_BTD))
+            # Of these two, the bid is what stands there now; `edit` puts the activation in its place.
+            bids_BTD = bids_BTD.astype(u_BTD.dtype)
+            return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            applies_BTE = at(h_BTD, layer) & (self.mode != _BAN) & (self.mode != _FORCE)
-            return self._put(h_BTD, applies_BTE, self._changed(jnp.take(h_BTD, self.neuron, axis=-1)))
+            change = of_layer(h_BTD, layer)
+            changed_BTD = h_BTD * change.factor + change.term
+            return jnp.where(change.kind > 0, changed_BTD, h_BTD).astype(h_BTD.dtype)
 
         return Changes(select, edit)
 
-    def _put(self, h_BTD: jax.Array, applies_BTE: jax.Array, value_BTE: jax.Array) -> jax.Array:
-        batch, length, d = h_BTD.shape
-        # Outside of the row where it does not apply: nothing is written there.
-        neuron_BTE = jnp.where(applies_BTE, self.neuron, d)
-        rows, places = jnp.arange(batch)[:, None, None], jnp.arange(length)[:, None]
-        return h_BTD.at[rows, places, neuron_BTE].set(value_BTE.astype(h_BTD.dtype), mode="drop")
-
-    def _changed(self, h_BTE: jax.Array) -> jax.Array:
-        value = jnp.asarray(self.value, h_BTE.dtype)
-        changed = [jnp.broadcast_to(value, h_BTE.shape), h_BTE + value, h_BTE * value, jnp.zeros_like(h_BTE)]
-        return jnp.select([self.mode == number for number in range(len(changed))], changed, h_BTE)
+    def _of_layers(self, config: ModelConfig) -> jax.Array:
+        """float32[L, E, 3 D]: of each neuron the kind of change, factor and term; 0 where there is none."""
+        value = jnp.asarray(self.value, jnp.float32)
+        zero, one = jnp.zeros_like(value), jnp.ones_like(value)
+        # In the order of the modes; all of them are a factor and a term.
+        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [one, value], zero)
+        has_term = (self.mode == _CLAMP) | (self.mode == _ADD) | (self.mode == _FORCE)
+        term = jnp.where(has_term, value, zero)
+        kind = jnp.select(
+            [self.mode == _BAN, self.mode == _FORCE], [_BANNED * one, _FORCED * one], _BEHIND * one
+        )
+        numbers_E3 = jnp.stack([kind, factor, term], axis=1)
+        is_neuron_ED = self.neuron[:, None] == np.arange(config.d_model)
+        of_entry_E3D = numbers_E3[:, :, None] * is_neuron_ED[:, None, :]
+        in_layer_LE = np.arange(config.n_layers)[:, None] == self.layer
+        return (in_layer_LE[:, :, None, None] * of_entry_E3D).reshape(*in_layer_LE.shape, -1)
 
     def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
         """bool[B, T, E], by position and row."""
@@ -176,6 +190,23 @@ class Interventions:
     def __repr__(self) -> str:
         # JAX prints trees that hold other things than arrays in its error messages.
         return f"Interventions({getattr(self.layer, 'shape', '?')})"
+
+
+class _Tables(NamedTuple):
+    """What is done to neurons at tokens, float32[B, T, D]: `h * factor + term` where kind is not 0."""
+
+    kind: jax.Array
+    factor: jax.Array
+    term: jax.Array
+
+
+def _tables(applies_BTE: jax.Array, entries_EX: jax.Array) -> _Tables:
+    """Of one layer; X = 3 D."""
+    # No two entries act on a neuron at one token, so each sum has one term: exact, if products are.
+    sums_BTX = jnp.einsum(
+        "bte,ex->btx", applies_BTE.astype(jnp.float32), entries_EX, precision=jax.lax.Precision.HIGHEST
+    )
+    return _Tables(*jnp.split(sums_BTX, 3, axis=-1))
 
 
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
