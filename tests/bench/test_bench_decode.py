@@ -44,14 +44,7 @@ def test_continuations_are_the_most_likely_tokens_of_a_plain_loop(params):
         for _ in range(3):
             prompt.append(int(np.argmax(forward(np.asarray([prompt]))[0, -1])))
         want.append(prompt[-3:])
-    unused = next(token for token in range(61) if token not in np.ravel(want))
-    assert decode.continuations(MODEL, params, prompts, 3, unused) == want
-
-
-def test_no_continuation_ends_early(params):
-    prompts = decode.random_prompts(MODEL, 3)
-    stop = decode._never_drawn(MODEL, params, prompts, 5)
-    assert stop not in np.ravel(decode.continuations(MODEL, params, prompts, 5, stop))
+    assert decode.continuations(MODEL, params, prompts, 3) == want
 
 
 def test_pytorch_continues_with_the_same_tokens_from_the_same_weights(params):
@@ -63,9 +56,7 @@ def test_pytorch_continues_with_the_same_tokens_from_the_same_weights(params):
     model = llama.build(MODEL)
     llama.load(model, llama.state_dict(MODEL, params))
     theirs = torch_decode.continuations(model.eval(), torch.from_numpy(prompts), 6)
-    assert theirs == decode.continuations(
-        MODEL, params, prompts, 6, decode._never_drawn(MODEL, params, prompts, 6)
-    )
+    assert theirs == decode.continuations(MODEL, params, prompts, 6)
 
 
 def test_the_floor_is_one_pass_over_the_parameters_or_the_products_of_the_new_tokens(params):
@@ -78,18 +69,35 @@ def test_the_floor_is_one_pass_over_the_parameters_or_the_products_of_the_new_to
     assert decode.step_floor(tied, 1, slow_memory) == decode.step_floor(CONFIG, 1, slow_memory)
 
 
-def test_the_report_has_tokens_per_second_of_both_sides_beside_the_floor():
-    seconds = {"batch 1": 2.0, "batch 32": 8.0, "torch, batch 1": 1.0, "torch, batch 32": 4.0}
+def test_the_report_has_tokens_per_second_of_all_sides_beside_the_floor_and_each_other():
+    seconds = {
+        "batch 1": 2.0,
+        "batch 1, steered": 2.5,
+        "batch 1, all rows": 3.0,
+        "batch 32": 8.0,
+        "batch 32, steered": 8.0,
+        "torch, batch 1": 1.0,
+        "torch, batch 32": 4.0,
+    }
     samples = {name: Samples((s, s)) for name, s in seconds.items()}
     report = decode._report(samples, CONFIG, 4, RATES, {"allocator": "some"})
     assert {result.name: result.median for result in report.results} == {
         "batch 1": 2.0,
+        "batch 1, steered": 1.6,
+        "batch 1, all rows": pytest.approx(4 / 3),
         "torch, batch 1": 4.0,
         "batch 32": 16.0,
+        "batch 32, steered": 16.0,
         "torch, batch 32": 32.0,
     }
-    assert report.results[2].floor == pytest.approx(32 / decode.step_floor(CONFIG, 32, RATES))
-    assert [comparison.samples for comparison in report.comparisons] == [(0.5, 0.5), (0.5, 0.5)]
+    assert report.results[-1].floor == pytest.approx(32 / decode.step_floor(CONFIG, 32, RATES))
+    assert {comparison.name: comparison.samples for comparison in report.comparisons} == {
+        "batch 1 / torch, batch 1": (0.5, 0.5),
+        "time of batch 1, steered / batch 1": (1.25, 1.25),
+        "batch 32 / torch, batch 32": (0.5, 0.5),
+        "time of batch 32, steered / batch 32": (1.0, 1.0),
+        "batch 1 / batch 1, all rows": (1.5, 1.5),
+    }
     assert report.settings["new_tokens"] == 4
 
 
@@ -98,8 +106,8 @@ def test_everything_runs_in_processes_of_its_own_in_turns(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(floors, "measure_rates", lambda dtype, repeats: RATES)
     report = decode.run(argparse.Namespace(peer="torch", repeats=2, new_tokens=2), CONFIG)
-    assert [len(result.samples) for result in report.results] == [2] * 4
-    assert len(report.comparisons) == 2
+    assert [len(result.samples) for result in report.results] == [2] * 7
+    assert len(report.comparisons) == 5
 
 
 @pytest.mark.parametrize("new_tokens", [0, 17])

@@ -13,7 +13,7 @@ from topklm.commands import generate as command
 from topklm.config import Config
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention
+from topklm.inference.intervention import Intervention, save_interventions
 from topklm.inference.interventions import Interventions
 
 MODEL = dataclasses.replace(CONFIG, vocab_size=257)
@@ -100,9 +100,23 @@ def test_the_command_passes_its_settings_on(model, monkeypatch, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_the_command_steers_by_flags_and_by_a_file(model, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "set.json"
+    save_interventions(file, [Intervention(1, 5, 2.0, "add")])
+    steer = ["--steer", "0:3=4", "--steer", "0:4=-1", "--steer-mode", "scale", "--steer-file", str(file)]
+    run_command(model, monkeypatch, *steer)
+    pairs = [Intervention(0, 3, 4.0, "scale"), Intervention(0, 4, -1.0, "scale")]
+    steered = model.generate(PROMPT, 20, 0.7, 0, steer=[*pairs, Intervention(1, 5, 2.0, "add")])
+    assert capsys.readouterr().out == steered + "\n"
+    assert steered != model.generate(PROMPT, 20, 0.7, 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--steer", "0:3"], "--steer = 0:3: must be LAYER:NEURON=VALUE"),
+        (["--steer", "9:3=1"], "--steer = 9:3=1: layer = 9: must be"),
+        (["--steer", "0:3=1", "--steer", "0:3=2"], "steer: two interventions on neuron 3 of layer 0"),
         (["--top-p", "2"], "--top-p = 2.0: must be above 0 and at most 1"),
         (["--stop", ""], "--stop = '': must be a text"),
         (["--json", "--stream"], "--stream with --json"),

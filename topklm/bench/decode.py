@@ -3,6 +3,9 @@
 The floor is a program that reads every parameter once for all prompts' next tokens and does each matrix
 product for those tokens alone, which takes a cache of keys and values. The peer is Hugging Face's `generate`,
 with such a cache, the same weights and TopK in hooks. All sides take the most likely token each time.
+
+Beside the plain continuations stand steered ones, and for one prompt those of a program that reads all rows
+of the weights behind a TopK, not those of the active neurons alone.
 """
 
 import argparse
@@ -26,7 +29,9 @@ from topklm.bench.timing import Samples, alternate
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
+from topklm.inference import cache
 from topklm.inference.generate import Generation
+from topklm.inference.interventions import Interventions
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
 
@@ -37,6 +42,10 @@ BATCH_SIZES = (1, 32)
 _PROMPT_TOKENS = 16
 _NEW_TOKENS = 16
 _SECONDS_PER_SAMPLE = 0.3
+_NO_TOKEN = -1  # ends nothing early, so that all sides do the same work
+_STEERED_NEURONS = 4
+_MOST_STEERING_COSTS = 1.02
+_LEAST_OVER_PEER = 2.0
 _WEIGHT_BYTES = 4  # parameters are float32 whatever the compute dtype
 
 
@@ -75,7 +84,8 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         spec = {"config": config.to_dict(), "new_tokens": arguments.new_tokens}
         ours = stack.enter_context(Worker(__name__, spec))
-        sides = ours.sides()
+        all_rows = stack.enter_context(Worker(__name__, {**spec, "all_rows": True}))
+        sides = ours.sides() | all_rows.sides()
         if arguments.peer:
             weights = str(Path(folder) / "weights.npz")
             with Worker("topklm.bench.sides.weights", {"config": config.to_dict(), "file": weights}):
@@ -91,12 +101,16 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     config = config_lib.resolve(spec["config"])
     params = transformer.create(config.model, config.train.seed)
     prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
-    stop = _never_drawn(config.model, params, prompts, new_tokens)
-    sides: dict[str, Callable[[], Any]] = {
-        f"batch {n}": functools.partial(continuations, config.model, params, prompts[:n], new_tokens, stop)
-        for n in BATCH_SIZES
-    }
-    return Prepared(sides, {"prompt_tokens": _PROMPT_TOKENS})
+    if spec.get("all_rows"):
+        cache.SPARSE_SHARE = 0.0
+        one = functools.partial(continuations, config.model, params, prompts[:1], new_tokens)
+        return Prepared({_ALL_ROWS: one}, {})
+    steer = Interventions.of(config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add")
+    sides: dict[str, Callable[[], Any]] = {}
+    for n in BATCH_SIZES:
+        plain = functools.partial(continuations, config.model, params, prompts[:n], new_tokens)
+        sides |= {f"batch {n}": plain, _steered(n): functools.partial(plain, steer)}
+    return Prepared(sides, {"prompt_tokens": _PROMPT_TOKENS, "steered_neurons": _STEERED_NEURONS})
 
 
 def continuations(
@@ -104,13 +118,19 @@ def continuations(
     params: transformer.Parameters,
     prompts: np.ndarray,
     new_tokens: int,
-    stop_token: int,
+    steer: Interventions | None = None,
 ) -> list[list[int]]:
     """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
     greedy = [Sampling(temperature=0)] * len(prompts)
     limits = [new_tokens] * len(prompts)
     generation = Generation(
-        config, params, prompts.tolist(), greedy, max_new_tokens=limits, stop_token=stop_token
+        config,
+        params,
+        prompts.tolist(),
+        greedy,
+        max_new_tokens=limits,
+        stop_token=_NO_TOKEN,
+        interventions=steer,
     )
     while not generation.done:
         generation.advance()
@@ -132,15 +152,11 @@ def step_floor(config: Config, batch_size: int, rates: floors.Rates) -> float:
     return max(_WEIGHT_BYTES * in_products / rates.bytes_per_second, flops / rates.flops_per_second)
 
 
-def _never_drawn(
-    config: ModelConfig, params: transformer.Parameters, prompts: np.ndarray, new_tokens: int
-) -> int:
-    """A token that ends no continuation early, so that all sides do the same work."""
-    for candidate in range(config.vocab_size):
-        found = continuations(config, params, prompts, new_tokens, candidate)
-        if all(len(tokens) == new_tokens for tokens in found):
-            return candidate
-    raise ValueError(f"every token of {config.vocab_size} was drawn in {len(prompts)} x {new_tokens}")
+_ALL_ROWS = "batch 1, all rows"
+
+
+def _steered(n: int) -> str:
+    return f"batch {n}, steered"
 
 
 def _report(
@@ -152,12 +168,18 @@ def _report(
 ) -> Report:
     results, comparisons = [], []
     for n in BATCH_SIZES:
+        plain, steered, peer = f"batch {n}", _steered(n), f"torch, batch {n}"
         floor = n / step_floor(config, n, rates)
-        names = [name for name in (f"batch {n}", f"torch, batch {n}") if name in samples]
+        names = [name for name in (plain, _ALL_ROWS, steered, peer) if name in samples]
+        names = [name for name in names if n == 1 or name != _ALL_ROWS]
         results += [Result(name, "tokens/s", samples[name].rates(n * new_tokens), floor) for name in names]
-        if len(names) > 1:
-            ours, theirs = (samples[name] for name in names)
-            comparisons.append(Comparison(f"{names[0]} / {names[1]}", ours.speedup_over(theirs)))
+        if peer in samples:
+            faster = samples[plain].speedup_over(samples[peer])
+            comparisons.append(Comparison(f"{plain} / {peer}", faster, at_least=_LEAST_OVER_PEER))
+        cost = samples[plain].speedup_over(samples[steered])
+        comparisons.append(Comparison(f"time of {steered} / {plain}", cost, at_most=_MOST_STEERING_COSTS))
+    saved = samples["batch 1"].speedup_over(samples[_ALL_ROWS])
+    comparisons.append(Comparison(f"batch 1 / {_ALL_ROWS}", saved, note="of the weights behind a TopK"))
     settings = {
         **facts,
         "new_tokens": new_tokens,

@@ -5,6 +5,7 @@ import json
 import math
 
 import topklm
+from topklm.commands import steering_arguments
 from topklm.errors import UserError
 
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beyond the context: see its last tokens, run anew for each (slide); forget half (halve, "
         "faster); end there, and refuse a longer prompt (stop); default %(default)s",
     )
+    steering_arguments.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print the text while it is made")
     parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
+    options["steer"] = steering_arguments.interventions(arguments, model.config.model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     try:
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)

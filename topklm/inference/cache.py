@@ -30,7 +30,7 @@ SMALLEST_BUCKET = 32
 STEPS = 16  # N; a cache has as many places more than are used, so that a whole buffer fits behind any text
 
 # Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
-_SPARSE_SHARE = 0.5
+SPARSE_SHARE = 0.5
 
 # Of every layer: one array with a leading layer axis where layers are scanned, else a tuple of L.
 Layers = Any
@@ -145,7 +145,7 @@ def step(
     """
     config = model.config
     # Reading some rows of the weights costs more for each token than reading all of them once for all.
-    few = len(tokens_B) * n_active <= _SPARSE_SHARE * config.d_model and not _scans(config)
+    few = len(tokens_B) * n_active <= SPARSE_SHARE * config.d_model and not _scans(config)
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
     rotation = _rotation(config, (lengths_B + number)[:, None])

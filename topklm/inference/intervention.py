@@ -16,7 +16,7 @@ Mode = Literal["clamp", "add", "scale", "ablate", "ban", "force"]
 MODES: tuple[str, ...] = get_args(Mode)
 # Those inside of the competition for the k places; only layers with TopK have one.
 COMPETING = ("ban", "force")
-_WITHOUT_VALUE = ("ablate", "ban")
+WITHOUT_VALUE = ("ablate", "ban")
 Positions = str | tuple[int, int]
 POSITIONS = ("all", "prompt", "generated")
 
@@ -150,7 +150,7 @@ def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervent
         raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
     positions = entry.get("positions", "all")
     entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
-    if "value" not in entry and entry.get("mode") not in _WITHOUT_VALUE:
+    if "value" not in entry and entry.get("mode") not in WITHOUT_VALUE:
         raise ValueError(f"interventions[{number}]: value is missing")
     one = Intervention(**entry)
     try:

@@ -1,0 +1,121 @@
+"""What is chosen, what is drawn beside it, and what is made of the losses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from topklm.neurons import ablate_set
+from topklm.neurons.ablate_set import Change, Outcome, Scored, Spread
+from topklm.neurons.contrast import ContrastedNeuron
+
+LAYERS = (0, 2)
+
+
+class Losses:
+    """Documents whose loss rises by what each ablated neuron is worth."""
+
+    def __init__(self, n_tokens, worth):
+        self.n_tokens, self._worth = np.array(n_tokens), worth
+
+    def sums(self, ablated=(), report=lambda tokens: None):
+        report(int(self.n_tokens.sum()))
+        return self.n_tokens * (3.0 + sum(self._worth.get(neuron, 0.0) for neuron in ablated))
+
+
+def candidate(layer, neuron, difference, score=1.0):
+    return ContrastedNeuron(layer, neuron, 0.5, 0.5 - difference, difference, score, 0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 11])
+def test_no_document_is_in_both_halves_and_each_is_in_one(n):
+    one, other = ablate_set.halves(n, seed=3)
+    assert sorted([*one, *other]) == list(range(n))
+    assert len(one) - len(other) in (0, 1)
+    np.testing.assert_array_equal(one, np.sort(one))
+    assert [list(part) for part in ablate_set.halves(n, seed=3)] == [list(one), list(other)]
+    drawn = {tuple(ablate_set.halves(11, seed)[0]) for seed in range(5)}
+    assert len(drawn) == 5
+
+
+def test_one_document_cannot_be_halved():
+    with pytest.raises(ValueError, match="n_documents = 1: must be 2 or more"):
+        ablate_set.halves(1)
+
+
+def test_the_strongest_of_all_layers_are_chosen():
+    found = [candidate(0, 5, 0.1, 9), candidate(0, 3, 0.3), candidate(2, 1, 0.3, 2), candidate(2, 8, -0.9)]
+    assert ablate_set.strongest(found, 3) == ((0, 3), (2, 1), (0, 5))
+    assert ablate_set.strongest(found, 2, "score") == ((0, 5), (2, 1))
+    for n in (0, 4):
+        with pytest.raises(
+            ValueError, match=f"neurons = {n}: must be from 1 to 3, those that are more frequ"
+        ):
+            ablate_set.strongest(found, n)
+
+
+def test_random_sets_are_of_the_same_layers_of_near_densities_and_of_other_neurons():
+    rng = np.random.default_rng(0)
+    density = np.sort(10 ** rng.uniform(-4, -0.5, (2, 100)), axis=1)
+    density[:, :10] = 0
+    chosen = [(0, 30), (0, 31), (0, 99), (2, 50)]
+    sets = [ablate_set.matched_set(chosen, density, LAYERS, np.random.default_rng(n)) for n in range(50)]
+    for one in sets:
+        assert len(set(one)) == 4 and not set(one) & set(chosen)
+        assert [layer for layer, _ in one] == [0, 0, 0, 2]
+        # Sorted by density, the ten nearest are near in number; chosen and drawn ones are passed over.
+        assert all(any(abs(n - m) <= 13 for of, m in chosen if of == layer) for layer, n in one)
+        assert all(density[LAYERS.index(layer), n] > 0 for layer, n in one)
+    assert len(set(sets)) > 40
+    picked = {n for one in sets for layer, n in one if layer == 2}
+    nearest = np.argsort(np.abs(np.log(density[1, 10:]) - np.log(density[1, 50])))[1:11] + 10
+    assert picked == set(nearest.tolist())
+
+
+def test_a_layer_without_as_many_others_is_named():
+    density = np.array([[0.1, 0.2, 0.3, 0.0], [0.1] * 4])
+    chosen = [(0, 0), (0, 1)]
+    with pytest.raises(ValueError, match="neurons: layer 0 has no 2 others besides the 2 chosen"):
+        ablate_set.matched_set(chosen, density, LAYERS, np.random.default_rng(0))
+
+
+def test_changes_are_means_over_tokens_and_chance_is_counted():
+    worth = {(0, 1): 0.5, (0, 2): 0.25, (2, 7): -0.125}
+    forget, retain = Losses([10, 30, 20], worth), Losses([5, 5], {(0, 1): 0.125})
+    scored = Scored(forget, retain, forget.sums(), retain.sums())
+    density = np.full((2, 12), 0.1)
+    density[0, 1:3], density[1, 7] = 0.2, 0.05
+    done = []
+    chosen = [[(0, 1)], [(0, 1), (0, 2), (2, 7)]]
+    one, three = ablate_set.measure(scored, chosen, density, LAYERS, n_random=6, report=done.append)
+    assert sum(done) == 2 * 7 * 70
+    assert (one.chosen.forget, one.chosen.retain, one.chosen.gap) == (0.5, 0.125, 0.375)
+    assert (three.chosen.forget, three.chosen.retain) == (0.625, 0.125)
+    assert one.chosen.density == 0.2 and three.chosen.density == pytest.approx(0.15)
+    assert one.chosen.forget_interval == (0.5, 0.5)  # every document changes as much
+    assert len(one.random) == 6 and all(len(other.neurons) == 3 for other in three.random)
+    gaps = [0.25 if (0, 2) in other.neurons else 0.0 for other in one.random]
+    assert [other.gap for other in one.random] == gaps
+    assert one.p_value == 1 / 7
+    assert one.random_forget.mean == pytest.approx(np.mean(gaps))
+    equal = Outcome(one.chosen, (one.chosen, *one.random))
+    assert equal.p_value == 2 / 8
+
+
+def test_an_interval_is_that_of_a_mean_over_documents():
+    rng = np.random.default_rng(1)
+    n_tokens = np.full(400, 7)
+    sums = 7 * rng.normal(2.0, 3.0, 400)
+    low, high = ablate_set.bootstrap_interval(sums, n_tokens, np.random.default_rng(2))
+    error = 1.96 * np.std(sums / 7) / 20
+    assert (low, high) == pytest.approx((np.mean(sums) / 7 - error, np.mean(sums) / 7 + error), abs=0.05)
+    # Longer documents weigh more.
+    weighed = ablate_set.bootstrap_interval(np.array([1.0, 200.0]), np.array([1, 100]), rng)
+    assert weighed == (1.0, 2.0)
+
+
+def test_a_spread_is_of_sets():
+    assert dataclasses.astuple(Spread.of([2.0])) == (2.0, 2.0, 2.0)
+    spread = Spread.of(list(range(41)))
+    assert dataclasses.astuple(spread) == (20.0, 1.0, 39.0)
+    assert Change((), 0, 0.5, 0.125, (0, 0), (0, 0)).gap == 0.375

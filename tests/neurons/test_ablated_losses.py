@@ -1,0 +1,75 @@
+"""Losses with neurons off, against the model steered by interventions, run window by window."""
+
+import jax
+import numpy as np
+import pytest
+from test_unit_counts import DOCUMENTS, MESH, model_of
+
+from topklm.inference.intervention import Intervention
+from topklm.neurons import ablated_losses
+from topklm.neurons.ablated_losses import AblatedLosses
+from topklm.neurons.windows import windows_of
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    """In two batches."""
+    separator_id = model.tokenizer.separator_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablated_losses, "_BATCH_TOKENS", 128)
+        return AblatedLosses(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id)
+
+
+def sum_by_hand(model, ids, neurons):
+    """Nats, of all tokens of a document."""
+    separator, length = model.tokenizer.separator_id, model.config.model.context_length
+    steer = [Intervention(layer, neuron, mode="ablate") for layer, neuron in neurons]
+    total = 0.0
+    for window in windows_of(0, ids, separator, length):
+        padded = np.full((1, length), separator)
+        padded[0, : len(window.inputs)] = window.inputs
+        logits = np.asarray(model(padded, steer=steer), np.float64)[0]
+        log_z = np.log(np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)) + logits.max(axis=-1)
+        for at in range(window.n_known, len(window.inputs)):
+            total += log_z[at - 1] - logits[at - 1, padded[0, at]]
+    return total
+
+
+@pytest.mark.parametrize("neurons", [(), ((0, 3), (0, 17), (1, 5), (1, 6)), tuple((0, n) for n in range(8))])
+def test_losses_are_those_of_the_model_with_ablating_interventions(model, texts, neurons):
+    done = []
+    sums = texts.sums(neurons, done.append)
+    assert sum(done) == texts.n_tokens.sum() == 136
+    np.testing.assert_allclose(sums, [sum_by_hand(model, ids, neurons) for ids in DOCUMENTS], rtol=1e-4)
+    if neurons:
+        assert np.abs(sums - texts.sums()).max() > 0.01
+
+
+def test_other_sets_of_any_size_compile_nothing(texts):
+    texts.sums([(0, 1)])
+    found = []
+
+    def listen(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for neurons in ((), [(1, 2)], [(layer, n) for layer in (0, 1) for n in range(20)]):
+            texts.sums(neurons)
+        assert found == []
+        jax.jit(lambda x: x * 3.25)(np.float32(2))
+        assert found != []  # it does hear
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("neuron", [(2, 0), (0, 32), (-1, 0)])
+def test_a_neuron_that_is_not_there_is_refused(texts, neuron):
+    with pytest.raises(ValueError, match="the model has layers 0 to 1 of 32 neurons"):
+        texts.sums([neuron])

@@ -1,0 +1,105 @@
+"""How a command line names neurons and what is done to them: `3:117`, and `3:117=4`."""
+
+import argparse
+from collections.abc import Sequence
+import re
+
+from topklm.config import ModelConfig
+from topklm.errors import UserError
+from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
+
+_NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
+
+
+def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
+    """Layer and neuron: (3, 117) of "3:117"; whether a model has it is for the caller to check.
+
+    Raises:
+        UserError: For another form.
+    """
+    found = _NEURON.fullmatch(text)
+    if not found:
+        raise UserError(f"{flag} = {text}: must be LAYER:NEURON, e.g. 3:117")
+    return int(found[1]), int(found[2])
+
+
+def steered_neuron(text: str, mode: str, flag: str = "--steer") -> Intervention:
+    """What is done to a neuron, from "3:117=4", or for a mode that needs no value "3:117".
+
+    Raises:
+        UserError: For another form, a mode that there is not, or a value that is no finite number.
+    """
+    name, has_value, value = text.partition("=")
+    layer, number = neuron(name, flag)
+    if not has_value and mode not in WITHOUT_VALUE:
+        raise UserError(f"{flag} = {text}: must be LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4")
+    return intervention(layer, number, mode, value if has_value else None, f"{flag} = {text}")
+
+
+def intervention(layer: int, number: int, mode: str, value: str | float | None, said: str) -> Intervention:
+    """One on a neuron.
+
+    Args:
+        layer: Of the model.
+        number: Of the neuron.
+        mode: One of `MODES`.
+        value: As it was written; None where the mode needs none.
+        said: What the user gave; errors begin with it.
+
+    Raises:
+        UserError: As `steered_neuron`.
+    """
+    try:
+        one = Intervention(layer, number, 0.0 if value is None else float(value), mode)
+    except ValueError as e:
+        raise UserError(f"{said}: {value!r} is no number") from e
+    try:
+        one.check()
+    except ValueError as e:
+        raise UserError(f"{said}: {e}") from e
+    return one
+
+
+def needs_value(mode: str) -> bool:
+    """Whether a mode does anything with a value."""
+    return mode not in WITHOUT_VALUE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares --steer, --steer-mode and --steer-file."""
+    parser.add_argument(
+        "--steer",
+        action="append",
+        default=[],
+        metavar="L:N=X",
+        help="set neuron N of layer L to X, e.g. 3:117=4; may be given several times",
+    )
+    parser.add_argument(
+        "--steer-mode",
+        choices=MODES,
+        default="clamp",
+        help="of --steer: set to the value, add it, scale by it, set to 0 (ablate); inside of the TopK: keep "
+        "out (ban), keep in with the value (force); default %(default)s",
+    )
+    parser.add_argument(
+        "--steer-file",
+        metavar="FILE",
+        help="interventions as JSON, of topklm neurons select or ablate-set; they come on top of --steer",
+    )
+
+
+def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:
+    """What these arguments say; None if they say nothing.
+
+    Raises:
+        UserError: For what is no intervention, or does not fit the model.
+    """
+    given = [steered_neuron(text, arguments.steer_mode) for text in arguments.steer]
+    for text, one in zip(arguments.steer, given, strict=True):
+        try:
+            one.check(config)
+        except ValueError as e:
+            raise UserError(f"--steer = {text}: {e}") from e
+    if arguments.steer_file is not None:
+        given += load_interventions(arguments.steer_file, config)
+    return given or None

@@ -1,0 +1,250 @@
+"""What the commands that compare two texts share: the two flags, the documents, the model that reads them."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import topklm
+from topklm import sharding
+from topklm.config import DataConfig, MeshConfig
+from topklm.data.building.progress import Progress
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+from topklm.files import is_bucket
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons import unit_counts
+from topklm.neurons.contrast import ORDERS, PERMUTATIONS
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.labels import Labels
+from topklm.neurons.texts import open_documents
+from topklm.neurons.unit_counts import UnitCounts
+
+TOKENS = 200_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """Documents that a user named.
+
+    Attributes:
+        flag: With which.
+        source: As it was written.
+        documents: Token ids of each, int32[n], none empty and no two the same.
+        n_repeated: Documents left out because the same had come before.
+        is_whole: Whether nothing was left out behind the limit of tokens.
+    """
+
+    flag: str
+    source: str
+    documents: Sequence[np.ndarray]
+    n_repeated: int
+    is_whole: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all documents."""
+        return sum(map(len, self.documents))
+
+    def facts(self) -> dict[str, object]:
+        """For --json."""
+        return {
+            "source": self.source,
+            "documents": len(self.documents),
+            "tokens": self.n_tokens,
+            "repeated_documents_left_out": self.n_repeated,
+            "is_whole": self.is_whole,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser, flags: Sequence[tuple[str, str]], tokens: int) -> None:
+    """Declares RUN, the flags of the texts, and what goes with them.
+
+    Args:
+        parser: Of the verb.
+        flags: Of each text, the flag without dashes, and what the text is.
+        tokens: Default of --tokens.
+    """
+    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    for flag, what in flags:
+        parser.add_argument(
+            f"--{flag}",
+            required=True,
+            metavar="TEXT",
+            help=f"{what}: files, globs, URLs of text (.txt, .jsonl, .parquet, ...), or a prepared folder",
+        )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=tokens,
+        metavar="N",
+        help="read at most so many of each text; default %(default)s",
+    )
+    parser.add_argument("--layer", type=int, metavar="L", help="only neurons of this layer")
+    parser.add_argument(
+        "--keep",
+        type=int,
+        metavar="K",
+        help="of a Base LM: a neuron counts as active where it is among the K largest; default: above 0",
+    )
+    parser.add_argument(
+        "--by",
+        choices=ORDERS,
+        default="difference",
+        help="which neurons come first: by the difference of frequencies, or by that in standard deviations "
+        "(score), which puts rare neurons before those that are active everywhere; default %(default)s",
+    )
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=PERMUTATIONS,
+        metavar="N",
+        help="ways to deal the documents to the two texts anew; default %(default)s",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
+    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[str]) -> None:
+    """Looks at what can be wrong before anything is loaded.
+
+    Args:
+        arguments: Parsed.
+        flags: Of the two texts.
+        counts: Names of arguments that must be 1 or more.
+
+    Raises:
+        UserError: For what is wrong.
+    """
+    for name in counts:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} = {value}: must be 1 or more")
+    if arguments.seed < 0:
+        raise UserError(f"--seed = {arguments.seed}: must be 0 or more")
+    one, other = (getattr(arguments, flag) for flag in flags)
+    if _resolved(one) == _resolved(other):
+        raise UserError(f"--{flags[0]} and --{flags[1]} are both {one}: give two texts that differ")
+
+
+def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mesh]:
+    """The model, on all devices of this host.
+
+    Raises:
+        UserError: If there is none, or it does not have the layer that was asked for.
+    """
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    model = topklm.load(arguments.run, step=arguments.step, mesh=mesh)
+    layers = unit_counts.layers_of(model.config.model)
+    if arguments.layer is not None and arguments.layer not in layers:
+        what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
+        raise UserError(f"--layer = {arguments.layer}: must be {what}, from {layers[0]} to {layers[-1]}")
+    config = model.config.model
+    if arguments.keep is not None and config.n_topk_layers:
+        raise UserError(
+            f"--keep = {arguments.keep}: is for Base LMs; this model's layers keep {config.topk_k} already"
+        )
+    if arguments.keep is not None and arguments.keep > config.d_model:
+        raise UserError(f"--keep = {arguments.keep}: must be at most d_model = {config.d_model}")
+    return model, mesh
+
+
+def read(arguments: argparse.Namespace, flags: Sequence[str], model: LanguageModel) -> tuple[Text, Text]:
+    """Both texts.
+
+    Raises:
+        UserError: For text that cannot be read or is empty, or a document that both hold.
+    """
+    data = model.config.data
+    one, other = (
+        _read(flag, getattr(arguments, flag), model.tokenizer, data, arguments.tokens) for flag in flags
+    )
+    common = {ids.tobytes() for ids in one.documents} & {ids.tobytes() for ids in other.documents}
+    if common:
+        raise UserError(
+            f"--{flags[0]} and --{flags[1]} have {len(common):,} documents in common: each must be in one "
+            "text only; leave them out of the other"
+        )
+    return one, other
+
+
+def count(
+    model: LanguageModel,
+    mesh: jax.sharding.Mesh,
+    documents: Sequence[np.ndarray],
+    progress: Progress,
+    keep: int | None = None,
+    piece: int | None = None,
+) -> UnitCounts:
+    """`unit_counts.count`, with progress."""
+    with progress.phase("reading activations", sum(map(len, documents))) as report:
+        done = 0
+
+        def tell(tokens: int) -> None:
+            nonlocal done
+            report(tokens - done, 0, tokens - done)
+            done = tokens
+
+        return unit_counts.count(
+            model.config.model,
+            model.params,
+            mesh,
+            documents,
+            separator_id=model.tokenizer.separator_id,
+            keep=keep,
+            piece=piece,
+            report=tell,
+        )
+
+
+def labels(arguments: argparse.Namespace, model: LanguageModel) -> dict[tuple[int, int], str]:
+    """What people call neurons of the run."""
+    if is_bucket(arguments.run):
+        return {}
+    return Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+
+
+def warnings(texts: Sequence[Text]) -> list[str]:
+    """What of the texts was not taken, a line each."""
+    lines = []
+    for text in texts:
+        if text.n_repeated:
+            lines.append(f"--{text.flag}: {text.n_repeated:,} repeated documents are left out")
+        if not text.is_whole:
+            lines.append(f"--{text.flag}: only the first {text.n_tokens:,} tokens are read (--tokens)")
+    return lines
+
+
+def _resolved(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _read(flag: str, source: str, tokenizer: Tokenizer, data: DataConfig, n_tokens: int) -> Text:
+    seen: set[bytes] = set()
+    documents, left, n_repeated, is_whole = [], n_tokens, 0, True
+    try:
+        for ids in open_documents(tokenizer, data, source):
+            if not len(ids):
+                continue
+            if not left:
+                is_whole = False
+                break
+            taken = np.asarray(ids[:left], np.int32)
+            is_whole &= len(taken) == len(ids)
+            if taken.tobytes() in seen:
+                n_repeated += 1
+                continue
+            seen.add(taken.tobytes())
+            documents.append(taken)
+            left -= len(taken)
+    except UserError as e:
+        # The reader knows the text by the flag of a harvest.
+        raise UserError(str(e).replace("--source", f"--{flag}", 1)) from e
+    if not documents:
+        raise UserError(f"--{flag} = {source}: there is no text in it; give other text")
+    return Text(flag, source, documents, n_repeated, is_whole)

@@ -1,0 +1,246 @@
+"""Makes a model forget: ablates the neurons that tell one text from another, and sees what is lost where.
+
+Neurons are chosen by `topklm.neurons.contrast` on one half of the documents of both texts, and losses are
+measured on the other half, so nothing that was used to choose is used to score. Beside the chosen set stand
+random ones of as many neurons of the same layers and of nearly the same densities: what ablating so much of
+the model costs, whatever the neurons are for. The definitions are ours. Dims: G units or documents, S layers,
+D neurons per layer, R random sets.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import numpy as np
+
+from topklm.neurons.ablated_losses import AblatedLosses, Neuron
+from topklm.neurons.contrast import ContrastedNeuron
+
+_NEAREST = 10  # neurons of a layer, by density, of which one is drawn in the place of a chosen one
+_RESAMPLES = 2000
+_INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """The documents that nothing was chosen on, and the losses of the model as it is.
+
+    Attributes:
+        forget: Those of which the model shall know less.
+        retain: Those of which it shall know as much as before.
+        forget_before: float64[G], nats, the sum of each document's losses with all neurons on.
+        retain_before: Likewise.
+    """
+
+    forget: AblatedLosses
+    retain: AblatedLosses
+    forget_before: np.ndarray
+    retain_before: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What ablating a set does, in nats per token.
+
+    Attributes:
+        neurons: The set.
+        density: Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
+        forget: Change of the mean loss of the text to be forgotten.
+        retain: Likewise of the other text.
+        forget_interval: 95 % by bootstrap over documents, percentiles.
+        retain_interval: Likewise.
+    """
+
+    neurons: tuple[Neuron, ...]
+    density: float
+    forget: float
+    retain: float
+    forget_interval: tuple[float, float]
+    retain_interval: tuple[float, float]
+
+    @property
+    def gap(self) -> float:
+        """How much more is lost of what shall be forgotten than of the rest."""
+        return self.forget - self.retain
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Of one figure over random sets: the mean, and the 2.5th and 97.5th percentiles, between sets linear."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> "Spread":
+        """Of one figure or more."""
+        low, high = np.percentile(figures, _INTERVAL)
+        return cls(float(np.mean(figures)), float(low), float(high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A chosen set, and random ones beside it."""
+
+    chosen: Change
+    random: tuple[Change, ...]
+
+    @property
+    def p_value(self) -> float:
+        """How often chance does as well: (1 + random sets whose gap is as large) / (1 + R)."""
+        return (1 + sum(one.gap >= self.chosen.gap for one in self.random)) / (1 + len(self.random))
+
+    @property
+    def random_forget(self) -> Spread:
+        """Change of the loss of the text to be forgotten."""
+        return Spread.of([one.forget for one in self.random])
+
+    @property
+    def random_retain(self) -> Spread:
+        """Likewise of the other text."""
+        return Spread.of([one.retain for one in self.random])
+
+
+def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to choose on, rising, and of those to score on; drawn, the first get one more.
+
+    Raises:
+        ValueError: For fewer than two documents.
+    """
+    if n_documents < 2:
+        raise ValueError(f"n_documents = {n_documents}: must be 2 or more, some to choose on, some to score")
+    order = np.random.default_rng(seed).permutation(n_documents)
+    middle = -(-n_documents // 2)
+    return np.sort(order[:middle]), np.sort(order[middle:])
+
+
+def strongest(
+    candidates: Sequence[ContrastedNeuron], n_neurons: int, by: str = "difference"
+) -> tuple[Neuron, ...]:
+    """The neurons of all layers together that are most typical of the positive text, the first one first.
+
+    Args:
+        candidates: Of a contrast.
+        n_neurons: So many.
+        by: "difference" or "score", as in `contrast.ranked`.
+
+    Raises:
+        ValueError: If fewer are more frequent in the positive text.
+    """
+    more = [candidate for candidate in candidates if candidate.difference > 0]
+    more.sort(key=lambda candidate: (-getattr(candidate, by), candidate.layer, candidate.neuron))
+    if not 1 <= n_neurons <= len(more):
+        raise ValueError(
+            f"neurons = {n_neurons}: must be from 1 to {len(more)}, those that are more frequent in the text "
+            "to be forgotten"
+        )
+    return tuple((candidate.layer, candidate.neuron) for candidate in more[:n_neurons])
+
+
+def matched_set(
+    chosen: Sequence[Neuron], density: np.ndarray, layers: Sequence[int], rng: np.random.Generator
+) -> tuple[Neuron, ...]:
+    """As many other neurons: for each, in random order, one of the 10 of its layer nearest to it in density.
+
+    Density is compared by its logarithm. No neuron is drawn twice, and none that is chosen or never active.
+
+    Args:
+        chosen: Neurons.
+        density: float64[S, D], share of tokens at which a neuron is active.
+        layers: The S layers.
+        rng: Draws.
+
+    Raises:
+        ValueError: If a layer does not have as many others that are active.
+    """
+    free = density > 0  # a new array
+    numbers = {layer: number for number, layer in enumerate(layers)}
+    for layer, neuron in chosen:
+        free[numbers[layer], neuron] = False
+    drawn = []
+    for at in rng.permutation(len(chosen)):
+        layer, neuron = chosen[at]
+        row = numbers[layer]
+        others = np.flatnonzero(free[row])
+        if not len(others):
+            n = sum(of_set == layer for of_set, _ in chosen)
+            raise ValueError(f"neurons: layer {layer} has no {n} others besides the {n} chosen; choose fewer")
+        distance = np.abs(np.log(density[row, others]) - np.log(density[row, neuron]))
+        other = int(rng.choice(others[np.argsort(distance, kind="stable")[:_NEAREST]]))
+        free[row, other] = False
+        drawn.append((layer, other))
+    return tuple(sorted(drawn))
+
+
+def mean_density(neurons: Sequence[Neuron], density: np.ndarray, layers: Sequence[int]) -> float:
+    """Of a set; arguments as in `matched_set`."""
+    return float(np.mean([density[list(layers).index(layer), neuron] for layer, neuron in neurons]))
+
+
+def change(
+    scored: Scored,
+    neurons: Sequence[Neuron],
+    density: float,
+    *,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> Change:
+    """Measures a set.
+
+    Args:
+        scored: Documents that had no part in choosing it.
+        neurons: The set.
+        density: Its mean density, to be told.
+        seed: Of the bootstrap.
+        report: Told of the tokens that are done since the last time.
+    """
+    figures = []
+    for text, before in ((scored.forget, scored.forget_before), (scored.retain, scored.retain_before)):
+        more = text.sums(neurons, report) - before
+        interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
+        figures.append((float(more.sum() / text.n_tokens.sum()), interval))
+    (forget, forget_interval), (retain, retain_interval) = figures
+    return Change(tuple(neurons), density, forget, retain, forget_interval, retain_interval)
+
+
+def measure(
+    scored: Scored,
+    sets: Sequence[Sequence[Neuron]],
+    density: np.ndarray,
+    layers: Sequence[int],
+    *,
+    n_random: int,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> list[Outcome]:
+    """Measures chosen sets, each with random ones beside it.
+
+    Args:
+        scored: Documents that had no part in choosing.
+        sets: Chosen neurons.
+        density: As in `matched_set`.
+        layers: Likewise.
+        n_random: R, random sets for each chosen one.
+        seed: Of random sets and the bootstrap.
+        report: Told of the tokens that are done since the last time.
+
+    Raises:
+        ValueError: As `matched_set`.
+    """
+    rng = np.random.default_rng(seed)
+    # All are drawn before any is measured: what cannot be shows at once.
+    drawn = [[matched_set(chosen, density, layers, rng) for _ in range(n_random)] for chosen in sets]
+
+    def one(neurons: Sequence[Neuron]) -> Change:
+        return change(scored, neurons, mean_density(neurons, density, layers), seed=seed, report=report)
+
+    return [Outcome(one(chosen), tuple(map(one, others))) for chosen, others in zip(sets, drawn, strict=True)]
+
+
+def bootstrap_interval(
+    sums: np.ndarray, n_tokens: np.ndarray, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Of sum(sums) / sum(n_tokens) over documents, drawn with replacement: 2.5th and 97.5th percentiles."""
+    drawn = rng.integers(0, len(sums), (_RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / n_tokens[drawn].sum(axis=1), _INTERVAL)
+    return float(low), float(high)
