@@ -15,11 +15,12 @@ from urllib.parse import urlencode
 import explored_run
 import pytest
 
-from topklm.explorer import app, server
+from topklm.explorer import app
 from topklm.explorer.index import Index
-from topklm.explorer.security import Guard
 from topklm.explorer.source import Source
 from topklm.neurons.folder import NeuronsFolder
+from topklm.web import server
+from topklm.web.security import Guard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from topklm import cli
 from topklm.errors import UserError
-from topklm.explorer import server
+from topklm.web import server
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from conftest import serving
 import explored_run
 import pytest
 
-from topklm.explorer import security, server
-from topklm.explorer.security import MAX_BODY, is_loopback
 from topklm.explorer.source import Source
+from topklm.web import security, server
+from topklm.web.security import MAX_BODY, is_loopback
 
 HOSTILE_LABEL = "<script>alert('label')</script>\"'><img src=x onerror=alert(3)>"
 POSTS = ("/prompt", "/neurons/0/3/text", "/neurons/0/3/label", "/api/prompt", "/api/neurons/0/3/label")

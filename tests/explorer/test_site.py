@@ -7,8 +7,8 @@ from conftest import serving
 import pytest
 
 from topklm.errors import UserError
-from topklm.explorer import server
 from topklm.explorer.source import Source
+from topklm.web import server
 
 PAGES = [
     "/",

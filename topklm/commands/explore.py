@@ -74,9 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     from topklm.commands.neurons import ensure_measured  # noqa: PLC0415
     from topklm.explorer import export, neuronpedia, server  # noqa: PLC0415
     from topklm.explorer.source import Source  # noqa: PLC0415
+    from topklm.web.server import listen  # noqa: PLC0415
 
     if arguments.export is None:
-        server.listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
+        listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
     console = rich.console.Console()
     folder = ensure_measured(arguments.run, arguments.step, console)
     source = Source(folder)

@@ -19,20 +19,19 @@ from starlette.routing import Route
 
 from topklm.errors import UserError
 from topklm.explorer import pages
-from topklm.explorer.asking import BusyError, field, file, in_thread, in_turn, number
+from topklm.explorer.asking import BusyError, field, file, in_thread, in_turn, link, number
 from topklm.explorer.index import Index
 from topklm.explorer.reading import Reader
-from topklm.explorer.security import comes_from_elsewhere
 from topklm.explorer.source import NotThereError, Source
 from topklm.explorer.static_files import StaticFiles
+from topklm.explorer.steering_answers import SteeringAnswers
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views import overview as overview_view
 from topklm.explorer.views import prompt as prompt_view
 from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
 from topklm.neurons.labels import MAX_CHARACTERS
-
-_LONGEST_LINK = 60_000  # characters
+from topklm.web.security import comes_from_elsewhere
 
 
 def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
@@ -48,6 +47,7 @@ def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
         Route("/random", here.random),
         Route("/neurons/{layer:int}/{neuron:int}", here.neuron),
         Route("/neurons/{layer:int}/{neuron:int}/text", here.to_text, methods=["POST"]),
+        Route("/neurons/{layer:int}/{neuron:int}/steer", here.steering.to_page, methods=["POST"]),
         Route("/neurons/{layer:int}/{neuron:int}/label", here.label, methods=["POST"]),
         Route("/go", here.go),
         Route("/prompt", here.prompt),
@@ -58,6 +58,7 @@ def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
         Route("/api/neurons/{layer:int}/{neuron:int}", here.neuron_json),
         Route("/api/neurons/{layer:int}/{neuron:int}/context", here.context_json),
         Route("/api/neurons/{layer:int}/{neuron:int}/text", here.text_json, methods=["POST"]),
+        Route("/api/neurons/{layer:int}/{neuron:int}/steer", here.steering.stream, methods=["POST"]),
         Route("/api/neurons/{layer:int}/{neuron:int}/label", here.label_json, methods=["POST"]),
         Route("/api/prompt", here.prompt_json, methods=["POST"]),
         Route("/api/search", here.search_json),
@@ -85,6 +86,7 @@ class _Explorer:
         self._templates.globals["static"] = f"/static/{self.files.version}"
         self._model_turn = anyio.CapacityLimiter(1)
         self._regex_turn = anyio.CapacityLimiter(1)
+        self.steering = SteeringAnswers(source, self._reader, self._model_turn)
 
     # Pages
 
@@ -120,15 +122,15 @@ class _Explorer:
                 own = await self._with_model(neuron_view.on_text, layer, neuron, text)
             except UserError as e:
                 problem = str(e)
-        return await in_thread(
-            self._page, request, "neuron.html", data=data, text=text, own=own, problem=problem
-        )
+        about = {"data": data, "text": text, "own": own, "problem": problem}
+        steer = await self.steering.box(request)
+        return await in_thread(self._page, request, "neuron.html", **about, steer=steer)
 
     async def to_text(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         self._source.number(layer, neuron)
         text = await field(request, "text")
-        return await self._to(f"/neurons/{layer}/{neuron}", text, "#own-text")
+        return link(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
 
     async def label(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
@@ -160,7 +162,7 @@ class _Explorer:
         )
 
     async def to_prompt(self, request: Request) -> Response:
-        return await self._to("/prompt", await field(request, "text"))
+        return link("/prompt", {"text": await field(request, "text")})
 
     async def search(self, request: Request) -> Response:
         asked, data, problem = request.query_params, None, ""
@@ -282,10 +284,3 @@ class _Explorer:
         self._source.number(layer, neuron)
         await in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
         return layer, neuron
-
-    async def _to(self, path: str, text: str, place: str = "") -> Response:
-        """A page about a text has the text in its link, so that it can be reloaded and sent to others."""
-        link = f"{path}?{urlencode({'text': text}, errors='replace')}{place}"
-        if len(link) > _LONGEST_LINK:
-            raise UserError(f"text has {len(text):,} characters, which is too long: shorten it")
-        return RedirectResponse(link, 303)

@@ -1,4 +1,4 @@
-"""Who may ask the explorer for what: the checks that every request passes before a page sees it.
+"""Who may ask a server of ours for what: the checks that every request passes before it is answered.
 
 A browser that runs somebody else's page can be made to send requests to this machine. Hence: only the names
 under which the server was started are answered (else another site's name could be pointed here), what
@@ -6,7 +6,7 @@ changes anything has to come from our own pages, and on other addresses than the
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import hmac
 import ipaddress
 from urllib.parse import parse_qsl, urlencode
@@ -21,6 +21,7 @@ BODY_SECONDS = 10.0  # in which a body has to arrive
 COOKIE = "topklm_token"
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+Refuse = Callable[[int, str], Response]  # (status, one line) -> the answer
 HEADERS: Mapping[str, str] = {
     "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'",
@@ -46,11 +47,27 @@ class Guard:
     Args:
         app: What is guarded.
         hosts: Names, with ports, under which the server is asked for; None: any, for then there is a token.
-        token: What whoever asks has to show, once as `?token=`, then by a cookie; None: nothing.
+        token: What whoever asks has to show, as a bearer; None: nothing.
+        max_body: Bytes that a request may carry.
+        refuse: Makes the answers that refuse.
+        by_link: Also take the token as `?token=` in a link, then by a cookie: for people with browsers.
+        where_token_is: Tells who has none where to look for it.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, token: str | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str] | None,
+        token: str | None = None,
+        *,
+        max_body: int = MAX_BODY,
+        refuse: Refuse | None = None,
+        by_link: bool = True,
+        where_token_is: str = "open the address that topklm explore printed",
+    ):
         self._app, self._hosts, self._token = app, hosts, token
+        self._max_body, self._refuse, self._by_link = max_body, refuse or _refused, by_link
+        self._where_token_is = where_token_is
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or lets it through."""
@@ -73,19 +90,21 @@ class Guard:
             await self._app(scope, receive, send_guarded)
             return
         try:
-            body = await asyncio.wait_for(_read(receive), BODY_SECONDS)
+            body = await asyncio.wait_for(_read(receive, self._max_body), BODY_SECONDS)
         except TimeoutError:
-            await _refused(408, "the request came too slowly")(scope, receive, send_guarded)
+            await self._refuse(408, "the request came too slowly")(scope, receive, send_guarded)
             return
-        if len(body) > MAX_BODY:
-            await _too_large()(scope, receive, send_guarded)
+        if len(body) > self._max_body:
+            await self._too_large()(scope, receive, send_guarded)
             return
         await self._app(scope, _whole(body, receive), send_guarded)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         host = headers.get("host", "").lower()
         if self._hosts is not None and host not in self._hosts:
-            return _refused(421, "this server does not answer under that name: open the address it printed")
+            return self._refuse(
+                421, "this server does not answer under that name: open the address it printed"
+            )
         if self._token is not None and (answer := self._without_token(scope, headers)):
             return answer
         # A link on another site's page may be followed; for pictures, scripts and the like it need not be.
@@ -93,30 +112,40 @@ class Guard:
         if scope["method"] in _SAFE_METHODS and followed:
             return None
         if not followed or not _from_own_page(headers, host):
-            return _refused(403, "this request came from another site's page, and is not carried out")
+            return self._refuse(403, "this request came from another site's page, and is not carried out")
         length = headers.get("content-length", "0")
-        return _too_large() if length.isdigit() and int(length) > MAX_BODY else None
+        return self._too_large() if length.isdigit() and int(length) > self._max_body else None
 
     def _without_token(self, scope: Scope, headers: Headers) -> Response | None:
         """None for whoever has the token; with the token in its link, a browser is given the cookie."""
         token = self._token or ""
-        parameters = parse_qsl(scope["query_string"].decode("latin-1"))
-        if _same(dict(parameters).get("token", ""), token):
-            rest = urlencode([(name, value) for name, value in parameters if name != "token"])
-            path = "/" + scope["path"].lstrip("/")  # "//host" would lead elsewhere
-            answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
-            return answer
-        shown = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _same(shown, token) or _same(bearer, token):
+        if _same(bearer, token):
             return None
-        return _refused(401, "a token is needed: open the address that topklm explore printed")
+        if self._by_link:
+            parameters = parse_qsl(scope["query_string"].decode("latin-1"))
+            if _same(dict(parameters).get("token", ""), token):
+                return _with_cookie(scope["path"], parameters, token)
+            if _same(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""), token):
+                return None
+        return self._refuse(401, f"a token is needed: {self._where_token_is}")
+
+    def _too_large(self) -> Response:
+        size = f"{self._max_body // 1024} kB"
+        return self._refuse(413, f"the request is larger than {size}: shorten the text")
 
 
 def comes_from_elsewhere(headers: Mapping[str, str]) -> bool:
     """Whether another site's page, not a person, asks for one that takes long to make."""
     return headers.get("sec-fetch-site") == "cross-site"
+
+
+def _with_cookie(path: str, parameters: list[tuple[str, str]], token: str) -> Response:
+    rest = urlencode([(name, value) for name, value in parameters if name != "token"])
+    path = "/" + path.lstrip("/")  # "//host" would lead elsewhere
+    answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
+    answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
+    return answer
 
 
 def _from_own_page(headers: Headers, host: str) -> bool:
@@ -131,10 +160,10 @@ def _same(shown: str, token: str) -> bool:
     return hmac.compare_digest(shown.encode(), token.encode())
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive, max_body: int) -> bytes:
     """The body, or as much of it as shows that it is too large."""
     body = b""
-    while len(body) <= MAX_BODY:
+    while len(body) <= max_body:
         message = await receive()
         body += message.get("body", b"")
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
@@ -149,10 +178,6 @@ def _whole(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return give
-
-
-def _too_large() -> Response:
-    return _refused(413, f"the request is larger than {MAX_BODY // 1024} kB: shorten the text")
 
 
 def _refused(status: int, message: str) -> Response:

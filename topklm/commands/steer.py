@@ -1,0 +1,60 @@
+"""`topklm steer`: what setting a neuron does to the text, and how many of a model's neurons do anything."""
+
+import argparse
+import json
+from pathlib import Path
+
+from topklm.commands import steer_dose, steer_survey
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import write_atomically
+from topklm.steering.survey import Settings
+
+DESCRIPTION = (
+    "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "
+    "measures them: how often the neuron's concept comes, how fluent the unsteered model finds them, how "
+    "varied they are. With --survey: of all living neurons, the share that raises its concept more than "
+    "random directions of the same length do."
+)
+EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--neuron", metavar="L:N", help="steer neuron N of layer L, e.g. 2:117")
+    what.add_argument("--survey", action="store_true", help="steer all living neurons, without writing text")
+    parser.add_argument(
+        "--values",
+        metavar="X,Y,...",
+        help="in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
+        f"default {steer_dose.DEFAULT_TIMES} if measured, else {steer_dose.DEFAULT_VALUES}. With --survey: "
+        "lengths of the added vector, in units of the mean length of what the layer hands on; default "
+        f"{','.join(map(str, Settings.strengths))}",
+    )
+    steer_dose.add_arguments(parser)
+    steer_survey.add_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
+    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print one JSON object, or write it to a file"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    if arguments.survey:
+        given = [flag for flag in steer_dose.FLAGS if getattr(arguments, flag) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: goes with --neuron only; leave it out")
+        content = steer_survey.run(arguments)
+    else:
+        given = [flag for flag in steer_survey.FLAGS if getattr(arguments, flag) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: goes with --survey only; leave it out")
+        content = steer_dose.run(arguments)
+    if arguments.json == "-":
+        print(json.dumps(content))
+    elif arguments.json is not None:
+        with disk_errors_are_user_errors(f"writing {arguments.json}"):
+            write_atomically(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())

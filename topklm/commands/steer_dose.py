@@ -1,0 +1,239 @@
+"""`topklm steer --neuron`: what one neuron does to the text at one value after another."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+import re
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+import topklm
+from topklm.commands import steering_arguments
+from topklm.data.building.progress import TerminalProgress
+from topklm.errors import UserError
+from topklm.files import is_bucket
+from topklm.inference.intervention import MODES, POSITIONS
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.show import visible
+from topklm.steering import concept as concept_lib
+from topklm.steering import dose, known
+from topklm.steering.concept import Concept
+from topklm.steering.dose import Response, Sampled
+from topklm.steering.known import Known
+from topklm.steering.measures import Estimate
+from topklm.steering.summary import without_nan
+
+FLAGS = ("prompt", "prompts", "concept_regex", "concept_words")
+DEFAULT_TIMES, DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
+
+_TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what goes with --neuron."""
+    group = parser.add_argument_group("with --neuron")
+    group.add_argument("--mode", choices=MODES, default="clamp", help="default %(default)s")
+    group.add_argument("--positions", choices=POSITIONS, default="all", help="default %(default)s")
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times; default eight of ours"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="a prompt on each line")
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=Sampled.samples,
+        metavar="N",
+        help="of each prompt; default %(default)s",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=Sampled.max_new_tokens, metavar="N", help="default %(default)s"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=Sampled.temperature, help="0 is greedy; default %(default)s"
+    )
+    group.add_argument("--concept-regex", metavar="R", help="count what matches, in any case")
+    group.add_argument(
+        "--concept-words",
+        metavar="WORDS",
+        help="count whole words: a,b,c; or a file with a word on each line",
+    )
+    group.add_argument(
+        "--show", type=int, default=2, metavar="N", help="prompts whose texts are shown; default %(default)s"
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes and measures texts, prints them unless JSON is printed, and returns all of it."""
+    layer, neuron = steering_arguments.neuron(arguments.neuron)
+    sampled, asked = _sampled(arguments), _asked(arguments)
+    model = topklm.load(arguments.run, step=arguments.step)
+    there_is = steering_arguments.intervention(layer, neuron, "clamp", 0.0, f"--neuron = {arguments.neuron}")
+    try:
+        there_is.check(model.config.model)
+    except ValueError as e:
+        raise UserError(f"--neuron = {arguments.neuron}: {e}") from e
+    folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(arguments.run), model.step)
+    facts = None if folder is None else known.read(folder, layer, neuron)
+    values = _values(arguments, facts)
+    concepts = asked or known.own_concepts(model, folder, facts, layer, neuron)
+    console = rich.console.Console(stderr=arguments.json == "-")
+    total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
+    try:
+        with TerminalProgress(console).phase("writing texts", total) as report:
+            found = dose.respond(
+                model,
+                (layer, neuron),
+                values,
+                concepts,
+                sampled,
+                mode=arguments.mode,
+                positions=arguments.positions,
+                report=lambda texts: report(texts, 0, 0),
+            )
+    except ValueError as e:
+        name, behind, rest = str(e).partition(" ")
+        flagged = f"--{name.replace('_', '-')}{behind}{rest}" if name in vars(arguments) else str(e)
+        raise UserError(flagged) from e
+    if arguments.json != "-":
+        _print(console, arguments, found, concepts, sampled, facts)
+    return without_nan(
+        {
+            "run": model.run,
+            "step": model.step,
+            "layer": layer,
+            "neuron": neuron,
+            "mode": arguments.mode,
+            "positions": arguments.positions,
+            "known": None if facts is None else dataclasses.asdict(facts),
+            "sampled": dataclasses.asdict(sampled),
+            "concepts": {one.name: one.description for one in concepts},
+            "responses": [dataclasses.asdict(response) for response in found],
+        }
+    )
+
+
+def _sampled(arguments: argparse.Namespace) -> Sampled:
+    if arguments.samples < 1 or arguments.max_new_tokens < 1:
+        flag = "samples" if arguments.samples < 1 else "max_new_tokens"
+        raise UserError(f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: must be 1 or more")
+    if not 0 <= arguments.temperature < math.inf:
+        raise UserError(f"--temperature = {arguments.temperature}: must be 0 or more")
+    if arguments.prompt and arguments.prompts:
+        raise UserError("--prompt with --prompts: leave one of the two out")
+    prompts = tuple(arguments.prompt or dose.PROMPTS)
+    if arguments.prompts:
+        prompts = tuple(_lines(arguments.prompts, "--prompts"))
+    settings = arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed
+    return Sampled(prompts, *settings)
+
+
+def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
+    """In units of the neuron's activation."""
+    if not steering_arguments.needs_value(arguments.mode):
+        if arguments.values is not None:
+            raise UserError(f"--values = {arguments.values}: mode {arguments.mode} has no use for values")
+        return [0.0]
+    largest = facts.max_activation if facts else None
+    default = DEFAULT_TIMES if largest is not None and arguments.mode != "scale" else DEFAULT_VALUES
+    text = arguments.values or default
+    values = []
+    for part in (part.strip() for part in text.split(",")):
+        times = _TIMES.fullmatch(part)
+        if times and arguments.mode == "scale":
+            raise UserError(f"--values = {text}: mode scale multiplies already; leave the x out")
+        if times and largest is None:
+            raise UserError(
+                f"--values = {text}: the largest activation of {arguments.neuron} is not known: run topklm "
+                f"neurons harvest and measure {arguments.run}, or give values without x"
+            )
+        try:
+            value = float(times[1]) * largest if times and largest is not None else float(part)
+        except ValueError as e:
+            raise UserError(f"--values = {text}: {part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
+        layer, neuron = steering_arguments.neuron(arguments.neuron)
+        steering_arguments.intervention(layer, neuron, arguments.mode, value, f"--values = {text}")
+        values.append(value)
+    return values
+
+
+def _asked(arguments: argparse.Namespace) -> list[Concept]:
+    asked = []
+    if arguments.concept_regex is not None:
+        asked.append(concept_lib.of_regex(arguments.concept_regex))
+    if arguments.concept_words is not None:
+        is_file = Path(arguments.concept_words).is_file()
+        words = _lines(arguments.concept_words, "--concept-words") if is_file else None
+        asked.append(concept_lib.of_words(words or arguments.concept_words.split(",")))
+    return asked
+
+
+def _lines(path: str, flag: str) -> list[str]:
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} = {path}: cannot be read ({e}); give a text file in UTF-8") from e
+    if not lines:
+        raise UserError(f"{flag} = {path}: is empty; give at least a line")
+    return lines
+
+
+def _print(
+    console: rich.console.Console,
+    arguments: argparse.Namespace,
+    found: list[Response],
+    concepts: list[Concept],
+    sampled: Sampled,
+    facts: Known | None,
+) -> None:
+    def say(line: str) -> None:
+        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+
+    if facts is not None:
+        active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
+        say(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
+    heads = [_head(response, arguments.mode) for response in found]
+    console.print(f"{arguments.mode} at {arguments.positions} positions", highlight=False)
+    for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
+        texts = rich.table.Table(title=rich.text.Text(visible(prompt)), title_justify="left", show_lines=True)
+        for head in heads:
+            texts.add_column(head, ratio=1, overflow="fold")
+        texts.add_row(*(rich.text.Text(visible(response.texts[number][0])) for response in found))
+        console.print(texts)
+    table = rich.table.Table()
+    for head in (arguments.mode, *(f"{one.name} %" for one in concepts), "perplexity"):
+        table.add_column(head, justify="right")
+    for n in dose.DISTINCT:
+        table.add_column(f"dist-{n}", justify="right")
+    for head, response in zip(heads, found, strict=True):
+        rates = (_with_interval(response.rates[one.name], 100, "{:.1f}") for one in concepts)
+        varied = (_number(response.distinct[n].value, "{:.2f}") for n in dose.DISTINCT)
+        table.add_row(head, *rates, _with_interval(response.perplexity, 1, "{:.1f}"), *varied)
+    console.print(table)
+    for one in concepts:
+        say(f"{one.name}, hits in 100 tokens: {one.description}")
+    drawn = "prompts" if len(sampled.prompts) > 1 else "samples"
+    say(
+        "perplexity: of the text given its prompt, by the unsteered model; dist-n: distinct n-grams for each "
+        f"token of a text; in brackets 95 % by bootstrap over {drawn}; {len(sampled.prompts)} prompts, "
+        f"{sampled.samples} samples of each"
+    )
+
+
+def _head(response: Response, mode: str) -> str:
+    if response.value is None:
+        return "unsteered"
+    return f"{response.value:.4g}" if steering_arguments.needs_value(mode) else mode
+
+
+def _with_interval(estimate: Estimate, factor: float, form: str) -> str:
+    value, low, high = (_number(factor * figure, form) for figure in dataclasses.astuple(estimate))
+    return value if np.isnan(estimate.low) else f"{value} [{low}, {high}]"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else form.format(value)

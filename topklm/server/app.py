@@ -1,0 +1,156 @@
+"""The server's addresses: which JSON, or which stream of it, answers which request."""
+
+import time
+from typing import Any
+import uuid
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from topklm.server import fields, neurons, prompts, requests
+from topklm.server.answers import Events, WhileThere, whole_answer
+from topklm.server.errors import ApiError
+from topklm.server.service import Service
+
+_SENDING_SECONDS = 30.0  # beyond its time, for a client that reads slowly
+
+
+def create(service: Service) -> Starlette:
+    """The application."""
+    here = _Api(service)
+    routes = [
+        Route("/health", here.health),
+        Route("/v1/models", here.models),
+        Route("/v1/models/{name:path}", here.one_model),
+        Route("/v1/completions", here.completions, methods=["POST"]),
+        Route("/v1/tokenize", here.tokenize, methods=["POST"]),
+        Route("/v1/detokenize", here.detokenize, methods=["POST"]),
+        Route("/v1/neurons", here.neurons, methods=["POST"]),
+    ]
+    errors: dict[Any, Any] = {ApiError: _mistake, HTTPException: _http_error, Exception: _bug}
+    return Starlette(routes=routes, exception_handlers=errors)
+
+
+class _Api:
+    """What answers."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    def health(self, _request: Request) -> Response:
+        load = self._service.engine.load()
+        busy = {"running": load.running, "waiting": load.waiting, "slots": load.most_running}
+        if self._service.closing:
+            return JSONResponse({"status": "stopping", **busy}, 503)
+        return JSONResponse({"status": "ok", "model": self._service.name, **busy})
+
+    def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    def one_model(self, request: Request) -> Response:
+        prompts.check_model({"model": request.path_params["name"]}, self._service.name)
+        return JSONResponse(self._model())
+
+    async def completions(self, request: Request) -> Response:
+        content, service = fields.json_object(await request.body()), self._service
+        asked = await anyio.to_thread.run_sync(
+            requests.completion, service.model, service.name, service.limits, content
+        )
+        about = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+            "system_fingerprint": f"step-{service.model.step}",
+        }
+        pieces = service.pieces(asked)
+        if not asked.stream:
+            return WhileThere(lambda: whole_answer(about, asked, pieces))
+        return Events(about, asked, pieces, service.limits.timeout + _SENDING_SECONDS)
+
+    async def tokenize(self, request: Request) -> Response:
+        content, model = fields.json_object(await request.body()), self._service.model
+        fields.refuse_unknown(content, ("model", "prompt", "add_special_tokens"))
+        prompts.check_model(content, self._service.name)
+        text = fields.text(content, "prompt")
+        ids = (await anyio.to_thread.run_sync(model.tokenizer.encode, text)).tolist()
+        if fields.boolean(content, "add_special_tokens", True):
+            ids = [model.tokenizer.separator_id, *ids]
+        names = model.tokenizer.token_strings(ids)
+        context = model.config.model.context_length
+        return JSONResponse({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
+
+    async def detokenize(self, request: Request) -> Response:
+        content, model = fields.json_object(await request.body()), self._service.model
+        fields.refuse_unknown(content, ("model", "tokens"))
+        prompts.check_model(content, self._service.name)
+        ids = prompts.token_ids(content, "tokens", model.config.model.vocab_size)
+        return JSONResponse({"prompt": await anyio.to_thread.run_sync(model.tokenizer.decode, ids)})
+
+    async def neurons(self, request: Request) -> Response:
+        content, service = fields.json_object(await request.body()), self._service
+        fields.refuse_unknown(content, ("model", "prompt", "layers", "top"))
+        prompts.check_model(content, service.name)
+        config = service.model.config.model
+        if not config.n_topk_layers:
+            raise ApiError(400, f"{service.name} has no layer with TopK: its neurons are all active")
+        if content.get("prompt") is None:
+            raise fields.missing("prompt", "a text, or token ids")
+        prompt = content["prompt"]
+        ids = await anyio.to_thread.run_sync(prompts.prompt_ids, service.model, prompt, service.limits)
+        if len(ids) > config.context_length:
+            message = (
+                f"prompt has {len(ids)} tokens: must be at most {config.context_length}, the model's context"
+            )
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        layers = content.get("layers")
+        layers = list(range(config.n_topk_layers)) if layers is None else layers
+        if not isinstance(layers, list) or any(
+            type(layer) is not int or not 0 <= layer < config.n_topk_layers for layer in layers
+        ):
+            allowed = f"an array of integers from 0 to {config.n_topk_layers - 1}, layers with TopK"
+            raise fields.wrong("layers", layers, allowed)
+        most = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
+        found = await service.call(lambda: neurons.active(service.model, service.sizes, ids))
+        first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
+        tokens = neurons.described(service.model, ids, found, first=first, layers=layers, most=most)
+        return JSONResponse({"object": "neurons", "model": service.name, "tokens": tokens})
+
+    def _model(self) -> dict[str, Any]:
+        service = self._service
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.began,
+            "owned_by": "topklm",
+            "max_model_len": service.model.config.model.context_length,
+            "step": service.model.step,
+        }
+
+
+def _mistake(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return ApiError(
+            404, f"there is nothing at {request.url.path}: see /v1/models, /v1/completions"
+        ).response()
+    if error.status_code == 405:
+        answer = ApiError(
+            405, f"{request.method} is not for {request.url.path}: use another method"
+        ).response()
+        answer.headers.update(error.headers or {})
+        return answer
+    return ApiError(error.status_code, error.detail).response()
+
+
+def _bug(_request: Request, _error: Exception) -> Response:
+    return ApiError(500, "a fault of the server, which its terminal tells of").response()

@@ -1,0 +1,102 @@
+"""Fields of a JSON object that somebody sent, read with care."""
+
+from collections.abc import Collection
+import json
+from typing import Any
+
+from topklm.server.errors import ApiError
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """What a request carries.
+
+    Raises:
+        ApiError: If it is no JSON object.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        said = f" ({e})" if isinstance(e, json.JSONDecodeError) else ""
+        raise ApiError(400, f"the request is no JSON{said}: send an object") from e
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the request is a JSON {kind_of(content)}: send an object")
+    return content
+
+
+def refuse_unknown(content: dict[str, Any], known: Collection[str]) -> None:
+    """Raises ApiError for a field that there is not; a name that is mistyped must not pass for nothing."""
+    for name in content:
+        if name not in known:
+            raise ApiError(
+                400, f"there is no field {name[:50]!r}: there are {', '.join(sorted(known))}", name[:50]
+            )
+
+
+def boolean(content: dict[str, Any], name: str, default: bool) -> bool:
+    """True or false; null stands for the default."""
+    value = content.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(name, value, "true or false")
+    return default if value is None else value
+
+
+def integer(
+    content: dict[str, Any], name: str, default: int, lowest: int, highest: int, why: str = ""
+) -> int:
+    """A whole number in a range; null stands for the default."""
+    value = content.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise wrong(name, value, f"an integer from {lowest} to {highest}{why and ', ' + why}")
+    return value
+
+
+def number(content: dict[str, Any], name: str, default: float) -> float:
+    """Any number; null stands for the default."""
+    value = content.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise wrong(name, value, "a number")
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise wrong(name, value, "a number") from e
+
+
+def text(content: dict[str, Any], name: str) -> str:
+    """A text that must be there."""
+    value = content.get(name)
+    if not isinstance(value, str):
+        raise wrong(name, value, "a text") if name in content else missing(name, "a text")
+    return checked_text(value, name)
+
+
+def checked_text(value: str, name: str) -> str:
+    """Itself, if it can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise ApiError(
+            400, f"{name}: half of a surrogate pair stands alone in it; send whole characters", name
+        ) from e
+    return value
+
+
+def missing(name: str, allowed: str) -> ApiError:
+    """For a field that must be there."""
+    return ApiError(400, f"{name} is missing: send {allowed}", name)
+
+
+def wrong(name: str, value: Any, allowed: str) -> ApiError:
+    """For a value of another kind, or outside of its range."""
+    shown = json.dumps(value) if isinstance(value, int | float | str | None) else f"a JSON {kind_of(value)}"
+    shown = shown if len(shown) <= 60 else shown[:60] + "..."
+    return ApiError(400, f"{name} = {shown}: must be {allowed}", name)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it."""
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")

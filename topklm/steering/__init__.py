@@ -1,0 +1,1 @@
+"""Steering by neurons, measured: what setting one does to the text that a model writes."""

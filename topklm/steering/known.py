@@ -1,0 +1,103 @@
+"""What a run's folder says of one neuron, where it has been harvested and measured."""
+
+import dataclasses
+import importlib.util
+
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.store import Store
+from topklm.steering import concept as concept_lib
+from topklm.steering import stored_concepts
+from topklm.steering.concept import Concept
+from topklm.steering.stored_concepts import ConceptReader
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Of one neuron.
+
+    Attributes:
+        n_active: Tokens at which it is active.
+        n_tokens: On which it was measured.
+        max_activation: None for a dead neuron.
+        input_tokens: Those that make up most of its activation, the first most.
+        raised_tokens: Those that it raises most by the averaged Jacobian lens.
+    """
+
+    n_active: int
+    n_tokens: int
+    max_activation: float | None
+    input_tokens: tuple[int, ...]
+    raised_tokens: tuple[int, ...]
+
+
+def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
+    """What is known; None if the layer has not been measured, or the extra that reads it is not installed.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not folder.table.exists() or importlib.util.find_spec("pyarrow") is None:
+        return None
+    # Parquet needs a package of the extra.
+    from topklm.neurons.statistics import table  # noqa: PLC0415
+
+    rows, measured = table.read(folder.table)
+    if layer not in measured.layers:
+        return None
+    # Sorted by layer and neuron.
+    place = measured.layers.index(layer) * measured.d_model + neuron
+    row = rows.slice(place, 1).to_pylist()[0]
+    return Known(
+        row["n_active"],
+        measured.n_tokens,
+        row["max_activation"],
+        tuple(row["top_tokens"] or ()),
+        tuple(row["jacobian_top"] or ()),
+    )
+
+
+def own_concepts(
+    model: LanguageModel, folder: NeuronsFolder | None, facts: Known | None, layer: int, neuron: int
+) -> list[Concept]:
+    """The neuron's own tokens, of each kind that there is something to read from.
+
+    "input", its top input tokens, if it has been measured; "next", the tokens that follow it more than they
+    do elsewhere (`stored_concepts`), if it has been harvested; "raised", those that it raises most, by the
+    averaged Jacobian lens if it has been measured, else by the identity lens, which the parameters suffice
+    for. Only the last kind says what the neuron does by construction: it is no evidence that steering works.
+
+    Args:
+        model: The model.
+        folder: Where its activations are; None: nowhere.
+        facts: From `read`.
+        layer: Of the neuron.
+        neuron: Its number.
+    """
+    tokenizer, found = model.tokenizer, []
+    if facts is not None and facts.input_tokens:
+        source = f"its top input tokens on {facts.n_tokens:,} measured tokens"
+        found.append(concept_lib.of_tokens("input", source, facts.input_tokens, tokenizer))
+    following = _following(model, folder, layer, neuron)
+    if following:
+        source = "the tokens that follow it more than they do elsewhere in the harvested text"
+        found.append(concept_lib.of_tokens("next", source, following, tokenizer))
+    if facts is not None and facts.raised_tokens:
+        source = "the tokens that it raises most by the averaged Jacobian lens"
+        return [*found, concept_lib.of_tokens("raised", source, facts.raised_tokens, tokenizer)]
+    raised = concept_lib.raised_tokens(model.config.model, model.params, neuron).tolist()
+    source = "the tokens that it raises most by the identity lens (it has not been measured)"
+    return [*found, concept_lib.of_tokens("raised", source, raised, tokenizer)]
+
+
+def _following(model: LanguageModel, folder: NeuronsFolder | None, layer: int, neuron: int) -> list[int]:
+    if folder is None or not folder.store.exists():
+        return []
+    store = Store(folder.store)
+    metadata = store.metadata
+    if metadata.tokenizer_sha256 != model.tokenizer.sha256 or layer not in metadata.layers:
+        return []
+    concepts = ConceptReader(store, model.config.model.vocab_size).read(layer, [neuron])
+    if not len(concepts.neurons):
+        return []
+    return stored_concepts.token_sets(concepts, "next")[0].tolist()

@@ -1,0 +1,250 @@
+"""The survey: for every living neuron, whether adding to it raises its concept. No text is generated.
+
+A neuron is steered by adding a vector to what its layer hands on, at every position of the prompts: its own
+unit vector, times the strength, times the mean length of what the layer hands on. So all neurons of a layer
+are changed by the same length, and so are random directions beside them, drawn evenly from the sphere. What
+is measured is the next token after each prompt. Definitions of verdicts: `verdict`; of concepts:
+`stored_concepts`; both are ours. Memory does not grow with the text beyond a few bytes for each token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.data.building.progress import Progress
+from topklm.errors import UserError
+from topklm.model import transformer
+from topklm.neurons.store import Store
+from topklm.steering import directions, prompts, verdict
+from topklm.steering.directions import Effects, Unsteered
+from topklm.steering.prompts import Prompts
+from topklm.steering.stored_concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
+from topklm.steering.verdict import Measured, Verdicts
+
+STRENGTHS = (0.5, 0.75, 1.0, 1.5)
+PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
+_OTHERS = 256  # neurons of a layer that are tried with all of its concepts
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        strengths: In units of the mean length of what the layer hands on, rising.
+        bound: Of the divergence from the unsteered model, nats a token, within which fluency counts as kept.
+        prompts: C.
+        prompt_tokens: T, the separator counted.
+        random_directions: R, of each layer.
+        neurons: N, drawn from each layer's living ones; None: all.
+        layers: Of the model; None: all that the store has.
+        seed: Of prompts, directions and neurons.
+    """
+
+    strengths: tuple[float, ...] = STRENGTHS
+    bound: float = 1.0
+    prompts: int = 24
+    prompt_tokens: int = 16
+    random_directions: int = 128
+    neurons: int | None = None
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompting:
+    """What prompting with a concept does to it: the control beside steering.
+
+    All tokens of a concept, one after another, stand between the separator and the prompt. Concepts of each
+    kind are prompted with their own tokens.
+
+    Attributes:
+        gains: float32[N, P], of a neuron's concepts of the kinds `PROMPTED`, nats.
+        divergences: float32[N, P], from the prompt alone, nats.
+    """
+
+    gains: np.ndarray
+    divergences: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """All that is known of a layer.
+
+    Attributes:
+        concepts: Of its N neurons.
+        n_alive: Neurons with activations; N, or more if some were drawn.
+        norm: Mean length of what it hands on, which strength 1 stands for.
+        measured: Effects of steering.
+        verdicts: On them.
+        prompting: Effects of prompting.
+    """
+
+    concepts: Concepts
+    n_alive: int
+    norm: float
+    measured: Measured
+    verdicts: Verdicts
+    prompting: Prompting
+
+
+def survey(
+    store: Store,
+    config: ModelConfig,
+    params: transformer.Parameters,
+    *,
+    separator_id: int,
+    settings: Settings,
+    progress: Progress,
+) -> dict[int, Layer]:
+    """Surveys the layers of a model, by their numbers.
+
+    Args:
+        store: Of activations of the model.
+        config: Its shape.
+        params: Its parameters, on one device.
+        separator_id: Of the tokenizer.
+        settings: How much is measured.
+        progress: Shows how far it is.
+
+    Raises:
+        UserError: If the store is too small, or a layer is asked for that it does not have.
+    """
+    layers = store.metadata.layers if settings.layers is None else settings.layers
+    if unknown := sorted(set(layers) - set(store.metadata.layers)):
+        raise UserError(
+            f"layer {unknown[0]}: {store.folder} has activations of the layers "
+            f"{', '.join(map(str, store.metadata.layers))}; give one of these"
+        )
+    chosen = prompts.neutral(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
+    reader = ConceptReader(store, config.vocab_size)
+    before = directions.unsteered(config, params, chosen.tokens)
+    rng = np.random.default_rng(settings.seed)
+    found = {}
+    for layer in layers:
+        concepts = reader.read(layer)
+        n_alive = len(concepts.neurons)
+        if settings.neurons is not None and settings.neurons < n_alive:
+            concepts = concepts[np.sort(rng.permutation(n_alive)[: settings.neurons])]
+        work = _Work(config, params, chosen, before, concepts, settings)
+        found[layer] = work.measure(n_alive, rng, progress)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Work:
+    """One layer's."""
+
+    config: ModelConfig
+    params: transformer.Parameters
+    prompts: Prompts
+    before: Unsteered
+    concepts: Concepts
+    settings: Settings
+
+    def measure(self, n_alive: int, rng: np.random.Generator, progress: Progress) -> Layer:
+        layer, neurons = self.concepts.layer, self.concepts.neurons
+        norm, d = float(self.before.norms[layer]), self.config.d_model
+        random = rng.standard_normal((self.settings.random_directions, d))
+        random /= np.linalg.norm(random, axis=1, keepdims=True)
+        others_at = np.sort(rng.permutation(len(neurons))[:_OTHERS])
+        strengths = self.settings.strengths
+        total = len(strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
+        parts = []
+        with progress.phase(f"steering the neurons of layer {layer}", total) as report:
+
+            def add(vectors_RD: np.ndarray) -> Effects:
+                effects = self._add(vectors_RD)
+                report(len(vectors_RD), 0, 0)
+                return effects
+
+            for strength in strengths:
+                length = strength * norm
+                one_by_one = (_unit_vectors(part, d) * length for part in _parts(neurons, self._at_once))
+                of_neurons = [add(vectors) for vectors in one_by_one]
+                of_directions = [add(part * length) for part in _parts(random, self._at_once)]
+                parts.append(_of_strength(of_neurons, of_directions, others_at))
+            prompting = self._prompting(report)
+        own, divergences, losses, of_random, random_divergences, others = (
+            np.stack(arrays) for arrays in zip(*parts, strict=True)
+        )
+        measured = Measured(own, divergences, losses, of_random, random_divergences, others, others_at)
+        verdicts = verdict.judge(measured, self.settings.bound)
+        return Layer(self.concepts, n_alive, norm, measured, verdicts, prompting)
+
+    @property
+    def _at_once(self) -> int:
+        return directions.treatments_at_once(self.config, len(self.prompts.tokens), self.concepts.tokens)
+
+    def _add(self, vectors_RD: np.ndarray) -> Effects:
+        # Filled up to one shape, so that nothing is compiled for what is left over.
+        filled = np.zeros((self._at_once, self.config.d_model))
+        filled[: len(vectors_RD)] = vectors_RD
+        following, concepts = self.prompts.following, self.concepts.tokens
+        effects = directions.add_vectors(
+            self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
+        )
+        return Effects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
+
+    def _prompting(self, report: Callable[[int, int, int], None]) -> Prompting:
+        gains, divergences = [], []
+        for kind in PROMPTED:
+            number = KINDS.index(kind)
+            places = np.arange(len(self.concepts.neurons))
+            found = [self._prompt(part, number, report) for part in _parts(places, self._at_once)]
+            own, of_prompts = zip(*found, strict=True)
+            gains.append(np.concatenate(own))
+            divergences.append(np.concatenate(of_prompts))
+        return Prompting(np.stack(gains, axis=1), np.stack(divergences, axis=1))
+
+    def _prompt(
+        self, places: np.ndarray, kind: int, report: Callable[[int, int, int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        filled = np.resize(places, self._at_once)
+        tokens = [self.prompts.with_prefix(_prefix(self.concepts.tokens[place, kind])) for place in filled]
+        following, concepts = self.prompts.following, self.concepts.tokens
+        effects = directions.change_prompts(
+            self.config, self.params, np.stack(tokens), following, concepts, self.before
+        )
+        report(len(places), 0, 0)
+        own = np.asarray(effects.gains)[np.arange(len(places)), places, kind]
+        return own, np.asarray(effects.divergences)[: len(places)]
+
+
+def _of_strength(
+    own: Sequence[Effects], random: Sequence[Effects], others_at: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The fields of `Measured` but the last, without their first axis."""
+    diagonal, others, first = [], [], 0
+    for effects in own:
+        rows = np.arange(len(effects.gains))
+        diagonal.append(effects.gains[rows, first + rows])
+        others.append(effects.gains[np.isin(first + rows, others_at)])
+        first += len(rows)
+    return (
+        np.concatenate(diagonal),
+        np.concatenate([effects.divergences for effects in own]),
+        np.concatenate([effects.losses for effects in own]),
+        np.concatenate([effects.gains for effects in random]),
+        np.concatenate([effects.divergences for effects in random]),
+        np.concatenate(others),
+    )
+
+
+def _unit_vectors(neurons: np.ndarray, d: int) -> np.ndarray:
+    """float64[n, D]."""
+    return (neurons[:, None] == np.arange(d)).astype(np.float64)
+
+
+def _prefix(concept: np.ndarray) -> np.ndarray:
+    """`SIZE` tokens; a smaller concept is written again from its beginning."""
+    there_are = concept[concept != NO_TOKEN]
+    # Of an empty one no gain can come, whatever stands there.
+    return np.resize(there_are if len(there_are) else np.zeros(1, np.int32), len(concept))
+
+
+def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
