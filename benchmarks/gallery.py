@@ -4,7 +4,9 @@
 
 Reads the statistics that `topklm neurons measure` wrote for each run; the first run of each kind is shown.
 Writes benchmarks/results/NAME.json, the ten neurons that the tool puts first and what they are active at, and
-how the entropies of all neurons are distributed; and draws the latter as docs/images/NAME.svg.
+how the entropies of all neurons are distributed, with intervals by bootstrap over documents, and the
+differences from the TopK model of the same place in the list; and draws the distributions as
+docs/images/NAME.svg.
 """
 
 import argparse
@@ -19,10 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from benchmarks import gallery_intervals
 from benchmarks.plot_loss_curves import COLOURS
 from topklm import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.files import write_atomically
+from topklm.neurons.dictionary import KINDS, TITLES
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
@@ -32,8 +36,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
-KEPT = "Base, k largest"
-COLOUR_OF = {"TopK": COLOURS[0], "Base": COLOURS[1], KEPT: COLOURS[2]}
+TOPK, BASE, KEPT = "TopK", "Base", "Base, k largest"
+WRITTEN = {kind: f"Base, {TITLES[kind]}" for kind in KINDS}
+COLOUR_OF = dict(zip((TOPK, BASE, KEPT, *WRITTEN.values()), (*COLOURS, "#e69f00", "#56b4e9"), strict=True))
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FIGURES = (
     "layer",
@@ -63,15 +68,39 @@ def main() -> None:
     parser.add_argument(
         "--kept", type=pathlib.Path, nargs="*", default=[], help="of the twins, harvested with --keep"
     )
+    for kind in KINDS:
+        parser.add_argument(
+            f"--{kind}", type=pathlib.Path, nargs="*", default=[], help=f"harvested with --dictionary {kind}"
+        )
+    parser.add_argument("--draws", type=int, default=200, help="of documents; default %(default)s")
     parser.add_argument("--out", required=True, help="name of the JSON and of the picture")
     arguments = parser.parse_args()
-    groups = {"TopK": arguments.topk, "Base": arguments.base}
-    if arguments.kept:
-        groups[KEPT] = arguments.kept
+    groups = {TOPK: arguments.topk, BASE: arguments.base, KEPT: arguments.kept}
+    groups |= {name: getattr(arguments, kind) for kind, name in WRITTEN.items()}
+    groups = {name: folders for name, folders in groups.items() if folders}
     runs = {kind: [_folder(run) for run in folders] for kind, folders in groups.items()}
+    layers = table.read(runs[TOPK][0].table)[1].layers
+    drawn = {
+        kind: [gallery_intervals.draw(folder, layers, arguments.draws) for folder in folders]
+        for kind, folders in runs.items()
+    }
     result = {
         "rule": "topklm.neurons.ranking.readable_first",
         "runs": {kind: [_describe(folder) for folder in folders] for kind, folders in runs.items()},
+        "bootstrap": {
+            "draws": arguments.draws,
+            "intervals": {
+                kind: [gallery_intervals.of_run(run) for run in of_kind] for kind, of_kind in drawn.items()
+            },
+            "less_topk": {
+                kind: [
+                    gallery_intervals.of_difference(run, topk)
+                    for run, topk in zip(of_kind, drawn[TOPK], strict=False)
+                ]
+                for kind, of_kind in drawn.items()
+                if kind != TOPK
+            },
+        },
         "first": {kind: _first(folders[0]) for kind, folders in runs.items()},
     }
     path = ROOT / "benchmarks" / "results" / f"{arguments.out}.json"
@@ -102,6 +131,7 @@ def _describe(folder: NeuronsFolder) -> dict[str, Any]:
         "n_documents": measured.n_documents,
         "n_clusters": measured.n_clusters,
         "details": dict(measured.details),
+        "dictionary": measured.dictionary,
         "quantiles": QUANTILES,
         "layers": layers,
     }
@@ -158,7 +188,7 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
     """
     mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 9, "axes.spines.top": False})
     mpl.rcParams["axes.spines.right"] = False
-    layers = sorted(set(rows["TopK"][0]["layer"].to_pylist()))
+    layers = sorted(set(rows[TOPK][0]["layer"].to_pylist()))
     shape = (len(FIGURES), len(layers))
     figure, axes = plt.subplots(*shape, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False)
     for row, (across, (name, label)) in enumerate(zip(axes, FIGURES.items(), strict=True)):
@@ -170,14 +200,16 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
                     values = values[~np.isnan(values)]
                     shares = np.arange(1, len(values) + 1) / len(values)
                     style = {"color": COLOUR_OF[kind], "linestyle": ("-", "--")[seed % 2], "linewidth": 1.4}
-                    panel.plot(values, shares, label=f"{kind}, seed {seed}", **style)
+                    named = None if seed else kind  # the second seed is dashed
+                    panel.plot(values, shares, label=named, **style)
             panel.set_xlabel(label)
             panel.grid(alpha=0.25)
             if row == 0:
                 panel.set_title(f"layer {layer}", fontsize=10)
         across[0].set_ylabel("share of neurons below")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    lines, kinds = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, kinds, loc="lower center", ncols=6, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -12,7 +12,7 @@ import rich.console
 
 import topklm
 from topklm import sharding
-from topklm.commands import neurons_find
+from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
 from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.data.dataset import SPLITS
@@ -20,12 +20,15 @@ from topklm.distributed import places
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import is_bucket
 from topklm.inference.language_model import LanguageModel
+from topklm.neurons import dictionary as dictionary_lib
+from topklm.neurons import fitting
 from topklm.neurons import harvest as harvest_lib
+from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter
-from topklm.neurons.texts import open_documents
+from topklm.neurons.texts import Documents, open_documents
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
@@ -35,7 +38,7 @@ DEFAULT_TOKENS = 500_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="harvest|measure|find")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="harvest|measure|find|...")
     harvest_verb = verbs.add_parser(
         "harvest",
         help="run held-out text through the model and store what its neurons do",
@@ -60,6 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="of a Base LM, only the K largest entries of each token, to compare it with a TopK model; "
         "default all that are positive",
+    )
+    harvest_verb.add_argument(
+        "--dictionary",
+        choices=dictionary_lib.KINDS,
+        help="of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K "
+        "largest are kept (default the config's topk_k); made first, from the run's training text",
+    )
+    harvest_verb.add_argument(
+        "--dictionary-tokens",
+        type=_count,
+        default=fitting.DEFAULT_TOKENS,
+        metavar="N",
+        help="of training text, from which the dictionary is made; default %(default)s",
     )
     harvest_verb.add_argument("--batch-size", type=_count, metavar="B", help="rows; default by device")
     harvest_verb.add_argument(
@@ -89,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="over which the Jacobian is averaged; default %(default)s",
     )
+    measure_verb.add_argument(
+        "--encoder",
+        metavar="MODEL",
+        help="folder or name of a sentence encoder, for the package sentence-transformers: semantic entropy "
+        "and monosemanticity compare tokens by the text around them, not by the model's own unembedding",
+    )
     find_verb = verbs.add_parser(
         "find",
         help="which neurons fire on a text, a token or a pattern",
@@ -102,6 +124,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.set_defaults(call=call)
     neurons_find.add_arguments(find_verb)
     find_verb.set_defaults(call=neurons_find.run)
+    for name, command, summary in (
+        ("contrast", neurons_contrast, "which neurons are more often active in one text than in another"),
+        ("select", neurons_select, "write a set of neurons as interventions"),
+        ("ablate-set", neurons_ablate, "what a model loses of two texts without some neurons"),
+    ):
+        verb = verbs.add_parser(
+            name, help=summary, description=command.DESCRIPTION, epilog=f"example: {command.EXAMPLE}"
+        )
+        command.add_arguments(verb)
+        verb.set_defaults(call=command.run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -143,6 +175,8 @@ def _harvest(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         rows=arguments.batch_size,
         keep=arguments.keep,
+        dictionary=arguments.dictionary,
+        dictionary_tokens=arguments.dictionary_tokens,
         share=share,
     )
     store = Store(folder.store)
@@ -164,6 +198,8 @@ def _harvest_into(
     split: str = "heldout",
     rows: int | None = None,
     keep: int | None = None,
+    dictionary: str | None = None,
+    dictionary_tokens: int = fitting.DEFAULT_TOKENS,
     share: Share = ALL,
 ) -> None:
     config = model.config.model
@@ -174,8 +210,19 @@ def _harvest_into(
         raise UserError(f"--keep = {keep}: is for Base LMs; this model's layers keep {config.topk_k} already")
     if keep is not None and keep > config.d_model:
         raise UserError(f"--keep = {keep}: must be at most d_model = {config.d_model}")
+    if dictionary is not None and config.n_topk_layers:
+        raise UserError(
+            f"--dictionary = {dictionary}: is for Base LMs; this model's neurons are its coordinates"
+        )
     documents = open_documents(model.tokenizer, model.config.data, source, split)
     kind, layers = harvest_lib.kind_and_layers(config)
+    written_in = None
+    if dictionary is not None:
+        kind, keep = dictionary, keep or min(config.topk_k, config.d_model)
+        _check_kind(folder, kind)
+        written_in = _dictionary(
+            folder, model, mesh, progress, documents, kind, keep, dictionary_tokens, share
+        )
     metadata = Metadata(
         run=folder.run.resolve().name,
         step=model.step,
@@ -188,6 +235,7 @@ def _harvest_into(
         topk_activation=config.topk_activation,
         context_length=config.context_length,
         parts=share.count,
+        dictionary=written_in.description if written_in else "",
     )
     wanted = n_tokens if documents.n_tokens is None else min(n_tokens, documents.n_tokens)
     with disk_errors_are_user_errors(f"writing {folder.store}"):
@@ -211,11 +259,59 @@ def _harvest_into(
                 n_tokens=-(-n_tokens // share.count),
                 rows=rows,
                 keep=keep,
+                dictionary=written_in,
                 share=share,
                 report=tell,
             )
     if not writer.n_tokens and share.count == 1:
         raise UserError(f"--source = {source}: there is no text in it; give other text")
+
+
+def _check_kind(folder: NeuronsFolder, kind: str) -> None:
+    """Before minutes are spent on a dictionary: a store of something else would refuse it."""
+    if folder.store.exists() and (there := Store(folder.store).metadata.kind) != kind:
+        raise UserError(
+            f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
+            f"{folder.path}, or harvest in a copy of the run folder"
+        )
+
+
+def _dictionary(
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+    documents: Documents,
+    kind: str,
+    keep: int,
+    n_tokens: int,
+    share: Share,
+) -> Dictionary:
+    """The dictionary beside the store; it is made if there is none."""
+    if there := fitting.load_fitting(folder.dictionary, kind, keep, n_tokens):
+        return there
+    data = model.config.data
+    if documents.name == open_documents(model.tokenizer, data, split="train").name:
+        raise UserError(
+            "--split = train: a dictionary is made from the training text: harvest text that is held out"
+        )
+    if share.index:
+        raise UserError(f"{folder.dictionary} is missing: part 0 makes it; start the others when it is there")
+    made = fitting.fit(
+        kind,
+        model.config.model,
+        model.params,
+        mesh,
+        data,
+        documents,
+        keep=keep,
+        n_tokens=n_tokens,
+        progress=progress,
+    )
+    with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
+        made.save(folder.dictionary)
+    progress.say(f"{folder.dictionary}: {made.description}")
+    return made
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -225,7 +321,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     model, _ = _load(arguments.run, arguments.step)
     folder = NeuronsFolder(Path(arguments.run), model.step)
     settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
-    _measure_into(folder, model, TerminalProgress(console), settings)
+    _measure_into(folder, model, TerminalProgress(console), settings, arguments.encoder)
     if arguments.json:
         print(json.dumps({"table": str(folder.table)}))
     else:
@@ -233,16 +329,29 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _measure_into(
-    folder: NeuronsFolder, model: LanguageModel, progress: Progress, settings: Settings
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    progress: Progress,
+    settings: Settings,
+    encoder: str | None = None,
 ) -> None:
     store = Store(folder.store)
     if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or store.metadata.step != model.step:
         raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
-    # Parquet needs a package of the extra.
+    # Parquet needs a package of the extra, and the other one is slow to import.
+    from topklm.neurons.statistics import sentences  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
 
+    dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
+    windows = None
+    if encoder is not None:
+        loaded = sentences.load(encoder)
+        with progress.phase("embedding the text around each token", store.n_tokens) as report:
+            windows = sentences.embed(
+                store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
+            )
     with disk_errors_are_user_errors(f"writing {folder.table}"):
         measure(
             folder.table,
@@ -252,6 +361,8 @@ def _measure_into(
             separator_id=model.tokenizer.separator_id,
             settings=settings,
             progress=progress,
+            dictionary=dictionary,
+            windows=windows,
         )
 
 
@@ -268,9 +379,11 @@ def _load(run_folder: str, step: int | None) -> tuple[LanguageModel, jax.shardin
 def _summary(folder: NeuronsFolder, store: Store) -> str:
     metadata = store.metadata
     size = sum(path.stat().st_size for path in folder.store.rglob("*") if path.is_file())
-    what = (
-        "activations" if metadata.kind == harvest_lib.TOPK else "positive entries of a Base LM's hidden state"
-    )
+    what = "positive entries of a Base LM's hidden state"
+    if metadata.kind == harvest_lib.TOPK:
+        what = "activations"
+    elif metadata.dictionary:
+        what = f"codes of a Base LM's hidden state ({dictionary_lib.TITLES[metadata.kind]})"
     return (
         f"{folder.store}: {store.n_events:,} {what} of {len(metadata.layers)} layers at {store.n_tokens:,} "
         f"tokens, {size / 2**20:,.0f} MiB ({size / max(store.n_events, 1):.2f} bytes each)"

@@ -2,6 +2,7 @@
 
     neurons/labels.json           names that people gave (`topklm.neurons.labels`)
     neurons/1300/store/           activations of the checkpoint of step 1300 (`topklm.neurons.store`)
+    neurons/1300/dictionary.npz   where a Base LM was harvested with one: `topklm.neurons.dictionary`
     neurons/1300/neurons.parquet  their statistics (`topklm.neurons.statistics.table`)
     neurons/1300/index.sqlite     the explorer's index, made anew when it is missing
 
@@ -33,6 +34,11 @@ class NeuronsFolder:
     def store(self) -> Path:
         """Of the activations."""
         return self.path / "store"
+
+    @property
+    def dictionary(self) -> Path:
+        """Of the dictionary that the activations are written in, where there is one."""
+        return self.path / "dictionary.npz"
 
     @property
     def table(self) -> Path:

@@ -22,6 +22,7 @@ from topklm.model.losses import token_losses
 from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.activations import SparseActivations
+from topklm.neurons.dictionary import Dictionary, encode
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
 from topklm.neurons.texts import Documents
@@ -77,6 +78,7 @@ def harvest(
     n_tokens: int | None = None,
     rows: int | None = None,
     keep: int | None = None,
+    dictionary: Dictionary | None = None,
     share: Share = ALL,
     report: Report = lambda tokens, documents: None,
 ) -> int:
@@ -92,6 +94,8 @@ def harvest(
         n_tokens: How many the part shall hold, about; None: all there are.
         rows: B, over all devices; default `batch_rows`.
         keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
+        dictionary: Of a Base LM, what its hidden state is written in: the K largest codes are stored, and
+            `keep` says nothing. None: the coordinates as they are.
         share: Which documents.
         report: Told from time to time how far it is.
 
@@ -102,7 +106,7 @@ def harvest(
         UserError: If the store holds other text than this.
     """
     rows = rows or batch_rows(config, mesh)
-    model = _Program(config, params, mesh, keep)
+    model = _Program(config, params, mesh, keep, dictionary)
     length = config.context_length
     windows = _windows(documents, separator_id, length, share)
     windows = _behind(windows, writer.n_tokens)
@@ -151,21 +155,34 @@ def _first(windows: Iterator[Window], before: int, n_tokens: int | None) -> Iter
 class _Program:
     """The compiled forward pass, and what is taken from it."""
 
-    def __init__(self, config: ModelConfig, params: transformer.Parameters, mesh: Mesh, keep: int | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: transformer.Parameters,
+        mesh: Mesh,
+        keep: int | None,
+        dictionary: Dictionary | None,
+    ):
         self._config, self._params = config, params
         kind, self._layers = kind_and_layers(config)
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
         # faster than a TopK over them would; from other devices only k entries are fetched.
         on_host = mesh.devices.flat[0].platform == "cpu"
-        self._sparse = kind == TOPK and not on_host
+        self._sparse = (kind == TOPK or dictionary is not None) and not on_host
         self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._program = functools.partial(_forward, config, self._sparse, keep)
+        self._k = config.topk_k if dictionary is None else dictionary.keep
+        kept = (keep or config.d_model) if dictionary is None else dictionary.keep
+        self._program = functools.partial(_forward, config, self._sparse, kept)
+        self._written_in = None
+        if dictionary is not None:
+            arrays = (dictionary.centre, dictionary.encoder)
+            self._written_in = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
 
     def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
         """Reads a stretch; what is returned makes its segment."""
         n, d = len(packed.tokens), self._config.d_model
         losses = np.full(n, np.nan, np.float32)
-        shape = (len(self._layers), n, self._config.topk_k if self._sparse else d)
+        shape = (len(self._layers), n, self._k if self._sparse else d)
         values = np.empty(shape, jnp.bfloat16)
         indices = np.empty(shape, np.min_scalar_type(d - 1)) if self._sparse else None
         starts = range(0, len(packed.inputs), rows)
@@ -192,31 +209,41 @@ class _Program:
 
     def _start(self, packed: Packed, rows: slice) -> tuple[jax.Array, Any]:
         arrays = (packed.inputs[rows], packed.segment_ids[rows], packed.positions[rows])
-        return self._program(self._params, *jax.device_put(arrays, self._batch))
+        return self._program(self._params, *jax.device_put(arrays, self._batch), self._written_in)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
     config: ModelConfig,
     sparse: bool,
-    keep: int | None,
+    keep: int,
     params: transformer.Parameters,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
+    written_in: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Next-token losses float32[B, T], and what the layers hand on in bfloat16, sparse or [S, B, T, D]."""
+    """Next-token losses float32[B, T], and what the layers hand on in bfloat16, sparse or [S, B, T, D].
+
+    If `written_in` holds the centre and the encoder of a dictionary, its codes stand for what they hand on.
+    """
     n_layers = len(kind_and_layers(config)[1])
 
-    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
-        kept = h_next if config.n_topk_layers else topk(h_next, keep or config.d_model)
+    def stored(kept: jax.Array) -> jax.Array | SparseActivations:
         if not sparse:
             return kept.astype(jnp.bfloat16)
-        neurons = SparseActivations.from_dense(kept, config.topk_k)
+        neurons = SparseActivations.from_dense(kept, keep if written_in else config.topk_k)
         return dataclasses.replace(neurons, values=neurons.values.astype(jnp.bfloat16))
+
+    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
+        if written_in:  # a layer does not know its number: all of them are encoded together, below
+            return h_next
+        return stored(h_next if config.n_topk_layers else topk(h_next, keep))
 
     model = transformer.bind(config, params)
     h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=tap)
+    if written_in:
+        seen = stored(encode(*written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
     return nll_BT, jax.tree.map(lambda x: x[:n_layers], seen)

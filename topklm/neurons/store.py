@@ -37,13 +37,15 @@ class Metadata:
         step: Of the checkpoint.
         tokenizer_sha256: Of the tokenizer that made the tokens.
         source: What the text is, in words and fingerprints.
-        kind: "topk", what TopK layers hand on; or "dense", the positive part of what a Base LM's layers do.
+        kind: "topk", what TopK layers hand on; "dense", the positive part of what a Base LM's layers do; or
+            one of `dictionary.KINDS`, what those do, written in a dictionary.
         layers: The model's layers, rising; S of them.
         d_model: D, neurons per layer.
-        topk_k: k; D where the kind is dense.
+        topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
         topk_activation: As in the config.
         context_length: Tokens in a window.
         parts: Into how many shares the documents were dealt.
+        dictionary: `Dictionary.description`; empty where there is none.
     """
 
     run: str
@@ -57,6 +59,7 @@ class Metadata:
     topk_activation: str
     context_length: int
     parts: int = 1
+    dictionary: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -109,3 +109,28 @@ def test_the_columns_are_those_of_the_table(made):
     assert set(found) == {name for name in table.COLUMNS.names if name.startswith(prefixes)}
     for name, entries in found.items():
         assert len(entries) == 4, name
+
+
+def test_the_neurons_of_a_dictionary_are_directions_and_not_coordinates():
+    rng = np.random.default_rng(8)
+    directions = rng.standard_normal((L, D, D)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    made = lenses.make(configured(), params(), JACOBIANS, directions)
+    for layer in (0, 2):
+        found = lenses.columns(made, layer, 3, 9)
+        rows = {
+            "identity": directions[layer] @ of_identity(),
+            "jacobian": directions[layer] @ JACOBIANS[layer].T,
+        }
+        for name, of_neurons in rows.items():
+            whole = effects(of_neurons)[3:9]
+            order = np.argsort(whole, axis=1)
+            assert found[f"{name}_top"] == order[:, : -lenses.N_TOKENS - 1 : -1].tolist()
+            wanted = np.take_along_axis(whole, order[:, :10], axis=1)
+            np.testing.assert_allclose(found[f"{name}_bottom_effects"], wanted, rtol=1e-4, atol=1e-4)
+        nearest = similar.columns(made, layer, 3, 4)
+        unit = effects(rows["jacobian"])
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        cosines = unit @ unit[3]
+        cosines[3] = -2
+        assert nearest["similar_effect"][0] == np.argsort(-cosines)[: similar.N_NEAREST].tolist()

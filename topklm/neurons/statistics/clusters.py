@@ -40,11 +40,22 @@ def of_tokens(unembedding_DV: np.ndarray, n_clusters: int | None = None, seed: i
     n_clusters = min(default_count(len(rows)), len(rows)) if n_clusters is None else n_clusters
     if not 1 <= n_clusters <= len(rows):
         raise UserError(f"n_clusters = {n_clusters}: must be from 1 to {len(rows)}, the vocabulary's size")
+    _, labels = k_means(rows, n_clusters, seed)
+    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+
+
+def k_means(rows: np.ndarray, n_clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Centroids float32[C, D] and the nearest one of each row, int[V]; some may be nearest to none.
+
+    Args:
+        rows: float32[V, D].
+        n_clusters: C, at most; fewer where fewer rows differ.
+        seed: The same seed gives the same clusters.
+    """
     start = _spread(rows, n_clusters, np.random.default_rng(seed))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="One of the clusters is empty")
-        _, labels = vq.kmeans2(rows, start, iter=_STEPS, minit="matrix", check_finite=False)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+        return vq.kmeans2(rows, start, iter=_STEPS, minit="matrix", check_finite=False)
 
 
 def unit_rows(unembedding_DV: np.ndarray) -> np.ndarray:

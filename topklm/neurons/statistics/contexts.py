@@ -6,6 +6,8 @@ taken off, and what is left is scaled to unit length. That is our choice, not th
 unknown to us. Nothing has to be downloaded for it. Dims: N tokens of the store, V of the vocabulary, D width.
 """
 
+from typing import Protocol
+
 import numpy as np
 import scipy.sparse
 
@@ -44,6 +46,26 @@ def document_bounds(store: Store) -> np.ndarray:
     return np.unique(np.concatenate([*bounds, [store.n_tokens]]))
 
 
+class Embeddings(Protocol):
+    """Of the text at any token of a store."""
+
+    @property
+    def width(self) -> int:
+        """d, numbers in an embedding."""
+        ...
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """float32[n, d], mean-centred and of unit length or 0, for int[n] tokens of the store."""
+        ...
+
+
+def unit_or_zero(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit length; 0 where there is but what rounding leaves of nothing."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    there = lengths > _NOTHING
+    return np.where(there, rows, 0) / np.where(there, lengths, 1)
+
+
 class Contexts:
     """The context embedding of any token of a store, computed when asked for: none is kept.
 
@@ -77,10 +99,7 @@ class Contexts:
         Args:
             places: int[n], tokens of the store, in any order.
         """
-        centred = self._means(places) - self._centre
-        lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-        there = lengths > _NOTHING
-        return np.where(there, centred, 0) / np.where(there, lengths, 1)
+        return unit_or_zero(self._means(places) - self._centre)
 
     def _means(self, places: np.ndarray) -> np.ndarray:
         places = places.astype(np.int64)

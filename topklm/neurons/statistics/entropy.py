@@ -5,7 +5,8 @@ strength (`activity`) of neuron j at token n of the store, and v(n) the *input* 
 
     p(v | j) = sum of a[n, j] over n with v(n) = v  /  sum of a[n, j] over all n
     token entropy      H_tok(j) = - sum over v of p(v | j) ln p(v | j), in nats
-    semantic entropy   H_sem(j): the same of p(c | j) = sum of p(v | j) over the tokens v of cluster c
+    semantic entropy   H_sem(j): the same of p(c | j) = sum of p(v | j) over the tokens v of cluster c; or, of
+                       clusters of places, the share of the activation that falls on the places of c
 
 exp(H_tok) reads as an effective number of tokens. A neuron for a concept has a high token entropy and a low
 semantic one. What the clusters are is up to the caller; see `clusters`.
@@ -28,7 +29,9 @@ from topklm.neurons.store import Block
 TOP_TOKENS = 10
 
 
-def columns(block: Block, token_ids: np.ndarray, clusters: np.ndarray) -> Mapping[str, Any]:
+def columns(
+    block: Block, token_ids: np.ndarray, clusters: np.ndarray, of_places: np.ndarray | None = None
+) -> Mapping[str, Any]:
     """The columns of `table` that are about tokens and their clusters.
 
     Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies and no top tokens.
@@ -37,13 +40,18 @@ def columns(block: Block, token_ids: np.ndarray, clusters: np.ndarray) -> Mappin
         block: The neurons.
         token_ids: uint[N], of the whole store.
         clusters: int[V], the cluster of each token.
+        of_places: int[N], the cluster of each place in the store, where those of the tokens are not to count
+            (`sentences`).
 
     Returns:
         For each column one value for each neuron; None where there is none.
     """
     n_active = activity.n_active(block)
     by_token = by_group(block, token_ids, len(clusters))
-    by_cluster = merged(by_token, clusters)
+    if of_places is None:
+        by_cluster = merged(by_token, clusters)
+    else:
+        by_cluster = by_group(block, of_places, int(of_places.max()) + 1)
     token, semantic = plug_in(by_token), plug_in(by_cluster)
     top = top_tokens(by_token)
     return {

@@ -111,7 +111,9 @@ def _weighted_jacobians(
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
             past = decode.keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode.step(block, h_BD[:, None], of_last, past, seen_BT[:, None])
+            a_B1D, written_B1D, _ = decode.step(
+                block, h_BD[:, None], of_last, decode.own_behind(past, seen_BT[:, None])
+            )
             return jnp.where(passes_BD, (a_B1D + written_B1D)[:, 0], 0.0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])

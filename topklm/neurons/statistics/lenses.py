@@ -7,7 +7,9 @@
 
 Effects are per unit of activation. Logits are defined up to a constant, so the mean over the vocabulary is
 taken off. For a Base LM the positive part of a coordinate counts as the neuron; where it is active, that
-is the coordinate itself, so the formulas are the same.
+is the coordinate itself, so the formulas are the same. Where the hidden state is written in a dictionary
+(`topklm.neurons.dictionary`), the neuron is no coordinate, but one unit along its row d of
+the decoder: its effects are (d * scale) @ unembedding and (J_l d) @ unembedding.
 """
 
 from collections.abc import Mapping
@@ -36,34 +38,49 @@ class Lenses:
         jacobians: float32[L, D, D], from `jacobian.averaged_jacobians`.
         unembedding: float32[D, V], each row less its mean; no padding.
         gram: float32[D, D], unembedding @ unembedding.T: inner products of effects without the effects.
+        directions: float32[L, D, D], which direction of the hidden state each neuron is, row by row; None:
+            the coordinates.
     """
 
     scale: jax.Array
     jacobians: jax.Array
     unembedding: jax.Array
     gram: jax.Array
+    directions: jax.Array | None = None
 
     def jacobian_rows(self, layer: int, begin: int, end: int) -> jax.Array:
         """float32[n, D]: what the final state does per unit of each neuron from `begin` to `end` - 1."""
+        if self.directions is not None:
+            with jax.default_matmul_precision("float32"):
+                return self.directions[layer, begin:end] @ self.jacobians[layer].T
         return self.jacobians[layer, :, begin:end].T
 
-    def identity_rows(self, begin: int, end: int) -> jax.Array:
-        """The same for the identity lens."""
+    def identity_rows(self, begin: int, end: int, layer: int = 0) -> jax.Array:
+        """The same for the identity lens; for coordinates it is the same in all layers."""
+        if self.directions is not None:
+            return self.directions[layer, begin:end] * self.scale
         neurons = jnp.arange(begin, end)[:, None] == jnp.arange(len(self.scale))
         return jnp.where(neurons, self.scale, 0.0)
 
 
-def make(config: ModelConfig, params: transformer.Parameters, jacobians_LDD: jax.Array) -> Lenses:
+def make(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    jacobians_LDD: jax.Array,
+    directions_LDD: np.ndarray | None = None,
+) -> Lenses:
     """Both lenses.
 
     Args:
         config: The model's shape.
         params: Its parameters, on one device or a mesh.
         jacobians_LDD: From `jacobian.averaged_jacobians`.
+        directions_LDD: Of the neurons, unit rows; None: they are the coordinates.
     """
     with jax.default_matmul_precision("float32"):
         scale_D, centred_DV, gram_DD = _of_parameters(config, params)
-    return Lenses(scale_D, jacobians_LDD, centred_DV, gram_DD)
+    directions = None if directions_LDD is None else jnp.asarray(directions_LDD)
+    return Lenses(scale_D, jacobians_LDD, centred_DV, gram_DD, directions)
 
 
 def columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
@@ -81,7 +98,7 @@ def columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]
     """
     found: dict[str, list] = {}
     for name, rows in (
-        ("identity", lenses.identity_rows(begin, end)),
+        ("identity", lenses.identity_rows(begin, end, layer)),
         ("jacobian", lenses.jacobian_rows(layer, begin, end)),
     ):
         with jax.default_matmul_precision("float32"):

@@ -17,6 +17,7 @@ from topklm.config import ModelConfig
 from topklm.data.building.progress import Progress
 from topklm.errors import UserError
 from topklm.model import transformer
+from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import (
     ablation,
     activity,
@@ -28,6 +29,7 @@ from topklm.neurons.statistics import (
     jacobian,
     lenses,
     monosemanticity,
+    sentences,
     similar,
     table,
 )
@@ -49,6 +51,8 @@ def measure(
     separator_id: int,
     settings: Settings,
     progress: Progress,
+    dictionary: Dictionary | None = None,
+    windows: sentences.Windows | None = None,
 ) -> None:
     """Measures all neurons of a store, and writes the table.
 
@@ -60,29 +64,52 @@ def measure(
         separator_id: Of the tokenizer.
         settings: How much is sampled.
         progress: Shows how far it is.
+        dictionary: What the store's activations are written in. Logit effects are then those of its decoder's
+            directions, and nothing is set to 0. None: the hidden state's own coordinates.
+        windows: Embeddings of the text around each token by a sentence encoder, for semantic entropy and
+            monosemanticity; None: the model's own unembedding rows.
 
     Raises:
-        UserError: If the store is empty or damaged.
+        UserError: If the store is empty or damaged, or of another dictionary.
     """
     if store.n_tokens == 0:
         raise UserError(f"{store.folder} holds no tokens: run topklm neurons harvest")
     metadata = store.metadata
+    if metadata.dictionary != (dictionary.description if dictionary else ""):
+        raise UserError(
+            f"{store.folder} was harvested with another dictionary: delete both, and harvest again"
+        )
     token_ids = store.tokens(0, store.n_tokens)
     bounds = contexts.document_bounds(store)
     unembedding = _unembedding(config, params)
-    progress.say(f"clustering {config.vocab_size:,} tokens, and comparing the contexts of {store.n_tokens:,}")
-    of_token = clusters.of_tokens(unembedding, settings.n_clusters, settings.seed)
-    embedded = contexts.Contexts(token_ids, bounds, contexts.token_vectors(unembedding))
-    scores = monosemanticity.measure(store, embedded, settings.seed)
+    # JAX computes it while NumPy is busy with clusters and contexts: nobody waits for it before the lenses.
     progress.say(f"averaging the Jacobian over {settings.lens_contexts:,} contexts")
     jacobians = jacobian.averaged_jacobians(
         config, params, separator_id, store, n_contexts=settings.lens_contexts, seed=settings.seed
     )
-    both_lenses = lenses.make(config, params, jacobians)
+    clustered = f"{config.vocab_size:,} tokens" if windows is None else f"{store.n_tokens:,} windows"
+    progress.say(f"clustering {clustered}, and comparing the contexts of {store.n_tokens:,} tokens")
+    embedded: contexts.Embeddings
+    of_places = None
+    if windows is None:
+        of_token = clusters.of_tokens(unembedding, settings.n_clusters, settings.seed)
+        embedded = contexts.Contexts(token_ids, bounds, contexts.token_vectors(unembedding))
+    else:
+        of_token = np.arange(config.vocab_size)
+        embedded = windows
+        of_places = windows.clusters(
+            settings.n_clusters or clusters.default_count(config.vocab_size), settings.seed
+        )
+    scores = monosemanticity.measure(store, embedded, settings.seed)
+    directions = None
+    if dictionary is not None:
+        directions = np.zeros((config.n_layers, config.d_model, config.d_model), np.float32)
+        directions[list(metadata.layers)] = dictionary.decoder
+    both_lenses = lenses.make(config, params, jacobians, directions)
     effects = None
     # Of what was kept of a Base LM, most of the model does not know: it goes on with all of its hidden state.
-    is_part = metadata.kind == "dense" and metadata.topk_k < metadata.d_model
-    if settings.ablation_samples and not is_part:
+    is_part = metadata.kind != "topk" and metadata.topk_k < metadata.d_model
+    if settings.ablation_samples and not is_part and dictionary is None:
         with progress.phase("setting neurons to 0", 1000) as report:
             done = 0
 
@@ -108,7 +135,7 @@ def measure(
             "layer": [layer] * (end - begin),
             "neuron": range(begin, end),
             **activity.columns(block, store.n_tokens),
-            **entropy.columns(block, token_ids, of_token),
+            **entropy.columns(block, token_ids, of_token, of_places),
             **monosemanticity.columns(scores, layer, begin, end),
             **lenses.columns(both_lenses, layer, begin, end),
             **ablation.columns(effects, layer, begin, end),
@@ -135,11 +162,12 @@ def measure(
         source=metadata.source,
         n_tokens=store.n_tokens,
         n_documents=len(bounds) - 1,
-        embedding=EMBEDDING,
-        n_clusters=int(of_token.max()) + 1,
+        embedding=EMBEDDING if windows is None else windows.embedding,
+        n_clusters=int((of_token if of_places is None else of_places).max()) + 1,
+        dictionary=metadata.dictionary,
         details={
             **dataclasses.asdict(settings),
-            "context_window": contexts.WINDOW,
+            "context_window": contexts.WINDOW if windows is None else 2 * sentences.SIDE + 1,
             "ablation_tokens": min(store.n_tokens, ablation.MAX_TOKENS),
             "lens_context_tokens": jacobian.CONTEXT_TOKENS,
             "coactivation_tokens": min(store.n_tokens, coactivation.SAMPLE_TOKENS),

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.contexts import Contexts
+from topklm.neurons.statistics.contexts import Embeddings
 from topklm.neurons.store import Store
 
 _DENSE = 1 / 4  # share of activations that are not 0 from which on a dense product is the faster one
@@ -53,7 +53,7 @@ def columns(scores: Scores, layer: int, begin: int, end: int) -> Mapping[str, An
     }
 
 
-def measure(store: Store, contexts: Contexts, seed: int = 0) -> Scores:
+def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
     """The scores of all neurons, in one pass over the store, segment by segment.
 
     Memory is that of a segment, and 4 bytes for each token of the store: the permutation.

@@ -78,16 +78,19 @@ class Measured:
         run: Name of the run folder.
         step: Of the checkpoint.
         tokenizer_sha256: Of the tokenizer.
-        kind: "topk", or "dense": the positive part of a Base LM's hidden state.
+        kind: "topk"; "dense", the positive part of a Base LM's hidden state; or that of a dictionary which it
+            is written in: "random", "pca" or "sae".
         layers: The model's layers that have rows.
         d_model: D, neurons per layer.
-        topk_k: k; D where the kind is dense.
+        topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
         source: What the text was.
         n_tokens: Tokens of text; separators and padding are not among them.
         n_documents: Of which those are.
         embedding: What semantic entropy and monosemanticity compare tokens by.
         n_clusters: Of tokens, for semantic entropy.
         details: Sample sizes, seeds and the like, by name.
+        dictionary: How the dictionary was made; empty where there is none. Its logit effects are those of the
+            decoder's directions, and ablation effects are null.
     """
 
     run: str
@@ -103,6 +106,7 @@ class Measured:
     embedding: str
     n_clusters: int
     details: Mapping[str, Any]
+    dictionary: str = ""
 
 
 def write(path: Path, rows: pa.Table, measured: Measured) -> None:

@@ -1,0 +1,189 @@
+"""A dictionary: other directions than its own coordinates in which a Base LM's hidden state is written.
+
+    codes(h) = TopK(relu((h - centre) @ encoder)), the K largest      h is about centre + codes(h) @ decoder
+
+Each code is a neuron of the store that is harvested with it; what it stands for in the hidden state is its
+row of the decoder, of unit length, and no coordinate. Codes are never negative. How a dictionary is made is
+in `topklm.neurons.fitting`. Dims: S layers, N tokens, D d_model, M codes of a layer.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.errors import UserError
+from topklm.files import write_atomically
+from topklm.model.topk import topk
+
+KINDS = ("random", "pca", "sae")
+TITLES = {"random": "random dictionary", "pca": "PCA", "sae": "post-hoc TopK SAE"}
+
+FORMAT = 1
+
+_ARRAYS = ("centre", "encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dictionary:
+    """One dictionary for each layer, of one kind.
+
+    Attributes:
+        kind: One of `KINDS`.
+        keep: K, codes kept of each token.
+        centre: float32[S, D], what is taken off the hidden state.
+        encoder: float32[S, D, M].
+        decoder: float32[S, M, D], rows of unit length.
+        facts: How it was made, by name; what JSON can hold.
+    """
+
+    kind: str
+    keep: int
+    centre: np.ndarray
+    encoder: np.ndarray
+    decoder: np.ndarray
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of its arrays."""
+        found = hashlib.sha256()
+        for name in _ARRAYS:
+            found.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return found.hexdigest()
+
+    @property
+    def description(self) -> str:
+        """What it is, how it was made and its fingerprint, in a line."""
+        facts = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in self.facts.items())
+        width = self.decoder.shape[1]
+        return f"{TITLES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
+
+    def encode(self, h_SND: jax.Array) -> jax.Array:
+        """Codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""
+        return encode(jnp.asarray(self.centre), jnp.asarray(self.encoder), h_SND, self.keep)
+
+    def decode(self, codes_SNM: jax.Array) -> jax.Array:
+        """What codes [S, ..., M] say of the hidden state, float32[S, ..., D]."""
+        decoded = jnp.einsum("s...m,smd->s...d", codes_SNM, self.decoder, precision=jax.lax.Precision.HIGHEST)
+        return decoded + _per_layer(jnp.asarray(self.centre), decoded)
+
+    def save(self, path: Path) -> None:
+        """Writes it; it is there whole or not at all."""
+        content = {"format": FORMAT, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        to = io.BytesIO()
+        np.savez(to, about=np.array(json.dumps(content)), **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, to.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "Dictionary":
+        """What `save` has written.
+
+        Raises:
+            UserError: If it is missing, damaged, or of another version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                content = json.loads(str(found["about"]))
+                arrays = {name: found[name] for name in _ARRAYS}
+            version = content["format"]
+            if version == FORMAT:
+                return cls(content["kind"], content["keep"], facts=content["facts"], **arrays)
+        except FileNotFoundError as e:
+            raise UserError(f"{path} is missing: run topklm neurons harvest with --dictionary") from e
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+            raise UserError(f"{path} is damaged ({e}): delete it and the store, and harvest again") from e
+        raise UserError(
+            f"{path}: a dictionary of format {version}, this topklm reads {FORMAT}: harvest again"
+        )
+
+
+def check_coordinates(description: str, what: str) -> None:
+    """For whatever acts on neurons as coordinates of the hidden state.
+
+    Args:
+        description: `Metadata.dictionary` of a store, or `Measured.dictionary` of a table.
+        what: Names what is not done, e.g. "steering".
+
+    Raises:
+        UserError: If the neurons are codes of a dictionary.
+    """
+    if description:
+        raise UserError(
+            f"{what} acts on coordinates of the hidden state, and the neurons here are codes of a dictionary "
+            f"({description.partition(':')[0]}): use the run itself, harvested without --dictionary"
+        )
+
+
+def encode(centre_SD: jax.Array, encoder_SDM: jax.Array, h_SND: jax.Array, keep: int) -> jax.Array:
+    """As `Dictionary.encode`, for inside `jax.jit`.
+
+    Args:
+        centre_SD: float32.
+        encoder_SDM: float32.
+        h_SND: [S, ..., D], any float dtype.
+        keep: K.
+    """
+    h_SND = h_SND.astype(jnp.float32)
+    centred_SND = h_SND - _per_layer(centre_SD, h_SND)
+    codes_SNM = jnp.einsum("s...d,sdm->s...m", centred_SND, encoder_SDM, precision=jax.lax.Precision.HIGHEST)
+    return topk(codes_SNM, keep)
+
+
+def _per_layer(x_SD: jax.Array, like_SND: jax.Array) -> jax.Array:
+    return x_SD.reshape(len(x_SD), *[1] * (like_SND.ndim - 2), -1)
+
+
+class ExplainedVariance:
+    """Which share of the variance of vectors their reconstructions hold; filled stretch by stretch.
+
+        1 - sum of |x - its reconstruction|^2 / sum of |x - mean of all x|^2
+
+    so that to predict the mean gives 0, and what is perfect 1; worse than the mean is below 0. Both sums run
+    over all vectors that were added, in float64, so the number does not depend on how they were cut up.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int):
+        self._n, self._mean = 0, np.zeros(width)
+        self._error = self._scatter = 0.0
+
+    def add(self, x_ND: np.ndarray, reconstructed_ND: np.ndarray) -> None:
+        """Adds vectors, float[N, D] each."""
+        if not len(x_ND):
+            return
+        x_ND = x_ND.astype(np.float64)
+        self._error += float(np.square(x_ND - reconstructed_ND).sum())
+        n, mean = len(x_ND), x_ND.mean(axis=0)
+        # What two samples scatter about their common mean: Chan, Golub and LeVeque 1979.
+        between = np.square(mean - self._mean).sum() * self._n * n / (self._n + n)
+        self._scatter += float(np.square(x_ND - mean).sum() + between)
+        self._mean += (mean - self._mean) * n / (self._n + n)
+        self._n += n
+
+    @property
+    def value(self) -> float:
+        """The share; NaN where the vectors do not differ."""
+        return 1 - self._error / self._scatter if self._scatter else float("nan")
+
+
+def _said(value: Any) -> str:
+    """A fact as text."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return " / ".join(map(_said, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

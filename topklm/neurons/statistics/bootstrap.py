@@ -1,0 +1,198 @@
+"""How far figures of neurons would move with other documents: intervals by bootstrap over documents.
+
+Tokens of one document are not independent of each other, documents about are. So as many documents as there
+are are drawn with replacement, R times; a draw is a weight for each document, how often it was drawn. The
+figures of every neuron are computed anew from each draw, exactly, from sums by document that are made once:
+
+- *Entropies*: shares, distinct tokens (clusters) and activations are those of the drawn documents.
+- *Monosemanticity*: over pairs of different tokens of the drawn documents. A document that was drawn twice
+  counts as two, but is not compared with its own copy, whose contexts are the very same.
+
+What is held fixed: the model, the neurons, the clusters and the context embeddings, their centre included.
+A draw holds some two thirds of the documents and so fewer different tokens than the sample, and its entropies
+are lower, by more than they differ among draws: percentiles of the draws as they are would leave out the
+figure itself. So an interval is from the 2.5th to the 97.5th percentile of draws that are moved until their
+mean is the figure, and by how much is said beside it. It says how far the figure moves with the documents,
+not how far a sample of this size is from endless text. With few documents (books) it says little. The choices
+are ours. Dims: N tokens, G documents, R draws, D neurons per layer, d width of an embedding.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+
+import numpy as np
+import scipy.sparse
+
+from topklm.neurons.statistics.contexts import Embeddings
+from topklm.neurons.store import Block, Store
+
+FIGURES = ("token_entropy_corrected", "semantic_entropy_corrected", "monosemanticity")
+DRAWS = 1000
+LEVEL = 0.95
+
+_BLOCK_NEURONS = 16
+_STRETCH = 65_536
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """What neurons are compared on.
+
+    Attributes:
+        token_ids: int[N], the store's tokens.
+        groups: int[N], the cluster of each, from 0.
+        bounds: int64[G + 1], as `contexts.document_bounds` gives them.
+        embeddings: float32[N, d], of contexts; see `embed_all`.
+    """
+
+    token_ids: np.ndarray
+    groups: np.ndarray
+    bounds: np.ndarray
+    embeddings: np.ndarray
+
+
+def embed_all(contexts: Embeddings, n_tokens: int) -> np.ndarray:
+    """float32[N, d], the context of every token; 4 N d bytes."""
+    starts = range(0, n_tokens, _STRETCH)
+    return np.concatenate([contexts.at(np.arange(a, min(a + _STRETCH, n_tokens))) for a in starts])
+
+
+def document_weights(n_documents: int, n_draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """int64[G, R], how often each document is drawn; a column adds up to G.
+
+    Stores of the same text have the same documents: the same seed draws the same ones of each, so that draws
+    of two models may be subtracted from each other.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_draws).T
+
+
+def resample(
+    store: Store,
+    layer: int,
+    text: Text,
+    weights: np.ndarray,
+    report: Callable[[int], None] = lambda n: None,
+) -> dict[str, np.ndarray]:
+    """The figures of all neurons of a layer, from each draw.
+
+    Args:
+        store: Of activations.
+        layer: One of its layers.
+        text: The store's.
+        weights: [G, R], not negative whole numbers, of any dtype; all 1: the store as it is.
+        report: Told how many more neurons are done.
+
+    Returns:
+        For each of `FIGURES` float64[D, R]; NaN where a neuron has no such figure in a draw.
+    """
+    d_model = store.metadata.d_model
+    found: dict[str, np.ndarray] = {name: np.empty((d_model, weights.shape[1])) for name in FIGURES}
+    for begin in range(0, d_model, _BLOCK_NEURONS):
+        end = min(begin + _BLOCK_NEURONS, d_model)
+        block = store.block(layer, begin, end)
+        for number in range(end - begin):
+            for name, figures in of_neuron(block, number, text, weights).items():
+                found[name][begin + number] = figures
+        report(end - begin)
+    return found
+
+
+def of_neuron(block: Block, number: int, text: Text, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The figures of one neuron of a block from each draw, float64[R] each."""
+    part = slice(block.offsets[number], block.offsets[number + 1])
+    places, strengths = block.tokens[part], np.abs(block.values[part]).astype(np.float64)
+    documents = np.searchsorted(text.bounds, places, side="right") - 1
+    there, begins = np.unique(documents, return_index=True)  # rising, as places are
+    if not len(there):
+        return {name: np.full(weights.shape[1], np.nan) for name in FIGURES}
+    weights = weights[there].astype(np.float64)
+    own = np.searchsorted(there, documents)
+    n_active = np.diff([*begins, len(places)]) @ weights
+    return {
+        "token_entropy_corrected": _entropy(text.token_ids[places], own, strengths, weights, n_active),
+        "semantic_entropy_corrected": _entropy(text.groups[places], own, strengths, weights, n_active),
+        "monosemanticity": _pairs(text.embeddings[places], begins, strengths, weights, n_active),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Of a figure.
+
+    Attributes:
+        figure: From the sample as it is.
+        low: Where the interval begins.
+        high: Where it ends.
+        shift: Mean of the draws less the figure, which was taken off the draws.
+    """
+
+    figure: float
+    low: float
+    high: float
+    shift: float
+
+
+def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
+    """The interval that holds the middle `level` of draws float[R], moved so that their mean is the figure.
+
+    Draws that are NaN are left out.
+    """
+    shift = float(np.nanmean(draws) - figure)
+    low, high = np.nanquantile(draws - shift, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(figure, float(low), float(high), shift)
+
+
+def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Median and mean over the neurons that have them, of figures float64[D, R]: float64[R] each."""
+    with np.errstate(invalid="ignore"):
+        return {"median": np.nanmedian(figures, axis=0), "mean": np.nanmean(figures, axis=0)}
+
+
+def _entropy(
+    ids: np.ndarray, documents: np.ndarray, strengths: np.ndarray, weights: np.ndarray, n_active: np.ndarray
+) -> np.ndarray:
+    """As `entropy.plug_in` and `entropy.miller_madow`, of each draw: float64[R].
+
+    Args:
+        ids: int[E], a token or cluster.
+        documents: int[E], rows of `weights`.
+        strengths: float64[E], above 0.
+        weights: float64[G, R].
+        n_active: float64[R].
+    """
+    distinct, rows = np.unique(ids, return_inverse=True)
+    # Sums by token and document; the product with the weights is the sum of every token in every draw.
+    sums = scipy.sparse.csr_array((strengths, (rows, documents)), (len(distinct), len(weights))) @ weights
+    totals = sums.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # - sum of p ln p with p = s / total.
+        plug_in = np.log(totals) - np.where(sums > 0, sums * np.log(sums), 0).sum(axis=0) / totals
+        correction = (np.count_nonzero(sums, axis=0) - 1) / (2 * n_active)
+        return np.where(totals > 0, np.maximum(plug_in, 0) + correction, np.nan)
+
+
+def _pairs(
+    embeddings: np.ndarray,
+    begins: np.ndarray,
+    strengths: np.ndarray,
+    weights: np.ndarray,
+    n_active: np.ndarray,
+) -> np.ndarray:
+    """As `monosemanticity`, of each draw: float64[R].
+
+    With A_g = sum of a e over document g, and W_g how often it was drawn, pairs of different documents add up
+    to |sum of W_g A_g|^2 - sum of W_g^2 |A_g|^2, and those within one, W_g times, to |A_g|^2 - sum of
+    a^2 |e|^2.
+    """
+    weighed = embeddings * strengths[:, None]
+    vectors = np.add.reduceat(weighed, begins, axis=0)
+    lengths = np.square(vectors).sum(axis=1)
+    own = np.add.reduceat(np.square(strengths) * np.einsum("nd,nd->n", embeddings, embeddings), begins)
+    totals = np.add.reduceat(strengths, begins)
+    squares = np.add.reduceat(np.square(strengths), begins)
+    more = weights - np.square(weights)
+    similar = np.square(vectors.T @ weights).sum(axis=0) + lengths @ more - own @ weights
+    pairs = np.square(totals @ weights) + np.square(totals) @ more - squares @ weights
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((n_active < 2) | (pairs <= 0), np.nan, similar / pairs)
