@@ -10,7 +10,7 @@ import numpy as np
 from plain_loop import CONFIG, compilations, limited_logits, params_of, plain_loop
 import pytest
 
-from topklm.inference.cache import bucket
+from topklm.inference.cache import bucket, room_for
 from topklm.inference.generate import Generation
 from topklm.inference.programs import STEPS
 from topklm.inference.sampling import RowSampling, Sampling, draw
@@ -117,9 +117,11 @@ def test_texts_of_one_seed_differ_by_their_index():
     assert len({tuple(tokens) for tokens in found}) == 3
 
 
-def test_sizes_are_powers_of_two_up_to_the_context():
-    assert [bucket(n, 200) for n in (1, 32, 33, 64, 128, 129, 200)] == [32, 32, 64, 64, 128, 200, 200]
-    assert bucket(3, 16) == 16
+def test_sizes_are_powers_of_two_up_to_the_context_and_those_of_caches_finer():
+    lengths = (1, 16, 17, 33, 48, 49, 64, 96, 97, 129, 200)
+    assert [bucket(n, 200) for n in lengths] == [16, 16, 32, 64, 64, 64, 64, 128, 128, 200, 200]
+    assert [room_for(n, 200) for n in lengths] == [16, 16, 24, 48, 48, 64, 64, 96, 128, 150, 200]
+    assert bucket(3, 8) == room_for(3, 8) == 8
 
 
 def test_neither_sampling_nor_lengths_within_a_size_compile_anything():
@@ -128,9 +130,9 @@ def test_neither_sampling_nor_lengths_within_a_size_compile_anything():
 
     run(4, Sampling())
     with compilations() as compiled:
-        run(9, LIMITED, 3)
-        run(11, Sampling(temperature=0, seed=9), 40)
-        run(30, Sampling(top_k=3, repetition_penalty=0.5), 1)
+        run(9, LIMITED, 20)
+        run(11, Sampling(temperature=0, seed=9), 18)
+        run(16, Sampling(top_k=3, repetition_penalty=0.5), 12)
     assert compiled == []
 
 

@@ -69,6 +69,21 @@ def by_hand(h, layer, entries, prompt_lengths):
     return h
 
 
+def test_few_and_many_entries_are_one_formula():
+    h = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
+    many = [
+        Intervention(0, n, n - 3.5, ("clamp", "add", "scale", "ablate")[n % 4], (n % 4, 5)) for n in range(12)
+    ]
+    edited = [
+        jax.jit(lambda entries: entries.changes(CONFIG).edit(h, 0))(Interventions.of(CONFIG, part))
+        for part in (many[:8], many[8:])
+    ]
+    together = Interventions.of(CONFIG, many).changes(CONFIG).edit(h, 0)
+    assert len(Interventions.of(CONFIG, many[:8]).layer) == 8
+    np.testing.assert_array_equal(together, np.where(np.arange(24) < 8, *edited))
+    np.testing.assert_allclose(together, by_hand(h, 0, many, [9, 9]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
 def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack)

@@ -40,7 +40,7 @@ EXAMPLE = "topklm bench decode --config=configs/small.py --config.model.vocab_si
 
 BATCH_SIZES = (1, 32)
 _PROMPT_TOKENS = 16
-_NEW_TOKENS = 16
+_NEW_TOKENS = 64
 _SECONDS_PER_SAMPLE = 0.3
 _NO_TOKEN = -1  # ends nothing early, so that all sides do the same work
 _STEERED_NEURONS = 4
@@ -101,15 +101,17 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     config = config_lib.resolve(spec["config"])
     params = transformer.create(config.model, config.train.seed)
     prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
+    # As a loaded model keeps them from its first text on.
+    texts = functools.partial(continuations, layers=cache.by_layer(config.model, params))
     if spec.get("all_rows"):
         cache.SPARSE_SHARE = 0.0
-        one = functools.partial(continuations, config.model, params, prompts[:1], new_tokens)
+        one = functools.partial(texts, config.model, params, prompts[:1], new_tokens)
         return Prepared({_ALL_ROWS: one}, {})
     steer = Interventions.of(config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add")
     sides: dict[str, Callable[[], Any]] = {}
     for n in BATCH_SIZES:
-        plain = functools.partial(continuations, config.model, params, prompts[:n], new_tokens)
-        sides |= {f"batch {n}": plain, _steered(n): functools.partial(plain, steer)}
+        plain = functools.partial(texts, config.model, params, prompts[:n], new_tokens)
+        sides |= {f"batch {n}": plain, _steered(n): functools.partial(plain, steer=steer)}
     return Prepared(sides, {"prompt_tokens": _PROMPT_TOKENS, "steered_neurons": _STEERED_NEURONS})
 
 
@@ -119,6 +121,7 @@ def continuations(
     prompts: np.ndarray,
     new_tokens: int,
     steer: Interventions | None = None,
+    layers: cache.Layers = None,
 ) -> list[list[int]]:
     """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
     greedy = [Sampling(temperature=0)] * len(prompts)
@@ -131,6 +134,7 @@ def continuations(
         max_new_tokens=limits,
         stop_token=_NO_TOKEN,
         interventions=steer,
+        layers=layers,
     )
     while not generation.done:
         generation.advance()

@@ -26,7 +26,7 @@ from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
-SMALLEST_BUCKET = 32
+SMALLEST_BUCKET = 16
 STEPS = 16  # N; a cache has as many places more than are used, so that a whole buffer fits behind any text
 
 # Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
@@ -38,18 +38,27 @@ Cache = Any  # `KeysAndValues` of each layer, [B, K, C, d] each, in the same for
 
 
 def bucket(length: int, context_length: int) -> int:
-    """The power of two from 32 up that holds a length, but never more than the context."""
+    """The power of two from 16 up that holds a length, but never more than the context."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 2
     return min(size, context_length)
 
 
+def room_for(length: int, context_length: int) -> int:
+    """The power of two from 16 up, or one and a half times one, that holds a text; at most the context.
+
+    Finer than `bucket`: each token reads all places of the cache, used or not.
+    """
+    size = bucket(length, context_length)
+    return size * 3 // 4 if size > SMALLEST_BUCKET and length <= size * 3 // 4 else size
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """The parameters of the blocks in the form in which `step` reads them fastest.
 
-    That is a copy of them, to be made once for a text, not once a token: matrices in the compute dtype, to
+    That is a copy of them, to be made once for a model, not once a token: matrices in the compute dtype, to
     which each product would cast them, and one array for each layer where layers are not scanned.
     """
     _, stacked = nnx.split(transformer.bind(config, params).blocks)

@@ -5,7 +5,6 @@ Here is what happens on the host; the programs are in `programs`. They are compi
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -44,6 +43,7 @@ class Generation:
         interventions: Interventions | None = None,
         adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
+        layers: cache_lib.Layers = None,
     ):
         """Checks what is asked for; nothing is computed yet.
 
@@ -58,6 +58,7 @@ class Generation:
             adaptive: More neurons at uncertain tokens; the prompt, and what is run anew in a full context,
                 has the model's k.
             when_full: One of `WHEN_FULL`.
+            layers: `cache.by_layer` of the model, where it is there from an earlier text.
 
         Raises:
             ValueError: For what is not allowed, in one line.
@@ -71,7 +72,7 @@ class Generation:
         high_k = adaptive.check(config).high_k if adaptive else None
         self._plan = Plan.of(config, params)._replace(high_k=high_k)
         self._params = params
-        self._layers: Any = None
+        self._layers = layers
         self._kept_when_full = max(1, config.context_length // 2) if when_full == "halve" else None
         self._rows = Rows(
             RowSampling.of([one.check() for one in sampling]),
@@ -129,7 +130,7 @@ class Generation:
             present[row, self.texts[row]] = True
         self._rows = self._rows._replace(first=np.array(self._firsts, np.int32))
         need = max(limit - first for limit, first in zip(self._limits, self._firsts, strict=True))
-        size = max(cache_lib.bucket(min(need, context), context), tokens.shape[1])
+        size = max(cache_lib.room_for(min(need, context), context), tokens.shape[1])
         made = np.array([len(text) for text in self.texts], np.int32) - self._rows.prompt_lengths
         filled, logits = programs.run_whole(plan, self._params, self._rows, tokens, lengths)
         filled = programs.with_room(plan, filled, size)

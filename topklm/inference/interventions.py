@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,7 @@ _EVERY_ROW = -1
 _END = 2**31 - 1
 _RANGE = len(POSITIONS)
 _CLAMP, _ADD, _SCALE, _ABLATE, _BAN, _FORCE = range(len(MODES))
-# Kinds of change to a neuron; 0: none.
-_BANNED, _FORCED, _BEHIND = 1, 2, 3
+_FEW = 8  # entries; of more, a table of all neurons is made
 
 
 @functools.partial(
@@ -127,55 +126,33 @@ class Interventions:
                 Default: all tokens are the prompt.
         """
         lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
-        of_layers_LEX = self._of_layers(config)
 
-        def applies(batch: int, length: int) -> jax.Array:
+        def applies(like_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            batch, length, _ = like_BTD.shape
             positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
             applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
-            return jnp.broadcast_to(applies_BTE, (batch, length, len(self.layer)))
-
-        at_once = None
-        if positions_BT is not None and positions_BT.shape[1] == 1:
-            # Of single tokens the tables are small: one product makes those of all layers.
-            at_once = jax.vmap(functools.partial(_tables, applies(*positions_BT.shape)))(of_layers_LEX)
-
-        def of_layer(like_BTD: jax.Array, layer: jax.Array) -> _Tables:
-            if at_once is not None:
-                return jax.tree.map(lambda x: x[layer], at_once)
-            return _tables(applies(*like_BTD.shape[:2]), of_layers_LEX[layer])
+            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
 
         def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            kind_BTD = of_layer(u_BTD, layer).kind
             highest = jnp.finfo(u_BTD.dtype).max
             lowest = 0 if config.topk_activation == "abs" else -highest
-            bids_BTD = jnp.where(kind_BTD == _FORCED, highest, jnp.where(kind_BTD == _BANNED, lowest, u_BTD))
-            # Of these two, the bid is what stands there now; `edit` puts the activation in its place.
-            bids_BTD = bids_BTD.astype(u_BTD.dtype)
+            # What stands there now is the bid; `edit` puts the activation in its place.
+            bid = jnp.select([self.mode == _BAN, self.mode == _FORCE], [lowest, highest], 0.0)
+            factor = jnp.where((self.mode == _BAN) | (self.mode == _FORCE), 0.0, 1.0)
+            bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
             return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            change = of_layer(h_BTD, layer)
-            changed_BTD = h_BTD * change.factor + change.term
-            return jnp.where(change.kind > 0, changed_BTD, h_BTD).astype(h_BTD.dtype)
+            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
 
         return Changes(select, edit)
 
-    def _of_layers(self, config: ModelConfig) -> jax.Array:
-        """float32[L, E, 3 D]: of each neuron the kind of change, factor and term; 0 where there is none."""
+    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
+        """float32[E] each: all modes are `h * factor + term`, behind the TopK."""
         value = jnp.asarray(self.value, jnp.float32)
-        zero, one = jnp.zeros_like(value), jnp.ones_like(value)
-        # In the order of the modes; all of them are a factor and a term.
-        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [one, value], zero)
+        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [jnp.ones_like(value), value], 0.0)
         has_term = (self.mode == _CLAMP) | (self.mode == _ADD) | (self.mode == _FORCE)
-        term = jnp.where(has_term, value, zero)
-        kind = jnp.select(
-            [self.mode == _BAN, self.mode == _FORCE], [_BANNED * one, _FORCED * one], _BEHIND * one
-        )
-        numbers_E3 = jnp.stack([kind, factor, term], axis=1)
-        is_neuron_ED = self.neuron[:, None] == np.arange(config.d_model)
-        of_entry_E3D = numbers_E3[:, :, None] * is_neuron_ED[:, None, :]
-        in_layer_LE = np.arange(config.n_layers)[:, None] == self.layer
-        return (in_layer_LE[:, :, None, None] * of_entry_E3D).reshape(*in_layer_LE.shape, -1)
+        return factor, jnp.where(has_term, value, 0.0)
 
     def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
         """bool[B, T, E], by position and row."""
@@ -192,21 +169,28 @@ class Interventions:
         return f"Interventions({getattr(self.layer, 'shape', '?')})"
 
 
-class _Tables(NamedTuple):
-    """What is done to neurons at tokens, float32[B, T, D]: `h * factor + term` where kind is not 0."""
-
-    kind: jax.Array
-    factor: jax.Array
-    term: jax.Array
-
-
-def _tables(applies_BTE: jax.Array, entries_EX: jax.Array) -> _Tables:
-    """Of one layer; X = 3 D."""
-    # No two entries act on a neuron at one token, so each sum has one term: exact, if products are.
-    sums_BTX = jnp.einsum(
-        "bte,ex->btx", applies_BTE.astype(jnp.float32), entries_EX, precision=jax.lax.Precision.HIGHEST
+def _changed(
+    h_BTD: jax.Array, neuron_E: jax.Array, factor_E: jax.Array, term_E: jax.Array, applies_BTE: jax.Array
+) -> jax.Array:
+    """`h * factor + term` at the neurons of entries where they apply; at most one does at any place."""
+    is_neuron_ED = neuron_E[:, None] == np.arange(h_BTD.shape[-1])
+    if len(neuron_E) <= _FEW:
+        # Part of the loop over h that XLA makes in any case; a scatter would be a loop of its own.
+        changed_BTD = h_BTD.astype(jnp.float32)
+        for entry in range(len(neuron_E)):
+            here_BTD = applies_BTE[..., entry, None] & is_neuron_ED[entry]
+            changed = changed_BTD * factor_E[entry] + term_E[entry]
+            changed_BTD = jnp.where(here_BTD, changed, changed_BTD)
+        return changed_BTD.astype(h_BTD.dtype)
+    # Each sum has one term at most: exact, if products are.
+    numbers_E3D = (
+        jnp.stack([jnp.ones_like(factor_E), factor_E, term_E], axis=1)[:, :, None] * is_neuron_ED[:, None]
     )
-    return _Tables(*jnp.split(sums_BTX, 3, axis=-1))
+    sums_BT3D = jnp.einsum(
+        "bte,ecd->btcd", applies_BTE.astype(jnp.float32), numbers_E3D, precision=jax.lax.Precision.HIGHEST
+    )
+    here_BTD, factor_BTD, term_BTD = (sums_BT3D[:, :, i] for i in range(3))
+    return jnp.where(here_BTD > 0, h_BTD * factor_BTD + term_BTD, h_BTD).astype(h_BTD.dtype)
 
 
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:

@@ -14,6 +14,7 @@ from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference import hooks
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
+from topklm.inference.cache import Layers, by_layer
 from topklm.inference.generate import Generation
 from topklm.inference.interventions import Interventions, Steer
 from topklm.inference.programs import STEPS
@@ -192,6 +193,7 @@ class LanguageModel:
             interventions=None if steer is None else Interventions.of(config, steer, steer_mode),
             adaptive=adaptive,
             when_full=when_full,
+            layers=self._layers,
         )
         stop = check_stop(stop)
         streams = [TextStream(self.tokenizer, one, stop) for one in ids]
@@ -215,6 +217,11 @@ class LanguageModel:
     def to_str_tokens(self, text: str, prepend_separator: bool = True) -> list[str]:
         """The pieces that `to_tokens` cuts a text into."""
         return self.tokenizer.token_strings(np.asarray(self.to_tokens(text, prepend_separator))[0])
+
+    @functools.cached_property
+    def _layers(self) -> Layers:
+        """Of the parameters of the blocks, the copy that tokens are made with."""
+        return by_layer(self.config.model, self.params)
 
     def _facts(self) -> dict[str, str]:
         """What a reader wants to know first, for a notebook."""
