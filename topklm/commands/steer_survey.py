@@ -14,6 +14,7 @@ import topklm
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
 from topklm.files import is_bucket
+from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.steering import summary
@@ -125,6 +126,7 @@ def _open(run_folder: str, step: int | None) -> tuple[topklm.LanguageModel, Stor
     store = Store(folder.store)
     if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or store.metadata.step != model.step:
         raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    check_coordinates(store.metadata.dictionary, "steer --survey")
     return model, store
 
 

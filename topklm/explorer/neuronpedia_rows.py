@@ -90,7 +90,8 @@ class Rows:
         measured = self._measured
         creator = {"creatorId": self._creator_id, "visibility": "PUBLIC"}
         of_model = {"modelId": self._model_id, **creator}
-        what = f"{measured.run}, step {measured.step}: neurons of its hidden state ({measured.kind})"
+        kind = measured.dictionary or measured.kind
+        what = f"{measured.run}, step {measured.step}: neurons of its hidden state ({kind})"
         release = f"{self._model_id}-{self._set_name}"
         return {
             "release": {

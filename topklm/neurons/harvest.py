@@ -118,8 +118,9 @@ def harvest(
             if writing is not None:
                 writing.result()
             # Sorting and compressing one stretch takes less time than to run the next.
+            done = writer.n_tokens + len(packed.tokens)
             writing = thread.submit(lambda make: writer.append(make()), segment)
-            report(writer.n_tokens + len(packed.tokens), stretch[-1].document + 1)
+            report(done, stretch[-1].document + 1)
         if writing is not None:
             writing.result()
     return writer.n_tokens

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 
 from topklm.inference.language_model import LanguageModel
+from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.steering import concept as concept_lib
@@ -43,6 +44,7 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
     from topklm.neurons.statistics import table  # noqa: PLC0415
 
     rows, measured = table.read(folder.table)
+    check_coordinates(measured.dictionary, "steer")
     if layer not in measured.layers:
         return None
     # Sorted by layer and neuron.
