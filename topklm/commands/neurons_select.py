@@ -16,7 +16,6 @@ from topklm.files import is_bucket
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
-from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.matches import StoredText
@@ -149,7 +148,10 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
             f"{arguments.run} --step {model.step}"
         )
     store = Store(folder.store)
-    check_coordinates(store.metadata.dictionary, "an intervention")
+    if store.metadata.kind not in ("topk", "dense"):
+        raise UserError(
+            f"{folder.store} holds codes of a dictionary, which no intervention can set: harvest without one"
+        )
     matches = StoredText(store, model.tokenizer).matches(arguments.regex, ignore_case=not arguments.case)
     return selection.by_matches(
         store,
