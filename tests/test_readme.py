@@ -38,13 +38,20 @@ def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
 def commands_of(verbs, *docs):
     """(verb, arguments) of each command with one of the verbs in the README and some docs."""
     texts = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in docs)]
-    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    lines = [line.partition(" > ")[0] for line in "\n".join(texts).replace("\\\n", " ").splitlines()]
     commands = [re.fullmatch(rf"\s*topklm ({verbs}) (.*)", line) for line in lines]
     return [(command[1], shlex.split(command[2], comments=True)) for command in commands if command]
 
 
 @pytest.mark.parametrize(
-    ("verbs", "doc", "at_least"), [("prepare|data", "data.md", 10), ("neurons|explore", "neurons.md", 8)]
+    ("verbs", "doc", "at_least"),
+    [
+        ("prepare|data", "data.md", 10),
+        ("neurons|explore", "neurons.md", 8),
+        ("neurons", "contrast.md", 5),
+        ("steer|generate", "steering.md", 5),
+        ("serve|generate", "serving.md", 3),
+    ],
 )
 def test_commands_have_the_flags_that_there_are(verbs, doc, at_least):
     commands = commands_of(verbs, doc)

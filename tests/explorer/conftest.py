@@ -79,7 +79,8 @@ def serving(source: Source, token: str | None = None) -> Iterator[Site]:
     listening = server.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}) if token is None else None
-    running = server.make_server(Guard(app.create(source, lambda line: None), hosts, token))
+    pages = app.create(source, lambda line: None)
+    running = server.make_server(Guard(pages, hosts, token), closing=pages.state.closing)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not running.started:

@@ -1,6 +1,8 @@
 """A Base LM from text to pages: its neurons are the positive parts of its hidden state."""
 
 import dataclasses
+import json
+import re
 
 from conftest import serving
 import explored_run
@@ -8,8 +10,10 @@ from helpers import sentences, write_documents
 import pytest
 import saved_runs
 
+import topklm
 from topklm import cli
 from topklm.explorer.source import Source
+from topklm.explorer.steering import spelled
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
@@ -49,3 +53,21 @@ def test_its_pages_say_what_is_shown(base):
             assert answer.status == 200, answer.text
         shown = site.ask("/api/neurons/2/7").json
         assert shown["kind"] == "dense"
+
+
+def test_its_neurons_are_steered_too(base):
+    asked = {"prompt": "The baker", "value": "40", "max_new_tokens": "22"}
+    with serving(Source(base)) as site:
+        page = site.ask("/neurons/2/7").text
+        assert re.findall(r'<option value="(\w+)"[^>]*>\1: ', page) == ["clamp", "add", "scale", "ablate"]
+        answer = site.ask("/api/neurons/2/7/steer", form=asked)
+        assert answer.status == 200
+        *pieces, last = map(json.loads, answer.text.splitlines())
+        assert 0 <= last["ends"]["unsteered"]["active"] <= 1
+        refused = site.ask("/api/neurons/2/7/steer", form={**asked, "mode": "ban"})
+        assert refused.status == 400
+        assert "the layer has no TopK" in refused.json["error"]
+    model = topklm.load(base.run)
+    options = {"max_new_tokens": 22, "temperature": 0.7, "steer": {(2, 7): 40.0}}
+    written = "".join(piece["text"] for piece in pieces[1:] if piece["column"] == "steered")
+    assert written == spelled(model.generate(["The baker", ""], **options)[0].removeprefix("The baker"))

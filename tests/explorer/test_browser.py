@@ -1,11 +1,16 @@
 """Every page in a real browser: what a person does there, by mouse and by keyboard, wide and narrow."""
 
+import json
 import re
 import shutil
+import time
+from unittest import mock
 
 import pytest
 
 from topklm.explorer.export import export
+from topklm.inference.generate import Generation
+from topklm.inference.intervention import Intervention
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -264,6 +269,95 @@ def test_a_neuron_is_tried_on_a_text_of_ones_own(open_page):
     assert "text=The+old" in page.url
 
 
+@pytest.fixture(scope="module")
+def compiled(site):
+    """What writes texts of up to 32 tokens, so that no page has to wait for it."""
+    form = {"prompt": "The baker", "value": "1", "max_new_tokens": "22"}
+    assert site.ask("/api/neurons/1/17/steer", form=form).status == 200
+
+
+def test_a_neuron_is_steered_by_keyboard_and_the_page_can_be_sent_on(open_page, compiled):
+    page = open_page("/neurons/1/17", permissions=["clipboard-read", "clipboard-write"])
+    value = page.get_by_label("Strength", exact=True)
+    page.get_by_label("Prompt").fill('The "old" <i>')
+    page.get_by_role("spinbutton", name="Tokens").fill("18")
+    slider = page.get_by_role("slider")
+    slider.focus()
+    page.keyboard.press("End")
+    highest = float(value.input_value())
+    page.keyboard.press("ArrowLeft")
+    assert 0 < float(value.input_value()) < highest == float(slider.get_attribute("max"))
+    page.keyboard.press("Home")
+    assert (value.input_value(), slider.get_attribute("aria-valuetext")) == ("0", "0, 0 times the highest")
+    value.fill("3.5")
+    assert abs(float(slider.input_value()) - 3.5) < float(slider.get_attribute("step"))
+    mode = page.get_by_label("Mode", exact=True)
+    mode.select_option("ablate")
+    playwright.expect(value).to_be_disabled()
+    mode.select_option("scale")
+    assert (value.input_value(), slider.get_attribute("max")) == ("2", "4")
+    mode.select_option("clamp")
+    assert value.input_value() == "3.5"
+    page.get_by_role("spinbutton", name="Tokens").press("Enter")
+    page.get_by_text("Done").wait_for()
+    texts = {name: page.locator(f"[data-column={name}]").inner_text() for name in ("unsteered", "steered")}
+    assert all(text.startswith('The "old" <i>') for text in texts.values())
+    assert texts["steered"] != texts["unsteered"]
+    assert page.get_by_text("18 tokens").count() >= 1
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert serious_faults(page) == []
+    page.reload()
+    assert {name: page.locator(f"[data-column={name}]").inner_text() for name in texts} == texts
+    page.get_by_role("button", name="Copy as Python").click()
+    page.get_by_text("Copied").wait_for()
+    call = mock.Mock()
+    exec(page.evaluate("navigator.clipboard.readText()"), {"model": call})
+    options = {"max_new_tokens": 18, "temperature": 0.7, "seed": 0, "steer": {(1, 17): 3.5}}
+    call.generate.assert_called_once_with('The "old" <i>', **options)
+    page.get_by_label("Where").select_option("generated")
+    mode.select_option("add")
+    page.get_by_role("button", name="Copy as Python").click()
+    page.wait_for_function("async () => (await navigator.clipboard.readText()).includes('Intervention')")
+    exec(page.evaluate("navigator.clipboard.readText()"), {"model": call})
+    one = Intervention(1, 17, 3.5, "add", "generated")
+    assert call.generate.call_args.kwargs["steer"] == [one]
+    page.get_by_role("button", name="Copy as interventions").click()
+    page.wait_for_function("async () => (await navigator.clipboard.readText()).startsWith('{')")
+    (copied,) = json.loads(page.evaluate("navigator.clipboard.readText()"))["interventions"]
+    assert Intervention(**copied) == one
+
+
+def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled, monkeypatch):
+    class Endless(Generation):
+        done = False
+
+        def advance(self, steps):
+            time.sleep(0.02)
+            self.texts = [[*text, text[-1]] for text in self.texts]  # rrrr
+            return [text[-1:] for text in self.texts]
+
+    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    page = open_page("/neurons/1/17", viewport=PHONE)
+    page.get_by_label("Prompt").fill("The baker")
+    page.get_by_role("button", name="Write").click()
+    for name in ("unsteered", "steered"):
+        playwright.expect(page.locator(f"[data-column={name}]")).to_have_text(re.compile("^The bakerrrr"))
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped").wait_for()
+    monkeypatch.undo()
+    written = page.locator("[data-column=steered]").inner_text()
+    # The server has stopped too: the next has its turn.
+    page.get_by_role("spinbutton", name="Tokens").fill("22")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("Done").wait_for()
+    assert page.locator("[data-column=steered]").inner_text() != written
+    page.get_by_label("Prompt").fill("a" * 200)
+    page.get_by_role("button", name="Write").click()
+    page.get_by_role("alert").get_by_text("prompt has 200 tokens: at most 127").wait_for()
+
+
 def test_search_finds_passages_and_ranks_neurons(open_page):
     page = open_page("/search")
     page.get_by_role("searchbox").fill("lantern")
@@ -318,13 +412,19 @@ def test_markup_in_the_text_is_never_run(open_page, site):
     assert page.locator("main script, main img").count() == 0
 
 
-def test_without_scripts_everything_can_still_be_read_and_asked(open_page):
+def test_without_scripts_everything_can_still_be_read_and_asked(open_page, compiled):
     page = open_page("/neurons/0/3", java_script_enabled=False)
     assert page.get_by_role("heading", name="Identity lens").is_visible()
     page.goto("/prompt")
     page.get_by_label("Text", exact=True).fill("The old baker")
     page.get_by_role("button", name="Show neurons").click()
     assert page.locator("table.prompt tbody tr").count() == 13
+    page.goto("/neurons/1/17")
+    page.get_by_label("Prompt").fill("The baker")
+    page.get_by_role("spinbutton", name="Tokens").fill("22")
+    page.get_by_role("button", name="Write").click()
+    page.wait_for_url("**/neurons/1/17?prompt=The+baker&*#steer")
+    assert page.locator("[data-column=steered]").inner_text().startswith("The baker")
 
 
 def test_what_the_server_refuses_is_said_and_the_page_stays(open_page):

@@ -35,7 +35,7 @@ from topklm.web.security import comes_from_elsewhere
 
 
 def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
-    """The application.
+    """The application; its `state.closing` is to be called when the server is told to stop.
 
     Args:
         source: What the pages are about.
@@ -72,7 +72,9 @@ def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
         HTTPException: here.http_error,
         Exception: here.bug,
     }
-    return Starlette(routes=routes, exception_handlers=errors)
+    application = Starlette(routes=routes, exception_handlers=errors)
+    application.state.closing = here.steering.close
+    return application
 
 
 class _Explorer:

@@ -1,17 +1,18 @@
 """What requests carry, read with care, and work for them that is done in threads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import anyio
 import anyio.to_thread
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from topklm.errors import UserError
 
+_LONGEST_LINK = 60_000  # characters
 _MOST_WAITING = 16  # for the model, or for a regular expression
 
 
@@ -30,9 +31,14 @@ async def in_turn(turn: anyio.CapacityLimiter, function: Callable[..., Any], *ar
     Raises:
         BusyError: If too many wait already.
     """
+    check_not_busy(turn)
+    return await anyio.to_thread.run_sync(functools.partial(function, *arguments), limiter=turn)
+
+
+def check_not_busy(turn: anyio.CapacityLimiter) -> None:
+    """Raises BusyError if too many wait already."""
     if turn.statistics().tasks_waiting >= _MOST_WAITING:
         raise BusyError
-    return await anyio.to_thread.run_sync(functools.partial(function, *arguments), limiter=turn)
 
 
 async def field(request: Request, name: str) -> str:
@@ -41,17 +47,32 @@ async def field(request: Request, name: str) -> str:
     Raises:
         UserError: If there is none.
     """
+    value = (await fields(request)).get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{name} is missing: send it as text")
+    return value
+
+
+async def fields(request: Request) -> dict[str, Any]:
+    """All that was sent: texts in a form, or any values in a JSON object.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    content: Any
     if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
         try:
             content = await request.json()
         except (ValueError, RecursionError) as e:
             raise UserError("the request is no JSON: send an object") from e
-        value = content.get(name) if isinstance(content, dict) else None
+        content = content if isinstance(content, dict) else {}
     else:
-        value = _form(await request.body()).get(name)
-    if not isinstance(value, str):
-        raise UserError(f"{name} is missing: send it as text")
-    return value.replace("\r\n", "\n")  # which is what browsers make of a line break in a form
+        content = _form(await request.body())
+    # Browsers make the longer line break of any in a form.
+    return {
+        name: value.replace("\r\n", "\n") if isinstance(value, str) else value
+        for name, value in content.items()
+    }
 
 
 def _form(body: bytes) -> dict[str, str]:
@@ -71,6 +92,24 @@ def number(request: Request, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise UserError(f"{name} = {text}: must be a whole number")
     return int(text)
+
+
+def link(path: str, values: Mapping[str, str], place: str = "") -> Response:
+    """To a page about what was typed, which stands in its link, so that it can be reloaded and sent on.
+
+    Args:
+        path: Of the page.
+        values: What was typed, the text first.
+        place: Where on the page, as "#own-text".
+
+    Raises:
+        UserError: If it is too long for a link.
+    """
+    address = f"{path}?{urlencode(values, errors='replace')}{place}"
+    if len(address) > _LONGEST_LINK:
+        name, text = next(iter(values.items()))
+        raise UserError(f"{name} has {len(text):,} characters, which is too long: shorten it")
+    return RedirectResponse(address, 303)
 
 
 def file(content: bytes, media_type: str, name: str) -> Response:

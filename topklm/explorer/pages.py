@@ -26,6 +26,7 @@ from topklm.explorer.views.markup import (
     share_bar,
     shares,
     similar,
+    written,
 )
 from topklm.explorer.views.overview import Asked
 
@@ -66,6 +67,7 @@ def environment() -> jinja2.Environment:
         shares=shares,
         effects=effects,
         similar=similar,
+        written=written,
         activation_histogram=activation_histogram,
         share_bar=share_bar,
         first_columns=[figure for figure in figures.FIGURES if figure.first],

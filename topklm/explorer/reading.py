@@ -1,7 +1,9 @@
-"""The model run on a text that a person types."""
+"""The model run on a text that a person types, and texts that it writes."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
+from pathlib import Path
 import threading
 
 import jax
@@ -9,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
+from topklm.inference.cache import Layers, by_layer
+from topklm.inference.generate import Generation
+from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
+from topklm.inference.sampling import Sampling
 from topklm.neurons import names
 from topklm.neurons.activations import SparseActivations
+from topklm.neurons.dictionary import Dictionary, check_coordinates
+from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Metadata
 
 # Of a Base LM, whose neurons are nearly all active, only the strongest are told.
@@ -70,7 +79,117 @@ class Reader:
         Raises:
             UserError: If it is empty or too long, or the model cannot be loaded.
         """
-        ids = self._ids(text)
+        return self._reading(self.ids(text))
+
+    def neuron(self, text: str, layer: int, neuron: int) -> tuple[np.ndarray, np.ndarray]:
+        """One neuron on a text: ids int32[T] and values float32[T].
+
+        Raises:
+            UserError: As `read`.
+        """
+        ids = self.ids(text)
+        return ids, self.activations(ids, layer, neuron)
+
+    def activations(self, ids: np.ndarray, layer: int, neuron: int) -> np.ndarray:
+        """One neuron on tokens int[T], of which there are at most `most_tokens`: float32[T]."""
+        if self._is_topk or self._dictionary is not None:
+            reading = self._reading(ids)
+            place = reading.layers.index(layer)
+            found = np.where(reading.indices[place] == neuron, reading.values[place], 0)
+            return found.sum(axis=-1, dtype=np.float32)
+        name = names.of(layer, names.RESID_POST)
+        with self._lock:
+            _, cache = self.model.run_with_cache(self._padded(ids), name)
+            values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)
+        return np.maximum(values, 0)
+
+    def generation(
+        self,
+        ids: np.ndarray,
+        sampling: Sampling,
+        max_new_tokens: int,
+        interventions: Sequence[Sequence[Intervention]],
+    ) -> Generation:
+        """Texts that begin alike, int[T] behind a separator, each with interventions of its own.
+
+        Raises:
+            UserError: For what the model cannot do.
+        """
+        if any(interventions):
+            check_coordinates(self._metadata.dictionary, "steering")
+        config, separator = self.model.config.model, self.model.tokenizer.separator_id
+        rows = [dataclasses.replace(one, row=row) for row, some in enumerate(interventions) for one in some]
+        try:
+            return Generation(
+                config,
+                self.model.params,
+                [[separator, *ids.tolist()]] * len(interventions),
+                [sampling.check()] * len(interventions),
+                max_new_tokens=[max_new_tokens] * len(interventions),
+                stop_token=separator,
+                interventions=Interventions.of(config, rows),
+                layers=self._layers,
+            )
+        except ValueError as e:
+            raise UserError(str(e)) from e
+
+    def advance(self, generation: Generation, steps: int) -> list[list[int]]:
+        """Some more tokens of each of its texts; the model is held no longer than they take."""
+        with self._lock:
+            return generation.advance(steps)
+
+    def ids(self, text: str, name: str = "text") -> np.ndarray:
+        """The tokens of a text, int32[T].
+
+        Args:
+            text: What somebody typed.
+            name: Of the field that it was typed into.
+
+        Raises:
+            UserError: If it is empty or too long, or the model cannot be loaded.
+        """
+        # JSON may hold halves of surrogate pairs, which are no text.
+        text = text.encode("utf-8", "replace").decode()
+        if not text.strip():
+            raise UserError(f"{name} is empty: type a few words")
+        ids = self.model.tokenizer.encode(text)
+        if len(ids) > self.most_tokens:
+            raise UserError(
+                f"{name} has {len(ids):,} tokens: at most {self.most_tokens:,}, the model's context length "
+                "less one; shorten it"
+            )
+        return ids
+
+    @functools.cached_property
+    def _layers(self) -> Layers:
+        """What tokens are made with, the same for every text."""
+        return by_layer(self.model.config.model, self.model.params)
+
+    @property
+    def _is_topk(self) -> bool:
+        return self._metadata.kind == "topk"
+
+    @functools.cached_property
+    def _dictionary(self) -> Dictionary | None:
+        """What the store's activations are written in, if they are.
+
+        Raises:
+            UserError: If it is missing, or another.
+        """
+        if not self._metadata.dictionary:
+            return None
+        found = Dictionary.load(NeuronsFolder(Path(self._run), self._metadata.step).dictionary)
+        if found.description != self._metadata.dictionary:
+            raise UserError("the store was harvested with another dictionary: delete both, and harvest again")
+        return found
+
+    def _codes(self, hidden: list[jax.Array]) -> SparseActivations:
+        """All codes of [1, B, T, D] of each layer."""
+        assert self._dictionary is not None
+        codes = self._dictionary.encode(jnp.concatenate(hidden))
+        return SparseActivations.from_dense(codes, self._dictionary.keep)
+
+    def _reading(self, ids: np.ndarray) -> Reading:
         layers, n = self._metadata.layers, len(ids)
         with self._lock:
             if self._is_topk:
@@ -79,33 +198,13 @@ class Reader:
             else:
                 wanted = [names.of(layer, names.RESID_POST) for layer in layers]
                 _, cache = self.model.run_with_cache(self._padded(ids), wanted)
-                found = [_strongest(cache[name][None]) for name in wanted]
+                hidden = [cache[name][None] for name in wanted]
+                found = [_strongest(h) for h in hidden] if self._dictionary is None else [self._codes(hidden)]
             indices, values = (
                 np.concatenate([np.asarray(getattr(part, name)) for part in found])[:, 0, 1 : n + 1]
                 for name in ("indices", "values")
             )
         return Reading(ids, layers, indices, values.astype(np.float32))
-
-    def neuron(self, text: str, layer: int, neuron: int) -> tuple[np.ndarray, np.ndarray]:
-        """One neuron on a text: ids int32[T] and values float32[T].
-
-        Raises:
-            UserError: As `read`.
-        """
-        if self._is_topk:
-            reading = self.read(text)
-            place = reading.layers.index(layer)
-            found = np.where(reading.indices[place] == neuron, reading.values[place], 0)
-            return reading.ids, found.sum(axis=-1, dtype=np.float32)
-        ids, name = self._ids(text), names.of(layer, names.RESID_POST)
-        with self._lock:
-            _, cache = self.model.run_with_cache(self._padded(ids), name)
-            values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)
-        return ids, np.maximum(values, 0)
-
-    @property
-    def _is_topk(self) -> bool:
-        return self._metadata.kind == "topk"
 
     def _padded(self, ids: np.ndarray) -> np.ndarray:
         """int32[1, T'], the separator and the text; what stands behind it changes nothing before it."""
@@ -114,19 +213,6 @@ class Reader:
         padded = np.full((1, length), self.model.tokenizer.separator_id, np.int32)
         padded[0, 1:n] = ids
         return padded
-
-    def _ids(self, text: str) -> np.ndarray:
-        # JSON may hold halves of surrogate pairs, which are no text.
-        text = text.encode("utf-8", "replace").decode()
-        if not text.strip():
-            raise UserError("text is empty: type a few words")
-        ids = self.model.tokenizer.encode(text)
-        if len(ids) > self.most_tokens:
-            raise UserError(
-                f"text has {len(ids):,} tokens: at most {self.most_tokens:,}, the model's context length "
-                "less one; shorten it"
-            )
-        return ids
 
 
 def _strongest(hidden: jax.Array) -> SparseActivations:

@@ -27,4 +27,5 @@ def serve(source: Source, host: str, port: int, ready: Callable[[str], None] = p
     pages = app.create(source)
     guarded = Guard(pages, server.names_of(host, port) if token is None else None, token)
     address = f"http://{server.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
-    server.run(server.make_server(guarded), listening, lambda: ready(address))
+    running = server.make_server(guarded, closing=pages.state.closing)
+    server.run(running, listening, lambda: ready(address))

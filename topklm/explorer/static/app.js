@@ -3,6 +3,7 @@
 import "./fragments.js";
 import { focus, follow, listen } from "./keys.js";
 import { restore, toggle, toggleTheme } from "./look.js";
+import { startSteering } from "./steer.js";
 import { makeTabs } from "./tabs.js";
 
 const help = document.querySelector("#help");
@@ -79,4 +80,5 @@ function piece({ text, level, value, example }) {
 }
 
 makeTabs(document);
+startSteering(document.querySelector("#steer"));
 restore();

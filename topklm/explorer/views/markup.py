@@ -187,6 +187,19 @@ def similar(items: Iterable[Mapping[str, Any]], link: Link) -> Markup:
     return Markup("".join(drawn))
 
 
+def written(pieces: Iterable[Mapping[str, Any]]) -> Markup:
+    """What a model wrote, with a neuron's input tokens marked.
+
+    Args:
+        pieces: As the steering has them.
+    """
+    drawn = (
+        f'<mark class="found">{escape(one["text"])}</mark>' if one["input_token"] else escape(one["text"])
+        for one in pieces
+    )
+    return Markup("".join(map(str, drawn)))
+
+
 def share_bar(share: float, kind: str = "") -> Markup:
     """A bar beside a number, from 0 to 1."""
     return Markup(_bar(share, kind))

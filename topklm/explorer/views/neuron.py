@@ -13,7 +13,7 @@ from topklm.neurons.statistics.table import RANGE_PARTS
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
 
-_LISTED_TOKENS = 10
+LISTED_TOKENS = 10  # of each kind on a page
 
 LabelOf = Mapping[tuple[int, int], str]
 
@@ -45,6 +45,7 @@ def neuron(
         "run": measured.run,
         "step": measured.step,
         "kind": measured.kind,
+        "dictionary": measured.dictionary,
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
@@ -136,7 +137,7 @@ def part_titles() -> list[str]:
 def _weighed(
     source: Source, row: Mapping[str, Any], ids: str, weights: str, name: str
 ) -> list[dict[str, Any]]:
-    found = list(zip(row[ids] or (), row[weights] or (), strict=True))[:_LISTED_TOKENS]
+    found = list(zip(row[ids] or (), row[weights] or (), strict=True))[:LISTED_TOKENS]
     texts = source.texts([token for token, _ in found])
     return [
         {"id": token, "token": text, name: weight} for (token, weight), text in zip(found, texts, strict=True)

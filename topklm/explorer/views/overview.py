@@ -95,6 +95,7 @@ def overview(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
         "run": measured.run,
         "step": measured.step,
         "kind": measured.kind,
+        "dictionary": measured.dictionary,
         "d_model": measured.d_model,
         "topk_k": measured.topk_k,
         "source": measured.source,

@@ -1,0 +1,135 @@
+"""What Steer boxes are answered: a stream of both texts, or a page with them."""
+
+from collections.abc import Awaitable, Callable
+import dataclasses
+import json
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from topklm.errors import UserError
+from topklm.explorer.asking import BusyError, check_not_busy, fields, in_thread, in_turn, link
+from topklm.explorer.reading import Reader
+from topklm.explorer.source import Source
+from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
+from topklm.explorer.views.steering import box
+from topklm.web.security import comes_from_elsewhere
+
+_PLACE = "#steer"  # of the box on its page
+
+Line = dict[str, Any]
+Say = Callable[[Line], Awaitable[None]]
+
+
+class SteeringAnswers:
+    """One pair of texts is written at a time; between a few tokens, others have the model.
+
+    Args:
+        source: Of the neurons.
+        reader: Of the model.
+        model_turn: Of whoever uses the model.
+    """
+
+    def __init__(self, source: Source, reader: Reader, model_turn: anyio.CapacityLimiter):
+        self._source, self._reader, self._model_turn = source, reader, model_turn
+        self._turn = anyio.CapacityLimiter(1)
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends what is being written, for a server that is told to stop; the last line is then missing."""
+        self._closing = True
+
+    async def stream(self, request: Request) -> Response:
+        """Lines of JSON: the prompt, pieces of both columns as they come, and last what became of each."""
+        writing = await self._begin(request, Settings.of(await fields(request)))
+        return _Lines(lambda say: self._write(writing, say))
+
+    async def to_page(self, request: Request) -> Response:
+        """Sends on to the page with both texts, which has all settings in its link."""
+        place = request.path_params
+        self._source.number(place["layer"], place["neuron"])
+        content = await fields(request)
+        chosen = {name: str(content[name]) for name in NAMES if name in content}
+        return link(f"/neurons/{place['layer']}/{place['neuron']}", chosen, _PLACE)
+
+    async def box(self, request: Request) -> dict[str, Any]:
+        """What the box of a page shows: both texts, if the link asks for them."""
+        place, asked = request.path_params, request.query_params
+        shown = await in_thread(box, self._source, place["layer"], place["neuron"])
+        if "prompt" not in asked:
+            return shown
+        chosen = {name: asked[name] for name in NAMES if name in asked}
+        shown["chosen"] |= chosen
+        if not comes_from_elsewhere(request.headers):
+            try:
+                shown["written"] = await self._whole(request, Settings.of(chosen))
+            except UserError as e:
+                shown["problem"] = str(e)
+        return shown
+
+    async def _whole(self, request: Request, settings: Settings) -> Line:
+        lines: list[Line] = []
+
+        async def keep(line: Line) -> None:
+            lines.append(line)
+
+        await self._write(await self._begin(request, settings), keep)
+        if "ends" not in lines[-1]:
+            raise BusyError
+        pieces = {name: [line for line in lines[1:-1] if line["column"] == name] for name in COLUMNS}
+        return {"prompt": lines[0]["prompt"], "pieces": pieces, "ends": lines[-1]["ends"]}
+
+    async def _begin(self, request: Request, settings: Settings) -> Writing:
+        check_not_busy(self._turn)
+        place = request.path_params["layer"], request.path_params["neuron"]
+        return await in_turn(self._model_turn, Writing, self._source, self._reader, *place, settings)
+
+    async def _write(self, writing: Writing, say: Say) -> None:
+        async with self._turn:
+            await say({"prompt": writing.prompt})
+            while not writing.done:
+                if self._closing:
+                    return
+                for piece in await self._with_model(writing.more):
+                    await say(dataclasses.asdict(piece))
+            ends = await self._with_model(writing.ends)
+            await say({"ends": {column: dataclasses.asdict(end) for column, end in ends.items()}})
+
+    async def _with_model(self, function: Callable[[], Any]) -> Any:
+        # Who has begun may wait for the model, however many others do.
+        return await anyio.to_thread.run_sync(function, limiter=self._model_turn)
+
+
+class _Lines(Response):
+    """Lines of JSON as they come, until they end or the client goes.
+
+    Args:
+        write: Is given what sends a line.
+    """
+
+    def __init__(self, write: Callable[[Say], Awaitable[None]]):
+        super().__init__(media_type="application/x-ndjson", headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._write = write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_line(line: Line) -> None:
+            body = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_cancel_when_gone, receive, tasks.cancel_scope)
+            await self._write(send_line)
+            tasks.cancel_scope.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

@@ -1,0 +1,112 @@
+"""The Steer box of a neuron's page: what can be chosen there, and what is chosen at first."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from topklm.explorer.source import Source
+from topklm.explorer.steering import MOST_NEW_TOKENS, Settings
+
+_MULTIPLES = 4  # the slider ends at so many times the highest activation
+_STEPS = 100  # or more, of the slider
+_PROMPT_TOKENS, _PROMPT_WORDS = 24, 4  # at most, and at least
+_SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*\s+")
+_EXAMPLES = 5  # that are looked at for a prompt
+
+MODES = {
+    "clamp": "set its activation to the strength",
+    "add": "add the strength to its activation",
+    "scale": "multiply its activation by the strength",
+    "ablate": "set its activation to 0",
+    "ban": "take it out of the competition; the next neuron has its place among the k",
+    "force": "give it a place among the k, with the strength for its activation",
+}
+COMPETING = ("ban", "force")
+POSITIONS = {"all": "the whole text", "prompt": "the prompt", "generated": "only what is written"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Strengths:
+    """The scale of the slider, in units of the neuron's activation.
+
+    Attributes:
+        highest: The highest activation seen; of a dead neuron, the median of those of its layer.
+        mean: Over the tokens at which the neuron is active; None for a dead one.
+        step: Of the slider, a power of ten.
+        end: Where it ends, a multiple of the step.
+    """
+
+    highest: float
+    mean: float | None
+    step: float
+    end: float
+
+    @classmethod
+    def of(cls, highest: float, mean: float | None) -> "Strengths":
+        """From 0 to `_MULTIPLES` times the highest activation."""
+        step = 10.0 ** math.floor(math.log10(_MULTIPLES * highest / _STEPS))
+        # Not further for what is only rounding.
+        steps = math.ceil(_MULTIPLES * highest / step * (1 - 1e-9))
+        return cls(highest, mean, step, steps * step)
+
+    def rounded(self, multiple: float) -> float:
+        """So many times the highest activation, on a step of the slider."""
+        return round(multiple * self.highest / self.step) * self.step
+
+    def marks(self) -> list[tuple[float, float, str]]:
+        """Those under the slider: the value, its place in percent, and the name."""
+        named = [(0.0, "0"), (self.highest, "highest")]
+        named += [(n * self.highest, f"{n}\N{MULTIPLICATION SIGN}") for n in range(2, _MULTIPLES + 1)]
+        return [(value, 100 * value / self.end, name) for value, name in named]
+
+
+def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
+    """What the box shows.
+
+    Raises:
+        UserError: If there is no such neuron.
+    """
+    row = source.row(
+        source.number(layer, neuron), ["max_activation", "mean_activation", "examples", "example_parts"]
+    )
+    strengths = Strengths.of(row["max_activation"] or _usual(source, layer), row["mean_activation"])
+    strongest = [
+        at for at, part in zip(row["examples"] or (), row["example_parts"] or (), strict=True) if part == 0
+    ]
+    prompts = (_before(source, at) for at in strongest[:_EXAMPLES])
+    settings = Settings(next(filter(None, prompts), ""), value=strengths.rounded(1))
+    has_topk = source.measured.kind == "topk"
+    return {
+        "strengths": strengths,
+        "modes": {mode: about for mode, about in MODES.items() if has_topk or mode not in COMPETING},
+        "positions": POSITIONS,
+        "most_new_tokens": MOST_NEW_TOKENS,
+        "chosen": {name: _written(value) for name, value in dataclasses.asdict(settings).items()},
+        "written": None,
+        "problem": "",
+    }
+
+
+def _before(source: Source, at: int) -> str:
+    """The words before a token, from the beginning of a sentence if there is one among them."""
+    begin = max(source.window(at, 2 * _PROMPT_TOKENS).begin, at - _PROMPT_TOKENS)
+    text = source.plain_text(begin, at).strip("\N{REPLACEMENT CHARACTER}")
+    if begin not in source.documents[0]:
+        text = text.partition(" ")[2]  # it may have begun inside of a word
+    sentences = [text[end.end() :] for end in _SENTENCE_END.finditer(text)]
+    long_enough = [rest for rest in sentences if len(rest.split()) >= _PROMPT_WORDS]
+    return " ".join((long_enough or [text])[-1].split())
+
+
+def _usual(source: Source, layer: int) -> float:
+    first = source.number(layer, 0)
+    highest = source.column("max_activation")[first : first + source.measured.d_model]
+    seen = highest[np.isfinite(highest) & (highest > 0)]
+    return float(np.median(seen)) if len(seen) else 1.0
+
+
+def _written(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
