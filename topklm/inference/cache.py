@@ -21,7 +21,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import decode, transformer
 from topklm.model.attention import Rotation, rotation_angles
-from topklm.model.decode import KeysAndValues
+from topklm.model.decode import Joined, KeysAndValues
 from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
@@ -31,6 +31,8 @@ STEPS = 16  # N; a cache has as many places more than are used, so that a whole 
 
 # Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
 SPARSE_SHARE = 0.5
+
+_JOINED = ("query", "key", "value", "gate", "up")  # modules whose matrices stand side by side
 
 # Of every layer: one array with a leading layer axis where layers are scanned, else a tuple of L.
 Layers = Any
@@ -61,11 +63,28 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     That is a copy of them, to be made once for a model, not once a token: matrices in the compute dtype, to
     which each product would cast them, and one array for each layer where layers are not scanned.
     """
-    _, stacked = nnx.split(transformer.bind(config, params).blocks)
+    blocks = transformer.bind(config, params).blocks
+    attention, mlp = blocks.attention, blocks.mlp
+    side_by_side = Joined(
+        jnp.concatenate(
+            [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)], -1
+        ),
+        jnp.concatenate([mlp.gate.kernel[...], mlp.up.kernel[...]], -1),
+    )
+    leaves = [
+        # What stands in the joined ones is not kept twice.
+        jnp.zeros((config.n_layers, 0)) if _module(path) in _JOINED else leaf
+        for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(blocks)))
+    ]
     dtype = jnp.dtype(config.dtype)
     # Norms have one axis besides that of the layers, and stay as they are: they multiply in float32.
-    leaves = [leaf.astype(dtype) if leaf.ndim > 2 else leaf for leaf in jax.tree.leaves(stacked)]
+    leaves = [leaf.astype(dtype) if leaf.ndim > 2 else leaf for leaf in (*leaves, *side_by_side)]
     return leaves if _scans(config) else _unstack(leaves)
+
+
+def _module(path: tuple) -> str:
+    """The name of the module that a parameter belongs to."""
+    return path[-2].key
 
 
 def prefill(
@@ -171,10 +190,13 @@ def step(
             with_own = jax.tree.map(put, new, own)
             return decode.over(q_BKG1d, [(past, seen_B1C), (with_own, seen_11N)]), with_own
 
-        block = nnx.merge(block_def, jax.tree.unflatten(treedef, leaves))
+        *parameters, query_key_value, gate_up = leaves
+        block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
         behind_topk = few and 0 < layer <= config.n_topk_layers
         entries = n_active if behind_topk else None
-        a_B1D, written_B1D, with_own = decode.step(block, h_B1D, rotation, attend, entries)
+        a_B1D, written_B1D, with_own = decode.step(
+            block, h_B1D, rotation, attend, entries, Joined(query_key_value, gate_up)
+        )
         h_B1D = _ended(config, a_B1D, written_B1D, layer, sparse, changes)
         return h_B1D, with_own
 
@@ -216,13 +238,14 @@ def _ended(
     known = isinstance(sparse, bool)
     if known and not sparse:
         h_B1D = a_B1D + written_B1D
-    elif changes.select is not None:
-        u_B1D = a_B1D + written_B1D
-        h_B1D = changes.select(u_B1D, layer)
-        h_B1D = h_B1D if known else jnp.where(sparse, h_B1D, u_B1D)
     else:
-        selection = config.topk_k, config.topk_activation, config.topk_backend
-        h_B1D = topk(written_B1D, *selection, residual=a_B1D, applies=None if known else sparse)
+        # Made once: fused into the search, it would be made again for each pass.
+        u_B1D = jax.lax.optimization_barrier(a_B1D + written_B1D)
+        if changes.select is not None:
+            h_B1D = changes.select(u_B1D, layer)
+        else:
+            h_B1D = topk(u_B1D, config.topk_k, config.topk_activation, config.topk_backend)
+        h_B1D = h_B1D if known else jnp.where(sparse, h_B1D, u_B1D)
     return h_B1D if changes.edit is None else changes.edit(h_B1D, layer)
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.attention import Attention, Rotation, rotate
+from topklm.model.layers import gated_silu, of_entries
+from topklm.model.products import product
 from topklm.model.transformer import Block
 
 _MASKED = -1e30  # finite, as in `attention`
@@ -28,6 +30,13 @@ class KeysAndValues(NamedTuple):
 Attend = Callable[[jax.Array, KeysAndValues], tuple[jax.Array, Any]]
 
 
+class Joined(NamedTuple):
+    """Matrices of a block side by side, for one product in the place of several."""
+
+    query_key_value: jax.Array  # [D, (H + 2 K) d]
+    gate_up: jax.Array  # [D, 2 F]
+
+
 def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysAndValues:
     """Of residual states that enter a block.
 
@@ -41,7 +50,12 @@ def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysA
 
 
 def step(
-    block: Block, h_BMD: jax.Array, rotation: Rotation, attend: Attend, n_active: int | None = None
+    block: Block,
+    h_BMD: jax.Array,
+    rotation: Rotation,
+    attend: Attend,
+    n_active: int | None = None,
+    joined: Joined | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Tokens through a block as `Block.__call__` does it, but for what they attend to.
 
@@ -52,12 +66,13 @@ def step(
         attend: Their attention, e.g. `own_behind` of a past.
         n_active: If at most so many entries of each h are not zero, and queries, keys and values are to be
             made of those rows of the weights alone; the same to rounding, and faster for few tokens.
+        joined: The block's own matrices, which are then not looked at in the block.
 
     Returns:
         The two terms whose sum is u, [B, M, D] each; and what `attend` handed on.
     """
     attention = block.attention
-    query, key, value = _projections(block, h_BMD, n_active)
+    query, key, value = _projections(block, h_BMD, n_active, joined)
     own = _keys_and_values(attention, key, value, rotation)
     batch, n_tokens, _ = h_BMD.shape
     q_BMHd = rotate(_heads(attention, query), rotation)
@@ -66,7 +81,11 @@ def step(
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
     a_BMD = h_BMD + attention.out(mixed_BMD)
-    return a_BMD, block.mlp(block.mlp_norm(a_BMD)), handed_on
+    x_BMD = block.mlp_norm(a_BMD)
+    if joined is None:
+        return a_BMD, block.mlp(x_BMD), handed_on
+    gate, up = jnp.split(product(x_BMD, joined.gate_up), 2, axis=-1)
+    return a_BMD, block.mlp.down(gated_silu(gate, up)), handed_on
 
 
 def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
@@ -107,15 +126,27 @@ def over(q_BKGMd: jax.Array, parts: Sequence[tuple[KeysAndValues, jax.Array]]) -
     return sum(mixed[1:], mixed[0])
 
 
-def _projections(block: Block, h_BMD: jax.Array, n_active: int | None) -> list[jax.Array]:
-    x_BMD = block.attention_norm(h_BMD)
-    linears = block.attention.query, block.attention.key, block.attention.value
+def _projections(
+    block: Block, h_BMD: jax.Array, n_active: int | None, joined: Joined | None
+) -> Sequence[jax.Array]:
+    x_BMD, attention = block.attention_norm(h_BMD), block.attention
+    if n_active is not None:
+        # The norm leaves zeros zero. By magnitude, for interventions and other activations than relu.
+        _, indices_BMk = jax.lax.top_k(jnp.abs(h_BMD), n_active)
+        x_BMk = jnp.take_along_axis(x_BMD, indices_BMk, axis=-1)
+    if joined is None:
+        linears = attention.query, attention.key, attention.value
+        if n_active is None:
+            return [linear(x_BMD) for linear in linears]
+        return [of_entries(x_BMk, linear.kernel[...], indices_BMk) for linear in linears]
     if n_active is None:
-        return [linear(x_BMD) for linear in linears]
-    # The norm leaves zeros zero. By magnitude, for interventions and other activations than relu.
-    _, indices_BMk = jax.lax.top_k(jnp.abs(h_BMD), n_active)
-    x_BMk = jnp.take_along_axis(x_BMD, indices_BMk, axis=-1)
-    return [linear.of_entries(x_BMk, indices_BMk) for linear in linears]
+        together = product(x_BMD, joined.query_key_value)
+    else:
+        together = of_entries(x_BMk, joined.query_key_value, indices_BMk)
+    # Keys and values are equally wide, and queries as wide as what `out` takes.
+    n_query = attention.out.kernel.shape[0]
+    n_key = (together.shape[-1] - n_query) // 2
+    return jnp.split(together, [n_query, n_query + n_key], axis=-1)
 
 
 def _scores(q_BKGMd: jax.Array, kept: KeysAndValues, seen_BMT: jax.Array) -> jax.Array:

@@ -56,18 +56,20 @@ class Linear(nnx.Module):
         flat = matmul(x.reshape(-1, x.shape[-1]), kernel)
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
-    def of_entries(self, x: jax.Array, indices: jax.Array) -> jax.Array:
-        """The same to rounding where x is zero but for some entries; only their rows of the kernel are read.
 
-        Args:
-            x: Those entries, [..., k].
-            indices: int32[..., k], where they stand, each once.
+def of_entries(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
+    """`x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
 
-        Returns:
-            [..., O] in the dtype of x.
-        """
-        rows = self.kernel[...][indices].astype(x.dtype)
-        return jnp.einsum("...k,...ko->...o", x, rows, preferred_element_type=jnp.float32).astype(x.dtype)
+    Args:
+        x: Those entries, [..., k].
+        w_IO: [I, O].
+        indices: int32[..., k], where they stand, each once.
+
+    Returns:
+        [..., O] in the dtype of x.
+    """
+    rows = w_IO[indices].astype(x.dtype)
+    return jnp.einsum("...k,...ko->...o", x, rows, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
