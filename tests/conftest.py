@@ -32,7 +32,10 @@ LONGEST_FIRST = (
     "test_browser.py",
     "test_neurons_command.py",
     "test_restore_in_colab.py",
+    "test_steer.py",
+    "test_engine.py",
     "test_readme.py",
+    "test_generation.py",
 )
 
 

@@ -55,6 +55,7 @@ def test_its_pages_say_what_is_shown(base):
         assert shown["kind"] == "dense"
 
 
+@pytest.mark.slow
 def test_its_neurons_are_steered_too(base):
     asked = {"prompt": "The baker", "value": "40", "max_new_tokens": "22"}
     with serving(Source(base)) as site:

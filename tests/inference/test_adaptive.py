@@ -46,7 +46,7 @@ def decided(tokens_BT, begin=0):
     return is_high, np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layer_stack", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_losses_and_k_are_those_of_whole_passes(layer_stack):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
     tokens = np.random.default_rng(0).integers(0, 50, (3, T))

@@ -33,7 +33,10 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
     return [text[len(prompt) :] for text, prompt in zip(generation.texts, prompts, strict=True)]
 
 
-@pytest.mark.parametrize(("layer_stack", "n_nontopk"), [("unrolled", 1), ("scanned", 1), ("unrolled", 2)])
+@pytest.mark.parametrize(
+    ("layer_stack", "n_nontopk"),
+    [("unrolled", 1), ("scanned", 1), pytest.param("unrolled", 2, marks=pytest.mark.slow)],
+)
 def test_greedy_and_drawn_tokens_are_those_of_a_plain_loop(layer_stack, n_nontopk):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack, n_nontopk=n_nontopk)
     sampling = [Sampling(temperature=0), Sampling(seed=3), LIMITED, Sampling(0.5)]
@@ -154,6 +157,7 @@ for one in (params, split):
 """
 
 
+@pytest.mark.slow
 def test_parameters_split_over_devices_give_the_same_tokens(trainer):
     environment = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -117,7 +117,7 @@ def change(h, layer, positions, prompt_length):
     return h.at[0, :, 8].set(column)
 
 
-@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layer_stack", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
     steer = [Intervention(0, 3, 2.0, positions="generated"), Intervention(1, 8, -3.0, "scale", (2, 9))]
