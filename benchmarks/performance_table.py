@@ -30,6 +30,7 @@ COMMANDS = {
     "bench_explain_bfloat16.json": f"{_BENCH} step --explain --shape=s1 --dtype=bfloat16",
     "bench_topk_growth.json": f"{_BENCH} topk --against=k --sizes=2048:64 --dtype=float32 --peer=torch",
     "growth.json": "python -m benchmarks.growth",
+    "serve.json": "python -m benchmarks.bench_serve runs/small",
     "startup.json": "python -m benchmarks.startup",
     "scaling.json": "python -m benchmarks.scaling",
     "bench_topk_h200.json": f"{_BENCH} topk --peer=torch",

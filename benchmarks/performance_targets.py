@@ -72,6 +72,12 @@ def warm_start(content: Content) -> Iterable[Found]:
     yield Found("", f"{seconds:.1f} s", seconds < 8)
 
 
+def dropped(content: Content) -> Iterable[Found]:
+    """Clients that a server dropped, all rounds together, of `benchmarks.bench_serve`."""
+    n = sum(each["dropped"] for each in content["together"])
+    yield Found("", str(n), n == 0)
+
+
 def added_share(quantity: Callable[[Content], float], below: float) -> Callable:
     """Finds by how much TopK's compiled step exceeds its Base twin's, in what `benchmarks.scaling` wrote."""
 
@@ -144,6 +150,21 @@ TARGETS = (
         _TOPK,
         ratios(r"\d+ x (.*), float32, forward: faster than lax.*", at_least=3.0),
     ),
+    Target(
+        CPU,
+        "generation, tokens/s over Hugging Face `generate`",
+        ">= 2",
+        "bench_decode.json",
+        ratios("(batch [0-9]+) / torch, batch [0-9]+", at_least=2.0),
+    ),
+    Target(
+        CPU,
+        "time of a steered step / a plain one",
+        "< 1.02",
+        "bench_decode.json",
+        ratios("time of (batch [0-9]+), steered / batch [0-9]+", at_most=1.02),
+    ),
+    Target(CPU, "streaming clients dropped, of 64", "0", "serve.json", dropped),
     Target(CPU, "start to first step of `small`, warm cache", "< 8 s", "startup.json", warm_start),
     Target(
         GPU,
