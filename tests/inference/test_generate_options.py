@@ -119,6 +119,7 @@ def test_the_command_steers_by_flags_and_by_a_file(model, monkeypatch, capsys, t
         (["--steer", "0:3=1", "--steer", "0:3=2"], "steer: two interventions on neuron 3 of layer 0"),
         (["--top-p", "2"], "--top-p = 2.0: must be above 0 and at most 1"),
         (["--stop", ""], "--stop = '': must be a text"),
+        (["--topk-k", "0"], "--topk-k = 0: must be an integer from 1 to"),
         (["--json", "--stream"], "--stream with --json"),
     ],
 )

@@ -11,7 +11,7 @@ from topklm.errors import UserError
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
 EXAMPLE = 'topklm generate runs/small "The city of" --temperature 0.7'
 
-_OPTIONS = ("top_k", "top_p", "min_p", "repetition_penalty", "stop", "when_full")
+_OPTIONS = ("topk_k", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "when_full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="slide",
         help="beyond the context: see its last tokens, run anew for each (slide); forget half (halve, "
         "faster); end there, and refuse a longer prompt (stop); default %(default)s",
+    )
+    parser.add_argument(
+        "--topk-k", type=int, metavar="K", help="neurons that each TopK keeps; default as in training"
     )
     steering_arguments.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print the text while it is made")

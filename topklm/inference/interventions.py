@@ -19,7 +19,7 @@ from topklm.inference.intervention import MODES, POSITIONS, Intervention
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
-_SMALLEST = 8  # entries; more are filled up to the next power of two
+_SMALLEST = 4  # entries; more are filled up to the next power of two
 _NO_LAYER = -1
 _EVERY_ROW = -1
 _END = 2**31 - 1
