@@ -4,11 +4,11 @@ import dataclasses
 import json
 import re
 
-from conftest import serving
 import explored_run
 from helpers import sentences, write_documents
 import pytest
 import saved_runs
+from serve_site import serving
 
 import topklm
 from topklm import cli

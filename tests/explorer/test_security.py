@@ -7,9 +7,9 @@ import socket
 import threading
 import time
 
-from conftest import serving
 import explored_run
 import pytest
+from serve_site import serving
 
 from topklm.explorer.source import Source
 from topklm.web import security, server

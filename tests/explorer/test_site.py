@@ -3,8 +3,8 @@
 import re
 import time
 
-from conftest import serving
 import pytest
+from serve_site import serving
 
 from topklm.errors import UserError
 from topklm.explorer.source import Source

@@ -9,10 +9,10 @@ import re
 import time
 from urllib.parse import urlencode
 
-from conftest import serving
 import explored_run
 import numpy as np
 import pytest
+from serve_site import serving
 from test_security import assert_harmless
 
 from topklm.explorer.reading import Reader
