@@ -112,14 +112,14 @@ def step(
     threshold: jax.Array,
     layers: cache_lib.Layers,
     cache: cache_lib.Cache,
-    new: cache_lib.Cache,
+    new: cache_lib.Buffer,
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
     changes: Changes,
     high_changes: Changes,
     more_active: int,
-) -> tuple[jax.Array, cache_lib.Cache, jax.Array]:
+) -> tuple[jax.Array, cache_lib.Buffer, jax.Array]:
     """As `cache.step`, under the rule.
 
     Args:
@@ -146,7 +146,7 @@ def step(
     logits_BV = model.logits(h_BD)
     uncertain_B = entropy(logits_BV) > threshold
 
-    def again() -> tuple[jax.Array, cache_lib.Cache]:
+    def again() -> tuple[jax.Array, cache_lib.Buffer]:
         n_active = min(high.config.topk_k + more_active, d)
         high_h_BD, high_with_token = cache_lib.step(high, layers, *place, high_changes, n_active)
         logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
@@ -179,12 +179,12 @@ def _token_losses(
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
     empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-    cache = cache_lib.with_room(zeros, n_parts * STEPS)
+    cache = cache_lib.with_room(config, zeros, n_parts * STEPS)
 
     def part(cache: cache_lib.Cache, begin: jax.Array) -> tuple[cache_lib.Cache, tuple[jax.Array, jax.Array]]:
         lengths_B = jnp.full((batch,), begin)
 
-        def token(new: cache_lib.Cache, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        def token(new: cache_lib.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             at = begin + number
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)

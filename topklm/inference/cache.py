@@ -4,12 +4,14 @@ Texts stand at the left of their rows, so a token's place in the cache is its po
 the right of a text is never looked at. Sizes are rounded up to a few, so that few programs are compiled.
 
 New tokens first go to a small buffer of their own, where all rows write at one index. So the cache itself
-is only read while a program makes tokens, and nothing of it is copied; `merged` takes the buffer in.
+is only read while a program makes tokens, and nothing of it is copied; `merged` takes the buffer in. Where
+layers are unrolled, the cache is in `parts`, and attention reads only those that are in use.
 
 Inside `jax.jit`, but for `bucket` and `by_layer`. Dims: L layers, B rows, P places of prompts, C places of
 the cache, N of the buffer, D d_model, K key heads of width d.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -19,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.inference import parts as parts_lib
+from topklm.inference.parts import Parts
 from topklm.model import decode, transformer
 from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.decode import Joined, KeysAndValues
@@ -27,7 +31,7 @@ from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
 SMALLEST_BUCKET = 16
-STEPS = 16  # N; a cache has as many places more than are used, so that a whole buffer fits behind any text
+STEPS = 16  # N
 
 # Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
 SPARSE_SHARE = 0.5
@@ -36,7 +40,9 @@ _JOINED = ("query", "key", "value", "gate", "up")  # modules whose matrices stan
 
 # Of every layer: one array with a leading layer axis where layers are scanned, else a tuple of L.
 Layers = Any
-Cache = Any  # `KeysAndValues` of each layer, [B, K, C, d] each, in the same form
+Filled = Any  # `KeysAndValues` of each layer, [B, K, P, d] each, in the same form
+Buffer = Any  # the same with N places
+Cache = Any  # `Parts` of each layer in the same form, C places together
 
 
 def bucket(length: int, context_length: int) -> int:
@@ -50,7 +56,7 @@ def bucket(length: int, context_length: int) -> int:
 def room_for(length: int, context_length: int) -> int:
     """The power of two from 16 up, or one and a half times one, that holds a text; at most the context.
 
-    Finer than `bucket`: each token reads all places of the cache, used or not.
+    Finer than `bucket`, for places take memory, and some are read though no text has come to them.
     """
     size = bucket(length, context_length)
     return size * 3 // 4 if size > SMALLEST_BUCKET and length <= size * 3 // 4 else size
@@ -89,7 +95,7 @@ def _module(path: tuple) -> str:
 
 def prefill(
     model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, changes: Changes
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Filled]:
     """Runs whole texts.
 
     Args:
@@ -99,7 +105,7 @@ def prefill(
         changes: As in `Transformer.hidden`, called with the number of the layer.
 
     Returns:
-        Of each row's last token the normed hidden state, [B, D]; and the cache, with C = P.
+        Of each row's last token the normed hidden state, [B, D]; and keys and values of all, for `with_room`.
     """
     config = model.config
 
@@ -123,38 +129,42 @@ def prefill(
     return h_BD, tuple(layer(None, inputs)[1] for inputs in each)
 
 
-def with_room(cache: Cache, size: int) -> Cache:
-    """A cache for texts of up to so many tokens, at least the places that it has."""
+def with_room(config: ModelConfig, filled: Filled, size: int) -> Cache:
+    """A cache of so many places for texts that have been run."""
+    sizes = (size,) if _scans(config) else parts_lib.sizes(size)
+    return _of_layers(lambda layer: parts_lib.cut(layer, sizes), filled)
 
-    def pad(x: jax.Array) -> jax.Array:
-        widths = [(0, 0)] * x.ndim
-        widths[-2] = (0, size + STEPS - x.shape[-2])
-        return jnp.pad(x, widths)
 
-    return jax.tree.map(pad, cache)
+def resized(config: ModelConfig, cache: Cache, size: int) -> Cache:
+    """A cache with so many places in place of those that it has."""
+    return with_room(config, _of_layers(parts_lib.joined, cache), size)
 
 
 def room(cache: Cache) -> int:
-    """Tokens that a text may have whose keys and values are in the cache."""
-    return jax.tree.leaves(cache)[0].shape[-2] - STEPS
+    """C: tokens that a text may have whose keys and values are in the cache."""
+    return sum(map(parts_lib.size, _any_layer(cache)))
 
 
-def buffer(cache: Cache) -> Cache:
+def buffer(cache: Cache) -> Buffer:
     """An empty buffer for new tokens, N places."""
-    return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], STEPS, x.shape[-1]), x.dtype), cache)
+
+    def of_layer(parts: Parts) -> KeysAndValues:
+        return jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], STEPS, x.shape[-1]), x.dtype), parts[0])
+
+    return _of_layers(of_layer, cache)
 
 
 def step(
     model: transformer.Transformer,
     layers: Layers,
     cache: Cache,
-    new: Cache,
+    new: Buffer,
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
     changes: Changes,
     n_active: int,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Buffer]:
     """Runs one token of each row behind those in the cache and the buffer, and adds it to the buffer.
 
     Args:
@@ -177,18 +187,24 @@ def step(
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
     rotation = _rotation(config, (lengths_B + number)[:, None])
-    seen_B1C = (jnp.arange(room(cache) + STEPS) < lengths_B[:, None])[:, None]
+    some_layer = _any_layer(cache)
+    n_parts, seen = parts_lib.n_used(some_layer, lengths_B), parts_lib.seen(some_layer, lengths_B)
     seen_11N = (jnp.arange(STEPS) <= number)[None, None]
 
     def layer(
-        h_B1D: jax.Array, leaves: Any, past: KeysAndValues, new: KeysAndValues, layer: Any, sparse: Any
+        h_B1D: jax.Array, leaves: Any, past: Parts, new: KeysAndValues, layer: Any, sparse: Any
     ) -> tuple[jax.Array, KeysAndValues]:
         def attend(q_BKG1d: jax.Array, own: KeysAndValues) -> tuple[jax.Array, KeysAndValues]:
             def put(x: jax.Array, one: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice_in_dim(x, one, number, axis=-2)
 
             with_own = jax.tree.map(put, new, own)
-            return decode.over(q_BKG1d, [(past, seen_B1C), (with_own, seen_11N)]), with_own
+
+            def over_first(n: int, q_BKG1d: jax.Array, with_own: KeysAndValues) -> jax.Array:
+                return decode.over(q_BKG1d, [*zip(past[:n], seen[:n], strict=True), (with_own, seen_11N)])
+
+            of_numbers = [functools.partial(over_first, n + 1) for n in range(len(past))]
+            return jax.lax.switch(n_parts - 1, of_numbers, q_BKG1d, with_own), with_own
 
         *parameters, query_key_value, gate_up = leaves
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
@@ -214,16 +230,25 @@ def step(
     return model.final_norm(h_B1D)[:, 0], new
 
 
-def merged(cache: Cache, new: Cache, lengths_B: jax.Array) -> Cache:
+def merged(cache: Cache, new: Buffer, lengths_B: jax.Array) -> Cache:
     """The cache with the buffer behind each row's text; what a row has no use for lies behind its end."""
+    return _of_layers(lambda parts, new: parts_lib.put(parts, new, lengths_B), cache, new)
 
-    def put(x_KCd: jax.Array, new_KNd: jax.Array, length: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x_KCd, new_KNd, length, axis=1)
 
-    of_rows = jax.vmap(put)
-    has_layer_axis = jax.tree.leaves(cache)[0].ndim == 5
-    of_all = jax.vmap(of_rows, in_axes=(0, 0, None)) if has_layer_axis else of_rows
-    return jax.tree.map(lambda x, n: of_all(x, n, lengths_B), cache, new)
+def _of_layers(function: Callable[..., Any], *trees: Any) -> Any:
+    """What a function makes of each layer, or of all at once where they are in the same arrays."""
+    if _one_for_all_layers(trees[0]):
+        return function(*trees)
+    return tuple(map(function, *trees))
+
+
+def _any_layer(cache: Cache) -> Parts:
+    """Of which the number and sizes of parts are those of all."""
+    return cache if _one_for_all_layers(cache) else cache[0]
+
+
+def _one_for_all_layers(tree: Any) -> bool:
+    return jax.tree.leaves(tree)[0].ndim == 5
 
 
 def _ended(

@@ -82,7 +82,7 @@ def run_whole(
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def with_room(plan: Plan, filled: Any, size: int) -> Any:
     """The cache of a program, for texts of so many tokens."""
-    return _whole(plan, cache_lib.with_room(filled, size))
+    return _whole(plan, cache_lib.with_room(plan.config, filled, size))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
@@ -96,7 +96,9 @@ def run_steps(
 ) -> tuple[jax.Array, State]:
     """So many tokens of each row, int32[B, N]; fewer where all rows are done or the cache is full."""
     keys_B = rows.sampling.keys()
-    cache, lengths_B = state.cache, state.place
+    cache = state.cache
+    # Of rows that are done nothing is looked at; their length is not to be read for.
+    lengths_B = jnp.where(state.remaining > 0, state.place, 0)
     room = cache_lib.room(cache)
 
     def goes_on(state: State) -> jax.Array:

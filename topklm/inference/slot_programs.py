@@ -30,16 +30,9 @@ def put(plan: Plan, state: State, new: State, targets_N: jax.Array) -> State:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def rearranged(plan: Plan, state: State, order_B: jax.Array, n_places: int) -> State:
     """These rows of a state, with so many places in the cache, at least those that texts have taken."""
-    size = n_places + cache_lib.STEPS
-
-    def places(x: jax.Array) -> jax.Array:
-        x = jnp.take(x, order_B, axis=x.ndim - 4)
-        widths = [(0, 0)] * x.ndim
-        widths[-2] = (0, max(0, size - x.shape[-2]))
-        return jnp.pad(x[..., :size, :], widths)
-
+    cache = jax.tree.map(lambda x: jnp.take(x, order_B, axis=x.ndim - 4), state.cache)
     rest = jax.tree.map(lambda x: jnp.take(x, order_B, axis=0), state._replace(cache=None))
-    return _whole(plan, rest._replace(cache=jax.tree.map(places, state.cache)))
+    return _whole(plan, rest._replace(cache=cache_lib.resized(plan.config, cache, n_places)))
 
 
 def _whole(plan: Plan, tree: Any) -> Any:

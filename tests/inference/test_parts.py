@@ -1,0 +1,80 @@
+"""A cache in parts holds what one array would hold, and attention reads no part that no text has come to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from plain_loop import CONFIG, params_of, plain_loop
+import pytest
+
+from topklm.inference import parts as parts_lib
+from topklm.inference.generate import Generation
+from topklm.inference.sampling import Sampling
+from topklm.model.decode import KeysAndValues
+
+RANDOM = np.random.default_rng(0)
+
+
+def random(*shape):
+    return KeysAndValues(*(RANDOM.normal(size=shape).astype(np.float32) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("room", "sizes"),
+    [
+        (8, (8,)),
+        (32, (32,)),
+        (33, (32, 1)),
+        (96, (32, 32, 32)),
+        (256, (32, 32, 64, 128)),
+        (300, (32, 32, 64, 128, 44)),
+    ],
+)
+def test_parts_double_the_places_before_them(room, sizes):
+    assert parts_lib.sizes(room) == sizes
+
+
+@pytest.mark.parametrize("n_places", [70, 90, 100, 130])
+def test_what_is_cut_and_joined_is_what_it_was(n_places):
+    whole = random(2, 3, n_places, 4)
+    parts = parts_lib.cut(whole, parts_lib.sizes(100))
+    assert [part.keys.shape for part in parts] == [(2, 3, n, 4) for n in (32, 32, 36)]
+    for one, expected in zip(parts_lib.joined(parts), whole, strict=True):
+        n = min(n_places, 100)
+        np.testing.assert_array_equal(one[:, :, :n], expected[:, :, :n])
+        assert not np.any(one[:, :, n:])
+
+
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_new_tokens_stand_behind_each_rows_text_and_nothing_else_changes(layers):
+    lengths = np.array([0, 20, 30, 32, 60, 95, 99, 100])
+    whole, new = random(*layers, 8, 2, 100, 3), random(*layers, 8, 2, 5, 3)
+    put = jax.jit(parts_lib.put)(parts_lib.cut(whole, parts_lib.sizes(100)), new, lengths)
+    for one, before, more in zip(parts_lib.joined(put), whole, new, strict=True):
+        expected = before.copy()
+        for row, length in enumerate(lengths):
+            fits = min(5, 100 - length)  # what has no place is left out
+            expected[..., row, :, length : length + fits, :] = more[..., row, :, :fits, :]
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_the_parts_that_are_read_are_those_up_to_the_longest_text():
+    parts = parts_lib.cut(random(2, 1, 100, 1), parts_lib.sizes(100))
+    n_used = [int(parts_lib.n_used(parts, jnp.array([3, n]))) for n in (0, 1, 32, 33, 64, 65, 100, 101)]
+    assert n_used == [1, 1, 1, 2, 2, 3, 3, 3]
+    places = np.concatenate(parts_lib.seen(parts, jnp.array([40, 0])), axis=-1)
+    np.testing.assert_array_equal(places[:, 0], np.arange(100) < np.array([[40], [0]]))
+
+
+def test_texts_that_grow_from_part_to_part_get_the_tokens_of_a_plain_loop():
+    config = dataclasses.replace(CONFIG, context_length=80)
+    prompts = [RANDOM.integers(0, config.vocab_size, n).tolist() for n in (5, 31, 50)]
+    lengths, sampling = [65, 4, 30], [Sampling(seed=1), Sampling(seed=2), Sampling(temperature=0)]
+    generation = Generation(
+        config, params_of(config), prompts, sampling, max_new_tokens=lengths, stop_token=-1
+    )
+    while not generation.done:
+        generation.advance()
+    for text, prompt, one, n in zip(generation.texts, prompts, sampling, lengths, strict=True):
+        assert text[len(prompt) :] == plain_loop(config, params_of(config), prompt, n, one)
