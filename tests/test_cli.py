@@ -55,6 +55,23 @@ def test_generate_prints_one_json_object(trainer, finished_run):
     assert printed["text"].startswith("The old")
 
 
+WITHOUT_EXTRAS = '''
+import importlib, pkgutil, sys
+for name in ("pyarrow", "scipy", "regex", "starlette", "anyio", "uvicorn", "jinja2", "torch", "transformers"):
+    sys.modules[name] = None  # as if it were not installed
+import topklm.commands
+for module in pkgutil.iter_modules(topklm.commands.__path__):
+    importlib.import_module(f"topklm.commands.{module.name}")
+    print(module.name)
+'''
+
+
+def test_every_verb_starts_without_the_extras(trainer):
+    process = trainer.start_python("-c", WITHOUT_EXTRAS)
+    assert process.finish() == 0, process.errors
+    assert {"generate", "steer", "serve", "explore", "neurons_select"} <= set(process.output.split())
+
+
 def test_generate_refuses_in_one_line(trainer, finished_run):
     arguments = ["generate", str(finished_run), "The old", "--step", "6"]
     process = trainer.start_python("-c", RUNS_THE_COMMAND, *arguments)

@@ -17,7 +17,7 @@ import topklm
 from topklm.config import Config
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.statistics import table
+from topklm.neurons.statistics import activity, table
 from topklm.neurons.store import Metadata, StoreWriter
 
 STEP = 5
@@ -147,7 +147,7 @@ def _row(layer: int, neuron: int, values: np.ndarray, tokens: np.ndarray, docume
     return row | {
         "mean_activation": active.mean(),
         "max_activation": active.max(),
-        "histogram": np.histogram(active, table.HISTOGRAM_BINS, (0, active.max()))[0],
+        "histogram": np.histogram(active, activity.HISTOGRAM_BINS, (0, active.max()))[0],
         "n_distinct_tokens": len(set(ids.tolist())),
         "semantic_entropy": entropies[0],
         "semantic_entropy_corrected": entropies[1],

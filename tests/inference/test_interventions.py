@@ -84,6 +84,10 @@ def test_few_and_many_entries_are_one_formula():
     np.testing.assert_allclose(together, by_hand(h, 0, many, [9, 9]), rtol=1e-6)
 
 
+def summed_and_kept(_h, u, h_next):
+    return u, h_next
+
+
 @pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
 def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
@@ -95,8 +99,7 @@ def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
     def run(interventions):
         changes = interventions.changes(config, prompt_lengths_B=jnp.asarray([3, 5]))
         model = transformer.bind(config, PARAMS)
-        tap = lambda h, u, h_next: (u, h_next)  # noqa: E731
-        return model.hidden(tokens, tap=tap, **changes._asdict(), edits=jnp.arange(2))[1]
+        return model.hidden(tokens, tap=summed_and_kept, **changes._asdict(), edits=jnp.arange(2))[1]
 
     summed, after = run(interventions)
     kept = kept_by_hand(np.asarray(summed[0]), config.topk_k, [one for one in SETS if not one.layer], [3, 5])

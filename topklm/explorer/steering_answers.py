@@ -17,6 +17,7 @@ from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
 from topklm.explorer.views.steering import box
+from topklm.web.client import gone
 from topklm.web.security import comes_from_elsewhere
 
 _PLACE = "#steer"  # of the box on its page
@@ -130,6 +131,5 @@ class _Lines(Response):
 
 
 async def _cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await gone(receive)
     scope.cancel()

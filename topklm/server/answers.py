@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from topklm.server.choices import joined
 from topklm.server.errors import ApiError
 from topklm.server.requests import Completion
+from topklm.web.client import gone
 
 
 async def whole_answer(
@@ -100,12 +101,7 @@ class Events(Response):
 
 async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
     """What a piece of work gives; None once the client has gone, when the work is ended."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None

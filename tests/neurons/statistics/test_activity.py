@@ -10,7 +10,6 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.table import HISTOGRAM_BINS
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -24,7 +23,7 @@ def test_all_columns_are_what_a_loop_finds(signed):
         assert found["density"][neuron] == len(strengths) / 1000
         np.testing.assert_allclose(found["mean_activation"][neuron], strengths.mean(), rtol=1e-12)
         assert found["max_activation"][neuron] == strengths.max()
-        assert found["histogram"][neuron] == exact_histogram(strengths, HISTOGRAM_BINS)
+        assert found["histogram"][neuron] == exact_histogram(strengths, activity.HISTOGRAM_BINS)
 
 
 def exact_histogram(strengths, n_bins):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.neurons.statistics.table import HISTOGRAM_BINS
 from topklm.neurons.store import Block
+
+HISTOGRAM_BINS = 40
 
 
 def columns(block: Block, n_tokens: int) -> Mapping[str, Any]:

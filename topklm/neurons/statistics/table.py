@@ -18,7 +18,6 @@ from topklm.errors import UserError
 from topklm.files import write_atomically
 
 FORMAT = 1
-HISTOGRAM_BINS = 40
 RANGE_PARTS = 5  # into which the range of a neuron's activations is cut, for examples
 
 _METADATA_KEY = b"topklm"
@@ -32,7 +31,7 @@ COLUMNS = pa.schema(
         ("density", _F64),  # that as a share of all tokens
         ("mean_activation", _F64),  # over the tokens at which it is active
         ("max_activation", _F64),
-        # Tokens by activation: HISTOGRAM_BINS parts of equal width from 0 to max_activation.
+        # Tokens by activation: `activity.HISTOGRAM_BINS` parts of equal width from 0 to max_activation.
         ("histogram", pa.list_(_I64)),
         ("n_distinct_tokens", _I64),  # ids among the tokens at which it is active
         ("token_entropy", _F64),  # nats, plug-in
