@@ -55,7 +55,7 @@ def test_generate_prints_one_json_object(trainer, finished_run):
     assert printed["text"].startswith("The old")
 
 
-WITHOUT_EXTRAS = '''
+WITHOUT_EXTRAS = """
 import importlib, pkgutil, sys
 for name in ("pyarrow", "scipy", "regex", "starlette", "anyio", "uvicorn", "jinja2", "torch", "transformers"):
     sys.modules[name] = None  # as if it were not installed
@@ -63,7 +63,7 @@ import topklm.commands
 for module in pkgutil.iter_modules(topklm.commands.__path__):
     importlib.import_module(f"topklm.commands.{module.name}")
     print(module.name)
-'''
+"""
 
 
 def test_every_verb_starts_without_the_extras(trainer):

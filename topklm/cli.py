@@ -29,7 +29,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     """The console script's entry: returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
-    return errors.guarded(lambda: _start(arguments))
+    code = errors.guarded(lambda: _start(arguments))
+    if code == errors.EXIT_INTERRUPTED:
+        errors.end_at_once(code)
+    return code
 
 
 def _start(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import sys
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process of the run died, or nothing moved
@@ -68,6 +69,17 @@ def guarded(command: Callable[[], None]) -> int:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process, and does not wait for its threads.
+
+    An interpreter that ends while XLA compiles, or runs a program, waits for that or crashes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def report_each_failure_once() -> None:

@@ -1,6 +1,8 @@
 """`topklm serve` as people call it; what answers is tested elsewhere."""
 
 import json
+import signal
+import time
 
 import pytest
 import saved_runs
@@ -101,3 +103,22 @@ def test_without_its_packages_it_says_which(tmp_path, monkeypatch):
 def test_addresses_are_written_as_in_links():
     assert name_of("::1") == "[::1]"
     assert names_of("::1", 5) == {"[::1]:5", "localhost:5", "127.0.0.1:5"}
+
+
+def test_interrupted_while_it_compiles_it_ends_without_a_crash(trainer, tmp_path):
+    saved_runs.save(tmp_path / "village", [7])
+    process = trainer.start_python(
+        "-m", "topklm", "serve", str(tmp_path / "village"), "--port", "0",
+        environment={"TOPKLM_COMPILATION_CACHE": "off"},
+    )  # fmt: skip
+    while "compiling" not in process.errors:
+        assert process.exit_code is None, process.errors
+        time.sleep(0.05)
+    # Into compilations, in which an interpreter that ends crashes. Some callbacks inside JAX swallow an
+    # interrupt, so one may take another, as for a person.
+    for _ in range(5):
+        time.sleep(1.0)
+        if process.exit_code is None:
+            process.signal(signal.SIGINT)
+    assert process.finish() == 130
+    assert process.errors.splitlines()[-1] == "interrupted; what was saved before stays"
