@@ -11,6 +11,7 @@ import pytest
 from topklm.inference import parts as parts_lib
 from topklm.inference.generate import Generation
 from topklm.inference.sampling import Sampling
+from topklm.model import decode
 from topklm.model.decode import KeysAndValues
 
 RANDOM = np.random.default_rng(0)
@@ -61,10 +62,28 @@ def test_new_tokens_stand_behind_each_rows_text_and_nothing_else_changes(layers)
 
 def test_the_parts_that_are_read_are_those_up_to_the_longest_text():
     parts = parts_lib.cut(random(2, 1, 100, 1), parts_lib.sizes(100))
-    n_used = [int(parts_lib.n_used(parts, jnp.array([3, n]))) for n in (0, 1, 32, 33, 64, 65, 100, 101)]
-    assert n_used == [1, 1, 1, 2, 2, 3, 3, 3]
-    places = np.concatenate(parts_lib.seen(parts, jnp.array([40, 0])), axis=-1)
-    np.testing.assert_array_equal(places[:, 0], np.arange(100) < np.array([[40], [0]]))
+    for n, n_used in ((0, 1), (1, 1), (32, 1), (33, 2), (64, 2), (65, 3), (100, 3)):
+        places, are_used = zip(*parts_lib.seen(parts, jnp.array([3, n])), strict=True)
+        assert list(map(bool, are_used)) == [number < n_used for number in range(3)]
+        places = np.concatenate(places, axis=-1)[:, 0]
+        np.testing.assert_array_equal(places, np.arange(100) < np.array([[3], [n]]))
+
+
+def test_attention_over_parts_is_attention_over_all_that_is_seen():
+    q = RANDOM.normal(size=(2, 3, 2, 1, 4)).astype(np.float32)
+    kept, seen = [random(2, 3, n, 4) for n in (5, 7, 2)], [RANDOM.random((2, 1, n)) < 0.7 for n in (5, 7, 2)]
+    seen[1][0], seen[2][:] = False, False
+    kept[2] = jax.tree.map(lambda x: np.full_like(x, np.nan), kept[2])  # what is not used is not read
+    seen[0][:, :, 0] = True
+    parts = [
+        decode.Part(*of_part) for of_part in zip(kept, seen, (True, True, jnp.array(False)), strict=True)
+    ]
+    found = jax.jit(decode.over)(q, parts)
+    keys, values = (np.concatenate(x, axis=2).astype(np.float64) for x in list(zip(*kept[:2], strict=True)))
+    scores = np.einsum("bkgmd,bktd->bkgmt", q, keys)
+    weights = np.exp(scores) * np.concatenate(seen[:2], axis=-1)[:, None, None]
+    weights /= weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, np.einsum("bkgmt,bktd->bkgmd", weights, values), rtol=1e-5, atol=1e-6)
 
 
 def test_texts_that_grow_from_part_to_part_get_the_tokens_of_a_plain_loop():

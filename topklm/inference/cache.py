@@ -187,8 +187,7 @@ def step(
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
     rotation = _rotation(config, (lengths_B + number)[:, None])
-    some_layer = _any_layer(cache)
-    n_parts, seen = parts_lib.n_used(some_layer, lengths_B), parts_lib.seen(some_layer, lengths_B)
+    seen = parts_lib.seen(_any_layer(cache), lengths_B)
     seen_11N = (jnp.arange(STEPS) <= number)[None, None]
 
     def layer(
@@ -199,12 +198,8 @@ def step(
                 return jax.lax.dynamic_update_slice_in_dim(x, one, number, axis=-2)
 
             with_own = jax.tree.map(put, new, own)
-
-            def over_first(n: int, q_BKG1d: jax.Array, with_own: KeysAndValues) -> jax.Array:
-                return decode.over(q_BKG1d, [*zip(past[:n], seen[:n], strict=True), (with_own, seen_11N)])
-
-            of_numbers = [functools.partial(over_first, n + 1) for n in range(len(past))]
-            return jax.lax.switch(n_parts - 1, of_numbers, q_BKG1d, with_own), with_own
+            parts = [decode.Part(kept, *of_part) for kept, of_part in zip(past, seen, strict=True)]
+            return decode.over(q_BKG1d, [*parts, decode.Part(with_own, seen_11N)]), with_own
 
         *parameters, query_key_value, gate_up = leaves
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))

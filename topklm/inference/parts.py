@@ -2,7 +2,7 @@
 
 A product with the first places of one array would copy them first; parts it reads where they are. They are
 32 places, as many again, twice as many, and so on: the longest text leaves less than half of what is read
-unused, and a program holds attention over few numbers of parts.
+unused, and a program holds attention over few parts.
 
 Inside `jax.jit`. Dims: B rows, K key heads of width d, C places of the cache, S of a part, N of new tokens.
 All functions take arrays with a leading layer axis too.
@@ -56,29 +56,20 @@ def joined(parts: Parts) -> KeysAndValues:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *parts)
 
 
-def n_used(parts: Parts, lengths_B: jax.Array) -> jax.Array:
-    """How many of them hold a token of any text, at least one; int32.
+def seen(parts: Parts, lengths_B: jax.Array) -> list[tuple[jax.Array, jax.Array | bool]]:
+    """Of each part: which places hold a token, bool[B, 1, S]; and whether any does, of the first always.
 
     Args:
         parts: Of the cache.
         lengths_B: int32[B], tokens of each row.
     """
-    ends = np.cumsum([size(part) for part in parts])
-    return 1 + jnp.sum(lengths_B.max() > ends[:-1], dtype=jnp.int32)
+    longest = lengths_B.max()
 
+    def of_part(begin: int, part: KeysAndValues) -> tuple[jax.Array, jax.Array | bool]:
+        places_B1S = (begin + jnp.arange(size(part)) < lengths_B[:, None])[:, None]
+        return places_B1S, longest > begin if begin else True
 
-def seen(parts: Parts, lengths_B: jax.Array) -> list[jax.Array]:
-    """Which places of each part hold a token, bool[B, 1, S].
-
-    Args:
-        parts: Of the cache.
-        lengths_B: int32[B], tokens of each row.
-    """
-    begins = np.cumsum([0, *(size(part) for part in parts)])
-    return [
-        (begin + np.arange(size(part)) < lengths_B[:, None])[:, None]
-        for begin, part in zip(begins, parts, strict=False)
-    ]
+    return [of_part(begin, part) for begin, part in zip(_begins(parts), parts, strict=True)]
 
 
 def put(parts: Parts, new: KeysAndValues, lengths_B: jax.Array) -> Parts:
@@ -89,11 +80,15 @@ def put(parts: Parts, new: KeysAndValues, lengths_B: jax.Array) -> Parts:
         new: [..., B, K, N, d].
         lengths_B: int32[B], tokens of each row that are in the cache.
     """
-    begins = np.cumsum([0, *(size(part) for part in parts)])
     return tuple(
         jax.tree.map(lambda x, more, begin=begin: _put(x, more, lengths_B - begin), part, new)
-        for begin, part in zip(begins, parts, strict=False)
+        for begin, part in zip(_begins(parts), parts, strict=True)
     )
+
+
+def _begins(parts: Parts) -> list[int]:
+    """The place in the cache of the first place of each."""
+    return [0, *itertools.accumulate(size(part) for part in parts[:-1])]
 
 
 def _put(x: jax.Array, new: jax.Array, begins_B: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Dims: B rows, T places in each, M tokens for each row, K key heads of width d, G
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -111,19 +112,56 @@ def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
     return attend
 
 
-def over(q_BKGMd: jax.Array, parts: Sequence[tuple[KeysAndValues, jax.Array]]) -> jax.Array:
+class Part(NamedTuple):
+    """Some of the keys and values that a token attends to."""
+
+    kept: KeysAndValues
+    seen: jax.Array  # bool[B, M, T], which of them a token sees
+    is_used: jax.Array | bool = True  # whether any token sees any; one that none sees is not read
+
+
+def over(q_BKGMd: jax.Array, parts: Sequence[Part]) -> jax.Array:
     """Attention over keys and values that lie in several places.
+
+    Each part has a softmax of its own, and they are put together as in online softmax (Milakov and
+    Gimelshein, arXiv:1805.02867).
 
     Args:
         q_BKGMd: Queries, scaled.
-        parts: Keys and values, and which of them a token sees, bool[B, M, T].
+        parts: Of which each token sees something in one at least.
 
     Returns:
         What is mixed, [B, K, G, M, d].
     """
-    weights = _joint_softmax([_scores(q_BKGMd, *part) for part in parts])
-    mixed = [_mix(w, kept) for w, (kept, _) in zip(weights, parts, strict=True)]
-    return sum(mixed[1:], mixed[0])
+    of_parts = [_over_part(q_BKGMd, part) for part in parts]
+    highest_BKGM = functools.reduce(jnp.maximum, [of_part.highest for of_part in of_parts])
+    factors = [jnp.exp(of_part.highest - highest_BKGM) for of_part in of_parts]
+    total_BKGM = sum(f * of_part.total for f, of_part in zip(factors, of_parts, strict=True))
+    mixed_BKGMd = sum(f[..., None] * of_part.mixed for f, of_part in zip(factors, of_parts, strict=True))
+    return (mixed_BKGMd / jnp.expand_dims(total_BKGM, -1)).astype(q_BKGMd.dtype)
+
+
+class _OfPart(NamedTuple):
+    """Attention over a part alone, float32: the highest score, and sums of exponentials below it."""
+
+    highest: jax.Array  # [B, K, G, M]
+    total: jax.Array  # [B, K, G, M]
+    mixed: jax.Array  # [B, K, G, M, d], of the values, each times its exponential
+
+
+def _over_part(q_BKGMd: jax.Array, part: Part) -> _OfPart:
+    def read() -> _OfPart:
+        scores = _scores(q_BKGMd, part.kept, part.seen)
+        highest = scores.max(axis=-1)
+        exponentials = jnp.exp(scores - highest[..., None])
+        mixed = _mix(exponentials, part.kept, jnp.float32)
+        return _OfPart(highest, exponentials.sum(axis=-1), mixed)
+
+    def leave() -> _OfPart:
+        nothing = jnp.zeros(q_BKGMd.shape, jnp.float32)
+        return _OfPart(nothing[..., 0] + _MASKED, nothing[..., 0], nothing)
+
+    return read() if part.is_used is True else jax.lax.cond(part.is_used, read, leave)
 
 
 def _projections(
@@ -164,8 +202,9 @@ def _joint_softmax(scores: Sequence[jax.Array]) -> list[jax.Array]:
     return [one / total for one in exponentials]
 
 
-def _mix(weights_BKGMT: jax.Array, kept: KeysAndValues) -> jax.Array:
-    return jnp.einsum("bkgmt,bktd->bkgmd", weights_BKGMT.astype(kept.values.dtype), kept.values)
+def _mix(weights_BKGMT: jax.Array, kept: KeysAndValues, dtype: Any = None) -> jax.Array:
+    weights = weights_BKGMT.astype(kept.values.dtype)
+    return jnp.einsum("bkgmt,bktd->bkgmd", weights, kept.values, preferred_element_type=dtype)
 
 
 def _keys_and_values(
