@@ -5,13 +5,16 @@ from pathlib import Path
 import shutil
 import signal
 
-from helpers import Trainer, sentences, write_documents
+from helpers import FAST_COMPILATION, Trainer, sentences, write_documents
 import hypothesis
 import jax
 import pytest
 
 # Where libtpu is installed to compile for TPUs, JAX would look for one, in processes that tests start too.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+
+# Before JAX looks for devices, which is when XLA reads it. Empty: as for users.
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 
 # A shell lets its background jobs ignore Ctrl-C, and what is tested would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -31,7 +31,6 @@ N_PROCESSES = 4
 START_TIMEOUT_SECONDS = 45  # one may be stopped before it has joined the others
 PEER_TIMEOUT_SECONDS = 5
 GRACE_SECONDS = 8  # for the others to find out that one is stopped
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE_SECONDS = 300  # other work may share the cores
 FAULTS = ("kill", "stop", "preempt", "kill all")
 # Long enough that faults hit steps, evaluations and savings, and not only the start.
@@ -60,7 +59,6 @@ class Job:
         environment = {
             "TOPKLM_START_TIMEOUT": str(START_TIMEOUT_SECONDS),
             "TOPKLM_PEER_TIMEOUT": str(PEER_TIMEOUT_SECONDS),
-            "XLA_FLAGS": FAST_COMPILATION,
             "KEPT_PROGRAMS": str(trainer.compilation_cache / str(n_processes)),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }

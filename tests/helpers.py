@@ -25,6 +25,9 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parents[1]
 CONFIG_FILE = ROOT / "configs" / "small.py"
 PATIENCE_SECONDS = 300  # other work may share the cores
+# Programs of tests are small and run few times: XLA takes half the time when LLVM optimises nothing. What XLA
+# itself does to a program stays the same.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 STEPS = 24
 # Checkpoints after 5, 10, 15, 20 and 24 steps, evaluations after 8, 16 and 24.
 TINY: Mapping[str, Any] = {
@@ -112,6 +115,12 @@ class Trainer:
         process = self.start(workdir, settings, **options)
         process.finish()
         return process
+
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a process with so many devices, which compiles as this one does."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip()}
 
 
 class Process:

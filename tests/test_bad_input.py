@@ -12,6 +12,7 @@ from helpers import (
     assert_one_line_error,
     assert_same_bits,
     checkpoint_steps,
+    devices,
     sentences,
     write_documents,
 )
@@ -231,9 +232,8 @@ def test_a_mistake_ends_the_process_with_code_2_and_one_line(trainer, tmp_path):
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused(trainer, tmp_path):
-    eight_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     settings = {"mesh.data": 4, "mesh.fsdp": 2}
-    process = trainer.run(tmp_path / "run", settings, environment=eight_devices)
+    process = trainer.run(tmp_path / "run", settings, environment=devices(8))
     assert process.exit_code == 2
     line = assert_one_line_error(process.errors)
     assert "train.batch_size = 4: must be a multiple of 8 (mesh data 4 x fsdp 2" in line
@@ -266,6 +266,7 @@ def assert_step_5_is_as_good_as_ever(run, finished_run):
     assert_same_bits(arrays(run, 5), arrays(finished_run, 5))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_too_large_to_be_written_leaves_the_one_before(trainer, run_copy, finished_run):
     forget_checkpoints_after(run_copy, 5)
     arguments = trainer.arguments(run_copy, {"data.dir": finished_run.parent / "datasets"})

@@ -1,5 +1,6 @@
 import math
 
+from helpers import devices
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -97,9 +98,7 @@ def test_zeros_and_nans_count_by_their_bits():
 
 
 def test_the_layout_over_devices_does_not_matter(trainer):
-    process = trainer.start_python(
-        "-c", ON_EIGHT_DEVICES, environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    )
+    process = trainer.start_python("-c", ON_EIGHT_DEVICES, environment=devices(8))
     assert process.finish() == 0, process.errors
     *laid_out, whole = process.output.splitlines()
     assert laid_out == [whole] * 5

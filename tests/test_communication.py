@@ -12,6 +12,7 @@ from pathlib import Path
 import subprocess
 import sys
 
+from helpers import devices
 import jax
 from jax.experimental import topologies
 import pytest
@@ -42,11 +43,7 @@ MESHES = {
     "fsdp, context and tensor": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
 }
 PLATFORMS = {
-    # The last two only make XLA compile faster.
-    "cpu": {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        " --xla_llvm_disable_expensive_passes=true"
-    },
+    "cpu": devices(8),
     # Without these libtpu looks for a TPU's metadata server, for minutes.
     "tpu": {
         "TPU_SKIP_MDS_QUERY": "1",

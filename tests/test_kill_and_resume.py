@@ -151,6 +151,7 @@ def test_kills_at_any_time_change_nothing(trainer, finished_run, tmp_path, seed)
     assert_as_if_undisturbed(run, finished_run)
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, finished_run, tmp_path):
     run = tmp_path / "stopped"
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 11)):
@@ -167,6 +168,7 @@ def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, fini
     assert_as_if_undisturbed(run, finished_run)
 
 
+@pytest.mark.slow
 def test_steps_that_take_turns_train_the_same_model(trainer, finished_run, tmp_path):
     run = tmp_path / "in-turns"
     process = trainer.start_python("-c", TAKES_TURNS, *trainer.arguments(run))

@@ -83,6 +83,7 @@ def test_every_file_that_the_readme_links_to_exists():
     assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(run_copy, tmp_path):
     (tmp_path / "runs").mkdir()
     run_copy.rename(tmp_path / "runs/small")
@@ -93,7 +94,7 @@ def test_the_python_example_runs(run_copy, tmp_path):
         subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", pytest.param(".jsonl", marks=pytest.mark.slow)])
 def test_your_own_text_trains(trainer, tmp_path, suffix):
     source = tmp_path / f"mine{suffix}"
     words = trainer.corpus.read_text(encoding="utf-8", errors="replace").splitlines()

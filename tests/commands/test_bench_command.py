@@ -15,11 +15,6 @@ CONFIG = [f"--config={CONFIG_FILE}", *(f"--config.{name}={value}" for name, valu
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
-@pytest.fixture(autouse=True)
-def _compiled_quickly(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-
 def measured(tmp_path, *flags):
     path = tmp_path / "found.json"
     bench.run([*flags, "--repeats=2", f"--json={path}"])

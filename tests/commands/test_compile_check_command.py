@@ -34,7 +34,7 @@ def run(*arguments, **settings):
     fields = {**TINY, **{name.replace("__", "."): value for name, value in settings.items()}}
     command = [sys.executable, "-m", "topklm", "compile-check", f"--config={CONFIG_FILE}", *arguments]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
     )

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from helpers import assert_one_line_error, sentences, wait_until, write_documents
+from helpers import assert_one_line_error, devices, sentences, wait_until, write_documents
 import numpy as np
 import pytest
 
@@ -62,6 +62,7 @@ def test_a_run_is_harvested_and_measured(trainer, harvested):
         assert living and all(value is not None for value in living), column
 
 
+@pytest.mark.slow
 def test_a_harvest_that_is_killed_goes_on_where_it_was(tmp_path, trainer, finished_run, text):
     whole, killed = (NeuronsFolder(tmp_path / name / "village", STEP) for name in ("whole", "killed"))
     for folder in (whole, killed):
@@ -91,10 +92,9 @@ def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_hav
     for folder in (alone, shared):
         shutil.copytree(finished_run, folder.run)
     arguments = "--source", write_documents(tmp_path / "some.jsonl", sentences(2, 600)), "--tokens", 10**6
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         start(trainer, "harvest", shared.run, *arguments, "--part", f"{part}/2", environment=environment)
-        for part, environment in enumerate((two_devices, {}))
+        for part, environment in enumerate((devices(2), {}))
     ]
     for process in processes:
         assert process.finish() == 0, process.errors

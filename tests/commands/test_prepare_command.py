@@ -86,7 +86,8 @@ def test_started_again_it_says_so_and_writes_nothing(text, undisturbed, tmp_path
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(text, undisturbed, tmp_path, seed):
     chance, out = random.Random(seed), tmp_path / "out"
     arguments = (text, "--out", out, "--tokenizer", "train:600", "--shard-tokens", "300000")

@@ -83,7 +83,7 @@ def serious_faults(page):
     ]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_page_has_a_serious_fault_for_people_who_see_or_move_otherwise(open_page, scheme):
     page = open_page("/labels", color_scheme=scheme)
     for path in EVERY_PAGE:

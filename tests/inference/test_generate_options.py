@@ -45,6 +45,7 @@ def test_a_stream_is_the_text_in_pieces(model, stop):
     assert all(pieces)
 
 
+@pytest.mark.slow
 def test_texts_of_a_list_are_what_they_are_alone(model):
     settings = {"top_k": 30, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3, "seed": 4}
     prompts = ["", "a longer prompt than others", PROMPT]

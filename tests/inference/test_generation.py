@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 
-from helpers import ROOT
+from helpers import ROOT, devices
 import jax
 import numpy as np
 from plain_loop import CONFIG, compilations, limited_logits, params_of, plain_loop
@@ -160,7 +160,7 @@ for one in (params, split):
 @pytest.mark.slow
 def test_parameters_split_over_devices_give_the_same_tokens(trainer):
     environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        **devices(4),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)]),
     }
     process = trainer.start_python("-c", ON_FOUR_DEVICES, environment=environment)

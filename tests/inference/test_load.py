@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from etils import epath
-from helpers import ROOT, STEPS, arrays, assert_same_bits
+from helpers import ROOT, STEPS, arrays, assert_same_bits, devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -262,14 +262,15 @@ with distributed.session():
 """
 
 
-@pytest.mark.parametrize("n_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_processes", [2, 4])
 def test_what_many_processes_of_eight_devices_saved_is_loaded_onto_one(tmp_path, trainer, n_processes):
     saved_runs.describe(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // n_processes}",
+        **devices(8 // n_processes),
         "TOPKLM_COORDINATOR": f"127.0.0.1:{port}",
         "TOPKLM_PROCESS_COUNT": str(n_processes),
     }

@@ -4,7 +4,7 @@ import itertools
 
 from etils import epath
 import helpers
-from helpers import assert_same_bits
+from helpers import assert_same_bits, devices
 import jax
 from jax.sharding import SingleDeviceSharding
 import ml_dtypes
@@ -127,8 +127,7 @@ for number, saved in enumerate([P("a", "b"), P(("a", "b")), P(None, "a"), P()]):
 
 def test_any_layout_is_read_from_any_other(tmp_path, trainer):
     folders = [str(helpers.ROOT / "tests"), str(helpers.ROOT / "tests" / "inference")]
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = trainer.start_python("-c", ON_EIGHT_DEVICES, str(tmp_path), *folders, environment=environment)
+    run = trainer.start_python("-c", ON_EIGHT_DEVICES, str(tmp_path), *folders, environment=devices(8))
     assert run.finish() == 0, run.errors
     tree = {"matrix": np.random.default_rng(0).standard_normal((16, 24), dtype=np.float32)}
     for number in range(4):

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from helpers import ROOT
+from helpers import ROOT, devices
 import nbformat
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -37,7 +37,7 @@ def execute(name, run, place, trainer, reports):
     nbformat.write(notebook, place / "before.ipynb")
     environment = {
         "TOPKLM_RUN": str(run),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        **devices(1),
         "JUPYTER_PATH": str(place / "jupyter"),
         "JUPYTER_RUNTIME_DIR": str(place / "runtime"),
         "IPYTHONDIR": str(place / "ipython"),

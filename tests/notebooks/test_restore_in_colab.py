@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from executing import NOTEBOOKS, assert_all_ran, assert_committed_without_outputs, execute, outputs, said
+from helpers import devices
 import jax
 import nbformat
 import numpy as np
@@ -39,8 +40,7 @@ def run_of_eight_devices(tmp_path_factory, trainer):
     """A run folder that the trainer left behind after a few steps."""
     run = tmp_path_factory.mktemp("eight") / "run"
     settings = {**MESH, "model.n_layers": 3, "train.steps": 6, "eval.every_steps": 0}
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    process = trainer.start(run, settings, environment=environment)
+    process = trainer.start(run, settings, environment=devices(8))
     assert process.finish() == 0, process.errors
     return run
 
@@ -98,10 +98,12 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
+@pytest.mark.slow
 def test_every_cell_runs_from_top_to_bottom_without_an_error(executed):
     assert_all_ran(executed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_is_opened_on_one(executed, report, run_of_eight_devices):
     saved = json.loads((run_of_eight_devices / "config.json").read_text())
     assert {name: saved["mesh"][name.removeprefix("mesh.")] for name in MESH} == MESH
@@ -112,12 +114,14 @@ def test_a_checkpoint_of_eight_devices_is_opened_on_one(executed, report, run_of
     assert re.search(r"blocks\.mlp\.up\.kernel +\(3, 32, 64\)", said(executed["devices"]))
 
 
+@pytest.mark.slow
 def test_the_text_is_what_the_model_writes_here(executed, report, model):
     expected = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, seed=0)
     assert report["text"] == expected
     assert said(executed["generate"]) == expected + "\n"
 
 
+@pytest.mark.slow
 def test_the_active_neurons_are_those_of_an_independent_computation(report, dense_layers):
     for position, active in enumerate(report["active"]):
         found = {(layer, neuron): value for layer, neuron, value in active}
@@ -128,6 +132,7 @@ def test_the_active_neurons_are_those_of_an_independent_computation(report, dens
     assert len(report["active"]) == dense_layers.shape[1]
 
 
+@pytest.mark.slow
 def test_the_table_shows_each_token_with_its_strongest_neurons(executed, model, report, dense_layers):
     table = Cells(outputs(executed["active"], "text/html"))
     assert table.rows[0] == ["token", "layer 0", "layer 1"]
@@ -141,11 +146,13 @@ def test_the_table_shows_each_token_with_its_strongest_neurons(executed, model, 
             assert ("+" in cell) == (n_active > 5)
 
 
+@pytest.mark.slow
 def test_the_picture_and_the_arrays_are_there(executed):
     assert len(outputs(executed["picture"], "image/png")) > 1000
     assert "blocks.1.hook_topk" in said(executed["cache"])
 
 
+@pytest.mark.slow
 def test_the_neuron_that_is_followed_is_the_strongest(executed, report, dense_layers):
     layer, neuron = report["followed"]
     assert dense_layers[layer, 1:, neuron].max() == dense_layers[:, 1:].max()

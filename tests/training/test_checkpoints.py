@@ -4,7 +4,7 @@ import math
 
 from etils import epath
 import flax.serialization
-from helpers import TINY, assert_same_bits
+from helpers import TINY, assert_same_bits, devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,7 +304,7 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, con
         ON_EIGHT_DEVICES,
         json.dumps(config.to_dict()),
         *map(str, places),
-        environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        environment=devices(8),
     )
     assert process.finish() == 0, process.errors
     shapes = functools.partial(abstract_state, config, optimizer)

@@ -7,10 +7,10 @@ import dataclasses
 import functools
 import json
 import os
-from pathlib import Path
 import subprocess
 import sys
 
+from helpers import ROOT, devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,7 +249,7 @@ MESHES = {
 
 
 # Where nothing is split that is not split on the others too.
-AT_NIGHT = ("4x2", "context of 4")
+AT_NIGHT = ("8x1", "4x2", "context of 4")
 each_mesh = pytest.mark.parametrize(
     "mesh", [pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in MESHES]
 )
@@ -260,11 +260,9 @@ def compared(*names):
     """What `compare_meshes` prints; the number of devices is fixed when JAX starts, so in a new process."""
     environment = {
         **os.environ,
-        # The last two only make XLA compile faster.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        " --xla_llvm_disable_expensive_passes=true",
+        **devices(8),
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(sharding.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     command = [sys.executable, __file__, *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
