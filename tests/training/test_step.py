@@ -249,7 +249,7 @@ MESHES = {
 
 
 # Where nothing is split that is not split on the others too.
-AT_NIGHT = ("8x1", "4x2", "context of 4")
+AT_NIGHT = ("4x2", "context of 4")
 each_mesh = pytest.mark.parametrize(
     "mesh", [pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in MESHES]
 )
