@@ -24,7 +24,7 @@ COMMANDS = {
     "bench_step.json": f"{_BENCH} step --peer=torch",
     "bench_topk.json": f"{_BENCH} topk --peer=torch",
     "bench_data.json": f"{_BENCH} data --config=configs/small.py --peer=torch",
-    "bench_decode.json": f"{_BENCH} decode --peer=torch",
+    "bench_decode.json": f"{_BENCH} decode --peer=torch --repeats=19",
     "bench_checkpoint.json": f"{_BENCH} checkpoint",
     "bench_explain.json": f"{_BENCH} step --explain --shape=s1 --dtype=float32",
     "bench_explain_bfloat16.json": f"{_BENCH} step --explain --shape=s1 --dtype=bfloat16",
