@@ -24,12 +24,16 @@ VERBS = {
     "bench": "measure a part of the library on this machine",
 }
 
+# Their work is not what they print: they go on when nobody reads that any more.
+_GOES_ON = ("train", "prepare", "steer", "neurons", "serve", "explore")
+
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The console script's entry: returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
-    code = errors.guarded(lambda: _start(arguments))
+    with errors.output_never_ends_it(goes_on=any(verb in _GOES_ON for verb in arguments[:1])):
+        code = errors.guarded(lambda: _start(arguments))
     if code == errors.EXIT_INTERRUPTED:
         errors.end_at_once(code)
     return code
@@ -77,3 +81,7 @@ def _parser_of_verbs() -> argparse.ArgumentParser:
     for verb, summary in VERBS.items():
         verbs.add_parser(verb, help=summary)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run())

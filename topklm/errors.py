@@ -1,6 +1,7 @@
 """The one exception that means "the user can fix this", and how the commands end on it.
 
-Everything else that is raised is a bug and keeps its traceback.
+An error of the operating system that names a file, or that has a line in `_DISK_ERRORS`, and memory that does
+not suffice are of that kind too. Everything else that is raised is a bug and keeps its traceback.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,31 +9,62 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process of the run died, or nothing moved
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
+_LONGEST_LINE = 4000
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, its value, what is allowed, what to do."""
+    """A mistake the user can mend; its text is one line: what, its value, what is allowed, what to do.
+
+    Quoted values of over 200 characters are cut, and control characters are escaped.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
+def one_line(text: str) -> str:
+    """Returns a text as one line for a terminal: blanks joined, long values cut, unprintable ones escaped."""
+    text = " ".join(text.split())
+    for long_value in (rf"(?<=')[^']{{{_LONGEST_VALUE + 1},}}(?=')", rf"\S{{{2 * _LONGEST_VALUE},}}"):
+        text = re.sub(long_value, lambda found: _cut(found[0], _LONGEST_VALUE), text)
+    text = _cut(text, _LONGEST_LINE)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
+
+
+# Looked up by number, and in the texts of libraries; in this order where a text has several.
 _DISK_ERRORS = {
+    errno.EACCES: "permission denied: mend its permissions, or choose another path",
+    errno.EPERM: "operation not permitted: mend its permissions, or choose another path",
     errno.ENOSPC: "no space left on the disk: free some, or choose another folder",
     errno.EDQUOT: "disk quota exceeded: free some space, or choose another folder",
     errno.EFBIG: "the file would pass the size limit set for this process: raise it (ulimit -f)",
-    errno.EACCES: "permission denied: choose a folder you can write to",
-    errno.EPERM: "operation not permitted: choose a folder you can write to",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.EEXIST: "a file is in the way: choose another path",
     errno.EISDIR: "a folder is in the way: choose another path",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.ENOTEMPTY: "a folder that is not empty is in the way: remove it, or choose another path",
+    errno.ENAMETOOLONG: "the name is too long for the file system: choose a shorter one",
+    errno.ELOOP: "symbolic links that lead in a circle: mend them, or choose another path",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: close some programs",
+    errno.EIO: "the disk cannot read or write: see the system's log, and try again on another disk",
+    errno.ESTALE: "the network file system has lost the file: mount it again, and try again",
+    errno.EBUSY: "the file is in use: try again later",
+    errno.EINVAL: "the file system refuses this: choose another folder",
 }
 
 
@@ -49,8 +81,12 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
         code = e.errno if isinstance(e, OSError) and e.errno else _error_number_in(str(e))
         if code not in _DISK_ERRORS:
             raise
-        where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
-        raise UserError(f"{doing}{where}: {_DISK_ERRORS[code]}") from e
+        raise UserError(f"{doing}{_place(e)}: {_DISK_ERRORS[code]}") from e
+
+
+def _place(error: Exception) -> str:
+    filename = error.filename if isinstance(error, OSError) else None
+    return f" ({os.fsdecode(filename)})" if isinstance(filename, str | bytes) and filename else ""
 
 
 def _error_number_in(text: str) -> int | None:
@@ -58,17 +94,131 @@ def _error_number_in(text: str) -> int | None:
     return next((code for code in _DISK_ERRORS if os.strerror(code) in text), None)
 
 
+def explain(error: BaseException) -> str | None:
+    """Describes an error that is the system's and not a bug, in a phrase for a person; else None."""
+    if isinstance(error, OSError):
+        place, text = _place(error).strip(" ()"), error.strerror or str(error)
+        if error.errno in _DISK_ERRORS:
+            return f"{place or 'input or output'}: {_DISK_ERRORS[error.errno]}"
+        return f"{place}: {text[:1].lower()}{text[1:]}" if place else None
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and str(error).startswith("RESOURCE_EXHAUSTED")
+        and "emory" in str(error)
+    ):
+        return (
+            f"out of memory ({str(error) or 'the system gives no more'}): make the model or the batch smaller"
+        )
+    return None
+
+
 def guarded(command: Callable[[], None]) -> int:
     """Runs a command to its exit code: 2 with one line for a mistake of the user, 130 for Ctrl-C."""
     try:
         command()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except _ReaderGone:
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except (OSError, MemoryError, RuntimeError) as e:
+        text = explain(e)
+        if text is None:
+            raise
+        print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     return 0
+
+
+class _ReaderGone(Exception):  # noqa: N818 - named for what happened
+    """Nobody reads standard output any more, and there is nothing else to do than to write it."""
+
+
+class _Output:
+    """A standard stream that never ends a command whose work is elsewhere, see `output_never_ends_it`."""
+
+    def __init__(self, stream: Any, ends_with_reader: bool):
+        self._stream, self._ends_with_reader = stream, ends_with_reader
+        self.failure: OSError | None = None  # the last one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes, or lets go of the text."""
+        with self._failing():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes, or lets go of the lines."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flushes, or lets go of what is held."""
+        with self._failing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self.failure = e
+            if isinstance(e, BrokenPipeError):
+                self.let_go()
+                if self._ends_with_reader:
+                    raise _ReaderGone from e
+            elif self._ends_with_reader:
+                self.let_go()
+                raise
+
+    def let_go(self) -> None:
+        """Writes what comes, and what is held, to nowhere: the interpreter would fail on it at its end."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def output_never_ends_it(goes_on: bool) -> Iterator[None]:
+    """Makes standard output and standard error take whatever is written, inside the block.
+
+    Characters that their encoding lacks are escaped. A reader that goes away (`| head`) and a full disk end
+    nothing where the work goes on without them.
+
+    Args:
+        goes_on: Whether the command has more to do than to print: if not, it ends once nobody reads.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    streams = [
+        stream and _Output(stream, ends) for stream, ends in zip(before, (not goes_on, False), strict=True)
+    ]
+    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in filter(None, streams):
+            stream.flush()
+            if stream.failure:
+                stream.let_go()
+        sys.stdout, sys.stderr = before
+        failure = streams[0] and streams[0].failure
+        if failure and not isinstance(failure, BrokenPipeError) and before[1] and goes_on:
+            with contextlib.suppress(OSError):
+                print(
+                    f"some of the output could not be written: {failure.strerror}", file=before[1], flush=True
+                )
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -1,17 +1,22 @@
-"""Paths that lead to a local disk or into a bucket, and writing files so that they are never half there.
+"""Paths that lead to a local disk or into a bucket; files that are never half written, nor read if damaged.
 
 What a bucket needs before it can be used, and what its errors mean, is `topklm.buckets`' affair.
 """
 
+from collections.abc import Mapping
+import contextlib
+import errno
+import hashlib
+import json
 import os
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 import uuid
 
 from etils import epath
 import fsspec
 
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
 
 AnyPath: TypeAlias = Path | epath.Path
 
@@ -25,19 +30,44 @@ def as_path(name: str | os.PathLike[str], what: str = "path") -> AnyPath:
         name: As written; `pathlib.Path` would make one slash of the two.
         what: Where the user wrote it, for the message, e.g. "--workdir".
 
+    Returns:
+        The path, with a leading `~` expanded.
+
     Raises:
-        UserError: For a URL that is not of Google Cloud Storage, or that names no folder in a bucket.
+        UserError: For a URL that is not of Google Cloud Storage, or that names no folder in a bucket, and for
+            a name that is not UTF-8 or holds a NUL, which libraries refuse only after the work is done.
     """
     text = os.fspath(name)
+    check_name(text, what)
     if not text.startswith(_BUCKET_PREFIX):
         if "://" in text:
             raise UserError(f"{what} = {text!r}: must be a local folder or gs://BUCKET/FOLDER")
+        with contextlib.suppress(RuntimeError):  # nobody's home is known
+            return Path(text).expanduser()
         return Path(text)
     bucket, _, folder = text.removeprefix(_BUCKET_PREFIX).partition("/")
     if not bucket or not folder.strip("/"):
         raise UserError(f"{what} = {text!r}: must name a folder in a bucket, as gs://BUCKET/FOLDER")
     _set_libraries_up()
     return epath.Path(text.rstrip("/"))
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
+
+    Raises:
+        UserError: Naming `what`, where the user wrote it.
+    """
+    if not name:
+        raise UserError(f"{what} = {name!r}: must not be empty")
+    if "\0" in name:
+        raise UserError(f"{what} = {name!r}: must not hold a NUL character")
+    try:
+        name.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{what} = {name!r}: must be UTF-8: rename it, or set PYTHONUTF8=1 if the locale is not UTF-8"
+        ) from e
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -69,13 +99,90 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# How file systems say that they cannot flush a folder: CIFS before Linux 4.17, VirtualBox's shares.
+_NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
+
 def fsync(path: Path) -> None:
-    """Returns when a local file, or the names in a local folder, are on the disk itself."""
+    """Returns when a local file, or the names in a local folder, are on the disk itself.
+
+    Of a folder only as far as the file system can.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _NO_FOLDER_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+# JSON
+
+
+_DIGEST = "sha256"
+
+
+def parse_json(content: str | bytes, kind: type = dict) -> Any:
+    """Parses JSON that must hold a value of `kind`.
+
+    Raises:
+        ValueError: If it does not parse, is nested too deeply to be parsed, or holds another kind.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as e:
+        raise ValueError("JSON that is nested too deeply") from e
+    if not isinstance(value, kind):
+        raise ValueError(f"JSON that holds a {type(value).__name__} and no {kind.__name__}")
+    return value
+
+
+def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+        advice: What to do if it is damaged; ends the message.
+        sealed: Whether it was written by `sealed_json`, so that its digest is compared and left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it cannot be read, or is not as it was written.
+    """
+    try:
+        content = path.read_bytes()
+        value = parse_json(content)
+        return unsealed(value) if sealed else value
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        with disk_errors_are_user_errors(f"reading {path}"):
+            raise e
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}): {advice}") from e
+
+
+def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """Encodes a JSON object with a digest of the rest of it, the field `sha256`."""
+    return (json.dumps({**value, _DIGEST: _digest(value)}, indent=indent) + "\n").encode()
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `sealed_json` was given.
+
+    Raises:
+        ValueError: If the digest is missing or another one.
+    """
+    rest = {name: part for name, part in value.items() if name != _DIGEST}
+    if value.get(_DIGEST) != _digest(rest):
+        raise ValueError("its digest is missing" if _DIGEST not in value else "its digest differs")
+    return rest
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _set_libraries_up() -> None:
