@@ -20,7 +20,7 @@ import uuid
 from array_record.python import array_record_module
 import numpy as np
 
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import fsync
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
@@ -265,10 +265,15 @@ def _open_shard(path: Path, shard: Shard) -> Any:
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as e:
-        raise _bad_shard(path, "is missing") from e
+    # Opened, not only asked for its size: the library takes a file that it may not read for an empty one.
+    with disk_errors_are_user_errors(f"reading {path}"):
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError as e:
+            raise _bad_shard(path, "is missing") from e
+        except IsADirectoryError as e:
+            raise _bad_shard(path, "is a folder") from e
     if size != shard.size:
         raise _bad_shard(path, f"has {size} bytes, not {shard.size}")
 

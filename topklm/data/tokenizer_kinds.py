@@ -34,6 +34,7 @@ _SEPARATORS = (
     "<s>",
     "<bos>",
     "[CLS]",
+    "<EOT>",
 )
 _GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K_WORDS = (

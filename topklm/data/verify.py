@@ -6,13 +6,22 @@ a few records.
 
 from collections.abc import Callable
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from topklm.data.building.progress import Progress
-from topklm.data.dataset import DESCRIPTION_FILE, SPLITS, TOKENIZER_FILE, SplitInfo, read_description
+from topklm.data.dataset import (
+    DESCRIPTION_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    SplitInfo,
+    damaged,
+    read_description,
+    split_from_json,
+)
 from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -52,9 +61,9 @@ class Report:
 def verify(path: str | Path, progress: Progress | None = None) -> Report:
     """Reads a dataset to its last byte.
 
-    Compared with dataset.json are the size and sha256 of every file, the number of records of every
-    shard, and for each split documents, tokens and, where the tokenizer tells the bytes of its tokens,
-    the bytes of text.
+    Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
+    records of every shard, and for each split documents, tokens and, where the tokenizer tells the bytes of
+    its tokens, the bytes of text.
 
     Args:
         path: The dataset's folder.
@@ -63,18 +72,17 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     Raises:
         UserError: If dataset.json cannot be read, so that there is nothing to compare with.
     """
-    path = Path(path).expanduser().absolute()
-    description = read_description(path)
+    path = Path(os.path.expanduser(path)).absolute()
+    contradictions: list[str] = []
+    description = read_description(path, contradictions.append)
     try:
-        splits = {name: _split(description["splits"][name]) for name in SPLITS}
+        splits = {name: split_from_json(description["splits"][name]) for name in SPLITS}
         told = {field: description["tokenizer"][field] for field in ("sha256", *_TOKENIZER_FIELDS)}
         if [type(value) for value in told.values()] != [str, str, int, int]:
             raise TypeError(f"tokenizer: {told}")
-        contradictions = _contradictions(description)
+        contradictions += _contradictions(description)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"{path / DESCRIPTION_FILE}: damaged ({e!r}); delete the folder and prepare the data again"
-        ) from e
+        raise damaged(path / DESCRIPTION_FILE, repr(e)) from e
     total = sum(shard.size for split in splits.values() for shard in split.shards)
     check = _Check(path, told, contradictions)
     with (progress or Progress(lambda text: None)).phase("verifying", total) as report:
@@ -126,8 +134,8 @@ class _Check:
             check_shards(self._path, [shard], contents=True)
         except ShardError as e:
             self._note(shard.name, e.what)
-        except OSError as e:
-            self._note(shard.name, f"cannot be read ({e.strerror})")
+        except UserError as e:
+            self._note(shard.name, f"cannot be read ({e})")
             return None
         documents = utf8_bytes = 0
         stream = TokenStream(self._path, [shard], self._vocab_size)
@@ -182,14 +190,6 @@ class _Check:
 
     def _note(self, file: str, what: str) -> None:
         self._problems[Problem(file, what)] = None
-
-
-def _split(content: dict[str, Any]) -> SplitInfo:
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    for shard in shards:
-        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str]:
-            raise TypeError(f"{shard}")
-    return SplitInfo(content["documents"], content["tokens"], content["utf8_bytes"], shards)
 
 
 def _contradictions(description: dict[str, Any]) -> list[str]:
