@@ -104,7 +104,9 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 def test_an_unknown_ending_is_refused_also_when_a_glob_finds_it(folder):
     write("a.pdf", "b.txt")
     for given in (["a.pdf"], ["*"], ["b.txt", "a.pdf"]):
-        with pytest.raises(UserError, match=r"a\.pdf.*must end in \.txt, \.jsonl, \.jsonl\.gz, \.jsonl\.zst"):
+        with pytest.raises(
+            UserError, match=r"a\.pdf.*must end in \.txt, \.jsonl, .*\.gz or \.zst\) or \.parquet"
+        ):
             find(given)
 
 

@@ -91,7 +91,7 @@ def load_dataset(path: str | Path) -> Dataset:
         splits = {name: split_from_json(content["splits"][name]) for name in SPLITS}
         sha256, fingerprint = str(content["tokenizer"]["sha256"]), str(content["fingerprint"])
     except (KeyError, TypeError, ValueError) as e:
-        raise damaged(path / DESCRIPTION_FILE, repr(e)) from e
+        raise damaged(path / DESCRIPTION_FILE, e) from e
     with disk_errors_are_user_errors(f"reading {path}"):
         try:
             found = sha256_of_file(path / TOKENIZER_FILE)
@@ -154,8 +154,8 @@ def parse_description(
         version = description.get("format_version")
         if version not in (*_OLDER_VERSIONS, FORMAT_VERSION):
             raise UserError(
-                f"{file}: format_version = {version!r}, this program reads {FORMAT_VERSION}; delete the folder "
-                "and prepare the data again"
+                f"{file}: format_version = {version!r}, this program reads {FORMAT_VERSION}; delete the "
+                "folder and prepare the data again"
             )
         if version in _OLDER_VERSIONS and "sha256" not in description:
             return description
@@ -191,6 +191,7 @@ def split_from_json(content: dict[str, Any]) -> SplitInfo:
     return SplitInfo(*counts, shards)
 
 
-def damaged(file: str | Path, what: object) -> UserError:
-    """The error of a description that cannot be used."""
+def damaged(file: str | Path, what: Exception) -> UserError:
+    """The error of a description that cannot be used, and why."""
+    what = f"no {what}" if isinstance(what, KeyError) else what
     return UserError(f"{file}: damaged ({what}); delete the folder and prepare the data again")

@@ -34,7 +34,7 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     """Opens the prepared datasets that `data` names, or makes one of the text that it names.
 
     A document is held out when a hash of its text says so, so that a corpus may grow without any document
-    changing sides (but see `encode.fitted` for very few of them); the tokenizer is trained on the training split.
+    changing sides (but see `encode.fitted` for very few); the tokenizer is trained on the training split.
 
     Args:
         data: Sources and settings.

@@ -82,7 +82,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
             raise TypeError(f"tokenizer: {told}")
         contradictions += _contradictions(description)
     except (KeyError, TypeError, ValueError) as e:
-        raise damaged(path / DESCRIPTION_FILE, repr(e)) from e
+        raise damaged(path / DESCRIPTION_FILE, e) from e
     total = sum(shard.size for split in splits.values() for shard in split.shards)
     check = _Check(path, told, contradictions)
     with (progress or Progress(lambda text: None)).phase("verifying", total) as report:

@@ -121,11 +121,8 @@ class _Build:
         folder.write(DESCRIPTION_FILE, description_to_bytes(content))
         if self._final.is_local:
             # Records of shards, and what processes that were killed left of the files they were creating.
-            for name in {*folder.names()} - {
-                DESCRIPTION_FILE,
-                TOKENIZER_FILE,
-                *(job.name for job in planned),
-            }:
+            wanted = {DESCRIPTION_FILE, TOKENIZER_FILE, *(job.name for job in planned)}
+            for name in set(folder.names()) - wanted:
                 folder.discard(name)
             folder.path.rename(self._final.path)
             fsync(self._final.path.parent)

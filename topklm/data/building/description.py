@@ -135,7 +135,7 @@ def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where
         old = dict(made["settings"])
         is_same = _same_sources(made["sources"], sources)
     except (KeyError, TypeError, ValueError) as e:
-        raise damaged(f"{where}/{DESCRIPTION_FILE}", repr(e)) from e
+        raise damaged(f"{where}/{DESCRIPTION_FILE}", e) from e
     different = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in asked.items() if old.get(k) != v]
     if not is_same:
         different.append("its sources are others or have changed")

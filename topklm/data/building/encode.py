@@ -147,7 +147,7 @@ def encode_file(
                     bytes_told = reader.bytes_read
     report(reader.bytes_read - bytes_told, 0, 0)
     result.sha256 = reader.sha256
-    folder.write(_DONE_FILE, sealed_json({**dataclasses.asdict(result), "folder": job.folder}))
+    folder.write(_DONE_FILE, sealed_json({"folder": job.folder, "result": dataclasses.asdict(result)}))
     return result
 
 
@@ -179,7 +179,7 @@ def _finished(job: FileJob, folder: Storage) -> FileResult | None:
     """What an earlier attempt found in a file; None if it did not come to the end, or that is damaged."""
     try:
         content = unsealed(parse_json(folder.read(_DONE_FILE)))
-        return FileResult(**content) if content.pop("folder", "") == job.folder else None
+        return FileResult(**content["result"]) if content.get("folder") == job.folder else None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
 

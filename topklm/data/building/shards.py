@@ -57,14 +57,14 @@ def make_shard(job: ShardJob, folder: Storage) -> Shard:
         folder.discard(job.name)
         folder.path.mkdir(parents=True, exist_ok=True)
         shard = write_shard(folder.path / job.name, _blocks(job), job.vocab_size)
-        folder.write(_record(job), sealed_json({**dataclasses.asdict(shard), "folder": folder.name}))
+        folder.write(_record(job), sealed_json({"folder": folder.name, "shard": dataclasses.asdict(shard)}))
         return shard
     with folder.create(job.name) as path:
         return write_shard(path, _blocks(job), job.vocab_size)
 
 
 def discard_damaged(job: ShardJob, folder: Storage) -> list[str]:
-    """Deletes a shard of unfinished work in a local folder if it is not as it was written; returns its name."""
+    """Deletes a shard in a local folder that is not as it was written; returns its name if it did."""
     if _record(job) not in folder.names():
         return []
     shard = _recorded(job, folder)
@@ -86,9 +86,10 @@ def _recorded(job: ShardJob, folder: Storage) -> Shard | None:
     """The shard as it was written; None if it was not, or the record of that is damaged."""
     try:
         content = unsealed(parse_json(folder.read(_record(job))))
-        is_it = content.pop("folder", "") == folder.name
-        shard = Shard(**content)
-        return shard if is_it and (shard.name, shard.tokens) == (job.name, job.tokens) else None
+        if content.get("folder") != folder.name:
+            return None
+        shard = Shard(**content["shard"])
+        return shard if (shard.name, shard.tokens) == (job.name, job.tokens) else None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None
 
