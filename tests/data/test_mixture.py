@@ -150,7 +150,7 @@ def test_a_text_of_another_form_is_refused(prepared, text):
     text = text.replace("A", str(prepared / "a")).replace("B", str(prepared / "b"))
     with pytest.raises(UserError) as caught:
         open_mixture(text)
-    assert str(caught.value).startswith(f"data.mixture = {text!r}: ")
+    assert str(caught.value).startswith(f"data.mixture = {text[:200]!r}"[:-1])
     assert "DIR:WEIGHT" in str(caught.value)
 
 

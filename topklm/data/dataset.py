@@ -178,7 +178,7 @@ def split_from_json(content: dict[str, Any]) -> SplitInfo:
     """
     shards = tuple(Shard(**shard) for shard in content["shards"])
     for shard in shards:
-        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str]:
+        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str, str]:
             raise TypeError(f"{shard}")
         if os.path.basename(shard.name) != shard.name:
             raise ValueError(f"{shard}")

@@ -24,7 +24,7 @@ from topklm.data.dataset import (
 )
 from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
 
 _BLOCK_TOKENS = 64 * RECORD_TOKENS  # read at a time
 _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
@@ -70,7 +70,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
         progress: Is told of the bytes, documents and tokens that were read.
 
     Raises:
-        UserError: If dataset.json cannot be read, so that there is nothing to compare with.
+        UserError: If dataset.json cannot be read, so that there is nothing to compare with, or if another
+            file may not be read.
     """
     path = Path(os.path.expanduser(path)).absolute()
     contradictions: list[str] = []
@@ -135,10 +136,13 @@ class _Check:
         except ShardError as e:
             self._note(shard.name, e.what)
         except UserError as e:
+            if isinstance(e.__cause__, PermissionError):  # no damage
+                raise
             self._note(shard.name, f"cannot be read ({e})")
             return None
         documents = utf8_bytes = 0
-        stream = TokenStream(self._path, [shard], self._vocab_size)
+        # Of another shard in its place, which is named already, the records are counted.
+        stream = TokenStream(self._path, [dataclasses.replace(shard, ends="")], self._vocab_size)
         for start in range(0, len(stream), _BLOCK_TOKENS):
             stop = min(start + _BLOCK_TOKENS, len(stream))
             try:
@@ -172,7 +176,13 @@ class _Check:
         """The dataset's tokenizer; None if the file is another."""
         file = self._path / TOKENIZER_FILE
         try:
-            sha256 = sha256_of_file(file)
+            with disk_errors_are_user_errors(f"reading {file}"):
+                sha256 = sha256_of_file(file)
+        except UserError as e:
+            if isinstance(e.__cause__, PermissionError):
+                raise
+            self._note(TOKENIZER_FILE, f"cannot be read ({e})")
+            return None
         except OSError as e:
             self._note(TOKENIZER_FILE, f"cannot be read ({e.strerror})")
             return None
