@@ -76,9 +76,59 @@ def test_a_folder_is_all_files_below_it_with_a_known_ending(folder):
     assert names("d") == names("d/") == names(f"file://{folder}/d") == ["d/b.txt", "d/x/a.parquet"]
 
 
+def test_folders_that_links_lead_to_are_read_each_once(folder):
+    write("d/real/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "deepest/e.txt")
+    os.symlink("../elsewhere", "d/linked")
+    os.symlink("../elsewhere", "d/again")
+    os.symlink("real", "d/a-second-name")
+    os.symlink("../../deepest", "elsewhere/deep/link")  # a link in a folder that a link leads to
+    os.symlink("..", "d/up")  # in a circle
+    os.symlink("self", "d/self")
+    os.symlink("nowhere", "d/.hidden")
+    # By its own name, or that of the first link to it.
+    assert names("d") == ["d/again/b.txt", "d/again/deep/c.txt", "d/real/a.txt", "d/up/deepest/e.txt"]
+    assert len(names("d", "elsewhere", "deepest")) == 4
+
+
+def test_what_a_folder_holds_besides_text_is_said_with_counts_by_ending(folder):
+    write("d/a.jsonl", "d/b.md", "d/x/c.MD", "d/x/d.jsonl.bz2", "d/_SUCCESS", "d/.hidden.md", "d/e.tar.gz")
+    lines = []
+    assert len(find(["d", "d/a.jsonl"], say=lines.append)) == 1
+    (line,) = lines
+    assert "left out 5 file(s)" in line
+    assert line.endswith(": .md 2, .jsonl.bz2 1, .tar.gz 1, no ending 1")
+
+
+def test_a_folder_of_nothing_but_text_needs_no_line(folder, capsys):
+    write("d/a.jsonl", "d/b.txt")
+    find(["d"])
+    assert capsys.readouterr() == ("", "")
+    write("d/c.csv")
+    find(["d"])  # who asks for no lines gets them on standard error
+    assert "left out 1 file(s)" in capsys.readouterr().err
+
+
+def test_many_endings_are_said_in_one_line(folder):
+    write("d/a.txt", *(f"d/b.x{n}" for n in range(30)), "d/c.\x1b[31m" + "y" * 100)
+    lines = []
+    find(["d"], say=lines.append)
+    assert len(lines) == 1
+    assert len(lines[0]) < 500
+    assert lines[0].isprintable()
+    assert "and 23 more endings" in lines[0]
+
+
+def test_endings_are_known_in_capitals_too(folder):
+    write("A.JSONL", "b.Txt.GZ", "C.PARQUET")
+    assert [file.ending for file in find(["*"])] == [".jsonl", ".parquet", ".txt.gz"]
+    assert corpus_name(find(["A.JSONL"])) == "A"
+
+
 def test_a_folder_without_text_is_refused(folder):
     write("d/notes.md")
-    with pytest.raises(UserError, match=r"SOURCE: no file below '.*/d' ends in \.txt, \.jsonl, .*\.parquet"):
+    with pytest.raises(
+        UserError, match=r"SOURCE: no file below '.*/d' ends in \.txt, .*\.parquet \(there are: \.md 1\)"
+    ):
         find(["d"])
 
 

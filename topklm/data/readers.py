@@ -334,12 +334,15 @@ def _json_value_items(blocks: Iterator[bytes], text_field: str) -> Items:
             if text.startswith("]" if opened else "[", at):
                 opened, closed, at = True, opened, at + 1
                 continue
-            item = None if closed else _json_value(text, at, text_field, f"item {number + 1}")
-            if item is not None:
-                number, at = number + 1, item[0]
-                yield item[1]
+            value = None if closed else _json_value(text, at)
+            if (value[1] if value else len(text)) - at > MAX_LINE_BYTES:
+                yield _too_long(f"item {number + 1}", "; what follows is not read")
+                return
+            if value:
+                number, at = number + 1, value[1]
+                yield _field_item(value[0], text_field, f"item {number}", 0)
                 continue
-            more = _more_text(blocks, decode, len(text) - at) if len(text) - at <= MAX_LINE_BYTES else ""
+            more = _more_text(blocks, decode, len(text) - at)
             if not more:
                 break
             text, at = text[at:] + more, 0
@@ -361,16 +364,14 @@ def _more_text(blocks: Iterator[bytes], decode: Callable[[bytes], str], least: i
     return "".join(parts)
 
 
-def _json_value(text: str, start: int, text_field: str, where: str) -> tuple[int, Document | Problem] | None:
-    """Where the value that begins at `start` ends, and its item; None if the text ends before it does."""
+def _json_value(text: str, start: int) -> tuple[Any, int] | None:
+    """The value that begins at `start`, and where it ends; None if the text ends before it does."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
-    if end == len(text) and not isinstance(value, dict | list | str):
-        return None  # a number may go on
-    is_long = end - start > MAX_LINE_BYTES
-    return end, _too_long(where) if is_long else _field_item(value, text_field, where, 0)
+    # A number may go on.
+    return None if end == len(text) and not isinstance(value, dict | list | str) else (value, end)
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
@@ -453,8 +454,8 @@ def _hint(text: str) -> str:
     return f", {_UTF_16}" if begun > 3 and 3 * n > begun else ""
 
 
-def _too_long(where: str) -> Problem:
-    return Problem("line too long", where, f"more than {MAX_LINE_BYTES:,} bytes")
+def _too_long(where: str, and_so: str = "") -> Problem:
+    return Problem("line too long", where, f"more than {MAX_LINE_BYTES:,} bytes{and_so}")
 
 
 def _listing(names: Any) -> str:
