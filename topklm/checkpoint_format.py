@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from topklm import checksums, sharding
-from topklm.files import for_tensorstore, fsync, is_bucket, parse_json, write_atomically
+from topklm.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
 from topklm.inference.parameters import open_arrays, read_arrays
 
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
@@ -109,10 +109,7 @@ def _remove_tree(path: epath.Path) -> None:
 
 def set_aside(folder: epath.Path) -> epath.Path:
     """Renames a checkpoint so that it no longer counts as one; returns its new place."""
-    n = 1
-    while (place := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
-        n += 1
-    return folder.rename(place)
+    return folder.rename(beside(folder, "damaged"))
 
 
 # Writing

@@ -124,6 +124,14 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def beside(path: AnyPath, word: str) -> AnyPath:
+    """Returns the first path `NAME.WORD-N` that is free, where something can be set aside."""
+    n = 1
+    while (place := path.with_name(f"{path.name}.{word}-{n}")).exists():
+        n += 1
+    return place
+
+
 # How file systems say that they cannot flush a folder: CIFS before Linux 4.17, VirtualBox's shares.
 _NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
