@@ -31,8 +31,6 @@ from topklm.files import check_name, parse_json, write_atomically
 
 __all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
 
-MAX_VOCAB = 1 << 24  # far above any vocabulary in use, and far below what a number of four bytes holds
-
 # Characters per piece given to the library, which needs some 100 bytes for each token of a piece.
 _PIECE_CHARS = 1 << 16
 # The trainer takes time in the square of a word's length, and text without spaces (DNA, or a line of dashes)
@@ -65,8 +63,6 @@ class Tokenizer:
         self.kind = self._backend.kind
         self.separator_id = int(self._backend.separator_id)
         self.vocab_size = int(self._backend.vocab_size)
-        if self.vocab_size > MAX_VOCAB:
-            raise ValueError(f"its largest token id is {self.vocab_size - 1}, above {MAX_VOCAB - 1}")
         self.cut_before = self._backend.cut_before
         self.sha256 = hashlib.sha256(content).hexdigest()
 

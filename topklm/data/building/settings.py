@@ -13,7 +13,8 @@ import tokenizers
 from topklm.data.building.encode import Selection
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import SourceFile
-from topklm.data.tokenizer import MAX_VOCAB, Tokenizer, open_tokenizer
+from topklm.data.tokenizer import Tokenizer, open_tokenizer
+from topklm.data.tokenizer_kinds import MAX_VOCAB
 from topklm.errors import UserError
 
 TRAIN_PREFIX = "train:"
