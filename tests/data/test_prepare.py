@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import time
 
+from helpers import sentences, write_documents
 from making import rewrite_description
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ def data(tmp_path):
     )
 
 
+HASHES = ["644ff756d5eee31a", "709d7d1110209eef"]  # of the tokens of train and heldout
+
+
 def quiet(_):
     pass
 
@@ -46,6 +50,18 @@ def test_a_dataset_is_the_same_when_it_is_made_again_elsewhere(data, tmp_path):
     assert first.path.name == second.path.name == f"ships-{first.fingerprint[:12]}"
     for file in first.path.iterdir():
         assert (second.path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_today_s_program_makes_the_datasets_of_earlier_ones(tmp_path, monkeypatch):
+    # As the program of before this test made it; runs are continued with their data, which are found by name.
+    monkeypatch.setattr("tokenizers.__version__", "0.23.3")
+    write_documents(tmp_path / "village.jsonl", sentences(0, 300))
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences(1, 400)))
+    source = f"{tmp_path}/village.jsonl,{tmp_path}/text.txt"
+    dataset = prepared(DataConfig(source=source, vocab_size=400, dir=str(tmp_path / "datasets")))
+    assert dataset.path.name == "text-and-1-more-85cb447fa8fe"
+    streams = [dataset.tokens(split).read(0, split.tokens) for split in dataset.splits.values()]
+    assert [hashlib.sha256(ids.tobytes()).hexdigest()[:16] for ids in streams] == HASHES
 
 
 def test_a_finished_dataset_is_reused_with_one_line(data):

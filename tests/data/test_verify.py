@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import json
 import shutil
 import tracemalloc
 
@@ -141,6 +142,9 @@ def test_shards_that_changed_places_are_both_named(folder):
     two.rename(one)
     (folder / "aside").rename(two)
     assert problems(folder) == [Problem(one.name, OTHER_BYTES), Problem(two.name, OTHER_BYTES)]
+    dataset = load_dataset(folder)
+    with pytest.raises(UserError, match=rf"{one.name} is another shard than was written"):
+        dataset.tokens(dataset.train).read(0, dataset.train.tokens)
 
 
 def test_a_shard_of_another_dataset_is_named(folder, tmp_path):
@@ -189,6 +193,40 @@ def test_a_changed_count_of_the_text_is_found(folder, field):
     found = problems(folder)
     assert {problem.file for problem in found} == {"dataset.json"}
     assert any(problem.what.startswith(f"text: {field} = ") for problem in found)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c["settings"].update(min_chars=3),
+        lambda c: c.update(problem_examples=["a line"]),
+        lambda c: c["sources"][0].update(url="elsewhere.txt"),
+        lambda c: c["text"].update(too_short=7),
+        lambda c: c.update(fingerprint="1" * 64),
+        lambda c: c.update(note="mine"),
+    ],
+)
+def test_an_edit_of_what_nothing_else_tells_is_found_by_the_digest(folder, edit):
+    content = json.loads((folder / "dataset.json").read_text())
+    edit(content)
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert problems(folder) == [Problem("dataset.json", "is not as it was written: its digest differs")]
+    with pytest.raises(UserError, match=r"dataset\.json: damaged \(its digest differs\)"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_description_that_lost_its_digest_is_read_only_where_it_never_had_one(folder, version):
+    content = json.loads((folder / "dataset.json").read_text())
+    del content["sha256"]
+    (folder / "dataset.json").write_text(json.dumps({**content, "format_version": version}))
+    if version == 2:
+        assert problems(folder) == []
+        assert load_dataset(folder).train.documents == len(TRAIN)
+    else:
+        assert "its digest is missing" in problems(folder)[0].what
+        with pytest.raises(UserError, match="its digest is missing"):
+            load_dataset(folder)
 
 
 @pytest.mark.parametrize(("field", "value"), [("tokens", 1), ("size", 1), ("sha256", "0" * 64)])
