@@ -300,6 +300,17 @@ def test_a_hugging_face_dataset_of_tables_is_read_by_its_rows(dataset_folder):
     assert reader.bytes_read == 5
 
 
+def test_a_text_inside_of_another_column_of_a_dataset_is_named_with_a_dot(dataset_folder):
+    rows = [{"doc": {"text": "one"}, "n": 1}, {"doc": {"text": None}, "n": 2}, {"doc": None, "n": 3}]
+    pq.write_table(pa.Table.from_pylist(rows), dataset_folder / "train.parquet")
+    (file,) = find([f"hf:{dataset_folder}"])
+    items = list(FileReader(file, "doc.text"))
+    assert items[0] == Document("one", "row 1", 0)
+    assert [item.kind for item in items[1:]] == ["empty", "no text field"]
+    with pytest.raises(UserError, match=r"text_field = 'body.text': .* has no such column.* of 'doc', 'n'"):
+        list(FileReader(file, "body.text"))
+
+
 def test_changed_files_of_a_dataset_are_another_version_and_stop_the_reading(dataset_folder):
     write_jsonl_parts(dataset_folder, 2)
     before = find([f"hf:{dataset_folder}"])

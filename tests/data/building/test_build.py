@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -281,6 +282,32 @@ def test_what_leaves_out_all_documents_is_named_with_counts_by_reason(sources, t
     )
     with pytest.raises(UserError, match=rf"no text in .*, left out {counts}: give longer documents"):
         make(sources, tmp_path / "out", Settings(selection, "train:300"))
+
+
+@pytest.mark.parametrize(("sizes", "total"), [((0, 0), 0), ((5, 0), 0), ((5, 7), 12)])
+def test_how_far_the_encoding_is_is_told_only_where_all_sizes_are_known(tmp_path, sizes, total):
+    memory = fsspec.filesystem("memory")
+    names = [f"memory://unmeasured/{n}.jsonl" for n in range(2)]
+    for number, name in enumerate(names):
+        memory.pipe(name, "\n".join(json.dumps({"text": t}) for t in TEXTS[number::2]).encode())
+    files = [dataclasses.replace(f, size=size) for f, size in zip(find(names), sizes, strict=True)]
+    totals = {}
+
+    class Noted(Progress):
+        def phase(self, what, total):
+            totals[what] = total
+            return super().phase(what, total)
+
+    with Workers(1) as workers:
+        build(
+            Sources(tuple(files)),
+            SETTINGS,
+            Storage(tmp_path / "out"),
+            LocalEngine(workers),
+            Noted(lambda _: 0),
+        )
+    memory.rm("/unmeasured", recursive=True)
+    assert totals["encoding"] == total
 
 
 def test_it_says_when_it_begins_to_train_the_tokenizer(sources, tmp_path):

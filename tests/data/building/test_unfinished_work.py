@@ -60,6 +60,35 @@ def copier(folder, place):
     return lambda: shutil.copytree(folder, place / str(next(numbers)) / folder.name)
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["*/000000.index", "*/000001.tokens", "*/done.json", "dataset-*/*00001-*", "tokenizer-*", "training-*"],
+)
+def test_a_line_names_a_damaged_piece(sources, undisturbed, left_behind, tmp_path, piece):
+    work = copier(left_behind, tmp_path)()
+    file = sorted(work.glob(piece))[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    dataset, lines = make(sources, work.with_name("out"), MANY_SHARDS)
+    assert contents(dataset.path) == undisturbed
+    said = [line for line in lines if "damaged" in line]
+    assert len(said) == 1
+    assert ("tokenizer" if "tokenizer" in said[0] else f"{work}/") in said[0]
+
+
+def test_unfinished_work_that_is_whole_is_used_without_a_word(
+    sources, undisturbed, left_behind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode, "_encode", None)  # nothing is encoded
+    work = copier(left_behind, tmp_path)()
+    shards = {path.name: path.stat().st_ino for path in work.glob("dataset-*/*.arrayrecord")}
+    dataset, lines = make(sources, work.with_name("out"), MANY_SHARDS)
+    assert contents(dataset.path) == undisturbed
+    assert {path.name: path.stat().st_ino for path in dataset.path.glob("*.arrayrecord")} == shards
+    assert not [line for line in lines if "again" in line]
+
+
 def without_the_end_of_a_file(folder):
     """As an attempt leaves it that ends while it encodes."""
     for done in folder.glob("*/done.json"):

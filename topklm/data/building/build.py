@@ -27,7 +27,7 @@ from topklm.data.building.shards import plan_shards
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
-from topklm.data.sources import HF, store_errors_are_user_errors
+from topklm.data.sources import HF, is_remote, store_errors_are_user_errors
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import fsync, parse_json, sealed_json, unsealed
@@ -66,7 +66,8 @@ def build(
             return
         if work.is_local:
             work.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(work.path, lambda owner: _busy(out.url, owner, wait, progress)))
+            busy = functools.partial(_busy, out.url, wait, progress)
+            stack.enter_context(locks.held(work.path, busy, warn=progress.say))
             if _is_made(out, sources, settings):  # by whom we waited for
                 work.remove()
                 return
@@ -182,8 +183,10 @@ class _Build:
 
     def _encode(self, jobs: Sequence[FileJob]) -> list[FileResult]:
         began = time.monotonic()
-        # Of a Hugging Face dataset rows are told, and nobody knows how many there are.
-        is_known = not any(job.file.ending == HF for job in jobs)
+        # Nobody knows how many rows a Hugging Face dataset has; some stores do not tell the size of a file.
+        is_known = all(
+            job.file.size or not (job.file.ending == HF or is_remote(job.file.url)) for job in jobs
+        )
         with self._progress.phase("encoding", is_known * sum(job.file.size for job in jobs)) as report:
             encode_tasks = [tasks.EncodeTask(job, self._work) for job in jobs]
             results = self._engine.encode(encode_tasks, self._work, report)
@@ -219,7 +222,7 @@ def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
     return False
 
 
-def _busy(out: str, owner: str, wait: bool, progress: Progress) -> None:
+def _busy(out: str, wait: bool, progress: Progress, owner: str) -> None:
     if not wait:
         raise UserError(
             f"{out} is being prepared by process {owner}: wait for it, stop it, or choose another folder"
