@@ -13,6 +13,7 @@ from topklm.data.building.local import LocalEngine
 from topklm.data.building.settings import Sources
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
+from topklm.errors import UserError
 
 TEXTS = [f"Crate {n} of {n % 11} went to shelf {n * n}. " * (1 + n % 6) for n in range(120)]
 MANY_SHARDS = dataclasses.replace(SETTINGS, shard_tokens=RECORD_TOKENS)
@@ -92,9 +93,10 @@ def test_unfinished_work_that_is_whole_is_used_without_a_word(
 def without_the_end_of_a_file(folder):
     """As an attempt leaves it that ends while it encodes."""
     for done in folder.glob("*/done.json"):
-        done.unlink()
-        (done.parent / "000001.index").unlink()
-    shutil.rmtree(next(folder.glob("dataset-*")))
+        (done.parent / "000001.index").unlink(missing_ok=True)
+        done.unlink() if done.is_file() else done.rmdir()
+    for shards in folder.glob("dataset-*/"):
+        shutil.rmtree(shards)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,10 @@ def test_damaged_work_is_made_again_to_the_same_bytes(
     def continued(work):
         if is_young:
             without_the_end_of_a_file(work)
-        return contents(make(sources, work.with_name("out"), MANY_SHARDS)[0].path)
+        try:
+            return contents(make(sources, work.with_name("out"), MANY_SHARDS)[0].path)
+        except UserError as e:  # it would come again at every start
+            return str(e)
 
     n = damage.check(
         copier(left_behind, tmp_path),
