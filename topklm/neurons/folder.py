@@ -9,8 +9,12 @@
 All in the run folder.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 from pathlib import Path
+
+from topklm.errors import UserError, disk_errors_are_user_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +58,25 @@ class NeuronsFolder:
     def labels(self) -> Path:
         """Of the labels, which all checkpoints of a run share."""
         return self.run / "neurons" / "labels.json"
+
+
+@contextlib.contextmanager
+def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
+    """For a block that reads what lies in such a folder: errors become one line.
+
+    What the system refuses is told apart from damage, for nobody shall delete what he may only not read.
+
+    Args:
+        path: What is read, for the message.
+        advice: What to do if it is damaged.
+        more: Errors of libraries that mean damage, besides the ValueError of most of them.
+    """
+    try:
+        yield
+    except (OSError, ValueError, *more) as e:
+        shape = isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if not shape and isinstance(e, OSError | ValueError | RuntimeError):
+            with contextlib.suppress(type(e)), disk_errors_are_user_errors(f"reading {path}"):
+                raise e
+        line = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"{path} is damaged ({line[:300]}): {advice}") from e
