@@ -131,6 +131,8 @@ def check_unreadable(
     reader: Reader,
     reference: Any,
     ignore: Callable[[Path], bool] = lambda path: False,
+    seed: int = 0,
+    share: float = 1.0,
 ) -> int:
     """Asserts that what may not be read is named as that: never as damaged, missing, or to be deleted.
 
@@ -139,13 +141,15 @@ def check_unreadable(
         reader: Given the copy, of which one file or folder cannot be read.
         reference: What the reader gives for one that is whole; it may give that too.
         ignore: As in `damages`.
+        seed: Of what is drawn.
+        share: Of all files and folders, which part is tried.
 
     Returns:
         How many files and folders were tried.
     """
-    wanted, bad = fingerprint(reference), []
+    wanted, bad, draw = fingerprint(reference), [], random.Random(seed)
     paths = [Path(), *sorted(path.relative_to(copy) for copy in [make_copy()] for path in copy.rglob("*"))]
-    paths = [path for path in paths if not ignore(path)]
+    paths = [path for path in paths if not ignore(path) and draw.random() <= share]
     for path in paths:
         copy = make_copy()
         with _mode(copy / path, 0), _nobody(copy):

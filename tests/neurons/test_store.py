@@ -170,7 +170,7 @@ def test_a_writer_goes_on_behind_what_is_there_and_parts_stand_side_by_side(fill
 def append_for_ever(folder):
     writer = StoreWriter(folder, METADATA)
     while True:
-        writer.append(random_segment(3000, len(writer._written))[0])
+        writer.append(random_segment(3000, writer.n_tokens // 3000)[0])
 
 
 def test_whoever_is_killed_leaves_whole_segments(tmp_path):
@@ -218,14 +218,14 @@ def test_damaged_metadata_is_named(filled, content):
 
 def test_a_store_of_a_later_format_is_refused(filled):
     path = filled[0] / "metadata.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with pytest.raises(UserError, match="a store of format 2, this topklm reads 1"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
+    with pytest.raises(UserError, match="a store of format 3, this topklm reads 2"):
         Store(filled[0])
 
 
 def test_a_segment_without_its_facts_is_named(filled):
     (filled[0] / "segments" / "0-000001" / "segment.json").unlink()
-    with pytest.raises(UserError, match=r"0-000001 is damaged \(.*: delete it"):
+    with pytest.raises(UserError, match=r"0-000001 is damaged \(.*: delete 0-000001 to 0-000002 in"):
         Store(filled[0])
 
 

@@ -12,6 +12,7 @@ All in the run folder.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -78,5 +79,7 @@ def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> I
         if not shape and isinstance(e, OSError | ValueError | RuntimeError):
             with contextlib.suppress(type(e)), disk_errors_are_user_errors(f"reading {path}"):
                 raise e
-        line = next(iter(str(e).splitlines()), type(e).__name__)
-        raise UserError(f"{path} is damaged ({line[:300]}): {advice}") from e
+        reason = next(iter(str(e).splitlines()), "")[:300] or type(e).__name__
+        if isinstance(e, OSError) and e.filename:
+            reason = f"{Path(os.fsdecode(e.filename)).name}: {e.strerror}"
+        raise UserError(f"{path} is damaged ({reason}): {advice}") from e
