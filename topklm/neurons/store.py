@@ -437,6 +437,8 @@ def _parts(folder: Path, store: str) -> dict[int, int]:
     parts = folder / _PARTS
     with damage_is_a_user_error(parts, _AGAIN):
         counts |= {int(path.name): 0 for path in parts.iterdir() if path.name.isdecimal()}
+        if not counts:
+            raise ValueError("it holds no part")
     for part in counts:
         path = parts / str(part) / _PART
         with damage_is_a_user_error(path, _AGAIN, KeyError):
