@@ -484,7 +484,7 @@ def _segment_id(store: str, part: int, number: int) -> str:
 
 def _may_be_zeros(facts: _Facts) -> set[str]:
     """Arrays of a segment of format 1 that may be 0 throughout, so that no chunk of them was written."""
-    zeros = {"tokens", "losses", "gaps"} if facts.n_tokens == 1 else set[str]()
+    zeros = {"gaps"} if facts.n_tokens == 1 else set[str]()
     if facts.last_document == 0:
         zeros.add("documents")
     if facts.n_events == 0:
