@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from topklm import checksums, sharding
-from topklm.files import fsync, is_bucket, parse_json, write_atomically
+from topklm.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
 from topklm.inference.parameters import open_arrays, read_arrays
 
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
@@ -109,10 +109,7 @@ def _remove_tree(path: epath.Path) -> None:
 
 def set_aside(folder: epath.Path) -> epath.Path:
     """Renames a checkpoint so that it no longer counts as one; returns its new place."""
-    n = 1
-    while (place := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
-        n += 1
-    return folder.rename(place)
+    return folder.rename(beside(folder, "damaged"))
 
 
 # Writing
@@ -164,7 +161,7 @@ class Writing:
             record: From `make_record`.
         """
         for item in self._trees:
-            self._handler.finalize(_LiteralPath(self._folder / item))
+            self._handler.finalize(self._orbax_folder(item))
         for item, value in _with_format(values).items():
             write_atomically(self._folder / item / _JSON_FILE, json.dumps(value).encode())
         write_atomically(self._folder / FACTS / RECORD_FILE, json.dumps(record).encode())
@@ -183,12 +180,16 @@ class Writing:
         if self._folder.exists():
             self._folder.rmtree()
 
+    def _orbax_folder(self, item: str) -> epath.Path:
+        folder = self._folder / item
+        return _LiteralPath(folder if is_bucket(folder) else for_tensorstore(folder))
+
     async def _begin(self, trees: Mapping[str, Any]) -> list[Any]:
         saves = []
         for item, tree in trees.items():
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            saves.append(self._handler.async_save(self._folder / item, args=args))
+            saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
         return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from topklm.files import is_bucket
+from topklm.files import for_tensorstore, is_bucket
 
 # Unpacked bytes of the chunks that are read at the same time: at least these, or this share of all there are.
 # Each chunk is held once more as it is stored.
@@ -98,7 +98,7 @@ def _kvstore(folder: epath.Path) -> dict[str, Any]:
         _, _, bucket, path = os.fspath(folder).split("/", 3)
         base = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
     else:
-        base = {"driver": "file", "path": f"{folder}/"}
+        base = {"driver": "file", "path": f"{for_tensorstore(folder)}/"}
     return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}
 
 
