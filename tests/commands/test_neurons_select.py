@@ -1,6 +1,7 @@
 """`topklm neurons select` on a store whose neurons are made to stand for something."""
 
 import argparse
+import contextlib
 import json
 
 import pytest
@@ -9,9 +10,11 @@ from test_neurons_find import write_store
 
 from topklm.commands import neurons_select
 from topklm.errors import UserError
+from topklm.files import sealed_json
 from topklm.inference.intervention import Intervention, load_interventions
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
+from topklm.neurons.selection import read_contrast
 
 STEP = 24
 
@@ -97,6 +100,19 @@ def test_those_of_a_contrast_are_the_first_of_all_layers_in_its_order(select, co
     assert [(one.layer, one.neuron) for one in found] == [(0, 4), (0, 5), (1, 6)]
 
 
+def test_a_contrast_that_carries_a_digest_must_be_as_it_was_printed(select, contrast):
+    content = sealed_json(json.loads(contrast.read_text()))
+    contrast.write_bytes(content)
+    whole = read_contrast(contrast)
+    assert len(select("--contrast-json", contrast, "--mode", "ablate")[0]) == 3
+    for place in range(8 * len(content)):
+        spoilt = bytearray(content)
+        spoilt[place // 8] ^= 1 << place % 8
+        contrast.write_bytes(spoilt)
+        with contextlib.suppress(UserError):
+            assert read_contrast(contrast) == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,8 +154,10 @@ def test_mistakes_are_named_and_nothing_is_written(select, tmp_path, arguments, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "is not what topklm neurons contrast --json prints"),
+        ("{", "is damaged .*: run topklm neurons contrast --json, and give its output"),
+        ("[1]", "is damaged .JSON that holds a list and no dict"),
+        ("[" * 100_000, "is damaged .JSON that is nested too deeply"),
+        ('{"step": 24, "sha256": "ab"}', "is not as it was written .its digest differs.*remove 'sha256'"),
         ('{"step": 24, "by": "score", "neurons": [{"layer": 0}]}', "is not what topklm neurons contrast"),
         ('{"step": 24, "by": "x", "neurons": []}', "is not what topklm neurons contrast"),
         (

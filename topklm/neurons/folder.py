@@ -61,6 +61,18 @@ class NeuronsFolder:
         return self.run / "neurons" / "labels.json"
 
 
+def harvested_steps(run: Path) -> list[int]:
+    """Checkpoints of a run of which there are activations, rising.
+
+    Raises:
+        OSError: If that cannot be looked at.
+    """
+    folder = run / "neurons"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    return [step for step in steps if NeuronsFolder(run, step).store.exists()]
+
+
 @contextlib.contextmanager
 def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
     """For a block that reads what lies in such a folder: errors become one line.

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.files import fsync
+from topklm.files import for_tensorstore, fsync
 from topklm.neurons.folder import damage_is_a_user_error
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")
@@ -315,7 +315,7 @@ def _creating(path: Path, array: Array) -> dict[str, Any]:
 
 
 def _kvstore(path: Path) -> dict[str, str]:
-    return {"driver": "file", "path": f"{path}/"}
+    return {"driver": "file", "path": f"{for_tensorstore(path)}/"}
 
 
 def _metadata(array: Array) -> dict[str, Any]:

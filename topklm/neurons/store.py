@@ -410,6 +410,23 @@ class Store:
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
+def wait_for_writers(folder: Path, say: Callable[[str], None]) -> None:
+    """Returns when nobody writes to a store any more.
+
+    Args:
+        folder: Of the store.
+        say: Told whom is waited for.
+    """
+
+    def wait(owner: str) -> None:
+        say(f"process {owner} is harvesting into {folder}: waiting for its end")
+
+    for part in (folder / _PARTS).glob("*"):
+        if locks.is_held(part):
+            with locks.held(part, wait):
+                pass
+
+
 def _refuse(folder: Path, part: int, owner: str) -> None:
     raise UserError(f"{folder}: process {owner} is writing to part {part} of it: wait for its end")
 
