@@ -35,6 +35,8 @@ DESCRIPTION = "Reads activations off a model, measures its neurons, and finds th
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
 
 DEFAULT_TOKENS = 500_000
+_MOST_DIGITS = 15  # of a count
+_MOST_SAMPLES = 2**31 - 1  # as the table can hold them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +154,7 @@ def ensure_measured(run_folder: str, step: int | None, console: rich.console.Con
     """
     progress = TerminalProgress(console)
     model, mesh = _load(run_folder, step)
-    folder = NeuronsFolder(Path(run_folder), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     if not folder.store.exists():
         _harvest_into(folder, model, mesh, progress)
     if not folder.table.exists():
@@ -164,7 +166,7 @@ def ensure_measured(run_folder: str, step: int | None, console: rich.console.Con
 def _harvest(arguments: argparse.Namespace) -> None:
     console = rich.console.Console(stderr=arguments.json)
     model, mesh = _load(arguments.run, arguments.step)
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     place = places.find() if arguments.part is None else None
     share = arguments.part or (Share(place.index, place.count) if place else ALL)
     _harvest_into(
@@ -328,11 +330,13 @@ def _dictionary(
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    if arguments.ablation_samples < 0:
-        raise UserError(f"--ablation-samples = {arguments.ablation_samples}: must be 0 or more")
+    if not 0 <= arguments.ablation_samples <= _MOST_SAMPLES:
+        raise UserError(
+            f"--ablation-samples = {arguments.ablation_samples}: must be from 0 to {_MOST_SAMPLES}"
+        )
     console = rich.console.Console(stderr=arguments.json)
     model, _ = _load(arguments.run, arguments.step)
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
     _measure_into(folder, model, TerminalProgress(console), settings, arguments.encoder)
     if arguments.json:
@@ -410,9 +414,12 @@ def _summary(folder: NeuronsFolder, store: Store) -> str:
 
 def _count(text: str) -> int:
     """A number of 1 or more, also written 2_000_000."""
-    if not re.fullmatch(r"\d[\d_]*", text) or int(text) < 1:
+    digits = text.replace("_", "").lstrip("0")
+    if not re.fullmatch(r"[0-9][0-9_]*", text) or not digits:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
-    return int(text)
+    if len(digits) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must have at most {_MOST_DIGITS} digits")
+    return int(digits)
 
 
 def _share(text: str) -> Share:

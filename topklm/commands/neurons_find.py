@@ -16,7 +16,7 @@ import topklm
 from topklm import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import as_path, is_bucket
 from topklm.neurons.find import RankedNeuron, TokenNeurons, neurons_of_text, rank
 from topklm.neurons.folder import NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
@@ -103,9 +103,7 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     # The separator that stands before is no part of the text.
     rows = neurons_of_text(model.active_neurons(arguments.text), arguments.top, arguments.layer, begin=1)
     labels = (
-        {}
-        if is_bucket(arguments.run)
-        else Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+        {} if is_bucket(arguments.run) else Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
     )
     if arguments.json:
         tokens = [
@@ -168,14 +166,15 @@ def _folder(run: str, step: int | None) -> NeuronsFolder:
     """Where the activations are: of a step, or of the newest that has some."""
     if is_bucket(run):
         raise UserError(f"RUN = {run}: activations are kept on a disk; copy the run folder to one")
-    if not Path(run).is_dir():
+    folder = Path(as_path(run, "RUN"))
+    if not folder.is_dir():
         raise UserError(f"RUN = {run}: there is no such folder; check the path")
     if step is not None:
-        return NeuronsFolder(Path(run), step)
-    steps = harvested_steps(Path(run))
+        return NeuronsFolder(folder, step)
+    steps = harvested_steps(folder)
     if not steps:
         raise UserError(f"{run}: there are no activations yet; run topklm neurons harvest {run}")
-    return NeuronsFolder(Path(run), steps[-1])
+    return NeuronsFolder(folder, steps[-1])
 
 
 def _open_store(folder: NeuronsFolder) -> Store:

@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
         return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)

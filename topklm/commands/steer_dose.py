@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         there_is.check(model.config.model)
     except ValueError as e:
         raise UserError(f"--neuron = {arguments.neuron}: {e}") from e
-    folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(arguments.run), model.step)
+    folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
     facts = None if folder is None else known.read(folder, layer, neuron)
     values = _values(arguments, facts)
     concepts = asked or known.own_concepts(model, folder, facts, layer, neuron)

@@ -209,7 +209,7 @@ def labels(arguments: argparse.Namespace, model: LanguageModel) -> dict[tuple[in
     """What people call neurons of the run."""
     if is_bucket(arguments.run):
         return {}
-    return Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+    return Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
 
 
 def warnings(texts: Sequence[Text]) -> list[str]:
