@@ -94,7 +94,7 @@ def test_two_harvests_of_one_run_take_turns(tmp_path, trainer, finished_run, tex
     for process in processes:
         assert process.finish() == 0, process.errors
     said = [process.output for process in processes]
-    assert sum("is harvesting into" in output for output in said) == 1
+    assert sum("is harvesting into" in output for output in said) <= 1
     assert run(trainer, "harvest", alone.run, *arguments).exit_code == 0
     assert not list(shared.store.glob("segments/.*"))
     for path in alone.store.rglob("*"):
