@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 import shutil
 
 import damage
 import explored_run
+import pyarrow.parquet as pq
 import pytest
 
+from topklm.commands import neurons_find
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.explorer import export, neuronpedia
@@ -18,7 +21,9 @@ from topklm.explorer.figures import FIGURES
 from topklm.explorer.index import Index, Wanted
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
+from topklm.neurons.find import rank
 from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.labels import Labels
 from topklm.neurons.statistics import table
 from topklm.run_folder import TOKENIZER_FILE
 from topklm.steering import known
@@ -68,6 +73,13 @@ def table_says(run):
 
 def is_known(run):
     return known.read(folder_of(run), 1, 17)
+
+
+def is_found(run):
+    """What `topklm neurons find` opens."""
+    folder = neurons_find._folder(str(run), None)
+    store = neurons_find._open_store(folder)
+    return rank(store, store.tokens(0, store.n_tokens) == 33, limit=5), Labels(folder.labels).all()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +151,23 @@ def test_every_damage_is_noticed_or_does_not_matter(run, other, copy, reader):
 
 
 def test_what_may_not_be_read_is_not_called_damaged(run, copy):
-    for reader in (pages_say, table_says):
+    for reader in (pages_say, table_says, is_found):
         damage.check_unreadable(
             lambda: copy(shutil.copy), reader, reader(run), ignore=read_elsewhere, share=0.3
         )
+
+
+def test_a_table_of_an_earlier_version_is_read(run, copy):
+    place = folder_of(copy())
+    rows, measured = table.read(place.table)
+    about = {name: part for name, part in dataclasses.asdict(measured).items() if name != "store"}
+    as_before = rows.replace_schema_metadata({b"topklm": json.dumps({"format": 1, **about}).encode()})
+    place.table.unlink()
+    pq.write_table(as_before, place.table, compression="zstd")
+    assert table_says(place.run) == (rows.to_pydict(), dataclasses.replace(measured, store=""))
+    assert pages_say(place.run)[:2] == pages_say(run)[:2]
+
+
+def test_other_readers_of_parquet_read_a_table(run):
+    rows, _ = table.read(folder_of(run).table)
+    assert pq.read_table(folder_of(run).table, page_checksum_verification=True) == rows
