@@ -84,9 +84,10 @@ def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> I
         advice: What to do if it is damaged.
         more: Errors of libraries that mean damage, besides the ValueError of most of them.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:
         yield
-    except (OSError, ValueError, *more) as e:
+    except kinds as e:
         shape = isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         if not shape and isinstance(e, OSError | ValueError | RuntimeError):
             with contextlib.suppress(type(e)), disk_errors_are_user_errors(f"reading {path}"):

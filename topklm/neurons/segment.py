@@ -151,9 +151,9 @@ def write(folder: Path, segment: Segment, name: str) -> dict[str, Array]:
         writing.append(store.write(array))
     for written in writing:
         written.result()
-    for kind, array in known.items():
-        if array.size:
-            _put_tag(folder / kind / _SHARD, array, _tag(name, kind))
+    for kind, about in known.items():
+        if about.size:
+            _put_tag(folder / kind / _SHARD, about, _tag(name, kind))
     return known
 
 

@@ -33,23 +33,31 @@ class Documents(Protocol):
     Attributes:
         name: What it is, in words and a fingerprint.
         n_tokens: How many there are; None where only reading would tell.
-        field: Where the text is looked for in lines and rows that have fields; "" where there are none.
-        left_out: How many documents were left out of what was read last, by reason.
     """
 
     name: str
     n_tokens: int | None
-    field: str = ""
-    left_out: Mapping[str, int] = MappingProxyType({})
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Token ids of each document, int32[n], without separators."""
         ...
 
 
+class SourceText(Documents, Protocol):
+    """Documents that a user named.
+
+    Attributes:
+        field: Where the text is looked for in lines and rows that have fields; "" where there are none.
+        left_out: How many documents were left out of what was read last, by reason.
+    """
+
+    field: str = ""
+    left_out: Mapping[str, int] = MappingProxyType({})
+
+
 def open_documents(
     tokenizer: Tokenizer, data: DataConfig, source: str | None = None, split: str = "heldout"
-) -> Documents:
+) -> SourceText:
     """The text of a run, or another.
 
     Args:
@@ -83,7 +91,7 @@ def described(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} x {reason}" for reason, n in sorted(left_out.items()))
 
 
-def no_text(documents: Documents, said: str) -> UserError:
+def no_text(documents: SourceText, said: str) -> UserError:
     """The error for text without a document.
 
     Args:
@@ -96,7 +104,7 @@ def no_text(documents: Documents, said: str) -> UserError:
     return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
 
 
-class _Prepared(Documents):
+class _Prepared(SourceText):
     def __init__(self, mixture: Mixture, split: str, tokenizer: Tokenizer, said: str):
         if mixture.tokenizer.sha256 != tokenizer.sha256:
             raise UserError(
@@ -117,7 +125,7 @@ class _Prepared(Documents):
                 yield stream.read(begin + 1, end)
 
 
-class _Files(Documents):
+class _Files(SourceText):
     """Documents of files, less what `topklm prepare` leaves out: what cannot be read, and exact copies."""
 
     def __init__(self, files: tuple[SourceFile, ...], text_field: str, tokenizer: Tokenizer):
