@@ -12,7 +12,11 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm import cli, errors
+from topklm import cli, config, errors, sharding
+from topklm.buckets import storage_errors_are_user_errors
+from topklm.training.checkpoints import Checkpoints
+from topklm.training.optimizer import make_optimizer
+from topklm.training.step import abstract_state
 
 OTHER = saved_runs.CONFIG.to_dict() | {"train": {**saved_runs.CONFIG.to_dict()["train"], "seed": 7}}
 
@@ -22,10 +26,27 @@ def is_no_input(path):
     return path.name in ("metrics.jsonl", "commit_success.txt") or "tensorboard" in path.parts
 
 
+def is_of_step_5(path):
+    return "5" in path.parts
+
+
 def loaded(run):
     model = topklm.load(run)
     arrays = {name: np.asarray(array) for name, array in jax.tree_util.tree_leaves_with_path(model.params)}
     return [str(path) for path in arrays], list(arrays.values()), model.config.to_dict(), model.step
+
+
+def restored(run):
+    """As a run that is continued; that an older checkpoint is taken instead is said."""
+    said = []
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    abstract = abstract_state(saved_runs.CONFIG, make_optimizer(saved_runs.CONFIG.optim, 100))
+    with storage_errors_are_user_errors("reading the checkpoints", run):
+        checkpoints = Checkpoints(run / "checkpoints", saved_runs.CONFIG.checkpoint, said.append)
+        state, data, facts = checkpoints.restore(abstract, mesh)
+    if said:
+        raise errors.UserError(said[0])
+    return [np.asarray(array) for array in jax.tree.leaves(state)], data, facts
 
 
 def copies(whole, place):
@@ -48,7 +69,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def another_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("another") / "run"
-    saved_runs.save(folder, [10], topklm.config.resolve(OTHER))
+    saved_runs.save(folder, [10], config.resolve(OTHER))
     return folder
 
 
@@ -61,11 +82,23 @@ def test_a_damaged_run_loads_as_it_was_or_not_at_all(run, another_run, tmp_path)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(3))
 def test_many_damages_of_a_run_are_noticed(run, another_run, tmp_path, seed):
-    damage.check(copies(run, tmp_path / "run"), loaded, loaded(run), seed=seed, per_file=8, other=another_run)
+    copy = copies(run, tmp_path / "run")
+    damage.check(copy, loaded, loaded(run), seed=seed, per_file=8, other=another_run)
+    damage.check(copy, restored, restored(run), seed=seed, per_file=8, ignore=is_of_step_5)
 
 
 def test_a_run_that_may_not_be_read_is_not_called_damaged(run, tmp_path):
     assert damage.check_unreadable(copies(run, tmp_path / "run"), loaded, loaded(run), share=0.4) > 5
+
+
+def test_a_damaged_run_is_continued_as_it_was_or_from_an_older_checkpoint(run, tmp_path):
+    whole = restored(run)
+    assert damage.check(copies(run, tmp_path / "run"), restored, whole, ignore=is_of_step_5, share=0.1) > 10
+
+
+def test_a_run_that_may_not_be_read_is_not_continued_from_elsewhere(run, tmp_path):
+    copy, whole = copies(run, tmp_path / "run"), restored(run)
+    assert damage.check_unreadable(copy, restored, whole, ignore=is_of_step_5, share=0.4) > 3
 
 
 def trained_on(trainer, datasets):
