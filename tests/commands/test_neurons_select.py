@@ -8,10 +8,12 @@ import pytest
 import saved_runs
 from test_neurons_find import write_store
 
+import topklm
 from topklm.commands import neurons_select
 from topklm.errors import UserError
 from topklm.files import sealed_json
 from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.verification import fingerprint
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.selection import read_contrast
@@ -74,6 +76,20 @@ def test_those_that_stand_for_a_pattern_are_written_best_first(select):
     for flags, places in {**narrow, "--ends --top 1": [(1, 9)]}.items():
         found, _ = select("--regex", "sea", "--mode", "ablate", *flags.split())
         assert [(one.layer, one.neuron) for one in found] == places
+
+
+def test_the_file_names_the_model(select, run, tmp_path):
+    select("--label", "sea", "--value", 1)
+    (file,) = tmp_path.glob("*.json")
+    model = topklm.load(run)
+    named = json.loads(file.read_text())["model"]
+    assert named == {
+        "run": "small",
+        "step": STEP,
+        "n_layers": 2,
+        "d_model": 32,
+        "parameters": fingerprint(model.params),
+    }
 
 
 def test_those_with_a_label_are_written_in_order(select):

@@ -145,7 +145,7 @@ def test_pages_are_the_same_or_say_what_is_damaged(run, other, copy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", [pages_say, exports_hold, index_says, is_known])
+@pytest.mark.parametrize("reader", [pages_say, exports_hold, index_says])
 def test_every_damage_is_noticed_or_does_not_matter(run, other, copy, reader):
     damage.check(copy, reader, reader(copy()), per_file=4, other=other, ignore=read_elsewhere, share=0.5)
 
