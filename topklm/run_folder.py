@@ -92,11 +92,11 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
     with storage_errors_are_user_errors(f"reading {path}", path):
         if not path.exists():
             return None
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
         return config_lib.from_json(content)
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}): restore it, or choose another --workdir") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}: restore it, or choose another --workdir") from e
 
 
 def complete_steps(folder: AnyPath) -> list[int]:
