@@ -98,7 +98,7 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
         content = path.read_bytes()
     try:
         return config_lib.from_saved(parse_json(content))
-    except ValueError as e:
+    except (ValueError, UserError) as e:
         raise UserError(
             f"{path} is damaged ({e}): restore it, or delete it and the newest checkpoint's is taken"
         ) from e
