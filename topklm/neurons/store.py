@@ -192,7 +192,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             self._store = _check_same(folder, metadata)
             for left in self._segments.glob(f".{part}-*"):  # by one that was killed
                 shutil.rmtree(left)
-            facts = _of_part(folder, part, self._store)
+            facts = _of_part(folder, part, _segment_names(folder), self._store)
             self._n_written, self.n_tokens = len(facts), sum(each.n_tokens for each in facts)
             if self._store:
                 self._write_part()
@@ -265,8 +265,10 @@ class Store:
         n_neurons = len(self.metadata.layers) * self.metadata.d_model
         self._facts: list[_Facts] = []
         self.segments: list[SegmentReader] = []
-        for part, n_segments in _parts(folder, self.sha256).items():
-            found = _of_part(folder, part, self.sha256)
+        wanted = _parts(folder, self.sha256)
+        names = _segment_names(folder)  # later: somebody may be adding some
+        for part, n_segments in wanted.items():
+            found = _of_part(folder, part, names, self.sha256)
             if len(found) < n_segments:
                 raise UserError(
                     f"{folder}: of {n_segments} segments of part {part} only {len(found)} are there: {_AGAIN}"
@@ -466,24 +468,25 @@ def _parts(folder: Path, store: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _of_part(folder: Path, part: int, store: str) -> list[_Facts]:
-    """The facts of the part's segments, from the first to the last that is there.
+def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: str) -> list[_Facts]:
+    """The facts of the part's segments, of all that there are.
 
     Raises:
         UserError: If one of them is missing, damaged, or not what it must be in its place.
     """
-    numbers = [number for of, number in _segment_names(folder) if of == part]
-    found: list[_Facts] = []
+    numbers = [number for of, number in names if of == part]
+    found, n_tokens = list[_Facts](), 0
     for number, there in enumerate(numbers):
         path, advice = folder / _SEGMENTS / f"{part}-{number:06d}", _advice(part, number, numbers[-1] + 1)
         if there != number:
             advice = _advice(part, there, numbers[-1] + 1)
             raise UserError(f"{path} is missing, and there are segments behind it: {advice}")
         facts = _facts(path, advice, bool(store))
-        place = (store, part, number, sum(each.n_tokens for each in found))
+        place = (store, part, number, n_tokens)
         if store and (facts.store, facts.part, facts.number, facts.begin) != place:
             raise UserError(f"{path} is of another store, or of another place in this one: {advice}")
         found.append(facts)
+        n_tokens += facts.n_tokens
     return found
 
 
