@@ -32,8 +32,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as e:
-        raise UserError(f"--host = {host}: is no address ({e.strerror or e})") from e
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"--host = {host}: is no address ({getattr(e, 'strerror', None) or e})") from e
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
