@@ -255,7 +255,7 @@ def test_a_record_that_is_missing_or_says_nothing_is_damage(tmp_path, two_checkp
         topklm.load(folder)
 
 
-@pytest.mark.parametrize("config", [{"model": []}, {"model": {"d_model": None}}, {"model": 3}])
+@pytest.mark.parametrize("config", [[], None, 1, "x", {"model": []}, {"model": {"d_model": None}}])
 def test_facts_of_an_earlier_version_without_a_config_are_one_line(tmp_path, two_checkpoints, config):
     folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
     facts = folder / "checkpoints" / "10" / "facts" / "metadata"
