@@ -257,6 +257,8 @@ class Contents:
         self.values = {item: self._read_value(item) for item in dict.fromkeys((*values, FACTS))}
         if self.values[FACTS].pop(_FORMAT, 1) >= _HAS_RECORD and self._record is None:
             raise DamagedError(f"{RECORD_FILE} is missing")
+        if str(step := self.values[FACTS].get("step", folder.name)) != folder.name:
+            raise DamagedError(f"it is that of step {step}")
         self._stores = {item: open_arrays(folder / item) for item in arrays}
         self.shapes = {
             item: {name: jax.ShapeDtypeStruct(s.shape, s.dtype.numpy_dtype) for name, s in stores.items()}

@@ -142,13 +142,17 @@ def check_same_run(folder: AnyPath, asked: config_lib.Config) -> None:
 
 def check_same_config(folder: AnyPath, saved: config_lib.Config, asked: config_lib.Config) -> None:
     """Refuses a config that would make another run of the one in `folder`, as `check_same_run`."""
-    differing = config_lib.differences_that_matter(saved, asked)
-    if differing:
-        fields = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
+    if fields := differing_fields(saved, asked):
         raise UserError(
             f"run folder {folder} holds a run with another config: {fields}. Set them back, or start a "
             "new run with --workdir"
         )
+
+
+def differing_fields(saved: config_lib.Config, asked: config_lib.Config) -> str:
+    """Lists the fields that make two configs those of different runs, each with its values; "" if none do."""
+    differing = config_lib.differences_that_matter(saved, asked)
+    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
 
 
 def write_marker(folder: AnyPath) -> str:

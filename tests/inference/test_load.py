@@ -377,7 +377,8 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     saved_runs.save(tmp_path / "small", [1])
     shape = {"d_model": 768, "n_layers": 4, "n_heads": 12, "n_kv_heads": 12, "d_mlp": 2048}
     model = dataclasses.replace(saved_runs.MODEL, **shape, vocab_size=8192)
-    saved_runs.describe(tmp_path / "large")
+    config = dataclasses.replace(saved_runs.CONFIG, model=model)
+    saved_runs.describe(tmp_path / "large", config)
     step = epath.Path(tmp_path / "large" / "checkpoints" / "1")
     step.mkdir(parents=True)
     draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
@@ -387,7 +388,7 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=16 * 2**20), params)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     ocp.Checkpointer(handler).save(step / "params", ocp.args.PyTreeSave(params, save_args=chunks))
-    facts = saved_runs.facts(1, dataclasses.replace(saved_runs.CONFIG, model=model))
+    facts = saved_runs.facts(1, config)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(step / "facts", facts)
     del params
     command = [sys.executable, "-c", MEASURES_MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
@@ -400,6 +401,7 @@ def test_a_run_from_before_the_vocabulary_was_padded_is_loaded(model, run_copy):
     step = run_copy / "checkpoints" / str(STEPS)
     facts = json.loads((step / "facts" / "metadata").read_text())
     del facts["config"]["model"]["vocab_multiple"]
+    (run_copy / "config.json").write_text(json.dumps(facts["config"]))
     (step / "facts" / "metadata").write_text(json.dumps(facts))
     saved_runs.make_earlier_version(step)
     bare = jax.tree.map(np.asarray, model.params)

@@ -1,6 +1,6 @@
 """One intervention on one neuron, as people write it and as a file keeps it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -91,18 +91,25 @@ class Intervention:
         return f"layer {self.layer}, neuron {self.neuron}"
 
 
-def save_interventions(path: str | os.PathLike[str], interventions: Sequence[Intervention]) -> None:
+def save_interventions(
+    path: str | os.PathLike[str],
+    interventions: Sequence[Intervention],
+    *,
+    model: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a small JSON file, whole or not at all.
 
     Args:
         path: Local, or in a bucket.
         interventions: For those of an `Interventions`, its `entries()`.
+        model: What tells the model whose neurons these are from others; None: nothing is said of it.
 
     Raises:
         UserError: If the file cannot be written.
     """
     entries = [_to_json(one) for one in interventions]
-    content = json.dumps({"format": _FORMAT, "version": _VERSION, "interventions": entries}, indent=1)
+    of = {} if model is None else {"model": dict(model)}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
     with storage_errors_are_user_errors("writing interventions", as_path(path)):
         write_atomically(as_path(path), content.encode() + b"\n")
 

@@ -49,7 +49,7 @@ def load(
         contents = Contents(place, arrays=(PARAMS,), values=(FACTS,))
         facts = contents.values[FACTS]
         saved_config, tokenizer_sha256 = facts["config"], facts["tokenizer_sha256"]
-    config = _config(saved_config, chosen, folder)
+    config = config_of_checkpoint = _config(saved_config, chosen, folder)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     model = sharding.outside_shard_map(config.model, mesh)
@@ -59,6 +59,13 @@ def load(
     target = _target(config.model, mesh)
     if problems := mismatches(contents.shapes[PARAMS], target):
         raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
+    # All of a checkpoint can be another run's; then each of its parts is as it was written.
+    own = run_folder.saved_config(folder)
+    if own and (fields := run_folder.differing_fields(own, config_of_checkpoint)):
+        raise UserError(
+            f"checkpoint {chosen} of {folder} is of another run than {run_folder.CONFIG_FILE} "
+            f"there ({fields}): put back the run's own"
+        )
     with _damage_is_a_user_error(folder, chosen, saved):
         params = contents.read(PARAMS, target)
         contents.check({PARAMS: params}, changed)

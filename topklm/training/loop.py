@@ -208,9 +208,10 @@ class _Run:
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
             self.clock = throughput.Clock(total=0.0, began_at=time.time())
             return state
-        state, data_state, facts = self.checkpoints.restore(
-            abstract, self.mesh, fresh={"recent": bad_steps.fresh()}
-        )
+        with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
+            state, data_state, facts = self.checkpoints.restore(
+                abstract, self.mesh, fresh={"recent": bad_steps.fresh()}
+            )
         run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
             raise UserError(
