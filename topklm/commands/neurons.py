@@ -111,8 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measure_verb.add_argument(
         "--encoder",
         metavar="MODEL",
-        help="folder or name of a sentence encoder, for the package sentence-transformers: semantic entropy "
-        "and monosemanticity compare tokens by the text around them, not by the model's own unembedding",
+        help="folder, name or NAME@REVISION of a sentence encoder, for the package sentence-transformers: "
+        "semantic entropy and monosemanticity compare tokens by the text around them, not by the model's own "
+        "unembedding",
     )
     find_verb = verbs.add_parser(
         "find",
