@@ -1,4 +1,4 @@
-"""Every verb is given paths and values that nobody means: one line and exit code 2, or what it always does."""
+"""Every verb is given paths and values that nobody means: one line and exit code 2, or the usual."""
 
 import argparse
 import importlib
