@@ -5,11 +5,11 @@ import os
 import socket
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import datasets
 from topklm.data.readers import Document, FileReader, Problem
 from topklm.data.sources import ENDINGS, QUICKSTART, SourceFile, corpus_name, find, is_remote
 from topklm.errors import UserError
