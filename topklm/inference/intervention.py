@@ -1,16 +1,22 @@
 """One intervention on one neuron, as people write it and as a file keeps it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import dataclasses
 import json
 import math
 import os
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import numpy as np
 
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.files import as_path, write_atomically
+
+if TYPE_CHECKING:
+    from topklm.inference.interventions import Steer
 
 Mode = Literal["clamp", "add", "scale", "ablate", "ban", "force"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -32,7 +38,7 @@ class Intervention:
     Attributes:
         layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of what it hands on.
         neuron: From 0.
-        value: What the mode needs; "ablate" and "ban" have no use for it.
+        value: What the mode needs; "ablate" and "ban" have no use for it. One that JAX traces is not checked.
         mode: Behind the TopK, "clamp" sets the activation to the value, "add" adds it, "scale" multiplies by
             it, "ablate" sets the activation to 0. Inside of the competition, so that k entries are kept as
             always: "ban" takes the neuron out, and the next one has its place; "force" gives it a place,
@@ -65,10 +71,9 @@ class Intervention:
                 f"mode = {self.mode!r} of {self._name}: the layer has no TopK, layers with one: {with_one}; "
                 "use 'clamp' or 'ablate'"
             )
-        number = isinstance(self.value, int | float) or hasattr(self.value, "__float__")
-        if isinstance(self.value, bool | str) or not number or not math.isfinite(float(self.value)):
+        if not _is_number(self.value):
             raise ValueError(f"value = {self.value!r} of {self._name}: must be a finite number")
-        if abs(float(self.value)) > _LARGEST_VALUE:
+        if not isinstance(self.value, jax.core.Tracer) and abs(float(self.value)) > _LARGEST_VALUE:
             raise ValueError(f"value = {self.value!r} of {self._name}: must be at most {_LARGEST_VALUE:g}")
         if self.positions not in POSITIONS and not _is_range(self.positions):
             raise ValueError(
@@ -91,17 +96,46 @@ class Intervention:
         return f"layer {self.layer}, neuron {self.neuron}"
 
 
-def save_interventions(path: str | os.PathLike[str], interventions: Sequence[Intervention]) -> None:
+def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
+    """Makes interventions, one by one, of what people write for them.
+
+    Args:
+        steer: {(layer, neuron): value}; or one or several of `Intervention`; or `Interventions`.
+        mode: Of the entries of a mapping.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(steer, Intervention):
+        return [steer]
+    if hasattr(steer, "entries"):
+        return steer.entries()
+    if isinstance(steer, Mapping):
+        return [_of_pair(pair, value, mode) for pair, value in steer.items()]
+    if not hasattr(steer, "__iter__"):
+        raise ValueError(f"steer = {steer!r}: must be {{(layer, neuron): value}} or Interventions")
+    entries = list(steer)
+    for entry in entries:
+        if not isinstance(entry, Intervention):
+            raise ValueError(
+                f"steer: {entry!r} is no Intervention: give {{(layer, neuron): value}} or Interventions"
+            )
+    return entries
+
+
+def save_interventions(path: str | os.PathLike[str], steer: "Steer", mode: str = "clamp") -> None:
     """Writes a small JSON file, whole or not at all.
 
     Args:
         path: Local, or in a bucket.
-        interventions: For those of an `Interventions`, its `entries()`.
+        steer: As in `entries_of`.
+        mode: Of the entries of a mapping.
 
     Raises:
         UserError: If the file cannot be written.
+        ValueError: For what is no intervention.
     """
-    entries = [_to_json(one) for one in interventions]
+    entries = [_to_json(one) for one in entries_of(steer, mode)]
     content = json.dumps({"format": _FORMAT, "version": _VERSION, "interventions": entries}, indent=1)
     with storage_errors_are_user_errors("writing interventions", as_path(path)):
         write_atomically(as_path(path), content.encode() + b"\n")
@@ -168,8 +202,27 @@ def _to_json(one: Intervention) -> dict[str, Any]:
     return {**place, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
 
 
+def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ValueError(f"steer: {pair!r} names no neuron: must be (layer, neuron)")
+    return Intervention(*pair, value, mode)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one finite number; of one that is traced only the shape is known."""
+    if isinstance(value, bool | np.bool_ | str) or not hasattr(value, "__float__"):
+        return False
+    if np.shape(value) != () or np.iscomplexobj(value):
+        return False
+    try:
+        return isinstance(value, jax.core.Tracer) or math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _is_index(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    traced = isinstance(value, jax.core.Tracer)  # which neuron it is must be known
+    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
 
 
 def _check_index(name: str, value: Any, size: int, what: str) -> None:
