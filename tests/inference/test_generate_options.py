@@ -155,8 +155,8 @@ def test_hooks_see_arrays_in_order_and_may_change_them(model):
 
 
 def test_hooks_that_cannot_be_are_refused(model):
-    for name in ("blocks.1.hook_topk", "blocks.2.hook_resid_post", "blocks.0.hook_topk_pre", "h"):
-        with pytest.raises(ValueError, match=f"fwd_hooks: '{name}' cannot be hooked"):
+    for name in ("blocks.1.hook_topk", "blocks.2.hook_resid_post", "hook_embed", "h"):
+        with pytest.raises(ValueError, match=f"fwd_hooks: '{name}' is none of this model's names; close: "):
             model.run_with_hooks("a", [(name, lambda array, name: None)])
     with pytest.raises(ValueError, match=r"blocks\.0\.hook_topk gave \(2, 24\): must be \(1, 2, 24\)"):
         model.run_with_hooks("a", [("blocks.0.hook_topk", lambda array, name: array[0])])

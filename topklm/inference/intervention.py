@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
@@ -64,21 +65,24 @@ class Intervention:
         if self.row is not None:
             _check_index("row", self.row, _LARGEST, "rows")
         if self.mode not in MODES:
-            raise ValueError(f"mode = {self.mode!r}: must be one of {', '.join(MODES)}")
+            raise ValueError(f"mode = {short(self.mode)}: must be one of {', '.join(MODES)}")
         if config and self.mode in COMPETING and self.layer >= config.n_topk_layers:
             with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
             raise ValueError(
-                f"mode = {self.mode!r} of {self._name}: the layer has no TopK, layers with one: {with_one}; "
-                "use 'clamp' or 'ablate'"
+                f"mode = {short(self.mode)} of {self._name}: the layer has no TopK, layers with one: "
+                f"{with_one}; use 'clamp' or 'ablate'"
             )
         if not _is_number(self.value):
-            raise ValueError(f"value = {self.value!r} of {self._name}: must be a finite number")
+            raise ValueError(f"value = {short(self.value)} of {self._name}: must be a finite number")
         if not isinstance(self.value, jax.core.Tracer) and abs(float(self.value)) > _LARGEST_VALUE:
-            raise ValueError(f"value = {self.value!r} of {self._name}: must be at most {_LARGEST_VALUE:g}")
-        if self.positions not in POSITIONS and not _is_range(self.positions):
             raise ValueError(
-                f"positions = {self.positions!r}: must be one of {', '.join(POSITIONS)}, or (begin, end) "
-                "with 0 <= begin < end"
+                f"value = {short(self.value)} of {self._name}: must be at most {_LARGEST_VALUE:g}"
+            )
+        named = isinstance(self.positions, str) and self.positions in POSITIONS
+        if not named and not _is_range(self.positions):
+            raise ValueError(
+                f"positions = {short(self.positions)}: must be one of {', '.join(POSITIONS)}, or "
+                "(begin, end) with 0 <= begin < end"
             )
 
     def may_meet(self, other: "Intervention") -> bool:
@@ -113,12 +117,12 @@ def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
     if isinstance(steer, Mapping):
         return [_of_pair(pair, value, mode) for pair, value in steer.items()]
     if not hasattr(steer, "__iter__"):
-        raise ValueError(f"steer = {steer!r}: must be {{(layer, neuron): value}} or Interventions")
+        raise ValueError(f"steer = {short(steer)}: must be {{(layer, neuron): value}} or Interventions")
     entries = list(steer)
     for entry in entries:
         if not isinstance(entry, Intervention):
             raise ValueError(
-                f"steer: {entry!r} is no Intervention: give {{(layer, neuron): value}} or Interventions"
+                f"steer: {short(entry)} is no Intervention: give {{(layer, neuron): value}} or Interventions"
             )
     return entries
 
@@ -204,7 +208,7 @@ def _to_json(one: Intervention) -> dict[str, Any]:
 
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
     if not (isinstance(pair, tuple) and len(pair) == 2):
-        raise ValueError(f"steer: {pair!r} names no neuron: must be (layer, neuron)")
+        raise ValueError(f"steer: {short(pair)} names no neuron: must be (layer, neuron)")
     return Intervention(*pair, value, mode)
 
 
@@ -227,7 +231,7 @@ def _is_index(value: Any) -> bool:
 
 def _check_index(name: str, value: Any, size: int, what: str) -> None:
     if not _is_index(value) or not 0 <= value < size:
-        raise ValueError(f"{name} = {value!r}: must be an integer from 0 to {size - 1}, {what}")
+        raise ValueError(f"{name} = {short(value)}: must be an integer from 0 to {size - 1}, {what}")
 
 
 def _is_range(positions: Any) -> bool:

@@ -279,6 +279,8 @@ class LanguageModel:
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise ValueError(f"n = {n!r}: must be an integer, 1 or more")
+        if isinstance(prompt, list | tuple) and not prompt:
+            return []
         given, is_batch = self._rows(prompt, name="prompt")
         is_list = is_batch or n > 1
         if stream and (is_list or return_tokens):
@@ -447,7 +449,7 @@ class LanguageModel:
         length = rows.ids.shape[1]
         if length > context:
             raise ValueError(
-                f"tokens: a row of {length} tokens; must be at most {context}, the model's context: cut it"
+                f"tokens: a row has {length} tokens: must be at most {context}, the model's context; cut it"
             )
         given = passes.Input(
             rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)

@@ -16,7 +16,7 @@ _LARGEST = 2**31 - 1
 
 Encode = Callable[[str], np.ndarray]
 _IDS = "token ids [T] or [B, T], or a list of such rows"
-_ALLOWED = f"a text, several, {_IDS}"
+_ALLOWED = f"a text, several texts, {_IDS}"
 
 
 class Row(NamedTuple):
