@@ -76,7 +76,7 @@ class Interventions:
                 interventions on one neuron at one place, more forced neurons than a layer has places, or a
                 row that the batch does not have.
         """
-        if isinstance(steer, Interventions) and is_traced(steer):
+        if isinstance(steer, Interventions) and is_traced(jax.tree.leaves(steer)):
             return steer
         entries = entries_of(steer, mode)
         for entry in entries:

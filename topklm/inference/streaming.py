@@ -79,11 +79,12 @@ class TextStream:
 
 def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
     """The text of tokens up to their last whole character, and those that begin one which is not whole."""
-    for n in range(min(_LONGEST_CHARACTER, len(ids))):
+    for n in range(min(_LONGEST_CHARACTER, len(ids) + 1)):
         text = tokenizer.decode(ids[: len(ids) - n])
         if not text.endswith(_BROKEN):
-            return text, ids[len(ids) - n :]
-    return tokenizer.decode(ids), []
+            break
+    # Behind bytes that are no text, nothing is whole; those of a character that goes on are among the last.
+    return text, ids[len(ids) - n :]
 
 
 def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:

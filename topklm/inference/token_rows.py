@@ -18,6 +18,8 @@ Encode = Callable[[str], np.ndarray]
 _IDS = "token ids [T] or [B, T], or a list of such rows"
 _ALLOWED = f"a text, several texts, {_IDS}"
 
+_EMPTY = "{name} is empty: every row must hold at least one token"
+
 
 class Row(NamedTuple):
     """One sequence: its ids, int32[n], and the text that they were made of, if it was given as a text."""
@@ -39,9 +41,11 @@ class Rows(NamedTuple):
     lengths: np.ndarray
 
 
-def is_traced(tree: Any) -> bool:
-    """Tells whether something in it is known only when a program of JAX runs."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+def is_traced(value: Any) -> bool:
+    """Tells whether it, or something in a list, is known only when a program of JAX runs."""
+    if isinstance(value, list | tuple):
+        return any(map(is_traced, value))
+    return isinstance(value, jax.core.Tracer)
 
 
 def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "tokens") -> Rows:
@@ -62,6 +66,8 @@ def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "t
     if isinstance(tokens, jax.Array) and len(tokens.sharding.device_set) > 1:
         return _of_jax(tokens, vocab_size, name)
     rows, _ = rows_of(tokens, vocab_size, encode, name)
+    if not rows or not all(len(row.ids) for row in rows):
+        raise ValueError(_EMPTY.format(name=name))
     return joined([row.ids for row in rows], fill)
 
 
@@ -89,7 +95,7 @@ def rows_of(
         The rows, and whether it is a batch: False for one text and for ids [T].
 
     Raises:
-        ValueError: As `read`.
+        ValueError: As `read`; rows may be empty here.
     """
     if is_traced(tokens):
         raise ValueError(f"{name}: must be known here, and not be traced by jax.jit, vmap or grad")
@@ -101,22 +107,24 @@ def rows_of(
             if array.ndim not in (1, 2):
                 raise ValueError(f"{name} has shape {array.shape}: must be [T] or [B, T]")
             tokens = [array] if array.ndim == 1 else list(array)
-            rows = [_row(row, vocab_size, encode, name) for row in tokens]
-            return _not_empty(rows, name), array.ndim == 2
+            return [_row(row, vocab_size, encode, name) for row in tokens], array.ndim == 2
         tokens = array.tolist()  # texts, or rows of different lengths
         if isinstance(tokens, str):
             return rows_of(tokens, vocab_size, encode, name)
     if not _is_list(tokens):
         raise ValueError(f"{name} = {reprlib.repr(tokens)}: must be {_ALLOWED if encode else _IDS}")
     items = list(tokens)
-    if items and all(map(_is_number, items)):
+    if all(map(_is_number, items)):
         return [_row(items, vocab_size, encode, name)], False
-    return _not_empty([_row(item, vocab_size, encode, name) for item in items], name), True
+    return [_row(item, vocab_size, encode, name) for item in items], True
 
 
 def row_of(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
     """Reads the ids [n] of one sequence, int32[n]; errors as `read`."""
-    return _row(ids, vocab_size, None, name).ids
+    row = _row(ids, vocab_size, None, name).ids
+    if row.size == 0:
+        raise ValueError(_EMPTY.format(name=name))
+    return row
 
 
 def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
@@ -140,10 +148,8 @@ def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
     else:
         allowed = _ALLOWED if encode else _IDS
         raise ValueError(f"{name}: {reprlib.repr(item)} is no row of token ids: {name} must be {allowed}")
-    if len(ids) == 0:
-        raise ValueError(f"{name} is empty: every row must hold at least one token")
-    least, most = (min(ids), max(ids)) if isinstance(ids, list) else (ids.min(), ids.max())
-    for token in (int(least), int(most)):
+    least_and_most = [] if len(ids) == 0 else [np.min(ids), np.max(ids)]
+    for token in map(int, least_and_most):
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}: token {reprlib.repr(token)} must be from 0 to {vocab_size - 1}")
     return Row(np.asarray(ids, np.int32))
@@ -154,12 +160,6 @@ def _id(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}: {reprlib.repr(value)} is no token id: must be an integer")
     return value
-
-
-def _not_empty(rows: list[Row], name: str) -> list[Row]:
-    if not rows:
-        raise ValueError(f"{name} is empty: must be {_ALLOWED}")
-    return rows
 
 
 def _is_number(value: Any) -> bool:
@@ -178,7 +178,7 @@ def _of_jax(ids: jax.Array, vocab_size: int, name: str) -> Rows:
     if ids.ndim not in (1, 2):
         raise ValueError(f"{name} has shape {ids.shape}: must be [T] or [B, T]")
     if not ids.size:
-        raise ValueError(f"{name} is empty: every row must hold at least one token")
+        raise ValueError(_EMPTY.format(name=name))
     if not is_traced(ids) and ids.is_fully_addressable:
         rows_of(ids, vocab_size, None, name)
     ids = ids.astype(jnp.int32)
