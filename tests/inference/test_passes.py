@@ -71,13 +71,12 @@ def test_documents_of_a_row_are_what_they_are_alone(model):
     assert np.abs(parts(model(PACKED))[1] - found[1]).max() > 0.1
 
 
-def test_documents_of_a_row_are_captured_hooked_and_steered_as_they_are_alone(model):
+@pytest.mark.slow
+def test_documents_of_a_row_are_captured_and_steered_as_they_are_alone(model):
     logits, cache = model.run_with_cache(PACKED, lambda name: True, STEER, segment_ids=SEGMENTS)
-    hooked = model.run_with_hooks(PACKED, (), STEER, segment_ids=SEGMENTS[None])
     for number, document in enumerate([FIRST, SECOND]):
         alone, alone_cache = model.run_with_cache(document, lambda name: True, STEER)
-        for found in (logits, hooked):
-            np.testing.assert_allclose(parts(found)[number], alone[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(parts(logits)[number], alone[0], rtol=1e-4, atol=1e-4)
         for name in model.hook_names:
             np.testing.assert_allclose(parts(cache[name])[number], alone_cache[name][0], rtol=1e-4, atol=1e-4)
 
@@ -102,6 +101,7 @@ def test_losses_are_those_of_logits_in_float64_and_not_a_number_where_there_is_n
     assert model.loss(texts).dtype == np.float32
 
 
+@pytest.mark.slow
 def test_the_first_token_of_a_document_is_not_scored(model):
     losses = np.asarray(model.loss(PACKED, per_token=True, segment_ids=SEGMENTS))[0]
     alone = [np.asarray(model.loss(part, per_token=True))[0] for part in (FIRST, SECOND)]
@@ -111,6 +111,7 @@ def test_the_first_token_of_a_document_is_not_scored(model):
     )
 
 
+@pytest.mark.slow
 def test_losses_of_a_steered_model_are_those_of_its_logits(model):
     steer = {"steer": {(0, 3): 2.0}, "steer_mode": "add"}
     found = model.loss(FIRST, per_token=True, **steer)[0]
@@ -146,12 +147,13 @@ def test_a_cache_passes_through_jit_and_vmap(model):
         np.testing.assert_allclose(rows[name][:, 0], expected[name], rtol=1e-4, atol=1e-4)
 
 
+ACTIVE = 16  # a neuron at the last token of the text below
+
+
 @pytest.mark.parametrize("mode", ["clamp", "add", "scale", "force"])
 def test_the_gradient_of_a_value_is_that_of_finite_differences_compiled_or_not(model, mode):
-    strongest = model.active_neurons("The sea")[-1][0].neuron
-
     def logit(value):
-        return model("The sea", steer={(0, strongest): value}, steer_mode=mode)[0, -1, 5]
+        return model("The sea", steer={(0, ACTIVE): value}, steer_mode=mode)[0, -1, 5]
 
     quotient = (logit(2.02) - logit(1.98)) / 0.04
     assert abs(quotient) > 1e-3
@@ -160,6 +162,7 @@ def test_the_gradient_of_a_value_is_that_of_finite_differences_compiled_or_not(m
         np.testing.assert_allclose(jax.jit(jax.grad(logit))(2.0), quotient, rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_values_that_are_mapped_are_what_each_is_alone(model):
     values = jnp.array([0.5, 4.0, 9.0])
 
@@ -182,6 +185,7 @@ def test_only_one_number_may_be_traced_and_no_neuron():
             jax.eval_shape(lambda x, steer=steer: Interventions.of(config, steer(x)), jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_parameters_may_be_traced_in_a_copy_of_the_model(model):
     def loss(params):
         return dataclasses.replace(model, params=params).loss(TOKENS)
@@ -202,7 +206,7 @@ def test_parameters_may_be_traced_in_a_copy_of_the_model(model):
 def test_weights_have_the_names_and_shapes_of_transformerlens(model):
     assert model.cfg is model.config.model
     assert (model.W_E.shape, model.W_U.shape) == ((257, 24), (24, 257))
-    _, cache = model.run_with_cache(TOKENS, ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"])
+    _, cache = model.run_with_cache(TOKENS, lambda name: True)
     np.testing.assert_array_equal(cache["resid_pre", 0], np.asarray(model.W_E)[TOKENS])
     h = np.asarray(cache["resid_post", -1], np.float64)
     normed = h / np.sqrt((h**2).mean(-1, keepdims=True) + model.cfg.norm_eps)
@@ -210,13 +214,21 @@ def test_weights_have_the_names_and_shapes_of_transformerlens(model):
     np.testing.assert_allclose(logits, model(TOKENS), rtol=1e-4, atol=1e-3)
 
 
-def test_another_dtype_computes_as_a_config_with_it_and_takes_half_the_memory(model):
-    config = dataclasses.replace(model.config, model=dataclasses.replace(model.cfg, dtype="bfloat16"))
-    expected = dataclasses.replace(model, config=config)
+def bfloat16(model):
+    return dataclasses.replace(model.config, model=dataclasses.replace(model.cfg, dtype="bfloat16"))
+
+
+@pytest.mark.slow
+def test_a_model_in_another_dtype_computes_as_its_config_says(model):
+    expected = dataclasses.replace(model, config=bfloat16(model))
+    np.testing.assert_array_equal(model.astype("bfloat16")(TOKENS), expected(TOKENS))
+
+
+def test_matrices_of_another_dtype_take_half_the_memory(model):
+    config = bfloat16(model)
     for dtype in ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")):
         found = model.astype(dtype)
         assert found.config == config
-    np.testing.assert_array_equal(found(TOKENS), expected(TOKENS))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found.params) if leaf.ndim == 3} == {"bfloat16"}
     assert found.params["final_norm"]["scale"].dtype == np.float32
     assert found.astype("float32").cfg == model.cfg
@@ -228,7 +240,7 @@ def test_another_dtype_computes_as_a_config_with_it_and_takes_half_the_memory(mo
 def test_what_is_made_of_the_parameters_is_not_pickled(model):
     fresh = dataclasses.replace(model)
     size = len(pickle.dumps(fresh))
-    fresh.generate("a", 1)
+    fresh.generate("a", 0)
+    assert len(vars(fresh)) > len(dataclasses.fields(fresh))
     assert len(pickle.dumps(fresh)) == size
-    again = pickle.loads(pickle.dumps(fresh))
-    assert again.generate("a", 3) == model.generate("a", 3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fresh))(TOKENS), model(TOKENS))

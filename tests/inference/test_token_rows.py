@@ -54,7 +54,14 @@ A_BATCH = {
 }
 
 
-@pytest.mark.parametrize("form", [*ONE_ROW, *A_BATCH])
+@pytest.mark.parametrize(
+    "form",
+    # PyTorch takes long to import.
+    [
+        pytest.param(form, marks=pytest.mark.slow if "PyTorch" in form else ())
+        for form in [*ONE_ROW, *A_BATCH]
+    ],
+)
 def test_every_form_of_one_text_is_the_same_tokens(model, ids, form):
     given = {**ONE_ROW, **A_BATCH}[form](ids)
     np.testing.assert_array_equal(model.to_tokens(given), [ids])
