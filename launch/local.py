@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 EPILOG = """
-Each line of output begins with the number of its process. Ctrl-C and SIGTERM go to all processes; a second
+Each line of output begins with the number of its process. Ctrl-C, SIGTERM and SIGHUP go to all; a second
 one kills them. Exit code: 0 if all end with 0; else 2 (a mistake to mend) or 1 (a bug) if any process does;
 else 75: start the same command again. DIR gets process-N.log, and pids.json, {"restart": R, "pids": [...]}.
 """
@@ -39,17 +39,19 @@ else 75: start the same command again. DIR gets process-N.log, and pids.json, {"
 def main(argv: Sequence[str]) -> int:
     """Runs the processes, again after a failure that a new start may mend; returns the exit code."""
     options = _parse(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
     if options.dry_run:
         _print_commands(options)
         return 0
     job = Job(options)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, job.receive)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, job.receive)
     for restart in range(options.restarts + 1):
         code = job.run(restart)
         if code != TRY_AGAIN or job.signals or restart == options.restarts:
             break
-        print(f"local: starting all again, restart {restart + 1} of {options.restarts}", flush=True)
+        _say(f"local: starting all again, restart {restart + 1} of {options.restarts}")
     return code
 
 
@@ -81,7 +83,7 @@ class Job:
             reader.join(TERMINATE_S)
         for index, code in enumerate(codes):
             if code < 0:
-                print(f"[{index}] ended by {signal.Signals(-code).name}", flush=True)
+                _say(f"[{index}] ended by {signal.Signals(-code).name}")
         return _job_code(codes)
 
     def receive(self, number: int, frame: types.FrameType | None) -> None:
@@ -233,11 +235,23 @@ def _job_code(codes: Sequence[int]) -> int:
 def _pass_lines_on(index: int, lines: Iterable[str], log: IO[str] | None) -> None:
     with log or contextlib.nullcontext():
         for line in lines:
-            sys.stdout.write(f"[{index}] {line.rstrip()}\n")
-            sys.stdout.flush()
+            _say(f"[{index}] {line.rstrip()}")
             if log:
-                log.write(line)
-                log.flush()
+                with contextlib.suppress(OSError):  # a full disk; the run goes on without its log
+                    log.write(line)
+                    log.flush()
+
+
+def _say(line: str) -> None:
+    """Prints a line, while somebody reads: a job does not end because nobody does any more."""
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # where the interpreter's last flush goes, too
+    except OSError:
+        pass  # a full disk may have room again for the next line
 
 
 def _free_port() -> int:

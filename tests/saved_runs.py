@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -77,3 +78,10 @@ def save(folder: AnyPath, steps: Sequence[int], config: Config = CONFIG) -> dict
         checkpoints.wait()
     checkpoints.close()
     return saved
+
+
+def make_earlier_version(checkpoint: pathlib.Path) -> None:
+    """Takes from a checkpoint what versions without a record of checksums did not write."""
+    (checkpoint / "facts" / "checksums.json").unlink(missing_ok=True)
+    facts = checkpoint / "facts" / "metadata"
+    facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "format"}))

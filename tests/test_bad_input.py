@@ -17,6 +17,7 @@ from helpers import (
     write_documents,
 )
 import pytest
+import saved_runs
 
 import topklm
 from topklm import cli, errors
@@ -84,7 +85,7 @@ def refusal(capsys, monkeypatch):
         ("--config.data.source=nowhere/*.txt", ["data.source", "nowhere/*.txt", "matches no file"]),
         ("--config.data.text_field=body", ["no text in", "data.text_field", "line 1", "no 'body' in 'text'"]),
         ("--config.model.context_length=1000000", ["model.context_length = 1000000", "at most"]),
-        ("--wrkdir=here", ["wrkdir", "Did you mean: workdir"]),
+        ("--wrkdir=here", ["wrkdir", "did you mean --workdir?"]),
         ("surplus", ["'surplus' is not a flag"]),
         (f"--config={CONFIG_FILE}:nonsense", ["nonsense", "the variants are topk, base"]),
         ("--config=configs/missing.py", ["--config = configs/missing.py", "no such file"]),
@@ -199,7 +200,8 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(trainer, refusal, run_co
     facts = run_copy / "checkpoints" / str(STEPS) / "facts" / "metadata"
     content = json.loads(facts.read_text())
     facts.write_text(json.dumps({**content, "tokenizer_sha256": "0" * 64}))
-    facts.with_name("checksums.json").unlink()  # with it, the checkpoint would be taken for damaged
+    # With a record, the checkpoint would be taken for damaged.
+    saved_runs.make_earlier_version(run_copy / "checkpoints" / str(STEPS))
     line = refusal(trainer.arguments(run_copy, {"train.steps": STEPS + 1}))
     assert "checkpoint 24" in line
     assert "another tokenizer" in line
@@ -209,7 +211,7 @@ def test_a_config_json_that_is_damaged_is_named(trainer, refusal, run_copy):
     (run_copy / "config.json").write_text('{"model"')
     line = refusal(trainer.arguments(run_copy))
     assert str(run_copy / "config.json") in line
-    assert "not valid JSON" in line
+    assert "is damaged" in line
 
 
 def test_a_folder_that_another_process_uses_is_refused(trainer, refusal, tmp_path):

@@ -58,9 +58,9 @@ sys.exit(main.run())
 TAKES_TURNS = """
 import sys
 from topklm import main
-from topklm.training import cpu_memory
+from topklm.training import memory
 
-cpu_memory._LARGE_BYTES = -1
+memory._LARGE_BYTES = -1
 sys.exit(main.run())
 """
 

@@ -102,7 +102,7 @@ def test_the_saved_config_is_read_back(tmp_path):
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         run_folder.saved_config(tmp_path)
 
 

@@ -6,6 +6,7 @@ arrays go through TensorStore's own client.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import re
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from etils.epath import backend
 
 from topklm.data.sources import optional_module, store_errors_are_user_errors
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.errors import UserError, disk_errors_are_user_errors, system_error
 from topklm.files import AnyPath, is_bucket
 
 # The libraries try again for minutes when nobody is there; the first question to a bucket shall not.
@@ -92,9 +93,18 @@ def storage_errors_are_user_errors(doing: str, path: AnyPath) -> Iterator[None]:
             raise
 
 
+# Of the system's errors those that say what a path holds: nothing, or something of another kind.
+_OF_CONTENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
 def says_nothing_of_content(error: Exception) -> bool:
-    """Whether TensorStore, or Orbax around it, failed for want of access and not for what it read."""
-    return bool(_REFUSED.search(str(error)) or _UNREACHABLE.search(str(error)))
+    """Whether reading failed for want of access, or by the disk itself, and not for what was read."""
+    text = str(error)
+    if _REFUSED.search(text) or _UNREACHABLE.search(text):
+        return True
+    code = system_error(error)
+    of_content = isinstance(error, FileNotFoundError) if code is None else code in _OF_CONTENT
+    return not of_content and (code is not None or isinstance(error, OSError))
 
 
 def _check_settings_are_readable(fs: Any, bucket: str, flag: str) -> None:

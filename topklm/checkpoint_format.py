@@ -7,10 +7,13 @@ failures and which checkpoint to take is the affair of `topklm.training.checkpoi
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import fnmatch
+import functools
 import itertools
 import json
+import pathlib
 import time
 from typing import Any
 import zlib
@@ -20,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from topklm import checksums, sharding
-from topklm.files import fsync, is_bucket, write_atomically
+from topklm.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
 from topklm.inference.parameters import open_arrays, read_arrays
 
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
@@ -38,6 +41,10 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _CHUNK_BYTES = 16 * 2**20
 
 
+# Of the facts, which say whether a checkpoint without a record was written by an earlier version.
+_FORMAT, _HAS_RECORD = "format", 2
+
+
 class DamagedError(Exception):
     """A checkpoint is not as it was written; its text is a phrase that says where."""
 
@@ -53,29 +60,56 @@ def complete_steps(checkpoints: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / _COMMITTED).exists())
 
 
-def remove_unfinished(checkpoints: epath.Path) -> None:
-    """Removes what a process that was killed left half-written, or half-deleted."""
-    complete = {str(step) for step in complete_steps(checkpoints)}
-    for path in list(checkpoints.iterdir()) if checkpoints.exists() else []:
-        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete):
-            path.rmtree()
+def remove_old(checkpoints: epath.Path, keep: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints, and what was left half-written or half-removed.
+
+    Args:
+        checkpoints: The folder of checkpoints; nothing may be written into it meanwhile.
+        keep: By default all that are complete.
+
+    Raises:
+        OSError: The first of those that came, after all removals have been tried.
+    """
+    steps = complete_steps(checkpoints)
+    complete = {str(step) for step in steps}
+    removals: list[Callable[[], None]] = [
+        functools.partial(_remove_tree, path)
+        for path in (checkpoints.iterdir() if checkpoints.exists() else ())
+        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in complete)
+    ]
+    old = steps[:-keep] if keep else []
+    removals += [functools.partial(_remove, checkpoints / str(step)) for step in old]
+    failures = []
+    for remove in removals:
+        try:
+            remove()
+        except OSError as e:
+            failures.append(e)
+    if failures:
+        raise failures[0]
 
 
-def remove(folder: epath.Path) -> None:
+def _remove(folder: epath.Path) -> None:
     """Removes a checkpoint; nobody takes what is left of it meanwhile for a whole one."""
     if is_bucket(folder):
         (folder / _COMMITTED).unlink(missing_ok=True)
     else:
         folder = folder.rename(folder.with_name(f"{folder.name}.deleted{_TEMPORARY}"))
-    folder.rmtree()
+    _remove_tree(folder)
+
+
+def _remove_tree(path: epath.Path) -> None:
+    """Removes a folder and all in it; of a symbolic link or a file only that."""
+    local = not is_bucket(path)
+    if local and (pathlib.Path(path).is_symlink() or not path.is_dir()):
+        path.unlink()
+    else:
+        path.rmtree()
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
     """Renames a checkpoint so that it no longer counts as one; returns its new place."""
-    n = 1
-    while (place := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
-        n += 1
-    return folder.rename(place)
+    return folder.rename(beside(folder, "damaged"))
 
 
 # Writing
@@ -127,8 +161,8 @@ class Writing:
             record: From `make_record`.
         """
         for item in self._trees:
-            self._handler.finalize(self._folder / item)
-        for item, value in values.items():
+            self._handler.finalize(self._orbax_folder(item))
+        for item, value in _with_format(values).items():
             write_atomically(self._folder / item / _JSON_FILE, json.dumps(value).encode())
         write_atomically(self._folder / FACTS / RECORD_FILE, json.dumps(record).encode())
         if is_bucket(self._folder):
@@ -146,13 +180,25 @@ class Writing:
         if self._folder.exists():
             self._folder.rmtree()
 
+    def _orbax_folder(self, item: str) -> epath.Path:
+        folder = self._folder / item
+        return _LiteralPath(folder if is_bucket(folder) else for_tensorstore(folder))
+
     async def _begin(self, trees: Mapping[str, Any]) -> list[Any]:
         saves = []
         for item, tree in trees.items():
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
-            saves.append(self._handler.async_save(self._folder / item, args=args))
+            saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
         return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
+
+
+class _LiteralPath(type(epath.Path())):  # type: ignore[misc]
+    """A folder in whose own path `*`, `?`, `[` and a backslash are no pattern when Orbax looks into it."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        """Yields what the folder holds by names of this pattern."""
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
 
 def make_record(trees: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -167,7 +213,7 @@ def make_record(trees: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[
     def finish(values: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "arrays": {name: [shapes[name], value] for name, value in checksums.fetch(sums).items()},
-            "values": {item: _json_checksum(value) for item, value in values.items()},
+            "values": {item: _json_checksum(value) for item, value in _with_format(values).items()},
         }
 
     return finish
@@ -183,24 +229,47 @@ def _run(coroutine: Any) -> Any:
 
 
 class Contents:
-    """A checkpoint that can be read: its arrays are open, none is read yet.
+    """A checkpoint that can be read: its JSON is read, its arrays are open, none is read yet.
+
+    Attributes:
+        values: What the JSON items hold, by item.
+        shapes: Name -> `jax.ShapeDtypeStruct` of the arrays, by item.
+
+    Args:
+        folder: The checkpoint's.
+        arrays: Which items of arrays are to be read.
+        values: Which items of JSON are to be read.
 
     Raises:
-        DamagedError: If the record does not fit the arrays.
-        OSError, ValueError: If something is missing or does not parse.
+        DamagedError: If the values are not those that were written, or the record does not fit the arrays.
+        OSError, ValueError, KeyError, TypeError: If something is missing or does not parse.
     """
 
-    def __init__(self, folder: epath.Path):
+    def __init__(
+        self,
+        folder: epath.Path,
+        arrays: Sequence[str] = (PARAMS, OPTIMIZER),
+        values: Sequence[str] = (DATA, FACTS),
+    ):
         self._folder = folder
         path = folder / FACTS / RECORD_FILE
-        self._record = json.loads(path.read_text()) if path.exists() else None
-        self._stores = {item: open_arrays(folder / item) for item in (PARAMS, OPTIMIZER)}
+        self._record = parse_json(path.read_bytes()) if path.exists() else None
+        self.values = {item: self._read_value(item) for item in dict.fromkeys((*values, FACTS))}
+        if self.values[FACTS].pop(_FORMAT, 1) >= _HAS_RECORD and self._record is None:
+            raise DamagedError(f"{RECORD_FILE} is missing")
+        if str(step := self.values[FACTS].get("step", folder.name)) != folder.name:
+            raise DamagedError(f"it is that of step {step}")
+        self._stores = {item: open_arrays(folder / item) for item in arrays}
         self.shapes = {
             item: {name: jax.ShapeDtypeStruct(s.shape, s.dtype.numpy_dtype) for name, s in stores.items()}
             for item, stores in self._stores.items()
         }
         if self._record is not None:
-            recorded = {name: shape for name, (shape, _) in self._record["arrays"].items()}
+            recorded = {
+                name: shape
+                for name, (shape, _) in self._record["arrays"].items()
+                if name.partition(".")[0] in arrays
+            }
             if recorded != _described(self.shapes):
                 raise DamagedError("its arrays are not those that were written")
 
@@ -213,31 +282,32 @@ class Contents:
         """
         return read_arrays(self._stores[item], target)
 
-    def read_values(self) -> dict[str, Any]:
-        """Reads the JSON items.
-
-        Raises:
-            DamagedError: If they are not as they were written.
-        """
-        values = {item: json.loads((self._folder / item / _JSON_FILE).read_text()) for item in (DATA, FACTS)}
-        for item, value in values.items():
-            if self._record is not None and self._record["values"][item] != _json_checksum(value):
-                raise DamagedError(f"{item}: checksum differs")
-        return values
-
-    def check(self, trees: Mapping[str, Any]) -> None:
+    def check(
+        self,
+        trees: Mapping[str, Any],
+        changed: Callable[[Any, Mapping[str, int]], list[str]] = checksums.changed,
+    ) -> None:
         """Makes sure that the arrays read are those that were written; all processes of a mesh must call it.
+
+        Args:
+            trees: Nested dicts of arrays, by item.
+            changed: Compares the arrays with the checksums of all that were written.
 
         Raises:
             DamagedError: If they are not.
         """
         if self._record is None:
             return
-        found = checksums.checksums(dict(trees))
-        differing = [name for name, value in found.items() if self._record["arrays"][name][1] != value]
-        if differing:
+        saved = {name: value for name, (_, value) in self._record["arrays"].items()}
+        if differing := changed(dict(trees), saved):
             more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
             raise DamagedError(f"{differing[0]}{more}: checksum differs")
+
+    def _read_value(self, item: str) -> dict[str, Any]:
+        value = parse_json((self._folder / item / _JSON_FILE).read_bytes())
+        if self._record is not None and self._record["values"][item] != _json_checksum(value):
+            raise DamagedError(f"{item}: checksum differs")
+        return value
 
 
 def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -264,6 +334,11 @@ def _described(trees: Mapping[str, Any]) -> dict[str, str]:
     """Every array's dtype and shape, as "float32[4, 8]"."""
     arrays = checksums.named(dict(trees))
     return {name: f"{array.dtype.name}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON items as they are stored: the facts say that a record belongs to them."""
+    return {**values, FACTS: {**values[FACTS], _FORMAT: _HAS_RECORD}}
 
 
 def _json_checksum(value: Any) -> int:

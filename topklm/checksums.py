@@ -36,6 +36,16 @@ def checksums(tree: Any) -> dict[str, int]:
     return fetch(start(tree))
 
 
+def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
+    """Names the arrays whose checksum is not the saved one.
+
+    Args:
+        tree: As `checksums` takes it.
+        saved: What that gave before they were saved; it may hold others, too.
+    """
+    return [name for name, found in checksums(tree).items() if found != saved.get(name)]
+
+
 def start(tree: Any) -> dict[str, jax.Array]:
     """Begins computing checksums and does not wait; the arrays may be donated to a later computation.
 

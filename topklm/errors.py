@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
@@ -78,7 +79,7 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
-        code = e.errno if isinstance(e, OSError) and e.errno else _error_number_in(str(e))
+        code = system_error(e)
         if code not in _DISK_ERRORS:
             raise
         raise UserError(f"{doing}{_place(e)}: {_DISK_ERRORS[code]}") from e
@@ -89,13 +90,23 @@ def _place(error: Exception) -> str:
     return f" ({os.fsdecode(filename)})" if isinstance(filename, str | bytes) and filename else ""
 
 
-def _error_number_in(text: str) -> int | None:
-    """TensorStore and Orbax report the system's refusal as text inside other exceptions."""
-    return next((code for code in _DISK_ERRORS if os.strerror(code) in text), None)
+# In the messages of TensorStore, of version 0.1.80 and of later ones, also where Orbax passes them on.
+_SYSTEM_ERROR = re.compile(r"\[OS error (\d+): |os_error_code='(\d+)'")
+
+
+def system_error(error: Exception) -> int | None:
+    """Finds the number with which the operating system refused something, also in the texts of libraries."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if found := _SYSTEM_ERROR.search(str(error)):
+        return int(found[1] or found[2])
+    return next((code for code in _DISK_ERRORS if os.strerror(code) in str(error)), None)
 
 
 def explain(error: BaseException) -> str | None:
     """Describes an error that is the system's and not a bug, in a phrase for a person; else None."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, OSError):
         place, text = _place(error).strip(" ()"), error.strerror or str(error)
         if error.errno in _DISK_ERRORS:
@@ -109,7 +120,24 @@ def explain(error: BaseException) -> str | None:
         return (
             f"out of memory ({str(error) or 'the system gives no more'}): make the model or the batch smaller"
         )
-    return None
+    return _missing_device(error)
+
+
+def _missing_device(error: BaseException) -> str | None:
+    """Describes the failure of JAX to find the devices that JAX_PLATFORMS names; else None.
+
+    JAX says it as a RuntimeError, or for "cuda" as an assertion without a text; whichever call of a command
+    is the first to need a device raises it.
+    """
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or not frames[-1].replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+    return (
+        f"JAX_PLATFORMS={asked}: JAX finds no such device{f' ({reason})' if reason else ''}: unset it, or "
+        "install what the device needs, for NVIDIA's (JAX_PLATFORMS=cuda) pip install 'topklm[cuda]'"
+    )
 
 
 def guarded(command: Callable[[], None]) -> int:
@@ -118,15 +146,12 @@ def guarded(command: Callable[[], None]) -> int:
         command()
         if sys.stdout:
             sys.stdout.flush()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
     except _ReaderGone:
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (OSError, MemoryError, RuntimeError) as e:
+    except (UserError, OSError, MemoryError, RuntimeError, AssertionError) as e:
         text = explain(e)
         if text is None:
             raise

@@ -3,13 +3,17 @@
 What a bucket needs before it can be used, and what its errors mean, is `topklm.buckets`' affair.
 """
 
+import atexit
 from collections.abc import Mapping
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
+import shutil
+import tempfile
 from typing import Any, TypeAlias
 import uuid
 
@@ -80,6 +84,27 @@ def absolute(path: AnyPath) -> epath.Path:
     return epath.Path(path if is_bucket(path) else Path(path).absolute())
 
 
+def for_tensorstore(path: AnyPath) -> str:
+    r"""Returns a local path as TensorStore's file driver needs it, which takes a backslash for a slash.
+
+    What comes before the last backslash is replaced by a symbolic link, which lives as long as the process.
+    """
+    parts = Path(path).absolute().parts
+    last = max((n for n, part in enumerate(parts) if "\\" in part), default=None)
+    if last is None:
+        return os.path.join(*parts)
+    return os.path.join(_link_to(os.path.join(*parts[: last + 1])), *parts[last + 1 :])
+
+
+@functools.cache
+def _link_to(folder: str) -> str:
+    place = tempfile.mkdtemp(prefix="topklm-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    link = os.path.join(place, "link")
+    os.symlink(folder, link)
+    return link
+
+
 def write_atomically(path: AnyPath, content: bytes) -> None:
     """Writes a file whole or not at all.
 
@@ -97,6 +122,14 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
         fsync(temporary.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: AnyPath, word: str) -> AnyPath:
+    """Returns the first path `NAME.WORD-N` that is free, where something can be set aside."""
+    n = 1
+    while (place := path.with_name(f"{path.name}.{word}-{n}")).exists():
+        n += 1
+    return place
 
 
 # How file systems say that they cannot flush a folder: CIFS before Linux 4.17, VirtualBox's shares.
@@ -121,7 +154,7 @@ def fsync(path: Path) -> None:
 # JSON
 
 
-_DIGEST = "sha256"
+DIGEST = "sha256"  # the field of a JSON object that holds that of the others
 
 
 def parse_json(content: str | bytes, kind: type = dict) -> Any:
@@ -166,7 +199,7 @@ def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, 
 
 def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
     """Encodes a JSON object with a digest of the rest of it, the field `sha256`."""
-    return (json.dumps({**value, _DIGEST: _digest(value)}, indent=indent) + "\n").encode()
+    return (json.dumps({**value, DIGEST: _digest(value)}, indent=indent) + "\n").encode()
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,9 +208,9 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the digest is missing or another one.
     """
-    rest = {name: part for name, part in value.items() if name != _DIGEST}
-    if value.get(_DIGEST) != _digest(rest):
-        raise ValueError("its digest is missing" if _DIGEST not in value else "its digest differs")
+    rest = {name: part for name, part in value.items() if name != DIGEST}
+    if value.get(DIGEST) != _digest(rest):
+        raise ValueError("its digest is missing" if DIGEST not in value else "its digest differs")
     return rest
 
 

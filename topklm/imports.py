@@ -1,8 +1,11 @@
-"""Keeps libraries from importing what they can do without."""
+"""Says which packages are installed, and keeps them from importing what they can do without."""
 
 from collections.abc import Iterator
 import contextlib
+import importlib.metadata
 import sys
+
+import topklm
 
 
 @contextlib.contextmanager
@@ -15,3 +18,17 @@ def without(*modules: str) -> Iterator[None]:
     finally:
         for module in hidden:
             del sys.modules[module]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the version of each package, "unknown" where none is installed under that name.
+
+    Ours may be a clone on PYTHONPATH, and is known all the same.
+    """
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = topklm.__version__ if package == "topklm" else "unknown"
+    return found

@@ -20,10 +20,11 @@ from topklm import config as config_lib
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.data.sources import store_errors
 from topklm.errors import UserError
-from topklm.files import AnyPath, absolute, is_bucket, write_atomically
+from topklm.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # for others; nothing here reads it
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 OWNER_FILE = ".owner"
@@ -87,16 +88,34 @@ def check_owned(folder: AnyPath) -> None:
 
 
 def saved_config(folder: AnyPath) -> config_lib.Config | None:
-    """The config that the run was started with, or None for a new folder."""
+    """Returns the config that the run was started with, or None for a new folder.
+
+    Each checkpoint holds it too, for the case that config.json is missing.
+    """
     path = folder / CONFIG_FILE
     with storage_errors_are_user_errors(f"reading {path}", path):
         if not path.exists():
-            return None
-        content = path.read_text(encoding="utf-8")
+            return _config_of_newest_checkpoint(folder)
+        content = path.read_bytes()
     try:
-        return config_lib.from_json(content)
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}): restore it, or choose another --workdir") from e
+        return config_lib.from_saved(parse_json(content))
+    except (ValueError, UserError) as e:
+        raise UserError(
+            f"{path} is damaged ({e}): restore it, or delete it and the newest checkpoint's is taken"
+        ) from e
+
+
+def _config_of_newest_checkpoint(folder: AnyPath) -> config_lib.Config | None:
+    """Reads the config from the facts of the newest checkpoint whose facts are whole."""
+    for step in reversed(complete_steps(folder)):
+        checkpoint = absolute(folder / CHECKPOINTS_FOLDER / str(step))
+        # The damage itself is the affair of those who read the arrays.
+        with contextlib.suppress(checkpoint_format.DamagedError, FileNotFoundError, ValueError, KeyError):
+            facts = checkpoint_format.Contents(checkpoint, arrays=(), values=()).values[
+                checkpoint_format.FACTS
+            ]
+            return config_lib.from_saved(facts["config"])
+    return None
 
 
 def complete_steps(folder: AnyPath) -> list[int]:
@@ -118,15 +137,23 @@ def check_same_run(folder: AnyPath, asked: config_lib.Config) -> None:
         UserError: Naming each field that differs, its saved and its asked value.
     """
     saved = saved_config(folder)
-    if saved is None:
-        return
-    differing = config_lib.differences_that_matter(saved, asked)
-    if differing:
-        fields = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
+    if saved is not None:
+        check_same_config(folder, saved, asked)
+
+
+def check_same_config(folder: AnyPath, saved: config_lib.Config, asked: config_lib.Config) -> None:
+    """Refuses a config that would make another run of the one in `folder`, as `check_same_run`."""
+    if fields := differing_fields(saved, asked):
         raise UserError(
             f"run folder {folder} holds a run with another config: {fields}. Set them back, or start a "
             "new run with --workdir"
         )
+
+
+def differing_fields(saved: config_lib.Config, asked: config_lib.Config) -> str:
+    """Lists the fields that make two configs those of different runs, each with its values; "" if none do."""
+    differing = config_lib.differences_that_matter(saved, asked)
+    return "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
 
 
 def write_marker(folder: AnyPath) -> str:
@@ -205,10 +232,12 @@ def _signature() -> dict[str, Any]:
 
 
 def _read_owner(folder: AnyPath) -> dict[str, Any] | None:
+    """Reads who holds the folder: nobody, where that does not parse, for it is no more than a courtesy."""
     try:
-        return json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        owner = parse_json((folder / OWNER_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
+    return owner if _signature().keys() <= owner.keys() else None
 
 
 def _is_alive_here(owner: dict[str, Any]) -> bool:

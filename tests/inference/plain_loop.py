@@ -74,7 +74,9 @@ def plain_loop(config, params, prompt, n, sampling, *, stop_token=-1, halve=Fals
         # One shape, so that this compiles once; what follows a position cannot change it.
         padded = np.array([window + [0] * (context - len(window))])
         logits = _forward(config, change, params, padded, first, len(prompt))[len(window) - 1]
-        limited = limited_logits(np.asarray(logits), tokens, sampling)
+        # The separator, which ends texts too, is never penalised.
+        others = [token for token in tokens if token != stop_token]
+        limited = limited_logits(np.asarray(logits), others, sampling)
         if sampling.temperature == 0:
             token = int(np.argmax(limited))
         else:

@@ -82,6 +82,7 @@ def jobs():
     random = np.random.default_rng(0)
     for i in range(12):
         prompt = random.integers(0, STOP, random.integers(1, 31)).tolist()
+        prompt[0] = STOP if i % 2 else prompt[0]  # as separator
         limits = {"top_k": 5, "repetition_penalty": 1.3} if i % 4 == 1 else {}
         sampling = Sampling(temperature=float(i % 2), seed=i * 2**31 + i, **limits)
         yield prompt, sampling, int(random.integers(3, 40)), CHANGES[i % 4], ("stop", "slide", "halve")[i % 3]
@@ -107,6 +108,12 @@ def told(text):
     return text.tokens[text.n_prompt :], text.finished
 
 
+def drawn(expected):
+    """Every token that is told of: the stop token too."""
+    tokens, finished = expected
+    return [*tokens, STOP] if finished == "stop" else tokens
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_whoever_comes_when_gets_what_it_would_get_alone_and_nothing_is_compiled(slots, expected, seed):
     random, texts = np.random.default_rng(seed), texts_of(jobs())
@@ -122,7 +129,8 @@ def test_whoever_comes_when_gets_what_it_would_get_alone_and_nothing_is_compiled
             if random.integers(2):
                 slots.shrink()
     assert [told(text) for text in texts] == expected
-    assert list(new.values()) == [tokens for tokens, _ in expected]
+    assert list(new.values()) == list(map(drawn, expected))
+    assert {finished for _, finished in expected} == {"stop", "length"}
     assert compiled == []
 
 
@@ -199,7 +207,9 @@ class Listener:
             self.hear()
 
     def found(self):
-        return [(self.tokens[text], self.finished[text]) for text in self.tokens]
+        """As `alone` has it: without the stop token."""
+        several = [(self.tokens[text], self.finished[text]) for text in self.tokens]
+        return [(tokens[:-1] if finished == "stop" else tokens, finished) for tokens, finished in several]
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_what_is_no_intervention_is_neither_taken_nor_saved(tmp_path, steer):
         lambda: Interventions.of(CONFIG, steer),
         lambda: save_interventions(tmp_path / "a.json", steer),
     ):
-        with pytest.raises(ValueError, match="^steer") as refused:
+        with pytest.raises(ValueError, match=r"^steer") as refused:
             takes()
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "a.json").exists()

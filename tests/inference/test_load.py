@@ -10,14 +10,13 @@ import sys
 from etils import epath
 from helpers import ROOT, STEPS, arrays, assert_same_bits, devices
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import saved_runs
 
 import topklm
-from topklm import checksums, sharding
+from topklm import sharding
 from topklm.config import MeshConfig, from_json
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
@@ -133,6 +132,7 @@ def test_parameters_that_do_not_fit_the_config_are_named(run_copy):
     content = json.loads(facts.read_text())
     content["config"]["model"]["d_mlp"] = 96
     facts.write_text(json.dumps(content))
+    saved_runs.make_earlier_version(run_copy / "checkpoints" / str(STEPS))
     with pytest.raises(UserError, match=r"checkpoint 24 .*blocks\.mlp\.down\.kernel is \[2, 64, 32\]"):
         topklm.load(run_copy)
 
@@ -147,6 +147,7 @@ def test_every_weight_that_does_not_fit_is_named_in_one_line(tmp_path):
     tree["unembed"]["kernel"] = tree["unembed"]["kernel"][:, :100]
     shutil.rmtree(params)
     ocp.PyTreeCheckpointer().save(params, tree)
+    saved_runs.make_earlier_version(tmp_path / "checkpoints" / "5")
     with pytest.raises(UserError) as refused:
         topklm.load(tmp_path)
     for problem in (
@@ -204,9 +205,6 @@ def test_one_changed_bit_anywhere_in_the_arrays_is_found(tmp_path, two_checkpoin
     folder = tmp_path / "run"
     shutil.copytree(original, folder)
     step = folder / "checkpoints" / "10"
-    sums = checksums.checksums({"params": jax.tree.map(jnp.asarray, saved[10])})
-    record = {"arrays": {name: ["", value] for name, value in sums.items()}}
-    (step / "facts" / "checksums.json").write_text(json.dumps(record))
     assert_same_bits(topklm.load(folder).params, saved[10])
     n_refused = 0
     for path in (path for path in (step / "params").rglob("d/*") if path.stat().st_size > 1000):
@@ -220,6 +218,72 @@ def test_one_changed_bit_anywhere_in_the_arrays_is_found(tmp_path, two_checkpoin
                 assert "checkpoint 10" in str(refused)
         path.write_bytes(content)
     assert n_refused >= 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.topk_k", 9),
+        ("model.topk_activation", "abs"),
+        ("model.n_nontopk", 2),
+        ("model.rope_theta", 10001.0),
+        ("model.norm_eps", 1e-4),
+        ("model.vocab_size", 256),
+        ("train.batch_size", 3),
+    ],
+)
+def test_facts_that_name_another_model_are_damage(tmp_path, two_checkpoints, field, value):
+    folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
+    facts = folder / "checkpoints" / "10" / "facts" / "metadata"
+    content = json.loads(facts.read_text())
+    section, _, name = field.partition(".")
+    assert content["config"][section][name] != value
+    content["config"][section][name] = value
+    facts.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"checkpoint 10 of .* is damaged .*facts: checksum.*step=5"):
+        topklm.load(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "null", '{"arrays": {}}', "[" * 100_000])
+def test_a_record_that_is_missing_or_says_nothing_is_damage(tmp_path, two_checkpoints, content):
+    folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
+    record = folder / "checkpoints" / "10" / "facts" / "checksums.json"
+    record.unlink()
+    if content is not None:
+        record.write_text(content)
+    with pytest.raises(UserError, match=r"checkpoint 10 of .* is damaged"):
+        topklm.load(folder)
+
+
+@pytest.mark.parametrize("config", [[], None, 1, "x", {"model": []}, {"model": {"d_model": None}}])
+def test_facts_of_an_earlier_version_without_a_config_are_one_line(tmp_path, two_checkpoints, config):
+    folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
+    facts = folder / "checkpoints" / "10" / "facts" / "metadata"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "config": config}))
+    saved_runs.make_earlier_version(folder / "checkpoints" / "10")
+    with pytest.raises(UserError, match="checkpoint 10 of"):
+        topklm.load(folder)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_loaded_without_its_record(tmp_path, two_checkpoints):
+    folder = shutil.copytree(two_checkpoints[0], tmp_path / "run")
+    saved_runs.make_earlier_version(folder / "checkpoints" / "10")
+    assert_same_bits(topklm.load(folder).params, two_checkpoints[1][10])
+
+
+def test_the_path_of_a_checkpoint_is_answered_with_that_of_its_run(two_checkpoints):
+    folder = two_checkpoints[0]
+    with pytest.raises(UserError, match=rf"not a run folder: give {folder}, with step=10$"):
+        topklm.load(folder / "checkpoints" / "10")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["C#", "50%", "a%20b", "what?", "a|b", "back\\slash", "a b", "%2e%2e", "é名", "a:b@c", "[x]{y}", "~"],
+)
+def test_a_run_is_saved_and_loaded_under_any_name(tmp_path, name):
+    saved = saved_runs.save(tmp_path / name / "run", [5])
+    assert_same_bits(topklm.load(tmp_path / name / "run").params, saved[5])
 
 
 def test_the_only_checkpoint_being_damaged_is_said(tmp_path):
@@ -313,7 +377,8 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     saved_runs.save(tmp_path / "small", [1])
     shape = {"d_model": 768, "n_layers": 4, "n_heads": 12, "n_kv_heads": 12, "d_mlp": 2048}
     model = dataclasses.replace(saved_runs.MODEL, **shape, vocab_size=8192)
-    saved_runs.describe(tmp_path / "large")
+    config = dataclasses.replace(saved_runs.CONFIG, model=model)
+    saved_runs.describe(tmp_path / "large", config)
     step = epath.Path(tmp_path / "large" / "checkpoints" / "1")
     step.mkdir(parents=True)
     draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
@@ -323,7 +388,7 @@ def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=16 * 2**20), params)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     ocp.Checkpointer(handler).save(step / "params", ocp.args.PyTreeSave(params, save_args=chunks))
-    facts = saved_runs.facts(1, dataclasses.replace(saved_runs.CONFIG, model=model))
+    facts = saved_runs.facts(1, config)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(step / "facts", facts)
     del params
     command = [sys.executable, "-c", MEASURES_MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
@@ -336,8 +401,9 @@ def test_a_run_from_before_the_vocabulary_was_padded_is_loaded(model, run_copy):
     step = run_copy / "checkpoints" / str(STEPS)
     facts = json.loads((step / "facts" / "metadata").read_text())
     del facts["config"]["model"]["vocab_multiple"]
+    (run_copy / "config.json").write_text(json.dumps(facts["config"]))
     (step / "facts" / "metadata").write_text(json.dumps(facts))
-    (step / "facts" / "checksums.json").unlink(missing_ok=True)
+    saved_runs.make_earlier_version(step)
     bare = jax.tree.map(np.asarray, model.params)
     bare["embed"] = {"embedding": bare["embed"]["embedding"][:320]}
     bare["unembed"] = {"kernel": bare["unembed"]["kernel"][:, :320]}

@@ -80,6 +80,16 @@ def test_half_a_character_at_the_end_is_shown_as_broken():
     assert stream.end() == "\ufffd"
 
 
+def test_long_runs_of_broken_bytes_are_decoded_no_more_often_than_other_text(monkeypatch):
+    calls, decode = [], BYTES.decode
+    monkeypatch.setattr(BYTES, "decode", lambda ids: calls.append(len(ids)) or decode(ids))
+    ids = BYTES.token_strings(range(257)).index("\\x97")
+    stream = TextStream(BYTES)
+    pieces = [stream.add([ids]) for _ in range(200)]
+    assert "".join([*pieces, stream.end()]) == "\ufffd" * 200
+    assert len(calls) <= 3 * 201
+
+
 def cut_by_hand(text, stop):
     """Character by character: the first moment at which the text ends with a stop string."""
     for end in range(len(text) + 1):

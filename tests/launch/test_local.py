@@ -176,3 +176,19 @@ def test_arguments_that_do_not_fit_are_refused(arguments):
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 2
     assert "local.py: error: " in result.stderr.splitlines()[-1]
+
+
+def test_a_job_goes_on_when_nobody_reads_its_output(tmp_path):
+    (tmp_path / "talks.py").write_text(
+        "import pathlib, sys\n"
+        "for n in range(5000): sys.stdout.buffer.write(f'{n} é\\n'.encode()); sys.stdout.flush()\n"
+        "pathlib.Path('done').write_text('yes')\n"
+    )
+    command = f"{sys.executable} {ROOT / 'launch' / 'local.py'} 1 --module talks -- | head -n 2"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(shell, check=True, **options)
+    assert done.stdout.startswith("[0] 0 \\xe9")
+    assert done.stderr == ""
+    assert (tmp_path / "done").read_text() == "yes"

@@ -281,7 +281,7 @@ def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
     writing.make_folders(["params", "facts"])
     writing.copy({"params": {"up": {"kernel": array}}})
     writing.finish_part(timeout_s=300)
-    writing.commit({}, {})
+    writing.commit({"facts": {}}, {})
     stored = open_arrays(folder / "1" / "params")["up.kernel"]
     assert 2**20 <= math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= 16 * 2**20
     np.testing.assert_array_equal(stored[1, 5:7].read().result(), array[1, 5:7])

@@ -1,8 +1,11 @@
 """Saves onto storage that fails, and works again later: real limits on the size of files, real processes."""
 
 import contextlib
+import errno
 import itertools
+import os
 import resource
+import shutil
 import socket
 
 from helpers import assert_same_bits
@@ -262,3 +265,69 @@ def test_what_fails_in_one_process_is_tried_again_by_all(trainer, tmp_path):
         assert "due 1\n" in process.output
         assert "saved True True\n" in process.output
     assert len(list((tmp_path / "c").iterdir())) == 2
+
+
+# Old checkpoints that cannot be removed.
+
+
+def link_to_elsewhere(checkpoint):
+    checkpoint.rename(checkpoint.parents[1] / "elsewhere")
+    checkpoint.symlink_to("../elsewhere")
+
+
+def refuse_to_remove(monkeypatch, name, code):
+    """As NFS does while a process of another machine reads something in the folder."""
+    remove = shutil.rmtree
+
+    def rmtree(path, *arguments, **options):
+        if name in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY, errno.EACCES, errno.EROFS])
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch, code):
+    folder, said = tmp_path / "c", []
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2), said.append)
+    for step in (1, 2):
+        checkpoints.save(some_state(step), {}, {})
+        checkpoints.wait()
+    with monkeypatch.context() as patched:
+        refuse_to_remove(patched, "/1.deleted", code)
+        for step in (3, 4):
+            checkpoints.save(some_state(step), {}, {})
+            checkpoints.wait()
+            assert checkpoints.latest_step == step
+    assert ["older checkpoints" in line and "try again" in line for line in said] == [True, True]
+    # The second one went although the first one could not.
+    assert {path.name for path in folder.iterdir()} == {"1.deleted.orbax-checkpoint-tmp", "3", "4"}
+    checkpoints.save(some_state(5), {}, {})
+    checkpoints.wait()
+    assert {path.name for path in folder.iterdir()} == {"4", "5"}
+    assert len(said) == 2
+
+
+def test_an_old_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path):
+    folder, said = tmp_path / "c", []
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2), said.append)
+    for step in (1, 2, 3):
+        checkpoints.save(some_state(step), {}, {})
+        checkpoints.wait()
+        if step == 1:
+            link_to_elsewhere(folder / "1")
+    assert {path.name for path in folder.iterdir()} == {"2", "3"}
+    assert (tmp_path / "elsewhere" / "params").is_dir()
+    assert said == []
+
+
+def test_what_is_half_written_and_cannot_be_removed_does_not_keep_a_run_from_starting(tmp_path, monkeypatch):
+    folder, said = tmp_path / "c", []
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    checkpoints.save(some_state(1), {}, {})
+    checkpoints.wait()
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    refuse_to_remove(monkeypatch, "2.orbax", errno.ENOTEMPTY)
+    assert Checkpoints(folder, CheckpointConfig(keep=2), said.append).latest_step == 1
+    assert "half-written cannot be removed" in said[0]

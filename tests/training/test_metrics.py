@@ -51,7 +51,7 @@ def test_starting_over_drops_every_line(tmp_path):
     assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize("cut", range(1, 12))
+@pytest.mark.parametrize("cut", range(2, 12))
 def test_half_a_last_line_is_dropped(tmp_path, cut):
     write_steps(tmp_path, 0, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
@@ -66,6 +66,84 @@ def test_complete_lines_are_read_back_and_none_where_there_is_no_file(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "tra')
     assert metrics.read(tmp_path) == [{"step": 7, "train/loss": 1.0}, {"step": 14, "train/loss": 2.0}]
+
+
+NO_METRICS = [
+    b"\n",
+    b"<<<<<<< HEAD\n",
+    b"# a note\n",
+    b"\0\0\0\0\n",
+    b"{}\n",
+    b"[]\n",
+    b"7\n",
+    b'{"step": []}\n',
+    b'{"step": "7", "train/loss": 1.0}\n',
+    b'{"step": 7, "train/loss": null}\n',
+    b'{"step": 7, "train/loss": {"a": 1}}\n',
+    b'{"step": 7, "train/loss": 0.\xa01}\n',
+    b'{"step": 7, "trai{"step": 8}\n',
+    b'{"step": 1' + b"1" * 5000 + b"}\n",
+    b"[" * 100_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("line", NO_METRICS)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_line_that_is_no_metric_is_set_aside_and_said(tmp_path, line, place):
+    write_steps(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:place], line, *lines[place:]]))
+    found, said = path.read_bytes(), []
+    assert [values["step"] for values in metrics.read(tmp_path)] == [1, 2, 3]
+    writer = MetricsWriter(tmp_path, 3, None, said.append)
+    writer.write(4, {"train/loss": 0.5})
+    writer.close()
+    assert [values["step"] for values in lines_of(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == found
+    assert len(said) == 1
+    assert "1 lines are no metrics and were left out" in said[0]
+
+
+def synced_steps(folder, steps):
+    writer = MetricsWriter(folder, 0)
+    for step in steps:
+        writer.write(step, {"train/loss": step / 7})
+    synced = writer.sync()
+    writer.write(steps[-1] + 1, {"train/loss": 0.0})
+    writer.close()
+    return synced
+
+
+def test_lines_as_they_were_written_are_kept_in_silence(tmp_path):
+    synced, said = synced_steps(tmp_path, [1, 2, 3]), []
+    writer = MetricsWriter(tmp_path, 3, synced, said.append)
+    assert writer.sync() == synced
+    writer.close()
+    assert said == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize("left", [0.0, 0.2, 0.5, 0.7])
+def test_lines_that_are_missing_are_said(tmp_path, left):
+    synced, said = synced_steps(tmp_path, [1, 2, 3]), []
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    MetricsWriter(tmp_path, 3, synced, said.append).close()
+    assert len(said) == 1
+    assert "of 3 lines are missing or cannot be read" in said[0]
+
+
+def test_every_changed_byte_of_a_line_is_said(tmp_path):
+    synced = synced_steps(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    end = whole.index(b'{"step": 3')
+    for place in range(end):
+        said = []
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        MetricsWriter(tmp_path, 2, synced, said.append).close()
+        assert len(said) == 1, place
 
 
 def test_only_a_step_with_a_held_out_loss_is_evaluated(tmp_path):

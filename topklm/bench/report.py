@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -20,6 +19,7 @@ from topklm.bench import machine
 from topklm.bench.processes import threads
 from topklm.bench.timing import quartiles
 from topklm.files import write_atomically
+from topklm.imports import versions
 
 _PACKAGES = ("topklm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "LD_PRELOAD", "OMP_NUM_THREADS")
@@ -122,7 +122,7 @@ class Report:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine.describe(),
             "threads": threads(),
-            "versions": _versions(),
+            "versions": {name: v for name, v in versions(*_PACKAGES).items() if v != "unknown"},
             "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
             "settings": dict(self.settings),
             "results": [result.to_dict() for result in self.results],
@@ -214,13 +214,3 @@ def _digits(value: float) -> str:
 
 def _range(samples: Sequence[float]) -> list[float]:
     return [min(samples), max(samples)]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as e:
             raise UserError(f"neuron {one.layer}:{one.neuron}: {e}") from e
         entries.append(entry)
-    save_interventions(arguments.save, entries)
+    save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
     if arguments.json:
         neurons = [dataclasses.asdict(one) for one in chosen]
         facts = {"run": arguments.run, "step": model.step, "mode": arguments.mode, "value": arguments.value}
@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
         return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)

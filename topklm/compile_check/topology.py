@@ -106,7 +106,7 @@ def find(name: str, n_slices: int = 1) -> Topology:
         UserError: If the name is wrong, libtpu is missing or does not know the slice.
     """
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)*", shape) or kind not in (*CHIPS, "cpu"):
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", shape) or kind not in (*CHIPS, "cpu"):
         raise UserError(f"--topology = {name}: must be like v5e:16x16, v5p:4x4x4, v6e:8x8 or cpu:8")
     if n_slices < 1:
         raise UserError(f"--slices = {n_slices}: must be 1 or more")

@@ -75,7 +75,7 @@ def leave_hanging(text: str, membership: Membership | None) -> NoReturn:
 def _cause_elsewhere(error: BaseException, membership: Membership) -> Ending | None:
     """How another process ended the run, if that is why this one has an error."""
     match error:
-        case errors.UserError() | KeyboardInterrupt():
+        case _ if isinstance(error, KeyboardInterrupt) or errors.explain(error):
             return None  # these speak for themselves
         case PeerLost():
             return membership.ending
@@ -95,9 +95,9 @@ def _own_end(error: BaseException, membership: Membership) -> int:
 
     me = membership.place.index
     match error:
-        case errors.UserError():
+        case _ if text := errors.explain(error):
             code = errors.guarded(fail)
-            membership.announce(Kind.MISTAKE, str(error))
+            membership.announce(Kind.MISTAKE, errors.one_line(text))
         case KeyboardInterrupt():
             code = errors.guarded(fail)
             membership.announce(Kind.STOP, f"process {me} was interrupted; what was saved before stays")

@@ -7,7 +7,6 @@ moment its connection to that service breaks; here process 0 may go, and that co
 import asyncio
 import collections
 import concurrent.futures
-import importlib.metadata
 import os
 import socket
 import threading
@@ -18,6 +17,7 @@ from topklm.distributed.ending import Ending, Kind, PeerLost, say_last_line
 from topklm.distributed.hub import Hub
 from topklm.distributed.places import Place
 from topklm.errors import UserError
+from topklm.imports import versions
 
 # For the main thread to end by itself, in its own words, when another process has failed.
 _GRACE_S = 1.0
@@ -137,8 +137,8 @@ class Membership:
             self._jax_port = relay.sockets[0].getsockname()[1]
         reader, self._writer = await self._reach_hub(host)
         self._connected = True
-        versions = {name: importlib.metadata.version(name) for name in ("topklm", "jax")}
-        self._send({"hello": "member", "index": place.index, "count": place.count, "versions": versions})
+        hello = {"hello": "member", "index": place.index, "count": place.count}
+        self._send({**hello, "versions": versions("topklm", "jax")})
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._beat(tasks))
             await self._listen(reader, tasks)

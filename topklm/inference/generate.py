@@ -14,7 +14,7 @@ from topklm.inference import programs
 from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.interventions import Interventions
 from topklm.inference.programs import NOTHING, STEPS, Plan, Rows, State
-from topklm.inference.sampling import RowSampling, Sampling
+from topklm.inference.sampling import RowSampling, Sampling, held
 from topklm.inference.token_rows import row_of
 from topklm.model import transformer
 
@@ -125,16 +125,15 @@ class Generation:
         ]
         lengths = np.array([len(window) for window in windows], np.int32)
         tokens = np.zeros((len(windows), cache_lib.bucket(int(lengths.max()), context)), np.int32)
-        present = np.zeros((len(windows), plan.config.vocab_size), bool)
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = window
-            present[row, self.texts[row]] = True
         self._rows = self._rows._replace(first=np.array(self._firsts, np.int32))
         need = max(limit - first for limit, first in zip(self._limits, self._firsts, strict=True))
         size = max(cache_lib.room_for(min(need, context), context), tokens.shape[1])
         made = np.array([len(text) for text in self.texts], np.int32) - self._rows.prompt_lengths
         filled, logits = programs.run_whole(plan, self._params, self._rows, tokens, lengths)
         filled = programs.with_room(plan, filled, size)
+        present = held(self.texts, plan.config.vocab_size, int(self._rows.stop_token))
         self._state = State(filled, logits, lengths, made, self._remaining(), present)
 
     def _remaining(self) -> np.ndarray:

@@ -127,20 +127,28 @@ def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
     return entries
 
 
-def save_interventions(path: str | os.PathLike[str], steer: "Steer", mode: str = "clamp") -> None:
+def save_interventions(
+    path: str | os.PathLike[str],
+    steer: "Steer",
+    mode: str = "clamp",
+    *,
+    model: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a small JSON file, whole or not at all.
 
     Args:
         path: Local, or in a bucket.
         steer: As in `entries_of`.
         mode: Of the entries of a mapping.
+        model: What tells the model whose neurons these are from others; None: nothing is said of it.
 
     Raises:
         UserError: If the file cannot be written.
         ValueError: For what is no intervention.
     """
     entries = [_to_json(one) for one in entries_of(steer, mode)]
-    content = json.dumps({"format": _FORMAT, "version": _VERSION, "interventions": entries}, indent=1)
+    of = {} if model is None else {"model": dict(model)}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
     with storage_errors_are_user_errors("writing interventions", as_path(path)):
         write_atomically(as_path(path), content.encode() + b"\n")
 

@@ -8,22 +8,18 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from typing import Any
 
-from etils import epath
 import jax
-import orbax.checkpoint as ocp
 
 from topklm import buckets, run_folder, sharding
-from topklm.checkpoint_format import FACTS, PARAMS, RECORD_FILE, mismatches
+from topklm.checkpoint_format import FACTS, PARAMS, Contents, DamagedError, mismatches
 from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.files import AnyPath, absolute, as_path
 from topklm.inference.language_model import LanguageModel, dtype_name
-from topklm.inference.parameters import open_arrays, read_arrays
 from topklm.inference.verification import changed
 from topklm.model import transformer
 
@@ -55,9 +51,10 @@ def load(
     chosen = _choose_step(saved, step, folder)
     place = absolute(folder) / run_folder.CHECKPOINTS_FOLDER / str(chosen)
     with _damage_is_a_user_error(folder, chosen, saved):
-        facts = ocp.JsonCheckpointHandler().restore(place / FACTS)
+        contents = Contents(place, arrays=(PARAMS,), values=(FACTS,))
+        facts = contents.values[FACTS]
         saved_config, tokenizer_sha256 = facts["config"], facts["tokenizer_sha256"]
-    config = _config(saved_config, chosen, folder)
+    config = config_of_checkpoint = _config(saved_config, chosen, folder)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     model = sharding.outside_shard_map(config.model, mesh)
@@ -65,32 +62,29 @@ def load(
         model = dataclasses.replace(model, layer_stack="scanned")
     config = dataclasses.replace(config, model=model)
     target = _target(config.model, mesh)
-    with _damage_is_a_user_error(folder, chosen, saved):
-        stores = open_arrays(place / PARAMS)
-    held = {n: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype) for n, store in stores.items()}
-    if problems := mismatches(held, target):
+    if problems := mismatches(contents.shapes[PARAMS], target):
         raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
+    # All of a checkpoint can be another run's; then each of its parts is as it was written.
+    own = run_folder.saved_config(folder)
+    if own and (fields := run_folder.differing_fields(own, config_of_checkpoint)):
+        raise UserError(
+            f"checkpoint {chosen} of {folder} is of another run than {run_folder.CONFIG_FILE} "
+            f"there ({fields}): put back the run's own"
+        )
     with _damage_is_a_user_error(folder, chosen, saved):
-        params = read_arrays(stores, target)
-        saved_checksums = _saved_checksums(place)
-        if saved_checksums and (names := changed({PARAMS: params}, saved_checksums)):
-            raise ValueError(f"not what was saved: {', '.join(names)}")
+        params = contents.read(PARAMS, target)
+        contents.check({PARAMS: params}, changed)
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
     loaded = LanguageModel(str(folder), chosen, config, tokenizer, params)
     return loaded if dtype is None else loaded.astype(dtype)
 
 
-def _saved_checksums(place: epath.Path) -> dict[str, int]:
-    """The checksum of each array; none in checkpoints of earlier versions."""
-    path = place / FACTS / RECORD_FILE
-    if not path.exists():
-        return {}
-    return {name: value for name, (_, value) in json.loads(path.read_text())["arrays"].items()}
-
-
 def _complete_steps(folder: AnyPath) -> list[int]:
     saved = run_folder.complete_steps(folder)
     if not saved and not (folder / run_folder.CHECKPOINTS_FOLDER).exists():
+        run, step = folder.parent.parent, folder.name
+        if folder.parent.name == run_folder.CHECKPOINTS_FOLDER and step.isdigit():
+            raise UserError(f"{folder} is a checkpoint, not a run folder: give {run}, with step={step}")
         raise UserError(f"{folder} is not a run folder with checkpoints: train first, or check the path")
     if not saved:
         raise UserError(f"{folder} has no complete checkpoint yet: train on, or choose another run")
@@ -126,7 +120,7 @@ def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Sequence[int]) ->
         try:
             yield
         # What Orbax and TensorStore raise where a file is missing, cut off or changed.
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
+        except (DamagedError, OSError, ValueError, KeyError, TypeError) as e:
             if buckets.says_nothing_of_content(e):
                 raise
             older = [s for s in saved if s < step]
@@ -139,7 +133,7 @@ def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Sequence[int]) ->
 def _short(error: Exception) -> str:
     """The first line of an error; TensorStore adds whole specifications to its own."""
     line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {line[:200]}"
+    return line[:200] if isinstance(error, DamagedError) else f"{type(error).__name__}: {line[:200]}"
 
 
 def _load_tokenizer(path: AnyPath, sha256: str) -> Tokenizer:

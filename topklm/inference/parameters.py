@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import math
 import mmap
+import os
 from typing import Any
 
 from etils import epath
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from topklm.files import is_bucket
+from topklm.files import for_tensorstore, is_bucket
 
 # Unpacked bytes of the chunks that are read at the same time: at least these, or this share of all there are.
 # Each chunk is held once more as it is stored.
@@ -92,7 +93,12 @@ def read_arrays(stores: Mapping[str, ts.TensorStore], target: Any) -> Any:
 
 
 def _kvstore(folder: epath.Path) -> dict[str, Any]:
-    base = f"{folder}/" if is_bucket(folder) else f"file://{folder}/"
+    # Not as a URL, in which some characters of a path would mean something else.
+    if is_bucket(folder):
+        _, _, bucket, path = os.fspath(folder).split("/", 3)
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    else:
+        base = {"driver": "file", "path": f"{for_tensorstore(folder)}/"}
     return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#ocdbt"}
 
 

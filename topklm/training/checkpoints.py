@@ -27,7 +27,7 @@ from topklm.checkpoint_format import DATA, FACTS, OPTIMIZER, PARAMS, DamagedErro
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.files import AnyPath, absolute
-from topklm.training.retry import SYSTEM_ERROR, Backoff, storage_problem
+from topklm.training.retry import Backoff, storage_problem
 from topklm.training.step import TrainState
 
 _MEETING_S = 600.0  # for all processes to come to the same line
@@ -74,7 +74,11 @@ class Checkpoints:
         steps: list[int] = []
         if distributed.is_primary():
             self._folder.mkdir(parents=True, exist_ok=True)
-            on_disk.remove_unfinished(self._folder)
+            try:
+                on_disk.remove_old(self._folder)
+            except OSError as e:
+                why = storage_problem(e, self._folder)
+                say(f"warning: {self._folder}: a checkpoint that was half-written cannot be removed: {why}")
             steps = on_disk.complete_steps(self._folder)
         # A file system or bucket may not show all hosts the same.
         self._steps: list[int] = json.loads(
@@ -223,6 +227,11 @@ class Checkpoints:
             return True
         if self._failure:
             self._say(f"checkpoint {save.step} is written")
+        if save.not_removed:
+            self._say(
+                f"warning: older checkpoints in {self._folder} could not be removed ({save.not_removed}): "
+                "will try again after the next save"
+            )
         self._steps = sorted({*self._steps, save.step})[-self._keep :]
         self._asked = self._failure = None
         self._backoff = Backoff(self._patience.while_training_s)
@@ -287,6 +296,7 @@ class _Save:
         self.step = step
         self._folder, self._values, self._keep = folder, values, keep
         self._writing = on_disk.Writing(folder, step)
+        self.not_removed = ""  # why older checkpoints could not be removed
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._problem = self._meet(
@@ -322,12 +332,16 @@ class _Save:
         problem = problem or self._meet("commit", self._primary(self._commit), _STORAGE_S)
         if problem:
             self._primary(self._writing.abandon)
+        else:
+            self.not_removed = self._primary(self._remove_old)
         return problem
 
     def _commit(self) -> None:
         self._writing.commit(self._values, self._record(self._values))
-        for step in on_disk.complete_steps(self._folder)[: -self._keep]:
-            on_disk.remove(self._folder / str(step))
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest; never part of committing, for the new one is whole without it."""
+        on_disk.remove_old(self._folder, self._keep)
 
     def _primary(self, action: Callable[[], None]) -> str:
         return self._attempt(action) if distributed.is_primary() else ""
@@ -367,7 +381,7 @@ def _try_restore(
     damage = ""
     try:
         contents = on_disk.Contents(folder)
-        values = contents.read_values()
+        values = contents.values
         trees = _read(contents, folder, _trees(abstract_state), mesh, fresh)
     except (DamagedError, OSError, ValueError, KeyError, TypeError) as e:
         damage = _damage(e, folder)
@@ -416,9 +430,7 @@ def _placed(value: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def _damage(error: Exception, folder: epath.Path) -> str:
     """What an error says of the checkpoint's content; nothing, if the storage itself may be in trouble."""
-    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    refused = isinstance(error, OSError) and not missing
-    if refused or says_nothing_of_content(error) or SYSTEM_ERROR.search(str(error)) or not folder.exists():
+    if says_nothing_of_content(error) or not folder.exists():
         return ""
     line = next(iter(str(error).splitlines()), "")[:200]
     return (

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard at once whatever the main thread does: in a compilation of minutes, too.
+"""Ctrl-C, SIGTERM and SIGHUP, heard at once whatever the main thread does: in a compilation of minutes, too.
 
 Python runs signal handlers between bytecodes of the main thread only; here the interpreter passes each
 signal on to a thread (`signal.set_wakeup_fd`). How a run saves and processes agree is the loop's affair.
@@ -14,7 +14,8 @@ from typing import Any
 
 from topklm.errors import EXIT_INTERRUPTED
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal or an ssh session that closes sends SIGHUP; nohup has it ignored.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BYTES_AT_ONCE = 64  # a signal is one byte
 
 
@@ -48,13 +49,15 @@ class StopRequest:
         """Stops this process because another one of the run was asked to; it never counts as a second signal.
 
         Args:
-            signal_name: "SIGTERM" or "SIGINT", what the other process got.
+            signal_name: "SIGTERM", "SIGINT" or "SIGHUP", what the other process got.
         """
         with self._lock:
             self._stop(signal_name, tell_others=False)
 
     def _receive(self, number: int) -> None:
         with self._lock:
+            if self._heard and number == signal.SIGHUP:
+                return  # a terminal that closes sends two: one by the shell, one by the kernel
             if self._heard:
                 os._exit(128 + number)
             self._heard = True
@@ -87,7 +90,7 @@ class StopRequest:
 def stop_on_signal(
     on_stop_while_starting: Callable[[str], None] = lambda text: None,
 ) -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM inside the block; only the main thread may enter it.
+    """Catches SIGINT, SIGTERM and SIGHUP inside the block; only the main thread may enter it.
 
     A signal that is ignored stays so: shells let their background jobs ignore Ctrl-C. Processes that begin
     inside the block know nothing of this.

@@ -1,7 +1,7 @@
 """The training run: open, restore or start, then step, log, evaluate and save until done.
 
 The order inside the loop is what resuming rests on. A step's metrics are fetched while the next step
-already runs (large steps on CPUs take turns: `cpu_memory`); before a checkpoint everything up to its step is
+already runs (large steps on CPUs take turns: `memory`); before a checkpoint everything up to its step is
 written out, so whatever is on disk after a kill belongs to steps up to a checkpoint, or is dropped and done
 again. Every process of a run takes the same turns: what one alone knows (a signal, a damaged file) is agreed
 on first.
@@ -9,7 +9,6 @@ on first.
 
 from collections.abc import Iterator
 import contextlib
-import importlib.metadata
 import math
 import time
 from typing import Any
@@ -18,13 +17,14 @@ import jax
 
 from topklm import distributed, run_folder, sharding
 from topklm.buckets import storage_errors_are_user_errors
-from topklm.config import Config
+from topklm.config import Config, from_saved, warnings
 from topklm.data.mixture import Mixture
-from topklm.data.stream import heldout_batches, train_stream
+from topklm.data.stream import heldout_batches, heldout_part, train_stream
 from topklm.errors import UserError
 from topklm.files import AnyPath
+from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
-from topklm.training import bad_steps, cpu_memory, throughput
+from topklm.training import bad_steps, memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
 from topklm.training.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ from topklm.training.evaluation import evaluate
 from topklm.training.feed import DeviceBatch, Feed, to_devices
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.opening import opened
-from topklm.training.optimizer import make_optimizer
+from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.profile import Profiler
 from topklm.training.step import (
     TrainState,
@@ -56,7 +56,7 @@ def train(
         config: The experiment.
         workdir: The run folder, local or in a bucket; created if missing.
         console: Where progress is shown; by default standard output, of the first process.
-        stop: What asks the run to stop; by default Ctrl-C and SIGTERM, from now on.
+        stop: What asks the run to stop; by default Ctrl-C, SIGTERM and SIGHUP, from now on.
 
     Raises:
         UserError: For anything the user can mend, and for a loss that is no longer finite.
@@ -65,6 +65,9 @@ def train(
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request:
         mesh = sharding.make_mesh(config.mesh)
+        console.say(f"devices: {sharding.describe_devices(mesh)}")
+        for line in warnings(config):
+            console.say(f"warning: {line}")
         with opened(config, workdir, console) as (whole_config, mixture):
             sharding.check(whole_config, mesh)
             _Run(whole_config, workdir, mixture, mesh, console, request).train()
@@ -87,6 +90,7 @@ class _Run:
         self.agreement = Agreement(mesh, stop)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.tokens_per_step = config.train.batch_size * config.model.context_length
+        self.heldout = heldout_part(mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.eval_step = self.agreement.voting(make_eval_step(config, mesh))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
@@ -112,20 +116,25 @@ class _Run:
     def train(self) -> None:
         """Runs to the end, or to the point where somebody asks to stop."""
         try:
-            saved = self.checkpoints.latest_step or 0
-            if saved >= self.config.train.steps and not self._owes_evaluation(saved):
-                self._say_finished()
-                return
-            state = self._restore_or_start()
-            first = int(state.step)
-            primary = distributed.is_primary()
-            writer = metrics_lib.open_writer(self.folder, first, primary=primary, warn=self.console.say)
-            profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
-            with (
-                contextlib.closing(writer) as self.writer,
-                Watchdog(self.folder) as self.watchdog,
-                contextlib.closing(profiler) as self.profiler,
-            ):
+            with contextlib.ExitStack() as stack:
+                self.watchdog = stack.enter_context(Watchdog(self.folder))
+                state = self._restore_or_start()
+                first = int(state.step)
+                if first >= self.config.train.steps and not self._owes_evaluation(first):
+                    self._say_finished(first)
+                    return
+                if first:
+                    self.console.say(f"continuing {self.folder} from its checkpoint of step {first:,}")
+                writer = metrics_lib.open_writer(
+                    self.folder,
+                    first,
+                    synced=self.synced_metrics,
+                    primary=distributed.is_primary(),
+                    warn=self.console.say,
+                )
+                self.writer = stack.enter_context(contextlib.closing(writer))
+                profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
+                self.profiler = stack.enter_context(contextlib.closing(profiler))
                 train_step = self._compile(state)
                 self.stop.begin_training()
                 if self._owes_evaluation(first):
@@ -138,7 +147,7 @@ class _Run:
 
     def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
         steps = self.config.train.steps
-        release_seconds = cpu_memory.release_seconds(train_step)
+        release_seconds = memory.release_seconds(train_step)
         self.log_rate = throughput.Rate(self.config, self.tokens_per_step, first, self.clock.total)
         self.last_logged = (self.clock.total, self.feed.waited)
         self.console.start(first, steps)
@@ -163,6 +172,7 @@ class _Run:
                 self._log(*pending)
                 pending = None
                 self.clock.stop()
+                self.log_rate.measure_again()
                 if traced:  # and the devices are done, for `_log` has fetched what they made
                     with self.watchdog.paused():
                         self.profiler.close()
@@ -182,7 +192,7 @@ class _Run:
         step_alone = make_train_step(self.config, self.optimizer, self.mesh)
         train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.mesh)
-        compiled = cpu_memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
+        compiled = memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
 
@@ -190,15 +200,19 @@ class _Run:
         """The state and its clock; the data stream is moved to its place."""
         abstract = abstract_state(self.config, self.optimizer)
         self._check_layout(abstract.params)
+        memory.check(abstract, self.mesh)
+        self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
             state = init_state(self.config, self.optimizer, self.mesh)
             n = throughput.parameter_count(state.params)
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
             self.clock = throughput.Clock(total=0.0, began_at=time.time())
             return state
-        state, data_state, facts = self.checkpoints.restore(
-            abstract, self.mesh, fresh={"recent": bad_steps.fresh()}
-        )
+        with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
+            state, data_state, facts = self.checkpoints.restore(
+                abstract, self.mesh, fresh={"recent": bad_steps.fresh()}
+            )
+        run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
             raise UserError(
                 f"checkpoint {int(state.step)} of {self.folder} belongs to another tokenizer than the data: "
@@ -211,10 +225,13 @@ class _Run:
                 f"{self.mixture.fingerprint[:12]}, not {facts['data_fingerprint'][:12]}): name the data it "
                 "began with, wherever it lies now, or start a new run with --workdir"
             )
+        before = facts["config"]["train"]["steps"]
+        if said := change_of_schedule(self.config.optim, before, self.config.train.steps, int(state.step)):
+            self.console.say(said)
         self.feed.set_state(data_state)
         began_at = facts.get("began_at", time.time() - facts["seconds_trained"])
         self.clock = throughput.Clock(total=facts["seconds_trained"], began_at=began_at)
-        self.console.say(f"continuing {self.folder} from its checkpoint of step {int(state.step):,}")
+        self.synced_metrics = facts.get("metrics")
         return state
 
     def _check_layout(self, params: Any) -> None:
@@ -240,7 +257,8 @@ class _Run:
         # JSON has no way to write what is not finite.
         line = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
         line |= {"train/skipped": 1.0} if bad else {}
-        timing = {"tokens_per_second": rate, "mfu": mfu, "seconds_trained": seconds}
+        timing = {"tokens_per_second": rate, "seconds_trained": seconds}
+        timing |= {"mfu": mfu} if math.isfinite(mfu) else {}
         timing |= {"input_wait": self._input_wait(seconds), "goodput": self.clock.goodput()}
         self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
 
@@ -263,7 +281,7 @@ class _Run:
             self._eval_step,
             state.params,
             self._heldout(),
-            n_bytes=self.mixture.heldout_bytes,
+            n_bytes=self.heldout.utf8_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
             stopped=lambda: bool(self.agreement),
         )
@@ -271,6 +289,8 @@ class _Run:
             return
         with self.watchdog.paused():  # as long as the user asked for
             sample = self._sample(state)
+        if result["tokens"] < self.mixture.heldout_text_tokens:
+            result["of_tokens"] = self.mixture.heldout_text_tokens
         self.console.say(evaluation_line(step, result))
         self.console.say(f"sample: {sample}")
         line = {f"eval/{name}": value for name, value in result.items()}
@@ -287,7 +307,9 @@ class _Run:
         context_length = self.config.model.context_length
         # Documents are packed one after another, so every process makes whole batches.
         rows = sharding.local_rows(self.batch_sharding, batch_size)
-        for batch in heldout_batches(self.mixture, context_length=context_length, batch_size=batch_size):
+        for batch in heldout_batches(
+            self.mixture, context_length=context_length, batch_size=batch_size, part=self.heldout
+        ):
             yield to_devices(batch, self.batch_sharding, batch_size, rows)
 
     def _sample(self, state: TrainState) -> str:
@@ -315,12 +337,12 @@ class _Run:
             "seconds_trained": self.clock.total,
             "began_at": self.clock.began_at,
             "process_count": jax.process_count(),
-            "versions": {p: importlib.metadata.version(p) for p in ("topklm", "jax", "flax", "grain")},
+            "versions": versions("topklm", "jax", "flax", "grain"),
         }
         with self.watchdog.paused():  # storage has a patience of its own
             if distributed.is_primary():
                 run_folder.check_owned(self.folder)
-            self.writer.sync()
+            facts["metrics"] = self.writer.sync()
             with storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder):
                 self.checkpoints.save(state, self.feed.state(), facts)
 
@@ -335,8 +357,7 @@ class _Run:
         self._wait_for_checkpoint(steps)
         self.console.table(f"{self.folder}: trained", summary(self.folder, steps))
 
-    def _say_finished(self) -> None:
-        step = self.checkpoints.latest_step or 0
+    def _say_finished(self, step: int) -> None:
         self.console.say(
             f"{self.folder} is finished at step {step:,}: nothing to train. Go on with a larger "
             "--config.train.steps, or start a new run with --workdir"

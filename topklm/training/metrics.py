@@ -1,17 +1,17 @@
 """Where numbers go: metrics.jsonl and TensorBoard files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import json
-import math
 import os
 import pathlib
 import time
 from typing import Any, Protocol
+import zlib
 
-from topklm import run_folder
+from topklm import files, run_folder
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.errors import disk_errors_are_user_errors
-from topklm.files import AnyPath, is_bucket, write_atomically
+from topklm.files import AnyPath, is_bucket, parse_json, write_atomically
 from topklm.imports import without
 from topklm.training.spool import Spool
 
@@ -28,48 +28,80 @@ class Writer(Protocol):
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; numbers, lists of numbers (one per layer) and text are understood."""
 
-    def sync(self) -> None:
-        """Returns when the lines are where the checkpoints are; called before one refers to them."""
+    def sync(self) -> dict[str, int]:
+        """Returns when the lines are where the checkpoints are; called before one refers to them.
+
+        Returns:
+            What `open_writer` compares them with when the run is continued: their number and their CRC-32.
+        """
 
     def close(self) -> None:
         """Brings everything to its place and lets go."""
 
 
 def open_writer(
-    folder: AnyPath, resume_step: int, *, primary: bool = True, warn: Callable[[str], None] = print
+    folder: AnyPath,
+    resume_step: int,
+    *,
+    synced: Mapping[str, int] | None = None,
+    primary: bool = True,
+    warn: Callable[[str], None] = print,
 ) -> Writer:
     """Opens a run's metrics; lines of steps after `resume_step`, which will be done again, are dropped.
+
+    Metrics are no state: lines that do not parse never keep a run from going on. They are left out, `warn` is
+    told, and the file as it was found stays beside the new one.
 
     Args:
         folder: The run folder, on a disk or in a bucket.
         resume_step: The last step that is done.
+        synced: What `Writer.sync` returned after that step, if it is known.
         primary: Whether this is the process that writes them; the writer of any other does nothing.
-        warn: Is told, once in a row, when a bucket does not take them. Training goes on; `close` raises.
+        warn: Is told, a line each, what became of lines that are not as they were written; and, once in a
+            row, when a bucket does not take them: training goes on; `close` raises.
     """
     if not primary:
         return _Nobody()
     if is_bucket(folder):
-        return _BucketWriter(folder, resume_step, warn)
-    return MetricsWriter(pathlib.Path(folder), resume_step)
+        return _BucketWriter(folder, resume_step, synced, warn)
+    return MetricsWriter(pathlib.Path(folder), resume_step, synced, warn)
 
 
 class MetricsWriter:
     """Appends one JSON line a call, and the same numbers to TensorBoard files, in a local folder."""
 
-    def __init__(self, folder: pathlib.Path, resume_step: int):
-        """Opens the files; lines of steps after `resume_step`, which will be done again, are dropped."""
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        resume_step: int,
+        synced: Mapping[str, int] | None = None,
+        warn: Callable[[str], None] = print,
+    ):
+        """Opens the files, as `open_writer` says."""
         path = folder / run_folder.METRICS_FILE
         self._path = path
+        found = _content(path)
+        kept, n_unreadable = _parsed(found)
+        lines = [line for line, values in kept if values["step"] <= resume_step]
+        self._synced = {"lines": 0, "crc32": 0}
+        for line in lines:
+            self._count(line)
         with disk_errors_are_user_errors(f"writing {path}"):
-            write_atomically(path, "".join(_lines_up_to(path, resume_step)).encode())
-            self._file = path.open("a", encoding="utf-8")
+            if problem := _problem(n_unreadable, self._synced, synced, kept):
+                aside = files.beside(path, "damaged")
+                write_atomically(aside, found)
+                warn(f"warning: {path}: {problem}. Training goes on; the file as it was is {aside.name}")
+            write_atomically(path, b"".join(lines))
+            self._file = path.open("ab")
             self._board = _Board(folder / "tensorboard", first_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; numbers, lists of numbers (one per layer) and text are understood."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line = (json.dumps({"step": step, **values}) + "\n").encode()
+            self._file.write(line)
             self._file.flush()
+            self._count(line)
             for name, value in values.items():
                 if isinstance(value, str):
                     self._board.add(step, summary.text(name, value))
@@ -79,17 +111,24 @@ class MetricsWriter:
                 else:
                     self._board.add(step, summary.scalar(name, value))
 
-    def sync(self) -> None:
-        """Returns when the lines are on the disk itself; called before a checkpoint refers to them."""
+    def sync(self) -> dict[str, int]:
+        """Returns the number and CRC-32 of the lines when they are on the disk itself."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
             os.fsync(self._file.fileno())
             self._board.flush()
+        return dict(self._synced)
 
     def close(self) -> None:
         """Closes both files."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
             self._file.close()
             self._board.close()
+
+    def _count(self, line: bytes) -> None:
+        self._synced = {
+            "lines": self._synced["lines"] + 1,
+            "crc32": zlib.crc32(line, self._synced["crc32"]),
+        }
 
 
 def is_evaluated(folder: AnyPath, step: int) -> bool:
@@ -98,25 +137,32 @@ def is_evaluated(folder: AnyPath, step: int) -> bool:
 
 
 def read(folder: AnyPath) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics; none where there is no such file yet."""
-    return [json.loads(line) for line in _lines_up_to(folder / run_folder.METRICS_FILE, math.inf)]
+    """Returns the lines of a run's metrics that can be read; none where there is no such file yet."""
+    return [values for _, values in _parsed(_content(folder / run_folder.METRICS_FILE))[0]]
 
 
 class _BucketWriter:
     """Writes to a local folder whose files are copied: every minute, at every `sync`, and at the end."""
 
-    def __init__(self, folder: AnyPath, resume_step: int, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: AnyPath,
+        resume_step: int,
+        synced: Mapping[str, int] | None,
+        warn: Callable[[str], None],
+    ):
         self._spool = Spool(folder, warn)
         self._spool.fetch(run_folder.METRICS_FILE)
-        self._writer = MetricsWriter(self._spool.local, resume_step)
+        self._writer = MetricsWriter(self._spool.local, resume_step, synced, warn)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._writer.write(step, values)
         self._spool.copy_soon()
 
-    def sync(self) -> None:
-        self._writer.sync()
+    def sync(self) -> dict[str, int]:
+        synced = self._writer.sync()
         self._spool.copy()
+        return synced
 
     def close(self) -> None:
         self._writer.close()
@@ -129,8 +175,8 @@ class _Nobody:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         pass
 
-    def sync(self) -> None:
-        pass
+    def sync(self) -> dict[str, int]:
+        return {}
 
     def close(self) -> None:
         pass
@@ -163,15 +209,52 @@ class _Board:
         self._events.write_event(event)
 
 
-def _lines_up_to(path: AnyPath, step: float) -> list[str]:
+def _content(path: AnyPath) -> bytes:
     with storage_errors_are_user_errors(f"reading {path}", path):
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        # A killed process can leave half a line, which only ever is the last one.
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    return kept
+        return path.read_bytes() if path.exists() else b""
+
+
+def _parsed(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """The lines that hold what a writer writes, each with its values; and how many others there are.
+
+    A killed process can leave half a line, the last one, which does not count.
+    """
+    lines = [line + b"\n" for line in content.split(b"\n")]
+    end = lines.pop().strip()
+    if _values(end):
+        lines.append(end + b"\n")
+    parsed = [(line, _values(line)) for line in lines]
+    kept = [(line, values) for line, values in parsed if values is not None]
+    return kept, len(parsed) - len(kept)
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = parse_json(line)
+    except ValueError:
+        return None
+    return values if type(values.get("step")) is int and all(map(_is_metric, values.values())) else None
+
+
+def _is_metric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(x, int | float) for x in value)
+    return isinstance(value, int | float | str)
+
+
+def _problem(
+    n_unreadable: int,
+    held: Mapping[str, int],
+    synced: Mapping[str, int] | None,
+    kept: Sequence[tuple[bytes, dict[str, Any]]],
+) -> str:
+    """What is not as it was written, a phrase; nothing if all is."""
+    last = f"the last is of step {kept[-1][1]['step']:,}" if kept else "none is left"
+    if synced and held["lines"] < synced["lines"]:
+        n, n_lost = synced["lines"], synced["lines"] - held["lines"]
+        return f"{n_lost:,} of {n:,} lines are missing or cannot be read; {last}"
+    if n_unreadable:
+        return f"{n_unreadable:,} lines are no metrics and were left out"
+    if synced and dict(held) != dict(synced):
+        return "some lines are not as they were written"
+    return ""

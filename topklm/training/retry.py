@@ -4,18 +4,15 @@ The clock is monotonic; what is tried is the caller's affair.
 """
 
 import dataclasses
-import re
+import os
 import time
 
 from topklm.buckets import storage_errors_are_user_errors
-from topklm.errors import UserError
+from topklm.errors import UserError, system_error
 from topklm.files import AnyPath
 
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 60.0
-
-# In the messages of TensorStore, e.g. "[OS error 28: ENOSPC No space left on device]".
-SYSTEM_ERROR = re.compile(r"\[OS error (\d+): (?:[A-Z0-9]+ )?([^\]]+)\]")
 
 
 @dataclasses.dataclass
@@ -51,8 +48,8 @@ def storage_problem(error: Exception, path: AnyPath) -> str | None:
             raise error
     except UserError as e:
         return str(e).partition(": ")[2]
-    except OSError as e:
-        return (e.strerror or str(e) or type(e).__name__).lower()
-    except (ValueError, RuntimeError) as e:
-        found = SYSTEM_ERROR.search(str(e))
-        return found[2].lower() if found else None
+    except (OSError, ValueError, RuntimeError) as e:
+        code = system_error(e)
+        if code is None and not isinstance(e, OSError):
+            return None
+        return (os.strerror(code) if code else str(e) or type(e).__name__).lower()

@@ -3,15 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from topklm.training import cpu_memory
+from topklm.training import memory
 
 
 def test_only_large_steps_take_turns():
     def wait_after(side):
         x = jax.ShapeDtypeStruct((side, side), jnp.float32)
-        return cpu_memory.release_seconds(
-            cpu_memory.compile_step(jax.jit(lambda x: (x @ x.T) @ (x.T @ x)).lower(x))
-        )
+        return memory.release_seconds(memory.compile_step(jax.jit(lambda x: (x @ x.T) @ (x.T @ x)).lower(x)))
 
     assert wait_after(8) == 0
     assert wait_after(4096) > 0  # a matrix of 64 MiB
