@@ -9,6 +9,7 @@ from typing import Any
 from topklm.data.tokenizer import Tokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character, or not one yet
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 _CONTEXT = 8  # tokens of the prompt that are decoded again, for what a token's text owes to the one before
 
 
@@ -77,6 +78,25 @@ class TextStream:
                 self._begin, self._given = self._given, behind
                 return text[len(before) :]
         return ""
+
+
+def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
+    """The text of tokens up to their last whole character, and those that begin one which is not whole."""
+    for n in range(min(_LONGEST_CHARACTER, len(ids) + 1)):
+        text = tokenizer.decode(ids[: len(ids) - n])
+        if not text.endswith(BROKEN):
+            break
+    # Behind bytes that are no text, nothing is whole; those of a character that goes on are among the last.
+    return text, ids[len(ids) - n :]
+
+
+def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:
+    """How many tokens it takes until a stop string is complete; all without one."""
+    for number, token in enumerate(tokens):
+        stream.add([token])
+        if stream.stopped:
+            return number + 1
+    return len(tokens)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
