@@ -2,7 +2,7 @@
 
 Runs those tests as they run every night (an hour and more), with their slow parts, and writes
 results/hostile_input.json: for each area how many inputs, damages, kills or requests were tried, and how many
-of its tests failed. A test that tries many says so (`conftest.pytest_runtest_teardown`); others try one thing.
+of its tests failed. A test that tries many says so (`conftest.pytest_runtest_teardown`); others try one.
 """
 
 import json

@@ -171,6 +171,23 @@ def test_probabilities_are_those_of_the_model_before_penalty_and_temperature(slo
         np.testing.assert_allclose([p for _, p in token.alternatives], reference[place, best], atol=1e-4)
 
 
+def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_text(slots):
+    prompt, greedy = [5, 6, 7, 8], Sampling(temperature=0)
+    drawn = plain_loop.plain_loop(CONFIG, params_of(CONFIG), prompt, 3, greedy)
+    ends_at = drawn.index(drawn[2])
+    made = Slots(CONFIG, params_of(CONFIG), drawn[ends_at], SIZES)
+    text = Text.of(CONFIG, prompt, greedy, 10, n_alternatives=2)
+    made.put([text])
+    found = []
+    while made.texts:
+        found += made.advance()[0][1]
+    assert told(text) == (drawn[:ends_at], "stop")
+    assert [token.id for token in found] == drawn[: ends_at + 1]
+    reference = log_softmax(logits_of(text.tokens))[-1]
+    np.testing.assert_allclose(found[-1].log_probability, reference[found[-1].id], atol=1e-4)
+    assert [other for other, _ in found[-1].alternatives] == np.argsort(-reference)[:2].tolist()
+
+
 def test_a_prompts_probabilities_are_those_of_the_model():
     tokens = np.random.default_rng(4).integers(0, 50, 30).tolist()
     rows = Rows(RowSampling.of([Sampling()]), np.zeros(1, np.int32), np.array([30]), np.int32(STOP), None)
