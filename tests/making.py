@@ -3,14 +3,21 @@
 For tests of what reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
-from topklm.data.dataset import DESCRIPTION_FILE, FORMAT_VERSION, TOKENIZER_FILE, Dataset, load_dataset
+from topklm.data.dataset import (
+    DESCRIPTION_FILE,
+    FORMAT_VERSION,
+    TOKENIZER_FILE,
+    Dataset,
+    description_to_bytes,
+    load_dataset,
+    read_description,
+)
 from topklm.data.records import SHARD_TOKENS, Shard, shard_bounds, shard_name, write_shard
 from topklm.data.tokenizer import Tokenizer, train_bpe
 
@@ -57,8 +64,15 @@ def make_dataset(
         "problem_examples": [],
         "splits": splits,
     }
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1))
+    (folder / DESCRIPTION_FILE).write_bytes(description_to_bytes(description))
     return load_dataset(folder)
+
+
+def rewrite_description(folder: Path, edit: Callable[[dict], object]) -> None:
+    """Changes what a dataset.json says as a program does that writes it: its digest of itself is right."""
+    description = read_description(folder)
+    edit(description)
+    (folder / DESCRIPTION_FILE).write_bytes(description_to_bytes(description))
 
 
 def stream_of(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:

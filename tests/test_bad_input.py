@@ -16,6 +16,7 @@ from helpers import (
     sentences,
     write_documents,
 )
+from making import rewrite_description
 import pytest
 import saved_runs
 
@@ -169,8 +170,7 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_other_data(
     assert finished.exit_code == 0, finished.errors
     assert "is finished at step 24" in finished.output
 
-    description = json.loads((moved / "dataset.json").read_text())
-    (moved / "dataset.json").write_text(json.dumps({**description, "fingerprint": "0" * 64}))
+    rewrite_description(moved, lambda description: description.update(fingerprint="0" * 64))
     line = refusal(trainer.arguments(run_copy, {"data.source": moved, "train.steps": STEPS + 1}))
     assert f"not the data that {run_copy} was trained on" in line
     assert "fingerprint 000000000000" in line

@@ -31,7 +31,7 @@ def is_of_step_5(path):
 
 
 def loaded(run):
-    model = topklm.load(run)
+    model = topklm.load(run, step=10)
     arrays = {name: np.asarray(array) for name, array in jax.tree_util.tree_leaves_with_path(model.params)}
     return [str(path) for path in arrays], list(arrays.values()), model.config.to_dict(), model.step
 
@@ -43,6 +43,8 @@ def restored(run):
     abstract = abstract_state(saved_runs.CONFIG, make_optimizer(saved_runs.CONFIG.optim, 100))
     with storage_errors_are_user_errors("reading the checkpoints", run):
         checkpoints = Checkpoints(run / "checkpoints", saved_runs.CONFIG.checkpoint, said.append)
+        if checkpoints.latest_step == 5:  # to take a checkpoint away is the way to go back
+            raise errors.UserError("the newest checkpoint is not there")
         state, data, facts = checkpoints.restore(abstract, mesh)
     if said:
         raise errors.UserError(said[0])

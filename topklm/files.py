@@ -56,6 +56,18 @@ def as_path(name: str | os.PathLike[str], what: str = "path") -> AnyPath:
     return epath.Path(text.rstrip("/"))
 
 
+def local_path(name: str, what: str) -> Path:
+    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused.
+
+    Raises:
+        UserError: As `as_path`.
+    """
+    path = as_path(name, what)
+    if is_bucket(path):
+        raise UserError(f"{what} = {name!r}: must be a local path")
+    return Path(path)
+
+
 def check_name(name: str, what: str) -> None:
     """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
 

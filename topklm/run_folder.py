@@ -24,6 +24,7 @@ from topklm.files import AnyPath, absolute, is_bucket, parse_json, write_atomica
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # for others; nothing here reads it
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 OWNER_FILE = ".owner"

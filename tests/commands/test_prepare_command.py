@@ -2,14 +2,17 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 
-from helpers import ROOT, Process, assert_one_line_error, sentences, wait_until
+from helpers import ROOT, Process, assert_one_line_error, sentences, wait_until, write_documents
 import pytest
+
+from topklm import cli, errors
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
 
@@ -192,6 +195,7 @@ def test_held_out_files_are_held_out_whole(tmp_path):
         (["--min-chars", "-1"], "--min-chars = -1: must be 0 or more"),
         (["--workers", "0"], "--workers = 0: must be 1 or more"),
         (["--tokenizer", "train:9"], "257 or more"),
+        (["--tokenizer", "train:999999999999"], "16777216 or less"),
         (["--tokenizer", "nowhere.json"], "nowhere.json"),
         (["--out", "gs://bucket/x"], "--out = gs://bucket/x: without --runner it must be a local folder"),
         (["--runner", "NoSuchRunner"], "NoSuchRunner"),
@@ -206,6 +210,44 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, flags, says):
     assert process.exit_code == 2, process.errors
     assert says in assert_one_line_error(process.errors)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        (os.fsdecode(b"caf\xe9"), "--out = '.*': must be UTF-8"),
+        ("", "--out = '': must not be empty"),
+        ("x" * 250, "the name is too long"),
+        ("file/out", "a part of the path is a file"),
+        ("loop/out", "symbolic links that lead in a circle"),
+        ("~nobody-of-this-name/out", None),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys, out, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("Some text.")
+    write_documents(tmp_path / "text.jsonl", sentences(0, 30))
+    os.symlink("loop", "loop")
+    code = errors.guarded(
+        lambda: cli.dispatch(["prepare", "text.jsonl", "--out", out, "--tokenizer=train:300"])
+    )
+    printed = capsys.readouterr()
+    if says is None:  # a name as any other
+        assert code == 0, printed.err
+        return
+    assert code == 2
+    assert re.search(says, assert_one_line_error(printed.err))
+    assert "tokenizer" not in printed.out
+
+
+def test_files_whose_names_are_no_utf8_are_read(tmp_path, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_documents(folder / os.fsdecode(b"caf\xe9.jsonl"), [*sentences(0, 60), ""])
+    arguments = ["prepare", str(folder), "--out", str(tmp_path / "out"), "--tokenizer=train:300"]
+    with errors.output_never_ends_it(goes_on=True):
+        assert errors.guarded(lambda: cli.dispatch(arguments)) == 0
+    assert "skipped: empty" in capsys.readouterr().out
 
 
 @pytest.mark.slow

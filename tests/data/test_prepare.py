@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 import time
 
+from helpers import sentences, write_documents
+from making import rewrite_description
 import numpy as np
 import pytest
 
 from topklm.config import DataConfig
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.prepare import prepare
+from topklm.data.verify import verify
 from topklm.errors import UserError
 
 TEXTS = [f"Ship {n} sailed on day {n * n} to the port of {n % 7} hills." for n in range(120)]
@@ -29,6 +32,9 @@ def data(tmp_path):
     )
 
 
+HASHES = ["644ff756d5eee31a", "709d7d1110209eef"]  # of the tokens of train and heldout
+
+
 def quiet(_):
     pass
 
@@ -44,6 +50,18 @@ def test_a_dataset_is_the_same_when_it_is_made_again_elsewhere(data, tmp_path):
     assert first.path.name == second.path.name == f"ships-{first.fingerprint[:12]}"
     for file in first.path.iterdir():
         assert (second.path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_today_s_program_makes_the_datasets_of_earlier_ones(tmp_path, monkeypatch):
+    # As the program of before this test made it; runs are continued with their data, which are found by name.
+    monkeypatch.setattr("tokenizers.__version__", "0.23.3")
+    write_documents(tmp_path / "village.jsonl", sentences(0, 300))
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences(1, 400)))
+    source = f"{tmp_path}/village.jsonl,{tmp_path}/text.txt"
+    dataset = prepared(DataConfig(source=source, vocab_size=400, dir=str(tmp_path / "datasets")))
+    assert dataset.path.name == "text-and-1-more-85cb447fa8fe"
+    streams = [dataset.tokens(split).read(0, split.tokens) for split in dataset.splits.values()]
+    assert [hashlib.sha256(ids.tobytes()).hexdigest()[:16] for ids in streams] == HASHES
 
 
 def test_a_finished_dataset_is_reused_with_one_line(data):
@@ -128,10 +146,10 @@ def test_long_documents_are_encoded_as_if_whole(data, tmp_path):
     np.testing.assert_array_equal(tokens[start + 1 :], dataset.tokenizer.encode(text))
 
 
-@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "heldout"), (1 - 1e-9, "train")])
-def test_a_split_without_documents_is_refused(data, tmp_path, fraction, split):
-    with pytest.raises(UserError, match=rf"heldout_fraction.*none came into the {split} split"):
-        prepare(dataclasses.replace(data, heldout_fraction=fraction), quiet)
+def test_a_split_without_documents_is_refused(data, tmp_path):
+    (tmp_path / "ships.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:2]))
+    with pytest.raises(UserError, match=r"heldout_fraction = 1e-09: of 2 .* --heldout FILE"):
+        prepare(dataclasses.replace(data, heldout_fraction=1e-9), quiet)
     assert [path.name for path in (tmp_path / "datasets").iterdir() if path.name[0] != "."] == []
 
 
@@ -207,19 +225,49 @@ def test_a_folder_without_its_description_is_no_dataset(data):
 
 @pytest.mark.parametrize("field", ["splits", "tokenizer", "fingerprint"])
 def test_a_description_that_lacks_a_field_is_refused_in_one_line(data, field):
-    file = prepared(data).path / "dataset.json"
-    content = json.loads(file.read_text())
-    del content[field]
-    file.write_text(json.dumps(content))
+    folder = prepared(data).path
+    rewrite_description(folder, lambda description: description.pop(field))
     with pytest.raises(UserError, match=rf"dataset\.json: damaged \(no '{field}'\)"):
-        load_dataset(file.parent)
+        load_dataset(folder)
 
 
 def test_a_format_of_another_version_is_refused(data):
-    file = prepared(data).path / "dataset.json"
-    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))
-    with pytest.raises(UserError, match="format_version = 99, this program reads 2"):
-        load_dataset(file.parent)
+    folder = prepared(data).path
+    rewrite_description(folder, lambda description: description.update(format_version=99))
+    with pytest.raises(UserError, match="format_version = 99, this program reads 3"):
+        load_dataset(folder)
+
+
+def test_a_dataset_of_the_version_before_is_read_and_named_by_the_same_fingerprint(data):
+    dataset = prepared(data)
+    older = {**read_description(dataset.path), "format_version": 2}  # as it was written, without a digest
+    (dataset.path / "dataset.json").write_text(json.dumps(older, indent=1))
+    assert str(prepared(data)) == str(dataset)
+    assert load_dataset(dataset.path).fingerprint == dataset.fingerprint
+    assert verify(dataset.path).problems == ()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["splits"]["heldout"].update(utf8_bytes=10**30),
+        lambda d: d["splits"]["train"].update(documents=-1),
+        lambda d: d["splits"]["train"]["shards"][0].update(tokens=2**63),
+        lambda d: d["splits"]["train"]["shards"][0].update(tokens=True),
+        lambda d: d["splits"]["train"]["shards"][0].update(name="../../tokenizer.json"),
+        lambda d: d["splits"]["train"].update(shards={"name": 1}),
+        lambda d: d.update(splits=[1, 2]),
+        lambda d: d.update(tokenizer=None),
+    ],
+)
+def test_a_description_without_a_digest_is_believed_only_where_it_can_be_true(data, edit):
+    path = prepared(data).path
+    older = {**read_description(path), "format_version": 2}
+    edit(older)
+    (path / "dataset.json").write_text(json.dumps(older))
+    for use in (load_dataset, verify):
+        with pytest.raises(UserError, match=r"dataset\.json: damaged"):
+            use(path)
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(data, tmp_path):

@@ -20,6 +20,7 @@ from topklm.data.sources import QUICKSTART, SourceFile, find
 from topklm.errors import UserError
 
 COMPRESS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
 def read(path, text_field="text"):
@@ -129,6 +130,40 @@ def test_blank_lines_at_the_end_of_a_text_are_no_document_but_a_blank_file_is_a_
     assert [len(read(tmp_path / f"{name}.txt")[0]) for name in "abc"] == [1, 0, 0]
     kinds = [[p.kind for p in read(tmp_path / f"{name}.txt")[1]] for name in "abc"]
     assert kinds == [[], ["empty"], ["empty"]]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_compressed_text_is_cut_as_one_that_is_not(tmp_path, compression):
+    text = "\ufeff" + "".join(paragraphs(2000)) + "\n\n".join(words(30_000))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / f"b.TXT{compression}").write_bytes(COMPRESSIONS[compression](text.encode()))
+    _, _, items = read(tmp_path / "a.txt")
+    assert len(items) > 10
+    assert read(tmp_path / f"b.TXT{compression}")[2] == items
+
+
+def test_a_compressed_text_that_is_cut_short_keeps_what_came_before(tmp_path):
+    text = "\n\n".join(words(30_000))
+    whole = gzip.compress(text.encode())
+    (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
+    documents, (problem,), _ = read(tmp_path / "a.txt.gz")
+    assert text.startswith("".join(documents))
+    assert len(documents) > 3
+    assert (problem.kind, problem.where) == ("damaged file", f"byte {len(''.join(documents))}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".json", ".jsonl.zst"])
+def test_text_in_another_encoding_is_named_as_that(tmp_path, encoding, ending):
+    text = "Señor Þór\n\n" * 50 if ".txt" in ending else json.dumps({"text": "Señor Þór"})
+    path = tmp_path / f"a{ending}"
+    compress = COMPRESSIONS[ending[ending.rindex(".") :] if ending.count(".") > 1 else ""]
+    path.write_bytes(compress(text.encode(encoding)))
+    documents, problems, _ = read(path)
+    assert documents == []
+    assert all("UTF-16: convert the file to UTF-8" in problem.what for problem in problems)
+    has_mark = encoding in ("utf-16", "utf-32")
+    assert {problem.kind for problem in problems} == {"not UTF-8" if has_mark else "NUL bytes"}
 
 
 # JSON lines.
@@ -497,6 +532,160 @@ def test_reading_a_large_table_takes_little_memory(tmp_path):
         [sys.executable, "-c", program, tmp_path / "a.parquet"], capture_output=True, text=True, check=True
     )
     assert int(output.stdout.splitlines()[1]) < 90
+
+
+COLUMNS = {
+    "list": pa.array([["one"]]),
+    "struct": pa.array([{"body": "one"}]),
+    "map": pa.array([[("a", "one")]], pa.map_(pa.string(), pa.string())),
+    "list of binary": pa.array([[b"one"]], pa.list_(pa.binary())),
+    "large list": pa.array([["one"]], pa.large_list(pa.large_string())),
+    "fixed-size list": pa.array([["one"]], pa.list_(pa.string(), 1)),
+    "struct of lists": pa.array([{"string": ["one"]}]),
+    "number": pa.array([1.5]),
+    "dictionary of numbers": pa.array([1]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_column_of_another_kind_than_text_is_refused_and_no_damage(tmp_path, column):
+    pq.write_table(pa.table({"id": ["x"], "text": COLUMNS[column]}), tmp_path / "a.parquet")
+    inside = r"text\.body, id" if column == "struct" else ".*id"
+    with pytest.raises(UserError, match=rf"text_field = 'text': .* not text; there are also: {inside}"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "binary", "large_binary", "binary(3)", "dictionary"]
+)
+def test_a_column_of_any_kind_of_text_is_read(tmp_path, kind):
+    text = pa.array(["one", "two"])
+    types = {"string_view": pa.string_view(), "binary(3)": pa.binary(3)}
+    if kind == "dictionary":
+        column = text.dictionary_encode()
+    else:
+        column = text.cast(pa.binary()).cast(types[kind]) if kind in types else text.cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == ["one", "two"]
+
+
+def test_a_column_without_any_value_is_rows_without_text(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.null())}), tmp_path / "a.parquet")
+    assert [(p.kind, p.where) for p in read(tmp_path / "a.parquet")[1]] == [
+        ("empty", f"row {n}") for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("names", [["text", "text"], ["text", "id", "text", "text"]])
+def test_several_columns_of_the_name_are_refused(tmp_path, names):
+    table = pa.Table.from_arrays([pa.array(["one"])] * len(names), names=names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"has {names.count('text')} columns of that name"):
+        read(tmp_path / "a.parquet")
+    if "id" in names:  # others may be there twice
+        assert read(tmp_path / "a.parquet", "id")[0] == ["one"]
+
+
+# Texts inside of other objects.
+
+NESTED = [
+    {"doc": {"text": "one"}, "text": "other"},
+    {"doc": {"text": None}},
+    {"doc": None},
+    {"doc": {"text": "two", "n": {"text": "three"}}},
+]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_a_text_inside_of_another_object_is_named_with_dots(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(NESTED), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, NESTED)))
+    assert read(path, "doc.text")[0] == ["one", "two"]
+    assert len(read(path, "doc.text")[1]) == 2
+    assert read(path, "doc.n.text")[0] == ["three"]
+    assert read(path, "text")[0] == ["other"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_a_key_that_holds_the_dots_itself_comes_first(tmp_path, ending):
+    rows = [{"doc.text": "literal", "doc": {"text": "inside", "a.b": "half"}, "doc.x": {"y": "other half"}}]
+    path = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows[0]))
+    for field, text in {"doc.text": "literal", "doc.a.b": "half", "doc.x.y": "other half"}.items():
+        assert read(path, field)[0] == [text]
+
+
+def test_a_name_that_leads_nowhere_is_refused_with_the_columns_there_are(tmp_path):
+    pq.write_table(pa.Table.from_pylist(NESTED), tmp_path / "a.parquet")
+    for field in ("doc.body", "doc.n.text.more", ".text", "doc.", "."):
+        with pytest.raises(UserError, match=r"has no such column; .* of 'doc', 'text'"):
+            read(tmp_path / "a.parquet", field)
+    with pytest.raises(UserError, match=r"holds struct.*, not text; there are also: doc\.text, doc\.n, text"):
+        read(tmp_path / "a.parquet", "doc")
+
+
+# JSON files.
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda rows: "\n".join(map(json.dumps, rows)),
+        json.dumps,
+        lambda rows: json.dumps(rows, indent=2),
+        lambda rows: "\ufeff \n" + json.dumps(rows),
+        lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows),
+    ],
+    ids=["lines", "array", "indented array", "byte order mark", "indented objects"],
+)
+def test_a_json_file_holds_lines_or_an_array_or_objects_over_several_lines(tmp_path, layout, compression):
+    rows = [{"text": text, "n": [i, {"a": "]}"}]} for i, text in enumerate(words(3000))]
+    path = tmp_path / f"a.json{compression}"
+    path.write_bytes(
+        COMPRESSIONS[compression](layout([*rows, {"text": 5}, {"text": "half \ud83d"}]).encode())
+    )
+    documents, problems, items = read(path)
+    assert documents == [*words(3000), "half \ufffd"]
+    assert [p.kind for p in problems] == ["no text field"]
+    assert items[-1].replaced == 1
+
+
+def test_an_array_may_be_larger_than_what_is_read_at_once(tmp_path, monkeypatch):
+    texts = [char * 700_000 for char in "abcdef"]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    assert read(tmp_path / "a.json")[0] == texts
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 600_000)
+    assert [(p.kind, p.where) for p in read(tmp_path / "a.json")[2]] == [("line too long", "item 1")]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "where"),
+    [
+        (b'[{"text": "a"}, {"text": "b"}', ["a", "b"], "item 3"),
+        (b'[{"text": "a"}, {"text": "b', ["a"], "item 2"),
+        (b'[{"text": "a"}, no json]', ["a"], "item 2"),
+        (b'[{"text": "a"}] {"text": "b"}', ["a"], "item 2"),
+        (b"[" * 100_000, [], "item 1"),
+        (b'{\n"text": "a"\n}\n{\n"te', ["a"], "item 2"),
+    ],
+)
+def test_a_json_array_that_breaks_keeps_what_came_before(tmp_path, content, texts, where):
+    (tmp_path / "a.json").write_bytes(content)
+    documents, problems, _ = read(tmp_path / "a.json")
+    assert documents == texts
+    assert [(p.kind, p.where) for p in problems] == [("damaged file", where)]
+
+
+def test_bytes_that_are_no_utf8_are_replaced_in_an_array_too(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a\xff\xfeb"}]')
+    assert read(tmp_path / "a.json")[2] == [Document("a\ufffd\ufffdb", "item 1", 2)]
 
 
 # The quickstart corpus.

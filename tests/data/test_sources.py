@@ -5,11 +5,11 @@ import os
 import socket
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import datasets
 from topklm.data.readers import Document, FileReader, Problem
 from topklm.data.sources import ENDINGS, QUICKSTART, SourceFile, corpus_name, find, is_remote
 from topklm.errors import UserError
@@ -76,9 +76,59 @@ def test_a_folder_is_all_files_below_it_with_a_known_ending(folder):
     assert names("d") == names("d/") == names(f"file://{folder}/d") == ["d/b.txt", "d/x/a.parquet"]
 
 
+def test_folders_that_links_lead_to_are_read_each_once(folder):
+    write("d/real/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "deepest/e.txt")
+    os.symlink("../elsewhere", "d/linked")
+    os.symlink("../elsewhere", "d/again")
+    os.symlink("real", "d/a-second-name")
+    os.symlink("../../deepest", "elsewhere/deep/link")  # a link in a folder that a link leads to
+    os.symlink("..", "d/up")  # in a circle
+    os.symlink("self", "d/self")
+    os.symlink("nowhere", "d/.hidden")
+    # By its own name, or that of the first link to it.
+    assert names("d") == ["d/again/b.txt", "d/again/deep/c.txt", "d/real/a.txt", "d/up/deepest/e.txt"]
+    assert len(names("d", "elsewhere", "deepest")) == 4
+
+
+def test_what_a_folder_holds_besides_text_is_said_with_counts_by_ending(folder):
+    write("d/a.jsonl", "d/b.md", "d/x/c.MD", "d/x/d.jsonl.bz2", "d/_SUCCESS", "d/.hidden.md", "d/e.tar.gz")
+    lines = []
+    assert len(find(["d", "d/a.jsonl"], say=lines.append)) == 1
+    (line,) = lines
+    assert "left out 5 file(s)" in line
+    assert line.endswith(": .md 2, .jsonl.bz2 1, .tar.gz 1, no ending 1")
+
+
+def test_a_folder_of_nothing_but_text_needs_no_line(folder, capsys):
+    write("d/a.jsonl", "d/b.txt")
+    find(["d"])
+    assert capsys.readouterr() == ("", "")
+    write("d/c.csv")
+    find(["d"])  # who asks for no lines gets them on standard error
+    assert "left out 1 file(s)" in capsys.readouterr().err
+
+
+def test_many_endings_are_said_in_one_line(folder):
+    write("d/a.txt", *(f"d/b.x{n}" for n in range(30)), "d/c.\x1b[31m" + "y" * 100)
+    lines = []
+    find(["d"], say=lines.append)
+    assert len(lines) == 1
+    assert len(lines[0]) < 500
+    assert lines[0].isprintable()
+    assert "and 23 more endings" in lines[0]
+
+
+def test_endings_are_known_in_capitals_too(folder):
+    write("A.JSONL", "b.Txt.GZ", "C.PARQUET")
+    assert [file.ending for file in find(["*"])] == [".jsonl", ".parquet", ".txt.gz"]
+    assert corpus_name(find(["A.JSONL"])) == "A"
+
+
 def test_a_folder_without_text_is_refused(folder):
     write("d/notes.md")
-    with pytest.raises(UserError, match=r"SOURCE: no file below '.*/d' ends in \.txt, \.jsonl, .*\.parquet"):
+    with pytest.raises(
+        UserError, match=r"SOURCE: no file below '.*/d' ends in \.txt, .*\.parquet \(there are: \.md 1\)"
+    ):
         find(["d"])
 
 
@@ -104,7 +154,9 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
 def test_an_unknown_ending_is_refused_also_when_a_glob_finds_it(folder):
     write("a.pdf", "b.txt")
     for given in (["a.pdf"], ["*"], ["b.txt", "a.pdf"]):
-        with pytest.raises(UserError, match=r"a\.pdf.*must end in \.txt, \.jsonl, \.jsonl\.gz, \.jsonl\.zst"):
+        with pytest.raises(
+            UserError, match=r"a\.pdf.*must end in \.txt, \.jsonl, .*\.gz or \.zst\) or \.parquet"
+        ):
             find(given)
 
 
@@ -246,6 +298,17 @@ def test_a_hugging_face_dataset_of_tables_is_read_by_its_rows(dataset_folder):
     together = b"".join(len(text).to_bytes(8, "little") + text for text in raw)
     assert reader.sha256 == hashlib.sha256(together).hexdigest()
     assert reader.bytes_read == 5
+
+
+def test_a_text_inside_of_another_column_of_a_dataset_is_named_with_a_dot(dataset_folder):
+    rows = [{"doc": {"text": "one"}, "n": 1}, {"doc": {"text": None}, "n": 2}, {"doc": None, "n": 3}]
+    pq.write_table(pa.Table.from_pylist(rows), dataset_folder / "train.parquet")
+    (file,) = find([f"hf:{dataset_folder}"])
+    items = list(FileReader(file, "doc.text"))
+    assert items[0] == Document("one", "row 1", 0)
+    assert [item.kind for item in items[1:]] == ["empty", "no text field"]
+    with pytest.raises(UserError, match=r"text_field = 'body.text': .* has no such column.* of 'doc', 'n'"):
+        list(FileReader(file, "body.text"))
 
 
 def test_changed_files_of_a_dataset_are_another_version_and_stop_the_reading(dataset_folder):

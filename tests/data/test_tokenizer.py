@@ -1,4 +1,6 @@
+import json
 import pickle
+import random
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from topklm.data import tokenizer as tokenizer_module
+from topklm.data.building.words import fastest
 from topklm.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
 from topklm.errors import UserError
 
@@ -134,7 +137,9 @@ def test_saving_and_loading_keeps_every_byte_and_leaves_nothing_beside(tokenizer
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "BPE"}, "added_tokens": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"model": {"type": "BPE"}, "added_tokens": []}', "[" * 100_000, "1" * 5000]
+)
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
@@ -144,6 +149,39 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer file"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("token_id", [1 << 24, 1 << 31, (1 << 32) - 1])
+def test_a_token_id_far_above_any_vocabulary_is_refused(tokenizer, tmp_path, token_id):
+    content = json.loads(tokenizer.to_bytes())
+    content["model"]["vocab"]["a"] = token_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"its largest token id is {token_id}, above 16777215"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("part", ["a", "é", "-=", " ", "\n", "31", "字", "ACGT"])
+def test_no_token_is_learnt_from_more_than_a_thousand_bytes_of_an_unbroken_word(part):
+    # The library's time grows with the square of a word's length: 3 MB of one letter would take it hours.
+    text = part * 20_000
+    tokenizer = train_bpe([text], 400)
+    assert 100 < max(tokenizer.token_bytes_lengths()) <= 1000
+    ids = fastest(tokenizer)([text])[0]
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert tokenizer.decode(ids) == text
+
+
+def test_words_of_up_to_a_thousand_bytes_train_as_the_library_trains():
+    texts = [" " + "".join(random.Random(seed).choices("abc", k=999)) for seed in range(3)]
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(texts, trainer)
+    assert train_bpe(texts, 600).to_bytes() == library.to_str(pretty=True).encode()
 
 
 def test_an_error_in_the_documents_ends_training_as_itself():

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pickle
 import sys
 
@@ -409,6 +410,27 @@ def test_a_sentencepiece_model_cut_anywhere_in_its_pieces_is_refused(tmp_path):
     assert readable > 10  # the library takes these for whole
     path.write_bytes(content)
     assert open_tokenizer(path).vocab_size == 60
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"a\xff"), "\ud83d", "fine until \udc80 here"])
+def test_text_that_no_utf8_can_hold_is_refused_in_a_line_that_says_so(tmp_path, text):
+    kinds = [
+        train_bpe(["a b"], 260),
+        opened(tiktoken_file(tmp_path)[0]),
+        opened(sentencepiece_file(tmp_path)),
+    ]
+    for tokenizer in kinds:
+        with pytest.raises(UserError, match=r"the text holds '.*' at character .* give text in UTF-8"):
+            tokenizer.encode(text)
+        with pytest.raises(UserError, match="give text in UTF-8"):
+            tokenizer.encode_batch(["fine", text])
+
+
+def test_the_separator_of_a_vocabulary_may_be_called_eot(tmp_path):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.add_special_tokens(["<META>", "<EOT>"])
+    tokenizer.save(str(tmp_path / "words.json"))
+    assert open_tokenizer(tmp_path / "words.json").separator_id == 2
 
 
 def test_a_vocabulary_without_a_separator_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import json
 import shutil
 import tracemalloc
 
-from making import make_dataset
+from making import make_dataset, rewrite_description
 import numpy as np
 import pytest
 
@@ -43,14 +43,6 @@ def problems(folder):
     return list(verify(folder).problems)
 
 
-def change(folder, edit):
-    """Rewrites dataset.json."""
-    path = folder / "dataset.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
 def flip(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -65,7 +57,7 @@ def rewrite(folder, number, edit):
     edit(tokens)
     shard = write_shard(folder / dataset.train.shards[number].name, [tokens], 60_000)
     described = dataclasses.asdict(shard)
-    change(folder, lambda c: c["splits"]["train"]["shards"].__setitem__(number, described))
+    rewrite_description(folder, lambda c: c["splits"]["train"]["shards"].__setitem__(number, described))
     return shard.name
 
 
@@ -150,6 +142,9 @@ def test_shards_that_changed_places_are_both_named(folder):
     two.rename(one)
     (folder / "aside").rename(two)
     assert problems(folder) == [Problem(one.name, OTHER_BYTES), Problem(two.name, OTHER_BYTES)]
+    dataset = load_dataset(folder)
+    with pytest.raises(UserError, match=rf"{one.name} is another shard than was written"):
+        dataset.tokens(dataset.train).read(0, dataset.train.tokens)
 
 
 def test_a_shard_of_another_dataset_is_named(folder, tmp_path):
@@ -184,7 +179,9 @@ def test_a_missing_tokenizer_is_named(folder):
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("field", ["documents", "tokens", "text_tokens", "utf8_bytes"])
 def test_a_changed_count_of_a_split_is_found(folder, split, field):
-    change(folder, lambda c: c["splits"][split].__setitem__(field, c["splits"][split][field] + 1))
+    rewrite_description(
+        folder, lambda c: c["splits"][split].__setitem__(field, c["splits"][split][field] + 1)
+    )
     found = problems(folder)
     assert {problem.file for problem in found} == {"dataset.json"}
     assert any(problem.what.startswith(f"{split}: {field} = ") for problem in found)
@@ -192,15 +189,49 @@ def test_a_changed_count_of_a_split_is_found(folder, split, field):
 
 @pytest.mark.parametrize("field", ["documents", "duplicates"])
 def test_a_changed_count_of_the_text_is_found(folder, field):
-    change(folder, lambda c: c["text"].__setitem__(field, c["text"][field] + 1))
+    rewrite_description(folder, lambda c: c["text"].__setitem__(field, c["text"][field] + 1))
     found = problems(folder)
     assert {problem.file for problem in found} == {"dataset.json"}
     assert any(problem.what.startswith(f"text: {field} = ") for problem in found)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c["settings"].update(min_chars=3),
+        lambda c: c.update(problem_examples=["a line"]),
+        lambda c: c["sources"][0].update(url="elsewhere.txt"),
+        lambda c: c["text"].update(too_short=7),
+        lambda c: c.update(fingerprint="1" * 64),
+        lambda c: c.update(note="mine"),
+    ],
+)
+def test_an_edit_of_what_nothing_else_tells_is_found_by_the_digest(folder, edit):
+    content = json.loads((folder / "dataset.json").read_text())
+    edit(content)
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert problems(folder) == [Problem("dataset.json", "is not as it was written: its digest differs")]
+    with pytest.raises(UserError, match=r"dataset\.json: damaged \(its digest differs\)"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_description_that_lost_its_digest_is_read_only_where_it_never_had_one(folder, version):
+    content = json.loads((folder / "dataset.json").read_text())
+    del content["sha256"]
+    (folder / "dataset.json").write_text(json.dumps({**content, "format_version": version}))
+    if version == 2:
+        assert problems(folder) == []
+        assert load_dataset(folder).train.documents == len(TRAIN)
+    else:
+        assert "its digest is missing" in problems(folder)[0].what
+        with pytest.raises(UserError, match="its digest is missing"):
+            load_dataset(folder)
+
+
 @pytest.mark.parametrize(("field", "value"), [("tokens", 1), ("size", 1), ("sha256", "0" * 64)])
 def test_a_changed_figure_of_a_shard_is_found(folder, field, value):
-    change(folder, lambda c: c["splits"]["train"]["shards"][1].__setitem__(field, value))
+    rewrite_description(folder, lambda c: c["splits"]["train"]["shards"][1].__setitem__(field, value))
     assert shards(folder)[1].name in [problem.file for problem in problems(folder)]
 
 
@@ -208,7 +239,7 @@ def test_a_changed_figure_of_a_shard_is_found(folder, field, value):
     ("field", "value"), [("sha256", "0" * 64), ("kind", "other"), ("vocab_size", 300), ("separator_id", 1)]
 )
 def test_a_changed_figure_of_the_tokenizer_is_found(folder, field, value):
-    change(folder, lambda c: c["tokenizer"].__setitem__(field, value))
+    rewrite_description(folder, lambda c: c["tokenizer"].__setitem__(field, value))
     (problem,) = problems(folder)
     assert problem.file == ("tokenizer.json" if field == "sha256" else "dataset.json")
     assert field in problem.what
@@ -247,7 +278,7 @@ def test_all_problems_are_listed(folder):
     two.write_bytes(b"")
     flip(three, three.stat().st_size - 2000)
     flip(folder / "tokenizer.json", 500)
-    change(folder, lambda c: c["text"].__setitem__("documents", 1))
+    rewrite_description(folder, lambda c: c["text"].__setitem__("documents", 1))
     files = [problem.file for problem in problems(folder)]
     assert set(files) == {one.name, two.name, three.name, "tokenizer.json", "dataset.json"}
 
@@ -275,7 +306,7 @@ def test_files_that_do_not_belong_to_the_dataset_are_named_and_are_no_problem(fo
     ],
 )
 def test_a_description_that_lacks_something_is_named(folder, edit):
-    change(folder, edit)
+    rewrite_description(folder, edit)
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         verify(folder)
 

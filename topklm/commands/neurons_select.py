@@ -12,7 +12,7 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
@@ -134,7 +134,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     if arguments.label is not None:
         return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
     if arguments.contrast_json is not None:
-        saved = selection.read_contrast(Path(arguments.contrast_json))
+        saved = selection.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
             raise UserError(
                 f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "

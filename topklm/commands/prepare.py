@@ -19,15 +19,16 @@ from topklm.data.building.progress import TerminalProgress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import Workers, all_cores
-from topklm.data.dataset import DESCRIPTION_FILE
+from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
+from topklm.files import check_name
 
 DESCRIPTION = (
     "Turns text into a dataset of token shards, which training streams. SOURCE is a file, a folder, a glob, "
-    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files are .txt, .jsonl, .jsonl.gz, .jsonl.zst or "
-    ".parquet. "
+    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files are .txt, .jsonl or .json, each also with .gz "
+    "or .zst, or .parquet. "
     "Killed, it continues when started again; finished, it does nothing."
 )
 EXAMPLE = "topklm prepare 'texts/*.jsonl.gz' --tokenizer train:16384 --out datasets/mine"
@@ -44,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("sources", "where the text is, see above", nargs="+", metavar="SOURCE")
     add("--out", "folder of the dataset, e.g. datasets/mine", required=True, metavar="DIR")
-    add("--text-field", "key or column of the text", default="text", metavar="NAME")
+    add(
+        "--text-field",
+        "key or column of the text; doc.text: inside another",
+        default="text",
+        metavar="NAME",
+    )
     add(
         "--tokenizer",
         "a tokenizer.json, a SentencePiece .model, a .tiktoken file, or train:VOCAB: a byte-level BPE "
@@ -83,14 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     settings = _settings(arguments)
-    heldout = find(arguments.heldout, flag="--heldout") if arguments.heldout else ()
-    sources = Sources(find(arguments.sources), heldout)
+    check_name(arguments.out, "--out")
     console = rich.console.Console(stderr=arguments.json)
+    progress = TerminalProgress(console)
+    heldout = find(arguments.heldout, flag="--heldout", say=progress.say) if arguments.heldout else ()
+    sources = Sources(find(arguments.sources, say=progress.say), heldout)
     out = Storage(arguments.out)
     began = time.monotonic()
-    _build(arguments, sources, settings, out, TerminalProgress(console))
+    _build(arguments, sources, settings, out, progress)
     seconds = time.monotonic() - began
-    description = json.loads(out.read(DESCRIPTION_FILE))
+    description = parse_description(out.read(DESCRIPTION_FILE), f"{out.url}/{DESCRIPTION_FILE}")
     if arguments.json:
         print(json.dumps({"path": out.url, "seconds": seconds, **description}))
     else:

@@ -17,7 +17,7 @@ import topklm
 from topklm.commands import steering_arguments
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
@@ -168,8 +168,8 @@ def _asked(arguments: argparse.Namespace) -> list[Concept]:
         asked.append(concept_lib.of_regex(arguments.concept_regex))
     if arguments.concept_words is not None:
         is_file = False
-        with contextlib.suppress(OSError):  # words may be longer than a file's name
-            is_file = Path(arguments.concept_words).is_file()
+        with contextlib.suppress(OSError, ValueError):  # words may be longer than a file's name
+            is_file = Path(arguments.concept_words).expanduser().is_file()
         words = _lines(arguments.concept_words, "--concept-words") if is_file else None
         asked.append(concept_lib.of_words(words or arguments.concept_words.split(",")))
     return asked
@@ -177,7 +177,9 @@ def _asked(arguments: argparse.Namespace) -> list[Concept]:
 
 def _lines(path: str, flag: str) -> list[str]:
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line for line in local_path(path, flag).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{flag} = {path}: cannot be read ({e}); give a text file in UTF-8") from e
     if not lines:

@@ -143,7 +143,5 @@ def warn_of_another_model(arguments: argparse.Namespace, model: LanguageModel) -
     here = name_of(model)
     if made_for["parameters"] != here["parameters"]:
         there, this = (f"{one['run']}, step {one['step']}" for one in (made_for, here))
-        line = (
-            f"warning: {flag}: its neurons are those of {there}; in this one, {this}, they mean other things"
-        )
+        line = f"warning: {flag}: its neurons are of {there}; in this model, {this}, they mean other things"
         print(one_line(line), file=sys.stderr)

@@ -4,16 +4,19 @@ Opens and describes a folder that `topklm.data.build` wrote. A folder with a `da
 file is written last.
 """
 
+from collections.abc import Callable
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from topklm.data.records import Shard, TokenStream, missing_shards
+from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import parse_json, sealed_json, unsealed
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself
 DESCRIPTION_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
@@ -61,63 +64,134 @@ class Dataset:
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a whole dataset is there."""
-    return (path / DESCRIPTION_FILE).is_file()
+    """Whether a whole dataset is there.
+
+    Raises:
+        UserError: If the folder may not be looked into.
+    """
+    with disk_errors_are_user_errors(f"looking for a dataset in {path}"):
+        try:
+            return (path / DESCRIPTION_FILE).is_file()
+        except PermissionError:
+            raise
+        except OSError:  # no path of a folder, but a list of sources, longer than names may be
+            return False
 
 
 def load_dataset(path: str | Path) -> Dataset:
     """Opens a prepared folder; reads its description and tokenizer, no shard.
 
     Raises:
-        UserError: If a file is missing or not the one that was written, or the format is another.
+        UserError: If a file is missing, cannot be read, or is not the one that was written, or the format is
+            another.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     content = read_description(path)
     try:
-        splits = {name: _split_from_json(content["splits"][name]) for name in SPLITS}
-        sha256, fingerprint = content["tokenizer"]["sha256"], content["fingerprint"]
-    except (KeyError, TypeError) as e:
+        splits = {name: split_from_json(content["splits"][name]) for name in SPLITS}
+        sha256, fingerprint = str(content["tokenizer"]["sha256"]), str(content["fingerprint"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise damaged(path / DESCRIPTION_FILE, e) from e
+    with disk_errors_are_user_errors(f"reading {path}"):
+        try:
+            found = sha256_of_file(path / TOKENIZER_FILE)
+        except FileNotFoundError:
+            found = "missing"
+        missing = missing_shards(path, [shard for split in splits.values() for shard in split.shards])
+    if found != sha256:
         raise UserError(
-            f"{path / DESCRIPTION_FILE}: damaged (no {e}); delete the folder and prepare the data again"
-        ) from e
-    tokenizer = Tokenizer.load(path / TOKENIZER_FILE)
-    if tokenizer.sha256 != sha256:
-        raise UserError(
-            f"{path / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 "
-            f"{tokenizer.sha256[:12]}, not {sha256[:12]}); "
-            "put it back, or delete the folder and prepare the data again"
+            f"{path / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 {found[:12]}, not "
+            f"{sha256[:12]}); put it back, or delete the folder and prepare the data again"
         )
-    missing = missing_shards(path, [shard for split in splits.values() for shard in split.shards])
     if missing:
         raise UserError(
             f"{path / missing[0]} is missing ({len(missing)} of its shards are); put it back, or delete the "
             "folder and prepare the data again"
         )
+    tokenizer = Tokenizer.load(path / TOKENIZER_FILE)
     return Dataset(path, tokenizer, fingerprint=fingerprint, **splits)
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The content of a folder's dataset.json.
+def read_description(path: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The content of a folder's dataset.json; see `parse_description`.
 
     Raises:
-        UserError: If it is missing, damaged, or of another format version.
+        UserError: If it is missing, cannot be read, is damaged, or of another format version.
     """
     file = path / DESCRIPTION_FILE
-    advice = "delete the folder and prepare the data again"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f"{file}: not there, so the folder is no prepared dataset; {advice}") from e
-    except ValueError as e:
-        raise UserError(f"{file}: damaged ({e}); {advice}") from e
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
         raise UserError(
-            f"{file}: format_version = {version!r}, this program reads {FORMAT_VERSION}; {advice}"
-        )
-    return content
+            f"{file}: not there, so the folder is no prepared dataset; prepare the data again"
+        ) from e
+    except OSError as e:
+        with disk_errors_are_user_errors(f"reading {file}"):
+            raise e
+    return parse_description(content, file, note)
 
 
-def _split_from_json(content: dict[str, Any]) -> SplitInfo:
+def description_to_bytes(description: dict[str, Any]) -> bytes:
+    """The content of dataset.json, with a digest of itself; the same description gives the same bytes."""
+    return sealed_json(description, indent=1)
+
+
+def parse_description(
+    content: bytes, file: str | Path, note: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """What `description_to_bytes` was given.
+
+    Args:
+        content: Of dataset.json.
+        file: Its name, for errors.
+        note: Told what is wrong if its digest is not its own, which then is no error.
+
+    Raises:
+        UserError: If it is damaged, or of another format version.
+    """
+    try:
+        description = parse_json(content)
+        version = description.get("format_version")
+        if version not in (*_OLDER_VERSIONS, FORMAT_VERSION):
+            raise UserError(
+                f"{file}: format_version = {version!r}, this program reads {FORMAT_VERSION}; delete the "
+                "folder and prepare the data again"
+            )
+        if version in _OLDER_VERSIONS and "sha256" not in description:
+            return description
+        try:
+            return unsealed(description)
+        except ValueError as e:
+            if note is None:
+                raise
+            note(f"is not as it was written: {e}")
+            return description
+    except ValueError as e:
+        raise damaged(file, e) from e
+
+
+def split_from_json(content: dict[str, Any]) -> SplitInfo:
+    """A split of the description.
+
+    Raises:
+        KeyError, TypeError, ValueError: If it is none.
+    """
     shards = tuple(Shard(**shard) for shard in content["shards"])
-    return SplitInfo(content["documents"], content["tokens"], content["utf8_bytes"], shards)
+    for shard in shards:
+        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str, str]:
+            raise TypeError(f"{shard}")
+        if os.path.basename(shard.name) != shard.name:
+            raise ValueError(f"{shard}")
+    counts = [content[name] for name in ("documents", "tokens", "utf8_bytes")]
+    for count in (*counts, *(shard.tokens for shard in shards), *(shard.size for shard in shards)):
+        if type(count) is not int:
+            raise TypeError(f"{count!r} is no count")
+        if not 0 <= count < 1 << 63:
+            raise ValueError(f"{count!r} is no count")
+    return SplitInfo(*counts, shards)
+
+
+def damaged(file: str | Path, what: Exception) -> UserError:
+    """The error of a description that cannot be used, and why."""
+    what = f"no {what}" if isinstance(what, KeyError) else what
+    return UserError(f"{file}: damaged ({what}); delete the folder and prepare the data again")

@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 from pathlib import Path
 import re
 
@@ -128,7 +129,7 @@ def _parse(text: str, said: str) -> tuple[list[Path], tuple[int, ...]]:
         folder, _, weight = (word.strip() for word in part.rpartition(":"))
         if not folder or not _WEIGHT.fullmatch(weight) or not Fraction(weight):
             raise UserError(f"{said} {part.strip()!r} is not a folder and its weight: {_EXAMPLE}")
-        path = Path(folder).expanduser().resolve()
+        path = Path(os.path.realpath(os.path.expanduser(folder)))
         if path in folders:
             raise UserError(f"{said} the folder {folder} is there twice: add its weights up")
         folders.append(path)

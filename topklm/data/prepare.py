@@ -25,6 +25,7 @@ from topklm.data.mixture import Mixture, open_mixture
 from topklm.data.records import sha256_of_file
 from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.errors import disk_errors_are_user_errors
+from topklm.files import check_name
 
 _STALE_SECONDS = 24 * 3600  # unfinished work that nobody has touched for this long is given up
 
@@ -32,8 +33,8 @@ _STALE_SECONDS = 24 * 3600  # unfinished work that nobody has touched for this l
 def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixture:
     """Opens the prepared datasets that `data` names, or makes one of the text that it names.
 
-    A document is held out when a hash of its text says so, so that a corpus may grow without any
-    document changing sides; the tokenizer is trained on the training split.
+    A document is held out when a hash of its text says so, so that a corpus may grow without any document
+    changing sides (but see `encode.fitted` for very few); the tokenizer is trained on the training split.
 
     Args:
         data: Sources and settings.
@@ -45,16 +46,17 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     """
     if data.mixture:
         return open_mixture(data.mixture)
-    folder = Path(data.source).expanduser()
+    folder = Path(os.path.expanduser(data.source))
     if is_dataset(folder):
         dataset = load_dataset(folder)
         announce(f"data: {folder} ({dataset})")
         return Mixture.single(dataset)
     names = [part.strip() for part in data.source.split(",") if part.strip()]
-    files = find(names, flag="data.source")
+    files = find(names, flag="data.source", say=announce)
     selection = Selection(text_field=data.text_field, heldout_fraction=data.heldout_fraction)
     settings = Settings(selection, tokenizer=f"train:{data.vocab_size}")
-    root = Path(data.dir).expanduser().absolute()
+    check_name(data.dir, "data.dir")
+    root = Path(os.path.expanduser(data.dir)).absolute()
     with disk_errors_are_user_errors("preparing the data"):
         name = fingerprint([(file.ending, _contents_of(file), False) for file in files], settings)
         _remove_stale(root)

@@ -4,6 +4,7 @@ Knows file formats and broken bytes; memory stays bounded whatever a file holds.
 `topklm.data.sources`' affair; what becomes of documents and problems is the caller's.
 """
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -22,7 +23,15 @@ from topklm.data.compression import BLOCK_BYTES, DamageError, Read, gunzip, plai
 from topklm.data.sources import SourceFile
 from topklm.errors import UserError
 
-PROBLEMS = ("damaged file", "invalid JSON", "no text field", "line too long", "empty", "NUL bytes")
+PROBLEMS = (
+    "damaged file",
+    "not UTF-8",
+    "invalid JSON",
+    "no text field",
+    "line too long",
+    "empty",
+    "NUL bytes",
+)
 MAX_LINE_BYTES = 64 << 20  # longer lines, and longer texts in a table, are no documents
 
 _TABLE_ROWS = 128  # of a Parquet file, decoded at a time
@@ -33,6 +42,9 @@ _TEXT_MAX_BYTES = 2 << 20  # and without an end of line, here
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OTHER_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # of UTF-16 and UTF-32
+_UTF_16 = "as in UTF-16: convert the file to UTF-8"
+_JSON_SPACE = re.compile(r"[ \t\r\n,]*")
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUICKSTART_FIELD = "extract"
@@ -43,7 +55,7 @@ class Document:
     """A text: can be encoded as UTF-8, is not blank, has no NUL."""
 
     text: str
-    where: str  # "line 12" and "row 5", counted from 1, or "byte 16384", where it begins
+    where: str  # "line 12", "item 7" and "row 5", counted from 1, or "byte 16384", where it begins
     replaced: int  # invalid UTF-8 sequences and unpaired surrogates, now U+FFFD
 
 
@@ -63,8 +75,9 @@ class FileReader:
     """Iterates over the documents and problems of a file, in order.
 
     A `.txt` file is cut after blank lines into documents of at least 16 KiB (after a line where 1 MiB has no
-    blank line, anywhere where 2 MiB have no line). A `.jsonl` file holds one JSON object a line, a `.parquet`
-    file and a Hugging Face dataset one document a row. Blank lines are no documents.
+    blank line, anywhere where 2 MiB have no line). A `.jsonl` file holds one JSON object a line; a `.json`
+    file that, or an array of objects, or one object over several lines; a `.parquet` file and a Hugging Face
+    dataset one document a row. Blank lines are no documents.
 
     A file that is damaged yields what came before the damage, then a Problem("damaged file", ...), and ends.
 
@@ -84,7 +97,8 @@ class FileReader:
 
         Args:
             file: What to read.
-            text_field: Key of the text in a JSON line, or column of a table.
+            text_field: Key of the text in a JSON object, or column of a table; "doc.text" is also the key
+                "text" in the object "doc".
         """
         self.bytes_read = 0
         self.sha256 = ""
@@ -108,7 +122,7 @@ class FileReader:
             stored.seek(0)
             self.bytes_read = 0
         else:
-            yield from _READERS[self._file.ending](read, self._text_field)
+            yield from _stored_items(read, self._file.ending, self._text_field)
         while read(BLOCK_BYTES):  # what comes after a damage counts for the hash
             pass
 
@@ -219,21 +233,48 @@ class _StoredFile:
                 raise UserError(f"{self._file.url} cannot be read: {e.strerror}; check the path") from e
 
 
-def _text_items(read: Read, _: str) -> Items:
-    buffer, offset = read(BLOCK_BYTES), 0
-    if buffer.startswith(_BYTE_ORDER_MARK):
-        offset = len(_BYTE_ORDER_MARK)
-        buffer = buffer[offset:]
-    is_first, block = True, buffer
-    while block:
-        start = 0
-        while end := _document_end(buffer, start):
-            yield _document(*_decode(buffer[start:end]), f"byte {offset + start}")
-            start, is_first = end, False
-        block = read(BLOCK_BYTES)
-        buffer, offset = buffer[start:] + block, offset + start
-    if is_first or buffer.strip():
+def _stored_items(read: Read, ending: str, text_field: str) -> Items:
+    """The items of a file that is read from its start to its end."""
+    kind, *compression = ending.lstrip(".").split(".")
+    try:
+        yield from _READERS[kind](_begin(_DECOMPRESSED["".join(compression)](read)), text_field)
+    except _OtherEncodingError:
+        yield Problem("not UTF-8", "byte 0", f"a byte order mark {_UTF_16}")
+
+
+class _OtherEncodingError(Exception):
+    """A file begins as those of another encoding do."""
+
+
+def _begin(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same content in blocks of which none is empty, and the first holds a byte order mark whole."""
+    first = b""
+    for block in blocks:
+        first += block
+        if len(first) >= max(map(len, _OTHER_BYTE_ORDER_MARKS)):
+            break
+    if first.startswith(_OTHER_BYTE_ORDER_MARKS):
+        raise _OtherEncodingError
+    yield from filter(None, itertools.chain([first], blocks))
+
+
+def _text_items(blocks: Iterator[bytes], _: str) -> Items:
+    buffer, offset, is_first, damage = b"", 0, True, None
+    try:
+        for block in blocks:
+            buffer, start = buffer + block, 0
+            if not offset and buffer.startswith(_BYTE_ORDER_MARK):
+                start = len(_BYTE_ORDER_MARK)
+            while end := _document_end(buffer, start):
+                yield _document(*_decode(buffer[start:end]), f"byte {offset + start}")
+                start, is_first = end, False
+            buffer, offset = buffer[start:], offset + start
+    except DamageError as e:
+        damage = Problem("damaged file", f"byte {offset + len(buffer)}", str(e))
+    if buffer.strip() or (is_first and not damage):
         yield _document(*_decode(buffer), f"byte {offset}")
+    if damage:
+        yield damage
 
 
 def _document_end(text: bytes, start: int) -> int:
@@ -253,19 +294,7 @@ def _document_end(text: bytes, start: int) -> int:
     return next((end for end in range(limit, limit - 4, -1) if text[end] & 0xC0 != 0x80), limit)
 
 
-def _json_line_items(read: Read, text_field: str) -> Items:
-    return _json_items(plain_blocks(read), text_field)
-
-
-def _gzip_items(read: Read, text_field: str) -> Items:
-    return _json_items(gunzip(read), text_field)
-
-
-def _zstd_items(read: Read, text_field: str) -> Items:
-    return _json_items(unzstd(read), text_field)
-
-
-def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
+def _json_line_items(blocks: Iterator[bytes], text_field: str) -> Items:
     number = 0
     try:
         for line in _lines(blocks):
@@ -276,6 +305,73 @@ def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
                 yield _json_item(line, text_field, f"line {number}")
     except DamageError as e:
         yield Problem("damaged file", f"line {number + 1}", str(e))
+
+
+def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
+    """The items of a .json file: one JSON object a line, or values that its first line only begins."""
+    first = b""
+    try:
+        for block in blocks:
+            first += block
+            if len(first.strip()) > 1:
+                break
+    except DamageError as e:
+        yield Problem("damaged file", "line 1", str(e))
+        return
+    line = first.removeprefix(_BYTE_ORDER_MARK).strip().partition(b"\n")[0]
+    read = _json_value_items if line.startswith(b"[") or line.strip() == b"{" else _json_line_items
+    yield from read(itertools.chain([first], blocks), text_field)
+
+
+def _json_value_items(blocks: Iterator[bytes], text_field: str) -> Items:
+    """The items of a JSON array, or of JSON values one after another."""
+    # What is no UTF-8 becomes surrogates, which are replaced, and counted, with those that JSON may hold.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    text, at, number, opened, closed = "", 0, 0, False, False
+    try:
+        while True:
+            at = _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if text.startswith("]" if opened else "[", at):
+                opened, closed, at = True, opened, at + 1
+                continue
+            value = None if closed else _json_value(text, at)
+            if (value[1] if value else len(text)) - at > MAX_LINE_BYTES:
+                yield _too_long(f"item {number + 1}", "; what follows is not read")
+                return
+            if value:
+                number, at = number + 1, value[1]
+                yield _field_item(value[0], text_field, f"item {number}", 0)
+                continue
+            more = _more_text(blocks, decode, len(text) - at)
+            if not more:
+                break
+            text, at = text[at:] + more, 0
+        if at < len(text) or opened != closed:
+            what = "other data after the array" if closed else "it is cut short, or no JSON"
+            yield Problem("damaged file", f"item {number + 1}", what)
+    except DamageError as e:
+        yield Problem("damaged file", f"item {number + 1}", str(e))
+
+
+def _more_text(blocks: Iterator[bytes], decode: Callable[[bytes], str], least: int) -> str:
+    """At least so many characters more, so that a long value is tried few times; "" at the end."""
+    parts, size = [], 0
+    for block in blocks:
+        parts.append(decode(block))
+        size += len(parts[-1])
+        if size > least:
+            break
+    return "".join(parts)
+
+
+def _json_value(text: str, start: int) -> tuple[Any, int] | None:
+    """The value that begins at `start`, and where it ends; None if the text ends before it does."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    # A number may go on.
+    return None if end == len(text) and not isinstance(value, dict | list | str) else (value, end)
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
@@ -303,7 +399,8 @@ def _json_item(line: bytes, text_field: str, where: str) -> Document | Problem:
         record = json.loads(text)
     except (ValueError, RecursionError) as e:
         if "\0" in text:
-            return Problem("NUL bytes", where, f"U+0000 at character {text.index(chr(0))} of the line")
+            what = f"U+0000 at character {text.index(chr(0))} of the line{_hint(text)}"
+            return Problem("NUL bytes", where, what)
         reason = f"{e.msg} at character {e.pos}" if isinstance(e, json.JSONDecodeError) else str(e)
         return Problem("invalid JSON", where, reason)
     return _field_item(record, text_field, where, replaced)
@@ -313,27 +410,52 @@ def _field_item(record: Any, text_field: str, where: str, replaced: int) -> Docu
     """The document in a row of JSON, or of a dataset."""
     if not isinstance(record, dict):
         return Problem("no text field", where, f"no object but {type(record).__name__}")
-    if text_field not in record:
+    value = _find(record, text_field)
+    if value is _MISSING:
         return Problem("no text field", where, f"no {text_field!r} in {_listing(record)}")
-    value = record[text_field]
     if value is None:
         return Problem("empty", where, "null")
     if not isinstance(value, str):
-        return Problem("no text field", where, f"{text_field!r} is no text but {type(value).__name__}")
+        what = f"an object with {_listing(value)}" if isinstance(value, dict) else type(value).__name__
+        return Problem("no text field", where, f"{text_field!r} is no text but {what}")
     text, unpaired = _replace_surrogates(value)
     return _document(text, replaced + unpaired, where)
+
+
+_MISSING = object()
+
+
+def _find(record: Any, text_field: str) -> Any:
+    """What stands under a key, or under the keys that it joins with dots; the longest literal one first."""
+    if not isinstance(record, dict):
+        return _MISSING
+    if text_field in record:
+        return record[text_field]
+    head, dot, rest = text_field.rpartition(".")
+    while dot:
+        if head in record and (value := _find(record[head], rest)) is not _MISSING:
+            return value
+        head, dot, last = head.rpartition(".")
+        rest = f"{last}.{rest}"
+    return _MISSING
 
 
 def _document(text: str, replaced: int, where: str) -> Document | Problem:
     if not text or text.isspace():
         return Problem("empty", where, "nothing but white space" if text else "no character")
     if "\0" in text:
-        return Problem("NUL bytes", where, f"U+0000 at character {text.index(chr(0))}")
+        return Problem("NUL bytes", where, f"U+0000 at character {text.index(chr(0))}{_hint(text)}")
     return Document(text, where, replaced)
 
 
-def _too_long(where: str) -> Problem:
-    return Problem("line too long", where, f"more than {MAX_LINE_BYTES:,} bytes")
+def _hint(text: str) -> str:
+    """What text with a NUL in every other place is taken for."""
+    n, begun = text.count("\0", 0, 200), len(text[:200])
+    return f", {_UTF_16}" if begun > 3 and 3 * n > begun else ""
+
+
+def _too_long(where: str, and_so: str = "") -> Problem:
+    return Problem("line too long", where, f"more than {MAX_LINE_BYTES:,} bytes{and_so}")
 
 
 def _listing(names: Any) -> str:
@@ -351,9 +473,9 @@ def _parquet_items(
     try:
         table = parquet.ParquetFile(stored, buffer_size=BLOCK_BYTES, page_checksum_verification=True)
         n_rows = table.metadata.num_rows
-        _check_column(table.schema_arrow, url, text_field)
+        path = _column_path(table.schema_arrow, url, text_field)
         for group in range(table.num_row_groups):
-            for raw in _parquet_column(table, text_field, group):
+            for raw in _parquet_column(table, path, group):
                 row += 1
                 yield row, n_rows, _table_item(raw, f"row {row}")
         if row != n_rows:
@@ -362,15 +484,57 @@ def _parquet_items(
         yield row, n_rows, _damaged_table(e, row + 1)
 
 
-def _check_column(schema: Any, url: str, text_field: str) -> None:
-    if text_field not in schema.names:
+def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
+    """The name of the column that holds the text, or those of the structs around it and its own.
+
+    Raises:
+        UserError: If there is no such column, if there are several, or if it holds something else.
+    """
+    paths = list(_paths_in(list(schema), text_field))
+    if not paths:
         raise _no_column(url, text_field, schema.names)
-    column_type = schema.field(text_field).type
-    if not re.search("string|binary", str(getattr(column_type, "value_type", column_type))):
+    path, column_type = paths[0]
+    if len([p for p, _ in paths if p == path]) > 1:
+        raise UserError(
+            f"text_field = {text_field!r}: {url} has {len(paths)} columns of that name; rename all but one"
+        )
+    if not _holds_text(column_type):
+        inside = [f"{text_field}.{column_type.field(i).name}" for i in _fields_of(column_type)]
+        others = [name for name in schema.names if name != path[0]]
         raise UserError(
             f"text_field = {text_field!r}: that column of {url} holds {column_type}, not text; "
-            f"there are also: {', '.join(name for name in schema.names if name != text_field)}"
+            f"there are also: {', '.join([*inside, *others]) or 'no others'}"
         )
+    return path
+
+
+def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str], Any]]:
+    """The path and type of each field that a name may mean, in the order of `_find`."""
+    yield from (([field.name], field.type) for field in fields if field.name == text_field)
+    head, dot, rest = text_field.rpartition(".")
+    while dot:
+        for field in fields:
+            if field.name == head:
+                inner = [field.type.field(i) for i in _fields_of(field.type)]
+                yield from (([head, *path], column_type) for path, column_type in _paths_in(inner, rest))
+        head, dot, last = head.rpartition(".")
+        rest = f"{last}.{rest}"
+
+
+def _fields_of(column_type: Any) -> range:
+    """Numbers of the fields of a struct; none of another type."""
+    types = sources.optional_module("pyarrow.types", "parquet", "reading .parquet")
+    return range(column_type.num_fields if types.is_struct(column_type) else 0)
+
+
+def _holds_text(column_type: Any) -> bool:
+    """Whether a column's values are text, or bytes that may be, or null, all of them."""
+    types = sources.optional_module("pyarrow.types", "parquet", "reading .parquet")
+    if types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    column_type = getattr(column_type, "storage_type", column_type)
+    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return types.is_fixed_size_binary(column_type) or str(column_type) in kinds
 
 
 def _no_column(url: str, text_field: str, columns: Sequence[str]) -> UserError:
@@ -380,23 +544,28 @@ def _no_column(url: str, text_field: str, columns: Sequence[str]) -> UserError:
     )
 
 
-def _parquet_column(table: Any, text_field: str, group: int) -> Iterator[bytes | None]:
+def _parquet_column(table: Any, path: list[str], group: int) -> Iterator[bytes | None]:
     n_done = 0
     try:
-        for batch in _parquet_batches(table, text_field, group, _TABLE_ROWS):
+        for batch in _parquet_batches(table, path, group, _TABLE_ROWS):
             yield from batch
             n_done += len(batch)
     except _parquet_errors():
         # The batch that failed may have rows before the damage.
-        for batch in itertools.islice(_parquet_batches(table, text_field, group, 1), n_done, None):
+        for batch in itertools.islice(_parquet_batches(table, path, group, 1), n_done, None):
             yield from batch
         raise
 
 
-def _parquet_batches(table: Any, text_field: str, group: int, n_rows: int) -> Iterator[list[bytes | None]]:
+def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> Iterator[list[bytes | None]]:
     pyarrow = sources.optional_module("pyarrow", "parquet", "reading .parquet")
-    for batch in table.iter_batches(n_rows, row_groups=[group], columns=[text_field], use_threads=False):
-        column = batch.column(0)
+    compute = sources.optional_module("pyarrow.compute", "parquet", "reading .parquet")
+    columns = [".".join(path)]
+    for batch in table.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False):
+        column = batch.column(path[0])
+        for name in path[1:]:
+            column = compute.struct_field(column, name)  # null where the struct is
+        column = column.storage if hasattr(column, "storage") else column
         column = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
         yield column.cast(pyarrow.large_binary()).to_pylist()
 
@@ -418,9 +587,9 @@ def _table_item(raw: bytes | None, where: str) -> Document | Problem:
     return _document(*_decode(raw), where)
 
 
-def _quickstart_items(read: Read, _: str) -> Items:
+def _quickstart_items(blocks: Iterator[bytes], _: str) -> Items:
     """The file of the quickstart corpus: {title: {"extract": text, ...}}."""
-    content = b"".join(plain_blocks(read))
+    content = b"".join(blocks)
     try:
         entries = list(json.loads(content).values())
     except (ValueError, AttributeError) as e:
@@ -435,7 +604,7 @@ def _hf_items(file: SourceFile, text_field: str) -> Iterator[tuple[bytes | None,
     row = 0
     try:
         for row, record in enumerate(_hf_rows(file, text_field), start=1):
-            raw, value = b"", record[text_field]
+            raw, value = b"", _find(record, text_field)
             if isinstance(value, str):
                 raw = _replace_surrogates(value)[0].encode()
             item = _field_item(record, text_field, f"row {row}", 0)
@@ -450,9 +619,12 @@ def _hf_rows(file: SourceFile, text_field: str) -> Iterator[dict[str, Any]]:
     name, config, split, shard, n_shards = sources.hf_parts(file.url)
     dataset = _hf_dataset(name, config, split, file.version).shard(n_shards, shard)
     columns = dataset.column_names or list(next(iter(dataset), {text_field: ""}))
-    if text_field not in columns:
+    # One with a dot may be inside of another.
+    roots = [text_field, *(text_field[:i] for i, char in enumerate(text_field) if char == ".")]
+    wanted = [name for name in columns if name in roots]
+    if not wanted:
         raise _no_column(file.url, text_field, columns)
-    yield from dataset.select_columns([text_field])  # the others may be pictures to decode
+    yield from dataset.select_columns(wanted)  # the others may be pictures to decode
 
 
 @functools.lru_cache(maxsize=1)  # to open it once for all of its shards
@@ -463,11 +635,15 @@ def _hf_dataset(name: str, config: str, split: str, version: str) -> Any:
     return dataset
 
 
-_READERS: dict[str, Callable[[Read, str], Items]] = {
-    ".txt": _text_items,
-    ".jsonl": _json_line_items,
-    ".jsonl.gz": _gzip_items,
-    ".jsonl.zst": _zstd_items,
+_DECOMPRESSED: dict[str, Callable[[Read], Iterator[bytes]]] = {
+    "": plain_blocks,
+    "gz": gunzip,
+    "zst": unzstd,
+}
+_READERS: dict[str, Callable[[Iterator[bytes], str], Items]] = {
+    "txt": _text_items,
+    "jsonl": _json_line_items,
+    "json": _json_items,
     sources.QUICKSTART: _quickstart_items,
 }
 

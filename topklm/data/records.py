@@ -20,7 +20,7 @@ import uuid
 from array_record.python import array_record_module
 import numpy as np
 
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import fsync
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
@@ -40,6 +40,7 @@ class Shard:
     tokens: int
     size: int  # bytes
     sha256: str  # of the file, hex
+    ends: str = ""  # sha256 of its first and last record, which tells it from others; "" in older datasets
 
 
 class ShardError(UserError):
@@ -94,14 +95,15 @@ def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Sh
         OSError: If the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    dtype, tokens = token_dtype(vocab_size), 0
+    dtype, tokens, first, last = token_dtype(vocab_size), 0, b"", b""
     try:
         with _write_errors_are_os_errors(path):
             writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
             try:
                 for record in _records(blocks, vocab_size):
-                    writer.write(record.astype(dtype).tobytes())
-                    tokens += record.size
+                    last = record.astype(dtype).tobytes()
+                    writer.write(last)
+                    first, tokens = first or last, tokens + record.size
             except BaseException:
                 # The error at hand is the one to report, not what closing half a file says to it.
                 with contextlib.suppress(RuntimeError):
@@ -109,7 +111,8 @@ def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Sh
                 raise
             writer.close()
         fsync(temporary)
-        shard = Shard(path.name, tokens, temporary.stat().st_size, sha256_of_file(temporary))
+        size, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
+        shard = Shard(path.name, tokens, size, sha256, _ends_digest([first, last]))
         temporary.replace(path)
         fsync(path.parent)
         return shard
@@ -135,8 +138,9 @@ def _records(blocks: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarr
 class TokenStream:
     """Random access to a stream that `write_shard` wrote; `len` is its number of tokens.
 
-    Safe to use from several threads and to pickle. A shard is opened, and its size and number of
-    records are checked, when it is first read; no more than a few hundred are open at a time.
+    Safe to use from several threads and to pickle. A shard is opened, and its size, its number of records and
+    the first and last of them are checked, when it is first read; no more than a few hundred are open at a
+    time. Every record is checked by the file format, as it is read.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], vocab_size: int):
@@ -261,16 +265,28 @@ def _open_shard(path: Path, shard: Shard) -> Any:
     # A file that is not ArrayRecord opens without complaint and has no records.
     if records != -(-shard.tokens // RECORD_TOKENS):
         raise _bad_shard(path, f"holds {records} records, not what was written")
+    with contextlib.suppress(RuntimeError):  # a damaged record is refused when it is asked for
+        if shard.ends and _ends_digest(reader.read([0, records - 1])) != shard.ends:
+            raise _bad_shard(path, "is another shard than was written")
     return reader
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as e:
-        raise _bad_shard(path, "is missing") from e
+    # Opened, not only asked for its size: the library takes a file that it may not read for an empty one.
+    with disk_errors_are_user_errors(f"reading {path}"):
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError as e:
+            raise _bad_shard(path, "is missing") from e
+        except IsADirectoryError as e:
+            raise _bad_shard(path, "is a folder") from e
     if size != shard.size:
         raise _bad_shard(path, f"has {size} bytes, not {shard.size}")
+
+
+def _ends_digest(records: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(records)).hexdigest()
 
 
 def _bad_shard(path: Path, what: str) -> ShardError:

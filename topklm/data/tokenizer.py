@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -25,13 +27,16 @@ from topklm.data.tokenizer_kinds import (
     Tiktoken,
     looks_like_tiktoken,
 )
-from topklm.errors import UserError
-from topklm.files import write_atomically
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import check_name, parse_json, write_atomically
 
 __all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
 
 # Characters per piece given to the library, which needs some 100 bytes for each token of a piece.
 _PIECE_CHARS = 1 << 16
+# The trainer takes time in the square of a word's length, and text without spaces (DNA, or a line of dashes)
+# is one word. Tokens of the few that are longer are learnt from parts of them.
+_TRAINED_WORD_BYTES = 1000
 _CONTAINER = "topklm-tokenizer"  # our file around a model that is no tokenizer.json
 _CONTAINER_VERSION = 1
 
@@ -72,6 +77,18 @@ class Tokenizer:
         """The bytes of tokenizer.json."""
         return self._content
 
+    def config(self, context_length: int) -> dict[str, Any]:
+        """Returns what tokenizer_config.json says beside it, as the library transformers reads it."""
+        separator = self.token_strings([self.separator_id])[0]
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": separator,
+            "eos_token": separator,
+            "add_bos_token": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": context_length,
+        }
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32[n]; no separator is added."""
         return np.concatenate([np.zeros(0, np.int32), *self.encode_batch(list(self.pieces(text)))])
@@ -80,8 +97,16 @@ class Tokenizer:
         """Token ids of each text, int32[n_i]; on several threads, all held in memory at once.
 
         Where a vocabulary spells its separator so that text can become it, those tokens are left out.
+
+        Raises:
+            UserError: For a text that no UTF-8 can hold, or that the library cannot encode.
         """
-        encoded = self._backend.encode_batch(texts)
+        try:
+            encoded = self._backend.encode_batch(texts)
+        except Exception:
+            for text in texts:
+                _check_utf8(text)
+            raise
         return [ids[ids != self.separator_id] if self.separator_id in ids else ids for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -137,7 +162,8 @@ class Tokenizer:
             UserError: If it is missing or is no tokenizer.
         """
         try:
-            return cls(Path(path).read_bytes())
+            with disk_errors_are_user_errors(f"reading {path}"):
+                return cls(Path(path).read_bytes())
         except FileNotFoundError as e:
             raise UserError(f"{path}: there is no tokenizer file; prepare the data again") from e
         except ValueError as e:
@@ -163,9 +189,11 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         UserError: If it is missing, damaged, of none of these kinds, or has no separator; or if the library
             that it needs is not installed.
     """
-    path = Path(path).expanduser()
+    check_name(os.fspath(path), "tokenizer")
+    path = Path(os.path.expanduser(path))
     try:
-        content = path.read_bytes()
+        with disk_errors_are_user_errors(f"tokenizer = {path}"):
+            content = path.read_bytes()
     except OSError as e:
         raise UserError(
             f"tokenizer = {path}: {e.strerror or e}; give a tokenizer.json, a SentencePiece .model, a "
@@ -194,8 +222,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: Tokens, of which 257 are the separator (id 0) and the bytes. A corpus too small
             to fill it gives fewer.
     """
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -204,14 +233,29 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     # An untrained tokenizer of the kind knows where its texts may be cut.
-    untrained = Tokenizer(_trained(tokenizer, [], trainer))
+    tokenizer.train_from_iterator([], trainer)
+    untrained = Tokenizer(_to_bytes(tokenizer))
     pieces = (piece for document in documents for piece in untrained.pieces(document))
-    return Tokenizer(_trained(tokenizer, pieces, trainer))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.FixedLength(length=_TRAINED_WORD_BYTES)]
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.pre_tokenizer = words
+    return Tokenizer(_to_bytes(tokenizer))
 
 
-def _trained(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer) -> bytes:
-    tokenizer.train_from_iterator(texts, trainer)
+def _to_bytes(tokenizer: tokenizers.Tokenizer) -> bytes:
     return tokenizer.to_str(pretty=True).encode()
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"the text holds {text[e.start]!r} at character {e.start}, half of a character or a byte that is "
+            "no UTF-8: give text in UTF-8"
+        ) from e
 
 
 @functools.cache
@@ -226,11 +270,9 @@ def _container(kind: str, model: bytes, **settings: str) -> bytes:
 
 def _backend(content: bytes) -> Backend:
     try:
-        parts = json.loads(content)
+        parts = parse_json(content)
     except ValueError as e:
-        raise ValueError("it is no JSON") from e
-    if not isinstance(parts, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError(f"it is no JSON object: {e}") from e
     if parts.get("format") != _CONTAINER:
         if not isinstance(parts.get("model"), dict):
             raise ValueError("it is JSON, but no tokenizer.json")

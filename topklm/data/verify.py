@@ -6,16 +6,25 @@ a few records.
 
 from collections.abc import Callable
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from topklm.data.building.progress import Progress
-from topklm.data.dataset import DESCRIPTION_FILE, SPLITS, TOKENIZER_FILE, SplitInfo, read_description
+from topklm.data.dataset import (
+    DESCRIPTION_FILE,
+    SPLITS,
+    TOKENIZER_FILE,
+    SplitInfo,
+    damaged,
+    read_description,
+    split_from_json,
+)
 from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
 
 _BLOCK_TOKENS = 64 * RECORD_TOKENS  # read at a time
 _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
@@ -52,29 +61,29 @@ class Report:
 def verify(path: str | Path, progress: Progress | None = None) -> Report:
     """Reads a dataset to its last byte.
 
-    Compared with dataset.json are the size and sha256 of every file, the number of records of every
-    shard, and for each split documents, tokens and, where the tokenizer tells the bytes of its tokens,
-    the bytes of text.
+    Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
+    records of every shard, and for each split documents, tokens and, where the tokenizer tells the bytes of
+    its tokens, the bytes of text.
 
     Args:
         path: The dataset's folder.
         progress: Is told of the bytes, documents and tokens that were read.
 
     Raises:
-        UserError: If dataset.json cannot be read, so that there is nothing to compare with.
+        UserError: If dataset.json cannot be read, so that there is nothing to compare with, or if another
+            file may not be read.
     """
-    path = Path(path).expanduser().absolute()
-    description = read_description(path)
+    path = Path(os.path.expanduser(path)).absolute()
+    contradictions: list[str] = []
+    description = read_description(path, contradictions.append)
     try:
-        splits = {name: _split(description["splits"][name]) for name in SPLITS}
+        splits = {name: split_from_json(description["splits"][name]) for name in SPLITS}
         told = {field: description["tokenizer"][field] for field in ("sha256", *_TOKENIZER_FIELDS)}
         if [type(value) for value in told.values()] != [str, str, int, int]:
             raise TypeError(f"tokenizer: {told}")
-        contradictions = _contradictions(description)
+        contradictions += _contradictions(description)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"{path / DESCRIPTION_FILE}: damaged ({e!r}); delete the folder and prepare the data again"
-        ) from e
+        raise damaged(path / DESCRIPTION_FILE, e) from e
     total = sum(shard.size for split in splits.values() for shard in split.shards)
     check = _Check(path, told, contradictions)
     with (progress or Progress(lambda text: None)).phase("verifying", total) as report:
@@ -126,11 +135,14 @@ class _Check:
             check_shards(self._path, [shard], contents=True)
         except ShardError as e:
             self._note(shard.name, e.what)
-        except OSError as e:
-            self._note(shard.name, f"cannot be read ({e.strerror})")
+        except UserError as e:
+            if isinstance(e.__cause__, PermissionError):  # no damage
+                raise
+            self._note(shard.name, f"cannot be read ({e})")
             return None
         documents = utf8_bytes = 0
-        stream = TokenStream(self._path, [shard], self._vocab_size)
+        # Of another shard in its place, which is named already, the records are counted.
+        stream = TokenStream(self._path, [dataclasses.replace(shard, ends="")], self._vocab_size)
         for start in range(0, len(stream), _BLOCK_TOKENS):
             stop = min(start + _BLOCK_TOKENS, len(stream))
             try:
@@ -164,7 +176,13 @@ class _Check:
         """The dataset's tokenizer; None if the file is another."""
         file = self._path / TOKENIZER_FILE
         try:
-            sha256 = sha256_of_file(file)
+            with disk_errors_are_user_errors(f"reading {file}"):
+                sha256 = sha256_of_file(file)
+        except UserError as e:
+            if isinstance(e.__cause__, PermissionError):
+                raise
+            self._note(TOKENIZER_FILE, f"cannot be read ({e})")
+            return None
         except OSError as e:
             self._note(TOKENIZER_FILE, f"cannot be read ({e.strerror})")
             return None
@@ -182,14 +200,6 @@ class _Check:
 
     def _note(self, file: str, what: str) -> None:
         self._problems[Problem(file, what)] = None
-
-
-def _split(content: dict[str, Any]) -> SplitInfo:
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    for shard in shards:
-        if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str]:
-            raise TypeError(f"{shard}")
-    return SplitInfo(content["documents"], content["tokens"], content["utf8_bytes"], shards)
 
 
 def _contradictions(description: dict[str, Any]) -> list[str]:

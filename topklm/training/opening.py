@@ -57,6 +57,9 @@ def _describe(config: Config, folder: AnyPath, mixture: Mixture) -> None:
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
         write_atomically(folder / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
         write_atomically(folder / run_folder.TOKENIZER_FILE, mixture.tokenizer.to_bytes())
+        if mixture.tokenizer.kind == "huggingface":
+            about = mixture.tokenizer.config(config.model.context_length)
+            write_atomically(folder / run_folder.TOKENIZER_CONFIG_FILE, _pretty(about).encode())
 
 
 def _check_shared(folder: AnyPath) -> None:

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -271,6 +272,50 @@ def test_strict_stops_at_the_first_problem_also_one_that_was_skipped_before(sour
     assert (tmp_path / "out").exists()
 
 
+def test_what_leaves_out_all_documents_is_named_with_counts_by_reason(sources, tmp_path):
+    with (tmp_path / "text" / "0.jsonl").open("a") as file:
+        file.write('\n{"text": ""}\nno json\n{"text": "' + "x" * 2000 + '"}')
+    sources = Sources(find([str(tmp_path / "text")]))
+    selection = Selection(min_chars=1000, max_chars=1500)
+    counts = (
+        r"too short \(min_chars = 1000\): 400, too long \(max_chars = 1500\): 1, empty: 1, invalid JSON: 1"
+    )
+    with pytest.raises(UserError, match=rf"no text in .*, left out {counts}: give longer documents"):
+        make(sources, tmp_path / "out", Settings(selection, "train:300"))
+
+
+@pytest.mark.parametrize(("sizes", "total"), [((0, 0), 0), ((5, 0), 0), ((5, 7), 12)])
+def test_how_far_the_encoding_is_is_told_only_where_all_sizes_are_known(tmp_path, sizes, total):
+    memory = fsspec.filesystem("memory")
+    names = [f"memory://unmeasured/{n}.jsonl" for n in range(2)]
+    for number, name in enumerate(names):
+        memory.pipe(name, "\n".join(json.dumps({"text": t}) for t in TEXTS[number::2]).encode())
+    files = [dataclasses.replace(f, size=size) for f, size in zip(find(names), sizes, strict=True)]
+    totals = {}
+
+    class Noted(Progress):
+        def phase(self, what, total):
+            totals[what] = total
+            return super().phase(what, total)
+
+    with Workers(1) as workers:
+        build(
+            Sources(tuple(files)),
+            SETTINGS,
+            Storage(tmp_path / "out"),
+            LocalEngine(workers),
+            Noted(lambda _: 0),
+        )
+    memory.rm("/unmeasured", recursive=True)
+    assert totals["encoding"] == total
+
+
+def test_it_says_when_it_begins_to_train_the_tokenizer(sources, tmp_path):
+    _, lines = make(sources, tmp_path / "out")
+    said = ["to train the tokenizer", "training a tokenizer of 300 tokens", "300 tokens in the vocabulary"]
+    assert [part for line in lines for part in said if part in line] == said
+
+
 def test_text_without_a_document_is_refused_with_the_first_problem(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n{"body": "y"}')
     with pytest.raises(
@@ -279,18 +324,76 @@ def test_text_without_a_document_is_refused_with_the_first_problem(tmp_path):
         make(Sources(find([str(tmp_path / "bad.jsonl")])), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "heldout"), (1 - 1e-9, "train")])
-def test_a_split_without_documents_is_refused(sources, tmp_path, fraction, split):
-    settings = dataclasses.replace(SETTINGS, selection=Selection(heldout_fraction=fraction))
-    with pytest.raises(UserError, match=f"of 400 document.* none came into the {split} split"):
-        make(sources, tmp_path / "out", settings)
+def in_order_of_their_hashes(texts):
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+@pytest.mark.parametrize(("n", "fraction"), [(3, 0.4), (3, 0.01), (16, 0.05), (400, 1e-9)])
+def test_where_the_share_holds_out_none_the_document_with_the_lowest_hash_is(tmp_path, n, fraction):
+    texts = [t for t in TEXTS * 2 if not is_heldout(t, fraction)][:n]
+    for i, part in enumerate((texts[: n // 2], texts[n // 2 :], texts[:2])):
+        write_lines(tmp_path / f"{i}.jsonl", part)
+    settings = Settings(Selection(heldout_fraction=fraction), "train:300")
+    given = Sources(find([f"{tmp_path}/*.jsonl"]))
+    dataset, lines = make(given, tmp_path / "out", settings)
+    first = in_order_of_their_hashes(texts)[0]
+    assert texts_of(dataset, dataset.heldout) == [first]
+    assert texts_of(dataset, dataset.train) == [text for text in dict.fromkeys(texts) if text != first]
+    assert any(f"heldout_fraction = {fraction}" in line and "lowest hashes" in line for line in lines)
+    if n == 16:
+        many, _ = make(given, tmp_path / "many", settings, cores=3)
+        assert contents(many.path) == contents(dataset.path)
+
+
+@pytest.mark.parametrize(("n", "fraction"), [(3, 0.9), (40, 0.99)])
+def test_where_the_share_leaves_none_to_train_on_the_two_with_the_highest_hashes_are(tmp_path, n, fraction):
+    texts = [t for t in TEXTS if is_heldout(t, fraction)][:n]
+    given = Sources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
+    dataset, _ = make(given, tmp_path / "out", Settings(Selection(heldout_fraction=fraction), "train:300"))
+    assert set(texts_of(dataset, dataset.train)) == set(in_order_of_their_hashes(texts)[-2:])
+    assert dataset.heldout.documents == n - 2
+
+
+def test_the_tokenizer_learns_nothing_from_a_document_that_few_others_make_held_out(tmp_path):
+    texts = [t for t in TEXTS if not is_heldout(t, 0.05)][:16]
+    settings = Settings(Selection(heldout_fraction=0.05), "train:300")
+    dataset, _ = make(
+        Sources(find([str(write_lines(tmp_path / "a.jsonl", texts))])), tmp_path / "a", settings
+    )
+    expected = train_bpe([t for t in texts if t != in_order_of_their_hashes(texts)[0]], 300)
+    assert dataset.tokenizer.sha256 == expected.sha256
+
+
+@pytest.mark.parametrize("texts", [["one"], ["one", "two"], ["one", "two"] * 50])
+def test_of_fewer_than_three_documents_none_can_be_held_out(tmp_path, texts):
+    given = Sources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
+    settings = Settings(Selection(heldout_fraction=0.01), "train:300", deduplicate=False)
+    with pytest.raises(
+        UserError, match=rf"of {len(texts)} document.* into the heldout split.* --heldout FILE"
+    ):
+        make(given, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
+    more = Sources(given.train, find([str(write_lines(tmp_path / "more.jsonl", ["held out"]))]))
+    dataset, _ = make(more, tmp_path / "out", settings)
+    assert texts_of(dataset, dataset.heldout) == ["held out"]
+
+
+def test_documents_that_are_held_out_stay_so_as_the_corpus_grows(tmp_path):
+    held = set()
+    for n in (30, 100, 400):
+        file = write_lines(tmp_path / f"{n}.jsonl", TEXTS[:n])
+        dataset, _ = make(Sources(find([str(file)])), tmp_path / str(n))
+        assert held <= set(texts_of(dataset, dataset.heldout))
+        held = set(texts_of(dataset, dataset.heldout))
+    assert held
 
 
 def test_an_unusable_vocabulary_size_is_refused():
-    for tokenizer in ("train:", "train:many", "train:256", "train:-5"):
-        with pytest.raises(UserError, match="257 or more"):
-            Settings(SELECTION, tokenizer).to_json()
+    for size in ("", "many", "256", "-5", "999999999999", "16777217", "1" * 5000, "\u0661\u0660\u0660\u0660"):
+        with pytest.raises(UserError, match=r"257 or more .* and 16777216 or less"):
+            Settings(SELECTION, f"train:{size}").to_json()
+    for tokenizer in ("train:257", "train:16777216"):
+        Settings(SELECTION, tokenizer).to_json()
 
 
 class Interruption(Exception):  # noqa: N818 - no error
@@ -343,7 +446,7 @@ def test_only_a_file_that_was_mended_is_read_again(sources, tmp_path, monkeypatc
 
     monkeypatch.setattr(encode, "FileReader", noted)
     dataset, _ = make(Sources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
-    assert opened == [str(smallest)]
+    assert opened[1:] == [str(smallest)]  # before that, the first one is asked for a document of each split
     assert texts_of(dataset, dataset.train) == [t for t in TEXTS if not is_heldout(t)]
 
 

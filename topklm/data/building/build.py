@@ -5,9 +5,11 @@ interrupted: the work lies in a hidden folder beside the dataset, found again by
 dataset appears whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -16,18 +18,19 @@ import tokenizers
 
 from topklm import locks
 from topklm.data.building import description as description_lib
-from topklm.data.building import duplicates, tasks
+from topklm.data.building import duplicates, encode, shards, tasks
 from topklm.data.building.chunks import Chunk
-from topklm.data.building.encode import FileJob, FileResult, chunks_of, training_text
+from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
 from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.shards import plan_shards
 from topklm.data.building.storage import Storage
-from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE
-from topklm.data.sources import store_errors_are_user_errors
+from topklm.data.building.workers import all_cores
+from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
+from topklm.data.sources import HF, is_remote, store_errors_are_user_errors
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import fsync
+from topklm.files import fsync, parse_json, sealed_json, unsealed
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28
@@ -63,7 +66,8 @@ def build(
             return
         if work.is_local:
             work.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(work.path, lambda owner: _busy(out.url, owner, wait, progress)))
+            busy = functools.partial(_busy, out.url, wait, progress)
+            stack.enter_context(locks.held(work.path, busy, warn=progress.say))
             if _is_made(out, sources, settings):  # by whom we waited for
                 work.remove()
                 return
@@ -88,10 +92,16 @@ class _Build:
 
     def run(self) -> None:
         """Does what is left to do."""
-        tokenizer = self._tokenizer()
-        tasks.share_tokenizer(tokenizer, self._work)
-        selection, work = self._settings.selection, self._work
+        selection, work = fitted(self._sources.files, self._settings.selection), self._work
+        if selection.last_heldout:
+            self._progress.say(
+                f"data: heldout_fraction = {selection.heldout_fraction} of so few documents leaves a split "
+                "without any; those with the lowest hashes are held out"
+            )
+        tokenizer = self._tokenizer(selection)
+        tasks.share_tokenizer(tokenizer, work)
         jobs = [FileJob(file, held, selection, tokenizer.sha256) for file, held in self._sources.files]
+        self._discard_damaged([functools.partial(encode.discard_damaged, job, work) for job in jobs])
         results = self._encode(jobs)
         chunks = [c for job, r in zip(jobs, results, strict=True) for c in chunks_of(job, r, work)]
         self._drop_duplicates(chunks)
@@ -100,44 +110,84 @@ class _Build:
         # Object stores cannot rename a folder; without its description, a folder is no dataset.
         folder = self._work.child(self._folder_name(jobs)) if self._final.is_local else self._final
         planned = plan_shards(chunks, totals, tokenizer.vocab_size, self._settings.shard_tokens)
+        self._discard_damaged([functools.partial(shards.discard_damaged, job, folder) for job in planned])
         shard_tasks = [tasks.ShardTask(job, folder) for job in planned]
         with self._progress.phase("writing shards", sum(job.tokens for job in planned)) as report:
-            shards = self._engine.write_shards(shard_tasks, work, report)
-        named = [(job.split, shard) for job, shard in zip(planned, shards, strict=True)]
+            made = self._engine.write_shards(shard_tasks, work, report)
+        named = [(job.split, shard) for job, shard in zip(planned, made, strict=True)]
         content = description_lib.describe(self._sources, self._settings, tokenizer, results, totals, named)
         for line in description_lib.remarks(content):
             self._progress.say(f"data: {line}")
         folder.write(TOKENIZER_FILE, tokenizer.to_bytes())
-        folder.write(DESCRIPTION_FILE, description_lib.to_bytes(content))
+        folder.write(DESCRIPTION_FILE, description_to_bytes(content))
         if self._final.is_local:
-            folder.remove_unfinished()
+            # Records of shards, and what processes that were killed left of the files they were creating.
+            wanted = {DESCRIPTION_FILE, TOKENIZER_FILE, *(job.name for job in planned)}
+            for name in set(folder.names()) - wanted:
+                folder.discard(name)
             folder.path.rename(self._final.path)
             fsync(self._final.path.parent)
 
-    def _tokenizer(self) -> Tokenizer:
+    def _discard_damaged(self, checks: Sequence[Callable[[], list[str]]]) -> None:
+        """Has unfinished work on this machine looked at before it is believed, and says what is made again.
+
+        What lies in a bucket is compared by the bucket.
+        """
+        if not self._work.is_local:
+            return
+        with ThreadPoolExecutor(all_cores()) as pool:  # hashing, their work, lets other threads run
+            names = [name for found in pool.map(lambda check: check(), checks) for name in found]
+        if names:
+            self._progress.say(
+                f"data: {len(names):,} piece(s) of unfinished work are damaged, and made again: {names[0]}"
+                + (" ..." if len(names) > 1 else "")
+            )
+
+    def _tokenizer(self, selection: Selection) -> Tokenizer:
         """From its file, or trained on the training split."""
         vocab_size = self._settings.vocab_size
         if vocab_size is None:
             return self._settings.open_tokenizer()
         files = self._sources.files
         described = [[dataclasses.asdict(file), held] for file, held in files]
-        name = f"trained-{_digest([described, self._settings.to_json(), tokenizers.__version__])}.json"
-        if self._work.exists(name):
-            return Tokenizer(self._work.read(name))
+        name = f"training-{_digest([described, self._settings.to_json(), tokenizers.__version__])}.json"
+        if (trained := self._trained(name)) is not None:
+            return trained
         began = time.monotonic()
         self._progress.say(f"data: reading {len(files):,} file(s) to train the tokenizer")
         with self._progress.phase("training the tokenizer", 0) as report:
-            text = training_text(files, self._settings.selection, TOKENIZER_TRAINING_BYTES, report)
-            tokenizer = train_bpe(text, vocab_size)
+            text = training_text(files, selection, TOKENIZER_TRAINING_BYTES, report)
+            tokenizer = train_bpe(self._announced(text, vocab_size), vocab_size)
         self._progress.say(
             f"data: {tokenizer.vocab_size:,} tokens in the vocabulary, {time.monotonic() - began:.1f} s"
         )
-        self._work.write(name, tokenizer.to_bytes())
+        tasks.share_tokenizer(tokenizer, self._work)
+        self._work.write(name, sealed_json({"of": name, "tokenizer": tokenizer.sha256}))
         return tokenizer
+
+    def _trained(self, name: str) -> Tokenizer | None:
+        """The tokenizer that an earlier attempt has trained, unless that is damaged."""
+        if not self._work.exists(name):
+            return None
+        with contextlib.suppress(ValueError, KeyError, IsADirectoryError):
+            content = unsealed(parse_json(self._work.read(name)))
+            if content["of"] == name and (found := tasks.shared_tokenizer(content["tokenizer"], self._work)):
+                return found
+        self._progress.say("data: the tokenizer in the unfinished work is damaged, and trained again")
+        return None
+
+    def _announced(self, texts: Iterable[str], vocab_size: int) -> Iterator[str]:
+        """The texts; when the last one is taken, says what begins then, of which nothing is heard."""
+        yield from texts
+        self._progress.say(f"data: training a tokenizer of {vocab_size:,} tokens on what was read")
 
     def _encode(self, jobs: Sequence[FileJob]) -> list[FileResult]:
         began = time.monotonic()
-        with self._progress.phase("encoding", sum(job.file.size for job in jobs)) as report:
+        # Nobody knows how many rows a Hugging Face dataset has; some stores do not tell the size of a file.
+        is_known = all(
+            job.file.size or not (job.file.ending == HF or is_remote(job.file.url)) for job in jobs
+        )
+        with self._progress.phase("encoding", is_known * sum(job.file.size for job in jobs)) as report:
             encode_tasks = [tasks.EncodeTask(job, self._work) for job in jobs]
             results = self._engine.encode(encode_tasks, self._work, report)
         documents = sum(result.documents for result in results)
@@ -162,7 +212,8 @@ def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
     with guard:
         exists = final.exists(DESCRIPTION_FILE)
     if exists:
-        description_lib.check_same(json.loads(final.read(DESCRIPTION_FILE)), sources, settings, final.url)
+        made = parse_description(final.read(DESCRIPTION_FILE), f"{final.url}/{DESCRIPTION_FILE}")
+        description_lib.check_same(made, sources, settings, final.url)
         return True
     if final.is_local and final.path.exists() and (final.path.is_file() or any(final.path.iterdir())):
         raise UserError(
@@ -171,7 +222,7 @@ def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
     return False
 
 
-def _busy(out: str, owner: str, wait: bool, progress: Progress) -> None:
+def _busy(out: str, wait: bool, progress: Progress, owner: str) -> None:
     if not wait:
         raise UserError(
             f"{out} is being prepared by process {owner}: wait for it, stop it, or choose another folder"

@@ -1,18 +1,22 @@
 """Encoded text on its way to shards: chunks of documents, each a file of tokens and a file that indexes it.
 
 A chunk holds documents in source order, both splits mixed and copies not yet dropped. It is written once,
-by whoever encodes its text, and read by those who look for copies and those who write shards.
+by whoever encodes its text, and read by those who look for copies and those who write shards. The index ends
+with digests of both files.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from topklm.data.building.storage import Storage
+from topklm.data.records import sha256_of_file
+from topklm.errors import UserError
 
 # One row per document, in order.
 INDEX_DTYPE = np.dtype(
@@ -24,6 +28,7 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+_DIGEST_BYTES = 32
 _COPY_TOKENS = 1 << 20  # tokens read at a time
 
 
@@ -51,11 +56,35 @@ class Chunk:
     def documents(self) -> int:
         """Number of documents of a written chunk."""
         with self.storage.open_local(self._name("index")) as path:
-            return path.stat().st_size // INDEX_DTYPE.itemsize
+            return (path.stat().st_size - 2 * _DIGEST_BYTES) // INDEX_DTYPE.itemsize
 
     def index(self) -> np.ndarray:
-        """INDEX_DTYPE[documents]."""
-        return np.frombuffer(self.storage.read(self._name("index")), INDEX_DTYPE)
+        """INDEX_DTYPE[documents].
+
+        Raises:
+            UserError: If it is not as it was written.
+        """
+        try:
+            return self._read_index()[0]
+        except ValueError as e:
+            raise UserError(
+                f"{self.storage.url}/{self._name('index')} is damaged ({e}): delete {self.storage.url}, and "
+                "start the same command again"
+            ) from e
+
+    def is_whole(self) -> bool:
+        """Whether both files are as they were written; reads them."""
+        try:
+            _, tokens_digest = self._read_index()
+            with self.storage.open_local(self._name("tokens")) as path:
+                return bytes.fromhex(sha256_of_file(path)) == tokens_digest
+        except (ValueError, FileNotFoundError, IsADirectoryError):
+            return False
+
+    def discard(self) -> None:
+        """Deletes it."""
+        for kind in ("index", "tokens", "dropped"):
+            self.storage.discard(self._name(kind))
 
     def drop(self, rows: np.ndarray) -> None:
         """Says which documents are copies of others: sorted row numbers, int[n]."""
@@ -103,6 +132,23 @@ class Chunk:
         """Begins to write it; use the writer as a context manager."""
         return ChunkWriter(self, dtype)
 
+    def write_index(self, rows: np.ndarray, tokens_digest: bytes) -> None:
+        """Writes the index and, after it, the digest of the tokens' file and one of all of this."""
+        content = rows.tobytes() + tokens_digest
+        self.storage.write(self._name("index"), content + self._digest(content))
+
+    def _read_index(self) -> tuple[np.ndarray, bytes]:
+        """The index and the digest of the tokens' file; ValueError if it is not as it was written."""
+        content = self.storage.read(self._name("index"))
+        content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if self._digest(content) != digest:
+            raise ValueError("its digest differs")
+        return np.frombuffer(content[:-_DIGEST_BYTES], INDEX_DTYPE), content[-_DIGEST_BYTES:]
+
+    def _digest(self, content: bytes) -> bytes:
+        # Of its place, too: every chunk has its own.
+        return hashlib.sha256(f"{self.storage.name} {self.number} ".encode() + content).digest()
+
     def _name(self, kind: str) -> str:
         return f"{self.number:06d}.{kind}"
 
@@ -113,6 +159,7 @@ class ChunkWriter:
     def __init__(self, chunk: Chunk, dtype: np.dtype):
         self._chunk, self._dtype = chunk, dtype
         self._rows: list[np.ndarray] = []
+        self._hash = hashlib.sha256()
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO
 
@@ -125,13 +172,15 @@ class ChunkWriter:
         self._stack.__exit__(*error)
         if error[0] is None:
             index = np.concatenate([np.zeros(0, INDEX_DTYPE), *self._rows])
-            self._chunk.storage.write(self._chunk._name("index"), index.tobytes())
+            self._chunk.write_index(index, self._hash.digest())
 
     def append(self, rows: np.ndarray, tokens: Sequence[np.ndarray]) -> None:
         """Adds documents: INDEX_DTYPE[n], and their tokens in pieces, separators included."""
         self._rows.append(rows)
         for piece in tokens:
-            self._file.write(piece.astype(self._dtype).tobytes())
+            content = piece.astype(self._dtype).tobytes()
+            self._hash.update(content)
+            self._file.write(content)
 
 
 def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:

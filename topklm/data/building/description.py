@@ -1,17 +1,16 @@
 """What a preparation writes about its dataset, and whether a folder holds the dataset that is asked for."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from topklm.data.building.chunks import Totals
-from topklm.data.building.encode import FileResult
+from topklm.data.building.encode import FileResult, Selection
 from topklm.data.building.settings import Settings, Sources, fingerprint
-from topklm.data.dataset import FORMAT_VERSION, SPLITS
+from topklm.data.dataset import DESCRIPTION_FILE, FORMAT_VERSION, SPLITS, damaged
 from topklm.data.records import Shard, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -88,19 +87,35 @@ def check_not_empty(results: Sequence[FileResult], totals: Sequence[Totals], set
     """
     documents = [sum(total.documents[split] for total in totals) for split in (0, 1)]
     if not any(documents):
-        examples = [example for result in results for example in result.examples]
-        why = f"; the first problem: {examples[0]}" if examples else ""
-        names = ", ".join(result.url for result in results[:3]) + (" ..." if len(results) > 3 else "")
-        raise UserError(
-            f"no text in {names}: give files that hold text, and its key (--text-field, data.text_field){why}"
-        )
+        raise _no_text(results, _text_counts(results, totals), settings.selection)
     fraction = settings.selection.heldout_fraction
     for name, n in zip(SPLITS, documents, strict=True):
         if n == 0 and (name == "train" or fraction > 0):
             raise UserError(
                 f"heldout_fraction = {fraction}: of {sum(documents)} document(s) none came into the {name} "
-                "split; give more documents or another fraction"
+                "split; give more documents (three that differ are enough), or name the text to hold out "
+                "(topklm prepare --heldout FILE)"
             )
+
+
+def _no_text(results: Sequence[FileResult], text: Mapping[str, Any], selection: Selection) -> UserError:
+    names = ", ".join(result.url for result in results[:3]) + (" ..." if len(results) > 3 else "")
+    counts = {
+        f"too short (min_chars = {selection.min_chars})": text["too_short"],
+        f"too long (max_chars = {selection.max_chars})": text["too_long"],
+        **text["problems"],
+    }
+    left_out = ", ".join(f"{what}: {n:,}" for what, n in counts.items() if n)
+    advice = "give files that hold text"
+    if text["too_short"] or text["too_long"]:
+        advice = "give longer documents or other limits (--min-chars, --max-chars)"
+    elif text["problems"]:
+        advice += ", and its key (--text-field, data.text_field)"
+    first = next((example for result in results for example in result.examples), "")
+    return UserError(
+        f"no text in {names}{f', left out {left_out}' if left_out else ''}: {advice}"
+        f"{f'; the first problem: {first}' if first else ''}"
+    )
 
 
 def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where: str) -> None:
@@ -115,19 +130,19 @@ def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where
     Raises:
         UserError: Naming what differs.
     """
-    old, asked = made["settings"], settings.to_json()
+    asked = settings.to_json()
+    try:
+        old = dict(made["settings"])
+        is_same = _same_sources(made["sources"], sources)
+    except (KeyError, TypeError, ValueError) as e:
+        raise damaged(f"{where}/{DESCRIPTION_FILE}", e) from e
     different = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in asked.items() if old.get(k) != v]
-    if not _same_sources(made["sources"], sources):
+    if not is_same:
         different.append("its sources are others or have changed")
     if different:
         raise UserError(
             f"{where} holds another dataset: {'; '.join(different)}. Choose another folder, or delete it"
         )
-
-
-def to_bytes(description: dict[str, Any]) -> bytes:
-    """As stored; the same content gives the same bytes."""
-    return json.dumps(description, indent=1).encode()
 
 
 def _same_sources(made: Sequence[dict[str, Any]], asked: Sources) -> bool:

@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import json
 import operator
-from typing import TypeVar
+import re
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,13 +26,14 @@ from topklm.data.records import token_dtype
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.files import parse_json, sealed_json, unsealed
 
 # A kill costs at most the encoding of one chunk; both bounds keep a chunk's index and tokens small.
 CHUNK_UTF8_BYTES = 32 << 20
 CHUNK_DOCUMENTS = 1 << 18
 MAX_EXAMPLES = 20  # problems of one file that are kept word for word
 
-_FORMAT = 1  # of chunks; other code may not reuse this code's
+_FORMAT = 2  # of chunks; other code may not reuse this code's
 _BATCH_CHARS = 1 << 20  # characters encoded at a time
 _DONE_FILE = "done.json"
 
@@ -49,9 +51,19 @@ class Selection:
     min_chars: int = 0  # shorter documents are left out
     max_chars: int = 0  # longer documents are left out; 0: none is
     strict: bool = False  # stop at the first problem instead of counting it
+    # Of few documents, see `fitted`: hex digest of the last one held out; "": the share decides.
+    last_heldout: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a user chooses that decides what a dataset holds."""
+        settings = dataclasses.asdict(self)
+        del settings["strict"], settings["last_heldout"]
+        return settings
 
     def is_heldout(self, sha256: bytes) -> bool:
         """Whether the document with this digest of its text is held out."""
+        if self.last_heldout:
+            return sha256.hex() <= self.last_heldout
         return int.from_bytes(sha256[:8], "big") / 2**64 < self.heldout_fraction
 
     def has_length(self, text: str) -> bool:
@@ -71,8 +83,8 @@ class FileJob:
     @property
     def folder(self) -> str:
         """Name of the folder for its chunks: another for other contents or settings."""
-        settings = dataclasses.asdict(dataclasses.replace(self.selection, strict=False))
-        identity = [_FORMAT, dataclasses.asdict(self.file), self.heldout, settings, self.tokenizer_sha256]
+        choice = [self.selection.to_json(), self.selection.last_heldout]
+        identity = [_FORMAT, dataclasses.asdict(self.file), self.heldout, choice, self.tokenizer_sha256]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -110,8 +122,7 @@ def encode_file(
         UserError: For a file that cannot be read at all; with `strict` for the first problem in it.
     """
     folder = work.child(job.folder)
-    if folder.exists(_DONE_FILE):
-        result = FileResult(**json.loads(folder.read(_DONE_FILE)))
+    if (result := _finished(job, folder)) is not None:
         if job.selection.strict and result.examples:
             raise _strict_stop(result.examples[0])
         report(job.file.size, result.documents, 0)
@@ -136,8 +147,41 @@ def encode_file(
                     bytes_told = reader.bytes_read
     report(reader.bytes_read - bytes_told, 0, 0)
     result.sha256 = reader.sha256
-    folder.write(_DONE_FILE, json.dumps(dataclasses.asdict(result)).encode())
+    folder.write(_DONE_FILE, sealed_json({"folder": job.folder, "result": dataclasses.asdict(result)}))
     return result
+
+
+def discard_damaged(job: FileJob, work: Storage) -> list[str]:
+    """Deletes those pieces of a file's unfinished work that are not as they were written.
+
+    Args:
+        job: The file and its settings.
+        work: On this machine.
+
+    Returns:
+        Names of what was deleted.
+    """
+    folder = work.child(job.folder)
+    result, names = _finished(job, folder), folder.names()
+    numbers = {int(found[1]) for name in names if (found := re.fullmatch(r"(\d{6,9})\.index", name))}
+    if result is not None:
+        numbers.update(range(result.chunks))
+    bad = [chunk for number in sorted(numbers) if not (chunk := Chunk(folder, number)).is_whole()]
+    for chunk in bad:
+        chunk.discard()
+    if _DONE_FILE in names and (bad or result is None):
+        folder.discard(_DONE_FILE)
+    damaged = [f"{folder.url}/{chunk.number:06d}" for chunk in bad]
+    return damaged + [f"{folder.url}/{_DONE_FILE}" for _ in range(_DONE_FILE in names and result is None)]
+
+
+def _finished(job: FileJob, folder: Storage) -> FileResult | None:
+    """What an earlier attempt found in a file; None if it did not come to the end, or that is damaged."""
+    try:
+        content = unsealed(parse_json(folder.read(_DONE_FILE)))
+        return FileResult(**content["result"]) if content.get("folder") == job.folder else None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
 
 
 def chunks_of(job: FileJob, result: FileResult, work: Storage) -> list[Chunk]:
@@ -160,18 +204,51 @@ def training_text(
     readable = [file for file, heldout in files if not heldout]
     for number, file in enumerate(readable):
         left = budget // (len(readable) - number)
-        for item in FileReader(file, selection.text_field):
-            if isinstance(item, Problem) or not selection.has_length(item.text):
-                continue
-            raw = item.text.encode()
+        for text, raw in _selected(file, selection):
             if selection.is_heldout(hashlib.sha256(raw).digest()):
                 continue
-            yield item.text
+            yield text
             report(0, 1, 0)
             left -= len(raw)
             budget -= len(raw)
             if left <= 0:
                 break
+
+
+def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Selection:
+    """The selection under which both splits have documents, where the share of few ones leaves one empty.
+
+    If it leaves none to hold out, that with the lowest hash is; if it leaves none to train on, the two with
+    the highest hashes are trained on. A share that gives both splits a document, as the first documents of
+    most corpora show, stays as it is, and so does one of fewer than three different documents.
+
+    Args:
+        files: Files, and whether all of the file is held out.
+        selection: With the share.
+    """
+    if not selection.heldout_fraction:
+        return selection
+    lowest, highest, has_train, has_heldout = b"", [], False, False
+    for file, all_heldout in files:
+        for _, raw in _selected(file, selection):
+            digest = hashlib.sha256(raw).digest()
+            is_heldout = all_heldout or selection.is_heldout(digest)
+            has_train, has_heldout = has_train or not is_heldout, has_heldout or is_heldout
+            if has_train and has_heldout:
+                return selection
+            if not all_heldout:
+                lowest = min(lowest or digest, digest)
+                highest = sorted({*highest, digest})[-3:]
+    if len(highest) < 3:
+        return selection
+    return dataclasses.replace(selection, last_heldout=(highest[0] if has_heldout else lowest).hex())
+
+
+def _selected(file: SourceFile, selection: Selection) -> Iterator[tuple[str, bytes]]:
+    """(text, text in UTF-8) of the documents of a file that are neither too short nor too long."""
+    for item in FileReader(file, selection.text_field):
+        if not isinstance(item, Problem) and selection.has_length(item.text):
+            yield item.text, item.text.encode()
 
 
 @dataclasses.dataclass(frozen=True)

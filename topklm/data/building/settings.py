@@ -5,18 +5,20 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from typing import Any
 
 import tokenizers
 
 from topklm.data.building.encode import Selection
-from topklm.data.dataset import FORMAT_VERSION
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer, open_tokenizer
+from topklm.data.tokenizer_kinds import MAX_VOCAB
 from topklm.errors import UserError
 
 TRAIN_PREFIX = "train:"
+_IDENTITY_VERSION = 2  # of what a fingerprint is made of: datasets keep theirs as their format changes
 MIN_VOCAB = 257  # the bytes and the separator
 
 
@@ -32,11 +34,10 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """As written to dataset.json; a tokenizer's file by the sha256 of what it holds."""
         content = dataclasses.asdict(self)
-        selection = content.pop("selection")
-        del selection["strict"]  # it decides whether there is a dataset, not what it holds
+        del content["selection"]
         if self.vocab_size is None:
             content["tokenizer"] = self.open_tokenizer().sha256
-        return {**selection, **content}
+        return {**self.selection.to_json(), **content}
 
     @property
     def vocab_size(self) -> int | None:
@@ -44,10 +45,10 @@ class Settings:
         if not self.tokenizer.startswith(TRAIN_PREFIX):
             return None
         size = self.tokenizer.removeprefix(TRAIN_PREFIX)
-        if not size.isdecimal() or int(size) < MIN_VOCAB:
+        if not re.fullmatch("[0-9]{1,9}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCAB:
             raise UserError(
                 f"tokenizer = {self.tokenizer!r}: VOCAB in train:VOCAB must be a number, {MIN_VOCAB} or more "
-                "(256 bytes and a separator)"
+                f"(256 bytes and a separator) and {MAX_VOCAB} or less"
             )
         return int(size)
 
@@ -83,7 +84,7 @@ def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: Settings) -
     """
     trained = settings.vocab_size is not None
     identity = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _IDENTITY_VERSION,
         "tokenizers_version": tokenizers.__version__ if trained else None,
         "settings": settings.to_json(),
         "files": [list(content) for content in contents],

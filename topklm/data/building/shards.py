@@ -4,6 +4,7 @@ A split is one stream, the kept documents of all chunks in order; every shard ca
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -11,7 +12,16 @@ import numpy as np
 from topklm.data.building.chunks import Chunk, Totals
 from topklm.data.building.storage import Storage
 from topklm.data.dataset import SPLITS
-from topklm.data.records import Shard, sha256_of_file, shard_bounds, shard_name, token_dtype, write_shard
+from topklm.data.records import (
+    Shard,
+    ShardError,
+    check_shards,
+    shard_bounds,
+    shard_name,
+    token_dtype,
+    write_shard,
+)
+from topklm.files import parse_json, sealed_json, unsealed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +52,46 @@ def plan_shards(
 def make_shard(job: ShardJob, folder: Storage) -> Shard:
     """Writes a shard; in a local folder, finds it when an attempt that was ended later has written it."""
     if folder.is_local:
-        path = folder.path / job.name
-        if path.exists():
-            return Shard(job.name, job.tokens, path.stat().st_size, sha256_of_file(path))
+        if (shard := _recorded(job, folder)) is not None:
+            return shard
+        folder.discard(job.name)
         folder.path.mkdir(parents=True, exist_ok=True)
-        return write_shard(path, _blocks(job), job.vocab_size)
+        shard = write_shard(folder.path / job.name, _blocks(job), job.vocab_size)
+        folder.write(_record(job), sealed_json({"folder": folder.name, "shard": dataclasses.asdict(shard)}))
+        return shard
     with folder.create(job.name) as path:
         return write_shard(path, _blocks(job), job.vocab_size)
+
+
+def discard_damaged(job: ShardJob, folder: Storage) -> list[str]:
+    """Deletes a shard in a local folder that is not as it was written; returns its name if it did."""
+    if _record(job) not in folder.names():
+        return []
+    shard = _recorded(job, folder)
+    with contextlib.suppress(ShardError):
+        if shard is not None:
+            check_shards(folder.path, [shard], contents=True)
+            return []
+    folder.discard(job.name)
+    folder.discard(_record(job))
+    return [f"{folder.url}/{job.name}"]
+
+
+def _record(job: ShardJob) -> str:
+    """Name of the file that says that a shard was written, and with which bytes; goes when all are."""
+    return f".{job.name}.json"
+
+
+def _recorded(job: ShardJob, folder: Storage) -> Shard | None:
+    """The shard as it was written; None if it was not, or the record of that is damaged."""
+    try:
+        content = unsealed(parse_json(folder.read(_record(job))))
+        if content.get("folder") != folder.name:
+            return None
+        shard = Shard(**content["shard"])
+        return shard if (shard.name, shard.tokens) == (job.name, job.tokens) else None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        return None
 
 
 def _parts(chunks: Sequence[Chunk], ends: np.ndarray, start: int, stop: int) -> tuple:

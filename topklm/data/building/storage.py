@@ -5,6 +5,7 @@ Local work needs one folder; a pipeline on many machines needs one that they all
 
 from collections.abc import Iterator
 import contextlib
+import os
 from pathlib import Path
 import shutil
 import tempfile
@@ -16,12 +17,15 @@ from topklm.files import fsync, write_atomically
 
 
 class Storage:
-    """A folder given by a local path or a URL that fsspec knows; cheap, and safe to pickle."""
+    """A folder given by a local path or a URL that fsspec knows; cheap, and safe to pickle.
+
+    All that is in it is ours: what lies in the way of a file is deleted.
+    """
 
     def __init__(self, url: str | Path):
         self.is_local = "://" not in str(url) or str(url).startswith("file://")
         # A relative path would mean something else to a worker elsewhere.
-        self.path = Path(str(url).removeprefix("file://")).expanduser().absolute()  # of a local folder
+        self.path = Path(os.path.expanduser(str(url).removeprefix("file://"))).absolute()  # of a local folder
         self.url = str(self.path) if self.is_local else str(url).rstrip("/")
 
     def __repr__(self) -> str:
@@ -52,7 +56,7 @@ class Storage:
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, whole or not at all."""
         if self.is_local:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make_way_for(name)
             write_atomically(self.path / name, content)
         else:
             self._fs().pipe_file(f"{self.url}/{name}", content)
@@ -61,7 +65,7 @@ class Storage:
     def create(self, name: str) -> Iterator[Path]:
         """A local path to write a file at; it becomes `name` when the block ends without an error."""
         if self.is_local:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make_way_for(name)
             temporary = self.path / f".{name}.{uuid.uuid4().hex}.tmp"
             try:
                 yield temporary
@@ -76,11 +80,17 @@ class Storage:
                 yield temporary
                 self._fs().put_file(str(temporary), f"{self.url}/{name}")
 
-    def remove_unfinished(self) -> None:
-        """Deletes what processes that were killed left of the files they were creating."""
-        if self.is_local:
-            for path in self.path.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+    def names(self) -> list[str]:
+        """What lies in a local folder, in no order; nothing if there is no such folder."""
+        return os.listdir(self.path) if self.path.is_dir() else []
+
+    def discard(self, name: str) -> None:
+        """Deletes what lies under a name in a local folder, if anything does."""
+        path = self.path / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def open_local(self, name: str) -> Iterator[Path]:
@@ -99,6 +109,14 @@ class Storage:
             shutil.rmtree(self.path, ignore_errors=True)
         elif self._fs().exists(self.url):
             self._fs().rm(self.url, recursive=True)
+
+    def _make_way_for(self, name: str) -> None:
+        """Makes the folder; deletes a folder where a file is to be, and a file where this folder is to be."""
+        if self.path.exists() and not self.path.is_dir():
+            self.path.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / name).is_dir():
+            self.discard(name)
 
     def _fs(self) -> Any:
         return file_system(self.url, "--out")[0]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+import hashlib
 from typing import Protocol
 
 from topklm.data.building.chunks import Chunk, Totals
@@ -12,6 +13,7 @@ from topklm.data.building.storage import Storage
 from topklm.data.building.words import Encode, fastest
 from topklm.data.records import Shard
 from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,15 @@ def share_tokenizer(tokenizer: Tokenizer, work: Storage) -> None:
     work.write(_name(tokenizer.sha256), tokenizer.to_bytes())
 
 
+def shared_tokenizer(sha256: str, work: Storage) -> Tokenizer | None:
+    """The tokenizer of this digest that was put there; None if it is not there, or damaged."""
+    try:
+        content = work.read(_name(sha256))
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    return Tokenizer(content) if hashlib.sha256(content).hexdigest() == sha256 else None
+
+
 def _name(sha256: str) -> str:
     return f"tokenizer-{sha256[:24]}.json"
 
@@ -72,5 +83,7 @@ def _name(sha256: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _encoder(work: str, sha256: str) -> tuple[Tokenizer, Encode]:
     """What a process needs for all of its files."""
-    tokenizer = Tokenizer(Storage(work).read(_name(sha256)))
+    tokenizer = shared_tokenizer(sha256, Storage(work))
+    if tokenizer is None:
+        raise UserError(f"{work}/{_name(sha256)} is not as it was written: start the same command again")
     return tokenizer, fastest(tokenizer)
