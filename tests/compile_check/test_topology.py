@@ -76,6 +76,7 @@ def test_a_name_that_is_no_topology_is_refused_with_examples(name):
         ("v5e:32x32", 1, "a v5e pod has 256 chips; use more --slices"),
         ("v5e:4x4", 0, "--slices = 0: must be 1 or more"),
         ("cpu:8", 2, "has no slices"),
+        ("cpu:64x64", 1, "at most 1024 virtual devices"),
     ],
 )
 def test_a_slice_that_cannot_be_is_refused(name, slices, message):
