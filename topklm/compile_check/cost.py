@@ -19,7 +19,7 @@ _FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "send-do
 _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 # Libraries' matrix products, which a compiler may put in the place of a dot.
-_FOREIGN_PRODUCT = re.compile(r'custom_call_target="[^"]*(?i:matmul|gemm|conv|dot)[^"]*"')
+_FOREIGN_PRODUCT = re.compile(r'custom_call_target="[^"]*(?i:matmul|gemm|convolution|[$]conv|[$]dot)[^"]*"')
 _SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 
 
@@ -49,6 +49,8 @@ def main_memory_bytes(program: Program, unread: Unread | None = None) -> int:
     total = 0
     for computation, instruction, runs in program.walk():
         if computation.name not in fused:
+            if unread is not None and not runs.is_exact:
+                unread[f"{computation.name}, a loop of unknown length"] = runs.count
             with reading(instruction.name, dataclasses.replace(runs, is_exact=True), unread):
                 total += runs.count * _traffic(program, computation, instruction)
     return total

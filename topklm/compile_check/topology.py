@@ -30,6 +30,9 @@ _NO_TPU_HERE = {
 }
 
 
+_MOST_CPU_DEVICES = 1024  # each has threads
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """A kind of TPU.
@@ -124,6 +127,8 @@ def find(name: str, n_slices: int = 1) -> Topology:
 def _cpu_devices(name: str, n: int, n_slices: int) -> tuple[jax.Device, ...]:
     if n_slices > 1:
         raise UserError(f"--slices = {n_slices}: {name} has no slices; name a TPU topology")
+    if n > _MOST_CPU_DEVICES:
+        raise UserError(f"--topology = {name}: must be at most {_MOST_CPU_DEVICES} virtual devices")
     with contextlib.suppress(RuntimeError):  # it has its devices already: they will do if they are enough
         jax.config.update("jax_num_cpu_devices", n)
     devices = jax.devices("cpu")
