@@ -16,6 +16,7 @@ repository=$(cd "$(dirname "$0")/.." && pwd)
 environment=$HOME/topklm-venv
 run=$HOME/topklm-run
 python_version=3.12
+uv_version=0.13.9
 lock_wait_s=20
 
 main() {
@@ -37,7 +38,7 @@ install() {
   keep_outside runs
   export PATH=$HOME/.local/bin:$PATH
   # The images' own Python is too old.
-  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  command -v uv >/dev/null || python3 -m pip install --quiet --user "uv==$uv_version"
   uv venv --quiet --allow-existing --python "$python_version" "$environment"
   uv pip install --quiet --python "$environment/bin/python" --editable "${repository}[$extras]"
   if [ -n "$command" ]; then

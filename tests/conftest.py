@@ -5,6 +5,7 @@ from pathlib import Path
 import shutil
 import signal
 
+import damage
 from helpers import FAST_COMPILATION, Trainer, sentences, write_documents
 import hypothesis
 import jax
@@ -50,6 +51,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def pytest_runtest_teardown(item):
+    """Notes in the report how many things a test has tried: damages, or examples."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    tried = damage.COUNT.pop("tried", 0) + parameters.get("examples", 0)
+    if tried:
+        item.user_properties.append(("tried", tried))
 
 
 @pytest.fixture(scope="session")

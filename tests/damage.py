@@ -5,6 +5,7 @@ line of); a reader that need not, because the file does not matter to it, gives 
 no third.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -25,6 +26,8 @@ KINDS = ("flip", "cut", "empty", "zero", "grow", "remove", "swap", "folder")
 
 Apply = Callable[[Path], None]
 Reader = Callable[[Path], Any]
+
+COUNT: collections.Counter[str] = collections.Counter()  # "tried": damages since somebody took it out
 
 _NOBODY = 65534
 _ANYBODY_ENTERS = stat.S_IXGRP | stat.S_IXOTH
@@ -122,6 +125,7 @@ def check(
         if problem := _problem(reader, copy, wanted):
             bad.append(f"{words}: {problem}")
         shutil.rmtree(copy, ignore_errors=True)
+    COUNT["tried"] += len(todo)
     assert not bad, f"{len(bad)} of {len(todo)} were not noticed:\n" + "\n".join(bad)
     return len(todo)
 
@@ -157,6 +161,7 @@ def check_unreadable(
         if problem:
             bad.append(f"{path}: {problem}")
         shutil.rmtree(copy, ignore_errors=True)
+    COUNT["tried"] += len(paths)
     assert not bad, f"{len(bad)} of {len(paths)} were not named as unreadable:\n" + "\n".join(bad)
     return len(paths)
 

@@ -86,7 +86,7 @@ def refusal(capsys, monkeypatch):
         ("--config.data.source=nowhere/*.txt", ["data.source", "nowhere/*.txt", "matches no file"]),
         ("--config.data.text_field=body", ["no text in", "data.text_field", "line 1", "no 'body' in 'text'"]),
         ("--config.model.context_length=1000000", ["model.context_length = 1000000", "at most"]),
-        ("--wrkdir=here", ["wrkdir", "Did you mean: workdir"]),
+        ("--wrkdir=here", ["wrkdir", "did you mean --workdir?"]),
         ("surplus", ["'surplus' is not a flag"]),
         (f"--config={CONFIG_FILE}:nonsense", ["nonsense", "the variants are topk, base"]),
         ("--config=configs/missing.py", ["--config = configs/missing.py", "no such file"]),

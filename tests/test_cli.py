@@ -34,6 +34,7 @@ def test_output_that_is_no_terminal_is_plain(output):
 
 
 def test_a_run_prints_what_it_trains_on_evaluations_samples_and_a_table(output):
+    assert re.search(r"^devices: 1 x cpu \(\d+ cores\)$", output, re.M)
     assert re.search(r"^data: wrote .*train: \d+ documents", output, re.M)
     assert re.search(
         r"^new run in .*: [\d,]+ parameters, 2 layers, TopK keeps 8 of 32 \(relu\) in 1", output, re.M
@@ -42,6 +43,40 @@ def test_a_run_prints_what_it_trains_on_evaluations_samples_and_a_table(output):
     assert len(re.findall(r"^sample: The", output, re.M)) == 3
     assert "held-out bits per byte" in output
     assert "dead neurons, per TopK layer" in output
+
+
+def test_a_longer_run_says_what_changes_and_an_evaluation_of_a_part_that_it_is_one(trainer, run_copy):
+    changes = {"train.steps": STEPS + 6, "eval.max_tokens": 100, "checkpoint.every_steps": 99}
+    process = trainer.run(run_copy, changes)
+    assert process.exit_code == 0, process.errors
+    output = process.output
+    assert re.search(
+        rf"^train.steps was {STEPS} and is {STEPS + 6}: the learning rate goes from \S+ to \S+, ",
+        output,
+        re.M,
+    )
+    assert (
+        f"warning: checkpoint.every_steps = 99 of train.steps = {STEPS + 6}: the run is saved only" in output
+    )
+    assert re.search(
+        r"^held-out at step 30 \(the first 100 of [\d,]+ tokens\): \d\.\d+ bits/byte", output, re.M
+    )
+    assert "held-out figures are of 100 tokens of" in output
+    last = json.loads((run_copy / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/tokens"] == 100 < last["eval/of_tokens"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu", "nonsense"])
+def test_a_device_that_jax_does_not_find_is_one_line(platform, trainer, tmp_path, finished_run):
+    arguments = ["generate", str(finished_run), "The"] if platform == "gpu" else []
+    arguments = arguments or ["train", *map(str, trainer.arguments(tmp_path / "run"))]
+    process = trainer.start_python(
+        "-c", RUNS_THE_COMMAND, *arguments, environment={"JAX_PLATFORMS": platform}
+    )
+    assert process.finish() == errors.EXIT_USER_ERROR
+    line = assert_one_line_error(process.errors)
+    assert f"JAX_PLATFORMS={platform}: JAX finds no such device" in line
+    assert "pip install 'topklm[cuda]'" in line
 
 
 def test_generate_prints_one_json_object(trainer, finished_run):

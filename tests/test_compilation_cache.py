@@ -6,9 +6,11 @@ import sys
 
 from helpers import ROOT, Process
 import jax
+import pytest
 
 from topklm import compilation_cache
 from topklm.compilation_cache import Programs
+from topklm.errors import UserError
 
 # Prints how many programs were found and how many were written, and the bits of a result.
 COMPILES = """
@@ -62,6 +64,33 @@ def test_a_full_disk_costs_only_the_programs(tmp_path):
     (tmp_path / "file").touch()
     assert compile_in(tmp_path / "file")[0] == 0  # a home that cannot be written
     assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [("jax-x", 0o777), ("jax-x", 0o770), ("jax-x", 0o1777), ("jax-x/..", 0o777), ("jax-x/../..", 0o707)],
+)
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, place, mode):
+    folder = tmp_path / "topklm" / "xla" / "jax-x"
+    folder.mkdir(parents=True)
+    (folder / place.removeprefix("jax-x").lstrip("/")).resolve().chmod(mode)
+    before = dict(jax.config.values)
+    with pytest.raises(UserError, match=r"others can write to it: programs are compiled anew"):
+        compilation_cache.use(folder)
+    assert dict(jax.config.values) == before
+
+
+def test_a_folder_of_another_user_is_not_used_and_the_start_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(compilation_cache.SWITCH, raising=False)
+    monkeypatch.setitem(jax.config.values, compilation_cache._FOLDER, None)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    before = dict(jax.config.values)
+    compilation_cache.enable()
+    assert dict(jax.config.values) == before
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'topklm'}") and "belongs to another user" in line
 
 
 def test_the_user_can_switch_it_off_or_choose_another_folder(tmp_path, monkeypatch):

@@ -3,12 +3,15 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 from topklm import run_folder
-from topklm.config import Config, TrainConfig
+from topklm.config import Config, ModelConfig, TrainConfig
+from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
+from topklm.training import opening
 
 HOLDS_THE_LOCK = """
 import pathlib, sys, time
@@ -114,3 +117,27 @@ def test_another_length_is_the_same_run_and_another_seed_is_not(tmp_path):
     reseeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     with pytest.raises(UserError, match=r"train\.seed was 0, now 1\. .*--workdir"):
         run_folder.check_same_run(tmp_path, reseeded)
+
+
+@pytest.mark.parametrize("kind", ["made before", "new"])
+def test_a_run_says_to_other_programs_which_token_begins_and_ends_texts(tmp_path, kind):
+    tokenizer = train_bpe(["the old baker"] * 20, 280)
+    config = dataclasses.replace(Config(), model=ModelConfig(context_length=48))
+    if kind == "made before":
+        write_config(tmp_path, config)
+        tokenizer.save(tmp_path / "tokenizer.json")
+    opening._describe(config, tmp_path, types.SimpleNamespace(tokenizer=tokenizer))
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (told["bos_token"], told["eos_token"], told["model_max_length"]) == ("<|endoftext|>",) * 2 + (48,)
+    transformers = pytest.importorskip("transformers")
+    read = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (read.bos_token_id, read.eos_token_id) == (tokenizer.separator_id,) * 2
+    text = "the old baker, über 🙂"
+    assert read(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
+    assert read.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tokenizer_that_is_no_tokenizer_json_is_not_announced_as_one(tmp_path):
+    other = types.SimpleNamespace(kind="sentencepiece", to_bytes=lambda: b"{}")
+    opening._describe(Config(), tmp_path, types.SimpleNamespace(tokenizer=other))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.json"]

@@ -61,6 +61,9 @@ def dispatch(argv: Sequence[str]) -> None:
         return
     parser = _Parser(f"topklm {verb}", description=command.DESCRIPTION, epilog=f"example: {command.EXAMPLE}")
     command.add_arguments(parser)
+    # argparse takes it for the mark after which all is positional, and gives an empty list.
+    if odd := next((part for part in rest if part.startswith("--") and part.endswith("=--")), None):
+        raise errors.UserError(f"{odd!r}: -- is no value; see {parser.prog} --help")
     command.run(parser.parse_args(rest))
 
 

@@ -9,11 +9,14 @@ import hashlib
 import os
 from pathlib import Path
 import platform
+import stat
+import sys
 
 import jax
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
+from topklm.errors import UserError
 from topklm.files import write_atomically
 
 SWITCH = "TOPKLM_COMPILATION_CACHE"
@@ -40,9 +43,12 @@ def enable() -> None:
         return
     if jax.distributed.is_initialized():
         return
-    # No home, or one that is read-only: then every start compiles.
-    with contextlib.suppress(OSError, RuntimeError):
+    try:
         use(_root() / _machine())
+    except UserError as e:
+        print(f"warning: {e}", file=sys.stderr, flush=True)
+    except (OSError, RuntimeError):
+        pass  # no home, or one that is read-only: then every start compiles
 
 
 def use(folder: Path) -> None:
@@ -50,14 +56,36 @@ def use(folder: Path) -> None:
 
     Raises:
         OSError: If the folder cannot be made.
+        UserError: If somebody else could have put programs into it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can run code as the user
+    _check_private(folder)
     compilation_cache.get_file_cache = lambda path: (Programs(Path(path)), path)
     jax.config.update(_FOLDER, str(folder))
     # The small ones add up too: a start looks for some ten programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA's own caches for GPUs lie in the same folder, have no bound, and fail on a full disk.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def _check_private(folder: Path) -> None:
+    """Refuses a folder, or one of ours around it, that another user owns or can write to.
+
+    The folders around it are made with the user's umask, so the user's group may write there.
+    """
+    sticky = stat.S_ISVTX  # only its owner may take a file's place
+    for path, others, unless in (
+        (folder, 0o022, 0),
+        (folder.parent, 0o002, sticky),
+        (folder.parent.parent, 0o002, sticky),
+    ):
+        status = path.stat()
+        if status.st_uid != os.geteuid() or (status.st_mode & others and not status.st_mode & unless):
+            raise UserError(
+                f"{path} belongs to another user, or others can write to it: programs are compiled anew and "
+                "not kept. Mend its owner and mode, or choose another folder with XDG_CACHE_HOME "
+                f"({SWITCH}=off: none)"
+            )
 
 
 class Programs(CacheInterface):

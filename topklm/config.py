@@ -8,14 +8,16 @@ the typed, frozen `Config` that the library uses, or ends with one line that nam
 from collections.abc import Mapping
 import dataclasses
 import difflib
-import json
 import math
+import numbers
 import re
 from typing import Any, get_type_hints
 
 import ml_collections
+import numpy as np
 
 from topklm.errors import UserError
+from topklm.files import check_name, parse_json
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")
@@ -140,6 +142,7 @@ class EvalConfig:
     batch_size: int = 16  # sequences
     sample_prompt: str = "The"  # prompt of the text sample
     sample_tokens: int = 40  # length of the text sample, tokens
+    max_tokens: int = 0  # text tokens to evaluate on, the first documents of each dataset; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,26 +201,38 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     Raises:
         UserError: For an unknown field (with the nearest name), a wrong type, or a value out of range.
     """
-    values = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else dict(raw)
+    values = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else raw
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"config = {_shown(values)}: must be sections with fields, as topklm.config.default()"
+        )
     types = get_type_hints(Config)
     built = {}
     for name, value in values.items():
         if name not in types:
-            raise UserError(f"config.{name} is not a section; {_nearest(name, types)}")
+            raise UserError(f"config.{_name(name)} is not a section; {_nearest(name, types)}")
         if not dataclasses.is_dataclass(types[name]):
             built[name] = _typed(name, types[name], value)
         elif isinstance(value, Mapping):
             built[name] = _build_section(name, types[name], value)
         else:
-            raise UserError(f"config.{name} = {value!r}: must be a section with fields")
+            raise UserError(f"config.{name} = {_shown(value)}: must be a section with fields")
     config = Config(**built)
     _check_ranges(config)
     return config
 
 
-def from_json(text: str) -> Config:
-    """Reads the config.json of a run folder."""
-    return from_saved(json.loads(text))
+def from_json(text: str | bytes) -> Config:
+    """Reads the config.json of a run folder.
+
+    Raises:
+        UserError: If it is no JSON object, and as `resolve`.
+    """
+    try:
+        values = parse_json(text)
+    except ValueError as e:
+        raise UserError(f"the saved config is not valid JSON ({e})") from e
+    return from_saved(values)
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
@@ -235,7 +250,7 @@ def from_saved(values: Mapping[str, Any]) -> Config:
 
 def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """`model.scan_layers` said what `layer_stack` says now; nothing that was saved depends on it."""
-    model = values.get("model")
+    model = values.get("model") if isinstance(values, Mapping) else None
     if not isinstance(model, Mapping) or "scan_layers" not in model:
         return values
     return {**values, "model": {name: value for name, value in model.items() if name != "scan_layers"}}
@@ -271,60 +286,141 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
     }
 
 
+def warnings(config: Config) -> list[str]:
+    """Describes settings that are allowed and that hardly anybody means, a line for each."""
+    model, train, optim = config.model, config.train, config.optim
+    memory = max(1 / (1 - beta) for beta in (optim.beta1, optim.beta2))  # steps
+    found = [
+        (
+            optim.warmup_steps > train.steps,
+            f"optim.warmup_steps = {optim.warmup_steps} of train.steps = {train.steps}: the run ends before "
+            "the learning rate reaches its peak",
+        ),
+        (
+            config.checkpoint.every_steps > train.steps,
+            f"checkpoint.every_steps = {config.checkpoint.every_steps} of train.steps = {train.steps}: the "
+            "run is saved only at its end and on interruption",
+        ),
+        (
+            optim.learning_rate > model.d_model**-0.5,
+            f"optim.learning_rate = {optim.learning_rate}: a step of AdamW moves a weight by about as much, "
+            f"and matrices begin at about 1 / sqrt(model.d_model) = {model.d_model**-0.5:.2g}",
+        ),
+        (
+            optim.weight_decay * optim.learning_rate >= 1,
+            f"optim.weight_decay = {optim.weight_decay}: times the learning rate it is 1 or more, so each "
+            "step turns matrices round",
+        ),
+        (
+            memory > max(train.steps, 1000),
+            f"optim.beta1 = {optim.beta1}, optim.beta2 = {optim.beta2}: they average over {memory:,.0f} "
+            f"steps, and train.steps = {train.steps}",
+        ),
+        (
+            optim.epsilon > (optim.clip_norm or 1),
+            f"optim.epsilon = {optim.epsilon}: hides gradients, whose norm is at most optim.clip_norm",
+        ),
+        (
+            model.norm_eps > model.init_embed_std**2,
+            f"model.norm_eps = {model.norm_eps}: more than the mean square of what it is added to, at first "
+            "model.init_embed_std^2",
+        ),
+        (
+            model.init_embed_std > 100,
+            f"model.init_embed_std = {model.init_embed_std}: beside it what the layers add vanishes",
+        ),
+        (
+            model.rope_theta <= 1,
+            f"model.rope_theta = {model.rope_theta}: wavelengths are to rise with the dims, so it is above 1",
+        ),
+        (model.context_length == 1, "model.context_length = 1: no token sees another"),
+        (
+            bool(config.data.mixture) and config.data.source != DataConfig.source,
+            f"data.source = {config.data.source}: is not read, data.mixture replaces it",
+        ),
+    ]
+    return [text for holds, text in found if holds]
+
+
 def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
     types = get_type_hints(cls)
     typed = {}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"config.{name}.{key} is not a field; {_nearest(key, types)}")
+            raise UserError(f"config.{name}.{_name(key)} is not a field; {_nearest(key, types)}")
         typed[key] = _typed(f"{name}.{key}", types[key], value)
     return cls(**typed)
 
 
 def _typed(field: str, want: type, value: Any) -> Any:
-    if want is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) != (want is bool) or not isinstance(value, want):
-        raise UserError(f"{field} = {value!r}: must be of type {want.__name__}")
-    return value
+    """The value as a plain Python one; integers and floats may be those of NumPy."""
+    kinds = {int: numbers.Integral, float: numbers.Real}
+    if isinstance(value, bool) != (want is bool) or not isinstance(value, kinds.get(want, want)):
+        raise UserError(f"{field} = {_shown(value)}: must be of type {want.__name__}")
+    try:
+        return want(value)
+    except OverflowError as e:
+        raise UserError(f"{field} = {_shown(value)}: must be {_FLOAT32_RANGE}") from e
 
 
-def _nearest(name: str, names: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
+def _name(name: Any) -> str:
+    return name if isinstance(name, str) else _shown(name)
+
+
+def _shown(value: Any) -> str:
+    """Python's way to write a value, or its type where that is not possible (an integer of 5,000 digits)."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def _nearest(name: Any, names: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(_name(name)[:_LONGEST_NAME], list(names), n=1)
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
+
+
+# The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
+# is a hundred times that of any tokenizer; the library that trains them aborts the process far above.
+_MAX_SIZE = 2**31 - 1
+_MAX_VOCABULARY = 2**24
+_INTEGER_RANGES: dict[str, tuple[int, int]] = {
+    "model.vocab_size": (0, _MAX_VOCABULARY),
+    "model.vocab_multiple": (1, _MAX_VOCABULARY),
+    "data.vocab_size": (257, _MAX_VOCABULARY),  # 256 bytes and a separator
+    "train.seed": (0, 2**63 - 1),
+    "optim.warmup_steps": (0, _MAX_SIZE),
+    "checkpoint.every_steps": (0, _MAX_SIZE),
+    "eval.every_steps": (0, _MAX_SIZE),
+    "eval.sample_tokens": (0, 2**20),
+    "eval.max_tokens": (0, 2**63 - 1),
+}
+# All floats end in float32, of which XLA flushes what is smaller than its smallest normal number to 0.
+_LEAST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_FLOAT32_RANGE = f"0, or of a size that float32 holds: {_LEAST_FLOAT:.2e} to {_LARGEST_FLOAT:.2e}"
+_LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
 
 
 def _check_ranges(config: Config) -> None:
     def require(field: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise UserError(f"{field} = {flatten(config)[field]!r}: must be {allowed}")
+            raise UserError(f"{field} = {_shown(flat[field])}: must be {allowed}")
 
-    m = config.model
-    positive = [
-        "model.d_model",
-        "model.n_layers",
-        "model.n_heads",
-        "model.n_kv_heads",
-        "model.d_mlp",
-        "model.vocab_multiple",
-    ]
-    positive += [
-        "model.context_length",
-        "train.steps",
-        "train.batch_size",
-        "train.grad_accumulation",
-    ]
-    positive += ["checkpoint.keep", "eval.batch_size", "log.every_steps"]
-    not_negative = ["model.vocab_size", "optim.warmup_steps", "checkpoint.every_steps"]
-    not_negative += ["eval.every_steps", "eval.sample_tokens", "train.seed"]
-    flat = flatten(config)
+    m, flat = config.model, flatten(config)
+    axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
     for field, value in flat.items():
         if isinstance(value, float):
             require(field, math.isfinite(value), "a finite number")
-    for field in positive:
-        require(field, flat[field] >= 1, "1 or more")
-    for field in not_negative:
-        require(field, flat[field] >= 0, "0 or more")
+            require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
+        elif isinstance(value, str):
+            _check_text(field, value)
+        elif field in axes:
+            require(field, value >= 1 or value == -1, "1 or more, or -1 for all that are left")
+            require(field, value <= _MAX_SIZE, f"at most {_MAX_SIZE}")
+        elif not isinstance(value, bool) and field not in ("model.topk_k", "model.n_nontopk"):
+            low, high = _INTEGER_RANGES.get(field, (1, _MAX_SIZE))
+            require(field, value >= low, f"{low} or more")
+            require(field, value <= high, f"at most {high}")
     require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
     require(
         "model.n_heads",
@@ -342,7 +438,7 @@ def _check_ranges(config: Config) -> None:
         1 <= m.n_nontopk <= m.n_layers,
         f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)",
     )
-    for field, allowed in {
+    for field, choices in {
         "model.topk_activation": TOPK_ACTIVATIONS,
         "model.topk_backend": TOPK_BACKENDS,
         "model.attention": ATTENTIONS,
@@ -352,7 +448,7 @@ def _check_ranges(config: Config) -> None:
         "train.on_bad_step": BAD_STEP_POLICIES,
         "optim.schedule": SCHEDULES,
     }.items():
-        require(field, flat[field] in allowed, f"one of {', '.join(allowed)}")
+        require(field, flat[field] in choices, f"one of {', '.join(choices)}")
     for field in ["model.rope_theta", "model.norm_eps", "optim.learning_rate", "optim.epsilon"]:
         require(field, flat[field] > 0, "above 0")
     for field in ["model.init_embed_std", "model.init_residual_scale", "optim.weight_decay"]:
@@ -360,30 +456,40 @@ def _check_ranges(config: Config) -> None:
     for field in ["optim.clip_norm", "optim.z_loss", "train.spike_sigmas"]:
         require(field, flat[field] >= 0, "0 or more")
     for field in ["optim.beta1", "optim.beta2"]:
-        require(field, 0 <= flat[field] < 1, "at least 0 and below 1")
+        require(field, 0 <= np.float32(flat[field]) < 1, "at least 0 and below 1, in float32 too")
     for field in ["optim.decay_fraction", "optim.final_learning_rate_fraction"]:
         require(field, 0 <= flat[field] <= 1, "from 0 to 1")
-    require("data.vocab_size", flat["data.vocab_size"] >= 257, "257 or more (256 bytes and a separator)")
     require("data.heldout_fraction", 0 < config.data.heldout_fraction < 1, "above 0 and below 1")
-    _check_profile(config)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
+    _check_profile(config)
     require(
         "train.batch_size",
         config.train.batch_size % config.train.grad_accumulation == 0,
         f"a multiple of train.grad_accumulation ({config.train.grad_accumulation})",
     )
-    axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
-    for field in axes:
-        require(field, flat[field] >= 1 or flat[field] == -1, "1 or more, or -1 for all that are left")
+    for field in ["train.batch_size", "eval.batch_size"]:
+        allowed = f"at most {_MAX_SIZE // m.context_length}: {_MAX_SIZE} tokens of model.context_length"
+        require(field, flat[field] * m.context_length <= _MAX_SIZE, allowed)
     if sum(flat[field] == -1 for field in axes) > 1:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
+
+
+def _check_text(field: str, value: str) -> None:
+    if value and field in ("data.dir", "data.source", "data.mixture"):
+        check_name(value, field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{field} = {value!r}: must be text that UTF-8 can write") from e
 
 
 def _check_profile(config: Config) -> None:
     steps = config.train.steps
     if not config.profile:
         return
-    if not re.fullmatch(r"\d+:\d+", config.profile) or not 1 <= config.profiled_steps.start <= steps:
+    if not re.fullmatch("[0-9]{1,10}:[0-9]{1,10}", config.profile) or not (
+        1 <= config.profiled_steps.start <= steps
+    ):
         allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({steps})'
         raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
     if not config.profiled_steps:

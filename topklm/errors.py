@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
@@ -119,7 +120,24 @@ def explain(error: BaseException) -> str | None:
         return (
             f"out of memory ({str(error) or 'the system gives no more'}): make the model or the batch smaller"
         )
-    return None
+    return _missing_device(error)
+
+
+def _missing_device(error: BaseException) -> str | None:
+    """Describes the failure of JAX to find the devices that JAX_PLATFORMS names; else None.
+
+    JAX says it as a RuntimeError, or for "cuda" as an assertion without a text; whichever call of a command
+    is the first to need a device raises it.
+    """
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or not frames[-1].replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+    return (
+        f"JAX_PLATFORMS={asked}: JAX finds no such device{f' ({reason})' if reason else ''}: unset it, or "
+        "install what the device needs, for NVIDIA's (JAX_PLATFORMS=cuda) pip install 'topklm[cuda]'"
+    )
 
 
 def guarded(command: Callable[[], None]) -> int:
@@ -133,7 +151,7 @@ def guarded(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
+    except (UserError, OSError, MemoryError, RuntimeError, AssertionError) as e:
         text = explain(e)
         if text is None:
             raise

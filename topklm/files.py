@@ -56,6 +56,18 @@ def as_path(name: str | os.PathLike[str], what: str = "path") -> AnyPath:
     return epath.Path(text.rstrip("/"))
 
 
+def local_path(name: str, what: str) -> Path:
+    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused.
+
+    Raises:
+        UserError: As `as_path`.
+    """
+    path = as_path(name, what)
+    if is_bucket(path):
+        raise UserError(f"{what} = {name!r}: must be a local path")
+    return Path(path)
+
+
 def check_name(name: str, what: str) -> None:
     """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
 
@@ -154,7 +166,7 @@ def fsync(path: Path) -> None:
 # JSON
 
 
-_DIGEST = "sha256"
+DIGEST = "sha256"  # the field of a JSON object that holds that of the others
 
 
 def parse_json(content: str | bytes, kind: type = dict) -> Any:
@@ -199,7 +211,7 @@ def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, 
 
 def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
     """Encodes a JSON object with a digest of the rest of it, the field `sha256`."""
-    return (json.dumps({**value, _DIGEST: _digest(value)}, indent=indent) + "\n").encode()
+    return (json.dumps({**value, DIGEST: _digest(value)}, indent=indent) + "\n").encode()
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,9 +220,9 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the digest is missing or another one.
     """
-    rest = {name: part for name, part in value.items() if name != _DIGEST}
-    if value.get(_DIGEST) != _digest(rest):
-        raise ValueError("its digest is missing" if _DIGEST not in value else "its digest differs")
+    rest = {name: part for name, part in value.items() if name != DIGEST}
+    if value.get(DIGEST) != _digest(rest):
+        raise ValueError("its digest is missing" if DIGEST not in value else "its digest differs")
     return rest
 
 

@@ -24,6 +24,7 @@ from topklm.files import AnyPath, absolute, is_bucket, parse_json, write_atomica
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # for others; nothing here reads it
 CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 OWNER_FILE = ".owner"
@@ -98,7 +99,7 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
         content = path.read_bytes()
     try:
         return config_lib.from_saved(parse_json(content))
-    except ValueError as e:
+    except (ValueError, UserError) as e:
         raise UserError(
             f"{path} is damaged ({e}): restore it, or delete it and the newest checkpoint's is taken"
         ) from e

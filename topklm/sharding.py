@@ -5,10 +5,12 @@ sequence, `tensor` the inner dimension of attention, MLP and vocabulary. A batch
 `fsdp`; the residual dimension of an activation is never split, so TopK sees whole rows.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 
 import jax
@@ -77,6 +79,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     between = (slices, *(1,) * (len(AXES) - 1))
     within = (sizes[0] // slices, *sizes[1:])
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """Names a mesh's devices, such as "8 x TPU v5 lite" or "1 x cpu (2 cores)"."""
+    kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
+    cores = f" ({os.cpu_count()} cores)" if mesh.devices.flat[0].platform == "cpu" else ""
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + cores
 
 
 def check(config: Config, mesh: Mesh) -> None:

@@ -85,6 +85,24 @@ def test_a_harvest_that_is_killed_goes_on_where_it_was(tmp_path, trainer, finish
 
 
 @pytest.mark.slow
+def test_two_harvests_of_one_run_take_turns(tmp_path, trainer, finished_run, text):
+    alone, shared = (NeuronsFolder(tmp_path / name / "village", STEP) for name in ("alone", "shared"))
+    for folder in (alone, shared):
+        shutil.copytree(finished_run, folder.run)
+    arguments = "--source", text, "--tokens", 60_000
+    processes = [start(trainer, "harvest", shared.run, *arguments) for _ in range(2)]
+    for process in processes:
+        assert process.finish() == 0, process.errors
+    said = [process.output for process in processes]
+    assert sum("is harvesting into" in output for output in said) <= 1
+    assert run(trainer, "harvest", alone.run, *arguments).exit_code == 0
+    assert not list(shared.store.glob("segments/.*"))
+    for path in alone.store.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert (shared.store / path.relative_to(alone.store)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
 def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_have(
     tmp_path, trainer, finished_run
 ):

@@ -140,7 +140,10 @@ def test_repeated_documents_and_those_behind_the_limit_are_left_out_and_that_is_
     command, run, _, _, *negative = contrast_of(place)
     found = call(command, run, "--positive", twice, *negative, "--json")
     assert found["positive"]["units"] == 6 and found["positive"]["repeated_documents_left_out"] == 2
-    assert found["warnings"] == ["--positive: 2 repeated documents are left out"]
+    assert found["warnings"] == [
+        "--positive: 2 repeated documents are left out",
+        "--positive: left out: 1 x empty",
+    ]
     whole = call(*contrast_of(place), "--json")
     assert found["neurons"] == whole["neurons"]
     cut = call(*contrast_of(place), "--tokens", 20, "--json")
@@ -223,7 +226,11 @@ def test_documents_that_are_scored_have_no_part_in_choosing(call, place, tmp_pat
         ("contrast", ["--keep", "3"], "--keep = 3: is for Base LMs"),
         ("contrast", ["--step", "7"], "step = 7: .* has checkpoints 24"),
         ("contrast", ["--positive", "nowhere.jsonl"], "--positive: 'nowhere.jsonl' matches no file"),
-        ("contrast", ["--positive", "empty.jsonl"], "--positive = .*empty.jsonl.*: there is no text in it"),
+        (
+            "contrast",
+            ["--positive", "empty.jsonl"],
+            r"--positive = .*empty.jsonl: there is no text in it \(.*the field 'text' was looked for\)",
+        ),
         ("contrast", ["--positive", "numbers.jsonl"], "--positive and --negative are both .*numbers.jsonl"),
         ("contrast", ["--positive", "mixed.jsonl"], "have 2 documents in common: each must be in one text"),
         (

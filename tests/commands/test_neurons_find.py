@@ -123,6 +123,14 @@ def test_case_layer_limit_and_step_narrow_what_is_found(find, run):
     assert (older["step"], older["n_tokens"]) == (10, 3)
 
 
+@pytest.mark.parametrize("digit", "07")
+def test_a_number_in_double_quotes_is_a_text_and_without_them_an_id(find, run, digit):
+    ids = saved_runs.tokenizer().encode(digit).tolist()
+    assert ids != [int(digit)]
+    assert find(run, "--token", f'"{digit}"', "--json")["token_ids"] == ids
+    assert find(run, "--token", digit, "--json")["token_ids"] == [int(digit)]
+
+
 def test_a_token_is_found_by_its_text_with_and_without_a_space_and_by_its_id(find, run):
     tokenizer = saved_runs.tokenizer()
     (token_id,) = tokenizer.encode("e").tolist()
@@ -219,7 +227,9 @@ def test_the_table_of_a_text_has_a_line_for_each_token_and_labels_beside_the_neu
         (["--regex", "sea", "--step", "11"], r"step = 11: .* run topklm neurons harvest .*small --step 11"),
         (["--token", ""], "--token is empty"),
         (["--token", "sea"], "--token = 'sea': is 3 tokens of this model, 's', 'e', 'a'; give one of them"),
-        (["--token", "257"], "--token = 257: ids are from 0 to 256"),
+        (["--token", "257"], "--token = 257: ids are from 0 to 256; for the text of a number"),
+        (["--token", "9" * 5000], "ids are from 0 to 256"),
+        (["--token", '"17"'], "--token = '17': is 2 tokens of this model, '1', '7'; give one of them"),
     ],
 )
 def test_mistakes_are_named(find, run, arguments, message):

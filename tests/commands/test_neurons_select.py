@@ -1,17 +1,22 @@
 """`topklm neurons select` on a store whose neurons are made to stand for something."""
 
 import argparse
+import contextlib
 import json
 
 import pytest
 import saved_runs
 from test_neurons_find import write_store
 
+import topklm
 from topklm.commands import neurons_select
 from topklm.errors import UserError
+from topklm.files import sealed_json
 from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.verification import fingerprint
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
+from topklm.neurons.selection import read_contrast
 
 STEP = 24
 
@@ -73,6 +78,20 @@ def test_those_that_stand_for_a_pattern_are_written_best_first(select):
         assert [(one.layer, one.neuron) for one in found] == places
 
 
+def test_the_file_names_the_model(select, run, tmp_path):
+    select("--label", "sea", "--value", 1)
+    (file,) = tmp_path.glob("*.json")
+    model = topklm.load(run)
+    named = json.loads(file.read_text())["model"]
+    assert named == {
+        "run": "small",
+        "step": STEP,
+        "n_layers": 2,
+        "d_model": 32,
+        "parameters": fingerprint(model.params),
+    }
+
+
 def test_those_with_a_label_are_written_in_order(select):
     found, printed = select("--label", "Sea", "--value", -1)
     assert found == [Intervention(0, 7, -1.0), Intervention(1, 3, -1.0)]
@@ -95,6 +114,19 @@ def test_those_of_a_contrast_are_the_first_of_all_layers_in_its_order(select, co
     contrast.write_text(contrast.read_text().replace('"by": "difference"', '"by": "score"'))
     found, _ = select("--contrast-json", contrast, "--mode", "ablate")
     assert [(one.layer, one.neuron) for one in found] == [(0, 4), (0, 5), (1, 6)]
+
+
+def test_a_contrast_that_carries_a_digest_must_be_as_it_was_printed(select, contrast):
+    content = sealed_json(json.loads(contrast.read_text()))
+    contrast.write_bytes(content)
+    whole = read_contrast(contrast)
+    assert len(select("--contrast-json", contrast, "--mode", "ablate")[0]) == 3
+    for place in range(8 * len(content)):
+        spoilt = bytearray(content)
+        spoilt[place // 8] ^= 1 << place % 8
+        contrast.write_bytes(spoilt)
+        with contextlib.suppress(UserError):
+            assert read_contrast(contrast) == whole
 
 
 @pytest.mark.parametrize(
@@ -138,8 +170,10 @@ def test_mistakes_are_named_and_nothing_is_written(select, tmp_path, arguments, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "is not what topklm neurons contrast --json prints"),
+        ("{", "is damaged .*: run topklm neurons contrast --json, and give its output"),
+        ("[1]", "is damaged .JSON that holds a list and no dict"),
+        ("[" * 100_000, "is damaged .JSON that is nested too deeply"),
+        ('{"step": 24, "sha256": "ab"}', "is not as it was written .its digest differs.*remove 'sha256'"),
         ('{"step": 24, "by": "score", "neurons": [{"layer": 0}]}', "is not what topklm neurons contrast"),
         ('{"step": 24, "by": "x", "neurons": []}', "is not what topklm neurons contrast"),
         (

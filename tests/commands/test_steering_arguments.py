@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import json
 
+import jax.numpy as jnp
 import pytest
 import saved_runs
 
+import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
 from topklm.inference.intervention import MODES, Intervention, save_interventions
@@ -74,3 +77,39 @@ def test_a_model_without_topk_has_no_competition(mode):
     base = dataclasses.replace(CONFIG, n_nontopk=CONFIG.n_layers)
     with pytest.raises(UserError, match="of layer 0, neuron 3: the layer has no TopK"):
         parsed("--steer", "0:3=1", "--steer-mode", mode, config=base)
+
+
+def model_of(seed, run="runs/small"):
+    params = {"embed": {"embedding": jnp.full((4, 3), seed, jnp.float32)}}
+    return topklm.LanguageModel(run, 24, saved_runs.CONFIG, saved_runs.tokenizer(), params)
+
+
+def warned(file, model, capsys):
+    steering_arguments.warn_of_another_model(argparse.Namespace(steer_file=file and str(file)), model)
+    output, errors = capsys.readouterr()
+    assert output == ""
+    return errors
+
+
+def test_a_file_of_another_models_neurons_is_taken_with_a_warning(tmp_path, capsys):
+    file, entries = tmp_path / "set.json", [Intervention(0, 9, mode="ablate")]
+    save_interventions(file, entries, model=steering_arguments.name_of(model_of(1)))
+    assert parsed("--steer-file", str(file)) == entries
+    assert warned(file, model_of(1, "elsewhere/small"), capsys) == ""
+    said = warned(file, model_of(2, "runs/ot\x1bher"), capsys)
+    assert said.count("\n") == 1
+    assert "its neurons are of small, step 24; in this model, ot\\x1bher, step 24" in said
+
+
+def test_a_file_that_names_no_model_is_taken(tmp_path, capsys):
+    save_interventions(tmp_path / "set.json", [Intervention(0, 9, mode="ablate")])
+    assert warned(tmp_path / "set.json", model_of(1), capsys) == ""
+    assert warned(None, model_of(1), capsys) == ""
+
+
+@pytest.mark.parametrize("model", [3, [], {}, {"run": "small", "step": 1}])
+def test_a_file_that_names_its_model_in_another_way_is_refused(tmp_path, capsys, model):
+    content = {"format": "topklm-interventions", "version": 1, "model": model, "interventions": []}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="model: must be an object with run, step, parameters; or leave it"):
+        warned(tmp_path / "set.json", model_of(1), capsys)

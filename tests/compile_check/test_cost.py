@@ -1,6 +1,10 @@
 """Arithmetic and memory traffic of compiled programs, against counts by hand and XLA's own."""
 
-from topklm.compile_check import cost
+import collections
+
+import pytest
+
+from topklm.compile_check import cost, hlo
 from topklm.compile_check.program import parse
 
 # By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
@@ -55,6 +59,81 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 def test_a_kernel_of_splash_attention_does_the_blocks_on_and_under_the_diagonal():
     blocks = 3 + 2 + 1  # of 256 x 256 tokens
     assert cost.matmul_flops(parse(SPLASH)) == 2 * 4 * blocks * 2 * (2 * 256 * 256 * 64)
+
+
+@pytest.mark.parametrize("role", ["fwd_segmented_residuals", "dq_no_residuals", "dkv_segmented"])
+def test_a_device_of_one_sequence_or_one_head_has_kernels_of_fewer_dims(role):
+    """As TPUs write them: the batch dim of one is left out, and two arrays describe the mask."""
+    mask, of = "s8[1,1,1]{2,1,0}", "f32[4,256,64]{2,1,0}"
+    text = f"""HloModule made
+
+ENTRY %main (m: s8[1,1,1], q: f32[4,256,64], s: s32[256,128]) -> f32[4,256,64] {{
+  %m = {mask} parameter(0)
+  %q = {of} parameter(1)
+  %s = s32[256,128]{{1,0}} parameter(2)
+  ROOT %splash_mha_{role}.8 = (f32[256,64]{{1,0}}, {of}) custom-call(%m, %m, %q, %q, /*index=4*/%q, %s), \
+custom_call_target="tpu_custom_call"
+}}
+"""
+    products = {"fwd": 2, "dq_": 3, "dkv": 4}[role[:3]]
+    assert cost.matmul_flops(parse(text)) == 4 * products * (2 * 256 * 256 * 64)
+    heads = text.replace("[4,256,64]{2,1,0}", "[2,1,256,64]{3,2,1,0}").replace("[4,256,64]", "[2,1,256,64]")
+    assert cost.matmul_flops(parse(heads)) == 2 * products * (2 * 256 * 256 * 64)
+
+
+UNREADABLE = """HloModule made, num_partitions=4
+
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%i, %y)
+}
+
+%until (p: (s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  ROOT %converged = pred[] custom-call(%x), custom_call_target="Converged"
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8,8]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[8,8]{1,0}) while(%t), condition=%until, body=%body
+  %y = f32[8,8]{1,0} get-tuple-element(%loop), index=1
+  %splash_mha_fwd.3 = f32[8,8]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+  %gemm.1 = f32[8,8]{1,0} custom-call(%y, %y), custom_call_target="__cublas$lt$matmul"
+  %conv.2 = f32[8,8]{1,0} convolution(%y, %y), window={}
+  %odd.9 = f32[8,8]{1,0} all-reduce(%conv.2), replica_groups=<a new notation>, to_apply=%until
+  %known = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %sum = f32[8,8]{1,0} add(%known, %odd.9)
+}
+"""
+
+
+def test_products_that_cannot_be_read_are_named_and_the_others_counted():
+    unread = collections.Counter()
+    product = 2 * 8 * 8 * 8
+    assert cost.matmul_flops(parse(UNREADABLE), unread) == 2 * product  # the loop's for one turn
+    assert unread == {"splash_mha_fwd": 1, "gemm": 1, "conv": 1, "y in a loop of unknown length": 1}
+    with pytest.raises((ValueError, StopIteration)):
+        cost.matmul_flops(parse(UNREADABLE))
+
+
+def test_collectives_that_cannot_be_read_are_named():
+    unread = collections.Counter()
+    assert hlo.collectives_of(parse(UNREADABLE), unread) == []
+    assert unread == {"odd": 1}
+
+
+def test_the_traffic_of_what_cannot_be_read_is_named():
+    unread = collections.Counter()
+    fusion = SLICED.replace("calls=%add_slice", "calls=%add_slice, calls=%increment")
+    assert 0 < cost.main_memory_bytes(parse(fusion), unread) < cost.main_memory_bytes(parse(SLICED))
+    # With it the length of the loop is unknown, too.
+    assert unread == {"h": 1, "body, a loop of unknown length": 1, "goes_on, a loop of unknown length": 1}
 
 
 def test_traffic_counts_main_memory_only():

@@ -77,5 +77,18 @@ def test_virtual_devices_have_no_times():
     assert "at peak" not in as_text(report)
 
 
+def test_what_is_not_counted_is_said():
+    report = dataclasses.replace(REPORT, unread={"arithmetic of splash_mha_fwd": 24})
+    assert "not counted, as it is not known: arithmetic of splash_mha_fwd (24 runs)" in as_text(report)
+    assert "not counted" not in as_text(REPORT)
+    assert from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_step_in_which_nothing_could_be_read_has_a_report():
+    report = dataclasses.replace(REPORT, compiled_flops=0.0, hbm_traffic=0.0, traffic=())
+    assert "0.0% if none overlaps" in as_text(report)
+    assert report.to_dict()["communication_share"] == 0.0
+
+
 def test_a_report_survives_json():
     assert from_dict(json.loads(json.dumps(REPORT.to_dict()))) == REPORT

@@ -50,7 +50,20 @@ def test_a_slice_wraps_around_where_it_spans_the_pod_or_whole_cubes(chip, dims, 
     assert CHIPS[chip].closes_to_rings(dims) == closed
 
 
-@pytest.mark.parametrize("name", ["v5e", "v4:2x2x2", "v5e:4by4", "gpu:8", ""])
+NO_TOPOLOGIES = [
+    "v5e",
+    "v4:2x2x2",
+    "v5e:4by4",
+    "gpu:8",
+    "",
+    "cpu:0",
+    "v5e:0x4",
+    "v5e:123456x4",
+    "v5e:\u0664x4",
+]
+
+
+@pytest.mark.parametrize("name", NO_TOPOLOGIES)
 def test_a_name_that_is_no_topology_is_refused_with_examples(name):
     with pytest.raises(UserError, match=r"--topology = .*: must be like v5e:16x16"):
         find(name)
@@ -63,6 +76,7 @@ def test_a_name_that_is_no_topology_is_refused_with_examples(name):
         ("v5e:32x32", 1, "a v5e pod has 256 chips; use more --slices"),
         ("v5e:4x4", 0, "--slices = 0: must be 1 or more"),
         ("cpu:8", 2, "has no slices"),
+        ("cpu:64x64", 1, "at most 1024 virtual devices"),
     ],
 )
 def test_a_slice_that_cannot_be_is_refused(name, slices, message):

@@ -19,10 +19,10 @@ class Unreadable:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_versions_are_named():
     with pytest.raises(UserError, match=r"libtpu [\d.]+ has compiled cannot be read by jax [\d.]+: install"):
-        check._text(Unreadable())
+        check._parsed(Unreadable())
 
 
 def test_without_libtpu_the_error_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        check._text(Unreadable())
+        check._parsed(Unreadable())

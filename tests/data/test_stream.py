@@ -16,6 +16,7 @@ from topklm.data.records import shard_bounds, shard_name, write_shard
 from topklm.data.stream import (
     WindowSource,
     heldout_batches,
+    heldout_part,
     train_stream,
     window_ids,
     windows_to_batch,
@@ -350,3 +351,49 @@ def test_the_number_of_scored_tokens_is_the_mixtures(three):
 def test_the_number_of_scored_tokens_is_the_splits(single):
     batches = list(heldout_batches(single, context_length=16, batch_size=4))
     assert sum(batch["loss_weights"].sum() for batch in batches) == single.datasets[0].heldout.text_tokens
+
+
+@pytest.fixture(scope="module")
+def two_datasets(tmp_path_factory):
+    """Held-out documents of two datasets; one document is longer than what is read of a stream at once."""
+    made = [
+        make_dataset(tmp_path_factory.mktemp("part"), lengths, seed)
+        for seed, lengths in enumerate([[40, 3, 500, 1, 7], [9, 9, 200]])
+    ]
+    return Mixture(tuple(dataset for dataset, _ in made), (1, 1)), [documents for _, documents in made]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 100, 500, 768])
+def test_a_part_is_the_first_tokens_of_each_dataset_and_has_their_bytes(
+    two_datasets, max_tokens, monkeypatch
+):
+    monkeypatch.setattr(stream_module, "_SCAN_TOKENS", 64)
+    mixture, documents = two_datasets
+    texts = [np.concatenate(of) for of in documents]
+    total = sum(text.size for text in texts)
+    assert total == mixture.heldout_text_tokens == 769
+    want = [text[: -(-max_tokens * text.size // total)] for text in texts]  # its share, rounded up
+    part = heldout_part(mixture, max_tokens)
+    scored = Counter()
+    for batch in heldout_batches(mixture, context_length=16, batch_size=4, part=part):
+        scored.update(batch["targets"][batch["loss_weights"] == 1].tolist())
+    assert scored == Counter(np.concatenate(want).tolist())
+    assert max_tokens <= scored.total() <= max_tokens + 1
+    assert part.utf8_bytes == sum(len(b"".join(TOKENIZER.token_bytes(tokens))) for tokens in want)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 769, 10**12])
+def test_a_part_that_leaves_nothing_out_is_all_of_it(two_datasets, max_tokens):
+    mixture, _ = two_datasets
+    part = heldout_part(mixture, max_tokens)
+    assert part.stops == tuple(dataset.heldout.tokens for dataset in mixture.datasets)
+    assert part.utf8_bytes == mixture.heldout_bytes
+
+
+def test_where_tokens_have_no_bytes_of_their_own_those_of_the_decoded_text_count(two_datasets, monkeypatch):
+    mixture, _ = two_datasets
+    by_token = heldout_part(mixture, 30)
+    monkeypatch.setattr(type(TOKENIZER), "token_bytes_lengths", lambda self: None)
+    monkeypatch.setattr(type(TOKENIZER), "decode", lambda self, ids: "ä" * len(ids))
+    assert heldout_part(mixture, 30).stops == by_token.stops
+    assert heldout_part(mixture, 30).utf8_bytes == 2 * (22 + 9)

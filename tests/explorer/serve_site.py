@@ -5,10 +5,14 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import socket
 import threading
 import time
 from typing import Any
 from urllib.parse import urlencode
+
+from starlette.types import ASGIApp
+import uvicorn
 
 from topklm.explorer import app
 from topklm.explorer.source import Source
@@ -73,13 +77,19 @@ def serving(source: Source, token: str | None = None) -> Iterator[Site]:
     port = listening.getsockname()[1]
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}) if token is None else None
     pages = app.create(source, lambda line: None)
-    running = server.make_server(Guard(pages, hosts, token), closing=pages.state.closing)
+    with answering(Guard(pages, hosts, token), listening, closing=pages.state.closing):
+        yield Site(port, source)
+
+
+@contextlib.contextmanager
+def answering(application: ASGIApp, listening: socket.socket, **options: Any) -> Iterator[uvicorn.Server]:
+    running = server.make_server(application, **options)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not running.started:
         time.sleep(0.01)
     try:
-        yield Site(port, source)
+        yield running
     finally:
         running.should_exit = True
         thread.join(timeout=30)

@@ -187,7 +187,12 @@ def test_what_makes_no_sense_is_refused_in_one_line_before_anything_is_written(s
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [(b"{", "no JSON"), (b"[]", "prompt is missing"), (b'{"prompt": "a"}', "value is missing")],
+    [
+        (b"{", "no JSON"),
+        (b"[]", "is a JSON array"),
+        (b"{}", "prompt is missing"),
+        (b'{"prompt": "a"}', "value is missing"),
+    ],
 )
 def test_a_request_that_is_not_whole_is_refused(site, body, said):
     answer = site.ask(ADDRESS, "POST", {"Content-Type": "application/json"}, body)

@@ -1,6 +1,7 @@
 """Generation without a cache, one forward pass over the text for each token: what tests compare with."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,9 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import ModelConfig
+import topklm
+from topklm.config import Config, ModelConfig
+from topklm.data.tokenizer import train_bpe
 from topklm.model import transformer
 
 CONFIG = ModelConfig(
@@ -30,6 +33,19 @@ def params_of(config):
     """Random ones, louder than at initialisation, so that what comes next depends on what came before."""
     params = jax.jit(transformer.create, static_argnums=(0, 1))(config, 0)
     return {**params, "unembed": jax.tree.map(lambda x: 3 * x, params["unembed"])}
+
+
+@functools.cache
+def byte_model():
+    """A language model of random parameters whose tokens are bytes: any text is easily written as ids."""
+    # Of the ways to compute TopK, that which compiles fastest.
+    config = dataclasses.replace(CONFIG, vocab_size=257, topk_backend="lax")
+    return topklm.LanguageModel("a run", 7, Config(model=config), train_bpe([], 257), params_of(config))
+
+
+def whole(model, ids):
+    """Logits of rows of one length, float32[B, T, V], by the model without what calling it does."""
+    return np.asarray(jax.jit(transformer.bind(model.cfg, model.params))(np.asarray(ids, np.int32)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -58,7 +74,9 @@ def plain_loop(config, params, prompt, n, sampling, *, stop_token=-1, halve=Fals
         # One shape, so that this compiles once; what follows a position cannot change it.
         padded = np.array([window + [0] * (context - len(window))])
         logits = _forward(config, change, params, padded, first, len(prompt))[len(window) - 1]
-        limited = limited_logits(np.asarray(logits), tokens, sampling)
+        # The separator, which ends texts too, is never penalised.
+        others = [token for token in tokens if token != stop_token]
+        limited = limited_logits(np.asarray(logits), others, sampling)
         if sampling.temperature == 0:
             token = int(np.argmax(limited))
         else:

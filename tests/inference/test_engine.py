@@ -82,6 +82,7 @@ def jobs():
     random = np.random.default_rng(0)
     for i in range(12):
         prompt = random.integers(0, STOP, random.integers(1, 31)).tolist()
+        prompt[0] = STOP if i % 2 else prompt[0]  # as separator
         limits = {"top_k": 5, "repetition_penalty": 1.3} if i % 4 == 1 else {}
         sampling = Sampling(temperature=float(i % 2), seed=i * 2**31 + i, **limits)
         yield prompt, sampling, int(random.integers(3, 40)), CHANGES[i % 4], ("stop", "slide", "halve")[i % 3]
@@ -107,6 +108,12 @@ def told(text):
     return text.tokens[text.n_prompt :], text.finished
 
 
+def drawn(expected):
+    """Every token that is told of: the stop token too."""
+    tokens, finished = expected
+    return [*tokens, STOP] if finished == "stop" else tokens
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_whoever_comes_when_gets_what_it_would_get_alone_and_nothing_is_compiled(slots, expected, seed):
     random, texts = np.random.default_rng(seed), texts_of(jobs())
@@ -122,7 +129,8 @@ def test_whoever_comes_when_gets_what_it_would_get_alone_and_nothing_is_compiled
             if random.integers(2):
                 slots.shrink()
     assert [told(text) for text in texts] == expected
-    assert list(new.values()) == [tokens for tokens, _ in expected]
+    assert list(new.values()) == list(map(drawn, expected))
+    assert {finished for _, finished in expected} == {"stop", "length"}
     assert compiled == []
 
 
@@ -163,6 +171,23 @@ def test_probabilities_are_those_of_the_model_before_penalty_and_temperature(slo
         np.testing.assert_allclose([p for _, p in token.alternatives], reference[place, best], atol=1e-4)
 
 
+def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_text(slots):
+    prompt, greedy = [5, 6, 7, 8], Sampling(temperature=0)
+    drawn = plain_loop.plain_loop(CONFIG, params_of(CONFIG), prompt, 3, greedy)
+    ends_at = drawn.index(drawn[2])
+    made = Slots(CONFIG, params_of(CONFIG), drawn[ends_at], SIZES)
+    text = Text.of(CONFIG, prompt, greedy, 10, n_alternatives=2)
+    made.put([text])
+    found = []
+    while made.texts:
+        found += made.advance()[0][1]
+    assert told(text) == (drawn[:ends_at], "stop")
+    assert [token.id for token in found] == drawn[: ends_at + 1]
+    reference = log_softmax(logits_of(text.tokens))[-1]
+    np.testing.assert_allclose(found[-1].log_probability, reference[found[-1].id], atol=1e-4)
+    assert [other for other, _ in found[-1].alternatives] == np.argsort(-reference)[:2].tolist()
+
+
 def test_a_prompts_probabilities_are_those_of_the_model():
     tokens = np.random.default_rng(4).integers(0, 50, 30).tolist()
     rows = Rows(RowSampling.of([Sampling()]), np.zeros(1, np.int32), np.array([30]), np.int32(STOP), None)
@@ -199,7 +224,9 @@ class Listener:
             self.hear()
 
     def found(self):
-        return [(self.tokens[text], self.finished[text]) for text in self.tokens]
+        """As `alone` has it: without the stop token."""
+        several = [(self.tokens[text], self.finished[text]) for text in self.tokens]
+        return [(tokens[:-1] if finished == "stop" else tokens, finished) for tokens, finished in several]
 
 
 @pytest.fixture

@@ -1,29 +1,27 @@
-"""What `LanguageModel.generate`, `topklm generate` and hooks do with their settings."""
+"""What `LanguageModel.generate` and `topklm generate` do with their settings."""
 
 import argparse
-import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
-from plain_loop import CONFIG, params_of
+from plain_loop import byte_model, plain_loop
 import pytest
 
 import topklm
 from topklm.commands import generate as command
-from topklm.config import Config
-from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.inference.intervention import Intervention, save_interventions
 from topklm.inference.interventions import Interventions
+from topklm.inference.sampling import Sampling
 
-MODEL = dataclasses.replace(CONFIG, vocab_size=257)
+MODEL = byte_model().cfg
 PROMPT = "old"
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Of random parameters: its text is any bytes."""
-    return topklm.LanguageModel("a run", 7, Config(model=MODEL), train_bpe([], 257), params_of(MODEL))
+    return byte_model()
 
 
 def test_the_text_is_cut_before_a_stop_string(model):
@@ -83,6 +81,89 @@ def test_a_bad_setting_is_refused_before_anything_is_computed(model, setting, me
         model.generate(**{"prompt": PROMPT, **setting})
 
 
+def broken(text):
+    """Whether a character of it was cut."""
+    return "\N{REPLACEMENT CHARACTER}" in text
+
+
+def test_samples_of_one_prompt_differ_and_the_first_is_that_of_one(model):
+    first, second = model.generate(PROMPT, 12, seed=5, n=2)
+    assert first == model.generate(PROMPT, 12, seed=5) != second
+    assert model.generate([PROMPT, "x"], 12, seed=5)[0] == first
+    assert model.generate([], 12, n=2) == []
+
+
+@pytest.mark.slow
+def test_samples_of_a_prompt_stand_together_in_a_list(model):
+    both = model.generate([PROMPT, "x"], 12, seed=5, n=3)
+    assert both == [*model.generate(PROMPT, 12, seed=5, n=3), *model.generate("x", 12, seed=5, n=3)]
+    assert len(set(both)) == 6
+
+
+def test_a_prompt_of_ids_is_continued_like_its_text(model):
+    ids = np.asarray(model.to_tokens(PROMPT))
+    alone = model.generate(PROMPT, 12, seed=3)
+    for prompt in (ids[0], ids[0].tolist(), tuple(ids[0]), jnp.asarray(ids[0])):
+        assert model.generate(prompt, 12, seed=3) == alone
+    longer = [0, *b"a longer one"]
+    both = model.generate([ids[0], longer], 12, seed=3)
+    assert both == [alone, model.generate(longer, 12, seed=3)]
+    assert model.generate(ids, 12, seed=3) == model.generate([PROMPT], 12, seed=3) == [alone]
+    assert "".join(model.generate(ids[0], 12, seed=3, stream=True)) == alone[len(PROMPT) :]
+
+
+def test_the_tokens_are_those_that_were_drawn_and_make_the_text(model):
+    ids = np.asarray(model.to_tokens(PROMPT))[0].tolist()
+    settings = {"max_new_tokens": 24, "seed": 6, "n": 2}
+    made = model.generate(PROMPT, **settings, return_tokens=True)
+    assert [one.text for one in made] == model.generate(PROMPT, **settings)
+    assert any(broken(one.text) for one in made)  # of which the text alone would not give the tokens
+    expected = plain_loop(MODEL, model.params, ids, 24, Sampling(seed=6), stop_token=0)
+    assert made[0].tokens.tolist() == ids + expected
+    for text, tokens in made:
+        assert tokens.dtype == np.int32
+        assert model.to_string(tokens) == text
+
+
+def test_the_tokens_of_a_text_that_was_stopped_end_with_the_stop_string(model):
+    free = model.generate(PROMPT, 28, seed=2, return_tokens=True)
+    pairs = [model.to_string(free.tokens[at : at + 2]) for at in range(4, len(free.tokens) - 1)]
+    stop = next(pair for pair in pairs if not broken(pair))
+    found = model.generate([PROMPT, "x"], 28, seed=2, stop=stop, return_tokens=True)[0]
+    assert found.text + stop == model.to_string(found.tokens)
+    assert found.tokens.tolist() == free.tokens[: len(found.tokens)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"n": 0}, "n = 0: must be an integer, 1 or more"),
+        ({"n": 1.5}, "n = 1.5: must be"),
+        ({"n": True}, "n = True: must be"),
+        ({"n": 2, "stream": True}, "stream = True: must be False for a list of prompts, several samples"),
+        ({"return_tokens": True, "stream": True}, "stream = True: must be False"),
+        ({"prompt": [1.5]}, "prompt: 1.5 is no token id: must be an integer"),
+        ({"prompt": [[1], []]}, "prompt is empty"),
+        ({"prompt": ["a", 5]}, "prompt: 5 is no row of token ids"),
+        ({"prompt": [257]}, "prompt: token 257 must be from 0 to 256"),
+        ({"prompt": b"a"}, "prompt = b'a': must be a text"),
+        ({"steer": Intervention(0, 3, 1.0, row=1)}, "row = 1: must be from 0 to 0, the texts of the batch"),
+        ({"steer": [Intervention(0, 3, 1.0, row=4)], "n": 4}, "row = 4: must be from 0 to 3"),
+    ],
+)
+def test_a_prompt_or_number_that_cannot_be_is_refused(model, setting, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        model.generate(**{"prompt": PROMPT, **setting})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_an_intervention_on_one_row_acts_on_that_sample(model):
+    steer = Intervention(0, 3, 40.0, row=1)
+    plain, steered = (model.generate(PROMPT, 12, n=2, steer=one) for one in (None, steer))
+    assert [a == b for a, b in zip(plain, steered, strict=True)] == [True, False]
+
+
 def run_command(model, monkeypatch, *arguments):
     monkeypatch.setattr(topklm, "load", lambda run, step: model)
     parser = argparse.ArgumentParser()
@@ -127,36 +208,3 @@ def test_the_command_steers_by_flags_and_by_a_file(model, monkeypatch, capsys, t
 def test_the_command_names_its_flag(model, monkeypatch, flags, message):
     with pytest.raises(UserError, match=message):
         run_command(model, monkeypatch, *flags)
-
-
-def test_hooks_see_arrays_in_order_and_may_change_them(model):
-    text, seen = "some text", {}
-
-    def look(array, name):
-        seen[name] = np.asarray(array)
-
-    names = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post", "blocks.0.hook_topk"]
-    logits = model.run_with_hooks(text, fwd_hooks=[(name, look) for name in names])
-    assert list(seen) == names[::-1]
-    np.testing.assert_allclose(logits, model(text), rtol=1e-4, atol=1e-4)
-    _, cache = model.run_with_cache(text, names)
-    for name in names:
-        np.testing.assert_allclose(seen[name], cache[name], rtol=1e-4, atol=1e-5)
-
-    def ablated(array, name):
-        return array.at[..., 3].set(0)
-
-    changed = model.run_with_hooks(text, [("blocks.0.hook_topk", ablated)])
-    steered = model(text, steer={(0, 3): 0.0}, steer_mode="ablate")
-    np.testing.assert_allclose(changed, steered, rtol=1e-4, atol=1e-4)
-    # Another function of the same name is not mistaken for it.
-    doubled = model.run_with_hooks(text, [("blocks.0.hook_topk", lambda array, name: 2 * array)])
-    assert np.abs(doubled - changed).max() > 0.01
-
-
-def test_hooks_that_cannot_be_are_refused(model):
-    for name in ("blocks.1.hook_topk", "blocks.2.hook_resid_post", "blocks.0.hook_topk_pre", "h"):
-        with pytest.raises(ValueError, match=f"fwd_hooks: '{name}' cannot be hooked"):
-            model.run_with_hooks("a", [(name, lambda array, name: None)])
-    with pytest.raises(ValueError, match=r"blocks\.0\.hook_topk gave \(2, 24\): must be \(1, 2, 24\)"):
-        model.run_with_hooks("a", [("blocks.0.hook_topk", lambda array, name: array[0])])

@@ -13,7 +13,7 @@ import pytest
 from topklm.inference.cache import bucket, room_for
 from topklm.inference.generate import Generation
 from topklm.inference.programs import STEPS
-from topklm.inference.sampling import RowSampling, Sampling, draw
+from topklm.inference.sampling import RowSampling, Sampling, draw, held
 
 PROMPT = [3, 14, 15, 9, 26]
 LIMITED = Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=2**40 + 7)
@@ -187,19 +187,47 @@ SETTINGS = [
 def test_only_what_the_limits_leave_is_drawn_and_with_its_probability(scale):
     logits = scale * RANDOM.normal(size=(len(SETTINGS), 30)).astype(np.float32)
     logits[:, 7] = logits[:, 11]  # a tie
-    held = RANDOM.random(logits.shape) < 0.3
+    present = RANDOM.random(logits.shape) < 0.3
     rows = RowSampling.of(SETTINGS)
 
     @jax.jit
     def draws(number):
         keys = rows.keys()
-        return draw(logits, held, rows, keys, number), jax.vmap(jax.random.fold_in)(keys, number)
+        return draw(logits, present, rows, keys, number), jax.vmap(jax.random.fold_in)(keys, number)
 
     for number in range(8):
         found, keys = draws(np.full(len(SETTINGS), number, np.int32))
         for row, sampling in enumerate(SETTINGS):
-            limited = limited_logits(logits[row], np.flatnonzero(held[row]).tolist(), sampling)
+            limited = limited_logits(logits[row], np.flatnonzero(present[row]).tolist(), sampling)
             assert found[row] == jax.random.categorical(keys[row], limited)
+
+
+@pytest.mark.parametrize("temperature", [1e-11, 1e-37, 1e-45, 1e-300, 5e-324])
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.9}, {"top_p": 1e-37}, {"top_k": 3, "min_p": 1e-300}])
+def test_the_colder_the_nearer_to_the_most_likely_token(temperature, limits):
+    logits = np.array([[3.0, -200.0, 250.0, 7.0]], np.float32)
+    rows = RowSampling.of([Sampling(temperature, **limits).check()])
+    found = draw(logits, np.zeros(logits.shape, bool), rows, rows.keys(), np.zeros(1, np.int32))
+    assert found.tolist() == [2]
+
+
+def test_the_separator_is_held_by_no_text_whatever_the_penalty():
+    present = held([[4, 1, 1], [3], []], 6, separator=4)
+    assert [np.flatnonzero(row).tolist() for row in present] == [[1], [3], []]
+    rows = RowSampling.of([Sampling(temperature=0, repetition_penalty=100.0)])
+    logits = np.array([[0.5, 3.0, 0.1, 0.1, 5.0, 1.0]], np.float32)
+    assert draw(logits, present[:1], rows, rows.keys(), np.zeros(1, np.int32)).tolist() == [4]
+
+
+def test_a_text_that_begins_with_the_separator_ends_as_likely_under_a_penalty():
+    several = [Sampling(temperature=2.0, top_k=12, repetition_penalty=1.5, seed=seed) for seed in range(8)]
+    found = texts(CONFIG, [[9, *PROMPT]] * 8, several, [12] * 8, stop_token=9, when_full="halve")
+    expected = [
+        plain_loop(CONFIG, params_of(CONFIG), [9, *PROMPT], 12, one, stop_token=9, halve=True)
+        for one in several
+    ]
+    assert found == expected
+    assert {len(tokens) < 12 for tokens in found} == {True, False}
 
 
 def test_a_tie_at_the_limit_stays_in():
@@ -214,6 +242,13 @@ def test_a_tie_at_the_limit_stays_in():
     [
         ("temperature", -0.5),
         ("temperature", float("inf")),
+        ("temperature", 1e39),
+        ("temperature", 10**400),
+        ("temperature", np.float64(1e39)),
+        ("top_p", 1e-300),
+        ("top_p", 10**400),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e300),
         ("temperature", "1"),
         ("top_k", -1),
         ("top_k", 1.5),

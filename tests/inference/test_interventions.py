@@ -254,6 +254,64 @@ def test_interventions_survive_a_file(tmp_path):
     assert load_interventions(tmp_path / "a.json", CONFIG) == SETS
 
 
+ONE_ADDED = Intervention(1, 3, 2.5, "add")
+
+
+@pytest.mark.parametrize(
+    "steer",
+    [
+        {(1, 3): 2.5},
+        {(np.int64(1), np.int32(3)): np.float32(2.5)},
+        {(1, 3): jnp.float32(2.5)},
+        ONE_ADDED,
+        (ONE_ADDED,),
+        iter([ONE_ADDED]),
+        Interventions.of(CONFIG, [ONE_ADDED]),
+    ],
+    ids=lambda steer: type(steer).__name__,
+)
+def test_all_that_a_model_takes_can_be_saved(tmp_path, steer):
+    save_interventions(tmp_path / "a.json", steer, mode="add")
+    assert load_interventions(tmp_path / "a.json", CONFIG) == [ONE_ADDED]
+
+
+@pytest.mark.parametrize("steer", [5, "0:17=4", [(0, 17, 4.0)], [{(0, 17): 4.0}], {"0:17": 4.0}, None])
+def test_what_is_no_intervention_is_neither_taken_nor_saved(tmp_path, steer):
+    for takes in (
+        lambda: Interventions.of(CONFIG, steer),
+        lambda: save_interventions(tmp_path / "a.json", steer),
+    ):
+        with pytest.raises(ValueError, match=r"^steer") as refused:
+            takes()
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(("row", "n_rows"), [(1, 1), (5, 2), (2, 2)])
+def test_a_row_that_the_batch_does_not_have_is_refused(row, n_rows):
+    steer = [Intervention(0, 1, 1.0, row=0), Intervention(0, 2, 1.0, row=row)]
+    for given in (steer, Interventions.of(CONFIG, steer)):
+        with pytest.raises(
+            ValueError, match=f"row = {row}: must be from 0 to {n_rows - 1}, the texts of the"
+        ):
+            Interventions.of(CONFIG, given, n_rows=n_rows)
+        Interventions.of(CONFIG, given, n_rows=row + 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, np.bool_(True), "1", 1j, np.complex64(1), np.array([1.0]), np.ones(99), 10**400, [1.0]],
+    ids=repr,
+)
+def test_a_value_that_is_not_one_number_is_refused_in_one_short_line(value):
+    with pytest.raises(
+        ValueError, match=r"^value = .* of layer 0, neuron 1: must be a finite number"
+    ) as refused:
+        Interventions.of(CONFIG, {(0, 1): value})
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 150
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import topklm
+from topklm.inference.cache import bucket
 from topklm.model import transformer
 
 TEXT = "The old baker lost a kettle."
@@ -16,13 +17,19 @@ def model(finished_run):
     return topklm.load(finished_run)
 
 
-def dense_layers(model, tokens):
-    """What every layer hands on, [L, B, T, D]."""
+def tapped(model, tokens):
+    """(h, u, h') of every layer, [L, B, T, D] each, of rows that are filled up as the model fills them."""
+    filled = np.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1], 32) - tokens.shape[1])))
 
     def run(params):
-        return transformer.bind(model.config.model, params).hidden(tokens, tap=lambda h, u, h_next: h_next)
+        return transformer.bind(model.config.model, params).hidden(filled, tap=lambda *seen: seen)
 
-    return np.asarray(jax.jit(run)(model.params)[1])
+    return [np.asarray(x)[:, :, : tokens.shape[1]] for x in jax.jit(run)(model.params)[1]]
+
+
+def dense_layers(model, tokens):
+    """What every layer hands on, [L, B, T, D]."""
+    return tapped(model, tokens)[2]
 
 
 def test_running_with_a_cache_gives_the_logits_and_the_activations(model):
@@ -46,11 +53,7 @@ ALL_NAMES = [
 
 
 def test_everything_that_has_a_name_can_be_captured(model):
-    def run(params):
-        bound = transformer.bind(model.config.model, params)
-        return bound.hidden(model.to_tokens(TEXT), tap=lambda h, u, h_next: (h, u, h_next))
-
-    entering, summed, leaving = map(np.asarray, jax.jit(run)(model.params)[1])
+    entering, summed, leaving = tapped(model, model.to_tokens(TEXT))
     expected = dict(
         zip(
             ALL_NAMES,
@@ -89,7 +92,7 @@ def test_tokens_are_as_good_as_text_and_may_be_a_batch(model):
     assert_same_bits(cache["blocks.0.hook_topk"], dense_layers(model, tokens)[0])
 
 
-@pytest.mark.parametrize("tokens", [[1, 2, 3], [[320]], [[-1]]])
+@pytest.mark.parametrize("tokens", [[[[1]]], [[320]], [[-1]]])
 def test_tokens_that_make_no_sense_are_refused_here_too(model, tokens):
     with pytest.raises(ValueError, match="tokens"):
         model.run_with_cache(tokens)

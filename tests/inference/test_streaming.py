@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 import pytest
 
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.streaming import TextStream, check_stop, first_stop
+from topklm.inference.streaming import (
+    TextStream,
+    check_stop,
+    first_stop,
+    split_at_character,
+    until_stopped,
+)
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)
 BYTES = train_bpe([], 257)  # a token for every byte
@@ -43,10 +49,45 @@ def test_a_character_waits_for_its_last_byte_and_what_stands_before_it_does_not(
     assert [stream.add(ids[i : i + 1]) for i in (3, 4, 5, 6)] == ["", "", "\U0001f600", "c"]
 
 
+@given(ids=st.lists(st.integers(0, 256), max_size=12), cut=st.integers(0, 12))
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, BYTES])
+def test_a_text_that_goes_on_anywhere_is_the_text_at_once(tokenizer, ids, cut):
+    whole, begun = split_at_character(tokenizer, ids[:cut])
+    stream = TextStream(tokenizer, ids[: len(ids[:cut]) - len(begun)])
+    rest = [stream.add(tokens) for tokens in (begun, ids[cut:])]
+    assert "".join([whole, *rest, stream.end()]) == tokenizer.decode(ids)
+
+
+@given(text=TEXTS, cut=st.integers(0, 40))
+def test_only_a_character_that_is_not_whole_is_split_off(text, cut):
+    ids = BYTES.encode(text.replace("\ufffd", "")).tolist()
+    whole, begun = split_at_character(BYTES, ids[:cut])
+    assert text.replace("\ufffd", "").startswith(whole)
+    assert len(whole.encode()) + len(begun) == len(ids[:cut])
+    assert not begun or "\ufffd" in BYTES.decode(begun)
+
+
+@pytest.mark.parametrize("stop", [(), ("b",), ("zz", "\u00fc")])
+def test_the_token_that_completes_a_stop_string_is_the_last_one_that_counts(stop):
+    ids = BYTES.encode("xa\u00fcb\u00fc").tolist()
+    n = until_stopped(TextStream(BYTES, ids[:1], stop), ids[1:])
+    assert BYTES.decode(ids[: 1 + n]) == {(): "xa\u00fcb\u00fc", ("b",): "xa\u00fcb"}.get(stop, "xa\u00fc")
+
+
 def test_half_a_character_at_the_end_is_shown_as_broken():
     stream = TextStream(BYTES)
     assert stream.add(BYTES.encode("a\u4e2d")[:2].tolist()) == "a"
     assert stream.end() == "\ufffd"
+
+
+def test_long_runs_of_broken_bytes_are_decoded_no_more_often_than_other_text(monkeypatch):
+    calls, decode = [], BYTES.decode
+    monkeypatch.setattr(BYTES, "decode", lambda ids: calls.append(len(ids)) or decode(ids))
+    ids = BYTES.token_strings(range(257)).index("\\x97")
+    stream = TextStream(BYTES)
+    pieces = [stream.add([ids]) for _ in range(200)]
+    assert "".join([*pieces, stream.end()]) == "\ufffd" * 200
+    assert len(calls) <= 3 * 201
 
 
 def cut_by_hand(text, stop):

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any
 
-NAMES = ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "scancel", "uv", "curl")
+NAMES = ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "scancel", "uv", "curl", "wget")
 # Of `gcloud ... --help`, version 528; a test compares them with an installed gcloud.
 GCLOUD_FLAGS = {
     "queued-resources create": "--accelerator-type --runtime-version --node-id --node-count --node-prefix "
@@ -275,6 +275,9 @@ def _uv(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
 
 def _curl(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
     return 1  # there is no network
+
+
+_wget = _curl
 
 
 def _python(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:

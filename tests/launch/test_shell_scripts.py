@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,40 @@ def test_shellcheck_finds_nothing(script):
     program = Path(sys.executable).with_name("shellcheck")
     result = subprocess.run([program, "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.suffix in (".sh", ".py", ".yaml", "")], ids=str)
+def test_nothing_is_downloaded_that_names_no_version(file):
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
+    assert not re.search(r"\b(curl|wget)\b|urlopen", text)
+    for install in re.findall(r"\b(?:pip3?|uv(?: tool)?) (?:install|add)\b([^\n|;&]*)", text):
+        packages = [word.strip("\"'") for word in install.split() if not word.startswith("-")]
+        assert packages
+        ours = ("${repository}[", ".[", "$environment/")
+        assert all("==" in word or word.startswith(ours) for word in packages), install
+
+
+def test_a_worker_without_uv_gets_the_one_that_the_script_names(tmp_path):
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    for name in ("bash", "dirname", "mkdir", "ln", "hostname", "cat"):
+        (bin_folder / name).symlink_to(shutil.which(name))
+    python = bin_folder / "python3"
+    python.write_text(f'#!{shutil.which("bash")}\necho "$@" >{calls}\nexit 7\n')
+    python.chmod(0o755)
+    shutil.copytree(ROOT / "launch", tmp_path / "repository" / "launch")
+    done = subprocess.run(
+        ["bash", str(tmp_path / "repository/launch/tpu_worker.sh"), "install", "tpu"],
+        env={"PATH": str(bin_folder), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert re.fullmatch(r"-m pip install --quiet --user uv==[\d.]+\n", calls.read_text())
 
 
 def test_the_batch_script_is_clean_too(tree, stage):

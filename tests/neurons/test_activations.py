@@ -14,6 +14,7 @@ import saved_runs
 from topklm.model import transformer
 from topklm.neurons.activations import SparseActivations, capture
 from topklm.neurons.cache import ActivationCache
+from topklm.neurons.names import there_are
 
 B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
@@ -154,12 +155,101 @@ def test_it_passes_through_jax_transformations():
     assert "?" in repr(jax.tree.map(lambda _: None, sparse))
 
 
+@pytest.fixture
+def three_layers():
+    dense = np.random.default_rng(2).normal(size=(3, 2, 5, 8)).astype(np.float32)
+    return SparseActivations.from_dense(jnp.asarray(dense), 4), dense
+
+
+def test_it_is_a_sequence_of_its_layers(three_layers):
+    sparse, _ = three_layers
+    dense = np.asarray(sparse.dense())
+    assert len(sparse) == 3
+    for taken in (list(sparse), [*reversed(sparse)][::-1], [sparse[i] for i in range(-3, 0)]):
+        assert len(taken) == 3
+        for layer, one in enumerate(taken):
+            assert_same_bits(one.dense(), dense[layer])
+    assert [number for number, _ in zip(range(5), sparse, strict=False)] == [0, 1, 2]
+    assert [len(row) for row in sparse[0]] == [5, 5]
+    assert list(sparse[:0]) == []
+    with pytest.raises(TypeError, match="len"):
+        len(sparse[0, 0, 0][0])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [3, -4, np.int64(3), np.array(7), jnp.array(3), (0, 2), (0, -1, 5), (..., 5, 0), np.array([0, 3])],
+    ids=repr,
+)
+def test_an_index_out_of_range_is_refused_as_by_numpy(three_layers, index):
+    sparse, dense = three_layers
+    with pytest.raises(IndexError):
+        dense[..., :4][index]
+    with pytest.raises(IndexError):
+        sparse[index]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [0, -1, (1, 1), (2, 0, 4), slice(1, 9), (slice(None), 1), (..., slice(2), slice(None)), np.array([2, 0])],
+    ids=repr,
+)
+def test_a_part_is_that_part_of_the_dense_layers(three_layers, index):
+    sparse, _ = three_layers
+    assert_same_bits(sparse[index].dense(), np.asarray(sparse.dense())[index])
+
+
+def test_an_index_may_be_traced(three_layers):
+    sparse, _ = three_layers
+    found = jax.jit(lambda number: sparse[number].dense())(2)
+    assert_same_bits(found, np.asarray(sparse.dense())[2])
+
+
+def test_numpy_is_told_that_it_is_no_array(three_layers):
+    with pytest.raises(TypeError, match=r"take \.indices and \.values, or \.dense\(\)"):
+        np.asarray(three_layers[0])
+
+
 # ActivationCache.
 
 
 @pytest.fixture
 def cache():
     return ActivationCache(SparseActivations.from_dense(jnp.eye(12).reshape(2, 2, 3, 12), 4), (0, 1))
+
+
+def test_what_was_kept_is_found_by_all_names_of_the_array_and_by_no_other(cache):
+    config = configured()  # of which the third layer has no TopK
+    known = there_are(config)
+    kept = dataclasses.replace(cache, others={"blocks.2.hook_resid_post": jnp.ones(3)}, hook_names=known)
+    same = {
+        0: ["blocks.0.hook_topk", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"],
+        1: ["blocks.1.hook_topk", "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"],
+    }
+    for layer, names in same.items():
+        for name in names:
+            assert_same_bits(kept[name], cache["topk", layer])
+    found = {name for name in known if name in kept}
+    assert found == {*same[0], *same[1], "blocks.2.hook_resid_post"}
+    assert list(kept) == [same[0][0], same[1][0], "blocks.2.hook_resid_post"]
+
+
+def test_layers_count_from_behind_among_those_that_have_the_hook(cache):
+    last = jnp.ones(3)
+    kept = dataclasses.replace(
+        cache, others={"blocks.2.hook_resid_post": last}, hook_names=there_are(configured())
+    )
+    assert_same_bits(kept["topk", -1], cache["topk", 1])
+    assert_same_bits(kept["topk", np.int64(-2)], cache["topk", 0])
+    assert_same_bits(kept["resid_post", -1], last)
+    assert_same_bits(kept["resid_post", -2], cache["topk", 1])
+    assert_same_bits(cache["topk", -1], cache["topk", 1])
+    for wrong in [("topk", -3), ("topk", 2), ("resid_post", -4), ("mlp_out", -1), 0, -1]:
+        with pytest.raises(KeyError, match="is not in the cache"):
+            kept[wrong]
+    for wrong in [("topk", 0, "attn"), ("topk",), ("topk", "0"), ("topk", 1.0), (0, None)]:
+        with pytest.raises(KeyError, match="must be a name, or a hook and its layer"):
+            kept[wrong]
 
 
 def test_the_cache_gives_each_layer_by_its_name(cache):

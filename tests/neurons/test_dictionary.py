@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
+import json
+from pathlib import Path
+import shutil
 
+import damage
 import jax
 import jax.numpy as jnp
 from making import make_dataset
@@ -194,3 +199,36 @@ def test_a_harvest_goes_on_with_the_dictionary_that_is_there_or_says_why_not(tmp
     ):
         with pytest.raises(UserError, match=words):
             fitting.load_fitting(path, kind, keep, tokens)
+
+
+def written_by_an_earlier_version(dictionary, path):
+    about = {"format": 1, "kind": dictionary.kind, "keep": dictionary.keep, "facts": dict(dictionary.facts)}
+    arrays = {name: getattr(dictionary, name) for name in ("centre", "encoder", "decoder")}
+    np.savez(path, about=np.array(json.dumps(about)), **arrays)
+
+
+def test_a_dictionary_of_an_earlier_version_is_read(tmp_path, dictionary):
+    written_by_an_earlier_version(dictionary, tmp_path / "d.npz")
+    assert Dictionary.load(tmp_path / "d.npz").description == dictionary.description
+
+
+def test_no_damage_is_read_as_another_dictionary(tmp_path, dictionary):
+    whole = tmp_path / "whole"
+    dictionary.save(whole / "d.npz")
+    written_by_an_earlier_version(dictionary, whole / "old.npz")
+    numbers = itertools.count()
+
+    def copy():
+        return Path(shutil.copytree(whole, tmp_path / str(next(numbers))))
+
+    def load(folder):
+        found = Dictionary.load(folder / "d.npz")
+        return found.kind, found.keep, dict(found.facts), found.centre, found.encoder, found.decoder
+
+    def is_other(path):
+        return path.name != "d.npz"
+
+    kinds = [kind for kind in damage.KINDS if kind != "swap"]
+    n = damage.check(copy, load, load(whole), kinds=kinds, per_file=300, ignore=is_other)
+    assert n > 300
+    assert damage.check_unreadable(copy, load, load(whole), ignore=is_other)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -234,3 +237,25 @@ def test_what_an_accelerator_would_send_is_what_the_layers_hold():
     sparse_nll, neurons = harvest_lib._forward(TOPK, True, None, params_of(TOPK), *arrays)
     np.testing.assert_allclose(sparse_nll, nll, rtol=1e-5)
     np.testing.assert_array_equal(neurons.dense(), layers)
+
+
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_what_a_damaged_store_advises_mends_it(tmp_path, number):
+    """From the damaged segment on, all are deleted and harvested again."""
+    whole = harvested(tmp_path / "whole", TOPK)
+    folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "damaged"))
+    shard = Store(folder).segments[number].folder / "values" / "c" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged") as damaged:
+        dense(Store(folder), 0)
+    advised = re.search(r"delete (0-\d+)(?: to (0-\d+))? in segments, and run the same", str(damaged.value))
+    first, last = advised[1], advised[2] or advised[1]
+    for segment in (folder / "segments").iterdir():
+        if first <= segment.name <= last:
+            shutil.rmtree(segment)
+    with pytest.raises(UserError, match=r"of \d+ segments of part 0 only \d+ are there"):
+        Store(folder)
+    same(harvested(folder, TOPK), whole)
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in files:
+        assert path.name == ".lock" or (folder / path).read_bytes() == (whole.folder / path).read_bytes()

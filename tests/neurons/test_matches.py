@@ -255,6 +255,55 @@ def test_a_pattern_that_would_run_for_ever_ends_in_time(tmp_path, monkeypatch):
         text.matches("(x+x+)+y", timeout_s=0.2)
 
 
+class Machine:
+    """A clock, and the processor time that this process gets of it, as a search uses them."""
+
+    def __init__(self, monkeypatch, rate, needs):
+        """`rate`: processor seconds of the process for each of the clock; `needs`: those of the search."""
+        self.now, self._rate, self._needs = 1000.0, rate, needs
+        monkeypatch.setattr(matches_lib.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(matches_lib.time, "process_time", lambda: self.now * rate)
+
+    def finditer(self, text, first, timeout, concurrent):
+        assert concurrent
+        self.now += min(timeout, self._needs) / self._rate
+        if timeout < self._needs:
+            raise TimeoutError
+        return regex.finditer("b", text, pos=first)
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 1.0, 4.0, 60.0])
+def test_a_search_ends_by_the_clock_however_much_the_processor_has_to_do(monkeypatch, rate):
+    machine = Machine(monkeypatch, rate, needs=1e9)
+    with pytest.raises(TimeoutError):
+        matches_lib._Patience(10).spans(machine, "abab", 0, 4)
+    assert 10 <= machine.now - 1000 < 11
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0, 4.0, 60.0])
+def test_a_search_that_needs_a_third_of_its_time_is_done(monkeypatch, rate):
+    machine = Machine(monkeypatch, rate, needs=3 * rate)
+    assert matches_lib._Patience(10).spans(machine, "abab", 0, 4) == [(1, 2), (3, 4)]
+    assert machine.now - 1000 < 10
+
+
+def test_what_was_found_before_a_try_ended_is_found_once(monkeypatch):
+    class Interrupted:
+        tries = 0
+
+        def finditer(self, text, first, **_):
+            self.tries += 1
+            for n, match in enumerate(regex.finditer("[ab]", text, pos=first)):
+                if n == 2 and self.tries < 4:
+                    raise TimeoutError
+                yield match
+
+    text, search = "xabaabbax", Interrupted()
+    spans = matches_lib._Patience(1000).spans(search, text, 0, 8)
+    assert spans == [match.span() for match in regex.finditer("[ab]", text)]
+    assert search.tries == 4
+
+
 def test_the_time_is_for_the_whole_search_not_for_each_document(tmp_path, bpe, monkeypatch):
     documents = [bpe.encode("the sea")] * 50
     text = StoredText(make_store(tmp_path / "store", bpe, documents, 1000), bpe)

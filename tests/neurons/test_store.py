@@ -4,9 +4,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import shutil
 import signal
+import threading
 import time
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -170,7 +173,7 @@ def test_a_writer_goes_on_behind_what_is_there_and_parts_stand_side_by_side(fill
 def append_for_ever(folder):
     writer = StoreWriter(folder, METADATA)
     while True:
-        writer.append(random_segment(3000, len(writer._written))[0])
+        writer.append(random_segment(3000, writer.n_tokens // 3000)[0])
 
 
 def test_whoever_is_killed_leaves_whole_segments(tmp_path):
@@ -218,14 +221,14 @@ def test_damaged_metadata_is_named(filled, content):
 
 def test_a_store_of_a_later_format_is_refused(filled):
     path = filled[0] / "metadata.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with pytest.raises(UserError, match="a store of format 2, this topklm reads 1"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
+    with pytest.raises(UserError, match="a store of format 3, this topklm reads 2"):
         Store(filled[0])
 
 
 def test_a_segment_without_its_facts_is_named(filled):
     (filled[0] / "segments" / "0-000001" / "segment.json").unlink()
-    with pytest.raises(UserError, match=r"0-000001 is damaged \(.*: delete it"):
+    with pytest.raises(UserError, match=r"0-000001 is damaged \(.*: delete 0-000001 to 0-000002 in"):
         Store(filled[0])
 
 
@@ -240,3 +243,134 @@ def test_an_array_that_is_gone_or_cut_off_is_named(filled):
     values.write_bytes(values.read_bytes()[:100])
     with pytest.raises(UserError, match=r"0-000002.* is damaged"):
         Store(filled[0]).segments[2].read()
+
+
+def test_a_segment_is_never_read_in_the_place_of_another(filled):
+    segments = filled[0] / "segments"
+    (segments / "0-000001").rename(segments / "0-000003")
+    with pytest.raises(UserError, match=r"0-000001 is missing.* delete 0-000002 to 0-000003 in segments"):
+        Store(filled[0])
+    (segments / "0-000003").rename(segments / "0-000001")
+    (segments / "0-000002").rename(segments / "aside")
+    shutil.copytree(segments / "0-000000", segments / "0-000002")
+    with pytest.raises(UserError, match="0-000002 is of another store, or of another place in this one"):
+        Store(filled[0])
+
+
+def test_segments_that_are_gone_from_the_end_are_missed(filled):
+    shutil.rmtree(filled[0] / "segments" / "0-000002")
+    with pytest.raises(UserError, match="of 3 segments of part 0 only 2 are there: run the same topklm"):
+        Store(filled[0])
+
+
+def test_a_segment_that_was_written_just_before_a_kill_counts(filled):
+    folder, segments, _ = filled
+    counted = (folder / "parts" / "0" / "part.json").read_bytes()
+    StoreWriter(folder, METADATA).append(random_segment(50, 7)[0])
+    (folder / "parts" / "0" / "part.json").write_bytes(counted)
+    assert len(Store(folder).segments) == len(segments) + 1
+
+
+def test_one_process_at_a_time_writes_to_a_part(filled):
+    folder, _, _ = filled
+    with StoreWriter(folder, METADATA):
+        begun = folder / "segments" / ".0-000003"
+        begun.mkdir()
+        with pytest.raises(UserError, match=rf"process {os.getpid()} is writing to part 0"):
+            StoreWriter(folder, METADATA)
+        assert begun.exists()
+        StoreWriter(folder, METADATA, part=1).close()
+    StoreWriter(folder, METADATA).close()
+    assert not begun.exists()
+
+
+def test_the_next_writer_goes_on_when_the_one_before_has_ended(filled):
+    folder, segments, _ = filled
+    first, owners = StoreWriter(folder, METADATA), []
+
+    def write_more():
+        with StoreWriter(folder, METADATA, wait=owners.append) as writer:
+            writer.append(random_segment(50, 7)[0])
+
+    second = threading.Thread(target=write_more)
+    second.start()
+    while not owners:
+        time.sleep(0.01)
+    first.append(random_segment(60, 8)[0])
+    first.close()
+    second.join()
+    assert owners == [str(os.getpid())]
+    n_tokens = [reader.n_tokens for reader in Store(folder).segments]
+    assert n_tokens == [*(len(segment.tokens) for segment in segments), 60, 50]
+
+
+def test_without_its_metadata_a_store_is_neither_read_nor_added_to(filled):
+    (filled[0] / "metadata.json").unlink()
+    for opening in (Store, lambda folder: StoreWriter(folder, METADATA)):
+        with pytest.raises(UserError, match=r"metadata.json is missing.* put it back, or delete"):
+            opening(filled[0])
+
+
+# The store in the archive was written by a version before digests: 361 tokens of two layers in two parts.
+
+
+@pytest.fixture
+def old(tmp_path):
+    with zipfile.ZipFile(Path(__file__).with_name("store_of_format_1.zip")) as archive:
+        archive.extractall(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def activation(layer, token, neuron):
+    """What was stored there."""
+    active = (token * 31 + neuron * 17 + layer * 7) % 97 < 20
+    return np.where(active, ((token + neuron) % 13 + 1) / 4, 0)
+
+
+def test_a_store_of_an_earlier_version_is_read(old):
+    store, at = Store(old), np.arange(361)
+    assert (store.n_tokens, store.n_events, len(store.segments)) == (361, 3573, 4)
+    np.testing.assert_array_equal(store.tokens(0, 361), at % 50 + 1)
+    np.testing.assert_array_equal(store.documents(0, 361), at // 120)
+    np.testing.assert_array_equal(store.losses(0, 361), (at / 64).astype(np.float16))
+    for layer in range(S):
+        for neuron in range(D):
+            wanted = activation(layer, at, neuron)
+            events = store.neuron(layer, neuron)
+            np.testing.assert_array_equal(events.tokens, np.flatnonzero(wanted))
+            np.testing.assert_array_equal(events.values, wanted[wanted > 0])
+
+
+@pytest.mark.parametrize("name", segment_lib.ARRAYS)
+def test_what_a_store_of_an_earlier_version_lacks_does_not_read_as_zeros(old, name):
+    shards = [path for path in sorted(old.glob(f"segments/*/{name}/c/0"))]
+    assert shards
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.unlink()
+        for broken in (lambda: None, shard.mkdir):
+            broken()
+            store = Store(old)
+            with pytest.raises(UserError, match=rf"{shard.parents[2].name} is damaged"):
+                [reader.read() for reader in store.segments]
+        shard.rmdir()
+        shard.write_bytes(content)
+    shutil.rmtree(old / "segments" / "0-000001")
+    with pytest.raises(UserError, match=r"0-000001 is missing.* delete 0-000002 in segments"):
+        Store(old)
+
+
+def test_offsets_that_cannot_be_are_refused_in_a_store_of_an_earlier_version(old):
+    segment = old / "segments" / "1-000000"
+    shutil.copy(old / "segments" / "0-000000" / "offsets" / "c" / "0", segment / "offsets" / "c" / "0")
+    with pytest.raises(UserError, match="1-000000 is damaged"):
+        Store(old).neuron(1, D - 1)
+
+
+def test_nothing_is_added_to_a_store_of_an_earlier_version(old):
+    metadata = dataclasses.replace(Store(old).metadata, parameters="ab")
+    with StoreWriter(old, metadata) as writer:
+        assert writer.n_tokens == 301
+        with pytest.raises(UserError, match="was made by an earlier version of topklm"):
+            writer.append(random_segment(50, 7)[0])
+    assert Store(old).n_tokens == 361

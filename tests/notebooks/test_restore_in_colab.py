@@ -26,6 +26,7 @@ import json
 print(json.dumps({
     "devices": jax.device_count(),
     "text": text,
+    "elsewhere": model.active_neurons(tokens).neuron(layer, neuron).values.tolist(),
     "sentence": SENTENCE,
     "prompt": PROMPT,
     "active": list(active),
@@ -119,6 +120,14 @@ def test_the_text_is_what_the_model_writes_here(executed, report, model):
     expected = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, seed=0)
     assert report["text"] == expected
     assert said(executed["generate"]) == expected + "\n"
+
+
+@pytest.mark.slow
+def test_the_neuron_is_looked_for_at_the_tokens_that_were_drawn(report, model):
+    made = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, seed=0, return_tokens=True)
+    layer, neuron = report["followed"]
+    expected = model.run_with_cache(made.tokens)[1]["topk", layer][0, :, neuron]
+    np.testing.assert_allclose(report["elsewhere"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

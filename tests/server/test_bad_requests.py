@@ -13,7 +13,8 @@ from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.inference.engine import Engine
 from topklm.inference.news import ClosedError
-from topklm.server import app
+from topklm.inference.sampling import RowSampling, draw
+from topklm.server import app, fields, requests
 from topklm.server.errors import ApiError, number, refused
 from topklm.server.limits import Limits
 from topklm.server.service import Service
@@ -96,7 +97,7 @@ def assert_refused(answer, status, said, param=None):
         ("max_tokens", -1, "max_tokens = -1: must be an integer from 0 to 100"),
         ("max_tokens", 101, "max_tokens = 101: must be an integer from 0 to 100"),
         ("max_tokens", "5", 'max_tokens = "5": must be an integer'),
-        ("max_tokens", 5.0, "max_tokens = 5.0: must be an integer"),
+        ("max_tokens", 5.5, "max_tokens = 5.5: must be an integer"),
         ("max_tokens", True, "max_tokens = true: must be an integer"),
         ("n", 0, "n = 0: must be an integer from 1 to 8"),
         ("n", 9, "n = 9: must be an integer from 1 to 8"),
@@ -104,9 +105,11 @@ def assert_refused(answer, status, said, param=None):
         ("temperature", -1, "temperature = -1.0: must be 0 or more"),
         ("temperature", float("nan"), "temperature = nan: must be"),
         ("temperature", 10**400, "must be a number"),
+        ("temperature", 1e39, "must be 0 or more, and finite"),
         ("temperature", "hot", 'temperature = "hot": must be a number'),
-        ("top_p", 0, "top_p = 0.0: must be above 0"),
-        ("top_k", -1, "top_k = -1: must be"),
+        ("top_p", -0.5, "top_p = -0.5: must be above 0"),
+        ("top_p", 1e-300, "top_p = 1e-300: must be above 0"),
+        ("top_k", -2, "top_k = -2: must be"),
         ("top_k", "5", "top_k = '5': must be"),
         ("min_p", 2, "min_p = 2.0: must be from 0 to 1"),
         ("repetition_penalty", 0, "repetition_penalty = 0.0: must be above 0"),
@@ -226,6 +229,69 @@ def test_an_address_that_there_is_not_is_not_found(client):
 def test_a_prompt_that_is_too_long_has_the_code_that_programs_look_for(client):
     answer = client.post("/v1/completions", json={"prompt": "a" * 40})
     assert assert_refused(answer, 400, "shorten it")["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("n", [31, 32])
+def test_a_prompt_that_leaves_no_room_for_a_new_token_is_refused_if_one_is_asked_for(client, n):
+    prompt, status = [1] * n, {31: 504, 32: 400}[n]  # 504: nobody makes tokens here
+    answer = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 5})
+    assert answer.status_code == status
+    if n == 32:
+        assert assert_refused(answer, 400, "there is no room")["code"] == "context_length_exceeded"
+    without = requests.completion(service().model, "village", LIMITS, {"prompt": prompt, "max_tokens": 0})
+    assert without.texts[0].finished == "length"
+    sliding = {"prompt": prompt, "max_tokens": 5, "when_full": "slide"}
+    assert not requests.completion(service().model, "village", LIMITS, sliding).texts[0].finished
+
+
+def asked(body):
+    content = fields.json_object(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return requests.completion(service().model, "village", LIMITS, content).texts
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        (b'"max_tokens": 16.0', b'"max_tokens": 16'),
+        (b'"n": 2.0, "seed": 3e0', b'"n": 2, "seed": 3'),
+        (b'"top_k": -1', b'"top_k": 0'),
+        (b'"top_k": -1.0', b'"top_k": null'),
+        (b'"logprobs": 1.0', b'"logprobs": 1'),
+        (b'"temperature": 1', b'"temperature": 1.0'),
+    ],
+)
+def test_what_other_servers_take_is_taken(sent, meant):
+    first, second = (asked(b'{"prompt": [1, 2.0], "seed": 5, ' + one + b"}") for one in (sent, meant))
+    assert [dataclasses.asdict(text) for text in first] == [dataclasses.asdict(text) for text in second]
+
+
+def test_a_top_p_of_nothing_leaves_the_most_likely_token():
+    (text,) = asked({"prompt": "a", "top_p": 0})
+    rows = RowSampling.of([text.sampling])
+    logits = np.array([[1.0, 1.1, 0.9]], np.float32)
+    none = np.zeros((1, 3), bool)
+    assert {int(draw(logits, none, rows, rows.keys(), np.full(1, n))[0]) for n in range(20)} == {1}
+
+
+def test_without_a_seed_each_prompt_has_its_own_and_texts_of_one_are_told_apart_by_their_index():
+    texts = asked({"prompt": ["a", "a", "b"], "n": 2})
+    assert len({text.sampling.seed for text in texts}) == 3
+    assert [text.sampling.index for text in texts] == [0, 1] * 3
+    assert {text.sampling.seed for text in asked({"prompt": ["a", "a"], "seed": 9})} == {9}
+
+
+def test_the_tokenizers_addresses_are_where_other_servers_have_them(client):
+    separator = {"prompt": "<|endoftext|>", "add_special_tokens": False}
+    for place in ("", "/v1"):
+        assert client.post(f"{place}/tokenize", json=separator).json()["tokens"] == [0]
+        inside = client.post(f"{place}/tokenize", json={"prompt": "a<|endoftext|>"}).json()["tokens"]
+        assert inside.count(0) == 1  # that before the text
+        assert (
+            client.post(f"{place}/detokenize", json={"tokens": inside}).json()["prompt"] == "a<|endoftext|>"
+        )
+    about = client.get("/tokenizer_info").json()
+    assert (about["bos_token"], about["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
+    assert about["model_max_length"] == 32
 
 
 def test_a_request_that_is_too_large_is_refused(client):

@@ -1,11 +1,16 @@
 """What is said of a text piece by piece is what is said of it at once."""
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from topklm.data.tokenizer import train_bpe
+from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.inference.sampling import Sampling
 from topklm.inference.scores import Scores
+from topklm.inference.streaming import first_stop
 from topklm.inference.text import Text, Token
 from topklm.server.choices import Choice, joined
 
@@ -37,11 +42,6 @@ def test_pieces_joined_are_the_whole(size):
     logprobs = found["logprobs"]
     assert logprobs["tokens"] == TOKENIZER.token_strings([token.id for token in tokens])
     assert logprobs["token_logprobs"] == [token.log_probability for token in tokens]
-    # Each token begins where the text before it ends, as far as that is whole characters.
-    ends = [TOKENIZER.decode([t.id for t in tokens[:n]]).rstrip("\ufffd") for n in range(len(tokens))]
-    assert logprobs["text_offset"][0] == 0
-    for place, end in zip(logprobs["text_offset"], ends, strict=True):
-        assert 0 <= place - len(end) <= 1
     assert made.n_new == len(tokens)
 
 
@@ -57,6 +57,94 @@ def test_nothing_is_told_of_tokens_behind_a_stop_string(size):
     assert "".join(SAID).startswith(found["text"])
     assert len(told) < len(tokens)
     assert max(found["logprobs"]["text_offset"]) < len(found["text"])
+
+
+def offsets_by_hand(ids, first=0):
+    """The character to which the first byte of each token belongs, by decoding all that comes before it."""
+    pieces = [b"" if i == 0 else TOKENIZER.token_bytes([i])[0] for i in ids]
+    found = []
+    for n, piece in enumerate(pieces):
+        before = b"".join(pieces[:n])
+        with_first_byte = (before + piece[:1]).decode("utf-8", "replace")
+        found.append(len(with_first_byte) - (1 if piece else 0))
+    return [max(0, place - first) for place in found]
+
+
+ANY_TOKENS = st.lists(st.integers(1, TOKENIZER.vocab_size - 1), max_size=14)
+
+
+@given(
+    prompt=ANY_TOKENS,
+    said=st.text(alphabet="\u65e5\u672c\n\u00fc\U0001f600a ", max_size=4),
+    ids=ANY_TOKENS,
+    stop=st.lists(st.text(alphabet="\u65e5\n\u00fc ae", min_size=1, max_size=2), max_size=2),
+    size=st.integers(1, 20),
+    echo=st.booleans(),
+    ends=st.booleans(),
+)
+def test_offsets_tokens_and_counts_are_those_of_the_text_however_it_comes(
+    prompt, said, ids, stop, size, echo, ends
+):
+    ids = [*ids[:7], *TOKENIZER.encode(said).tolist(), *ids[7:], *([0] if ends else [])]
+    prompt_text, prompt = TOKENIZER.decode(prompt), [TOKENIZER.separator_id, *prompt]
+    made = Choice(
+        TOKENIZER, 0, Text(list(prompt), len(prompt), 100, Sampling(), n_alternatives=0), tuple(stop)
+    )
+    n = len(prompt) - 1
+    pieces = [made.echo(Scores(np.zeros(n), np.zeros((n, 0)), np.zeros((n, 0))))] if echo else []
+    for begin in range(0, max(1, len(ids)), size):
+        last = begin + size >= len(ids)
+        new = [Token(token, -1.0) for token in ids[begin : begin + size]]
+        if not made.finish_reason:
+            pieces.append(made.add(new, ("stop" if ends else "length") if last else None))
+    found = joined([piece for piece in pieces if piece])
+    logprobs, before = found["logprobs"], len(prompt) if echo else 0
+    text = found["text"].removeprefix(prompt_text) if echo else found["text"]
+
+    whole = TOKENIZER.decode(prompt + ids)[len(prompt_text) :]
+    n_drawn = next((n for n in range(len(ids) + 1) if stopped(prompt, ids[:n], prompt_text, stop)), None)
+    stops = n_drawn is not None
+    n_drawn = n_drawn if stops else len(ids)
+    assert made.n_new == n_drawn
+    assert text == (whole[: first_stop(whole, stop)] if stops else whole)
+    assert found["finish_reason"] == ("stop" if stops or ends else "length")
+    first = 0 if echo else len(prompt_text)
+    expected = offsets_by_hand(prompt + ids[:n_drawn], first)
+    if stops:
+        expected = [
+            place for place in expected[len(prompt) :] if place < len(prompt_text) - first + len(text)
+        ]
+        expected = offsets_by_hand(prompt, first)[:before] + expected
+    else:
+        expected = expected[len(prompt) - before :]
+    assert logprobs["text_offset"] == expected
+    ids_told = [*prompt[:before], *ids][: len(expected)]
+    assert logprobs["tokens"] == TOKENIZER.token_strings(ids_told)
+
+
+def stopped(prompt, ids, prompt_text, stop):
+    text = TOKENIZER.decode(prompt + ids)[len(prompt_text) :]
+    return any(one in text for one in stop)
+
+
+def test_offsets_are_those_of_the_text_also_where_a_tokenizer_changes_it():
+    names = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581a", "b"]
+    of_library = tokenizers.Tokenizer(
+        models.BPE({name: i for i, name in enumerate(names)}, merges=[], byte_fallback=True)
+    )
+    of_library.add_special_tokens(["</s>"])
+    of_library.pre_tokenizer = pre_tokenizers.Metaspace()
+    of_library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = Tokenizer(of_library.to_str().encode())
+    emoji, broken = [1 + byte for byte in "\U0001f600".encode()], 1 + 0x97
+    ids = [0, 258, *emoji, 258, 259, broken, 259, 258]
+    assert tokenizer.decode(ids) == "a\U0001f600 ab\ufffdb a"  # the first space is left out
+    text = Text(list(ids), len(ids), 100, Sampling(), n_alternatives=0)
+    n = len(ids) - 1
+    scores = Scores(np.zeros(n), np.zeros((n, 0)), np.zeros((n, 0)))
+    found = Choice(tokenizer, 0, text, ()).echo(scores)
+    assert found["text"] == tokenizer.decode(ids)
+    assert found["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 1, 2, 4, 5, 6, 7]
 
 
 def test_a_piece_without_text_waits_and_an_end_without_text_does_not():

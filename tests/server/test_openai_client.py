@@ -76,7 +76,9 @@ def test_a_completion_is_what_the_library_gives(client, expected):
     assert complete(client, temperature=0).choices[0].text == complete(client, temperature=0).choices[0].text
 
 
-def test_without_a_seed_texts_differ(client):
+def test_without_a_seed_texts_differ_also_those_of_equal_prompts_in_one_request(client):
+    answer = complete(client, prompt=[PROMPT] * 4, n=2)
+    assert len({choice.text for choice in answer.choices}) == 8
     assert len({complete(client).choices[0].text for _ in range(4)}) > 1
 
 
@@ -161,6 +163,52 @@ def test_probabilities_are_those_of_the_model(client, model):
         best = np.sort(reference[place - 1])[-2:]
         np.testing.assert_allclose(sorted(found.top_logprobs[place].values())[-2:], best, atol=1e-3)
         assert found.tokens[place] in found.top_logprobs[place]
+
+
+def test_a_stop_token_is_counted_and_its_probability_listed_whole_and_streamed(client, model):
+    # As a program that scores texts asks: the last token listed is never one of the prompt.
+    settings = {"logprobs": 1, "echo": True, "max_tokens": 18}
+    several = (complete(client, seed=seed, n=20, **settings).choices for seed in range(20))
+    (choice, seed) = next(
+        (choice, seed)
+        for seed, choices in enumerate(several)
+        for choice in choices
+        if choice.finish_reason == "stop"
+    )
+    found, n = choice.logprobs, len(PROMPT) + 1
+    assert found.tokens[-1] == "<|endoftext|>"
+    assert "<|endoftext|>" not in choice.text
+    assert found.text_offset[-1] == len(choice.text)
+    ids = [_id(model, name) for name in found.tokens[:-1]]
+    assert model.tokenizer.decode(ids) == choice.text
+    reference = np.asarray(jax.nn.log_softmax(logits_of(model, ids)))[-1]
+    np.testing.assert_allclose(found.token_logprobs[-1], reference[0], atol=1e-3)
+    # Scored as a prompt, the same tokens have the same probabilities, up to what an evaluation cuts off.
+    scored = complete(client, prompt=ids, temperature=0, max_tokens=1, logprobs=1, echo=True)
+    assert scored.choices[0].logprobs.token_logprobs[n:-1] == pytest.approx(
+        found.token_logprobs[n:-1], abs=1e-3
+    )
+    assert len(scored.choices[0].logprobs.tokens) == len(ids) + 1
+    assert scored.usage.completion_tokens == 1
+    whole = complete(client, seed=seed, n=20, max_tokens=18, logprobs=1)
+    listed = sum(len(one.logprobs.tokens) for one in whole.choices)
+    assert whole.usage.completion_tokens == listed
+    pieces = list(complete(client, seed=seed, n=20, max_tokens=18, logprobs=1, stream=True))
+    ours = [one for piece in pieces for one in piece.choices if one.index == choice.index]
+    told = [name for one in ours for name in one.logprobs.tokens]
+    assert told == whole.choices[choice.index].logprobs.tokens
+
+
+def test_counts_depend_neither_on_load_nor_on_what_is_told_beside(client, expected):
+    stop = expected[0][5:7]
+
+    def count(settings):
+        return complete(client, seed=0, stop=[stop], **settings).usage.completion_tokens
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(count, [{}, {"logprobs": 0}, {"echo": True}, {}] * 4))
+    assert len(found) == 1
+    assert found.pop() < 12
 
 
 def _id(model, name):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from topklm.config import OptimConfig
-from topklm.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from topklm.training.optimizer import change_of_schedule, decay_mask, learning_rate_schedule, make_optimizer
 
 STEPS = 20
 CONFIG = OptimConfig(
@@ -29,6 +29,22 @@ def variant(**changes):
 def rates(config, steps=STEPS):
     schedule = learning_rate_schedule(config, steps)
     return np.array([float(schedule(step)) for step in range(steps + 1)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "steps", "done", "said"),
+    [
+        ("cosine", 20, 40, 20, "train.steps was 20 and is 40: the learning rate goes from 0.0543 to 0.314,"),
+        ("cosine", 40, 21, 20, "train.steps was 40 and is 21: the learning rate goes from 0.3"),
+        ("cosine", 20, 20, 10, None),
+        ("cosine", 20, 40, 3, None),  # inside the warm-up
+        ("wsd", 20, 40, 10, None),  # on the plateau
+        ("wsd", 20, 40, 20, "the learning rate goes from 0.14 to 0.5, where wsd over 40 steps is"),
+    ],
+)
+def test_a_run_of_another_length_says_how_the_learning_rate_jumps(schedule, before, steps, done, said):
+    got = change_of_schedule(variant(schedule=schedule), before, steps, done)
+    assert got is None if said is None else said in got
 
 
 def make_gradients(n):

@@ -5,6 +5,7 @@ Run as a program, this file compares meshes of eight virtual CPU devices and pri
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainCon
 from topklm.model import transformer
 from topklm.training import bad_steps
 from topklm.training.optimizer import learning_rate_schedule, make_optimizer
-from topklm.training.step import TrainState, init_state, make_train_step
+from topklm.training.step import TrainState, abstract_state, init_state, make_train_step
 
 TOPK = Config(
     # The vocabulary is padded for the mesh; every dim of a block matrix is divided by all axes.
@@ -302,6 +303,10 @@ def test_the_loss_curve_of_a_mesh_stays_closer_than_that_of_another_seed(eight_d
     assert np.abs(np.subtract(found, want)).max() < np.abs(np.subtract(other_seed, want)).max()
 
 
+def test_every_kind_of_model_has_a_step_on_every_mesh(eight_devices):
+    assert [kind for kind, same in eight_devices["kinds"].items() if not same] == []
+
+
 def test_a_vocabulary_padded_to_fit_the_mesh_is_split_and_its_padding_stays_zero(eight_devices):
     found = eight_devices["padding"]
     assert found["vocabulary_on_a_device"] == {"embed": 24, "unembed": 24}
@@ -337,6 +342,7 @@ def compare_meshes(names):
     }
     fsdp = sharding.make_mesh(MESHES["1x8"])
     report = {"init_state": inspect_init_state(adamw, fsdp), "recomputed": {}}
+    report["kinds"] = shapes_of_gradients()
     report["other seed"] = {"topk_losses": train_some_steps(adamw, one_device(), seed=1)[1]}
     for how in ("scanned", "minimal", "full"):
         changed = {
@@ -392,6 +398,21 @@ def inspect_padding(params):
         },
         "padding_stays_zero": not (np.asarray(embed)[41:].any() or np.asarray(unembed)[:, 41:].any()),
     }
+
+
+def shapes_of_gradients():
+    """For each kind of model on a mesh, whether its traced step keeps the shapes and dtypes of the state."""
+    found = {}
+    kinds = itertools.product([False, True], ["bfloat16", "float32"], ["1x8", "2x2x2 with context"])
+    for tied, dtype, name in kinds:
+        model = dataclasses.replace(BASE.model, tie_embeddings=tied, dtype=dtype)
+        config, optimizer = dataclasses.replace(BASE, model=model), make_optimizer(BASE.optim, 20)
+        step = make_train_step(config, optimizer, sharding.make_mesh(MESHES[name]))
+        state = abstract_state(config, optimizer)
+        after, _ = jax.eval_shape(step, state, make_batch())
+        same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
+        found[f"{name}, tied {tied}, {dtype}"] = all(jax.tree.leaves(same))
+    return found
 
 
 def inspect_init_state(optimizer, mesh):

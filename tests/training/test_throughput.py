@@ -1,12 +1,22 @@
 """The arithmetic behind tokens per second and MFU."""
 
+import math
+
 from helpers import TINY
 import jax
 import pytest
 
-from topklm.config import ModelConfig
+from topklm.config import Config, ModelConfig
 from topklm.model import transformer
-from topklm.training.throughput import Clock, flops_per_token, parameter_count, peak_flops_per_second
+from topklm.training import throughput
+from topklm.training.console import Console
+from topklm.training.throughput import (
+    Clock,
+    data_sheet_peak,
+    flops_per_token,
+    parameter_count,
+    peak_flops_per_second,
+)
 
 
 def test_flops_per_token_counted_by_hand():
@@ -49,10 +59,85 @@ class Chip:
 
 
 @pytest.mark.parametrize(
-    ("kind", "teraflops"), [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v6 lite", 918), ("TPU v4", 275)]
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("TPU v4", 275),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+    ],
 )
 def test_the_peak_of_known_chips_is_the_data_sheets(kind, teraflops):
     assert peak_flops_per_second([Chip(kind)] * 4, "bfloat16") == 4 * teraflops * 1e12
+
+
+NO_CHIPS = ["NVIDIA L400", "NVIDIA L40G", "NVIDIA T400", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v4 lite"]
+NO_CHIPS += ["TPU v50", "NVIDIA H1000", "NVIDIA A100X", "NVIDIA A1000", "Tesla T40", "cpu", ""]
+
+
+@pytest.mark.parametrize("kind", NO_CHIPS)
+def test_a_chip_of_a_longer_or_shorter_name_is_another_chip(kind):
+    assert data_sheet_peak(kind) is None
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """Peaks that measurements give, one after another; the last one again and again."""
+    found = [100.0]
+
+    def measure(devices, dtype):
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    monkeypatch.setattr(throughput, "peak_flops_per_second", measure)
+    monkeypatch.setattr(throughput, "flops_per_token", lambda model: 1.0)
+    return found
+
+
+def rate_of(tokens_per_step=10):
+    return throughput.Rate(Config(), tokens_per_step, 0, 0.0)
+
+
+def test_a_rate_is_taken_over_a_second_or_more(peaks):
+    rate = rate_of()
+    # The end of a step is seen late, so that the next one seems to take no time.
+    assert rate.at(1, 2.0)[0] == 5.0
+    assert rate.at(2, 2.001)[0] == pytest.approx(20 / 2.001)
+    assert rate.at(3, 3.5)[0] == pytest.approx(10 / 1.499)
+    assert rate.at(13, 6.5)[0] == pytest.approx(100 / 3.0)
+
+
+def test_a_utilisation_above_one_is_measured_again_and_never_shown(peaks):
+    peaks[:] = [100.0, 50.0, 400.0, 300.0]
+    rate = rate_of(tokens_per_step=200)
+    assert math.isnan(rate.at(1, 1.0)[1])  # 200 a second, and the second measurement was no better
+    assert rate.at(2, 2.0)[1] == 0.5  # the third was
+    rate.measure_again()
+    assert rate.at(3, 3.0)[1] == 0.5  # the best one counts
+
+
+def test_the_peak_of_a_data_sheet_is_not_measured(monkeypatch, peaks):
+    monkeypatch.setattr(jax, "devices", lambda: [Chip("NVIDIA L4")])
+    peaks[:] = [100.0, 1000.0]
+    rate = rate_of(tokens_per_step=200)
+    assert math.isnan(rate.at(1, 1.0)[1])
+    assert rate.at(2, 3.0)[1] == pytest.approx(1.0)
+
+
+def test_a_peak_that_is_not_known_is_shown_as_such(capsys):
+    console = Console()
+    console.start(0, 9)
+    console.report(1, loss=1.0, tokens_per_second=5.0, mfu=math.nan)
+    assert "| MFU ? |" in capsys.readouterr().out
 
 
 def test_the_peak_of_a_cpu_is_measured():

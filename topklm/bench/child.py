@@ -10,10 +10,9 @@ import os
 import sys
 from typing import Any, TextIO
 
-from topklm import allocator
+from topklm import allocator, errors
 from topklm.bench.processes import Prepared, peak_resident_bytes
 from topklm.bench.timing import timed
-from topklm.errors import UserError
 
 
 def main(module: str) -> None:
@@ -27,8 +26,11 @@ def _serve(module: str, answers: TextIO) -> None:
     allocator_name = allocator.keep_freed_memory()  # before either framework has threads
     try:
         prepared: Prepared = importlib.import_module(module).prepare(json.loads(sys.stdin.readline()))
-    except UserError as e:
-        _answer(answers, {"user_error": str(e)})
+    except Exception as e:
+        text = errors.explain(e)
+        if text is None:
+            raise
+        _answer(answers, {"user_error": text})
         return
     facts = {"allocator": allocator_name, **prepared.facts}
     _answer(answers, {"facts": facts, "sides": list(prepared.sides)})

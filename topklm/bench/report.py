@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import json
 import os
-from pathlib import Path
 import statistics
 import sys
 from typing import Any
@@ -18,7 +17,7 @@ from topklm import errors
 from topklm.bench import machine
 from topklm.bench.processes import threads
 from topklm.bench.timing import quartiles
-from topklm.files import write_atomically
+from topklm.files import local_path, write_atomically
 from topklm.imports import versions
 
 _PACKAGES = ("topklm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
@@ -142,8 +141,9 @@ def write(report: Report, destination: str, command: Sequence[str] = ()) -> None
         sys.stdout.write(text)
         return
     with errors.disk_errors_are_user_errors("writing --json"):
-        Path(destination).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(destination), text.encode())
+        path = local_path(destination, "--json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
 
 
 def show(report: Report, console: rich.console.Console) -> None:

@@ -185,7 +185,9 @@ def _results(
     floor = floors.step_seconds(floors.parts_of_step(config), machine.rates)
     rate = case.tokens / samples.median
     mfu = rate * flops_per_token(config.model) / machine.peak_flops_per_second
-    note = f"{rate:,.0f} tokens/s, MFU {mfu:.1%}, compiled in {compile_seconds:.1f} s"
+    # Above 1 the peak, a rate measured in another moment, is not that of the machine.
+    shown = f"{mfu:.1%}" if mfu <= 1 else "?"
+    note = f"{rate:,.0f} tokens/s, MFU {shown}, compiled in {compile_seconds:.1f} s"
     side = {"shape": case.shape, "dtype": case.dtype, "side": name}
     facts = {**side, "tokens_per_second": rate, "mfu": mfu, "compile_seconds": compile_seconds}
     yield Result(f"{case.name}: step, {name}", "s", samples.seconds, floor, facts, note)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
 import re
 import webbrowser
 
@@ -10,7 +9,7 @@ import rich.console
 
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import is_bucket, local_path
 
 DESCRIPTION = (
     "Serves pages on which the neurons of a run can be seen, searched and labelled; harvests and measures "
@@ -36,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to listen; on others than the default a token is demanded",
     )
     parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument(
-        "--export", type=Path, metavar="PATH", help="write the pages as one HTML file, and end"
-    )
+    parser.add_argument("--export", metavar="PATH", help="write the pages as one HTML file, and end")
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -66,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         if value is not None and arguments.export is None:
             raise UserError(f"--{flag.replace('_', '-')} = {value}: goes with --export only; leave it out")
     neurons = _neurons(arguments.neurons)
+    out = None if arguments.export is None else local_path(arguments.export, "--export")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"explore needs {', '.join(missing)}: run pip install 'topklm[explore]'")
     if is_bucket(arguments.run):
@@ -76,23 +74,23 @@ def run(arguments: argparse.Namespace) -> None:
     from topklm.explorer.source import Source  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
 
-    if arguments.export is None:
+    if out is None:
         listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
     console = rich.console.Console()
     folder = ensure_measured(arguments.run, arguments.step, console)
     source = Source(folder)
-    if arguments.export is not None and arguments.format == "neuronpedia":
+    if out is not None and arguments.format == "neuronpedia":
         model_id = arguments.model_id or re.sub(r"[^a-z0-9_-]", "-", folder.run.resolve().name.lower())
         progress = TerminalProgress(console)
         neuronpedia.export(
-            folder, source.tokenizer, arguments.export, model_id=model_id, neurons=neurons, progress=progress
+            folder, source.tokenizer, out, model_id=model_id, neurons=neurons, progress=progress
         )
-        print(f"{arguments.export}: Neuronpedia's bulk import of {model_id}")
+        print(f"{out}: Neuronpedia's bulk import of {model_id}")
         return
-    if arguments.export is not None:
-        n = export.export(source, arguments.export, neurons)
-        size = arguments.export.stat().st_size / 2**20
-        print(f"{arguments.export}: {n:,} neurons, {size:.1f} MiB")
+    if out is not None:
+        n = export.export(source, out, neurons)
+        size = out.stat().st_size / 2**20
+        print(f"{out}: {n:,} neurons, {size:.1f} MiB")
         return
 
     def ready(address: str) -> None:

@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
     options["steer"] = steering_arguments.interventions(arguments, model.config.model)
+    steering_arguments.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     try:
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)

@@ -20,6 +20,7 @@ from topklm.distributed import places
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import is_bucket
 from topklm.inference.language_model import LanguageModel
+from topklm.inference.verification import fingerprint
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fitting
 from topklm.neurons import harvest as harvest_lib
@@ -27,13 +28,15 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.statistics.settings import Settings
-from topklm.neurons.store import Metadata, Store, StoreWriter
-from topklm.neurons.texts import Documents, open_documents
+from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
+from topklm.neurons.texts import Documents, described, no_text, open_documents
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
 
 DEFAULT_TOKENS = 500_000
+_MOST_DIGITS = 15  # of a count
+_MOST_SAMPLES = 2**31 - 1  # as the table can hold them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,8 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measure_verb.add_argument(
         "--encoder",
         metavar="MODEL",
-        help="folder or name of a sentence encoder, for the package sentence-transformers: semantic entropy "
-        "and monosemanticity compare tokens by the text around them, not by the model's own unembedding",
+        help="folder, name or NAME@REVISION of a sentence encoder, for the package sentence-transformers: "
+        "semantic entropy and monosemanticity compare tokens by the text around them, not by the model's own "
+        "unembedding",
     )
     find_verb = verbs.add_parser(
         "find",
@@ -151,10 +155,11 @@ def ensure_measured(run_folder: str, step: int | None, console: rich.console.Con
     """
     progress = TerminalProgress(console)
     model, mesh = _load(run_folder, step)
-    folder = NeuronsFolder(Path(run_folder), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     if not folder.store.exists():
         _harvest_into(folder, model, mesh, progress)
     if not folder.table.exists():
+        wait_for_writers(folder.store, progress.say)
         _measure_into(folder, model, progress, Settings())
     return folder
 
@@ -162,7 +167,7 @@ def ensure_measured(run_folder: str, step: int | None, console: rich.console.Con
 def _harvest(arguments: argparse.Namespace) -> None:
     console = rich.console.Console(stderr=arguments.json)
     model, mesh = _load(arguments.run, arguments.step)
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     place = places.find() if arguments.part is None else None
     share = arguments.part or (Share(place.index, place.count) if place else ALL)
     _harvest_into(
@@ -236,13 +241,22 @@ def _harvest_into(
         context_length=config.context_length,
         parts=share.count,
         dictionary=written_in.description if written_in else "",
+        parameters=fingerprint(model.params),
     )
-    wanted = n_tokens if documents.n_tokens is None else min(n_tokens, documents.n_tokens)
-    with disk_errors_are_user_errors(f"writing {folder.store}"):
-        writer = StoreWriter(folder.store, metadata, share.index)
+
+    def wait(owner: str) -> None:
+        progress.say(f"process {owner} is harvesting into {folder.store}: waiting for its end")
+
+    with (
+        disk_errors_are_user_errors(f"writing {folder.store}"),
+        StoreWriter(folder.store, metadata, share.index, wait) as writer,
+    ):
         before = done = writer.n_tokens
         begun = 0
-        with progress.phase(f"harvesting {documents.name}", max(wanted // share.count - before, 0)) as report:
+        wanted = 0  # nobody knows
+        if documents.n_tokens is not None:
+            wanted = max(min(n_tokens, documents.n_tokens) // share.count - before, 0)
+        with progress.phase(f"harvesting {documents.name}", wanted) as report:
 
             def tell(tokens: int, documents_begun: int) -> None:
                 nonlocal done, begun
@@ -264,7 +278,9 @@ def _harvest_into(
                 report=tell,
             )
     if not writer.n_tokens and share.count == 1:
-        raise UserError(f"--source = {source}: there is no text in it; give other text")
+        raise no_text(documents, f"--source = {source}")
+    if documents.left_out:
+        progress.say(f"left out of {documents.name}: {described(documents.left_out)}")
 
 
 def _check_kind(folder: NeuronsFolder, kind: str) -> None:
@@ -315,11 +331,13 @@ def _dictionary(
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    if arguments.ablation_samples < 0:
-        raise UserError(f"--ablation-samples = {arguments.ablation_samples}: must be 0 or more")
+    if not 0 <= arguments.ablation_samples <= _MOST_SAMPLES:
+        raise UserError(
+            f"--ablation-samples = {arguments.ablation_samples}: must be from 0 to {_MOST_SAMPLES}"
+        )
     console = rich.console.Console(stderr=arguments.json)
     model, _ = _load(arguments.run, arguments.step)
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
     _measure_into(folder, model, TerminalProgress(console), settings, arguments.encoder)
     if arguments.json:
@@ -336,7 +354,12 @@ def _measure_into(
     encoder: str | None = None,
 ) -> None:
     store = Store(folder.store)
-    if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or store.metadata.step != model.step:
+    of_model = {
+        "tokenizer_sha256": model.tokenizer.sha256,
+        "step": model.step,
+        "parameters": store.metadata.parameters and fingerprint(model.params),
+    }
+    if any(getattr(store.metadata, name) != value for name, value in of_model.items()):
         raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
@@ -392,9 +415,12 @@ def _summary(folder: NeuronsFolder, store: Store) -> str:
 
 def _count(text: str) -> int:
     """A number of 1 or more, also written 2_000_000."""
-    if not re.fullmatch(r"\d[\d_]*", text) or int(text) < 1:
+    digits = text.replace("_", "").lstrip("0")
+    if not re.fullmatch(r"[0-9][0-9_]*", text) or not digits:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
-    return int(text)
+    if len(digits) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must have at most {_MOST_DIGITS} digits")
+    return int(digits)
 
 
 def _share(text: str) -> Share:

@@ -12,7 +12,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from topklm.commands import two_texts
+from topklm.commands import steering_arguments, two_texts
 from topklm.commands.two_texts import Text
 from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.errors import UserError
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     q_values = {(r.layer, r.neuron): r.q_value for r in ranked}
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]
-        save_interventions(arguments.save, entries)
+        save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
     if arguments.json:
         documents = {"chosen_on": [len(d) for d in chosen_on], "scored_on": [len(d) for d in scored_on]}
         facts = {

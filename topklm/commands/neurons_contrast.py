@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 
 import numpy as np
 import rich.console
@@ -14,6 +13,7 @@ from topklm.commands import two_texts
 from topklm.commands.two_texts import Text
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
+from topklm.files import sealed_json
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.neurons.show import visible
@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
             "warnings": _warnings(texts, unit, found),
         }
         neurons = [{**dataclasses.asdict(r), "label": labels.get((r.layer, r.neuron), "")} for r in ranked]
-        print(json.dumps({**facts, "neurons": neurons}))
+        # Its digest is for `topklm neurons select --contrast-json`.
+        print(sealed_json({**facts, "neurons": neurons}).decode(), end="")
         return
     _print(console, texts, unit, found, ranked, labels)
 

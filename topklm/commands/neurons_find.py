@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 from pathlib import Path
+import re
 
 import numpy as np
 import rich.console
@@ -15,9 +16,9 @@ import topklm
 from topklm import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import as_path, is_bucket
 from topklm.neurons.find import RankedNeuron, TokenNeurons, neurons_of_text, rank
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.folder import NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
 from topklm.neurons.matches import Matches, StoredText
 from topklm.neurons.show import SHOWN_PER_LAYER, Activation, visible
@@ -28,6 +29,9 @@ DESCRIPTION = (
     "tokens that match a pattern, or are a token, from all others that were harvested."
 )
 EXAMPLE = 'topklm neurons find runs/small --regex "sea|ocean"'
+
+_ID = re.compile("[0-9]+")
+_QUOTED_NUMBER = re.compile('"[0-9]+"')
 
 _SHOWN_TEXT = 40  # characters of what was looked for, in a message
 
@@ -42,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token",
         metavar="TOKEN",
-        help="rank neurons by this token, with or without a space before it; a number is an id",
+        help="rank neurons by this token, with or without a space before it; a number is an id, and a number "
+        "in double quotes, '\"19\"', the text of one",
     )
     parser.add_argument("--case", action="store_true", help="--regex: capitals are not small letters")
     parser.add_argument(
@@ -98,9 +103,7 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     # The separator that stands before is no part of the text.
     rows = neurons_of_text(model.active_neurons(arguments.text), arguments.top, arguments.layer, begin=1)
     labels = (
-        {}
-        if is_bucket(arguments.run)
-        else Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+        {} if is_bucket(arguments.run) else Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
     )
     if arguments.json:
         tokens = [
@@ -163,16 +166,15 @@ def _folder(run: str, step: int | None) -> NeuronsFolder:
     """Where the activations are: of a step, or of the newest that has some."""
     if is_bucket(run):
         raise UserError(f"RUN = {run}: activations are kept on a disk; copy the run folder to one")
-    if not Path(run).is_dir():
+    folder = Path(as_path(run, "RUN"))
+    if not folder.is_dir():
         raise UserError(f"RUN = {run}: there is no such folder; check the path")
     if step is not None:
-        return NeuronsFolder(Path(run), step)
-    steps = [int(path.name) for path in Path(run).glob("neurons/*") if path.name.isdecimal()]
-    folders = [NeuronsFolder(Path(run), step) for step in sorted(steps)]
-    harvested = [folder for folder in folders if folder.store.exists()]
-    if not harvested:
+        return NeuronsFolder(folder, step)
+    steps = harvested_steps(folder)
+    if not steps:
         raise UserError(f"{run}: there are no activations yet; run topklm neurons harvest {run}")
-    return harvested[-1]
+    return NeuronsFolder(folder, steps[-1])
 
 
 def _open_store(folder: NeuronsFolder) -> Store:
@@ -193,10 +195,15 @@ def _open_store(folder: NeuronsFolder) -> Store:
 
 def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens that are this text, with and without a space before it; or of this id."""
-    if token.isascii() and token.isdigit():
-        if int(token) >= tokenizer.vocab_size:
-            raise UserError(f"--token = {token}: ids are from 0 to {tokenizer.vocab_size - 1}")
+    if _ID.fullmatch(token):
+        if len(token.lstrip("0")) > 9 or int(token) >= tokenizer.vocab_size:
+            raise UserError(
+                f"--token = {token}: ids are from 0 to {tokenizer.vocab_size - 1}; for the text of a number, "
+                f"--token '\"{token}\"'"
+            )
         return [int(token)]
+    if _QUOTED_NUMBER.fullmatch(token):
+        token = token[1:-1]
     if not token:
         raise UserError("--token is empty: give the text of a token, or its id")
     forms = [tokenizer.encode(token), tokenizer.encode(" " + token)]

@@ -12,7 +12,7 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as e:
             raise UserError(f"neuron {one.layer}:{one.neuron}: {e}") from e
         entries.append(entry)
-    save_interventions(arguments.save, entries)
+    save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
     if arguments.json:
         neurons = [dataclasses.asdict(one) for one in chosen]
         facts = {"run": arguments.run, "step": model.step, "mode": arguments.mode, "value": arguments.value}
@@ -129,12 +129,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
-    folder = NeuronsFolder(Path(arguments.run), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
         return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
     if arguments.contrast_json is not None:
-        saved = selection.read_contrast(Path(arguments.contrast_json))
+        saved = selection.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
             raise UserError(
                 f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "

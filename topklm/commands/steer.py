@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from topklm.commands import steer_dose, steer_survey
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import write_atomically
+from topklm.files import local_path, write_atomically
 from topklm.steering.survey import Settings
 
 DESCRIPTION = (
@@ -57,4 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(content))
     elif arguments.json is not None:
         with disk_errors_are_user_errors(f"writing {arguments.json}"):
-            write_atomically(Path(arguments.json), (json.dumps(content, indent=1) + "\n").encode())
+            write_atomically(
+                local_path(arguments.json, "--json"), (json.dumps(content, indent=1) + "\n").encode()
+            )

@@ -1,6 +1,7 @@
 """`topklm steer --neuron`: what one neuron does to the text at one value after another."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ import topklm
 from topklm.commands import steering_arguments
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         there_is.check(model.config.model)
     except ValueError as e:
         raise UserError(f"--neuron = {arguments.neuron}: {e}") from e
-    folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(arguments.run), model.step)
+    folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
     facts = None if folder is None else known.read(folder, layer, neuron)
     values = _values(arguments, facts)
     concepts = asked or known.own_concepts(model, folder, facts, layer, neuron)
@@ -166,7 +167,9 @@ def _asked(arguments: argparse.Namespace) -> list[Concept]:
     if arguments.concept_regex is not None:
         asked.append(concept_lib.of_regex(arguments.concept_regex))
     if arguments.concept_words is not None:
-        is_file = Path(arguments.concept_words).is_file()
+        is_file = False
+        with contextlib.suppress(OSError, ValueError):  # words may be longer than a file's name
+            is_file = Path(arguments.concept_words).expanduser().is_file()
         words = _lines(arguments.concept_words, "--concept-words") if is_file else None
         asked.append(concept_lib.of_words(words or arguments.concept_words.split(",")))
     return asked
@@ -174,7 +177,9 @@ def _asked(arguments: argparse.Namespace) -> list[Concept]:
 
 def _lines(path: str, flag: str) -> list[str]:
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line for line in local_path(path, flag).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{flag} = {path}: cannot be read ({e}); give a text file in UTF-8") from e
     if not lines:

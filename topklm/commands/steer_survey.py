@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # What the second lacks is said before the first is surveyed.
     opened = [_open(run, arguments.step if run == arguments.run else None) for run in runs]
     found = []
-    for run_folder, (model, store) in zip(runs, opened, strict=True):
+    for model, store in opened:
         layers = survey(
             store,
             model.config.model,
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             progress=TerminalProgress(console),
         )
         facts = {
-            "run": Path(run_folder).resolve().name,
+            "run": Path(model.run).resolve().name,
             "step": model.step,
             "kind": store.metadata.kind,
             "source": store.metadata.source,
@@ -117,7 +117,7 @@ def _open(run_folder: str, step: int | None) -> tuple[topklm.LanguageModel, Stor
     if is_bucket(run_folder):
         raise UserError(f"RUN = {run_folder}: activations are kept on a disk: copy the run folder to one")
     model = topklm.load(run_folder, step=step)
-    folder = NeuronsFolder(Path(run_folder), model.step)
+    folder = NeuronsFolder(Path(model.run), model.step)
     if not folder.store.exists():
         raise UserError(
             f"{run_folder} has no activations of step {model.step}, which concepts are read from: run topklm "

@@ -2,11 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 import re
+import sys
+from typing import Any
 
 from topklm.config import ModelConfig
-from topklm.errors import UserError
+from topklm.errors import UserError, one_line
+from topklm.files import as_path, parse_json
 from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
+from topklm.inference.language_model import LanguageModel
+from topklm.inference.verification import fingerprint
 
 _NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
 
@@ -103,3 +109,39 @@ def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequenc
     if arguments.steer_file is not None:
         given += load_interventions(arguments.steer_file, config)
     return given or None
+
+
+def name_of(model: LanguageModel) -> dict[str, Any]:
+    """What a file of interventions says of the model whose neurons they are on."""
+    return {
+        "run": Path(model.run).name,
+        "step": model.step,
+        "n_layers": model.config.model.n_layers,
+        "d_model": model.config.model.d_model,
+        "parameters": fingerprint(model.params),
+    }
+
+
+def warn_of_another_model(arguments: argparse.Namespace, model: LanguageModel) -> None:
+    """Prints a line to standard error if --steer-file was made for other parameters than these.
+
+    A neuron's number means something else in another model. Files that people write, and those of earlier
+    versions, name none.
+
+    Raises:
+        UserError: If the file names its model in another way than `name_of`.
+    """
+    if arguments.steer_file is None:
+        return
+    flag = f"--steer-file = {arguments.steer_file}"
+    made_for = parse_json(as_path(arguments.steer_file, "--steer-file").read_bytes()).get("model")
+    if made_for is None:
+        return
+    needed = "run", "step", "parameters"
+    if not isinstance(made_for, dict) or not made_for.keys() >= set(needed):
+        raise UserError(f"{flag}: model: must be an object with {', '.join(needed)}; or leave it out")
+    here = name_of(model)
+    if made_for["parameters"] != here["parameters"]:
+        there, this = (f"{one['run']}, step {one['step']}" for one in (made_for, here))
+        line = f"warning: {flag}: its neurons are of {there}; in this model, {this}, they mean other things"
+        print(one_line(line), file=sys.stderr)

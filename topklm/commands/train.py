@@ -4,21 +4,34 @@ Short on purpose: it reads the flags and hands over to `training.loop.train`, wh
 anywhere. Single settings are overridden like `--config.model.topk_k=16`.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import difflib
+import functools
 import pathlib
 import re
 import sys
+import traceback
+import types
+from typing import Any, NoReturn
 
-from absl import flags
-from ml_collections import config_flags
+import ml_collections
 
-from topklm import allocator, compilation_cache, config, distributed, errors
+from topklm import allocator, compilation_cache, config, distributed
 from topklm.buckets import check_usable
-from topklm.files import AnyPath, as_path
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.files import AnyPath, as_path, check_name
 from topklm.training import loop
 from topklm.training.interruption import stop_on_signal
 
+DESCRIPTION = (
+    "Trains a model, or continues the run in --workdir from its newest checkpoint. Single settings are "
+    "overridden like --config.model.topk_k=16."
+)
 EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
+
+_BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -43,34 +56,101 @@ def parse(arguments: Sequence[str], example: str = EXAMPLE) -> tuple[config.Conf
     Raises:
         UserError: For a flag, a config file or a field that does not exist or does not fit.
     """
-    argv = ["topklm train", *arguments]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"Config file, with an optional :variant. Example: {EXAMPLE}",
-        flag_values=values,
-        sys_argv=argv,
+    parser = _Parser(
+        "topklm train",
+        usage="topklm train --config=FILE[:VARIANT] [--workdir=FOLDER] [--config.FIELD=VALUE ...]",
+        description=f"{DESCRIPTION}\n\nexample: {EXAMPLE}",
+        epilog=_fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    flags.DEFINE_string(
-        "workdir", None, "Run folder, local or gs://...; default runs/<config name>.", flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
-    try:
-        rest = values(argv)
-        # A file that failed to load shows itself only when it is read.
-        experiment = values.config.to_dict() if values.config is not None else None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as e:
-        raise errors.UserError(_explain(e, example)) from e
-    if values.help:
-        print(f"{__doc__}\n{values.main_module_help() or values.get_help()}\n\n{_fields_help()}")
-        sys.exit(0)
-    if len(rest) > 1:
-        raise errors.UserError(f"{rest[1]!r} is not a flag; example: {example}")
-    if experiment is None:
-        raise errors.UserError(f"--config is missing: name a config file; example: {example}")
-    workdir = values.workdir or f"runs/{_run_name(config_flags.get_config_filename(values['config']))}"
+    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config file with get_config(VARIANT)")
+    parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
+    fields = config.flatten(config.Config())
+    for name, default in fields.items():
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
+        kind = functools.partial(_value, name, type(default))
+        parser.add_argument(f"--config.{name}", dest=name, type=kind, help=argparse.SUPPRESS, **bare)
+    known, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UserError(_explain(unknown[0], example))
+    given = vars(known)
+    if not given.get("config"):
+        raise UserError(f"--config is missing: name a config file; example: {example}")
+    experiment = load(given["config"], example)
+    for name in fields.keys() & given.keys():
+        section, _, field = name.rpartition(".")
+        values = experiment.setdefault(section, {}) if section else experiment
+        if isinstance(values, dict):  # else the file has put something else there, which `resolve` refuses
+            values[field] = given[name]
+    workdir = given.get("workdir") or f"runs/{_run_name(given['config'])}"
     return config.resolve(experiment), as_path(workdir, "--workdir")
+
+
+def load(file_and_variant: str, example: str = EXAMPLE) -> dict[str, Any]:
+    """Runs `get_config` of a config file.
+
+    Args:
+        file_and_variant: "configs/small.py", or "configs/small.py:base" to call `get_config("base")`.
+        example: Of a command, shown if there is no such file.
+
+    Returns:
+        The sections and fields as plain dicts, not checked.
+
+    Raises:
+        UserError: Naming the file and its line for whatever goes wrong in it, if there is no `get_config`,
+            and if that returns something else than a `ConfigDict` or a dict.
+    """
+    file, *variant = file_and_variant.split(":", 1)
+    check_name(file, "--config")
+    try:
+        with disk_errors_are_user_errors(f"reading --config = {file}"):
+            source = pathlib.Path(file).expanduser().read_bytes()
+    except FileNotFoundError as e:
+        raise UserError(f"--config = {file}: there is no such file; example: {example}") from e
+    module = types.ModuleType("topklm_config_file")
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses look for their module there
+    with _mistakes_of(file):
+        exec(compile(source, file, "exec"), module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            meant = difflib.get_close_matches("get_config", vars(module), n=1)
+            raise UserError(
+                f"--config = {file}: has no function get_config(), which returns the config"
+                + (f"; it has {meant[0]}" if meant else "")
+            )
+        made = get_config(*variant)
+        if not isinstance(made, Mapping | ml_collections.ConfigDict):
+            kind = "None" if made is None else type(made).__name__
+            raise UserError(
+                f"--config = {file}: get_config() returned {kind}: return the ConfigDict that "
+                "topklm.config.default() gave, or a dict of sections"
+            )
+        values = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
+        return {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
+
+
+@contextlib.contextmanager
+def _mistakes_of(file: str) -> Iterator[None]:
+    """Turns every exception of a config file into one line."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as e:  # SystemExit too
+        lines = [
+            line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == file
+        ]
+        try:
+            text = str(e)
+        except Exception:  # of a class of the file's own
+            text = ""
+        if isinstance(e, SyntaxError) and e.filename == file:
+            lines, text = [e.lineno or 1], f"{e.msg}; give a Python file"
+        line = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"--config = {file}{line}: {type(e).__name__}: {text}".rstrip(": ")) from e
 
 
 def _run_name(config_file: str) -> str:
@@ -79,19 +159,36 @@ def _run_name(config_file: str) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (pathlib.Path(path).stem, variant) if part)
 
 
-def _explain(error: Exception, example: str) -> str:
-    """A line on what absl or ml_collections refused."""
-    text = " ".join(str(error).split())
-    if "No such file or directory" in text:
-        missing = re.findall(r"No such file or directory: '([^']*)'", text)[-1]
-        return f"--config = {missing}: there is no such file; example: {example}"
-    if isinstance(error, SyntaxError):
-        return f"--config = {error.filename}, line {error.lineno}: {error.msg}; give a Python file"
-    if isinstance(error, AttributeError | KeyError) and (unknown := re.search(r"'(\w+)", text)):
-        return f"config has no field {unknown[1]!r}; {config.nearest_field(unknown[1])}"
-    return text
+def _value(name: str, kind: type, text: str) -> Any:
+    """A field's value as it is written on the command line."""
+    try:
+        return _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as e:
+        example = {bool: "true or false", int: "an integer", float: "a number"}[kind]
+        raise UserError(f"--config.{name}={text}: must be {example}") from e
+
+
+def _explain(argument: str, example: str) -> str:
+    """A line on an argument that is no flag."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("--config."):
+        near = difflib.get_close_matches(flag, ("--config", "--workdir", "--help"), n=1)
+        return f"{flag!r} is not a flag; " + (f"did you mean {near[0]}?" if near else f"example: {example}")
+    section, _, field = flag.removeprefix("--config.").partition(".")
+    sections = config.Config().to_dict()
+    if isinstance(sections.get(section), dict) and not field:
+        return (
+            f"{flag} is a section: set a field of it, as --config.{section}.{next(iter(sections[section]))}"
+        )
+    unknown = field if section in sections else section
+    return f"config has no field {unknown!r}; {config.nearest_field(unknown)}"
 
 
 def _fields_help() -> str:
     fields = "\n".join(f"  {name} = {value!r}" for name, value in config.flatten(config.Config()).items())
     return f"Fields of --config and their defaults (topklm/config.py says what they mean):\n{fields}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")

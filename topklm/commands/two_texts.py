@@ -1,7 +1,8 @@
 """What the commands that compare two texts share: the two flags, the documents, the model that reads them."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from topklm.neurons import unit_counts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.texts import open_documents
+from topklm.neurons.texts import COPY, described, no_text, open_documents
 from topklm.neurons.unit_counts import UnitCounts
 
 TOKENS = 200_000
@@ -35,6 +36,7 @@ class Text:
         source: As it was written.
         documents: Token ids of each, int32[n], none empty and no two the same.
         n_repeated: Documents left out because the same had come before.
+        unreadable: How many were left out that cannot be read, by reason.
         is_whole: Whether nothing was left out behind the limit of tokens.
     """
 
@@ -42,6 +44,7 @@ class Text:
     source: str
     documents: Sequence[np.ndarray]
     n_repeated: int
+    unreadable: Mapping[str, int]
     is_whole: bool
 
     @property
@@ -56,6 +59,7 @@ class Text:
             "documents": len(self.documents),
             "tokens": self.n_tokens,
             "repeated_documents_left_out": self.n_repeated,
+            "unreadable_documents_left_out": dict(self.unreadable),
             "is_whole": self.is_whole,
         }
 
@@ -205,7 +209,7 @@ def labels(arguments: argparse.Namespace, model: LanguageModel) -> dict[tuple[in
     """What people call neurons of the run."""
     if is_bucket(arguments.run):
         return {}
-    return Labels(NeuronsFolder(Path(arguments.run), model.step).labels).all()
+    return Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
 
 
 def warnings(texts: Sequence[Text]) -> list[str]:
@@ -214,37 +218,44 @@ def warnings(texts: Sequence[Text]) -> list[str]:
     for text in texts:
         if text.n_repeated:
             lines.append(f"--{text.flag}: {text.n_repeated:,} repeated documents are left out")
+        if text.unreadable:
+            lines.append(f"--{text.flag}: left out: {described(text.unreadable)}")
         if not text.is_whole:
             lines.append(f"--{text.flag}: only the first {text.n_tokens:,} tokens are read (--tokens)")
     return lines
 
 
 def _resolved(source: str) -> str:
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
+        path = Path(source).expanduser()
+        return str(path.resolve()) if path.exists() else source
+    return source
 
 
 def _read(flag: str, source: str, tokenizer: Tokenizer, data: DataConfig, n_tokens: int) -> Text:
     seen: set[bytes] = set()
-    documents, left, n_repeated, is_whole = [], n_tokens, 0, True
+    taken, left, n_repeated, is_whole = list[np.ndarray](), n_tokens, 0, True
     try:
-        for ids in open_documents(tokenizer, data, source):
+        documents = open_documents(tokenizer, data, source)
+        for ids in documents:
             if not len(ids):
                 continue
             if not left:
                 is_whole = False
                 break
-            taken = np.asarray(ids[:left], np.int32)
-            is_whole &= len(taken) == len(ids)
-            if taken.tobytes() in seen:
+            part = np.asarray(ids[:left], np.int32)
+            is_whole &= len(part) == len(ids)
+            if part.tobytes() in seen:
                 n_repeated += 1
                 continue
-            seen.add(taken.tobytes())
-            documents.append(taken)
-            left -= len(taken)
+            seen.add(part.tobytes())
+            taken.append(part)
+            left -= len(part)
     except UserError as e:
         # The reader knows the text by the flag of a harvest.
         raise UserError(str(e).replace("--source", f"--{flag}", 1)) from e
-    if not documents:
-        raise UserError(f"--{flag} = {source}: there is no text in it; give other text")
-    return Text(flag, source, documents, n_repeated, is_whole)
+    if not taken:
+        raise no_text(documents, f"--{flag} = {source}")
+    unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}
+    n_repeated += documents.left_out.get(COPY, 0)
+    return Text(flag, source, taken, n_repeated, unreadable, is_whole)

@@ -3,6 +3,7 @@
 The step, its shardings and its refusals are those of training; only the devices are described, not there.
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
@@ -53,7 +54,8 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
     )
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
-    parsed = program.parse(_text(compiled))
+    parsed = _parsed(compiled)
+    arithmetic, memory, traffic = (collections.Counter[str]() for _ in range(3))
     tokens = config.train.batch_size * config.model.context_length
     return Report(
         config=name,
@@ -64,10 +66,19 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         tokens_per_device=tokens / mesh.size,
         memory=_memory(compiled),
         model_flops=throughput.flops_per_token(config.model) * tokens / mesh.size,
-        compiled_flops=float(cost.matmul_flops(parsed)),
-        hbm_traffic=float(cost.main_memory_bytes(parsed)),
-        traffic=_traffic(hlo.collectives_of(parsed), mesh, topology),
+        compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
+        hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
+        traffic=_traffic(hlo.collectives_of(parsed, traffic), mesh, topology, traffic),
         compile_seconds=seconds,
+        unread={
+            f"{what} of {name}": runs
+            for what, unread in {
+                "arithmetic": arithmetic,
+                "memory traffic": memory,
+                "traffic": traffic,
+            }.items()
+            for name, runs in unread.items()
+        },
     )
 
 
@@ -96,15 +107,18 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Comp
     except jax.errors.JaxRuntimeError as e:
         limits = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or limits is None:
-            raise
+            reason = str(e).partition("\n")[0]
+            raise UserError(
+                f"the compiler for {topology.name} cannot make a program of this step: {reason}"
+            ) from e
         needed, available = (float(limits[i]) * _UNITS[limits[i + 1]] for i in (1, 3))
         raise does_not_fit(needed, available, topology.name.partition(":")[0]) from e
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
+def _parsed(compiled: jax.stages.Compiled) -> program.Program:
     try:
-        return compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as e:
+        return program.parse(compiled.as_text() or "")
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
         if importlib.util.find_spec("libtpu") is None:
             raise
         jax_version, libtpu = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
@@ -124,19 +138,22 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def _traffic(collectives: Sequence[hlo.Collective], mesh: Mesh, topology: Topology) -> tuple[Traffic, ...]:
+def _traffic(
+    collectives: Sequence[hlo.Collective], mesh: Mesh, topology: Topology, unread: program.Unread
+) -> tuple[Traffic, ...]:
     """Summed over the collectives of one kind along the same axes."""
     rows: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
     for collective in collectives:
-        key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
-        before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
-        rows[key] = Traffic(
-            *key,
-            count=before.count + collective.count,
-            bytes=before.bytes + collective.count * collective.bytes,
-            bytes_sent=before.bytes_sent + collective.count * collective.bytes_sent,
-            seconds=before.seconds + collective.count * _seconds(collective, mesh, topology),
-        )
+        with program.reading(collective.name, program.Runs(collective.count, is_exact=True), unread):
+            key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
+            before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
+            rows[key] = Traffic(
+                *key,
+                count=before.count + collective.count,
+                bytes=before.bytes + collective.count * collective.bytes,
+                bytes_sent=before.bytes_sent + collective.count * collective.bytes_sent,
+                seconds=before.seconds + collective.count * _seconds(collective, mesh, topology),
+            )
     return tuple(sorted(rows.values(), key=lambda row: -row.bytes_sent))
 
 

@@ -3,11 +3,12 @@
 XLA's own cost analysis counts the body of a loop once, which for a scan over layers is most of the program.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+import dataclasses
 import math
 import re
 
-from topklm.compile_check.program import Computation, Instruction, Program, Shape
+from topklm.compile_check.program import Computation, Instruction, Program, Shape, Unread, reading
 from topklm.model.attention_backends import splash_block
 
 # They move nothing: names for parts of something, or the second half of what was counted at its start.
@@ -17,35 +18,59 @@ _FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "send-do
 # output; scores, their gradient, dq; scores, their gradient, dk, dv.
 _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# Libraries' matrix products, which a compiler may put in the place of a dot.
+_FOREIGN_PRODUCT = re.compile(r'custom_call_target="[^"]*(?i:matmul|gemm|convolution|[$]conv|[$]dot)[^"]*"')
 _SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 
 
-def matmul_flops(program: Program) -> int:
-    """Floating-point operations of all matrix products (and convolutions) of one run, on one device."""
+def matmul_flops(program: Program, unread: Unread | None = None) -> int:
+    """Floating-point operations of all matrix products (and convolutions) of one run, on one device.
+
+    Args:
+        program: The compiled one.
+        unread: Takes note of the instructions that are in the way of an exact sum; without it they raise.
+    """
     total = 0
     for computation, instruction, runs in program.walk():
-        if instruction.opcode == "dot":
-            total += runs.count * _dot_flops(computation, instruction)
-        elif instruction.opcode == "convolution":
-            total += runs.count * _convolution_flops(computation, instruction)
-        elif instruction.opcode == "custom-call" and (kernel := _SPLASH.match(instruction.name)):
-            total += runs.count * _splash_flops(computation, instruction, kernel[1])
+        if count := _reader_of_products(instruction):
+            with reading(instruction.name, runs, unread):
+                total += runs.count * count(computation, instruction)
     return total
 
 
-def main_memory_bytes(program: Program) -> int:
+def main_memory_bytes(program: Program, unread: Unread | None = None) -> int:
     """Bytes that one run reads from and writes to the main memory of one device; an estimate.
 
     What stays in a TPU's on-chip memory counts as nothing, and so does what happens inside a fusion. Of an
     array that is only sliced the slice counts, of one that is updated in place the update. A kernel is taken
-    to read and write each of its arrays once.
+    to read and write each of its arrays once. Arguments as `matmul_flops`.
     """
     fused = {name for _, i, _ in program.walk() if i.opcode == "fusion" for name in i.called("calls")}
     total = 0
     for computation, instruction, runs in program.walk():
         if computation.name not in fused:
-            total += runs.count * _traffic(program, computation, instruction)
+            if unread is not None and not runs.is_exact:
+                unread[f"{computation.name}, a loop of unknown length"] = runs.count
+            with reading(instruction.name, dataclasses.replace(runs, is_exact=True), unread):
+                total += runs.count * _traffic(program, computation, instruction)
     return total
+
+
+def _reader_of_products(instruction: Instruction) -> Callable[[Computation, Instruction], int] | None:
+    """The function that counts an instruction's matrix products, or None if it does none."""
+    if instruction.opcode == "dot":
+        return _dot_flops
+    if instruction.opcode == "convolution":
+        return _convolution_flops
+    if instruction.opcode != "custom-call":
+        return None
+    if _SPLASH.match(instruction.name):
+        return _splash_flops
+    return _unknown_kernel if _FOREIGN_PRODUCT.search(instruction.attributes) else None
+
+
+def _unknown_kernel(computation: Computation, kernel: Instruction) -> int:
+    raise ValueError(f"{kernel.name}: a matrix product whose operands have no order that is known here")
 
 
 def _dot_flops(computation: Computation, dot: Instruction) -> int:
@@ -81,15 +106,21 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     return 2 * result[labels[3].index("b")] * features * pairs
 
 
-def _splash_flops(computation: Computation, kernel: Instruction, role: str) -> int:
+def _splash_flops(computation: Computation, kernel: Instruction) -> int:
     """2 x pairs x head width for each product; pairs of tokens in blocks on and under the diagonal."""
-    # The first of its four-dimensional arrays are the queries [B, H, T, d].
-    queries = next(x.shapes[0].dims for x in computation.operands(kernel) if len(x.shapes[0].dims) == 4)
-    batch, heads, length, width = queries
+    role = _SPLASH.match(kernel.name)
+    # Behind the integers that describe the mask, the first array are the queries [B, H, T, d]; B is left out
+    # where a device has one sequence.
+    *batch, heads, length, width = next(
+        shape.dims
+        for operand in computation.operands(kernel)
+        for shape in operand.shapes
+        if "f" in shape.dtype and len(shape.dims) >= 3
+    )
     block = splash_block(length)
     blocks = length // block
-    pairs = batch * heads * blocks * (blocks + 1) // 2 * block**2
-    return _SPLASH_PRODUCTS[role] * 2 * pairs * width
+    pairs = math.prod(batch) * heads * blocks * (blocks + 1) // 2 * block**2
+    return _SPLASH_PRODUCTS[role[1] if role else ""] * 2 * pairs * width
 
 
 class _Window:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from topklm.compile_check.program import Computation, Instruction, Program, Runs, parse
+from topklm.compile_check.program import Computation, Instruction, Program, Runs, Unread, parse, reading
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _OTHER_KINDS = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
@@ -71,10 +71,14 @@ def collectives(text: str) -> list[Collective]:
     return collectives_of(parse(text))
 
 
-def collectives_of(program: Program) -> list[Collective]:
-    """`collectives` of a program that is parsed already."""
+def collectives_of(program: Program, unread: Unread | None = None) -> list[Collective]:
+    """`collectives` of a program that is parsed already; `unread` as in `cost.matmul_flops`."""
     scattered = _all_reduces_that_scatter(program)
-    found = [_collective(program, *place, scattered) for place in program.walk()]
+    found = []
+    for computation, instruction, runs in program.walk():
+        if instruction.opcode == "send" or instruction.opcode.removesuffix("-start") in _OPCODES:
+            with reading(instruction.name, runs, unread):
+                found.append(_collective(program, computation, instruction, runs, scattered))
     return [c for c in found if c is not None and c.group_size > 1 and c.count > 0]
 
 

@@ -4,12 +4,17 @@ A scan is one `while` whose body stands in the text once. Its trip count comes f
 where a backend leaves that out (TPU), from running the loop's counter.
 """
 
+import collections
 from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
+
+# What could not be read of a program, and how often that runs in one run of it.
+Unread: TypeAlias = collections.Counter[str]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _MAX_TRIPS = 1_000_000
@@ -122,6 +127,12 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
             return int(known[1])
+        try:
+            return self._count_trips(computation, loop)
+        except Exception:  # a counter in a notation that is not known here
+            return None
+
+    def _count_trips(self, computation: Computation, loop: Instruction) -> int | None:
         [condition], [body] = loop.called("condition"), loop.called("body")
         state = _Evaluation(self, computation, None).value(loop.operands[0])
         for trips in range(_MAX_TRIPS):
@@ -132,6 +143,29 @@ class Program:
                 return trips
             state = _Evaluation(self, self.computations[body], (state,)).result()
         return None
+
+
+@contextlib.contextmanager
+def reading(name: str, runs: Runs, unread: Unread | None) -> Iterator[None]:
+    """Leaves an instruction out, and notes it, if it cannot be read inside the block.
+
+    One that is read and runs in a loop of unknown length, and so is counted for one turn, is noted too.
+
+    Args:
+        name: Of the instruction, which ends in a number of no interest.
+        runs: How often it runs.
+        unread: Where to note it; None: errors are raised, and loops are not looked at.
+    """
+    kind = name.partition(".")[0]
+    try:
+        yield
+    except Exception:  # whatever a notation does that another version of the compiler writes
+        if unread is None:
+            raise
+        unread[kind] += runs.count
+    else:
+        if unread is not None and not runs.is_exact:
+            unread[f"{kind} in a loop of unknown length"] += runs.count
 
 
 def parse(text: str) -> Program:

@@ -66,6 +66,7 @@ class Report:
     hbm_traffic: float  # bytes
     traffic: tuple[Traffic, ...]
     compile_seconds: float
+    unread: Mapping[str, int] = dataclasses.field(default_factory=dict)  # not in the sums: kind -> runs
 
     @property
     def chip(self) -> Chip | None:
@@ -95,7 +96,8 @@ class Report:
     @property
     def communication_share(self) -> float:
         """Of the time for communication and matrix products, if the two never overlap."""
-        return self.communication_seconds / (self.communication_seconds + self.compute_seconds)
+        both = self.communication_seconds + self.compute_seconds
+        return self.communication_seconds / both if both else 0.0
 
     @property
     def critical_tokens(self) -> float:
@@ -125,7 +127,8 @@ class Report:
 
 def from_dict(values: Mapping[str, Any]) -> Report:
     """The inverse of `Report.to_dict`."""
-    fields = {field.name: values[field.name] for field in dataclasses.fields(Report)}
+    # Reports of earlier versions have no `unread`.
+    fields = {f.name: values[f.name] for f in dataclasses.fields(Report) if f.name in values}
     fields["memory"] = Memory(**values["memory"])
     fields["traffic"] = tuple(Traffic(**{**row, "axes": tuple(row["axes"])}) for row in values["traffic"])
     return Report(**fields)
@@ -147,6 +150,11 @@ def show(report: Report, console: rich.console.Console) -> None:
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(_sizes(report))
     console.print(_collectives(report))
+    if report.unread:
+        unread = ", ".join(f"{name} ({runs:,} runs)" for name, runs in report.unread.items())
+        console.print(
+            f"not counted, as it is not known: {unread}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _sizes(report: Report) -> rich.table.Table:

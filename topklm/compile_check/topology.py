@@ -30,6 +30,9 @@ _NO_TPU_HERE = {
 }
 
 
+_MOST_CPU_DEVICES = 1024  # each has threads
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """A kind of TPU.
@@ -106,7 +109,7 @@ def find(name: str, n_slices: int = 1) -> Topology:
         UserError: If the name is wrong, libtpu is missing or does not know the slice.
     """
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"\d+(x\d+)*", shape) or kind not in (*CHIPS, "cpu"):
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", shape) or kind not in (*CHIPS, "cpu"):
         raise UserError(f"--topology = {name}: must be like v5e:16x16, v5p:4x4x4, v6e:8x8 or cpu:8")
     if n_slices < 1:
         raise UserError(f"--slices = {n_slices}: must be 1 or more")
@@ -124,6 +127,8 @@ def find(name: str, n_slices: int = 1) -> Topology:
 def _cpu_devices(name: str, n: int, n_slices: int) -> tuple[jax.Device, ...]:
     if n_slices > 1:
         raise UserError(f"--slices = {n_slices}: {name} has no slices; name a TPU topology")
+    if n > _MOST_CPU_DEVICES:
+        raise UserError(f"--topology = {name}: must be at most {_MOST_CPU_DEVICES} virtual devices")
     with contextlib.suppress(RuntimeError):  # it has its devices already: they will do if they are enough
         jax.config.update("jax_num_cpu_devices", n)
     devices = jax.devices("cpu")

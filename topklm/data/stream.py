@@ -182,7 +182,53 @@ def windows_to_batch(windows: np.ndarray, separator_id: int) -> Batch:
     )
 
 
-def heldout_batches(mixture: Mixture, *, context_length: int, batch_size: int) -> Iterator[Batch]:
+@dataclasses.dataclass(frozen=True)
+class HeldoutPart:
+    """The beginning of each dataset's held-out text."""
+
+    stops: tuple[int, ...]  # tokens of each held-out stream, separators too
+    utf8_bytes: int  # of the text of all parts
+
+
+def heldout_part(mixture: Mixture, max_tokens: int) -> HeldoutPart:
+    """Finds the part of the held-out text that an evaluation on few tokens scores.
+
+    Args:
+        mixture: The held-out splits of its datasets are read.
+        max_tokens: Text tokens over all datasets, each of which gives its share, rounded up; 0: all.
+
+    Returns:
+        The first documents of each dataset, the last one of them cut. Its bytes are those of its tokens;
+        where a token does not stand for the same bytes everywhere, those of the text that they decode to.
+    """
+    total, tokenizer = mixture.heldout_text_tokens, mixture.tokenizer
+    if not 0 < max_tokens < total:
+        return HeldoutPart(tuple(d.heldout.tokens for d in mixture.datasets), mixture.heldout_bytes)
+    lengths, stops, utf8_bytes = tokenizer.token_bytes_lengths(), [], 0
+    for dataset in mixture.datasets:
+        stream = dataset.tokens(dataset.heldout)
+        wanted = -(-max_tokens * dataset.heldout.text_tokens // total)
+        stops.append(_end_of_text(stream, tokenizer.separator_id, wanted))
+        for start, stop in _documents(stream, tokenizer.separator_id, stops[-1]):
+            tokens = stream.read(start + 1, stop)
+            text = lengths[tokens].sum() if lengths is not None else len(tokenizer.decode(tokens).encode())
+            utf8_bytes += int(text)
+    return HeldoutPart(tuple(stops), utf8_bytes)
+
+
+def _end_of_text(stream: TokenStream, separator_id: int, n: int) -> int:
+    """Where the first n tokens that are no separators end."""
+    for offset in range(0, len(stream), _SCAN_TOKENS):
+        text = np.flatnonzero(stream.read(offset, min(offset + _SCAN_TOKENS, len(stream))) != separator_id)
+        if n <= text.size:
+            return offset + int(text[n - 1]) + 1 if n else offset
+        n -= text.size
+    return len(stream)
+
+
+def heldout_batches(
+    mixture: Mixture, *, context_length: int, batch_size: int, part: HeldoutPart | None = None
+) -> Iterator[Batch]:
     """Batches that score every text token of every held-out document exactly once.
 
     The datasets follow one another, whatever their weights. The first token of a document is predicted
@@ -194,11 +240,13 @@ def heldout_batches(mixture: Mixture, *, context_length: int, batch_size: int) -
         mixture: The held-out splits of its datasets are read.
         context_length: T, tokens per row.
         batch_size: B, rows per batch; the same for all batches.
+        part: Of the text; all of it if None.
     """
     separator_id = mixture.tokenizer.separator_id
+    stops = (part or heldout_part(mixture, max_tokens=0)).stops
     pieces = itertools.chain.from_iterable(
-        _heldout_pieces(dataset.tokens(dataset.heldout), separator_id, context_length)
-        for dataset in mixture.datasets
+        _heldout_pieces(dataset.tokens(dataset.heldout), separator_id, context_length, end)
+        for dataset, end in zip(mixture.datasets, stops, strict=True)
     )
     rows: list[_Row] = []
     for row in _pack(pieces, context_length):
@@ -222,15 +270,23 @@ class _Row:
     pieces: list[_Piece] = dataclasses.field(default_factory=list)
 
 
-def _heldout_pieces(stream: TokenStream, separator_id: int, length: int) -> Iterator[_Piece]:
+def _heldout_pieces(stream: TokenStream, separator_id: int, length: int, end: int) -> Iterator[_Piece]:
     stride = max(1, length // 2)
-    for start, stop in document_bounds(stream, separator_id):
+    for start, stop in _documents(stream, separator_id, end):
         scored = start + 1  # the first token not yet scored; tokens[start] is the separator
         first = start
         while scored < stop:
             last = min(first + length, stop - 1)
             yield _Piece(stream.read(first, last + 1), n_context=scored - (first + 1))
             scored, first = last + 1, first + stride
+
+
+def _documents(stream: TokenStream, separator_id: int, end: int) -> Iterator[tuple[int, int]]:
+    """The bounds of the documents before `end`, the last one cut there."""
+    for start, stop in document_bounds(stream, separator_id):
+        if start >= end:
+            return
+        yield start, min(stop, end)
 
 
 def document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[int, int]]:

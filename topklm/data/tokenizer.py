@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 import re
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -75,6 +76,18 @@ class Tokenizer:
     def to_bytes(self) -> bytes:
         """The bytes of tokenizer.json."""
         return self._content
+
+    def config(self, context_length: int) -> dict[str, Any]:
+        """Returns what tokenizer_config.json says beside it, as the library transformers reads it."""
+        separator = self.token_strings([self.separator_id])[0]
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": separator,
+            "eos_token": separator,
+            "add_bos_token": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": context_length,
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32[n]; no separator is added."""

@@ -14,7 +14,7 @@ import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from topklm.errors import UserError
@@ -31,6 +31,7 @@ from topklm.explorer.views import prompt as prompt_view
 from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
 from topklm.neurons.labels import MAX_CHARACTERS
+from topklm.web.client import Json
 from topklm.web.security import comes_from_elsewhere
 
 
@@ -45,21 +46,21 @@ def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
     routes = [
         Route("/", here.overview),
         Route("/random", here.random),
-        Route("/neurons/{layer:int}/{neuron:int}", here.neuron),
-        Route("/neurons/{layer:int}/{neuron:int}/text", here.to_text, methods=["POST"]),
-        Route("/neurons/{layer:int}/{neuron:int}/steer", here.steering.to_page, methods=["POST"]),
-        Route("/neurons/{layer:int}/{neuron:int}/label", here.label, methods=["POST"]),
+        Route("/neurons/{layer:number}/{neuron:number}", here.neuron),
+        Route("/neurons/{layer:number}/{neuron:number}/text", here.to_text, methods=["POST"]),
+        Route("/neurons/{layer:number}/{neuron:number}/steer", here.steering.to_page, methods=["POST"]),
+        Route("/neurons/{layer:number}/{neuron:number}/label", here.label, methods=["POST"]),
         Route("/go", here.go),
         Route("/prompt", here.prompt),
         Route("/prompt", here.to_prompt, methods=["POST"]),
         Route("/search", here.search),
         Route("/labels", here.labels),
         Route("/api/overview", here.overview_json),
-        Route("/api/neurons/{layer:int}/{neuron:int}", here.neuron_json),
-        Route("/api/neurons/{layer:int}/{neuron:int}/context", here.context_json),
-        Route("/api/neurons/{layer:int}/{neuron:int}/text", here.text_json, methods=["POST"]),
-        Route("/api/neurons/{layer:int}/{neuron:int}/steer", here.steering.stream, methods=["POST"]),
-        Route("/api/neurons/{layer:int}/{neuron:int}/label", here.label_json, methods=["POST"]),
+        Route("/api/neurons/{layer:number}/{neuron:number}", here.neuron_json),
+        Route("/api/neurons/{layer:number}/{neuron:number}/context", here.context_json),
+        Route("/api/neurons/{layer:number}/{neuron:number}/text", here.text_json, methods=["POST"]),
+        Route("/api/neurons/{layer:number}/{neuron:number}/steer", here.steering.stream, methods=["POST"]),
+        Route("/api/neurons/{layer:number}/{neuron:number}/label", here.label_json, methods=["POST"]),
         Route("/api/prompt", here.prompt_json, methods=["POST"]),
         Route("/api/search", here.search_json),
         Route("/api/labels.json", here.labels_json),
@@ -182,11 +183,11 @@ class _Explorer:
     # Data
 
     def overview_json(self, request: Request) -> Response:
-        return JSONResponse(overview_view.overview(self._source, self._index, self._asked(request)))
+        return Json(overview_view.overview(self._source, self._index, self._asked(request)))
 
     def neuron_json(self, request: Request) -> Response:
         place = request.path_params
-        return JSONResponse(neuron_view.neuron(self._source, place["layer"], place["neuron"]))
+        return Json(neuron_view.neuron(self._source, place["layer"], place["neuron"]))
 
     def context_json(self, request: Request) -> Response:
         place = request.path_params
@@ -194,24 +195,22 @@ class _Explorer:
         data = neuron_view.context(self._source, place["layer"], place["neuron"], at, size)
         strongest = self._source.row(self._source.number(place["layer"], place["neuron"]), ["max_activation"])
         shaded = pages.pieces(data["tokens"], data["values"], strongest["max_activation"], data["example"])
-        return JSONResponse({**data, "pieces": [dataclasses.asdict(piece) for piece in shaded]})
+        return Json({**data, "pieces": [dataclasses.asdict(piece) for piece in shaded]})
 
     async def text_json(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         text = await field(request, "text")
-        return JSONResponse(await self._with_model(neuron_view.on_text, layer, neuron, text))
+        return Json(await self._with_model(neuron_view.on_text, layer, neuron, text))
 
     async def label_json(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
-        return JSONResponse(
-            {"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)}
-        )
+        return Json({"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)})
 
     async def prompt_json(self, request: Request) -> Response:
-        return JSONResponse(await self._with_model(prompt_view.prompt, await field(request, "text")))
+        return Json(await self._with_model(prompt_view.prompt, await field(request, "text")))
 
     async def search_json(self, request: Request) -> Response:
-        return JSONResponse(await self._found(request))
+        return Json(await self._found(request))
 
     def labels_json(self, _request: Request) -> Response:
         return file(self._source.labels.as_json(), "application/json", "labels.json")
@@ -238,8 +237,8 @@ class _Explorer:
     def _error(
         self, request: Request, status: int, message: str, headers: dict[str, str] | None = None
     ) -> Response:
-        if request.url.path.startswith("/api/"):
-            return JSONResponse({"error": message}, status, headers)
+        if request.scope["path"].startswith("/api/"):
+            return Json({"error": message}, status, headers)
         answer = self._page(request, "error.html", status, message=message, code=status)
         answer.headers.update(headers or {})
         return answer

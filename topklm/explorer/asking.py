@@ -1,23 +1,42 @@
 """What requests carry, read with care, and work for them that is done in threads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+import contextlib
 import functools
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import anyio
 import anyio.to_thread
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from topklm.errors import UserError
+from topklm.web.client import from_json
 
 _LONGEST_LINK = 60_000  # characters
 _MOST_WAITING = 16  # for the model, or for a regular expression
+_WAITING_SECONDS = 30.0
 
 
 class BusyError(Exception):
-    """Too many wait for the same thing."""
+    """Too many wait for the same thing, or they have waited for too long."""
+
+
+class _Number(Convertor[int]):
+    """A number in a path. Python refuses to read one of thousands of digits, so starlette's own may fail."""
+
+    regex = "[0-9]{1,9}"
+
+    def convert(self, value: str) -> int:
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        return str(value)
+
+
+register_url_convertor("number", _Number())
 
 
 async def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -31,8 +50,27 @@ async def in_turn(turn: anyio.CapacityLimiter, function: Callable[..., Any], *ar
     Raises:
         BusyError: If too many wait already.
     """
+    async with taken(turn):
+        return await in_thread(function, *arguments)
+
+
+@contextlib.asynccontextmanager
+async def taken(turn: anyio.CapacityLimiter) -> AsyncIterator[None]:
+    """Has a turn inside the block.
+
+    Raises:
+        BusyError: If too many wait already, or it does not come in time.
+    """
     check_not_busy(turn)
-    return await anyio.to_thread.run_sync(functools.partial(function, *arguments), limiter=turn)
+    try:
+        with anyio.fail_after(_WAITING_SECONDS):
+            await turn.acquire()
+    except TimeoutError as e:
+        raise BusyError from e
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 def check_not_busy(turn: anyio.CapacityLimiter) -> None:
@@ -59,15 +97,14 @@ async def fields(request: Request) -> dict[str, Any]:
     Raises:
         UserError: If it is neither.
     """
-    content: Any
-    if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-        try:
-            content = await request.json()
-        except (ValueError, RecursionError) as e:
-            raise UserError("the request is no JSON: send an object") from e
-        content = content if isinstance(content, dict) else {}
-    else:
-        content = _form(await request.body())
+    body = await request.body()
+    try:
+        if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
+            content = from_json(body)
+        else:
+            content = _form(body)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     # Browsers make the longer line break of any in a form.
     return {
         name: value.replace("\r\n", "\n") if isinstance(value, str) else value
@@ -75,11 +112,11 @@ async def fields(request: Request) -> dict[str, Any]:
     }
 
 
-def _form(body: bytes) -> dict[str, str]:
+def _form(body: bytes) -> dict[str, Any]:
     try:
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20))
     except ValueError as e:
-        raise UserError("the request is no form of ours: send it from the page") from e
+        raise ValueError("the request is no form of ours: send it from the page") from e
 
 
 def number(request: Request, name: str) -> int:

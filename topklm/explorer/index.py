@@ -1,7 +1,8 @@
 """The explorer's index: an SQLite file that sorts and filters neurons and finds words, made anew at need.
 
 Whoever finds it missing, damaged or made from other files makes it anew: beside its place, and renamed when
-it is whole, so that two explorers of one run do not disturb each other. What it holds is the affair of
+it is whole, so that two explorers of one run do not disturb each other. A CRC-32 of the whole file stands in
+the field of SQLite's header that is left to applications (`user_version`). What it holds is the affair of
 `topklm.explorer.index_content`.
 """
 
@@ -16,6 +17,7 @@ import sqlite3
 import threading
 from typing import Any, NamedTuple
 import uuid
+import zlib
 
 from topklm.explorer import index_content
 from topklm.explorer.figures import BY_NAME
@@ -27,6 +29,9 @@ READABLE = "readable"  # the order that nobody has to ask for
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SNIPPET_WORDS = 40
 _MOST_WORDS = 16  # of a search
+
+_USER_VERSION = slice(60, 64)  # bytes of the file, see https://www.sqlite.org/fileformat.html
+_BLOCK_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +123,8 @@ class Index:
 
     def _open(self) -> sqlite3.Connection:
         path = self._source.folder.index
-        if path.is_file():
-            with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(sqlite3.DatabaseError, OSError):
+            if _crc_of_rest(path) == _crc(path):
                 connection = _connect(f"{path.absolute().as_uri()}?mode=ro")
                 if _made_from(connection, index_content.fingerprint(self._source)):
                     return connection
@@ -132,6 +137,7 @@ class Index:
         try:
             with contextlib.closing(_connect(f"{temporary.absolute().as_uri()}?mode=rwc")) as connection:
                 index_content.fill(connection, self._source)
+            _put_crc(temporary)
             os.replace(temporary, path)
             return _connect(f"{path.absolute().as_uri()}?mode=ro")
         except (
@@ -144,6 +150,30 @@ class Index:
         finally:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink(missing_ok=True)
+
+
+def _crc(path: Path) -> bytes:
+    """What stands in the file's header."""
+    with path.open("rb") as file:
+        return file.read(_USER_VERSION.stop)[_USER_VERSION]
+
+
+def _crc_of_rest(path: Path) -> bytes:
+    """What must stand there: of the whole file with zeros in this place."""
+    with path.open("rb") as file:
+        first = bytearray(file.read(_USER_VERSION.stop))
+        first[_USER_VERSION] = bytes(4)
+        crc = zlib.crc32(first)
+        while block := file.read(_BLOCK_BYTES):
+            crc = zlib.crc32(block, crc)
+    return crc.to_bytes(4, "big")
+
+
+def _put_crc(path: Path) -> None:
+    crc = _crc_of_rest(path)
+    with path.open("r+b") as file:
+        file.seek(_USER_VERSION.start)
+        file.write(crc)
 
 
 def _connect(uri: str) -> sqlite3.Connection:

@@ -163,17 +163,11 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _check_same(folder: NeuronsFolder, store: Store, measured: table.Measured, tokenizer: Tokenizer) -> None:
-    again = "delete it, and run topklm neurons measure"
-    for name in ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k"):
-        if (there := getattr(store.metadata, name)) != (here := getattr(measured, name)):
-            raise UserError(
-                f"{folder.table} was measured on another {name} ({here!r}) than {folder.store} holds "
-                f"({there!r}): {again}"
-            )
+    table.check_same(folder.table, measured, store)
     if store.n_tokens != measured.n_tokens:
         raise UserError(
             f"{folder.table} was measured on {measured.n_tokens:,} tokens, and {folder.store} holds "
-            f"{store.n_tokens:,}: {again}"
+            f"{store.n_tokens:,}: delete it, and run topklm neurons measure"
         )
     if tokenizer.sha256 != measured.tokenizer_sha256:
         raise UserError(

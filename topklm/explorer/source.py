@@ -252,20 +252,8 @@ class Source:
         return self.tokenizer.decode(self.ids[begin:end])
 
     def _check_same(self) -> None:
-        store, measured = self.store.metadata, self.measured
-        fields = ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k")
-        for name in fields:
-            if (there := getattr(store, name)) != (here := getattr(measured, name)):
-                raise UserError(
-                    f"{self.folder.table} was measured on another {name} ({here!r}) than {self.folder.store} "
-                    f"holds ({there!r}): delete it, and run topklm neurons measure"
-                )
-        if measured.n_tokens > self.store.n_tokens:
-            raise UserError(
-                f"{self.folder.table} was measured on {measured.n_tokens:,} tokens, and {self.folder.store} "
-                f"holds {self.store.n_tokens:,}: delete it, and run topklm neurons measure"
-            )
-        if self.tokenizer.sha256 != store.tokenizer_sha256:
+        table.check_same(self.folder.table, self.measured, self.store)
+        if self.tokenizer.sha256 != self.store.metadata.tokenizer_sha256:
             raise UserError(
                 f"{self.folder.store} was made with another tokenizer than "
                 f"{self.folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"

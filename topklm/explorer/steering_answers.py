@@ -2,28 +2,26 @@
 
 from collections.abc import Awaitable, Callable
 import dataclasses
-import json
 from typing import Any
 
 import anyio
 import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from topklm.errors import UserError
-from topklm.explorer.asking import BusyError, check_not_busy, fields, in_thread, in_turn, link
+from topklm.explorer.asking import BusyError, check_not_busy, fields, in_thread, in_turn, link, taken
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
 from topklm.explorer.views.steering import box
-from topklm.web.client import gone
+from topklm.web.client import Say, Stream, to_json
 from topklm.web.security import comes_from_elsewhere
 
 _PLACE = "#steer"  # of the box on its page
 
 Line = dict[str, Any]
-Say = Callable[[Line], Awaitable[None]]
+SayLine = Callable[[Line], Awaitable[None]]
 
 
 class SteeringAnswers:
@@ -47,7 +45,14 @@ class SteeringAnswers:
     async def stream(self, request: Request) -> Response:
         """Lines of JSON: the prompt, pieces of both columns as they come, and last what became of each."""
         writing = await self._begin(request, Settings.of(await fields(request)))
-        return _Lines(lambda say: self._write(writing, say))
+
+        async def write(say: Say) -> None:
+            async def say_line(line: Line) -> None:
+                await say(to_json(line) + b"\n")
+
+            await self._write(writing, say_line)
+
+        return Stream(write, "application/x-ndjson")
 
     async def to_page(self, request: Request) -> Response:
         """Sends on to the page with both texts, which has all settings in its link."""
@@ -89,8 +94,8 @@ class SteeringAnswers:
         place = request.path_params["layer"], request.path_params["neuron"]
         return await in_turn(self._model_turn, Writing, self._source, self._reader, *place, settings)
 
-    async def _write(self, writing: Writing, say: Say) -> None:
-        async with self._turn:
+    async def _write(self, writing: Writing, say: SayLine) -> None:
+        async with taken(self._turn):
             await say({"prompt": writing.prompt})
             while not writing.done:
                 if self._closing:
@@ -103,33 +108,3 @@ class SteeringAnswers:
     async def _with_model(self, function: Callable[[], Any]) -> Any:
         # Who has begun may wait for the model, however many others do.
         return await anyio.to_thread.run_sync(function, limiter=self._model_turn)
-
-
-class _Lines(Response):
-    """Lines of JSON as they come, until they end or the client goes.
-
-    Args:
-        write: Is given what sends a line.
-    """
-
-    def __init__(self, write: Callable[[Say], Awaitable[None]]):
-        super().__init__(media_type="application/x-ndjson", headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._write = write
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_line(line: Line) -> None:
-            body = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_cancel_when_gone, receive, tasks.cancel_scope)
-            await self._write(send_line)
-            tasks.cancel_scope.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
-    await gone(receive)
-    scope.cancel()

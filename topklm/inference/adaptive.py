@@ -16,6 +16,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
 from topklm.inference.cache import STEPS
+from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
 from topklm.model.transformer import Changes
 
@@ -93,8 +94,9 @@ def token_losses(
         ValueError: For a rule that does not fit the model, or another number of tokens.
     """
     adaptive.check(config)
-    tokens_BT = np.asarray(tokens_BT, np.int32)
-    if tokens_BT.ndim != 2 or not 2 <= tokens_BT.shape[1] <= config.context_length:
+    rows, _ = rows_of(tokens_BT, config.vocab_size, encode=None)
+    tokens_BT, lengths = joined([row.ids for row in rows], fill=0)
+    if (lengths < tokens_BT.shape[1]).any() or not 2 <= tokens_BT.shape[1] <= config.context_length:
         raise ValueError(
             f"tokens has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}"
         )

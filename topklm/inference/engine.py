@@ -45,7 +45,7 @@ class Engine:
         Args:
             config: The model's shape.
             params: Its parameters, on one device or a mesh.
-            stop_token: A text ends when it is drawn.
+            stop_token: A text ends when it is drawn; see `News`.
             sizes: Of batches and so on; default `Sizes.of(config)`.
             most_waiting: Texts that may wait for a row.
         """

@@ -14,7 +14,8 @@ from topklm.inference import programs
 from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.interventions import Interventions
 from topklm.inference.programs import NOTHING, STEPS, Plan, Rows, State
-from topklm.inference.sampling import RowSampling, Sampling
+from topklm.inference.sampling import RowSampling, Sampling, held
+from topklm.inference.token_rows import row_of
 from topklm.model import transformer
 
 # What happens to a text that has filled the model's context. "slide": each further token is predicted from
@@ -63,8 +64,8 @@ class Generation:
         Raises:
             ValueError: For what is not allowed, in one line.
         """
-        _check(config, prompts, max_new_tokens, when_full)
-        self.texts = [[int(token) for token in prompt] for prompt in prompts]
+        self.texts = [row_of(prompt, config.vocab_size, "prompt").tolist() for prompt in prompts]
+        _check(config, self.texts, max_new_tokens, when_full)
         self._limits = [len(prompt) + n for prompt, n in zip(prompts, max_new_tokens, strict=True)]
         if when_full == "stop":
             self._limits = [min(limit, config.context_length) for limit in self._limits]
@@ -124,16 +125,15 @@ class Generation:
         ]
         lengths = np.array([len(window) for window in windows], np.int32)
         tokens = np.zeros((len(windows), cache_lib.bucket(int(lengths.max()), context)), np.int32)
-        present = np.zeros((len(windows), plan.config.vocab_size), bool)
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = window
-            present[row, self.texts[row]] = True
         self._rows = self._rows._replace(first=np.array(self._firsts, np.int32))
         need = max(limit - first for limit, first in zip(self._limits, self._firsts, strict=True))
         size = max(cache_lib.room_for(min(need, context), context), tokens.shape[1])
         made = np.array([len(text) for text in self.texts], np.int32) - self._rows.prompt_lengths
         filled, logits = programs.run_whole(plan, self._params, self._rows, tokens, lengths)
         filled = programs.with_room(plan, filled, size)
+        present = held(self.texts, plan.config.vocab_size, int(self._rows.stop_token))
         self._state = State(filled, logits, lengths, made, self._remaining(), present)
 
     def _remaining(self) -> np.ndarray:
@@ -210,11 +210,6 @@ def _check(
         if not whole or number < 0:
             raise ValueError(f"max_new_tokens = {number!r}: must be an integer, 0 or more")
     for prompt in prompts:
-        if not len(prompt):
-            raise ValueError("prompt is empty: it must hold at least one token")
-        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if outside:
-            raise ValueError(f"prompt: token {outside[0]} must be from 0 to {config.vocab_size - 1}")
         if when_full == "stop" and len(prompt) > config.context_length:
             raise ValueError(
                 f"prompt has {len(prompt)} tokens: must be at most {config.context_length}, the model's "

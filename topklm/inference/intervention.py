@@ -1,16 +1,23 @@
 """One intervention on one neuron, as people write it and as a file keeps it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import dataclasses
 import json
 import math
 import os
-from typing import Any, Literal, get_args
+from reprlib import repr as short
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import numpy as np
 
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.files import as_path, write_atomically
+
+if TYPE_CHECKING:
+    from topklm.inference.interventions import Steer
 
 Mode = Literal["clamp", "add", "scale", "ablate", "ban", "force"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -32,7 +39,7 @@ class Intervention:
     Attributes:
         layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of what it hands on.
         neuron: From 0.
-        value: What the mode needs; "ablate" and "ban" have no use for it.
+        value: What the mode needs; "ablate" and "ban" have no use for it. One that JAX traces is not checked.
         mode: Behind the TopK, "clamp" sets the activation to the value, "add" adds it, "scale" multiplies by
             it, "ablate" sets the activation to 0. Inside of the competition, so that k entries are kept as
             always: "ban" takes the neuron out, and the next one has its place; "force" gives it a place,
@@ -58,22 +65,24 @@ class Intervention:
         if self.row is not None:
             _check_index("row", self.row, _LARGEST, "rows")
         if self.mode not in MODES:
-            raise ValueError(f"mode = {self.mode!r}: must be one of {', '.join(MODES)}")
+            raise ValueError(f"mode = {short(self.mode)}: must be one of {', '.join(MODES)}")
         if config and self.mode in COMPETING and self.layer >= config.n_topk_layers:
             with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
             raise ValueError(
-                f"mode = {self.mode!r} of {self._name}: the layer has no TopK, layers with one: {with_one}; "
-                "use 'clamp' or 'ablate'"
+                f"mode = {short(self.mode)} of {self._name}: the layer has no TopK, layers with one: "
+                f"{with_one}; use 'clamp' or 'ablate'"
             )
-        number = isinstance(self.value, int | float) or hasattr(self.value, "__float__")
-        if isinstance(self.value, bool | str) or not number or not math.isfinite(float(self.value)):
-            raise ValueError(f"value = {self.value!r} of {self._name}: must be a finite number")
-        if abs(float(self.value)) > _LARGEST_VALUE:
-            raise ValueError(f"value = {self.value!r} of {self._name}: must be at most {_LARGEST_VALUE:g}")
-        if self.positions not in POSITIONS and not _is_range(self.positions):
+        if not _is_number(self.value):
+            raise ValueError(f"value = {short(self.value)} of {self._name}: must be a finite number")
+        if not isinstance(self.value, jax.core.Tracer) and abs(float(self.value)) > _LARGEST_VALUE:
             raise ValueError(
-                f"positions = {self.positions!r}: must be one of {', '.join(POSITIONS)}, or (begin, end) "
-                "with 0 <= begin < end"
+                f"value = {short(self.value)} of {self._name}: must be at most {_LARGEST_VALUE:g}"
+            )
+        named = isinstance(self.positions, str) and self.positions in POSITIONS
+        if not named and not _is_range(self.positions):
+            raise ValueError(
+                f"positions = {short(self.positions)}: must be one of {', '.join(POSITIONS)}, or "
+                "(begin, end) with 0 <= begin < end"
             )
 
     def may_meet(self, other: "Intervention") -> bool:
@@ -91,18 +100,55 @@ class Intervention:
         return f"layer {self.layer}, neuron {self.neuron}"
 
 
-def save_interventions(path: str | os.PathLike[str], interventions: Sequence[Intervention]) -> None:
+def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
+    """Makes interventions, one by one, of what people write for them.
+
+    Args:
+        steer: {(layer, neuron): value}; or one or several of `Intervention`; or `Interventions`.
+        mode: Of the entries of a mapping.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(steer, Intervention):
+        return [steer]
+    if hasattr(steer, "entries"):
+        return steer.entries()
+    if isinstance(steer, Mapping):
+        return [_of_pair(pair, value, mode) for pair, value in steer.items()]
+    if not hasattr(steer, "__iter__"):
+        raise ValueError(f"steer = {short(steer)}: must be {{(layer, neuron): value}} or Interventions")
+    entries = list(steer)
+    for entry in entries:
+        if not isinstance(entry, Intervention):
+            raise ValueError(
+                f"steer: {short(entry)} is no Intervention: give {{(layer, neuron): value}} or Interventions"
+            )
+    return entries
+
+
+def save_interventions(
+    path: str | os.PathLike[str],
+    steer: "Steer",
+    mode: str = "clamp",
+    *,
+    model: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a small JSON file, whole or not at all.
 
     Args:
         path: Local, or in a bucket.
-        interventions: For those of an `Interventions`, its `entries()`.
+        steer: As in `entries_of`.
+        mode: Of the entries of a mapping.
+        model: What tells the model whose neurons these are from others; None: nothing is said of it.
 
     Raises:
         UserError: If the file cannot be written.
+        ValueError: For what is no intervention.
     """
-    entries = [_to_json(one) for one in interventions]
-    content = json.dumps({"format": _FORMAT, "version": _VERSION, "interventions": entries}, indent=1)
+    entries = [_to_json(one) for one in entries_of(steer, mode)]
+    of = {} if model is None else {"model": dict(model)}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
     with storage_errors_are_user_errors("writing interventions", as_path(path)):
         write_atomically(as_path(path), content.encode() + b"\n")
 
@@ -168,13 +214,34 @@ def _to_json(one: Intervention) -> dict[str, Any]:
     return {**place, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
 
 
+def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    """Makes one of an item of a mapping."""
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ValueError(f"steer: {short(pair)} names no neuron: must be (layer, neuron)")
+    return Intervention(*pair, value, mode)
+
+
+def _is_number(value: Any) -> bool:
+    """Tells whether it is one finite number; of one that is traced only the shape is known."""
+    if isinstance(value, bool | np.bool_ | str) or not hasattr(value, "__float__"):
+        return False
+    if np.shape(value) != () or np.iscomplexobj(value):
+        return False
+    try:
+        return isinstance(value, jax.core.Tracer) or math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _is_index(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Tells whether it is an integer that is known."""
+    traced = isinstance(value, jax.core.Tracer)  # which neuron it is must be known
+    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
 
 
 def _check_index(name: str, value: Any, size: int, what: str) -> None:
     if not _is_index(value) or not 0 <= value < size:
-        raise ValueError(f"{name} = {value!r}: must be an integer from 0 to {size - 1}, {what}")
+        raise ValueError(f"{name} = {short(value)}: must be an integer from 0 to {size - 1}, {what}")
 
 
 def _is_range(positions: Any) -> bool:

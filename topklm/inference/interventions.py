@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.intervention import MODES, POSITIONS, Intervention
+from topklm.inference.intervention import MODES, POSITIONS, Intervention, entries_of
+from topklm.inference.token_rows import is_traced
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
@@ -58,34 +59,32 @@ class Interventions:
     row: Any
 
     @classmethod
-    def of(cls, config: ModelConfig, steer: Any, mode: str = "clamp") -> "Interventions":
+    def of(
+        cls, config: ModelConfig, steer: "Steer", mode: str = "clamp", n_rows: int | None = None
+    ) -> "Interventions":
         """From what people write.
 
         Args:
             config: The model that they are for.
-            steer: {(layer, neuron): value}; or a sequence of `Intervention`; or what this returned before.
+            steer: {(layer, neuron): value}; one or several `Intervention`; or what this returned before.
             mode: Of the entries of a mapping.
+            n_rows: Texts of the batch that they are for, where it is known.
 
         Raises:
             ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
                 a mode or positions that there are not, "ban" or "force" in a layer without TopK, two
-                interventions on one neuron at one place, or more forced neurons than a layer has places.
+                interventions on one neuron at one place, more forced neurons than a layer has places, or a
+                row that the batch does not have.
         """
-        if isinstance(steer, Interventions):
-            if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(steer)):
-                for entry in steer.entries():
-                    entry.check(config)
+        if isinstance(steer, Interventions) and is_traced(jax.tree.leaves(steer)):
             return steer
-        if isinstance(steer, Mapping):
-            entries = [_of_pair(pair, value, mode) for pair, value in steer.items()]
-        else:
-            entries = list(steer)
+        entries = entries_of(steer, mode)
         for entry in entries:
-            if not isinstance(entry, Intervention):
-                raise ValueError(
-                    f"steer: {entry!r} is no Intervention: give {{(layer, neuron): value}} or Interventions"
-                )
             entry.check(config)
+            if n_rows is not None and entry.row is not None and entry.row >= n_rows:
+                raise ValueError(f"row = {entry.row}: must be from 0 to {n_rows - 1}, the texts of the batch")
+        if isinstance(steer, Interventions):
+            return steer
         _refuse_overlap(entries)
         _refuse_too_many(entries, config.topk_k)
         size = _SMALLEST
@@ -93,14 +92,13 @@ class Interventions:
             size *= 2
         empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
         rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
-        columns = zip(*rows, strict=True)
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(
-            **{
-                name: np.array(column, np.float32 if name == "value" else np.int32)
-                for name, column in zip(names, columns, strict=True)
-            }
-        )
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+        values = columns.pop("value")
+        indices = {name: np.array(column, np.int32) for name, column in columns.items()}
+        if is_traced(values):  # numbers only when the program runs
+            return cls(value=jnp.stack([jnp.asarray(value, jnp.float32) for value in values]), **indices)
+        return cls(value=np.array([float(value) for value in values], np.float32), **indices)
 
     def entries(self) -> list[Intervention]:
         """The interventions, one by one, as `of` takes them."""
@@ -193,12 +191,6 @@ def _changed(
     return jnp.where(here_BTD > 0, h_BTD * factor_BTD + term_BTD, h_BTD).astype(h_BTD.dtype)
 
 
-def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
-    if not (isinstance(pair, tuple) and len(pair) == 2):
-        raise ValueError(f"steer: {pair!r} names no neuron: must be (layer, neuron)")
-    return Intervention(*pair, value, mode)
-
-
 def _numbers(entry: Intervention) -> tuple:
     """The entry of each array."""
     if isinstance(entry.positions, str):
@@ -247,4 +239,4 @@ def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
 
 
 # What `Interventions.of` takes.
-Steer = Interventions | Mapping[tuple[int, int], float] | Sequence[Intervention]
+Steer = Interventions | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]

@@ -1,38 +1,61 @@
 """A trained model with its tokenizer: what `topklm.load` gives back, and what people call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import html
 import itertools
+from reprlib import repr as short
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import Config, ModelConfig
+from topklm.config import DTYPES, Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
-from topklm.inference import hooks
+from topklm.errors import UserError
+from topklm.inference import hooks, passes
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
-from topklm.inference.cache import Layers, by_layer
+from topklm.inference.cache import Layers, bucket, by_layer
 from topklm.inference.generate import Generation
 from topklm.inference.interventions import Interventions, Steer
 from topklm.inference.programs import STEPS
 from topklm.inference.sampling import Sampling
-from topklm.inference.streaming import TextStream, check_stop
+from topklm.inference.streaming import TextStream, check_stop, split_at_character, until_stopped
+from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of
 from topklm.model import transformer
 from topklm.neurons import names
-from topklm.neurons.activations import SparseActivations, capture_named
 from topklm.neurons.cache import ActivationCache
 from topklm.neurons.show import ActiveNeurons
 
 _STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
-Tokens = str | jax.Array | np.ndarray | Sequence  # a text, or token ids [B, T]
+# A text, or token ids [T]: one row. Several texts, ids [B, T], or rows of ids: a batch.
+Tokens = str | jax.Array | np.ndarray | Sequence
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+class Generated(NamedTuple):
+    """A text that was made, and what it is made of; read again, the text may be cut into other tokens.
+
+    Attributes:
+        text: As `generate` gives it.
+        tokens: int32[n], prompt and new ones, those of a stop string included; the separator that stands
+            before a text is the first, one that was drawn at its end is left out.
+    """
+
+    text: str
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class LanguageModel:
-    """A trained model with its tokenizer, ready to be called."""
+    """A trained model with its tokenizer, ready to be called.
+
+    Wherever it takes tokens, these are a text, behind a separator as in training; token ids [T]; or a batch:
+    ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are filled up on their
+    right, where nothing can change what stands before; `lengths` says how long they are. All but `generate`
+    works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions traced or not.
+    """
 
     run: str
     step: int
@@ -60,22 +83,59 @@ class LanguageModel:
         steer: Steer | None = None,
         steer_mode: str = "clamp",
         topk_k: int | None = None,
+        segment_ids: Any = None,
     ) -> jax.Array:
-        """Next-token logits, float32[B, T, V].
+        """Gives next-token logits, float32[B, T, V].
+
+        Programs are compiled for a few lengths, to which rows are filled up.
 
         Args:
-            tokens: A text, or token ids int32[B, T]; for interventions, all of it is the prompt.
+            tokens: A text, token ids, or a batch of either, see the class; for interventions, all of it is
+                the prompt.
             steer: Interventions on neurons, see `generate`.
             steer_mode: See `generate`.
             topk_k: Entries that each TopK keeps; default as in training. Another k is another program.
+            segment_ids: Integers of the tokens' shape: which document each belongs to. Attention stays inside
+                documents, and positions begin anew in each, as in training; default: a row is one document.
 
         Raises:
-            ValueError: For token ids that are not [B, T], or not in the vocabulary; as `generate` for steer
-                and topk_k.
+            ValueError: For tokens that are something else, not in the vocabulary, or more in a row than the
+                model's context; segments of another shape; as `generate` for steer and topk_k.
         """
-        config = with_topk_k(self.config.model, topk_k)
-        interventions = None if steer is None else Interventions.of(config, steer, steer_mode)
-        return _logits(config, self.params, self._ids(tokens), interventions)
+        given, rows = self._input(tokens, segment_ids)
+        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
+        return passes.cut(passes.logits(config, self.params, given, interventions), rows.ids.shape[1], axis=1)
+
+    def loss(
+        self,
+        tokens: Tokens,
+        *,
+        per_token: bool = False,
+        steer: Steer | None = None,
+        steer_mode: str = "clamp",
+        topk_k: int | None = None,
+        segment_ids: Any = None,
+    ) -> jax.Array:
+        """Gives the mean next-token loss in nats, float32: of every token but the first of a document.
+
+        Args:
+            tokens: As in calling the model.
+            per_token: Give float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN where
+                there is none: behind the end of a row, and at the first token of a document.
+            steer: As in calling the model.
+            steer_mode: See `generate`.
+            topk_k: As in calling the model.
+            segment_ids: As in calling the model.
+
+        Raises:
+            ValueError: As calling the model, and where no row has two tokens.
+        """
+        given, rows = self._input(tokens, segment_ids)
+        if rows.lengths.max() < 2:
+            raise ValueError("tokens: no row has two tokens, so there is no loss")
+        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
+        mean, losses = passes.losses(config, self.params, given, rows.lengths, interventions)
+        return passes.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
 
     def run_with_cache(
         self,
@@ -84,61 +144,96 @@ class LanguageModel:
         steer: Steer | None = None,
         steer_mode: str = "clamp",
         topk_k: int | None = None,
+        segment_ids: Any = None,
     ) -> tuple[jax.Array, ActivationCache]:
-        """Next-token logits, float32[B, T, V], and what the layers computed on the way.
+        """Gives next-token logits, float32[B, T, V], and what the layers computed on the way.
 
         `cache.neurons` holds the TopK layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
 
         Args:
-            tokens: A text, or token ids int32[B, T].
-            names_filter: What to keep: a name such as "blocks.2.hook_resid_post" (see `neurons.names`),
+            tokens: As in calling the model.
+            names_filter: What to keep: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
                 several, or a function that says of each name whether it is wanted. By default what the TopK
                 layers keep, in sparse form; everything else takes B x T x D numbers for each name.
             steer: As in calling the model; what is kept is what layers hand on then.
             steer_mode: See `generate`.
             topk_k: As in calling the model.
+            segment_ids: As in calling the model.
 
         Raises:
             ValueError: As calling the model, and for a name that the model does not have.
         """
-        config = with_topk_k(self.config.model, topk_k)
+        given, rows = self._input(tokens, segment_ids)
+        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
         wanted = names.chosen(config, names_filter)
-        interventions = None if steer is None else Interventions.of(config, steer, steer_mode)
-        ids = self._ids(tokens)
-        logits, neurons, others = _logits_and_activations(config, wanted, self.params, ids, interventions)
-        places = map(names.parse, wanted)
-        layers = tuple(layer for layer, hook in places if hook == names.TOPK)
-        return logits, ActivationCache(neurons, layers, others)
+        logits, neurons, others = passes.logits_and_activations(
+            config, wanted, self.params, given, interventions
+        )
+        length = rows.ids.shape[1]
+        neurons = jax.tree.map(lambda x: passes.cut(x, length, axis=2), neurons)
+        others = {name: passes.cut(x, length, axis=1) for name, x in others.items()}
+        layers = tuple(layer for layer, hook in map(names.parse, wanted) if hook == names.TOPK)
+        cache = ActivationCache(neurons, layers, others, self.hook_names)
+        return passes.cut(logits, length, axis=1), cache
 
-    def active_neurons(self, text: str) -> ActiveNeurons:
-        """The active neurons of each token of a text; a notebook or a terminal shows them as a table."""
-        _, cache = self.run_with_cache(text)
-        return ActiveNeurons.of(self.to_str_tokens(text), cache.neurons)
-
-    def run_with_hooks(self, tokens: Tokens, fwd_hooks: Sequence[tuple[str, Callable]] = ()) -> jax.Array:
-        """Next-token logits, float32[B, T, V], with functions called on the way: for free-form research.
-
-        Nothing is compiled as a whole: the functions see arrays, not tracers, and may do anything. That is
-        slow; what `steer` can say is better said there.
+    def active_neurons(self, tokens: Tokens) -> ActiveNeurons:
+        """Finds the active neurons of each token of a text; a notebook or a terminal shows them as a table.
 
         Args:
-            tokens: A text, or token ids int32[B, T].
-            fwd_hooks: (name, fn) each, the name "blocks.{l}.hook_topk" (TopK layers only) or
-                "blocks.{l}.hook_resid_post"; fn(array [B, T, D], name) returns what takes the array's place,
-                or None. Of one layer, those of hook_topk come first; of one name, in this order.
+            tokens: One text, or its token ids.
+
+        Raises:
+            ValueError: As calling the model, and for several.
+        """
+        rows, _ = self._rows(tokens)
+        if len(rows) > 1:
+            raise ValueError(f"tokens: {len(rows)} texts; must be one, or its token ids")
+        _, cache = self.run_with_cache(rows[0].ids)
+        return ActiveNeurons.of(self.tokenizer.token_strings(rows[0].ids), cache.neurons)
+
+    def run_with_hooks(
+        self,
+        tokens: Tokens,
+        fwd_hooks: hooks.ForwardHooks = (),
+        steer: Steer | None = None,
+        steer_mode: str = "clamp",
+        topk_k: int | None = None,
+        segment_ids: Any = None,
+    ) -> jax.Array:
+        """Gives next-token logits, float32[B, T, V], with functions called on the way: for free research.
+
+        Nothing is compiled as a whole, unless it is called inside `jax.jit`: the functions see arrays, not
+        tracers, and may do anything. That is slow; what `steer` can say is better said there.
+
+        Args:
+            tokens: As in calling the model.
+            fwd_hooks: (name, fn) each, the name one of `hook_names`, or a function that says of each whether
+                it is meant; fn(array [B, T, D], name) returns what takes the array's place, or None. The name
+                has also `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one
+                name, in this order.
+            steer: As in calling the model; of one array, before the functions see it.
+            steer_mode: See `generate`.
+            topk_k: As in calling the model.
+            segment_ids: As in calling the model.
 
         Raises:
             ValueError: As calling the model; for another name; for a result of another shape.
         """
-        return hooks.run_with_hooks(self.config.model, self.params, self._ids(tokens), fwd_hooks)
+        given, rows = self._input(tokens, segment_ids, fill=False)
+        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
+        segments, positions, changes = passes.how(config, given, interventions)
+        return hooks.run_with_hooks(
+            config, self.params, given.tokens, fwd_hooks, changes, segments, positions
+        )
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: Tokens,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
         seed: int = 0,
         *,
+        n: int = 1,
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
@@ -150,16 +245,19 @@ class LanguageModel:
         topk_k: int | None = None,
         adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
-    ) -> str | list[str] | Iterator[str]:
-        """Prompt and continuation as one string; a list of them for a list of prompts.
+        return_tokens: bool = False,
+    ) -> str | Generated | list[str] | list[Generated] | Iterator[str]:
+        """Continues prompts: gives prompt and continuation as one string, a list of them for several.
 
         A text of a list is what it would be alone, with the same seed.
 
         Args:
-            prompt: Text that begins a document; may be empty.
+            prompt: Text that begins a document, and may be empty; token ids; or a batch of either.
             max_new_tokens: Upper bound on the continuation's length, tokens.
             temperature: Divides the logits; 0 takes the most likely token each time.
             seed: The same seed gives the same text.
+            n: Samples of each prompt, with different random numbers, the first one that of n = 1. They stand
+                together in the list.
             top_k: Only the k most likely tokens are drawn from; None or 0: all.
             top_p: Only the fewest most likely tokens whose probabilities sum to this or more.
             min_p: Only tokens at least this fraction as probable as the most likely one.
@@ -167,56 +265,154 @@ class LanguageModel:
             stop: The continuation is cut before the first of these texts to appear in it.
             stream: Give an iterator over pieces of the continuation, as they come, which together are the
                 text without the prompt. No piece ends inside a character. For one prompt only.
-            steer: Interventions on neurons: {(layer, neuron): value}, or `Intervention` objects, or
-                `Interventions`.
+            steer: Interventions on neurons: {(layer, neuron): value}, or one or several `Intervention`, or
+                `Interventions`. Their `row` counts the texts that are made.
             steer_mode: What is done with the values of a mapping, one of the modes of `Intervention`.
             topk_k: Entries that each TopK keeps; default as in training.
             adaptive: More of them at tokens where the model is uncertain, see `AdaptiveK`.
             when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run anew
                 for each further token; "halve": when the context is full, its older half is forgotten, which
                 is faster; "stop": the text ends, and a prompt that does not fit is refused.
+            return_tokens: Give `Generated`, the text with its tokens.
 
         Raises:
             ValueError: For a value that is not allowed, in one line: name, value, what is.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed)
-        ids = [np.asarray(self.to_tokens(text))[0].tolist() for text in prompts]
-        config = with_topk_k(self.config.model, topk_k)
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"n = {n!r}: must be an integer, 1 or more")
+        if isinstance(prompt, list | tuple) and not prompt:
+            return []
+        given, is_batch = self._rows(prompt, name="prompt")
+        is_list = is_batch or n > 1
+        if stream and (is_list or return_tokens):
+            raise ValueError(
+                "stream = True: must be False for a list of prompts, several samples, or their tokens; "
+                "stream one text at a time"
+            )
+        prompts = [row for row in given for _ in range(n)]
+        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed).check()
+        config, interventions = self._asked(len(prompts), steer, steer_mode, topk_k)
         generation = Generation(
             config,
             self.params,
-            ids,
-            [sampling.check()] * len(prompts),
+            [row.ids.tolist() for row in prompts],
+            [dataclasses.replace(sampling, index=index) for _ in given for index in range(n)],
             max_new_tokens=[max_new_tokens] * len(prompts),
             stop_token=self.tokenizer.separator_id,
-            interventions=None if steer is None else Interventions.of(config, steer, steer_mode),
+            interventions=interventions,
             adaptive=adaptive,
             when_full=when_full,
             layers=self._layers,
         )
         stop = check_stop(stop)
-        streams = [TextStream(self.tokenizer, one, stop) for one in ids]
-        if stream and not isinstance(prompt, str):
-            raise ValueError("stream = True: must be False for a list of prompts; stream one at a time")
+        begun = [self._begun(row, stop) for row in prompts]
+        streams = [text for _, text in begun]
         if stream:
             # Alone, the first token need not wait for others.
             steps = itertools.chain([1], itertools.repeat(_STEPS_OF_A_STREAM))
             return (piece for (piece,) in _pieces(generation, streams, steps) if piece)
         parts = list(_pieces(generation, streams, itertools.repeat(STEPS)))
-        texts = [text + "".join(pieces[row] for pieces in parts) for row, text in enumerate(prompts)]
-        return texts[0] if isinstance(prompt, str) else texts
+        texts = [shown + "".join(pieces[row] for pieces in parts) for row, (shown, _) in enumerate(begun)]
+        if not return_tokens:
+            return texts if is_list else texts[0]
+        made = [
+            Generated(text, self._tokens_of(row, tokens, stop))
+            for text, row, tokens in zip(texts, prompts, generation.texts, strict=True)
+        ]
+        return made if is_list else made[0]
 
-    def to_tokens(self, text: str, prepend_separator: bool = True) -> jax.Array:
-        """Token ids int32[1, T]; the separator stands first, as it does in training."""
-        ids = self.tokenizer.encode(text)
-        if prepend_separator:
-            ids = np.concatenate([[self.tokenizer.separator_id], ids])
-        return jnp.asarray(ids, jnp.int32)[None]
+    def to_tokens(
+        self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
+    ) -> jax.Array:
+        """Makes token ids int32[B, T]; the separator stands before texts, as it does in training.
 
-    def to_str_tokens(self, text: str, prepend_separator: bool = True) -> list[str]:
-        """The pieces that `to_tokens` cuts a text into."""
-        return self.tokenizer.token_strings(np.asarray(self.to_tokens(text, prepend_separator))[0])
+        Args:
+            tokens: See the class. Of a batch, shorter rows are filled up with separators, see `lengths`.
+            prepend_separator: Whether one stands before each text.
+            prepend_bos: The same, as TransformerLens calls it.
+
+        Raises:
+            ValueError: For what is no text or token ids of the vocabulary.
+        """
+        rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
+        return jnp.asarray(joined([row.ids for row in rows], self.tokenizer.separator_id).ids)
+
+    def lengths(
+        self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
+    ) -> np.ndarray:
+        """Counts the tokens of each row, int32[B]; what `to_tokens` fills a row up with comes behind them."""
+        rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
+        return np.array([len(row.ids) for row in rows], np.int32)
+
+    def to_str_tokens(
+        self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
+    ) -> Any:
+        """Cuts a text, or ids [T] or [1, T], into pieces, a list of str; a batch, into a list of lists."""
+        rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
+        pieces = [self.tokenizer.token_strings(row.ids) for row in rows]
+        is_list = len(rows) > 1 or (not isinstance(tokens, str) and rows[0].text is not None)
+        return pieces if is_list else pieces[0]
+
+    def to_string(self, tokens: Tokens) -> Any:
+        """Gives the text of ids [T], or of one id; of [B, T], a list. Separators are shown as nothing."""
+        one = np.ndim(tokens) == 0 if hasattr(tokens, "__array__") else isinstance(tokens, int)
+        rows, is_batch = rows_of([tokens] if one else tokens, self.cfg.vocab_size, None)
+        texts = [self.tokenizer.decode(row.ids) for row in rows]
+        return texts if is_batch else texts[0]
+
+    def to_single_token(self, text: str) -> int:
+        """Gives the id of a text that is one token.
+
+        Raises:
+            ValueError: For another text.
+        """
+        (row, *more), is_batch = self._rows(text, separator=False)
+        if is_batch or more or len(row.ids) != 1:
+            pieces = self.tokenizer.token_strings(row.ids)
+            raise ValueError(f"text = {short(text)}: must be one token, not {len(pieces)}: {short(pieces)}")
+        return int(row.ids[0])
+
+    def to_single_str_token(self, token: int) -> str:
+        """Gives the piece of text that an id stands for."""
+        return self.tokenizer.token_strings(rows_of([token], self.cfg.vocab_size, None)[0][0].ids)[0]
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """Gives the model's shape, `config.model`."""
+        return self.config.model
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Names what can be captured and hooked, in the order of computation; see `neurons.names`."""
+        return names.there_are(self.cfg)
+
+    @property
+    def W_E(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
+        """Gives the embedding, [V, D]."""
+        return self.params["embed"]["embedding"][: self.cfg.vocab_size]
+
+    @property
+    def W_U(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
+        """Gives the unembedding, [D, V], behind the final norm; a column is a token's direction."""
+        return transformer.bind(self.cfg, self.params).unembedding()[:, : self.cfg.vocab_size]
+
+    def astype(self, dtype: Any) -> "LanguageModel":
+        """Makes the same model in another dtype, of computation and of its matrices; norms stay float32.
+
+        Raises:
+            UserError: For another dtype than float32 and bfloat16.
+        """
+        name = dtype_name(dtype)
+
+        def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+            return leaf if path[-1].key == "scale" else leaf.astype(name)
+
+        config = dataclasses.replace(self.config, model=dataclasses.replace(self.cfg, dtype=name))
+        return dataclasses.replace(self, config=config, params=jax.tree.map_with_path(cast, self.params))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is made of the parameters."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
     def _layers(self) -> Layers:
@@ -238,13 +434,70 @@ class LanguageModel:
             "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
         }
 
-    def _ids(self, tokens: Tokens) -> jax.Array:
-        ids = self.to_tokens(tokens) if isinstance(tokens, str) else jnp.asarray(tokens, jnp.int32)
-        if ids.ndim != 2:
-            raise ValueError(f"tokens has shape {ids.shape}: must be [B, T]")
-        if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < self.config.model.vocab_size):
-            raise ValueError(f"tokens: ids must be from 0 to {self.config.model.vocab_size - 1}")
-        return ids
+    def _encode(self, text: str, separator: bool = True) -> np.ndarray:
+        """Gives the ids of a text, behind a separator or not, int[n]."""
+        ids = self.tokenizer.encode(text)
+        return np.concatenate([[self.tokenizer.separator_id], ids]) if separator else ids
+
+    def _rows(self, tokens: Tokens, separator: bool = True, name: str = "tokens") -> tuple[list[Row], bool]:
+        """Reads rows that are known, and whether they are a batch."""
+        encode = functools.partial(self._encode, separator=separator)
+        return rows_of(tokens, self.cfg.vocab_size, encode, name)
+
+    def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[passes.Input, Rows]:
+        """Makes what a program runs of what was given, and tells both."""
+        separator, context = self.tokenizer.separator_id, self.cfg.context_length
+        rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
+        length = rows.ids.shape[1]
+        if length > context:
+            raise ValueError(
+                f"tokens: a row has {length} tokens: must be at most {context}, the model's context; cut it"
+            )
+        given = passes.Input(
+            rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)
+        )
+        if not fill:
+            return given, rows
+        added = bucket(length, context) - length
+        return jax.tree.map(lambda x: passes.filled(x, added, separator), given), rows
+
+    def _asked(
+        self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
+    ) -> tuple[ModelConfig, Interventions | None]:
+        """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
+        config = with_topk_k(self.cfg, topk_k)
+        return config, None if steer is None else Interventions.of(config, steer, steer_mode, n_rows)
+
+    def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
+        """Gives the text of a prompt, and a stream that continues it."""
+        ids = prompt.ids.tolist()
+        shown, rest = split_at_character(self.tokenizer, ids) if prompt.text is None else (prompt.text, [])
+        stream = TextStream(self.tokenizer, ids[: len(ids) - len(rest)], stop)
+        return shown + stream.add(rest), stream
+
+    def _tokens_of(self, prompt: Row, tokens: Sequence[int], stop: Sequence[str]) -> np.ndarray:
+        """Cuts the tokens of a text behind the one that completes a stop string."""
+        begin = len(prompt.ids)
+        n_new = until_stopped(self._begun(prompt, stop)[1], tokens[begin:]) if stop else None
+        return np.array(tokens[: begin + n_new if n_new is not None else None], np.int32)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Gives the name of a dtype that models compute in.
+
+    Args:
+        dtype: A name, or one of NumPy's or JAX's.
+
+    Raises:
+        UserError: For another one.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise UserError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    return name
 
 
 def _pieces(
@@ -258,32 +511,3 @@ def _pieces(
             if text.stopped:
                 generation.end(row)
     yield [text.end() for text in streams]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    tokens_BT: jax.Array,
-    interventions: Interventions | None,
-) -> jax.Array:
-    model = transformer.bind(config, params)
-    if interventions is None:
-        return model(tokens_BT)
-    changes = interventions.changes(config)
-    h_BTD, _ = model.hidden(tokens_BT, **changes._asdict(), edits=jnp.arange(config.n_layers))
-    return model.logits(h_BTD)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits_and_activations(
-    config: ModelConfig,
-    wanted: tuple[str, ...],
-    params: transformer.Parameters,
-    tokens_BT: jax.Array,
-    interventions: Interventions | None,
-) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
-    model = transformer.bind(config, params)
-    how = () if interventions is None else (interventions.changes(config), len(interventions.layer))
-    h_BTD, neurons, others = capture_named(model, tokens_BT, wanted, *how)
-    return model.logits(h_BTD), neurons, others

@@ -19,13 +19,16 @@ from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.files import AnyPath, absolute, as_path
-from topklm.inference.language_model import LanguageModel
+from topklm.inference.language_model import LanguageModel, dtype_name
 from topklm.inference.verification import changed
 from topklm.model import transformer
 
 
 def load(
-    run: str | os.PathLike[str], step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    run: str | os.PathLike[str],
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
 ) -> LanguageModel:
     """Reads a checkpoint's model.
 
@@ -36,10 +39,12 @@ def load(
         run: A run folder, local or in a bucket (gs://...).
         step: Which checkpoint; default the newest.
         mesh: Where the parameters shall live; default this process's first device.
+        dtype: What the model shall compute in, see `LanguageModel.astype`; default as in training.
 
     Raises:
         UserError: If the folder holds no such checkpoint, it is damaged, or its parts do not belong together.
     """
+    dtype = None if dtype is None else dtype_name(dtype)
     folder = as_path(run, "run")
     buckets.check_usable(folder, "run", write=False)
     saved = _complete_steps(folder)
@@ -70,7 +75,8 @@ def load(
         params = contents.read(PARAMS, target)
         contents.check({PARAMS: params}, changed)
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
-    return LanguageModel(str(folder), chosen, config, tokenizer, params)
+    loaded = LanguageModel(str(folder), chosen, config, tokenizer, params)
+    return loaded if dtype is None else loaded.astype(dtype)
 
 
 def _complete_steps(folder: AnyPath) -> list[int]:

@@ -18,8 +18,8 @@ class ClosedError(Exception):
 class News(NamedTuple):
     """What has happened to a text.
 
-    `finished` is "stop", "length", "failed" (a fault of ours, which is in the log), "closed"; None while the
-    text goes on.
+    `finished` is "stop" (the last of `tokens` is the stop token), "length", "failed" (a fault of ours, which
+    is in the log), "closed"; None while the text goes on.
     """
 
     text: Text

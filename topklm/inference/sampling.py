@@ -17,6 +17,8 @@ import numpy as np
 from topklm.model.topk_threshold import order_key
 
 _SEED_BITS = 64
+_COLDEST = 1e-10  # temperature, other than 0
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Sampling:
     of what that leaves, then `min_p` take tokens out; one of those left is drawn. Ties at a limit stay in.
 
     Attributes:
-        temperature: 0 takes the most likely token, the lowest of several; then only the penalty matters.
+        temperature: 0 takes the most likely token, the lowest of several; then only the penalty matters. So
+            does less than 1e-10, by which logits cannot be divided in float32.
         top_k: Only the k most likely tokens; 0: all.
         top_p: Only the fewest most likely tokens whose probabilities sum to this or more; 1: all.
         min_p: Only tokens at least this fraction as probable as the most likely one; 0: all.
-        repetition_penalty: Logits of tokens that the text holds already, the prompt's included, are divided
-            by this where they are positive and multiplied where not (Keskar et al. 2019, section 4.1);
-            1: nothing changes.
+        repetition_penalty: Logits of tokens that the text holds already, the prompt's included and the
+            separator excepted, are divided by this where they are positive and multiplied where not
+            (Keskar et al. 2019, section 4.1); 1: nothing changes.
         seed: The same seed gives the same text, whatever other texts are made beside it.
         index: Further texts of the same prompt and seed, each with an index of its own.
     """
@@ -47,10 +50,11 @@ class Sampling:
     index: int = 0
 
     def check(self) -> "Sampling":
-        """Itself.
+        """Returns itself.
 
         Raises:
-            ValueError: For a value that is not allowed; one line with its name and what is.
+            ValueError: For a value that is not allowed, also once it is rounded to float32; one line with its
+                name and what is.
         """
         _number("temperature", self.temperature, "0 or more, and finite", lambda x: x >= 0)
         _integer("top_k", self.top_k, "an integer, 1 or more, or 0 for all tokens", 0, 2**31 - 1)
@@ -92,6 +96,7 @@ class RowSampling:
         }
         words = [(row.seed & 0xFFFFFFFF, row.seed >> 32 & 0xFFFFFFFF) for row in rows]
         seed = np.array(words, np.uint32).reshape(-1, 2)
+        floats["temperature"][floats["temperature"] < _COLDEST] = 0
         return cls(top_k=column("top_k", np.int32), index=column("index", np.int32), seed=seed, **floats)
 
     def keys(self) -> jax.Array:
@@ -104,6 +109,19 @@ class RowSampling:
         return jax.vmap(key)(self.seed, self.index)
 
 
+def held(texts: Sequence[Sequence[int]], vocab_size: int, separator: int) -> np.ndarray:
+    """Returns which tokens texts hold, bool[B, vocab_size], for the repetition penalty.
+
+    Never the separator: it stands before every text, and to penalise it would keep texts from ending.
+    """
+    present_BV = np.zeros((len(texts), vocab_size), bool)
+    for row, text in enumerate(texts):
+        present_BV[row, list(text)] = True
+    if 0 <= separator < vocab_size:
+        present_BV[:, separator] = False
+    return present_BV
+
+
 def draw(
     logits_BV: jax.Array, present_BV: jax.Array, sampling: RowSampling, keys_B: jax.Array, number_B: jax.Array
 ) -> jax.Array:
@@ -111,7 +129,7 @@ def draw(
 
     Args:
         logits_BV: float32[B, V].
-        present_BV: bool[B, V], which tokens the row holds already.
+        present_BV: bool[B, V], which tokens the row holds already; see `held`.
         sampling: Of each row.
         keys_B: `sampling.keys()`.
         number_B: int32[B], how many tokens were drawn in the row before; each has a random number of its own.
@@ -186,7 +204,8 @@ def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.
 
 def _number(name: str, value: Any, allowed: str, holds: Any) -> None:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and holds(value)):
+    rounded = float(np.float32(value)) if real and abs(value) <= _LARGEST else math.inf
+    if not (math.isfinite(rounded) and holds(rounded)):
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
 

@@ -15,7 +15,7 @@ from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
 from topklm.inference import programs, slot_programs
 from topklm.inference.programs import NOTHING, STEPS, Plan, Rows, State
-from topklm.inference.sampling import RowSampling, Sampling
+from topklm.inference.sampling import RowSampling, Sampling, held
 from topklm.inference.scores import Scores, before_drawing, chosen
 from topklm.inference.sizes import Sizes, of_rows
 from topklm.inference.text import Text, Token
@@ -35,7 +35,7 @@ class Slots:
         Args:
             config: The model's shape.
             params: Its parameters, on one device or a mesh.
-            stop_token: A text ends when it is drawn; it is not returned.
+            stop_token: A text ends when it is drawn; it is told of, and is no part of the text.
             sizes: Of the batch and so on.
         """
         self.texts: list[Text] = []
@@ -89,7 +89,7 @@ class Slots:
     def advance(self, steps: int = STEPS) -> list[tuple[Text, list[Token]]]:
         """Up to so many new tokens of each text, at most `STEPS`; 1 where one asks for probabilities.
 
-        Texts that have ended are taken out.
+        Texts that have ended are taken out; of one that the stop token ended, that is the last.
         """
         context = self._config.context_length
         full = [text for text in self.texts if len(text.tokens) - text.first > context]
@@ -158,16 +158,16 @@ class Slots:
         # What only fills up stands behind the last row, where nothing is written.
         targets, made = np.full(n, len(self._at), np.int32), np.zeros(n, np.int32)
         tokens, lengths = np.zeros((n, size), np.int32), np.ones(n, np.int32)
-        present = np.zeros((n, self._config.vocab_size), bool)
         for place, (text, window) in enumerate(zip(texts, windows, strict=True)):
             targets[place] = self._at.index(text)
             tokens[place, : len(window)], lengths[place] = window, len(window)
             made[place] = len(text.tokens) - text.n_prompt
-            present[place, text.tokens] = True
         rows = self._rows_of([*texts, *[None] * (n - len(texts))])
         filled, logits = programs.run_whole(self._plan, self._params, rows, tokens, lengths)
         filled = programs.with_room(self._plan, filled, cache_lib.room(self._state.cache))
         zero = np.zeros(n, np.int32)
+        held_by = [*(text.tokens for text in texts), *[[]] * (n - len(texts))]
+        present = held(held_by, self._config.vocab_size, int(self._stop))
         new = State(filled, logits, lengths, made, zero, present)
         self._state = slot_programs.put(self._plan, self._state, new, targets)
         self._rows = None
@@ -197,13 +197,13 @@ class Slots:
             for drawn in new[row]:
                 if drawn == NOTHING or text.finished:
                     break
-                if drawn == self._stop:
-                    text.finished = "stop"
-                    break
                 if scores is None or text.n_alternatives is None:
                     tokens.append(Token(drawn))
                 else:
                     tokens.append(Token(drawn, *scores.row(row, text.n_alternatives)))
+                if drawn == self._stop:
+                    text.finished = "stop"
+                    break
                 text.tokens.append(drawn)
                 if len(text.tokens) >= text.limit:
                     text.finished = "length"

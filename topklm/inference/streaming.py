@@ -8,7 +8,8 @@ from typing import Any
 
 from topklm.data.tokenizer import Tokenizer
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character, or not one yet
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character, or not one yet
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 _CONTEXT = 8  # tokens of the prompt that are decoded again, for what a token's text owes to the one before
 
 
@@ -31,6 +32,7 @@ class TextStream:
         # Of the tokens, those before `_given` are in the text; decoding begins at `_begin`, so that what a
         # token costs does not grow with the text.
         self._begin, self._given = 0, len(self._ids)
+        self._tried = 0  # tokens that had come at the call before
         self._waiting = ""  # decoded, but perhaps the beginning of a stop string
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -44,6 +46,7 @@ class TextStream:
     def _next(self, tokens: Sequence[int], last: bool) -> str:
         if self.stopped:
             return ""
+        self._tried = len(self._ids)
         self._ids += [int(token) for token in tokens]
         self._waiting += self._decoded(last)
         if (found := first_stop(self._waiting, self._stop)) is not None:
@@ -59,21 +62,41 @@ class TextStream:
         """The text of the tokens that were not given yet, unless it ends inside a character."""
         before = self._tokenizer.decode(self._ids[self._begin : self._given])
         now = self._tokenizer.decode(self._ids[self._begin :])
-        if now.endswith(_BROKEN) and not last:
+        if now.endswith(BROKEN) and not last:
             # The prompt's own tokens may end so; nothing is lost by waiting. What is whole goes at once.
-            whole = now.rstrip(_BROKEN)
+            whole = now.rstrip(BROKEN)
             return self._give_part(before, whole)
         self._begin, self._given = self._given, len(self._ids)
         return now[len(before) :]
 
     def _give_part(self, before: str, whole: str) -> str:
         """Of a text whose last character is broken, the tokens that end before it."""
-        for behind in range(len(self._ids) - 1, self._given, -1):
+        # Where text that came before ended, it ended broken, else it had been given.
+        for behind in range(len(self._ids) - 1, max(self._given, self._tried), -1):
             text = self._tokenizer.decode(self._ids[self._begin : behind])
-            if not text.endswith(_BROKEN) and len(text) <= len(whole):
+            if not text.endswith(BROKEN) and len(text) <= len(whole):
                 self._begin, self._given = self._given, behind
                 return text[len(before) :]
         return ""
+
+
+def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
+    """Gives the text of tokens up to their last whole character, and those that begin one more."""
+    for n in range(min(_LONGEST_CHARACTER, len(ids) + 1)):
+        text = tokenizer.decode(ids[: len(ids) - n])
+        if not text.endswith(BROKEN):
+            break
+    # Behind bytes that are no text, nothing is whole; those of a character that goes on are among the last.
+    return text, ids[len(ids) - n :]
+
+
+def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:
+    """Counts the tokens that it takes until a stop string is complete; all without one."""
+    for number, token in enumerate(tokens):
+        stream.add([token])
+        if stream.stopped:
+            return number + 1
+    return len(tokens)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

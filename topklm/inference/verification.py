@@ -7,6 +7,8 @@ the model takes to load.
 
 from collections.abc import Mapping
 from concurrent import futures
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -29,15 +31,27 @@ def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
         tree: Nested dict of arrays, as `topklm.checksums.checksums` takes it.
         saved: What that gave before they were saved; it may hold others, too.
     """
+    found = _checksums(tree)
+    return [name for name in found if found[name] != saved.get(name)]
+
+
+def fingerprint(params: Any) -> str:
+    """Tells a model's parameters from others', in 64 hexadecimal digits; takes as long as `changed`.
+
+    Args:
+        params: Nested dict of arrays.
+    """
+    return hashlib.sha256(json.dumps(_checksums(params), sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(tree: Any) -> dict[str, int]:
     arrays = checksums.named(tree)
     small = sum(array.nbytes for array in arrays.values()) < _SMALL_BYTES
     if small and all(_is_in_host_memory(array) for array in arrays.values()):
         with futures.ThreadPoolExecutor() as threads:
-            found = dict(zip(arrays, threads.map(_checksum, arrays.values()), strict=True))
-    else:
-        # One after another, each in memory that the one before has left.
-        found = {name: checksums.checksums({name: array})[name] for name, array in arrays.items()}
-    return [name for name in found if found[name] != saved.get(name)]
+            return dict(zip(arrays, threads.map(_checksum, arrays.values()), strict=True))
+    # One after another, each in memory that the one before has left.
+    return {name: checksums.checksums({name: array})[name] for name, array in arrays.items()}
 
 
 def _is_in_host_memory(array: jax.Array) -> bool:

@@ -115,6 +115,10 @@ def _forward(
 
     zero = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(w_DV.shape, jnp.float32))
     (loss, nll_sum, dw), dh = jax.lax.scan(add_chunk, zero, _split(h, targets, weights, w.shape[1]))
+    if h.dtype == jnp.bfloat16:
+        # A tied table takes dw.T. XLA would make one product of that and a single chunk's, of a kind that it
+        # cannot run on a CPU.
+        dw = jax.lax.optimization_barrier(dw)
     return (loss, nll_sum), (_join(dh, h.shape[1]), dw)
 
 

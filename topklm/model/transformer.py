@@ -124,6 +124,7 @@ class Transformer(nnx.Module):
         tap: Tap | None = None,
         select: Select | None = None,
         edit: Edit | None = None,
+        enter: Edit | None = None,
         edits: Any = None,
         parallel: Parallel = ALONE,
     ) -> tuple[jax.Array, Any]:
@@ -136,6 +137,7 @@ class Transformer(nnx.Module):
             tap: Called in every layer with (h, u, h'); see `Tap`. It sees h' as `edit` leaves it.
             select: Called in place of each layer's TopK; see `Select`.
             edit: Called in every layer, behind its TopK; see `Edit`.
+            enter: Called in every layer with what enters it; as `edit`.
             edits: What they are called with: any pytree of arrays with a leading layer axis [L, ...]. Other
                 values of the same shapes need no other program.
             parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
@@ -155,11 +157,13 @@ class Transformer(nnx.Module):
 
         # In halves where the input of a layer is kept in any case; a tap would see what is between them.
         in_halves = config.remat != "none" and config.topk_activation == "relu"
-        in_halves &= tap is None and select is None and edit is None
+        in_halves &= tap is None and select is None and edit is None and enter is None
         in_halves &= config.n_topk_layers > 0
 
         def layer(sparse: bool | None, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
             """Ends in a TopK if sparse; None: if its inputs say so, which are known when the program runs."""
+            if enter is not None:
+                h = enter(h, inputs.edits)
             if in_halves:
                 h = gate(h, inputs.behind_topk)
             block = nnx.merge(block_def, parallel.gather(inputs.params))

@@ -4,13 +4,14 @@
 B batch, T tokens, k kept entries, D d_model = neurons per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from topklm.model.transformer import Changes, Tap, Transformer
 from topklm.neurons import names
@@ -61,8 +62,24 @@ class SparseActivations:
         return jnp.put_along_axis(zeros, self.indices, self.values, axis=-1, inplace=False)
 
     def __getitem__(self, index: Any) -> "SparseActivations":
-        """A part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k]."""
+        """A part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k].
+
+        Raises:
+            IndexError: Out of range; JAX would take the last one there is.
+        """
+        if not any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(index)):
+            _ = np.broadcast_to(np.zeros((), np.int8), self.values.shape)[index]
         return dataclasses.replace(self, indices=self.indices[index], values=self.values[index])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator["SparseActivations"]:
+        return (self[number] for number in range(len(self)))
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        # NumPy would walk through it, number by number.
+        raise TypeError("SparseActivations is no array: take .indices and .values, or .dense()")
 
     def __repr__(self) -> str:
         # JAX prints trees that hold other things than arrays in its error messages.
@@ -97,6 +114,8 @@ def capture_named(
     wanted: Sequence[str],
     changes: Changes | None = None,
     more_active: int = 0,
+    segment_ids_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     """Runs the stack and keeps what has one of these names.
 
@@ -106,6 +125,8 @@ def capture_named(
         wanted: Names, from `names.chosen`.
         changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
         more_active: Entries that this may make active besides those of TopK.
+        segment_ids_BT: As in `Transformer.__call__`.
+        positions_BT: As in `Transformer.__call__`.
 
     Returns:
         The normed hidden state [B, T, D]; the activations of the TopK layers whose `hook_topk` is wanted,
@@ -122,7 +143,9 @@ def capture_named(
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
     numbers, changes = jnp.arange(model.config.n_layers), changes or Changes()
-    h_BTD, (neurons, dense) = model.hidden(tokens_BT, tap=tap, **changes._asdict(), edits=numbers)
+    h_BTD, (neurons, dense) = model.hidden(
+        tokens_BT, segment_ids_BT, positions_BT, tap=tap, **changes._asdict(), edits=numbers
+    )
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
     if not sparse_layers:
         empty = jnp.zeros((0, *tokens_BT.shape, k))

@@ -14,23 +14,30 @@ import hashlib
 import io
 import json
 from pathlib import Path
+import struct
 from typing import Any
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.files import write_atomically
+from topklm.files import parse_json, write_atomically
 from topklm.model.topk import topk
+from topklm.neurons.folder import damage_is_a_user_error
 
 KINDS = ("random", "pca", "sae")
 TITLES = {"random": "random dictionary", "pca": "PCA", "sae": "post-hoc TopK SAE"}
 
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_DIGEST = 1
 
 _ARRAYS = ("centre", "encoder", "decoder")
+_DIGEST_BYTES = 64
+# What zipfile raises for what is none, besides what NumPy does; RuntimeError: encrypted, or packed oddly.
+_NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,13 +85,19 @@ class Dictionary:
         return decoded + _per_layer(jnp.asarray(self.centre), decoded)
 
     def save(self, path: Path) -> None:
-        """Writes it; it is there whole or not at all."""
+        """Writes it; it is there whole or not at all.
+
+        The file is a NumPy archive whose comment, its end, is the SHA-256 of all before it.
+        """
         content = {"format": FORMAT, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         to = io.BytesIO()
         np.savez(to, about=np.array(json.dumps(content)), **arrays)
+        with zipfile.ZipFile(to, "a") as archive:
+            archive.comment = bytes(_DIGEST_BYTES)
+        body = to.getvalue()[:-_DIGEST_BYTES]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to.getvalue())
+        write_atomically(path, body + _digest(body))
 
     @classmethod
     def load(cls, path: Path) -> "Dictionary":
@@ -93,20 +106,27 @@ class Dictionary:
         Raises:
             UserError: If it is missing, damaged, or of another version.
         """
-        try:
-            with np.load(path, allow_pickle=False) as found:
-                content = json.loads(str(found["about"]))
+        advice = "delete it and the store, and harvest again"
+        with damage_is_a_user_error(path, advice, EOFError, KeyError, TypeError, *_NO_ARCHIVE):
+            try:
+                stored = path.read_bytes()
+            except FileNotFoundError as e:
+                raise UserError(f"{path} is missing: run topklm neurons harvest with --dictionary") from e
+            is_whole = _digest(stored[:-_DIGEST_BYTES]) == stored[-_DIGEST_BYTES:]
+            with np.load(io.BytesIO(stored), allow_pickle=False) as found:
+                content = parse_json(str(found["about"]))
+                if not is_whole and content["format"] != _WITHOUT_DIGEST:
+                    raise ValueError("its digest differs")
                 arrays = {name: found[name] for name in _ARRAYS}
-            version = content["format"]
-            if version == FORMAT:
+            if content["format"] in (_WITHOUT_DIGEST, FORMAT):
                 return cls(content["kind"], content["keep"], facts=content["facts"], **arrays)
-        except FileNotFoundError as e:
-            raise UserError(f"{path} is missing: run topklm neurons harvest with --dictionary") from e
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-            raise UserError(f"{path} is damaged ({e}): delete it and the store, and harvest again") from e
         raise UserError(
-            f"{path}: a dictionary of format {version}, this topklm reads {FORMAT}: harvest again"
+            f"{path}: a dictionary of format {content['format']}, this topklm reads {FORMAT}: harvest again"
         )
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def check_coordinates(description: str, what: str) -> None:

@@ -9,8 +9,13 @@
 All in the run folder.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
+
+from topklm.errors import UserError, disk_errors_are_user_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +59,40 @@ class NeuronsFolder:
     def labels(self) -> Path:
         """Of the labels, which all checkpoints of a run share."""
         return self.run / "neurons" / "labels.json"
+
+
+def harvested_steps(run: Path) -> list[int]:
+    """Checkpoints of a run of which there are activations, rising.
+
+    Raises:
+        OSError: If that cannot be looked at.
+    """
+    folder = run / "neurons"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    return [step for step in steps if NeuronsFolder(run, step).store.exists()]
+
+
+@contextlib.contextmanager
+def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
+    """For a block that reads what lies in such a folder: errors become one line.
+
+    What the system refuses is told apart from damage, for nobody shall delete what he may only not read.
+
+    Args:
+        path: What is read, for the message.
+        advice: What to do if it is damaged.
+        more: Errors of libraries that mean damage, besides the ValueError of most of them.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
+    try:
+        yield
+    except kinds as e:
+        shape = isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if not shape and isinstance(e, OSError | ValueError | RuntimeError):
+            with contextlib.suppress(type(e)), disk_errors_are_user_errors(f"reading {path}"):
+                raise e
+        reason = next(iter(str(e).splitlines()), "")[:300] or type(e).__name__
+        if isinstance(e, OSError) and e.filename:
+            reason = f"{Path(os.fsdecode(e.filename)).name}: {e.strerror}"
+        raise UserError(f"{path} is damaged ({reason}): {advice}") from e

@@ -10,12 +10,11 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
 import unicodedata
 
 from topklm import locks
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import write_atomically
+from topklm.files import parse_json, write_atomically
 
 FORMAT = 1
 MAX_CHARACTERS = 200
@@ -127,11 +126,8 @@ def _content(labels: Mapping[tuple[int, int], str]) -> bytes:
 
 def _parse(content: bytes) -> dict[tuple[int, int], str]:
     """Raises ValueError for what is no file of labels."""
-    try:
-        parts: Any = json.loads(content)
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-    if not isinstance(parts, dict) or not isinstance(parts.get("labels"), list):
+    parts = parse_json(content)
+    if not isinstance(parts.get("labels"), list):
         raise ValueError('it has no list "labels"')
     if parts.get("format") != FORMAT:
         raise ValueError(f"its format is {parts.get('format')!r}, this topklm reads {FORMAT}")

@@ -35,6 +35,8 @@ _MAX_WRITTEN_OUT = 200_000
 # (?R), (?1), (?&name) and the like: without an end, the library takes a gigabyte to find out.
 _CALLS = re.compile(r"\(\?(?:R|[+-]?\d|&|P>)")
 _SHOWN = 60  # characters of a pattern in a message
+_FIRST_TRY_S = 0.05
+_SHORTEST_TRY_S = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,19 +112,19 @@ class StoredText:
         Args:
             pattern: At most `MAX_PATTERN` characters; may not match the empty text.
             ignore_case: Whether "sea" also finds "Sea".
-            timeout_s: For the whole search, seconds.
+            timeout_s: For the whole search, seconds by the clock.
 
         Raises:
             UserError: For a pattern that is none, calls itself, matches the empty text, or takes too much
                 time or memory.
         """
         compiled = _compile(pattern, ignore_case)
-        deadline = time.monotonic() + timeout_s
+        patience = _Patience(timeout_s)
         touched, ends = np.zeros((2, self._store.n_tokens), bool)
         count, searched = 0, 0  # bytes of the store up to the end of the last match
         for stretch in self._stretches():
             with _limits(pattern, timeout_s):
-                spans = _spans(compiled, stretch, searched - stretch.first_byte, deadline)
+                spans = _spans(compiled, stretch, searched - stretch.first_byte, patience)
             if not len(spans):
                 continue
             count += len(spans)
@@ -226,17 +228,57 @@ def _compile(pattern: str, ignore_case: bool) -> Any:
     return compiled
 
 
-def _spans(compiled: Any, stretch: _Stretch, searched: int, deadline: float) -> np.ndarray:
+class _Patience:
+    """How long a search may go on by the clock; the library knows processor time of the whole process only.
+
+    Of that, a search may get much less than goes by on the clock, where others compute, or be charged for
+    more than it takes, where other threads do. So it is tried for a short time, and for longer ones from
+    where it came to, each in proportion to what the clock showed before.
+    """
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds
+        self._try, self._rate = _FIRST_TRY_S, 1.0  # processor seconds; those per second of the clock
+
+    def spans(self, compiled: Any, text: str, first: int, behind: int) -> list[tuple[int, int]]:
+        """Returns all matches that start from `first` on and before `behind`, as begin and end.
+
+        Raises:
+            TimeoutError: When the time is over.
+            _EmptyMatchError: For a match of no characters.
+        """
+        spans: list[tuple[int, int]] = []
+        while True:
+            began, used = time.monotonic(), time.process_time()
+            if began >= self._end:
+                raise TimeoutError
+            seconds = max(min(self._try, (self._end - began) * self._rate), _SHORTEST_TRY_S)
+            try:
+                for match in compiled.finditer(text, first, timeout=seconds, concurrent=True):
+                    span = match.span()
+                    if span[0] >= behind:
+                        break
+                    if span[0] == span[1]:
+                        raise _EmptyMatchError
+                    spans.append(span)
+                return spans
+            except TimeoutError:
+                first = spans[-1][1] if spans else first
+                self._rate = (time.process_time() - used) / max(time.monotonic() - began, 1e-9)
+                self._try *= 2
+
+
+def _spans(compiled: Any, stretch: _Stretch, searched: int, patience: _Patience) -> np.ndarray:
     """int64[m, 2], the bytes with which the matches of a stretch begin, and those behind their last.
 
     Args:
         compiled: The pattern.
         stretch: Of a document.
         searched: The byte from which on a match may start.
-        deadline: By `time.monotonic`, seconds.
+        patience: Of the search.
 
     Raises:
-        TimeoutError: When the deadline has come.
+        TimeoutError: When the time is over.
         _EmptyMatchError: For a match of no characters.
     """
     text, ends = stretch.text, None
@@ -244,17 +286,7 @@ def _spans(compiled: Any, stretch: _Stretch, searched: int, deadline: float) -> 
     if stretch.inside != (0, stretch.begins[-1]):
         ends = _bytes_of_characters(text)
         first, behind = np.searchsorted(ends, [max(stretch.inside[0], searched), stretch.inside[1]]).tolist()
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    spans = []
-    for match in compiled.finditer(text, first, timeout=left, concurrent=True):
-        span = match.span()
-        if span[0] >= behind:
-            break
-        if span[0] == span[1]:
-            raise _EmptyMatchError
-        spans.append(span)
+    spans = patience.spans(compiled, text, first, behind)
     if not spans:
         return np.zeros((0, 2), np.int64)
     return (_bytes_of_characters(text) if ends is None else ends)[np.array(spans)]

@@ -2,14 +2,19 @@
 
 Of layer l: `blocks.{l}.hook_resid_pre`, the residual stream that enters it; `blocks.{l}.hook_topk_pre`, what
 its TopK is given, and `blocks.{l}.hook_topk`, what that keeps (TopK layers only);
-`blocks.{l}.hook_resid_post`, what the layer hands on.
+`blocks.{l}.hook_resid_post`, what the layer hands on. What one layer hands on is what its TopK keeps and what
+enters the next, so some names are of the same array.
 """
 
 from collections.abc import Callable, Sequence
+import difflib
 
 from topklm.config import ModelConfig
+from topklm.errors import one_line
 
 RESID_PRE, TOPK_PRE, TOPK, RESID_POST = "hook_resid_pre", "hook_topk_pre", "hook_topk", "hook_resid_post"
+
+_CLOSE = 3  # names that an error message offers
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -23,6 +28,29 @@ def parse(name: str) -> tuple[int, str]:
     """The inverse of `of`."""
     _, layer, hook = name.split(".")
     return int(layer), hook
+
+
+class HookName(str):
+    """A name as functions of hooks get it, also with the parts that it has in TransformerLens."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The name itself."""
+        return str(self)
+
+    def layer(self) -> int:
+        """Returns the number of its layer."""
+        return parse(self)[0]
+
+
+def same_array(name: str) -> str:
+    """Returns the one name of all those that are of the same array, of names that a model has."""
+    layer, hook = parse(name)
+    if hook == RESID_PRE and layer > 0:
+        return of(layer - 1, RESID_POST)
+    return of(layer, RESID_POST if hook == TOPK else hook)
 
 
 def there_are(config: ModelConfig) -> tuple[str, ...]:
@@ -42,15 +70,31 @@ def chosen(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
             TopK layers keep.
 
     Raises:
-        ValueError: For a name that the model does not have.
+        ValueError: For a name that the model does not have, or what is no filter.
     """
     names = there_are(config)
     if names_filter is None:
         return tuple(name for name in names if parse(name)[1] == TOPK)
     if callable(names_filter):
         return tuple(name for name in names if names_filter(name))
-    wanted = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    if unknown := sorted(wanted - set(names)):
-        known = f"{names[0]} to {names[-1]}"
-        raise ValueError(f"names_filter: {unknown[0]!r} is none of this model's names, which are {known}")
+    try:
+        wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    except TypeError:
+        raise ValueError(
+            f"names_filter = {names_filter!r}: must be a name, several, or a function of a name"
+        ) from None
+    for name in wanted:
+        check(config, name, "names_filter")
     return tuple(name for name in names if name in wanted)
+
+
+def check(config: ModelConfig, name: object, field: str) -> None:
+    """Raises ValueError, with names that are close, for one that the model does not have."""
+    names = there_are(config)
+    if not isinstance(name, str) or name not in names:
+        close = ", ".join(difflib.get_close_matches(str(name), names, _CLOSE, cutoff=0))
+        raise ValueError(
+            one_line(
+                f"{field}: {name!r} is none of this model's names; close: {close} (all: model.hook_names)"
+            )
+        )

@@ -8,10 +8,16 @@ On disk, a folder of zarr3 arrays (TensorStore): `tokens`, `documents`, `losses`
 where each neuron's events begin; `gaps` [E], an event's distance in tokens from the neuron's event before (or
 from the start), and `values` [E], bfloat16. Gaps are small, and bytes of one kind lie together, so both
 compress well.
+
+What is read is checked: each chunk carries a CRC-32C, a chunk that is not there is damage, and so is a file
+of another array or segment, for each carries its own tag. What else has to be known of an array, its type and
+its length, is not taken from its `zarr.json`, which is there for other readers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 import dataclasses
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +25,14 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.errors import UserError
+from topklm.files import for_tensorstore, fsync
+from topklm.neurons.folder import damage_is_a_user_error
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")
 
 _CHUNK = 16_384  # what is read at least, elements: some 20 kB
 _LEVEL = 3  # of zstd: higher ones take twice the time for 2 %
+_SHARD = "c/0"  # the one file of all chunks, under an array's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,8 +112,25 @@ def from_sparse(
     )
 
 
-def write(folder: Path, segment: Segment) -> None:
-    """Writes all arrays into a new folder; see the module's description."""
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a segment, as far as it must be known before it is read."""
+
+    dtype: str
+    size: int
+
+
+def write(folder: Path, segment: Segment, name: str) -> dict[str, Array]:
+    """Writes all arrays into a new folder; see the module's description.
+
+    Args:
+        folder: To be made.
+        segment: Its content.
+        name: What tells this segment from all others, of other stores too; goes into every file.
+
+    Returns:
+        What a `SegmentReader` has to know of each of `ARRAYS`.
+    """
     gaps = np.diff(segment.places, prepend=0)
     # Where a neuron begins, the distance is from the start of the segment.
     counts = np.diff(segment.offsets)
@@ -119,19 +144,49 @@ def write(folder: Path, segment: Segment) -> None:
         "gaps": _smallest(gaps),
         "values": segment.values.astype(ml_dtypes.bfloat16),
     }
+    known = {kind: Array(array.dtype.name, array.size) for kind, array in arrays.items()}
     writing = []
-    for name, array in arrays.items():
-        store = ts.open(_creating(folder / name, array)).result()
+    for kind, array in arrays.items():
+        store = ts.open(_creating(folder / kind, known[kind])).result()
         writing.append(store.write(array))
     for written in writing:
         written.result()
+    for kind, about in known.items():
+        if about.size:
+            _put_tag(folder / kind / _SHARD, about, _tag(name, kind))
+    return known
 
 
 class SegmentReader:
-    """A segment on disk; arrays are opened when they are first needed."""
+    """A segment on disk; arrays are opened when they are first needed.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: Of the segment.
+        n_tokens: N.
+        n_events: E.
+        n_neurons: S D.
+        advice: What to do if it is damaged.
+        name: As it was written with; None for one of an earlier version, which wrote neither tags nor CRCs,
+            and no chunks in which all is 0.
+        arrays: From `write`; none for one of an earlier version.
+        zeros: Of an earlier version, which of `ARRAYS` may be 0 throughout.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        n_tokens: int,
+        n_events: int,
+        n_neurons: int,
+        advice: str,
+        name: str | None = None,
+        arrays: Mapping[str, Array] | None = None,
+        zeros: Collection[str] = (),
+    ):
+        self.folder, self.n_tokens, self.n_events = folder, n_tokens, n_events
+        self._advice, self._name, self._arrays, self._zeros = advice, name, arrays or {}, zeros
+        lengths = [n_tokens] * 3 + [n_neurons + 1] + [n_events] * 2
+        self._lengths = dict(zip(ARRAYS, lengths, strict=True))
         self._opened: dict[str, ts.TensorStore] = {}
         self._offsets: np.ndarray | None = None
 
@@ -139,40 +194,79 @@ class SegmentReader:
     def offsets(self) -> np.ndarray:
         """int64[S D + 1]; kept, once read."""
         if self._offsets is None:
-            self._offsets = self.result(self.array("offsets").read()).astype(np.int64)
+            self._offsets = self._checked_offsets(self.result(self.array("offsets").read()))
         return self._offsets
 
-    def array(self, name: str) -> ts.TensorStore:
-        """One of `ARRAYS`, not read yet."""
-        if name not in self._opened:
-            self._opened[name] = self.result(ts.open(_opening(self.folder / name)))
-        return self._opened[name]
+    def array(self, kind: str) -> ts.TensorStore:
+        """One of `ARRAYS`, not read yet.
+
+        Raises:
+            UserError: If it is not what was written there.
+        """
+        if kind not in self._opened:
+            with damage_is_a_user_error(self.folder, self._advice):
+                if self._name is None:
+                    array = ts.open(self._opening_of_old(kind)).result()
+                else:
+                    if self._lengths[kind]:
+                        _check_tag(self.folder / kind / _SHARD, self._arrays[kind], _tag(self._name, kind))
+                    array = ts.open(_opening(self.folder / kind, self._arrays[kind])).result()
+                if array.shape != (self._lengths[kind],):
+                    raise ValueError(f"{kind}: {list(array.shape)} elements, not {self._lengths[kind]}")
+                self._opened[kind] = array
+        return self._opened[kind]
 
     def result(self, future: ts.Future) -> Any:
         """Waits for something of this segment.
 
         Raises:
-            UserError: If it cannot be read.
+            UserError: If it cannot be read, or is not what was written there.
         """
-        try:
+        with damage_is_a_user_error(self.folder, self._advice):
             return future.result()
-        except (ValueError, OSError) as e:  # TensorStore's own errors are ValueErrors
-            raise UserError(f"{self.folder} is damaged ({e}): delete it, and harvest again") from e
 
     def start_reading(self, first: int, behind: int) -> tuple[ts.Future, ts.Future]:
         """Begins to read the gaps and values of neighbouring neurons, numbered through all layers."""
         begin, end = self.offsets[first], self.offsets[behind]
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
+    def places(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+        """`places_of`, all of them among the N tokens.
+
+        Raises:
+            UserError: If they are not.
+        """
+        places = places_of(gaps, offsets)
+        with damage_is_a_user_error(self.folder, self._advice):
+            if len(places) and not 0 <= places.min() <= places.max() < self.n_tokens:
+                raise ValueError("an event lies outside of its text")
+        return places
+
     def read(self) -> Segment:
-        """All of it."""
-        reading = {name: self.array(name).read() for name in ARRAYS}
-        arrays = {name: self.result(future) for name, future in reading.items()}
-        offsets = arrays["offsets"].astype(np.int64)
-        places = places_of(arrays["gaps"], offsets)
+        """All of it.
+
+        Raises:
+            UserError: If it cannot be read, or is not what was written there.
+        """
+        reading = {kind: self.array(kind).read() for kind in ARRAYS}
+        arrays = {kind: self.result(future) for kind, future in reading.items()}
+        offsets = self._checked_offsets(arrays["offsets"])
+        places = self.places(arrays["gaps"], offsets)
         return Segment(
             arrays["tokens"], arrays["documents"], arrays["losses"], offsets, places, arrays["values"]
         )
+
+    def _checked_offsets(self, stored: np.ndarray) -> np.ndarray:
+        offsets = stored.astype(np.int64)
+        with damage_is_a_user_error(self.folder, self._advice):
+            if offsets[0] or offsets[-1] != self.n_events or (np.diff(offsets) < 0).any():
+                raise ValueError("offsets: they are not where events begin")
+        return offsets
+
+    def _opening_of_old(self, kind: str) -> dict[str, Any]:
+        fill = kind in self._zeros or (self.folder / kind / _SHARD).is_file()
+        kvstore = _kvstore(self.folder / kind)
+        return {"driver": "zarr3", "kvstore": kvstore, "open": True, "fill_missing_data_reads": fill}
 
 
 def places_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
@@ -197,29 +291,79 @@ def _smallest(array: np.ndarray) -> np.ndarray:
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
-def _opening(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "open": True}
+def _opening(path: Path, array: Array) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "metadata": _metadata(array),
+        "open": True,
+        "assume_metadata": True,
+        # A chunk that is not there would otherwise read as zeros.
+        "fill_missing_data_reads": False,
+    }
 
 
-def _creating(path: Path, array: np.ndarray) -> dict[str, Any]:
+def _creating(path: Path, array: Array) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "metadata": _metadata(array),
+        "create": True,
+        "delete_existing": True,
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _kvstore(path: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{for_tensorstore(path)}/"}
+
+
+def _metadata(array: Array) -> dict[str, Any]:
     """All chunks in one file, so that a segment is a few files whatever it holds."""
-    n_chunks = max(-(-array.size // _CHUNK), 1)
-    size = array.dtype.itemsize
+    size = np.dtype(array.dtype).itemsize
     shuffled = {"cname": "zstd", "clevel": _LEVEL, "shuffle": "shuffle", "typesize": size, "blocksize": 0}
     inner = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "blosc", "configuration": shuffled},
+        {"name": "crc32c"},
     ]
     sharded = {"chunk_shape": [_CHUNK], "codecs": inner}
     return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {
-            "shape": [array.size],
-            "data_type": array.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [n_chunks * _CHUNK]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharded}],
-        },
-        "create": True,
-        "delete_existing": True,
+        "shape": [array.size],
+        "data_type": array.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [_n_chunks(array) * _CHUNK]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharded}],
     }
+
+
+def _n_chunks(array: Array) -> int:
+    return max(-(-array.size // _CHUNK), 1)
+
+
+# Tags: between its chunks and their index, which is at its end, a shard may hold anything.
+
+
+def _tag(segment: str, kind: str) -> bytes:
+    return hashlib.sha256(f"{segment} {kind}".encode()).digest()
+
+
+def _index_bytes(array: Array) -> int:
+    return 16 * _n_chunks(array) + 4  # where each chunk begins and how long it is, and a CRC
+
+
+def _put_tag(shard: Path, array: Array, tag: bytes) -> None:
+    with shard.open("r+b") as file:
+        file.seek(-_index_bytes(array), os.SEEK_END)
+        index = file.read()
+        file.seek(-len(index), os.SEEK_END)
+        file.write(tag + index)
+    fsync(shard)
+
+
+def _check_tag(shard: Path, array: Array, tag: bytes) -> None:
+    behind = len(tag) + _index_bytes(array)
+    with shard.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(size - behind, 0))
+        if size < behind or file.read(len(tag)) != tag:
+            raise ValueError(f"{shard.parent.parent.name}: the file of another array, or cut off")

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from topklm.errors import UserError
+from topklm.files import DIGEST, read_json, unsealed
 from topklm.neurons.contrast import ORDERS
 from topklm.neurons.find import RankedNeuron, rank
 from topklm.neurons.store import Store
@@ -113,24 +113,25 @@ def read_contrast(path: Path) -> SavedContrast:
     Raises:
         UserError: If there is no such file, or it is something else.
     """
+    again = "run topklm neurons contrast --json, and give its output"
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, again)
     except FileNotFoundError as e:
         raise UserError(f"{path}: there is no such file; run topklm neurons contrast --json") from e
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e})") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is no JSON ({e}); run topklm neurons contrast --json") from e
+    if DIGEST in content:  # earlier versions did not write one
+        try:
+            unsealed(content)
+        except ValueError as e:
+            raise UserError(
+                f"{path} is not as it was written ({e}): {again}; if you have edited it, remove {DIGEST!r}"
+            ) from e
     if (
-        not isinstance(content, dict)
-        or type(content.get("step")) is not int
+        type(content.get("step")) is not int
         or content.get("by") not in ORDERS
         or not isinstance(content.get("neurons"), list)
         or not all(map(_is_neuron, content["neurons"]))
     ):
-        raise UserError(
-            f"{path} is not what topklm neurons contrast --json prints: run it, and give its output"
-        )
+        raise UserError(f"{path} is not what topklm neurons contrast --json prints: {again}")
     return SavedContrast(content["step"], content["by"], content["neurons"])
 
 

@@ -2,14 +2,20 @@
 
     store/metadata.json               what the activations are of
     store/segments/0-000000/...       the arrays of one segment (`topklm.neurons.segment`), and segment.json
+    store/parts/0/part.json           how many segments there are of part 0
 
 A segment is written under another name and renamed when it is whole, so that whoever is killed leaves whole
-segments; a run continues behind the last. Each part (a host's share of the text) numbers its own segments.
+segments; a run continues behind the last. Each part (a host's share of the text) numbers its own segments,
+and one process at a time writes to it.
+
+All JSON carries its own digest, and every segment and array says whose it is, so nothing is read in the place
+of something else. Stores of format 1 had none of this; they are read, and nothing is added to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
-import json
+import functools
 from pathlib import Path
 import re
 import shutil
@@ -17,15 +23,26 @@ from typing import Any
 
 import numpy as np
 
+from topklm import locks
 from topklm.errors import UserError
-from topklm.files import fsync, write_atomically
+from topklm.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
 from topklm.neurons import segment as segment_lib
+from topklm.neurons.folder import damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
 
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_DIGESTS = 1
 
-_METADATA, _SEGMENTS, _FACTS = "metadata.json", "segments", "segment.json"
+_METADATA, _SEGMENTS, _FACTS, _PARTS, _PART = (
+    "metadata.json",
+    "segments",
+    "segment.json",
+    "parts",
+    "part.json",
+)
 _NAME = re.compile(r"(\d+)-(\d{6,})")
+
+_AGAIN = "run the same topklm neurons harvest again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Metadata:
         context_length: Tokens in a window.
         parts: Into how many shares the documents were dealt.
         dictionary: `Dictionary.description`; empty where there is none.
+        parameters: `verification.fingerprint` of the model; empty in stores of earlier versions.
     """
 
     run: str
@@ -60,6 +78,7 @@ class Metadata:
     context_length: int
     parts: int = 1
     dictionary: str = ""
+    parameters: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,55 +128,119 @@ class EventsByToken:
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known of a segment without opening its arrays."""
+    """What is known of a segment without opening its arrays.
+
+    Attributes:
+        n_tokens: N.
+        n_events: E.
+        first_document: Of its first token.
+        last_document: Of its last.
+        store: `Store.sha256`, as the rest empty in stores of format 1.
+        part: Whose it is.
+        number: Which of the part's segments, from 0.
+        begin: Tokens of the part that come before it.
+        arrays: By name; `segment.Array`.
+    """
 
     n_tokens: int
     n_events: int
     first_document: int
     last_document: int
+    store: str = ""
+    part: int = 0
+    number: int = 0
+    begin: int = 0
+    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class StoreWriter:
+class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     """Appends segments of one part to a store, which it makes if there is none.
+
+    Nobody else can write to the part until it is closed, or let go of.
 
     Args:
         folder: Of the store.
         metadata: What is to be stored.
         part: Which share of the text, from 0.
+        wait: Told which process writes to the part, if another one does; if it returns, that one's end is
+            waited for. None: that is an error.
 
     Raises:
-        UserError: If the folder holds activations of something else.
+        UserError: If the folder holds activations of something else, is damaged, or somebody else writes.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata, part: int = 0):
-        self._segments, self._part = folder / _SEGMENTS, part
-        self._segments.mkdir(parents=True, exist_ok=True)
-        if (folder / _METADATA).exists():
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Metadata,
+        part: int = 0,
+        wait: Callable[[str], None] | None = None,
+    ):
+        self._folder, self._part = folder, part
+        self._segments, self._about = folder / _SEGMENTS, folder / _PARTS / str(part)
+        if _is_there(folder / _METADATA):
             _check_same(folder, metadata)
-        else:
-            content = {"format": FORMAT, **dataclasses.asdict(metadata)}
-            write_atomically(folder / _METADATA, (json.dumps(content, indent=2) + "\n").encode())
-        for left in self._segments.glob(f".{part}-*"):  # by one that was killed
-            shutil.rmtree(left)
-        self._written = [name for name in _segment_names(folder) if name.startswith(f"{part}-")]
-        self.n_tokens = sum(_facts(self._segments / name).n_tokens for name in self._written)
+        elif _segment_names(folder):
+            raise _without_metadata(folder)
+        with contextlib.ExitStack() as stack:
+            self._about.mkdir(parents=True, exist_ok=True)
+            self._segments.mkdir(exist_ok=True)
+            stack.enter_context(locks.held(self._about, wait or functools.partial(_refuse, folder, part)))
+            if not _is_there(folder / _METADATA):
+                content = {"format": FORMAT, **dataclasses.asdict(metadata)}
+                write_atomically(folder / _METADATA, sealed_json(content, indent=2))
+            self._store = _check_same(folder, metadata)
+            for left in self._segments.glob(f".{part}-*"):  # by one that was killed
+                shutil.rmtree(left)
+            facts = _of_part(folder, part, _segment_names(folder), self._store)
+            self._n_written, self.n_tokens = len(facts), sum(each.n_tokens for each in facts)
+            if self._store:
+                self._write_part()
+            self._closing = stack.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others write to the part."""
+        self._closing.close()
 
     def append(self, segment: Segment) -> None:
-        """Adds a segment; it is on the disk, whole, when this returns."""
-        name = f"{self._part}-{len(self._written):06d}"
+        """Adds a segment; it is on the disk, whole, when this returns.
+
+        Raises:
+            UserError: If the store was made by an earlier version.
+        """
+        if not self._store:
+            raise UserError(
+                f"{self._folder} was made by an earlier version of topklm: it can be read, but nothing can "
+                "be added to it; delete it, and harvest again"
+            )
+        name = f"{self._part}-{self._n_written:06d}"
         temporary = self._segments / f".{name}"
-        segment_lib.write(temporary, segment)
+        arrays = segment_lib.write(temporary, segment, _segment_id(self._store, self._part, self._n_written))
         facts = _Facts(
             len(segment.tokens),
             len(segment.places),
             int(segment.documents[0]),
             int(segment.documents[-1]),
+            self._store,
+            self._part,
+            self._n_written,
+            self.n_tokens,
+            arrays,
         )
-        write_atomically(temporary / _FACTS, json.dumps(dataclasses.asdict(facts)).encode())
+        write_atomically(temporary / _FACTS, sealed_json(dataclasses.asdict(facts)))
         temporary.rename(self._segments / name)
         fsync(self._segments)
-        self._written.append(name)
+        self._n_written += 1
         self.n_tokens += facts.n_tokens
+        self._write_part()
+
+    def _write_part(self) -> None:
+        """Last: somebody killed before it leaves a segment more than are counted, and that one is whole."""
+        content = {"store": self._store, "part": self._part, "segments": self._n_written}
+        write_atomically(self._about / _PART, sealed_json(content))
 
 
 class Store:
@@ -166,15 +249,43 @@ class Store:
     Args:
         folder: Of the store.
 
+    Attributes:
+        folder: The same.
+        metadata: What its activations are of.
+        sha256: Of the metadata: what it goes by in other files. Empty in stores of format 1.
+        segments: All of them, part by part.
+
     Raises:
         UserError: If it is none, or damaged.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.metadata = folder, _read_metadata(folder)
-        names = _segment_names(folder)
-        self._facts = [_facts(folder / _SEGMENTS / name) for name in names]
-        self.segments = [SegmentReader(folder / _SEGMENTS / name) for name in names]
+        self.folder = folder
+        self.metadata, self.sha256 = _read_metadata(folder)
+        n_neurons = len(self.metadata.layers) * self.metadata.d_model
+        self._facts: list[_Facts] = []
+        self.segments: list[SegmentReader] = []
+        wanted = _parts(folder, self.sha256)
+        names = _segment_names(folder)  # later: somebody may be adding some
+        for part, n_segments in wanted.items():
+            found = _of_part(folder, part, names, self.sha256)
+            if len(found) < n_segments:
+                raise UserError(
+                    f"{folder}: of {n_segments} segments of part {part} only {len(found)} are there: {_AGAIN}"
+                )
+            self._facts += found
+            for number, facts in enumerate(found):
+                reader = SegmentReader(
+                    folder / _SEGMENTS / f"{part}-{number:06d}",
+                    facts.n_tokens,
+                    facts.n_events,
+                    n_neurons,
+                    _advice(part, number, len(found)),
+                    _segment_id(self.sha256, part, number) if self.sha256 else None,
+                    {kind: segment_lib.Array(**array) for kind, array in facts.arrays.items()},
+                    _may_be_zeros(facts),
+                )
+                self.segments.append(reader)
         self._starts = np.concatenate([[0], np.cumsum([f.n_tokens for f in self._facts], dtype=np.int64)])
 
     @property
@@ -201,7 +312,7 @@ class Store:
         reading = [segment.start_reading(number, number + 1) for segment in self.segments]
         tokens, values = [], []
         for start, segment, (gaps, found) in zip(self._starts, self.segments, reading, strict=False):
-            tokens.append(start + segment_lib.places_of(segment.result(gaps)))
+            tokens.append(start + segment.places(segment.result(gaps)))
             values.append(segment.result(found).astype(np.float32))
         return Events(
             np.concatenate(tokens) if tokens else np.zeros(0, np.int64),
@@ -221,7 +332,7 @@ class Store:
         tokens, values = [], []
         for n, (segment, (gaps, found)) in enumerate(zip(self.segments, reading, strict=True)):
             counts[n] = np.diff(starts[n])
-            places = segment_lib.places_of(segment.result(gaps), starts[n] - starts[n][0])
+            places = segment.places(segment.result(gaps), starts[n] - starts[n][0])
             tokens.append(self._starts[n] + places)
             values.append(segment.result(found).astype(np.float32))
         offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
@@ -301,39 +412,149 @@ class Store:
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
-def _segment_names(folder: Path) -> Sequence[str]:
-    """Of whole segments: by part, then as they were written."""
-    names = [path.name for path in (folder / _SEGMENTS).iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(names, key=lambda name: tuple(map(int, name.split("-"))))
+def wait_for_writers(folder: Path, say: Callable[[str], None]) -> None:
+    """Returns when nobody writes to a store any more.
+
+    Args:
+        folder: Of the store.
+        say: Told whom is waited for.
+    """
+
+    def wait(owner: str) -> None:
+        say(f"process {owner} is harvesting into {folder}: waiting for its end")
+
+    for part in (folder / _PARTS).glob("*"):
+        if locks.is_held(part):
+            with locks.held(part, wait):
+                pass
 
 
-def _facts(folder: Path) -> _Facts:
-    try:
-        return _Facts(**json.loads((folder / _FACTS).read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{folder} is damaged ({e}): delete it, and harvest again") from e
+def _refuse(folder: Path, part: int, owner: str) -> None:
+    raise UserError(f"{folder}: process {owner} is writing to part {part} of it: wait for its end")
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    try:
-        content: dict[str, Any] = json.loads((folder / _METADATA).read_text())
-        version = content.pop("format")
-        if version != FORMAT:
+def _is_there(path: Path) -> bool:
+    """As `Path.exists`; a UserError if that cannot be looked at."""
+    with damage_is_a_user_error(path, "mend it"):
+        return path.exists()
+
+
+def _segment_names(folder: Path) -> Sequence[tuple[int, int]]:
+    """Part and number of each whole segment, rising."""
+    segments = folder / _SEGMENTS
+    with damage_is_a_user_error(segments, _AGAIN):
+        names = [path.name for path in segments.iterdir()] if segments.exists() else []
+    found = [_NAME.fullmatch(name) for name in names]
+    return sorted((int(name[1]), int(name[2])) for name in found if name)
+
+
+def _parts(folder: Path, store: str) -> dict[int, int]:
+    """For each part of which something is there, how many segments there must be; it may have more."""
+    counts = {part: 0 for part, _ in _segment_names(folder)}
+    if not store:
+        return counts
+    parts = folder / _PARTS
+    with damage_is_a_user_error(parts, _AGAIN):
+        counts |= {int(path.name): 0 for path in parts.iterdir() if path.name.isdecimal()}
+        if not counts:
+            raise ValueError("it holds no part")
+    for part in counts:
+        path = parts / str(part) / _PART
+        with damage_is_a_user_error(path, _AGAIN, KeyError):
+            content = read_json(path, f"delete it, and {_AGAIN}", sealed=True)
+            if (content["store"], content["part"]) != (store, part):
+                raise UserError(f"{path} is of another store, or of another part: delete it, and {_AGAIN}")
+            counts[part] = content["segments"]
+    return dict(sorted(counts.items()))
+
+
+def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: str) -> list[_Facts]:
+    """The facts of the part's segments, of all that there are.
+
+    Raises:
+        UserError: If one of them is missing, damaged, or not what it must be in its place.
+    """
+    numbers = [number for of, number in names if of == part]
+    found, n_tokens = list[_Facts](), 0
+    for number, there in enumerate(numbers):
+        path, advice = folder / _SEGMENTS / f"{part}-{number:06d}", _advice(part, number, numbers[-1] + 1)
+        if there != number:
+            advice = _advice(part, there, numbers[-1] + 1)
+            raise UserError(f"{path} is missing, and there are segments behind it: {advice}")
+        facts = _facts(path, advice, bool(store))
+        place = (store, part, number, n_tokens)
+        if store and (facts.store, facts.part, facts.number, facts.begin) != place:
+            raise UserError(f"{path} is of another store, or of another place in this one: {advice}")
+        found.append(facts)
+        n_tokens += facts.n_tokens
+    return found
+
+
+def _advice(part: int, number: int, behind: int) -> str:
+    """What to do about a segment: what was harvested after it can only be harvested after it."""
+    names = f"{part}-{number:06d}"
+    if number < behind - 1:
+        names += f" to {part}-{behind - 1:06d}"
+    return f"delete {names} in {_SEGMENTS}, and {_AGAIN}"
+
+
+def _segment_id(store: str, part: int, number: int) -> str:
+    return f"{store} {part} {number}"
+
+
+def _may_be_zeros(facts: _Facts) -> set[str]:
+    """Arrays of a segment of format 1 that may be 0 throughout, so that no chunk of them was written."""
+    zeros = {"gaps"} if facts.n_tokens == 1 else set[str]()
+    if facts.last_document == 0:
+        zeros.add("documents")
+    if facts.n_events == 0:
+        zeros.add("offsets")
+    return zeros
+
+
+def _facts(folder: Path, advice: str, sealed: bool) -> _Facts:
+    with damage_is_a_user_error(folder, advice, TypeError):
+        facts = _Facts(**read_json(folder / _FACTS, advice, sealed=sealed))
+        counts = (facts.n_tokens, facts.n_events, facts.first_document, facts.last_document)
+        if not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError("counts that are none")
+        return facts
+
+
+def _read_metadata(folder: Path) -> tuple[Metadata, str]:
+    """What a store holds, and its digest; that of format 1 has none."""
+    path, advice = folder / _METADATA, "delete the folder, and harvest again"
+    if not _is_there(path):
+        if _segment_names(folder):
+            raise _without_metadata(folder)
+        raise UserError(f"{folder}: there are no activations here; run topklm neurons harvest")
+    with damage_is_a_user_error(path, advice, TypeError, KeyError):
+        content = read_json(path, advice)
+        version, digest = content["format"], content.get(DIGEST, "")
+        if version not in (_WITHOUT_DIGESTS, FORMAT):
             raise UserError(
                 f"{folder}: a store of format {version}, this topklm reads {FORMAT}: harvest again"
             )
-        return Metadata(**{**content, "layers": tuple(content["layers"])})
-    except FileNotFoundError as e:
-        raise UserError(f"{folder}: there are no activations here; run topklm neurons harvest") from e
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{folder / _METADATA} is damaged ({e}): delete the folder, and harvest again") from e
+        fields = unsealed(content) if version == FORMAT else dict(content)
+        del fields["format"]
+        return Metadata(**{**fields, "layers": tuple(fields["layers"])}), digest
 
 
-def _check_same(folder: Path, metadata: Metadata) -> None:
-    there = dataclasses.asdict(_read_metadata(folder))
+def _without_metadata(folder: Path) -> UserError:
+    return UserError(
+        f"{folder / _METADATA} is missing, and with it what the activations here are of: put it back, or "
+        f"delete {folder}, and harvest again"
+    )
+
+
+def _check_same(folder: Path, metadata: Metadata) -> str:
+    """Returns the store's digest; raises UserError if it holds activations of something else."""
+    there, digest = _read_metadata(folder)
     for name, value in dataclasses.asdict(metadata).items():
-        if there[name] != value:
+        found = getattr(there, name)
+        if found != value and not (name == "parameters" and not digest):
             raise UserError(
-                f"{folder} holds activations of another {name} ({there[name]!r}, not {value!r}): delete it, "
+                f"{folder} holds activations of another {name} ({found!r}, not {value!r}): delete it, "
                 "or harvest into another folder"
             )
+    return digest

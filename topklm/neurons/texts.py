@@ -1,10 +1,13 @@
 """Where the text comes from that neurons are looked at on: documents as token ids."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +21,10 @@ from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+
+_DIGEST_BYTES = 16  # of a text: what tells it from others, as when data are prepared
+
+COPY = "exact copy of a document before"
 
 
 class Documents(Protocol):
@@ -36,9 +43,21 @@ class Documents(Protocol):
         ...
 
 
+class SourceText(Documents, Protocol):
+    """Documents that a user named.
+
+    Attributes:
+        field: Where the text is looked for in lines and rows that have fields; "" where there are none.
+        left_out: How many documents were left out of what was read last, by reason.
+    """
+
+    field: str = ""
+    left_out: Mapping[str, int] = MappingProxyType({})
+
+
 def open_documents(
     tokenizer: Tokenizer, data: DataConfig, source: str | None = None, split: str = "heldout"
-) -> Documents:
+) -> SourceText:
     """The text of a run, or another.
 
     Args:
@@ -52,14 +71,40 @@ def open_documents(
     """
     if source is None:
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
-    if is_dataset(Path(source).expanduser()):
-        mixture = Mixture.single(load_dataset(Path(source).expanduser()))
+    if (folder := as_folder(source)) and is_dataset(folder):
+        mixture = Mixture.single(load_dataset(folder))
         return _Prepared(mixture, split, tokenizer, f"--source = {source}")
     names = [part.strip() for part in source.split(",") if part.strip()]
     return _Files(find(names, flag="--source"), data.text_field, tokenizer)
 
 
-class _Prepared:
+def as_folder(source: str) -> Path | None:
+    """The folder that a source names; None if it names something else, such as several files."""
+    with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
+        folder = Path(source).expanduser()
+        return folder if folder.is_dir() else None
+    return None
+
+
+def described(left_out: Mapping[str, int]) -> str:
+    """What was left out, as a part of a line: "2 x empty, 1 x NUL bytes"; "" for nothing."""
+    return ", ".join(f"{n:,} x {reason}" for reason, n in sorted(left_out.items()))
+
+
+def no_text(documents: SourceText, said: str) -> UserError:
+    """The error for text without a document.
+
+    Args:
+        documents: Read to their end.
+        said: What the user gave, e.g. "--source = notes.jsonl".
+    """
+    reasons = described(documents.left_out)
+    looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
+    why = "; ".join(part for part in (reasons, looked_for) if part)
+    return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
+
+
+class _Prepared(SourceText):
     def __init__(self, mixture: Mixture, split: str, tokenizer: Tokenizer, said: str):
         if mixture.tokenizer.sha256 != tokenizer.sha256:
             raise UserError(
@@ -80,17 +125,28 @@ class _Prepared:
                 yield stream.read(begin + 1, end)
 
 
-class _Files:
+class _Files(SourceText):
+    """Documents of files, less what `topklm prepare` leaves out: what cannot be read, and exact copies."""
+
     def __init__(self, files: tuple[SourceFile, ...], text_field: str, tokenizer: Tokenizer):
         self.n_tokens: int | None = None
+        self.field = text_field if any(file.ending != ".txt" for file in files) else ""
         self._files, self._text_field, self._tokenizer = files, text_field, tokenizer
         facts = [dataclasses.asdict(file) for file in files]
         fingerprint = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
         self.name = f"{corpus_name(files)} ({fingerprint[:12]})"
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        seen, left_out = set[bytes](), Counter[str]()
+        self.left_out = left_out
         for file in self._files:
             for item in FileReader(file, self._text_field):
-                # What cannot be read is left out here, as it is when data are prepared.
-                if isinstance(item, Document):
-                    yield self._tokenizer.encode(item.text)
+                if not isinstance(item, Document):
+                    left_out[item.kind] += 1
+                    continue
+                digest = hashlib.sha256(item.text.encode()).digest()[:_DIGEST_BYTES]
+                if digest in seen:
+                    left_out[COPY] += 1
+                    continue
+                seen.add(digest)
+                yield self._tokenizer.encode(item.text)

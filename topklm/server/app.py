@@ -8,13 +8,14 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from topklm.server import fields, neurons, prompts, requests
-from topklm.server.answers import Events, WhileThere, whole_answer
+from topklm.server.answers import WhileThere, events, whole_answer
 from topklm.server.errors import ApiError
 from topklm.server.service import Service
+from topklm.web.client import Json
 
 _SENDING_SECONDS = 30.0  # beyond its time, for a client that reads slowly
 
@@ -27,8 +28,12 @@ def create(service: Service) -> Starlette:
         Route("/v1/models", here.models),
         Route("/v1/models/{name:path}", here.one_model),
         Route("/v1/completions", here.completions, methods=["POST"]),
-        Route("/v1/tokenize", here.tokenize, methods=["POST"]),
-        Route("/v1/detokenize", here.detokenize, methods=["POST"]),
+        *(
+            Route(place + name, getattr(here, name[1:]), methods=["POST"])
+            for name in ("/tokenize", "/detokenize")
+            for place in ("/v1", "")  # the second as in vLLM
+        ),
+        Route("/tokenizer_info", here.tokenizer_info),
         Route("/v1/neurons", here.neurons, methods=["POST"]),
     ]
     errors: dict[Any, Any] = {ApiError: _mistake, HTTPException: _http_error, Exception: _bug}
@@ -45,15 +50,15 @@ class _Api:
         load = self._service.engine.load()
         busy = {"running": load.running, "waiting": load.waiting, "slots": load.most_running}
         if self._service.closing:
-            return JSONResponse({"status": "stopping", **busy}, 503)
-        return JSONResponse({"status": "ok", "model": self._service.name, **busy})
+            return Json({"status": "stopping", **busy}, 503)
+        return Json({"status": "ok", "model": self._service.name, **busy})
 
     def models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return Json({"object": "list", "data": [self._model()]})
 
     def one_model(self, request: Request) -> Response:
         prompts.check_model({"model": request.path_params["name"]}, self._service.name)
-        return JSONResponse(self._model())
+        return Json(self._model())
 
     async def completions(self, request: Request) -> Response:
         content, service = fields.json_object(await request.body()), self._service
@@ -70,26 +75,33 @@ class _Api:
         pieces = service.pieces(asked)
         if not asked.stream:
             return WhileThere(lambda: whole_answer(about, asked, pieces))
-        return Events(about, asked, pieces, service.limits.timeout + _SENDING_SECONDS)
+        return events(about, asked, pieces, service.limits.timeout + _SENDING_SECONDS)
 
     async def tokenize(self, request: Request) -> Response:
         content, model = fields.json_object(await request.body()), self._service.model
-        fields.refuse_unknown(content, ("model", "prompt", "add_special_tokens"))
+        fields.refuse_unknown(content, ("model", "prompt", "add_special_tokens", "return_token_strs"))
         prompts.check_model(content, self._service.name)
-        text = fields.text(content, "prompt")
+        text, separator = fields.text(content, "prompt"), model.tokenizer.separator_id
         ids = (await anyio.to_thread.run_sync(model.tokenizer.encode, text)).tolist()
+        # Elsewhere its name is text like any other. Alone it is how clients ask for its id.
+        if [text] == model.tokenizer.token_strings([separator]):
+            ids = [separator]
         if fields.boolean(content, "add_special_tokens", True):
-            ids = [model.tokenizer.separator_id, *ids]
+            ids = [separator, *ids]
         names = model.tokenizer.token_strings(ids)
         context = model.config.model.context_length
-        return JSONResponse({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
+        return Json({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
 
     async def detokenize(self, request: Request) -> Response:
         content, model = fields.json_object(await request.body()), self._service.model
         fields.refuse_unknown(content, ("model", "tokens"))
         prompts.check_model(content, self._service.name)
         ids = prompts.token_ids(content, "tokens", model.config.model.vocab_size)
-        return JSONResponse({"prompt": await anyio.to_thread.run_sync(model.tokenizer.decode, ids)})
+        return Json({"prompt": await anyio.to_thread.run_sync(model.tokenizer.decode, ids)})
+
+    def tokenizer_info(self, _request: Request) -> Response:
+        model = self._service.model
+        return Json(model.tokenizer.config(model.config.model.context_length))
 
     async def neurons(self, request: Request) -> Response:
         content, service = fields.json_object(await request.body()), self._service
@@ -118,7 +130,7 @@ class _Api:
         found = await service.call(lambda: neurons.active(service.model, service.sizes, ids))
         first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
         tokens = neurons.described(service.model, ids, found, first=first, layers=layers, most=most)
-        return JSONResponse({"object": "neurons", "model": service.name, "tokens": tokens})
+        return Json({"object": "neurons", "model": service.name, "tokens": tokens})
 
     def _model(self) -> dict[str, Any]:
         service = self._service
@@ -141,11 +153,11 @@ def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return ApiError(
-            404, f"there is nothing at {request.url.path}: see /v1/models, /v1/completions"
+            404, f"there is nothing at {request.scope['path']}: see /v1/models, /v1/completions"
         ).response()
     if error.status_code == 405:
         answer = ApiError(
-            405, f"{request.method} is not for {request.url.path}: use another method"
+            405, f"{request.method} is not for {request.scope['path']}: use another method"
         ).response()
         answer.headers.update(error.headers or {})
         return answer

@@ -1,14 +1,18 @@
 """One text of an answer: what of it has been said, in the form that OpenAI gives to it."""
 
+import codecs
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.scores import Scores
-from topklm.inference.streaming import TextStream
+from topklm.inference.streaming import BROKEN, TextStream
 from topklm.inference.text import Text, Token
 from topklm.server.errors import number
+
+_CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before
 
 
 class Choice:
@@ -17,18 +21,19 @@ class Choice:
     Attributes:
         text: In the engine.
         finish_reason: "stop" or "length"; None while it goes on.
-        n_new: Tokens made so far.
+        n_new: Tokens drawn so far, up to the one that completed a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, index: int, text: Text, stop: tuple[str, ...]):
         """`index` is its place among all of the answer."""
         self.text, self.n_new = text, 0
         self.finish_reason: str | None = None
-        self._tokenizer, self._index = tokenizer, index
-        self._stream = TextStream(tokenizer, text.tokens[: text.n_prompt], stop)
+        prompt = text.tokens[: text.n_prompt]
+        self._tokenizer, self._index, self._stop = tokenizer, index, stop
+        self._stream = TextStream(tokenizer, prompt, stop)
         self._wants_scores = text.n_alternatives is not None
         self._told = 0  # characters
-        self._begun = 0  # of the characters of all tokens so far
+        self._places = _Places(tokenizer, prompt[-_CONTEXT:])
         self._held: list[tuple[Token, int]] = []  # tokens that are not told yet, and where they begin
 
     def echo(self, scores: Scores | None) -> dict[str, Any]:
@@ -40,10 +45,11 @@ class Choice:
         prompt = self.text.tokens[: self.text.n_prompt]
         said = self._tokenizer.decode(prompt)
         if scores is not None:
+            self._places = _Places(self._tokenizer)
             self._hold(Token(prompt[0]))
             for place, token in enumerate(prompt[1:]):
                 self._hold(Token(token, *scores.row(place, self.text.n_alternatives or 0)))
-        self._begun = self._told = len(said)
+        self._told = len(said)
         return self._piece(said, all_held=True)
 
     def add(self, tokens: list[Token], finished: str | None) -> dict[str, Any] | None:
@@ -51,10 +57,15 @@ class Choice:
 
         A stop string that comes up ends the text: see `finish_reason`.
         """
-        self.n_new += len(tokens)
-        for token in tokens if self._wants_scores else ():
-            self._hold(token)
-        said = self._stream.add([token.id for token in tokens])
+        said = ""
+        # One by one, where it matters which of them completes a stop string.
+        for some in [[token] for token in tokens] if self._stop else [tokens]:
+            self.n_new += len(some)
+            for token in some if self._wants_scores else ():
+                self._hold(token)
+            said += self._stream.add([token.id for token in some])
+            if self._stream.stopped:
+                break
         if finished and not self._stream.stopped:
             said += self._stream.end()
         self.finish_reason = "stop" if self._stream.stopped else finished
@@ -64,12 +75,7 @@ class Choice:
         return self._piece(said, all_held=bool(self.finish_reason) and not self._stream.stopped)
 
     def _hold(self, token: Token) -> None:
-        self._held.append((token, self._begun))
-        # Of a character in parts, the first part makes it begin.
-        piece = (
-            self._tokenizer.token_bytes([token.id])[0] if token.id != self._tokenizer.separator_id else b""
-        )
-        self._begun += sum(byte & 0xC0 != 0x80 for byte in piece)
+        self._held.append((token, self._places.next(token.id)))
 
     def _piece(self, said: str, all_held: bool) -> dict[str, Any]:
         told = [one for one in self._held if all_held or one[1] < self._told]
@@ -103,6 +109,47 @@ class Choice:
         for name, (_, value) in zip(names, pairs, strict=True):
             found.setdefault(name, number(value))
         return found
+
+
+class _Places:
+    """Where tokens begin: at the character of the text to which the first of their bytes belongs.
+
+    Bytes that are of no character belong to the broken one that is shown for them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        """Counts from behind the tokens `before`."""
+        self._tokenizer = tokenizer
+        self._ids = list(before)  # from where on text is decoded
+        self._begin = -len(tokenizer.decode(self._ids))  # the character with which it begins
+        self._last = 0  # what was returned last
+
+    def next(self, token_id: int) -> int:
+        """The place of the next token, in characters."""
+        text = self._tokenizer.decode(self._ids)
+        place = self._begin + len(text)
+        if not text.endswith(BROKEN):
+            self._ids = self._ids[-_CONTEXT:]
+            self._begin = place - len(self._tokenizer.decode(self._ids))
+        elif before := self._begun_in(token_id):
+            own = len(self._bytes_of(self._ids[-1]))
+            # Of a character in more than two tokens, some libraries show each byte as a broken one.
+            place = self._last if before >= own else place - 1
+        self._ids.append(token_id)
+        self._last = max(place, 0)
+        return self._last
+
+    def _begun_in(self, token_id: int) -> int:
+        """How many bytes before a token are of the character that its first byte belongs to."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(map(self._bytes_of, self._ids[-_CONTEXT:])))
+        n_before = len(decoder.getstate()[0])
+        made = decoder.decode(self._bytes_of(token_id)[:1])
+        n_after = len(decoder.getstate()[0])
+        return n_before if n_after > n_before or (made and not n_after and len(made) == 1) else 0
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        return b"" if token_id == self._tokenizer.separator_id else self._tokenizer.token_bytes([token_id])[0]
 
 
 def joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:

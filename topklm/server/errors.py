@@ -2,7 +2,10 @@
 
 import math
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+
+from topklm.errors import one_line
+from topklm.web.client import Json
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
@@ -19,7 +22,7 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
         self.status, self.param, self.code = status, param, code
 
     def content(self) -> dict:
@@ -37,7 +40,7 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The answer."""
         headers = {"retry-after": str(_AGAIN_SECONDS)} if self.status in (429, 503) else None
-        return JSONResponse(self.content(), self.status, headers)
+        return Json(self.content(), self.status, headers)
 
 
 def refused(status: int, message: str) -> Response:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from topklm.server.errors import ApiError
+from topklm.web.client import from_json, kind_of
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -14,13 +15,9 @@ def json_object(body: bytes) -> dict[str, Any]:
         ApiError: If it is no JSON object.
     """
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as e:
-        said = f" ({e})" if isinstance(e, json.JSONDecodeError) else ""
-        raise ApiError(400, f"the request is no JSON{said}: send an object") from e
-    if not isinstance(content, dict):
-        raise ApiError(400, f"the request is a JSON {kind_of(content)}: send an object")
-    return content
+        return from_json(body)
+    except ValueError as e:
+        raise ApiError(400, str(e)) from e
 
 
 def refuse_unknown(content: dict[str, Any], known: Collection[str]) -> None:
@@ -94,9 +91,3 @@ def wrong(name: str, value: Any, allowed: str) -> ApiError:
     shown = json.dumps(value) if isinstance(value, int | float | str | None) else f"a JSON {kind_of(value)}"
     shown = shown if len(shown) <= 60 else shown[:60] + "..."
     return ApiError(400, f"{name} = {shown}: must be {allowed}", name)
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls it."""
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return kinds.get(type(value), "number")

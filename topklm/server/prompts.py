@@ -8,13 +8,14 @@ from topklm.inference.language_model import LanguageModel
 from topklm.server import fields
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
+from topklm.web.client import kind_of
 
 
 def check_model(content: dict[str, Any], name: str) -> None:
     """Raises ApiError if another model is asked for than there is; who names none means this one."""
     asked = content.get("model")
     if asked is not None and asked != name:
-        shown = repr(asked[:80]) if isinstance(asked, str) else fields.kind_of(asked)
+        shown = repr(asked[:80]) if isinstance(asked, str) else kind_of(asked)
         message = f"model = {shown}: there is only {name!r}"
         raise ApiError(404, message, "model", "model_not_found")
 

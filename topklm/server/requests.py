@@ -19,6 +19,7 @@ from topklm.server.steering import interventions_of
 
 _MAX_TOKENS = 16  # OpenAI's default
 _MOST_STOPS = 16
+_SMALLEST_TOP_P = 1e-30
 # Fields of OpenAI's that have no counterpart here, and the values that ask for nothing.
 _WITHOUT_USE: dict[str, tuple] = {
     "frequency_penalty": (None, 0),
@@ -103,18 +104,26 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
     }
     if settings["when_full"] not in WHEN_FULL:
         raise fields.wrong("when_full", settings["when_full"], f"one of {', '.join(WHEN_FULL)}")
-    sampling = _sampling(content)
+    samplings = [_sampling(content) for _ in prompts]
     try:
         stop = check_stop(content.get("stop"))
         texts = [
             Text.of(
                 model.config.model, prompt, dataclasses.replace(sampling, index=i), max_tokens, **settings
             )
-            for prompt in prompts
+            for prompt, sampling in zip(prompts, samplings, strict=True)
             for i in range(n)
         ]
     except ValueError as e:
         raise _of_prompt(e) from e
+    if max_tokens and (full := [text for text in texts if text.limit <= text.n_prompt]):
+        raise ApiError(
+            400,
+            f"prompt has {full[0].n_prompt} tokens, as many as the model's context: there is no room for new "
+            "ones; shorten it, or choose max_tokens = 0, or when_full = 'slide'",
+            "prompt",
+            "context_length_exceeded",
+        )
     if len(stop) > _MOST_STOPS:
         raise ApiError(400, f"stop has {len(stop)} texts: must be at most {_MOST_STOPS}", "stop")
     echo = fields.boolean(content, "echo", False)
@@ -124,12 +133,15 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
 
 
 def _sampling(content: dict[str, Any]) -> Sampling:
+    """Of one prompt; without a seed, each has another."""
     seed = content.get("seed")
     try:
         return Sampling(
             temperature=fields.number(content, "temperature", 1.0),
-            top_k=0 if content.get("top_k") is None else content["top_k"],
-            top_p=fields.number(content, "top_p", 1.0),
+            # None, and vLLM's -1, are all tokens.
+            top_k=0 if content.get("top_k") in (None, -1) else content["top_k"],
+            # OpenAI allows 0, of which the most likely token alone is enough.
+            top_p=fields.number(content, "top_p", 1.0) or _SMALLEST_TOP_P,
             min_p=fields.number(content, "min_p", 0.0),
             repetition_penalty=fields.number(content, "repetition_penalty", 1.0),
             seed=secrets.randbits(63) if seed is None else seed,

@@ -10,6 +10,7 @@ from topklm.inference.interventions import Interventions
 from topklm.server import fields
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
+from topklm.web.client import kind_of
 
 
 def interventions_of(config: ModelConfig, content: dict[str, Any], limits: Limits) -> Interventions | None:
@@ -61,7 +62,7 @@ def _of_entry(entry: Any, _mode: str) -> Intervention:
         raise ValueError("value is missing in an entry of the array")
     for name in ("mode", "positions"):
         if name in entry and not isinstance(entry[name], str | list):
-            raise ValueError(f"{name}: must not be a JSON {fields.kind_of(entry[name])}")
+            raise ValueError(f"{name}: must not be a JSON {kind_of(entry[name])}")
     positions = entry.get("positions", "all")
     return Intervention(
         **{**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}

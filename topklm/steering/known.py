@@ -36,7 +36,7 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
     """What is known; None if the layer has not been measured, or the extra that reads it is not installed.
 
     Raises:
-        UserError: If the file is damaged.
+        UserError: If the file is damaged, or was measured on another store than lies beside it.
     """
     if not folder.table.exists() or importlib.util.find_spec("pyarrow") is None:
         return None
@@ -44,6 +44,8 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
     from topklm.neurons.statistics import table  # noqa: PLC0415
 
     rows, measured = table.read(folder.table)
+    if folder.store.exists():
+        table.check_same(folder.table, measured, Store(folder.store))
     check_coordinates(measured.dictionary, "steer")
     if layer not in measured.layers:
         return None

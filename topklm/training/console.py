@@ -4,6 +4,7 @@ It prints and computes nothing that training depends on.
 """
 
 from collections.abc import Mapping, Sequence
+import math
 import sys
 import time
 from typing import Any
@@ -45,9 +46,10 @@ class Console:
             self._bar.start()
 
     def report(self, step: int, *, loss: float, tokens_per_second: float, mfu: float) -> None:
-        """Shows the figures of a step: loss in nats per token, throughput, MFU, time left."""
+        """Shows the figures of a step: loss in nats per token, throughput, MFU (NaN: unknown), time left."""
+        share = "?" if math.isnan(mfu) else f"{mfu:.0%}"
         figures = (
-            f"loss {loss:.3f} | {tokens_per_second:,.0f} tokens/s | MFU {mfu:.0%} | "
+            f"loss {loss:.3f} | {tokens_per_second:,.0f} tokens/s | MFU {share} | "
             f"{self._time_left(step)} left"
         )
         if self._bar:
@@ -111,8 +113,13 @@ def percentages(shares: Sequence[float]) -> str:
 
 def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
     """One line on a held-out evaluation."""
+    part = (
+        f" (the first {result['tokens']:,} of {result['of_tokens']:,} tokens)"
+        if "of_tokens" in result
+        else ""
+    )
     line = (
-        f"held-out at step {step:,}: {result['bits_per_byte']:.4f} bits/byte | "
+        f"held-out at step {step:,}{part}: {result['bits_per_byte']:.4f} bits/byte | "
         f"loss {result['loss']:.4f} nats/token | perplexity {result['perplexity']:.2f}"
     )
     if result["dead_neurons"]:

@@ -17,9 +17,9 @@ import jax
 
 from topklm import distributed, run_folder, sharding
 from topklm.buckets import storage_errors_are_user_errors
-from topklm.config import Config, from_saved
+from topklm.config import Config, from_saved, warnings
 from topklm.data.mixture import Mixture
-from topklm.data.stream import heldout_batches, train_stream
+from topklm.data.stream import heldout_batches, heldout_part, train_stream
 from topklm.errors import UserError
 from topklm.files import AnyPath
 from topklm.imports import versions
@@ -33,7 +33,7 @@ from topklm.training.evaluation import evaluate
 from topklm.training.feed import DeviceBatch, Feed, to_devices
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.opening import opened
-from topklm.training.optimizer import make_optimizer
+from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.profile import Profiler
 from topklm.training.step import (
     TrainState,
@@ -65,6 +65,9 @@ def train(
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request:
         mesh = sharding.make_mesh(config.mesh)
+        console.say(f"devices: {sharding.describe_devices(mesh)}")
+        for line in warnings(config):
+            console.say(f"warning: {line}")
         with opened(config, workdir, console) as (whole_config, mixture):
             sharding.check(whole_config, mesh)
             _Run(whole_config, workdir, mixture, mesh, console, request).train()
@@ -87,6 +90,7 @@ class _Run:
         self.agreement = Agreement(mesh, stop)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self.tokens_per_step = config.train.batch_size * config.model.context_length
+        self.heldout = heldout_part(mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.eval_step = self.agreement.voting(make_eval_step(config, mesh))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
@@ -168,6 +172,7 @@ class _Run:
                 self._log(*pending)
                 pending = None
                 self.clock.stop()
+                self.log_rate.measure_again()
                 if traced:  # and the devices are done, for `_log` has fetched what they made
                     with self.watchdog.paused():
                         self.profiler.close()
@@ -220,6 +225,9 @@ class _Run:
                 f"{self.mixture.fingerprint[:12]}, not {facts['data_fingerprint'][:12]}): name the data it "
                 "began with, wherever it lies now, or start a new run with --workdir"
             )
+        before = facts["config"]["train"]["steps"]
+        if said := change_of_schedule(self.config.optim, before, self.config.train.steps, int(state.step)):
+            self.console.say(said)
         self.feed.set_state(data_state)
         began_at = facts.get("began_at", time.time() - facts["seconds_trained"])
         self.clock = throughput.Clock(total=facts["seconds_trained"], began_at=began_at)
@@ -249,7 +257,8 @@ class _Run:
         # JSON has no way to write what is not finite.
         line = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
         line |= {"train/skipped": 1.0} if bad else {}
-        timing = {"tokens_per_second": rate, "mfu": mfu, "seconds_trained": seconds}
+        timing = {"tokens_per_second": rate, "seconds_trained": seconds}
+        timing |= {"mfu": mfu} if math.isfinite(mfu) else {}
         timing |= {"input_wait": self._input_wait(seconds), "goodput": self.clock.goodput()}
         self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
 
@@ -272,7 +281,7 @@ class _Run:
             self._eval_step,
             state.params,
             self._heldout(),
-            n_bytes=self.mixture.heldout_bytes,
+            n_bytes=self.heldout.utf8_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
             stopped=lambda: bool(self.agreement),
         )
@@ -280,6 +289,8 @@ class _Run:
             return
         with self.watchdog.paused():  # as long as the user asked for
             sample = self._sample(state)
+        if result["tokens"] < self.mixture.heldout_text_tokens:
+            result["of_tokens"] = self.mixture.heldout_text_tokens
         self.console.say(evaluation_line(step, result))
         self.console.say(f"sample: {sample}")
         line = {f"eval/{name}": value for name, value in result.items()}
@@ -296,7 +307,9 @@ class _Run:
         context_length = self.config.model.context_length
         # Documents are packed one after another, so every process makes whole batches.
         rows = sharding.local_rows(self.batch_sharding, batch_size)
-        for batch in heldout_batches(self.mixture, context_length=context_length, batch_size=batch_size):
+        for batch in heldout_batches(
+            self.mixture, context_length=context_length, batch_size=batch_size, part=self.heldout
+        ):
             yield to_devices(batch, self.batch_sharding, batch_size, rows)
 
     def _sample(self, state: TrainState) -> str:

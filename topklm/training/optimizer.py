@@ -40,6 +40,28 @@ def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, optax.constant_schedule(peak), tail], [warmup, steps - decay])
 
 
+def change_of_schedule(config: OptimConfig, before: int, steps: int, step: int) -> str | None:
+    """Describes the jump of the learning rate in a run that goes on with another length.
+
+    Args:
+        config: Of the schedule.
+        before: Length that the run had, optimizer steps.
+        steps: Length that it has now.
+        step: Steps done.
+
+    Returns:
+        A sentence, or None if the rate goes on as it would have.
+    """
+    last, planned = (float(learning_rate_schedule(config, before)(i)) for i in (step - 1, step))
+    now = float(learning_rate_schedule(config, steps)(step))
+    if steps == before or abs(now - planned) <= 0.01 * config.learning_rate:
+        return None
+    return (
+        f"train.steps was {before:,} and is {steps:,}: the learning rate goes from {last:.3g} to {now:.3g}, "
+        f"where {config.schedule} over {steps:,} steps is after step {step:,}"
+    )
+
+
 def decay_mask(params: Any) -> Any:
     """True for matrices, False for norm scales (which carry a layer axis, so the name decides)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -178,13 +178,19 @@ def _hidden(
     parallel: Parallel,
     tap: transformer.Tap | None = None,
 ) -> tuple[transformer.Transformer, jax.Array, Any]:
-    # The blocks are gathered one at a time, where they are used.
-    outside_blocks = parallel.gather({name: part for name, part in params.items() if name != "blocks"})
-    model = transformer.bind(config.model, {**params, **outside_blocks})
+    def gathered() -> transformer.Transformer:
+        # The blocks are gathered one at a time, where they are used.
+        outside_blocks = parallel.gather({name: part for name, part in params.items() if name != "blocks"})
+        return transformer.bind(config.model, {**params, **outside_blocks})
+
+    model = gathered()
     h, seen = model.hidden(
         batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
     )
-    return model, h, seen
+    # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each goes
+    # through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
+    tied = config.model.tie_embeddings and config.model.dtype != "float32"
+    return gathered() if tied else model, h, seen
 
 
 def _on_every_device(program: Callable, mesh: Mesh, params: Any, out: Any) -> Callable:

@@ -22,6 +22,10 @@ def summary(folder: AnyPath, step: int) -> dict[str, Any]:
         "eval/loss": ("held-out loss, nats/token", "{:.4f}".format),
         "eval/perplexity": ("held-out perplexity", "{:.2f}".format),
         "eval/bits_per_byte": ("held-out bits per byte", "{:.4f}".format),
+        "eval/of_tokens": (
+            f"held-out figures are of {newest.get('eval/tokens', 0):,} tokens of",
+            "{:,}".format,
+        ),
         "eval/dead_neurons": ("dead neurons, per TopK layer", percentages),
         "eval/norm_kept": ("squared norm kept, per TopK layer", percentages),
         "eval/overlap_below": ("active in the layer below too", percentages),

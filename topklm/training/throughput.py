@@ -1,6 +1,9 @@
 """How fast a run is: time spent training, tokens per second, and the share of the machine's peak that is."""
 
+import collections
 import dataclasses
+import math
+import re
 import time
 from typing import Any
 
@@ -9,21 +12,29 @@ import jax.numpy as jnp
 
 from topklm.config import Config, ModelConfig
 
-# Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one chip, FLOP/s, by JAX's name of it, which must match as a whole: an L40 is no L4.
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e. NVIDIA: the data sheets of A100, H100 (SXM, PCIe and
+# NVL), H200 (SXM and NVL), L4, L40 and L40S, half of what they give for sparse matrices; of T4 that for
+# float16, as it has no bfloat16.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "TPU v5( lite|e)": 197e12,
+    "TPU v5p?": 459e12,
+    "TPU v6( lite|e)": 918e12,
+    "NVIDIA A100(-SXM4|-PCIE)-[48]0GB|NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100( SXM5)?( 80GB HBM3)?": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 836e12,
     "NVIDIA L4": 121e12,
-    "NVIDIA T4": 65e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "(NVIDIA|Tesla) T4": 65e12,
 }
+_LEAST_SECONDS = (
+    1.0  # that a rate is taken over: a step's own end is seen only when the next one is under way
+)
 
 
 @dataclasses.dataclass
@@ -59,20 +70,34 @@ class Clock:
 
 
 class Rate:
-    """Throughput since the last time it was asked for."""
+    """Throughput of the last second or more of training, and of the machine's peak the share that is."""
 
     def __init__(self, config: Config, tokens_per_step: int, step: int, seconds: float):
-        self._last = (step, seconds)
-        self._tokens_per_step = tokens_per_step
-        peak = peak_flops_per_second(jax.devices(), config.model.dtype)
-        self._mfu_of_rate = flops_per_token(config.model) / peak
+        self._marks = collections.deque([(step, seconds)])
+        self._tokens_per_step, self._flops = tokens_per_step, flops_per_token(config.model)
+        self._devices, self._dtype = jax.devices(), config.model.dtype
+        self._is_measured = data_sheet_peak(self._devices[0].device_kind) is None
+        self._peak = peak_flops_per_second(self._devices, self._dtype)
 
     def at(self, step: int, seconds: float) -> tuple[float, float]:
-        """Tokens per second, and the model FLOPs utilisation that is."""
-        steps, elapsed = step - self._last[0], seconds - self._last[1]
-        self._last = (step, seconds)
-        rate = steps * self._tokens_per_step / max(elapsed, 1e-9)
-        return rate, rate * self._mfu_of_rate
+        """Tokens per second, and the model FLOPs utilisation that is.
+
+        The utilisation is NaN where it would be above 1: then the peak is not that of this machine.
+        """
+        self._marks.append((step, seconds))
+        while len(self._marks) > 2 and seconds - self._marks[1][1] >= _LEAST_SECONDS:
+            self._marks.popleft()
+        first_step, began = self._marks[0]
+        rate = (step - first_step) * self._tokens_per_step / max(seconds - began, 1e-9)
+        if rate * self._flops > self._peak:
+            self.measure_again()
+        mfu = rate * self._flops / self._peak
+        return rate, mfu if mfu <= 1 else math.nan
+
+    def measure_again(self) -> None:
+        """Raises a peak that was measured while others used the machine; that of a data sheet stays."""
+        if self._is_measured:
+            self._peak = max(self._peak, peak_flops_per_second(self._devices, self._dtype))
 
 
 def parameter_count(params: Any) -> int:
@@ -93,25 +118,31 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6.0 * n + 12.0 * config.n_layers * heads * config.context_length
 
 
+def data_sheet_peak(kind: str) -> float | None:
+    """Dense bfloat16 peak of one chip, FLOP/s, by its `device_kind`; None for those that are not known."""
+    return next((peak for name, peak in _PEAK_FLOPS.items() if re.fullmatch(name, kind)), None)
+
+
 def peak_flops_per_second(devices: list[jax.Device], dtype: str) -> float:
     """Peak of all devices together, FLOP/s: the data sheet's for accelerators, measured on CPUs.
 
     A CPU's peak depends on clock and cores granted, so it is the best of a few timed matrix products.
     An accelerator that is not in the table is measured the same way.
     """
-    kind = devices[0].device_kind
-    for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
-        if kind.startswith(name):
-            return _PEAK_FLOPS[name] * len(devices)
+    known = data_sheet_peak(devices[0].device_kind)
+    if known is not None:
+        return known * len(devices)
     n = 1024 if devices[0].platform == "cpu" else 8192
     a = jax.device_put(jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype)), devices[0])
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
+    _product(a, a).block_until_ready()
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        product(a, a).block_until_ready()
+        _product(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
     # Virtual CPU devices share the cores, so one device's rate is the machine's.
     copies = 1 if devices[0].platform == "cpu" else len(devices)
     return 2.0 * n**3 / min(seconds) * copies
+
+
+_product = jax.jit(jnp.matmul)

@@ -4,7 +4,10 @@ import asyncio
 from collections.abc import Callable
 import contextlib
 import logging
+import math
 import socket
+import time
+import traceback
 from types import FrameType
 from typing import Any
 
@@ -16,6 +19,8 @@ from topklm.errors import UserError
 
 REQUEST_SECONDS = 10.0  # in which the head of a request has to arrive
 
+_SELDOM_SECONDS = 60.0  # between two equal lines of a log
+_READING_SECONDS = 30.0  # in which a client has to read some of what it is told
 _MOST_CONNECTIONS = 512
 _MAX_HEAD = 128 * 1024  # bytes; a prompt may stand in a link
 _CLOSING_SECONDS = 3  # that an answer has left when the server is told to stop
@@ -32,8 +37,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as e:
-        raise UserError(f"--host = {host}: is no address ({e.strerror or e})") from e
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"--host = {host}: is no address ({getattr(e, 'strerror', None) or e})") from e
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -60,7 +65,7 @@ def names_of(host: str, port: int) -> frozenset[str]:
 def make_server(
     app: ASGIApp, closing_seconds: int = _CLOSING_SECONDS, closing: Callable[[], Any] = lambda: None
 ) -> uvicorn.Server:
-    """A server that no slow or silent client can keep from answering the others.
+    """Returns a server that no slow or silent client can keep from answering the others.
 
     Args:
         app: What answers, behind a `Guard`.
@@ -76,13 +81,16 @@ def make_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=_MOST_CONNECTIONS,
+        limit_concurrency=_MOST_CONNECTIONS + 1,  # beyond those that `_Patient` hangs up on
         timeout_keep_alive=int(REQUEST_SECONDS),
         timeout_graceful_shutdown=closing_seconds,
         h11_max_incomplete_event_size=_MAX_HEAD,
     )
-    # What clients send wrongly, and that they are many, is not news for a terminal.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    # What clients send wrongly, that they are many, and that they are gone, is not news for a terminal.
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("uvicorn.error", "asyncio", "topklm.inference.engine"):
+        logging.getLogger(name).addFilter(_seldom)
     return _Server(config, closing)
 
 
@@ -128,29 +136,102 @@ class _Server(uvicorn.Server):
 
 
 class _Patient(H11Protocol):
-    """Hangs up on whoever takes too long to say what he wants; uvicorn itself would wait for ever."""
+    """Hangs up on clients that take too long over what is theirs to do; uvicorn itself would wait for ever.
 
+    That is to say what they want, to send all of it, and to read the answer. Where there are too many
+    connections, whoever has been waited for the longest has to go, so that nobody shuts others out.
+
+    Attributes:
+        since: When what is theirs to do began to be waited for; None while the answer is made.
+    """
+
+    since: float | None = None
+    _awaited: str | None = None  # what is waited for
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._look()
+        there = (one for one in self.connections if isinstance(one, _Patient) and one is not self)
+        awaited = {one: one.since for one in there if one.since is not None}
+        if len(self.connections) > _MOST_CONNECTIONS and awaited:
+            longest = min(awaited, key=awaited.__getitem__)
+            self.connections.discard(longest)
+            longest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self._deadline is None and not self.transport.is_closing():
-            self._wait()
+        self._look()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
         super().connection_lost(exc)
+        self._stop_waiting()
 
-    def _wait(self) -> None:
-        self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+    def _look(self) -> None:
+        """Begins to wait anew if something else is waited for than before."""
+        awaited = self._what_is_awaited()
+        if awaited == self._awaited:
+            return
+        self._stop_waiting()
+        self._awaited = awaited
+        if awaited is not None:
+            self.since = time.monotonic()
+        if awaited in ("request", "reading"):
+            seconds = REQUEST_SECONDS if awaited == "request" else _READING_SECONDS
+            self._deadline = self.loop.call_later(seconds, self._hang_up)
+
+    def _what_is_awaited(self) -> str | None:
+        if self.flow.write_paused or self.transport.is_closing():
+            return "reading"
+        if self.cycle is None or self.cycle.response_complete:
+            return "request"
+        return "body" if self.cycle.more_body else None  # for which the guard has a time of its own
+
+    def _hang_up(self) -> None:
+        if self._awaited == "request" and not self.transport.get_write_buffer_size():
+            self.transport.close()
+        else:
+            self.transport.abort()  # closing would wait until all is read
 
     def _stop_waiting(self) -> None:
+        self.since = self._awaited = None
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+class _Seldom(logging.Filter):
+    """Passes what is logged from one place, or an error that was raised there, once a minute.
+
+    So a client that can make a server fail cannot fill a log with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[Any, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        place: Any = (record.pathname, record.lineno)
+        if record.exc_info and record.exc_info[1] is not None:
+            frames = list(traceback.walk_tb(record.exc_info[2]))
+            place = (*place, record.exc_info[0], *(frames and (frames[-1][0].f_code, frames[-1][1])))
+        now = time.monotonic()
+        if now - self._last.get(place, -math.inf) < _SELDOM_SECONDS:
+            return False
+        self._last[place] = now
+        return True
+
+
+_seldom = _Seldom()

@@ -136,3 +136,14 @@ def test_what_the_package_cannot_load_is_refused_in_a_line(monkeypatch):
     assert "\n" not in str(refused.value)
     package.SentenceTransformer = lambda name: name.upper()
     assert sentences.load("m") == "M"
+
+
+def test_a_revision_behind_the_name_is_passed_on_unless_there_is_such_a_folder(monkeypatch, tmp_path):
+    package = types.SimpleNamespace(SentenceTransformer=lambda name, revision=None: (name, revision))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    monkeypatch.setattr(sentences.importlib.util, "find_spec", lambda name: package)
+    folder = tmp_path / "mine@home"
+    folder.mkdir()
+    assert sentences.load("org/m@1a2b3c") == ("org/m", "1a2b3c")
+    assert sentences.load("org/m") == ("org/m", None)
+    assert sentences.load(str(folder)) == (str(folder), None)

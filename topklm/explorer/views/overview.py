@@ -167,13 +167,13 @@ def _number(parameters: Mapping[str, str], name: str) -> float | None:
 def _layers(text: str, there_are: tuple[int, ...]) -> tuple[int, ...]:
     found = []
     for part in filter(None, text.split(",")):
-        if not (part.isascii() and part.isdigit() and int(part) in there_are):
+        if not (part.isascii() and part.isdigit() and len(part) < 10 and int(part) in there_are):
             raise UserError(f"layer = {part}: must be one of {', '.join(map(str, there_are))}")
         found.append(int(part))
     return tuple(dict.fromkeys(found))
 
 
 def _page(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 10**9):
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and 1 <= int(text) <= 10**9):
         raise UserError(f"page = {text}: must be a number from 1")
     return int(text)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from topklm.neurons import segment as segment_lib
 from topklm.neurons.store import Store
 
 SAMPLE_TOKENS = 2**18
@@ -102,7 +101,7 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
     stretches = sample(store.n_tokens)
     start = 0
     for reader in store.segments:
-        n_tokens = int(reader.array("tokens").shape[0])
+        n_tokens = reader.n_tokens
         inside = [(max(a - start, 0), min(b - start, n_tokens)) for a, b in stretches]
         inside = [(a, b) for a, b in inside if a < b]
         start += n_tokens
@@ -110,7 +109,7 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
             continue
         gaps, values = map(reader.result, reader.start_reading(first, first + d_model))
         offsets = reader.offsets[first : first + d_model + 1] - reader.offsets[first]
-        places = segment_lib.places_of(gaps, offsets).astype(np.int32)
+        places = reader.places(gaps, offsets).astype(np.int32)
         events = scipy.sparse.csr_array((values.astype(np.float32), places, offsets), (d_model, n_tokens))
         for a, b in inside:
             piece = np.zeros((d_model, _STRETCH), np.float32)

@@ -165,6 +165,7 @@ def measure(
         embedding=EMBEDDING if windows is None else windows.embedding,
         n_clusters=int((of_token if of_places is None else of_places).max()) + 1,
         dictionary=metadata.dictionary,
+        store=store.sha256,
         details={
             **dataclasses.asdict(settings),
             "context_window": contexts.WINDOW if windows is None else 2 * sentences.SIDE + 1,

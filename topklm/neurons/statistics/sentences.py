@@ -85,7 +85,8 @@ def load(name: str) -> SentenceEncoder:
     """A model of the package sentence-transformers.
 
     Args:
-        name: Its folder, or its name where the package finds it.
+        name: Its folder, or its name where the package finds it, also NAME@REVISION: a branch, a tag, or the
+            hash of a commit, which alone always names the same files.
 
     Raises:
         UserError: If the package is not installed, or has no such model.
@@ -99,7 +100,11 @@ def load(name: str) -> SentenceEncoder:
     import sentence_transformers  # noqa: PLC0415
 
     try:
-        return sentence_transformers.SentenceTransformer(str(Path(name).expanduser()))
+        path = Path(name).expanduser()
+        model, at, revision = name.rpartition("@")
+        if at and not path.exists():
+            return sentence_transformers.SentenceTransformer(model, revision=revision)
+        return sentence_transformers.SentenceTransformer(str(path))
     except Exception as e:  # whatever the package, and what it asks for models, may raise
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(

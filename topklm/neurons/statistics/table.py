@@ -3,10 +3,14 @@
 Columns and their meaning are `COLUMNS`; what they were measured on stands in the file's own metadata, as
 `Measured`. Definitions of the figures are in the modules that compute them. A figure that cannot be given
 (of a dead neuron, say) is null.
+
+Before the file's footer stands the SHA-256 of all the rest of it, in a place that other readers of Parquet
+pass over. Files of format 1 do not have it.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.files import write_atomically
+from topklm.files import parse_json, write_atomically
+from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.store import Store
 
-FORMAT = 1
+FORMAT = 2
 RANGE_PARTS = 5  # into which the range of a neuron's activations is cut, for examples
 
 _METADATA_KEY = b"topklm"
+_OF_FORMAT_1 = b'"format": 1'  # stands in the footer, as it is
+_DIGEST_BYTES = 64
+
+_AGAIN = "delete it, and run topklm neurons measure"
 
 _F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
 COLUMNS = pa.schema(
@@ -90,6 +100,7 @@ class Measured:
         details: Sample sizes, seeds and the like, by name.
         dictionary: How the dictionary was made; empty where there is none. Its logit effects are those of the
             decoder's directions, and ablation effects are null.
+        store: `Store.sha256`; empty where that, or the table, is of format 1.
     """
 
     run: str
@@ -106,6 +117,7 @@ class Measured:
     n_clusters: int
     details: Mapping[str, Any]
     dictionary: str = ""
+    store: str = ""
 
 
 def write(path: Path, rows: pa.Table, measured: Measured) -> None:
@@ -113,8 +125,8 @@ def write(path: Path, rows: pa.Table, measured: Measured) -> None:
     content = {"format": FORMAT, **dataclasses.asdict(measured)}
     rows = rows.cast(COLUMNS).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+    write_atomically(path, _sealed(sink.getvalue().to_pybytes()))
 
 
 def read(path: Path) -> tuple[pa.Table, Measured]:
@@ -123,14 +135,64 @@ def read(path: Path) -> tuple[pa.Table, Measured]:
     Raises:
         UserError: If it is missing, damaged, or of another version.
     """
-    try:
-        rows = pq.read_table(path)
-        content = json.loads((rows.schema.metadata or {})[_METADATA_KEY])
-        if content.pop("format") != FORMAT or rows.schema.names != COLUMNS.names:
+    with damage_is_a_user_error(path, _AGAIN, pa.ArrowException, TypeError, KeyError):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as e:
+            raise UserError(f"{path} is missing: run topklm neurons measure") from e
+        if _OF_FORMAT_1 not in content:
+            content = _unsealed(content)
+        rows = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        measured = parse_json((rows.schema.metadata or {})[_METADATA_KEY])
+        if measured.pop("format") not in (1, FORMAT) or rows.schema.names != COLUMNS.names:
             raise UserError(f"{path} was written by another version of topklm: delete it, and measure again")
-        content["layers"] = tuple(content["layers"])
-        return rows, Measured(**content)
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is missing: run topklm neurons measure") from e
-    except (pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} is damaged ({e}): delete it, and run topklm neurons measure") from e
+        measured["layers"] = tuple(measured["layers"])
+        return rows, Measured(**measured)
+
+
+def check_same(path: Path, measured: Measured, store: Store) -> None:
+    """Refuses a table that was not measured on a store, or one with other tokens.
+
+    Args:
+        path: Of the table, for the message.
+        measured: Of the table.
+        store: Of activations; it may hold more tokens than were measured.
+
+    Raises:
+        UserError: If they differ.
+    """
+    names = ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k", "dictionary")
+    pairs = {name: (getattr(measured, name), getattr(store.metadata, name)) for name in names}
+    if measured.store and store.sha256:
+        pairs["store"] = measured.store[:12], store.sha256[:12]
+    for name, (here, there) in pairs.items():
+        if here != there:
+            raise UserError(
+                f"{path} was measured on another {name} ({here!r}) than {store.folder} holds ({there!r}): "
+                f"{_AGAIN}"
+            )
+    if measured.n_tokens > store.n_tokens:
+        raise UserError(
+            f"{path} was measured on {measured.n_tokens:,} tokens, and {store.folder} holds "
+            f"{store.n_tokens:,}: {_AGAIN}"
+        )
+
+
+def _sealed(content: bytes) -> bytes:
+    """A Parquet file with its digest in it."""
+    at = _footer(content)
+    return content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at:]
+
+
+def _unsealed(content: bytes) -> bytes:
+    """The file without its digest; raises ValueError if that is not its own."""
+    at = _footer(content)
+    before, digest = content[: at - _DIGEST_BYTES], content[at - _DIGEST_BYTES : at]
+    if at < _DIGEST_BYTES or hashlib.sha256(before + content[at:]).hexdigest().encode() != digest:
+        raise ValueError("its digest differs")
+    return before + content[at:]
+
+
+def _footer(content: bytes) -> int:
+    """Where the footer begins; behind it stand its length and a mark, of 4 bytes each. Below 0: nowhere."""
+    return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
