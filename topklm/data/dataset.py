@@ -188,10 +188,11 @@ def split_from_json(content: dict[str, Any]) -> SplitInfo:
             raise TypeError(f"{count!r} is no count")
         if not 0 <= count < 1 << 63:
             raise ValueError(f"{count!r} is no count")
-    return SplitInfo(*counts, shards)
+    documents, tokens, utf8_bytes = counts
+    return SplitInfo(documents, tokens, utf8_bytes, shards)
 
 
 def damaged(file: str | Path, what: Exception) -> UserError:
     """The error of a description that cannot be used, and why."""
-    what = f"no {what}" if isinstance(what, KeyError) else what
-    return UserError(f"{file}: damaged ({what}); delete the folder and prepare the data again")
+    why = f"no {what}" if isinstance(what, KeyError) else str(what)
+    return UserError(f"{file}: damaged ({why}); delete the folder and prepare the data again")

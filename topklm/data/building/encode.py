@@ -228,7 +228,8 @@ def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Se
     """
     if not selection.heldout_fraction:
         return selection
-    lowest, highest, has_train, has_heldout = b"", [], False, False
+    lowest, has_train, has_heldout = b"", False, False
+    highest: list[bytes] = []
     for file, all_heldout in files:
         for _, raw in _selected(file, selection):
             digest = hashlib.sha256(raw).digest()
