@@ -229,7 +229,7 @@ def output_never_ends_it(goes_on: bool) -> Iterator[None]:
     streams = [
         stream and _Output(stream, ends) for stream, ends in zip(before, (not goes_on, False), strict=True)
     ]
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from topklm.data import sources
 from topklm.data.compression import BLOCK_BYTES, DamageError, Read, gunzip, plain_blocks, unzstd
 from topklm.data.sources import SourceFile
 from topklm.errors import UserError
+from topklm.files import parse_json
 
 PROBLEMS = (
     "damaged file",
@@ -591,8 +592,8 @@ def _quickstart_items(blocks: Iterator[bytes], _: str) -> Items:
     """The file of the quickstart corpus: {title: {"extract": text, ...}}."""
     content = b"".join(blocks)
     try:
-        entries = list(json.loads(content).values())
-    except (ValueError, AttributeError) as e:
+        entries = list(parse_json(content).values())
+    except ValueError as e:
         yield Problem("damaged file", "row 1", str(e))
         return
     for row, entry in enumerate(entries, start=1):

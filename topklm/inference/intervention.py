@@ -14,7 +14,7 @@ import numpy as np
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.files import as_path, write_atomically
+from topklm.files import as_path, parse_json, write_atomically
 
 if TYPE_CHECKING:
     from topklm.inference.interventions import Steer
@@ -176,10 +176,10 @@ def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None 
 
 def _entries(content: bytes) -> list[Any]:
     try:
-        parts = json.loads(content)
+        parts = parse_json(content)
     except ValueError as e:
         raise ValueError(f"it is no JSON ({e})") from e
-    if not isinstance(parts, dict) or parts.get("format") != _FORMAT:
+    if parts.get("format") != _FORMAT:
         raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
     if parts.get("version") != _VERSION:
         raise ValueError(f"version = {parts.get('version')!r}: this program reads {_VERSION}")
