@@ -316,7 +316,8 @@ def test_a_value_that_is_not_one_number_is_refused_in_one_short_line(value):
     ("content", "message"),
     [
         ("{", "it is no JSON"),
-        ("[]", "must be an object with format = 'topklm-interventions'"),
+        ("[]", "it is no JSON object .*holds a list"),
+        ("[" * 100_000, "it is no JSON object .*nested too deeply"),
         ({"version": 2}, "version = 2: this program reads 1"),
         ({"interventions": 3}, "interventions: must be a list"),
         ({"interventions": [3]}, r"interventions\[0\]: must be an object with layer and neuron"),

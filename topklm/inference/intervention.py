@@ -178,7 +178,7 @@ def _entries(content: bytes) -> list[Any]:
     try:
         parts = parse_json(content)
     except ValueError as e:
-        raise ValueError(f"it is no JSON ({e})") from e
+        raise ValueError(f"it is no JSON object ({e})") from e
     if parts.get("format") != _FORMAT:
         raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
     if parts.get("version") != _VERSION:
