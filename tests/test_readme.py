@@ -62,12 +62,17 @@ def test_commands_have_the_flags_that_there_are(verbs, doc, at_least):
         parser.parse_args(arguments)
 
 
-def test_the_test_command_is_what_continuous_integration_finds():
+@pytest.mark.parametrize(
+    ("name", "end"), [("run", "-m topklm.main --config=configs/small.py"), ("test", "-m pytest -n auto")]
+)
+def test_the_two_commands_are_what_continuous_integration_runs(name, end):
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    line = re.search(r"test_command=\$\((.*)\)\n", script).group(1)
-    found = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() in blocks("bash")[1]
-    assert found.stdout.strip().endswith("-m pytest -n auto")
+    function = re.search(r"^command_of_readme\(\) \{\n.*?^\}\n", script, re.M | re.S).group(0)
+    assert f"command_of_readme {name})" in script
+    command = ["bash", "-c", f"{function} command_of_readme {name}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert found in "".join(blocks("bash")[:2])
+    assert found.endswith(end)
 
 
 def test_every_field_that_the_readme_names_exists():

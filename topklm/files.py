@@ -210,7 +210,8 @@ def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, 
 
 
 def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
-    """Encodes a JSON object with a digest of the rest of it, the field `sha256`."""
+    """Encodes a JSON object, which has no field `sha256`, with a digest of the rest of it under that name."""
+    assert DIGEST not in value
     return (json.dumps({**value, DIGEST: _digest(value)}, indent=indent) + "\n").encode()
 
 

@@ -204,7 +204,7 @@ def test_bodies_have_a_limit_also_where_their_length_is_not_said(site):
 
 
 def test_a_link_has_a_limit(site):
-    # Little more than the limit of a head: what is unread when the server hangs up would take its answer away.
+    # Little more than the limit of a head: what is unread when the server hangs up takes its answer away.
     assert site.ask("/prompt?text=" + "a" * server._MAX_HEAD).status == 400
 
 
