@@ -41,6 +41,7 @@ def run_of_eight_devices(tmp_path_factory, trainer):
     """A run folder that the trainer left behind after a few steps."""
     run = tmp_path_factory.mktemp("eight") / "run"
     settings = {**MESH, "model.n_layers": 3, "train.steps": 6, "eval.every_steps": 0}
+    settings["model.context_length"] = 64  # tokens, for the sentence has more than 32
     process = trainer.start(run, settings, environment=devices(8))
     assert process.finish() == 0, process.errors
     return run
