@@ -456,7 +456,7 @@ def _check_ranges(config: Config) -> None:
     for field in ["optim.clip_norm", "optim.z_loss", "train.spike_sigmas"]:
         require(field, flat[field] >= 0, "0 or more")
     for field in ["optim.beta1", "optim.beta2"]:
-        require(field, 0 <= np.float32(flat[field]) < 1, "at least 0 and below 1, in float32 too")
+        require(field, 0 <= float(np.float32(flat[field])) < 1, "at least 0 and below 1, in float32 too")
     for field in ["optim.decay_fraction", "optim.final_learning_rate_fraction"]:
         require(field, 0 <= flat[field] <= 1, "from 0 to 1")
     require("data.heldout_fraction", 0 < config.data.heldout_fraction < 1, "above 0 and below 1")
