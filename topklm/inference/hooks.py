@@ -89,7 +89,7 @@ def run_with_hooks(
 
 
 def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook]]:
-    """A pair for each name that is meant."""
+    """Makes a pair for each name that is meant."""
     if isinstance(fwd_hooks, str | dict) or not hasattr(fwd_hooks, "__iter__"):
         raise ValueError(f"fwd_hooks = {reprlib.repr(fwd_hooks)}: must be a list of (name, function)")
     found: list[tuple[str, Hook]] = []
@@ -109,6 +109,7 @@ def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook
 
 
 def _replaced(h_BTD: jax.Array, result: jax.Array | None, name: str) -> jax.Array:
+    """Puts the result of a function in the array's place."""
     if result is None:
         return h_BTD
     try:

@@ -215,13 +215,14 @@ def _to_json(one: Intervention) -> dict[str, Any]:
 
 
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    """Makes one of an item of a mapping."""
     if not (isinstance(pair, tuple) and len(pair) == 2):
         raise ValueError(f"steer: {short(pair)} names no neuron: must be (layer, neuron)")
     return Intervention(*pair, value, mode)
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one finite number; of one that is traced only the shape is known."""
+    """Tells whether it is one finite number; of one that is traced only the shape is known."""
     if isinstance(value, bool | np.bool_ | str) or not hasattr(value, "__float__"):
         return False
     if np.shape(value) != () or np.iscomplexobj(value):
@@ -233,6 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_index(value: Any) -> bool:
+    """Tells whether it is an integer that is known."""
     traced = isinstance(value, jax.core.Tracer)  # which neuron it is must be known
     return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import html
 import itertools
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,7 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
-        """Next-token logits, float32[B, T, V].
+        """Gives next-token logits, float32[B, T, V].
 
         Programs are compiled for a few lengths, to which rows are filled up.
 
@@ -115,7 +116,7 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
-        """The mean next-token loss in nats, float32: of every token but the first of a document.
+        """Gives the mean next-token loss in nats, float32: of every token but the first of a document.
 
         Args:
             tokens: As in calling the model.
@@ -145,7 +146,7 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> tuple[jax.Array, ActivationCache]:
-        """Next-token logits, float32[B, T, V], and what the layers computed on the way.
+        """Gives next-token logits, float32[B, T, V], and what the layers computed on the way.
 
         `cache.neurons` holds the TopK layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
 
@@ -176,7 +177,7 @@ class LanguageModel:
         return passes.cut(logits, length, axis=1), cache
 
     def active_neurons(self, tokens: Tokens) -> ActiveNeurons:
-        """The active neurons of each token of a text; a notebook or a terminal shows them as a table.
+        """Finds the active neurons of each token of a text; a notebook or a terminal shows them as a table.
 
         Args:
             tokens: One text, or its token ids.
@@ -199,7 +200,7 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
-        """Next-token logits, float32[B, T, V], with functions called on the way: for free-form research.
+        """Gives next-token logits, float32[B, T, V], with functions called on the way: for free research.
 
         Nothing is compiled as a whole, unless it is called inside `jax.jit`: the functions see arrays, not
         tracers, and may do anything. That is slow; what `steer` can say is better said there.
@@ -246,7 +247,7 @@ class LanguageModel:
         when_full: str = "slide",
         return_tokens: bool = False,
     ) -> str | Generated | list[str] | list[Generated] | Iterator[str]:
-        """Prompt and continuation as one string; a list of them for a batch of prompts, or several samples.
+        """Continues prompts: gives prompt and continuation as one string, a list of them for several.
 
         A text of a list is what it would be alone, with the same seed.
 
@@ -323,7 +324,7 @@ class LanguageModel:
     def to_tokens(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> jax.Array:
-        """Token ids int32[B, T]; the separator stands before texts, as it does in training.
+        """Makes token ids int32[B, T]; the separator stands before texts, as it does in training.
 
         Args:
             tokens: See the class. Of a batch, shorter rows are filled up with separators, see `lengths`.
@@ -339,28 +340,28 @@ class LanguageModel:
     def lengths(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> np.ndarray:
-        """Tokens of each row, int32[B]: of a batch, what `to_tokens` filled up comes behind them."""
+        """Counts the tokens of each row, int32[B]; what `to_tokens` fills a row up with comes behind them."""
         rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
         return np.array([len(row.ids) for row in rows], np.int32)
 
     def to_str_tokens(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> Any:
-        """The pieces of a text, or of ids [T] or [1, T], a list of str; of a batch, a list of such lists."""
+        """Cuts a text, or ids [T] or [1, T], into pieces, a list of str; a batch, into a list of lists."""
         rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
         pieces = [self.tokenizer.token_strings(row.ids) for row in rows]
         is_list = len(rows) > 1 or (not isinstance(tokens, str) and rows[0].text is not None)
         return pieces if is_list else pieces[0]
 
     def to_string(self, tokens: Tokens) -> Any:
-        """The text of ids [T], or of one id; of [B, T], a list of texts. Separators are shown as nothing."""
+        """Gives the text of ids [T], or of one id; of [B, T], a list. Separators are shown as nothing."""
         one = np.ndim(tokens) == 0 if hasattr(tokens, "__array__") else isinstance(tokens, int)
         rows, is_batch = rows_of([tokens] if one else tokens, self.cfg.vocab_size, None)
         texts = [self.tokenizer.decode(row.ids) for row in rows]
         return texts if is_batch else texts[0]
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token.
+        """Gives the id of a text that is one token.
 
         Raises:
             ValueError: For another text.
@@ -368,35 +369,35 @@ class LanguageModel:
         (row, *more), is_batch = self._rows(text, separator=False)
         if is_batch or more or len(row.ids) != 1:
             pieces = self.tokenizer.token_strings(row.ids)
-            raise ValueError(f"text = {text!r}: must be one token, not {len(pieces)}: {pieces}")
+            raise ValueError(f"text = {short(text)}: must be one token, not {len(pieces)}: {short(pieces)}")
         return int(row.ids[0])
 
     def to_single_str_token(self, token: int) -> str:
-        """The piece of text that an id stands for."""
+        """Gives the piece of text that an id stands for."""
         return self.tokenizer.token_strings(rows_of([token], self.cfg.vocab_size, None)[0][0].ids)[0]
 
     @property
     def cfg(self) -> ModelConfig:
-        """The model's shape, `config.model`."""
+        """Gives the model's shape, `config.model`."""
         return self.config.model
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """What can be captured and hooked, in the order in which it is computed; see `neurons.names`."""
+        """Names what can be captured and hooked, in the order of computation; see `neurons.names`."""
         return names.there_are(self.cfg)
 
     @property
     def W_E(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
-        """The embedding, [V, D]."""
+        """Gives the embedding, [V, D]."""
         return self.params["embed"]["embedding"][: self.cfg.vocab_size]
 
     @property
     def W_U(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
-        """The unembedding, [D, V], behind the final norm; a column is a token's direction."""
+        """Gives the unembedding, [D, V], behind the final norm; a column is a token's direction."""
         return transformer.bind(self.cfg, self.params).unembedding()[:, : self.cfg.vocab_size]
 
     def astype(self, dtype: Any) -> "LanguageModel":
-        """The same model, computing in another dtype and holding its matrices in it; norms stay float32.
+        """Makes the same model in another dtype, of computation and of its matrices; norms stay float32.
 
         Raises:
             UserError: For another dtype than float32 and bfloat16.
@@ -410,7 +411,7 @@ class LanguageModel:
         return dataclasses.replace(self, config=config, params=jax.tree.map_with_path(cast, self.params))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what is made of the parameters.
+        """Leaves out what is made of the parameters."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
@@ -434,16 +435,17 @@ class LanguageModel:
         }
 
     def _encode(self, text: str, separator: bool = True) -> np.ndarray:
+        """Gives the ids of a text, behind a separator or not, int[n]."""
         ids = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.separator_id], ids]) if separator else ids
 
     def _rows(self, tokens: Tokens, separator: bool = True, name: str = "tokens") -> tuple[list[Row], bool]:
-        """Rows that are known, and whether they are a batch."""
+        """Reads rows that are known, and whether they are a batch."""
         encode = functools.partial(self._encode, separator=separator)
         return rows_of(tokens, self.cfg.vocab_size, encode, name)
 
     def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[passes.Input, Rows]:
-        """What a program runs, and what was given."""
+        """Makes what a program runs of what was given, and tells both."""
         separator, context = self.tokenizer.separator_id, self.cfg.context_length
         rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
         length = rows.ids.shape[1]
@@ -462,26 +464,29 @@ class LanguageModel:
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
     ) -> tuple[ModelConfig, Interventions | None]:
-        """The model's shape with the k that is asked for, and interventions on so many texts."""
+        """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
         config = with_topk_k(self.cfg, topk_k)
         return config, None if steer is None else Interventions.of(config, steer, steer_mode, n_rows)
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
-        """The text of a prompt, and a stream that continues it."""
+        """Gives the text of a prompt, and a stream that continues it."""
         ids = prompt.ids.tolist()
         shown, rest = split_at_character(self.tokenizer, ids) if prompt.text is None else (prompt.text, [])
         stream = TextStream(self.tokenizer, ids[: len(ids) - len(rest)], stop)
         return shown + stream.add(rest), stream
 
     def _tokens_of(self, prompt: Row, tokens: Sequence[int], stop: Sequence[str]) -> np.ndarray:
-        """Those of a text, up to the one that completes a stop string."""
+        """Cuts the tokens of a text behind the one that completes a stop string."""
         begin = len(prompt.ids)
         n_new = until_stopped(self._begun(prompt, stop)[1], tokens[begin:]) if stop else None
         return np.array(tokens[: begin + n_new if n_new is not None else None], np.int32)
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype that models compute in: a name, or one of NumPy's or JAX's.
+    """Gives the name of a dtype that models compute in.
+
+    Args:
+        dtype: A name, or one of NumPy's or JAX's.
 
     Raises:
         UserError: For another one.

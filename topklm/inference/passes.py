@@ -31,7 +31,7 @@ class Input(NamedTuple):
 def logits(
     config: ModelConfig, params: transformer.Parameters, given: Input, interventions: Interventions | None
 ) -> jax.Array:
-    """Next-token logits, float32[B, P, V]."""
+    """Gives next-token logits, float32[B, P, V]."""
     model = transformer.bind(config, params)
     return model.logits(_hidden(model, given, interventions))
 
@@ -44,7 +44,7 @@ def losses(
     lengths_B: jax.Array,
     interventions: Interventions | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next-token losses in nats.
+    """Gives next-token losses in nats.
 
     Args:
         config: The model's shape.
@@ -75,7 +75,7 @@ def logits_and_activations(
     given: Input,
     interventions: Interventions | None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
-    """Next-token logits, float32[B, P, V], and what has one of these names, see `capture_named`."""
+    """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture_named`."""
     model = transformer.bind(config, params)
     segments, positions, changes = how(config, given, interventions)
     more_active = 0 if interventions is None else len(interventions.layer)
@@ -86,20 +86,20 @@ def logits_and_activations(
 
 
 def how(config: ModelConfig, given: Input, interventions: Interventions | None) -> tuple[Any, Any, Changes]:
-    """Segments and positions of tokens, None where a row is one document, and what is done to layers."""
+    """Gives segments and positions of tokens, None where a row is one document, and changes of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)
     changes = Changes() if interventions is None else interventions.changes(config, positions)
     return given.segment_ids, positions, changes
 
 
 def filled(x_BT: Any, added: int, fill: int) -> Any:
-    """So many more tokens at the right of each row."""
+    """Puts so many more tokens at the right of each row."""
     pad = np.pad if isinstance(x_BT, np.ndarray) else jnp.pad
     return pad(x_BT, ((0, 0), (0, added)), constant_values=fill) if added else x_BT
 
 
 def cut(x: jax.Array, length: int, axis: int) -> jax.Array:
-    """Without what rows were filled up with."""
+    """Takes off what rows were filled up with."""
     at = (slice(None),) * axis + (slice(length),)
     if x.shape[axis] == length:
         return x
@@ -110,7 +110,7 @@ def cut(x: jax.Array, length: int, axis: int) -> jax.Array:
 
 
 def _hidden(model: transformer.Transformer, given: Input, interventions: Interventions | None) -> jax.Array:
-    """Normed hidden states, [B, P, D]."""
+    """Gives normed hidden states, [B, P, D]."""
     segments, positions, changes = how(model.config, given, interventions)
     numbers = jnp.arange(model.config.n_layers)
     h_BPD, _ = model.hidden(given.tokens, segments, positions, **changes._asdict(), edits=numbers)
@@ -118,4 +118,5 @@ def _hidden(model: transformer.Transformer, given: Input, interventions: Interve
 
 
 def _next(x_BP: jax.Array) -> jax.Array:
+    """Gives at each place what stands at the next, [B, P]; at the last one, what does not count."""
     return jnp.roll(x_BP, -1, axis=1)

@@ -81,7 +81,7 @@ class TextStream:
 
 
 def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, Sequence[int]]:
-    """The text of tokens up to their last whole character, and those that begin one which is not whole."""
+    """Gives the text of tokens up to their last whole character, and those that begin one more."""
     for n in range(min(_LONGEST_CHARACTER, len(ids) + 1)):
         text = tokenizer.decode(ids[: len(ids) - n])
         if not text.endswith(BROKEN):
@@ -91,7 +91,7 @@ def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, S
 
 
 def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:
-    """How many tokens it takes until a stop string is complete; all without one."""
+    """Counts the tokens that it takes until a stop string is complete; all without one."""
     for number, token in enumerate(tokens):
         stream.add([token])
         if stream.stopped:

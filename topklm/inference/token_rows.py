@@ -128,6 +128,7 @@ def row_of(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
 
 
 def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
+    """Reads a text, or the ids of one row."""
     if isinstance(item, str) and encode is not None:
         try:
             item.encode()
@@ -156,6 +157,7 @@ def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
 
 
 def _id(value: Any, name: str) -> int:
+    """Reads one id, which may be an array without axes."""
     value = np.asarray(value).item() if hasattr(value, "__array__") and np.shape(value) == () else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}: {reprlib.repr(value)} is no token id: must be an integer")
@@ -163,16 +165,18 @@ def _id(value: Any, name: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
+    """Tells whether it stands for one id, and not for a row."""
     return isinstance(value, numbers.Number) or getattr(value, "shape", None) == ()
 
 
 def _is_list(value: Any) -> bool:
+    """Tells whether it is a sequence of things."""
     # Bytes are a sequence of integers, but nobody means those as ids.
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _of_jax(ids: jax.Array, vocab_size: int, name: str) -> Rows:
-    """Leaves an array where it is."""
+    """Reads an array that stays where it is."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {ids.dtype}: must be integers")
     if ids.ndim not in (1, 2):
@@ -217,7 +221,7 @@ def documents(segment_ids: Any, shape: tuple[int, int]) -> Any:
 
 
 def positions_in(segment_ids_BT: jax.Array) -> jax.Array:
-    """Positions of tokens inside their documents, from 0, int32[B, T]; of ids as from `documents`."""
+    """Counts positions of tokens inside their documents, from 0, int32[B, T]; of ids as from `documents`."""
     index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
     begins_BT = segment_ids_BT != jnp.roll(segment_ids_BT, 1, axis=1)
     return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)

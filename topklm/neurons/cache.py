@@ -54,7 +54,7 @@ class ActivationCache(Mapping[str, jax.Array]):
         return self.hook_names or tuple(self)
 
     def _name(self, parts: tuple) -> str:
-        """The name of ("topk", 3), or of one whose layer counts from behind."""
+        """Gives the name of ("topk", 3), or of one whose layer counts from behind."""
         if len(parts) != 2 or not hasattr(parts[1], "__index__"):
             raise KeyError(f"{parts!r}: must be a name, or a hook and its layer, as in ('resid_post', 3)")
         hook, layer = f"hook_{parts[0]}", operator.index(parts[1])

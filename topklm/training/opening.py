@@ -6,6 +6,7 @@ On several hosts the first process does each thing, and the others make sure tha
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+from hashlib import sha256
 import json
 from typing import Any
 
@@ -14,7 +15,6 @@ from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import Config
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
-from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.files import AnyPath, write_atomically
 from topklm.training.console import Console
@@ -102,11 +102,12 @@ def _with_vocabulary(config: Config, mixture: Mixture) -> Config:
 def _check_tokenizer(folder: AnyPath, mixture: Mixture) -> None:
     path = folder / run_folder.TOKENIZER_FILE
     with storage_errors_are_user_errors(f"reading {path}", path):
-        differs = path.exists() and Tokenizer(path.read_bytes()).sha256 != mixture.tokenizer.sha256
+        differs = path.exists() and sha256(path.read_bytes()).hexdigest() != mixture.tokenizer.sha256
     if differs:
         raise UserError(
-            f"{path} is not the tokenizer of the data (the text or its settings changed): restore the "
-            "data, or start a new run with --workdir"
+            f"{path} is not the tokenizer of the data (the text or its settings changed, or the file is "
+            "damaged): restore the data, or start a new run with --workdir; a damaged file is written again "
+            "once it is deleted"
         )
 
 

@@ -152,9 +152,10 @@ class _Patient(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._look()
-        others = [one for one in self.connections if one is not self and one.since is not None]
-        if len(self.connections) > _MOST_CONNECTIONS and others:
-            longest = min(others, key=lambda one: one.since)
+        there = (one for one in self.connections if isinstance(one, _Patient) and one is not self)
+        awaited = {one: one.since for one in there if one.since is not None}
+        if len(self.connections) > _MOST_CONNECTIONS and awaited:
+            longest = min(awaited, key=awaited.__getitem__)
             self.connections.discard(longest)
             longest.transport.abort()
 
