@@ -52,7 +52,7 @@ class LanguageModel:
     """A trained model with its tokenizer, ready to be called.
 
     Wherever it takes tokens, these are a text, behind a separator as in training; token ids [T]; or a batch:
-    ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are filled up on their
+    ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are padded on their
     right, where nothing can change what stands before; `lengths` says how long they are. All but `generate`
     works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions traced or not.
     """
@@ -87,7 +87,7 @@ class LanguageModel:
     ) -> jax.Array:
         """Gives next-token logits, float32[B, T, V].
 
-        Programs are compiled for a few lengths, to which rows are filled up.
+        Programs are compiled for a few lengths, to which rows are padded.
 
         Args:
             tokens: A text, token ids, or a batch of either, see the class; for interventions, all of it is
@@ -327,7 +327,7 @@ class LanguageModel:
         """Makes token ids int32[B, T]; the separator stands before texts, as it does in training.
 
         Args:
-            tokens: See the class. Of a batch, shorter rows are filled up with separators, see `lengths`.
+            tokens: See the class. Of a batch, shorter rows are padded with separators, see `lengths`.
             prepend_separator: Whether one stands before each text.
             prepend_bos: The same, as TransformerLens calls it.
 
@@ -459,7 +459,7 @@ class LanguageModel:
         if not fill:
             return given, rows
         added = bucket(length, context) - length
-        return jax.tree.map(lambda x: passes.filled(x, added, separator), given), rows
+        return jax.tree.map(lambda x: passes.padded(x, added, separator), given), rows
 
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None

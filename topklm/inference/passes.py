@@ -1,7 +1,7 @@
 """Programs of one pass over whole texts: logits, losses, and what layers compute on the way.
 
-Compiled for shapes and the model; rows are filled up to a few lengths before, and results cut behind. Dims: B
-rows, T tokens of the longest, P places it is filled up to, V vocabulary.
+Compiled for shapes and the model; rows are padded to a few lengths before, and results cut behind. Dims: B
+rows, T tokens of the longest, P places it is padded to, V vocabulary.
 """
 
 import functools
@@ -92,14 +92,14 @@ def how(config: ModelConfig, given: Input, interventions: Interventions | None) 
     return given.segment_ids, positions, changes
 
 
-def filled(x_BT: Any, added: int, fill: int) -> Any:
+def padded(x_BT: Any, added: int, fill: int) -> Any:
     """Puts so many more tokens at the right of each row."""
     pad = np.pad if isinstance(x_BT, np.ndarray) else jnp.pad
     return pad(x_BT, ((0, 0), (0, added)), constant_values=fill) if added else x_BT
 
 
 def cut(x: jax.Array, length: int, axis: int) -> jax.Array:
-    """Takes off what rows were filled up with."""
+    """Takes off the padding of rows."""
     at = (slice(None),) * axis + (slice(length),)
     if x.shape[axis] == length:
         return x

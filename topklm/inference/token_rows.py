@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     """Sequences as one array.
 
     Attributes:
-        ids: int32[B, T], shorter rows filled up on their right: NumPy, or JAX where it was traced or on
+        ids: int32[B, T], shorter rows padded on their right: NumPy, or JAX where it was traced or on
             several devices.
         lengths: int32[B], tokens of each row.
     """
@@ -55,7 +55,7 @@ def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "t
         tokens: A text, or token ids [T], for one row; [B, T], or a list of texts or of ids, for several.
         vocab_size: V; of ids that are traced it is not checked that they are below it.
         encode: Ids of a text, int[n].
-        fill: The id that shorter rows are filled up with.
+        fill: The id that shorter rows are padded with.
         name: Of the argument, for messages.
 
     Raises:
