@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError, one_line
 from topklm.files import as_path, parse_json
 from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
-from topklm.inference.language_model import LanguageModel
-from topklm.inference.verification import fingerprint
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
 
 _NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
 
@@ -111,8 +112,10 @@ def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequenc
     return given or None
 
 
-def name_of(model: LanguageModel) -> dict[str, Any]:
-    """What a file of interventions says of the model whose neurons they are on."""
+def name_of(model: "LanguageModel") -> dict[str, Any]:
+    """Describes the model whose neurons interventions are on, for their file."""
+    from topklm.inference.verification import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
+
     return {
         "run": Path(model.run).name,
         "step": model.step,
@@ -122,7 +125,7 @@ def name_of(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def warn_of_another_model(arguments: argparse.Namespace, model: LanguageModel) -> None:
+def warn_of_another_model(arguments: argparse.Namespace, model: "LanguageModel") -> None:
     """Prints a line to standard error if --steer-file was made for other parameters than these.
 
     A neuron's number means something else in another model. Files that people write, and those of earlier

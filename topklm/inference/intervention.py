@@ -6,9 +6,9 @@ import json
 import math
 import os
 from reprlib import repr as short
+import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax
 import numpy as np
 
 from topklm.buckets import storage_errors_are_user_errors
@@ -74,7 +74,7 @@ class Intervention:
             )
         if not _is_number(self.value):
             raise ValueError(f"value = {short(self.value)} of {self._name}: must be a finite number")
-        if not isinstance(self.value, jax.core.Tracer) and abs(float(self.value)) > _LARGEST_VALUE:
+        if not _is_traced(self.value) and abs(float(self.value)) > _LARGEST_VALUE:
             raise ValueError(
                 f"value = {short(self.value)} of {self._name}: must be at most {_LARGEST_VALUE:g}"
             )
@@ -228,14 +228,14 @@ def _is_number(value: Any) -> bool:
     if np.shape(value) != () or np.iscomplexobj(value):
         return False
     try:
-        return isinstance(value, jax.core.Tracer) or math.isfinite(float(value))
+        return _is_traced(value) or math.isfinite(float(value))
     except OverflowError:
         return False
 
 
 def _is_index(value: Any) -> bool:
     """Tells whether it is an integer that is known."""
-    traced = isinstance(value, jax.core.Tracer)  # which neuron it is must be known
+    traced = _is_traced(value)  # which neuron it is must be known
     return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
 
 
@@ -251,3 +251,9 @@ def _is_range(positions: Any) -> bool:
         and all(_is_index(p) and p <= _LARGEST for p in positions)
         and 0 <= positions[0] < positions[1]
     )
+
+
+def _is_traced(value: Any) -> bool:
+    # Where nobody has imported JAX, which takes seconds, nothing is.
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
