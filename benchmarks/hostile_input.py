@@ -1,10 +1,11 @@
 """Counts what the tests of hostile input tried, and what of it failed: `python -m benchmarks.hostile_input`.
 
-Runs those tests as they run every night (an hour and more), with their slow parts, and writes
-results/hostile_input.json: for each area how many inputs, damages, kills or requests were tried, and how many
-of its tests failed. A test that tries many says so (`conftest.pytest_runtest_teardown`); others try one.
+Runs those tests as they run every night, with their slow parts (all areas: some hours; `--areas 0 3` some of
+them), and writes results/hostile_input.json: for each area how many inputs, damages, kills or requests were
+tried, and how many of its tests failed. A test that tries many says so (`conftest.pytest_runtest_teardown`).
 """
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -37,26 +38,38 @@ AREAS = {
     ],
     "kills": ["tests/test_kill_and_resume.py", "tests/commands/test_prepare_command.py"],
     "requests to both servers": ["tests/server/test_any_request.py", "tests/server/test_bad_requests.py"],
-    "strangers at the explorer": ["tests/explorer/test_strangers.py", "tests/explorer/test_security.py"],
+    "strangers at the explorer": [
+        "tests/explorer/test_any_question.py",
+        "tests/explorer/test_strangers.py",
+        "tests/explorer/test_security.py",
+    ],
     "launch scripts": ["tests/launch"],
 }
 
 
 def main() -> None:
-    """Runs all areas one after another, and writes after each."""
-    rows = []
-    for area, files in AREAS.items():
-        rows.append({"area": area, **count(files)})
-        print(f"{area}: {rows[-1]}", flush=True)
-        content = {"areas": rows, "machine": describe()}
+    """Runs areas one after another, and writes after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--areas", type=int, nargs="+", default=range(len(AREAS)), help="numbers, from 0; all"
+    )
+    parser.add_argument("--by-day", action="store_true", help="leave out what tests mark as slow")
+    options = parser.parse_args()
+    content = json.loads(OUT.read_bytes()) if OUT.exists() else {"areas": {}}
+    for number in options.areas:
+        area, files = list(AREAS.items())[number]
+        content["areas"][area] = {**count(files, options.by_day), "by_day": options.by_day}
+        print(f"{area}: {content['areas'][area]}", flush=True)
+        content["machine"] = describe()
         write_atomically(OUT, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def count(files: list[str]) -> dict[str, int]:
+def count(files: list[str], by_day: bool) -> dict[str, int]:
     """Runs test files; returns how many cases were tried in how many tests, and how many tests failed."""
+    marks = "not slow" if by_day else "slow or not slow"
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "slow or not slow"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marks]
         subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, check=False)
         tests = list(ElementTree.parse(report).getroot().iter("testcase"))
     tried = failed = 0
