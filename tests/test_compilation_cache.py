@@ -83,12 +83,14 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, place, mode):
 def test_a_folder_of_another_user_is_not_used_and_the_start_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(compilation_cache.SWITCH, raising=False)
-    monkeypatch.setitem(jax.config.values, compilation_cache._FOLDER, None)
+    chosen_before = jax.config.values[compilation_cache._FOLDER]  # by a run that was trained in this process
+    jax.config.update(compilation_cache._FOLDER, None)
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     before = dict(jax.config.values)
     compilation_cache.enable()
     assert dict(jax.config.values) == before
+    jax.config.update(compilation_cache._FOLDER, chosen_before)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'topklm'}") and "belongs to another user" in line
 

@@ -13,7 +13,7 @@ from typing import Any
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import parse_json, sealed_json, unsealed
+from topklm.files import check_name, parse_json, sealed_json, unsealed
 
 FORMAT_VERSION = 3
 _OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself
@@ -85,6 +85,7 @@ def load_dataset(path: str | Path) -> Dataset:
         UserError: If a file is missing, cannot be read, or is not the one that was written, or the format is
             another.
     """
+    check_name(os.fspath(path), "dataset")
     path = Path(os.path.expanduser(path)).absolute()
     content = read_description(path)
     try:

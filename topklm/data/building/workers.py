@@ -84,8 +84,17 @@ class Workers:
                 raise _Stopped
             messages.put(message)
 
+        def run(task: Any) -> Any:
+            if stop.is_set():
+                raise _Stopped
+            try:
+                return function(task, tell)
+            except BaseException:
+                stop.set()  # before the thread takes the next task
+                raise
+
         with ThreadPoolExecutor(1) as pool:
-            futures = [pool.submit(function, task, tell) for task in tasks]
+            futures = [pool.submit(run, task) for task in tasks]
             try:
                 return _collect(futures, messages, report)
             except BaseException:
@@ -120,13 +129,13 @@ class _Stopped(Exception):  # noqa: N818 - no error: it unwinds a task that nobo
 
 
 def _collect(futures: Sequence[Future], messages: Any, report: Report) -> list:
-    left = set(futures)
+    left, order = set(futures), {future: number for number, future in enumerate(futures)}
     while left:
         done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         for message in _pending(messages):
             report(*message)
-        for future in done:
-            future.result()  # the first failure ends the work
+        for future in sorted(done, key=order.__getitem__):
+            future.result()  # the first failure ends the work; those after it may only have been stopped
     return [future.result() for future in futures]
 
 
