@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -31,6 +30,25 @@ from topklm.training.step import abstract_state
 # What a shell starts: `SCRIPT` reads the arguments of a Python program from "$@".
 NOBODY_READS = 'set -o pipefail; "$@" | head -n 1'
 FULL_DISK = '"$@" > /dev/full'
+
+# Gets what a process gets whose terminal closes, right after a step's figures are shown: `SCRIPT FLAGS...`.
+TERMINAL_CLOSES = """
+import signal, sys, time
+from topklm import main
+from topklm.training.console import Console
+
+report = Console.report
+
+def report_and_close(self, step, **figures):
+    report(self, step, **figures)
+    if step == 7:
+        for _ in range(2):  # by the shell, and by the kernel
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.5)  # a thread hears it
+
+Console.report = report_and_close
+sys.exit(main.run())
+"""
 
 
 def in_a_shell(script, trainer, run, settings, environment):
@@ -70,10 +88,7 @@ def test_a_run_does_not_end_because_nobody_can_read_its_output(
 
 def test_a_terminal_that_closes_stops_a_run_which_saves(trainer, finished_run, tmp_path):
     run, settings = tmp_path / "run", {"data.dir": finished_run.parent / "datasets"}
-    process = trainer.start(run, settings)
-    process.wait_for_line("step 7/")
-    process.signal(signal.SIGHUP)
-    process.signal(signal.SIGHUP)  # by the shell, and by the kernel
+    process = trainer.start_python("-c", TERMINAL_CLOSES, *trainer.arguments(run, settings))
     assert process.finish() == 0, process.errors
     assert "SIGHUP: stopped after step" in process.output
     assert trainer.run(run, settings).exit_code == 0
@@ -318,7 +333,14 @@ def damage_facts(checkpoint):
     path.write_text(path.read_text().replace("relu", "relv"))
 
 
-@pytest.mark.parametrize("damage", [damage_manifest, damage_optimizer, damage_facts])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_manifest,
+        pytest.param(damage_optimizer, marks=pytest.mark.slow),
+        pytest.param(damage_facts, marks=pytest.mark.slow),
+    ],
+)
 def test_a_finished_run_whose_last_checkpoint_is_damaged_is_not_finished(
     trainer, finished_run, run_copy, damage
 ):
