@@ -37,6 +37,7 @@ import signal, sys, time
 from topklm import main
 from topklm.training.console import Console
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # libtpu has it ignored, in processes that tests start too
 report = Console.report
 
 def report_and_close(self, step, **figures):
