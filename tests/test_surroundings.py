@@ -174,6 +174,40 @@ def test_an_error_of_the_system_is_one_line(capsys, error, line):
     assert line in assert_one_line_error(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(errno.EIO, 75), (errno.ESTALE, 75), (errno.EBUSY, 75), (errno.EACCES, 2), (errno.ENOSPC, 2)],
+)
+def test_a_trainer_whose_storage_fails_for_a_while_is_to_be_started_again(
+    capsys, monkeypatch, code, expected
+):
+    def fail(arguments):
+        with errors.disk_errors_are_user_errors("reading the data"):
+            raise OSError(code, os.strerror(code), "a")
+
+    monkeypatch.setattr(cli, "_start", fail)
+    assert cli.run(["train"]) == expected
+    assert_one_line_error(capsys.readouterr().err)
+    assert cli.run(["generate"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends"),
+    [
+        (["train", "--config=x"], False),
+        (["neurons", "harvest", "runs/a"], False),
+        (["neurons", "find", "runs/a", "text"], True),
+        (["data", "show"], True),
+        (["generate"], True),
+        (["trains"], True),
+    ],
+)
+def test_only_a_command_with_other_work_than_printing_goes_on_unread(monkeypatch, arguments, ends):
+    monkeypatch.setattr(sys, "stdout", Failing(errno.EPIPE))
+    monkeypatch.setattr(cli, "_start", lambda arguments: print("read by nobody"))
+    assert cli.run(arguments) == (errors.EXIT_BROKEN_PIPE if ends else 0)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no number"), ConnectionError("who?")])
 def test_a_bug_keeps_its_traceback(error):
     def fail():

@@ -25,15 +25,17 @@ VERBS = {
 }
 
 # Their work is not what they print: they go on when nobody reads that any more.
-_GOES_ON = ("train", "prepare", "steer", "neurons", "serve", "explore")
+_GOES_ON = ("train", "prepare", "steer", "neurons harvest", "neurons measure", "serve", "explore")
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The console script's entry: returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
-    with errors.output_never_ends_it(goes_on=any(verb in _GOES_ON for verb in arguments[:1])):
-        code = errors.guarded(lambda: _start(arguments))
+    goes_on = f"{' '.join(arguments[:2])} ".startswith(tuple(f"{verb} " for verb in _GOES_ON))
+    on_storage = errors.EXIT_TRY_AGAIN if arguments[:1] == ["train"] else errors.EXIT_USER_ERROR
+    with errors.output_never_ends_it(goes_on):
+        code = errors.guarded(lambda: _start(arguments), on_storage)
     if code == errors.EXIT_INTERRUPTED:
         errors.end_at_once(code)
     return code

@@ -15,7 +15,9 @@ import traceback
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: another process of the run died, or nothing moved
+EXIT_TRY_AGAIN = (
+    75  # EX_TEMPFAIL of sysexits.h: another process of the run died, nothing moved, a disk failed
+)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -65,8 +67,11 @@ _DISK_ERRORS = {
     errno.EIO: "the disk cannot read or write: see the system's log, and try again on another disk",
     errno.ESTALE: "the network file system has lost the file: mount it again, and try again",
     errno.EBUSY: "the file is in use: try again later",
-    errno.EINVAL: "the file system refuses this: choose another folder",
 }
+
+
+# Of these a launcher that starts the same command again may be the cure.
+_PASSING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENFILE, errno.ETIMEDOUT)
 
 
 @contextlib.contextmanager
@@ -140,8 +145,24 @@ def _missing_device(error: BaseException) -> str | None:
     )
 
 
-def guarded(command: Callable[[], None]) -> int:
-    """Runs a command to its exit code: 2 with one line for a mistake of the user, 130 for Ctrl-C."""
+def may_pass(error: BaseException) -> bool:
+    """Tells whether the storage failed in a way that may be over when the same command is given again."""
+    chain = (error, error.__cause__)  # a UserError that was made of the system's
+    return any(isinstance(e, OSError) and e.errno in _PASSING for e in chain)
+
+
+def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> int:
+    """Runs a command to its exit code.
+
+    Args:
+        command: What to run.
+        on_storage: The exit code where storage failed in a way that may pass. A launcher starts a trainer
+            again at 75, and not at 2.
+
+    Returns:
+        0; 2 with one line for a mistake of the user, and for what the system refuses; 130 for Ctrl-C; 141 if
+        nobody reads what is the command's whole work.
+    """
     try:
         command()
         if sys.stdout:
@@ -156,7 +177,7 @@ def guarded(command: Callable[[], None]) -> int:
         if text is None:
             raise
         print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return on_storage if may_pass(e) else EXIT_USER_ERROR
     return 0
 
 

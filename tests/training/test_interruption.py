@@ -221,3 +221,22 @@ def test_after_the_block_signals_do_what_they_did_before():
         signal.signal(signal.SIGTERM, mine)
         os.close(received)
         os.close(sent)
+
+
+def test_a_signal_that_a_library_has_ignored_meanwhile_is_heard_once_there_are_steps_to_save(start):
+    process = start(
+        """
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+with stop_on_signal() as stop:
+    ctypes.CDLL(None).signal(signal.SIGHUP, ctypes.c_void_p(1))  # SIG_IGN, which Python does not hear of
+    stop.begin_training()
+    say("trains")
+    while not stop:
+        time.sleep(0.01)
+    print("saved after", stop.signal_name)
+"""
+    )
+    process.wait_for_line("trains")
+    process.signal(signal.SIGHUP)
+    assert process.finish() == 0
+    assert process.output.splitlines()[-1] == "saved after SIGHUP"

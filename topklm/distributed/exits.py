@@ -96,8 +96,9 @@ def _own_end(error: BaseException, membership: Membership) -> int:
     me = membership.place.index
     match error:
         case _ if text := errors.explain(error):
-            code = errors.guarded(fail)
-            membership.announce(Kind.MISTAKE, errors.one_line(text))
+            code = errors.guarded(fail, errors.EXIT_TRY_AGAIN)
+            kind = Kind.MISTAKE if code == errors.EXIT_USER_ERROR else Kind.FAILURE
+            membership.announce(kind, errors.one_line(text))
         case KeyboardInterrupt():
             code = errors.guarded(fail)
             membership.announce(Kind.STOP, f"process {me} was interrupted; what was saved before stays")

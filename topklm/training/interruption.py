@@ -44,6 +44,8 @@ class StopRequest:
             self._training = self._ending is None
         if self._ending:
             self._ending.join()
+        for number in _handlers_before[-1] if _handlers_before else ():
+            signal.signal(number, _leave_to_watcher)  # libtpu has SIGHUP ignored once JAX looks for devices
 
     def request(self, signal_name: str) -> None:
         """Stops this process because another one of the run was asked to; it never counts as a second signal.
