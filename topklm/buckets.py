@@ -93,12 +93,12 @@ def storage_errors_are_user_errors(doing: str, path: AnyPath) -> Iterator[None]:
             raise
 
 
-# Of the system's errors those that say what a path holds: nothing, or something of another kind.
+# Errors of the system about the content of a path: nothing is there, or something of another kind.
 _OF_CONTENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def says_nothing_of_content(error: Exception) -> bool:
-    """Whether reading failed for want of access, or by the disk itself, and not for what was read."""
+    """Tells whether reading failed for want of access, or by the disk itself, and not for what was read."""
     text = str(error)
     if _REFUSED.search(text) or _UNREACHABLE.search(text):
         return True

@@ -337,7 +337,7 @@ def _described(trees: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _with_format(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON items as they are stored: the facts say that a record belongs to them."""
+    """Returns the JSON items as they are stored: the facts say that a record belongs to them."""
     return {**values, FACTS: {**values[FACTS], _FORMAT: _HAS_RECORD}}
 
 

@@ -353,7 +353,7 @@ def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _typed(field: str, want: type, value: Any) -> Any:
-    """The value as a plain Python one; integers and floats may be those of NumPy."""
+    """Returns the value as a plain Python one; integers and floats may be those of NumPy."""
     kinds = {int: numbers.Integral, float: numbers.Real}
     if isinstance(value, bool) != (want is bool) or not isinstance(value, kinds.get(want, want)):
         raise UserError(f"{field} = {_shown(value)}: must be of type {want.__name__}")
@@ -368,7 +368,7 @@ def _name(name: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Python's way to write a value, or its type where that is not possible (an integer of 5,000 digits)."""
+    """Writes a value as Python does, or its type where that is not possible (an integer of 5,000 digits)."""
     try:
         return repr(value)
     except Exception:

@@ -41,7 +41,7 @@ def held(folder: Path, busy: Callable[[str], None], warn: Callable[[str], None] 
 
 
 def is_held(folder: Path) -> bool:
-    """Whether some process is known to hold the folder now."""
+    """Tells whether some process is known to hold the folder now."""
     try:
         with (folder / LOCK_FILE).open("rb") as lock:
             return not _lock(lock, fcntl.LOCK_NB)

@@ -160,7 +160,7 @@ def _run_name(config_file: str) -> str:
 
 
 def _value(name: str, kind: type, text: str) -> Any:
-    """A field's value as it is written on the command line."""
+    """Reads a field's value as it is written on the command line."""
     try:
         return _BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError) as e:
@@ -169,7 +169,7 @@ def _value(name: str, kind: type, text: str) -> Any:
 
 
 def _explain(argument: str, example: str) -> str:
-    """A line on an argument that is no flag."""
+    """Describes an argument that is no flag, in a line."""
     flag = argument.partition("=")[0]
     if not flag.startswith("--config."):
         near = difflib.get_close_matches(flag, ("--config", "--workdir", "--help"), n=1)

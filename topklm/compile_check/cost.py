@@ -57,7 +57,7 @@ def main_memory_bytes(program: Program, unread: Unread | None = None) -> int:
 
 
 def _reader_of_products(instruction: Instruction) -> Callable[[Computation, Instruction], int] | None:
-    """The function that counts an instruction's matrix products, or None if it does none."""
+    """Returns the function that counts an instruction's products, or None if it does none."""
     if instruction.opcode == "dot":
         return _dot_flops
     if instruction.opcode == "convolution":

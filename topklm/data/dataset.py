@@ -64,7 +64,7 @@ class Dataset:
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a whole dataset is there.
+    """Tells whether a whole dataset is there.
 
     Raises:
         UserError: If the folder may not be looked into.
@@ -114,7 +114,7 @@ def load_dataset(path: str | Path) -> Dataset:
 
 
 def read_description(path: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """The content of a folder's dataset.json; see `parse_description`.
+    """Reads a folder's dataset.json; see `parse_description`.
 
     Raises:
         UserError: If it is missing, cannot be read, is damaged, or of another format version.
@@ -133,14 +133,14 @@ def read_description(path: Path, note: Callable[[str], None] | None = None) -> d
 
 
 def description_to_bytes(description: dict[str, Any]) -> bytes:
-    """The content of dataset.json, with a digest of itself; the same description gives the same bytes."""
+    """Encodes dataset.json, with a digest of itself; the same description gives the same bytes."""
     return sealed_json(description, indent=1)
 
 
 def parse_description(
     content: bytes, file: str | Path, note: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """What `description_to_bytes` was given.
+    """Returns what `description_to_bytes` was given.
 
     Args:
         content: Of dataset.json.
@@ -172,7 +172,7 @@ def parse_description(
 
 
 def split_from_json(content: dict[str, Any]) -> SplitInfo:
-    """A split of the description.
+    """Reads a split of the description.
 
     Raises:
         KeyError, TypeError, ValueError: If it is none.
@@ -194,6 +194,6 @@ def split_from_json(content: dict[str, Any]) -> SplitInfo:
 
 
 def damaged(file: str | Path, what: Exception) -> UserError:
-    """The error of a description that cannot be used, and why."""
+    """Makes the error of a description that cannot be used, with the reason."""
     why = f"no {what}" if isinstance(what, KeyError) else str(what)
     return UserError(f"{file}: damaged ({why}); delete the folder and prepare the data again")

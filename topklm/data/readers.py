@@ -235,7 +235,7 @@ class _StoredFile:
 
 
 def _stored_items(read: Read, ending: str, text_field: str) -> Items:
-    """The items of a file that is read from its start to its end."""
+    """Yields the items of a file that is read from its start to its end."""
     kind, *compression = ending.lstrip(".").split(".")
     try:
         yield from _READERS[kind](_begin(_DECOMPRESSED["".join(compression)](read)), text_field)
@@ -248,7 +248,7 @@ class _OtherEncodingError(Exception):
 
 
 def _begin(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same content in blocks of which none is empty, and the first holds a byte order mark whole."""
+    """Yields the content in blocks of which none is empty; the first holds a byte order mark whole."""
     first = b""
     for block in blocks:
         first += block
@@ -309,7 +309,7 @@ def _json_line_items(blocks: Iterator[bytes], text_field: str) -> Items:
 
 
 def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
-    """The items of a .json file: one JSON object a line, or values that its first line only begins."""
+    """Yields the items of a .json file: one JSON object a line, or values that its first line only begins."""
     first = b""
     try:
         for block in blocks:
@@ -325,7 +325,7 @@ def _json_items(blocks: Iterator[bytes], text_field: str) -> Items:
 
 
 def _json_value_items(blocks: Iterator[bytes], text_field: str) -> Items:
-    """The items of a JSON array, or of JSON values one after another."""
+    """Yields the items of a JSON array, or of JSON values one after another."""
     # What is no UTF-8 becomes surrogates, which are replaced, and counted, with those that JSON may hold.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     text, at, number, opened, closed = "", 0, 0, False, False
@@ -355,7 +355,7 @@ def _json_value_items(blocks: Iterator[bytes], text_field: str) -> Items:
 
 
 def _more_text(blocks: Iterator[bytes], decode: Callable[[bytes], str], least: int) -> str:
-    """At least so many characters more, so that a long value is tried few times; "" at the end."""
+    """Reads at least so many characters more, so that a long value is tried few times; "" at the end."""
     parts, size = [], 0
     for block in blocks:
         parts.append(decode(block))
@@ -366,7 +366,7 @@ def _more_text(blocks: Iterator[bytes], decode: Callable[[bytes], str], least: i
 
 
 def _json_value(text: str, start: int) -> tuple[Any, int] | None:
-    """The value that begins at `start`, and where it ends; None if the text ends before it does."""
+    """Parses the value that begins at `start`; says where it ends; None if the text ends before it does."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -427,7 +427,7 @@ _MISSING = object()
 
 
 def _find(record: Any, text_field: str) -> Any:
-    """What stands under a key, or under the keys that it joins with dots; the longest literal one first."""
+    """Looks a key up, or the keys that it joins with dots; the longest literal one first."""
     if not isinstance(record, dict):
         return _MISSING
     if text_field in record:
@@ -450,7 +450,7 @@ def _document(text: str, replaced: int, where: str) -> Document | Problem:
 
 
 def _hint(text: str) -> str:
-    """What text with a NUL in every other place is taken for."""
+    """Guesses the encoding of text with a NUL in every other place."""
     n, begun = text.count("\0", 0, 200), len(text[:200])
     return f", {_UTF_16}" if begun > 3 and 3 * n > begun else ""
 
@@ -486,7 +486,7 @@ def _parquet_items(
 
 
 def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
-    """The name of the column that holds the text, or those of the structs around it and its own.
+    """Names the column that holds the text, or those of the structs around it and its own.
 
     Raises:
         UserError: If there is no such column, if there are several, or if it holds something else.
@@ -510,7 +510,7 @@ def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
 
 
 def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str], Any]]:
-    """The path and type of each field that a name may mean, in the order of `_find`."""
+    """Yields path and type of each field that a name may mean, in the order of `_find`."""
     yield from (([field.name], field.type) for field in fields if field.name == text_field)
     head, dot, rest = text_field.rpartition(".")
     while dot:
@@ -529,7 +529,7 @@ def _fields_of(column_type: Any) -> range:
 
 
 def _holds_text(column_type: Any) -> bool:
-    """Whether a column's values are text, or bytes that may be, or null, all of them."""
+    """Tells whether a column's values are text, or bytes that may be, or null, all of them."""
     types = sources.optional_module("pyarrow.types", "parquet", "reading .parquet")
     if types.is_dictionary(column_type):
         column_type = column_type.value_type

@@ -298,7 +298,7 @@ def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str
 
 
 def _paths_below(folder: str, flag: str) -> list[str]:
-    """The files in a folder and in those below it, each real folder once, however many links lead to it.
+    """Finds the files in a folder and in those below it, each real folder once, whatever links lead to it.
 
     What is hidden is left out, as globs do. A folder that lies below goes by its own name, not by a link's.
     """
@@ -323,7 +323,7 @@ def _paths_below(folder: str, flag: str) -> list[str]:
 
 
 def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], None]) -> list[str]:
-    """Those of a folder's files whose ending is known; says how many others there are."""
+    """Returns a folder's files whose ending is known; says how many others there are."""
     others: Counter[str] = Counter()
     known = []
     for name in names:
@@ -488,7 +488,7 @@ def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
 
 
 def _ending(name: str) -> str:
-    """The known ending of a path or URL, in lower case, or ""."""
+    """Returns the known ending of a path or URL, in lower case, or ""."""
     path = urlsplit(name).path if name.startswith("http") else name
     return next((ending for ending in ENDINGS if path.lower().endswith(ending)), "")
 

@@ -217,7 +217,7 @@ def heldout_part(mixture: Mixture, max_tokens: int) -> HeldoutPart:
 
 
 def _end_of_text(stream: TokenStream, separator_id: int, n: int) -> int:
-    """Where the first n tokens that are no separators end."""
+    """Returns the place where the first n tokens that are no separators end."""
     for offset in range(0, len(stream), _SCAN_TOKENS):
         text = np.flatnonzero(stream.read(offset, min(offset + _SCAN_TOKENS, len(stream))) != separator_id)
         if n <= text.size:
@@ -282,7 +282,7 @@ def _heldout_pieces(stream: TokenStream, separator_id: int, length: int, end: in
 
 
 def _documents(stream: TokenStream, separator_id: int, end: int) -> Iterator[tuple[int, int]]:
-    """The bounds of the documents before `end`, the last one cut there."""
+    """Yields the bounds of the documents before `end`, the last one cut there."""
     for start, stop in document_bounds(stream, separator_id):
         if start >= end:
             return

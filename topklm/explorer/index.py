@@ -153,13 +153,13 @@ class Index:
 
 
 def _crc(path: Path) -> bytes:
-    """What stands in the file's header."""
+    """Reads the CRC in the file's header."""
     with path.open("rb") as file:
         return file.read(_USER_VERSION.stop)[_USER_VERSION]
 
 
 def _crc_of_rest(path: Path) -> bytes:
-    """What must stand there: of the whole file with zeros in this place."""
+    """Computes the CRC that belongs there: of the whole file with zeros in its place."""
     with path.open("rb") as file:
         first = bytearray(file.read(_USER_VERSION.stop))
         first[_USER_VERSION] = bytes(4)

@@ -62,7 +62,7 @@ class SparseActivations:
         return jnp.put_along_axis(zeros, self.indices, self.values, axis=-1, inplace=False)
 
     def __getitem__(self, index: Any) -> "SparseActivations":
-        """A part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k].
+        """Returns a part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k].
 
         Raises:
             IndexError: Out of range; JAX would take the last one there is.

@@ -75,7 +75,7 @@ def harvested_steps(run: Path) -> list[int]:
 
 @contextlib.contextmanager
 def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
-    """For a block that reads what lies in such a folder: errors become one line.
+    """Turns errors of a block that reads such a folder into one line.
 
     What the system refuses is told apart from damage, for nobody shall delete what he may only not read.
 

@@ -37,7 +37,7 @@ class HookName(str):
 
     @property
     def name(self) -> str:
-        """The name itself."""
+        """Returns the name itself."""
         return str(self)
 
     def layer(self) -> int:

@@ -198,7 +198,7 @@ class SegmentReader:
         return self._offsets
 
     def array(self, kind: str) -> ts.TensorStore:
-        """One of `ARRAYS`, not read yet.
+        """Opens one of `ARRAYS`; nothing is read yet.
 
         Raises:
             UserError: If it is not what was written there.
@@ -231,7 +231,7 @@ class SegmentReader:
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
     def places(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-        """`places_of`, all of them among the N tokens.
+        """Computes `places_of`, all of them among the N tokens.
 
         Raises:
             UserError: If they are not.
@@ -243,7 +243,7 @@ class SegmentReader:
         return places
 
     def read(self) -> Segment:
-        """All of it.
+        """Reads all of it.
 
         Raises:
             UserError: If it cannot be read, or is not what was written there.

@@ -238,7 +238,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._write_part()
 
     def _write_part(self) -> None:
-        """Last: somebody killed before it leaves a segment more than are counted, and that one is whole."""
+        """Counts the segments, last: a kill before that leaves one more than are counted, and it is whole."""
         content = {"store": self._store, "part": self._part, "segments": self._n_written}
         write_atomically(self._about / _PART, sealed_json(content))
 
@@ -434,13 +434,13 @@ def _refuse(folder: Path, part: int, owner: str) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """As `Path.exists`; a UserError if that cannot be looked at."""
+    """Does what `Path.exists` does; a UserError if that cannot be looked at."""
     with damage_is_a_user_error(path, "mend it"):
         return path.exists()
 
 
 def _segment_names(folder: Path) -> Sequence[tuple[int, int]]:
-    """Part and number of each whole segment, rising."""
+    """Lists part and number of each whole segment, rising."""
     segments = folder / _SEGMENTS
     with damage_is_a_user_error(segments, _AGAIN):
         names = [path.name for path in segments.iterdir()] if segments.exists() else []
@@ -449,7 +449,7 @@ def _segment_names(folder: Path) -> Sequence[tuple[int, int]]:
 
 
 def _parts(folder: Path, store: str) -> dict[int, int]:
-    """For each part of which something is there, how many segments there must be; it may have more."""
+    """Reads how many segments each part that is there must have; it may have more."""
     counts = {part: 0 for part, _ in _segment_names(folder)}
     if not store:
         return counts
@@ -469,7 +469,7 @@ def _parts(folder: Path, store: str) -> dict[int, int]:
 
 
 def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: str) -> list[_Facts]:
-    """The facts of the part's segments, of all that there are.
+    """Reads the facts of the part's segments, of all that there are.
 
     Raises:
         UserError: If one of them is missing, damaged, or not what it must be in its place.
@@ -491,7 +491,7 @@ def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: s
 
 
 def _advice(part: int, number: int, behind: int) -> str:
-    """What to do about a segment: what was harvested after it can only be harvested after it."""
+    """Advises on a damaged segment; those harvested after it can only be harvested after it."""
     names = f"{part}-{number:06d}"
     if number < behind - 1:
         names += f" to {part}-{behind - 1:06d}"
@@ -522,7 +522,7 @@ def _facts(folder: Path, advice: str, sealed: bool) -> _Facts:
 
 
 def _read_metadata(folder: Path) -> tuple[Metadata, str]:
-    """What a store holds, and its digest; that of format 1 has none."""
+    """Reads the description of a store, and its digest; that of format 1 has none."""
     path, advice = folder / _METADATA, "delete the folder, and harvest again"
     if not _is_there(path):
         if _segment_names(folder):

@@ -79,7 +79,7 @@ def open_documents(
 
 
 def as_folder(source: str) -> Path | None:
-    """The folder that a source names; None if it names something else, such as several files."""
+    """Returns the folder that a source names; None if it names something else, such as several files."""
     with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
         folder = Path(source).expanduser()
         return folder if folder.is_dir() else None
@@ -87,12 +87,12 @@ def as_folder(source: str) -> Path | None:
 
 
 def described(left_out: Mapping[str, int]) -> str:
-    """What was left out, as a part of a line: "2 x empty, 1 x NUL bytes"; "" for nothing."""
+    """Describes documents left out, as a part of a line: "2 x empty, 1 x NUL bytes"; "" for nothing."""
     return ", ".join(f"{n:,} x {reason}" for reason, n in sorted(left_out.items()))
 
 
 def no_text(documents: SourceText, said: str) -> UserError:
-    """The error for text without a document.
+    """Makes the error for text without a document.
 
     Args:
         documents: Read to their end.

@@ -125,7 +125,7 @@ class _Places:
         self._last = 0  # what was returned last
 
     def next(self, token_id: int) -> int:
-        """The place of the next token, in characters."""
+        """Returns the place of the next token, in characters."""
         text = self._tokenizer.decode(self._ids)
         place = self._begin + len(text)
         if not text.endswith(BROKEN):
@@ -140,7 +140,7 @@ class _Places:
         return self._last
 
     def _begun_in(self, token_id: int) -> int:
-        """How many bytes before a token are of the character that its first byte belongs to."""
+        """Counts the bytes before a token that are of the character to which its first byte belongs."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(b"".join(map(self._bytes_of, self._ids[-_CONTEXT:])))
         n_before = len(decoder.getstate()[0])

@@ -133,7 +133,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
 
 
 def _sampling(content: dict[str, Any]) -> Sampling:
-    """Of one prompt; without a seed, each has another."""
+    """Reads the sampling of one prompt; without a seed, each has another."""
     seed = content.get("seed")
     try:
         return Sampling(

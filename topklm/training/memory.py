@@ -29,7 +29,7 @@ def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def release_seconds(compiled: jax.stages.Compiled) -> float:
-    """How long to wait between a step that is done and the next; 0 if they may overlap.
+    """Returns how long to wait, in seconds, between a step that is done and the next; 0 if they may overlap.
 
     A step that begins before the last one's temporaries are free takes as much memory again, and the
     allocator keeps it.
@@ -94,7 +94,7 @@ def _host_limits() -> list[tuple[float, str]]:
 
 
 def _proc(file: str, field: str) -> int:
-    """A field in kB of a file of proc(5), in bytes; 0 where there is none."""
+    """Reads a field in kB of a file of proc(5), in bytes; 0 where there is none."""
     with contextlib.suppress(OSError):
         if found := re.search(rf"^{field}:\s+(\d+) kB$", pathlib.Path(file).read_text(), re.M):
             return int(found[1]) * 1024

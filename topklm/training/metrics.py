@@ -215,7 +215,7 @@ def _content(path: AnyPath) -> bytes:
 
 
 def _parsed(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """The lines that hold what a writer writes, each with its values; and how many others there are.
+    """Parses lines of metrics: those that a writer wrote, each with its values, and how many others.
 
     A killed process can leave half a line, the last one, which does not count.
     """
@@ -248,7 +248,7 @@ def _problem(
     synced: Mapping[str, int] | None,
     kept: Sequence[tuple[bytes, dict[str, Any]]],
 ) -> str:
-    """What is not as it was written, a phrase; nothing if all is."""
+    """Describes what is not as it was written, in a phrase; "" if all is."""
     last = f"the last is of step {kept[-1][1]['step']:,}" if kept else "none is left"
     if synced and held["lines"] < synced["lines"]:
         n, n_lost = synced["lines"], synced["lines"] - held["lines"]

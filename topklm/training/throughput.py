@@ -119,7 +119,7 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def data_sheet_peak(kind: str) -> float | None:
-    """Dense bfloat16 peak of one chip, FLOP/s, by its `device_kind`; None for those that are not known."""
+    """Looks up the dense bfloat16 peak of one chip, FLOP/s, by its `device_kind`; None if not known."""
     return next((peak for name, peak in _PEAK_FLOPS.items() if re.fullmatch(name, kind)), None)
 
 

@@ -166,7 +166,7 @@ class _Build:
         return tokenizer
 
     def _trained(self, name: str) -> Tokenizer | None:
-        """The tokenizer that an earlier attempt has trained, unless that is damaged."""
+        """Reads the tokenizer that an earlier attempt has trained, unless that is damaged."""
         if not self._work.exists(name):
             return None
         with contextlib.suppress(ValueError, KeyError, IsADirectoryError):
@@ -177,7 +177,7 @@ class _Build:
         return None
 
     def _announced(self, texts: Iterable[str], vocab_size: int) -> Iterator[str]:
-        """The texts; when the last one is taken, says what begins then, of which nothing is heard."""
+        """Yields the texts; after the last one, says that training begins, which reports nothing itself."""
         yield from texts
         self._progress.say(f"data: training a tokenizer of {vocab_size:,} tokens on what was read")
 

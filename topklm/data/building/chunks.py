@@ -1,7 +1,7 @@
 """Encoded text on its way to shards: chunks of documents, each a file of tokens and a file that indexes it.
 
 A chunk holds documents in source order, both splits mixed and copies not yet dropped. It is written once,
-by whoever encodes its text, and read by those who look for copies and those who write shards. The index ends
+when its text is encoded, and read to look for copies and to write shards. The index ends
 with digests of both files.
 """
 
@@ -59,7 +59,7 @@ class Chunk:
             return (path.stat().st_size - 2 * _DIGEST_BYTES) // INDEX_DTYPE.itemsize
 
     def index(self) -> np.ndarray:
-        """INDEX_DTYPE[documents].
+        """Reads the index, INDEX_DTYPE[documents].
 
         Raises:
             UserError: If it is not as it was written.
@@ -73,7 +73,7 @@ class Chunk:
             ) from e
 
     def is_whole(self) -> bool:
-        """Whether both files are as they were written; reads them."""
+        """Reads both files, and tells whether they are as they were written."""
         try:
             _, tokens_digest = self._read_index()
             with self.storage.open_local(self._name("tokens")) as path:
@@ -138,7 +138,7 @@ class Chunk:
         self.storage.write(self._name("index"), content + self._digest(content))
 
     def _read_index(self) -> tuple[np.ndarray, bytes]:
-        """The index and the digest of the tokens' file; ValueError if it is not as it was written."""
+        """Reads the index and the digest of the tokens' file; ValueError if it is not as it was written."""
         content = self.storage.read(self._name("index"))
         content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         if self._digest(content) != digest:

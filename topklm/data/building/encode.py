@@ -55,7 +55,7 @@ class Selection:
     last_heldout: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """What a user chooses that decides what a dataset holds."""
+        """Returns the choices of a user that decide about a dataset."""
         settings = dataclasses.asdict(self)
         del settings["strict"], settings["last_heldout"]
         return settings
@@ -176,7 +176,7 @@ def discard_damaged(job: FileJob, work: Storage) -> list[str]:
 
 
 def _finished(job: FileJob, folder: Storage) -> FileResult | None:
-    """What an earlier attempt found in a file; None if it did not come to the end, or that is damaged."""
+    """Reads what an earlier attempt found in a file; None if it did not end, or that is damaged."""
     try:
         content = unsealed(parse_json(folder.read(_DONE_FILE)))
         return FileResult(**content["result"]) if content.get("folder") == job.folder else None
@@ -216,7 +216,7 @@ def training_text(
 
 
 def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Selection:
-    """The selection under which both splits have documents, where the share of few ones leaves one empty.
+    """Returns a selection under which both splits have documents, where a share of few leaves one empty.
 
     If it leaves none to hold out, that with the lowest hash is; if it leaves none to train on, the two with
     the highest hashes are trained on. A share that gives both splits a document, as the first documents of
@@ -246,7 +246,7 @@ def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Se
 
 
 def _selected(file: SourceFile, selection: Selection) -> Iterator[tuple[str, bytes]]:
-    """(text, text in UTF-8) of the documents of a file that are neither too short nor too long."""
+    """Yields (text, text in UTF-8) of the documents of a file that are neither too short nor too long."""
     for item in FileReader(file, selection.text_field):
         if not isinstance(item, Problem) and selection.has_length(item.text):
             yield item.text, item.text.encode()

@@ -78,12 +78,12 @@ def discard_damaged(job: ShardJob, folder: Storage) -> list[str]:
 
 
 def _record(job: ShardJob) -> str:
-    """Name of the file that says that a shard was written, and with which bytes; goes when all are."""
+    """Names the file that says that a shard was written, and with which bytes; goes when all are."""
     return f".{job.name}.json"
 
 
 def _recorded(job: ShardJob, folder: Storage) -> Shard | None:
-    """The shard as it was written; None if it was not, or the record of that is damaged."""
+    """Reads the shard as it was written; None if it was not, or the record of that is damaged."""
     try:
         content = unsealed(parse_json(folder.read(_record(job))))
         if content.get("folder") != folder.name:

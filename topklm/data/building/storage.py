@@ -81,7 +81,7 @@ class Storage:
                 self._fs().put_file(str(temporary), f"{self.url}/{name}")
 
     def names(self) -> list[str]:
-        """What lies in a local folder, in no order; nothing if there is no such folder."""
+        """Lists a local folder, in no order; nothing if there is no such folder."""
         return os.listdir(self.path) if self.path.is_dir() else []
 
     def discard(self, name: str) -> None:

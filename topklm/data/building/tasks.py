@@ -68,7 +68,7 @@ def share_tokenizer(tokenizer: Tokenizer, work: Storage) -> None:
 
 
 def shared_tokenizer(sha256: str, work: Storage) -> Tokenizer | None:
-    """The tokenizer of this digest that was put there; None if it is not there, or damaged."""
+    """Reads the tokenizer of this digest that was put there; None if it is not there, or damaged."""
     try:
         content = work.read(_name(sha256))
     except (FileNotFoundError, IsADirectoryError):

@@ -179,13 +179,13 @@ def check_same(path: Path, measured: Measured, store: Store) -> None:
 
 
 def _sealed(content: bytes) -> bytes:
-    """A Parquet file with its digest in it."""
+    """Puts its digest into a Parquet file."""
     at = _footer(content)
     return content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at:]
 
 
 def _unsealed(content: bytes) -> bytes:
-    """The file without its digest; raises ValueError if that is not its own."""
+    """Takes the digest out of a file; raises ValueError if that is not its own."""
     at = _footer(content)
     before, digest = content[: at - _DIGEST_BYTES], content[at - _DIGEST_BYTES : at]
     if at < _DIGEST_BYTES or hashlib.sha256(before + content[at:]).hexdigest().encode() != digest:
@@ -194,5 +194,5 @@ def _unsealed(content: bytes) -> bytes:
 
 
 def _footer(content: bytes) -> int:
-    """Where the footer begins; behind it stand its length and a mark, of 4 bytes each. Below 0: nowhere."""
+    """Returns the place of the footer, before 4 bytes of its length and 4 of a mark; below 0: nowhere."""
     return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
