@@ -383,11 +383,11 @@ def _nearest(name: Any, names: Mapping[str, Any]) -> str:
 # The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
 # is a hundred times that of any tokenizer; the library that trains them aborts the process far above.
 _MAX_SIZE = 2**31 - 1
-_MAX_VOCABULARY = 2**24
+MAX_VOCABULARY = 2**24
 _INTEGER_RANGES: dict[str, tuple[int, int]] = {
-    "model.vocab_size": (0, _MAX_VOCABULARY),
-    "model.vocab_multiple": (1, _MAX_VOCABULARY),
-    "data.vocab_size": (257, _MAX_VOCABULARY),  # 256 bytes and a separator
+    "model.vocab_size": (0, MAX_VOCABULARY),
+    "model.vocab_multiple": (1, MAX_VOCABULARY),
+    "data.vocab_size": (257, MAX_VOCABULARY),  # 256 bytes and a separator
     "train.seed": (0, 2**63 - 1),
     "optim.warmup_steps": (0, _MAX_SIZE),
     "checkpoint.every_steps": (0, _MAX_SIZE),

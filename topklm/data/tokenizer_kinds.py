@@ -16,10 +16,10 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
+from topklm.config import MAX_VOCABULARY
 from topklm.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
-MAX_VOCAB = 1 << 24  # far above any vocabulary in use; the libraries make lists of this length
 
 # What ends a text in well-known vocabularies, and what begins one where nothing ends it: a file that has both
 # uses the end between documents. Names that only one family uses come first.
@@ -121,8 +121,8 @@ class HuggingFace:
         self._added = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
         separator = self._choose_separator(vocabulary)
         self.separator_id, self.vocab_size = vocabulary[separator], max(vocabulary.values()) + 1
-        if self.vocab_size > MAX_VOCAB:
-            raise ValueError(f"its largest token id is {self.vocab_size - 1}, above {MAX_VOCAB - 1}")
+        if self.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"its largest token id is {self.vocab_size - 1}, above {MAX_VOCABULARY - 1}")
         if list(vocabulary.values()).count(self.separator_id) > 1:
             raise ValueError(f"another token has the id {self.separator_id} of its separator {separator}")
         if self.separator_id in self._added:

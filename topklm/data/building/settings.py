@@ -10,11 +10,11 @@ from typing import Any
 
 import tokenizers
 
+from topklm.config import MAX_VOCABULARY
 from topklm.data.building.encode import Selection
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer, open_tokenizer
-from topklm.data.tokenizer_kinds import MAX_VOCAB
 from topklm.errors import UserError
 
 TRAIN_PREFIX = "train:"
@@ -45,10 +45,10 @@ class Settings:
         if not self.tokenizer.startswith(TRAIN_PREFIX):
             return None
         size = self.tokenizer.removeprefix(TRAIN_PREFIX)
-        if not re.fullmatch("[0-9]{1,9}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCAB:
+        if not re.fullmatch("[0-9]{1,9}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCABULARY:
             raise UserError(
                 f"tokenizer = {self.tokenizer!r}: VOCAB in train:VOCAB must be a number, {MIN_VOCAB} or more "
-                f"(256 bytes and a separator) and {MAX_VOCAB} or less"
+                f"(256 bytes and a separator) and {MAX_VOCABULARY} or less"
             )
         return int(size)
 
