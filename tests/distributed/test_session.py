@@ -294,6 +294,7 @@ def test_a_stop_reaches_one_whose_first_word_comes_later(start):
     job = start(2, "", started=[0], program=WAITING_PROGRAM)
     job.wait_for("connected")
     with socket.create_connection(job.coordinator) as newcomer:
+        time.sleep(1)  # a loaded machine looks at the connection late
         job[0].signal(signal.SIGTERM)
         job[0].wait_for_line("Resume with the same command")
         time.sleep(1)  # it says so before it tells the others

@@ -18,7 +18,7 @@ from topklm.errors import UserError
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # For connections that the system has accepted and this process has not looked at yet.
-_ACCEPT_S = 0.05
+_ACCEPT_S = 0.5
 
 
 @dataclasses.dataclass
