@@ -1,15 +1,19 @@
-"""Runs the commands as real processes on a tiny model, and reads what they leave behind.
+"""Runs the commands on a tiny model, as real processes or in the test's own, and reads what they leave.
 
 Tests of single functions need none of this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
+import fcntl
+import io
 import json
 import os
 from pathlib import Path
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +25,9 @@ from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
+
+from topklm import cli, errors
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILE = ROOT / "configs" / "small.py"
@@ -84,6 +91,19 @@ def write_documents(path: Path, documents: list[str]) -> Path:
     return path
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Makes a folder for all workers of a session: the first calls `make` with it, the others wait."""
+    done = folder / "made"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The tiny model's training command; settings given to a method override those of `TINY`."""
@@ -115,6 +135,32 @@ class Trainer:
         process = self.start(workdir, settings, **options)
         process.finish()
         return process
+
+    def train(self, workdir: Path, settings: Mapping[str, Any] | None = None) -> "Ended":
+        """Trains in the test's own process: a process takes seconds until it has imported everything.
+
+        Not for what depends on signals, the environment, devices or limits of the process.
+        """
+        return in_this_process("train", *self.arguments(workdir, settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A command that ran in the test's own process; looks like a `Process` that has ended."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+
+def in_this_process(*arguments: Any) -> Ended:
+    """Runs `topklm` with these arguments to its end; what C++ libraries print is not caught."""
+    output, said = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOPKLM_ALLOCATOR", "system")
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(said):
+            code = errors.guarded(lambda: cli.dispatch(list(map(str, arguments))))
+    return Ended(code, output.getvalue(), said.getvalue())
 
 
 def devices(count: int) -> dict[str, str]:
