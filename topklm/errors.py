@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how the commands end on it.
+"""The exception that means "the user can fix this", and how the commands end on it.
 
 An error of the operating system that names a file, or that has a line in `_DISK_ERRORS`, and memory that does
 not suffice are of that kind too. Everything else that is raised is a bug and keeps its traceback.
@@ -25,14 +25,47 @@ _LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
 _LONGEST_LINE = 4000
 
 
-class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, its value, what is allowed, what to do.
+_NONE: Any = object()  # None is a value that users give
 
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one line: what, its value, what is allowed, what to do.
+
+    Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`, where ALLOWED stands for the text "must be ALLOWED".
+    Without a value it reads on from the field: `FIELD TEXT`. Other mistakes are a sentence, the text alone.
     Quoted values of over 200 characters are cut, and control characters are escaped.
+
+    Attributes:
+        field: What is wrong, as the reader knows it: "model.topk_k", "--port", "top_p"; "" in a sentence.
+        text: What is wrong with it.
     """
 
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
+    def __init__(
+        self, text: str = "", *, field: str = "", value: Any = _NONE, allowed: str = "", advice: str = ""
+    ):
+        self.field, self._value = field, value
+        self.text = (text or f"must be {allowed}") + (f"; {advice}" if advice else "")
+        super().__init__(one_line(self._line()))
+
+    def _line(self) -> str:
+        if not self.field:
+            return self.text
+        if self._value is _NONE:
+            return self.field + ("" if self.text.startswith(":") else " ") + self.text
+        return f"{self.field} = {self._value}: {self.text}"
+
+    def named(self, field: str) -> "UserError":
+        """Returns the error under the name by which another reader knows the field, for a flag "--top-p"."""
+        return UserError(self.text, field=field, value=self._value)
+
+    def within(self, field: str, value: Any = _NONE) -> "UserError":
+        """Returns the error as one of a field that holds what is wrong; if it is the same, only once."""
+        text = self.text if self.field == field else str(self)
+        return UserError(text if value is not _NONE else f": {text}", field=field, value=value)
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of the Python interface that is not allowed; `field` is its name."""
 
 
 def one_line(text: str) -> str:
