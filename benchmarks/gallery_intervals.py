@@ -14,11 +14,11 @@ import pyarrow.compute
 import rich.console
 
 import topklm
-from topklm.data.building.progress import TerminalProgress
 from topklm.model import transformer
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.statistics import bootstrap, clusters, contexts, table
 from topklm.neurons.store import Store
+from topklm.progress import TerminalProgress
 
 SUMMARIES = ("median", "mean")
 
