@@ -5,7 +5,7 @@ import json
 import math
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import steer_args
 from topklm.errors import UserError
 
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topk-k", type=int, metavar="K", help="neurons that each TopK keeps; default as in training"
     )
-    steering_arguments.add_arguments(parser)
+    steer_args.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print the text while it is made")
     parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    options["steer"] = steering_arguments.interventions(arguments, model.config.model)
-    steering_arguments.warn_of_another_model(arguments, model)
+    options["steer"] = steer_args.interventions(arguments, model.config.model)
+    steer_args.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     try:
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)

@@ -12,8 +12,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from topklm.commands import steering_arguments, two_texts
-from topklm.commands.two_texts import Text
+from topklm.commands import steer_args, text_pair
+from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.inference.intervention import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
@@ -38,7 +38,7 @@ TOKENS = 50_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     what = zip(FLAGS, ("text to be forgotten", "text to be known as before"), strict=True)
-    two_texts.add_arguments(parser, list(what), TOKENS)
+    text_pair.add_arguments(parser, list(what), TOKENS)
     parser.add_argument(
         "--neurons",
         type=_numbers,
@@ -56,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    two_texts.check(arguments, FLAGS, ("tokens", "permutations", "random_sets", "keep"))
+    text_pair.check(arguments, FLAGS, ("tokens", "permutations", "random_sets", "keep"))
     if arguments.save is not None and len(arguments.neurons) > 1:
         given = ",".join(map(str, arguments.neurons))
         raise UserError(f"--save with --neurons = {given}: one set is saved; give one number")
     console = rich.console.Console(stderr=arguments.json)
     progress = TerminalProgress(console)
-    model, mesh = two_texts.load(arguments)
-    texts = two_texts.read(arguments, FLAGS, model)
+    model, mesh = text_pair.load(arguments)
+    texts = text_pair.read(arguments, FLAGS, model)
     for text in texts:
         if len(text.documents) < 2:
             raise UserError(
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         for half in (0, 1)
     )
     both = [ids for documents in chosen_on for ids in documents]
-    counts = two_texts.count(model, mesh, both, progress, arguments.keep)
+    counts = text_pair.count(model, mesh, both, progress, arguments.keep)
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     q_values = {(r.layer, r.neuron): r.q_value for r in ranked}
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]
-        save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
+        save_interventions(arguments.save, entries, model=steer_args.name_of(model))
     if arguments.json:
         documents = {"chosen_on": [len(d) for d in chosen_on], "scored_on": [len(d) for d in scored_on]}
         facts = {
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
             "keep": arguments.keep,
             "forget_loss": _mean(scored.forget_before, scored.forget),
             "retain_loss": _mean(scored.retain_before, scored.retain),
-            "warnings": two_texts.warnings(texts),
+            "warnings": text_pair.warnings(texts),
         }
         print(json.dumps({**facts, "sets": [_as_json(one, q_values) for one in outcomes]}))
         return
@@ -224,7 +224,7 @@ def _print(
             f"(p {outcome.p_value:.2g})",
             highlight=False,
         )
-    for line in two_texts.warnings(texts):
+    for line in text_pair.warnings(texts):
         console.out(f"note: {line}", highlight=False)
 
 

@@ -9,8 +9,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from topklm.commands import two_texts
-from topklm.commands.two_texts import Text
+from topklm.commands import text_pair
+from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.files import sealed_json
 from topklm.neurons import contrast as contrast_lib
@@ -35,7 +35,7 @@ WINDOW = 64  # tokens
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     what = zip(FLAGS, ("text in which neurons are sought", "what it is compared with"), strict=True)
-    two_texts.add_arguments(parser, list(what), two_texts.TOKENS)
+    text_pair.add_arguments(parser, list(what), text_pair.TOKENS)
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="neurons of each layer; default %(default)s"
     )
@@ -53,17 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    two_texts.check(arguments, FLAGS, ("tokens", "top", "permutations", "window", "keep"))
+    text_pair.check(arguments, FLAGS, ("tokens", "top", "permutations", "window", "keep"))
     console = rich.console.Console(stderr=arguments.json)
-    model, mesh = two_texts.load(arguments)
-    texts = two_texts.read(arguments, FLAGS, model)
+    model, mesh = text_pair.load(arguments)
+    texts = text_pair.read(arguments, FLAGS, model)
     unit = _unit(arguments.unit, texts)
     piece = arguments.window if unit == "window" else None
     n_units = tuple(len(unit_sizes([len(ids) for ids in text.documents], piece)) for text in texts)
     if min(n_units) < 2:
         raise UserError(_too_few(texts, n_units, unit, arguments.window))
     documents = [ids for text in texts for ids in text.documents]
-    counts = two_texts.count(model, mesh, documents, TerminalProgress(console), arguments.keep, piece)
+    counts = text_pair.count(model, mesh, documents, TerminalProgress(console), arguments.keep, piece)
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
-    labels = two_texts.labels(arguments, model)
+    labels = text_pair.labels(arguments, model)
     if arguments.json:
         facts = {
             "run": arguments.run,
@@ -117,7 +117,7 @@ def _too_few(texts: Sequence[Text], n_units: Sequence[int], unit: str, window: i
 
 def _warnings(texts: Sequence[Text], unit: str, found: Contrast) -> list[str]:
     """What a reader of the p-values has to know."""
-    lines = two_texts.warnings(texts)
+    lines = text_pair.warnings(texts)
     if unit == "window":
         lines.append(
             "windows of one document are alike, and counted as if they were not: p-values are too low"

@@ -10,7 +10,7 @@ import rich.table
 import rich.text
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import steer_args
 from topklm.errors import UserError
 from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, save_interventions
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("no neuron is like that: nothing is written; ask for less")
     config, entries = model.config.model, []
     for one in chosen:
-        entry = steering_arguments.intervention(
+        entry = steer_args.intervention(
             one.layer, one.neuron, arguments.mode, arguments.value, f"--value = {arguments.value}"
         )
         try:
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as e:
             raise UserError(f"neuron {one.layer}:{one.neuron}: {e}") from e
         entries.append(entry)
-    save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
+    save_interventions(arguments.save, entries, model=steer_args.name_of(model))
     if arguments.json:
         neurons = [dataclasses.asdict(one) for one in chosen]
         facts = {"run": arguments.run, "step": model.step, "mode": arguments.mode, "value": arguments.value}
@@ -119,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--top = {arguments.top}: must be 1 or more")
     if arguments.label == "":
         raise UserError("--label is empty: give a part of a label")
-    if (arguments.value is None) == steering_arguments.needs_value(arguments.mode):
+    if (arguments.value is None) == steer_args.needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
         raise UserError(f"--mode = {arguments.mode}: {needs}")
     if is_bucket(arguments.run):

@@ -14,7 +14,7 @@ import rich.table
 import rich.text
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import steer_args
 from topklm.errors import UserError
 from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, POSITIONS
@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Writes and measures texts, prints them unless JSON is printed, and returns all of it."""
-    layer, neuron = steering_arguments.neuron(arguments.neuron)
+    layer, neuron = steer_args.neuron(arguments.neuron)
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
-    there_is = steering_arguments.intervention(layer, neuron, "clamp", 0.0, f"--neuron = {arguments.neuron}")
+    there_is = steer_args.intervention(layer, neuron, "clamp", 0.0, f"--neuron = {arguments.neuron}")
     try:
         there_is.check(model.config.model)
     except ValueError as e:
@@ -135,7 +135,7 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
 
 def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
     """In units of the neuron's activation."""
-    if not steering_arguments.needs_value(arguments.mode):
+    if not steer_args.needs_value(arguments.mode):
         if arguments.values is not None:
             raise UserError(f"--values = {arguments.values}: mode {arguments.mode} has no use for values")
         return [0.0]
@@ -156,8 +156,8 @@ def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
             value = float(times[1]) * largest if times and largest is not None else float(part)
         except ValueError as e:
             raise UserError(f"--values = {text}: {part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
-        layer, neuron = steering_arguments.neuron(arguments.neuron)
-        steering_arguments.intervention(layer, neuron, arguments.mode, value, f"--values = {text}")
+        layer, neuron = steer_args.neuron(arguments.neuron)
+        steer_args.intervention(layer, neuron, arguments.mode, value, f"--values = {text}")
         values.append(value)
     return values
 
@@ -232,7 +232,7 @@ def _print(
 def _head(response: Response, mode: str) -> str:
     if response.value is None:
         return "unsteered"
-    return f"{response.value:.4g}" if steering_arguments.needs_value(mode) else mode
+    return f"{response.value:.4g}" if steer_args.needs_value(mode) else mode
 
 
 def _with_interval(estimate: Estimate, factor: float, form: str) -> str:
