@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
-import rich.console
-import rich.table
 import rich.text
 
-from topklm.commands import text_pair
+from topklm.commands import shared, text_pair
+from topklm.commands.shared import Output
 from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.files import sealed_json
@@ -17,7 +16,6 @@ from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.neurons.show import visible
 from topklm.neurons.unit_counts import unit_sizes
-from topklm.progress import TerminalProgress
 
 DESCRIPTION = (
     "Ranks the neurons of each layer by how much more often they are active in one text than in another, and "
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     text_pair.check(arguments, FLAGS, ("tokens", "top", "permutations", "window", "keep"))
-    console = rich.console.Console(stderr=arguments.json)
+    output = Output(arguments.json)
     model, mesh = text_pair.load(arguments)
     texts = text_pair.read(arguments, FLAGS, model)
     unit = _unit(arguments.unit, texts)
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if min(n_units) < 2:
         raise UserError(_too_few(texts, n_units, unit, arguments.window))
     documents = [ids for text in texts for ids in text.documents]
-    counts = text_pair.count(model, mesh, documents, TerminalProgress(console), arguments.keep, piece)
+    counts = text_pair.count(model, mesh, documents, output.progress, arguments.keep, piece)
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -94,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Its digest is for `topklm neurons select --contrast-json`.
         print(sealed_json({**facts, "neurons": neurons}).decode(), end="")
         return
-    _print(console, texts, unit, found, ranked, labels)
+    _print(output, texts, unit, found, ranked, labels)
 
 
 def _unit(asked: str, texts: Sequence[Text]) -> str:
@@ -131,7 +129,7 @@ def _warnings(texts: Sequence[Text], unit: str, found: Contrast) -> list[str]:
 
 
 def _print(
-    console: rich.console.Console,
+    output: Output,
     texts: Sequence[Text],
     unit: str,
     found: Contrast,
@@ -139,12 +137,9 @@ def _print(
     labels: Mapping[tuple[int, int], str],
 ) -> None:
     for text, n_units, n_tokens in zip(texts, found.n_units, found.n_tokens, strict=True):
-        console.out(
-            f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens", highlight=False
-        )
-    table = rich.table.Table()
-    for column in ("layer", "neuron", *FLAGS, "difference", "score", "p", "q", "family-wise p"):
-        table.add_column(column, justify="right")
+        output.say(f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens")
+    heads = ("layer", "neuron", *FLAGS, "difference", "score", "p", "q", "family-wise p")
+    table = shared.table_of(heads)
     named = any((r.layer, r.neuron) in labels for r in ranked)
     if named:
         table.add_column("label")
@@ -155,15 +150,14 @@ def _print(
         corrected = [f"{r.score:+.1f}", *(f"{p:.2g}" for p in (r.p_value, r.q_value, r.family_p_value))]
         label = [rich.text.Text(visible(labels.get((r.layer, r.neuron), "")))] if named else []
         table.add_row(str(r.layer), str(r.neuron), *shares, f"{r.difference:+.2%}", *corrected, *label)
-    console.print(table)
+    output.console.print(table)
     how = "all" if found.is_exact else "drawn"
-    console.out(
+    output.say(
         "positive, negative: share of the tokens at which the neuron is active; score: the difference in "
         f"standard deviations; p: share of {found.n_permutations:,} ways ({how}) to deal the {unit}s to the "
         "two texts that are as extreme, of this neuron alone; q: false discovery rate over the "
         f"{found.n_tested:,} neurons that are active; family-wise p: share in which the score of any is "
-        "as extreme",
-        highlight=False,
+        "as extreme"
     )
     for line in _warnings(texts, unit, found):
-        console.out(f"note: {line}", highlight=False)
+        output.say(f"note: {line}")

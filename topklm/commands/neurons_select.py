@@ -2,17 +2,15 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
-import rich.console
-import rich.table
 import rich.text
 
 import topklm
-from topklm.commands import steer_args
+from topklm.commands import shared, steer_args
+from topklm.commands.shared import Output
 from topklm.errors import UserError
-from topklm.files import is_bucket, local_path
+from topklm.files import local_path
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
@@ -32,7 +30,7 @@ EXAMPLE = 'topklm neurons select runs/small --regex "sea|ocean" --top 3 --mode a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     parser.add_argument(
         "--regex", metavar="PATTERN", help="those that tell the tokens that match, best first"
     )
@@ -62,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--value", type=float, metavar="X", help="for all of them; ablate and ban need none, others do"
     )
     parser.add_argument("--save", required=True, metavar="FILE", help="where to write, e.g. sea.json")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser)
+    shared.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,34 +71,31 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = _chosen(arguments, model)
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
-    config, entries = model.config.model, []
-    for one in chosen:
-        entry = steer_args.intervention(
-            one.layer, one.neuron, arguments.mode, arguments.value, f"--value = {arguments.value}"
-        )
-        try:
-            entry.check(config)
-        except ValueError as e:
-            raise UserError(f"neuron {one.layer}:{one.neuron}: {e}") from e
-        entries.append(entry)
+    done = arguments.mode, arguments.value, "--value", arguments.value
+    entries = [
+        steer_args.intervention(one.layer, one.neuron, *done, config=model.config.model) for one in chosen
+    ]
     save_interventions(arguments.save, entries, model=steer_args.name_of(model))
-    if arguments.json:
-        neurons = [dataclasses.asdict(one) for one in chosen]
-        facts = {"run": arguments.run, "step": model.step, "mode": arguments.mode, "value": arguments.value}
-        print(json.dumps({**facts, "file": arguments.save, "neurons": neurons}))
-        return
-    table = rich.table.Table()
-    for column in ("layer", "neuron"):
-        table.add_column(column, justify="right")
-    table.add_column("chosen for")
-    for one in chosen:
-        table.add_row(str(one.layer), str(one.neuron), rich.text.Text(visible(one.reason)))
-    console = rich.console.Console()
-    console.print(table)
-    value = "" if arguments.value is None else f", value {arguments.value:g}"
-    console.out(
-        f"wrote {arguments.save}: {len(chosen)} neurons, mode {arguments.mode}{value}", highlight=False
-    )
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        "mode": arguments.mode,
+        "value": arguments.value,
+        "file": arguments.save,
+        "neurons": [dataclasses.asdict(one) for one in chosen],
+    }
+    output = Output(arguments.json)
+
+    def show() -> None:
+        table = shared.table_of(("layer", "neuron"))
+        table.add_column("chosen for")
+        for one in chosen:
+            table.add_row(str(one.layer), str(one.neuron), rich.text.Text(visible(one.reason)))
+        output.console.print(table)
+        value = "" if arguments.value is None else f", value {arguments.value:g}"
+        output.say(f"wrote {arguments.save}: {len(chosen)} neurons, mode {arguments.mode}{value}")
+
+    output.give(facts, show)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -111,21 +106,16 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, to in {**belongs, "max_q": "contrast_json"}.items():
         value = getattr(arguments, name)
         if value not in (None, False) and by != [to]:
-            flag, goes_with = (f"--{n.replace('_', '-')}" for n in (name, to))
-            raise UserError(f"{flag}: goes with {goes_with} only; leave it out")
+            shared.check_goes_with(arguments, to, name)
         if value is not None and not 0 <= value <= 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}: must be from 0 to 1")
-    if arguments.top < 1:
-        raise UserError(f"--top = {arguments.top}: must be 1 or more")
+            raise shared.wrong(arguments, name, allowed="from 0 to 1")
+    shared.check_at_least(arguments, 1, "top")
     if arguments.label == "":
         raise UserError("--label is empty: give a part of a label")
     if (arguments.value is None) == steer_args.needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
-        raise UserError(f"--mode = {arguments.mode}: {needs}")
-    if is_bucket(arguments.run):
-        raise UserError(
-            f"RUN = {arguments.run}: activations and labels are kept on a disk; copy the run to one"
-        )
+        raise shared.wrong(arguments, "mode", needs)
+    shared.check_on_disk(arguments.run, "activations and labels are kept on a disk")
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
@@ -136,10 +126,9 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     if arguments.contrast_json is not None:
         saved = selection.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
-            raise UserError(
-                f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "
-                f"{model.step}; give --step {saved.step}, or contrast anew"
-            )
+            text = f"is of step {saved.step}, this checkpoint of {model.step}"
+            advice = f"give --step {saved.step}, or contrast again"
+            raise shared.wrong(arguments, "contrast_json", text, advice=advice)
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
         return selection.by_contrast(saved, **narrowed, max_q=max_q)
     if not folder.store.exists():

@@ -9,9 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import topklm
-from topklm import sharding
-from topklm.config import DataConfig, MeshConfig
+from topklm.commands import shared
+from topklm.config import DataConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.files import is_bucket
@@ -20,6 +19,7 @@ from topklm.neurons import unit_counts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
+from topklm.neurons.pipeline import check_keep
 from topklm.neurons.texts import COPY, described, no_text, open_documents
 from topklm.neurons.unit_counts import UnitCounts
 from topklm.progress import Progress
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, flags: Sequence[tuple[str, st
         flags: Of each text, the flag without dashes, and what the text is.
         tokens: Default of --tokens.
     """
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     for flag, what in flags:
         parser.add_argument(
             f"--{flag}",
@@ -109,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser, flags: Sequence[tuple[str, st
         help="ways to deal the documents to the two texts anew; default %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser)
+    shared.add_json(parser)
 
 
 def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[str]) -> None:
@@ -124,12 +124,8 @@ def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[
     Raises:
         UserError: For what is wrong.
     """
-    for name in counts:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}: must be 1 or more")
-    if arguments.seed < 0:
-        raise UserError(f"--seed = {arguments.seed}: must be 0 or more")
+    shared.check_at_least(arguments, 1, *counts)
+    shared.check_at_least(arguments, 0, "seed")
     one, other = (getattr(arguments, flag) for flag in flags)
     if _resolved(one) == _resolved(other):
         raise UserError(f"--{flags[0]} and --{flags[1]} are both {one}: give two texts that differ")
@@ -141,19 +137,12 @@ def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mes
     Raises:
         UserError: If there is none, or it does not have the layer that was asked for.
     """
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
-    model = topklm.load(arguments.run, step=arguments.step, mesh=mesh)
+    model, mesh = shared.load(arguments)
     layers = unit_counts.layers_of(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:
         what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
-        raise UserError(f"--layer = {arguments.layer}: must be {what}, from {layers[0]} to {layers[-1]}")
-    config = model.config.model
-    if arguments.keep is not None and config.n_topk_layers:
-        raise UserError(
-            f"--keep = {arguments.keep}: is for Base LMs; this model's layers keep {config.topk_k} already"
-        )
-    if arguments.keep is not None and arguments.keep > config.d_model:
-        raise UserError(f"--keep = {arguments.keep}: must be at most d_model = {config.d_model}")
+        raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
+    check_keep(model.config.model, arguments.keep)
     return model, mesh
 
 
@@ -252,8 +241,7 @@ def _read(flag: str, source: str, tokenizer: Tokenizer, data: DataConfig, n_toke
             taken.append(part)
             left -= len(part)
     except UserError as e:
-        # The reader knows the text by the flag of a harvest.
-        raise UserError(str(e).replace("--source", f"--{flag}", 1)) from e
+        raise (e.named(f"--{flag}") if e.field == "--source" else e) from e  # the flag of a harvest
     if not taken:
         raise no_text(documents, f"--{flag} = {source}")
     unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}
