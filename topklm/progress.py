@@ -1,4 +1,4 @@
-"""How far the preparation of data is: lines in a log, or bars on a terminal.
+"""Shows how far long work is: lines in a log, or bars on a terminal.
 
 Shows and computes nothing that the data depends on.
 """
