@@ -31,7 +31,7 @@ _NONE: Any = object()  # None is a value that users give
 class UserError(Exception):
     """A mistake that the user can mend, in one line: what, its value, what is allowed, what to do.
 
-    Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`, where ALLOWED stands for the text "must be ALLOWED".
+    Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`; ALLOWED stands for the text "must be ALLOWED".
     Without a value it reads on from the field: `FIELD TEXT`. Other mistakes are a sentence, the text alone.
     Quoted values of over 200 characters are cut, and control characters are escaped.
 

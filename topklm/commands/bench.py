@@ -6,19 +6,17 @@ its own, and `run(arguments, config) -> Report`. `arguments` also has `repeats` 
 """
 
 import argparse
-from collections.abc import Sequence
 import importlib
-from typing import NoReturn
-
-import rich.console
+from typing import Any
 
 from topklm.bench import report as report_lib
-from topklm.commands import train
-from topklm.errors import UserError
+from topklm.commands import Parser, shared, train
+from topklm.commands.shared import Output
 
 DESCRIPTION = (
     "Measures a part of the library on this machine, beside what the machine could do and beside peers."
 )
+TAKES_CONFIG = True
 EXAMPLE = "topklm bench step --shape=s1 --peer=torch --json=step.json"
 BENCHMARKS = {
     "step": ("step", "the train step: tokens/s, MFU, memory; --explain: where its time goes"),
@@ -30,51 +28,50 @@ BENCHMARKS = {
 PEERS = ("torch",)
 
 
-def run(flags: Sequence[str]) -> None:
-    """Carries the verb out; flags that no benchmark knows are those of `topklm train`."""
-    if not flags or flags[0] not in BENCHMARKS:
-        _parser_of_benchmarks().parse_args(list(flags))
-        return
-    name, *rest = flags
-    benchmark = importlib.import_module(f"topklm.bench.{BENCHMARKS[name][0]}")
-    parser = _Parser(
-        f"topklm bench {name}",
-        description=benchmark.DESCRIPTION,
-        epilog=f"--config flags are those of `topklm train`. Example: {benchmark.EXAMPLE}",
-        allow_abbrev=False,  # --config belongs to the others
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the benchmarks."""
+    names = parser.add_subparsers(
+        title="benchmarks", required=True, metavar="BENCHMARK", dest="benchmark", parser_class=_Benchmark
     )
-    _add_common_arguments(parser)
-    benchmark.add_arguments(parser)
-    arguments, config_flags = parser.parse_known_args(rest)
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats = {arguments.repeats}: must be 1 or more")
-    config = train.parse(config_flags, benchmark.EXAMPLE)[0] if config_flags else None
-    report = benchmark.run(arguments, config)
-    if arguments.json != "-":
-        report_lib.show(report, rich.console.Console())
-    if arguments.json:
-        report_lib.write(report, arguments.json, ["topklm", "bench", *flags])
-
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--peer",
-        choices=PEERS,
-        default="",
-        help="measure a peer in turns with ours: torch needs pip install 'topklm[peers]'",
-    )
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="samples of each side; default 7")
-    parser.add_argument("--json", default="", metavar="FILE", help="write all of it to FILE; - prints it")
-
-
-def _parser_of_benchmarks() -> argparse.ArgumentParser:
-    parser = _Parser("topklm bench", description=DESCRIPTION, epilog=f"example: {EXAMPLE}")
-    names = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     for name, (_, summary) in BENCHMARKS.items():
         names.add_parser(name, help=summary)
-    return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out; flags that no benchmark knows are those of `topklm train`."""
+    shared.check_at_least(arguments, 1, "repeats")
+    benchmark, flags = _module(arguments.benchmark), arguments.config_flags
+    config = train.parse(flags, benchmark.EXAMPLE)[0] if flags else None
+    report = benchmark.run(arguments, config)
+    if arguments.json != "-":
+        report_lib.show(report, Output(as_json=False).console)
+    if arguments.json:
+        report_lib.write(report, arguments.json, arguments.command)
+
+
+class _Benchmark(Parser):
+    """Of one benchmark, whose module is loaded only if it is the one that is asked for."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Declares the arguments, and reads them."""
+        name = self.prog.split()[-1]
+        benchmark = _module(name)
+        self.description, self.allow_abbrev = benchmark.DESCRIPTION, False  # --config belongs to the others
+        self.epilog = f"--config flags are those of `topklm train`. Example: {benchmark.EXAMPLE}"
+        self.add_argument(
+            "--peer",
+            choices=PEERS,
+            default="",
+            help="measure a peer in turns with ours: torch needs pip install 'topklm[peers]'",
+        )
+        self.add_argument(
+            "--repeats", type=int, default=7, metavar="N", help="samples of each side; default 7"
+        )
+        self.add_argument("--json", default="", metavar="FILE", help="write all of it to FILE; - prints it")
+        self.set_defaults(command=["topklm", "bench", name, *args])
+        benchmark.add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"topklm.bench.{BENCHMARKS[name][0]}")

@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("select", neurons_select, "write a set of neurons as interventions"),
         ("ablate-set", neurons_ablate, "what a model loses of two texts without some neurons"),
     ):
-        verbs[name] = Verb(
-            summary, command.DESCRIPTION, command.EXAMPLE, command.add_arguments, command.run
-        )
+        verbs[name] = Verb(summary, command.DESCRIPTION, command.EXAMPLE, command.add_arguments, command.run)
     shared.add_verbs(parser, verbs, "harvest|measure|find|...")
 
 

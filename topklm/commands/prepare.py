@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-tokens", "tokens per shard, about", type=int, default=SHARD_TOKENS, metavar="N")
     add("--workers", "cores to use; default all", type=int, metavar="N")
     parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
-    shared.add_json(parser)
+    shared.add_json(parser, "print one JSON object at the end")
     add(
         "--runner",
         "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner",

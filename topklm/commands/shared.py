@@ -65,9 +65,9 @@ def add_step(parser: argparse.ArgumentParser, default: str = "the newest") -> No
     parser.add_argument("--step", type=int, help=f"which checkpoint; default {default}")
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object") -> None:
     """Declares --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def add_address(parser: argparse.ArgumentParser, port: int, beyond: str) -> None:

@@ -187,7 +187,9 @@ def _print(
 ) -> None:
     if facts is not None:
         active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
-        output.say(visible(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)"))
+        output.say(
+            visible(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
+        )
     heads = [_head(response, arguments.mode) for response in found]
     output.say(f"{arguments.mode} at {arguments.positions} positions")
     for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
@@ -197,9 +199,7 @@ def _print(
         texts.add_row(*(rich.text.Text(visible(response.texts[number][0])) for response in found))
         output.console.print(texts)
     rates = (f"{one.name} %" for one in concepts)
-    table = shared.table_of(
-        [arguments.mode, *rates, "perplexity", *(f"dist-{n}" for n in dose.DISTINCT)]
-    )
+    table = shared.table_of([arguments.mode, *rates, "perplexity", *(f"dist-{n}" for n in dose.DISTINCT)])
     for head, response in zip(heads, found, strict=True):
         rates = (_with_interval(response.rates[one.name], 100, "{:.1f}") for one in concepts)
         varied = (_number(response.distinct[n].value, "{:.2f}") for n in dose.DISTINCT)

@@ -224,24 +224,21 @@ def _resolved(source: str) -> str:
 def _read(flag: str, source: str, tokenizer: Tokenizer, data: DataConfig, n_tokens: int) -> Text:
     seen: set[bytes] = set()
     taken, left, n_repeated, is_whole = list[np.ndarray](), n_tokens, 0, True
-    try:
-        documents = open_documents(tokenizer, data, source)
-        for ids in documents:
-            if not len(ids):
-                continue
-            if not left:
-                is_whole = False
-                break
-            part = np.asarray(ids[:left], np.int32)
-            is_whole &= len(part) == len(ids)
-            if part.tobytes() in seen:
-                n_repeated += 1
-                continue
-            seen.add(part.tobytes())
-            taken.append(part)
-            left -= len(part)
-    except UserError as e:
-        raise (e.named(f"--{flag}") if e.field == "--source" else e) from e  # the flag of a harvest
+    documents = open_documents(tokenizer, data, source, flag=f"--{flag}")
+    for ids in documents:
+        if not len(ids):
+            continue
+        if not left:
+            is_whole = False
+            break
+        part = np.asarray(ids[:left], np.int32)
+        is_whole &= len(part) == len(ids)
+        if part.tobytes() in seen:
+            n_repeated += 1
+            continue
+        seen.add(part.tobytes())
+        taken.append(part)
+        left -= len(part)
     if not taken:
         raise no_text(documents, f"--{flag} = {source}")
     unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}
