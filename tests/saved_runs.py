@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from topklm import run_folder, sharding
+from topklm import sharding
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import Checkpoints
 from topklm.config import CheckpointConfig, Config, MeshConfig, ModelConfig
 from topklm.data.tokenizer import Tokenizer, train_bpe
-from topklm.files import AnyPath, write_atomically
-from topklm.training.checkpoints import Checkpoints
+from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, abstract_state
 

@@ -13,8 +13,8 @@ import saved_runs
 
 import topklm
 from topklm import cli, config, errors, sharding
-from topklm.buckets import storage_errors_are_user_errors
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import Checkpoints
+from topklm.storage.gcs import storage_errors_are_user_errors
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 

@@ -310,10 +310,11 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 import saved_runs
-from topklm import distributed, run_folder, sharding
+from topklm import distributed, sharding
+from topklm.checkpoint import run_folder
 from topklm.config import MeshConfig
-from topklm.files import as_path
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import Checkpoints
+from topklm.storage.files import as_path
 
 with distributed.session():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))

@@ -7,10 +7,10 @@ import saved_runs
 
 import topklm
 from topklm import sharding
+from topklm.checkpoint.manager import Checkpoints
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.files import as_path
-from topklm.training.checkpoints import Checkpoints
+from topklm.storage.files import as_path
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 

@@ -19,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topklm import allocator, load, run_folder, sharding
+from topklm import allocator, load, sharding
 from topklm.bench.processes import peak_resident_bytes
 from topklm.bench.report import Comparison, Report, Result
 from topklm.bench.shapes import SHAPES
 from topklm.bench.timing import Samples, Side, alternate, timed
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import Checkpoints
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import CheckpointConfig, Config, MeshConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.model import transformer
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 

@@ -22,7 +22,7 @@ from topklm.data import sources
 from topklm.data.compression import BLOCK_BYTES, DamageError, Read, gunzip, plain_blocks, unzstd
 from topklm.data.sources import SourceFile
 from topklm.errors import UserError
-from topklm.files import parse_json
+from topklm.storage.files import parse_json
 
 PROBLEMS = (
     "damaged file",

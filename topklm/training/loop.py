@@ -15,19 +15,20 @@ from typing import Any
 
 import jax
 
-from topklm import distributed, run_folder, sharding
-from topklm.buckets import storage_errors_are_user_errors
+from topklm import distributed, sharding
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import Checkpoints
 from topklm.config import Config, from_saved, warnings
 from topklm.data.mixture import Mixture
 from topklm.data.stream import heldout_batches, heldout_part, train_stream
 from topklm.errors import UserError
-from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
+from topklm.storage.files import AnyPath
+from topklm.storage.gcs import storage_errors_are_user_errors
 from topklm.training import bad_steps, memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, evaluation_line
 from topklm.training.evaluation import evaluate
 from topklm.training.feed import DeviceBatch, Feed, to_devices

@@ -8,12 +8,13 @@ import time
 from typing import Any, Protocol
 import zlib
 
-from topklm import files, run_folder
-from topklm.buckets import storage_errors_are_user_errors
+from topklm.checkpoint import run_folder
 from topklm.errors import disk_errors_are_user_errors
-from topklm.files import AnyPath, is_bucket, parse_json, write_atomically
 from topklm.imports import without
-from topklm.training.spool import Spool
+from topklm.storage import files
+from topklm.storage.files import AnyPath, is_bucket, parse_json, write_atomically
+from topklm.storage.gcs import storage_errors_are_user_errors
+from topklm.storage.gcs_mirror import Spool
 
 # tensorboardX looks for them, which takes seconds, for what is not used here.
 with without("torch", "boto3", "google.cloud.storage"):

@@ -14,9 +14,9 @@ import optax
 import pytest
 
 from topklm import sharding
+from topklm.checkpoint.manager import Checkpoints
 from topklm.config import CheckpointConfig, MeshConfig
 from topklm.errors import UserError
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.step import TrainState
 
 # One of two processes, each with a copy of its own of the folder: `SCRIPT FOLDER`.
@@ -28,7 +28,7 @@ with distributed.session():
     import jax, jax.numpy as jnp, numpy as np, optax
     from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
-    from topklm.training.checkpoints import Checkpoints
+    from topklm.checkpoint.manager import Checkpoints
     from topklm.training.step import TrainState
 
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, data=1))
@@ -197,7 +197,7 @@ def test_storage_in_trouble_is_not_damage(folder, mesh, monkeypatch, error):
         raise error
 
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint_format.open_arrays", refuse)
+    monkeypatch.setattr("topklm.checkpoint.format.open_arrays", refuse)
     with pytest.raises(type(error)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}

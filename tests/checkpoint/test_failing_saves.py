@@ -16,10 +16,10 @@ import optax
 import pytest
 
 from topklm import sharding
+from topklm.checkpoint import retry
+from topklm.checkpoint.manager import Checkpoints, Patience
 from topklm.config import CheckpointConfig, MeshConfig
 from topklm.errors import UserError
-from topklm.training import retry
-from topklm.training.checkpoints import Checkpoints, Patience
 from topklm.training.step import TrainState
 
 # TensorStore's threads may come back to an event loop that a failure has ended.
@@ -35,8 +35,8 @@ with distributed.session():
     from jax.sharding import NamedSharding, PartitionSpec
     from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
-    from topklm.training import retry
-    from topklm.training.checkpoints import Checkpoints
+    from topklm.checkpoint import retry
+    from topklm.checkpoint.manager import Checkpoints
     from topklm.training.step import TrainState
 
     retry.FIRST_WAIT_S = 0.0

@@ -7,9 +7,9 @@ import dataclasses
 import os
 import time
 
-from topklm.buckets import storage_errors_are_user_errors
 from topklm.errors import UserError, system_error
-from topklm.files import AnyPath
+from topklm.storage.files import AnyPath
+from topklm.storage.gcs import storage_errors_are_user_errors
 
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 60.0

@@ -1,7 +1,7 @@
 """Run folders in Google Cloud Storage: what must hold before one is used, and what its errors mean.
 
-Paths are `etils.epath.Path` (see `topklm.files`), which reads and writes through gcsfs, as Orbax does;
-arrays go through TensorStore's own client.
+Paths are `etils.epath.Path` (see `topklm.storage.files`), which reads and writes through gcsfs, as Orbax
+does; arrays go through TensorStore's own client.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from etils.epath import backend
 
 from topklm.data.sources import optional_module, store_errors_are_user_errors
 from topklm.errors import UserError, disk_errors_are_user_errors, system_error
-from topklm.files import AnyPath, is_bucket
+from topklm.storage.files import AnyPath, is_bucket
 
 # The libraries try again for minutes when nobody is there; the first question to a bucket shall not.
 _ANSWER_SECONDS = 15.0
@@ -31,7 +31,7 @@ def check_usable(folder: AnyPath, flag: str, *, write: bool) -> None:
     """Finds out whether a folder in a bucket can be used, before anything is begun; a local one always can.
 
     Args:
-        folder: A path that `topklm.files.as_path` gave.
+        folder: A path that `topklm.storage.files.as_path` gave.
         flag: Where the user named it; the message begins with it.
         write: Whether a run shall be kept there, and not only read.
 

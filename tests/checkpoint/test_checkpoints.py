@@ -12,12 +12,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm import checkpoint_format, sharding
+from topklm import sharding
+from topklm.checkpoint import format as checkpoint_format
+from topklm.checkpoint.arrays import open_arrays
+from topklm.checkpoint.manager import Checkpoints
 from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
 from topklm.errors import UserError
-from topklm.inference.parameters import open_arrays
 from topklm.training import bad_steps
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_train_step
 
@@ -27,7 +28,7 @@ ON_EIGHT_DEVICES = """
 import pathlib, sys
 import jax, numpy as np
 from topklm import config as config_lib, sharding
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state
 

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 import time
 
-from topklm.buckets import file_system, storage_errors_are_user_errors
 from topklm.errors import UserError
-from topklm.files import AnyPath
+from topklm.storage.files import AnyPath
+from topklm.storage.gcs import file_system, storage_errors_are_user_errors
 
 _SECONDS_BETWEEN_COPIES = 60.0
 # For one file to arrive, and for anyone who waits for a copy.
