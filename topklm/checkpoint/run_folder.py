@@ -17,11 +17,10 @@ import uuid
 
 from topklm import config as config_lib
 from topklm.checkpoint import format as checkpoint_format
-from topklm.data.sources import store_errors
 from topklm.errors import UserError
 from topklm.storage import locks
+from topklm.storage.errors import storage_errors_are_user_errors, store_errors
 from topklm.storage.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
-from topklm.storage.gcs import storage_errors_are_user_errors
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -13,8 +13,8 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
+from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import as_path, parse_json, write_atomically
-from topklm.storage.gcs import storage_errors_are_user_errors
 
 if TYPE_CHECKING:
     from topklm.inference.interventions import Steer

@@ -16,8 +16,8 @@ from topklm.config import Config
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
 from topklm.errors import UserError
+from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, write_atomically
-from topklm.storage.gcs import storage_errors_are_user_errors
 from topklm.training.console import Console
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.

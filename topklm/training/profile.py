@@ -13,8 +13,8 @@ import jax
 
 from topklm import distributed
 from topklm.errors import UserError
+from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, write_atomically
-from topklm.storage.gcs import storage_errors_are_user_errors
 
 FOLDER = "profile"
 STEP_NAME = "train"  # of a step in the trace

@@ -26,10 +26,11 @@ from topklm.data.building.shards import plan_shards
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
-from topklm.data.sources import HF, is_remote, store_errors_are_user_errors
+from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.storage import locks
+from topklm.storage.errors import store_errors_are_user_errors
 from topklm.storage.files import fsync, parse_json, sealed_json, unsealed
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
