@@ -22,17 +22,17 @@ import saved_runs
 
 import topklm
 from topklm import cli, errors
+from topklm.checkpoint import manager
 from topklm.data.tokenizer import train_bpe
-from topklm.training import checkpoints
 
 # The trainer with little patience for storage that fails, and a limit on the size of its files: `SCRIPT BYTES
 # FLAGS...`.
 WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from topklm import main
-from topklm.training import checkpoints
+from topklm.checkpoint import manager
 
-checkpoints.PATIENCE = checkpoints.Patience(while_training_s=2.0, at_end_s=2.0)
+manager.PATIENCE = manager.Patience(while_training_s=2.0, at_end_s=2.0)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main.run())
@@ -295,7 +295,7 @@ def test_a_full_disk_while_a_checkpoint_is_saved_leaves_the_one_before(
 ):
     forget_checkpoints_after(run_copy, 5)
     run = shutil.copytree(run_copy, small_disk / "run")
-    monkeypatch.setattr(checkpoints, "PATIENCE", checkpoints.Patience(while_training_s=2.0, at_end_s=2.0))
+    monkeypatch.setattr(manager, "PATIENCE", manager.Patience(while_training_s=2.0, at_end_s=2.0))
     process = trainer.train(run, {"data.dir": finished_run.parent / "datasets"})
     assert process.exit_code == 2, process.errors
     line = assert_one_line_error(process.errors)

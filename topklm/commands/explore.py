@@ -7,7 +7,7 @@ import webbrowser
 from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.errors import UserError
-from topklm.files import local_path
+from topklm.storage.files import local_path
 
 DESCRIPTION = (
     "Serves pages on which the neurons of a run can be seen, searched and labelled; harvests and measures "

@@ -10,7 +10,6 @@ import topklm
 from topklm.commands import shared, steer_args
 from topklm.commands.shared import Output
 from topklm.errors import UserError
-from topklm.files import local_path
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
@@ -20,6 +19,7 @@ from topklm.neurons.matches import StoredText
 from topklm.neurons.selection import Selected
 from topklm.neurons.show import visible
 from topklm.neurons.store import Store
+from topklm.storage.files import local_path
 
 DESCRIPTION = (
     "Chooses neurons by a pattern that they stand for in what was harvested, by their labels, or from a "

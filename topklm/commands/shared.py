@@ -16,8 +16,8 @@ import rich.console
 import rich.table
 
 from topklm.errors import ArgumentError, UserError
-from topklm.files import is_bucket
 from topklm.progress import TerminalProgress
+from topklm.storage.files import is_bucket
 
 if TYPE_CHECKING:
     import jax

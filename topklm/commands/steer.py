@@ -6,8 +6,8 @@ import json
 from topklm.commands import shared, steer_dose, steer_survey
 from topklm.commands.shared import Output
 from topklm.errors import disk_errors_are_user_errors
-from topklm.files import local_path, write_atomically
 from topklm.steering.survey import Settings
+from topklm.storage.files import local_path, write_atomically
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "

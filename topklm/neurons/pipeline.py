@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax
 
+from topklm.checkpoint.verification import fingerprint
 from topklm.config import ModelConfig
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.verification import fingerprint
 from topklm.neurons import fitting
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
