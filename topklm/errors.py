@@ -26,13 +26,15 @@ _LONGEST_LINE = 4000
 
 
 _NONE: Any = object()  # None is a value that users give
+_VERBS = ("is ", "has ")
 
 
 class UserError(Exception):
     """A mistake that the user can mend, in one line: what, its value, what is allowed, what to do.
 
     Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`; ALLOWED stands for the text "must be ALLOWED".
-    Without a value it reads on from the field: `FIELD TEXT`. Other mistakes are a sentence, the text alone.
+    Without a value it is `FIELD: TEXT`, or `FIELD TEXT` if that begins with "is" or "has". Other mistakes are
+    a sentence, the text alone.
     Quoted values of over 200 characters are cut, and control characters are escaped.
 
     Attributes:
@@ -51,7 +53,9 @@ class UserError(Exception):
         if not self.field:
             return self.text
         if self._value is _NONE:
-            return self.field + ("" if self.text.startswith(":") else " ") + self.text
+            return (
+                f"{self.field} {self.text}" if self.text.startswith(_VERBS) else f"{self.field}: {self.text}"
+            )
         return f"{self.field} = {self._value}: {self.text}"
 
     def named(self, field: str) -> "UserError":
@@ -61,7 +65,7 @@ class UserError(Exception):
     def within(self, field: str, value: Any = _NONE) -> "UserError":
         """Returns the error as one of a field that holds what is wrong; if it is the same, only once."""
         text = self.text if self.field == field else str(self)
-        return UserError(text if value is not _NONE else f": {text}", field=field, value=value)
+        return UserError(text, field=field, value=value)
 
 
 class ArgumentError(UserError, ValueError):
@@ -116,11 +120,13 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as e:
         code = system_error(e)
         if code not in _DISK_ERRORS:
             raise
-        raise UserError(f"{doing}{_place(e)}: {_DISK_ERRORS[code]}") from e
+        raise UserError(_DISK_ERRORS[code], field=f"{doing}{_place(e)}") from e
 
 
 def _place(error: Exception) -> str:

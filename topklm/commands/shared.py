@@ -139,7 +139,7 @@ def check_goes_with(arguments: argparse.Namespace, other: str, *names: str) -> N
     """Raises UserError for a flag that was given, and only means something with another one."""
     for name in names:
         if getattr(arguments, name) not in (None, False):
-            raise UserError(f": goes with {flag(other)} only; leave it out", field=flag(name))
+            raise UserError(f"goes with {flag(other)} only; leave it out", field=flag(name))
 
 
 @contextlib.contextmanager
