@@ -26,8 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests assert no wall-clock times, and a busy disk may take longer than hypothesis's 200 ms.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+hypothesis.settings.register_profile("by day", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("at night", deadline=None)
 
 
 # Seconds that each file took when it was last recorded, with `pytest -n 2 --record-durations`.
@@ -42,7 +42,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Records durations if asked to, in the process that hears of all tests."""
+    """Chooses how much is tried, and records durations in the process that hears of all tests."""
+    hypothesis.settings.load_profile("at night" if config.option.markexpr else "by day")
     if config.option.record_durations and "PYTEST_XDIST_WORKER" not in os.environ:
         config.pluginmanager.register(DurationsRecorder(config.rootpath))
 

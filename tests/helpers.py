@@ -22,6 +22,7 @@ import time
 from typing import Any
 
 from etils import epath
+import hypothesis
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -57,6 +58,12 @@ TINY: Mapping[str, Any] = {
     "log.every_steps": 1,
 }
 WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained", "input_wait", "goodput")
+
+
+def tries(number: int) -> hypothesis.settings:
+    """Lets hypothesis try as many examples at night, with `-m`; a third by day."""
+    by_night = hypothesis.settings().max_examples >= hypothesis.settings.get_profile("at night").max_examples
+    return hypothesis.settings(max_examples=number if by_night else number // 3)
 
 
 def sentences(seed: int, n_documents: int) -> list[str]:

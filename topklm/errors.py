@@ -53,9 +53,7 @@ class UserError(Exception):
         if not self.field:
             return self.text
         if self._value is _NONE:
-            return (
-                f"{self.field} {self.text}" if self.text.startswith(_VERBS) else f"{self.field}: {self.text}"
-            )
+            return self.field + ("" if self.text.startswith(_VERBS) else ":") + f" {self.text}"
         return f"{self.field} = {self._value}: {self.text}"
 
     def named(self, field: str) -> "UserError":
