@@ -27,7 +27,7 @@ _GOES_ON = ("train", "prepare", "steer", "neurons harvest", "neurons measure", "
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """The console script's entry: returns the exit code."""
+    """Runs the console script; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
     goes_on = f"{' '.join(arguments[:2])} ".startswith(tuple(f"{verb} " for verb in _GOES_ON))

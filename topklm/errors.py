@@ -30,7 +30,7 @@ _VERBS = ("is ", "has ")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one line: what, its value, what is allowed, what to do.
+    """A mistake that the user can mend, in one line: field, value, allowed values, advice.
 
     Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`; ALLOWED stands for the text "must be ALLOWED".
     Without a value it is `FIELD: TEXT`, or `FIELD TEXT` if that begins with "is" or "has". Other mistakes are
@@ -38,8 +38,8 @@ class UserError(Exception):
     Quoted values of over 200 characters are cut, and control characters are escaped.
 
     Attributes:
-        field: What is wrong, as the reader knows it: "model.topk_k", "--port", "top_p"; "" in a sentence.
-        text: What is wrong with it.
+        field: Name of the value as the reader knows it: "model.topk_k", "--port", "top_p"; "" in a sentence.
+        text: The line without the field and its value.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
     """Turns an operating-system refusal (full disk, no permission) inside the block into a UserError.
 
     Args:
-        doing: What was attempted, for the message, e.g. "writing the checkpoint of step 400".
+        doing: The attempt, for the message, e.g. "writing the checkpoint of step 400".
     """
     try:
         yield
@@ -192,7 +192,7 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
     """Runs a command to its exit code.
 
     Args:
-        command: What to run.
+        command: Is run once.
         on_storage: The exit code where storage failed in a way that may pass. A launcher starts a trainer
             again at 75, and not at 2.
 

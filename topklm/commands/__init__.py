@@ -25,7 +25,7 @@ def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
     Args:
         verb: Its name.
         command: Its module.
-        argv: What comes after the name.
+        argv: The words after the name.
 
     Raises:
         UserError: For arguments that the verb does not have.

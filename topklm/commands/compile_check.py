@@ -1,4 +1,4 @@
-"""`topklm compile-check`: what the train step of a config needs on a TPU slice that is not there."""
+"""`topklm compile-check`: compiles the train step of a config for a TPU slice that is not there."""
 
 import argparse
 from collections.abc import Sequence

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = None if arguments.export is None else local_path(arguments.export, "--export")
     shared.check_installed("explore", _NEEDED)
     shared.check_on_disk(arguments.run, "pages are made from a folder on a disk")
-    # What follows needs packages of the extra, which may not be there for those above.
+    # These need packages of the extra, which may not be there for those above.
     from topklm.explorer import export, neuronpedia, server  # noqa: PLC0415
     from topklm.explorer.source import Source  # noqa: PLC0415
     from topklm.neurons.pipeline import ensure_measured  # noqa: PLC0415
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _neurons(text: str | None) -> list[tuple[int, int]] | None:
-    """None for all."""
+    """Reads --neurons; None stands for all."""
     if text is None or text == "all":
         return None
     found = [re.fullmatch(r"(\d{1,9}):(\d{1,9})", part.strip()) for part in text.split(",")]

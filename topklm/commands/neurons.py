@@ -183,7 +183,7 @@ def _summary(folder: NeuronsFolder, store: Store) -> str:
 
 
 def _count(text: str) -> int:
-    """A number of 1 or more, also written 2_000_000."""
+    """Reads a number of 1 or more, also written 2_000_000."""
     digits = text.replace("_", "").lstrip("0")
     if not re.fullmatch(r"[0-9][0-9_]*", text) or not digits:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")

@@ -1,4 +1,4 @@
-"""`topklm neurons ablate-set`: what a model loses of one text, and of another, without some neurons."""
+"""`topklm neurons ablate-set`: measures the losses of two texts without some neurons."""
 
 import argparse
 from collections.abc import Sequence
@@ -229,7 +229,7 @@ def _cells(before: float, change: float, low: float, high: float) -> tuple[str, 
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Of "8,32"."""
+    """Reads "8,32"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, 1 or more, with commas between")

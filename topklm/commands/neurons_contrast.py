@@ -114,7 +114,7 @@ def _too_few(texts: Sequence[Text], n_units: Sequence[int], unit: str, window: i
 
 
 def _warnings(texts: Sequence[Text], unit: str, found: Contrast) -> list[str]:
-    """What a reader of the p-values has to know."""
+    """Lists the reasons to distrust the p-values."""
     lines = text_pair.warnings(texts)
     if unit == "window":
         lines.append(

@@ -152,7 +152,7 @@ def _find_in_store(arguments: argparse.Namespace) -> None:
 
 
 def _folder(run: str, step: int | None) -> NeuronsFolder:
-    """Where the activations are: of a step, or of the newest that has some."""
+    """Finds the activations of a step, or of the newest that has some."""
     shared.check_on_disk(run)
     folder = Path(as_path(run, "RUN"))
     if not folder.is_dir():
@@ -182,7 +182,7 @@ def _open_store(folder: NeuronsFolder) -> Store:
 
 
 def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that are this text, with and without a space before it; or of this id."""
+    """Finds the tokens that are this text, with and without a space before it; or of this id."""
     if _ID.fullmatch(token):
         if len(token.lstrip("0")) > 9 or int(token) >= tokenizer.vocab_size:
             raise UserError(

@@ -129,7 +129,7 @@ def _build(
 
 
 def _beam() -> ModuleType:
-    """The module that needs the extra `beam`."""
+    """Imports the module that needs the extra `beam`."""
     logging.disable(logging.WARNING)  # as it is imported, Beam warns of the optional parts that it misses
     try:
         return importlib.import_module("topklm.data.building.beam")

@@ -1,4 +1,4 @@
-"""`topklm serve`: a model behind OpenAI's interface for completions, with its neurons beside it."""
+"""`topklm serve`: serves a model by OpenAI's interface for completions, with its neurons beside it."""
 
 import argparse
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     shared.check_installed("serve", _NEEDED)
-    # What follows needs packages of the extra, and JAX.
+    # These need packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
     from topklm import compilation_cache  # noqa: PLC0415
     from topklm.server import run as running  # noqa: PLC0415

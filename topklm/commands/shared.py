@@ -1,4 +1,4 @@
-"""What the verbs share: RUN, --step and --json, where output goes, and checks of flags.
+"""Arguments, output and checks that the verbs share: RUN, --step, --json, the console, errors of flags.
 
 Imports nothing slow, for `--help` imports it.
 """
@@ -76,7 +76,7 @@ def add_address(parser: argparse.ArgumentParser, port: int, beyond: str) -> None
     Args:
         parser: Of the verb.
         port: The default.
-        beyond: What is demanded where other machines can reach it, for the help.
+        beyond: The demand on clients of other machines, for the help.
     """
     parser.add_argument(
         "--port", type=int, default=port, metavar="N", help="0: any that is free; default %(default)s"

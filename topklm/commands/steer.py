@@ -1,4 +1,4 @@
-"""`topklm steer`: what setting a neuron does to the text, and how many of a model's neurons do anything."""
+"""`topklm steer`: measures the effect of setting a neuron on the text, and how many neurons have one."""
 
 import argparse
 import json

@@ -62,8 +62,8 @@ def intervention(
         number: Of the neuron.
         mode: One of `MODES`.
         value: As it was written; None where the mode needs none.
-        flag: What the user gave it with, for errors.
-        said: What the user gave.
+        flag: By which the user gave it, for errors.
+        said: The value of the flag.
         config: Of the model, if it is known.
 
     Raises:
@@ -82,7 +82,7 @@ def intervention(
 
 
 def needs_value(mode: str) -> bool:
-    """Whether a mode does anything with a value."""
+    """Tells whether a mode uses its value."""
     return mode not in WITHOUT_VALUE
 
 
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:
-    """What these arguments say; None if they say nothing.
+    """Reads the interventions that the arguments name; None for none.
 
     Raises:
         UserError: For what is no intervention, or does not fit the model.

@@ -1,4 +1,4 @@
-"""`topklm steer --neuron`: what one neuron does to the text at one value after another."""
+"""`topklm steer --neuron`: measures the text that one neuron makes at one value after another."""
 
 import argparse
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
 
 
 def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
-    """In units of the neuron's activation."""
+    """Reads --values, in units of the neuron's activation."""
     if not steer_args.needs_value(arguments.mode):
         if arguments.values is not None:
             raise shared.wrong(arguments, "values", f"mode {arguments.mode} has no use for values")

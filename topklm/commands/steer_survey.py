@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], 
     """Surveys one run or two; returns what was found, and what shows it to a person."""
     settings = _settings(arguments)
     runs = [arguments.run] + ([arguments.against] if arguments.against is not None else [])
-    # What the second lacks is said before the first is surveyed.
+    # Both are opened before the first is surveyed, which takes long.
     opened = [_open(run, arguments.step if run == arguments.run else None) for run in runs]
     found = []
     for model, store in opened:

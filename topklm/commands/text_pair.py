@@ -1,4 +1,4 @@
-"""What the commands that compare two texts share: the two flags, the documents, the model that reads them."""
+"""Flags, documents and model of the commands that compare two texts."""
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Text:
         documents: Token ids of each, int32[n], none empty and no two the same.
         n_repeated: Documents left out because the same had come before.
         unreadable: How many were left out that cannot be read, by reason.
-        is_whole: Whether nothing was left out behind the limit of tokens.
+        is_whole: Whether nothing was left out after the limit of tokens.
     """
 
     flag: str
@@ -53,7 +53,7 @@ class Text:
         return sum(map(len, self.documents))
 
     def facts(self) -> dict[str, object]:
-        """For --json."""
+        """Returns the text in figures, for --json."""
         return {
             "source": self.source,
             "documents": len(self.documents),
@@ -132,7 +132,7 @@ def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[
 
 
 def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mesh]:
-    """The model, on all devices of this host.
+    """Loads the model onto all devices of this host.
 
     Raises:
         UserError: If there is none, or it does not have the layer that was asked for.
@@ -147,7 +147,7 @@ def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mes
 
 
 def read(arguments: argparse.Namespace, flags: Sequence[str], model: LanguageModel) -> tuple[Text, Text]:
-    """Both texts.
+    """Reads both texts.
 
     Raises:
         UserError: For text that cannot be read or is empty, or a document that both hold.
@@ -173,7 +173,7 @@ def count(
     keep: int | None = None,
     piece: int | None = None,
 ) -> UnitCounts:
-    """`unit_counts.count`, with progress."""
+    """Calls `unit_counts.count` with progress."""
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         done = 0
 
@@ -195,14 +195,14 @@ def count(
 
 
 def labels(arguments: argparse.Namespace, model: LanguageModel) -> dict[tuple[int, int], str]:
-    """What people call neurons of the run."""
+    """Reads the labels of the run's neurons."""
     if is_bucket(arguments.run):
         return {}
     return Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
 
 
 def warnings(texts: Sequence[Text]) -> list[str]:
-    """What of the texts was not taken, a line each."""
+    """Lists the parts of the texts that were not read, a line each."""
     lines = []
     for text in texts:
         if text.n_repeated:

@@ -159,7 +159,7 @@ def _mistakes_of(file: str) -> Iterator[None]:
 
 
 def _run_name(config_file: str) -> str:
-    """configs/small.py:base -> small-base."""
+    """Makes a folder's name of a config's: small-base of configs/small.py:base."""
     path, _, variant = config_file.partition(":")
     return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (pathlib.Path(path).stem, variant) if part)
 

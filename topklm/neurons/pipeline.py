@@ -156,7 +156,7 @@ def check_keep(config: ModelConfig, keep: int | None) -> None:
 
 
 def _check_kind(folder: NeuronsFolder, kind: str) -> None:
-    """Before minutes are spent on a dictionary: a store of something else would refuse it."""
+    """Raises UserError for a store of another kind, before minutes are spent on a dictionary."""
     if folder.store.exists() and (there := Store(folder.store).metadata.kind) != kind:
         raise UserError(
             f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
@@ -175,7 +175,7 @@ def _dictionary(
     n_tokens: int,
     share: Share,
 ) -> Dictionary:
-    """The dictionary beside the store; it is made if there is none."""
+    """Loads the dictionary beside the store, or makes it."""
     if there := fitting.load_fitting(folder.dictionary, kind, keep, n_tokens):
         return there
     data = model.config.data
