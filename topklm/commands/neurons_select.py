@@ -72,9 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
     done = arguments.mode, arguments.value, "--value", arguments.value
-    entries = [
-        steer_args.intervention(one.layer, one.neuron, *done, config=model.config.model) for one in chosen
-    ]
+    entries = [steer_args.intervention(one.layer, one.neuron, *done) for one in chosen]
+    for entry in entries:
+        try:
+            entry.check(model.config.model)
+        except ValueError as e:
+            raise UserError(str(e), field=f"neuron {entry.layer}:{entry.neuron}") from e
     save_interventions(arguments.save, entries, model=steer_args.name_of(model))
     facts = {
         "run": arguments.run,
