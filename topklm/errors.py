@@ -25,7 +25,7 @@ _LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
 _LONGEST_LINE = 4000
 
 
-_NONE: Any = object()  # None is a value that users give
+_NONE: Any = ...  # None is a value that users give; this stays the same in other processes
 _VERBS = ("is ", "has ")
 
 
