@@ -9,30 +9,25 @@ differences from the TopK model of the same place in the list; and draws the dis
 docs/images/NAME.svg.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from benchmarks import gallery_intervals
-from benchmarks.plot_loss_curves import COLOURS
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
 from topklm import run_folder
 from topklm.data.tokenizer import Tokenizer
-from topklm.files import write_atomically
 from topklm.neurons.dictionary import KINDS, TITLES
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
@@ -62,7 +57,7 @@ FIGURES = {
 
 def main() -> None:
     """Reads the statistics, writes the JSON and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--topk", type=pathlib.Path, nargs="+", required=True, help="run folders")
     parser.add_argument("--base", type=pathlib.Path, nargs="+", required=True, help="of their twins")
     parser.add_argument(
@@ -103,10 +98,9 @@ def main() -> None:
         },
         "first": {kind: _first(folders[0]) for kind, folders in runs.items()},
     }
-    path = ROOT / "benchmarks" / "results" / f"{arguments.out}.json"
-    write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    results.save(results.FOLDER / f"{arguments.out}.json", result)
     rows = {kind: [table.read(folder.table)[0] for folder in folders] for kind, folders in runs.items()}
-    draw(rows, ROOT / "docs" / "images" / f"{arguments.out}.svg")
+    draw(rows, results.IMAGES / f"{arguments.out}.svg")
 
 
 def _folder(run: pathlib.Path) -> NeuronsFolder:
@@ -186,11 +180,11 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
         rows: Tables of several seeds, by kind of model.
         path: Of the picture.
     """
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 9, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
     layers = sorted(set(rows[TOPK][0]["layer"].to_pylist()))
     shape = (len(FIGURES), len(layers))
-    figure, axes = plt.subplots(*shape, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False)
+    figure, axes = pictures.panels(
+        *shape, font_size=9, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False
+    )
     for row, (across, (name, label)) in enumerate(zip(axes, FIGURES.items(), strict=True)):
         for panel, layer in zip(across, layers, strict=True):
             for kind, tables in rows.items():
@@ -210,9 +204,7 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
     lines, kinds = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, kinds, loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu_check
 
-Every exact backend must give the bits of "lax" over many shapes, or nothing is timed. The sides of a
+Every exact backend must give the bits of "lax" over many shapes, or nothing is timed. The subjects of a
 comparison take turns; `torch.topk` is among them where PyTorch sees the GPU too.
 """
 
@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import json
 import os
-from pathlib import Path
 import sys
 import time
 from typing import Any
@@ -21,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.harness import results, timing
 from topklm import errors
-from topklm.bench import machine, timing
 from topklm.config import TOPK_ACTIVATIONS
-from topklm.files import write_atomically
 from topklm.model import topk_pallas
 from topklm.model.topk import topk
 
-RESULT = Path(__file__).parent / "results" / "gpu_topk.json"
+RESULT = results.FOLDER / "gpu_topk.json"
 REPEATS = 7
 SECONDS_A_SAMPLE = 0.05
 EPSILON = 1e-6
@@ -66,8 +64,8 @@ def run() -> None:
     for size in TIMED:
         sizes.append(measure(*size))
         print(json.dumps(sizes[-1]), flush=True)
-    result = {"machine": machine.describe(), "comparisons": n_checked, "goals": GOALS, "sizes": sizes}
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    result = {"comparisons": n_checked, "goals": GOALS, "sizes": sizes}
+    results.write(RESULT, result, shown={})
 
 
 def check() -> int:
@@ -142,12 +140,12 @@ def measure(n_rows: int, d: int, k: int, dtype: str) -> dict[str, Any]:
     x = jnp.asarray(np.tile(rows, (n_rows // len(rows), 1)))
     residual, scale = x[::-1] * 0.5, jnp.ones(d, jnp.float32)
     plain, fused = _forward_sides(x, residual, scale, k)
-    sides = {
+    subjects = {
         name: _jax_side(function, *arguments) for name, (function, *arguments) in {**plain, **fused}.items()
     }
     if _torch_sees_the_gpu():
-        sides["torch.topk and scatter"] = _torch_side(rows, n_rows // len(rows), k)
-    samples = timing.alternate(sides, REPEATS, at_least=SECONDS_A_SAMPLE, label=f"{dtype} {n_rows} x {d}")
+        subjects["torch.topk and scatter"] = _torch_side(rows, n_rows // len(rows), k)
+    samples = timing.alternate(subjects, REPEATS, at_least=SECONDS_A_SAMPLE, label=f"{dtype} {n_rows} x {d}")
     copy, kernel = samples["copy"].median, samples["pallas_gpu"].median
     return {
         "rows": n_rows,
@@ -191,7 +189,7 @@ def _forward_sides(x: jax.Array, residual: jax.Array, scale: jax.Array, k: int) 
     return plain, fused
 
 
-def _jax_side(function: Callable, *arguments: jax.Array) -> timing.Side:
+def _jax_side(function: Callable, *arguments: jax.Array) -> timing.Subject:
     compiled = jax.jit(function)
 
     def side(calls: int) -> float:
@@ -212,7 +210,7 @@ def _torch_sees_the_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _torch_side(rows: np.ndarray, repeats: int, k: int) -> timing.Side:
+def _torch_side(rows: np.ndarray, repeats: int, k: int) -> timing.Subject:
     import torch  # noqa: PLC0415 (optional)
 
     dtype = getattr(torch, rows.dtype.name)

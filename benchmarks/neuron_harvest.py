@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.bench import timing
+from benchmarks.harness import timing
 from topklm.config import ModelConfig
 from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
@@ -78,8 +78,8 @@ def against_forward(
 
     batches = _batches(config, documents, separator_id, rows)
     forward = timing.timed(functools.partial(_forward_all, config, model.params, mesh, batches))
-    sides = {"harvest": harvest, "forward": forward}
-    samples = timing.alternate(sides, repeats, label="harvest")
+    subjects = {"harvest": harvest, "forward": forward}
+    samples = timing.alternate(subjects, repeats, label="harvest")
     ratios = samples["forward"].speedup_over(samples["harvest"])
     n_tokens = sum(map(len, documents))
     return {
@@ -110,8 +110,8 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
         logits, cache = model.run_with_cache(tokens)
         jax.block_until_ready((logits, cache.neurons.values))
 
-    sides = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
-    samples = timing.alternate(sides, repeats, label="capture")
+    subjects = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
+    samples = timing.alternate(subjects, repeats, label="capture")
     ratios = samples["forward"].speedup_over(samples["captured"])
     return {
         "over_forward": statistics.median(ratios),
