@@ -37,6 +37,7 @@ from benchmarks.harness.timing import Samples, Subject
 from benchmarks.neuron_harvest import Held, against_forward, capture_against_forward
 import topklm
 from topklm import sharding
+from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
 from topklm.explorer import export as html
 from topklm.explorer import neuronpedia
@@ -49,7 +50,6 @@ from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
 from topklm.progress import Progress
-from topklm.run_folder import CONFIG_FILE, TOKENIZER_FILE
 
 RESULT = results.FOLDER / "neuron_pages.json"
 TARGETS = {

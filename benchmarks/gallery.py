@@ -20,7 +20,7 @@ import pyarrow.compute
 from benchmarks import gallery_intervals
 from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.neurons.dictionary import KINDS, TITLES
 from topklm.neurons.folder import NeuronsFolder

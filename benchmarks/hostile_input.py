@@ -20,9 +20,9 @@ AREAS = {
     "output, locale, names, locks, memory": ["tests/test_surroundings.py"],
     "runs, damaged or unreadable": [
         "tests/test_damaged_runs.py",
-        "tests/training/test_damaged_checkpoints.py",
+        "tests/checkpoint/test_damaged_checkpoints.py",
     ],
-    "storage that fails": ["tests/training/test_failing_saves.py"],
+    "storage that fails": ["tests/checkpoint/test_failing_saves.py"],
     "metrics": ["tests/training/test_metrics.py"],
     "neuron store, table and index, damaged or unreadable": [
         "tests/neurons/test_damaged_store.py",

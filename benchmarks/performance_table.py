@@ -15,7 +15,7 @@ from benchmarks.harness import results as results_lib
 from benchmarks.harness.report import formatted
 from benchmarks.harness.results import FOLDER, ROOT, Content, markdown
 from benchmarks.performance_targets import GPU, TARGETS, Target
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 INDEX = "README.md"

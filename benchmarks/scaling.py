@@ -25,7 +25,7 @@ from topklm.compile_check.hlo import KINDS
 from topklm.compile_check.report import Report, as_text, from_dict
 from topklm.compile_check.topology import GIB, Chip
 from topklm.config import Config, resolve
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = results.FOLDER / "scaling.json"
 DOCUMENT = results.ROOT / "docs" / "scaling.md"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
