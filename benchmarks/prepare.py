@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import results
-from topklm.data.readers import FileReader, Problem
+from topklm.data.documents import Problem
+from topklm.data.readers import FileReader
 from topklm.data.sources import find
 from topklm.data.tokenizer import train_bpe
 

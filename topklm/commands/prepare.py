@@ -12,6 +12,7 @@ from typing import Any
 import rich.console
 import rich.table
 
+from topklm.data import formats
 from topklm.data.building.build import build
 from topklm.data.building.encode import Selection
 from topklm.data.building.local import LocalEngine
@@ -27,8 +28,8 @@ from topklm.storage.files import check_name
 
 DESCRIPTION = (
     "Turns text into a dataset of token shards, which training streams. SOURCE is a file, a folder, a glob, "
-    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files are .txt, .jsonl or .json, each also with .gz "
-    "or .zst, or .parquet. "
+    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files end in "
+    f"{formats.described()}. "
     "Killed, it continues when started again; finished, it does nothing."
 )
 EXAMPLE = "topklm prepare 'texts/*.jsonl.gz' --tokenizer train:16384 --out datasets/mine"

@@ -1,12 +1,10 @@
 """Finds the text: from what a user names as sources to the single files that hold it.
 
-Knows local folders, globs, remote stores and Hugging Face datasets. Reads no text: that is
-`topklm.data.readers`' affair.
+Knows local folders, globs and remote stores. Text is read by `topklm.data.readers`.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import datetime
 import glob
@@ -17,24 +15,16 @@ import re
 import sys
 from typing import Any
 from urllib.parse import urlsplit
-import zlib
 
 import fsspec
 import fsspec.asyn
 
+from topklm.data import formats, tables
+from topklm.data.formats import QUICKSTART
+from topklm.data.tables import HF
 from topklm.errors import UserError, one_line
-from topklm.imports import optional_module
-from topklm.storage.errors import EXTRAS, store_errors, store_errors_are_user_errors
+from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
-QUICKSTART = "quickstart"
-HF = "hf"
-COMPRESSIONS = ("", ".gz", ".zst")
-ENDINGS = (
-    *(kind + compression for kind in (".txt", ".jsonl", ".json") for compression in COMPRESSIONS),
-    ".parquet",
-)
-
-_FILES = ".txt, .jsonl, .json (each also with .gz or .zst) or .parquet"
 _NO_ENDING = "no ending"
 _MAX_ENDINGS = 8  # of files that are left out, in one line
 # Of files that are not read; what comes before tells more of them.
@@ -69,7 +59,7 @@ class SourceFile:
     """One unit of text that is read from its start to its end."""
 
     url: str  # absolute local path, URL, or "hf:NAME:CONFIG:SPLIT#3/8" (unit 3 of 8, counted from 0)
-    ending: str  # decides how it is read: one of ENDINGS, HF or QUICKSTART
+    ending: str  # decides how it is read: one of `formats.endings()`, HF or QUICKSTART
     size: int  # bytes as stored; 0 where nobody knows
     version: str  # another one where the content may be another; "" where nobody knows
 
@@ -161,22 +151,6 @@ def local_version(status: os.stat_result) -> str:
     return str(status.st_mtime_ns)
 
 
-def hf_dataset(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
-    """One split of a Hugging Face dataset, streaming, and its version.
-
-    Raises:
-        UserError: If there is no such dataset, configuration or split, or the package is not installed.
-    """
-    datasets = optional_module("datasets", "hf", flag)
-    source = f"hf:{name}:{config}:{split}"
-    with _hf_errors_are_user_errors(flag, source):
-        builder = datasets.load_dataset_builder(name, config)
-        splits = builder.as_streaming_dataset()
-    if split not in splits:
-        raise UserError(f"{flag}: {source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return splits[split], str(builder.hash)
-
-
 def hf_parts(url: str) -> tuple[str, str, str, int, int]:
     """Name, configuration, split, shard and number of shards of a unit's URL."""
     source, _, unit = url.removeprefix("hf:").rpartition("#")
@@ -191,8 +165,8 @@ def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tu
         file = _quickstart_file(flag)
         yield file.url, file
     elif source.startswith("hf:"):
-        for file in _hf_files(source, flag):
-            yield file.url, file
+        for url, version in tables.find_hf(source, flag):
+            yield url, SourceFile(url, HF, 0, version)
     elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
         for file in _remote_files(source, flag, say):
             yield file.url, file
@@ -259,18 +233,19 @@ def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], No
     others: Counter[str] = Counter()
     known = []
     for name in names:
-        if _ending(name):
+        if formats.ending_of(name):
             known.append(name)
         else:
             others[_unknown_ending(name)] += 1
     counts = [f"{ending} {n:,}" for ending, n in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     shown = ", ".join(counts[:_MAX_ENDINGS])
     shown += f" and {len(counts) - _MAX_ENDINGS} more endings" if len(counts) > _MAX_ENDINGS else ""
+    wanted = formats.described()
     if not known:
         left_out = f" (there are: {shown})" if others else ""
-        raise UserError(f"{flag}: no file below {folder!r} ends in {_FILES}{left_out}; check the path")
+        raise UserError(f"{flag}: no file below {folder!r} ends in {wanted}{left_out}; check the path")
     if others:
-        say(f"{flag}: left out {others.total():,} file(s) below {folder}, not ending in {_FILES}: {shown}")
+        say(f"{flag}: left out {others.total():,} file(s) below {folder}, not ending in {wanted}: {shown}")
     return known
 
 
@@ -281,7 +256,7 @@ def _unknown_ending(name: str) -> str:
 
 
 def _local_file(path: str, flag: str) -> SourceFile:
-    ending = _checked_ending(path, flag)
+    ending = formats.checked_ending(path, flag)
     try:
         status = os.stat(path)
     except OSError as e:
@@ -308,7 +283,7 @@ def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[So
     for name in names:
         url, info = before + name if before is not None else fs.unstrip_protocol(name), infos[name]
         files.append(
-            SourceFile(url, _checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
+            SourceFile(url, formats.checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
         )
     return files
 
@@ -354,56 +329,6 @@ def _ask(fs: Any, path: str) -> dict[str, Any]:
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
 
 
-def _hf_files(source: str, flag: str) -> list[SourceFile]:
-    """One unit for each shard of the dataset."""
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
-        raise UserError(f"{flag} = {source!r}: must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    datasets = optional_module("datasets", "hf", flag)
-    name = os.path.expanduser(name)
-    name = os.path.abspath(name) if os.path.isdir(name) else name
-    with _hf_errors_are_user_errors(flag, source):
-        configs = datasets.get_dataset_config_names(name)
-        default = datasets.get_dataset_default_config_name(name)
-    config, split = (*rest, "", "")[:2]
-    default = configs[0] if len(configs) == 1 else default
-    if config and config not in configs and len(rest) == 1 and default:
-        config, split = default, config  # hf:NAME:SPLIT, as there is but one configuration to mean
-    config, split = config or default or "", split or "train"
-    if config not in configs:
-        which = f"has no configuration {config!r}" if config else "has several configurations"
-        raise UserError(
-            f"{flag}: {source!r} {which}; give hf:{name}:CONFIG with one of {', '.join(sorted(configs))}"
-        )
-    dataset, version = hf_dataset(name, config, split, flag)
-    n = dataset.num_shards
-    digits = len(str(n))  # sorted by name is sorted by number
-    return [SourceFile(f"hf:{name}:{config}:{split}#{i:0{digits}}/{n}", HF, 0, version) for i in range(n)]
-
-
-@contextlib.contextmanager
-def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
-        raise UserError(
-            f"{flag}: {source!r} cannot be opened: {e}; check its name, its files and the network"
-        ) from e
-
-
-def _ending(name: str) -> str:
-    """Returns the known ending of a path or URL, in lower case, or ""."""
-    path = urlsplit(name).path if name.startswith("http") else name
-    return next((ending for ending in ENDINGS if path.lower().endswith(ending)), "")
-
-
-def _checked_ending(name: str, flag: str) -> str:
-    ending = _ending(name)
-    if not ending:
-        raise UserError(f"{flag}: cannot read {name!r}: files must end in {_FILES}")
-    return ending
-
-
 def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".")
 
@@ -412,7 +337,7 @@ def _stem(file: SourceFile) -> str:
     if file.ending == QUICKSTART:
         return QUICKSTART
     if file.ending == HF:
-        name, config, split = hf_parts(file.url)[:3]
+        name, config, split = tables.hf_parts(file.url)[:3]
         return "-".join(part for part in (Path(name).name, config, split) if part != "default")
     path = urlsplit(file.url).path if file.url.startswith("http") else file.url
     return path.rpartition("/")[2][: -len(file.ending)]

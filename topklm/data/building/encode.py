@@ -21,7 +21,8 @@ import numpy as np
 from topklm.data.building.chunks import INDEX_DTYPE, Chunk
 from topklm.data.building.storage import Storage
 from topklm.data.building.words import Encode
-from topklm.data.readers import FileReader, Problem
+from topklm.data.documents import Problem
+from topklm.data.readers import FileReader
 from topklm.data.records import token_dtype
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer
