@@ -10,8 +10,7 @@ import rich.rule
 import rich.table
 import rich.text
 
-from topklm.data.dataset import SPLITS, load_dataset
-from topklm.data.inspect import Window, sample_windows
+from topklm.data.dataset import SPLITS, Window, load_dataset, sample_windows
 from topklm.data.verify import Report, verify
 from topklm.errors import UserError
 from topklm.progress import TerminalProgress

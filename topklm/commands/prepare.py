@@ -14,11 +14,10 @@ import rich.table
 
 from topklm.data import formats
 from topklm.data.building.build import build
+from topklm.data.building.description import Settings, Sources
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources
+from topklm.data.building.engines import LocalEngine, Workers, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers, all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find

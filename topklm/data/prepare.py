@@ -13,11 +13,10 @@ import time
 
 from topklm.config import DataConfig
 from topklm.data.building.build import build
+from topklm.data.building.description import Settings, Sources, fingerprint
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources, fingerprint
+from topklm.data.building.engines import LocalEngine, Workers, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers, all_cores
 from topklm.data.dataset import is_dataset, load_dataset
 from topklm.data.mixture import Mixture, open_mixture
 from topklm.data.records import sha256_of_file

@@ -9,11 +9,10 @@ import pytest
 
 from topklm.data.building import encode
 from topklm.data.building.build import build
+from topklm.data.building.description import Settings, Sources
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources
+from topklm.data.building.engines import LocalEngine, Workers
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find

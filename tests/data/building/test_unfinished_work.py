@@ -9,8 +9,8 @@ import pytest
 from test_build import SETTINGS, Interruption, contents, make, write_lines
 
 from topklm.data.building import encode
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Sources
+from topklm.data.building.description import Sources
+from topklm.data.building.engines import LocalEngine
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError

@@ -20,7 +20,7 @@ import numpy as np
 
 from topklm.data.building.chunks import INDEX_DTYPE, Chunk
 from topklm.data.building.storage import Storage
-from topklm.data.building.words import Encode
+from topklm.data.building.word_cache import Encode
 from topklm.data.documents import Problem
 from topklm.data.readers import FileReader
 from topklm.data.records import token_dtype
@@ -115,7 +115,7 @@ def encode_file(
     Args:
         job: The file and its settings.
         tokenizer: The one that `job` names.
-        encode: How its tokens are found, see `words.fastest`.
+        encode: How its tokens are found, see `word_cache.fastest`.
         work: Its folder `job.folder` receives the chunks.
         report: Told about progress.
 

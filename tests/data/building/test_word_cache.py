@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.data.building.words import WordEncoder, fastest
+from topklm.data.building.word_cache import WordEncoder, fastest
 from topklm.data.tokenizer import open_tokenizer, train_bpe
 
 TEXTS = [f"The sea, the sea! {n} ships sailed\n\n in 'twenty-{n};\tshe'd seen them." for n in range(60)]

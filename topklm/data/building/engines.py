@@ -1,4 +1,4 @@
-"""Runs the same function on many tasks, on as many cores as asked for, and hears how far each is.
+"""The engine of one machine: its cores, each told the same function and many tasks, and heard while it works.
 
 A core is a process, unless there are fewer tasks than cores: then the tokenizer's own threads take the rest.
 """
@@ -15,6 +15,11 @@ import threading
 import time
 from typing import Any, TypeVar
 
+from topklm.data.building.chunks import Chunk, Totals, drop_duplicates
+from topklm.data.building.encode import FileResult, Report
+from topklm.data.building.storage import Storage
+from topklm.data.building.work_items import EncodeTask, ShardTask
+from topklm.data.records import Shard
 from topklm.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -22,7 +27,6 @@ _ORPHAN_POLL_SECONDS = 1.0
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[..., None]
 
 _reports: Any = None  # in a worker process: where its reports go
 
@@ -167,3 +171,34 @@ def _limit_threads(threads: int) -> None:
 
 def _call(function: Callable, task: Any) -> Any:
     return function(task, lambda *message: _reports.put(message))
+
+
+class LocalEngine:
+    """See `work_items.Engine`."""
+
+    def __init__(self, workers: Workers):
+        self._workers = workers
+
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
+        """See `work_items.Engine`."""
+        # The largest first, so that no worker is left with a large one at the end.
+        order = sorted(range(len(tasks)), key=lambda i: -tasks[i].job.file.size)
+        done = self._workers.map(_run, [tasks[i] for i in order], report)
+        by_number = dict(zip(order, done, strict=True))
+        return [by_number[i] for i in range(len(tasks))]
+
+    def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
+        """See `work_items.Engine`."""
+        drop_duplicates(chunks, work.path)
+
+    def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
+        """See `work_items.Engine`."""
+        return [chunk.totals() for chunk in chunks]
+
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
+        """See `work_items.Engine`."""
+        return self._workers.map(_run, tasks, report)
+
+
+def _run(task: Any, report: Report) -> Any:
+    return task.run(report)
