@@ -1,4 +1,4 @@
-"""The ablation behind the model's defaults: one setting changed at a time, two seeds each.
+"""The ablation for the model's defaults: one setting changed at a time, two seeds each.
 
     python -m benchmarks.ablate_defaults --runs runs/ablation --out benchmarks/results/ablation.json
 

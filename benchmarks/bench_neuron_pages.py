@@ -1,4 +1,4 @@
-"""What it takes to look at the neurons of a run: to harvest, to store, to measure and to write pages.
+"""The cost of looking at the neurons of a run: to harvest, to store, to measure and to write pages.
 
 python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
 
@@ -9,10 +9,10 @@ python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
   and writing. Documents are held as token ids beforehand.
 - Bytes of the store for each activation in it.
 - Pages of all neurons a minute, from the store and the statistics, as one HTML file, as JSON and as
-  Neuronpedia's files; what the statistics themselves take; and both together.
+  Neuronpedia's files; of the statistics themselves; and of both together.
 - The same neurons by `sae-dashboard` (https://pypi.org/project/sae-dashboard/) where a Python that has it is
-  given: the same activations and tokens, cut into prompts of 128 (`benchmarks.sae_dashboard_pages`). What it
-  does for a page is to measure and to write; its figures are fewer, so it is compared with our statistics
+  given: the same activations and tokens, cut into prompts of 128 (`benchmarks.sae_dashboard_pages`). For a
+  page it measures and writes; its figures are fewer, so it is compared with our statistics
   without ablation, and with all of them. In a virtual environment of its own it installs with
   `pip install sae-dashboard "pyarrow<22"`; a torchvision that is not of the same build as torch must go.
 
@@ -112,7 +112,7 @@ def _held(model: LanguageModel, source: str | None, n_tokens: int) -> Held:
 
 
 def _folder(place: Path, run: Path, step: int) -> NeuronsFolder:
-    """A run folder with what pages need of a run, and no neurons yet."""
+    """Makes a run folder with the files that pages need, and no neurons yet."""
     (place / "run").mkdir()
     for name in (CONFIG_FILE, TOKENIZER_FILE):
         shutil.copy(run / name, place / "run" / name)
@@ -193,7 +193,7 @@ def _write(
 
 
 def _write_json(folder: NeuronsFolder, path: Path) -> None:
-    """A line for each neuron, of all that its page shows."""
+    """Writes a line for each neuron, of all that its page shows."""
     source = Source(folder)
     with path.open("w", encoding="utf-8") as file:
         for number in range(source.n_neurons):

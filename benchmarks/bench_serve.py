@@ -108,7 +108,7 @@ def _job(model: str, seed: int, tokens: int) -> dict[str, Any]:
 
 
 async def _stream(client: Any, job: dict[str, Any]) -> tuple[str, Stream | None]:
-    """The text, and its figures; None if it was dropped."""
+    """Returns the text, and its figures; None if it was dropped."""
     began, first, text, reason, tokens = time.perf_counter(), None, "", None, 0
     with contextlib.suppress(openai.OpenAIError):
         answer = await client.completions.create(**job, stream=True, stream_options={"include_usage": True})

@@ -1,4 +1,4 @@
-"""What checkpoints cost: saving every tenth step while training, and loading 400 million parameters.
+"""The cost of checkpoints: saving every tenth step while training, and loading 400 million parameters.
 
 python -m benchmarks.checkpoints
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _saving() -> dict[str, Any]:
-    """What a save costs `configs/small.py:hour`: every other ten steps of one run have a save among them.
+    """Measures a save of `configs/small.py:hour`: every other ten steps of one run have one among them.
 
     Neighbours are compared, because the machine's speed drifts by more than a save costs.
     """
@@ -55,7 +55,7 @@ def _saving() -> dict[str, Any]:
 
 
 def _seconds_of_ten_steps() -> list[float]:
-    """Of steps 1 to 10, 11 to 20, ... as the trainer prints them; it saves after steps 20, 40, ..."""
+    """Times steps 1 to 10, 11 to 20, ... as the trainer prints them; it saves after steps 20, 40, ..."""
     steps = (2 * PAIRS + 1) * EVERY_STEPS
     settings = {"train.steps": steps, "checkpoint.every_steps": 2 * EVERY_STEPS, "eval.every_steps": 0}
     settings |= {"eval.sample_tokens": 1, "log.every_steps": EVERY_STEPS, "eval.batch_size": 1}

@@ -1,4 +1,4 @@
-"""What the neurons of a TopK model and of its Base twin look like, for docs/gallery.md.
+"""Neurons of a TopK model and of its Base twin, for docs/gallery.md.
 
     python -m benchmarks.gallery --topk runs/a runs/b --base runs/a-base runs/b-base --out NAME
 
@@ -137,7 +137,7 @@ def _quantiles(values: np.ndarray) -> list[float] | None:
 
 
 def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
-    """The neurons that the tool puts first; of those with one number in several layers, the first of them."""
+    """Describes the neurons that the tool puts first; of one number in several layers, the first."""
     rows, _ = table.read(folder.table)
     tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
     store = Store(folder.store)
@@ -169,7 +169,7 @@ def _neuron(row: Mapping[str, Any], tokenizer: Tokenizer, store: Store) -> dict[
 
 
 def numbers(rows: pa.Table, name: str) -> np.ndarray:
-    """float64[n], NaN where there is none."""
+    """Returns float64[n], NaN where there is none."""
     return rows[name].to_numpy().astype(np.float64)
 
 

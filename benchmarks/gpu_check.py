@@ -85,7 +85,7 @@ def check() -> int:
 
 
 def _rows(n_rows: int, d: int, dtype: str, seed: int) -> np.ndarray:
-    """Normal rows, rows full of ties and of special values, in turns; a NaN in some."""
+    """Draws normal rows, rows full of ties and of special values, in turns; a NaN in some."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n_rows, d))
     x[1::4] = rng.choice([0.0, -0.0, 0.5, 1.0, -1.0], x[1::4].shape)
@@ -194,7 +194,7 @@ def _jax_side(function: Callable, *arguments: jax.Array) -> timing.Subject:
 
     def side(calls: int) -> float:
         began = time.perf_counter()
-        for _ in range(calls):  # queued one behind the other: the launches hide behind the work
+        for _ in range(calls):  # queued: the launches overlap with the work
             out = compiled(*arguments)
         jax.block_until_ready(out)
         return time.perf_counter() - began

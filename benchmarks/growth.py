@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth
 
-What a step has to do follows from its sizes (`work`); what a machine takes for it is fitted (`fit`):
+The work of a step follows from its sizes (`work`); the time of a machine for it is fitted (`fit`):
 seconds = a + b * FLOPs of matrix products + c * bytes of activations + d * bytes of parameters.
 
 Writes benchmarks/results/growth.json, from which `python -m benchmarks.plot_performance` draws. Each point is
@@ -43,7 +43,7 @@ AXES: Mapping[str, Sequence[int]] = {
 HEAD_DIM = 64
 MLP_PER_WIDTH = 688 / 256
 
-# What time and memory are made of, as fields of `Work`.
+# The terms of time and memory, as fields of `Work`.
 TIME_FEATURES = ("matmul_flops", "activation_bytes", "parameter_bytes")
 MEMORY_FEATURES = ("activation_bytes", "parameter_bytes")
 
@@ -62,7 +62,7 @@ _PARAMETER_PASSES = 9
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one train step has to do, from its sizes alone."""
+    """Work of one train step, from its sizes alone."""
 
     matmul_flops: float
     activation_bytes: float  # written or read, as if nothing stayed in a cache
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(centre: Config, axes: Mapping[str, Sequence[int]], repeats: int) -> dict[str, Any]:
-    """The content of the JSON; prints a line for each point.
+    """Makes the content of the JSON; prints a line for each point.
 
     Args:
         centre: Is varied along each axis.
@@ -162,12 +162,12 @@ def measure(points: Mapping[Config, Sequence[str]], repeats: int) -> Iterator[di
 
 
 def configs(centre: Config, axes: Mapping[str, Sequence[int]] = AXES) -> dict[Config, tuple[str, ...]]:
-    """The configs to measure, each once, and the axes that it is a point of; the centre is one of all.
+    """Lists the configs to measure, each once, with the axes of which it is a point (the centre: all).
 
     Along `d_model` the heads (of 64) and the MLP grow with the width; k stays.
 
     Args:
-        centre: What is varied, in one size at a time.
+        centre: Is varied in one size at a time.
         axes: Size -> its values.
     """
     found: dict[Config, tuple[str, ...]] = {}
@@ -194,7 +194,7 @@ def work(config: Config) -> Work:
 
 
 def fit(features: Mapping[str, Sequence[float]], measured: Sequence[float]) -> Fit:
-    """Least squares of the relative error with no coefficient below 0 (Lawson and Hanson's NNLS).
+    """Fits by least squares of the relative error, no coefficient below 0 (Lawson and Hanson's NNLS).
 
     Args:
         features: Name -> its value at each point.

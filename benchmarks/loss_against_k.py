@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measure(model: LanguageModel, n_documents: int) -> dict[str, Any]:
-    """The points of a model."""
+    """Measures the points of a model."""
     trained_k, d = model.config.model.topk_k, model.config.model.d_model
     texts = beginnings(model, n_documents)
     ks = sorted({min(d, max(1, round(ratio * trained_k))) for ratio in RATIOS})
@@ -106,7 +106,7 @@ def measure(model: LanguageModel, n_documents: int) -> dict[str, Any]:
 
 
 def beginnings(model: LanguageModel, n_documents: int) -> np.ndarray:
-    """int32[n, context], a separator and the beginnings of the first held-out documents long enough."""
+    """Returns a separator and the beginnings of held-out documents long enough, int32[n, context]."""
     context = model.config.model.context_length
     documents = open_documents(model.tokenizer, model.config.data)
     long_enough = (ids[: context - 1] for ids in documents if len(ids) >= context - 1)

@@ -1,4 +1,4 @@
-"""What harvesting costs beside the forward pass that it needs; a part of `benchmarks.bench_neuron_pages`."""
+"""The cost of harvesting beside the forward pass that it needs; a part of `benchmarks.bench_neuron_pages`."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -94,7 +94,7 @@ def against_forward(
 
 
 def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any]:
-    """`run_with_cache` in turns with calling the model, on a batch of 4,096 tokens.
+    """Times `run_with_cache` in turns with calling the model, on a batch of 4,096 tokens.
 
     Returns:
         Ratios, for JSON.
@@ -122,7 +122,7 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 
 
 def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
-    """The batches of a harvest, in its order; `Packed` of `rows` rows each."""
+    """Packs the batches of a harvest, in its order; `Packed` of `rows` rows each."""
     length = config.context_length
     windows = (
         window
@@ -163,7 +163,7 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
 ) -> jax.Array:
-    """Next-token losses, float32[B, T]."""
+    """Computes next-token losses, float32[B, T]."""
     model = transformer.bind(config, params)
     h_BTD, _ = model.hidden(tokens_BT, segment_ids_BT, positions_BT)
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)

@@ -21,7 +21,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 INDEX = "README.md"
 
 _BENCH = "topklm bench"
-# What makes each file of benchmarks/results that the page is about.
+# The command of each file of benchmarks/results that the page is about.
 COMMANDS = {
     "bench_step.json": f"{_BENCH} step --peer=torch",
     "bench_topk.json": f"{_BENCH} topk --peer=torch",

@@ -1,4 +1,4 @@
-"""What is asked of the library's speed, and which figure of the results answers it.
+"""Targets of the library's speed, and which figure of the results answers each.
 
 A target is looked up in the JSON of one benchmark; `benchmarks.performance_table` makes a table of all.
 """

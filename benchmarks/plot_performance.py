@@ -61,7 +61,7 @@ def draw(growth: Mapping[str, Any], topk: Mapping[str, Any], folder: pathlib.Pat
 def _growth_figure(
     points: Sequence[Mapping[str, Any]], quantity: str, unit: float, label: str
 ) -> matplotlib.figure.Figure:
-    """A panel for each size, all with the same scale upwards."""
+    """Draws a panel for each size, all with the same scale upwards."""
     figure, grid = pictures.panels(2, 3, figsize=(10, 5.6), layout="constrained", sharey=True)
     for axes, (size, text) in zip(grid.flat, SIZES.items(), strict=True):
         line = sorted((p for p in points if size in p["axes"]), key=lambda p: p["config"][size])
@@ -79,7 +79,7 @@ def _growth_figure(
 
 
 def _topk_figure(results: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Time of the forward pass against k, a line for each operation, and the floor."""
+    """Draws time of the forward pass against k, a line for each operation, and the floor."""
     forward = [result for result in results if not result["facts"]["backward"]]
     facts = forward[0]["facts"]
     figure, axes = pictures.panels(1, 1, figsize=(6, 3.8), layout="constrained")

@@ -164,7 +164,7 @@ def _pss(tree: psutil.Process) -> int:
 
 
 def _cut(sources: list[str], folder: Path) -> list[Path]:
-    """The text as N_FILES .jsonl.gz files of short documents."""
+    """Writes the text as N_FILES .jsonl.gz files of short documents."""
     paths = [folder / f"{i}.jsonl.gz" for i in range(N_FILES)]
     with contextlib.ExitStack() as stack:
         files = [
@@ -176,7 +176,7 @@ def _cut(sources: list[str], folder: Path) -> list[Path]:
 
 
 def _ten_times(files: list[Path], folder: Path) -> list[Path]:
-    """The same files under ten names each."""
+    """Links the same files under ten names each."""
     folder.mkdir()
     paths = [folder / f"{copy}-{file.name}" for file in files for copy in range(10)]
     for path in paths:

@@ -68,7 +68,7 @@ class Check:
 RECIPES = [
     Check(f"{size}{twin}", topology) for size, topology in paper.TOPOLOGIES.items() for twin in ("", "-base")
 ]
-# What other choices do to one recipe. TopK communicates nothing, so the twin, which compiles faster, will do.
+# Other choices for one recipe. TopK communicates nothing, so the twin, which compiles faster, will do.
 CHOICES = [
     Check("1.4b-base", "v5e:16x16", settings=(("mesh.fsdp", 256),)),
     Check("1.4b-base", "v5e:16x16", settings=(("mesh.tensor", 4),)),
@@ -151,7 +151,7 @@ def _table_of_recipes(checks: Iterable[tuple[Check, Report]]) -> str:
 
 
 def _table_of_bytes(checks: Iterable[tuple[Check, Report]]) -> str:
-    """MB that a device sends in a step, by the formulas of the text and as compiled."""
+    """Lists the MB that a device sends in a step, by the formulas of the text and as compiled."""
     columns = ["", "slice", "mesh"]
     for what in ("fsdp gathers", "fsdp sums", "data sums", "between slices"):
         columns += [f"{what}: formula", "compiled"]
@@ -183,7 +183,7 @@ def _table_of_bounds(checks: Iterable[tuple[Check, Report]]) -> str:
 
 
 def predicted_bytes(config: Config, mesh: Mapping[str, int], n_slices: int) -> tuple[float, ...]:
-    """What a device sends in a step, from the sizes alone.
+    """Computes the bytes that a device sends in a step, from the sizes alone.
 
     Returns:
         Bytes to gather parameters along fsdp (bfloat16, blocks twice), to sum and scatter gradients along
@@ -202,7 +202,7 @@ def predicted_bytes(config: Config, mesh: Mapping[str, int], n_slices: int) -> t
 
 
 def _share(n: int) -> float:
-    """Of an array, what a device sends to gather it, or to scatter it, over a ring of n."""
+    """Computes the share of an array that a device sends to gather or scatter it over a ring of n."""
     return (n - 1) / n
 
 

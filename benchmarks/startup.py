@@ -21,7 +21,7 @@ from topklm.compilation_cache import SWITCH
 
 RESULT = results.FOLDER / "startup.json"
 TARGET = 0.5  # warm over cold
-# What the trainer prints when the part of the start is over that is named here.
+# The line with which the trainer ends each part of its start.
 PARTS = {
     "data: ": "imports and data",
     "new run in": "parameters",

@@ -1,4 +1,4 @@
-"""What steering does to a TopK model: six neurons at several values, beside a survey, for docs/steering.md.
+"""Steering of a TopK model: six neurons at several values, beside a survey, for docs/steering.md.
 
     topklm steer runs/books --survey --against runs/books-base --json survey.json
     python -m benchmarks.steering runs/books --survey survey.json --out steering-books
@@ -82,7 +82,7 @@ def _steer_six(run: pathlib.Path) -> dict[str, Any]:
 
 
 def chosen(folder: NeuronsFolder) -> list[tuple[int, int]]:
-    """The first neurons of the ranking that have other numbers and other first input tokens."""
+    """Chooses the first neurons of the ranking that have other numbers and other first input tokens."""
     rows, _ = table.read(folder.table)
     found: list[tuple[int, int]] = []
     numbers: set[int] = set()
@@ -131,7 +131,7 @@ def _neuron(
 
 
 def turned_at(responses: Sequence[Mapping[str, Any]], kind: str, kept: float) -> float | None:
-    """The smallest value, in times, at which the text turns to the concept and stays fluent.
+    """Finds the smallest value, in times, at which the text turns to the concept and stays fluent.
 
     It does where the interval of the concept's rate lies above that of the unsteered text, and the perplexity
     is at most `kept` times the unsteered one.
@@ -145,7 +145,7 @@ def turned_at(responses: Sequence[Mapping[str, Any]], kind: str, kept: float) ->
 
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A panel for each neuron: rates of its concepts, and perplexity, over the value; then the survey's."""
+    """Draws for each neuron the rates of its concepts, and perplexity, over the value; then the survey."""
     surveys = result.get("surveys", [])
     figure, axes = pictures.panels(3 if surveys else 2, 3, font_size=9, figsize=(9, 8 if surveys else 5.4))
     for place, neuron in enumerate(result["neurons"]):

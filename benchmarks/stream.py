@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _training_tokens_per_second() -> float:
-    """Of `configs/small.py`, after its first steps."""
+    """Trains `configs/small.py`; returns its rate after the first steps."""
     with tempfile.TemporaryDirectory() as run:
         settings = ["--config.train.steps=80", "--config.eval.sample_tokens=1", "--config.log.every_steps=1"]
         command = [sys.executable, "-m", "topklm.main", "--config=configs/small.py", f"--workdir={run}"]

@@ -1,4 +1,4 @@
-"""What compressors and n-grams make of the quickstart's held-out text, in bits per byte.
+"""Compressors and n-grams on the quickstart's held-out text, in bits per byte.
 
     python -m benchmarks.text_baselines
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def documents(dataset: Dataset, split: SplitInfo) -> Iterator[np.ndarray]:
-    """The text tokens of each document of a split, without the separator."""
+    """Yields the text tokens of each document of a split, without the separator."""
     stream = dataset.tokens(split)
     tokens = stream.read(0, len(stream))
     starts = np.flatnonzero(tokens == dataset.tokenizer.separator_id)
@@ -74,7 +74,7 @@ def documents(dataset: Dataset, split: SplitInfo) -> Iterator[np.ndarray]:
 
 
 def text_of(dataset: Dataset, split: Sequence[np.ndarray]) -> bytes:
-    """All documents, a newline after each."""
+    """Joins all documents, a newline after each."""
     return "".join(dataset.tokenizer.decode(tokens) + "\n" for tokens in split).encode()
 
 

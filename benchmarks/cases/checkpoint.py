@@ -1,4 +1,4 @@
-"""`topklm bench checkpoint`: what saving and loading take, beside writing and reading the same bytes plainly.
+"""`topklm bench checkpoint`: time of saving and loading, beside writing and reading the same bytes plainly.
 
 A save holds training up only while the arrays are copied; the rest goes on beside the steps. The page cache
 is warm on both subjects, and a write counts until it is on the disk itself.
@@ -99,7 +99,7 @@ def write_run(folder: Path, config: Config) -> int:
 
 
 def ways_to_load(folder: Path, step: int) -> dict[str, Callable[[], Any]]:
-    """What gets at the parameters of a run: `load`, and plain loops over the files that hold them.
+    """Returns the ways to get at the parameters of a run: `load`, and plain loops over their files.
 
     Each returns what it then holds in memory.
     """
@@ -126,7 +126,7 @@ def load_memory(folder: Path) -> dict[str, float]:
 
 
 def n_bytes(tree: Any) -> int:
-    """Of all arrays of a tree together."""
+    """Sums the bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -144,7 +144,7 @@ class _SavedRun:
         self._steps = itertools.count(1)
 
     def subjects(self) -> dict[str, Subject]:
-        """What takes turns."""
+        """Returns the subjects that take turns."""
         return {
             SAVE_BLOCKS: self._seconds_blocked,
             SAVE: timed(self._save),
@@ -170,7 +170,7 @@ class _SavedRun:
         self._checkpoints.save(self.state._replace(step=jnp.int32(next(self._steps))), {}, self._facts)
 
     def _write_plainly(self) -> None:
-        """One array after another into one file."""
+        """Writes one array after another into one file."""
         with (self._folder / "plain").open("wb") as file:
             for leaf in jax.tree.leaves(self.state):
                 np.asarray(leaf).tofile(file)

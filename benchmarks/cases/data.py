@@ -43,7 +43,7 @@ DESCRIPTION = (
 )
 EXAMPLE = "topklm bench data --config=configs/small.py --peer=torch"
 
-# Of a turn, about. Each turn starts the stream anew, so that none has read ahead while another had its turn.
+# Of a turn, about. Each turn starts the stream again, so that none has read ahead while another had its turn.
 _TURN_SECONDS = 0.5
 _CALIBRATION_BATCHES = 16
 _DOCUMENT_TOKENS = 500
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """The stream's subjects, in a process of their own; `spec` as `run` makes it."""
+    """Prepares the stream's subjects, in a process of their own; `spec` as `run` makes it."""
     config = config_lib.resolve(spec["config"])
     mixture = prepare_data(config.data, lambda line: None)
     batches = _batches_for(spec["turn_seconds"], config, mixture)
@@ -185,7 +185,7 @@ def _report(samples: Mapping[str, Samples], facts: Mapping[str, Any], config: Co
 
 
 def _batches_for(seconds: float, config: Config, mixture: Mixture) -> int:
-    """How many batches take that long from the start of a stream."""
+    """Counts the batches that take that long from the start of a stream."""
     with contextlib.closing(_stream(mixture, config)) as stream:
         next(stream)
         began = time.perf_counter()
@@ -195,13 +195,13 @@ def _batches_for(seconds: float, config: Config, mixture: Mixture) -> int:
 
 
 def _stream_batches(mixture: Mixture, config: Config, n: int) -> Batch:
-    """The last of n batches as the stream gives them."""
+    """Returns the last of n batches as the stream gives them."""
     with contextlib.closing(_stream(mixture, config)) as stream:
         return _take(stream, n)
 
 
 def _feed_batches(mixture: Mixture, config: Config, n: int) -> DeviceBatch:
-    """The last of n batches as a training step gets them."""
+    """Returns the last of n batches as a training step gets them."""
     place = sharding.batch_sharding(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     with contextlib.closing(_stream(mixture, config)) as stream:
         feed = Feed(stream, lambda batch: to_devices(batch, place, config.train.batch_size))
@@ -218,7 +218,7 @@ def _stream(mixture: Mixture, config: Config) -> grain.DatasetIterator:
 
 
 def _take(iterator: Iterator[Any], n: int) -> Any:
-    """The last of the next n."""
+    """Returns the last of the next n."""
     for _ in range(n - 1):
         next(iterator)
     return next(iterator)

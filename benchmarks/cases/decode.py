@@ -5,7 +5,7 @@ product for those tokens alone, which takes a cache of keys and values. The peer
 with such a cache, the same weights and TopK in hooks. All subjects take the most likely token each time.
 
 Beside the plain continuations stand steered ones, and for one prompt those of a program that reads all rows
-of the weights behind a TopK, not those of the active neurons alone.
+of the weights after a TopK, not those of the active neurons alone.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """Our subjects "batch N", in a process of their own; `spec` as `run` makes it."""
+    """Prepares our subjects "batch N", in a process of their own; `spec` as `run` makes it."""
     config = config_lib.resolve(spec["config"])
     params = transformer.create(config.model, config.train.seed)
     prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
@@ -126,7 +126,7 @@ def continuations(
     steer: Interventions | None = None,
     layers: cache.Layers = None,
 ) -> list[list[int]]:
-    """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
+    """Continues prompts as `topklm generate` does; [B, P] -> a list of new tokens for each."""
     greedy = [Sampling(temperature=0)] * len(prompts)
     limits = [new_tokens] * len(prompts)
     generation = Generation(
@@ -145,7 +145,7 @@ def continuations(
 
 
 def random_prompts(config: ModelConfig, n: int) -> np.ndarray:
-    """int64[n, 16], the same ones for all subjects."""
+    """Returns int64[n, 16], the same for all subjects."""
     return np.random.default_rng(1).integers(0, config.vocab_size, (n, _PROMPT_TOKENS))
 
 
@@ -186,7 +186,7 @@ def _report(
         cost = samples[plain].speedup_over(samples[steered])
         comparisons.append(Comparison(f"time of {steered} / {plain}", cost, at_most=_MOST_STEERING_COSTS))
     saved = samples["batch 1"].speedup_over(samples[_ALL_ROWS])
-    comparisons.append(Comparison(f"batch 1 / {_ALL_ROWS}", saved, note="of the weights behind a TopK"))
+    comparisons.append(Comparison(f"batch 1 / {_ALL_ROWS}", saved, note="of the weights after a TopK"))
     settings = {
         **facts,
         "new_tokens": new_tokens,

@@ -1,6 +1,6 @@
 """`topklm bench step --explain`: where the time of a train step goes, part by part, beside each part's floor.
 
-A part is compiled alone. What XLA does across parts, and what remat computes again, shows as the difference
+A part is compiled alone. Work of XLA across parts, and remat, which computes again, show as the difference
 between their sum and the whole step.
 """
 
@@ -52,7 +52,7 @@ def explain(name: str, config: Config, repeats: int) -> Report:
 
 
 def _layers(config: Config, part: str) -> int:
-    """How often the step has what was measured."""
+    """Counts how often a step has the part that was measured."""
     model = config.model
     return {"attention": model.n_layers, "MLP": model.n_layers, "TopK": model.n_topk_layers}.get(part, 1)
 

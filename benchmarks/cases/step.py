@@ -65,11 +65,11 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class _Machine:
     rates: roofline.Rates
-    peak_flops_per_second: float  # what MFU is a share of
+    peak_flops_per_second: float  # MFU is a share of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Declares flags of its own."""
     names = ",".join(SHAPES)
     parser.add_argument("--shape", metavar="NAME,...", help=f"without --config; default {names}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both; of a --config, its own")
@@ -154,12 +154,12 @@ def _measure(case: Case, arguments: argparse.Namespace) -> Report:
 
 
 def _ours(case: Case) -> str:
-    """The side that is the config itself."""
+    """Names the subject that is the config itself."""
     return TOPK if case.config.model.n_topk_layers else BASE
 
 
 def _our_workers(case: Case) -> Iterator[tuple[str, Worker]]:
-    """The config's own first; a Base LM has no twin."""
+    """Starts the config's own worker first; a Base LM has no twin."""
     module = "benchmarks.subjects.train_step"
     if case.config.model.n_topk_layers:
         yield TOPK, Worker(module, {"config": case.config.to_dict()})
@@ -167,7 +167,7 @@ def _our_workers(case: Case) -> Iterator[tuple[str, Worker]]:
 
 
 def _peer_workers(case: Case, notes: list[str]) -> Iterator[tuple[str, Worker]]:
-    """From the weights that ours starts from. Without what `torch.compile` needs, eager stands alone."""
+    """Starts workers from our first weights. Where `torch.compile` fails, eager stands alone."""
     with tempfile.TemporaryDirectory() as folder:
         spec = {"config": case.config.to_dict(), "weights": str(Path(folder) / "weights.npz")}
         Worker("benchmarks.subjects.weights", {**spec, "file": spec["weights"]}).close()

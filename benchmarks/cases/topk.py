@@ -53,7 +53,7 @@ _GPU_CASE = Case(65_536, 2048, (128,), "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Declares flags of its own."""
     parser.add_argument("--sizes", default=SIZES, metavar="D:K,...", help=f"widths and kept; default {SIZES}")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"default {ROWS}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
@@ -112,7 +112,7 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """The text 256:32 as (256, 32)."""
+    """Parses 256:32 as (256, 32)."""
     d, _, k = text.strip().partition(":")
     if not (d.isdecimal() and k.isdecimal() and 1 <= int(k) <= int(d)):
         raise UserError(f"--sizes = {text!r}: must be D:K with K from 1 to D, several separated by commas")

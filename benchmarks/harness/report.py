@@ -1,4 +1,4 @@
-"""What a benchmark found: figures beside their floors, comparisons beside their targets; tables and JSON."""
+"""Findings of a benchmark: figures beside floors, comparisons beside targets; tables and JSON."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -30,11 +30,11 @@ class Result:
     """One figure.
 
     Attributes:
-        name: What was measured, unique in its report.
+        name: Of the measurement, unique in its report.
         unit: "s", "tokens/s", "bytes", "share", ...
         samples: One a round, or one only, in `unit`.
         floor: The best that the machine could do, in `unit`, where there is such a thing.
-        facts: What else belongs to it, for plots: sizes, dtype, backend.
+        facts: For plots: sizes, dtype, backend.
         note: For a person.
     """
 
@@ -51,7 +51,7 @@ class Result:
         return statistics.median(self.samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns it as JSON has it."""
         low, high = quartiles(self.samples)
         spread = {"median": self.median, "quartiles": [low, high], "range": _range(self.samples)}
         return {**dataclasses.asdict(self), "facts": dict(self.facts), **spread}
@@ -89,7 +89,7 @@ class Comparison:
         return enough and (self.at_most is None or self.median <= self.at_most)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns it as JSON has it."""
         low, high = quartiles(self.samples)
         spread = {"median": self.median, "quartiles": [low, high], "range": _range(self.samples)}
         return {**dataclasses.asdict(self), **spread, "reached": self.reached}
@@ -101,7 +101,7 @@ class Report:
 
     Attributes:
         bench: The verb: "topk", "step", ...
-        settings: What was asked for and what it ran with, the allocator included.
+        settings: Flags, and how it ran, the allocator included.
         results: Figures.
         comparisons: Ratios with targets.
         notes: Lines for a person, under the tables.
@@ -114,7 +114,7 @@ class Report:
     notes: Sequence[str] = ()
 
     def to_dict(self, command: Sequence[str] = ()) -> dict[str, Any]:
-        """For JSON: with the machine, versions, threads, flags, the command and the date."""
+        """Returns it as JSON has it, with machine, versions, threads, flags, command and date."""
         return {
             "bench": self.bench,
             "command": list(command),
@@ -156,7 +156,7 @@ def show(report: Report, console: rich.console.Console) -> None:
 
 
 def formatted(value: float, unit: str) -> str:
-    """A figure with its unit as a person reads it: 0.0012 "s" -> "1.20 ms"."""
+    """Writes a figure with its unit for a person: 0.0012 "s" -> "1.20 ms"."""
     for scale, name in _SCALES.get(unit, ()):
         if abs(value) >= scale:
             return f"{_digits(value / scale)} {name}"
@@ -200,14 +200,14 @@ def _comparisons(comparisons: Sequence[Comparison]) -> rich.table.Table:
 
 
 def _spread(samples: Sequence[float]) -> str:
-    """Half the distance between the quartiles, against the median."""
+    """Writes half the distance between the quartiles, against the median."""
     low, high = quartiles(samples)
     middle = statistics.median(samples)
     return f"+-{(high - low) / 2 / middle:.1%}" if len(samples) > 1 and middle else ""
 
 
 def _digits(value: float) -> str:
-    """Three digits that say something, and no exponent."""
+    """Writes three digits that say something, and no exponent."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 

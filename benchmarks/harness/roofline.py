@@ -1,4 +1,4 @@
-"""What a machine could do at best: its measured rates, and the work of a train step from first principles.
+"""The best that a machine could do: its measured rates, and the work of a train step from first principles.
 
 A part cannot be faster than its matrix products at the measured rate of large ones, nor than reading what it
 takes and writing what it gives at the measured rate of a copy.
@@ -37,7 +37,7 @@ class Part:
     bytes: float = 0.0  # read and written in memory
 
     def seconds(self, rates: Rates) -> float:
-        """The floor."""
+        """Computes the floor."""
         return max(self.flops / rates.flops_per_second, self.bytes / rates.bytes_per_second)
 
 
@@ -54,10 +54,10 @@ def measure_rates(dtype: str, repeats: int) -> Rates:
 
 
 def parts_of_step(config: Config) -> tuple[Part, ...]:
-    """The parts of one train step.
+    """Counts the work of the parts of one train step.
 
     Attention counts the lower triangle of its scores. The bytes are those of parameters, gradients and the
-    residual stream between parts; what a part keeps for itself could stay in a cache.
+    residual stream between parts; arrays inside of a part could stay in a cache.
     """
     model = config.model
     tokens = config.train.batch_size * model.context_length
@@ -94,5 +94,5 @@ def parts_of_step(config: Config) -> tuple[Part, ...]:
 
 
 def step_seconds(parts: Sequence[Part], rates: Rates) -> float:
-    """The floor of a whole step: its parts one after another."""
+    """Computes the floor of a whole step: its parts one after another."""
     return sum(part.seconds(rates) for part in parts)

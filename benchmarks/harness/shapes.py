@@ -40,17 +40,17 @@ SHAPES = {
 
 
 def with_model(config: Config, **fields: object) -> Config:
-    """The config with other fields of its model."""
+    """Returns the config with other fields of its model."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))  # type: ignore[arg-type]
 
 
 def base(config: Config) -> Config:
-    """The same without TopK: the Base LM."""
+    """Returns the same without TopK: the Base LM."""
     return with_model(config, n_nontopk=config.model.n_layers)
 
 
 def named(names: str) -> dict[str, Config]:
-    """The shapes of a comma-separated list.
+    """Parses a comma-separated list of shapes.
 
     Raises:
         UserError: For a name that is none.
@@ -63,17 +63,17 @@ def named(names: str) -> dict[str, Config]:
 
 
 def random_tokens(config: Config) -> np.ndarray:
-    """int32[B, T + 1], any token as likely as any other; the same ones for every side."""
+    """Draws tokens uniformly, int32[B, T + 1]; the same for every subject."""
     shape = (config.train.batch_size, config.model.context_length + 1)
     return np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
 
 
 def random_rows(rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two float32[rows, d], normal: activations and a gradient of them; the same ones for every side."""
+    """Draws activations and a gradient of them, normal, float32[rows, d]; the same for every subject."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((rows, d), np.float32), rng.standard_normal((rows, d), np.float32)
 
 
 def topk_side(k: int, operation: str, *, backward: bool) -> str:
-    """The name of a side that runs TopK."""
+    """Names a subject that runs TopK."""
     return f"k {k}, {operation}, {'forward and backward' if backward else 'forward'}"

@@ -1,6 +1,6 @@
 """Times things against each other in one run: they take turns, so that a busy moment hits all of them.
 
-Knows nothing of JAX or PyTorch: a side blocks until its own work is done.
+Knows nothing of JAX or PyTorch: a subject blocks until its own work is done.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,16 +35,16 @@ class Samples:
         return min(self.seconds)
 
     def rates(self, amount: float) -> tuple[float, ...]:
-        """What is done a second, where a call does `amount`."""
+        """Computes the amounts a second, where a call does `amount`."""
         return tuple(amount / s for s in self.seconds)
 
     def speedup_over(self, other: "Samples") -> tuple[float, ...]:
-        """How many times faster than another side of the same rounds, one figure a round."""
+        """Computes how many times faster it is than another of the same rounds, one figure a round."""
         return tuple(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile, interpolated between the values themselves; of one value, itself."""
+    """Computes first and third quartile, interpolated between the values; of one value, itself."""
     if len(values) == 1:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -52,7 +52,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def timed(function: Callable[[], Any]) -> Subject:
-    """The side that calls a function, which returns when its work is done."""
+    """Makes a subject of a function, which returns when its work is done."""
 
     def side(calls: int) -> float:
         began = time.perf_counter()
@@ -74,14 +74,14 @@ def alternate(
     """Measures the subjects in turns: A B C, then C B A, and so on.
 
     Args:
-        subjects: What is measured, by name.
-        repeats: Rounds, which is samples of each side.
-        warmup: Calls of each side beforehand that are not counted, 1 or more.
+        subjects: By name.
+        repeats: Rounds, which is samples of each subject.
+        warmup: Calls of each subject beforehand that are not counted, 1 or more.
         at_least: Seconds that a sample should take; subjects that are faster are called more often in one.
-        label: What the progress line on a terminal says.
+        label: Of the progress line on a terminal.
 
     Returns:
-        The samples of each side, seconds a call. Sample i of all subjects is from the same round.
+        The samples of each subject, seconds a call. Sample i of all subjects is from the same round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     console = rich.console.Console(stderr=True)
@@ -106,7 +106,7 @@ def alternate(
 
 
 def _calls_for(side: Subject, warmup: int, at_least: float) -> int:
-    """Warms a side up and finds how many calls a sample takes; the last call is the one that is typical."""
+    """Warms a subject up and finds how many calls a sample takes; the last call is typical."""
     for _ in range(warmup - 1):
         side(1)
     once = side(1)

@@ -25,10 +25,10 @@ _SHOWN_CHARACTERS = 2000  # of what a process printed before it died
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the `prepare(spec)` of a side's module returns, in the process that runs it."""
+    """The result of `prepare(spec)` of a subject's module, in the process that runs it."""
 
     subjects: Mapping[str, Callable[[], Any]]  # by name; each returns when its work is done
-    facts: Mapping[str, Any]  # what else is to be known, for JSON
+    facts: Mapping[str, Any]  # for JSON
     device_peak_bytes: Callable[[], int | None] = lambda: None  # of an accelerator, at the end
 
 
@@ -84,7 +84,7 @@ class Worker:
         return {name: side(name) for name in self._names}
 
     def peak_bytes(self) -> int:
-        """Most memory that it had so far: of the device where it used an accelerator, else resident."""
+        """Asks for the most memory that it had so far: of an accelerator, if it used one, else resident."""
         return self._ask({"peak": True})["peak_bytes"]
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class Worker:
             line = ""
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"the process of a side ended with code {code}: {self._last_words()}")
+            raise WorkerError(f"the process of a subject ended with code {code}: {self._last_words()}")
         answer = json.loads(line)
         if "user_error" in answer:
             raise UserError(answer["user_error"])
@@ -152,12 +152,12 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def threads() -> int:
-    """Cores that this process may use, which is how many threads each side gets."""
+    """Cores that this process may use, which is how many threads each subject gets."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shared_environment() -> dict[str, str]:
-    """The environment of every side: this process's, so with its allocator, and one thread count for all."""
+    """Makes the environment of every subject: that of this process, and one thread count for all."""
     shared = {**os.environ, "OMP_NUM_THREADS": str(threads()), "PYTHONUNBUFFERED": "1"}
     # Subjects of two frameworks share an accelerator.
     shared.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -167,7 +167,7 @@ def shared_environment() -> dict[str, str]:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that this process had resident so far.
+    """Reads the most memory that this process had resident so far.
 
     Not from `getrusage`, which on Linux also counts what the process was before it became this program.
     """

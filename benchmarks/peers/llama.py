@@ -1,7 +1,7 @@
 """Our model in Hugging Face's LlamaForCausalLM, with TopK as a forward hook on the layers that have it.
 
 The same function of the same weights: no biases, RMSNorm, rotary positions, SwiGLU, and `torch.topk` with
-`scatter` on what a layer gives. What tests hold it to: its loss and ours are equal.
+`scatter` on what a layer gives. Tests hold its loss to ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ _BLOCK_NAMES = {
 
 
 def build(config: ModelConfig, attention: str = "sdpa") -> transformers.LlamaForCausalLM:
-    """The model with weights of its own, float32, on the CPU, TopK in place.
+    """Builds the model with weights of its own, float32, on the CPU, TopK in place.
 
     Args:
         config: The shape, with its vocabulary.
@@ -70,7 +70,7 @@ def load(model: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters under Hugging Face's names, matrices transposed; rows of padding are left out."""
+    """Returns our parameters under Hugging Face's names, matrices transposed, without rows of padding."""
     size = config.vocab_size
     named = {"model.embed_tokens.weight": params["embed"]["embedding"][:size]}
     named["model.norm.weight"] = params["final_norm"]["scale"]
@@ -87,7 +87,7 @@ def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.n
 
 
 def topk(u: torch.Tensor, k: int, activation: str) -> torch.Tensor:
-    """TopK as one writes it in PyTorch: [..., D] -> [..., D]; which of equal entries are kept is open."""
+    """Computes TopK as one writes it in PyTorch, [..., D] -> [..., D]; ties are kept in any order."""
     if activation == "abs":
         index = torch.topk(u.abs(), k, dim=-1).indices
         values = u.gather(-1, index)

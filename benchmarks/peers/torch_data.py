@@ -16,7 +16,7 @@ from benchmarks.harness.worker import Prepared, threads
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """Its subjects; `spec` has `folder`, `dtype`, `context_length` and `batch_size`."""
+    """Prepares its subjects; `spec` has `folder`, `dtype`, `context_length` and `batch_size`."""
     subjects = {}
     for workers in (0, threads()):
         name = f"torch DataLoader, {workers} workers" if workers else "torch DataLoader"
@@ -31,7 +31,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
 
 
 def make_loader(spec: Mapping[str, Any], workers: int) -> torch.utils.data.DataLoader:
-    """A `DataLoader` that gives (inputs, targets), int64 [B, T] each, for the windows of one turn."""
+    """Makes a `DataLoader` of (inputs, targets), int64 [B, T] each, for the windows of one turn."""
     folder = Path(spec["folder"])
     return torch.utils.data.DataLoader(
         _Windows(folder / TOKENS_FILE, spec["dtype"], spec["context_length"]),

@@ -34,10 +34,10 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
 
 
 def continuations(model: Any, prompts: torch.Tensor, new_tokens: int) -> list[list[int]]:
-    """[B, P] -> a list of new tokens for each prompt, the most likely one each time.
+    """Continues prompts, [B, P] -> a list of new tokens for each, the most likely one each time.
 
     Args:
-        model: From `llama.build`; what `transformers` says of the types of its methods does not check.
+        model: From `llama.build`; the types of `transformers` for its methods do not check.
         prompts: int64[B, P].
         new_tokens: For each prompt.
     """

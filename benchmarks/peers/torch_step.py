@@ -14,7 +14,7 @@ from topklm import config as config_lib
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """The side "step"; facts as those of `subjects.train_step`.
+    """Prepares the subject "step"; facts as those of `subjects.train_step`.
 
     Args:
         spec: `config`, with its vocabulary; `weights`, an .npz of `llama.state_dict`; `compile`: whether
@@ -51,7 +51,7 @@ class Training:
         self._inputs, self._targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step(self) -> float:
-        """One step, done; the loss in nats per token."""
+        """Does one step; returns the loss in nats per token."""
         self._optimizer.zero_grad(set_to_none=True)
         bfloat16 = self._config.model.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
@@ -65,7 +65,7 @@ class Training:
         return loss.item()
 
     def device_peak_bytes(self) -> int | None:
-        """Most memory taken of the GPU; None on a CPU."""
+        """Returns the most memory taken of the GPU; None on a CPU."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def _plain_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Training:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """At the learning rate of our first step; norms are not decayed."""
+        """Makes AdamW at the learning rate of our first step; norms are not decayed."""
         settings = self._config.optim
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         scales = [p for p in self.model.parameters() if p.ndim == 1]

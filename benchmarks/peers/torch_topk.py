@@ -14,7 +14,7 @@ NAME = "torch.topk + scatter"
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """The subjects `topk_side` of `NAME` for every k.
+    """Prepares the subjects `topk_side` of `NAME` for every k.
 
     Args:
         spec: `rows`, `d`, `ks` and `dtype`.

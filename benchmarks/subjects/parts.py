@@ -28,7 +28,7 @@ Subject = Callable[[], Any]
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """A side for every part of `floors.parts_of_step`, of one layer where layers have it.
+    """Prepares a subject for every part of `roofline.parts_of_step`, of one layer where layers have it.
 
     Args:
         spec: `config`, with its vocabulary.
@@ -72,7 +72,7 @@ def _embedding(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
 
 
 def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> Subject:
-    """`h + Attention(Norm(h))`."""
+    """Makes the subject of `h + Attention(Norm(h))`."""
     model = config.model
     parallel = Parallel(attention=attention_backends.choose(model, jax.default_backend()))
     norm = _definition(_make_norm(config))
@@ -88,7 +88,7 @@ def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
 
 
 def _mlp(config: Config, state: TrainState) -> Subject:
-    """`a + MLP(Norm(a))`."""
+    """Makes the subject of `a + MLP(Norm(a))`."""
     model = config.model
     norm = _definition(_make_norm(config))
     mlp = _definition(lambda rngs: SwiGLU(model.d_model, model.d_mlp, down_std=1.0, rngs=rngs))
@@ -111,7 +111,7 @@ def _topk(config: Config) -> Subject:
 
 
 def _head(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> Subject:
-    """The final norm, the unembedding and the loss."""
+    """Makes the subject of the final norm, the unembedding and the loss."""
     norm = _definition(_make_norm(config))
     embed, unembed = state.params["embed"]["embedding"], state.params.get("unembed")
     params = {"norm": state.params["final_norm"], "w": embed.T if unembed is None else unembed["kernel"]}
@@ -131,7 +131,7 @@ def _head(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> 
 
 
 def _optimizer(config: Config, state: TrainState) -> Subject:
-    """The gradient's norm and the update. Takes the state's memory, as the step does."""
+    """Makes the subject of the gradient's norm and the update, which takes the state's memory."""
     optimizer = make_optimizer(config.optim, config.train.steps)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
@@ -152,7 +152,7 @@ def _optimizer(config: Config, state: TrainState) -> Subject:
 
 
 def _host(state: TrainState, batch: Any) -> Subject:
-    """What Python does to start a step: a program that takes and gives the same arrays and does nothing."""
+    """Makes the subject of starting a step in Python: a program of the same arrays that does nothing."""
     same = jax.jit(
         lambda state, batch: (state, batch["loss_weights"][0, 0]), donate_argnums=0, keep_unused=True
     )
@@ -166,7 +166,7 @@ def _host(state: TrainState, batch: Any) -> Subject:
 
 
 def _forward_and_backward(config: Config, part: Callable, params: Any, *others: jax.Array) -> Subject:
-    """Of `part(params, h, *others)`, its result and the gradients of params and h."""
+    """Makes the subject of `part(params, h, *others)` and the gradients of params and h."""
 
     @jax.jit
     def both(params: Any, h_BTD: jax.Array, g_BTD: jax.Array, *others: jax.Array) -> Any:
@@ -177,7 +177,7 @@ def _forward_and_backward(config: Config, part: Callable, params: Any, *others: 
 
 
 def _stream(config: Config, seed: int) -> jax.Array:
-    """A residual stream, or a gradient of it: [B, T, D], normal."""
+    """Draws a residual stream, or a gradient of it: [B, T, D], normal."""
     shape = (config.train.batch_size, config.model.context_length, config.model.d_model)
     return jax.random.normal(jax.random.key(seed), shape, jnp.dtype(config.model.dtype))
 

@@ -40,7 +40,7 @@ _matmul = jax.jit(jnp.matmul)
 
 
 def _in_place(x: jax.Array) -> Callable[[], None]:
-    """In place, so that no new memory is mapped."""
+    """Makes a subject that works in place, so that no new memory is mapped."""
     negative = jax.jit(jnp.negative, donate_argnums=0)
     held = [x]
 

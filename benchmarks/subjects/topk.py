@@ -18,7 +18,7 @@ COPY = "copy"
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """The subjects `topk_side` of every operation and k, and `COPY`; facts are their names.
+    """Prepares the subjects `topk_side` of every operation and k, and `COPY`; facts are their names.
 
     Args:
         spec: `rows`, `d`, `ks` and `dtype`; `only_auto`: of our backends only the one that training uses.
@@ -36,7 +36,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
 
 
 def top_k_and_scatter(x_ND: jax.Array, k: int) -> jax.Array:
-    """TopK as one writes it in JAX: [N, D] -> [N, D], clipped at 0."""
+    """Computes TopK as one writes it in JAX: [N, D] -> [N, D], clipped at 0."""
     values, index = jax.lax.top_k(x_ND, k)
     rows = jnp.arange(x_ND.shape[0])[:, None]
     return jnp.zeros_like(x_ND).at[rows, index].set(jax.nn.relu(values))

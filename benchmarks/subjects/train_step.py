@@ -17,7 +17,7 @@ from topklm.training.step import Batch, TrainState, abstract_batch, init_state, 
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """The side "step"; facts are what was compiled, how long that took, and the loss of the first step.
+    """Prepares the subject "step"; facts are its size, seconds to compile, and the loss of the first step.
 
     Args:
         spec: `config`, with its vocabulary.
@@ -47,7 +47,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
 
 
 def random_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
-    """A training batch of random tokens, one document a row."""
+    """Makes a training batch of random tokens, one document a row."""
     tokens = random_tokens(config)
     shape = tokens[:, :-1].shape
     return {
@@ -60,7 +60,7 @@ def random_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
 
 
 def device_peak_bytes() -> int | None:
-    """Most memory taken of the first device; None where it does not say, as on CPUs."""
+    """Returns the most memory taken of the first device; None where it does not say, as on CPUs."""
     statistics = jax.devices()[0].memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else None
 
@@ -73,7 +73,7 @@ class _Training:
         self._release_seconds = memory.release_seconds(compiled)
 
     def step(self) -> float:
-        """One step, done; the loss in nats per token."""
+        """Does one step; returns the loss in nats per token."""
         self._state, metrics = self._compiled(self._state, self._batch)
         jax.block_until_ready(self._state)
         time.sleep(self._release_seconds)  # as the trainer does

@@ -12,7 +12,7 @@ from topklm.model import transformer
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """No subjects.
+    """Writes the file; has no subjects.
 
     Args:
         spec: `config`, with its vocabulary, and `file`, an .npz to be written.

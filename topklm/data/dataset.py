@@ -51,7 +51,7 @@ class Dataset:
     fingerprint: str  # hex digest of what the sources held and of all settings
 
     def tokens(self, split: SplitInfo) -> TokenStream:
-        """Random access to the tokens of `self.train` or `self.heldout`."""
+        """Gives random access to the tokens of `self.train` or `self.heldout`."""
         return TokenStream(self.path, split.shards, self.tokenizer.vocab_size)
 
     @property
@@ -204,7 +204,7 @@ def damaged(file: str | Path, what: Exception) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a window holds of one document."""
+    """The part of a window that belongs to one document."""
 
     begins: bool  # a separator stands before it; otherwise the document began in an earlier window
     text: str

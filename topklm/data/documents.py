@@ -108,7 +108,7 @@ def read_text(blocks: Iterator[bytes], _: str) -> Items:
 
 
 def _document_end(text: bytes, start: int) -> int:
-    """Where the document that begins at `start` ends; 0 if `text` is too short to know."""
+    """Finds the end of the document that begins at `start`; 0 if `text` is too short to know."""
     if len(text) < start + _TEXT_MIN_BYTES:
         return 0
     limit = start + _TEXT_MAX_BYTES
@@ -156,7 +156,7 @@ def read_json(blocks: Iterator[bytes], text_field: str) -> Items:
 
 def _json_value_items(blocks: Iterator[bytes], text_field: str) -> Items:
     """Yields the items of a JSON array, or of JSON values one after another."""
-    # What is no UTF-8 becomes surrogates, which are replaced, and counted, with those that JSON may hold.
+    # Bytes that are no UTF-8 become surrogates, which are replaced and counted with those that JSON may hold.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     text, at, number, opened, closed = "", 0, 0, False, False
     try:
@@ -206,7 +206,7 @@ def _json_value(text: str, start: int) -> tuple[Any, int] | None:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
-    """The lines without their ends; None for one that is too long."""
+    """Yields the lines without their ends; None for one that is too long."""
     begun, size = bytearray(), 0  # a line whose end is yet to come
     for block in blocks:
         lines: list[Any] = block.split(b"\n")
@@ -225,7 +225,7 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes | None]:
 
 
 def read_quickstart(blocks: Iterator[bytes], _: str) -> Items:
-    """The file of the quickstart corpus: {title: {"extract": text, ...}}."""
+    """Yields the items of the quickstart corpus: {title: {"extract": text, ...}}."""
     content = b"".join(blocks)
     try:
         entries = list(parse_json(content).values())
@@ -250,7 +250,7 @@ def _json_item(line: bytes, text_field: str, where: str) -> Document | Problem:
 
 
 def field_item(record: Any, text_field: str, where: str, replaced: int) -> Document | Problem:
-    """The document in a row of JSON, or of a dataset."""
+    """Returns the document in a row of JSON, or of a dataset."""
     if not isinstance(record, dict):
         return Problem("no text field", where, f"no object but {type(record).__name__}")
     value = find_field(record, text_field)
@@ -310,7 +310,7 @@ def listing(names: Any) -> str:
 
 
 def _decode(raw: bytes) -> tuple[str, int]:
-    """Text, and how many invalid sequences in it were replaced."""
+    """Returns the text, and how many invalid sequences in it were replaced."""
     try:
         return raw.decode("utf-8"), 0
     except UnicodeDecodeError:

@@ -37,7 +37,7 @@ class Format:
     """How files of one ending are read; either `read` or `read_table`.
 
     Attributes:
-        help: What is read, for docs and a person.
+        help: For docs: the text that is read.
         read: From its start to its end: (content in blocks, text field) -> items; may be compressed.
         read_table: By seeking: (file, url, text field) -> (row, number of rows, item).
         extra: Of topklm, with the packages that it needs.

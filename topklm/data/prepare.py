@@ -1,7 +1,7 @@
-"""The data of a training run: what `config.data` names, prepared if it has to be.
+"""The data of a training run: datasets that `config.data` names, prepared if they have to be.
 
 Text goes into a folder named after a fingerprint of all that shapes it, so that it can be reused without
-asking. How it is made is `topklm.data.build`'s affair.
+asking. `topklm.data.building` makes it.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
 
 
 def _contents_of(file: SourceFile) -> str:
-    """What tells the file's contents from others: a hash, or what a remote store says of them."""
+    """Returns a name of the file's contents: a hash, or facts that a remote store gives."""
     if os.path.isfile(file.url):
         return sha256_of_file(Path(file.url))
     return f"{file.url} {file.size} {file.version}"

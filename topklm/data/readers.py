@@ -44,7 +44,7 @@ class FileReader:
         """Opens nothing yet.
 
         Args:
-            file: What to read.
+            file: To be read.
             text_field: Key of the text in a JSON object, or column of a table; "doc.text" is also the key
                 "text" in the object "doc".
         """

@@ -27,7 +27,7 @@ from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
 _NO_ENDING = "no ending"
 _MAX_ENDINGS = 8  # of files that are left out, in one line
-# Of files that are not read; what comes before tells more of them.
+# Of files that are not read; the ending before tells more of them.
 _OTHER_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".br")
 
 _LOCAL_PROTOCOLS = ("file://", "local://")
@@ -39,7 +39,7 @@ _QUICKSTART_FILE = "summaries_en-us.json"
 # shall not. Once it has answered, their patience is welcome.
 _ANSWER_SECONDS = 15.0
 
-# What a store tells about a file that changes with its content, the best first.
+# Facts of a store about a file that change with its content, the best first.
 _VERSION_KEYS = (
     "ETag",
     "generation",
@@ -101,19 +101,19 @@ def find(
 
 
 def corpus_name(files: Sequence[SourceFile]) -> str:
-    """A short name, fit for a folder."""
+    """Returns a short name, fit for a folder."""
     n_others = len({file.url.rpartition("#")[0] if file.ending == HF else file.url for file in files}) - 1
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", _stem(files[0])).strip("-.")[:40] or "corpus"
     return f"{slug}-and-{n_others}-more" if n_others else slug
 
 
 def is_remote(url: str) -> bool:
-    """Whether a source's URL needs fsspec."""
+    """Tells whether a source's URL needs fsspec."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) is not None
 
 
 def file_system(url: str, flag: str) -> tuple[Any, str]:
-    """The fsspec file system of a remote URL, and the path in it.
+    """Returns the fsspec file system of a remote URL, and the path in it.
 
     Raises:
         UserError: If fsspec does not know the protocol, or a package for it is not installed.
@@ -135,12 +135,12 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What a store tells about a file that changes with its content; "" if it tells nothing."""
+    """Returns a fact of a store about a file that changes with its content; "" if there is none."""
     return next((f"{key}={_as_text(info[key])}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
 def is_version(version: str, info: Mapping[str, Any]) -> bool:
-    """Whether what a store tells now agrees with what `version_of` gave."""
+    """Tells whether a store's facts agree with those that `version_of` was given."""
     key, _, value = version.partition("=")
     # A store may tell less of one file than in a list of many.
     return not info.get(key) or _as_text(info[key]) == value
@@ -151,16 +151,8 @@ def local_version(status: os.stat_result) -> str:
     return str(status.st_mtime_ns)
 
 
-def hf_parts(url: str) -> tuple[str, str, str, int, int]:
-    """Name, configuration, split, shard and number of shards of a unit's URL."""
-    source, _, unit = url.removeprefix("hf:").rpartition("#")
-    name, config, split = source.rsplit(":", 2)
-    shard, n_shards = unit.split("/")
-    return name, config, split, int(shard), int(n_shards)
-
-
 def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tuple[str, SourceFile]]:
-    """The files of one source, each with what it is known by however it was named."""
+    """Yields the files of one source, each after a name that does not depend on the source's."""
     if source == QUICKSTART:
         file = _quickstart_file(flag)
         yield file.url, file
@@ -195,7 +187,7 @@ def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str
     if os.path.isdir(pattern):
         folder = os.path.abspath(pattern)
         return _known(_paths_below(folder, flag), folder, flag, say)
-    if os.path.lexists(pattern):  # what has brackets in its name is meant literally
+    if os.path.lexists(pattern):  # brackets in the name of a file are meant literally
         return [os.path.abspath(pattern)]
     paths = [os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
     if not paths:
@@ -206,7 +198,7 @@ def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str
 def _paths_below(folder: str, flag: str) -> list[str]:
     """Finds the files in a folder and in those below it, each real folder once, whatever links lead to it.
 
-    What is hidden is left out, as globs do. A folder that lies below goes by its own name, not by a link's.
+    Hidden ones are left out, as globs do. A folder that lies below goes by its own name, not by a link's.
     """
 
     def refuse(e: OSError) -> None:
@@ -289,7 +281,7 @@ def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[So
 
 
 def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, Any]], bool]:
-    """What a store knows about the files that a source names, by path; and whether it names a folder."""
+    """Asks a store about the files that a source names, by path; tells whether it names a folder."""
     # "?" begins the query of a web address.
     magic = re.search(r"[*\[]" if source.startswith("http") else r"[*?\[]", path)
     if not magic or "[" in path:
@@ -310,7 +302,7 @@ def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, 
 
 
 def _before_path(source: str, path: str) -> str | None:
-    """What a URL has before the path in its store, protocol and host; None if they cannot be told apart."""
+    """Returns protocol and host of a URL; None if they cannot be told from the path in its store."""
     source = source.rstrip("/")
     if not source.endswith(path.rstrip("/")):
         return None
@@ -323,7 +315,7 @@ def _as_text(fact: Any) -> str:
 
 
 def _ask(fs: Any, path: str) -> dict[str, Any]:
-    """`fs.info(path)`, for an answer within _ANSWER_SECONDS."""
+    """Calls `fs.info(path)`, for an answer within _ANSWER_SECONDS."""
     if not fs.async_impl:
         return fs.info(path)
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)

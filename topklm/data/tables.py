@@ -1,6 +1,6 @@
 """Tables: one document a row, of a Parquet file or of a Hugging Face dataset, and the column of the text.
 
-What is wrong with a row is a problem; everything before the first damage of a file is read.
+A row without a document is a problem; everything before the first damage of a file is read.
 """
 
 from collections.abc import Iterator, Sequence

@@ -40,7 +40,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the readable shards of a split hold."""
+    """Content of the readable shards of a split."""
 
     shards: int  # that could be read to their end
     documents: int
@@ -50,7 +50,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found."""
+    """Findings of `verify`."""
 
     path: Path
     splits: dict[str, Counts]
@@ -130,11 +130,11 @@ class _Check:
         return found
 
     def _shard(self, shard: Shard, is_first: bool, report: Callable[[int, int, int], None]) -> Counts | None:
-        """What the shard holds; None if it could not be read to its end."""
+        """Counts the content of a shard; None if it could not be read to its end."""
         try:
             check_shards(self._path, [shard], contents=True)
         except ShardError as e:
-            self._note(shard.name, e.what)
+            self._note(shard.name, e.fault)
         except UserError as e:
             if isinstance(e.__cause__, PermissionError):  # no damage
                 raise
@@ -148,7 +148,7 @@ class _Check:
             try:
                 tokens = stream.read(start, stop)
             except ShardError as e:
-                self._note(shard.name, e.what)
+                self._note(shard.name, e.fault)
                 return None
             if is_first and start == 0 and tokens[0] != self._separator_id:
                 self._note(shard.name, f"begins with token {tokens[0]}, not with a separator")
@@ -161,7 +161,7 @@ class _Check:
         return Counts(1, documents, len(stream), utf8_bytes)
 
     def _inside(self, tokens: np.ndarray, start: int, shard: Shard) -> np.ndarray:
-        """The tokens that the vocabulary has."""
+        """Returns the tokens that the vocabulary has."""
         is_inside = (tokens >= 0) & (tokens < self._vocab_size)
         if not is_inside.all():
             first = int(np.argmin(is_inside))
@@ -173,7 +173,7 @@ class _Check:
         return tokens[is_inside]
 
     def _tokenizer(self, told: dict[str, Any]) -> Tokenizer | None:
-        """The dataset's tokenizer; None if the file is another."""
+        """Returns the dataset's tokenizer; None if the file is another."""
         file = self._path / TOKENIZER_FILE
         try:
             with disk_errors_are_user_errors(f"reading {file}"):

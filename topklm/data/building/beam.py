@@ -34,13 +34,13 @@ class BeamEngine:
         self._options = [f"--runner={runner}", *options]
 
     def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
-        """See `work_items.Engine`."""
+        """Encodes the files, see `work_items.Engine`."""
         results = [FileResult(**result) for result in self._map(_run, tasks, work)]
         report(sum(result.size for result in results), sum(result.documents for result in results), 0)
         return results
 
     def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
-        """See `work_items.Engine`."""
+        """Marks copies, see `work_items.Engine`."""
         with self._pipeline() as pipeline:
             numbered = pipeline | "chunks" >> beam.Create(list(enumerate(chunks))) | beam.Reshuffle()
             copies = (
@@ -53,17 +53,17 @@ class BeamEngine:
             _ = both | "mark" >> beam.MapTuple(_mark)
 
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
-        """See `work_items.Engine`."""
+        """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
         return [Totals(**total) for total in self._map(_totals, chunks, work)]
 
     def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
-        """See `work_items.Engine`."""
+        """Writes the shards, see `work_items.Engine`."""
         return [Shard(**shard) for shard in self._map(_run, tasks, work)]
 
     def _map(
         self, function: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], work: Storage
     ) -> list[dict[str, Any]]:
-        """`[function(task) for task in tasks]`; what a function returns must be JSON."""
+        """Returns `[function(task) for task in tasks]`; results must be JSON."""
         with self._pipeline() as pipeline:
             _ = (
                 pipeline

@@ -51,7 +51,7 @@ def build(
 
     Args:
         sources: Where the text is.
-        settings: What is made of it.
+        settings: Of the dataset.
         out: The dataset's folder; must not exist, be empty, or hold this dataset.
         engine: Does the work; no bit of the result depends on it.
         progress: Where it is shown.
@@ -133,7 +133,7 @@ class _Build:
     def _discard_damaged(self, checks: Sequence[Callable[[], list[str]]]) -> None:
         """Has unfinished work on this machine looked at before it is believed, and says what is made again.
 
-        What lies in a bucket is compared by the bucket.
+        A bucket compares its files itself.
         """
         if not self._work.is_local:
             return
@@ -146,7 +146,7 @@ class _Build:
             )
 
     def _tokenizer(self, selection: Selection) -> Tokenizer:
-        """From its file, or trained on the training split."""
+        """Reads the tokenizer from its file, or trains it on the training split."""
         vocab_size = self._settings.vocab_size
         if vocab_size is None:
             return self._settings.open_tokenizer()
@@ -211,7 +211,7 @@ class _Build:
 
 
 def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
-    """Whether the dataset is there; UserError if something else is, or the store cannot be reached."""
+    """Tells whether the dataset is there; UserError if another is, or the store cannot be reached."""
     guard = contextlib.nullcontext() if final.is_local else store_errors_are_user_errors("--out", final.url)
     with guard:
         exists = final.exists(DESCRIPTION_FILE)

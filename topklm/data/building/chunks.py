@@ -38,7 +38,7 @@ _COPY_TOKENS = 1 << 20  # tokens read at a time
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What a chunk holds of each split once copies are dropped; index 0: train, 1: held out."""
+    """Counts of a chunk without its copies; index 0: train, 1: held out."""
 
     documents: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -58,7 +58,7 @@ class Chunk:
         return self.storage.exists(self._name("index"))
 
     def documents(self) -> int:
-        """Number of documents of a written chunk."""
+        """Counts the documents of a written chunk."""
         with self.storage.open_local(self._name("index")) as path:
             return (path.stat().st_size - 2 * _DIGEST_BYTES) // INDEX_DTYPE.itemsize
 
@@ -97,7 +97,7 @@ class Chunk:
             self.storage.write(name, rows.astype("<u4").tobytes())
 
     def kept(self) -> np.ndarray:
-        """bool[documents]: which documents are no copies of others."""
+        """Tells which documents are no copies of others, bool[documents]."""
         keep = np.ones(self.documents(), bool)
         if self.storage.exists(self._name("dropped")):
             keep[np.frombuffer(self.storage.read(self._name("dropped")), "<u4")] = False
@@ -114,7 +114,7 @@ class Chunk:
         return Totals(documents, tokens, utf8_bytes)
 
     def tokens(self, heldout: bool, start: int, stop: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """Kept tokens start to stop - 1 of one split, counted within this chunk, a block at a time."""
+        """Yields kept tokens start to stop - 1 of one split, counted within this chunk, in blocks."""
         index = self.index()
         keep = self.kept() & (index["heldout"] == heldout)
         ends = np.cumsum(index["tokens"], dtype=np.int64)
@@ -188,7 +188,7 @@ class ChunkWriter:
 
 
 def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of documents of about _COPY_TOKENS tokens, at least one document each."""
+    """Yields consecutive ranges of documents of about _COPY_TOKENS tokens, at least one document each."""
     first = 0
     while first < ends.size:
         begin = int(ends[first - 1]) if first else 0
@@ -231,7 +231,7 @@ def keep_all(chunks: Sequence[Chunk]) -> None:
 
 
 def copies(entries: np.ndarray) -> np.ndarray:
-    """Document numbers that `drop_duplicates` drops among entries (digest, heldout, document)."""
+    """Returns the numbers that `drop_duplicates` drops among entries (digest, heldout, document)."""
     order = np.lexsort(
         (entries["document"], 1 - entries["heldout"], entries["digest"][:, 1], entries["digest"][:, 0])
     )
@@ -241,7 +241,7 @@ def copies(entries: np.ndarray) -> np.ndarray:
 
 
 def _fill_buckets(scratch: Path, chunks: Sequence[Chunk], starts: np.ndarray, n_buckets: int) -> list[Path]:
-    """Files of entries; all copies of a text come into one."""
+    """Writes files of entries; all copies of a text come into one."""
     paths = [scratch / f"{number}.entries" for number in range(n_buckets)]
     pending: list[np.ndarray] = []
     for chunk, start in zip(chunks, starts[:-1], strict=True):

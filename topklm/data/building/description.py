@@ -61,7 +61,7 @@ class Settings:
         return int(size)
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer of a file."""
+        """Returns the tokenizer of a file."""
         return _opened(self.tokenizer)
 
 
@@ -116,11 +116,11 @@ def describe(
     totals: Sequence[Totals],
     shards: Sequence[tuple[str, Shard]],
 ) -> dict[str, Any]:
-    """The content of dataset.json.
+    """Makes the content of dataset.json.
 
     Args:
         sources: Where the text came from.
-        settings: What was made of it.
+        settings: Of the dataset.
         tokenizer: Of the dataset.
         results: One for each file.
         totals: One for each chunk.
@@ -213,8 +213,8 @@ def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where
 
     Args:
         made: Its description.
-        sources: Those that are asked for.
-        settings: Those that are asked for.
+        sources: Asked for.
+        settings: Asked for.
         where: The dataset's folder.
 
     Raises:

@@ -57,7 +57,7 @@ class Workers:
     def map(
         self, function: Callable[[Task, Report], Result], tasks: Sequence[Task], report: Report
     ) -> list[Result]:
-        """`[function(task, report) for task in tasks]`; begins with the first tasks.
+        """Returns `[function(task, report) for task in tasks]`; begins with the first tasks.
 
         Args:
             function: At the top level of a module; its second argument takes what `report` takes.
@@ -120,7 +120,7 @@ class Workers:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the block ends; processes that begin in it never hear of it."""
+    """Holds Ctrl-C back until the block ends; processes that begin in it never hear of it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -158,7 +158,7 @@ def _begin_worker(reports: Any, threads: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A parent that was killed cannot tell its workers to stop."""
+    """Ends this process with its parent: one that was killed cannot tell its workers to stop."""
     while os.getppid() == parent:
         time.sleep(_ORPHAN_POLL_SECONDS)
     os._exit(1)
@@ -180,7 +180,7 @@ class LocalEngine:
         self._workers = workers
 
     def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
-        """See `work_items.Engine`."""
+        """Encodes the files, see `work_items.Engine`."""
         # The largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(tasks)), key=lambda i: -tasks[i].job.file.size)
         done = self._workers.map(_run, [tasks[i] for i in order], report)
@@ -188,15 +188,15 @@ class LocalEngine:
         return [by_number[i] for i in range(len(tasks))]
 
     def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
-        """See `work_items.Engine`."""
+        """Marks copies, see `work_items.Engine`."""
         drop_duplicates(chunks, work.path)
 
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
-        """See `work_items.Engine`."""
+        """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
         return [chunk.totals() for chunk in chunks]
 
     def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
-        """See `work_items.Engine`."""
+        """Writes the shards, see `work_items.Engine`."""
         return self._workers.map(_run, tasks, report)
 
 

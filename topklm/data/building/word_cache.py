@@ -1,7 +1,7 @@
 """Tokens of many texts, fast: a word that was met before is looked up instead of encoded again.
 
-Text is cut where no token can cross, mostly before spaces; what lies between, a word with what clings to
-it, comes back again and again (Zipf's law). The tokens are the library's own, to the last one.
+Text is cut where no token can cross, mostly before spaces; the piece between, a word with its space and
+punctuation, comes back again and again (Zipf's law). The tokens are the library's own, to the last one.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Encode = Callable[[Sequence[str]], list[np.ndarray]]  # texts -> token ids of ea
 
 
 def fastest(tokenizer: Tokenizer) -> Encode:
-    """The fastest way to the tokenizer's own tokens: remembering words, where words can be told apart."""
+    """Returns the fastest encoder with the tokenizer's own tokens: it remembers words where it can."""
     token_bytes = tokenizer.token_bytes_lengths()
     if not tokenizer.cut_before or token_bytes is None:
         return tokenizer.encode_batch
@@ -54,7 +54,7 @@ class WordEncoder:
         self._forget()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32[n_i]."""
+        """Returns the token ids of each text, int32[n_i]."""
         with self._lock:
             return self._encode(texts)
 
@@ -98,7 +98,7 @@ class WordEncoder:
         self._tokens = np.concatenate([self._tokens, tokens])
 
     def _joined(self, words: Sequence[str]) -> list[str]:
-        """The words one after another in few texts; one that could join the word before it begins a text."""
+        """Joins words to few texts; a word that could join the one before it begins a text."""
         texts: list[list[str]] = []
         size = 0
         for word in words:

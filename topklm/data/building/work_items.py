@@ -158,7 +158,7 @@ class Engine(Protocol):
         """Marks copies; see `chunks_lib.drop_duplicates`."""
 
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
-        """What is kept of each chunk."""
+        """Counts the kept documents, tokens and bytes of each chunk."""
 
     def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
         """Writes the shards."""
@@ -184,7 +184,7 @@ def _name(sha256: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(work: str, sha256: str) -> tuple[Tokenizer, Encode]:
-    """What a process needs for all of its files."""
+    """Returns the tokenizer, and the encoder that a process keeps for all of its files."""
     tokenizer = shared_tokenizer(sha256, Storage(work))
     if tokenizer is None:
         raise UserError(f"{work}/{_name(sha256)} is not as it was written: start the same command again")
