@@ -75,9 +75,9 @@ def _seconds_of_ten_steps() -> list[float]:
 
 def _loading() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run:
-        worker.call(write, run)
-        seconds = worker.call(seconds_to_load, run)
-        memory = [worker.call(memory_to_load, run) for _ in range(3)]
+        worker.call("benchmarks.checkpoints:write", run)
+        seconds = worker.call("benchmarks.checkpoints:seconds_to_load", run)
+        memory = [worker.call("benchmarks.checkpoints:memory_to_load", run) for _ in range(3)]
     load_s, read_s = (statistics.median(seconds[what]) for what in ("load", "read_into_memory"))
     return {
         "parameters": memory[0]["parameters"],

@@ -38,9 +38,11 @@ def main() -> None:
     print(f"training: {training}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         dataset = make_dataset(Path(name) / "large", TOKENS, RECORD_TOKENS * 8192)
-        rates = {f"T {t}, B {b}": worker.call(rate, str(dataset.path), t, b) for t, b in SHAPES}
+        rates = {
+            f"T {t}, B {b}": worker.call("benchmarks.stream:rate", str(dataset.path), t, b) for t, b in SHAPES
+        }
         many = make_dataset(Path(name) / "many", N_SHARDS * RECORD_TOKENS, RECORD_TOKENS)
-        starts = [worker.call(start, str(many.path)) for _ in range(5)]
+        starts = [worker.call("benchmarks.stream:start", str(many.path)) for _ in range(5)]
     fastest = statistics.median(training)
     result = {
         "training_tokens_per_second": training,

@@ -25,7 +25,7 @@ from benchmarks.harness import roofline
 from benchmarks.harness.report import Comparison, Report, Result
 from benchmarks.harness.shapes import SHAPES
 from benchmarks.harness.timing import Samples, alternate
-from benchmarks.harness.worker import Prepared, Worker
+from benchmarks.harness.worker import Prepared, Worker, call
 from topklm import config as config_lib
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import Config, ModelConfig
@@ -89,8 +89,7 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
         subjects = ours.subjects() | all_rows.subjects()
         if arguments.peer:
             weights = str(Path(folder) / "weights.npz")
-            with Worker("benchmarks.subjects.weights", {"config": config.to_dict(), "file": weights}):
-                pass
+            call("benchmarks.peers.llama:write_weights", config.to_dict(), weights)
             torch = Worker("benchmarks.peers.torch_decode", {**spec, "weights": weights})
             subjects |= stack.enter_context(torch).subjects()
         samples = alternate(

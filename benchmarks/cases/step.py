@@ -2,7 +2,8 @@
 
 TopK, the same model as Base LM, and with --peer=torch Hugging Face's Llama with TopK hooks, each in a process
 of its own, in turns. The floor is that of `roofline`: the step's matrix products and traffic at the measured
-rates of this machine.
+rates of this machine. --explain compiles each part alone: work of XLA across parts, and remat, which
+computes again, show as the difference between their sum and the whole step.
 """
 
 import argparse
@@ -13,12 +14,11 @@ from pathlib import Path
 import tempfile
 
 from benchmarks import peers
-from benchmarks.cases import explain
 from benchmarks.harness import roofline, timing
 from benchmarks.harness.report import Comparison, Report, Result
 from benchmarks.harness.shapes import SHAPES, base, named, with_model
 from benchmarks.harness.timing import Samples
-from benchmarks.harness.worker import Worker, WorkerError
+from benchmarks.harness.worker import Worker, WorkerError, call
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import DTYPES, Config
 from topklm.errors import UserError
@@ -32,6 +32,9 @@ EXAMPLE = "topklm bench step --shape=s1 --dtype=float32 --peer=torch --json=step
 TOPK, BASE, EAGER, COMPILED = "TopK", "Base", "torch eager", "torch.compile"
 
 _SECONDS_PER_SAMPLE = 1.0
+_SECONDS_OF_A_PART = 0.2
+_BAR_WIDTH = 30
+_WHOLE = "step"
 # On CPUs: tokens/s against the peer.
 _CPU_TARGETS = {("s1", "float32"): 1.25, ("s2", "float32"): 1.15, ("s1", "bfloat16"): 1.05}
 _CPU_TARGETS |= {("s2", "bfloat16"): 1.05}
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
     parts = []
     for case in _cases(arguments, config):
         if arguments.explain:
-            parts.append(explain.explain(case.name, case.config, arguments.repeats))
+            parts.append(_explain(case.name, case.config, arguments.repeats))
         else:
             parts.append(_measure(case, arguments))
     return Report(
@@ -170,7 +173,7 @@ def _peer_workers(case: Case, notes: list[str]) -> Iterator[tuple[str, Worker]]:
     """Starts workers from our first weights. Where `torch.compile` fails, eager stands alone."""
     with tempfile.TemporaryDirectory() as folder:
         spec = {"config": case.config.to_dict(), "weights": str(Path(folder) / "weights.npz")}
-        Worker("benchmarks.subjects.weights", {**spec, "file": spec["weights"]}).close()
+        call("benchmarks.peers.llama:write_weights", spec["config"], spec["weights"])
         yield EAGER, Worker("benchmarks.peers.torch_step", {**spec, "compile": False})
         try:
             compiled = Worker("benchmarks.peers.torch_step", {**spec, "compile": True})
@@ -212,3 +215,61 @@ def _comparisons(
         yield Comparison(f"{case.name}: tokens/s, {ours} / {better}", speedup, at_least=target)
         memory = peaks[ours] / peaks[better]
         yield Comparison(f"{case.name}: peak memory, {ours} / {better}", (memory,), at_most=1.0)
+
+
+def _explain(name: str, config: Config, repeats: int) -> Report:
+    """Measures the parts of a step in turns with the whole.
+
+    Args:
+        name: Of the case.
+        config: The train step, with its vocabulary.
+        repeats: Samples of each part.
+
+    Raises:
+        UserError: On several devices.
+    """
+    spec = {"config": config.to_dict()}
+    with (
+        Worker("benchmarks.subjects.train_step", spec) as whole,
+        Worker("benchmarks.subjects.parts", spec) as pieces,
+    ):
+        rates = roofline.measure_rates(config.model.dtype, repeats)
+        subjects = {**whole.subjects(), **pieces.subjects()}
+        found = timing.alternate(subjects, repeats, at_least=_SECONDS_OF_A_PART, label=f"{name} by part")
+        facts = whole.facts
+    parts = [part for part in roofline.parts_of_step(config) if part.name in found]
+    layers = {part.name: _layers(config, part.name) for part in parts}
+    step = found.pop(_WHOLE)
+    results = [
+        _part_result(name, part, found[part.name], layers[part.name], step.median, rates) for part in parts
+    ]
+    sums = [sum(found[part].seconds[i] * layers[part] for part in found) for i in range(repeats)]
+    floor = roofline.step_seconds(parts, rates)
+    results.append(Result(f"{name}: sum of the parts", "s", tuple(sums), floor, {"part": "sum"}))
+    results.append(Result(f"{name}: whole step", "s", step.seconds, floor, {"part": "whole"}))
+    comparison = Comparison(f"{name}: sum of the parts / whole step", step.speedup_over(Samples(tuple(sums))))
+    settings = {"config": config.to_dict(), "allocator": facts["allocator"], "platform": facts["platform"]}
+    settings["rates"] = dataclasses.asdict(rates)
+    return Report("step", {name: settings}, results, [comparison])
+
+
+def _layers(config: Config, part: str) -> int:
+    """Counts how often a step has the part that was measured."""
+    model = config.model
+    return {"attention": model.n_layers, "MLP": model.n_layers, "TopK": model.n_topk_layers}.get(part, 1)
+
+
+def _part_result(
+    name: str, part: roofline.Part, samples: Samples, layers: int, whole: float, rates: roofline.Rates
+) -> Result:
+    seconds = tuple(layers * s for s in samples.seconds)
+    share = layers * samples.median / whole
+    note = f"{'█' * round(share * _BAR_WIDTH)} {share:.1%} of the step"
+    facts = {
+        "part": part.name,
+        "layers": layers,
+        "share_of_step": share,
+        "flops": part.flops,
+        "bytes": part.bytes,
+    }
+    return Result(f"{name}: {part.name}", "s", seconds, part.seconds(rates) or None, facts, note)

@@ -133,20 +133,17 @@ class Worker:
                 stream.close()
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of a module in a process of its own; returns its result.
+def call(function: str, *arguments: Any) -> Any:
+    """Calls a function in a process of its own; returns its result.
 
     Args:
-        function: Found by its name; a script's own is found in the script's module.
+        function: "MODULE:NAME".
         arguments: They and the result must survive JSON.
 
     Raises:
         CalledProcessError: If it fails.
     """
-    module, spec = function.__module__, sys.modules[function.__module__].__spec__
-    name = spec.name if module == "__main__" and spec else module
-    command = [*_PYTHON, "benchmarks.harness.worker_main", name, function.__name__]
-    command.append(json.dumps(arguments))
+    command = [*_PYTHON, "benchmarks.harness.worker_main", *function.split(":"), json.dumps(arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=shared_environment())
     return json.loads(done.stdout.splitlines()[-1])
 

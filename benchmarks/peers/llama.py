@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import transformers
 
+from topklm import config as config_lib
 from topklm.config import ModelConfig
+from topklm.model import transformer
 
 # Of a block: our path -> their name inside a layer.
 _BLOCK_NAMES = {
@@ -84,6 +86,19 @@ def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.n
             value = stacked[layer].T if path[-1] == "kernel" else stacked[layer]
             named[f"model.layers.{layer}.{name}.weight"] = value
     return {name: np.asarray(value) for name, value in named.items()}
+
+
+def write_weights(config: Mapping[str, Any], path: str) -> None:
+    """Writes the parameters that a config starts from, for `load`, so that both start alike.
+
+    Args:
+        config: As JSON, with its vocabulary.
+        path: An .npz to be written.
+    """
+    resolved = config_lib.resolve(config)
+    params = transformer.create(resolved.model, resolved.train.seed)
+    weights: dict[str, Any] = state_dict(resolved.model, params)
+    np.savez(path, **weights)
 
 
 def topk(u: torch.Tensor, k: int, activation: str) -> torch.Tensor:
