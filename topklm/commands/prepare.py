@@ -14,7 +14,7 @@ import rich.table
 
 from topklm.data import formats
 from topklm.data.building.build import build
-from topklm.data.building.description import Settings, Sources
+from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
 from topklm.data.building.engines import LocalEngine, Workers, all_cores
 from topklm.data.building.storage import Storage
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = rich.console.Console(stderr=arguments.json)
     progress = TerminalProgress(console)
     heldout = find(arguments.heldout, flag="--heldout", say=progress.say) if arguments.heldout else ()
-    sources = Sources(find(arguments.sources, say=progress.say), heldout)
+    sources = DatasetSources(find(arguments.sources, say=progress.say), heldout)
     out = Storage(arguments.out)
     began = time.monotonic()
     _build(arguments, sources, settings, out, progress)
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _build(
     arguments: argparse.Namespace,
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     out: Storage,
     progress: TerminalProgress,
 ) -> None:
@@ -137,7 +137,7 @@ def _beam() -> ModuleType:
         logging.disable(logging.NOTSET)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> DatasetSettings:
     fraction = arguments.heldout_fraction
     if fraction is None:
         fraction = 0.0 if arguments.heldout else _HELDOUT_FRACTION
@@ -154,7 +154,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         max_chars=arguments.max_chars,
         strict=arguments.strict,
     )
-    return Settings(selection, arguments.tokenizer, not arguments.keep_duplicates, arguments.shard_tokens)
+    return DatasetSettings(
+        selection, arguments.tokenizer, not arguments.keep_duplicates, arguments.shard_tokens
+    )
 
 
 def _cores(workers: int | None) -> int:

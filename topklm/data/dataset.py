@@ -203,7 +203,7 @@ def damaged(file: str | Path, what: Exception) -> UserError:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """The part of a window that belongs to one document."""
 
     begins: bool  # a separator stands before it; otherwise the document began in an earlier window
@@ -211,12 +211,12 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class TextWindow:
     """Tokens start to stop - 1 of a split."""
 
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DocumentPiece, ...]
 
     @property
     def documents(self) -> int:
@@ -226,7 +226,7 @@ class Window:
 
 def sample_windows(
     dataset: Dataset, split: str, n_windows: int, context_length: int, seed: int
-) -> Iterator[Window]:
+) -> Iterator[TextWindow]:
     """Decodes random windows of a split, in the split's order; the same seed gives the same ones.
 
     Window i begins at token i * context_length, as in training; the last is moved back to be full.
@@ -248,13 +248,13 @@ def sample_windows(
     for number in sorted(random.Random(seed).sample(range(n_all), min(n_windows, n_all))):
         start = max(0, min(number * context_length, len(tokens) - context_length))
         stop = min(start + context_length, len(tokens))
-        yield Window(start, stop, tuple(_pieces(dataset, tokens.read(start, stop))))
+        yield TextWindow(start, stop, tuple(_pieces(dataset, tokens.read(start, stop))))
 
 
-def _pieces(dataset: Dataset, tokens: np.ndarray) -> Iterator[Piece]:
+def _pieces(dataset: Dataset, tokens: np.ndarray) -> Iterator[DocumentPiece]:
     begins = np.flatnonzero(tokens == dataset.tokenizer.separator_id)
     for part in np.split(tokens, begins):
         # Before a separator that stands first there is nothing.
         if part.size:
             is_start = bool(part[0] == dataset.tokenizer.separator_id)
-            yield Piece(is_start, dataset.tokenizer.decode(part[is_start:]))
+            yield DocumentPiece(is_start, dataset.tokenizer.decode(part[is_start:]))

@@ -13,7 +13,7 @@ import time
 
 from topklm.config import DataConfig
 from topklm.data.building.build import build
-from topklm.data.building.description import Settings, Sources, fingerprint
+from topklm.data.building.description import DatasetSettings, DatasetSources, fingerprint
 from topklm.data.building.encode import Selection
 from topklm.data.building.engines import LocalEngine, Workers, all_cores
 from topklm.data.building.storage import Storage
@@ -53,7 +53,7 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     names = [part.strip() for part in data.source.split(",") if part.strip()]
     files = find(names, flag="data.source", say=announce)
     selection = Selection(text_field=data.text_field, heldout_fraction=data.heldout_fraction)
-    settings = Settings(selection, tokenizer=f"train:{data.vocab_size}")
+    settings = DatasetSettings(selection, tokenizer=f"train:{data.vocab_size}")
     check_name(data.dir, "data.dir")
     root = Path(os.path.expanduser(data.dir)).absolute()
     with disk_errors_are_user_errors("preparing the data"):
@@ -66,7 +66,9 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
         announce(f"data: reusing {out} ({dataset})")
         return Mixture.single(dataset)
     with Workers(all_cores(), in_this_process=True) as workers:
-        build(Sources(files), settings, Storage(out), LocalEngine(workers), Progress(announce), wait=True)
+        build(
+            DatasetSources(files), settings, Storage(out), LocalEngine(workers), Progress(announce), wait=True
+        )
     dataset = load_dataset(out)
     announce(f"data: wrote {out} ({dataset})")
     return Mixture.single(dataset)

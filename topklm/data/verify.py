@@ -31,7 +31,7 @@ _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class DatasetProblem:
     """One thing that is wrong."""
 
     file: str  # name inside the folder
@@ -49,16 +49,16 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """Findings of `verify`."""
 
     path: Path
     splits: dict[str, Counts]
-    problems: tuple[Problem, ...]
+    problems: tuple[DatasetProblem, ...]
     other_files: tuple[str, ...]  # names in the folder that do not belong to the dataset
 
 
-def verify(path: str | Path, progress: Progress | None = None) -> Report:
+def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Reads a dataset to its last byte.
 
     Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
@@ -91,7 +91,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     expected = {DESCRIPTION_FILE, TOKENIZER_FILE}
     expected.update(shard.name for split in splits.values() for shard in split.shards)
     others = sorted(file.name for file in path.iterdir() if file.name not in expected)
-    return Report(path, found, tuple(check.problems), tuple(others))
+    return VerifyReport(path, found, tuple(check.problems), tuple(others))
 
 
 class _Check:
@@ -99,7 +99,7 @@ class _Check:
 
     def __init__(self, path: Path, told: dict[str, Any], contradictions: list[str]):
         self._path = path
-        self._problems = {Problem(DESCRIPTION_FILE, what): None for what in contradictions}
+        self._problems = {DatasetProblem(DESCRIPTION_FILE, what): None for what in contradictions}
         tokenizer = self._tokenizer(told)
         if tokenizer is None:
             self._vocab_size, self._separator_id = told["vocab_size"], told["separator_id"]
@@ -109,7 +109,7 @@ class _Check:
             self._token_bytes = tokenizer.token_bytes_lengths()
 
     @property
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[DatasetProblem]:
         """In the order in which they were found, none twice."""
         return list(self._problems)
 
@@ -199,7 +199,7 @@ class _Check:
         return tokenizer
 
     def _note(self, file: str, what: str) -> None:
-        self._problems[Problem(file, what)] = None
+        self._problems[DatasetProblem(file, what)] = None
 
 
 def _contradictions(description: dict[str, Any]) -> list[str]:

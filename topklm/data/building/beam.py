@@ -15,7 +15,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 import numpy as np
 
 from topklm.data.building.chunks import Chunk, Totals
-from topklm.data.building.encode import FileResult, Report
+from topklm.data.building.encode import FileResult, ReportProgress
 from topklm.data.building.storage import Storage
 from topklm.data.building.work_items import EncodeTask, ShardTask
 from topklm.data.records import Shard
@@ -33,7 +33,7 @@ class BeamEngine:
         """Takes the name of a runner and Beam's own options, e.g. `--project=...`."""
         self._options = [f"--runner={runner}", *options]
 
-    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
         """Encodes the files, see `work_items.Engine`."""
         results = [FileResult(**result) for result in self._map(_run, tasks, work)]
         report(sum(result.size for result in results), sum(result.documents for result in results), 0)
@@ -56,7 +56,7 @@ class BeamEngine:
         """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
         return [Totals(**total) for total in self._map(_totals, chunks, work)]
 
-    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
         """Writes the shards, see `work_items.Engine`."""
         return [Shard(**shard) for shard in self._map(_run, tasks, work)]
 

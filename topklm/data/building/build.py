@@ -20,7 +20,7 @@ from topklm.data.building import chunks as chunks_lib
 from topklm.data.building import description as description_lib
 from topklm.data.building import encode, work_items
 from topklm.data.building.chunks import Chunk
-from topklm.data.building.description import Settings, Sources
+from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
 from topklm.data.building.engines import all_cores
 from topklm.data.building.storage import Storage
@@ -39,8 +39,8 @@ TOKENIZER_TRAINING_BYTES = 1 << 28
 
 
 def build(
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     out: Storage,
     engine: work_items.Engine,
     progress: Progress,
@@ -82,8 +82,8 @@ class _Build:
 
     def __init__(
         self,
-        sources: Sources,
-        settings: Settings,
+        sources: DatasetSources,
+        settings: DatasetSettings,
         work: Storage,
         final: Storage,
         engine: work_items.Engine,
@@ -210,7 +210,7 @@ class _Build:
         return f"dataset-{_digest([[job.folder for job in jobs], s.deduplicate, s.shard_tokens])}"
 
 
-def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
+def _is_made(final: Storage, sources: DatasetSources, settings: DatasetSettings) -> bool:
     """Tells whether the dataset is there; UserError if another is, or the store cannot be reached."""
     guard = contextlib.nullcontext() if final.is_local else store_errors_are_user_errors("--out", final.url)
     with guard:

@@ -31,7 +31,7 @@ MIN_VOCAB = 257  # the bytes and the separator
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class DatasetSettings:
     """Everything but the sources that decides what a dataset holds."""
 
     selection: Selection
@@ -66,7 +66,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
+class DatasetSources:
     """The files of a dataset."""
 
     train: tuple[SourceFile, ...]
@@ -80,7 +80,7 @@ class Sources:
         return train + [(file, True) for file in self.heldout]
 
 
-def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: Settings) -> str:
+def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSettings) -> str:
     """Names what a dataset holds, not where its sources lie.
 
     Args:
@@ -109,8 +109,8 @@ MAX_EXAMPLES = 100  # problems kept word for word
 
 
 def describe(
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     tokenizer: Tokenizer,
     results: Sequence[FileResult],
     totals: Sequence[Totals],
@@ -169,7 +169,9 @@ def remarks(description: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_not_empty(results: Sequence[FileResult], totals: Sequence[Totals], settings: Settings) -> None:
+def check_not_empty(
+    results: Sequence[FileResult], totals: Sequence[Totals], settings: DatasetSettings
+) -> None:
     """Refuses a dataset without training text, or with none held out where some was asked for.
 
     Raises:
@@ -208,7 +210,7 @@ def _no_text(results: Sequence[FileResult], text: Mapping[str, Any], selection: 
     )
 
 
-def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where: str) -> None:
+def check_same(made: dict[str, Any], sources: DatasetSources, settings: DatasetSettings, where: str) -> None:
     """Refuses a dataset that other sources or settings made.
 
     Args:
@@ -235,7 +237,7 @@ def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where
         )
 
 
-def _same_sources(made: Sequence[dict[str, Any]], asked: Sources) -> bool:
+def _same_sources(made: Sequence[dict[str, Any]], asked: DatasetSources) -> bool:
     if [(s["url"], s["size"], s["heldout"]) for s in made] != [(f.url, f.size, h) for f, h in asked.files]:
         return False
     # A file that was copied or touched has another version, and perhaps the same content.

@@ -40,7 +40,7 @@ _DONE_FILE = "done.json"
 
 T = TypeVar("T")
 # Takes stored bytes read, documents and tokens, each since the last time.
-Report = Callable[[int, int, int], None]
+ReportProgress = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class FileResult:
 
 
 def encode_file(
-    job: FileJob, tokenizer: Tokenizer, encode: Encode, work: Storage, report: Report
+    job: FileJob, tokenizer: Tokenizer, encode: Encode, work: Storage, report: ReportProgress
 ) -> FileResult:
     """Encodes a file, or what an earlier attempt has left of it.
 
@@ -191,7 +191,7 @@ def chunks_of(job: FileJob, result: FileResult, work: Storage) -> list[Chunk]:
 
 
 def training_text(
-    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: Report
+    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: ReportProgress
 ) -> Iterator[str]:
     """Documents of the training split to train a tokenizer on, in source order.
 

@@ -16,7 +16,7 @@ import time
 from typing import Any, TypeVar
 
 from topklm.data.building.chunks import Chunk, Totals, drop_duplicates
-from topklm.data.building.encode import FileResult, Report
+from topklm.data.building.encode import FileResult, ReportProgress
 from topklm.data.building.storage import Storage
 from topklm.data.building.work_items import EncodeTask, ShardTask
 from topklm.data.records import Shard
@@ -55,7 +55,10 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(
-        self, function: Callable[[Task, Report], Result], tasks: Sequence[Task], report: Report
+        self,
+        function: Callable[[Task, ReportProgress], Result],
+        tasks: Sequence[Task],
+        report: ReportProgress,
     ) -> list[Result]:
         """Returns `[function(task, report) for task in tasks]`; begins with the first tasks.
 
@@ -79,7 +82,7 @@ class Workers:
                 "--workers continues where it stopped"
             ) from e
 
-    def _map_in_threads(self, function: Callable, tasks: Sequence, report: Report) -> list:
+    def _map_in_threads(self, function: Callable, tasks: Sequence, report: ReportProgress) -> list:
         messages: queue.SimpleQueue = queue.SimpleQueue()
         stop = threading.Event()
 
@@ -106,7 +109,7 @@ class Workers:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _map_in_processes(self, function: Callable, tasks: Sequence, report: Report) -> list:
+    def _map_in_processes(self, function: Callable, tasks: Sequence, report: ReportProgress) -> list:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._reports = context.Queue()
@@ -132,7 +135,7 @@ class _Stopped(Exception):  # noqa: N818 - no error: it unwinds a task that nobo
     pass
 
 
-def _collect(futures: Sequence[Future], messages: Any, report: Report) -> list:
+def _collect(futures: Sequence[Future], messages: Any, report: ReportProgress) -> list:
     left, order = set(futures), {future: number for number, future in enumerate(futures)}
     while left:
         done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -179,7 +182,7 @@ class LocalEngine:
     def __init__(self, workers: Workers):
         self._workers = workers
 
-    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
         """Encodes the files, see `work_items.Engine`."""
         # The largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(tasks)), key=lambda i: -tasks[i].job.file.size)
@@ -195,10 +198,10 @@ class LocalEngine:
         """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
         return [chunk.totals() for chunk in chunks]
 
-    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
         """Writes the shards, see `work_items.Engine`."""
         return self._workers.map(_run, tasks, report)
 
 
-def _run(task: Any, report: Report) -> Any:
+def _run(task: Any, report: ReportProgress) -> Any:
     return task.run(report)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from topklm.data.building.chunks import Chunk, Totals
-from topklm.data.building.encode import FileJob, FileResult, Report, encode_file
+from topklm.data.building.encode import FileJob, FileResult, ReportProgress, encode_file
 from topklm.data.building.storage import Storage
 from topklm.data.building.word_cache import Encode, fastest
 from topklm.data.dataset import SPLITS
@@ -125,7 +125,7 @@ class EncodeTask:
     job: FileJob
     work: Storage
 
-    def run(self, report: Report) -> FileResult:
+    def run(self, report: ReportProgress) -> FileResult:
         """Encodes it."""
         tokenizer, encode = _encoder(self.work.url, self.job.tokenizer_sha256)
         return encode_file(self.job, tokenizer, encode, self.work, report)
@@ -138,7 +138,7 @@ class ShardTask:
     job: ShardJob
     folder: Storage
 
-    def run(self, report: Report) -> Shard:
+    def run(self, report: ReportProgress) -> Shard:
         """Writes it."""
         shard = make_shard(self.job, self.folder)
         report(shard.tokens, 0, shard.tokens)
@@ -151,7 +151,7 @@ class Engine(Protocol):
     All of its machines reach the work folder; results come back in the order of what was to be done.
     """
 
-    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
         """Encodes the files."""
 
     def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
@@ -160,7 +160,7 @@ class Engine(Protocol):
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
         """Counts the kept documents, tokens and bytes of each chunk."""
 
-    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
         """Writes the shards."""
 
 
