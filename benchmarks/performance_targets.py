@@ -14,6 +14,7 @@ _V5E_RECIPES = {"130m": "v5e:4x4", "400m": "v5e:8x8", "1.4b": "v5e:16x16"}
 
 # (which of several, or ""; the figure; the figure as a person reads it)
 Figure = tuple[str, float, str]
+Finder = Callable[[Content], Iterable[Figure]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Target:
     figure: str
     wanted: str  # ">= 1.25", "< 2 %", "0"
     file: str  # of benchmarks/results
-    figures: Callable[[Content], Iterable[Figure]]
+    figures: Finder
 
     def find(self, content: Content) -> list[Found]:
         """Looks the figures up in the content of the file, and compares them with the target."""
@@ -44,7 +45,7 @@ class Target:
         return value >= limit if self.wanted.startswith(">=") else value <= limit
 
 
-def ratios(pattern: str) -> Callable[[Content], Iterator[Figure]]:
+def ratios(pattern: str) -> Finder:
     """Finds comparisons of a `topklm bench` report.
 
     Args:
@@ -80,7 +81,7 @@ def dropped(content: Content) -> Iterator[Figure]:
     yield "", n, str(n)
 
 
-def added_share(quantity: Callable[[Content], float]) -> Callable[[Content], Iterator[Figure]]:
+def added_share(quantity: Callable[[Content], float]) -> Finder:
     """Finds by how much TopK's compiled step exceeds its Base twin's, in results of `benchmarks.scaling`."""
 
     def find(content: Content) -> Iterator[Figure]:
@@ -104,69 +105,69 @@ def _twins(content: Content) -> Iterator[tuple[str, Content, Content]]:
         yield recipe, *(checks[f"{recipe}{twin} on {topology}"]["report"] for twin in ("", "-base"))
 
 
-_STEP, _TOPK, _DECODE = "bench_step.json", "bench_topk.json", "bench_decode.json"
-_KERNEL = "bench_topk_h200.json"
-_130M, _1B = "bench_step_h200_130m.json", "bench_step_h200_1.4b.json"
 _PEER = "PyTorch (better of eager and compiled)"
 _LAX, _TORCH = "speed over `lax.top_k` + scatter", "speed over `torch.topk` + scatter"
-_HF = "generation, tokens/s over Hugging Face `generate`"
 _COPY = "TopK kernel, 65,536 x 2048 bfloat16, k 128: share of the copy bandwidth"
 _AT_65536 = "65536 x (2048, k 128), bfloat16"
-_BASE, _RATE = ratios("(.*): step, TopK / Base"), ratios("(.*): tokens/s, TopK / .*")
 _FASTER = r"\d+ x (.*), float32, forward: faster than "
+_BASE, _RATE = ratios("(.*): step, TopK / Base"), ratios("(.*): tokens/s, TopK / .*")
+_STEERED = ratios("time of (batch [0-9]+), steered / batch [0-9]+")
 
-TARGETS = (
-    Target(
-        CPU,
-        f"training tokens/s over {_PEER}, S1 float32",
-        ">= 1.25",
-        _STEP,
-        ratios("s1 float32: tokens/s, TopK / (.*)"),
-    ),
-    Target(CPU, "the same, S2 float32", ">= 1.15", _STEP, ratios("s2 float32: tokens/s, TopK / (.*)")),
-    Target(CPU, "the same, bfloat16", ">= 1.05", _STEP, ratios("(s[12]) bfloat16: tokens/s, TopK / .*")),
-    Target(CPU, "TopK step / Base step", "< 1.04", _STEP, _BASE),
-    Target(
-        CPU,
-        "peak memory of the train process / the peer's",
-        "< 1",
-        _STEP,
-        ratios("(.*): peak memory, TopK / .*"),
-    ),
-    Target(CPU, f"TopK operation, {_TORCH}", ">= 2", _TOPK, ratios(f"{_FASTER}torch.*")),
-    Target(CPU, f"TopK operation, {_LAX}", ">= 3", _TOPK, ratios(f"{_FASTER}lax.*")),
-    Target(CPU, _HF, ">= 2", _DECODE, ratios("(batch [0-9]+) / torch, batch [0-9]+")),
-    Target(
-        CPU,
-        "time of a steered step / a plain one",
-        "< 1.02",
-        _DECODE,
-        ratios("time of (batch [0-9]+), steered / batch [0-9]+"),
-    ),
-    Target(CPU, "streaming clients dropped, of 64", "0", "serve.json", dropped),
-    Target(CPU, "start to first step of `small`, warm cache", "< 8 s", "startup.json", warm_start),
-    Target(GPU, _COPY, ">= 0.7", _KERNEL, ratios(f"{_AT_65536}: share of the copy bandwidth")),
-    Target(GPU, f"the same, {_LAX}", ">= 10", _KERNEL, ratios(f"{_AT_65536}, forward: faster than lax.*")),
-    Target(GPU, f"the same, {_TORCH}", ">= 5", _KERNEL, ratios(f"{_AT_65536}, forward: faster than torch.*")),
-    Target(GPU, "MFU of the 130M recipe, T 2048, bfloat16", ">= 40%", _130M, mfu),
-    Target(GPU, "MFU of the 1.4B recipe, T 2048, bfloat16", ">= 55%", _1B, mfu),
-    Target(GPU, "TopK step / Base step, 130M", "< 1.02", _130M, _BASE),
-    Target(GPU, "TopK step / Base step, 1.4B", "< 1.02", _1B, _BASE),
-    Target(GPU, f"tokens/s over {_PEER}, 130M", ">= 1.15", _130M, _RATE),
-    Target(GPU, f"tokens/s over {_PEER}, 1.4B", ">= 1.15", _1B, _RATE),
-    Target(
-        TPU,
-        "bytes accessed that TopK adds",
-        "< 3 %",
-        "scaling.json",
-        added_share(lambda report: report["hbm_traffic"]),
-    ),
-    Target(TPU, "collectives that TopK adds", "0", "scaling.json", added_collectives),
-    Target(
-        TPU,
-        "temporary memory that TopK adds",
-        "< 2 %",
-        "scaling.json",
-        added_share(lambda report: report["memory"]["temporaries"]),
-    ),
-)
+
+def _gpu_step(size: str, share: str) -> list[tuple[str, str, Finder]]:
+    return [
+        (f"MFU of the {size} recipe, T 2048, bfloat16", f">= {share}", mfu),
+        (f"TopK step / Base step, {size}", "< 1.02", _BASE),
+        (f"tokens/s over {_PEER}, {size}", ">= 1.15", _RATE),
+    ]
+
+
+# By machine and file of results: (figure, target, how it is found).
+_ASKED: dict[tuple[str, str], list[tuple[str, str, Finder]]] = {
+    (CPU, "bench_step.json"): [
+        (
+            f"training tokens/s over {_PEER}, S1 float32",
+            ">= 1.25",
+            ratios("s1 float32: tokens/s, TopK / (.*)"),
+        ),
+        ("the same, S2 float32", ">= 1.15", ratios("s2 float32: tokens/s, TopK / (.*)")),
+        ("the same, bfloat16", ">= 1.05", ratios("(s[12]) bfloat16: tokens/s, TopK / .*")),
+        ("TopK step / Base step", "< 1.04", _BASE),
+        ("peak memory of the train process / the peer's", "< 1", ratios("(.*): peak memory, TopK / .*")),
+    ],
+    (CPU, "bench_topk.json"): [
+        (f"TopK operation, {_TORCH}", ">= 2", ratios(f"{_FASTER}torch.*")),
+        (f"TopK operation, {_LAX}", ">= 3", ratios(f"{_FASTER}lax.*")),
+    ],
+    (CPU, "bench_decode.json"): [
+        (
+            "generation, tokens/s over Hugging Face `generate`",
+            ">= 2",
+            ratios("(batch [0-9]+) / torch, batch .*"),
+        ),
+        ("time of a steered step / a plain one", "< 1.02", _STEERED),
+    ],
+    (CPU, "serve.json"): [("streaming clients dropped, of 64", "0", dropped)],
+    (CPU, "startup.json"): [("start to first step of `small`, warm cache", "< 8 s", warm_start)],
+    (GPU, "bench_topk_h200.json"): [
+        (_COPY, ">= 0.7", ratios(f"{_AT_65536}: share of the copy bandwidth")),
+        (f"the same, {_LAX}", ">= 10", ratios(f"{_AT_65536}, forward: faster than lax.*")),
+        (f"the same, {_TORCH}", ">= 5", ratios(f"{_AT_65536}, forward: faster than torch.*")),
+    ],
+    (GPU, "bench_step_h200_130m.json"): _gpu_step("130M", "40%"),
+    (GPU, "bench_step_h200_1.4b.json"): _gpu_step("1.4B", "55%"),
+    (TPU, "scaling.json"): [
+        ("bytes accessed that TopK adds", "< 3 %", added_share(lambda report: report["hbm_traffic"])),
+        ("collectives that TopK adds", "0", added_collectives),
+        (
+            "temporary memory that TopK adds",
+            "< 2 %",
+            added_share(lambda report: report["memory"]["temporaries"]),
+        ),
+    ],
+}
+TARGETS = [
+    Target(place, figure, wanted, file, figures)
+    for (place, file), rows in _ASKED.items()
+    for figure, wanted, figures in rows
+]
