@@ -32,7 +32,11 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+# One row per document when copies are looked for.
+_ENTRY_DTYPE = np.dtype([("digest", "<u8", 2), ("heldout", "u1"), ("document", "<u8")])
+
 _DIGEST_BYTES = 32
+_BUCKET_DOCUMENTS = 1 << 20  # documents sorted at a time
 _COPY_TOKENS = 1 << 20  # tokens read at a time
 
 
@@ -195,11 +199,6 @@ def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
         last = max(first + 1, int(np.searchsorted(ends, begin + _COPY_TOKENS, side="right")))
         yield first, last
         first = last
-
-
-_BUCKET_DOCUMENTS = 1 << 20  # documents sorted at a time
-
-_ENTRY_DTYPE = np.dtype([("digest", "<u8", 2), ("heldout", "u1"), ("document", "<u8")])
 
 
 def drop_duplicates(chunks: Sequence[Chunk], scratch: Path) -> None:

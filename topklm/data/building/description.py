@@ -27,6 +27,7 @@ from topklm.errors import UserError
 
 TRAIN_PREFIX = "train:"
 _IDENTITY_VERSION = 2  # of what a fingerprint is made of: datasets keep theirs as their format changes
+MAX_EXAMPLES = 100  # problems kept word for word
 MIN_VOCAB = 257  # the bytes and the separator
 
 
@@ -103,9 +104,6 @@ def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSett
 @functools.lru_cache(maxsize=2)
 def _opened(path: str) -> Tokenizer:
     return open_tokenizer(path)
-
-
-MAX_EXAMPLES = 100  # problems kept word for word
 
 
 def describe(
