@@ -212,7 +212,7 @@ def _write_neuronpedia(folder: NeuronsFolder, model: LanguageModel, out: Path, c
 def _pages(
     measured: Mapping[str, Samples], written: Mapping[str, Samples], n_neurons: int, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Pages a minute of every way to get them."""
+    """Computes the pages a minute of every way to get them."""
     both = {
         f"statistics ({settings}) and {name}": measured[settings].median + samples.median
         for settings in measured

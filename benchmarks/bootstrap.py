@@ -152,7 +152,7 @@ def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
 def _entropy(
     ids: np.ndarray, documents: np.ndarray, strengths: np.ndarray, weights: np.ndarray, n_active: np.ndarray
 ) -> np.ndarray:
-    """As `entropy.plug_in` and `entropy.miller_madow`, of each draw: float64[R].
+    """Computes `entropy.plug_in` and `entropy.miller_madow` of each draw: float64[R].
 
     Args:
         ids: int[E], a token or cluster.
@@ -179,7 +179,7 @@ def _pairs(
     weights: np.ndarray,
     n_active: np.ndarray,
 ) -> np.ndarray:
-    """As `monosemanticity`, of each draw: float64[R].
+    """Computes `monosemanticity` of each draw: float64[R].
 
     With A_g = sum of a e over document g, and W_g how often it was drawn, pairs of different documents add up
     to |sum of W_g A_g|^2 - sum of W_g^2 |A_g|^2, and those within one, W_g times, to |A_g|^2 - sum of

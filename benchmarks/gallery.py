@@ -174,7 +174,7 @@ def numbers(rows: pa.Table, name: str) -> np.ndarray:
 
 
 def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
-    """Distributions of figures over neurons, a panel for each figure and layer.
+    """Draws distributions of figures over neurons, a panel for each figure and layer.
 
     Args:
         rows: Tables of several seeds, by kind of model.

@@ -78,7 +78,7 @@ def draw(folder: NeuronsFolder, layers: Sequence[int], n_draws: int) -> Drawn:
 
 
 def of_run(drawn: Drawn) -> dict[int, Any]:
-    """Intervals by layer, figure and summary."""
+    """Computes intervals by layer, figure and summary."""
     return {
         layer: {
             figure: {summary: _interval(drawn.of(figure, layer, summary)) for summary in SUMMARIES}

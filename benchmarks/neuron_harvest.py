@@ -144,7 +144,7 @@ def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int)
 def _forward_all(
     config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[Packed]
 ) -> None:
-    """Losses of all batches, on the host; while one is fetched the next is computed."""
+    """Computes the losses of all batches, on the host; while one is fetched the next is computed."""
     batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ahead = None
     for packed in batches:

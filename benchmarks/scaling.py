@@ -50,7 +50,7 @@ class Check:
         return f"{self.recipe} on {slices}{self.topology}{settings}"
 
     def config(self) -> Config:
-        """As the trainer would resolve it."""
+        """Resolves it as the trainer would."""
         raw = paper.get_config(self.recipe)
         raw.update_from_flattened_dict(dict(self.settings))
         return with_vocabulary(resolve(raw))
@@ -170,7 +170,7 @@ def _table_of_bytes(checks: Iterable[tuple[Check, Report]]) -> str:
 
 
 def _table_of_bounds(checks: Iterable[tuple[Check, Report]]) -> str:
-    """Tokens of a chip and step below which communication takes longer than the products."""
+    """Lists the tokens of a chip and step below which communication takes longer than the products."""
     columns = ["", "slice", "mesh", "peak / bandwidth along fsdp", "bound below, tokens", "now, tokens"]
     rows = []
     for check, report in checks:
@@ -207,7 +207,7 @@ def _share(n: int) -> float:
 
 
 def _matrices(config: Config) -> tuple[int, int]:
-    """Parameters of all blocks, and of embedding and unembedding, without norms."""
+    """Counts the parameters of all blocks, and of embedding and unembedding, without norms."""
     m = config.model
     attention = 2 * m.d_model * m.head_dim * (m.n_heads + m.n_kv_heads)
     return m.n_layers * (attention + 3 * m.d_model * m.d_mlp), 2 * m.padded_vocab_size * m.d_model
@@ -219,7 +219,7 @@ def _sent(report: Report, axis: str, kinds: Iterable[str], across_slices: bool =
 
 
 def _fsdp_bandwidth(report: Report) -> float:
-    """Bytes per second at which parameters are gathered; 0 where they are not."""
+    """Computes the bytes per second at which parameters are gathered; 0 where they are not."""
     rows = [row for row in report.traffic if row.kind == "all-gather" and row.axes == ("fsdp",)]
     return sum(row.bytes_sent for row in rows) / (sum(row.seconds for row in rows) or 1.0)
 

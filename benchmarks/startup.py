@@ -59,7 +59,7 @@ def _medians(starts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _start(cache: Path, run: Path) -> dict[str, float]:
-    """Seconds of each part of a start; together they are the time to the first step."""
+    """Measures the seconds of each part of a start; together they are the time to the first step."""
     variables = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     for name in (SWITCH, "JAX_COMPILATION_CACHE_DIR"):
         variables.pop(name, None)

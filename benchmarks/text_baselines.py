@@ -79,23 +79,23 @@ def text_of(dataset: Dataset, split: Sequence[np.ndarray]) -> bytes:
 
 
 def compressed_bits(size: Callable[[bytes], int], train: bytes, heldout: bytes) -> float:
-    """Bits that the held-out text adds to the compressed training text."""
+    """Counts the bits that the held-out text adds to the compressed training text."""
     return 8.0 * (size(train + heldout) - size(train))
 
 
 def xz_size(text: bytes) -> int:
-    """Bytes after `xz -9e`."""
+    """Counts the bytes after `xz -9e`."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def ppmd_size(text: bytes) -> int:
-    """Bytes after PPMd variant H (Shkarin 2002), order 16."""
+    """Counts the bytes after PPMd variant H (Shkarin 2002), order 16."""
     encoder = pyppmd.Ppmd7Encoder(PPMD_ORDER, _PPMD_MEMORY_BYTES)
     return len(encoder.encode(text)) + len(encoder.flush())
 
 
 def ngram_bits(dataset: Dataset, train: Iterable[np.ndarray], heldout: Sequence[np.ndarray]) -> float:
-    """Bits of all text tokens under a modified Kneser-Ney model of the training documents."""
+    """Counts the bits of all text tokens under a modified Kneser-Ney model of the training documents."""
     separator = dataset.tokenizer.separator_id
     model = KneserNey(NGRAM_ORDER, dataset.tokenizer.vocab_size)
     for tokens in rich.progress.track(list(train), "counting n-grams"):

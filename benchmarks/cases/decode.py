@@ -149,7 +149,7 @@ def random_prompts(config: ModelConfig, n: int) -> np.ndarray:
 
 
 def step_floor(config: Config, batch_size: int, rates: roofline.Rates) -> float:
-    """Seconds for one new token of each prompt: the parameters read once, or the matrix products."""
+    """Computes the seconds for a token of each prompt: parameters read once, or the matrix products."""
     shapes = jax.eval_shape(lambda: transformer.create(config.model, 0))
     in_products = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     if not config.model.tie_embeddings:  # of the embedding, only the rows of the tokens are looked at

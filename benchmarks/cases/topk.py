@@ -45,7 +45,7 @@ class Case:
     dtype: str
 
     def name(self, k: int) -> str:
-        """As in the tables."""
+        """Returns the name in the tables."""
         return f"{self.rows} x {self.d}, k {k}, {self.dtype}"
 
 

@@ -72,7 +72,7 @@ def parts_of_step(config: Config) -> tuple[Part, ...]:
     weights += embedding_weights * (1 if model.tie_embeddings else 2)
 
     def product(n_weights: int, *, extra_flops: float = 0.0, count: int = 1, arrays: int = 4) -> dict:
-        """Weights are read for both directions and their gradient is written."""
+        """Counts a product: weights are read for both directions and their gradient is written."""
         flops = _FORWARD_AND_BACKWARD * (2.0 * tokens * n_weights + extra_flops)
         moved = 3 * _FLOAT32_BYTES * n_weights + arrays * stream
         return {"flops": count * flops, "bytes": count * moved}

@@ -76,7 +76,7 @@ class Worker:
         self.facts, self._names = ready["facts"], ready["subjects"]
 
     def subjects(self) -> dict[str, Subject]:
-        """Its subjects for `timing.alternate`; the time is taken in the process."""
+        """Returns its subjects for `timing.alternate`; the time is taken in the process."""
 
         def side(name: str) -> Subject:
             return lambda calls: self._ask({"side": name, "calls": calls})["seconds"]
@@ -149,7 +149,7 @@ def call(function: str, *arguments: Any) -> Any:
 
 
 def threads() -> int:
-    """Cores that this process may use, which is how many threads each subject gets."""
+    """Counts the cores that this process may use: as many threads as each subject gets."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -14,7 +14,7 @@ from topklm import config as config_lib
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """Subjects "torch, batch N".
+    """Prepares the subjects "torch, batch N".
 
     Args:
         spec: `config`, with its vocabulary; `weights`, an .npz of `llama.state_dict`; `new_tokens`.

@@ -14,7 +14,7 @@ _COPIED_BYTES = {"cpu": 2**28, "accelerator": 2**31}  # far larger than caches
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
-    """Subjects "matmul N" and "copy"; `facts["work"]` is the FLOPs or bytes of a call.
+    """Prepares "matmul N" and "copy"; `facts["work"]` is the FLOPs or bytes of a call.
 
     Args:
         spec: `dtype`.

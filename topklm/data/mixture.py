@@ -123,7 +123,7 @@ def open_mixture(text: str) -> Mixture:
 
 
 def _parse(text: str, said: str) -> tuple[list[Path], tuple[int, ...]]:
-    """Folders, and their weights in smallest integers."""
+    """Returns the folders, and their weights in smallest integers."""
     folders, weights = [], []
     for part in text.split(","):
         folder, _, weight = (word.strip() for word in part.rpartition(":"))

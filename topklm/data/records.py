@@ -160,7 +160,7 @@ class TokenStream:
         self._prepare_to_open()
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, int32[stop - start].
+        """Reads tokens start to stop - 1, int32[stop - start].
 
         Raises:
             ShardError: If a shard is missing, cut short, damaged, or not the one that was written.
@@ -231,7 +231,7 @@ class _OpenShard:
 
 
 def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
-    """Names of the shards that are not there; one look at the folder, however many they are."""
+    """Lists the shards that are not there; one look at the folder, however many they are."""
     there = set(os.listdir(folder))
     return [shard.name for shard in shards if shard.name not in there]
 

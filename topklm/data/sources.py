@@ -147,7 +147,7 @@ def is_version(version: str, info: Mapping[str, Any]) -> bool:
 
 
 def local_version(status: os.stat_result) -> str:
-    """As `version_of`, for a local file."""
+    """Returns for a local file the same as `version_of`."""
     return str(status.st_mtime_ns)
 
 

@@ -71,7 +71,7 @@ def train_stream(
     rows: slice | np.ndarray = slice(None),
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless training batches: the windows that `window_ids` names, each epoch in a new order.
+    """Yields training batches without end: the windows that `window_ids` names, each epoch in a new order.
 
     The iterator's state (`get_state`, `set_state`) is `{"next_index": batches given out}`. It does
     not depend on `rows` or `threads`, so a run may continue with other values of both.
@@ -229,7 +229,7 @@ def _end_of_text(stream: TokenStream, separator_id: int, n: int) -> int:
 def heldout_batches(
     mixture: Mixture, *, context_length: int, batch_size: int, part: HeldoutPart | None = None
 ) -> Iterator[Batch]:
-    """Batches that score every text token of every held-out document exactly once.
+    """Yields batches that score every text token of every held-out document exactly once.
 
     The datasets follow one another, whatever their weights. The first token of a document is predicted
     from the separator, which itself is never scored. A document of more than T tokens becomes

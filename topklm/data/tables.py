@@ -103,7 +103,7 @@ def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str
 
 
 def _fields_of(column_type: Any) -> range:
-    """Numbers of the fields of a struct; none of another type."""
+    """Counts the fields of a struct; none of another type."""
     types = optional_module("pyarrow.types", "parquet", "reading .parquet")
     return range(column_type.num_fields if types.is_struct(column_type) else 0)
 

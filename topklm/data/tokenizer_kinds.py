@@ -303,7 +303,7 @@ _NORMALIZER_FIELD = 3  # of ModelProto in sentencepiece_model.proto; stands afte
 
 
 def _protobuf_fields(content: bytes) -> set[int]:
-    """Numbers of the fields of a protocol buffer that the library could read."""
+    """Lists the numbers of the fields of a protocol buffer that the library could read."""
     fields, at = set(), 0
     while at < len(content):
         key, at = _varint(content, at)

@@ -131,7 +131,7 @@ class _Build:
             fsync(self._final.path.parent)
 
     def _discard_damaged(self, checks: Sequence[Callable[[], list[str]]]) -> None:
-        """Has unfinished work on this machine looked at before it is believed, and says what is made again.
+        """Checks unfinished work on this machine before it is used, and says what is made again.
 
         A bucket compares its files itself.
         """
@@ -205,7 +205,7 @@ class _Build:
             chunks_lib.keep_all(chunks)
 
     def _folder_name(self, jobs: Sequence[FileJob]) -> str:
-        """Shards of another set of files, or cut otherwise, lie in another folder."""
+        """Names the folder of shards: another one for another set of files, or another cut."""
         s = self._settings
         return f"dataset-{_digest([[job.folder for job in jobs], s.deduplicate, s.shard_tokens])}"
 

@@ -108,7 +108,7 @@ class Chunk:
         return keep
 
     def totals(self) -> Totals:
-        """Documents, tokens and bytes that are kept."""
+        """Counts documents, tokens and bytes that are kept."""
         index, keep = self.index(), self.kept()
         masks = [keep & (index["heldout"] == split) for split in (0, 1)]
         documents, tokens, utf8_bytes = (

@@ -41,7 +41,7 @@ class DatasetSettings:
     shard_tokens: int = SHARD_TOKENS  # per shard, about
 
     def to_json(self) -> dict[str, Any]:
-        """As written to dataset.json; a tokenizer's file by the sha256 of what it holds."""
+        """Returns it as in dataset.json; a tokenizer's file by the sha256 of its content."""
         content = dataclasses.asdict(self)
         del content["selection"]
         if self.vocab_size is None:
@@ -82,7 +82,7 @@ class DatasetSources:
 
 
 def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSettings) -> str:
-    """Names what a dataset holds, not where its sources lie.
+    """Computes the name of a dataset's content, wherever its sources lie.
 
     Args:
         contents: Of each file its ending, the sha256 of its bytes, and whether all of it is held out.
@@ -149,7 +149,7 @@ def describe(
 
 
 def remarks(description: dict[str, Any]) -> list[str]:
-    """Lines on everything that a user should know of what was left out or mended."""
+    """Returns lines on all documents that were left out or mended."""
     text, lines = description["text"], []
     if text["replaced_sequences"]:
         lines.append(

@@ -193,7 +193,7 @@ def chunks_of(job: FileJob, result: FileResult, work: Storage) -> list[Chunk]:
 def training_text(
     files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: ReportProgress
 ) -> Iterator[str]:
-    """Documents of the training split to train a tokenizer on, in source order.
+    """Yields documents of the training split to train a tokenizer on, in source order.
 
     Args:
         files: Files, and whether all of the file is held out.

@@ -32,7 +32,7 @@ _reports: Any = None  # in a worker process: where its reports go
 
 
 def all_cores() -> int:
-    """Cores that this process may use."""
+    """Counts the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

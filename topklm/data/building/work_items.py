@@ -46,7 +46,7 @@ class ShardJob:
 def plan_shards(
     chunks: Sequence[Chunk], totals: Sequence[Totals], vocab_size: int, shard_tokens: int
 ) -> list[ShardJob]:
-    """Shards of near-equal size for both splits."""
+    """Plans shards of near-equal size for both splits."""
     jobs = []
     for number, split in enumerate(SPLITS):
         ends = np.cumsum([0, *(total.tokens[number] for total in totals)])
