@@ -1,10 +1,10 @@
 """A format of files is one entry of one table: found, read, named in errors and in the documentation."""
 
+import gzip
 from pathlib import Path
 
 import pytest
 
-from topklm.data import formats
 from topklm.data.documents import Document, Problem
 from topklm.data.formats import FORMATS, Format
 from topklm.data.readers import FileReader
@@ -38,11 +38,14 @@ def test_a_format_that_is_added_is_found_and_read(tmp_path, shouting):
     ]
 
 
-@pytest.mark.parametrize("compression", filter(None, formats.COMPRESSIONS))
-def test_a_format_that_is_added_may_be_compressed(tmp_path, shouting, compression):
-    (tmp_path / f"a.shout{compression}").write_bytes(b"no such data")
-    (file,) = find([str(tmp_path)])
-    assert [item.kind for item in FileReader(file, "text")] == ["damaged file"]
+def test_a_format_that_is_added_may_be_compressed_and_damaged(tmp_path, shouting):
+    whole = gzip.compress(b"one\ntwo\n")
+    (tmp_path / "a.shout.gz").write_bytes(whole)
+    (tmp_path / "b.shout.gz").write_bytes(whole[:-9])
+    (tmp_path / "c.shout.zst").write_bytes(b"no such data")
+    read = [list(FileReader(file, "text")) for file in find([str(tmp_path)])]
+    assert [item.text for item in read[0]] == ["ONE", "TWO"]
+    assert [[item.kind for item in items] for items in read[1:]] == [["damaged file"]] * 2
 
 
 def test_a_format_that_is_added_is_named_where_an_ending_is_unknown(tmp_path, shouting):

@@ -110,6 +110,8 @@ def read_items(read: Read, ending: str, text_field: str) -> Items:
         yield from reader(blocks, text_field)
     except OtherEncodingError:
         yield documents.other_encoding()
+    except DamageError as e:  # of a reader that does not say where
+        yield Problem("damaged file", "after the last document", str(e))
 
 
 def _parts(ending: str) -> tuple[str, str]:
