@@ -52,7 +52,7 @@ class _Figures:
     """Counts of a phase."""
 
     def __init__(self, name: str, total: int, console: rich.console.Console):
-        self._name, self._total, self._console = what, total, console
+        self._name, self._total, self._console = name, total, console
         self._units = self._documents = self._tokens = 0
         self._began = time.monotonic()
 
