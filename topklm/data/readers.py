@@ -98,7 +98,7 @@ class _StoredFile(io.RawIOBase):
     def __init__(self, file: SourceFile):
         self._file = file
         self._is_remote = sources.is_remote(file.url)
-        self._handle: Any = contextlib.nullcontext()
+        self._handle: Any = io.BytesIO()
         with self._errors_are_user_errors():
             self._check_version()
             if self._is_remote:
@@ -130,10 +130,8 @@ class _StoredFile(io.RawIOBase):
 
     def close(self) -> None:
         """Closes it."""
-        if not self.closed:
-            super().close()
-            with self._handle:
-                pass
+        super().close()
+        self._handle.close()
 
     def check_unchanged(self) -> None:
         """Raises a UserError if a local file is another one now."""
