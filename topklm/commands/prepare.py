@@ -16,7 +16,7 @@ from topklm.data import formats
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine, Workers, all_cores
+from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
@@ -122,8 +122,8 @@ def _build(
         raise UserError(
             f"--out = {arguments.out}: without --runner it must be a local folder; copy it afterwards"
         )
-    with Workers(_cores(arguments.workers)) as workers:
-        build(sources, settings, out, LocalEngine(workers), progress)
+    with LocalEngine(_cores(arguments.workers)) as engine:
+        build(sources, settings, out, engine, progress)
 
 
 def _beam() -> ModuleType:

@@ -15,7 +15,7 @@ from topklm.config import DataConfig
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources, fingerprint
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine, Workers, all_cores
+from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
 from topklm.data.dataset import is_dataset, load_dataset
 from topklm.data.mixture import Mixture, open_mixture
@@ -65,10 +65,8 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
         dataset = load_dataset(out)
         announce(f"data: reusing {out} ({dataset})")
         return Mixture.single(dataset)
-    with Workers(all_cores(), in_this_process=True) as workers:
-        build(
-            DatasetSources(files), settings, Storage(out), LocalEngine(workers), Progress(announce), wait=True
-        )
+    with LocalEngine(all_cores(), in_this_process=True) as engine:
+        build(DatasetSources(files), settings, Storage(out), engine, Progress(announce), wait=True)
     dataset = load_dataset(out)
     announce(f"data: wrote {out} ({dataset})")
     return Mixture.single(dataset)

@@ -11,7 +11,7 @@ from topklm.data.building import encode
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine, Workers
+from topklm.data.building.engines import LocalEngine
 from topklm.data.building.storage import Storage
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
@@ -49,8 +49,8 @@ def sources(tmp_path):
 
 def make(sources, out, settings=SETTINGS, cores=1):
     lines = []
-    with Workers(cores) as workers:
-        build(sources, settings, Storage(out), LocalEngine(workers), Progress(lines.append))
+    with LocalEngine(cores) as engine:
+        build(sources, settings, Storage(out), engine, Progress(lines.append))
     return load_dataset(out), lines
 
 
@@ -297,12 +297,12 @@ def test_how_far_the_encoding_is_is_told_only_where_all_sizes_are_known(tmp_path
             totals[what] = total
             return super().phase(what, total)
 
-    with Workers(1) as workers:
+    with LocalEngine(1) as engine:
         build(
             DatasetSources(tuple(files)),
             SETTINGS,
             Storage(tmp_path / "out"),
-            LocalEngine(workers),
+            engine,
             Noted(lambda _: 0),
         )
     memory.rm("/unmeasured", recursive=True)

@@ -1,10 +1,10 @@
-"""The engine of one machine: its cores, each told the same function and many tasks, and heard while it works.
+"""The engine of one machine: its cores do pieces of work, and tell how far they are.
 
-A core is a process, unless there are fewer tasks than cores: then the tokenizer's own threads take the rest.
+A core is a process, unless there are fewer pieces than cores: then the tokenizer's own threads take the rest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import time
-from typing import Any, TypeVar
+from typing import Any
 
 from topklm.data.building.chunks import Chunk, Totals, drop_duplicates
 from topklm.data.building.encode import FileResult, ReportProgress
@@ -25,9 +25,6 @@ from topklm.errors import UserError
 _POLL_SECONDS = 0.1
 _ORPHAN_POLL_SECONDS = 1.0
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-
 _reports: Any = None  # in a worker process: where its reports go
 
 
@@ -36,8 +33,8 @@ def all_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Workers:
-    """Cores to work with; use as a context manager."""
+class LocalEngine:
+    """The engine of one machine, see `work_items.Engine`; use as a context manager."""
 
     def __init__(self, cores: int, *, in_this_process: bool = False):
         """Takes the number of cores, and whether to start no process (a trainer's would hold all of JAX)."""
@@ -45,7 +42,7 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         self._reports: Any = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "LocalEngine":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -54,70 +51,57 @@ class Workers:
                 process.terminate()  # nothing that a worker has not finished is of use
             self._pool.shutdown(cancel_futures=True)
 
-    def map(
-        self,
-        function: Callable[[Task, ReportProgress], Result],
-        tasks: Sequence[Task],
-        report: ReportProgress,
-    ) -> list[Result]:
-        """Returns `[function(task, report) for task in tasks]`; begins with the first tasks.
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
+        """Encodes the files, see `work_items.Engine`."""
+        # The largest first, so that no worker is left with a large one at the end.
+        order = sorted(range(len(tasks)), key=lambda i: -tasks[i].job.file.size)
+        done = self._run([tasks[i] for i in order], report)
+        by_number = dict(zip(order, done, strict=True))
+        return [by_number[i] for i in range(len(tasks))]
+
+    def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
+        """Marks copies, see `work_items.Engine`."""
+        drop_duplicates(chunks, work.path)
+
+    def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
+        """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
+        return [chunk.totals() for chunk in chunks]
+
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
+        """Writes the shards, see `work_items.Engine`."""
+        return self._run(tasks, report)
+
+    def _run(self, items: Sequence[Any], report: ReportProgress) -> list[Any]:
+        """Returns `[item.run(report) for item in items]`; begins with the first items.
 
         Args:
-            function: At the top level of a module; its second argument takes what `report` takes.
-            tasks: Can be pickled.
+            items: Of `work_items`; can be pickled.
             report: Called in this thread of this process only.
 
         Raises:
             UserError: If a worker process was killed, as the system does when memory runs out; and
-                what a task raises.
+                what an item raises.
         """
-        if self._in_this_process or min(self._cores, len(tasks)) <= 1:
+        if self._in_this_process or min(self._cores, len(items)) <= 1:
             _limit_threads(self._cores)
-            return self._map_in_threads(function, tasks, report)
+            return [item.run(report) for item in items]
         try:
-            return self._map_in_processes(function, tasks, report)
+            return self._run_in_processes(items, report)
         except BrokenProcessPool as e:
             raise UserError(
                 "a worker process was killed, perhaps for lack of memory; the same command with fewer "
                 "--workers continues where it stopped"
             ) from e
 
-    def _map_in_threads(self, function: Callable, tasks: Sequence, report: ReportProgress) -> list:
-        messages: queue.SimpleQueue = queue.SimpleQueue()
-        stop = threading.Event()
-
-        def tell(*message: Any) -> None:
-            if stop.is_set():
-                raise _Stopped
-            messages.put(message)
-
-        def run(task: Any) -> Any:
-            if stop.is_set():
-                raise _Stopped
-            try:
-                return function(task, tell)
-            except BaseException:
-                stop.set()  # before the thread takes the next task
-                raise
-
-        with ThreadPoolExecutor(1) as pool:
-            futures = [pool.submit(run, task) for task in tasks]
-            try:
-                return _collect(futures, messages, report)
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _map_in_processes(self, function: Callable, tasks: Sequence, report: ReportProgress) -> list:
+    def _run_in_processes(self, items: Sequence[Any], report: ReportProgress) -> list[Any]:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._reports = context.Queue()
-            processes = min(self._cores, len(tasks))
+            processes = min(self._cores, len(items))
             arguments = (self._reports, -(-self._cores // processes), os.getpid())
             self._pool = ProcessPoolExecutor(processes, context, _begin_worker, arguments)
         with _interrupts_held():
-            futures = [self._pool.submit(_call, function, task) for task in tasks]
+            futures = [self._pool.submit(_run_here, item) for item in items]
         return _collect(futures, self._reports, report)
 
 
@@ -131,10 +115,6 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: it unwinds a task that nobody waits for
-    pass
-
-
 def _collect(futures: Sequence[Future], messages: Any, report: ReportProgress) -> list:
     left, order = set(futures), {future: number for number, future in enumerate(futures)}
     while left:
@@ -142,7 +122,7 @@ def _collect(futures: Sequence[Future], messages: Any, report: ReportProgress) -
         for message in _pending(messages):
             report(*message)
         for future in sorted(done, key=order.__getitem__):
-            future.result()  # the first failure ends the work; those after it may only have been stopped
+            future.result()  # the first failure ends the work
     return [future.result() for future in futures]
 
 
@@ -172,36 +152,5 @@ def _limit_threads(threads: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)
 
 
-def _call(function: Callable, task: Any) -> Any:
-    return function(task, lambda *message: _reports.put(message))
-
-
-class LocalEngine:
-    """See `work_items.Engine`."""
-
-    def __init__(self, workers: Workers):
-        self._workers = workers
-
-    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
-        """Encodes the files, see `work_items.Engine`."""
-        # The largest first, so that no worker is left with a large one at the end.
-        order = sorted(range(len(tasks)), key=lambda i: -tasks[i].job.file.size)
-        done = self._workers.map(_run, [tasks[i] for i in order], report)
-        by_number = dict(zip(order, done, strict=True))
-        return [by_number[i] for i in range(len(tasks))]
-
-    def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
-        """Marks copies, see `work_items.Engine`."""
-        drop_duplicates(chunks, work.path)
-
-    def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
-        """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
-        return [chunk.totals() for chunk in chunks]
-
-    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
-        """Writes the shards, see `work_items.Engine`."""
-        return self._workers.map(_run, tasks, report)
-
-
-def _run(task: Any, report: ReportProgress) -> Any:
-    return task.run(report)
+def _run_here(item: Any) -> Any:
+    return item.run(lambda *message: _reports.put(message))
