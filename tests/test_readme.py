@@ -13,7 +13,6 @@ import pytest
 
 from topklm import config
 from topklm.commands import train
-from topklm.inference.language_model import LanguageModel
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +50,7 @@ def commands_of(verbs, *docs):
         ("prepare|data", "data.md", 8),
         ("neurons|explore", "neurons.md", 8),
         ("neurons", "contrast.md", 5),
-        ("steer|generate", "steering.md", 5),
+        ("steer|generate", "steering.md", 4),
         ("serve|generate", "serving.md", 2),
     ],
 )
@@ -86,7 +85,7 @@ def test_every_field_that_the_pages_name_exists():
         for field in re.findall(
             rf"(?:`|--config\.)((?:{sections})\.[a-z_0-9]+)[`=,]", page.read_text("utf-8")
         )
-        if not hasattr(LanguageModel, field.removeprefix("model."))
+        if page.name != "steering.md"  # where `model` is a Python object
     ]
     assert len(named) > 30
     assert not set(named) - set(fields)
