@@ -1,7 +1,7 @@
 """Counts how many places one must know: `python -m benchmarks.design [TREE ...]`.
 
-Prints one column for each tree (a checkout of the project) and writes benchmarks/results/design.json. It reads
-the trees as text and never imports them, so an older version is counted by the same rules.
+Prints one column for each tree (a checkout of the project) and writes benchmarks/results/design.json. It
+reads the trees as text and never imports them, so an older version is counted by the same rules.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from pathlib import Path
 import re
 
 RESULTS = Path(__file__).parent / "results/design.json"
-# One entry of each table, as it is written wherever code must know it. A steering mode and a format are counted
-# in scripts and templates too.
+# One entry of each table, as it is written wherever code must know it, in scripts and templates too.
 ENTRIES = {
     "steering mode": "force",
     "TopK backend": "pallas_tpu",
@@ -24,16 +23,16 @@ ENTRIES = {
 }
 
 
-def sources(tree: Path, folder: str = "topklm") -> Iterator[tuple[Path, str]]:
-    """Yields the modules of a folder of a tree, with their text."""
-    for path in sorted((tree / folder).rglob("*.py")):
-        yield path, path.read_text(encoding="utf-8")
+def sources(tree: Path) -> Iterator[str]:
+    """Yields the text of each module of the package of a tree."""
+    for path in sorted((tree / "topklm").rglob("*.py")):
+        yield path.read_text(encoding="utf-8")
 
 
 def named(tree: Path, entry: str) -> tuple[int, int]:
-    """Counts the files, and the lines in them, whose code names an entry; docstrings and comments do not count."""
+    """Counts the files, and the lines in them, whose code names an entry; comments do not count."""
     files = lines = 0
-    for path, text in sources(tree):
+    for text in sources(tree):
         parsed = ast.parse(text)
         documentation = {
             id(node.body[0].value)
@@ -47,7 +46,11 @@ def named(tree: Path, entry: str) -> tuple[int, int]:
             for node in ast.walk(parsed)
             if (isinstance(node, ast.Constant) and node.value == entry and id(node) not in documentation)
             or (isinstance(node, ast.Attribute) and node.attr == entry)
-            or (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == entry)
+            or (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and node.target.id == entry
+            )
             or (isinstance(node, ast.keyword) and node.arg == entry)
         }
         files, lines = files + bool(found), lines + len(found)
@@ -59,22 +62,8 @@ def named(tree: Path, entry: str) -> tuple[int, int]:
 
 def size(tree: Path) -> tuple[int, int]:
     """Counts the modules of the package that hold more than a docstring, and all its lines."""
-    texts = [text for _, text in sources(tree)]
+    texts = list(sources(tree))
     return sum(len(ast.parse(text).body) > 1 for text in texts), sum(len(text.splitlines()) for text in texts)
-
-
-def calls(tree: Path, names: set[str], besides: str) -> list[str]:
-    """Lists the modules outside of `besides` (path prefixes, separated by spaces) that call one of some functions."""
-    found = []
-    for path, text in sources(tree):
-        module = str(path.relative_to(tree / "topklm"))
-        if module.startswith(tuple(besides.split())):
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names:
-                found.append(module)
-                break
-    return found
 
 
 def count(tree: Path) -> dict[str, object]:
@@ -89,9 +78,13 @@ def count(tree: Path) -> dict[str, object]:
 
 def main() -> None:
     """Prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = Path(__file__).parents[1]
-    parser.add_argument("trees", nargs="*", type=Path, default=[here], metavar="TREE", help="default: this one")
+    parser.add_argument(
+        "trees", nargs="*", type=Path, default=[here], metavar="TREE", help="default: this one"
+    )
     arguments = parser.parse_args()
     counted = [count(tree) for tree in arguments.trees]
     for name in counted[0]:
