@@ -22,6 +22,8 @@ class Parser(argparse.ArgumentParser):
 def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line of a verb; flags of a config are in `config_flags` of what it returns.
 
+    A module without `add_arguments` reads its command line itself; it is in `words`.
+
     Args:
         verb: Its name.
         command: Its module.
@@ -30,6 +32,8 @@ def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: For arguments that the verb does not have.
     """
+    if not hasattr(command, "add_arguments"):
+        return argparse.Namespace(words=list(argv))
     takes_config = getattr(command, "TAKES_CONFIG", False)
     parser = Parser(
         f"topklm {verb}",

@@ -11,9 +11,8 @@ import rich.text
 
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
-from topklm.data.dataset import SPLITS, load_dataset
-from topklm.data.inspect import Window, sample_windows
-from topklm.data.verify import Report, verify
+from topklm.data.dataset import SPLITS, TextWindow, load_dataset, sample_windows
+from topklm.data.verify import VerifyReport, verify
 from topklm.errors import UserError
 
 DESCRIPTION = "Looks into a dataset that `topklm prepare` wrote, or checks all of it."
@@ -84,7 +83,7 @@ def _show(arguments: argparse.Namespace) -> None:
     output.give({"path": str(dataset.path), "split": split, "windows": found}, show)
 
 
-def _print_window(console: rich.console.Console, window: Window, split: str, separator: str) -> None:
+def _print_window(console: rich.console.Console, window: TextWindow, split: str, separator: str) -> None:
     n = f"{window.documents:,} document{'s' if window.documents > 1 else ''}"
     title = rich.text.Text(f"{split}, tokens {window.start:,} to {window.stop - 1:,}, {n}", style="bold")
     console.print(rich.rule.Rule(title, characters="═", style="bold", align="left"))
@@ -108,7 +107,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         )
 
 
-def _print_report(output: Output, report: Report) -> None:
+def _print_report(output: Output, report: VerifyReport) -> None:
+def _print_report(console: rich.console.Console, report: VerifyReport) -> None:
     table = rich.table.Table(title=str(report.path), title_justify="left")
     for column in ("", "train", "held out"):
         table.add_column(column, justify="right" if column else "left")
