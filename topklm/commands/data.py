@@ -108,7 +108,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _print_report(output: Output, report: VerifyReport) -> None:
-def _print_report(console: rich.console.Console, report: VerifyReport) -> None:
     table = rich.table.Table(title=str(report.path), title_justify="left")
     for column in ("", "train", "held out"):
         table.add_column(column, justify="right" if column else "left")
