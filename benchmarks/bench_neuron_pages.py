@@ -46,8 +46,8 @@ from topklm.explorer.views import neuron as neuron_view
 from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.statistics import Settings
 from topklm.neurons.statistics.measure import measure
-from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
 from topklm.progress import Progress

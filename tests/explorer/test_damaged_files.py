@@ -17,14 +17,13 @@ from topklm.commands import neurons_find
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.explorer import export, neuronpedia
-from topklm.explorer.figures import FIGURES
 from topklm.explorer.index import Index, Wanted
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
 from topklm.neurons.find import rank
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.statistics import table
+from topklm.neurons.statistics import catalog, table
 from topklm.run_folder import TOKENIZER_FILE
 from topklm.steering import known
 
@@ -38,7 +37,7 @@ def folder_of(run):
 def index_says(run):
     """All that the index can be asked for."""
     with contextlib.closing(Index(Source(folder_of(run)), lambda line: None)) as index:
-        orders = [index.neurons(Wanted(figure.name), 0, 1000) for figure in FIGURES]
+        orders = [index.neurons(Wanted(name), 0, 1000) for name in catalog.numbers()]
         ranged = [index.neurons(Wanted(ranges={"density": (None, bound)}), 0, 1000) for bound in (0.1, 0.3)]
         words = [(index.passages(word, 1000), index.active_at(word, 100)) for word in ("lantern", "the", "a")]
         return orders, ranged, words

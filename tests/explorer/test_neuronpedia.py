@@ -16,7 +16,7 @@ from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.statistics import activity, contexts, examples, table
+from topklm.neurons.statistics import activity, catalog, contexts, examples, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress
 
@@ -169,7 +169,7 @@ def write_table(folder, store, rng):
         block = store.block(layer, 0, D)
         columns = {**activity.columns(block, store.n_tokens), **examples.columns(block, bounds, layer, 0)}
         for j in range(D):
-            row = dict.fromkeys(table.COLUMNS.names)
+            row = dict.fromkeys(catalog.schema().names)
             row |= {name: column[j] for name, column in columns.items()}
             row |= {"layer": layer, "neuron": j, "n_active": int(row["n_active"])}
             for end in ("top", "bottom"):
@@ -195,7 +195,7 @@ def write_table(folder, store, rng):
         n_clusters=1,
         details={},
     )
-    table.write(folder.table, pa.Table.from_pylist(rows, table.COLUMNS), measured)
+    table.write(folder.table, pa.Table.from_pylist(rows, catalog.schema()), measured)
     return rows
 
 
@@ -582,7 +582,7 @@ def test_examples_that_the_store_does_not_hold_are_refused(tmp_path):
     rows, measured = table.read(case.folder.table)
     broken = rows.to_pylist()
     broken[3]["example_activations"][0] += 0.5
-    table.write(case.folder.table, pa.Table.from_pylist(broken, table.COLUMNS), measured)
+    table.write(case.folder.table, pa.Table.from_pylist(broken, catalog.schema()), measured)
     with pytest.raises(UserError, match="layer 0, neuron 3: the store does not hold the examples"):
         run_export(case, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.explorer.figures import BY_NAME
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import NotThereError, shown
 from topklm.explorer.views import neuron as neuron_view
@@ -16,6 +15,7 @@ from topklm.explorer.views import prompt as prompt_view
 from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
 from topklm.neurons.find import rank
+from topklm.neurons.statistics import catalog
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_window_is_as_large_as_its_document_lets_it_be_and_holds_its_token(sou
 
 def test_a_neurons_page_says_what_the_table_says(source):
     data, row = neuron_view.neuron(source, 1, 4), source.row(explored_run.D + 4)
-    assert data["figures"] == {name: row[name] for name in BY_NAME}
+    assert data["figures"] == {name: row[name] for name in catalog.numbers()}
     assert data["effective_tokens"] == pytest.approx(math.exp(row["token_entropy_corrected"]))
     assert data["histogram"]["counts"] == row["histogram"]
     assert sum(data["histogram"]["counts"]) == row["n_active"]

@@ -34,6 +34,7 @@ from topklm.errors import UserError
 from topklm.explorer.neuronpedia_windows import Window
 from topklm.neurons import names
 from topklm.neurons.statistics import table
+from topklm.neurons.statistics.examples import RANGE_PARTS
 
 # Of the statistics, what is used here.
 COLUMNS = (
@@ -229,7 +230,7 @@ class Rows:
         """By `example_parts`, the bin of an example."""
         if not row["examples"]:
             return []
-        highest, n_parts = row["max_activation"], table.RANGE_PARTS
+        highest, n_parts = row["max_activation"], RANGE_PARTS
         bins: list[Row] = [{"binMin": -1.0, "binMax": highest, "binContains": -1.0}]
         # The histogram's bars lie within the parts.
         counts = np.reshape(row["histogram"], (n_parts, -1)).sum(axis=1)

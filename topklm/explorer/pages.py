@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 import numpy as np
 
-from topklm.explorer import figures, plots
+from topklm.explorer import formatting, plots
 from topklm.explorer.index import READABLE
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
@@ -29,6 +29,8 @@ from topklm.explorer.views.markup import (
     written,
 )
 from topklm.explorer.views.overview import Asked
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.catalog import Statistic
 
 _MOST_POINTS = 2000
 _DENSITY_LOW = 1e-5
@@ -44,19 +46,21 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,  # nobody edits templates while this runs
     )
+    numbers = catalog.numbers()
     made.filters.update(
-        figure=lambda value, name: figures.written(name, value),
-        count=lambda value: figures.write_as("count", value),
-        share=lambda value: figures.write_as("share", value),
-        effect=lambda value: figures.write_as("effect", value),
-        short=lambda value: figures.write_as("number", value),
+        figure=lambda value, name: formatting.written(name, value),
+        count=lambda value: formatting.write_as("count", value),
+        share=lambda value: formatting.write_as("share", value),
+        effect=lambda value: formatting.write_as("effect", value),
+        short=lambda value: formatting.write_as("number", value),
         query=urlencode,
         chip=chip,
     )
     made.globals.update(
-        figures=figures.FIGURES,
-        figure_of=figures.BY_NAME,
-        definitions=figures.DEFINITIONS,
+        figures=list(numbers.values()),
+        figure_of=numbers,
+        definitions=catalog.others(),
+        tile_note=tile_note,
         part_titles=neuron_view.part_titles(),
         pieces=pieces,
         shaded=shaded,
@@ -70,7 +74,7 @@ def environment() -> jinja2.Environment:
         written=written,
         activation_histogram=activation_histogram,
         share_bar=share_bar,
-        first_columns=[figure for figure in figures.FIGURES if figure.first],
+        first_columns=[statistic for statistic in numbers.values() if statistic.first],
         example_tokens=neuron_view.EXAMPLE_TOKENS,
         link=neuron_address,
         labels_of=lambda labels: {(item["layer"], item["neuron"]): item["label"] for item in labels},
@@ -100,10 +104,11 @@ class Sorting:
         return self.asked.falling
 
     @property
-    def columns(self) -> list[figures.Figure]:
+    def columns(self) -> list[Statistic]:
         """Those shown: the first ones and what is sorted or filtered by, or all."""
         named = {self.asked.sort, *self.asked.ranges}
-        return [f for f in figures.FIGURES if self.asked.all_columns or f.first or f.name in named]
+        known = catalog.numbers().values()
+        return [s for s in known if self.asked.all_columns or s.first or s.name in named]
 
     @property
     def without_sort(self) -> str:
@@ -123,12 +128,26 @@ class Sorting:
         return urlencode(dataclasses.replace(self.asked, page=1, **changes).query())
 
 
+def tile_note(statistic: Statistic, data: Mapping[str, Any]) -> str:
+    """Returns the words below the number of a statistic's tile.
+
+    Args:
+        statistic: With a number.
+        data: As the view of a neuron has them.
+    """
+    known = {name: formatting.written(name, value) for name, value in data["figures"].items()}
+    known |= {name: formatting.write_as("count", data[name]) for name in ("n_tokens", "n_clusters")}
+    effective = ("effective_tokens", "effective_clusters")
+    known |= {name: formatting.write_as("number", data[name]) for name in effective}
+    return statistic.note.format_map(known)
+
+
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
     """Of a neuron's page."""
     counts, highest = data["histogram"]["counts"], data["figures"]["max_activation"]
     about = (
         f"Histogram of the activations of neuron {data['neuron']} of layer {data['layer']}, from 0 to "
-        f"{figures.short(highest)}; {figures.write_as('count', sum(counts))} tokens."
+        f"{formatting.short(highest)}; {formatting.write_as('count', sum(counts))} tokens."
     )
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
 

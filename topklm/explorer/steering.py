@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer import figures
+from topklm.explorer import formatting
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.views.neuron import LISTED_TOKENS
@@ -192,7 +192,7 @@ def _summary(why: str, tokens: int, input_tokens: int, active: float | None) -> 
         f"{input_tokens} highlighted",
     ]
     if active is not None:
-        said.append(f"active at {figures.percent(active)}")
+        said.append(f"active at {formatting.percent(active)}")
     return " · ".join(said)
 
 

@@ -7,7 +7,7 @@ import plain_model
 from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
 import pytest
 
-from topklm.neurons.statistics import ablation, contexts, table
+from topklm.neurons.statistics import ablation, catalog, contexts
 from topklm.neurons.windows import windows_of
 
 T = 12
@@ -148,7 +148,7 @@ def test_columns_fit_the_table_and_are_null_without_a_sample(model):
     layer = store.metadata.layers[0]
     for columns in (ablation.columns(found, layer, 0, 3), ablation.columns(None, layer, 0, 3)):
         for name, values in columns.items():
-            assert name in table.COLUMNS.names
+            assert name in catalog.schema().names
             assert len(values) == 3
             assert name == "ablation_samples" or values[1] is None
 

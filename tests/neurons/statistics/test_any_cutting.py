@@ -14,7 +14,7 @@ from topklm.neurons.statistics import (
     examples,
     monosemanticity,
 )
-from topklm.neurons.statistics.table import COLUMNS
+from topklm.neurons.statistics.catalog import schema
 
 N, D, V = 3000, 12, 60
 
@@ -71,7 +71,7 @@ def test_figures_do_not_depend_on_how_things_are_cut(tmp_path, text, cuts, size)
 
 def test_columns_have_the_names_and_types_of_the_table(tmp_path, text):
     for (_, name), column in measured(tmp_path / "store", text, (), 5).items():
-        array = pa.array(column, COLUMNS.field(name).type)
+        array = pa.array(column, schema().field(name).type)
         assert len(array) == D
         # Only the last neuron is dead.
         figures_of_the_dead = {"n_active", "density", "n_distinct_tokens"}

@@ -5,7 +5,7 @@ import plain_model
 from plain_model import V, configured, params
 import pytest
 
-from topklm.neurons.statistics import lenses, similar, table
+from topklm.neurons.statistics import catalog, lenses, similar
 
 L, D = plain_model.MODEL.n_layers, plain_model.MODEL.d_model
 JACOBIANS = np.random.default_rng(5).standard_normal((L, D, D)).astype(np.float32)
@@ -106,7 +106,7 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
 def test_the_columns_are_those_of_the_table(made):
     found = lenses.columns(made, 0, 0, 4) | similar.columns(made, 0, 0, 4)
     prefixes = ("identity_", "jacobian_", "similar_effect")
-    assert set(found) == {name for name in table.COLUMNS.names if name.startswith(prefixes)}
+    assert set(found) == {name for name in catalog.schema().names if name.startswith(prefixes)}
     for name, entries in found.items():
         assert len(entries) == 4, name
 

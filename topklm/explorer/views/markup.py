@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from topklm.explorer import figures
+from topklm.explorer import formatting
 
 # In the place of a token that only begins a character.
 UNFINISHED = "◌"
@@ -84,7 +84,7 @@ def pieces(
         if before := "".join(plain):
             found.append(Piece(before))
         plain = []
-        found.append(Piece(word, level(value, strongest) or "p0", figures.short(value), place == example))
+        found.append(Piece(word, level(value, strongest) or "p0", formatting.short(value), place == example))
     if behind := "".join(plain):
         found.append(Piece(behind))
     return found
@@ -119,7 +119,7 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float, more: bool) -
     """
     drawn = []
     for example in found:
-        at, document = example["at"], figures.write_as("count", example["document"])
+        at, document = example["at"], formatting.write_as("count", example["document"])
         drawn.append(
             f'<li class="example" data-at="{at}">\n<div class="strength">'
             f"<b>{_number(example['activation'])}</b>{_bar(example['activation'] / strongest)}"
@@ -143,7 +143,7 @@ def chips(tokens: Iterable[str]) -> Markup:
 def shares(items: Iterable[Mapping[str, Any]]) -> Markup:
     """Input tokens and their shares as items of a list."""
     return Markup(
-        "".join(_weighed(i["token"], i["share"], figures.write_as("share", i["share"])) for i in items)
+        "".join(_weighed(i["token"], i["share"], formatting.write_as("share", i["share"])) for i in items)
     )
 
 
@@ -157,7 +157,7 @@ def effects(items: Sequence[Mapping[str, Any]], kind: str) -> Markup:
     largest = max((abs(item["effect"]) for item in items), default=0)
     drawn = []
     for item in items:
-        share, written = abs(item["effect"]) / (largest or 1), figures.write_as("effect", item["effect"])
+        share, written = abs(item["effect"]) / (largest or 1), formatting.write_as("effect", item["effect"])
         drawn.append(_weighed(item["token"], share, written, kind) + "\n")
     return Markup("".join(drawn))
 
@@ -246,7 +246,7 @@ def _opened(shade: str, value: str, example: bool) -> str:
     return f'<mark class="{shade}{" here" if example else ""}" data-v="{value}">'
 
 
-_short = functools.lru_cache(_REMEMBERED)(figures.short)  # a store has few values: they are bfloat16
+_short = functools.lru_cache(_REMEMBERED)(formatting.short)  # a store has few values: they are bfloat16
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -267,4 +267,4 @@ def _escaped(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    return figures.write_as("number", value)
+    return formatting.write_as("number", value)

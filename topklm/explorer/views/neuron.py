@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from topklm.explorer.figures import FIGURES, effective_number
+from topklm.explorer.formatting import effective_number
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source, Window
-from topklm.neurons.statistics.table import RANGE_PARTS
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.examples import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
@@ -51,7 +52,7 @@ def neuron(
         "label": labels.get((layer, neuron), ""),
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
-        "figures": {figure.name: row[figure.name] for figure in FIGURES},
+        "figures": {name: row[name] for name in catalog.numbers()},
         "effective_tokens": effective_number(row["token_entropy_corrected"]),
         "effective_clusters": effective_number(row["semantic_entropy_corrected"]),
         "histogram": {
@@ -111,13 +112,13 @@ def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) 
 def summary(source: Source, number: int, labels: LabelOf) -> dict[str, Any]:
     """A neuron as a line of a table: its figures, label and strongest input tokens."""
     layer, neuron = source.place(number)
-    row = source.row(number, [*(figure.name for figure in FIGURES), "top_tokens", "top_token_shares"])
+    row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
     return {
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
         "dead": not row["n_active"],
-        "figures": {figure.name: row[figure.name] for figure in FIGURES},
+        "figures": {name: row[name] for name in catalog.numbers()},
         "input_tokens": _weighed(source, row, "top_tokens", "top_token_shares", "share")[:5],
     }
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer.figures import BY_NAME
 from topklm.explorer.index import READABLE, Index, Wanted
 from topklm.explorer.source import Source
 from topklm.explorer.views.neuron import summary
+from topklm.neurons.statistics import catalog
 
 PAGE = 50  # neurons of the table at once
 
@@ -51,10 +51,11 @@ class Asked:
             UserError: For values that make no sense.
         """
         sort = parameters.get("sort") or READABLE
-        if sort != READABLE and sort not in BY_NAME:
-            raise UserError(f"sort = {sort}: must be {READABLE} or one of {', '.join(BY_NAME)}")
+        known = catalog.numbers()
+        if sort != READABLE and sort not in known:
+            raise UserError(f"sort = {sort}: must be {READABLE} or one of {', '.join(known)}")
         ranges = {}
-        for name in BY_NAME:
+        for name in known:
             bounds = tuple(_number(parameters, f"{name}.{end}") for end in ("min", "max"))
             if bounds != (None, None):
                 ranges[name] = (bounds[0], bounds[1])

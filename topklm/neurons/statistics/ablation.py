@@ -26,8 +26,7 @@ from topklm.config import ModelConfig
 from topklm.model import decode, losses, transformer
 from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.topk import topk
-from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.settings import Settings
+from topklm.neurons.statistics import Settings, activity
 from topklm.neurons.store import Store
 from topklm.neurons.windows import cut
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.table import RANGE_PARTS
 from topklm.neurons.store import Block
 
 STRONGEST = 20
 FROM_EACH_PART = 5
+RANGE_PARTS = 5  # into which the range of a neuron's activations is cut
 APART = 128  # tokens
 
 

@@ -22,9 +22,9 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model import decode, transformer
 from topklm.model.attention import rotation_angles
+from topklm.neurons.statistics import Settings
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
-from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 
 N_CONTEXTS, CONTEXT_TOKENS, SEED = Settings.lens_contexts, 32, Settings.seed

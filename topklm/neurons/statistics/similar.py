@@ -17,7 +17,7 @@ N_NEAREST = 10
 
 
 def columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
-    """The columns `similar_effect` and `similar_effect_similarity` of `table.COLUMNS`.
+    """The columns `similar_effect` and `similar_effect_similarity` of `catalog.schema`.
 
     Args:
         lenses: Of the model.
