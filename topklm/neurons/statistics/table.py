@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.files import parse_json, write_atomically
 from topklm.neurons.folder import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
 from topklm.neurons.store import Store
+from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 2
 
