@@ -22,7 +22,7 @@ import urllib.request
 from playwright.sync_api import sync_playwright
 
 from benchmarks import machine
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.storage.files import write_atomically
 

@@ -27,7 +27,7 @@ from benchmarks import machine
 import topklm
 from topklm.inference.adaptive import AdaptiveK, token_losses
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons.texts import open_documents
+from topklm.neurons.documents import open_documents
 from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "loss_against_k.json"

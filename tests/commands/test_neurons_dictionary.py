@@ -16,7 +16,7 @@ from topklm.config import DataConfig
 from topklm.data.prepare import prepare
 from topklm.errors import UserError
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import sentences, table
 from topklm.neurons.store import Store
 

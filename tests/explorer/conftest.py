@@ -10,8 +10,8 @@ import pytest
 from serve_site import Site, serving
 
 from topklm.explorer.index import Index
-from topklm.explorer.source import Source
-from topklm.neurons.folder import NeuronsFolder
+from topklm.explorer.neuron_data import NeuronData
+from topklm.neurons.paths import NeuronsFolder
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +30,8 @@ def explored_copy(explored, tmp_path) -> NeuronsFolder:
 
 
 @pytest.fixture(scope="module")
-def source(explored) -> Source:
-    return Source(explored)
+def source(explored) -> NeuronData:
+    return NeuronData(explored)
 
 
 @pytest.fixture(scope="module")
@@ -44,5 +44,5 @@ def index(source) -> Iterator[Index]:
 def site(explored, tmp_path_factory) -> Iterator[Site]:
     """Serves a copy, whose labels may be changed."""
     run = shutil.copytree(explored.run, tmp_path_factory.mktemp("site") / "village")
-    with serving(Source(NeuronsFolder(Path(run), explored.step))) as served:
+    with serving(NeuronData(NeuronsFolder(Path(run), explored.step))) as served:
         yield served

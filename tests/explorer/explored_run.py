@@ -16,7 +16,7 @@ import saved_runs
 import topklm
 from topklm.config import Config
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import activity, catalog, table
 from topklm.neurons.statistics.examples import RANGE_PARTS
 from topklm.neurons.store import Metadata, StoreWriter

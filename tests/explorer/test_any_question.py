@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer.reading import Reader, Reading
+from topklm.explorer.live_model import LiveModel, Reading
 from topklm.explorer.steering import NAMES
 from topklm.explorer.views import search
 
@@ -61,8 +61,8 @@ def asked(site):
         return [[5, 0xE6] for _ in generation.texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reader, "_reading", reading)
-        patch.setattr(Reader, "advance", advance)
+        patch.setattr(LiveModel, "_reading", reading)
+        patch.setattr(LiveModel, "advance", advance)
         patch.setattr(search, "REGEX_SECONDS", 0.2)
         yield site
     for place in ("0/3", "1/9"):

@@ -337,7 +337,7 @@ def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled
             self.texts = [[*text, text[-1]] for text in self.texts]  # rrrr
             return [text[-1:] for text in self.texts]
 
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     page = open_page("/neurons/1/17", viewport=PHONE)
     page.get_by_label("Prompt").fill("The baker")
     page.get_by_role("button", name="Write").click()

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from topklm.explorer.index import Index, Wanted
-from topklm.explorer.source import Source
-from topklm.neurons.ranking import readable_first
+from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.statistics import catalog, table
+from topklm.neurons.statistics.table import readable_first
 
 
 @contextlib.contextmanager
 def opened(folder, said):
-    with contextlib.closing(Index(Source(folder), said.append)) as index:
+    with contextlib.closing(Index(NeuronData(folder), said.append)) as index:
         yield index
 
 

@@ -11,12 +11,12 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.explorer import neuronpedia, neuronpedia_windows
+from topklm.explorer import neuronpedia
 from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.statistics import activity, catalog, contexts, examples, table
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import activity, catalog, embeddings, examples, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress
 
@@ -164,7 +164,7 @@ def make_case(place, *, signs=False, kind="topk", nan=False):
 def write_table(folder, store, rng):
     """A table whose activity and examples are the store's, and whose lenses and neighbours are drawn."""
     rows = []
-    bounds = contexts.document_bounds(store)
+    bounds = embeddings.document_bounds(store)
     for layer in LAYERS:
         block = store.block(layer, 0, D)
         columns = {**activity.columns(block, store.n_tokens), **examples.columns(block, bounds, layer, 0)}
@@ -404,8 +404,8 @@ def test_a_label_becomes_an_explanation(written):
 
 
 def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_windows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_windows, "_BLOCK_EVENTS", 1000)
+    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia, "_BLOCK_EVENTS", 1000)
     monkeypatch.setattr(neuronpedia, "_BATCH", 5)
     out = run_export(case, tmp_path / "out")
     for layer in LAYERS:
@@ -419,8 +419,8 @@ def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp
 
 
 def test_little_of_the_store_is_read_at_once(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_windows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_windows, "_BLOCK_EVENTS", 500)
+    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia, "_BLOCK_EVENTS", 500)
     texts, blocks = [], []
     stretch, block = Store._stretch, Store.block
 

@@ -14,7 +14,7 @@ from topklm.commands.neurons import _measure
 from topklm.errors import UserError
 from topklm.explorer import export
 from topklm.explorer.index import Index, Wanted
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.statistics import Settings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.measure import extend, measure
@@ -85,7 +85,7 @@ def test_a_statistic_that_is_added_is_seen_in_table_page_export_json_and_definit
     values = Store(explored_copy.store).neuron(1, 17).values
     expected = float((values**2).sum())
     assert rows["energy"].to_pylist()[32 + 17] == pytest.approx(expected)
-    source = Source(explored_copy)
+    source = NeuronData(explored_copy)
     _, found = Index(source, lambda line: None).neurons(Wanted("energy", True), 0, 3)
     assert found == np.argsort(-source.column("energy"))[:3].tolist()
     with serving(source) as site:

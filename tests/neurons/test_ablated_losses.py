@@ -8,7 +8,7 @@ from test_unit_counts import DOCUMENTS, MESH, model_of
 from topklm.inference.intervention import Intervention
 from topklm.neurons import ablated_losses
 from topklm.neurons.ablated_losses import AblatedLosses
-from topklm.neurons.windows import windows_of
+from topklm.neurons.documents import windows_of
 
 
 @pytest.fixture(scope="module")

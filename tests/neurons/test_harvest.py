@@ -19,9 +19,9 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons import segment as segment_lib
+from topklm.neurons.documents import windows_of
 from topklm.neurons.harvest import ALL, Share, harvest
 from topklm.neurons.store import Metadata, Store, StoreWriter
-from topklm.neurons.windows import windows_of
 
 SEPARATOR = 256
 TOPK = dataclasses.replace(saved_runs.MODEL, n_layers=3, d_model=24, d_mlp=48)

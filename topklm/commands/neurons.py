@@ -20,14 +20,14 @@ from topklm.distributed import places
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import dictionary as dictionary_lib
-from topklm.neurons import fitting
+from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
-from topklm.neurons.texts import Documents, described, no_text, open_documents
 from topklm.progress import Progress, TerminalProgress
 from topklm.storage.files import is_bucket
 
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harvest_verb.add_argument(
         "--dictionary-tokens",
         type=_count,
-        default=fitting.DEFAULT_TOKENS,
+        default=fit_dictionary.DEFAULT_TOKENS,
         metavar="N",
         help="of training text, from which the dictionary is made; default %(default)s",
     )
@@ -206,7 +206,7 @@ def _harvest_into(
     rows: int | None = None,
     keep: int | None = None,
     dictionary: str | None = None,
-    dictionary_tokens: int = fitting.DEFAULT_TOKENS,
+    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS,
     share: Share = ALL,
 ) -> None:
     config = model.config.model
@@ -306,7 +306,7 @@ def _dictionary(
     share: Share,
 ) -> Dictionary:
     """The dictionary beside the store; it is made if there is none."""
-    if there := fitting.load_fitting(folder.dictionary, kind, keep, n_tokens):
+    if there := fit_dictionary.load_fitting(folder.dictionary, kind, keep, n_tokens):
         return there
     data = model.config.data
     if documents.name == open_documents(model.tokenizer, data, split="train").name:
@@ -315,7 +315,7 @@ def _dictionary(
         )
     if share.index:
         raise UserError(f"{folder.dictionary} is missing: part 0 makes it; start the others when it is there")
-    made = fitting.fit(
+    made = fit_dictionary.fit(
         kind,
         model.config.model,
         model.params,

@@ -21,8 +21,8 @@ import zlib
 
 import numpy as np
 
-from topklm.explorer.source import Source
-from topklm.neurons.ranking import readable_first
+from topklm.explorer.neuron_data import NeuronData
+from topklm.neurons.statistics.table import readable_first
 
 READABLE = "readable"  # the default order
 FORMAT = 2
@@ -82,7 +82,7 @@ class Index:
         report: Is told when it has to be made.
     """
 
-    def __init__(self, source: Source, report: Callable[[str], None] = print):
+    def __init__(self, source: NeuronData, report: Callable[[str], None] = print):
         self._source, self._report = source, report
         self._order = functools.lru_cache(_KEPT_ORDERS)(self._sorted)
         self._lock = threading.RLock()
@@ -219,7 +219,7 @@ def _made_from(connection: sqlite3.Connection, fingerprint: str) -> bool:
     return True
 
 
-def _fingerprint(source: Source) -> str:
+def _fingerprint(source: NeuronData) -> str:
     """Returns a digest of everything that the index is made from."""
     digest = hashlib.sha256(f"{FORMAT} {source.store.metadata} {source.store.n_tokens}".encode())
     with source.folder.table.open("rb") as file:
@@ -227,7 +227,7 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _fill(connection: sqlite3.Connection, source: Source) -> None:
+def _fill(connection: sqlite3.Connection, source: NeuronData) -> None:
     """Writes everything into an empty database."""
     connection.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
     with connection:
@@ -242,7 +242,7 @@ def _fill(connection: sqlite3.Connection, source: Source) -> None:
     connection.commit()
 
 
-def _neuron_texts(source: Source) -> Iterator[tuple[int, str, str]]:
+def _neuron_texts(source: NeuronData) -> Iterator[tuple[int, str, str]]:
     decode = source.tokenizer.decode
     for number in range(source.n_neurons):
         row = source.row(number, ["top_tokens", "examples", "example_parts"])
@@ -258,7 +258,7 @@ def _neuron_texts(source: Source) -> Iterator[tuple[int, str, str]]:
         yield number, " \n ".join(tokens), " \n ".join(examples)
 
 
-def _passages(source: Source) -> Iterator[tuple[str, int, int]]:
+def _passages(source: NeuronData) -> Iterator[tuple[str, int, int]]:
     starts, numbers = source.documents
     for first, end, document in zip(starts[:-1].tolist(), starts[1:].tolist(), numbers.tolist(), strict=True):
         for begin in range(first, end, PASSAGE_TOKENS):

@@ -31,8 +31,8 @@ import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.explorer.neuronpedia_windows import Window
-from topklm.neurons import names
+from topklm.explorer.neuronpedia import Window
+from topklm.neurons import hook_names
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.examples import RANGE_PARTS
 
@@ -140,7 +140,7 @@ class Rows:
         """A neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
-        hook = names.TOPK if self._measured.kind == "topk" else names.RESID_POST
+        hook = hook_names.TOPK if self._measured.kind == "topk" else hook_names.RESID_POST
         return {
             **self._place(row["neuron"]),
             "sourceSetName": self._set_name,
@@ -150,7 +150,7 @@ class Rows:
             "vector": [],
             "vectorLabel": None,
             "vectorDefaultSteerStrength": None,
-            "hookName": names.of(self._layer, hook),
+            "hookName": hook_names.name(self._layer, hook),
             "topkCosSimIndices": [],
             "topkCosSimValues": [],
             "neuron_alignment_indices": [],

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
+import importlib.resources
 import math
 from typing import Any
 from urllib.parse import urlencode
@@ -9,10 +11,13 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from topklm.explorer import formatting, plots
 from topklm.explorer.index import READABLE
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views.markup import (
     by_part,
@@ -152,7 +157,7 @@ def activation_histogram(data: Mapping[str, Any]) -> Markup:
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
 
 
-def layer_plots(source: Source) -> list[dict[str, Any]]:
+def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
     """The overview's plots, layers side by side, each with a title and a sentence."""
     measured, d = source.measured, source.measured.d_model
     parts = [(str(layer), slice(place * d, (place + 1) * d)) for place, layer in enumerate(measured.layers)]
@@ -188,7 +193,7 @@ def layer_plots(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def entropy_map(source: Source) -> Markup:
+def entropy_map(source: NeuronData) -> Markup:
     """Every neuron by its two entropies; of very many, as many as can be told apart."""
     across, up = source.column("token_entropy_corrected"), source.column("semantic_entropy_corrected")
     there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
@@ -210,3 +215,28 @@ def _highest(values: Sequence[np.ndarray]) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+
+# Not as the machine has it set: browsers run scripts of this kind only.
+_KINDS = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_FOR_EVER = "public, max-age=31536000, immutable"
+
+
+class StaticFiles:
+    """Answers requests for the package's static files, and for no others."""
+
+    def __init__(self) -> None:
+        folder = importlib.resources.files("topklm.explorer").joinpath("static")
+        self._files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(name.encode() + content)
+        self.version = digest.hexdigest()[:12]
+
+    async def answer(self, request: Request) -> Response:
+        """The file that is named."""
+        name = request.path_params["name"]
+        if name not in self._files or request.path_params["version"] != self.version:
+            raise HTTPException(404)
+        kind = _KINDS[name.rpartition(".")[2]]
+        return Response(self._files[name], media_type=kind, headers={"cache-control": _FOR_EVER})

@@ -9,13 +9,13 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.explorer import formatting
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views.neuron import LISTED_TOKENS
 from topklm.inference.intervention import Intervention
 from topklm.inference.sampling import Sampling
 from topklm.inference.streaming import TextStream
-from topklm.neurons.show import visible
+from topklm.neurons.display import visible
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated
 MOST_NEW_TOKENS = 200
@@ -44,7 +44,7 @@ class Settings:
 
         Raises:
             UserError: For what is missing or of another kind. What the model cannot do is said by
-                `Reader.generation`.
+                `LiveModel.generation`.
         """
         if unknown := sorted(set(content) - set(NAMES)):
             raise UserError(f"{_short(unknown[0])} is no field: there are {', '.join(NAMES)}")
@@ -120,7 +120,7 @@ class Writing:
         UserError: If there is no such neuron, or the model cannot do what is asked for.
     """
 
-    def __init__(self, source: Source, reader: Reader, layer: int, neuron: int, settings: Settings):
+    def __init__(self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: Settings):
         row = source.row(source.number(layer, neuron), ["top_tokens"])
         self._reader, self._place = reader, (layer, neuron)
         self._input_tokens = frozenset((row["top_tokens"] or ())[:LISTED_TOKENS])

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from topklm.errors import UserError
 from topklm.explorer.asking import BusyError, check_not_busy, fields, in_thread, in_turn, link, taken
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
 from topklm.explorer.views.steering import box
 from topklm.web.client import Say, Stream, to_json
@@ -33,7 +33,7 @@ class SteeringAnswers:
         model_turn: Of whoever uses the model.
     """
 
-    def __init__(self, source: Source, reader: Reader, model_turn: anyio.CapacityLimiter):
+    def __init__(self, source: NeuronData, reader: LiveModel, model_turn: anyio.CapacityLimiter):
         self._source, self._reader, self._model_turn = source, reader, model_turn
         self._turn = anyio.CapacityLimiter(1)
         self._closing = False

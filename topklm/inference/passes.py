@@ -17,7 +17,7 @@ from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.model.transformer import Changes
-from topklm.neurons.activations import SparseActivations, capture
+from topklm.neurons.capture import SparseActivations, capture
 
 
 class Input(NamedTuple):

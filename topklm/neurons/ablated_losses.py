@@ -18,7 +18,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.model.losses import token_losses
-from topklm.neurons.windows import pack, stretches, windows_of
+from topklm.neurons.documents import batches, pack, windows_of
 
 Neuron = tuple[int, int]  # layer of the model, number in it
 
@@ -61,7 +61,7 @@ class AblatedLosses:
         )
         self._packed = [
             pack(stretch, config.context_length, self._rows, separator_id)
-            for stretch in stretches(windows, _STRETCH_TOKENS)
+            for stretch in batches(windows, _STRETCH_TOKENS)
         ]
 
     def sums(

@@ -4,7 +4,7 @@
 
 Each code is a neuron of the store that is harvested with it; what it stands for in the hidden state is its
 row of the decoder, of unit length, and no coordinate. Codes are never negative. How a dictionary is made is
-in `topklm.neurons.fitting`. Dims: S layers, N tokens, D d_model, M codes of a layer.
+in `topklm.neurons.fit_dictionary`. Dims: S layers, N tokens, D d_model, M codes of a layer.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model.topk import topk
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 
 KINDS = ("random", "pca", "sae")

@@ -21,12 +21,11 @@ from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.activations import SparseActivations
+from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
+from topklm.neurons.documents import Documents, Packed, Window, batches, pack, windows_of
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
-from topklm.neurons.texts import Documents
-from topklm.neurons.windows import Packed, Window, pack, stretches, windows_of
 
 TOPK, DENSE = "topk", "dense"
 
@@ -112,7 +111,7 @@ def harvest(
     windows = _behind(windows, writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
-        for stretch in stretches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
+        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
             packed = pack(stretch, length, rows, separator_id)
             segment = model.run(packed, rows)
             if writing is not None:

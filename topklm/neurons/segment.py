@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import for_tensorstore, fsync
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")

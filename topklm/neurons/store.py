@@ -25,7 +25,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
 from topklm.storage import locks
 from topklm.storage.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically

@@ -19,7 +19,7 @@ from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.model.attention import rotation_angles
 from topklm.model.topk import topk
-from topklm.steering.stored_concepts import NO_TOKEN
+from topklm.steering.concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
 _MAX_LOGITS = 1 << 23

@@ -13,9 +13,9 @@ from topklm.inference.intervention import Intervention, Positions
 from topklm.inference.interventions import Interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
-from topklm.steering import measures
-from topklm.steering.concept import Concept
-from topklm.steering.measures import Estimate
+from topklm.steering import text_metrics
+from topklm.steering.concepts import Concept
+from topklm.steering.text_metrics import Estimate
 
 DISTINCT = (1, 2, 3)
 PROMPTS = (
@@ -181,18 +181,20 @@ def _measure(
         for concept in concepts
     }
     whole = [prompt + tokens for prompt, tokens in zip(prompts, continuations, strict=True)]
-    found = measures.losses(model.config.model, model.params, whole, [len(prompt) for prompt in prompts])
+    found = text_metrics.losses(model.config.model, model.params, whole, [len(prompt) for prompt in prompts])
     total_losses = np.array([of_text.sum() for of_text in found])
-    varied = {n: np.array([measures.distinct(tokens, n) for tokens in continuations]) for n in DISTINCT}
+    varied = {n: np.array([text_metrics.distinct(tokens, n) for tokens in continuations]) for n in DISTINCT}
     there_is = lengths > 0
     return Response(
         value=value,
         texts=[texts[first : first + sampled.samples] for first in range(0, len(texts), sampled.samples)],
         n_tokens=int(lengths.sum()),
-        rates={name: measures.ratio(counts.astype(float), lengths, groups) for name, counts in hits.items()},
-        perplexity=measures.exp(measures.ratio(total_losses, lengths, groups)),
+        rates={
+            name: text_metrics.ratio(counts.astype(float), lengths, groups) for name, counts in hits.items()
+        },
+        perplexity=text_metrics.exp(text_metrics.ratio(total_losses, lengths, groups)),
         distinct={
-            n: measures.ratio(np.where(there_is, figures, 0.0), there_is.astype(float), groups)
+            n: text_metrics.ratio(np.where(there_is, figures, 0.0), there_is.astype(float), groups)
             for n, figures in varied.items()
         },
     )

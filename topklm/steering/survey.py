@@ -17,15 +17,63 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import directions, prompts, verdict
+from topklm.steering import directions, significance
+from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
 from topklm.steering.directions import Effects, Unsteered
-from topklm.steering.prompts import Prompts
-from topklm.steering.stored_concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
-from topklm.steering.verdict import Measured, Verdicts
+from topklm.steering.significance import Measured, Verdicts
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5)
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
 _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """C prompts of T tokens.
+
+    Attributes:
+        tokens: int32[C, T], the separator first, as before every prompt of `generate`.
+        following: int32[C], the token that follows in the text.
+    """
+
+    tokens: np.ndarray
+    following: np.ndarray
+
+    def with_prefix(self, prefix: np.ndarray) -> np.ndarray:
+        """int32[C, T + m], with m token ids between the separator and the text."""
+        middle = np.broadcast_to(prefix.astype(np.int32), (len(self.tokens), len(prefix)))
+        return np.concatenate([self.tokens[:, :1], middle, self.tokens[:, 1:]], axis=1)
+
+
+def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: int) -> Prompts:
+    """Pieces of the documents of odd number, drawn evenly over them.
+
+    Args:
+        store: Of the text.
+        n: C.
+        length: T, the separator counted; 2 or more.
+        separator_id: Of the tokenizer.
+        seed: Of the draw.
+
+    Raises:
+        UserError: If there are not so many pieces.
+    """
+    documents = store.documents(0, store.n_tokens)
+    # The text of a prompt, and the token behind it, are of one document.
+    last = length - 1
+    fits = documents[: max(len(documents) - last, 0)] == documents[last:]
+    starts = np.flatnonzero(fits & (documents[: len(fits)] % 2 == 1))
+    if len(starts) < n:
+        raise UserError(
+            f"{store.folder} has {len(starts):,} places for a prompt of {last} tokens in its documents of "
+            f"odd number, {n} are needed: harvest more text"
+        )
+    shares = (np.arange(n) + np.random.default_rng(seed).random(n)) / n
+    chosen = starts[(shares * len(starts)).astype(np.int64)]
+    stored = store.tokens(0, store.n_tokens)
+    text = stored[chosen[:, None] + np.arange(length)].astype(np.int32)
+    separators = np.full((n, 1), separator_id, np.int32)
+    return Prompts(np.concatenate([separators, text[:, :-1]], axis=1), text[:, -1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +166,7 @@ def survey(
             f"layer {unknown[0]}: {store.folder} has activations of the layers "
             f"{', '.join(map(str, store.metadata.layers))}; give one of these"
         )
-    chosen = prompts.neutral(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
+    chosen = neutral_prompts(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
     reader = ConceptReader(store, config.vocab_size)
     before = directions.unsteered(config, params, chosen.tokens)
     rng = np.random.default_rng(settings.seed)
@@ -171,7 +219,7 @@ class _Work:
             np.stack(arrays) for arrays in zip(*parts, strict=True)
         )
         measured = Measured(own, divergences, losses, of_random, random_divergences, others, others_at)
-        verdicts = verdict.judge(measured, self.settings.bound)
+        verdicts = significance.judge(measured, self.settings.bound)
         return Layer(self.concepts, n_alive, norm, measured, verdicts, prompting)
 
     @property

@@ -7,8 +7,8 @@ import plain_model
 from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
 import pytest
 
-from topklm.neurons.statistics import ablation, catalog, contexts
-from topklm.neurons.windows import windows_of
+from topklm.neurons.documents import windows_of
+from topklm.neurons.statistics import ablation, catalog, embeddings
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
@@ -32,7 +32,7 @@ def small_groups(monkeypatch):
 
 def measured(model, **settings):
     config, store = model
-    bounds = contexts.document_bounds(store)
+    bounds = embeddings.document_bounds(store)
     return ablation.measure(store, bounds, config, params(), separator_id=SEPARATOR, **settings)
 
 

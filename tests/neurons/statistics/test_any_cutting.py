@@ -7,12 +7,11 @@ import pytest
 
 from topklm.neurons.statistics import (
     activity,
-    clusters,
-    coactivation,
-    contexts,
+    embeddings,
     entropy,
     examples,
     monosemanticity,
+    similarity,
 )
 from topklm.neurons.statistics.catalog import schema
 
@@ -32,13 +31,13 @@ def measured(folder, text, cuts, size):
     """All columns, by layer and name."""
     dense, tokens, documents, unembedding = text
     store = make_store(folder, dense, tokens, documents, cuts)
-    ids, bounds = store.tokens(0, store.n_tokens), contexts.document_bounds(store)
-    of_tokens = clusters.of_tokens(unembedding)
-    around = contexts.Contexts(ids, bounds, contexts.token_vectors(unembedding))
+    ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    of_tokens = embeddings.cluster_tokens(unembedding)
+    around = embeddings.Contexts(ids, bounds, embeddings.token_vectors(unembedding))
     scores = monosemanticity.measure(store, around)
     found = {}
     for layer in store.metadata.layers:
-        similarities = coactivation.measure(store, layer)
+        similarities = similarity.measure(store, layer)
         for begin in range(0, D, size):
             end = min(begin + size, D)
             block = store.block(layer, begin, end)
@@ -46,7 +45,7 @@ def measured(folder, text, cuts, size):
                 **activity.columns(block, store.n_tokens),
                 **entropy.columns(block, ids, of_tokens),
                 **monosemanticity.columns(scores, layer, begin, end),
-                **coactivation.columns(similarities, begin, end),
+                **similarity.coactive_columns(similarities, begin, end),
                 **examples.columns(block, bounds, layer, begin),
             }
             for name, column in columns.items():

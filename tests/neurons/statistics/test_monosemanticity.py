@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from topklm.neurons.statistics import monosemanticity
-from topklm.neurons.statistics.contexts import Contexts
+from topklm.neurons.statistics.embeddings import Contexts
 
 N, D = 260, 6
 

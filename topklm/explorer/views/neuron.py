@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from topklm.explorer.formatting import effective_number
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source, Window
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData, Window
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.examples import RANGE_PARTS
 
@@ -20,7 +20,7 @@ LabelOf = Mapping[tuple[int, int], str]
 
 
 def neuron(
-    source: Source,
+    source: NeuronData,
     layer: int,
     neuron: int,
     example_tokens: int = EXAMPLE_TOKENS,
@@ -80,7 +80,7 @@ def neuron(
     }
 
 
-def context(source: Source, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
+def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
     """Text around a token of the store, with the neuron's activations.
 
     Args:
@@ -98,7 +98,7 @@ def context(source: Source, layer: int, neuron: int, at: int, size: int) -> dict
     return _activations(source, layer, neuron, [window], [at])[0]
 
 
-def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) -> dict[str, Any]:
+def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
     """The neuron on a text of one's own.
 
     Raises:
@@ -109,7 +109,7 @@ def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) 
     return {"layer": layer, "neuron": neuron, "tokens": source.running_texts(ids), "values": values.tolist()}
 
 
-def summary(source: Source, number: int, labels: LabelOf) -> dict[str, Any]:
+def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
     """A neuron as a line of a table: its figures, label and strongest input tokens."""
     layer, neuron = source.place(number)
     row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
@@ -136,7 +136,7 @@ def part_titles() -> list[str]:
 
 
 def _weighed(
-    source: Source, row: Mapping[str, Any], ids: str, weights: str, name: str
+    source: NeuronData, row: Mapping[str, Any], ids: str, weights: str, name: str
 ) -> list[dict[str, Any]]:
     found = list(zip(row[ids] or (), row[weights] or (), strict=True))[:LISTED_TOKENS]
     texts = source.texts([token for token, _ in found])
@@ -146,7 +146,7 @@ def _weighed(
 
 
 def _similar(
-    source: Source, layer: int, row: Mapping[str, Any], name: str, labels: LabelOf
+    source: NeuronData, layer: int, row: Mapping[str, Any], name: str, labels: LabelOf
 ) -> list[dict[str, Any]]:
     """Neurons of the layer, each with its label and the tokens that it is most active at."""
     found = []
@@ -164,13 +164,13 @@ def _similar(
     return found
 
 
-def _link(source: Source, number: int) -> dict[str, int]:
+def _link(source: NeuronData, number: int) -> dict[str, int]:
     layer, neuron = source.place(number)
     return {"layer": layer, "neuron": neuron}
 
 
 def _examples(
-    source: Source, layer: int, neuron: int, row: Mapping[str, Any], size: int
+    source: NeuronData, layer: int, neuron: int, row: Mapping[str, Any], size: int
 ) -> list[dict[str, Any]]:
     places, strengths, parts = (
         row[name] or [] for name in ("examples", "example_activations", "example_parts")
@@ -183,7 +183,7 @@ def _examples(
 
 
 def _activations(
-    source: Source, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
+    source: NeuronData, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
 ) -> list[dict[str, Any]]:
     """The neuron in each window, and which of its tokens it is about."""
     events = source.events(layer, neuron)

@@ -9,7 +9,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.explorer.index import READABLE, Index, Wanted
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views.neuron import summary
 from topklm.neurons.statistics import catalog
 
@@ -85,7 +85,7 @@ class Asked:
         return {name: value for name, value in said.items() if value}
 
 
-def overview(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
+def overview(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
     """All that the overview shows.
 
     Raises:
@@ -109,7 +109,7 @@ def overview(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
     }
 
 
-def layers(source: Source) -> list[dict[str, Any]]:
+def layers(source: NeuronData) -> list[dict[str, Any]]:
     """Each layer: how many neurons are dead, and the middle of the others' figures."""
     d, found = source.measured.d_model, []
     for place, layer in enumerate(source.measured.layers):
@@ -124,7 +124,7 @@ def layers(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def table(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
+def table(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
     """A page of neurons.
 
     Raises:
@@ -145,7 +145,7 @@ def table(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
     }
 
 
-def random_neuron(source: Source, seed: int | None = None) -> tuple[int, int]:
+def random_neuron(source: NeuronData, seed: int | None = None) -> tuple[int, int]:
     """Layer and number of any neuron that is not dead; of any at all where all are."""
     alive = np.flatnonzero(source.column("n_active") > 0)
     pick = np.random.default_rng(seed)

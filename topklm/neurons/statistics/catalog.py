@@ -15,12 +15,11 @@ import pyarrow as pa
 from topklm.neurons.statistics import (
     ablation,
     activity,
-    coactivation,
     entropy,
     examples,
     lenses,
     monosemanticity,
-    similar,
+    similarity,
 )
 from topklm.neurons.statistics.inputs import Neurons
 
@@ -103,11 +102,11 @@ def _lenses(neurons: Neurons) -> Mapping[str, Any]:
 
 def _coactivation(neurons: Neurons) -> Mapping[str, Any]:
     similarities = neurons.inputs.similarities(neurons.layer)
-    return coactivation.columns(similarities, neurons.begin, neurons.end)
+    return similarity.coactive_columns(similarities, neurons.begin, neurons.end)
 
 
 def _similar_effect(neurons: Neurons) -> Mapping[str, Any]:
-    return similar.columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
+    return similarity.effect_columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
 
 
 def _examples(neurons: Neurons) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ strength (`activity`) of neuron j at token n of the store, and v(n) the *input* 
                        clusters of places, the share of the activation that falls on the places of c
 
 exp(H_tok) reads as an effective number of tokens. A neuron for a concept has a high token entropy and a low
-semantic one. What the clusters are is up to the caller; see `clusters`.
+semantic one. What the clusters are is up to the caller; see `embeddings`.
 
 Entropies of samples ("plug-in") come out too low where few activations were seen. The Miller-Madow
 correction adds (m - 1) / (2 n), where m is the number of distinct tokens (clusters) seen, and n the number of

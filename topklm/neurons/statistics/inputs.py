@@ -12,13 +12,12 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import (
     Settings,
     ablation,
-    clusters,
-    coactivation,
-    contexts,
+    embeddings,
     jacobian,
     lenses,
     monosemanticity,
     sentences,
+    similarity,
 )
 from topklm.neurons.store import Block, Store
 from topklm.progress import Progress
@@ -68,8 +67,8 @@ class Inputs:
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
-        """int64[documents + 1], as `contexts.document_bounds` gives them."""
-        return contexts.document_bounds(self.store)
+        """int64[documents + 1], as `embeddings.document_bounds` gives them."""
+        return embeddings.document_bounds(self.store)
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:
@@ -98,21 +97,21 @@ class Inputs:
         vocab_size, n_clusters, seed = self.config.vocab_size, self.settings.n_clusters, self.settings.seed
         if self.windows is None:
             self._progress.say(f"clustering {vocab_size:,} tokens")
-            return clusters.of_tokens(self.unembedding, n_clusters, seed), None
+            return embeddings.cluster_tokens(self.unembedding, n_clusters, seed), None
         self._progress.say(f"clustering {self.store.n_tokens:,} windows")
-        n_clusters = n_clusters or clusters.default_count(vocab_size)
+        n_clusters = n_clusters or embeddings.default_count(vocab_size)
         return np.arange(vocab_size), self.windows.clusters(n_clusters, seed)
 
     @functools.cached_property
     def monosemanticity(self) -> monosemanticity.Scores:
         """Scores of all neurons."""
         self._progress.say(f"comparing the contexts of {self.store.n_tokens:,} tokens")
-        embedded: contexts.Embeddings
+        embedded: embeddings.Embeddings
         if self.windows is not None:
             embedded = self.windows
         else:
-            vectors = contexts.token_vectors(self.unembedding)
-            embedded = contexts.Contexts(self.token_ids, self.bounds, vectors)
+            vectors = embeddings.token_vectors(self.unembedding)
+            embedded = embeddings.Contexts(self.token_ids, self.bounds, vectors)
         return monosemanticity.measure(self.store, embedded, self.settings.seed)
 
     @functools.cached_property
@@ -155,7 +154,7 @@ class Inputs:
     def similarities(self, layer: int) -> np.ndarray:
         """Computes the co-activations of a layer, float32[D, D]; those of the last layer are kept."""
         if self._similarities is None or self._similarities[0] != layer:
-            self._similarities = layer, coactivation.measure(self.store, layer)
+            self._similarities = layer, similarity.measure(self.store, layer)
         return self._similarities[1]
 
 

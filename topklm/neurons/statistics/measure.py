@@ -19,10 +19,10 @@ from topklm.neurons.statistics import (
     Settings,
     ablation,
     catalog,
-    coactivation,
-    contexts,
+    embeddings,
     jacobian,
     sentences,
+    similarity,
     table,
 )
 from topklm.neurons.statistics.catalog import Statistic
@@ -200,10 +200,10 @@ def _described(inputs: Inputs) -> table.Measured:
         store=store.sha256,
         details={
             **dataclasses.asdict(inputs.settings),
-            "context_window": contexts.WINDOW if windows is None else 2 * sentences.SIDE + 1,
+            "context_window": embeddings.WINDOW if windows is None else 2 * sentences.SIDE + 1,
             "ablation_tokens": min(store.n_tokens, ablation.MAX_TOKENS),
             "lens_context_tokens": jacobian.CONTEXT_TOKENS,
-            "coactivation_tokens": min(store.n_tokens, coactivation.SAMPLE_TOKENS),
+            "coactivation_tokens": min(store.n_tokens, similarity.SAMPLE_TOKENS),
             "topk_activation": metadata.topk_activation,
         },
     )

@@ -6,7 +6,7 @@ by the product of the neuron's activations there:
     MS(j) = (||A^T e||^2 - sum of a^2 |e|^2) / ((sum of a)^2 - sum of a^2)
 
 where a[n] is the neuron's strength (`activity`) at token n, and e[n] the context embedding of that token
-(`contexts`: mean-centred, of unit length, or 0). It is exact, over all pairs, without going through them.
+(`embeddings`: mean-centred, of unit length, or 0). It is exact, over all pairs, without going through them.
 Activations are to be scaled to [0, 1] first: divided by the neuron's largest, as its smallest is 0 (which is
 assumed of a neuron that is active everywhere, too). The score is the same without, so none is. The paper's
 formula is unknown to us, and this one is ours.
@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.contexts import Embeddings
+from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import Store
 
 _DENSE = 1 / 4  # share of activations that are not 0 from which on a dense product is the faster one

@@ -4,9 +4,10 @@
 B batch, T tokens, k kept entries, D d_model = neurons per layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.model.transformer import Changes, Transformer
-from topklm.neurons import names
+from topklm.neurons import hook_names
 
 
 @functools.partial(
@@ -101,7 +102,7 @@ def capture(
     Args:
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
-        wanted: Names, from `names.chosen`.
+        wanted: Names, from `hook_names.matching`.
         changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
         more_active: Entries that this may make active besides those of TopK.
         segment_ids_BT: As in `Transformer.__call__`.
@@ -111,13 +112,13 @@ def capture(
         The normed hidden state [B, T, D]; the activations of the TopK layers whose `hook_topk` is wanted,
         sparse, in their order; and everything else, dense, [B, T, D] each in the compute dtype.
     """
-    places = {name: names.parse(name) for name in wanted}
-    sparse_layers = [layer for layer, hook in places.values() if hook == names.TOPK]
-    dense_hooks = {hook for _, hook in places.values()} - {names.TOPK}
+    places = {name: hook_names.parse(name) for name in wanted}
+    sparse_layers = [layer for layer, hook in places.values() if hook == hook_names.TOPK]
+    dense_hooks = {hook for _, hook in places.values()} - {hook_names.TOPK}
     k = min(model.config.topk_k + more_active, model.config.d_model)
 
     def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> tuple[SparseActivations | None, dict]:
-        dense = {names.RESID_PRE: h, names.TOPK_PRE: u, names.RESID_POST: h_next}
+        dense = {hook_names.RESID_PRE: h, hook_names.TOPK_PRE: u, hook_names.RESID_POST: h_next}
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
@@ -125,10 +126,71 @@ def capture(
     h_BTD, (neurons, dense) = model.hidden(
         tokens_BT, segment_ids_BT, positions_BT, tap=tap, **changes._asdict(), edits=numbers
     )
-    others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
+    others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != hook_names.TOPK}
     if not sparse_layers:
         empty = jnp.zeros((0, *tokens_BT.shape, k))
         return h_BTD, SparseActivations(empty.astype(jnp.int32), empty, model.config.d_model), others
     # Slices, so that XLA sees which layers nobody asks for, and does not search those.
     chosen = jax.tree.map(lambda x: jnp.stack([x[layer] for layer in sparse_layers]), neurons)
     return h_BTD, chosen, others
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["neurons", "others"],
+    meta_fields=["layers", "hook_names"],
+)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ActivationCache(Mapping[str, jax.Array]):
+    """What was asked for of a forward pass; see `topklm.neurons.hook_names`.
+
+    `cache["blocks.3.hook_topk"]` is [B, T, D], what TopK layer 3 hands on, made dense when it is asked for;
+    `cache["topk", 3]` is the same, and `cache["topk", -1]` is of the last layer that has it. What was kept is
+    found by every name of the array (see `hook_names.same_array`).
+
+    Attributes:
+        neurons: The captured TopK layers, sparse, [S, B, T, k].
+        layers: Which layers those are.
+        others: Whatever else was captured, [B, T, D] each.
+        hook_names: All names of the model; default: those of what was kept.
+    """
+
+    neurons: SparseActivations
+    layers: tuple[int, ...]
+    others: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    hook_names: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str | tuple[str, int]) -> jax.Array:
+        found = self._name(name) if isinstance(name, tuple) else name
+        same = hook_names.same_array(found) if found in self._known else None
+        for kept, array in self.others.items():
+            if hook_names.same_array(kept) == same:
+                return array
+        if same in (captured := [hook_names.name(layer, hook_names.RESID_POST) for layer in self.layers]):
+            # From the right: `jax.vmap` puts axes before.
+            return self.neurons[..., captured.index(same), :, :, :].dense()
+        there_are = ", ".join(self) or "none, for this model has no TopK layers"
+        raise KeyError(f"{name!r} is not in the cache (see names_filter); there are: {there_are}")
+
+    @property
+    def _known(self) -> tuple[str, ...]:
+        return self.hook_names or tuple(self)
+
+    def _name(self, parts: tuple) -> str:
+        """Gives the name of ("topk", 3), or of one whose layer counts from behind."""
+        if len(parts) != 2 or not hasattr(parts[1], "__index__"):
+            raise KeyError(f"{parts!r}: must be a name, or a hook and its layer, as in ('resid_post', 3)")
+        hook, layer = f"hook_{parts[0]}", operator.index(parts[1])
+        places = [at for at, of_layer in map(hook_names.parse, self._known) if of_layer == hook]
+        return hook_names.name(places[layer] if -len(places) <= layer < 0 else layer, hook)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (hook_names.name(layer, hook_names.TOPK) for layer in self.layers)
+        yield from self.others
+
+    def __len__(self) -> int:
+        return len(self.layers) + len(self.others)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({', '.join(self) or 'empty'}; neurons={self.neurons!r})"

@@ -16,12 +16,12 @@ import pyarrow as pa
 from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.display import visible
 from topklm.neurons.labels import Labels
-from topklm.neurons.matches import StoredText
-from topklm.neurons.show import visible
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Events, Store
+from topklm.neurons.text_search import StoredText
 
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
 
@@ -76,7 +76,7 @@ class _Column:
         return self._values[self._offsets[number] : self._offsets[number + 1]].tolist()
 
 
-class Source:
+class NeuronData:
     """Opens a checkpoint's store and statistics.
 
     Args:

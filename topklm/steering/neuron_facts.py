@@ -5,16 +5,14 @@ import importlib.util
 
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
-from topklm.steering import concept as concept_lib
-from topklm.steering import stored_concepts
-from topklm.steering.concept import Concept
-from topklm.steering.stored_concepts import ConceptReader
+from topklm.steering import concepts as concepts_lib
+from topklm.steering.concepts import Concept, ConceptReader
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class NeuronFacts:
     """Of one neuron.
 
     Attributes:
@@ -32,7 +30,7 @@ class Known:
     raised_tokens: tuple[int, ...]
 
 
-def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
+def read(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
     """What is known; None if the layer has not been measured, or the extra that reads it is not installed.
 
     Raises:
@@ -52,7 +50,7 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
     # Sorted by layer and neuron.
     place = measured.layers.index(layer) * measured.d_model + neuron
     row = rows.slice(place, 1).to_pylist()[0]
-    return Known(
+    return NeuronFacts(
         row["n_active"],
         measured.n_tokens,
         row["max_activation"],
@@ -62,7 +60,7 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> Known | None:
 
 
 def own_concepts(
-    model: LanguageModel, folder: NeuronsFolder | None, facts: Known | None, layer: int, neuron: int
+    model: LanguageModel, folder: NeuronsFolder | None, facts: NeuronFacts | None, layer: int, neuron: int
 ) -> list[Concept]:
     """The neuron's own tokens, of each kind that there is something to read from.
 
@@ -81,17 +79,17 @@ def own_concepts(
     tokenizer, found = model.tokenizer, []
     if facts is not None and facts.input_tokens:
         source = f"its top input tokens on {facts.n_tokens:,} measured tokens"
-        found.append(concept_lib.of_tokens("input", source, facts.input_tokens, tokenizer))
+        found.append(concepts_lib.of_tokens("input", source, facts.input_tokens, tokenizer))
     following = _following(model, folder, layer, neuron)
     if following:
         source = "the tokens that follow it more than they do elsewhere in the harvested text"
-        found.append(concept_lib.of_tokens("next", source, following, tokenizer))
+        found.append(concepts_lib.of_tokens("next", source, following, tokenizer))
     if facts is not None and facts.raised_tokens:
         source = "the tokens that it raises most by the averaged Jacobian lens"
-        return [*found, concept_lib.of_tokens("raised", source, facts.raised_tokens, tokenizer)]
-    raised = concept_lib.raised_tokens(model.config.model, model.params, neuron).tolist()
+        return [*found, concepts_lib.of_tokens("raised", source, facts.raised_tokens, tokenizer)]
+    raised = concepts_lib.raised_tokens(model.config.model, model.params, neuron).tolist()
     source = "the tokens that it raises most by the identity lens (it has not been measured)"
-    return [*found, concept_lib.of_tokens("raised", source, raised, tokenizer)]
+    return [*found, concepts_lib.of_tokens("raised", source, raised, tokenizer)]
 
 
 def _following(model: LanguageModel, folder: NeuronsFolder | None, layer: int, neuron: int) -> list[int]:
@@ -101,7 +99,7 @@ def _following(model: LanguageModel, folder: NeuronsFolder | None, layer: int, n
     metadata = store.metadata
     if metadata.tokenizer_sha256 != model.tokenizer.sha256 or layer not in metadata.layers:
         return []
-    concepts = ConceptReader(store, model.config.model.vocab_size).read(layer, [neuron])
-    if not len(concepts.neurons):
+    found = ConceptReader(store, model.config.model.vocab_size).read(layer, [neuron])
+    if not len(found.neurons):
         return []
-    return stored_concepts.token_sets(concepts, "next")[0].tolist()
+    return concepts_lib.token_sets(found, "next")[0].tolist()

@@ -1,11 +1,17 @@
-"""Neurons of the same layer that are active at the same tokens.
+"""The nearest neurons of a layer: those active at the same tokens, and those that do the same to the logits.
 
-The similarity of two neurons is the cosine of their activations over tokens, values with their signs:
+*Co-activation* of two neurons is the cosine of their activations over tokens, values with their signs:
 
     sum of a[n, i] a[n, j] / sqrt(sum of a[n, i]^2 * sum of a[n, j]^2)
 
 over at most 262,144 tokens: all of a store that has no more, else 64 stretches of 4,096 tokens, spread over
-it evenly. Nothing is centred. The definition is ours. Dims: D neurons of a layer.
+it evenly. Nothing is centred.
+
+*Likeness of effects* is the cosine of their effects on the logits by the averaged Jacobian lens, with
+the mean over the vocabulary taken off (`topklm.neurons.statistics.lenses`). Their inner products follow from
+the Gram matrix of the unembedding, so no effect is computed.
+
+The definitions are ours. Dims: D neurons of a layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
+from topklm.neurons.statistics.lenses import Lenses
 from topklm.neurons.store import Store
 
 SAMPLE_TOKENS = 2**18
@@ -25,7 +32,7 @@ NEAREST = 10
 _STRETCH = 4096
 
 
-def columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[str, Any]:
+def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[str, Any]:
     """The columns of `table` that are about co-activation, for the neurons from `begin` to `end` - 1.
 
     A neuron that is active nowhere in the sample has none, and is nobody's neighbour. So has a neuron only
@@ -115,3 +122,50 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
             piece = np.zeros((d_model, _STRETCH), np.float32)
             piece[:, : b - a] = events[:, a:b].toarray()
             yield piece
+
+
+def effect_columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
+    """The columns `similar_effect` and `similar_effect_similarity` of `catalog.schema`.
+
+    Args:
+        lenses: Of the model.
+        layer: Of the model's layers.
+        begin: First neuron.
+        end: Behind the last.
+
+    Returns:
+        For each column a list with the entry of each neuron: the `NEAREST` others of the layer (all, where
+        there are fewer) by falling cosine, on a tie by rising number. The cosine with a neuron of no effect
+        at all is 0.
+    """
+    d = len(lenses.scale)
+    with jax.default_matmul_precision("float32"):
+        cosines, neurons = jax.device_get(
+            _nearest_effects(
+                lenses.jacobian_rows(layer, begin, end),
+                lenses.jacobian_rows(layer, 0, d),
+                lenses.gram,
+                jnp.arange(begin, end),
+                min(NEAREST, d - 1),
+            )
+        )
+    similarity = np.clip(cosines.astype(np.float64), -1.0, 1.0)
+    return {"similar_effect": neurons.tolist(), "similar_effect_similarity": similarity.tolist()}
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _nearest_effects(
+    rows_ND: jax.Array, all_rows_DD: jax.Array, gram_DD: jax.Array, own_N: jax.Array, n: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and neurons, [N, n] each."""
+    unit_ND, unit_DD = (_unit(rows, gram_DD) for rows in (rows_ND, all_rows_DD))
+    cosines_ND = (unit_ND @ gram_DD) @ unit_DD.T
+    is_own = own_N[:, None] == jnp.arange(len(all_rows_DD))
+    return jax.lax.top_k(jnp.where(is_own, -jnp.inf, cosines_ND), n)
+
+
+def _unit(rows_ND: jax.Array, gram_DD: jax.Array) -> jax.Array:
+    """Rows whose effects have length 1; those without effect become 0."""
+    squares_N1 = jnp.sum((rows_ND @ gram_DD) * rows_ND, axis=1, keepdims=True)
+    has_effect = squares_N1 > 0
+    return jnp.where(has_effect, rows_ND * jax.lax.rsqrt(jnp.where(has_effect, squares_N1, 1.0)), 0.0)

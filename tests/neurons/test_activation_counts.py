@@ -9,8 +9,8 @@ import saved_runs
 from topklm import sharding
 from topklm.config import Config, MeshConfig
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons.unit_counts import count, layers_of, unit_sizes
-from topklm.neurons.windows import windows_of
+from topklm.neurons.activation_counts import count, layers_of, unit_sizes
+from topklm.neurons.documents import windows_of
 
 MESH = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
 DOCUMENTS = [np.random.default_rng(n).integers(0, 256, n).astype(np.int32) for n in (9, 1, 75, 31, 20)]

@@ -18,10 +18,10 @@ from topklm.inference.interventions import Interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
-from topklm.neurons import names
-from topklm.neurons.activations import SparseActivations
+from topklm.neurons import hook_names
+from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, check_coordinates
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata
 
 # Of a Base LM, whose neurons are nearly all active, only the strongest are told.
@@ -31,7 +31,7 @@ _SHORTEST = 32  # programs are compiled for lengths that are powers of two from 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reading:
+class Activations:
     """What the neurons do on a text; the separator before it is left out.
 
     Attributes:
@@ -47,7 +47,7 @@ class Reading:
     values: np.ndarray
 
 
-class Reader:
+class LiveModel:
     """Loads the model when the first text comes.
 
     Args:
@@ -73,7 +73,7 @@ class Reader:
         """How many tokens a text may have: the window that the model was trained on, less its separator."""
         return self._metadata.context_length - 1
 
-    def read(self, text: str) -> Reading:
+    def read(self, text: str) -> Activations:
         """All neurons on a text.
 
         Raises:
@@ -97,7 +97,7 @@ class Reader:
             place = reading.layers.index(layer)
             found = np.where(reading.indices[place] == neuron, reading.values[place], 0)
             return found.sum(axis=-1, dtype=np.float32)
-        name = names.of(layer, names.RESID_POST)
+        name = hook_names.name(layer, hook_names.RESID_POST)
         with self._lock:
             _, cache = self.model.run_with_cache(self._padded(ids), name)
             values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)
@@ -189,14 +189,14 @@ class Reader:
         codes = self._dictionary.encode(jnp.concatenate(hidden))
         return SparseActivations.from_dense(codes, self._dictionary.keep)
 
-    def _reading(self, ids: np.ndarray) -> Reading:
+    def _reading(self, ids: np.ndarray) -> Activations:
         layers, n = self._metadata.layers, len(ids)
         with self._lock:
             if self._is_topk:
                 _, cache = self.model.run_with_cache(self._padded(ids))
                 found = [cache.neurons]
             else:
-                wanted = [names.of(layer, names.RESID_POST) for layer in layers]
+                wanted = [hook_names.name(layer, hook_names.RESID_POST) for layer in layers]
                 _, cache = self.model.run_with_cache(self._padded(ids), wanted)
                 hidden = [cache[name][None] for name in wanted]
                 found = [_strongest(h) for h in hidden] if self._dictionary is None else [self._codes(hidden)]
@@ -204,7 +204,7 @@ class Reader:
                 np.concatenate([np.asarray(getattr(part, name)) for part in found])[:, 0, 1 : n + 1]
                 for name in ("indices", "values")
             )
-        return Reading(ids, layers, indices, values.astype(np.float32))
+        return Activations(ids, layers, indices, values.astype(np.float32))
 
     def _padded(self, ids: np.ndarray) -> np.ndarray:
         """int32[1, T'], the separator and the text; what stands behind it changes nothing before it."""

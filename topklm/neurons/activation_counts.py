@@ -86,7 +86,7 @@ def unit_sizes(lengths: Sequence[int], piece: int | None) -> np.ndarray:
 
 
 class _Listed:
-    """Documents that are in memory, as `texts.Documents`."""
+    """Documents that are in memory, as `documents.Documents`."""
 
     def __init__(self, documents: Sequence[np.ndarray]):
         self.name = "documents"

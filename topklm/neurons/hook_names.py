@@ -19,14 +19,14 @@ _CLOSE = 3  # names that an error message offers
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def of(layer: int, hook: str) -> str:
+def name(layer: int, hook: str) -> str:
     """(3, "hook_topk") -> "blocks.3.hook_topk"."""
     return f"blocks.{layer}.{hook}"
 
 
-def parse(name: str) -> tuple[int, str]:
-    """The inverse of `of`."""
-    _, layer, hook = name.split(".")
+def parse(hook_name: str) -> tuple[int, str]:
+    """The inverse of `name`."""
+    _, layer, hook = hook_name.split(".")
     return int(layer), hook
 
 
@@ -45,24 +45,24 @@ class HookName(str):
         return parse(self)[0]
 
 
-def same_array(name: str) -> str:
+def same_array(hook_name: str) -> str:
     """Returns the one name of all those that are of the same array, of names that a model has."""
-    layer, hook = parse(name)
+    layer, hook = parse(hook_name)
     if hook == RESID_PRE and layer > 0:
-        return of(layer - 1, RESID_POST)
-    return of(layer, RESID_POST if hook == TOPK else hook)
+        return name(layer - 1, RESID_POST)
+    return name(layer, RESID_POST if hook == TOPK else hook)
 
 
-def there_are(config: ModelConfig) -> tuple[str, ...]:
+def all_names(config: ModelConfig) -> tuple[str, ...]:
     """All names of a model, in the order in which they are computed."""
     hooks = {True: (RESID_PRE, TOPK_PRE, TOPK, RESID_POST), False: (RESID_PRE, RESID_POST)}
     return tuple(
-        of(layer, hook) for layer in range(config.n_layers) for hook in hooks[layer < config.n_topk_layers]
+        name(layer, hook) for layer in range(config.n_layers) for hook in hooks[layer < config.n_topk_layers]
     )
 
 
-def chosen(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
-    """The names that a filter stands for, in the order of `there_are`.
+def matching(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
+    """The names that a filter stands for, in the order of `all_names`.
 
     Args:
         config: The model.
@@ -72,29 +72,29 @@ def chosen(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
     Raises:
         ValueError: For a name that the model does not have, or what is no filter.
     """
-    names = there_are(config)
+    names = all_names(config)
     if names_filter is None:
-        return tuple(name for name in names if parse(name)[1] == TOPK)
+        return tuple(each for each in names if parse(each)[1] == TOPK)
     if callable(names_filter):
-        return tuple(name for name in names if names_filter(name))
+        return tuple(each for each in names if names_filter(each))
     try:
         wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     except TypeError:
         raise ValueError(
             f"names_filter = {names_filter!r}: must be a name, several, or a function of a name"
         ) from None
-    for name in wanted:
-        check(config, name, "names_filter")
-    return tuple(name for name in names if name in wanted)
+    for each in wanted:
+        check(config, each, "names_filter")
+    return tuple(each for each in names if each in wanted)
 
 
-def check(config: ModelConfig, name: object, field: str) -> None:
+def check(config: ModelConfig, given: object, field: str) -> None:
     """Raises ValueError, with names that are close, for one that the model does not have."""
-    names = there_are(config)
-    if not isinstance(name, str) or name not in names:
-        close = ", ".join(difflib.get_close_matches(str(name), names, _CLOSE, cutoff=0))
+    names = all_names(config)
+    if not isinstance(given, str) or given not in names:
+        close = ", ".join(difflib.get_close_matches(str(given), names, _CLOSE, cutoff=0))
         raise ValueError(
             one_line(
-                f"{field}: {name!r} is none of this model's names; close: {close} (all: model.hook_names)"
+                f"{field}: {given!r} is none of this model's names; close: {close} (all: model.hook_names)"
             )
         )

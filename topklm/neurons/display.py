@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.cells import cell_len
 
-from topklm.neurons.activations import SparseActivations
+from topklm.neurons.capture import SparseActivations
 
 SHOWN_PER_LAYER = 5  # strongest neurons of a layer, for each token
 SHOWN_TOKENS = 200  # a page with more is no longer read, and slows a notebook down

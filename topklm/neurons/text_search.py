@@ -17,7 +17,7 @@ import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.neurons.show import visible
+from topklm.neurons.display import visible
 from topklm.neurons.store import Store
 
 try:

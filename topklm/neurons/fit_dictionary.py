@@ -29,8 +29,7 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import sae
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
-from topklm.neurons.texts import Documents
-from topklm.neurons.windows import Window, pack, windows_of
+from topklm.neurons.documents import Documents, Window, pack, windows_of
 from topklm.progress import Progress
 
 DEFAULT_TOKENS = 1_000_000

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pyarrow as pa
 
-from topklm.neurons.ranking import is_fair, readable_first
+from topklm.neurons.statistics.table import is_fair, readable_first
 
 
 def rows(*neurons):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.neurons import find
+from topklm.neurons import search
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.activations import SparseActivations
-from topklm.neurons.find import neurons_of_text, rank
-from topklm.neurons.show import ActiveNeurons
+from topklm.neurons.capture import SparseActivations
+from topklm.neurons.display import ActiveNeurons
+from topklm.neurons.search import neurons_of_text, rank
 from topklm.neurons.store import Metadata, Store, StoreWriter
 
 LAYERS, D = (1, 4), 20  # not numbered from 0: a store says which layers it is of
@@ -86,7 +86,7 @@ def by_loops(dense, matched):
 @pytest.mark.parametrize("block_events", [1, 60, 2_000_000])
 @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
 def test_ranking_is_what_loops_over_all_tokens_give(filled, monkeypatch, block_events, share):
-    monkeypatch.setattr(find, "_BLOCK_EVENTS", block_events)
+    monkeypatch.setattr(search, "_BLOCK_EVENTS", block_events)
     store, dense = filled
     matched = np.random.default_rng(9).random(dense.shape[1]) < share
     wanted, ranked = by_loops(dense, matched), rank(store, matched, limit=1000)

@@ -12,10 +12,10 @@ import pytest
 import saved_runs
 
 from topklm.model import transformer
-from topklm.neurons import activations
-from topklm.neurons.activations import SparseActivations
-from topklm.neurons.cache import ActivationCache
-from topklm.neurons.names import TOPK, of, there_are
+from topklm.neurons import capture as capture_lib
+from topklm.neurons import hook_names
+from topklm.neurons.capture import ActivationCache, SparseActivations
+from topklm.neurons.hook_names import TOPK, all_names
 
 B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
@@ -41,8 +41,8 @@ def params():
 
 def capture(model, tokens, *packing):
     """The hidden state and what the TopK layers hand on, sparse."""
-    wanted = [of(layer, TOPK) for layer in range(model.config.n_topk_layers)]
-    return activations.capture(model, tokens, wanted, None, 0, *packing)[:2]
+    wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
+    return capture_lib.capture(model, tokens, wanted, None, 0, *packing)[:2]
 
 
 def captured(config):
@@ -227,7 +227,7 @@ def cache():
 
 def test_what_was_kept_is_found_by_all_names_of_the_array_and_by_no_other(cache):
     config = configured()  # of which the third layer has no TopK
-    known = there_are(config)
+    known = all_names(config)
     kept = dataclasses.replace(cache, others={"blocks.2.hook_resid_post": jnp.ones(3)}, hook_names=known)
     same = {
         0: ["blocks.0.hook_topk", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"],
@@ -244,7 +244,7 @@ def test_what_was_kept_is_found_by_all_names_of_the_array_and_by_no_other(cache)
 def test_layers_count_from_behind_among_those_that_have_the_hook(cache):
     last = jnp.ones(3)
     kept = dataclasses.replace(
-        cache, others={"blocks.2.hook_resid_post": last}, hook_names=there_are(configured())
+        cache, others={"blocks.2.hook_resid_post": last}, hook_names=all_names(configured())
     )
     assert_same_bits(kept["topk", -1], cache["topk", 1])
     assert_same_bits(kept["topk", np.int64(-2)], cache["topk", 0])

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.neurons import show
-from topklm.neurons.activations import SparseActivations
-from topklm.neurons.show import Activation, ActiveNeurons
+from topklm.neurons import display
+from topklm.neurons.capture import SparseActivations
+from topklm.neurons.display import Activation, ActiveNeurons
 
 TOKENS = ["<|endoftext|>", "The", " sea", "\n"]
 
@@ -119,7 +119,7 @@ def test_columns_stand_below_each_other_whatever_the_script():
 def test_in_a_notebook_it_is_a_table_with_the_exact_values_on_hover(found):
     page = Reader(found._repr_html_())
     assert "layer 0, neuron 2: 4.25" in page.titles
-    assert len(page.titles) == 1 + 3 + show.SHOWN_PER_LAYER
+    assert len(page.titles) == 1 + 3 + display.SHOWN_PER_LAYER
     assert page.tags == {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "b"}
     shown = "".join(page.texts)
     for text in ("layer 0", "layer 1", "<|endoftext|>", " sea", r"\n", "+2", "4.25"):
@@ -169,14 +169,14 @@ def test_a_text_is_shown_and_never_executed():
 
 
 def test_of_a_very_long_text_the_beginning_is_shown_and_the_rest_counted():
-    n_tokens = show.SHOWN_TOKENS + 7
+    n_tokens = display.SHOWN_TOKENS + 7
     found = ActiveNeurons.of(
         ["word"] * n_tokens, SparseActivations.from_dense(jnp.ones((2, 1, n_tokens, 4)), 2)
     )
     for shown in (found, found.neuron(0, 0)):
         for page in (shown._repr_html_(), str(shown)):
             assert "... and 7 more tokens" in page
-            assert page.count("word") == show.SHOWN_TOKENS
+            assert page.count("word") == display.SHOWN_TOKENS
     assert len(found[n_tokens - 1]) == 4
 
 

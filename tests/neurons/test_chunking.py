@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.neurons.windows import pack, stretches, windows_of
+from topklm.neurons.documents import batches, pack, windows_of
 
 SEPARATOR = 0
 DOCUMENTS = st.lists(st.integers(0, 70), max_size=8)
@@ -81,7 +81,7 @@ def test_short_documents_waste_little_room():
 
 def test_stretches_are_cut_where_they_have_enough():
     windows = all_windows(documents_of([30, 1, 12, 40]), 16)
-    cut = list(stretches(windows, 20))
+    cut = list(batches(windows, 20))
     assert [window for stretch in cut for window in stretch] == windows
     sizes = [sum(window.n_new for window in stretch) for stretch in cut]
     assert all(size >= 20 for size in sizes[:-1])
