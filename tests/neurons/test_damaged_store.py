@@ -10,22 +10,18 @@ import damage
 import ml_dtypes
 import numpy as np
 import pytest
+import test_store
 
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.store import Metadata, Store, StoreWriter
+from topklm.neurons.store import Store, StoreWriter
 
 S, D, K, N = 2, 12, 4, 90
-METADATA = Metadata(
-    run="village",
-    step=24,
-    tokenizer_sha256="ab" * 32,
-    source="held-out text of village-0123",
-    kind="topk",
+METADATA = dataclasses.replace(
+    test_store.METADATA,
     layers=tuple(range(S)),
     d_model=D,
     topk_k=K,
     topk_activation="abs",
-    context_length=64,
     parts=2,
     parameters="cd" * 32,
 )

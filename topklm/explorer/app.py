@@ -1,7 +1,7 @@
 """The explorer's addresses: which page or JSON is answered to which request.
 
-What takes long is done in threads of its own, one at a time for the model and one for regular expressions, so
-that whoever asks for it makes nobody else wait.
+Slow work is done in threads of its own, one at a time for the model and one for regular expressions, so that
+other requests do not wait for it.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ from topklm.web.security import Guard, comes_from_elsewhere, is_loopback
 
 
 def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlette:
-    """The application; its `state.closing` is to be called when the server is told to stop.
+    """Returns the application; its `state.closing` is to be called when the server is told to stop.
 
     Args:
-        source: What the pages are about.
+        source: The run's neurons.
         report: Is told when the index is made.
     """
     here = _Explorer(source, Index(source, report))
@@ -80,7 +80,7 @@ def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlet
 
 
 class _Explorer:
-    """What answers; ways that end on `_json` give data, the others pages."""
+    """Answers requests; methods that end on `_json` give data, the others pages."""
 
     def __init__(self, source: NeuronData, index: Index):
         self._source, self._index = source, index
@@ -106,7 +106,7 @@ class _Explorer:
         return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
 
     def go(self, request: Request) -> Response:
-        """To the neuron that was typed as 1:137 or 1/137."""
+        """Redirects to the neuron that was typed as 1:137 or 1/137."""
         text = request.query_params.get("neuron", "").strip()
         parts = text.replace("/", ":").split(":")
         if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
@@ -244,7 +244,7 @@ class _Explorer:
         answer.headers.update(headers or {})
         return answer
 
-    # What they share
+    # Shared
 
     def _page(self, request: Request, template: str, status: int = 200, **content: Any) -> Response:
         measured = self._source.measured
@@ -292,7 +292,7 @@ def serve(source: NeuronData, host: str, port: int, ready: Callable[[str], None]
     """Answers until Ctrl-C.
 
     Args:
-        source: What the pages are about.
+        source: The run's neurons.
         host: Address to listen on; on others than the loopback a token is needed.
         port: 0 takes a free one.
         ready: Is told the address to open, once it can be opened.

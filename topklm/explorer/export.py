@@ -35,7 +35,7 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     """Writes the file, whole or not at all.
 
     Args:
-        source: What the pages are about.
+        source: The run's neurons.
         path: Of the file.
         neurons: Layer and number of each that gets a page; default all of them.
 
@@ -91,7 +91,7 @@ def _pages(
     numbers: Sequence[int],
     labels: Mapping[tuple[int, int], str],
 ) -> Iterator[dict[str, Any]]:
-    """Pages by layer and neuron; what is packed is a future."""
+    """Pages by layer and neuron; their content is a future."""
     body = templates.get_template("export_neuron.html")
     d, held = source.measured.d_model, set[tuple[int, int]]()
     # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
@@ -117,7 +117,7 @@ def _packed(text: str) -> str:
 
 
 def _script() -> str:
-    """Our modules as one script: what they export and import has one name everywhere."""
+    """Returns our modules as one script: exports and imports have one name everywhere."""
     lines = "\n".join(_static(name) for name in _SCRIPTS).splitlines()
     kept = [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
     return "(() => {\n" + "\n".join(kept) + "\n})();\n"

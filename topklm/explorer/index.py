@@ -38,7 +38,7 @@ CREATE VIRTUAL TABLE passages USING fts5(text, begin UNINDEXED, document UNINDEX
 """
 _KEPT_ORDERS = 16
 
-# What a passage's matches stand between; characters for private use, which no text of ours means anything by.
+# Enclose a passage's matches; characters for private use, which mean nothing in any text of ours.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SNIPPET_WORDS = 40
 _MOST_WORDS = 16  # of a search
@@ -78,7 +78,7 @@ class Index:
     """Opens the index of a source.
 
     Args:
-        source: What it is made from.
+        source: The run's neurons.
         report: Is told when it has to be made.
     """
 
@@ -130,7 +130,7 @@ class Index:
         return [number for (number,) in found]
 
     def passages(self, words: str, limit: int) -> list[Passage]:
-        """Where the words stand in the text of the store, the best match first."""
+        """Finds the words in the text of the store, the best match first."""
         if not (query := _query(words)):
             return []
         found = self._all(
@@ -210,7 +210,7 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def _made_from(connection: sqlite3.Connection, fingerprint: str) -> bool:
-    """Whether an index is of this; it is closed if not, or if it cannot be read."""
+    """Returns whether an index is of this; it is closed if not, or if it cannot be read."""
     with contextlib.ExitStack() as stack:
         stack.callback(connection.close)
         if connection.execute("SELECT fingerprint FROM facts").fetchall() != [(fingerprint,)]:
@@ -266,7 +266,7 @@ def _passages(source: NeuronData) -> Iterator[tuple[str, int, int]]:
 
 
 def _query(words: str) -> str:
-    """Every word, in any order, the last one perhaps not typed to its end; nothing has a meaning to FTS5."""
+    """Makes a query of FTS5 for all words, in any order, the last perhaps not typed to its end."""
     found = re.findall(r"\w+", words)[:_MOST_WORDS]
     return " ".join(f'"{word}"' for word in found) + "*" if found else ""
 

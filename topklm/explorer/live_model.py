@@ -32,7 +32,7 @@ _SHORTEST = 32  # programs are compiled for lengths that are powers of two from 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
-    """What the neurons do on a text; the separator before it is left out.
+    """The neurons' activations on a text; the separator before it is left out.
 
     Attributes:
         ids: int32[T].
@@ -74,7 +74,7 @@ class LiveModel:
         return self._metadata.context_length - 1
 
     def read(self, text: str) -> Activations:
-        """All neurons on a text.
+        """Returns all neurons on a text.
 
         Raises:
             UserError: If it is empty or too long, or the model cannot be loaded.
@@ -82,7 +82,7 @@ class LiveModel:
         return self._reading(self.ids(text))
 
     def neuron(self, text: str, layer: int, neuron: int) -> tuple[np.ndarray, np.ndarray]:
-        """One neuron on a text: ids int32[T] and values float32[T].
+        """Returns one neuron on a text: ids int32[T] and values float32[T].
 
         Raises:
             UserError: As `read`.
@@ -91,7 +91,7 @@ class LiveModel:
         return ids, self.activations(ids, layer, neuron)
 
     def activations(self, ids: np.ndarray, layer: int, neuron: int) -> np.ndarray:
-        """One neuron on tokens int[T], of which there are at most `most_tokens`: float32[T]."""
+        """Returns one neuron on tokens int[T], of which there are at most `most_tokens`: float32[T]."""
         if self._is_topk or self._dictionary is not None:
             reading = self._reading(ids)
             place = reading.layers.index(layer)
@@ -110,7 +110,7 @@ class LiveModel:
         max_new_tokens: int,
         interventions: Sequence[Sequence[Intervention]],
     ) -> Generation:
-        """Texts that begin alike, int[T] behind a separator, each with interventions of its own.
+        """Starts sequences with one prompt, int[T] after a separator, each with its own interventions.
 
         Raises:
             UserError: For what the model cannot do.
@@ -134,15 +134,15 @@ class LiveModel:
             raise UserError(str(e)) from e
 
     def advance(self, generation: Generation, steps: int) -> list[list[int]]:
-        """Some more tokens of each of its texts; the model is held no longer than they take."""
+        """Returns some more tokens of each of its texts; the model is held no longer than they take."""
         with self._lock:
             return generation.advance(steps)
 
     def ids(self, text: str, name: str = "text") -> np.ndarray:
-        """The tokens of a text, int32[T].
+        """Returns the tokens of a text, int32[T].
 
         Args:
-            text: What somebody typed.
+            text: As typed.
             name: Of the field that it was typed into.
 
         Raises:
@@ -162,7 +162,7 @@ class LiveModel:
 
     @functools.cached_property
     def _layers(self) -> Layers:
-        """What tokens are made with, the same for every text."""
+        """The layers that all generation shares."""
         return by_layer(self.model.config.model, self.model.params)
 
     @property
@@ -171,7 +171,7 @@ class LiveModel:
 
     @functools.cached_property
     def _dictionary(self) -> Dictionary | None:
-        """What the store's activations are written in, if they are.
+        """The dictionary that the store's activations are written in, if there is one.
 
         Raises:
             UserError: If it is missing, or another.
@@ -184,7 +184,7 @@ class LiveModel:
         return found
 
     def _codes(self, hidden: list[jax.Array]) -> SparseActivations:
-        """All codes of [1, B, T, D] of each layer."""
+        """Returns all codes of [1, B, T, D] of each layer."""
         assert self._dictionary is not None
         codes = self._dictionary.encode(jnp.concatenate(hidden))
         return SparseActivations.from_dense(codes, self._dictionary.keep)
@@ -207,7 +207,7 @@ class LiveModel:
         return Activations(ids, layers, indices, values.astype(np.float32))
 
     def _padded(self, ids: np.ndarray) -> np.ndarray:
-        """int32[1, T'], the separator and the text; what stands behind it changes nothing before it."""
+        """Returns int32[1, T'], the separator and the text, filled up; padding changes nothing before it."""
         n = len(ids) + 1
         length = min(max(_SHORTEST, 1 << (n - 1).bit_length()), self._metadata.context_length)
         padded = np.full((1, length), self.model.tokenizer.separator_id, np.int32)
@@ -216,5 +216,5 @@ class LiveModel:
 
 
 def _strongest(hidden: jax.Array) -> SparseActivations:
-    """Of the positive part of [S, B, T, D]."""
+    """Keeps the strongest of the positive part of [S, B, T, D]."""
     return SparseActivations.from_dense(jnp.maximum(hidden, 0), min(DENSE_KEPT, hidden.shape[-1]))

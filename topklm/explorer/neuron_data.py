@@ -1,4 +1,4 @@
-"""What the pages are about: the statistics, the text and the activations of one checkpoint of a run.
+"""The statistics, the text and the activations of one checkpoint of a run, for pages.
 
 The token ids of the whole store are held in memory, 2 bytes each in most vocabularies; everything else stays
 on the disk until a page asks for it.
@@ -33,7 +33,7 @@ _SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "←"})
 
 
 class NotThereError(UserError):
-    """What was asked for, a neuron or a token, does not exist."""
+    """The requested neuron or token does not exist."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Window:
 
 
 class _Column:
-    """A column of the table; what Arrow's `as_py` gives for a row, in a tenth of the time.
+    """A column of the table; gives a row as Arrow's `as_py` does, in a tenth of the time.
 
     Args:
         column: Of numbers, or lists of numbers; null or not, but not within a list.
@@ -108,7 +108,7 @@ class NeuronData:
         return len(self.measured.layers) * self.measured.d_model
 
     def named(self) -> dict[tuple[int, int], str]:
-        """The labels of neurons that there are, by layer and number.
+        """Returns the labels of neurons that there are, by layer and number.
 
         Raises:
             UserError: If the file of labels is damaged.
@@ -119,7 +119,7 @@ class NeuronData:
         }
 
     def number(self, layer: int, neuron: int) -> int:
-        """Which row a neuron has.
+        """Returns which row a neuron has.
 
         Raises:
             UserError: If there is no such neuron.
@@ -132,7 +132,7 @@ class NeuronData:
         return layers.index(layer) * d + neuron
 
     def place(self, number: int) -> tuple[int, int]:
-        """The inverse of `number`: layer and neuron."""
+        """Returns the inverse of `number`: layer and neuron."""
         layer, neuron = divmod(number, self.measured.d_model)
         return self.measured.layers[layer], neuron
 
@@ -146,11 +146,11 @@ class NeuronData:
         return self._columns[name]
 
     def column(self, name: str) -> np.ndarray:
-        """float64[n_neurons] of a column of numbers, NaN where there is none."""
+        """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""
         return self.rows[name].to_numpy().astype(np.float64)
 
     def events(self, layer: int, neuron: int) -> Events:
-        """All events of a neuron; those of the last few neurons are remembered."""
+        """Returns all events of a neuron; those of the last few neurons are remembered."""
         found = self._ahead.get((layer, neuron))
         return self._events(layer, neuron) if found is None else found
 
@@ -179,7 +179,7 @@ class NeuronData:
         return StoredText(self.store, self.tokenizer)
 
     def window(self, at: int, size: int) -> Window:
-        """Text around a token that does not leave its document, with the token as far inside as can be.
+        """Returns text of one document around a token, with the token as far inside as can be.
 
         Args:
             at: The token, counted through the store.
@@ -191,7 +191,7 @@ class NeuronData:
         return self.windows([at], size)[0]
 
     def windows(self, places: Sequence[int], size: int) -> list[Window]:
-        """`window` around each of some tokens."""
+        """Returns `window` around each of some tokens."""
         for place in places:
             if not 0 <= place < self.store.n_tokens:
                 raise NotThereError(f"token {place}: must be from 0 to {self.store.n_tokens - 1}")
@@ -205,7 +205,7 @@ class NeuronData:
         return [Window(begin, self.ids[begin:end], document) for begin, end, document in facts]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Each token as a page shows it: what is not printed is spelled out."""
+        """Returns each token as a page shows it: unprintable characters are spelled out."""
         wanted, known = _as_list(ids), self._texts
         try:
             return list(map(known.__getitem__, wanted))
@@ -214,7 +214,7 @@ class NeuronData:
         return list(map(known.__getitem__, wanted))
 
     def running_texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The same for text in a row: a character of several tokens stands at the last of them."""
+        """Returns the same for text in a row: a character of several tokens stands at the last of them."""
         wanted = _as_list(ids)
         texts, at = self.texts(wanted), 0
         if self._parts.isdisjoint(wanted):
@@ -236,7 +236,7 @@ class NeuronData:
             self._texts[token_id] = seen
 
     def _character(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
-        """How many of these tokens are whole characters, and those; (1, None) if they begin with none."""
+        """Returns how many of these tokens make whole characters, and those; (1, None) if none does."""
         if ids not in self._characters:
             found: tuple[int, str | None] = (1, None)
             for n in range(2, len(ids) + 1):
@@ -248,7 +248,7 @@ class NeuronData:
         return self._characters[ids]
 
     def plain_text(self, begin: int, end: int) -> str:
-        """The text of a stretch of the store."""
+        """Returns the text of a stretch of the store."""
         return self.tokenizer.decode(self.ids[begin:end])
 
     def _check_same(self) -> None:
@@ -276,5 +276,5 @@ def _as_list(ids: Sequence[int] | np.ndarray) -> list[int]:
 
 
 def shown(text: str) -> str:
-    """Text with line breaks as signs, and all else that is not printed, or turns text around, spelled."""
+    """Returns text with line breaks as signs, and everything else that is not printed spelled out."""
     return visible(text.translate(_SPELLED))

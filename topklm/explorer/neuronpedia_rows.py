@@ -1,9 +1,9 @@
-"""What is known of a neuron in the columns of Neuronpedia's database.
+"""A neuron's statistics in the columns of Neuronpedia's database.
 
 Names of columns are those of its schema and of SAEDashboard's `neuronpedia_export.py`. Every row of a kind
-has the same columns, for the import takes those of a file's first line. What has a default over there and
-nothing to do with us is left out, `createdAt` for instance, so the same store gives the same files. In our
-terms:
+has the same columns, for the import takes those of a file's first line. A column that has a default over
+there and nothing to do with us is left out, `createdAt` for instance, so the same store gives the same files.
+In our terms:
 
 - `values`, `lossValues`: of each token of the window the activation, and the token's own loss given those
   before it in its document, in nats.
@@ -63,11 +63,11 @@ class Rows:
     """Makes the rows of one source, which is a layer.
 
     Args:
-        measured: What the statistics were measured on.
+        measured: Of the table.
         layer: One of its layers.
         n_layers: Of the model.
         tokenizer: Of the run.
-        model_id: What the model is called over there.
+        model_id: Of the model, over there.
         creator_id: Id of the user there to whom all belongs.
     """
 
@@ -87,7 +87,7 @@ class Rows:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
 
     def headings(self) -> dict[str, Row]:
-        """What the neurons belong to: the row of each of the four files that say so."""
+        """Makes the rows of the four files that describe what the neurons belong to."""
         measured = self._measured
         creator = {"creatorId": self._creator_id, "visibility": "PUBLIC"}
         of_model = {"modelId": self._model_id, **creator}
@@ -137,7 +137,7 @@ class Rows:
         }
 
     def feature(self, row: Row) -> Row:
-        """A neuron."""
+        """Returns a neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
         hook = hook_names.TOPK if self._measured.kind == "topk" else hook_names.RESID_POST
@@ -175,7 +175,7 @@ class Rows:
         }
 
     def activations(self, row: Row, windows: Iterator[Window]) -> Iterator[Row]:
-        """The examples of a neuron, in the table's order.
+        """Yields the examples of a neuron, in the table's order.
 
         Args:
             row: Of the neuron.
@@ -215,7 +215,7 @@ class Rows:
             }
 
     def explanation(self, neuron: int, label: str) -> Row:
-        """A label that a person gave a neuron."""
+        """Returns a label that a person gave a neuron."""
         return {
             "id": self._row_id(neuron, label),
             **self._place(neuron),
@@ -227,7 +227,7 @@ class Rows:
         }
 
     def _bins(self, row: Row) -> list[Row]:
-        """By `example_parts`, the bin of an example."""
+        """Returns by `example_parts`, the bin of an example."""
         if not row["examples"]:
             return []
         highest, n_parts = row["max_activation"], RANGE_PARTS
@@ -250,7 +250,7 @@ class Rows:
         return "c" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def _strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token as a reader would want it, made once."""
+        """Returns each token as a reader would want it, made once."""
         if unknown := [token_id for token_id in set(ids) if token_id not in self._texts]:
             self._texts.update(zip(unknown, self._tokenizer.token_strings(unknown), strict=True))
         return [self._texts[token_id] for token_id in ids]

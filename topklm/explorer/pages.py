@@ -88,13 +88,13 @@ def environment() -> jinja2.Environment:
 
 
 def neuron_address(layer: int, neuron: int) -> str:
-    """The stable link of a neuron."""
+    """Returns the stable link of a neuron."""
     return f"/neurons/{layer}/{neuron}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sorting:
-    """The heads of the overview's table: what it is sorted by, and links that sort it otherwise."""
+    """The heads of the overview's table: its order, and links that sort it otherwise."""
 
     asked: Asked
 
@@ -126,7 +126,7 @@ class Sorting:
         return f"/?{self._query(sort=name, falling=falling)}"
 
     def page_link(self, page: int) -> str:
-        """To another page of the same table."""
+        """Returns a link to another page of the same table."""
         return f"/?{urlencode(dataclasses.replace(self.asked, page=page).query())}"
 
     def _query(self, **changes: Any) -> str:
@@ -148,7 +148,7 @@ def tile_note(statistic: Statistic, data: Mapping[str, Any]) -> str:
 
 
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
-    """Of a neuron's page."""
+    """Draws the histogram of a neuron's page."""
     counts, highest = data["histogram"]["counts"], data["figures"]["max_activation"]
     about = (
         f"Histogram of the activations of neuron {data['neuron']} of layer {data['layer']}, from 0 to "
@@ -158,7 +158,7 @@ def activation_histogram(data: Mapping[str, Any]) -> Markup:
 
 
 def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
-    """The overview's plots, layers side by side, each with a title and a sentence."""
+    """Returns the overview's plots, layers side by side, each with a title and a sentence."""
     measured, d = source.measured, source.measured.d_model
     parts = [(str(layer), slice(place * d, (place + 1) * d)) for place, layer in enumerate(measured.layers)]
 
@@ -194,7 +194,7 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
 
 
 def entropy_map(source: NeuronData) -> Markup:
-    """Every neuron by its two entropies; of very many, as many as can be told apart."""
+    """Returns every neuron by its two entropies; of very many, as many as can be told apart."""
     across, up = source.column("token_entropy_corrected"), source.column("semantic_entropy_corrected")
     there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
     there = there[:: max(1, -(-len(there) // _MOST_POINTS))]
@@ -234,7 +234,7 @@ class StaticFiles:
         self.version = digest.hexdigest()[:12]
 
     async def answer(self, request: Request) -> Response:
-        """The file that is named."""
+        """Returns the file that is named."""
         name = request.path_params["name"]
         if name not in self._files or request.path_params["version"] != self.version:
             raise HTTPException(404)

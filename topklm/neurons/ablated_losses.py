@@ -29,7 +29,7 @@ _STRETCH_TOKENS = 2**20  # that are packed together
 class AblatedLosses:
     """Documents, ready to be read again and again with other neurons off.
 
-    "Off" is what the intervention "ablate" does: what the layer hands on has a 0 there, at every token. It is
+    "Off" is what the intervention "ablate" does: the layer's output is 0 there, at every token. It is
     computed in float32, whatever the dtype of the model, for effects of few neurons are small.
 
     Args:
@@ -67,7 +67,7 @@ class AblatedLosses:
     def sums(
         self, ablated: Iterable[Neuron] = (), report: Callable[[int], None] = lambda tokens: None
     ) -> np.ndarray:
-        """float64[G], nats, the sum over each document's tokens with these neurons off.
+        """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
 
         Args:
             ablated: Neurons; none: the model as it is.
@@ -93,7 +93,7 @@ class AblatedLosses:
         return sums
 
     def _keep(self, ablated: Iterable[Neuron]) -> np.ndarray:
-        """float32[L, D], 0 for neurons that are off."""
+        """Returns float32[L, D], 0 for neurons that are off."""
         keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
@@ -114,7 +114,7 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
 ) -> jax.Array:
-    """Next-token losses, nats, float32[B, T]."""
+    """Returns next-token losses, nats, float32[B, T]."""
     model = transformer.bind(config, params)
 
     def edit(h_BTD: jax.Array, keep_D: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class UnitCounts:
 
 
 def layers_of(config: ModelConfig) -> tuple[int, ...]:
-    """The layers that are read: those with TopK or, of a Base LM, all."""
+    """Returns the layers that are read: those with TopK or, of a Base LM, all."""
     return harvest_lib.kind_and_layers(config)[1]
 
 
@@ -79,7 +79,7 @@ def count(
 
 
 def unit_sizes(lengths: Sequence[int], piece: int | None) -> np.ndarray:
-    """int64[G], the tokens of each unit of documents of these lengths; see `count`."""
+    """Returns int64[G], the tokens of each unit of documents of these lengths; see `count`."""
     if piece is None:
         return np.asarray(lengths, np.int64)
     return np.array([min(piece, n - begin) for n in lengths for begin in range(0, n, piece)], np.int64)

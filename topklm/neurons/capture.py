@@ -1,6 +1,6 @@
 """The activations of TopK layers in sparse form, read off while the model runs.
 
-`capture` is for inside `jax.jit`; what people call is `LanguageModel.run_with_cache`. Dims: S TopK layers,
+`capture` is for inside `jax.jit`; people call `LanguageModel.run_with_cache`. Dims: S TopK layers,
 B batch, T tokens, k kept entries, D d_model = neurons per layer.
 """
 
@@ -23,7 +23,7 @@ from topklm.neurons import hook_names
 )
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SparseActivations:
-    """What TopK layers keep: k entries for each token, the strongest first.
+    """The output of TopK layers: k entries for each token, the strongest first.
 
     Entries are sorted by falling magnitude, ties by rising index; with "relu", where nothing is negative,
     that is falling value. A token's k indices are distinct and below `d_model`, always. An entry with value
@@ -42,7 +42,7 @@ class SparseActivations:
 
     @classmethod
     def from_dense(cls, dense: jax.Array, k: int) -> "SparseActivations":
-        """The k largest entries by magnitude of every row; nothing is lost where at most k are not 0.
+        """Returns the k largest entries by magnitude of every row; nothing is lost where at most k are not 0.
 
         Args:
             dense: [..., D], e.g. the output of a TopK layer with any of its activations.
@@ -58,7 +58,7 @@ class SparseActivations:
         return self.values != 0
 
     def dense(self) -> jax.Array:
-        """[S, B, T, D], what the layers hand on."""
+        """Returns [S, B, T, D], what the layers hand on."""
         zeros = jnp.zeros((*self.values.shape[:-1], self.d_model), self.values.dtype)
         return jnp.put_along_axis(zeros, self.indices, self.values, axis=-1, inplace=False)
 
@@ -97,13 +97,13 @@ def capture(
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
-    """Runs the stack and keeps what has one of these names.
+    """Runs the stack and keeps the arrays of these names.
 
     Args:
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
         wanted: Names, from `hook_names.matching`.
-        changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
+        changes: Done to layers meanwhile, with their numbers; the changed outputs are kept.
         more_active: Entries that this may make active besides those of TopK.
         segment_ids_BT: As in `Transformer.__call__`.
         positions_BT: As in `Transformer.__call__`.
@@ -142,11 +142,11 @@ def capture(
 )
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ActivationCache(Mapping[str, jax.Array]):
-    """What was asked for of a forward pass; see `topklm.neurons.hook_names`.
+    """The captured arrays of a forward pass; see `topklm.neurons.hook_names`.
 
     `cache["blocks.3.hook_topk"]` is [B, T, D], what TopK layer 3 hands on, made dense when it is asked for;
-    `cache["topk", 3]` is the same, and `cache["topk", -1]` is of the last layer that has it. What was kept is
-    found by every name of the array (see `hook_names.same_array`).
+    `cache["topk", 3]` is the same, and `cache["topk", -1]` is of the last layer that has it. A kept array is
+    found by each of its names (see `hook_names.same_array`).
 
     Attributes:
         neurons: The captured TopK layers, sparse, [S, B, T, k].
@@ -178,7 +178,7 @@ class ActivationCache(Mapping[str, jax.Array]):
         return self.hook_names or tuple(self)
 
     def _name(self, parts: tuple) -> str:
-        """Gives the name of ("topk", 3), or of one whose layer counts from behind."""
+        """Gives the name of ("topk", 3), or of one whose layer is counted from the end."""
         if len(parts) != 2 or not hasattr(parts[1], "__index__"):
             raise KeyError(f"{parts!r}: must be a name, or a hook and its layer, as in ('resid_post', 3)")
         hook, layer = f"hook_{parts[0]}", operator.index(parts[1])

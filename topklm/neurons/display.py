@@ -53,7 +53,7 @@ class ActiveNeurons(Sequence[list[Activation]]):
 
     @classmethod
     def of(cls, tokens: Sequence[str], neurons: SparseActivations) -> "ActiveNeurons":
-        """Of one text.
+        """Takes the active neurons of one text.
 
         Args:
             tokens: T strings.
@@ -70,7 +70,7 @@ class ActiveNeurons(Sequence[list[Activation]]):
         return [found for layer in range(len(self.values)) for found in self._at(at, layer)]
 
     def neuron(self, layer: int, neuron: int) -> "NeuronOnText":
-        """One neuron from token to token.
+        """Returns one neuron from token to token.
 
         Raises:
             ValueError: If there is no such layer or neuron.
@@ -191,7 +191,7 @@ class NeuronOnText:
 
 
 def visible(text: str) -> str:
-    r"""The text with line breaks and other characters that are not printed spelled out, as `\n`."""
+    r"""Returns the text with line breaks and other characters that are not printed spelled out, as `\n`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

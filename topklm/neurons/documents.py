@@ -26,7 +26,7 @@ from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 
-_DIGEST_BYTES = 16  # of a text: what tells it from others, as when data are prepared
+_DIGEST_BYTES = 16  # of a text; tells it from others, as when data are prepared
 
 COPY = "exact copy of a document before"
 
@@ -35,7 +35,7 @@ class Documents(Protocol):
     """Text in a fixed order, so that work on it can be taken up again.
 
     Attributes:
-        name: What it is, in words and a fingerprint.
+        name: In words and a fingerprint.
         n_tokens: How many there are; None where only reading would tell.
     """
 
@@ -43,7 +43,7 @@ class Documents(Protocol):
     n_tokens: int | None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Token ids of each document, int32[n], without separators."""
+        """Returns token ids of each document, int32[n], without separators."""
         ...
 
 
@@ -62,7 +62,7 @@ class SourceText(Documents, Protocol):
 def open_documents(
     tokenizer: Tokenizer, data: DataConfig, source: str | None = None, split: str = "heldout"
 ) -> SourceText:
-    """The text of a run, or another.
+    """Returns the text of a run, or another.
 
     Args:
         tokenizer: The model's.
@@ -100,7 +100,7 @@ def no_text(documents: SourceText, said: str) -> UserError:
 
     Args:
         documents: Read to their end.
-        said: What the user gave, e.g. "--source = notes.jsonl".
+        said: The words of the user, e.g. "--source = notes.jsonl".
     """
     reasons = described(documents.left_out)
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
@@ -130,7 +130,7 @@ class _Prepared(SourceText):
 
 
 class _Files(SourceText):
-    """Documents of files, less what `topklm prepare` leaves out: what cannot be read, and exact copies."""
+    """Documents of files, without unreadable ones and exact copies, as `topklm prepare` leaves them out."""
 
     def __init__(self, files: tuple[SourceFile, ...], text_field: str, tokenizer: Tokenizer):
         self.n_tokens: int | None = None
@@ -156,7 +156,7 @@ class _Files(SourceText):
                 yield self._tokenizer.encode(item.text)
 
 
-_OVERLAP = 1 / 4  # of a window: what its first new token can look back at, at least
+_OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,14 +215,14 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """Where windows begin and end among the inputs of a document, the separator counted.
+    """Yields where windows begin and end among the inputs of a document, the separator counted.
 
     Args:
         n_inputs: How many there are.
         length: T, at least 2.
 
     Yields:
-        The first input of a window, the one behind its last, and the first that is to be read.
+        The first input of a window, the one after its last, and the first that is to be read.
     """
     overlap = max(1, int(length * _OVERLAP))
     known, first = 1, 0
@@ -247,13 +247,13 @@ def batches(windows: Iterable[Window], n_tokens: int) -> Iterator[list[Window]]:
 
 
 def pack(windows: list[Window], length: int, multiple: int, separator_id: int) -> Packed:
-    """Puts windows into rows, the longest first, each into the first row with room.
+    """Puts windows into rows, the longest first, each into the first row that it fits into.
 
     Args:
         windows: None longer than `length`.
         length: T.
         multiple: The number of rows R is one of this.
-        separator_id: What rows are filled up with.
+        separator_id: Fills up rows.
     """
     rows, n_rows = _first_fit([len(window.inputs) for window in windows], length)
     shape = (-(-n_rows // multiple) * multiple, length)
@@ -277,7 +277,7 @@ def pack(windows: list[Window], length: int, multiple: int, separator_id: int) -
 
 
 def _first_fit(sizes: list[int], room: int) -> tuple[list[int], int]:
-    """The row of each, and how many rows there are."""
+    """Returns the row of each, and how many rows there are."""
     left: list[int] = []
     rows = [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

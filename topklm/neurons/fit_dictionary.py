@@ -62,7 +62,7 @@ def fit(
         params: Its parameters, on the devices of `mesh`.
         mesh: Rows of a batch are split over all its devices.
         data: The run's; its training text is read.
-        documents: What is to be harvested; nothing is learned from it.
+        documents: To be harvested; nothing is learned from them.
         keep: K.
         n_tokens: Of training text, about; more than there are are read again, in another order.
         seed: Of the order of the text and of what is drawn.
@@ -107,7 +107,7 @@ def fit(
 
 
 def load_fitting(path: Path, kind: str, keep: int, n_tokens: int) -> Dictionary | None:
-    """The dictionary that a harvest goes on with; None where there is none yet.
+    """Returns the dictionary that a harvest goes on with; None where there is none yet.
 
     Raises:
         UserError: If the one there was made in another way than is asked for now.
@@ -136,7 +136,7 @@ def explained_variance(
     documents: Documents,
     n_tokens: int = _EVALUATED,
 ) -> list[float]:
-    """For each layer, which share of the hidden state's variance the codes hold, at the start of a text.
+    """Computes, layer by layer, the share of the hidden state's variance that the codes hold.
 
     Args:
         dictionary: Of the model.
@@ -149,7 +149,7 @@ def explained_variance(
     rows = max(1, _BATCH_TOKENS // config.context_length) * mesh.size
     windows: list[Window] = []
     read = 0
-    separator_id = config.vocab_size - 1  # any: what rows are filled up with does not count
+    separator_id = config.vocab_size - 1  # any: padding does not count
     for number, ids in enumerate(documents):
         windows += windows_of(number, ids, separator_id, config.context_length)
         read += len(ids)
@@ -179,7 +179,7 @@ def _states(
     separator_id: int,
     batches: Iterator[Any],
 ) -> States:
-    """Hidden states float32[S, B T, D] of training batches, and which tokens are text, bool[B T]."""
+    """Yields hidden states float32[S, B T, D] of training batches, and which tokens are text, bool[B T]."""
     for batch in batches:
         arrays = _on(mesh, batch["inputs"], batch["segment_ids"], batch["positions"])
         counts = (batch["inputs"] != separator_id).reshape(-1)
@@ -206,12 +206,12 @@ def _hidden(
 
 
 def _moments(states: States, report: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean float64[S, D] and covariance float64[S, D, D] of hidden states."""
+    """Returns mean float64[S, D] and covariance float64[S, D, D] of hidden states."""
     n, mean, scatter = 0.0, np.zeros(1), np.zeros(1)
     for h_SND, counts_N in states:
         added, mean_SD, scatter_SDD = (np.asarray(x, np.float64) for x in _of_batch(h_SND, counts_N))
         apart = mean_SD - mean
-        # As in `ExplainedVariance`: what two samples scatter about their common mean.
+        # As in `ExplainedVariance`: the scatter of two samples about their common mean.
         scatter = scatter + scatter_SDD + apart[:, :, None] * apart[:, None] * (n * added / (n + added))
         mean = mean + apart * added / (n + added)
         n += float(added)
@@ -228,14 +228,14 @@ def _of_batch(h_SND: jax.Array, counts_N: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _random(n_layers: int, d: int, seed: int) -> np.ndarray:
-    """float64[S, D, D], rows of random orthonormal bases, all equally likely."""
+    """Returns float64[S, D, D], rows of random orthonormal bases, all equally likely."""
     rng = np.random.default_rng(seed)
     q, r = np.linalg.qr(rng.standard_normal((n_layers, d, d)))
     return q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
 
 
 def _components(covariance_SDD: np.ndarray) -> np.ndarray:
-    """float64[S, D, D]: the leading components, each with both signs, by falling variance."""
+    """Returns float64[S, D, D]: the leading components, each with both signs, by falling variance."""
     d = covariance_SDD.shape[1]
     _, vectors = np.linalg.eigh(covariance_SDD)  # columns by rising variance
     rows = np.swapaxes(vectors, 1, 2)[:, ::-1][:, : -(-d // 2)]

@@ -1,9 +1,9 @@
-"""What can be captured of a forward pass, named as in TransformerLens.
+"""The arrays of a forward pass that can be captured, named as in TransformerLens.
 
 Of layer l: `blocks.{l}.hook_resid_pre`, the residual stream that enters it; `blocks.{l}.hook_topk_pre`, what
 its TopK is given, and `blocks.{l}.hook_topk`, what that keeps (TopK layers only);
-`blocks.{l}.hook_resid_post`, what the layer hands on. What one layer hands on is what its TopK keeps and what
-enters the next, so some names are of the same array.
+`blocks.{l}.hook_resid_post`, the output of the layer. That is the output of its TopK, too, and the input of
+the next layer, so some names are of the same array.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def name(layer: int, hook: str) -> str:
-    """(3, "hook_topk") -> "blocks.3.hook_topk"."""
+    """Returns the full name: (3, "hook_topk") -> "blocks.3.hook_topk"."""
     return f"blocks.{layer}.{hook}"
 
 
 def parse(hook_name: str) -> tuple[int, str]:
-    """The inverse of `name`."""
+    """Returns the inverse of `name`."""
     _, layer, hook = hook_name.split(".")
     return int(layer), hook
 
@@ -54,7 +54,7 @@ def same_array(hook_name: str) -> str:
 
 
 def all_names(config: ModelConfig) -> tuple[str, ...]:
-    """All names of a model, in the order in which they are computed."""
+    """Returns all names of a model, in the order in which they are computed."""
     hooks = {True: (RESID_PRE, TOPK_PRE, TOPK, RESID_POST), False: (RESID_PRE, RESID_POST)}
     return tuple(
         name(layer, hook) for layer in range(config.n_layers) for hook in hooks[layer < config.n_topk_layers]
@@ -62,12 +62,12 @@ def all_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def matching(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
-    """The names that a filter stands for, in the order of `all_names`.
+    """Returns the names that a filter stands for, in the order of `all_names`.
 
     Args:
         config: The model.
-        names_filter: A name, several, or a function that says of each whether it is wanted; None: what the
-            TopK layers keep.
+        names_filter: A name, several, or a function that says of each whether it is wanted; None: the
+            outputs of TopK layers.
 
     Raises:
         ValueError: For a name that the model does not have, or what is no filter.

@@ -4,7 +4,7 @@
     neurons/1300/store/           activations of the checkpoint of step 1300 (`topklm.neurons.store`)
     neurons/1300/dictionary.npz   where a Base LM was harvested with one: `topklm.neurons.dictionary`
     neurons/1300/neurons.parquet  their statistics (`topklm.neurons.statistics.table`)
-    neurons/1300/index.sqlite     the explorer's index, made anew when it is missing
+    neurons/1300/index.sqlite     the explorer's index, made again when it is missing
 
 All in the run folder.
 """
@@ -77,11 +77,11 @@ def harvested_steps(run: Path) -> list[int]:
 def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
     """Turns errors of a block that reads such a folder into one line.
 
-    What the system refuses is told apart from damage, for nobody shall delete what he may only not read.
+    A refusal of the system is told apart from damage, so that nobody deletes a file for lack of permission.
 
     Args:
-        path: What is read, for the message.
-        advice: What to do if it is damaged.
+        path: Of the file, for the message.
+        advice: Ends the message for damage.
         more: Errors of libraries that mean damage, besides the ValueError of most of them.
     """
     kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)

@@ -73,7 +73,7 @@ class TokenNeurons:
 def rank(
     store: Store, matched: np.ndarray, limit: int = 20, layers: Sequence[int] | None = None
 ) -> list[RankedNeuron]:
-    """The neurons that best tell matched tokens from others, from all tokens of a store.
+    """Returns the neurons that best tell matched tokens from others, from all tokens of a store.
 
     Sorted by falling F1, then by falling weighted precision, then by layer and number. Neurons that are
     active at no matched token are left out.
@@ -138,7 +138,7 @@ def _rank_block(block: Block, matched: np.ndarray, layer: int, begin: int) -> li
 def neurons_of_text(
     found: ActiveNeurons, top: int = SHOWN_PER_LAYER, layer: int | None = None, begin: int = 0
 ) -> list[TokenNeurons]:
-    """The active neurons of a text as rows of a table, a token each.
+    """Returns the active neurons of a text as rows of a table, a token each.
 
     Args:
         found: As `LanguageModel.active_neurons` gives it.
@@ -168,7 +168,7 @@ def neurons_of_text(
 
 
 def _events_of_neurons(store: Store, layer: int) -> np.ndarray:
-    """int64[D], how many events each neuron of a layer has."""
+    """Returns int64[D], how many events each neuron of a layer has."""
     there, d = store.metadata.layers, store.metadata.d_model
     if layer not in there:
         raise UserError(
@@ -206,11 +206,11 @@ class Selected:
 
 @dataclasses.dataclass(frozen=True)
 class SavedContrast:
-    """What `topklm neurons contrast --json` printed, as far as it is needed here.
+    """The output of `topklm neurons contrast --json`, as far as it is needed here.
 
     Attributes:
         step: Of the checkpoint.
-        by: What neurons were sorted by, one of `contrast.ORDERS`.
+        by: The order of the neurons, one of `contrast.ORDERS`.
         neurons: Each with layer, neuron, difference, score and p-values.
     """
 
@@ -228,7 +228,7 @@ def by_matches(
     min_precision: float = 0.0,
     min_recall: float = 0.0,
 ) -> list[Selected]:
-    """Those that best tell matched tokens from others; see `find.rank`.
+    """Selects the neurons that best tell matched tokens from others; see `rank`.
 
     Args:
         store: Of activations.
@@ -250,7 +250,7 @@ def by_matches(
 def by_label(
     labels: Mapping[tuple[int, int], str], text: str, *, layer: int | None = None, top: int
 ) -> list[Selected]:
-    """Those with a label that holds a text, whatever the case; by layer and number.
+    """Selects the neurons with a label that holds a text, whatever the case; by layer and number.
 
     Args:
         labels: By layer and number.
@@ -269,7 +269,7 @@ def by_label(
 def by_contrast(
     saved: SavedContrast, *, layer: int | None = None, top: int, max_q: float = 1.0
 ) -> list[Selected]:
-    """Those that are more frequent in the positive text, of all layers, in the order asked for there.
+    """Selects neurons that are more frequent in the positive text, of all layers, in the contrast's order.
 
     Args:
         saved: A contrast, with as many neurons as were asked for there.

@@ -25,7 +25,7 @@ try:
 except ImportError:  # it comes with an extra, and only patterns need it
     regex = None
 
-OVERLAP = 1024  # tokens before and behind a stretch that a match in it may look at
+OVERLAP = 1024  # tokens before and after a stretch that a match in it may look at
 MAX_PATTERN = 1000  # characters
 
 _STRETCH = 16_384  # tokens of a document that are searched at once
@@ -56,10 +56,10 @@ class Matches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stretch:
-    """A part of a document, with some of what stands before and behind.
+    """A part of a document, with some text before and after it.
 
     Attributes:
-        text: What its n tokens spell.
+        text: The spelling of its n tokens.
         first_token: Which token of the store is the first of the n.
         first_byte: Of the text, counted from the start of the store.
         begins: int64[n + 1], the byte of the text with which each token begins.
@@ -99,8 +99,8 @@ class StoredText:
         """Searches all documents for a regular expression of the package `regex`.
 
         A match lies within a document, at whose ends `^` and `$` match. Long documents are searched in
-        stretches, each with `OVERLAP` tokens before and behind. What matches within so many tokens,
-        including what it looks ahead and behind for, is found once and whole; of a longer match, parts may
+        stretches, each with `OVERLAP` tokens before and after. A match within so many tokens,
+        including its looking ahead and back, is found once and whole; of a longer match, parts may
         be found, or nothing.
 
         Args:
@@ -132,7 +132,7 @@ class StoredText:
         return Matches(count, touched, ends)
 
     def tokens_equal(self, *token_ids: int) -> np.ndarray:
-        """bool[N], the tokens that are one of these.
+        """Returns bool[N], the tokens that are one of these.
 
         Raises:
             UserError: For an id that is not in the vocabulary.
@@ -164,7 +164,7 @@ class StoredText:
                 n_bytes += inside[1] - inside[0]
 
     def _documents(self) -> Iterator[tuple[int, int]]:
-        """The first token of each, and the one behind its last."""
+        """Yields the first token of each, and the one after its last."""
         begin, number = 0, None
         for at in range(0, self._store.n_tokens, _READ):
             numbers = self._store.documents(at, at + _READ)
@@ -245,7 +245,7 @@ class _Patience:
 
 
 def _spans(compiled: Any, stretch: _Stretch, searched: int, patience: _Patience) -> np.ndarray:
-    """int64[m, 2], the bytes with which the matches of a stretch begin, and those behind their last.
+    """Returns int64[m, 2], the bytes with which the matches of a stretch begin, and those after their last.
 
     Args:
         compiled: The pattern.
@@ -292,7 +292,7 @@ def _limits(pattern: str, timeout_s: float) -> Iterator[None]:
 
 
 def _bytes_of_characters(text: str) -> np.ndarray:
-    """int64[n + 1], the byte with which each character begins, and the number of bytes."""
+    """Returns int64[n + 1], the byte with which each character begins, and the number of bytes."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     lengths[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # a byte that is of no character
@@ -300,7 +300,7 @@ def _bytes_of_characters(text: str) -> np.ndarray:
 
 
 def _written_out(pattern: str) -> int:
-    """At most so many characters when every repetition is written as often as it has to match.
+    """Returns at most so many characters when every repetition is written as often as it has to match.
 
     Counts all as nested, also in comments and sets; and once more without what `(?x)` skips, if that is more.
     """

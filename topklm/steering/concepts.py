@@ -1,4 +1,7 @@
-"""What a neuron stands for, as sets of tokens read off a store; no output of the model goes into them.
+"""The meaning of a neuron as sets of tokens, and what a steered text is searched for.
+
+A `Concept` counts hits in text: a set of tokens, a regular expression, or a list of words. The concepts of
+many neurons are sets of tokens read off a store; no output of the model goes into them.
 
 The definitions are ours. Let a[n, j] be the strength of neuron j at token n of the store, v(n) the token
 there, w(n) the one that follows in the document, and q(v) the share of token v in the text. A concept has at
@@ -9,7 +12,7 @@ most `SIZE` tokens, those with the largest score above 0; equal ones by rising i
                so that a neuron which is active nearly everywhere does not just stand for frequent tokens
     next       the same score for the tokens that follow, w(n) in place of v(n)
 
-Only documents of even number are read. What is measured with a concept is measured in the odd ones, so no
+Only documents of even number are read. Everything measured with a concept is measured in the odd ones, so no
 text is used twice. Dims: N neurons, M tokens of a concept, V vocabulary.
 """
 
@@ -34,11 +37,11 @@ N_TOKENS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """What counts as a hit; one of `token_ids` and `pattern` is given.
+    """A definition of hits; one of `token_ids` and `pattern` is given.
 
     Attributes:
         name: Short, for the head of a column.
-        description: What it is and where it comes from, in words.
+        description: Its content and origin, in words.
         token_ids: Each token of a text that is one of these is a hit.
         pattern: Each place of the text that matches is a hit; matches do not overlap.
     """
@@ -49,11 +52,11 @@ class Concept:
     pattern: re.Pattern[str] | None = None
 
     def count(self, tokens: Sequence[int], text: str) -> int:
-        """How many hits a text has.
+        """Returns how many hits a text has.
 
         Args:
             tokens: Its token ids.
-            text: What they decode to.
+            text: Decoded from them.
         """
         if self.pattern is not None:
             return sum(1 for found in self.pattern.finditer(text) if found.group())
@@ -61,7 +64,7 @@ class Concept:
 
 
 def of_tokens(name: str, source: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> Concept:
-    """A set of tokens, with where it comes from."""
+    """Returns a set of tokens, with where it comes from."""
     strings = ", ".join(f"'{token}'" for token in tokenizer.token_strings(token_ids))
     return Concept(name, f"{source}: {strings}", tuple(int(i) for i in token_ids))
 
@@ -80,7 +83,7 @@ def of_regex(regex: str) -> Concept:
 
 
 def of_words(words: Sequence[str]) -> Concept:
-    """Whole words, in any case.
+    """Returns whole words, in any case.
 
     Raises:
         UserError: If there are none.
@@ -94,7 +97,7 @@ def of_words(words: Sequence[str]) -> Concept:
 
 
 def raised_tokens(config: ModelConfig, params: transformer.Parameters, neuron: int) -> np.ndarray:
-    """The tokens that a neuron raises most by the identity lens, int64[`N_TOKENS`], the most raised first.
+    """Returns the tokens that a neuron raises most by the identity lens, int64[`N_TOKENS`], falling.
 
     That lens is row `neuron` of diag(scale of the final norm) @ unembedding; see `statistics.lenses`, which
     needs no measuring. It is the same for all layers.
@@ -123,7 +126,7 @@ class Concepts:
     Attributes:
         layer: Of the model.
         neurons: int64[N], those that are active in the text read, rising.
-        tokens: int32[N, 3, M], ids by falling score, one set for each of `KINDS`; `NO_TOKEN` behind the last.
+        tokens: int32[N, 3, M], ids by falling score, one set for each of `KINDS`; `NO_TOKEN` after the last.
         shares: float64[N, 3], the part of the neuron's strength that the tokens of a set make up; for "next",
             of the strength at tokens that another follows.
     """
@@ -134,7 +137,7 @@ class Concepts:
     shares: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> "Concepts":
-        """Of some of the neurons, by a mask or their places."""
+        """Returns those of some neurons, by a mask or their rows."""
         return Concepts(self.layer, self.neurons[rows], self.tokens[rows], self.shares[rows])
 
 
@@ -165,7 +168,7 @@ class ConceptReader:
         self._shares = counts / counts.sum()
 
     def read(self, layer: int, neurons: Sequence[int] | None = None) -> Concepts:
-        """The concepts of a layer's neurons that are active in the text read.
+        """Returns the concepts of a layer's neurons that are active in the text read.
 
         Args:
             layer: Of the model.
@@ -197,7 +200,7 @@ class ConceptReader:
         return begin + alive, np.stack(tokens, axis=1), np.stack(shares, axis=1)
 
     def _by_token(self, block: Block, token_ids: np.ndarray) -> np.ndarray:
-        """float64[n, V], as `entropy.by_group`, of the documents that are read."""
+        """Returns float64[n, V], as `entropy.by_group`, of the documents that are read."""
         kept = self._is_read[block.tokens] & (token_ids[block.tokens] != NO_TOKEN)
         before = np.concatenate([[0], np.cumsum(kept)])
         part = Block(before[block.offsets], block.tokens[kept], block.values[kept])
@@ -211,7 +214,7 @@ class ConceptReader:
 
 
 def token_sets(concepts: Concepts, kind: str) -> Sequence[np.ndarray]:
-    """The ids of each neuron's concept of a kind, by falling score, without filling."""
+    """Returns the ids of each neuron's concept of a kind, by falling score, without filling."""
     of_kind = concepts.tokens[:, KINDS.index(kind)]
     return [ids[ids != NO_TOKEN] for ids in of_kind]
 
@@ -222,7 +225,7 @@ def _normalised(strengths_NV: np.ndarray) -> np.ndarray:
 
 
 def _largest(scores_NV: np.ndarray, strengths_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32[N, M] and float64[N]: the tokens with the largest scores, and their part of all strength."""
+    """Returns the tokens with the largest scores, int32[N, M], and their share of strength, float64[N]."""
     tokens = np.full((len(scores_NV), SIZE), NO_TOKEN, np.int32)
     for row, (ids, _) in enumerate(entropy.top_tokens(np.maximum(scores_NV, 0.0), SIZE)):
         tokens[row, : len(ids)] = ids

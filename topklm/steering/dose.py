@@ -53,10 +53,10 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Response:
-    """What a model writes at one value.
+    """The text of a model at one value.
 
     Attributes:
-        value: What the neuron was set to, in units of its activation; None: nothing was done.
+        value: Of the neuron, in units of its activation; None: nothing was done.
         texts: Continuations, without the prompt: for each prompt its samples.
         n_tokens: Of all texts.
         rates: Hits for each token, of each concept.
@@ -86,10 +86,10 @@ def respond(
     """Measures texts at each value, without steering first.
 
     Args:
-        model: What writes them.
+        model: Writes them.
         neuron: Layer and number.
-        values: In units of the neuron's activation; what they mean depends on the mode.
-        concepts: What is looked for; their names differ.
+        values: In units of the neuron's activation; their meaning depends on the mode.
+        concepts: To be counted; their names differ.
         sampled: How texts are generated.
         mode: As in `Intervention`.
         positions: As in `Intervention`.
@@ -140,7 +140,7 @@ def _generate(
     mode: str,
     positions: Positions,
 ) -> list[list[int]]:
-    """Token ids of each row's continuation."""
+    """Returns token ids of each row's continuation."""
     steer = [
         Intervention(*neuron, value, mode, positions, row)
         for row, (value, _, _) in enumerate(rows)

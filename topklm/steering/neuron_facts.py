@@ -1,4 +1,4 @@
-"""What a run's folder says of one neuron, where it has been harvested and measured."""
+"""Facts of one neuron from a run's folder, where it has been harvested and measured."""
 
 import dataclasses
 import importlib.util
@@ -19,8 +19,8 @@ class NeuronFacts:
         n_active: Tokens at which it is active.
         n_tokens: On which it was measured.
         max_activation: None for a dead neuron.
-        input_tokens: Those that make up most of its activation, the first most.
-        raised_tokens: Those that it raises most by the averaged Jacobian lens.
+        input_tokens: That make up most of its activation, the first most.
+        raised_tokens: That it raises most by the averaged Jacobian lens.
     """
 
     n_active: int
@@ -31,7 +31,7 @@ class NeuronFacts:
 
 
 def read(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
-    """What is known; None if the layer has not been measured, or the extra that reads it is not installed.
+    """Reads what is known; None if the layer was not measured, or the extra that reads it is not installed.
 
     Raises:
         UserError: If the file is damaged, or was measured on another store than lies beside it.
@@ -62,10 +62,10 @@ def read(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
 def own_concepts(
     model: LanguageModel, folder: NeuronsFolder | None, facts: NeuronFacts | None, layer: int, neuron: int
 ) -> list[Concept]:
-    """The neuron's own tokens, of each kind that there is something to read from.
+    """Returns the neuron's own tokens, of each kind that there is something to read from.
 
     "input", its top input tokens, if it has been measured; "next", the tokens that follow it more than they
-    do elsewhere (`stored_concepts`), if it has been harvested; "raised", those that it raises most, by the
+    do elsewhere (`concepts`), if it has been harvested; "raised", those that it raises most, by the
     averaged Jacobian lens if it has been measured, else by the identity lens, which the parameters suffice
     for. Only the last kind says what the neuron does by construction: it is no evidence that steering works.
 

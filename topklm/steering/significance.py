@@ -1,6 +1,6 @@
 """From measured effects to verdicts: which neurons are steerable, and how sure that is.
 
-The definitions are ours. Of neuron j of a layer, let g[x, r, i] be the gain of concept i (`stored_concepts`)
+The definitions are ours. Of neuron j of a layer, let g[x, r, i] be the gain of concept i (`concepts`)
 when vector r is added at strength x: the rise of ln P(the next token is one of the concept's), a mean over
 the prompts. And d[x, r]: the KL divergence of the steered next-token distribution from the unsteered one,
 nats, a mean likewise. It says what the unsteered model loses on text that the steered one writes, beyond
@@ -31,7 +31,7 @@ NO_STRENGTH = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured in a layer, nats.
+    """The measurements in a layer, nats.
 
     Attributes:
         own: float32[X, N, K], gains of each neuron's own concepts.
@@ -108,7 +108,7 @@ def judge(measured: Measured, bound: float) -> Verdicts:
 
 
 def largest_within(divergences_XN: np.ndarray, bound: float) -> np.ndarray:
-    """int64[N], the last strength whose divergence is at most the bound, or `NO_STRENGTH`."""
+    """Returns int64[N], the last strength whose divergence is at most the bound, or `NO_STRENGTH`."""
     within = divergences_XN <= bound
     last = len(within) - 1 - np.argmax(within[::-1], axis=0)
     return np.where(within.any(axis=0), last, NO_STRENGTH)

@@ -1,4 +1,4 @@
-"""What a survey found, as numbers for a table or a program."""
+"""The results of a survey, as numbers for a table or a program."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -32,7 +32,7 @@ def summarise(layers: Mapping[int, Layer], settings: Settings) -> dict[str, Any]
 
 
 def neurons(layers: Mapping[int, Layer], settings: Settings, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Each neuron's concepts and verdicts, as JSON objects."""
+    """Returns each neuron's concepts and verdicts, as JSON objects."""
     rows = []
     for number, layer in layers.items():
         words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
@@ -55,7 +55,7 @@ def neurons(layers: Mapping[int, Layer], settings: Settings, tokenizer: Tokenize
 
 
 def without_nan(tree: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+    """Returns the same with None for numbers that JSON does not have."""
     if isinstance(tree, dict):
         return {name: without_nan(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -2,9 +2,9 @@
 
 A neuron is steered by adding a vector to what its layer hands on, at every position of the prompts: its own
 unit vector, times the strength, times the mean length of what the layer hands on. So all neurons of a layer
-are changed by the same length, and so are random directions beside them, drawn evenly from the sphere. What
-is measured is the next token after each prompt. Definitions of verdicts: `verdict`; of concepts:
-`stored_concepts`; both are ours. Memory does not grow with the text beyond a few bytes for each token.
+are changed by the same length, and so are random directions beside them, drawn evenly from the sphere. The
+next token after each prompt is measured. Definitions of verdicts: `significance`; of concepts: `concepts`;
+both are ours. Memory does not grow with the text beyond a few bytes for each token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ class Prompts:
     following: np.ndarray
 
     def with_prefix(self, prefix: np.ndarray) -> np.ndarray:
-        """int32[C, T + m], with m token ids between the separator and the text."""
+        """Returns int32[C, T + m], with m token ids between the separator and the text."""
         middle = np.broadcast_to(prefix.astype(np.int32), (len(self.tokens), len(prefix)))
         return np.concatenate([self.tokens[:, :1], middle, self.tokens[:, 1:]], axis=1)
 
@@ -59,7 +59,7 @@ def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: 
         UserError: If there are not so many pieces.
     """
     documents = store.documents(0, store.n_tokens)
-    # The text of a prompt, and the token behind it, are of one document.
+    # The text of a prompt, and the token after it, are of one document.
     last = length - 1
     fits = documents[: max(len(documents) - last, 0)] == documents[last:]
     starts = np.flatnonzero(fits & (documents[: len(fits)] % 2 == 1))
@@ -103,7 +103,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompting:
-    """What prompting with a concept does to it: the control beside steering.
+    """The effect of prompting with a concept: the control beside steering.
 
     All tokens of a concept, one after another, stand between the separator and the prompt. Concepts of each
     kind are prompted with their own tokens.
@@ -264,7 +264,7 @@ class _Work:
 def _of_strength(
     own: Sequence[Effects], random: Sequence[Effects], others_at: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The fields of `Measured` but the last, without their first axis."""
+    """Returns the fields of `Measured` but the last, without their first axis."""
     diagonal, others, first = [], [], 0
     for effects in own:
         rows = np.arange(len(effects.gains))
@@ -282,12 +282,12 @@ def _of_strength(
 
 
 def _unit_vectors(neurons: np.ndarray, d: int) -> np.ndarray:
-    """float64[n, D]."""
+    """Returns float64[n, D]."""
     return (neurons[:, None] == np.arange(d)).astype(np.float64)
 
 
 def _prefix(concept: np.ndarray) -> np.ndarray:
-    """`SIZE` tokens; a smaller concept is written again from its beginning."""
+    """Returns `SIZE` tokens; a smaller concept is written again from its beginning."""
     there_are = concept[concept != NO_TOKEN]
     # Of an empty one no gain can come, whatever stands there.
     return np.resize(there_are if len(there_are) else np.zeros(1, np.int32), len(concept))

@@ -1,6 +1,6 @@
 """Figures of generated texts: how often a concept comes, how fluent and how varied they are.
 
-    rate           hits of a concept (`concept.Concept`) for each generated token
+    rate           hits of a concept (`concepts.Concept`) for each generated token
     perplexity     exp of the unsteered model's mean loss, nats, of the generated tokens, each given the
                    prompt and those before; low is not always good: a text that repeats itself has little
     distinct-n     distinct n-grams of a text's tokens for each of its tokens (Li et al. 2016,
@@ -8,7 +8,7 @@
                    n-grams do not reach into the prompt
 
 Each figure of many texts is a ratio of sums over texts (for distinct-n, the mean over texts). Intervals are
-the middle 95 % of `RESAMPLES` ratios of texts drawn anew with replacement (percentile bootstrap), in whole
+the middle 95 % of `RESAMPLES` ratios of texts drawn with replacement (percentile bootstrap), in whole
 groups: all texts of a prompt are drawn together, for they have much in common.
 """
 
@@ -44,7 +44,7 @@ class Estimate:
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Distinct-n of one text; NaN without tokens."""
+    """Returns distinct-n of one text; NaN without tokens."""
     if not len(tokens):
         return float("nan")
     grams = {tuple(tokens[first : first + n]) for first in range(len(tokens) - n + 1)}
@@ -52,7 +52,7 @@ def distinct(tokens: Sequence[int], n: int) -> float:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray, seed: int = 0) -> Estimate:
-    """The sum of numerators over that of denominators, with its interval.
+    """Returns the sum of numerators over that of denominators, with its interval.
 
     Args:
         numerators: float64[n], one for each text.
@@ -75,7 +75,7 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray, 
 
 
 def exp(estimate: Estimate) -> Estimate:
-    """Of a mean loss, the perplexity."""
+    """Turns a mean loss into the perplexity."""
     return Estimate(*(float(np.exp(figure)) for figure in dataclasses.astuple(estimate)))
 
 
@@ -85,7 +85,7 @@ def losses(
     texts: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
 ) -> list[np.ndarray]:
-    """The unsteered model's loss of each token behind the prompt, float64[n_i], nats.
+    """Returns the unsteered model's loss of each token after the prompt, float64[n_i], nats.
 
     Args:
         config: The model's shape.
@@ -111,6 +111,6 @@ def losses(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(config: ModelConfig, params: transformer.Parameters, tokens_BT: jax.Array) -> jax.Array:
-    """The loss of each token but the first, given those before, float32[B, T - 1]."""
+    """Returns the loss of each token but the first, given those before, float32[B, T - 1]."""
     log_p = jax.nn.log_softmax(transformer.bind(config, params)(tokens_BT[:, :-1]))
     return -jnp.take_along_axis(log_p, tokens_BT[:, 1:, None], axis=-1)[..., 0]

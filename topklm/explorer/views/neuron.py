@@ -1,4 +1,4 @@
-"""What is known of one neuron, and its activations on text of the store or one's own."""
+"""Everything known of one neuron, and its activations on text of the store or one's own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def neuron(
     example_tokens: int = EXAMPLE_TOKENS,
     labels: LabelOf | None = None,
 ) -> dict[str, Any]:
-    """All that its page shows.
+    """Returns all that its page shows.
 
     Args:
         source: Of everything.
@@ -81,7 +81,7 @@ def neuron(
 
 
 def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
-    """Text around a token of the store, with the neuron's activations.
+    """Returns text around a token of the store, with the neuron's activations.
 
     Args:
         source: Of everything.
@@ -99,7 +99,7 @@ def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> 
 
 
 def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
-    """The neuron on a text of one's own.
+    """Returns the neuron on a text of one's own.
 
     Raises:
         UserError: If there is no such neuron, or the text is empty or too long.
@@ -110,7 +110,7 @@ def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text
 
 
 def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
-    """A neuron as a line of a table: its figures, label and strongest input tokens."""
+    """Returns a neuron as a line of a table: its figures, label and strongest input tokens."""
     layer, neuron = source.place(number)
     row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
     return {
@@ -124,7 +124,7 @@ def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
 
 
 def part_titles() -> list[str]:
-    """What each part of the examples is called, the strongest first, then falling."""
+    """Returns the titles of the parts of the examples: the strongest, then rising parts of the range."""
     step = 100 // RANGE_PARTS
     return [
         "Strongest",
@@ -185,7 +185,7 @@ def _examples(
 def _activations(
     source: NeuronData, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The neuron in each window, and which of its tokens it is about."""
+    """Returns the neuron in each window, and which of its tokens it is about."""
     events = source.events(layer, neuron)
     edges = [(window.begin, window.begin + len(window.ids)) for window in windows]
     inside = np.searchsorted(events.tokens, np.reshape(edges, (-1, 2))).tolist()

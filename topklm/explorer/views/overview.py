@@ -18,7 +18,7 @@ PAGE = 50  # neurons of the table at once
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a link to the table says; `query` is the way back.
+    """The parameters of a link to the table; `query` is the way back.
 
     Attributes:
         sort: A figure, or `READABLE`.
@@ -40,12 +40,12 @@ class Asked:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str], layers: tuple[int, ...]) -> "Asked":
-        """From the parameters of a link.
+        """Returns from the parameters of a link.
 
         Args:
             parameters: By name: sort, order, layer ("0" or "0,2"), labelled, columns, page, and NAME.min and
                 NAME.max of each figure.
-            layers: Those that there are.
+            layers: All that there are.
 
         Raises:
             UserError: For values that make no sense.
@@ -70,7 +70,7 @@ class Asked:
         )
 
     def query(self) -> dict[str, str]:
-        """The parameters of a link that asks for this; what nobody has to say is left out."""
+        """Returns the parameters of a link that asks for this; defaults are left out."""
         said = {
             "sort": self.sort if self.sort != READABLE else "",
             "order": "falling" if self.falling else "",
@@ -86,7 +86,7 @@ class Asked:
 
 
 def overview(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
-    """All that the overview shows.
+    """Returns all that the overview shows.
 
     Raises:
         UserError: For a page that is not there.
@@ -110,7 +110,7 @@ def overview(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
 
 
 def layers(source: NeuronData) -> list[dict[str, Any]]:
-    """Each layer: how many neurons are dead, and the middle of the others' figures."""
+    """Returns each layer: how many neurons are dead, and the middle of the others' figures."""
     d, found = source.measured.d_model, []
     for place, layer in enumerate(source.measured.layers):
         part = slice(place * d, (place + 1) * d)
@@ -125,7 +125,7 @@ def layers(source: NeuronData) -> list[dict[str, Any]]:
 
 
 def table(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
-    """A page of neurons.
+    """Returns a page of neurons.
 
     Raises:
         UserError: For a page that is not there.
@@ -146,7 +146,7 @@ def table(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
 
 
 def random_neuron(source: NeuronData, seed: int | None = None) -> tuple[int, int]:
-    """Layer and number of any neuron that is not dead; of any at all where all are."""
+    """Returns layer and number of any neuron that is not dead; of any at all where all are."""
     alive = np.flatnonzero(source.column("n_active") > 0)
     pick = np.random.default_rng(seed)
     return source.place(int(pick.choice(alive) if len(alive) else pick.integers(source.n_neurons)))

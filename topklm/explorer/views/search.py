@@ -76,13 +76,13 @@ def regex(
 
 
 def labelled(source: NeuronData) -> list[dict[str, Any]]:
-    """All neurons that have a label."""
+    """Returns all neurons that have a label."""
     labels = source.named()
     return [summary(source, source.number(*place), labels) for place in labels]
 
 
 def prompt(source: NeuronData, reader: LiveModel, text: str) -> dict[str, Any]:
-    """All that the prompt page shows.
+    """Returns all that the prompt page shows.
 
     Raises:
         UserError: If the text is empty or too long.
@@ -120,14 +120,14 @@ def prompt(source: NeuronData, reader: LiveModel, text: str) -> dict[str, Any]:
 
 
 def usual_tokens(source: NeuronData, token: Mapping[str, Any]) -> dict[tuple[int, int], list[str]]:
-    """What the active neurons of a token, as `prompt` gives it, are most active at elsewhere."""
+    """Returns the tokens that a token's active neurons, as `prompt` gives them, are most active at."""
     places = [(layer["layer"], item["neuron"]) for layer in token["layers"] for item in layer["neurons"]]
     rows = {place: source.row(source.number(*place), ["top_tokens"])["top_tokens"] or [] for place in places}
     return {place: source.texts(tokens[:3]) for place, tokens in rows.items()}
 
 
 def highest(data: Mapping[str, Any]) -> dict[int, float]:
-    """The largest activation of each layer in what `prompt` gave, leaving out the first token.
+    """Returns the largest activation of each layer in what `prompt` gave, leaving out the first token.
 
     The activations of a first token are far from all others in most models.
     """

@@ -36,8 +36,8 @@ class Statistic:
 
     Attributes:
         name: Its column in the table.
-        title: What pages call it.
-        definition: What it is, in a few sentences.
+        title: Its name on pages.
+        definition: A few sentences.
         compute: Computes columns of neighbouring neurons, by name, one value for each neuron or None where
             there is none. Statistics that share this function share one call of it.
         type: Of its column.
@@ -169,7 +169,7 @@ STATISTICS: Sequence[Statistic] = (
         "monosemanticity",
         "Monosemanticity",
         "Mean cosine of the contexts of all pairs of tokens, weighted by the activations at both; "
-        f"{_CONTEXT}. To be read beside the shuffled value, which is what chance gives.",
+        f"{_CONTEXT}. To be read beside the shuffled value, which chance gives.",
         _monosemanticity,
         needs=("monosemanticity",),
         kind="number",
@@ -179,7 +179,7 @@ STATISTICS: Sequence[Statistic] = (
     Statistic(
         "monosemanticity_shuffled",
         "Monosemanticity, shuffled",
-        "The same score with the contexts permuted over the text: what chance gives.",
+        "The same score with the contexts permuted over the text: the value by chance.",
         _monosemanticity,
         needs=("monosemanticity",),
         kind="number",
@@ -354,7 +354,7 @@ def schema() -> pa.Schema:
 
 
 def numbers() -> dict[str, Statistic]:
-    """Returns the statistics that are single numbers, by name: those that tables of neurons hold."""
+    """Returns the statistics that are single numbers, by name; tables of neurons hold these."""
     return {statistic.name: statistic for statistic in STATISTICS if statistic.kind}
 
 

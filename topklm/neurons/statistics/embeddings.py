@@ -26,7 +26,7 @@ _SAME = 1e-6  # squared distance of unit rows that rounding alone can make
 
 
 def default_count(vocab_size: int) -> int:
-    """How many clusters there are where nobody says: 16 tokens in each on average, and 1024 at most."""
+    """Returns the default number of clusters: 16 tokens in each on average, and 1024 clusters at most."""
     return max(2, min(1024, vocab_size // 16))
 
 
@@ -68,14 +68,14 @@ def k_means(rows: np.ndarray, n_clusters: int, seed: int = 0) -> tuple[np.ndarra
 
 
 def unit_rows(unembedding_DV: np.ndarray) -> np.ndarray:
-    """float32[V, D], the unembedding of each token scaled to unit length; what is 0 stays 0."""
+    """Returns float32[V, D], the unembedding of each token scaled to unit length; 0 stays 0."""
     rows = np.ascontiguousarray(unembedding_DV.T, dtype=np.float32)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(lengths > 0, lengths, 1)
 
 
 def _spread(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++: some of the rows, each drawn with odds as its squared distance from those drawn before.
+    """Draws rows for k-means++, each with odds as its squared distance from those drawn before.
 
     SciPy's own compares all rows with all those drawn before every time, which for thousands of rows and
     hundreds of clusters takes longer than k-means.
@@ -102,7 +102,7 @@ _NOTHING = 1e-6  # length of what rounding leaves where there is nothing
 
 
 def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
-    """float32[V, min(D, 64)], the unit unembedding rows along their first principal directions.
+    """Returns float32[V, min(D, 64)], the unit unembedding rows along their first principal directions.
 
     Up to a vector that all share, which is taken off later anyway. With D of 64 or less, the rows themselves.
 
@@ -118,7 +118,7 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
 
 
 def document_bounds(store: Store) -> np.ndarray:
-    """int64[documents + 1], where each document of a store begins, and its end; read in stretches."""
+    """Returns int64[documents + 1], where each document of a store begins, and its end; read in stretches."""
     bounds = [np.zeros(1, np.int64)]
     for begin in range(0, store.n_tokens, _STRETCH):
         documents = store.documents(max(begin - 1, 0), begin + _STRETCH)
@@ -135,7 +135,7 @@ class Embeddings(Protocol):
         ...
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """float32[n, d], mean-centred and of unit length or 0, for int[n] tokens of the store."""
+        """Returns float32[n, d], mean-centred and of unit length or 0, for int[n] tokens of the store."""
         ...
 
 
@@ -174,7 +174,7 @@ class Contexts:
         return self._vectors.shape[1]
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """float32[n, d], embeddings of unit length; 0 where a context is the mean of all.
+        """Returns float32[n, d], embeddings of unit length; 0 where a context is the mean of all.
 
         Args:
             places: int[n], tokens of the store, in any order.

@@ -1,4 +1,4 @@
-"""What statistics are computed from. Each input is computed once, when a statistic first asks for it."""
+"""The inputs of statistics. Each is computed once, when a statistic first asks for it."""
 
 import dataclasses
 import functools

@@ -30,7 +30,7 @@ _STRETCH = 16_384  # windows at a time
 
 
 class SentenceEncoder(Protocol):
-    """What is asked of an encoder: the `encode` of the package sentence-transformers, among others."""
+    """The interface of an encoder: the `encode` of the package sentence-transformers, among others."""
 
     def encode(self, sentences: list[str], /) -> Any:
         """Embeddings [n, d] of texts, as something that NumPy makes an array of."""
@@ -68,7 +68,7 @@ class Windows:
         return embeddings.unit_or_zero(self.vectors[places] - self._centre)
 
     def clusters(self, n_clusters: int, seed: int = 0) -> np.ndarray:
-        """int32[N], the cluster of each window, from 0 to C - 1; each of the C clusters has one.
+        """Returns int32[N], the cluster of each window, from 0 to C - 1; each of the C clusters has one.
 
         Args:
             n_clusters: At most how many.
@@ -82,7 +82,7 @@ class Windows:
 
 
 def load(name: str) -> SentenceEncoder:
-    """A model of the package sentence-transformers.
+    """Returns a model of the package sentence-transformers.
 
     Args:
         name: Its folder, or its name where the package finds it, also NAME@REVISION: a branch, a tag, or the
@@ -126,7 +126,7 @@ def embed(
         store: Of activations.
         tokenizer: That made its tokens.
         encoder: Gives the embeddings.
-        name: What the encoder is called in tables and on pages.
+        name: Of the encoder, in tables and on pages.
         report: Told how many more are done.
 
     Raises:

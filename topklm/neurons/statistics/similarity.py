@@ -33,7 +33,7 @@ _STRETCH = 4096
 
 
 def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[str, Any]:
-    """The columns of `table` that are about co-activation, for the neurons from `begin` to `end` - 1.
+    """Returns the columns of `table` that are about co-activation, for the neurons from `begin` to `end` - 1.
 
     A neuron that is active nowhere in the sample has none, and is nobody's neighbour. So has a neuron only
     neighbours with a cosine above 0: of the others there is nothing to be said.
@@ -41,7 +41,7 @@ def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[
     Args:
         similarities: float[D, D], as `measure` gives them.
         begin: The first neuron.
-        end: The one behind the last.
+        end: One after the last.
     """
     found = [nearest(similarities[neuron], neuron) for neuron in range(begin, end)]
     return {
@@ -51,7 +51,7 @@ def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[
 
 
 def nearest(row: np.ndarray, neuron: int, count: int = NEAREST) -> tuple[np.ndarray, np.ndarray] | None:
-    """The most similar neurons, falling, equal ones by rising index, and how similar; None for a dead one.
+    """Returns the most similar neurons, falling, ties by rising index, and how similar; None for a dead one.
 
     Args:
         row: float[D], a row of what `measure` gives.
@@ -67,7 +67,7 @@ def nearest(row: np.ndarray, neuron: int, count: int = NEAREST) -> tuple[np.ndar
 
 
 def sample(n_tokens: int) -> Sequence[tuple[int, int]]:
-    """Which stretches of a store of so many tokens are compared: (first, the one behind the last)."""
+    """Returns which stretches of a store of so many tokens are compared: (first, one after the last)."""
     if n_tokens <= SAMPLE_TOKENS:
         return [(begin, min(begin + _STRETCH, n_tokens)) for begin in range(0, n_tokens, _STRETCH)]
     begins = np.linspace(0, n_tokens - _STRETCH, SAMPLE_TOKENS // _STRETCH).astype(np.int64)
@@ -75,7 +75,7 @@ def sample(n_tokens: int) -> Sequence[tuple[int, int]]:
 
 
 def measure(store: Store, layer: int) -> np.ndarray:
-    """float32[D, D], the cosine of every two neurons of a layer; rows and columns of dead ones are 0.
+    """Returns float32[D, D], the cosine of every two neurons of a layer; rows and columns of dead ones are 0.
 
     Runs on the accelerator where there is one; takes three times D^2 * 4 bytes.
 
@@ -99,7 +99,7 @@ def _add(gram: jax.Array, piece: np.ndarray) -> jax.Array:
 
 
 def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
-    """What the sample holds, as float32[D, 4096]; zeros behind a piece that is shorter.
+    """Yields the sample as float32[D, 4096]; a shorter piece is filled up with zeros.
 
     Of one shape, so that one program does for all.
     """
@@ -125,13 +125,13 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
 
 
 def effect_columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
-    """The columns `similar_effect` and `similar_effect_similarity` of `catalog.schema`.
+    """Returns the columns `similar_effect` and `similar_effect_similarity` of `catalog.schema`.
 
     Args:
         lenses: Of the model.
         layer: Of the model's layers.
         begin: First neuron.
-        end: Behind the last.
+        end: One after the last.
 
     Returns:
         For each column a list with the entry of each neuron: the `NEAREST` others of the layer (all, where

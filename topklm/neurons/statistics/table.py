@@ -1,4 +1,4 @@
-"""What is known of every neuron, one row each, as a Parquet file.
+"""The statistics of every neuron, one row each, as a Parquet file.
 
 Columns and their meaning are those of `catalog.STATISTICS`; the text that they were measured on is described
 by the file's own metadata, as `Measured`. A figure that cannot be given (of a dead neuron, say) is null, and
@@ -36,7 +36,7 @@ _AGAIN = "delete it, and run topklm neurons measure"
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the figures of a table were measured on.
+    """The text and the model that a table was measured on.
 
     Attributes:
         run: Name of the run folder.
@@ -47,10 +47,10 @@ class Measured:
         layers: The model's layers that have rows.
         d_model: D, neurons per layer.
         topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
-        source: What the text was.
+        source: Of the text, in words.
         n_tokens: Tokens of text; separators and padding are not among them.
         n_documents: Of which those are.
-        embedding: What semantic entropy and monosemanticity compare tokens by.
+        embedding: By which semantic entropy and monosemanticity compare tokens.
         n_clusters: Of tokens, for semantic entropy.
         details: Sample sizes, seeds and the like, by name.
         dictionary: How the dictionary was made; empty where there is none. Its logit effects are those of the
@@ -197,18 +197,18 @@ def readable_first(rows: pa.Table) -> np.ndarray:
         several = np.exp(_numbers(rows, "token_entropy_corrected")) >= SEVERAL_TOKENS
     living = _numbers(rows, "n_active") > 0
     group = np.select([~living, ~is_fair(rows), ~several], [3, 2, 1], 0)
-    # Of keys, lexsort takes the last one first; it puts NaN behind every number.
+    # Of keys, lexsort takes the last one first; it puts NaN after every number.
     keys = (-_numbers(rows, "n_distinct_tokens"), _numbers(rows, "semantic_entropy_corrected"), group)
     return np.lexsort(keys)
 
 
 def is_fair(rows: pa.Table) -> np.ndarray:
-    """bool[n], which neurons are active neither too seldom nor too often to be read."""
+    """Returns bool[n], which neurons are active neither too seldom nor too often to be read."""
     low, high = FAIR_DENSITY
     density = _numbers(rows, "density")
     return (density >= low) & (density <= high) & (_numbers(rows, "n_active") >= FAIR_ACTIVE)
 
 
 def _numbers(rows: pa.Table, name: str) -> np.ndarray:
-    """float64[n], NaN where there is none."""
+    """Returns float64[n], NaN where there is none."""
     return rows[name].to_numpy().astype(np.float64)
