@@ -142,7 +142,8 @@ def check_coordinates(description: str, action: str) -> None:
     if description:
         raise UserError(
             f"{action} acts on coordinates of the hidden state, and the neurons here are codes of a "
-            f"dictionary ({description.partition(':')[0]}): use the run itself, harvested without --dictionary"
+            f"dictionary ({description.partition(':')[0]}): use the run itself, harvested without "
+            "--dictionary"
         )
 
 
