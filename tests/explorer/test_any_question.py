@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer.live_model import LiveModel, Reading
+from topklm.explorer.live_model import Activations, LiveModel
 from topklm.explorer.steering import NAMES
 from topklm.explorer.views import search
 
@@ -52,7 +52,7 @@ def asked(site):
 
     def reading(self, ids):
         shape = len(self._metadata.layers), len(ids), 2
-        return Reading(ids, self._metadata.layers, np.ones(shape, np.int32), np.ones(shape, np.float32))
+        return Activations(ids, self._metadata.layers, np.ones(shape, np.int32), np.ones(shape, np.float32))
 
     def advance(_self, generation, _steps):
         for row, text in enumerate(generation.texts):

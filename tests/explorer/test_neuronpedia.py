@@ -11,7 +11,7 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.explorer import neuronpedia
+from topklm.explorer import neuronpedia, neuronpedia_rows
 from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
@@ -404,8 +404,8 @@ def test_a_label_becomes_an_explanation(written):
 
 
 def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia, "_BLOCK_EVENTS", 1000)
+    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 1000)
     monkeypatch.setattr(neuronpedia, "_BATCH", 5)
     out = run_export(case, tmp_path / "out")
     for layer in LAYERS:
@@ -419,8 +419,8 @@ def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp
 
 
 def test_little_of_the_store_is_read_at_once(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia, "_BLOCK_EVENTS", 500)
+    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 500)
     texts, blocks = [], []
     stretch, block = Store._stretch, Store.block
 

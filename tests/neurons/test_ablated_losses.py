@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_unit_counts import DOCUMENTS, MESH, model_of
+from test_activation_counts import DOCUMENTS, MESH, model_of
 
 from topklm.inference.intervention import Intervention
 from topklm.neurons import ablated_losses
