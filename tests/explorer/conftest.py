@@ -1,4 +1,4 @@
-"""What the explorer's tests share: one explored run, and a server of it."""
+"""Shared by the explorer's tests: one explored run, and a server of it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,13 +16,13 @@ from topklm.neurons.paths import NeuronsFolder
 
 @pytest.fixture(scope="session")
 def explored(tmp_path_factory) -> NeuronsFolder:
-    """Not to be changed."""
+    """Returns a run that is not to be changed."""
     return explored_run.make(tmp_path_factory.mktemp("explored") / "village")
 
 
 @pytest.fixture
 def explored_copy(explored, tmp_path) -> NeuronsFolder:
-    """To be changed at will; labels written there go nowhere else."""
+    """Returns a copy that may be changed; labels written there go nowhere else."""
     ignored = shutil.ignore_patterns(explored.index.name)
     return NeuronsFolder(
         Path(shutil.copytree(explored.run, tmp_path / "village", ignore=ignored)), explored.step

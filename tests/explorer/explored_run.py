@@ -1,6 +1,6 @@
 """A run folder with a store of real activations of a tiny random model, and a table of figures made up here.
 
-What depends on the store (counts, histograms, top tokens, examples) is true; the other figures are random.
+Figures of the store (counts, histograms, top tokens, examples) are true; the others are random.
 """
 
 from collections.abc import Sequence

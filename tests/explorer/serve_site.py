@@ -58,7 +58,7 @@ class Site:
         body: bytes | None = None,
         form: dict[str, str] | None = None,
     ) -> Answer:
-        """One request, without following redirections."""
+        """Sends one request, without following redirections."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = dict(headers or {})
         if form is not None:

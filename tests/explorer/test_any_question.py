@@ -48,7 +48,7 @@ MAKING_SENSE = {
 
 @pytest.fixture(scope="module")
 def asked(site):
-    """The site, whose model computes nothing: activations and tokens are made up."""
+    """Yields the site, whose model computes nothing: activations and tokens are made up."""
 
     def reading(self, ids):
         shape = len(self._metadata.layers), len(ids), 2
@@ -81,7 +81,7 @@ def assert_answered(answer):
 
 
 def values(names):
-    """Some parameters: values that make sense for all, or anything."""
+    """Returns some parameters: values that make sense for all, or anything."""
     sensible = {
         name: st.sampled_from(MAKING_SENSE[name]).map(str.encode) for name in names if name in MAKING_SENSE
     }

@@ -271,7 +271,7 @@ def test_a_neuron_is_tried_on_a_text_of_ones_own(open_page):
 
 @pytest.fixture(scope="module")
 def compiled(site):
-    """What writes texts of up to 32 tokens, so that no page has to wait for it."""
+    """Compiles for texts of up to 32 tokens, so that no page has to wait for it."""
     form = {"prompt": "The baker", "value": "1", "max_new_tokens": "22"}
     assert site.ask("/api/neurons/1/17/steer", form=form).status == 200
 

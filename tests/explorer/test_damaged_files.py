@@ -1,4 +1,4 @@
-"""What the explorer and the exports read, with any file of a run's neurons damaged or missing."""
+"""Everything that the explorer and the exports read, with any file of a run's neurons damaged or missing."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def folder_of(run):
 
 
 def index_says(run):
-    """All that the index can be asked for."""
+    """Returns all that the index can be asked for."""
     with contextlib.closing(Index(NeuronData(folder_of(run)), lambda line: None)) as index:
         orders = [index.neurons(Wanted(name), 0, 1000) for name in catalog.numbers()]
         ranged = [index.neurons(Wanted(ranges={"density": (None, bound)}), 0, 1000) for bound in (0.1, 0.3)]
@@ -56,7 +56,7 @@ def pages_say(run):
 
 
 def exports_hold(run):
-    """The bytes of both kinds of export, of two neurons."""
+    """Returns the bytes of both kinds of export, of two neurons."""
     out, neurons = run.with_name(f"{run.name}-out"), [(0, 3), (1, 17)]
     out.mkdir()
     export.export(NeuronData(folder_of(run)), out / "page.html", neurons)
@@ -75,7 +75,7 @@ def is_known(run):
 
 
 def is_found(run):
-    """What `topklm neurons find` opens."""
+    """Opens the files of `topklm neurons find`."""
     folder = neurons_find._folder(str(run), None)
     store = neurons_find._open_store(folder)
     return rank(store, store.tokens(0, store.n_tokens) == 33, limit=5), Labels(folder.labels).all()
@@ -83,7 +83,7 @@ def is_found(run):
 
 @pytest.fixture(scope="module")
 def run(explored, tmp_path_factory):
-    """Only what is read here, with an index and a label."""
+    """Returns only what is read here, with an index and a label."""
     run = tmp_path_factory.mktemp("whole") / "village"
     shutil.copytree(explored.run, run, ignore=shutil.ignore_patterns("checkpoints", "*.sqlite"))
     NeuronData(folder_of(run)).labels.set(0, 3, "the sea")

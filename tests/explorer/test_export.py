@@ -15,7 +15,7 @@ from topklm.explorer.neuron_data import NeuronData
 
 
 def pages(text):
-    """HTML by id of the neurons in a file."""
+    """Returns HTML by id of the neurons in a file."""
     found = re.findall(
         r'<script type="text/plain" id="n-(\d+-\d+)" data-title="[^"]*">([^<]*)</script>', text
     )

@@ -1,4 +1,4 @@
-"""What is written for Neuronpedia, against its schema and against dense arrays and plain loops."""
+"""The files for Neuronpedia, against its schema and against dense arrays and plain loops."""
 
 import dataclasses
 import gzip
@@ -162,7 +162,7 @@ def make_case(place, *, signs=False, kind="topk", nan=False):
 
 
 def write_table(folder, store, rng):
-    """A table whose activity and examples are the store's, and whose lenses and neighbours are drawn."""
+    """Makes a table with activity and examples of the store, and drawn lenses and neighbours."""
     rows = []
     bounds = embeddings.document_bounds(store)
     for layer in LAYERS:
@@ -223,14 +223,14 @@ def lines(path):
 
 
 def lines_of(out, layer, what, kind="topk"):
-    """All lines of a kind of a layer, in the order of the batches."""
+    """Returns all lines of a kind of a layer, in the order of the batches."""
     folder = out / "village-24" / f"{layer}-res-{kind}" / what
     paths = sorted(folder.glob("*"), key=lambda path: int(path.name.split(".")[0].removeprefix("batch-")))
     return [line for path in paths for line in lines(path)]
 
 
 def columns_of(name):
-    """column -> (type, is a list, may be null, need not be given)."""
+    """Returns column -> (type, is a list, may be null, need not be given)."""
     columns = {}
     for column in SCHEMA[name].split(";"):
         title, kind = column.split()
@@ -255,7 +255,7 @@ def check_row(name, row):
 
 
 def bounds_of(case, at):
-    """First token of the document of a token, and the one behind its last, by walking."""
+    """Returns the first token of the document of a token, and the one after its last, by walking."""
     first = behind = at
     while first > 0 and case.documents[first - 1] == case.documents[at]:
         first -= 1
@@ -265,7 +265,7 @@ def bounds_of(case, at):
 
 
 def examples_of(case, layer):
-    """(row of the table, place, part) of every example of a layer, in order."""
+    """Yields (row of the table, place, part) of every example of a layer, in order."""
     return [
         (row, at, part)
         for row in case.rows

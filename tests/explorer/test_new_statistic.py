@@ -33,7 +33,7 @@ def energies(neurons):
 
 @pytest.fixture
 def energy(monkeypatch):
-    """One entry more, and nothing else."""
+    """Adds one entry, and nothing else."""
     added = Statistic(
         "energy",
         "Energy",

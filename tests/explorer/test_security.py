@@ -1,4 +1,4 @@
-"""What a stranger's page, or a stranger, can make the explorer do: nothing."""
+"""Everything that a stranger's page, or a stranger, can make the explorer do: nothing."""
 
 import contextlib
 import html.parser
@@ -47,7 +47,7 @@ def assert_harmless(text):
 
 
 def hostile_example(source):
-    """A neuron with an example in a document of markup."""
+    """Returns a neuron with an example in a document of markup."""
     first = len(explored_run.DOCUMENTS) - len(explored_run.HOSTILE)
     starts = source.documents[0]
     for number in range(source.n_neurons):

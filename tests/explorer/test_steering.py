@@ -90,12 +90,12 @@ def test_the_unsteered_column_is_what_the_model_finds_most_likely_token_by_token
 
 
 def padded(ids):
-    """For a program that is compiled already."""
+    """Takes a program that is compiled already."""
     return np.array([ids + [0] * (32 - len(ids))])
 
 
 def generated(model, steer):
-    """The tokens of the prompt, those of a text made from it, and why that ended."""
+    """Returns the tokens of the prompt, those of a text made from it, and why that ended."""
     separator = model.tokenizer.separator_id
     prompt = [separator, *model.tokenizer.encode(PROMPT).tolist()]
     generation = Generation(

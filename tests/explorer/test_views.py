@@ -1,4 +1,4 @@
-"""What pages show, against the store and the table read directly, and against the model."""
+"""The content of pages, against the store and the table read directly, and against the model."""
 
 import math
 
@@ -24,7 +24,7 @@ def reader(source):
 
 @pytest.fixture(scope="module")
 def dense(source):
-    """float32[S, N, D] from the store's events."""
+    """Returns float32[S, N, D] from the store's events."""
     store = source.store
     found = np.zeros((2, store.n_tokens, explored_run.D), np.float32)
     for layer in explored_run.LAYERS:

@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """In two batches."""
+    """Makes documents of two batches."""
     separator_id = model.tokenizer.separator_id
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablated_losses, "_BATCH_TOKENS", 128)

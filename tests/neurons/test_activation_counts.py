@@ -24,7 +24,7 @@ def model_of(**changes):
 
 
 def activations(model, ids):
-    """[S, n, D], what the layers hand on at the tokens of a document."""
+    """Returns [S, n, D], what the layers hand on at the tokens of a document."""
     config, separator = model.config.model, model.tokenizer.separator_id
     names = [f"blocks.{layer}.hook_resid_post" for layer in layers_of(config)]
     parts = []

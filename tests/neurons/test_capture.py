@@ -33,20 +33,20 @@ def configured(**fields):
 
 @functools.cache
 def params():
-    """Random numbers, small enough that layers differ; the same for every configuration."""
+    """Returns random numbers, small enough that layers differ; the same for every configuration."""
     draw = np.random.default_rng(1).standard_normal
     shapes = jax.eval_shape(functools.partial(transformer.create, configured(), 0))
     return jax.tree.map(lambda leaf: 0.2 * draw(leaf.shape, dtype=np.float32), shapes)
 
 
 def capture(model, tokens, *packing):
-    """The hidden state and what the TopK layers hand on, sparse."""
+    """Returns the hidden state and what the TopK layers hand on, sparse."""
     wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
     return capture_lib.capture(model, tokens, wanted, None, 0, *packing)[:2]
 
 
 def captured(config):
-    """The hidden state and the activations; and beside them the hidden state without capture, and what
+    """Returns the hidden state and the activations; and the hidden state without capture, and what
     enters TopK and what leaves it in every layer, [L, B, T, D] each."""
 
     def run(params):
@@ -58,7 +58,7 @@ def captured(config):
 
 
 def strongest(row, k, activation):
-    """The reference, one row at a time: (neuron, value) of what stays, by falling magnitude, then neuron."""
+    """Finds (neuron, value) of the kept entries, one row at a time, by falling magnitude, then neuron."""
     score = np.abs(row) if activation == "abs" else row
     winners = sorted(range(len(row)), key=lambda j: (-score[j], j))[:k]
     kept = [(j, row[j]) for j in winners if row[j] > 0 or activation != "relu"]

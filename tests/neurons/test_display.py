@@ -1,4 +1,4 @@
-"""What people see of active neurons: the right numbers, and never anything that a browser would run."""
+"""The display of active neurons: the right numbers, and never anything that a browser would run."""
 
 from html.parser import HTMLParser
 import re
@@ -15,7 +15,7 @@ TOKENS = ["<|endoftext|>", "The", " sea", "\n"]
 
 
 def dense():
-    """[S=2, B=1, T=4, D=12]; the separator's activations dwarf the others."""
+    """Returns [S=2, B=1, T=4, D=12]; the separator's activations dwarf the others."""
     values = np.zeros((2, 1, 4, 12), np.float32)
     values[0, 0, 0, 3] = 1000.0
     values[0, 0, 1, [7, 2]] = 1.5, 4.25

@@ -32,7 +32,7 @@ METADATA = Metadata(
 
 
 def make_store(folder, *parts):
-    """A store with a segment for each part, [S, n, D]."""
+    """Returns a store with a segment for each part, [S, n, D]."""
     writer = StoreWriter(folder, METADATA)
     for dense in parts:
         n = dense.shape[1]
@@ -42,7 +42,7 @@ def make_store(folder, *parts):
 
 
 def random_dense(n, seed):
-    """[S, n, D], rounded as the store does; some neurons never active, negative values among the others."""
+    """Draws [S, n, D], rounded as the store does; some neurons never active, some values negative."""
     rng = np.random.default_rng(seed)
     dense = rng.normal(size=(len(LAYERS), n, D)) * (rng.random((len(LAYERS), n, D)) < rng.random(D) ** 2)
     dense[:, :, [0, 7]] = 0
@@ -56,7 +56,7 @@ def filled(tmp_path_factory):
 
 
 def by_loops(dense, matched):
-    """Every neuron that hits, in order, in exact arithmetic but for the sum of activations."""
+    """Returns every neuron that hits, in order, in exact arithmetic but for the sum of activations."""
     found = []
     for place, layer in enumerate(LAYERS):
         for neuron in range(D):

@@ -31,7 +31,7 @@ def bpe():
 
 
 def make_store(folder, tokenizer, documents, cut=97):
-    """A store of documents of token ids, no neurons; segments are cut anywhere."""
+    """Returns a store of documents of token ids, no neurons; segments are cut anywhere."""
     ids = np.concatenate([np.asarray(d, np.int64) for d in documents])
     numbers = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
     metadata = Metadata(
@@ -56,7 +56,7 @@ def make_store(folder, tokenizer, documents, cut=97):
 
 
 def whole(tokenizer, documents, pattern, flags=regex.IGNORECASE):
-    """Count, touched and ends by a search of each whole document; only for tokens of whole bytes."""
+    """Returns count, touched and ends by a search of each whole document; only for tokens of whole bytes."""
     count, touched, ends = 0, [], []
     for ids in documents:
         pieces = tokenizer.token_bytes(ids)
@@ -258,7 +258,7 @@ class Machine:
     """A clock, and the processor time that this process gets of it, as a search uses them."""
 
     def __init__(self, monkeypatch, rate, needs):
-        """`rate`: processor seconds of the process for each of the clock; `needs`: those of the search."""
+        """Pretends `rate` processor seconds for each second of the clock, and `needs` for the search."""
         self.now, self._rate, self._needs = 1000.0, rate, needs
         monkeypatch.setattr(matches_lib.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(matches_lib.time, "process_time", lambda: self.now * rate)

@@ -1,4 +1,4 @@
-"""What counts as a hit, by hand; and the identity lens against NumPy."""
+"""Hits, counted by hand; and the identity lens against NumPy."""
 
 import numpy as np
 from plain_model import configured, params, unembedding

@@ -27,7 +27,7 @@ def measured():
 
 
 def quantile(values):
-    """The 95th percentile, by linear interpolation between sorted values."""
+    """Returns the 95th percentile, by linear interpolation between sorted values."""
     values = sorted(values)
     at = significance.QUANTILE * (len(values) - 1)
     low = math.floor(at)

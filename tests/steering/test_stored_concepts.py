@@ -19,7 +19,7 @@ def store(tmp_path_factory):
 
 
 def by_hand(store, layer, neuron):
-    """The three scores of every token, and whether the neuron lives, in the documents of even number."""
+    """Computes the three scores of every token, and whether the neuron lives, in documents of even number."""
     events = store.neuron(layer, neuron)
     strength = dict(zip(events.tokens.tolist(), events.values.tolist(), strict=True))
     here, behind, text = np.zeros(V), np.zeros(V), np.zeros(V)

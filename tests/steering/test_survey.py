@@ -40,7 +40,7 @@ def done(tmp_path_factory):
 
 
 def log_p(tokens, change=lambda layer, h: h):
-    """Of the next token, float64[C, V], by the plain model."""
+    """Returns probabilities of the next token, float64[C, V], by the plain model."""
     logits = np.stack([final_hidden(CONFIG, row, change)[-1] for row in tokens]) @ unembedding()
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -184,7 +184,7 @@ def test_a_planted_neuron_is_steerable_an_idle_one_is_not_and_a_dead_one_is_not_
 
 
 def log_p_of(parameters, tokens, length):
-    """Of the planted model, whose last token alone says what comes next."""
+    """Returns those of the planted model, whose last token alone decides the next one."""
     h = np.asarray(parameters["embed"]["embedding"], np.float64)[tokens[:, -1]]
     h = np.maximum(h, 0)  # at most k are positive, and there is no TopK behind layer 1
     h[:, PLANTED] += length

@@ -24,7 +24,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """So that there are several groups, and several chunks in each."""
+    """Makes several groups, and several chunks in each."""
     monkeypatch.setattr(ablation, "_GROUP_TOKENS", 3 * T)
     monkeypatch.setattr(ablation, "_ROWS", 5)
     monkeypatch.setattr(ablation, "_PER_ROW", 10)
@@ -37,7 +37,7 @@ def measured(model, **settings):
 
 
 def by_hand(config, inputs, layer, neuron, place):
-    """The effect at a place of a window."""
+    """Returns the effect at a place of a window."""
 
     def change(at, h):
         h = h.copy()
@@ -88,7 +88,7 @@ def test_every_sample_is_an_active_neuron_and_has_the_effect_by_hand(model):
 
 
 def plain_windows():
-    """The first window of each of three documents."""
+    """Returns the first window of each of three documents."""
     inputs = np.full((3, T), SEPARATOR, np.int32)
     usable = np.zeros((3, T), bool)
     for row, document in enumerate((0, 1, 4)):

@@ -20,7 +20,7 @@ N, D, V = 3000, 12, 60
 
 @pytest.fixture(scope="module")
 def text():
-    """Dense activations, tokens, documents, an unembedding."""
+    """Returns dense activations, tokens, documents, an unembedding."""
     rng = np.random.default_rng(0)
     documents = np.cumsum(rng.random(N) < 0.02)
     dense = random_dense(0, 2, N, D, share=0.2, signed=True)
@@ -28,7 +28,7 @@ def text():
 
 
 def measured(folder, text, cuts, size):
-    """All columns, by layer and name."""
+    """Returns all columns, by layer and name."""
     dense, tokens, documents, unembedding = text
     store = make_store(folder, dense, tokens, documents, cuts)
     ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)

@@ -11,7 +11,7 @@ from topklm.neurons.statistics import embeddings
 
 
 def groups_of_tokens(n_groups, size, d=24, spread=0.03, seed=0):
-    """An unembedding [D, V] of groups of alike directions and unlike lengths; and the groups, [V]."""
+    """Returns an unembedding [D, V] of groups of alike directions and unlike lengths; and the groups, [V]."""
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat(np.arange(n_groups), size))
     rows = np.linalg.qr(rng.normal(size=(d, d)))[0][group] + spread * rng.normal(size=(len(group), d))

@@ -9,7 +9,7 @@ from topklm.neurons.statistics.embeddings import Contexts
 
 
 def by_loop(tokens, documents, vectors):
-    """float64[N, d], straight from the definition."""
+    """Returns float64[N, d], straight from the definition."""
     means = []
     for n in range(len(tokens)):
         window = [tokens[m] for m in range(max(n - 15, 0), n + 1) if documents[m] == documents[n]]

@@ -12,7 +12,7 @@ JACOBIANS = np.random.default_rng(5).standard_normal((L, D, D)).astype(np.float3
 
 
 def effects(rows, vocabulary=V):
-    """[D, V] of these directions of the final state, [D, D], less each one's mean."""
+    """Returns [D, V] of these directions of the final state, [D, D], less each one's mean."""
     logits = rows.astype(np.float64) @ plain_model.unembedding()[:, :vocabulary]
     return logits - logits.mean(axis=1, keepdims=True)
 
@@ -42,7 +42,7 @@ def test_the_tokens_at_the_ends_are_those_of_the_whole_matrix(made, monkeypatch,
 
 
 def test_a_vocabulary_of_few_tokens_is_listed_whole():
-    # Behind it stand columns of no token, which would be first by far.
+    # After it stand columns of no token, which would be first by far.
     found = lenses.columns(lenses.make(configured(vocab_size=7), params_of_few(7), JACOBIANS), 1, 0, D)
     order = np.argsort(-effects(JACOBIANS[1].T, 7), axis=1)
     assert found["jacobian_top"] == order.tolist()
@@ -50,7 +50,7 @@ def test_a_vocabulary_of_few_tokens_is_listed_whole():
 
 
 def params_of_few(n):
-    """The parameters, with a vocabulary of n tokens padded to 32."""
+    """Returns the parameters, with a vocabulary of n tokens padded to 32."""
     kernel = np.array(params()["unembed"]["kernel"][:, :32])
     kernel[:, n:] = 1000
     return {

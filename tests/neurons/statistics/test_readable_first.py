@@ -9,7 +9,7 @@ from topklm.neurons.statistics.table import is_fair, readable_first
 
 
 def rows(*neurons):
-    """Of (n_active, density, semantic entropy, distinct tokens) and perhaps token entropy."""
+    """Makes rows of (n_active, density, semantic entropy, distinct tokens) and perhaps token entropy."""
     names = ("n_active", "density", "semantic_entropy_corrected", "n_distinct_tokens")
     names += ("token_entropy_corrected",)
     neurons = [(*neuron, 4.0) if len(neuron) == 4 else neuron for neuron in neurons]

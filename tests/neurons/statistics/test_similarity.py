@@ -12,7 +12,7 @@ N, D = 500, 14
 
 
 def cosines(dense):
-    """float64[D, D] of [N, D]; 0 for the dead."""
+    """Returns float64[D, D] of [N, D]; 0 for the dead."""
     products = dense.astype(np.float64).T @ dense
     lengths = np.sqrt(np.diagonal(products))
     with np.errstate(invalid="ignore"):
@@ -21,7 +21,7 @@ def cosines(dense):
 
 @pytest.fixture(params=[False, True], ids=["positive", "signed"])
 def filled(request, tmp_path):
-    """A store of two layers in several segments, and what it is made of."""
+    """Returns a store of two layers in several segments, and what it is made of."""
     dense = random_dense(0, 2, N, D, share=0.3, signed=request.param)
     dense[:, :, 3] = dense[:, :, 5]  # the same
     store = make_store(tmp_path / "store", dense, np.zeros(N, int), np.arange(N) // 9, (1, 130, 333))
