@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from topklm import sharding
-from topklm.checkpoint import format as checkpoint_format
-from topklm.checkpoint.arrays import open_arrays
 from topklm.checkpoint.manager import CheckpointManager
+from topklm.checkpoint.reader import open_arrays
+from topklm.checkpoint.writer import CheckpointWriter
 from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
 from topklm.errors import UserError
 from topklm.training import bad_steps
@@ -281,11 +281,11 @@ def test_a_checkpoint_half_deleted_when_its_process_died_is_never_read(tmp_path,
 def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
     folder = epath.Path(tmp_path)
     array = jnp.arange(12 * 1024 * 1024, dtype=jnp.float32).reshape(3, 1024, 4096)  # 48 MiB
-    writing = checkpoint_format.Writing(folder, 1)
-    writing.make_folders(["params", "facts"])
-    writing.copy({"params": {"up": {"kernel": array}}})
-    writing.finish_part(timeout_s=300)
-    writing.commit({"facts": {}}, {})
+    writer = CheckpointWriter(folder, 1)
+    writer.make_folders(["params", "facts"])
+    writer.copy({"params": {"up": {"kernel": array}}})
+    writer.finish_part(timeout_s=300)
+    writer.commit({"facts": {}})
     stored = open_arrays(folder / "1" / "params")["up.kernel"]
     assert 2**20 <= math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= 16 * 2**20
     np.testing.assert_array_equal(stored[1, 5:7].read().result(), array[1, 5:7])

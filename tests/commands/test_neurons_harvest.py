@@ -10,7 +10,7 @@ import saved_runs
 
 import topklm
 from topklm import sharding
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.data.building.progress import Progress

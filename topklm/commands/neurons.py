@@ -12,7 +12,7 @@ import rich.console
 
 import topklm
 from topklm import sharding
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
 from topklm.data.building.progress import Progress, TerminalProgress
