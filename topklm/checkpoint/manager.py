@@ -5,10 +5,8 @@ Orbax's own manager is not used: where one process fails, it leaves the others w
 collective that has no end. Here processes exchange their results. `format` describes the layout on disk.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 import dataclasses
-import itertools
 import json
 import math
 import threading
@@ -40,7 +38,6 @@ from topklm.storage.files import AnyPath, absolute
 
 _MEETING_S = 600.0  # for all processes to come to the same line
 _STORAGE_S = 1200.0  # for each to read or write its part; a save that takes longer has failed
-_LOOK_EVERY_S = 5.0  # while something is being written by several processes
 
 FIRST_WAIT_S = 2.0  # after the first of several failures in a row; then twice as long each
 LONGEST_WAIT_S = 60.0
@@ -96,12 +93,10 @@ class CheckpointManager:
         self._steps: list[int] = json.loads(
             distributed.broadcast("checkpoints", json.dumps(steps), _MEETING_S)
         )
-        self._step_clock = _StepClock()
         self._backoff = Backoff(self._patience.while_training_s)
         self._asked: tuple[dict[str, Any], dict[str, Any]] | None = None  # arrays and values to be saved
         self._save: _Save | None = None
         self._failure: str | None = None  # of the newest save, until one succeeds
-        self._look_at = 0  # step
         self._retry_at: int | None = None  # step
 
     @property
@@ -125,7 +120,7 @@ class CheckpointManager:
         trees = _items(state)
         step = int(trees[OPTIMIZER]["step"])
         if self._finish():
-            self._plan_retry(step, steps=0)
+            self._plan_retry(step)
         if step not in self._steps:
             self._asked = trees, {DATA: dict(data_state), FACTS: dict(facts)}
             self._begin()
@@ -133,21 +128,20 @@ class CheckpointManager:
     def due(self, step: int) -> bool:
         """Returns True if a failed save is to be retried after this step; to be asked after every step.
 
-        The same in all processes, which exchange a word every few seconds while something is being written,
-        and else none.
+        The same in all processes, which exchange a word 1, 2, 4, 8 ... steps after a save began, until it has
+        ended.
 
         Raises:
             UserError: As `save`.
         """
-        self._step_clock.tick()
         if self._save and step > self._save.step:
             self._asked = None  # its memory belongs to later steps now
-            if step >= self._look_at:
-                answers = distributed.gather("is the save done", str(self._save.is_done()), _MEETING_S)
-                if not all(answer == "True" for answer in answers):
-                    self._look_at = step + self._steps_between_looks()
-                elif self._finish():
-                    self._plan_retry(step)
+            n_steps = step - self._save.step
+            if distributed.process_count() == 1 or n_steps.bit_count() == 1:
+                done = distributed.gather("is the save done", str(self._save.is_done()), _MEETING_S)
+                seconds = (time.monotonic() - self._save.began) / n_steps
+                if all(answer == "True" for answer in done) and self._finish():
+                    self._plan_retry(step, seconds)
         return self._retry_at is not None and step >= self._retry_at
 
     def wait(self) -> None:
@@ -226,7 +220,7 @@ class CheckpointManager:
         assert self._asked
         trees, values = self._asked
         self._save = _Save(self._folder, trees, values, self._keep)
-        self._retry_at, self._look_at = None, self._save.step + self._steps_between_looks()
+        self._retry_at = None
 
     def _finish(self) -> bool:
         """Waits for what is being written, if anything is; returns whether that failed."""
@@ -248,10 +242,11 @@ class CheckpointManager:
         self._backoff = Backoff(self._patience.while_training_s)
         return False
 
-    def _plan_retry(self, step: int, steps: int | None = None) -> None:
-        """Plans the next attempt, after a failure found out after `step`: by default as the back-off says."""
+    def _plan_retry(self, step: int, seconds_per_step: float = math.inf) -> None:
+        """Plans the next attempt after a failure found out after `step`: as soon as the back-off says."""
         seconds = self._seconds_to_wait(self._backoff)
-        self._retry_at = step + (self._steps_in(seconds) if steps is None else steps)
+        steps = math.ceil(seconds / max(seconds_per_step, 1e-6))
+        self._retry_at = step + int(distributed.broadcast("retry", str(steps), _MEETING_S))
         self._say(f"{self._failure}: will try again at step {self._retry_at}, {self._backoff}")
 
     def _seconds_to_wait(self, backoff: "Backoff") -> float:
@@ -264,13 +259,6 @@ class CheckpointManager:
                 "resume with the same command"
             )
         return seconds
-
-    def _steps_between_looks(self) -> int:
-        return self._steps_in(_LOOK_EVERY_S) if distributed.process_count() > 1 else 1
-
-    def _steps_in(self, seconds: float) -> int:
-        """Returns how many steps take that long, 1 or more, as the first process has measured it."""
-        return int(distributed.broadcast("pace", str(self._step_clock.steps_in(seconds)), _MEETING_S))
 
 
 @dataclasses.dataclass
@@ -298,21 +286,6 @@ class Backoff:
         return min(FIRST_WAIT_S * 2.0 ** (self.failures - 1), LONGEST_WAIT_S)
 
 
-class _StepClock:
-    """Measures how long steps take."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=9)
-
-    def tick(self) -> None:
-        self._times.append(time.monotonic())
-
-    def steps_in(self, seconds: float) -> int:
-        """Returns 1 or more, by the fastest of the last steps: time between steps does not count."""
-        shortest = min((after - before for before, after in itertools.pairwise(self._times)), default=seconds)
-        return max(1, math.ceil(seconds / max(shortest, 1e-6)))
-
-
 class _Save:
     """One checkpoint on its way to the disk, most of it in a thread of its own.
 
@@ -322,6 +295,7 @@ class _Save:
 
     def __init__(self, folder: epath.Path, trees: Mapping[str, Any], values: Mapping[str, Any], keep: int):
         self.step = int(trees[OPTIMIZER]["step"])
+        self.began = time.monotonic()
         self.not_removed = ""  # why older checkpoints could not be removed
         self._folder, self._values, self._keep = folder, values, keep
         self._writer = CheckpointWriter(folder, self.step)
