@@ -144,9 +144,8 @@ def describe_damage(error: Exception) -> str:
     if says_nothing_of_content(error):
         return ""
     line = next(iter(str(error).splitlines()), "")[:200]  # TensorStore adds whole specifications to its own
-    return (
-        line if isinstance(error, DamagedError | OSError | ValueError) else f"{type(error).__name__}: {line}"
-    )
+    says_enough = line and isinstance(error, DamagedError | OSError | ValueError)
+    return line if says_enough else f"{type(error).__name__}: {line}"
 
 
 def with_sharding(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
