@@ -7,8 +7,8 @@ import webbrowser
 
 import rich.console
 
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
+from topklm.progress import TerminalProgress
 from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (

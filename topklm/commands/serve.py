@@ -11,8 +11,8 @@ import secrets
 
 import rich.console
 
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
+from topklm.progress import TerminalProgress
 from topklm.storage.files import is_bucket
 
 DESCRIPTION = (

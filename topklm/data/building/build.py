@@ -20,7 +20,6 @@ from topklm.data.building import description as description_lib
 from topklm.data.building import duplicates, encode, shards, tasks
 from topklm.data.building.chunks import Chunk
 from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
-from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.shards import plan_shards
 from topklm.data.building.storage import Storage
@@ -29,6 +28,7 @@ from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to
 from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.progress import Progress
 from topklm.storage import locks
 from topklm.storage.errors import store_errors_are_user_errors
 from topklm.storage.files import fsync, parse_json, sealed_json, unsealed
