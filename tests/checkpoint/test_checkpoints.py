@@ -129,6 +129,21 @@ def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, st
     again.close()
 
 
+def test_a_state_may_be_any_pytree_with_a_step_and_params(tmp_path, config, mesh):
+    state = {
+        "step": jnp.int32(7),
+        "params": {"embed": {"embedding": jnp.arange(12.0).reshape(4, 3)}},
+        "best": {"loss": jnp.float32(1.5)},
+    }
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {"next_index": 7}, {})
+    checkpoints.wait()
+    restored, data, _ = checkpoints.restore(jax.eval_shape(lambda: state), mesh)
+    assert_same_bits(restored, state)
+    assert data == {"next_index": 7}
+    checkpoints.close()
+
+
 def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, mesh, train_step, state):
     checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
