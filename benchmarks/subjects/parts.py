@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.harness.worker import Prepared
+from benchmarks.subjects import blocking
 from benchmarks.subjects.train_step import random_batch
 from topklm import config as config_lib
 from topklm import sharding
@@ -68,7 +69,7 @@ def _embedding(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
         h_BTD, gradient = jax.vjp(lambda table: table.astype(g_BTD.dtype)[tokens_BT], table_VD)
         return h_BTD, gradient(g_BTD)
 
-    return _blocking(both, state.params["embed"]["embedding"], batch["inputs"], _stream(config, 1))
+    return blocking(both, state.params["embed"]["embedding"], batch["inputs"], _stream(config, 1))
 
 
 def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> Subject:
@@ -127,7 +128,7 @@ def _head(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> 
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, h_BTD)
 
-    return _blocking(both, params, _stream(config, 0), batch["targets"], weights_BT)
+    return blocking(both, params, _stream(config, 0), batch["targets"], weights_BT)
 
 
 def _optimizer(config: Config, state: TrainState) -> Subject:
@@ -143,12 +144,12 @@ def _optimizer(config: Config, state: TrainState) -> Subject:
     held = [jax.tree.map(jnp.copy, (state.params, state.opt_state))]
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
 
-    def side() -> None:
+    def subject() -> None:
         params, opt_state, norm = compiled(*held[0], grads)
         held[0] = jax.block_until_ready((params, opt_state))
         norm.block_until_ready()
 
-    return side
+    return subject
 
 
 def _host(state: TrainState, batch: Any) -> Subject:
@@ -158,11 +159,11 @@ def _host(state: TrainState, batch: Any) -> Subject:
     )
     held = [jax.tree.map(jnp.copy, state)]
 
-    def side() -> None:
+    def subject() -> None:
         held[0], seen = same(held[0], batch)
         seen.block_until_ready()
 
-    return side
+    return subject
 
 
 def _forward_and_backward(config: Config, part: Callable, params: Any, *others: jax.Array) -> Subject:
@@ -173,7 +174,7 @@ def _forward_and_backward(config: Config, part: Callable, params: Any, *others: 
         y_BTD, gradient = jax.vjp(lambda params, h: part(params, h, *others), params, h_BTD)
         return y_BTD, gradient(g_BTD)
 
-    return _blocking(both, params, _stream(config, 0), _stream(config, 1), *others)
+    return blocking(both, params, _stream(config, 0), _stream(config, 1), *others)
 
 
 def _stream(config: Config, seed: int) -> jax.Array:
@@ -193,10 +194,3 @@ def _definition(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
 def _of_first_layer(state: TrainState, *names: str) -> dict[str, Any]:
     blocks = state.params["blocks"]
     return {name: jax.tree.map(lambda stacked: stacked[0], blocks[name]) for name in names}
-
-
-def _blocking(function: Callable, *arguments: Any) -> Subject:
-    def side() -> None:
-        jax.block_until_ready(function(*arguments))
-
-    return side
