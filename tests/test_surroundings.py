@@ -22,7 +22,8 @@ from helpers import (
 import jax
 import pytest
 
-from topklm import cli, config, errors, files, imports, locks, sharding
+from topklm import cli, config, errors, files, imports, locks
+from topklm.layout import one_device
 from topklm.training import memory
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
@@ -332,12 +333,12 @@ def test_the_memory_of_a_state_is_that_of_its_arrays_and_of_the_gradients(monkey
     model = {"vocab_size": 256, "d_model": 32, "d_mlp": 64, "n_heads": 2, "n_kv_heads": 2, "topk_k": 4}
     small = config.resolve({"model": model})
     state = abstract_state(small, make_optimizer(small.optim, 10))
-    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    layout = one_device()
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
     for limit, fits in ((n_bytes, True), (n_bytes - 1, False)):
         monkeypatch.setattr(memory, "_host_limits", lambda limit=limit: [(limit, "it"), (10**18, "the rest")])
         with contextlib.nullcontext() if fits else pytest.raises(errors.UserError, match="more than it"):
-            memory.check(state, mesh)
+            memory.check(state, layout)
 
 
 def test_the_limit_of_the_process_counts(tmp_path):

@@ -12,10 +12,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm import checkpoint_format, sharding
-from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
+from topklm import checkpoint_format
+from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.inference.parameters import open_arrays
+from topklm.layout import one_device
 from topklm.training import bad_steps
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
@@ -26,14 +27,15 @@ from topklm.training.step import abstract_state, init_state, make_train_step
 ON_EIGHT_DEVICES = """
 import pathlib, sys
 import jax, numpy as np
-from topklm import config as config_lib, sharding
+from topklm import config as config_lib
+from topklm.layout import make_layout
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state
 
 config = config_lib.from_json(sys.argv[1])
 of_8, arrays_of_8, of_1, arrays_of_1 = map(pathlib.Path, sys.argv[2:])
-mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
+layout = make_layout(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
 optimizer = make_optimizer(config.optim, config.train.steps)
 
 def write(path, state):
@@ -42,14 +44,14 @@ def write(path, state):
 def is_split(state):
     return any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
 
-state = init_state(config, optimizer, mesh)
+state = init_state(config, optimizer, layout)
 assert jax.device_count() == 8 and is_split(state)
 checkpoints = Checkpoints(of_8, config.checkpoint)
 checkpoints.save(state._replace(step=state.step + 7), {"next_index": 7}, {"note": "eight"})
 checkpoints.close()
 write(arrays_of_8, state._replace(step=state.step + 7))
 
-state, data, facts = Checkpoints(of_1, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+state, data, facts = Checkpoints(of_1, config.checkpoint).restore(abstract_state(config, optimizer), layout)
 assert is_split(state)
 assert (data, facts) == ({"next_index": 3}, {"note": "one"})
 write(arrays_of_1, state)
@@ -73,12 +75,12 @@ def optimizer(config):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return one_device()
 
 
 @pytest.fixture(scope="module")
-def train_step(config, optimizer, mesh):
-    return make_train_step(config, optimizer, mesh)
+def train_step(config, optimizer, layout):
+    return make_train_step(config, optimizer, layout)
 
 
 def batch(config, seed):
@@ -99,9 +101,9 @@ def copied(state):
 
 
 @pytest.fixture(scope="module")
-def trained_state(config, optimizer, mesh, train_step):
+def trained_state(config, optimizer, layout, train_step):
     """After three steps, so that no part of the optimizer is zero any more."""
-    state = init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, layout)
     for seed in range(3):
         state, _ = train_step(state, batch(config, seed))
     return state
@@ -113,13 +115,13 @@ def state(trained_state):
     return jax.tree.map(jnp.copy, trained_state)
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, state):
+def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, layout, state):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {"next_index": 3}, {"tokens_seen": 384, "config": config.to_dict()})
     checkpoints.close()
     again = Checkpoints(tmp_path / "c", config.checkpoint)
     assert again.latest_step == 3
-    restored, data, facts = again.restore(abstract_state(config, optimizer), mesh)
+    restored, data, facts = again.restore(abstract_state(config, optimizer), layout)
     assert_same_bits(restored, state)
     assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(restored.opt_state))
     assert data == {"next_index": 3}
@@ -127,11 +129,11 @@ def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, st
     again.close()
 
 
-def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, mesh, train_step, state):
+def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, layout, train_step, state):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
-    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), mesh)
+    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), layout)
     checkpoints.close()
     for seed in range(3, 6):
         state, expected = train_step(state, batch(config, seed))
@@ -141,7 +143,7 @@ def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer,
 
 
 def test_steps_taken_while_a_save_is_written_do_not_reach_it(
-    tmp_path, config, optimizer, mesh, train_step, state
+    tmp_path, config, optimizer, layout, train_step, state
 ):
     checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=10))
     expected = {}
@@ -157,7 +159,9 @@ def test_steps_taken_while_a_save_is_written_do_not_reach_it(
         only = tmp_path / f"only-{step}"
         only.mkdir()
         (tmp_path / "c" / str(step)).rename(only / str(step))
-        restored, _, _ = Checkpoints(only, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+        restored, _, _ = Checkpoints(only, config.checkpoint).restore(
+            abstract_state(config, optimizer), layout
+        )
         assert_same_bits(restored, values)
 
 
@@ -170,12 +174,12 @@ def test_the_newest_checkpoints_are_kept(tmp_path, state):
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"4", "5"}
 
 
-def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path, config, optimizer, mesh, state):
+def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path, config, optimizer, layout, state):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {"next_index": 1}, {})
     checkpoints.save(state, {"next_index": 2}, {})
     checkpoints.wait()
-    assert checkpoints.restore(abstract_state(config, optimizer), mesh)[1] == {"next_index": 1}
+    assert checkpoints.restore(abstract_state(config, optimizer), layout)[1] == {"next_index": 1}
     checkpoints.close()
 
 
@@ -193,7 +197,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_never_read(tmp_p
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
-    tmp_path, config, optimizer, mesh, state
+    tmp_path, config, optimizer, layout, state
 ):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
@@ -202,7 +206,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
     with pytest.raises(
         UserError, match=r"checkpoint 3 of .* holds .*: unembed\.kernel is not part of this model"
     ):
-        checkpoints.restore(abstract_state(other, optimizer), mesh)
+        checkpoints.restore(abstract_state(other, optimizer), layout)
     checkpoints.close()
 
 
@@ -222,46 +226,48 @@ def saved_by_an_earlier_version(folder, state):
         )
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, mesh, state):
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, layout, state):
     saved_by_an_earlier_version(tmp_path / "c", state)
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     fresh = {"recent": bad_steps.fresh()}
-    restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), mesh, fresh)
+    restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
     assert_same_bits(restored, state._replace(recent=bad_steps.fresh()))
     assert restored.recent["loss"].sharding == restored.step.sharding
     assert (data, facts) == ({"next_index": 3}, {"note": "old"})
 
 
 def test_what_an_earlier_version_did_not_save_is_named_if_nothing_takes_its_place(
-    tmp_path, config, optimizer, mesh, state
+    tmp_path, config, optimizer, layout, state
 ):
     saved_by_an_earlier_version(tmp_path / "c", state)
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     with pytest.raises(UserError, match=r"recent\.count is missing; recent\.gradient_norm is missing"):
-        checkpoints.restore(abstract_state(config, optimizer), mesh)
+        checkpoints.restore(abstract_state(config, optimizer), layout)
 
 
-def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimizer, mesh, state):
+def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimizer, layout, state):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     fresh = {"recent": bad_steps.fresh()}
-    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), mesh, fresh)
+    restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
     assert_same_bits(restored.recent, state.recent)
     assert int(restored.recent["count"]) == 3
 
 
-def test_another_optimizer_or_dtype_is_another_model_and_no_damage(tmp_path, config, mesh, optimizer, state):
+def test_another_optimizer_or_dtype_is_another_model_and_no_damage(
+    tmp_path, config, layout, optimizer, state
+):
     said = []
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint, said.append)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     shapes = abstract_state(config, optimizer)
     with pytest.raises(UserError, match=r"checkpoint 3 of .*: opt_state\.\S+ is not part of this model"):
-        checkpoints.restore(shapes._replace(opt_state=optax.sgd(1.0).init(state.params)), mesh)
+        checkpoints.restore(shapes._replace(opt_state=optax.sgd(1.0).init(state.params)), layout)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes.params)
     with pytest.raises(UserError, match=r"embed\.embedding is float32, this model needs bfloat16"):
-        checkpoints.restore(shapes._replace(params=half), mesh)
+        checkpoints.restore(shapes._replace(params=half), layout)
     assert said == []
 
 
@@ -287,14 +293,16 @@ def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
     np.testing.assert_array_equal(stored[1, 5:7].read().result(), array[1, 5:7])
 
 
-def test_restoring_from_nothing_is_refused(tmp_path, config, optimizer, mesh):
+def test_restoring_from_nothing_is_refused(tmp_path, config, optimizer, layout):
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     with pytest.raises(ValueError, match="no checkpoint"):
-        checkpoints.restore(abstract_state(config, optimizer), mesh)
+        checkpoints.restore(abstract_state(config, optimizer), layout)
     checkpoints.close()
 
 
-def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, config, optimizer, mesh, state):
+def test_a_checkpoint_moves_between_eight_devices_and_one(
+    tmp_path, trainer, config, optimizer, layout, state
+):
     checkpoints = Checkpoints(tmp_path / "one", config.checkpoint)
     checkpoints.save(state, {"next_index": 3}, {"note": "one"})
     checkpoints.close()
@@ -308,7 +316,7 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, con
     )
     assert process.finish() == 0, process.errors
     shapes = functools.partial(abstract_state, config, optimizer)
-    from_eight, data, facts = Checkpoints(tmp_path / "eight", config.checkpoint).restore(shapes(), mesh)
+    from_eight, data, facts = Checkpoints(tmp_path / "eight", config.checkpoint).restore(shapes(), layout)
     assert (int(from_eight.step), data, facts) == (7, {"next_index": 7}, {"note": "eight"})
     assert_same_bits(jax.tree.leaves(from_eight), list(np.load(tmp_path / "eight.npz").values()))
     assert_same_bits(jax.tree.leaves(state), list(np.load(tmp_path / "one.npz").values()))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm import sharding
-from topklm.config import Config, MeshConfig, ModelConfig
+from topklm.config import Config, ModelConfig
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.training.evaluation import evaluate
 from topklm.training.step import make_eval_step
@@ -66,7 +66,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def eval_step():
-    return make_eval_step(Config(model=MODEL), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    return make_eval_step(Config(model=MODEL), one_device())
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from topklm import sharding
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from topklm.layout import make_layout, one_device
 from topklm.model import transformer
 from topklm.training import bad_steps
 from topklm.training.optimizer import learning_rate_schedule, make_optimizer
@@ -60,32 +60,28 @@ def make_batch(batch_size=8, length=8, vocab_size=41, seed=0):
     }
 
 
-def one_device():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
 @functools.cache
 def initial_params():
     """Those of seed 0, which the Base LM and the TopK LM share, as NumPy arrays."""
     return jax.device_get(jax.jit(transformer.create, static_argnums=(0, 1))(BASE.model, 0))
 
 
-def fresh_state(optimizer, mesh):
+def fresh_state(optimizer, layout):
     """What `init_state` gives, without compiling it."""
     params = initial_params()
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
     # Copied, because a step reuses the memory.
-    return jax.device_put(state, sharding.parameter_shardings(state, mesh), may_alias=False)
+    return jax.device_put(state, layout.shardings(state), may_alias=False)
 
 
 @functools.cache
-def gradient_step(config, mesh):
-    return make_train_step(config, PLAIN_GRADIENT, mesh)
+def gradient_step(config, layout):
+    return make_train_step(config, PLAIN_GRADIENT, layout)
 
 
-def gradient_and_metrics(config, mesh, batch=None):
-    batch = jax.device_put(make_batch() if batch is None else batch, sharding.batch_sharding(mesh))
-    after, metrics = gradient_step(config, mesh)(fresh_state(PLAIN_GRADIENT, mesh), batch)
+def gradient_and_metrics(config, layout, batch=None):
+    batch = jax.device_put(make_batch() if batch is None else batch, layout.batch)
+    after, metrics = gradient_step(config, layout)(fresh_state(PLAIN_GRADIENT, layout), batch)
     return jax.tree.map(lambda a, b: a - np.asarray(b), initial_params(), after.params), metrics
 
 
@@ -95,13 +91,13 @@ def random_sets():
     return places < TOPK.model.topk_k
 
 
-def topk_with_fixed_sets(mesh):
+def topk_with_fixed_sets(layout):
     """Stands in for `topk`: a rounding difference cannot change what is active."""
 
     def fixed(written_BTD, *_, residual):
         x_BTD = written_BTD + residual
         active = random_sets()
-        if mesh.size == 1:
+        if layout.size == 1:
             return jnp.where(active, x_BTD, 0.0)
         places = jax.lax.axis_index(("data", "fsdp")), jax.lax.axis_index(("context", "tensor"))
         first = (places[0] * x_BTD.shape[0], places[1] * x_BTD.shape[1], 0)
@@ -110,12 +106,12 @@ def topk_with_fixed_sets(mesh):
     return fixed
 
 
-def topk_gradient_with_fixed_sets(mesh):
+def topk_gradient_with_fixed_sets(layout):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "topk", topk_with_fixed_sets(mesh))
-        batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
-        step = make_train_step(TOPK, PLAIN_GRADIENT, mesh)
-        after, metrics = step(fresh_state(PLAIN_GRADIENT, mesh), batch)
+        patch.setattr(transformer, "topk", topk_with_fixed_sets(layout))
+        batch = jax.device_put(make_batch(), layout.batch)
+        step = make_train_step(TOPK, PLAIN_GRADIENT, layout)
+        after, metrics = step(fresh_state(PLAIN_GRADIENT, layout), batch)
     gradient = jax.tree.map(lambda a, b: a - np.asarray(b), initial_params(), after.params)
     return gradient, float(metrics["loss"])
 
@@ -176,9 +172,9 @@ def test_a_batch_in_which_nothing_counts_gives_zero_and_no_nan():
 def two_steps():
     """The state handed over, the state after two clipped AdamW steps, and the metrics of each."""
     optim = dataclasses.replace(BASE.optim, clip_norm=1e-3)
-    optimizer, mesh = make_optimizer(optim, BASE.train.steps), one_device()
-    train_step = make_train_step(dataclasses.replace(BASE, optim=optim), optimizer, mesh)
-    first = fresh_state(optimizer, mesh)
+    optimizer, layout = make_optimizer(optim, BASE.train.steps), one_device()
+    train_step = make_train_step(dataclasses.replace(BASE, optim=optim), optimizer, layout)
+    first = fresh_state(optimizer, layout)
     second, metrics_0 = train_step(first, make_batch())
     third, metrics_1 = train_step(second, make_batch())
     return first, third, [metrics_0, metrics_1]
@@ -340,7 +336,7 @@ def compare_meshes(names):
         "base": gradient_and_metrics(BASE, one_device())[0],
         "topk_with_fixed_sets": topk_gradient_with_fixed_sets(one_device())[0],
     }
-    fsdp = sharding.make_mesh(MESHES["1x8"])
+    fsdp = make_layout(MESHES["1x8"])
     report = {"init_state": inspect_init_state(adamw, fsdp), "recomputed": {}}
     report["kinds"] = shapes_of_gradients()
     report["other seed"] = {"topk_losses": train_some_steps(adamw, one_device(), seed=1)[1]}
@@ -351,21 +347,21 @@ def compare_meshes(names):
             "full": {"layer_stack": "scanned", "remat": "full"},
         }[how]
         config = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **changed))
-        mesh = sharding.make_mesh(MESHES["2x2x2 with context"])
-        gradient, metrics = gradient_and_metrics(config, mesh)
+        layout = make_layout(MESHES["2x2x2 with context"])
+        gradient, metrics = gradient_and_metrics(config, layout)
         report["recomputed"][how] = figures(gradient, metrics["loss"], want["base"])
     for name in ("one device", *names):
-        mesh = sharding.make_mesh(MESHES[name]) if name in MESHES else one_device()
-        base, metrics = gradient_and_metrics(BASE, mesh)
-        fixed, fixed_loss = topk_gradient_with_fixed_sets(mesh)
-        state, losses = train_some_steps(adamw, mesh)
+        layout = make_layout(MESHES[name]) if name in MESHES else one_device()
+        base, metrics = gradient_and_metrics(BASE, layout)
+        fixed, fixed_loss = topk_gradient_with_fixed_sets(layout)
+        state, losses = train_some_steps(adamw, layout)
         shares = {name: x.addressable_shards[0].data.size / x.size for name, x in by_name(state).items()}
         report[name] = {
             "base": figures(base, metrics["loss"], want["base"]),
             "topk_with_fixed_sets": figures(fixed, fixed_loss, want["topk_with_fixed_sets"]),
             "topk_losses": losses,
             "share_on_a_device": shares,
-            "misplaced": misplaced(state, mesh),
+            "misplaced": misplaced(state, layout),
         }
         if name == "2x2x2":
             report["padding"] = inspect_padding(state.params)
@@ -377,13 +373,13 @@ def figures(gradient, loss, want):
     return {"loss": float(loss), "relative_gradient_errors": by_name(errors)}
 
 
-def train_some_steps(optimizer, mesh, seed=0):
+def train_some_steps(optimizer, layout, seed=0):
     """The state and the losses of TopK training on the same batches."""
     config = dataclasses.replace(TOPK, train=dataclasses.replace(TOPK.train, seed=seed))
-    state, losses = init_state(config, optimizer, mesh), []
-    train_step = make_train_step(config, optimizer, mesh)
+    state, losses = init_state(config, optimizer, layout), []
+    train_step = make_train_step(config, optimizer, layout)
     for number in range(TOPK.train.steps):
-        batch = jax.device_put(make_batch(seed=number % 4), sharding.batch_sharding(mesh))
+        batch = jax.device_put(make_batch(seed=number % 4), layout.batch)
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
     return state, losses
@@ -407,7 +403,7 @@ def shapes_of_gradients():
     for tied, dtype, name in kinds:
         model = dataclasses.replace(BASE.model, tie_embeddings=tied, dtype=dtype)
         config, optimizer = dataclasses.replace(BASE, model=model), make_optimizer(BASE.optim, 20)
-        step = make_train_step(config, optimizer, sharding.make_mesh(MESHES[name]))
+        step = make_train_step(config, optimizer, make_layout(MESHES[name]))
         state = abstract_state(config, optimizer)
         after, _ = jax.eval_shape(step, state, make_batch())
         same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
@@ -415,16 +411,16 @@ def shapes_of_gradients():
     return found
 
 
-def inspect_init_state(optimizer, mesh):
-    state = init_state(TOPK, optimizer, mesh)
+def inspect_init_state(optimizer, layout):
+    state = init_state(TOPK, optimizer, layout)
     want = by_name(initial_params())
     differs = [name for name, x in by_name(state.params).items() if not np.allclose(x, want[name], rtol=1e-5)]
-    return {"differs": differs, "misplaced": misplaced(state, mesh)}
+    return {"differs": differs, "misplaced": misplaced(state, layout)}
 
 
-def misplaced(tree, mesh):
+def misplaced(tree, layout):
     """Names of arrays that are not laid out as the rules say."""
-    rules = by_name(sharding.parameter_shardings(tree, mesh))
+    rules = by_name(layout.shardings(tree))
     arrays = by_name(tree)
     return [name for name, x in arrays.items() if not x.sharding.is_equivalent_to(rules[name], x.ndim)]
 

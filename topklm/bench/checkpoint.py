@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topklm import allocator, load, run_folder, sharding
+from topklm import allocator, load, run_folder
 from topklm.bench.processes import peak_resident_bytes
 from topklm.bench.report import Comparison, Report, Result
 from topklm.bench.shapes import SHAPES
 from topklm.bench.timing import Samples, Side, alternate, timed
 from topklm.compile_check.check import with_vocabulary
-from topklm.config import CheckpointConfig, Config, MeshConfig
+from topklm.config import CheckpointConfig, Config
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
@@ -85,9 +86,9 @@ def write_run(folder: Path, config: Config) -> int:
     Returns:
         Bytes of its parameters.
     """
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    layout = one_device()
     shapes = jax.eval_shape(lambda: transformer.create(config.model, 0))
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    shardings = layout.shardings(shapes)
     params = jax.jit(lambda: transformer.create(config.model, 0), out_shardings=shardings)()
     state = TrainState(jnp.int32(1), params, optax.EmptyState(), {})
     facts = _describe(folder, config)
@@ -133,9 +134,9 @@ class _SavedRun:
     """A run that saves one checkpoint after another, and can be loaded."""
 
     def __init__(self, folder: Path, config: Config):
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        layout = one_device()
         optimizer = make_optimizer(config.optim, config.train.steps)
-        self.state = jax.block_until_ready(init_state(config, optimizer, mesh))
+        self.state = jax.block_until_ready(init_state(config, optimizer, layout))
         self.n_loaded = n_bytes(self.state.params)
         self._folder, self._facts = folder, _describe(folder, config)
         keep_one = dataclasses.replace(config.checkpoint, keep=1)

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topklm import sharding
 from topklm.compile_check import cost, hlo, program
 from topklm.compile_check.report import Memory, Report, Traffic
 from topklm.compile_check.topology import GIB, Chip, Topology
 from topklm.config import Config
 from topklm.errors import UserError
+from topklm.layout import make_layout
 from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, abstract_batch, abstract_state, make_train_step
+from topklm.training.step import abstract_batch, abstract_state, make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -43,14 +43,14 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
             or its program is of a version that this jax cannot read.
     """
     config = with_vocabulary(config)
-    mesh = sharding.make_mesh(config.mesh, topology.devices)
-    sharding.check(config, mesh)
+    layout = make_layout(config.mesh, topology.devices)
+    layout.check(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = abstract_state(config, optimizer)
-    sharding.check_split(state.params, mesh)
+    layout.check_split(state.params)
     began = time.perf_counter()
-    lowered = make_train_step(config, optimizer, mesh).lower(
-        _placed(state, mesh), abstract_batch(config, mesh)
+    lowered = make_train_step(config, optimizer, layout).lower(
+        layout.with_shardings(state), abstract_batch(config, layout)
     )
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
@@ -61,14 +61,14 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         config=name,
         topology=topology.name,
         n_slices=topology.n_slices,
-        mesh=dict(mesh.shape),
+        mesh=dict(layout.mesh.shape),
         parameters=throughput.parameter_count(state.params),
-        tokens_per_device=tokens / mesh.size,
+        tokens_per_device=tokens / layout.size,
         memory=_memory(compiled),
-        model_flops=throughput.flops_per_token(config.model) * tokens / mesh.size,
+        model_flops=throughput.flops_per_token(config.model) * tokens / layout.size,
         compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
         hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
-        traffic=_traffic(hlo.collectives_of(parsed, traffic), mesh, topology, traffic),
+        traffic=_traffic(hlo.collectives_of(parsed, traffic), layout.mesh, topology, traffic),
         compile_seconds=seconds,
         unread={
             f"{what} of {name}": runs
@@ -94,11 +94,6 @@ def does_not_fit(needed: float, available: float, chip: str) -> UserError:
         f"needs {needed / GIB:.1f} GiB per device, a {chip} has {available / GIB:.2f}: more mesh.fsdp, "
         "model.remat=full, a smaller train.batch_size or more train.grad_accumulation, or a larger topology"
     )
-
-
-def _placed(state: TrainState, mesh: Mesh) -> Any:
-    shardings = sharding.parameter_shardings(state, mesh)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:

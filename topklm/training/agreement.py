@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-import numpy as np
 
+from topklm.layout import Layout
 from topklm.training.interruption import StopRequest
 
 _BALLOT = "stop_signal"
@@ -21,17 +20,17 @@ _BALLOT = "stop_signal"
 class Agreement:
     """Truthy once all processes know that the run shall stop; the same in all of them after each step."""
 
-    def __init__(self, mesh: Mesh, stop: StopRequest):
+    def __init__(self, layout: Layout, stop: StopRequest):
         """Asks nobody anything yet.
 
         Args:
-            mesh: All devices of the run.
+            layout: Of all devices of the run.
             stop: What this process was asked.
         """
         self._stop = stop
         self._alone = jax.process_count() == 1
         self._agreed = False
-        self._sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+        self._layout = layout
         self._ballots: dict[int, jax.Array] = {}
 
     def __bool__(self) -> bool:
@@ -62,10 +61,7 @@ class Agreement:
             return ()
         asked = signal.Signals[self._stop.signal_name].value if self._stop.signal_name else 0
         if asked not in self._ballots:
-            shape = self._sharding.mesh.devices.shape
-            self._ballots[asked] = jax.make_array_from_callback(
-                shape, self._sharding, lambda _: np.full((1,) * len(shape), asked, np.int32)
-            )
+            self._ballots[asked] = self._layout.one_per_device(asked)
         return (self._ballots[asked],)
 
     def count(self, results: dict[str, Any]) -> dict[str, Any]:

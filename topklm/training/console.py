@@ -13,7 +13,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from topklm.sharding import ParameterLayout
+from topklm.layout import ParameterLayout
 
 
 class Console:

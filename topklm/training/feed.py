@@ -1,6 +1,6 @@
 """Batches on their way to the devices: the next ones are transferred while the current step runs.
 
-What a batch holds is decided in `topklm.data.stream`, and how it lies over devices in `topklm.sharding`.
+What a batch holds is decided in `topklm.data.stream`, and how it lies over devices in `topklm.layout`.
 """
 
 from collections import deque
@@ -10,7 +10,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from topklm.data.stream import Batch
 
@@ -69,26 +68,3 @@ class Feed:
             self.waited += time.perf_counter() - began
         self._under_way.append((self._put(batch), self._stream.get_state()))
         return True
-
-
-def to_devices(
-    batch: Batch,
-    place: jax.sharding.NamedSharding,
-    batch_size: int,
-    rows: slice | np.ndarray = slice(None),
-) -> DeviceBatch:
-    """Starts the transfer of a batch, to which every process gives its own rows.
-
-    Args:
-        batch: Arrays [R, T].
-        place: How the whole batch lies over the devices of all processes.
-        batch_size: B, rows of the whole batch.
-        rows: Where this process's rows (`sharding.local_rows`) are in `batch`: by default it holds just
-            those; where every process makes the whole batch, their numbers.
-
-    Returns:
-        Global arrays [B, T].
-    """
-    local = {name: np.asarray(array)[rows] for name, array in batch.items()}
-    shapes = {name: (batch_size, *array.shape[1:]) for name, array in local.items()}
-    return jax.make_array_from_process_local_data(place, local, shapes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from topklm import distributed, run_folder, sharding
+from topklm import distributed, run_folder
 from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import Config, from_saved, warnings
 from topklm.data.mixture import Mixture
@@ -24,13 +24,14 @@ from topklm.errors import UserError
 from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
+from topklm.layout import Layout, make_layout
 from topklm.training import bad_steps, memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, evaluation_line
 from topklm.training.evaluation import evaluate
-from topklm.training.feed import DeviceBatch, Feed, to_devices
+from topklm.training.feed import DeviceBatch, Feed
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.opening import opened
 from topklm.training.optimizer import change_of_schedule, make_optimizer
@@ -64,13 +65,13 @@ def train(
     console = console or Console(quiet=not distributed.is_primary())
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request:
-        mesh = sharding.make_mesh(config.mesh)
-        console.say(f"devices: {sharding.describe_devices(mesh)}")
+        layout = make_layout(config.mesh)
+        console.say(f"devices: {layout.describe_devices()}")
         for line in warnings(config):
             console.say(f"warning: {line}")
         with opened(config, workdir, console) as (whole_config, mixture):
-            sharding.check(whole_config, mesh)
-            _Run(whole_config, workdir, mixture, mesh, console, request).train()
+            layout.check(whole_config)
+            _Run(whole_config, workdir, mixture, layout, console, request).train()
 
 
 class _Run:
@@ -81,18 +82,17 @@ class _Run:
         config: Config,
         folder: AnyPath,
         mixture: Mixture,
-        mesh: jax.sharding.Mesh,
+        layout: Layout,
         console: Console,
         stop: StopRequest,
     ):
         self.config, self.folder, self.mixture, self.console = config, folder, mixture, console
-        self.mesh, self.stop = mesh, stop
-        self.agreement = Agreement(mesh, stop)
-        self.batch_sharding = sharding.batch_sharding(mesh)
+        self.layout, self.stop = layout, stop
+        self.agreement = Agreement(layout, stop)
         self.tokens_per_step = config.train.batch_size * config.model.context_length
         self.heldout = heldout_part(mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
-        self.eval_step = self.agreement.voting(make_eval_step(config, mesh))
+        self.eval_step = self.agreement.voting(make_eval_step(config, layout))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
             self.checkpoints = Checkpoints(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
@@ -102,9 +102,9 @@ class _Run:
             context_length=config.model.context_length,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            rows=sharding.local_rows(self.batch_sharding, config.train.batch_size),
+            rows=layout.process_rows(config.train.batch_size),
         )
-        self.feed = Feed(stream, lambda b: to_devices(b, self.batch_sharding, config.train.batch_size))
+        self.feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
         self.policy = bad_steps.Policy(
             config.train.on_bad_step,
             config.train.spike_sigmas,
@@ -189,9 +189,9 @@ class _Run:
 
     def _compile(self, state: TrainState) -> jax.stages.Compiled:
         began = time.perf_counter()
-        step_alone = make_train_step(self.config, self.optimizer, self.mesh)
+        step_alone = make_train_step(self.config, self.optimizer, self.layout)
         train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
-        batch = abstract_batch(self.config, self.mesh)
+        batch = abstract_batch(self.config, self.layout)
         compiled = memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
@@ -200,17 +200,17 @@ class _Run:
         """The state and its clock; the data stream is moved to its place."""
         abstract = abstract_state(self.config, self.optimizer)
         self._check_layout(abstract.params)
-        memory.check(abstract, self.mesh)
+        memory.check(abstract, self.layout)
         self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
-            state = init_state(self.config, self.optimizer, self.mesh)
+            state = init_state(self.config, self.optimizer, self.layout)
             n = throughput.parameter_count(state.params)
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
             self.clock = throughput.Clock(total=0.0, began_at=time.time())
             return state
         with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
             state, data_state, facts = self.checkpoints.restore(
-                abstract, self.mesh, fresh={"recent": bad_steps.fresh()}
+                abstract, self.layout, fresh={"recent": bad_steps.fresh()}
             )
         run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
@@ -236,11 +236,11 @@ class _Run:
 
     def _check_layout(self, params: Any) -> None:
         """Shows how parameters are split, and refuses a mesh that fails to split them."""
-        if self.mesh.size == 1:
+        if self.layout.size == 1:
             return
-        sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        self.console.layout(sizes, sharding.layout_of(params, self.mesh))
-        sharding.check_split(params, self.mesh)
+        sizes = " x ".join(f"{axis} {size}" for axis, size in self.layout.mesh.shape.items())
+        self.console.layout(sizes, self.layout.describe_parameters(params))
+        self.layout.check_split(params)
 
     def _log(self, step: int, step_metrics: Any) -> None:
         results = self.agreement.count(jax.device_get(step_metrics))
@@ -303,20 +303,20 @@ class _Run:
         return self.agreement.count(sums)
 
     def _heldout(self) -> Iterator[DeviceBatch]:
-        batch_size = _rounded_up(self.config.eval.batch_size, self.mesh)
+        batch_size = self.layout.round_up(self.config.eval.batch_size)
         context_length = self.config.model.context_length
         # Documents are packed one after another, so every process makes whole batches.
-        rows = sharding.local_rows(self.batch_sharding, batch_size)
+        rows = self.layout.process_rows(batch_size)
         for batch in heldout_batches(
             self.mixture, context_length=context_length, batch_size=batch_size, part=self.heldout
         ):
-            yield to_devices(batch, self.batch_sharding, batch_size, rows)
+            yield self.layout.put_batch(batch, batch_size, rows)
 
     def _sample(self, state: TrainState) -> str:
         tokenizer, settings = self.mixture.tokenizer, self.config.eval
         prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
         continuation = generate_tokens(
-            sharding.outside_shard_map(self.config.model, self.mesh),
+            self.layout.for_gspmd(self.config.model),
             state.params,
             prompt,
             max_new_tokens=settings.sample_tokens,
@@ -375,8 +375,3 @@ class _Run:
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _rounded_up(batch_size: int, mesh: jax.sharding.Mesh) -> int:
-    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    return -(-batch_size // ways) * ways

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from topklm import allocator, sharding
+from topklm import allocator
 from topklm.errors import UserError
+from topklm.layout import Layout
 
 # XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
 _RELEASE_SECONDS = 0.002
@@ -41,20 +42,20 @@ def release_seconds(compiled: jax.stages.Compiled) -> float:
     return _RELEASE_SECONDS if large else 0.0
 
 
-def check(state: Any, mesh: jax.sharding.Mesh) -> None:
+def check(state: Any, layout: Layout) -> None:
     """Refuses a training state that does not fit, before any of it is made: XLA on CPUs would wait for ever.
 
     Counts parameters, optimizer and gradients; activations come on top.
 
     Args:
         state: `TrainState` of `jax.ShapeDtypeStruct`.
-        mesh: Of the run.
+        layout: Of the run.
 
     Raises:
         UserError: If one of this process's devices, or the host whose memory they are, is too small.
     """
-    devices = mesh.local_devices
-    needed = _bytes_on_a_device(state, mesh) + _bytes_on_a_device(state.params, mesh)
+    devices = layout.mesh.local_devices
+    needed = _bytes_on_a_device(state, layout) + _bytes_on_a_device(state.params, layout)
     if devices[0].platform == "cpu":
         needed *= len(devices)
         limit, whose = min(_host_limits())
@@ -70,9 +71,10 @@ def check(state: Any, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _bytes_on_a_device(tree: Any, mesh: jax.sharding.Mesh) -> int:
-    shardings = sharding.parameter_shardings(tree, mesh)
-    parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+def _bytes_on_a_device(tree: Any, layout: Layout) -> int:
+    parts = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, layout.shardings(tree)
+    )
     return sum(jax.tree.leaves(parts))
 
 

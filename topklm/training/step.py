@@ -1,31 +1,25 @@
 """The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh.
 
 Loss and gradient are one program for every device (`jax.shard_map`) whose communication is written out, here
-and in `model.parallel`; the optimizer works on each array as it lies.
+and in `topklm.parallel`; the optimizer works on each array as it lies.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from topklm import sharding
 from topklm.config import Config
+from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import attention_backends, losses, topk, transformer
-from topklm.model.parallel import Parallel
+from topklm.parallel import Parallel
 from topklm.training import bad_steps, topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
-
-_EVERYWHERE = PartitionSpec()
-_OF_TOKENS = PartitionSpec(sharding.BATCH_AXES, "context")  # arrays [B, T] in a device's program
-_OF_ROWS = PartitionSpec(sharding.BATCH_AXES)
 
 
 class TrainState(NamedTuple):
@@ -37,10 +31,9 @@ class TrainState(NamedTuple):
     recent: bad_steps.Recent  # what the last good steps were like
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh state, every array created where it lives on the mesh."""
-    shapes = abstract_state(config, optimizer)
-    shardings = sharding.parameter_shardings(shapes, mesh)
+def init_state(config: Config, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Makes a new state, every array created on the devices that hold it."""
+    shardings = layout.shardings(abstract_state(config, optimizer))
     return jax.jit(functools.partial(_init, config, optimizer), out_shardings=shardings)()
 
 
@@ -54,17 +47,16 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layout of a training batch, with nothing allocated."""
     shape = (config.train.batch_size, config.model.context_length)
-    place = sharding.batch_sharding(mesh)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
-    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.batch)}
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, optimizer: optax.GradientTransformation, layout: Layout
 ) -> jax.stages.Wrapped:
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
@@ -76,7 +68,7 @@ def make_train_step(
     `learning_rate`, and `bad`, 1 for a bad step.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
-    loss_and_gradient = _make_loss_and_gradient(config, mesh)
+    loss_and_gradient = _make_loss_and_gradient(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_gradient(state.params, batch)
@@ -99,13 +91,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
+def make_eval_step(
+    config: Config, layout: Layout
+) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
     int32[B], how many a row has, and `topk_health`, see `topk_health.measure`.
     """
-    specs, parallel = _layout(config, mesh)
+    specs, parallel = _device_view(config, layout)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
         tap = topk_health.tap(parallel.residual_tokens(batch["loss_weights"]))
@@ -118,22 +112,22 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Paramete
             parallel.tensor,
         )
         sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
-        nll_nats, tokens = (_sum_over(mesh, x, keep=_OF_ROWS, leave_out="tensor") for x in sums)
+        nll_nats, tokens = (layout.sum_over(x, keep=ROWS, leave_out="tensor") for x in sums)
         return {
             "nll_nats": nll_nats,
             "tokens": tokens,
-            "topk_health": jax.tree.map(lambda x: _sum_over(mesh, x, keep=_EVERYWHERE), health),
+            "topk_health": jax.tree.map(lambda x: layout.sum_over(x, keep=REPLICATED), health),
         }
 
-    out = {"nll_nats": _OF_ROWS, "tokens": _OF_ROWS, "topk_health": _EVERYWHERE}
-    eval_step = _on_every_device(of_device, mesh, specs, out)
+    out = {"nll_nats": ROWS, "tokens": ROWS, "topk_health": REPLICATED}
+    eval_step = layout.on_every_device(of_device, specs, out)
     # Every process reads the sums, those of other processes' rows too.
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, _EVERYWHERE))
+    return jax.jit(eval_step, out_shardings=layout.replicated)
 
 
-def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
+def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel = _layout(config, mesh)
+    specs, parallel = _device_view(config, layout)
 
     def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model, h, _ = _hidden(config, params, batch, parallel)
@@ -150,25 +144,22 @@ def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, Any]:
-        total = _sum_over(mesh, batch["loss_weights"].sum(), keep=_EVERYWHERE, leave_out="tensor")
+        total = layout.sum_over(batch["loss_weights"].sum(), keep=REPLICATED, leave_out="tensor")
         batch = {**batch, "loss_weights": batch["loss_weights"] / jnp.maximum(total, 1.0)}
         (_, nll), grads = _accumulate(gradient, params, batch, config.train.grad_accumulation)
         # Along the axes that split a parameter its gradient has been summed where it was gathered.
-        grads = jax.tree.map(lambda g, spec: _sum_over(mesh, g, keep=spec), grads, specs)
-        return _sum_over(mesh, nll, keep=_EVERYWHERE, leave_out="tensor"), grads
+        grads = jax.tree.map(lambda g, spec: layout.sum_over(g, keep=spec), grads, specs)
+        return layout.sum_over(nll, keep=REPLICATED, leave_out="tensor"), grads
 
-    return _on_every_device(of_device, mesh, specs, (_EVERYWHERE, specs))
+    return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
+def _device_view(config: Config, layout: Layout) -> tuple[Any, Parallel]:
+    """Returns the specs of the parameters, and what one device's program needs to know."""
     shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
-    parallel = sharding.parallel(mesh, shapes, jnp.dtype(config.model.dtype))
-    platform = mesh.devices.flat[0].platform
-    topk.check_platform(config.model.topk_backend, platform)
-    attention = attention_backends.choose(config.model, platform)
-    return sharding.parameter_specs(shapes, mesh), dataclasses.replace(
-        parallel, attention=attention, scan_layers=sharding.scans_layers(platform)
-    )
+    topk.check_platform(config.model.topk_backend, layout.platform)
+    attention = attention_backends.choose(config.model, layout.platform)
+    return layout.specs(shapes), layout.device_view(shapes, jnp.dtype(config.model.dtype), attention)
 
 
 def _hidden(
@@ -191,20 +182,6 @@ def _hidden(
     # through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
     tied = config.model.tie_embeddings and config.model.dtype != "float32"
     return gathered() if tied else model, h, seen
-
-
-def _on_every_device(program: Callable, mesh: Mesh, params: Any, out: Any) -> Callable:
-    """`program(params, batch)` on each device's parts; the program itself where there is one device."""
-    if mesh.size == 1:
-        return program
-    # What is replicated is so by the sums we write; the TopK search's carry could not be checked.
-    return jax.shard_map(program, mesh=mesh, in_specs=(params, _OF_TOKENS), out_specs=out, check_vma=False)
-
-
-def _sum_over(mesh: Mesh, x: jax.Array, *, keep: PartitionSpec, leave_out: str | None = None) -> jax.Array:
-    """The sum over all devices but those along the axes of `keep`, and along one where all have the same."""
-    axes = tuple(axis for axis in sharding.other_axes(mesh, keep) if axis != leave_out)
-    return jax.lax.psum(x, axes) if axes else x
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
