@@ -8,7 +8,7 @@ import pytest
 from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
 from topklm.errors import UserError
 from topklm.layout import AXES, Layout, make_layout
-from topklm.model import transformer
+from topklm.model import topk, transformer
 
 
 def layout_of(data, fsdp, tensor, context=1):
@@ -129,5 +129,5 @@ def test_a_parameter_that_no_rule_names_is_a_bug():
     ],
 )
 def test_a_program_that_xla_splits_by_itself_has_no_kernels(backend, devices, wanted):
-    model = layout_of(devices, 1, 1).for_gspmd(ModelConfig(topk_backend=backend))
+    model = topk.for_gspmd(ModelConfig(topk_backend=backend), devices)
     assert model == ModelConfig(topk_backend=wanted)

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.config import Config, MeshConfig, ModelConfig
+from topklm.config import Config, MeshConfig
 from topklm.errors import UserError
-from topklm.model.topk import KERNELS
 from topklm.parallel import ALONE, Parallel, gather_parameter
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -298,18 +297,6 @@ class Layout:
         axes = (axis for axis in self.mesh.axis_names if self.mesh.shape[axis] > 1 and axis not in named)
         summed = tuple(axis for axis in axes if axis != leave_out)
         return jax.lax.psum(x, summed) if summed else x
-
-    def for_gspmd(self, model: ModelConfig) -> ModelConfig:
-        """Returns the model for programs that XLA splits over the mesh by itself, which have no kernels.
-
-        Args:
-            model: As it is trained.
-        """
-        kernel_possible = model.topk_backend in ("auto", *KERNELS)
-        if self.size > 1 and kernel_possible:
-            return dataclasses.replace(model, topk_backend="threshold")
-        # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
-        return dataclasses.replace(model, topk_backend="auto") if kernel_possible else model
 
     def _spec(self, path: tuple, leaf: Any) -> PartitionSpec:
         if leaf.ndim == 0:

@@ -145,12 +145,13 @@ from plain_loop import CONFIG, params_of
 from topklm.config import MeshConfig
 from topklm.inference.generate import generate_tokens
 from topklm.layout import make_layout
+from topklm.model.topk import for_gspmd
 
 layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2))
 params = params_of(CONFIG)
 split = jax.device_put(params, layout.shardings(params))
 assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
-config = layout.for_gspmd(CONFIG)
+config = for_gspmd(CONFIG, layout.size)
 for one in (params, split):
     options = {"max_new_tokens": 30, "temperature": 1.0, "seed": 0, "stop_token": -1}
     print(generate_tokens(config, one, [3, 14, 15, 9, 26], **options))

@@ -22,7 +22,7 @@ from topklm.files import AnyPath, absolute, as_path
 from topklm.inference.language_model import LanguageModel, dtype_name
 from topklm.inference.verification import changed
 from topklm.layout import Layout, one_device, scans_layers
-from topklm.model import transformer
+from topklm.model import topk, transformer
 
 
 def load(
@@ -57,7 +57,7 @@ def load(
         saved_config, tokenizer_sha256 = facts["config"], facts["tokenizer_sha256"]
     config = config_of_checkpoint = _config(saved_config, chosen, folder)
     layout = one_device() if mesh is None else Layout(mesh)
-    model = layout.for_gspmd(config.model)
+    model = topk.for_gspmd(config.model, layout.size)
     if model.layer_stack == "auto" and scans_layers(layout.platform):
         model = dataclasses.replace(model, layer_stack="scanned")
     config = dataclasses.replace(config, model=model)

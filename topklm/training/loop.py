@@ -25,6 +25,7 @@ from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
 from topklm.layout import Layout, make_layout
+from topklm.model import topk
 from topklm.training import bad_steps, memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
@@ -316,7 +317,7 @@ class _Run:
         tokenizer, settings = self.mixture.tokenizer, self.config.eval
         prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
         continuation = generate_tokens(
-            self.layout.for_gspmd(self.config.model),
+            topk.for_gspmd(self.config.model, self.layout.size),
             state.params,
             prompt,
             max_new_tokens=settings.sample_tokens,
