@@ -17,7 +17,7 @@ from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.inference.parameters import open_arrays
 from topklm.layout import one_device
-from topklm.training import bad_steps
+from topklm.training import anomalies
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_train_step
@@ -229,9 +229,9 @@ def saved_by_an_earlier_version(folder, state):
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, layout, state):
     saved_by_an_earlier_version(tmp_path / "c", state)
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
-    fresh = {"recent": bad_steps.fresh()}
+    fresh = {"recent": anomalies.empty()}
     restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
-    assert_same_bits(restored, state._replace(recent=bad_steps.fresh()))
+    assert_same_bits(restored, state._replace(recent=anomalies.empty()))
     assert restored.recent["loss"].sharding == restored.step.sharding
     assert (data, facts) == ({"next_index": 3}, {"note": "old"})
 
@@ -249,7 +249,7 @@ def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimi
     checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
-    fresh = {"recent": bad_steps.fresh()}
+    fresh = {"recent": anomalies.empty()}
     restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
     assert_same_bits(restored.recent, state.recent)
     assert int(restored.recent["count"]) == 3

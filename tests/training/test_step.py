@@ -21,7 +21,7 @@ import pytest
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
-from topklm.training import bad_steps
+from topklm.training import anomalies
 from topklm.training.optimizer import learning_rate_schedule, make_optimizer
 from topklm.training.step import TrainState, abstract_state, init_state, make_train_step
 
@@ -69,7 +69,7 @@ def initial_params():
 def fresh_state(optimizer, layout):
     """What `init_state` gives, without compiling it."""
     params = initial_params()
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
     # Copied, because a step reuses the memory.
     return jax.device_put(state, layout.shardings(state), may_alias=False)
 

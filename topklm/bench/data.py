@@ -35,7 +35,7 @@ from topklm.data.stream import Batch, train_stream, window_ids
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.layout import one_device
-from topklm.training.feed import DeviceBatch, Feed
+from topklm.training.prefetch import DeviceBatch, Feed
 
 DESCRIPTION = (
     "Measures the training stream of a config's data, which are prepared first if need be, beside the train "

@@ -26,17 +26,16 @@ from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
 from topklm.layout import Layout, make_layout
 from topklm.model import topk
-from topklm.training import bad_steps, memory, throughput
+from topklm.training import anomalies, memory, throughput
 from topklm.training import metrics as metrics_lib
-from topklm.training.agreement import Agreement
 from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, evaluation_line
 from topklm.training.evaluation import evaluate
-from topklm.training.feed import DeviceBatch, Feed
 from topklm.training.interruption import StopRequest, stop_on_signal
-from topklm.training.opening import opened
 from topklm.training.optimizer import change_of_schedule, make_optimizer
+from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.profile import Profiler
+from topklm.training.setup import prepare_run
 from topklm.training.step import (
     TrainState,
     abstract_batch,
@@ -45,6 +44,7 @@ from topklm.training.step import (
     make_eval_step,
     make_train_step,
 )
+from topklm.training.stop_sync import StopSync
 from topklm.training.summary import describe_model, summary
 from topklm.training.watchdog import Watchdog
 
@@ -70,7 +70,7 @@ def train(
         console.say(f"devices: {layout.describe_devices()}")
         for line in warnings(config):
             console.say(f"warning: {line}")
-        with opened(config, workdir, console) as (whole_config, mixture):
+        with prepare_run(config, workdir, console) as (whole_config, mixture):
             layout.check(whole_config)
             _Run(whole_config, workdir, mixture, layout, console, request).train()
 
@@ -89,11 +89,11 @@ class _Run:
     ):
         self.config, self.folder, self.mixture, self.console = config, folder, mixture, console
         self.layout, self.stop = layout, stop
-        self.agreement = Agreement(layout, stop)
+        self.stop_sync = StopSync(layout, stop)
         self.tokens_per_step = config.train.batch_size * config.model.context_length
         self.heldout = heldout_part(mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
-        self.eval_step = self.agreement.voting(make_eval_step(config, layout))
+        self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(config, layout))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
             self.checkpoints = Checkpoints(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
@@ -106,7 +106,7 @@ class _Run:
             rows=layout.process_rows(config.train.batch_size),
         )
         self.feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
-        self.policy = bad_steps.Policy(
+        self.policy = anomalies.Policy(
             config.train.on_bad_step,
             config.train.spike_sigmas,
             f"Lower --config.optim.learning_rate (now {config.optim.learning_rate}) in a new --workdir, or "
@@ -160,14 +160,14 @@ class _Run:
                 pending = None
                 time.sleep(release_seconds)
             with self.profiler.step(step):
-                state, step_metrics = train_step(state, next(self.feed), *self.agreement.ballot())
+                state, step_metrics = train_step(state, next(self.feed), *self.stop_sync.stop_flag())
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
             pending = (step, step_metrics)
             evaluation_due = _is_due(step, self.config.eval.every_steps, steps)
             saving_due = _is_due(step, self.config.checkpoint.every_steps, steps)
             saving_due |= self.checkpoints.due(step)
-            stopping = bool(self.agreement)
+            stopping = bool(self.stop_sync)
             traced = self.profiler.ends_with(step)
             if evaluation_due or saving_due or stopping or traced:
                 self._log(*pending)
@@ -179,7 +179,7 @@ class _Run:
                         self.profiler.close()
                 if evaluation_due and not stopping:
                     self._evaluate(step, state)
-                stopping = stopping or bool(self.agreement)
+                stopping = stopping or bool(self.stop_sync)
                 if saving_due or stopping:
                     self._save(state)
                 self.clock.start()
@@ -191,9 +191,9 @@ class _Run:
     def _compile(self, state: TrainState) -> jax.stages.Compiled:
         began = time.perf_counter()
         step_alone = make_train_step(self.config, self.optimizer, self.layout)
-        train_step: Any = self.agreement.voting(step_alone, donate_argnums=(0,))
+        train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.layout)
-        compiled = memory.compile_step(train_step.lower(state, batch, *self.agreement.ballot()))
+        compiled = memory.compile_step(train_step.lower(state, batch, *self.stop_sync.stop_flag()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
 
@@ -211,7 +211,7 @@ class _Run:
             return state
         with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
             state, data_state, facts = self.checkpoints.restore(
-                abstract, self.layout, fresh={"recent": bad_steps.fresh()}
+                abstract, self.layout, fresh={"recent": anomalies.empty()}
             )
         run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
@@ -244,11 +244,11 @@ class _Run:
         self.layout.check_split(params)
 
     def _log(self, step: int, step_metrics: Any) -> None:
-        results = self.agreement.count(jax.device_get(step_metrics))
+        results = self.stop_sync.read_stop_flag(jax.device_get(step_metrics))
         self.watchdog.tick(step)
         values = {name: float(value) for name, value in results.items()}
         bad = bool(values.pop("bad"))
-        if said := self.policy.see(step, values["loss"], values["gradient_norm"], bad):
+        if said := self.policy.observe(step, values["loss"], values["gradient_norm"], bad):
             self.console.say(said)
         if step % self.config.log.every_steps and step != self.config.train.steps and not bad:
             return
@@ -284,7 +284,7 @@ class _Run:
             self._heldout(),
             n_bytes=self.heldout.utf8_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
-            stopped=lambda: bool(self.agreement),
+            stopped=lambda: bool(self.stop_sync),
         )
         if result is None:
             return
@@ -299,9 +299,9 @@ class _Run:
         self.writer.write(step, {"tokens_seen": tokens_seen, **line, "eval/sample": sample})
 
     def _eval_step(self, params: Any, batch: DeviceBatch) -> dict[str, Any]:
-        sums = jax.device_get(self.eval_step(params, batch, *self.agreement.ballot()))
+        sums = jax.device_get(self.eval_step(params, batch, *self.stop_sync.stop_flag()))
         self.watchdog.tick()
-        return self.agreement.count(sums)
+        return self.stop_sync.read_stop_flag(sums)
 
     def _heldout(self) -> Iterator[DeviceBatch]:
         batch_size = self.layout.round_up(self.config.eval.batch_size)

@@ -16,7 +16,7 @@ from topklm.config import Config
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import attention_backends, losses, topk, transformer
 from topklm.parallel import Parallel
-from topklm.training import bad_steps, topk_health
+from topklm.training import anomalies, topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar, optimizer steps done
     params: transformer.Parameters
     opt_state: optax.OptState
-    recent: bad_steps.Recent  # what the last good steps were like
+    recent: anomalies.StepWindow  # what the last good steps were like
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -44,7 +44,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> T
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     params = transformer.create(config.model, config.train.seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
 
 
 def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,7 +61,7 @@ def make_train_step(
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The gradient is that of the weighted mean loss over all tokens of the batch, also when it is accumulated
-    over microbatches that hold different numbers of weighted tokens. A bad step (`bad_steps.is_bad`) counts,
+    over microbatches that hold different numbers of weighted tokens. A bad step (`anomalies.is_bad`) counts,
     but with `train.on_bad_step = "skip"` changes neither parameters nor optimizer.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `gradient_norm` (before clipping),
@@ -73,8 +73,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_gradient(state.params, batch)
         norm = optax.tree.norm(grads)
-        bad = bad_steps.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
-        recent = bad_steps.remember(state.recent, loss, norm, bad)
+        bad = anomalies.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
+        recent = anomalies.push(state.recent, loss, norm, bad)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = optax.apply_updates(state.params, updates), opt_state
         if config.train.on_bad_step == "skip":

@@ -19,10 +19,10 @@ WINDOW_STEPS = 128
 LEAST_STEPS = 32
 MOST_SKIPPED_IN_A_ROW = 10  # a bad batch or two pass; what lasts longer is not the data's fault
 
-Recent = dict[str, jax.Array]
+StepWindow = dict[str, jax.Array]
 
 
-def fresh() -> Recent:
+def empty() -> StepWindow:
     """Nothing seen yet.
 
     Returns:
@@ -34,7 +34,7 @@ def fresh() -> Recent:
     return {**windows, "count": jnp.zeros((), jnp.int32)}
 
 
-def is_bad(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
+def is_bad(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
     """Whether a step is not finite, or its loss or gradient norm a spike.
 
     A spike lies above mean + sigmas * standard deviation (n - 1 in the denominator) of the last good steps,
@@ -58,7 +58,7 @@ def is_bad(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, sigmas: fl
     return bad
 
 
-def remember(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, bad: jax.Array) -> Recent:
+def push(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, bad: jax.Array) -> StepWindow:
     """`recent` with this step in it, or as it is if the step is bad."""
     here = recent["count"] % WINDOW_STEPS
 
@@ -72,7 +72,7 @@ def remember(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, bad: jax
     }
 
 
-def _highest(recent: Recent, name: str, sigmas: float) -> jax.Array:
+def _highest(recent: StepWindow, name: str, sigmas: float) -> jax.Array:
     n = jnp.minimum(recent["count"], WINDOW_STEPS)
     seen = jnp.arange(WINDOW_STEPS) < n
     window = recent[name]
@@ -128,7 +128,7 @@ class Policy:
         self._last_checkpoint = last_checkpoint
         self._skipped: _Skipped | None = None
 
-    def see(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
+    def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
         """Judges a step.
 
         Args:

@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 600.0
 
 
 @contextlib.contextmanager
-def opened(config: Config, folder: AnyPath, console: Console) -> Iterator[tuple[Config, Mixture]]:
+def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[tuple[Config, Mixture]]:
     """Holds the run folder; gives the config with its vocabulary filled in, and the data.
 
     Raises:

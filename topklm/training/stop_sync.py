@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from topklm.layout import Layout
 from topklm.training.interruption import StopRequest
 
-_BALLOT = "stop_signal"
+_STOP_FLAG = "stop_signal"
 
 
-class Agreement:
+class StopSync:
     """Truthy once all processes know that the run shall stop; the same in all of them after each step."""
 
     def __init__(self, layout: Layout, stop: StopRequest):
@@ -31,12 +31,12 @@ class Agreement:
         self._alone = jax.process_count() == 1
         self._agreed = False
         self._layout = layout
-        self._ballots: dict[int, jax.Array] = {}
+        self._flags: dict[int, jax.Array] = {}
 
     def __bool__(self) -> bool:
         return bool(self._stop) if self._alone else self._agreed
 
-    def voting(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+    def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
         """A step that takes a ballot as one more argument, if there are others, and puts it to the vote.
 
         Args:
@@ -50,23 +50,23 @@ class Agreement:
             *arguments, ballot = arguments_and_ballot
             out = step(*arguments)
             *state, results = out if isinstance(out, tuple) else (out,)
-            results = {**results, _BALLOT: jnp.max(ballot)}
+            results = {**results, _STOP_FLAG: jnp.max(ballot)}
             return (*state, results) if state else results
 
         return jax.jit(with_ballot, donate_argnums=donate_argnums)
 
-    def ballot(self) -> tuple[jax.Array, ...]:
+    def stop_flag(self) -> tuple[jax.Array, ...]:
         """The further argument of a voting step: what this process has to say now, int32, per device."""
         if self._alone:
             return ()
         asked = signal.Signals[self._stop.signal_name].value if self._stop.signal_name else 0
-        if asked not in self._ballots:
-            self._ballots[asked] = self._layout.one_per_device(asked)
-        return (self._ballots[asked],)
+        if asked not in self._flags:
+            self._flags[asked] = self._layout.one_per_device(asked)
+        return (self._flags[asked],)
 
-    def count(self, results: dict[str, Any]) -> dict[str, Any]:
+    def read_stop_flag(self, results: dict[str, Any]) -> dict[str, Any]:
         """Takes the vote out of a step's results, which every process must do for every step, in order."""
-        asked = int(results.pop(_BALLOT, 0))
+        asked = int(results.pop(_STOP_FLAG, 0))
         if asked:
             self._agreed = True
             self._stop.request(signal.Signals(asked).name)

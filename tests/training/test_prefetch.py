@@ -9,8 +9,8 @@ import pytest
 
 from topklm.config import MeshConfig
 from topklm.layout import Layout, make_layout
-from topklm.training import feed as feed_module
-from topklm.training.feed import Feed
+from topklm.training import prefetch as prefetch_module
+from topklm.training.prefetch import Feed
 
 
 class CountingStream:
@@ -91,7 +91,7 @@ def test_a_stream_of_grain_resumes_exactly_although_it_was_read_ahead():
 
 def test_only_the_time_that_the_stream_takes_counts_as_waiting(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(feed_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(prefetch_module.time, "perf_counter", lambda: clock.now)
 
     class Slow(CountingStream):
         def __next__(self):
