@@ -11,6 +11,7 @@ from topklm import run_folder
 from topklm.config import Config, ModelConfig, TrainConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
+from topklm.training import setup
 
 HOLDS_THE_LOCK = """
 import pathlib, sys, time

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
-import importlib.metadata
 import sys
 
-import topklm
+VERSION = "0.1.0"  # of topklm
 
 
 @contextlib.contextmanager
@@ -25,10 +24,12 @@ def versions(*packages: str) -> dict[str, str]:
 
     Ours may be a clone on PYTHONPATH, and is known all the same.
     """
+    import importlib.metadata  # noqa: PLC0415 - `import topklm` does without
+
     found = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = topklm.__version__ if package == "topklm" else "unknown"
+            found[package] = VERSION if package == "topklm" else "unknown"
     return found

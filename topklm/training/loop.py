@@ -1,13 +1,12 @@
 """The training run: open, restore or start, then step, log, evaluate and save until done.
 
-The order inside the loop is what resuming rests on. A step's metrics are fetched while the next step
-already runs (large steps on CPUs take turns: `memory`); before a checkpoint everything up to its step is
+The order inside the loop is what resuming rests on. A step's metrics are fetched while the next step already
+runs (large steps on CPUs take turns: `release_seconds`); before a checkpoint everything up to its step is
 written out, so whatever is on disk after a kill belongs to steps up to a checkpoint, or is dropped and done
-again. Every process of a run takes the same turns: what one alone knows (a signal, a damaged file) is agreed
-on first.
+again. Every process of a run takes the same turns: all agree first on anything that one alone knows (a
+signal, a damaged file).
 """
 
-from collections.abc import Iterator
 import contextlib
 import math
 import time
@@ -17,35 +16,33 @@ import jax
 
 from topklm import distributed, run_folder
 from topklm.buckets import storage_errors_are_user_errors
-from topklm.config import Config, from_saved, warnings
-from topklm.data.mixture import Mixture
-from topklm.data.stream import heldout_batches, heldout_part, train_stream
-from topklm.errors import UserError
+from topklm.config import Config
+from topklm.data.stream import heldout_part
 from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
-from topklm.layout import Layout, make_layout
 from topklm.model import topk
-from topklm.training import anomalies, memory, throughput
+from topklm.training import anomalies, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.checkpoints import Checkpoints
-from topklm.training.console import Console, evaluation_line
+from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate
 from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.optimizer import change_of_schedule, make_optimizer
-from topklm.training.prefetch import DeviceBatch, Feed
+from topklm.training.prefetch import DeviceBatch, heldout_feed, train_feed
 from topklm.training.profile import Profiler
-from topklm.training.setup import prepare_run
+from topklm.training.setup import PreparedRun, check_memory, prepare_run
 from topklm.training.step import (
+    StopSync,
     TrainState,
     abstract_batch,
     abstract_state,
+    compile_step,
     init_state,
     make_eval_step,
     make_train_step,
+    release_seconds,
 )
-from topklm.training.stop_sync import StopSync
-from topklm.training.summary import describe_model, summary
 from topklm.training.watchdog import Watchdog
 
 
@@ -58,54 +55,32 @@ def train(
         config: The experiment.
         workdir: The run folder, local or in a bucket; created if missing.
         console: Where progress is shown; by default standard output, of the first process.
-        stop: What asks the run to stop; by default Ctrl-C, SIGTERM and SIGHUP, from now on.
+        stop: Asks the run to stop; by default Ctrl-C, SIGTERM and SIGHUP do, from now on.
 
     Raises:
         UserError: For anything the user can mend, and for a loss that is no longer finite.
     """
     console = console or Console(quiet=not distributed.is_primary())
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
-    with hearing as request:
-        layout = make_layout(config.mesh)
-        console.say(f"devices: {layout.describe_devices()}")
-        for line in warnings(config):
-            console.say(f"warning: {line}")
-        with prepare_run(config, workdir, console) as (whole_config, mixture):
-            layout.check(whole_config)
-            _Run(whole_config, workdir, mixture, layout, console, request).train()
+    with hearing as request, prepare_run(config, workdir, console) as run:
+        _Loop(run, console, request).train()
 
 
-class _Run:
-    """One process's part in a run: what the loop needs at hand, opened once."""
+class _Loop:
+    """One process's part in a run: all that its steps need, opened once."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: AnyPath,
-        mixture: Mixture,
-        layout: Layout,
-        console: Console,
-        stop: StopRequest,
-    ):
-        self.config, self.folder, self.mixture, self.console = config, folder, mixture, console
-        self.layout, self.stop = layout, stop
+    def __init__(self, run: PreparedRun, console: Console, stop: StopRequest):
+        self.run, self.console, self.stop = run, console, stop
+        self.config, self.folder, self.layout = config, folder, layout = run.config, run.folder, run.layout
         self.stop_sync = StopSync(layout, stop)
-        self.tokens_per_step = config.train.batch_size * config.model.context_length
-        self.heldout = heldout_part(mixture, config.eval.max_tokens)
+        self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(config, layout))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
             self.checkpoints = Checkpoints(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
-        stream = train_stream(
-            mixture,
-            context_length=config.model.context_length,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            rows=layout.process_rows(config.train.batch_size),
-        )
-        self.feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
+        self.feed = train_feed(config, run.mixture, layout)
         self.policy = anomalies.Policy(
             config.train.on_bad_step,
             config.train.spike_sigmas,
@@ -148,17 +123,17 @@ class _Run:
 
     def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
         steps = self.config.train.steps
-        release_seconds = memory.release_seconds(train_step)
-        self.log_rate = throughput.Rate(self.config, self.tokens_per_step, first, self.clock.total)
-        self.last_logged = (self.clock.total, self.feed.waited)
+        rest_seconds = release_seconds(train_step)
+        self.log_rate = throughput.Rate(self.config, self.run.tokens_per_step, first, self.clock.total)
+        self.feed.wait_share(self.clock.total)
         self.console.start(first, steps)
         pending: tuple[int, Any] | None = None
         self.clock.start()
         for step in range(first + 1, steps + 1):
-            if release_seconds and pending:
+            if rest_seconds and pending:
                 self._log(*pending)
                 pending = None
-                time.sleep(release_seconds)
+                time.sleep(rest_seconds)
             with self.profiler.step(step):
                 state, step_metrics = train_step(state, next(self.feed), *self.stop_sync.stop_flag())
             if pending:
@@ -193,15 +168,15 @@ class _Run:
         step_alone = make_train_step(self.config, self.optimizer, self.layout)
         train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.layout)
-        compiled = memory.compile_step(train_step.lower(state, batch, *self.stop_sync.stop_flag()))
+        compiled = compile_step(train_step.lower(state, batch, *self.stop_sync.stop_flag()))
         self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
         return compiled
 
     def _restore_or_start(self) -> TrainState:
-        """The state and its clock; the data stream is moved to its place."""
+        """Returns the state, sets the clock, and moves the data stream to its position."""
         abstract = abstract_state(self.config, self.optimizer)
         self._check_layout(abstract.params)
-        memory.check(abstract, self.layout)
+        check_memory(abstract, self.layout)
         self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
             state = init_state(self.config, self.optimizer, self.layout)
@@ -213,19 +188,7 @@ class _Run:
             state, data_state, facts = self.checkpoints.restore(
                 abstract, self.layout, fresh={"recent": anomalies.empty()}
             )
-        run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
-        if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
-            raise UserError(
-                f"checkpoint {int(state.step)} of {self.folder} belongs to another tokenizer than the data: "
-                "put the run's own checkpoints back, or start a new run with --workdir"
-            )
-        # Absent from checkpoints of earlier versions.
-        if facts.get("data_fingerprint", self.mixture.fingerprint) != self.mixture.fingerprint:
-            raise UserError(
-                f"data.source, data.mixture: not the data that {self.folder} was trained on (fingerprint "
-                f"{self.mixture.fingerprint[:12]}, not {facts['data_fingerprint'][:12]}): name the data it "
-                "began with, wherever it lies now, or start a new run with --workdir"
-            )
+        self.run.check_facts(int(state.step), facts)
         before = facts["config"]["train"]["steps"]
         if said := change_of_schedule(self.config.optim, before, self.config.train.steps, int(state.step)):
             self.console.say(said)
@@ -260,17 +223,11 @@ class _Run:
         line |= {"train/skipped": 1.0} if bad else {}
         timing = {"tokens_per_second": rate, "seconds_trained": seconds}
         timing |= {"mfu": mfu} if math.isfinite(mfu) else {}
-        timing |= {"input_wait": self._input_wait(seconds), "goodput": self.clock.goodput()}
-        self.writer.write(step, {"tokens_seen": step * self.tokens_per_step, **line, **timing})
-
-    def _input_wait(self, seconds: float) -> float:
-        """Share of the training time since the line before that the loop spent waiting for its input."""
-        before, waited_before = self.last_logged
-        self.last_logged = (seconds, self.feed.waited)
-        return (self.feed.waited - waited_before) / max(seconds - before, 1e-9)
+        timing |= {"input_wait": self.feed.wait_share(seconds), "goodput": self.clock.goodput()}
+        self.writer.write(step, {"tokens_seen": step * self.run.tokens_per_step, **line, **timing})
 
     def _owes_evaluation(self, step: int) -> bool:
-        """Whether somebody stopped the run between this step and the evaluation that was due after it."""
+        """Tells whether the run was stopped between this step and the evaluation that was due after it."""
         due = step > 0 and _is_due(step, self.config.eval.every_steps, self.config.train.steps)
         if not due:
             return False
@@ -281,7 +238,7 @@ class _Run:
         result = evaluate(
             self._eval_step,
             state.params,
-            self._heldout(),
+            heldout_feed(self.config, self.run.mixture, self.layout, self.heldout),
             n_bytes=self.heldout.utf8_bytes,
             n_topk_layers=self.config.model.n_topk_layers,
             stopped=lambda: bool(self.stop_sync),
@@ -290,12 +247,12 @@ class _Run:
             return
         with self.watchdog.paused():  # as long as the user asked for
             sample = self._sample(state)
-        if result["tokens"] < self.mixture.heldout_text_tokens:
-            result["of_tokens"] = self.mixture.heldout_text_tokens
+        if result["tokens"] < self.run.mixture.heldout_text_tokens:
+            result["of_tokens"] = self.run.mixture.heldout_text_tokens
         self.console.say(evaluation_line(step, result))
         self.console.say(f"sample: {sample}")
         line = {f"eval/{name}": value for name, value in result.items()}
-        tokens_seen = step * self.tokens_per_step
+        tokens_seen = step * self.run.tokens_per_step
         self.writer.write(step, {"tokens_seen": tokens_seen, **line, "eval/sample": sample})
 
     def _eval_step(self, params: Any, batch: DeviceBatch) -> dict[str, Any]:
@@ -303,18 +260,8 @@ class _Run:
         self.watchdog.tick()
         return self.stop_sync.read_stop_flag(sums)
 
-    def _heldout(self) -> Iterator[DeviceBatch]:
-        batch_size = self.layout.round_up(self.config.eval.batch_size)
-        context_length = self.config.model.context_length
-        # Documents are packed one after another, so every process makes whole batches.
-        rows = self.layout.process_rows(batch_size)
-        for batch in heldout_batches(
-            self.mixture, context_length=context_length, batch_size=batch_size, part=self.heldout
-        ):
-            yield self.layout.put_batch(batch, batch_size, rows)
-
     def _sample(self, state: TrainState) -> str:
-        tokenizer, settings = self.mixture.tokenizer, self.config.eval
+        tokenizer, settings = self.run.mixture.tokenizer, self.config.eval
         prompt = [tokenizer.separator_id, *tokenizer.encode(settings.sample_prompt).tolist()]
         continuation = generate_tokens(
             topk.for_gspmd(self.config.model, self.layout.size),
@@ -329,12 +276,10 @@ class _Run:
 
     def _save(self, state: TrainState) -> None:
         step = int(state.step)
-        facts = {
-            "config": self.config.to_dict(),
-            "tokenizer_sha256": self.mixture.tokenizer.sha256,
-            "data_fingerprint": self.mixture.fingerprint,
+        facts: dict[str, Any] = {
+            **self.run.facts(),
             "step": step,
-            "tokens_seen": step * self.tokens_per_step,
+            "tokens_seen": step * self.run.tokens_per_step,
             "seconds_trained": self.clock.total,
             "began_at": self.clock.began_at,
             "process_count": jax.process_count(),
@@ -356,14 +301,17 @@ class _Run:
 
     def _say_trained(self, steps: int) -> None:
         self._wait_for_checkpoint(steps)
-        self.console.table(f"{self.folder}: trained", summary(self.folder, steps))
+        self._show_summary(f"{self.folder}: trained", steps)
 
     def _say_finished(self, step: int) -> None:
         self.console.say(
             f"{self.folder} is finished at step {step:,}: nothing to train. Go on with a larger "
             "--config.train.steps, or start a new run with --workdir"
         )
-        self.console.table(str(self.folder), summary(self.folder, step))
+        self._show_summary(str(self.folder), step)
+
+    def _show_summary(self, title: str, step: int) -> None:
+        self.console.table(title, summary(self.folder, metrics_lib.read(self.folder), step))
 
     def _wait_for_checkpoint(self, step: int) -> None:
         saving = storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder)

@@ -6,20 +6,30 @@ and in `topklm.parallel`; the optimizer works on each array as it lies.
 
 from collections.abc import Callable, Mapping
 import functools
+import signal
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from topklm import allocator
 from topklm.config import Config
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import attention_backends, losses, topk, transformer
 from topklm.parallel import Parallel
-from topklm.training import anomalies, topk_health
+from topklm.training import anomalies
+from topklm.training.evaluation import topk_health_tap
+from topklm.training.interruption import StopRequest
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
+
+
+# XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
+_RELEASE_SECONDS = 0.002
+_LARGE_BYTES = 64 * 2**20
+_STOP_FLAG = "stop_signal"  # among the results of a step
 
 
 class TrainState(NamedTuple):
@@ -97,12 +107,12 @@ def make_eval_step(
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
-    int32[B], how many a row has, and `topk_health`, see `topk_health.measure`.
+    int32[B], how many a row has, and `topk_health`, see `topk_health_tap`.
     """
     specs, parallel = _device_view(config, layout)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        tap = topk_health.tap(parallel.residual_tokens(batch["loss_weights"]))
+        tap = topk_health_tap(parallel.residual_tokens(batch["loss_weights"]))
         model, h, health = _hidden(config, params, batch, parallel, tap)
         nll = losses.token_losses(
             parallel.gather_tokens(h),
@@ -198,3 +208,83 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
     shape = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[: x.shape[0] // n], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     return jax.lax.scan(add, zeros, jax.tree.map(microbatches, batch))[0]
+
+
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a train step, and gives back what the compiler took and freed."""
+    compiled = lowered.compile()
+    allocator.release_freed_memory()
+    return compiled
+
+
+def release_seconds(compiled: jax.stages.Compiled) -> float:
+    """Returns how long to wait, in seconds, between a step that is done and the next; 0 if they may overlap.
+
+    A step that begins before the last one's temporaries are free takes as much memory again, and the
+    allocator keeps it.
+    """
+    if jax.default_backend() != "cpu":
+        return 0.0
+    sizes = compiled.memory_analysis()
+    large = sizes is not None and sizes.temp_size_in_bytes > _LARGE_BYTES
+    return _RELEASE_SECONDS if large else 0.0
+
+
+class StopSync:
+    """Truthy once all processes know that the run shall stop; the same in all of them after each step.
+
+    Each process puts its own signal into the step as an array over its devices, and reads the largest of all
+    among the step's results: a step later all know, without any message and whatever the network does.
+    """
+
+    def __init__(self, layout: Layout, stop: StopRequest):
+        """Starts with no stop known.
+
+        Args:
+            layout: Of all devices of the run.
+            stop: Request to this process.
+        """
+        self._stop = stop
+        self._alone = jax.process_count() == 1
+        self._agreed = False
+        self._layout = layout
+        self._flags: dict[int, jax.Array] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._stop) if self._alone else self._agreed
+
+    def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+        """Gives a step one more argument, this process's stop flag, if there are other processes.
+
+        Args:
+            step: Jitted, `(...) -> results` or `(...) -> (state, results)`.
+            donate_argnums: Of the step.
+        """
+        if self._alone:
+            return step
+
+        def with_flag(*arguments_and_flag: Any) -> Any:
+            *arguments, flag = arguments_and_flag
+            out = step(*arguments)
+            *state, results = out if isinstance(out, tuple) else (out,)
+            results = {**results, _STOP_FLAG: jnp.max(flag)}
+            return (*state, results) if state else results
+
+        return jax.jit(with_flag, donate_argnums=donate_argnums)
+
+    def stop_flag(self) -> tuple[jax.Array, ...]:
+        """Returns the further argument of such a step: this process's signal number now, or 0, per device."""
+        if self._alone:
+            return ()
+        asked = signal.Signals[self._stop.signal_name].value if self._stop.signal_name else 0
+        if asked not in self._flags:
+            self._flags[asked] = self._layout.one_per_device(asked)
+        return (self._flags[asked],)
+
+    def read_stop_flag(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Takes the flag out of a step's results; every process must do so for every step, in order."""
+        asked = int(results.pop(_STOP_FLAG, 0))
+        if asked:
+            self._agreed = True
+            self._stop.request(signal.Signals(asked).name)
+        return results

@@ -11,9 +11,17 @@ from topklm import config as config_lib
 from topklm.bench.processes import Prepared
 from topklm.bench.shapes import random_tokens
 from topklm.layout import make_layout
-from topklm.training import memory, throughput
+from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
-from topklm.training.step import Batch, TrainState, abstract_batch, init_state, make_train_step
+from topklm.training.step import (
+    Batch,
+    TrainState,
+    abstract_batch,
+    compile_step,
+    init_state,
+    make_train_step,
+    release_seconds,
+)
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
@@ -32,7 +40,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     batch = jax.device_put(random_batch(config), layout.batch)
     began = time.perf_counter()
     lowered = make_train_step(config, optimizer, layout).lower(state, abstract_batch(config, layout))
-    training = _Training(memory.compile_step(lowered), state, batch)
+    training = _Training(compile_step(lowered), state, batch)
     compile_seconds = time.perf_counter() - began
     del state  # the first step takes its memory
     facts = {
@@ -70,7 +78,7 @@ class _Training:
 
     def __init__(self, compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
         self._compiled, self._state, self._batch = compiled, state, batch
-        self._release_seconds = memory.release_seconds(compiled)
+        self._release_seconds = release_seconds(compiled)
 
     def step(self) -> float:
         """One step, done; the loss in nats per token."""
