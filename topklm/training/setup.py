@@ -206,7 +206,7 @@ def _bytes_on_a_device(tree: Any, layout: Layout) -> int:
 
 
 def _host_limits() -> list[tuple[float, str]]:
-    """Bytes that this process may still take, by what limits them."""
+    """Lists the bytes that this process may still take, and the limit that says so."""
     limits: list[tuple[float, str]] = []
     with contextlib.suppress(OSError, ValueError):  # no such names outside of Linux and macOS
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar, optimizer steps done
     params: transformer.Parameters
     opt_state: optax.OptState
-    recent: anomalies.StepWindow  # what the last good steps were like
+    recent: anomalies.StepWindow  # loss and gradient norm of the last good steps
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -195,7 +195,7 @@ def _hidden(
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
-    """`gradient(params, batch)` summed over n microbatches; the loss weights already sum to 1."""
+    """Sums `gradient(params, batch)` over n microbatches; the loss weights already sum to 1."""
     if n == 1:
         return gradient(params, batch)
 
