@@ -4,8 +4,8 @@ import collections
 
 import pytest
 
-from topklm.compile_check import cost, hlo
-from topklm.compile_check.program import parse
+from topklm.compile_check import collectives, cost
+from topklm.compile_check.hlo import parse
 
 # By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
 LOOPED = 2 * 16 * 32 * 32
@@ -124,7 +124,7 @@ def test_products_that_cannot_be_read_are_named_and_the_others_counted():
 
 def test_collectives_that_cannot_be_read_are_named():
     unread = collections.Counter()
-    assert hlo.collectives_of(parse(UNREADABLE), unread) == []
+    assert collectives.collectives_of(parse(UNREADABLE), unread) == []
     assert unread == {"odd": 1}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topklm.compile_check import cost, hlo, program
+from topklm.compile_check import collectives, cost, hlo
 from topklm.compile_check.report import Memory, Report, Traffic
 from topklm.compile_check.topology import GIB, Chip, Topology
 from topklm.config import Config
@@ -68,7 +68,7 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         model_flops=throughput.flops_per_token(config.model) * tokens / layout.size,
         compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
         hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
-        traffic=_traffic(hlo.collectives_of(parsed, traffic), layout.mesh, topology, traffic),
+        traffic=_traffic(collectives.collectives_of(parsed, traffic), layout.mesh, topology, traffic),
         compile_seconds=seconds,
         unread={
             f"{what} of {name}": runs
@@ -110,9 +110,9 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Comp
         raise does_not_fit(needed, available, topology.name.partition(":")[0]) from e
 
 
-def _parsed(compiled: jax.stages.Compiled) -> program.Program:
+def _parsed(compiled: jax.stages.Compiled) -> hlo.Program:
     try:
-        return program.parse(compiled.as_text() or "")
+        return hlo.parse(compiled.as_text() or "")
     except (jax.errors.JaxRuntimeError, ValueError) as e:
         if importlib.util.find_spec("libtpu") is None:
             raise
@@ -134,12 +134,12 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def _traffic(
-    collectives: Sequence[hlo.Collective], mesh: Mesh, topology: Topology, unread: program.Unread
+    collectives: Sequence[collectives.Collective], mesh: Mesh, topology: Topology, unread: hlo.Unread
 ) -> tuple[Traffic, ...]:
     """Summed over the collectives of one kind along the same axes."""
     rows: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
     for collective in collectives:
-        with program.reading(collective.name, program.Runs(collective.count, is_exact=True), unread):
+        with hlo.reading(collective.name, hlo.Runs(collective.count, is_exact=True), unread):
             key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
             before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
             rows[key] = Traffic(
@@ -152,7 +152,7 @@ def _traffic(
     return tuple(sorted(rows.values(), key=lambda row: -row.bytes_sent))
 
 
-def _seconds(collective: hlo.Collective, mesh: Mesh, topology: Topology) -> float:
+def _seconds(collective: collectives.Collective, mesh: Mesh, topology: Topology) -> float:
     """Of one run at the links' data-sheet bandwidth, with no latency; 0 for devices without a data sheet."""
     if topology.chip is None:
         return 0.0
@@ -161,7 +161,7 @@ def _seconds(collective: hlo.Collective, mesh: Mesh, topology: Topology) -> floa
     return collective.bytes_sent * max(hops, 1) / _bandwidth(collective, mesh, topology, topology.chip)
 
 
-def _bandwidth(collective: hlo.Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
+def _bandwidth(collective: collectives.Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
     if collective.across_slices:
         return chip.dcn_bytes_per_second
     devices = mesh.devices.reshape(-1)

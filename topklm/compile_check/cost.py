@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from topklm.compile_check.program import Computation, Instruction, Program, Shape, Unread, reading
+from topklm.compile_check.hlo import Computation, Instruction, Program, Shape, Unread, reading
 from topklm.model.attention_backends import splash_block
 
 # They move nothing: names for parts of something, or the second half of what was counted at its start.
