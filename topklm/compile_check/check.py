@@ -83,13 +83,13 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with `data.vocab_size` tokens, if `model.vocab_size` leaves that to a tokenizer."""
+    """Returns the config with `data.vocab_size` tokens, if `model.vocab_size` leaves that to a tokenizer."""
     size = config.model.vocab_size or config.data.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def does_not_fit(needed: float, available: float, chip: str) -> UserError:
-    """What to do about a step that needs more bytes than a device has."""
+    """Returns the error for a step that needs more bytes than a device has, with advice."""
     return UserError(
         f"needs {needed / GIB:.1f} GiB per device, a {chip} has {available / GIB:.2f}: more mesh.fsdp, "
         "model.remat=full, a smaller train.batch_size or more train.grad_accumulation, or a larger topology"
@@ -134,11 +134,11 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def _traffic(
-    collectives: Sequence[collectives.Collective], mesh: Mesh, topology: Topology, unread: hlo.Unread
+    found: Sequence[collectives.Collective], mesh: Mesh, topology: Topology, unread: hlo.Unread
 ) -> tuple[Traffic, ...]:
-    """Summed over the collectives of one kind along the same axes."""
+    """Sums over the collectives of one kind along the same axes."""
     rows: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
-    for collective in collectives:
+    for collective in found:
         with hlo.reading(collective.name, hlo.Runs(collective.count, is_exact=True), unread):
             key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
             before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
@@ -153,7 +153,7 @@ def _traffic(
 
 
 def _seconds(collective: collectives.Collective, mesh: Mesh, topology: Topology) -> float:
-    """Of one run at the links' data-sheet bandwidth, with no latency; 0 for devices without a data sheet."""
+    """Returns the time of one run at the data sheet's bandwidth, without latency; 0 for unknown devices."""
     if topology.chip is None:
         return 0.0
     # Of what goes to every other device of a ring, a piece travels a quarter of the way round on average.

@@ -38,12 +38,12 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """What each device sends in one run, with the ring algorithms (Thakur et al. 2005, section 4)."""
+        """Bytes that each device sends in a run, with the ring algorithms (Thakur et al. 2005, section 4)."""
         share = (self.group_size - 1) / self.group_size
         return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
 
     def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-        """The mesh axes along which its groups reach; over slices, the first axis.
+        """Returns the mesh axes along which its groups reach; over slices, the first axis.
 
         Args:
             mesh_shape: Axis -> size, in the order of the mesh.
@@ -60,7 +60,7 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a program that move anything.
+    """Lists the collectives of a program that move anything.
 
     Args:
         text: `compiled.as_text()`.
@@ -72,7 +72,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def collectives_of(program: Program, unread: Unread | None = None) -> list[Collective]:
-    """`collectives` of a program that is parsed already; `unread` as in `cost.matmul_flops`."""
+    """Lists those of a program that is parsed already; `unread` as in `cost.matmul_flops`."""
     scattered = _all_reduces_that_scatter(program)
     found = []
     for computation, instruction, runs in program.walk():
@@ -103,7 +103,7 @@ def _collective(
 def _whole_bytes(kind: str, size: int, computation: Computation, instruction: Instruction) -> int:
     operands = computation.operands(instruction)
     if kind == "collective-permute":
-        operands = operands[:1]  # what follows are buffers and offsets of the in-place form
+        operands = operands[:1]  # after it come buffers and offsets of the in-place form
     taken = sum(shape.bytes for operand in operands for shape in operand.shapes)
     taken *= size if kind == "all-gather" else 1
     if instruction.opcode.endswith("-start"):
@@ -113,7 +113,7 @@ def _whole_bytes(kind: str, size: int, computation: Computation, instruction: In
 
 
 def _over_slices(computation: Computation, instruction: Instruction, common: dict) -> Collective | None:
-    """A transfer through the host to the other slices; None for other sends."""
+    """Reads a transfer through the host to the other slices; None for other sends."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     target = re.search(r'_xla_megascale_target="\{([^}]*)\}', instruction.attributes)
     if kind is None or target is None:
@@ -127,7 +127,7 @@ def _over_slices(computation: Computation, instruction: Instruction, common: dic
 
 
 def _is_a_later_part(computation: Computation, instruction: Instruction) -> bool:
-    """Of a collective that a TPU runs beside other work: it stands in each fusion that drives it on."""
+    """Tells whether a collective that a TPU runs beside other work was counted at its first fusion."""
     if "async_collective_fusion_config" not in instruction.attributes:
         return False
     starts = (
@@ -139,13 +139,13 @@ def _is_a_later_part(computation: Computation, instruction: Instruction) -> bool
 
 
 def _all_reduces_that_scatter(program: Program) -> set[str]:
-    """All-reduces fused with the slicing of their result: on a TPU, how a reduce-scatter may be written."""
+    """Names all-reduces fused with the slicing of their result: so a TPU may write a reduce-scatter."""
     fused = [c for name, c in program.computations.items() if name.startswith("all-reduce-scatter")]
     return {i.name for c in fused for i in c.instructions.values() if i.opcode == "all-reduce"}
 
 
 def _groups(instruction: Instruction, n_partitions: int) -> tuple[Groups, int]:
-    """Who talks to whom, and how many do in each group.
+    """Reads the groups of devices that take part together, and their size.
 
     Raises:
         ValueError: For a notation that is not known.
@@ -161,7 +161,7 @@ def _groups(instruction: Instruction, n_partitions: int) -> tuple[Groups, int]:
 
 
 def _replica_groups(text: str) -> Groups:
-    """The three notations: lists, an iota that is reshaped and transposed, and axes of a mesh.
+    """Reads three notations: lists, an iota that is reshaped and transposed, and axes of a mesh.
 
     `{{0,1},{2,3}}`; `[4,2]<=[2,2,2]T(0,2,1)`; `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2,'b'}`.
     An empty list, ((),), stands for one group of all.

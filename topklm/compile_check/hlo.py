@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any, TypeAlias
 
-# What could not be read of a program, and how often that runs in one run of it.
+# Instructions of a program that could not be read, and how often they run in one run of it.
 Unread: TypeAlias = collections.Counter[str]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
@@ -50,8 +50,8 @@ class Instruction:
     shapes: tuple[Shape, ...]  # of the result; the leaves of a tuple
     opcode: str
     operands: tuple[str, ...]
-    attributes: str  # everything behind the operands, as printed
-    argument: str  # what stands between the parentheses, as printed: the value of a constant
+    attributes: str  # everything after the operands, as printed
+    argument: str  # text between the parentheses, as printed: the value of a constant
 
     def called(self, *roles: str) -> list[str]:
         """Names of the computations that it runs in these roles, e.g. "body"."""
@@ -74,7 +74,7 @@ class Computation:
     root: str
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results it takes."""
+        """Returns the instructions whose results it takes."""
         return [self.instructions[name] for name in instruction.operands if name in self.instructions]
 
 
@@ -88,14 +88,14 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A module: what each of its devices runs."""
+    """A module, which each of its devices runs."""
 
     computations: Mapping[str, Computation]
     entry: str
     n_partitions: int
 
     def walk(self) -> Iterator[tuple[Computation, Instruction, Runs]]:
-        """Every instruction that runs, those inside fusions too, with the number of its runs.
+        """Yields every instruction that runs, those inside fusions too, with the number of its runs.
 
         The scalar functions of reductions, sorts and the like are left out. Each branch of a conditional
         counts as taken, so the sum over branches is an upper bound.
@@ -194,7 +194,7 @@ def parse(text: str) -> Program:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """Of "SHAPE opcode(operands), attributes"; a shape has spaces only inside a tuple's parentheses."""
+    """Reads "SHAPE opcode(operands), attributes"; a shape has spaces only inside a tuple's parentheses."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shapes = tuple(_shape(*groups) for groups in _SHAPE.findall(text[:end]))
     opcode, _, rest = text[end:].strip().partition("(")
@@ -205,7 +205,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`; those in quotes do not count."""
+    """Finds the parenthesis that closes the one at `start`; those in quotes do not count."""
     depth, quoted = 0, False
     for i in range(start, len(text)):
         character = text[i]
@@ -254,7 +254,7 @@ class _Evaluation:
         return self.value(self._computation.root)
 
     def value(self, name: str) -> Any:
-        """An int, a tuple of these or None, or None for what is not known."""
+        """Returns an int, a tuple of these or None, or None for an unknown value."""
         if name not in self._values:
             self._values[name] = self._evaluate(self._computation.instructions[name])
         return self._values[name]

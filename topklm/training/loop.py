@@ -75,7 +75,6 @@ class _Loop:
         self.stop_sync = StopSync(layout, stop)
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
-        self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(config, layout))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
             self.checkpoints = Checkpoints(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
@@ -111,7 +110,7 @@ class _Loop:
                 self.writer = stack.enter_context(contextlib.closing(writer))
                 profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
                 self.profiler = stack.enter_context(contextlib.closing(profiler))
-                train_step = self._compile(state)
+                train_step = self._make_steps(state)
                 self.stop.begin_training()
                 if self._owes_evaluation(first):
                     self._evaluate(first, state)
@@ -163,7 +162,9 @@ class _Loop:
                 return
         self._say_trained(steps)
 
-    def _compile(self, state: TrainState) -> jax.stages.Compiled:
+    def _make_steps(self, state: TrainState) -> jax.stages.Compiled:
+        """Makes the evaluation step, and compiles and returns the train step."""
+        self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(self.config, self.layout))
         began = time.perf_counter()
         step_alone = make_train_step(self.config, self.optimizer, self.layout)
         train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))

@@ -25,6 +25,7 @@ from topklm.data.prepare import prepare
 from topklm.errors import UserError
 from topklm.files import AnyPath, write_atomically
 from topklm.layout import Layout, make_layout
+from topklm.model import attention_backends, topk
 from topklm.training.console import Console
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.
@@ -88,6 +89,9 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
             by all hosts or holds another run; or for data that cannot be trained on.
     """
     layout = make_layout(config.mesh)
+    # Refused before the data is prepared, which can take hours, and not first where the steps are made.
+    topk.check_platform(config.model.topk_backend, layout.platform)
+    attention_backends.choose(config.model, layout.platform)
     console.say(f"devices: {layout.describe_devices()}")
     for line in warnings(config):
         console.say(f"warning: {line}")
@@ -96,10 +100,10 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
             stack.enter_context(run_folder.owned(folder, console.say))
         _check_shared(folder)
         config, mixture = _prepare_data(config, console)
+        layout.check(config)
         if distributed.is_primary():
             _describe(config, folder, mixture)
         distributed.barrier("run folder", _PATIENCE_SECONDS)
-        layout.check(config)
         yield PreparedRun(config, folder, mixture, layout)
 
 

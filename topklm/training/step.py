@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from topklm import allocator
-from topklm.config import Config
+from topklm.config import Config, ModelConfig
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import attention_backends, losses, topk, transformer
 from topklm.parallel import Parallel
@@ -109,11 +109,11 @@ def make_eval_step(
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
     int32[B], how many a row has, and `topk_health`, see `topk_health_tap`.
     """
-    specs, parallel = _device_view(config, layout)
+    specs, parallel, forward = _make_forward(config.model, layout)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
         tap = topk_health_tap(parallel.residual_tokens(batch["loss_weights"]))
-        model, h, health = _hidden(config, params, batch, parallel, tap)
+        model, h, health = forward(params, batch, tap)
         nll = losses.token_losses(
             parallel.gather_tokens(h),
             model.unembedding(),
@@ -137,10 +137,10 @@ def make_eval_step(
 
 def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel = _device_view(config, layout)
+    specs, parallel, forward = _make_forward(config.model, layout)
 
     def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model, h, _ = _hidden(config, params, batch, parallel)
+        model, h, _ = forward(params, batch)
         return losses.cross_entropy(
             parallel.gather_tokens(h),
             model.unembedding(),
@@ -164,34 +164,36 @@ def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def _device_view(config: Config, layout: Layout) -> tuple[Any, Parallel]:
-    """Returns the specs of the parameters, and what one device's program needs to know."""
-    shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
-    topk.check_platform(config.model.topk_backend, layout.platform)
-    attention = attention_backends.choose(config.model, layout.platform)
-    return layout.specs(shapes), layout.device_view(shapes, jnp.dtype(config.model.dtype), attention)
+def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
+    """Builds the forward pass of one device's program.
 
+    Returns:
+        The specs of the parameters; the device's view of the mesh; and `(params, batch, tap) -> (model, h,
+        what the tap saw)`, whose parameters are this device's parts.
+    """
+    shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
+    topk.check_platform(config.topk_backend, layout.platform)
+    attention = attention_backends.choose(config, layout.platform)
+    parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention)
 
-def _hidden(
-    config: Config,
-    params: transformer.Parameters,
-    batch: Batch,
-    parallel: Parallel,
-    tap: transformer.Tap | None = None,
-) -> tuple[transformer.Transformer, jax.Array, Any]:
-    def gathered() -> transformer.Transformer:
-        # The blocks are gathered one at a time, where they are used.
-        outside_blocks = parallel.gather({name: part for name, part in params.items() if name != "blocks"})
-        return transformer.bind(config.model, {**params, **outside_blocks})
+    def forward(
+        params: transformer.Parameters, batch: Batch, tap: transformer.Tap | None = None
+    ) -> tuple[transformer.Transformer, jax.Array, Any]:
+        def gathered() -> transformer.Transformer:
+            # The blocks are gathered one at a time, where they are used.
+            outside_blocks = parallel.gather({name: x for name, x in params.items() if name != "blocks"})
+            return transformer.bind(config, {**params, **outside_blocks})
 
-    model = gathered()
-    h, seen = model.hidden(
-        batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
-    )
-    # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each goes
-    # through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
-    tied = config.model.tie_embeddings and config.model.dtype != "float32"
-    return gathered() if tied else model, h, seen
+        model = gathered()
+        h, seen = model.hidden(
+            batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
+        )
+        # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
+        # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
+        tied = config.tie_embeddings and config.dtype != "float32"
+        return gathered() if tied else model, h, seen
+
+    return layout.specs(shapes), parallel, forward
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
