@@ -74,7 +74,7 @@ def optimizer(config):
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def layout():
     return one_device()
 
 

@@ -52,7 +52,7 @@ def tiny_state(step):
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def layout():
     return one_device()
 
 
