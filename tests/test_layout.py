@@ -1,4 +1,4 @@
-"""Meshes and partition rules: what is refused, and what is split how."""
+"""Meshes and partition rules: refusals, and how each parameter is split."""
 
 import jax
 from jax.sharding import PartitionSpec

@@ -21,7 +21,7 @@ FIGURES = {"loss", "perplexity", "bits_per_byte", "tokens", "dead_neurons", "nor
 
 
 def fake_step(nll_per_token):
-    """An eval step that charges every weighted token the same."""
+    """Makes an eval step that charges every weighted token the same."""
 
     def step(params, batch):
         weights = np.asarray(batch["loss_weights"])
@@ -86,7 +86,7 @@ def rows():
 
 
 def in_batches(rows, size):
-    """The last batch is filled with rows of weight 0, as the data pipeline does."""
+    """Fills the last batch with rows of weight 0, as the data pipeline does."""
     padded = {
         name: np.concatenate([x, np.zeros((-ROWS % size, *x.shape[1:]), x.dtype)]) for name, x in rows.items()
     }

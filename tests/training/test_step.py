@@ -47,7 +47,7 @@ PLAIN_GRADIENT = optax.sgd(1.0)
 
 
 def make_batch(batch_size=8, length=8, vocab_size=41, seed=0):
-    """Two documents a row; rows differ much in how many tokens count."""
+    """Makes two documents a row; rows differ much in how many tokens count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (batch_size, length + 1))
     counted = rng.random((batch_size, length)) < np.linspace(0.1, 1.0, batch_size)[:, None]
@@ -62,12 +62,12 @@ def make_batch(batch_size=8, length=8, vocab_size=41, seed=0):
 
 @functools.cache
 def initial_params():
-    """Those of seed 0, which the Base LM and the TopK LM share, as NumPy arrays."""
+    """Returns the parameters of seed 0, which the Base LM and the TopK LM share, as NumPy arrays."""
     return jax.device_get(jax.jit(transformer.create, static_argnums=(0, 1))(BASE.model, 0))
 
 
 def fresh_state(optimizer, layout):
-    """What `init_state` gives, without compiling it."""
+    """Makes the state that `init_state` gives, without compiling it."""
     params = initial_params()
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
     # Copied, because a step reuses the memory.
@@ -86,7 +86,7 @@ def gradient_and_metrics(config, layout, batch=None):
 
 
 def random_sets():
-    """bool[B, T, D]: k entries a token, whatever their values."""
+    """Returns bool[B, T, D]: k entries a token, whatever their values."""
     places = np.argsort(np.random.default_rng(1).random((8, 8, 16)), axis=-1)
     return places < TOPK.model.topk_k
 
@@ -170,7 +170,7 @@ def test_a_batch_in_which_nothing_counts_gives_zero_and_no_nan():
 
 @pytest.fixture(scope="module")
 def two_steps():
-    """The state handed over, the state after two clipped AdamW steps, and the metrics of each."""
+    """Returns the state handed over, the state after two clipped AdamW steps, and the metrics of each."""
     optim = dataclasses.replace(BASE.optim, clip_norm=1e-3)
     optimizer, layout = make_optimizer(optim, BASE.train.steps), one_device()
     train_step = make_train_step(dataclasses.replace(BASE, optim=optim), optimizer, layout)
@@ -254,7 +254,7 @@ each_mesh = pytest.mark.parametrize(
 
 @functools.cache
 def compared(*names):
-    """What `compare_meshes` prints; the number of devices is fixed when JAX starts, so in a new process."""
+    """Returns the output of `compare_meshes` in a new process: JAX fixes the number of devices at its start."""
     environment = {
         **os.environ,
         **devices(8),
@@ -269,7 +269,7 @@ def compared(*names):
 
 @pytest.fixture
 def eight_devices(request):
-    """The figures of the test's mesh, beside those of one device."""
+    """Returns the figures of the test's mesh, beside those of one device."""
     mesh = request.node.callspec.params.get("mesh") if hasattr(request.node, "callspec") else None
     return compared(*(name for name in MESHES if (name in AT_NIGHT) == (mesh in AT_NIGHT)))
 
@@ -330,7 +330,7 @@ def test_data_parallelism_repeats_every_parameter(eight_devices):
 
 
 def compare_meshes(names):
-    """{mesh: figures}: plain gradients of the Base LM and of TopK with fixed sets, and a TopK loss curve."""
+    """Returns {mesh: figures}: gradients of the Base LM and of TopK with fixed sets, and a TopK loss curve."""
     adamw = make_optimizer(TOPK.optim, TOPK.train.steps)
     want = {
         "base": gradient_and_metrics(BASE, one_device())[0],
@@ -374,7 +374,7 @@ def figures(gradient, loss, want):
 
 
 def train_some_steps(optimizer, layout, seed=0):
-    """The state and the losses of TopK training on the same batches."""
+    """Returns the state and the losses of TopK training on the same batches."""
     config = dataclasses.replace(TOPK, train=dataclasses.replace(TOPK.train, seed=seed))
     state, losses = init_state(config, optimizer, layout), []
     train_step = make_train_step(config, optimizer, layout)
@@ -397,7 +397,7 @@ def inspect_padding(params):
 
 
 def shapes_of_gradients():
-    """For each kind of model on a mesh, whether its traced step keeps the shapes and dtypes of the state."""
+    """Tells for each kind of model on a mesh whether its traced step keeps the state's shapes and dtypes."""
     found = {}
     kinds = itertools.product([False, True], ["bfloat16", "float32"], ["1x8", "2x2x2 with context"])
     for tied, dtype, name in kinds:
@@ -426,7 +426,7 @@ def misplaced(tree, layout):
 
 
 def by_name(tree):
-    """{".blocks.mlp.up.kernel": leaf}."""
+    """Returns {".blocks.mlp.up.kernel": leaf}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"".join("." + str(getattr(e, "key", e)).strip(".") for e in path): leaf for path, leaf in leaves}
 

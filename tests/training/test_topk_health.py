@@ -27,7 +27,7 @@ AFTER_TOPK = jnp.array(
 
 
 def measured(weights=WEIGHTS):
-    """The sums of all three layers, stacked as the model stacks them."""
+    """Returns the sums of all three layers, stacked as the model stacks them."""
     tap = topk_health_tap(weights)
     inputs = [EMBEDDED, AFTER_TOPK[0], AFTER_TOPK[1]]
     layers = [tap(h, u, h_next) for h, u, h_next in zip(inputs, BEFORE_TOPK, AFTER_TOPK, strict=True)]
