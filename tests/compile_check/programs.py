@@ -42,7 +42,7 @@ def reduce_until_small(x):
 
 
 def products(w):
-    """Computes six products of [16, 32] with [32, 32], then 8 products of [4, 32] with [32, 16] as a batch."""
+    """Does six products of [16, 32] with [32, 32], then 8 products of [4, 32] with [32, 16] as a batch."""
 
     def step(h, _):
         return jnp.tanh(h @ w), None

@@ -17,7 +17,7 @@ def test_products_in_a_loop_count_as_often_as_it_turns(compiled):
 
 
 def test_xla_counts_the_body_of_a_loop_once(compiled):
-    """Shows why the count is ours; the products differ from XLA's number only by its elementwise operations."""
+    """Shows why the count is ours; the products differ from XLA's only by its elementwise operations."""
     elementwise = 20_000
     once = LOOPED + BATCHED
     assert once <= compiled["flops"] <= once + elementwise < 6 * LOOPED + BATCHED

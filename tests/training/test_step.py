@@ -254,7 +254,7 @@ each_mesh = pytest.mark.parametrize(
 
 @functools.cache
 def compared(*names):
-    """Returns the output of `compare_meshes` in a new process: JAX fixes the number of devices at its start."""
+    """Returns the output of `compare_meshes` in a new process: JAX fixes its devices when it starts."""
     environment = {
         **os.environ,
         **devices(8),
@@ -330,7 +330,7 @@ def test_data_parallelism_repeats_every_parameter(eight_devices):
 
 
 def compare_meshes(names):
-    """Returns {mesh: figures}: gradients of the Base LM and of TopK with fixed sets, and a TopK loss curve."""
+    """Returns {mesh: figures}: gradients of Base LM and of TopK with fixed sets, and a TopK loss curve."""
     adamw = make_optimizer(TOPK.optim, TOPK.train.steps)
     want = {
         "base": gradient_and_metrics(BASE, one_device())[0],
