@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -311,9 +312,9 @@ def test_a_disk_that_cannot_flush_a_file_is_no_such_file_system(monkeypatch, tmp
 
 def test_a_clone_that_is_no_installed_package_knows_its_version(monkeypatch):
     def not_found(name):
-        raise imports.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(imports.importlib.metadata, "version", not_found)
+    monkeypatch.setattr(importlib.metadata, "version", not_found)
     found = imports.versions("topklm", "jax")
     assert found["jax"] == "unknown"
     assert found["topklm"].count(".") == 2
