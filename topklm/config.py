@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.files import check_name, parse_json
+from topklm.storage.files import check_name, parse_json
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")

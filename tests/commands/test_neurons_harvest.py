@@ -9,10 +9,10 @@ import pytest
 import saved_runs
 
 import topklm
+from topklm.checkpoint.verification import fingerprint
 from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.inference.verification import fingerprint
 from topklm.layout import make_layout
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.folder import NeuronsFolder

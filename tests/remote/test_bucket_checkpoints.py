@@ -5,10 +5,10 @@ import pytest
 import saved_runs
 
 import topklm
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.errors import UserError
-from topklm.files import as_path
 from topklm.layout import one_device
-from topklm.training.checkpoints import Checkpoints
+from topklm.storage.files import as_path
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 
@@ -96,7 +96,7 @@ def restored():
     """Step, parameters and what was said, of a run that is opened again."""
     config, said = saved_runs.CONFIG, []
     layout = one_device()
-    checkpoints = Checkpoints(as_path(RUN) / "checkpoints", config.checkpoint, said.append)
+    checkpoints = CheckpointManager(as_path(RUN) / "checkpoints", config.checkpoint, said.append)
     state, data, _ = checkpoints.restore(abstract_state(config, make_optimizer(config.optim, 100)), layout)
     checkpoints.close()
     assert data == {"position": int(state.step)}

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import ml_collections
 
 from topklm import allocator, compilation_cache, config, distributed
-from topklm.buckets import check_usable
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import AnyPath, as_path, check_name
+from topklm.storage.files import AnyPath, as_path, check_name
+from topklm.storage.gcs import check_usable
 from topklm.training import loop
 from topklm.training.interruption import stop_on_signal
 

@@ -14,8 +14,8 @@ import rich.progress
 import rich.table
 
 from topklm.config import Config
-from topklm.files import AnyPath
 from topklm.layout import ParameterLayout
+from topklm.storage.files import AnyPath
 
 
 class Console:

@@ -14,17 +14,18 @@ from typing import Any
 
 import jax
 
-from topklm import distributed, run_folder
-from topklm.buckets import storage_errors_are_user_errors
+from topklm import distributed
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part
-from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
 from topklm.model import topk
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath
 from topklm.training import anomalies, throughput
 from topklm.training import metrics as metrics_lib
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate
 from topklm.training.interruption import StopRequest, stop_on_signal
@@ -76,7 +77,7 @@ class _Loop:
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
-            self.checkpoints = Checkpoints(
+            self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
         self.feed = train_feed(config, run.mixture, layout)

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.layout import one_device
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.step import TrainState
 
 # One of two processes, each with a copy of its own of the folder: `SCRIPT FOLDER`.
@@ -28,7 +28,7 @@ with distributed.session():
     import jax, jax.numpy as jnp, numpy as np, optax
     from topklm.config import CheckpointConfig, MeshConfig
     from topklm.layout import make_layout
-    from topklm.training.checkpoints import Checkpoints
+    from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
     layout = make_layout(MeshConfig(fsdp=2, data=1))
@@ -36,7 +36,7 @@ with distributed.session():
     opt_state = jax.eval_shape(optax.adam(1.0).init, params)
     recent = {"loss": jax.ShapeDtypeStruct((4,), jnp.float32)}
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, recent)
-    checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig())
+    checkpoints = CheckpointManager(pathlib.Path(sys.argv[1]), CheckpointConfig())
     state, data, _ = checkpoints.restore(abstract, layout)
     part = state.params["embed"]["embedding"].addressable_shards[0].data
     print("restored", int(state.step), data, part.shape, checkpoints.latest_step)
@@ -60,7 +60,7 @@ def layout():
 def whole(tmp_path_factory):
     """Checkpoints of steps 1, 2 and 3; not to be changed."""
     folder = tmp_path_factory.mktemp("whole") / "checkpoints"
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
     for step in (1, 2, 3):
         checkpoints.save(tiny_state(step), {"index": step}, {"note": f"step {step}", "rate": 0.25})
     checkpoints.wait()
@@ -92,7 +92,7 @@ def damage(path, kind):
 def restored_step(folder, layout):
     """Which of the steps came back, bit for bit, and what was said; the folders are as they should be."""
     said = []
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), said.append)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), said.append)
     abstract = jax.eval_shape(lambda: tiny_state(1))
     state, data, facts = checkpoints.restore(abstract, layout)
     step = int(state.step)
@@ -166,7 +166,7 @@ def test_a_changed_weight_is_named(folder, layout):
 def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, layout):
     for step in (1, 2, 3):
         (folder / str(step) / "data" / "metadata").write_text("{}")
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), lambda line: None)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
     with pytest.raises(
         UserError, match=r"every .* damaged \(3: data: checksum differs; 2: .*; 1: .*\): put back"
     ):
@@ -177,7 +177,7 @@ def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, layout)
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, layout):
     for n in itertools.count(1):
         (folder / "3" / "data" / "metadata").unlink()
-        checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), lambda line: None)
+        checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
         checkpoints.save(tiny_state(3), {"index": 3}, {"note": "step 3", "rate": 0.25})
         checkpoints.wait()
@@ -196,15 +196,15 @@ def test_storage_in_trouble_is_not_damage(folder, layout, monkeypatch, error):
     def refuse(path):
         raise error
 
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint_format.open_arrays", refuse)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
+    monkeypatch.setattr("topklm.checkpoint.format.open_arrays", refuse)
     with pytest.raises(type(error)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
 
 
 def test_a_folder_that_is_gone_is_not_damage(folder, layout):
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
     folder.rename(folder.with_name("unmounted"))
     with pytest.raises((FileNotFoundError, ValueError)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
