@@ -124,7 +124,7 @@ def test_products_that_cannot_be_read_are_named_and_the_others_counted():
 
 def test_collectives_that_cannot_be_read_are_named():
     unread = collections.Counter()
-    assert collectives.collectives_of(parse(UNREADABLE), unread) == []
+    assert collectives.collectives(parse(UNREADABLE), unread) == []
     assert unread == {"odd": 1}
 
 

@@ -68,7 +68,7 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         model_flops=throughput.flops_per_token(config.model) * tokens / layout.size,
         compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
         hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
-        traffic=_traffic(collectives.collectives_of(parsed, traffic), layout.mesh, topology, traffic),
+        traffic=_traffic(collectives.collectives(parsed, traffic), layout.mesh, topology, traffic),
         compile_seconds=seconds,
         unread={
             f"{what} of {name}": runs

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from topklm.compile_check.hlo import Computation, Instruction, Program, Runs, Unread, parse, reading
+from topklm.compile_check.hlo import Computation, Instruction, Program, Runs, Unread, reading
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _OTHER_KINDS = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
@@ -59,20 +59,16 @@ class Collective:
         return tuple(name for name, does in zip(names, np.any(varies, axis=0), strict=True) if does)
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(program: Program, unread: Unread | None = None) -> list[Collective]:
     """Lists the collectives of a program that move anything.
 
     Args:
-        text: `compiled.as_text()`.
+        program: The compiled one.
+        unread: As in `cost.matmul_flops`.
 
     Returns:
         One entry per instruction; multiply by its `count`.
     """
-    return collectives_of(parse(text))
-
-
-def collectives_of(program: Program, unread: Unread | None = None) -> list[Collective]:
-    """Lists those of a program that is parsed already; `unread` as in `cost.matmul_flops`."""
     scattered = _all_reduces_that_scatter(program)
     found = []
     for computation, instruction, runs in program.walk():
