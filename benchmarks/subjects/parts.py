@@ -12,16 +12,15 @@ from benchmarks.harness.worker import Prepared
 from benchmarks.subjects import blocking
 from benchmarks.subjects.train_step import random_batch
 from topklm import config as config_lib
-from topklm import sharding
 from topklm.config import Config
 from topklm.data.stream import Batch as HostBatch
 from topklm.errors import UserError
+from topklm.layout import make_layout
 from topklm.model import attention_backends, losses
 from topklm.model.attention import Attention, rotation_angles
 from topklm.model.layers import RMSNorm, SwiGLU
-from topklm.model.parallel import Parallel
 from topklm.model.topk import topk
-from topklm.training.feed import to_devices
+from topklm.parallel import Parallel
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 
@@ -38,16 +37,15 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
         UserError: On several devices, whose parts also wait for each other.
     """
     config = config_lib.resolve(spec["config"])
-    mesh = sharding.make_mesh(config.mesh)
-    if mesh.size > 1:
-        raise UserError(f"--explain: takes one device apart, there are {mesh.size}; make one visible")
-    state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+    layout = make_layout(config.mesh)
+    if layout.size > 1:
+        raise UserError(f"--explain: takes one device apart, there are {layout.size}; make one visible")
+    state = init_state(config, make_optimizer(config.optim, config.train.steps), layout)
     host_batch = cast(HostBatch, random_batch(config))
-    place = sharding.batch_sharding(mesh)
-    batch = to_devices(host_batch, place, config.train.batch_size)
+    batch = layout.put_batch(host_batch, config.train.batch_size)
 
     def transfer() -> None:
-        jax.block_until_ready(to_devices(host_batch, place, config.train.batch_size))
+        jax.block_until_ready(layout.put_batch(host_batch, config.train.batch_size))
 
     subjects = {
         "input": transfer,
