@@ -20,7 +20,7 @@ def imported_by(folder):
     ("folder", "known"),
     [
         ("storage", {"storage", "errors", "imports"}),
-        ("checkpoint", {"checkpoint", "storage", "errors", "config", "distributed", "sharding"}),
+        ("checkpoint", {"checkpoint", "storage", "errors", "config", "distributed", "layout"}),
     ],
 )
 def test_a_folder_imports_only_what_lies_below_it(folder, known):

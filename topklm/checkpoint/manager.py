@@ -18,7 +18,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 
-from topklm import distributed, sharding
+from topklm import distributed
 from topklm.checkpoint.format import (
     DATA,
     FACTS,
@@ -29,10 +29,11 @@ from topklm.checkpoint.format import (
     quarantine,
     remove_old,
 )
-from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage, with_sharding
+from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage
 from topklm.checkpoint.writer import CheckpointWriter
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
+from topklm.layout import Layout
 from topklm.storage.errors import storage_problem
 from topklm.storage.files import AnyPath, absolute
 
@@ -170,9 +171,9 @@ class CheckpointManager:
         self.settle()
 
     def restore(
-        self, abstract_state: Any, mesh: jax.sharding.Mesh, fresh: Mapping[str, Any] | None = None
+        self, abstract_state: Any, layout: Layout, fresh: Mapping[str, Any] | None = None
     ) -> Restored:
-        """Reads the newest checkpoint that is undamaged onto `mesh`, whatever devices it was saved from.
+        """Reads the newest checkpoint that is undamaged, whatever devices it was saved from.
 
         A damaged one is renamed to `<step>.damaged-<n>`, once an older one is found to be undamaged. Damaged
         is one whose folder is there, but something in it is missing, does not parse or has another checksum.
@@ -180,7 +181,7 @@ class CheckpointManager:
 
         Args:
             abstract_state: Shapes and dtypes, as from `jax.eval_shape`.
-            mesh: Where the arrays shall live.
+            layout: Where the arrays shall live.
             fresh: Fields of the state that checkpoints of earlier versions lack, and their values then.
 
         Returns:
@@ -198,7 +199,7 @@ class CheckpointManager:
                 self._say(
                     f"checkpoint {newer} of {self._folder} is damaged ({why}): going back to step {step}"
                 )
-            restored, damage = _try_restore(self._folder / str(step), abstract_state, mesh, fresh or {})
+            restored, damage = _try_restore(self._folder / str(step), abstract_state, layout, fresh or {})
             if restored:
                 self._quarantine(list(damages))
                 return restored
@@ -367,7 +368,7 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _try_restore(
-    folder: epath.Path, abstract_state: Any, mesh: jax.sharding.Mesh, fresh: Mapping[str, Any]
+    folder: epath.Path, abstract_state: Any, layout: Layout, fresh: Mapping[str, Any]
 ) -> tuple[Restored | None, str]:
     """Returns what a checkpoint holds, or where it is damaged; the same in all processes."""
     damage = ""
@@ -377,7 +378,7 @@ def _try_restore(
         held = {name.partition(".")[0] for name in reader.shapes[OPTIMIZER]}
         for field in fresh.keys() - held:
             del targets[OPTIMIZER][field]
-        trees = reader.read({item: with_sharding(target, mesh) for item, target in targets.items()})
+        trees = reader.read({item: layout.with_shardings(target) for item, target in targets.items()})
     except READ_ERRORS as e:
         damage = describe_damage(e) if folder.exists() else ""
         if not damage:
@@ -391,11 +392,10 @@ def _try_restore(
         damage = str(e)
     if damage := _first_problem("check a checkpoint", damage, _MEETING_S):
         return None, damage
-    fields = {PARAMS: trees[PARAMS], **_fresh_arrays(fresh, mesh), **trees[OPTIMIZER]}
+    fields = {PARAMS: trees[PARAMS], **_fresh_arrays(fresh, layout), **trees[OPTIMIZER]}
     state = flax.serialization.from_state_dict(abstract_state, fields)
     return (state, reader.values[DATA], reader.values[FACTS]), ""
 
 
-def _fresh_arrays(value: Any, mesh: jax.sharding.Mesh) -> Any:
-    shardings = sharding.parameter_shardings(value, mesh)
-    return jax.jit(lambda: jax.tree.map(jnp.asarray, value), out_shardings=shardings)()
+def _fresh_arrays(value: Any, layout: Layout) -> Any:
+    return jax.jit(lambda: jax.tree.map(jnp.asarray, value), out_shardings=layout.shardings(value))()

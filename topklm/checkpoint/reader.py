@@ -20,7 +20,6 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from topklm import sharding
 from topklm.checkpoint import checksums
 from topklm.checkpoint.format import (
     DATA,
@@ -146,12 +145,6 @@ def describe_damage(error: Exception) -> str:
     line = next(iter(str(error).splitlines()), "")[:200]  # TensorStore adds whole specifications to its own
     says_enough = line and isinstance(error, DamagedError | OSError | ValueError)
     return line if says_enough else f"{type(error).__name__}: {line}"
-
-
-def with_sharding(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns shapes and dtypes with the layout of every leaf on a mesh, to be read by `CheckpointReader`."""
-    shardings = sharding.parameter_shardings(abstract, mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
 def _mismatches(saved: Any, wanted: Any) -> list[str]:

@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 
-from topklm import sharding
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.format import FACTS, PARAMS
-from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage, with_sharding
-from topklm.config import MeshConfig, from_saved
+from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage
+from topklm.config import from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel, dtype_name
-from topklm.model import transformer
+from topklm.layout import Layout, one_device, scans_layers
+from topklm.model import topk, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, absolute, as_path
 from topklm.storage.gcs import check_usable
@@ -65,15 +65,14 @@ def load(
         raise UserError(
             f"checkpoint {step} of {folder} was saved with another version, or is damaged: {e}"
         ) from e
-    if mesh is None:
-        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    model = sharding.outside_shard_map(config.model, mesh)
-    if model.layer_stack == "auto" and sharding.scans_layers(mesh.devices.flat[0].platform):
+    layout = one_device() if mesh is None else Layout(mesh)
+    model = topk.for_gspmd(config.model, layout.size)
+    if model.layer_stack == "auto" and scans_layers(layout.platform):
         model = dataclasses.replace(model, layer_stack="scanned")
     config = dataclasses.replace(config, model=model)
     abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
     with _damage_is_a_user_error(folder, step, saved):
-        arrays = reader.read({PARAMS: with_sharding(abstract, mesh)})
+        arrays = reader.read({PARAMS: layout.with_shardings(abstract)})
         reader.verify(arrays)
     # All of a checkpoint can be another run's; then each of its parts is as it was written.
     own = run_folder.saved_config(folder)
