@@ -37,7 +37,7 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
     @jax.jit
     def run(params):
         model = transformer.bind(config, params)
-        _, (entering, leaving) = model.hidden(tokens, tap=lambda h, u, h_next: (h, h_next))
+        _, (entering, leaving) = model.hidden(tokens, capture=lambda h, u, h_next: (h, h_next))
         block_def, stacked = nnx.split(model.blocks)
 
         def angles(positions):

@@ -168,7 +168,7 @@ def test_the_gradients_are_the_same_with_the_active_sets_held_fixed(config, para
 
     def loss(p):
         model = transformer.bind(config, p)
-        h, masks = model.hidden(inputs, tap=lambda h, u, h_next: h_next != 0)
+        h, masks = model.hidden(inputs, capture=lambda h, u, h_next: h_next != 0)
         return cross_entropy(h, model.unembedding(), targets, weights, 0.0, config.vocab_size)[0], masks
 
     (got_loss, masks), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

@@ -7,7 +7,7 @@ the right of a block, so about half of the square is never computed; on accelera
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -49,13 +49,7 @@ class Attention(nnx.Module):
         of a sum.
         """
         batch, length, _ = x_BTD.shape
-
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(batch, length, -1, self.head_dim)
-
-        q = rotate(heads(self.query(x_BTD)), rotation)
-        k = rotate(heads(self.key(x_BTD)), rotation)
-        v = heads(self.value(x_BTD))
+        q, k, v = self.project(x_BTD, rotation)
         if parallel.context is None:
             mixed = _BACKENDS[parallel.attention](q, k, v, segment_ids_BT)
         else:
@@ -66,6 +60,43 @@ class Attention(nnx.Module):
             first = jax.lax.axis_index(parallel.context) * length
             mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
         return self.out(mixed.reshape(batch, length, -1))
+
+    def project(self, x_BTD: jax.Array, rotation: "Rotation") -> "QueriesKeysValues":
+        """Computes queries, keys and values as attention reads them, rotary positions included.
+
+        Args:
+            x_BTD: The normed residual state [B, T, D].
+            rotation: Of the tokens' positions.
+
+        Returns:
+            [B, T, H, d], [B, T, K, d], [B, T, K, d].
+        """
+        return self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotation)
+
+    def split_heads(
+        self, query_BTE: jax.Array, key_BTE: jax.Array, value_BTE: jax.Array, rotation: "Rotation"
+    ) -> "QueriesKeysValues":
+        """Does the part of `project` that follows the three matrix products, which may be made elsewhere.
+
+        Args:
+            query_BTE: [B, T, H d].
+            key_BTE: [B, T, K d].
+            value_BTE: [B, T, K d].
+            rotation: As in `project`.
+
+        Returns:
+            As `project`.
+        """
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
+        return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
+
+
+class QueriesKeysValues(NamedTuple):
+    """Of tokens, by head."""
+
+    queries: jax.Array  # [B, T, H, d]
+    keys: jax.Array  # [B, T, K, d]
+    values: jax.Array  # [B, T, K, d]
 
 
 Rotation = tuple[jax.Array, jax.Array]

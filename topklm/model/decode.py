@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from topklm.model.attention import Attention, Rotation, rotate
-from topklm.model.layers import gated_silu, of_entries
+from topklm.model.attention import Rotation
+from topklm.model.layers import of_entries
 from topklm.model.products import product
 from topklm.model.transformer import Block
 
@@ -46,8 +46,8 @@ def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysA
         h_BTD: [B, T, D].
         rotation: Of their positions.
     """
-    attention, x_BTD = block.attention, block.attention_norm(h_BTD)
-    return _keys_and_values(attention, attention.key(x_BTD), attention.value(x_BTD), rotation)
+    _, keys, values = block.attention.project(block.attention_norm(h_BTD), rotation)
+    return _heads_first(keys, values)
 
 
 def step(
@@ -74,19 +74,15 @@ def step(
     """
     attention = block.attention
     query, key, value = _projections(block, h_BMD, n_active, joined)
-    own = _keys_and_values(attention, key, value, rotation)
+    q_BMHd, *key_value = attention.split_heads(query, key, value, rotation)
+    own = _heads_first(*key_value)
     batch, n_tokens, _ = h_BMD.shape
-    q_BMHd = rotate(_heads(attention, query), rotation)
     q_BMKGd = q_BMHd.reshape(batch, n_tokens, own.keys.shape[1], -1, attention.head_dim)
     scaled_BKGMd = jnp.transpose(q_BMKGd, (0, 2, 3, 1, 4)) * attention.head_dim**-0.5
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
-    a_BMD = h_BMD + attention.out(mixed_BMD)
-    x_BMD = block.mlp_norm(a_BMD)
-    if joined is None:
-        return a_BMD, block.mlp(x_BMD), handed_on
-    gate, up = jnp.split(product(x_BMD, joined.gate_up), 2, axis=-1)
-    return a_BMD, block.mlp.down(gated_silu(gate, up)), handed_on
+    gate_up = None if joined is None else joined.gate_up
+    return *block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up), handed_on
 
 
 def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
@@ -207,13 +203,5 @@ def _mix(weights_BKGMT: jax.Array, kept: KeysAndValues, dtype: Any = None) -> ja
     return jnp.einsum("bkgmt,bktd->bkgmd", weights, kept.values, preferred_element_type=dtype)
 
 
-def _keys_and_values(
-    attention: Attention, keys_BTE: jax.Array, values_BTE: jax.Array, rotation: Rotation
-) -> KeysAndValues:
-    keys = rotate(_heads(attention, keys_BTE), rotation)
-    values = _heads(attention, values_BTE)
-    return KeysAndValues(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
-
-
-def _heads(attention: Attention, y: jax.Array) -> jax.Array:
-    return y.reshape(*y.shape[:2], -1, attention.head_dim)
+def _heads_first(keys_BTKd: jax.Array, values_BTKd: jax.Array) -> KeysAndValues:
+    return KeysAndValues(jnp.swapaxes(keys_BTKd, 1, 2), jnp.swapaxes(values_BTKd, 1, 2))

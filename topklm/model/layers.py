@@ -122,9 +122,11 @@ class SwiGLU(nnx.Module):
         self.up = Linear(d, d_mlp, std=d**-0.5, rngs=rngs)
         self.down = Linear(d_mlp, d, std=down_std, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        return self.down(gated_silu(self.gate(x), self.up(x)))
+    def __call__(self, x: jax.Array, gate_up: jax.Array | None = None) -> jax.Array:
+        """Maps [..., D] -> [..., D]; `gate_up`, [D, 2 F], takes the place of the matrices of gate and up."""
+        if gate_up is None:
+            return self.down(gated_silu(self.gate(x), self.up(x)))
+        return self.down(gated_silu(*jnp.split(product(x, gate_up), 2, axis=-1)))
 
 
 class Embedding(nnx.Module):

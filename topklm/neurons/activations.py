@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Changes, Tap, Transformer
+from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
+from topklm.model.transformer import Transformer
 from topklm.neurons import names
 
 
@@ -104,7 +105,9 @@ def capture(
     Returns:
         The normed hidden state [B, T, D], and the activations [S, B, T, k]; S = 0 for the Base LM.
     """
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=sparse_tap(model.config.topk_k))
+    h_BTD, seen = model.hidden(
+        tokens_BT, segment_ids_BT, positions_BT, capture=sparse_tap(model.config.topk_k)
+    )
     return h_BTD, seen[: model.config.n_topk_layers]
 
 
@@ -112,7 +115,7 @@ def capture_named(
     model: Transformer,
     tokens_BT: jax.Array,
     wanted: Sequence[str],
-    changes: Changes | None = None,
+    hooks: LayerHooks = NO_HOOKS,
     more_active: int = 0,
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
@@ -123,8 +126,8 @@ def capture_named(
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
         wanted: Names, from `names.chosen`.
-        changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
-        more_active: Entries that this may make active besides those of TopK.
+        hooks: Called in every layer with its number; what is kept is what layers hand on then.
+        more_active: Entries that they may make active besides those of TopK.
         segment_ids_BT: As in `Transformer.__call__`.
         positions_BT: As in `Transformer.__call__`.
 
@@ -142,9 +145,9 @@ def capture_named(
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
-    numbers, changes = jnp.arange(model.config.n_layers), changes or Changes()
+    numbers = jnp.arange(model.config.n_layers)
     h_BTD, (neurons, dense) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=tap, **changes._asdict(), edits=numbers
+        tokens_BT, segment_ids_BT, positions_BT, capture=tap, hooks=hooks, hook_inputs=numbers
     )
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
     if not sparse_layers:
@@ -155,7 +158,7 @@ def capture_named(
     return h_BTD, chosen, others
 
 
-def sparse_tap(k: int) -> Tap:
+def sparse_tap(k: int) -> CaptureFn:
     """A tap that keeps [B, T, k] of each layer; those of dense layers are to be thrown away."""
 
     def keep(_h: jax.Array, _u: jax.Array, h_next: jax.Array) -> SparseActivations:

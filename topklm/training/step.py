@@ -17,6 +17,7 @@ import optax
 from topklm import sharding
 from topklm.config import Config
 from topklm.model import attention_backends, losses, topk, transformer
+from topklm.model.block import CaptureFn
 from topklm.model.parallel import Parallel
 from topklm.training import bad_steps, topk_health
 from topklm.training.optimizer import learning_rate_schedule
@@ -176,7 +177,7 @@ def _hidden(
     params: transformer.Parameters,
     batch: Batch,
     parallel: Parallel,
-    tap: transformer.Tap | None = None,
+    tap: CaptureFn | None = None,
 ) -> tuple[transformer.Transformer, jax.Array, Any]:
     def gathered() -> transformer.Transformer:
         # The blocks are gathered one at a time, where they are used.
@@ -185,7 +186,7 @@ def _hidden(
 
     model = gathered()
     h, seen = model.hidden(
-        batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
+        batch["inputs"], batch["segment_ids"], batch["positions"], capture=tap, parallel=parallel
     )
     # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each goes
     # through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.

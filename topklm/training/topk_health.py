@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Tap
+from topklm.model.block import CaptureFn
 
 
-def tap(weights_BT: jax.Array) -> Tap:
+def tap(weights_BT: jax.Array) -> CaptureFn:
     """A tap that measures one layer.
 
     Args:
