@@ -18,10 +18,9 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.files import check_name, parse_json
+from topklm.model import backends
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
-TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")
-ATTENTIONS = ("auto", "blocked", "splash", "triton", "cudnn")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "wsd")
 LAYER_STACKS = ("auto", "scanned", "unrolled")
@@ -282,7 +281,7 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
         if old[name] != new[name]
         and name not in CHANGEABLE_ON_RESUME
         and name.split(".", maxsplit=1)[0] not in CHANGEABLE_ON_RESUME
-        and not (name == "model.topk_backend" and "approx" not in (old[name], new[name]))  # the same bits
+        and not (name == "model.topk_backend" and backends.TOPK.all_exact(old[name], new[name]))
     }
 
 
@@ -440,8 +439,8 @@ def _check_ranges(config: Config) -> None:
     )
     for field, choices in {
         "model.topk_activation": TOPK_ACTIVATIONS,
-        "model.topk_backend": TOPK_BACKENDS,
-        "model.attention": ATTENTIONS,
+        "model.topk_backend": backends.TOPK.names,
+        "model.attention": backends.ATTENTION.names,
         "model.dtype": DTYPES,
         "model.layer_stack": LAYER_STACKS,
         "model.remat": REMAT_POLICIES,

@@ -21,8 +21,8 @@ import numpy as np
 
 from topklm.config import Config, MeshConfig, ModelConfig
 from topklm.errors import UserError
+from topklm.model import backends
 from topklm.model.parallel import ALONE, Parallel, gather_parameter
-from topklm.model.topk import KERNELS
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -242,7 +242,12 @@ def other_axes(mesh: Mesh, spec: PartitionSpec) -> tuple[str, ...]:
 def _spec(path: tuple, leaf: Any, mesh: Mesh) -> PartitionSpec:
     if leaf.ndim == 0:
         return PartitionSpec()
-    return _that_divides(PARAMETER_RULES[_names(path)[-2:]], leaf.shape, mesh)  # type: ignore[index]
+    *_, module, parameter = "", *_names(path)
+    if (module, parameter) not in PARAMETER_RULES:
+        raise KeyError(
+            f"{'.'.join(_names(path))}: add ({module!r}, {parameter!r}) to sharding.PARAMETER_RULES"
+        )
+    return _that_divides(PARAMETER_RULES[module, parameter], leaf.shape, mesh)
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -275,8 +280,8 @@ def outside_shard_map(model: ModelConfig, mesh: Mesh) -> ModelConfig:
         model: As it is trained.
         mesh: Where its parameters are.
     """
-    kernel_possible = model.topk_backend in ("auto", *KERNELS)
-    if mesh.size > 1 and kernel_possible:
-        return dataclasses.replace(model, topk_backend="threshold")
+    if not backends.TOPK.needs_one_device(model.topk_backend):
+        return model
     # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
-    return dataclasses.replace(model, topk_backend="auto") if kernel_possible else model
+    splittable = backends.TOPK.automatic(None, model.dtype).name
+    return dataclasses.replace(model, topk_backend=splittable if mesh.size > 1 else backends.AUTO)

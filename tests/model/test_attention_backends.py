@@ -10,7 +10,7 @@ import pytest
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import attention_backends
+from topklm.model import attention_backends, backends
 from topklm.model.attention import attention_reference
 
 KERNELS = {
@@ -82,6 +82,10 @@ def test_it_can_be_lowered_for_its_platform(name, platform):
     assert "640x640" not in text
 
 
+def choose(config, platform):
+    return backends.ATTENTION.choose(config.attention, platform, config.dtype, config).name
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "name"),
     [
@@ -94,13 +98,13 @@ def test_it_can_be_lowered_for_its_platform(name, platform):
     ],
 )
 def test_the_devices_decide(platform, dtype, name):
-    assert attention_backends.choose(ModelConfig(dtype=dtype), platform) == name
+    assert choose(ModelConfig(dtype=dtype), platform) == name
 
 
 def test_what_is_asked_for_is_used():
     config = ModelConfig(dtype="bfloat16", attention="cudnn")
-    assert attention_backends.choose(config, "gpu") == "cudnn"
-    assert attention_backends.choose(dataclasses.replace(config, attention="blocked"), "tpu") == "blocked"
+    assert choose(config, "gpu") == "cudnn"
+    assert choose(dataclasses.replace(config, attention="blocked"), "tpu") == "blocked"
 
 
 @pytest.mark.parametrize(
@@ -115,4 +119,4 @@ def test_what_is_asked_for_is_used():
 )
 def test_what_cannot_run_is_refused(changes, platform, message):
     with pytest.raises(UserError, match=message):
-        attention_backends.choose(ModelConfig(**changes), platform)
+        choose(ModelConfig(**changes), platform)

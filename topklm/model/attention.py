@@ -5,7 +5,6 @@ the right of a block, so about half of the square is never computed; on accelera
 `attention_backends` takes its place. `attention_reference` is the plain formula the tests hold them to.
 """
 
-from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import attention_backends
+from topklm.model import backends
 from topklm.model.layers import Linear
 from topklm.model.parallel import ALONE, Parallel, all_gather
 
@@ -51,7 +50,7 @@ class Attention(nnx.Module):
         batch, length, _ = x_BTD.shape
         q, k, v = self.project(x_BTD, rotation)
         if parallel.context is None:
-            mixed = _BACKENDS[parallel.attention](q, k, v, segment_ids_BT)
+            mixed = backends.ATTENTION[parallel.attention](q, k, v, segment_ids_BT)
         else:
             # The place of the queries among the keys is known only when the program runs, which the kernels
             # of accelerators do not take. Few tokens are on this device; keys and values of all of them are
@@ -223,13 +222,6 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
-
-_BACKENDS: dict[str, Callable[..., jax.Array]] = {
-    "blocked": causal_attention,
-    "splash": attention_backends.splash,
-    "triton": attention_backends.triton,
-    "cudnn": attention_backends.cudnn,
-}
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

@@ -1,7 +1,8 @@
 """Attention of accelerators: kernels that never hold the scores, behind the contract of `causal_attention`.
 
-Which one a program runs is decided where the program is made for its devices (`choose`), not while it is
-lowered: cuDNN's cannot be traced without a GPU, and what a backward pass keeps differs from one to another.
+Which one a program runs is decided where the program is made for its devices (`backends.ATTENTION.choose`),
+not while it is lowered: cuDNN's cannot be traced without a GPU, and each keeps other arrays for its backward
+pass.
 """
 
 import functools
@@ -14,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.errors import UserError
 
 CHECKPOINT_NAME = "attention"  # of what `splash` keeps for its backward pass, in remat policies
-_PLATFORMS = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}
 _LANES = 128  # a TPU's; the kernels' blocks are multiples of it
 _SPLASH_BLOCKS = (512, 256, _LANES)
 _TRITON_BLOCK = 64
@@ -26,39 +25,6 @@ _CUDNN_MAX_HEAD_DIM = 128
 _SPLASH_KERNEL = "tpu.splash_attention.splash_attention_kernel"
 _SPLASH_MASK = "tpu.splash_attention.splash_attention_mask"
 _TRITON_KERNEL = "gpu.attention"
-
-
-def choose(config: ModelConfig, platform: str) -> str:
-    """The name of the attention to run: "blocked", "splash", "triton" or "cudnn".
-
-    On GPUs "auto" is the Pallas kernel for Triton, in bfloat16 only: of float32 it would round the products.
-    cuDNN is faster at plain causal attention, but what JAX makes public of it knows documents inside a row
-    only as a T x T mask: memory that grows with T^2, read for every head, and a gradient of the same size
-    that nobody wants.
-
-    Args:
-        config: Of the model.
-        platform: Of the devices that the program is for, as `jax.Device.platform`.
-
-    Raises:
-        UserError: If the config asks for one that these devices or shapes do not allow.
-    """
-    asked = config.attention
-    if asked == "auto":
-        on_gpu = "triton" if config.dtype == "bfloat16" else "blocked"
-        return {"tpu": "splash", "gpu": on_gpu}.get(platform, "blocked")
-    if _PLATFORMS.get(asked, platform) != platform:
-        raise UserError(
-            f"model.attention = {asked!r}: runs on {_PLATFORMS[asked].upper()}s only, and these devices are "
-            f"{platform.upper()}s: use auto or blocked"
-        )
-    if asked == "cudnn" and not _cudnn_allows(config):
-        raise UserError(
-            f"model.attention = 'cudnn': needs model.dtype bfloat16 (now {config.dtype}), a head width that "
-            f"8 divides, at most {_CUDNN_MAX_HEAD_DIM} (now {config.head_dim}), and an even "
-            f"model.context_length (now {config.context_length}): change them, or use auto"
-        )
-    return asked
 
 
 def splash(
@@ -135,6 +101,18 @@ def cudnn(
     )
 
 
+def cudnn_limits(config: ModelConfig) -> str:
+    """Returns what a model needs for `cudnn` and does not have, or ""."""
+    width = config.head_dim
+    fits = width % 8 == 0 and width <= _CUDNN_MAX_HEAD_DIM
+    if fits and config.dtype == "bfloat16" and config.context_length % 2 == 0:
+        return ""
+    return (
+        f"needs model.dtype bfloat16 (now {config.dtype}), a head width that 8 divides, at most "
+        f"{_CUDNN_MAX_HEAD_DIM} (now {width}), and an even model.context_length (now {config.context_length})"
+    )
+
+
 def splash_block(length: int) -> int:
     """Tokens in a block of splash attention over `length` tokens, a multiple of 128."""
     return next(size for size in _SPLASH_BLOCKS if length % size == 0)
@@ -165,12 +143,6 @@ def _jax_kernels(module: str) -> Any:
         # JAX 0.12 says that those for GPUs will move to a package of their own.
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module(f"jax.experimental.pallas.ops.{module}")
-
-
-def _cudnn_allows(config: ModelConfig) -> bool:
-    width = config.head_dim
-    fits = width % 8 == 0 and width <= _CUDNN_MAX_HEAD_DIM
-    return fits and config.dtype == "bfloat16" and config.context_length % 2 == 0
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:

@@ -30,10 +30,13 @@ _DTYPES = {
 _OPERATIONS_PER_ENTRY = 16
 
 
-def supports(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> bool:
-    """Whether the kernel takes arrays [..., D] of this shape and dtype on platform "gpu" or "tpu"."""
-    known = any(jnp.dtype(dtype) == jnp.dtype(each) for each in _DTYPES.get(platform, ()))
-    return known and 1 <= shape[-1] <= _MAX_D and math.prod(shape) > 0
+def limits(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> str:
+    """Returns why the kernel does not take arrays [..., D] on platform "gpu" or "tpu", or ""."""
+    if not any(jnp.dtype(dtype) == jnp.dtype(each) for each in _DTYPES.get(platform, ())):
+        return f"does not take {jnp.dtype(dtype)} on {platform}"
+    if not 1 <= shape[-1] <= _MAX_D or math.prod(shape) == 0:
+        return f"takes rows of 1 to {_MAX_D} entries, and at least one"
+    return ""
 
 
 def select(
@@ -50,7 +53,7 @@ def select(
     """TopK of x, or of x + residual; it has no gradient rule of its own.
 
     Args:
-        x: [..., D], as `supports` allows.
+        x: [..., D], as `limits` allows.
         k: Entries kept per row, 1 or more.
         activation: "relu", "identity" or "abs", as in `topk.topk`.
         platform: "gpu" or "tpu".

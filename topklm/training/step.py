@@ -16,7 +16,7 @@ import optax
 
 from topklm import sharding
 from topklm.config import Config
-from topklm.model import attention_backends, losses, topk, transformer
+from topklm.model import backends, losses, transformer
 from topklm.model.block import CaptureFn
 from topklm.model.parallel import Parallel
 from topklm.training import bad_steps, topk_health
@@ -165,8 +165,10 @@ def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
     shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
     parallel = sharding.parallel(mesh, shapes, jnp.dtype(config.model.dtype))
     platform = mesh.devices.flat[0].platform
-    topk.check_platform(config.model.topk_backend, platform)
-    attention = attention_backends.choose(config.model, platform)
+    backends.TOPK.check_platform(config.model.topk_backend, platform)
+    attention = backends.ATTENTION.choose(
+        config.model.attention, platform, config.model.dtype, config.model
+    ).name
     return sharding.parameter_specs(shapes, mesh), dataclasses.replace(
         parallel, attention=attention, scan_layers=sharding.scans_layers(platform)
     )

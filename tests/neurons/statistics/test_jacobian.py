@@ -93,7 +93,7 @@ def test_they_are_what_forward_mode_gives_for_single_neurons(tmp_path, monkeypat
     # Rules written out for the backward pass know no forward mode: the same by plain formulas.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
     monkeypatch.setattr(layers, "gated_silu", lambda gate, up: jax.nn.silu(gate) * up)
-    monkeypatch.setitem(attention._BACKENDS, "blocked", attention.attention_reference)
+    monkeypatch.setattr(attention, "causal_attention", attention.attention_reference)
 
     @jax.jit
     def slope(direction):
