@@ -44,6 +44,7 @@ class ModelConfig:
     n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
     topk_activation: str = "relu"  # what is kept: relu (clipped at 0), identity, abs (by magnitude)
     topk_backend: str = "auto"  # how it is computed; of all but approx (approximate) the result is the same
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3
     attention: str = "auto"  # how it is computed: auto, blocked, splash (TPU), triton or cudnn (GPU)
     tie_embeddings: bool = False  # unembedding = transposed embedding
     rope_theta: float = 10_000.0  # RoPE base wavelength

@@ -36,6 +36,8 @@ PARAMETER_RULES: Mapping[tuple[str, str], PartitionSpec] = {
     ("query", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("key", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("value", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
+    ("query_norm", "scale"): PartitionSpec(),
+    ("key_norm", "scale"): PartitionSpec(),
     ("out", "kernel"): PartitionSpec(None, "tensor", "fsdp"),
     ("gate", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("up", "kernel"): PartitionSpec(None, "fsdp", "tensor"),

@@ -27,9 +27,11 @@ CONFIG = ModelConfig(
 B, T = 2, 11
 
 
-@pytest.mark.parametrize(("dtype", "n_nontopk"), [("float32", 1), ("bfloat16", 3)])
-def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
-    config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk)
+@pytest.mark.parametrize(
+    ("dtype", "n_nontopk", "qk_norm"), [("float32", 1, False), ("float32", 1, True), ("bfloat16", 3, False)]
+)
+def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk, qk_norm):
+    config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk, qk_norm=qk_norm)
     params = jax.jit(transformer.create, static_argnums=(0, 1))(config, 0)
     tokens = jax.random.randint(jax.random.key(0), (B, T), 0, 50)
     places = jnp.asarray([[0, 3, 10], [7, 7, 1]])  # in any order, also twice

@@ -15,7 +15,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import backends
-from topklm.model.layers import Linear
+from topklm.model.layers import Linear, RMSNorm
 from topklm.model.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
@@ -34,6 +34,9 @@ class Attention(nnx.Module):
         self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
         self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
         self.head_dim = width
+        # None, not a norm of scale 1, where there is none: checkpoints hold no array for it.
+        self.query_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
 
     def __call__(
         self,
@@ -61,7 +64,7 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(batch, length, -1))
 
     def project(self, x_BTD: jax.Array, rotation: "Rotation") -> "QueriesKeysValues":
-        """Computes queries, keys and values as attention reads them, rotary positions included.
+        """Computes queries, keys and values as attention reads them: by head, normed if asked, rotated.
 
         Args:
             x_BTD: The normed residual state [B, T, D].
@@ -87,6 +90,8 @@ class Attention(nnx.Module):
             As `project`.
         """
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
         return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
 
 
