@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.topk_and_norm import select_and_norm
 from topklm import errors
 from topklm.bench import machine, timing
 from topklm.config import TOPK_ACTIVATIONS
-from topklm.model import topk_pallas
 from topklm.model.topk import topk
 from topklm.storage.files import write_atomically
 
@@ -119,7 +119,7 @@ _compiled_topk = jax.jit(topk, static_argnums=(1, 2, 3))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _compiled_fused(x: jax.Array, k: int, activation: str, scale_D: jax.Array, residual: jax.Array) -> tuple:
-    return topk_pallas.select_and_norm(x, k, activation, "gpu", scale_D, EPSILON, residual=residual)
+    return select_and_norm(x, k, activation, "gpu", scale_D, EPSILON, residual=residual)
 
 
 @jax.jit
@@ -174,7 +174,7 @@ def _forward_sides(x: jax.Array, residual: jax.Array, scale: jax.Array, k: int) 
         return y, _norm(y)
 
     def one_kernel(x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return topk_pallas.select_and_norm(x, k, "relu", "gpu", scale, EPSILON, residual=residual)[:2]
+        return select_and_norm(x, k, "relu", "gpu", scale, EPSILON, residual=residual)[:2]
 
     plain = {
         "copy": (jnp.negative, x),

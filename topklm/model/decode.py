@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.attention import Rotation
-from topklm.model.layers import of_entries
-from topklm.model.products import product
+from topklm.model.layers import of_entries, product
 from topklm.model.transformer import Block
 
 _MASKED = -1e30  # finite, as in `attention`

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from topklm.model.products import product, transposed
+from topklm.model.layers import product, transposed
 
 # A chunk's logits should stay near the cache (8 MB in float32) but a matrix product over fewer tokens
 # than this wastes the machine.
