@@ -23,9 +23,16 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference import parts as parts_lib
 from topklm.inference.parts import Parts
-from topklm.model import decode, transformer
+from topklm.model import transformer
 from topklm.model.block import LayerHooks, end_layer
-from topklm.model.decode import Joined, KeysAndValues
+from topklm.model.cached_attention import (
+    FusedWeights,
+    KeysAndValues,
+    KVBlock,
+    attend_over,
+    decode_step,
+    keys_and_values,
+)
 from topklm.model.parallel import ALONE
 
 SMALLEST_BUCKET = 16
@@ -69,7 +76,7 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """
     blocks = transformer.bind(config, params).blocks
     attention, mlp = blocks.attention, blocks.mlp
-    side_by_side = Joined(
+    side_by_side = FusedWeights(
         jnp.concatenate(
             [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)], -1
         ),
@@ -118,7 +125,7 @@ def prefill(
 
     def layer(carry: None, inputs: tuple) -> tuple[None, KeysAndValues]:
         block_params, h_BPD = inputs
-        return carry, decode.keys_and_values(nnx.merge(block_def, block_params), h_BPD, rotation)
+        return carry, keys_and_values(nnx.merge(block_def, block_params), h_BPD, rotation)
 
     if _scans(config):
         return h_BD, jax.lax.scan(layer, None, (stacked, entering_LBPD))[1]
@@ -196,15 +203,15 @@ def step(
                 return jax.lax.dynamic_update_slice_in_dim(x, one, number, axis=-2)
 
             with_own = jax.tree.map(put, new, own)
-            parts = [decode.Part(kept, *of_part) for kept, of_part in zip(past, seen, strict=True)]
-            return decode.over(q_BKG1d, [*parts, decode.Part(with_own, seen_11N)]), with_own
+            parts = [KVBlock(kept, *of_part) for kept, of_part in zip(past, seen, strict=True)]
+            return attend_over(q_BKG1d, [*parts, KVBlock(with_own, seen_11N)]), with_own
 
         *parameters, query_key_value, gate_up = leaves
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
         behind_topk = few and 0 < layer <= config.n_topk_layers
         entries = n_active if behind_topk else None
-        a_B1D, written_B1D, with_own = decode.step(
-            block, h_B1D, rotation, attend, entries, Joined(query_key_value, gate_up)
+        a_B1D, written_B1D, with_own = decode_step(
+            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up)
         )
         return end_layer(config, a_B1D, written_B1D, sparse, changes, layer, sum_first=True), with_own
 

@@ -90,7 +90,7 @@ class Linear(nnx.Module):
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def of_entries(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
+def sparse_matmul(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
     """`x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
 
     Args:

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import decode, losses, transformer
+from topklm.model import losses, transformer
 from topklm.model.block import end_layer
+from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics import activity
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
@@ -255,7 +256,7 @@ def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
-) -> tuple[jax.Array, decode.KeysAndValues, jax.Array]:
+) -> tuple[jax.Array, KeysAndValues, jax.Array]:
     """What every layer hands on, [L, W, T, D]; what all but the first keep of it, [L - 1, W, ...]; losses.
 
     A loss is that of the next token, [W, T].
@@ -265,9 +266,9 @@ def _forward(
     block_def, stacked = nnx.split(model.blocks)
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
 
-    def keep(layer: tuple) -> decode.KeysAndValues:
+    def keep(layer: tuple) -> KeysAndValues:
         block_params, entering_WTD = layer
-        return decode.keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
+        return keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
 
     # What enters a layer is what the one before hands on.
     later = jax.tree.map(lambda leaf: leaf[1:], stacked)
@@ -280,7 +281,7 @@ def _losses_without(
     config: ModelConfig,
     params: transformer.Parameters,
     states_LWTD: jax.Array,
-    past: decode.KeysAndValues,
+    past: KeysAndValues,
     inputs_WT: jax.Array,
     windows_R: jax.Array,
     layers_RM: jax.Array,
@@ -304,8 +305,8 @@ def _losses_without(
 
     def layer(number: jax.Array, h_RMD: jax.Array) -> jax.Array:
         own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
-        attend = decode.own_behind(own_past, seen_RMT)
-        a_RMD, written_RMD, _ = decode.step(model.block(number), h_RMD, rotation, attend)
+        attend = attend_to_past(own_past, seen_RMT)
+        a_RMD, written_RMD, _ = decode_step(model.block(number), h_RMD, rotation, attend)
         next_RMD = end_layer(config, a_RMD, written_RMD, number < config.n_topk_layers)
         return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import decode, transformer
+from topklm.model import transformer
 from topklm.model.block import LayerHooks, end_layer
+from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
 from topklm.neurons.statistics.settings import Settings
@@ -111,9 +112,9 @@ def _weighted_jacobians(
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            past = decode.keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode.step(
-                block, h_BD[:, None], of_last, decode.own_behind(past, seen_BT[:, None])
+            past = keys_and_values(block, entering_BTD, rotation)
+            a_B1D, written_B1D, _ = decode_step(
+                block, h_BD[:, None], of_last, attend_to_past(past, seen_BT[:, None])
             )
             return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 

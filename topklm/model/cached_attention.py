@@ -1,7 +1,7 @@
-"""Single tokens through a block, the keys and values of the tokens before them kept.
+"""One decode step of a block with a KV cache.
 
-For the next token of a text, and for asking what would follow if the state at a token were another.
-Dims: B rows, T places in each, M tokens for each row, K key heads of width d, G query heads for each of them.
+Used for the next token of a sequence, and to ask what would follow if the state at a token were another.
+Dims: B rows, T positions in each, M tokens of each row, K key heads of width d, G query heads for each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,67 +12,61 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.attention import Rotation
-from topklm.model.layers import of_entries, product
-from topklm.model.transformer import Block
+from topklm.model.block import Block
+from topklm.model.layers import product, sparse_matmul
 
 _MASKED = -1e30  # finite, as in `attention`
 
 
 class KeysAndValues(NamedTuple):
-    """What the attention of a layer keeps of tokens; each [B, K, T, d], as the products read it."""
+    """The KV cache of a layer, in the order in which the products read it."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [B, K, T, d]
+    values: jax.Array  # [B, K, T, d]
 
 
-# Attention of tokens, given their queries [B, K, G, M, d], scaled, and their own keys and values: what is
-# mixed, [B, K, G, M, d], and anything to be handed on.
+# Attention of tokens: (scaled queries [B, K, G, M, d], their own keys and values) -> (the mixed values
+# [B, K, G, M, d], anything to be handed on).
 Attend = Callable[[jax.Array, KeysAndValues], tuple[jax.Array, Any]]
 
 
-class Joined(NamedTuple):
-    """Matrices of a block side by side, for one product in the place of several."""
+class FusedWeights(NamedTuple):
+    """Matrices of a block side by side, for one product instead of several."""
 
     query_key_value: jax.Array  # [D, (H + 2 K) d]
     gate_up: jax.Array  # [D, 2 F]
 
 
 def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysAndValues:
-    """Of residual states that enter a block.
-
-    Args:
-        block: The layer.
-        h_BTD: [B, T, D].
-        rotation: Of their positions.
-    """
+    """Computes the KV cache of residual states [B, T, D] that enter a block, given their rotation."""
     _, keys, values = block.attention.project(block.attention_norm(h_BTD), rotation)
     return _heads_first(keys, values)
 
 
-def step(
+def decode_step(
     block: Block,
     h_BMD: jax.Array,
     rotation: Rotation,
     attend: Attend,
     n_active: int | None = None,
-    joined: Joined | None = None,
+    fused: FusedWeights | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Tokens through a block as `Block.__call__` does it, but for what they attend to.
+    """Runs tokens through a block as `Block.__call__` does, with attention of their own.
 
     Args:
         block: The layer.
-        h_BMD: What enters it at the tokens.
+        h_BMD: The residual states that enter it.
         rotation: Of the tokens' positions, [B, M, ...].
-        attend: Their attention, e.g. `own_behind` of a past.
-        n_active: If at most so many entries of each h are not zero, and queries, keys and values are to be
-            made of those rows of the weights alone; the same to rounding, and faster for few tokens.
-        joined: The block's own matrices, which are then not looked at in the block.
+        attend: Their attention, e.g. `attend_to_past(...)`.
+        n_active: If given, the most entries of a state that are not zero. Queries, keys and values are then
+            made of those rows of the weights alone: the same to rounding, and faster for few tokens.
+        fused: The block's matrices, which are then not read in the block.
 
     Returns:
-        The two terms whose sum is u, [B, M, D] each; and what `attend` handed on.
+        The two terms whose sum is u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
     """
     attention = block.attention
-    query, key, value = _projections(block, h_BMD, n_active, joined)
+    query, key, value = _projections(block, h_BMD, n_active, fused)
     q_BMHd, *key_value = attention.split_heads(query, key, value, rotation)
     own = _heads_first(*key_value)
     batch, n_tokens, _ = h_BMD.shape
@@ -80,19 +74,19 @@ def step(
     scaled_BKGMd = jnp.transpose(q_BMKGd, (0, 2, 3, 1, 4)) * attention.head_dim**-0.5
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
-    gate_up = None if joined is None else joined.gate_up
+    gate_up = None if fused is None else fused.gate_up
     return *block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up), handed_on
 
 
-def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
-    """Each token attends to its own past and itself, and to no other token of the step.
+def attend_to_past(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
+    """Makes attention in which each token sees its past and itself, and no other token of the step.
 
     Args:
-        past: Of each row's T places.
-        seen_BMT: bool[B, M, T], which places of it a token sees besides itself.
+        past: Of each row's T positions.
+        seen_BMT: bool[B, M, T], which of them a token sees besides itself.
 
     Returns:
-        What hands the tokens' own keys and values on.
+        The attention, which hands the tokens' own keys and values on.
     """
 
     def attend(q_BKGMd: jax.Array, own: KeysAndValues) -> tuple[jax.Array, KeysAndValues]:
@@ -107,75 +101,75 @@ def own_behind(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
     return attend
 
 
-class Part(NamedTuple):
-    """Some of the keys and values that a token attends to."""
+class KVBlock(NamedTuple):
+    """Some of the keys and values that tokens attend to."""
 
     kept: KeysAndValues
     seen: jax.Array  # bool[B, M, T], which of them a token sees
-    is_used: jax.Array | bool = True  # whether any token sees any; one that none sees is not read
+    is_used: jax.Array | bool = True  # whether any token sees any; a block that none sees is not read
 
 
-def over(q_BKGMd: jax.Array, parts: Sequence[Part]) -> jax.Array:
-    """Attention over keys and values that lie in several places.
+def attend_over(q_BKGMd: jax.Array, blocks: Sequence[KVBlock]) -> jax.Array:
+    """Computes attention over keys and values in several blocks.
 
-    Each part has a softmax of its own, and they are put together as in online softmax (Milakov and
-    Gimelshein, arXiv:1805.02867).
+    Each block has a softmax of its own, and they are joined as in online softmax (Milakov and Gimelshein,
+    arXiv:1805.02867).
 
     Args:
         q_BKGMd: Queries, scaled.
-        parts: Of which each token sees something in one at least.
+        blocks: Of which each token sees something in one at least.
 
     Returns:
-        What is mixed, [B, K, G, M, d].
+        The mixed values, [B, K, G, M, d].
     """
-    of_parts = [_over_part(q_BKGMd, part) for part in parts]
-    highest_BKGM = functools.reduce(jnp.maximum, [of_part.highest for of_part in of_parts])
-    factors = [jnp.exp(of_part.highest - highest_BKGM) for of_part in of_parts]
-    total_BKGM = sum(f * of_part.total for f, of_part in zip(factors, of_parts, strict=True))
-    mixed_BKGMd = sum(f[..., None] * of_part.mixed for f, of_part in zip(factors, of_parts, strict=True))
+    partials = [_attend_to_block(q_BKGMd, block) for block in blocks]
+    highest_BKGM = functools.reduce(jnp.maximum, [partial.highest for partial in partials])
+    factors = [jnp.exp(partial.highest - highest_BKGM) for partial in partials]
+    total_BKGM = sum(f * partial.total for f, partial in zip(factors, partials, strict=True))
+    mixed_BKGMd = sum(f[..., None] * partial.mixed for f, partial in zip(factors, partials, strict=True))
     return (mixed_BKGMd / jnp.expand_dims(total_BKGM, -1)).astype(q_BKGMd.dtype)
 
 
-class _OfPart(NamedTuple):
-    """Attention over a part alone, float32: the highest score, and sums of exponentials below it."""
+class _Partial(NamedTuple):
+    """Attention over one block, float32: the highest score, and sums of exponentials below it."""
 
     highest: jax.Array  # [B, K, G, M]
     total: jax.Array  # [B, K, G, M]
     mixed: jax.Array  # [B, K, G, M, d], of the values, each times its exponential
 
 
-def _over_part(q_BKGMd: jax.Array, part: Part) -> _OfPart:
-    def read() -> _OfPart:
-        scores = _scores(q_BKGMd, part.kept, part.seen)
+def _attend_to_block(q_BKGMd: jax.Array, block: KVBlock) -> _Partial:
+    def read() -> _Partial:
+        scores = _scores(q_BKGMd, block.kept, block.seen)
         highest = scores.max(axis=-1)
         exponentials = jnp.exp(scores - highest[..., None])
-        mixed = _mix(exponentials, part.kept, jnp.float32)
-        return _OfPart(highest, exponentials.sum(axis=-1), mixed)
+        mixed = _mix(exponentials, block.kept, jnp.float32)
+        return _Partial(highest, exponentials.sum(axis=-1), mixed)
 
-    def leave() -> _OfPart:
+    def leave() -> _Partial:
         nothing = jnp.zeros(q_BKGMd.shape, jnp.float32)
-        return _OfPart(nothing[..., 0] + _MASKED, nothing[..., 0], nothing)
+        return _Partial(nothing[..., 0] + _MASKED, nothing[..., 0], nothing)
 
-    return read() if part.is_used is True else jax.lax.cond(part.is_used, read, leave)
+    return read() if block.is_used is True else jax.lax.cond(block.is_used, read, leave)
 
 
 def _projections(
-    block: Block, h_BMD: jax.Array, n_active: int | None, joined: Joined | None
+    block: Block, h_BMD: jax.Array, n_active: int | None, fused: FusedWeights | None
 ) -> Sequence[jax.Array]:
     x_BMD, attention = block.attention_norm(h_BMD), block.attention
     if n_active is not None:
         # The norm leaves zeros zero. By magnitude, for interventions and other activations than relu.
         _, indices_BMk = jax.lax.top_k(jnp.abs(h_BMD), n_active)
         x_BMk = jnp.take_along_axis(x_BMD, indices_BMk, axis=-1)
-    if joined is None:
+    if fused is None:
         linears = attention.query, attention.key, attention.value
         if n_active is None:
             return [linear(x_BMD) for linear in linears]
-        return [of_entries(x_BMk, linear.kernel[...], indices_BMk) for linear in linears]
+        return [sparse_matmul(x_BMk, linear.kernel[...], indices_BMk) for linear in linears]
     if n_active is None:
-        together = product(x_BMD, joined.query_key_value)
+        together = product(x_BMD, fused.query_key_value)
     else:
-        together = of_entries(x_BMk, joined.query_key_value, indices_BMk)
+        together = sparse_matmul(x_BMk, fused.query_key_value, indices_BMk)
     # Keys and values are equally wide, and queries as wide as what `out` takes.
     n_query = attention.out.kernel.shape[0]
     n_key = (together.shape[-1] - n_query) // 2
@@ -188,7 +182,7 @@ def _scores(q_BKGMd: jax.Array, kept: KeysAndValues, seen_BMT: jax.Array) -> jax
 
 
 def _joint_softmax(scores: Sequence[jax.Array]) -> list[jax.Array]:
-    """Of scores in several arrays that differ in their last axis only; in float32."""
+    """Computes the softmax, in float32, of scores in several arrays that differ in their last axis only."""
     highest = scores[0].max(axis=-1, keepdims=True)
     for more in scores[1:]:
         highest = jnp.maximum(highest, more.max(axis=-1, keepdims=True))
