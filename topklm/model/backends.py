@@ -113,7 +113,7 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 _TOPK, _PALLAS = "topklm.model.topk", "topklm.model.topk_pallas"
-_ATTENTION = "topklm.model.attention_backends"
+_ATTENTION = "topklm.model.attention"
 
 # Functions are `topk.Select`s; limits are called with (shape, dtype, platform).
 TOPK = Backends(
@@ -132,7 +132,7 @@ TOPK = Backends(
 # of that size.
 ATTENTION = Backends(
     "model.attention",
-    Backend("blocked", "topklm.model.attention:causal_attention", auto=_ANY_DTYPE),
+    Backend("blocked", f"{_ATTENTION}:causal_attention", auto=_ANY_DTYPE),
     Backend("splash", f"{_ATTENTION}:splash", "tpu", _ANY_DTYPE),
     Backend("triton", f"{_ATTENTION}:triton", "gpu", ("bfloat16",)),
     Backend("cudnn", f"{_ATTENTION}:cudnn", "gpu", limits=f"{_ATTENTION}:cudnn_limits"),

@@ -1,7 +1,7 @@
 """One decode step of a block with a KV cache.
 
 Used for the next token of a sequence, and to ask what would follow if the state at a token were another.
-Dims: B rows, T positions in each, M tokens of each row, K key heads of width d, G query heads for each of them.
+Dims: B rows, T positions in each, M tokens of each row, K key heads of width d, G query heads for each.
 """
 
 from collections.abc import Callable, Sequence

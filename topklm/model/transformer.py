@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import attention_backends
+from topklm.model import attention
 from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.block import (
     NO_HOOKS,
@@ -201,7 +201,7 @@ def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, sc
         "none": _all_but_gathered,
         "minimal": policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(MASK_NAME, attention_backends.CHECKPOINT_NAME),
+            policies.save_only_these_names(MASK_NAME, attention.CHECKPOINT_NAME),
         ),
         "full": policies.save_only_these_names(MASK_NAME),
     }[config.remat]

@@ -10,13 +10,13 @@ import pytest
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import attention_backends, backends
+from topklm.model import attention, backends
 from topklm.model.attention import attention_reference
 
 KERNELS = {
-    "splash": functools.partial(attention_backends.splash, interpret=True),
-    "triton": functools.partial(attention_backends.triton, interpret=True),
-    "cudnn": functools.partial(attention_backends.cudnn, implementation="xla"),
+    "splash": functools.partial(attention.splash, interpret=True),
+    "triton": functools.partial(attention.triton, interpret=True),
+    "cudnn": functools.partial(attention.cudnn, implementation="xla"),
 }
 
 
@@ -70,7 +70,7 @@ def test_bfloat16_stays_near_float32(name):
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "tpu"), ("triton", "cuda")])
 def test_it_can_be_lowered_for_its_platform(name, platform):
-    attend = getattr(attention_backends, name)
+    attend = getattr(attention, name)
     arrays, segments = make(640, heads=4, kv_heads=2, batch=1, dtype=jnp.bfloat16, width=128)
 
     def run(q, k, v, g):
