@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import attention_reference
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model import attention, backends
-from topklm.model.attention import attention_reference
 
 KERNELS = {
     "splash": functools.partial(attention.splash, interpret=True),

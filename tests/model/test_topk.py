@@ -10,10 +10,11 @@ from jax.test_util import check_grads
 import ml_dtypes
 import numpy as np
 import pytest
+from references import active_mask
 
 from topklm.errors import UserError
 from topklm.model.backends import TOPK
-from topklm.model.topk import APPROX_RECALL, active_mask, topk
+from topklm.model.topk import APPROX_RECALL, topk
 
 BACKENDS = ("lax", "threshold")  # on CPUs "auto" is the second: see the test of that
 ACTIVATIONS = ("relu", "identity", "abs")

@@ -10,11 +10,12 @@ from jax.sharding import AxisType, PartitionSpec
 import ml_dtypes
 import numpy as np
 import pytest
+from references import active_mask
 
 from benchmarks.topk_and_norm import select_and_norm
 from topklm.compile_check import cost, program, topology
 from topklm.model import topk_pallas, topk_pallas_bits
-from topklm.model.topk import active_mask, topk
+from topklm.model.topk import topk
 from topklm.model.topk_pallas import make_tile
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)

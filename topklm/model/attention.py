@@ -2,7 +2,7 @@
 
 `causal_attention` is the backend for CPUs. It walks the queries in blocks and never touches keys to the right
 of a block, so about half of the square is never computed. The kernels for accelerators, after it, never hold
-the scores. `attention_reference` is the plain formula the tests hold them to. Which one a program runs is
+the scores. Which one a program runs is
 decided where the program is made for its devices (`backends.ATTENTION.choose`), not while it is lowered:
 cuDNN's cannot be traced without a GPU, and each keeps other arrays for its backward pass.
 """
@@ -145,16 +145,6 @@ def rotate(x_BTHd: jax.Array, rotation: Rotation) -> jax.Array:
     cos, sin = rotation
     halves = x_BTHd.reshape(*x_BTHd.shape[:-1], 2, -1)
     return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x_BTHd.shape)
-
-
-def attention_reference(
-    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
-    """The plain formula: softmax(q k^T / sqrt(d)) v over the allowed keys; same contract as below."""
-    length = q_BTHd.shape[1]
-    same_segment = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    allowed = same_segment & np.tril(np.ones((length, length), bool))
-    return jax.nn.dot_product_attention(q_BTHd, k_BTKd, v_BTKd, mask=allowed[:, None])
 
 
 @jax.custom_vjp

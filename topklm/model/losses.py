@@ -1,8 +1,7 @@
 """Next-token cross-entropy that never holds all logits at once.
 
 The logits of one chunk of tokens are formed, turned into their loss and their gradient, and dropped, so the
-backward pass does no second matrix product with the unembedding. `cross_entropy_reference` is the plain
-formula the tests hold it to.
+backward pass does no second matrix product with the unembedding.
 """
 
 import functools
@@ -16,21 +15,6 @@ from topklm.model.layers import product, transposed
 # than this wastes the machine.
 _LOGITS_PER_CHUNK = 2**21
 _MIN_TOKENS_PER_CHUNK = 512
-
-
-def cross_entropy_reference(
-    h_BTD: jax.Array,
-    w_DV: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    z_loss: float,
-    n_vocab: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Same contract as `cross_entropy`, with all logits in memory."""
-    logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32)[..., :n_vocab]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights_BT * (nll + z_loss * log_z**2)), jnp.sum(weights_BT * nll)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -53,9 +53,11 @@ def topk(
 
     Returns:
         [..., D] in the dtype of x. A row that holds a NaN is NaN throughout, so that a diverged run is seen.
-        The gradient, forward and reverse, passes through the active entries and is zero elsewhere; the
-        reverse pass keeps one bool per entry and no floats. A row with a NaN has active entries too, see
-        `active_mask`: its gradient is theirs, neither NaN nor zero throughout.
+        The gradient, forward and reverse, passes through the active entries (with "relu" those kept that
+        are above 0) and is zero elsewhere; the reverse pass keeps one bool per entry and no floats. A NaN
+        competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign bit
+        is set; with "abs" above infinity either way. So its row has active entries too, the same in every
+        exact backend, and its gradient is theirs, neither NaN nor zero throughout.
 
     Raises:
         ValueError: If k is below 1, the activation or backend is unknown, or x and residual differ in shape.
@@ -64,30 +66,6 @@ def topk(
     terms = (x,) if residual is None else (x, residual)
     _check(terms, k, activation, backend)
     return _topk(terms, applies, k, activation, backend)
-
-
-def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
-    """Which entries pass through `topk`; with "relu" only those above 0.
-
-    A NaN competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign
-    bit is set; with "abs" above infinity either way. So its row still has winners, the same in every exact
-    backend, and they are where the gradient of `topk` passes.
-
-    Args:
-        x: As in `topk`.
-        k: As in `topk`.
-        activation: As in `topk`.
-        backend: As in `topk`.
-
-    Returns:
-        bool[..., D].
-
-    Raises:
-        ValueError: As `topk`.
-        TypeError: As `topk`.
-    """
-    _check((x,), k, activation, backend)
-    return _topk_and_mask((x,), None, k, activation, backend)[1]
 
 
 def _check(terms: Terms, k: int, activation: str, backend: str) -> None:

@@ -155,8 +155,8 @@ def select(
         interpret: Run the kernel as ordinary JAX operations, on any platform.
 
     Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D] as of `topk.active_mask`,
-        or None. The kernel writes the mask as one bit an entry.
+        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
+        entries, or None. The kernel writes the mask as one bit an entry.
     """
     tile = make_tile(platform, x.size // x.shape[-1], x.shape[-1], x.dtype.itemsize)
 

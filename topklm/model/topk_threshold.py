@@ -43,8 +43,8 @@ def select(
         with_mask: Also return which entries are active.
 
     Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D] as of `topk.active_mask`,
-        or None.
+        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
+        entries, or None.
     """
     x_ND = x.reshape(-1, x.shape[-1])
     n_rows, d = x_ND.shape

@@ -8,6 +8,7 @@ import numpy as np
 import plain_model
 from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
 import pytest
+from references import attention_reference
 
 from topklm.errors import UserError
 from topklm.model import attention, layers, transformer
@@ -93,7 +94,7 @@ def test_they_are_what_forward_mode_gives_for_single_neurons(tmp_path, monkeypat
     # Rules written out for the backward pass know no forward mode: the same by plain formulas.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
     monkeypatch.setattr(layers, "gated_silu", lambda gate, up: jax.nn.silu(gate) * up)
-    monkeypatch.setattr(attention, "causal_attention", attention.attention_reference)
+    monkeypatch.setattr(attention, "causal_attention", attention_reference)
 
     @jax.jit
     def slope(direction):
