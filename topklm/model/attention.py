@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         segment_ids_BT: jax.Array,
         parallel: Parallel = ALONE,
     ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
+        """Maps [B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
 
         Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
         of a sum.
@@ -69,9 +69,9 @@ class Attention(nnx.Module):
         if parallel.context is None:
             mixed = backends.ATTENTION[parallel.attention](q, k, v, segment_ids_BT)
         else:
-            # The place of the queries among the keys is known only when the program runs, which the kernels
-            # of accelerators do not take. Few tokens are on this device; keys and values of all of them are
-            # narrower than the activations.
+            # The position of the queries among the keys is known only when the program runs, which the
+            # kernels of accelerators do not take. Few tokens are on this device; keys and values of all of
+            # them are narrower than the activations.
             k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
             first = jax.lax.axis_index(parallel.context) * length
             mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
@@ -156,7 +156,7 @@ def causal_attention(
     key_segment_ids_BS: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention within segments.
+    """Computes causal attention within segments.
 
     Args:
         q_BTHd: Queries [B, T, H, d].
@@ -164,7 +164,7 @@ def causal_attention(
         v_BSKd: Values [B, S, K, d].
         segment_ids_BT: int32[B, T]; a token attends to equal ids only.
         key_segment_ids_BS: int32[B, S] of the keys, where the queries are a part of all tokens; else S = T.
-        first: int32 scalar, with them: the place of the first query among the keys. It is known only when
+        first: int32 scalar, with them: the position of the first query among the keys. It is known only when
             the program runs, so the keys to the right are computed and masked.
 
     Returns:
@@ -246,7 +246,7 @@ def _allowed(
     start: int,
     stop: int,
 ) -> jax.Array:
-    """bool[B, 1, 1, stop - start, keys]: which keys a block of queries attends to."""
+    """Returns the keys that a block of queries attends to, bool[B, 1, 1, stop - start, keys]."""
     if key_segments_BS is None:
         key_segments_BS = segments_BT[:, :stop]
     queries: Any = np.arange(start, stop) if first is None else first + np.arange(start, stop)
@@ -259,7 +259,7 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
-    """[B, T, H, d] -> [B, K, H/K, T, d]."""
+    """Reorders [B, T, H, d] -> [B, K, H/K, T, d]."""
     batch, length, _, width = x_BTHd.shape
     return jnp.transpose(x_BTHd.reshape(batch, length, n_kv_heads, -1, width), (0, 2, 3, 1, 4))
 
@@ -277,7 +277,7 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention, the Pallas kernel for TPUs that JAX comes with.
+    """Computes splash attention, by the Pallas kernel for TPUs that JAX comes with.
 
     Args:
         q_BTHd: Queries [B, T, H, d].
@@ -291,7 +291,7 @@ def splash(
     """
     length = q_BTHd.shape[1]
     padded = _round_up(length, _LANES)
-    # Tokens behind the end see only what the mask hides from all others, and nobody reads what they give.
+    # Tokens past the end are hidden from all others by the mask, and their results are cut off.
     q, k, v = (
         jnp.swapaxes(_padded(x, padded), 1, 2) for x in (q_BTHd * q_BTHd.shape[-1] ** -0.5, k_BTKd, v_BTKd)
     )
@@ -309,7 +309,7 @@ def triton(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """The Pallas kernel for GPUs that JAX comes with; arguments and result as `splash`."""
+    """Runs the Pallas kernel for GPUs that JAX comes with; arguments and result as `splash`."""
     kernels = _jax_kernels(_TRITON_KERNEL)
     length, width = q_BTHd.shape[1], q_BTHd.shape[-1]
     padded = _round_up(length, _TRITON_BLOCK)
@@ -333,7 +333,7 @@ def cudnn(
     *,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """Attention of cuDNN, with a mask bool[B, 1, T, T]; arguments and result as `splash`.
+    """Runs attention of cuDNN, with a mask bool[B, 1, T, T]; arguments and result as `splash`.
 
     `implementation="xla"` computes the same without a GPU; for tests.
     """
@@ -356,13 +356,13 @@ def cudnn_limits(config: ModelConfig) -> str:
 
 
 def splash_block(length: int) -> int:
-    """Tokens in a block of splash attention over `length` tokens, a multiple of 128."""
+    """Returns the tokens in a block of splash attention over `length` tokens, a multiple of 128."""
     return next(size for size in _SPLASH_BLOCKS if length % size == 0)
 
 
 @functools.lru_cache(maxsize=16)
 def _splash_kernel(length: int, n_heads: int, interpret: bool) -> Any:
-    """The kernel for a causal mask; the cache shares it between layers."""
+    """Makes the kernel for a causal mask; the cache shares it between layers."""
     kernels, masks = _jax_kernels(_SPLASH_KERNEL), _jax_kernels(_SPLASH_MASK)
     block = splash_block(length)
     names = ["block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"]
@@ -380,7 +380,7 @@ def _splash_kernel(length: int, n_heads: int, interpret: bool) -> Any:
 
 
 def _jax_kernels(module: str) -> Any:
-    """Kernels that JAX comes with; not imported by programs for devices that do without them."""
+    """Imports kernels that JAX comes with, only in programs that use them."""
     with warnings.catch_warnings():
         # JAX 0.12 says that those for GPUs will move to a package of their own.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -388,7 +388,7 @@ def _jax_kernels(module: str) -> Any:
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, ...] -> [B, length, ...], with zeros behind."""
+    """Pads [B, T, ...] -> [B, length, ...] with zeros at the end."""
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 

@@ -63,11 +63,11 @@ class Backends:
         return (own or [entry for entry in taken if entry.platform is None])[0]
 
     def needs_one_device(self, name: str) -> bool:
-        """Whether a kernel may run, which XLA cannot split over devices by itself."""
+        """Returns True if a kernel may run, which XLA cannot split over devices by itself."""
         return name == AUTO or self[name].platform is not None
 
     def all_exact(self, *names: str) -> bool:
-        """Whether these give the same bits."""
+        """Returns True if these give the same bits."""
         return all(name == AUTO or self[name].is_exact for name in names)
 
     def check_platform(self, name: str, platform: str) -> None:

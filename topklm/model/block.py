@@ -73,7 +73,7 @@ class Block(nnx.Module):
 
         Args:
             h_BTD: The residual state that entered the layer.
-            mixed_BTD: What attention writes, its output matrix included.
+            mixed_BTD: The output of attention, its last matrix included.
             parallel: As in a call.
             gate_up: As in `SwiGLU.__call__`.
 
@@ -105,7 +105,7 @@ def end_layer(
         ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
             program runs.
         hooks: Of the model; `input` has been called before the layer.
-        hook_input: What they are called with.
+        hook_input: Passed to them.
         topk: The model's TopK, or one of the same result with another gradient (`topk_masked_by_next`).
         sum_first: Form u before the search. Fused into a search over few tokens, as XLA for CPUs does it, the
             sum would be formed again at each pass.

@@ -15,7 +15,7 @@ from topklm.model.parallel import ALONE, Parallel
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in the dtype of a, sums in float32.
+    """Computes `a @ b` in the dtype of a, sums in float32.
 
     Args:
         a: [..., N, K].
@@ -30,7 +30,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """The last two axes exchanged, for use in a product: [..., N, M] -> [..., M, N]."""
+    """Exchanges the last two axes, for use in a product: [..., N, M] -> [..., M, N]."""
     if x.dtype != jnp.bfloat16:
         return x.mT
     return jax.lax.platform_dependent(x, cpu=_row_major_transpose, default=lambda x: x.mT)
@@ -47,7 +47,7 @@ def _row_major_transpose(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """`x @ w` whose weight gradient is formed as `x.T @ g`.
+    """Computes `x @ w` whose weight gradient is formed as `x.T @ g`.
 
     JAX's own rule forms `(g.T @ x).T`, which costs a transposed copy of the gradient.
 
@@ -84,14 +84,14 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.pad(kernel, ((0, 0), (0, (columns or d_out) - d_out))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., I] -> [..., O] in the dtype of x."""
+        """Maps [..., I] -> [..., O] in the dtype of x."""
         kernel = self.kernel[...].astype(x.dtype)
         flat = matmul(x.reshape(-1, x.shape[-1]), kernel)
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def sparse_matmul(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
-    """`x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
+    """Computes `x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
 
     Args:
         x: Those entries, [..., k].
@@ -113,7 +113,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] in the dtype of x; the mean square is taken in float32."""
+        """Maps [..., D] -> [..., D] in the dtype of x; the mean square is taken in float32."""
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return (x32 * inverse_rms * self.scale[...]).astype(x.dtype)
@@ -121,7 +121,7 @@ class RMSNorm(nnx.Module):
 
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6) that recomputes the sigmoid instead of keeping it.
+    """Computes `silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6), and the sigmoid again for its gradient.
 
     Args:
         gate: [..., F].
@@ -170,7 +170,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.pad(table_VD, ((0, rows - vocab_size), (0, 0))))
 
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype, parallel: Parallel = ALONE) -> jax.Array:
-        """int32[B, T] -> [B, T, D] in `dtype`; across devices, the residual tokens of each."""
+        """Maps int32[B, T] -> [B, T, D] in `dtype`; across devices, the residual tokens of each."""
         table_VD = self.embedding[...].astype(dtype)
         if parallel.tensor is None:
             return table_VD[tokens_BT]

@@ -1,8 +1,8 @@
 """The TopK activation: each row keeps its k largest entries, the rest become zero.
 
-A backend finds the winners of every row; activation, NaN and gradient are the same for all of them. What
-wins is decided on the row's IEEE total order (-0.0 < +0.0), as `jax.lax.top_k` has it; on a tie the lowest
-index wins, in every backend but "approx", bit for bit.
+A backend (`topklm.model.backends`) finds the winners of every row; activation, NaN and gradient are the same
+for all of them. The winners follow from the row's IEEE total order (-0.0 < +0.0), as in `jax.lax.top_k`; on a
+tie the lowest index wins, in every backend but "approx", bit for bit.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from topklm.model.topk_threshold import keep, order_key
 APPROX_RECALL = 0.95
 MASK_NAME = "topk_mask"  # of what the reverse pass keeps, in remat policies
 
-Terms = tuple[jax.Array, ...]  # what a row is the sum of
-Selected = tuple[jax.Array, jax.Array | None]  # what `topk` returns, and which entries are active
+Terms = tuple[jax.Array, ...]  # their sum is x
+Selected = tuple[jax.Array, jax.Array | None]  # the result of `topk`, and which entries are active
 # A backend: (terms, applies, k, activation, with_mask) -> result.
 Select = Callable[[Terms, jax.Array | None, int, str, bool], Selected]
 
@@ -41,8 +41,8 @@ def topk(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         k: Entries kept per row, 1 or more; k >= D drops none.
-        activation: What is kept. "relu": the largest by signed value, clipped at 0. "identity": the same,
-            not clipped. "abs": the largest by magnitude, with their sign.
+        activation: "relu" keeps the largest by signed value, clipped at 0; "identity" the same, not clipped;
+            "abs" the largest by magnitude, with their sign.
         backend: How the winners are found. "lax": `jax.lax.top_k`. "threshold": a search for the k-th value.
             "pallas_gpu", "pallas_tpu": one kernel, on that platform only. "auto": the fastest of these where
             the program runs. All of them give the same bits. "approx": `jax.lax.approx_max_k`, which keeps k
@@ -165,7 +165,7 @@ def _lowered_as(platform: str | None) -> str:
 
 
 def _where_it_applies(select: Callable[[Terms, int, str, bool], Selected]) -> Select:
-    """A backend from a selection that always applies."""
+    """Makes a backend of a selection that always applies."""
 
     @functools.wraps(select)
     def run(terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool) -> Selected:

@@ -3,7 +3,7 @@
 It reads the activations once and writes the result once; between, a row stays on the chip while its winners
 are found on bit planes (`topk_pallas_bits`). Bit for bit the same as `jax.lax.top_k`.
 
-What it costs on an H200, [65,536, 2048] bfloat16, by counting instructions: the copy moves 4 bytes an entry,
+Its cost on an H200, [65,536, 2048] bfloat16, by counting instructions: the copy moves 4 bytes an entry,
 134 us at 4 TB/s. A pass over every entry for every bit of the key, a comparison and an addition at least,
 is 32 integer operations an entry, and the 132 SMs do 64 a cycle: 290 us, twice the copy. On bit planes it is
 about 12: 1 to pair two entries in a word, 4 to transpose, 1 to build keys, 4 to search (27 passes, ties
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from topklm.model import topk_pallas_bits as bits
 
-Ref: TypeAlias = Any  # what a kernel is given; Pallas takes several types for it
+Ref: TypeAlias = Any  # an argument of a kernel; Pallas takes several types for it
 _WARP = 32
 _WORDS_PER_THREAD = 2  # 64 entries; see the module's text
 _LEAST_WIDTH = 4  # on a GPU; less would cut a short row into pieces too small to load well
@@ -68,7 +68,7 @@ class Tile:
         return pl.BlockSpec() if self._on_gpu else pl.BlockSpec(memory_space=pltpu.SMEM)
 
     def load(self, ref: Ref, chunk: int) -> jax.Array:
-        """A chunk of the tile [rows, width], or of an array with one row for all; 0 past the end of a row."""
+        """Reads a chunk of the tile [rows, width], or of a row for all tiles; 0 past the end of a row."""
         rows = ref.shape[0]
         if chunk * self.width >= self.d:
             return jnp.zeros((rows, self.width), ref.dtype)
@@ -78,7 +78,7 @@ class Tile:
         return part[...] if inside is None else jnp.where(inside, part[...], 0)
 
     def store(self, ref: Ref, chunk: int, value: jax.Array) -> None:
-        """Writes a chunk of the tile; what lies past the array is dropped."""
+        """Writes a chunk of the tile; entries past the end of the array are dropped."""
         if chunk * self.width >= self.d:
             return
         part = self._part(ref, chunk)
@@ -95,7 +95,7 @@ class Tile:
             ref[...] = value
 
     def count(self, words: jax.Array) -> jax.Array:
-        """Bits set in a row, int32[rows, width] -> int32[rows, 1]."""
+        """Counts the bits set in a row, int32[rows, width] -> int32[rows, 1]."""
         return jnp.sum(jax.lax.population_count(words), axis=1, keepdims=True, dtype=jnp.int32)
 
     @property
@@ -106,7 +106,7 @@ class Tile:
         return ref.at[:, pl.ds(chunk * self.width, self.width)]
 
     def _inside(self, chunk: int, rows: int) -> jax.Array | None:
-        """bool[rows, width]: which entries of a chunk the array has; None if all, or all that matter."""
+        """Returns bool[rows, width], the entries of a chunk in the array; None if all, or all that matter."""
         shape, left = (rows, self.width), self.d - chunk * self.width
         in_row = None if left >= self.width else jax.lax.broadcasted_iota(jnp.int32, shape, 1) < left
         in_array = self._in_array(shape)
@@ -115,7 +115,7 @@ class Tile:
         return in_row & in_array
 
     def _in_array(self, shape: tuple[int, ...]) -> jax.Array | None:
-        """The same for rows. On a TPU those past the array may hold anything: no row looks at another."""
+        """Does the same for rows. On a TPU rows past the end may hold anything: no row looks at another."""
         if not self._on_gpu or shape[0] != self.rows or self.n_rows % self.rows == 0:
             return None
         left = self.n_rows - pl.program_id(0) * self.rows
@@ -142,7 +142,7 @@ def select(
     with_mask: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """TopK of x, or of x + residual; it has no gradient rule of its own.
+    """Computes TopK of x, or of x + residual; it has no gradient rule of its own.
 
     Args:
         x: [..., D], as `limits` allows.
@@ -226,7 +226,7 @@ def call(
 
 
 def _cost(n_entries: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> pl.CostEstimate:
-    """For XLA's scheduler, which does not look into a kernel."""
+    """Estimates the cost for XLA's scheduler, which does not look into a kernel."""
     n_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     return pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * n_entries, bytes_accessed=n_bytes, transcendentals=0)
 
@@ -250,7 +250,7 @@ def topk_of_tile(
         activation: As in `select`.
 
     Returns:
-        What it has written, by chunk, [rows, width] each.
+        The written entries, by chunk, [rows, width] each.
     """
     u = [_load_sum(inputs, tile, chunk) for chunk in range(bits.WORD)]
     active, has_nan_R1 = _active_if_it_applies(inputs, u, tile, k, activation)
@@ -278,7 +278,7 @@ def _load_sum(inputs: dict[str, Ref], tile: Tile, chunk: int) -> jax.Array:
 def _active_if_it_applies(
     inputs: dict[str, Ref], u: list[jax.Array], tile: Tile, k: int, activation: str
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_active`; where TopK does not apply, all entries and no row: those that hold a NaN pass, too."""
+    """Does `_active`; where TopK does not apply, all entries are active, and rows with a NaN pass too."""
     if "applies" not in inputs:
         return _active(u, tile, k, activation)
 
@@ -294,7 +294,7 @@ def _active_if_it_applies(
 
 
 def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[jax.Array, jax.Array]:
-    """Of chunks of u: the active entries as bits, int32[R, width]; and bool[R, 1], which rows hold a NaN."""
+    """Returns the active entries of chunks as bits, int32[R, width]; and the rows with a NaN, bool[R, 1]."""
     dtype = u[0].dtype
     planes = bits.bit_planes([_as_integer(each) for each in u], 8 * dtype.itemsize)
     winners = bits.valid(tile.d, u[0].shape)
@@ -308,19 +308,19 @@ def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[ja
 
 
 def _as_integer(x: jax.Array) -> jax.Array:
-    """The bits of x in an int32; of a 16-bit float in its lower half, with zeros above."""
+    """Returns the bits of x in an int32; of a 16-bit float in its lower half, with zeros above."""
     if x.dtype.itemsize == 4:
         return jax.lax.bitcast_convert_type(x, jnp.int32)
     return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
 
 
 def _bit(position: int) -> int:
-    """An int32 with one bit set."""
+    """Returns an int32 with one bit set."""
     return 1 << position if position < bits.WORD - 1 else -(1 << position)
 
 
 def make_tile(platform: str, n_rows: int, d: int, itemsize: int) -> Tile:
-    """The tile for n_rows rows of d entries of itemsize bytes on platform "gpu" or "tpu"."""
+    """Returns the tile for n_rows rows of d entries of itemsize bytes on platform "gpu" or "tpu"."""
     return _gpu_tile(n_rows, d) if platform == "gpu" else _tpu_tile(n_rows, d, itemsize)
 
 

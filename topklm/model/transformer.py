@@ -39,7 +39,7 @@ Parameters = dict[str, Any]
 
 
 class _LayerInputs(NamedTuple):
-    """What differs from layer to layer; of all layers, with a leading layer axis."""
+    """Everything that differs from layer to layer; of all layers, with a leading layer axis."""
 
     params: nnx.State
     follows_topk: jax.Array | np.ndarray  # bool, whether the layer before ends in a TopK
@@ -77,7 +77,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Next-token logits.
+        """Computes next-token logits.
 
         Args:
             tokens_BT: int32[B, T].
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
         hook_inputs: Any = None,
         parallel: Parallel = ALONE,
     ) -> tuple[jax.Array, Any]:
-        """The stack up to and with the final norm.
+        """Runs the stack, up to and with the final norm.
 
         Args:
             tokens_BT: int32[B, T].
@@ -109,8 +109,8 @@ class Transformer(nnx.Module):
             capture: Called in every layer with (h, u, h'); see `CaptureFn`. It sees h and h' as the hooks
                 leave them.
             hooks: Called in every layer; see `LayerHooks`.
-            hook_inputs: What they are called with: any pytree of arrays with a leading layer axis [L, ...].
-                Other values of the same shapes need no other program.
+            hook_inputs: Passed to them: any pytree of arrays with a leading layer axis [L, ...]. Other values
+                of the same shapes need no other program.
             parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
 
         Returns:
@@ -167,33 +167,33 @@ class Transformer(nnx.Module):
         return rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
 
     def logits(self, h: jax.Array) -> jax.Array:
-        """Of normed hidden states from `hidden`, [..., D] -> float32[..., V]."""
+        """Maps normed hidden states from `hidden`, [..., D], to logits float32[..., V]."""
         logits = jnp.matmul(h, self.unembedding().astype(h.dtype), preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
 
     def unembedding(self) -> jax.Array:
-        """float32[D, padded_vocab_size]; columns past V stand for no token."""
+        """Returns float32[D, padded_vocab_size]; columns past V stand for no token."""
         return self.embed.embedding[...].T if self.unembed is None else self.unembed.kernel[...]
 
 
 def create(config: ModelConfig, seed: int) -> Parameters:
-    """Freshly initialised parameters as a plain nested dict of float32 arrays."""
+    """Initialises parameters, a plain nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=seed))))
 
 
 def bind(config: ModelConfig, params: Parameters) -> Transformer:
-    """The model that these parameters make; cheap, meant to be called inside `jax.jit`."""
+    """Makes a model of parameters; cheap, meant to be called inside `jax.jit`."""
     return nnx.merge(_definition(config), params)
 
 
 @functools.cache
 def _definition(config: ModelConfig) -> nnx.GraphDef:
-    """The static part of a model; its parameters are never allocated."""
+    """Returns the static part of a model; its parameters are never allocated."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
 def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:
-    """The layer with less kept for its backward pass (`config.remat`), to be computed again."""
+    """Wraps a layer so that less is kept for its backward pass, and computed again (`config.remat`)."""
     policies = jax.checkpoint_policies
     # The mask of a TopK that is not in halves is one byte an entry; without it the search, and the product
     # before it, would run again.
@@ -213,7 +213,7 @@ def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, sc
 
 
 def _all_but_gathered(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
-    """Whole parameters are gathered again: kept from every layer, they would be what fsdp is to avoid."""
+    """Keeps all but gathered parameters: kept from every layer, they would be what fsdp is to avoid."""
     return primitive.name != "all_gather"
 
 
