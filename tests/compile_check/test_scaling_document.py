@@ -1,4 +1,4 @@
-"""docs/scaling.md says what benchmarks/results/scaling.json holds."""
+"""docs/scaling.md and the tables beside the results say what benchmarks/results/scaling.json holds."""
 
 import json
 
@@ -14,6 +14,10 @@ def results():
 def test_the_document_is_rendered_from_the_results():
     document = scaling.DOCUMENT.read_text(encoding="utf-8")
     assert scaling.render(document, results()) == document
+
+
+def test_the_tables_beside_the_results_are_rendered_from_them():
+    assert scaling.tables(results()) == scaling.TABLES.read_text(encoding="utf-8")
 
 
 def test_every_recipe_and_its_twin_fits_its_slice():

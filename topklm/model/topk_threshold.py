@@ -122,7 +122,7 @@ def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _lower_bound(key_RD: jax.Array, k: int) -> jax.Array:
-    """Returns int32[R, 1] that at least k entries reach: of k groups, each one's largest reaches the least."""
+    """Returns int32[R, 1] that at least k entries reach: of k groups, each largest reaches the least."""
     width = key_RD.shape[1]
     while width % 2 == 0 and width // 2 >= k:
         width //= 2
