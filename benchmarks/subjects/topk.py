@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.harness.shapes import random_rows, topk_side
 from benchmarks.harness.worker import Prepared
+from benchmarks.subjects import blocking
 from topklm.errors import UserError
 from topklm.model import backends
 from topklm.model.topk import topk
@@ -25,13 +26,13 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     """
     x, g = (jnp.asarray(values, spec["dtype"]) for values in random_rows(spec["rows"], spec["d"]))
     backends = ("auto",) if spec["only_auto"] else _backends()
-    subjects: dict[str, Callable[[], Any]] = {COPY: _blocking(jax.jit(jnp.negative), x)}
+    subjects: dict[str, Callable[[], Any]] = {COPY: blocking(jax.jit(jnp.negative), x)}
     for k in spec["ks"]:
         operations = {name: functools.partial(topk, k=k, backend=name) for name in backends}
         operations[SCATTER] = functools.partial(top_k_and_scatter, k=k)
         for name, operation in operations.items():
-            subjects[topk_side(k, name, backward=False)] = _blocking(jax.jit(operation), x)
-            subjects[topk_side(k, name, backward=True)] = _blocking(_with_gradient(operation), x, g)
+            subjects[topk_side(k, name, backward=False)] = blocking(jax.jit(operation), x)
+            subjects[topk_side(k, name, backward=True)] = blocking(_with_gradient(operation), x, g)
     return Prepared(subjects, {"platform": jax.default_backend(), "operations": [*backends, SCATTER]})
 
 
@@ -61,10 +62,3 @@ def _with_gradient(operation: Callable[[jax.Array], jax.Array]) -> Callable:
         return y, gradient(g)[0]
 
     return both
-
-
-def _blocking(function: Callable, *arguments: jax.Array) -> Callable[[], None]:
-    def side() -> None:
-        jax.block_until_ready(function(*arguments))
-
-    return side

@@ -33,7 +33,7 @@ from topklm.model.cached_attention import (
     decode_step,
     keys_and_values,
 )
-from topklm.model.parallel import ALONE
+from topklm.parallel import ALONE
 
 SMALLEST_BUCKET = 16
 STEPS = 16  # N

@@ -20,9 +20,9 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model.attention import Attention, Rotation
 from topklm.model.layers import RMSNorm, SwiGLU
-from topklm.model.parallel import ALONE, Parallel
 from topklm.model.topk import topk
 from topklm.model.topk_threshold import order_key
+from topklm.parallel import ALONE, Parallel
 
 # Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
 CaptureFn = Callable[[jax.Array, jax.Array, jax.Array], Any]

@@ -11,7 +11,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
-from topklm.model.parallel import ALONE, Parallel
+from topklm.parallel import ALONE, Parallel
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

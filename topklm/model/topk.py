@@ -6,6 +6,7 @@ tie the lowest index wins, in every backend but "approx", bit for bit.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import operator
 
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import TOPK_ACTIVATIONS
+from topklm.config import TOPK_ACTIVATIONS, ModelConfig
 from topklm.model import backends, topk_pallas, topk_threshold
 from topklm.model.topk_threshold import keep, order_key
 
@@ -66,6 +67,20 @@ def topk(
     terms = (x,) if residual is None else (x, residual)
     _check(terms, k, activation, backend)
     return _topk(terms, applies, k, activation, backend)
+
+
+def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
+    """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
+
+    Args:
+        config: The model as it is trained.
+        n_devices: Over which its parameters lie.
+    """
+    if not backends.TOPK.needs_one_device(config.topk_backend):
+        return config
+    # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
+    splittable = backends.TOPK.automatic(None, config.dtype).name
+    return dataclasses.replace(config, topk_backend=splittable if n_devices > 1 else backends.AUTO)
 
 
 def _check(terms: Terms, k: int, activation: str, backend: str) -> None:

@@ -32,8 +32,8 @@ from topklm.model.block import (
     topk_masked_by_next,
 )
 from topklm.model.layers import Embedding, Linear, RMSNorm
-from topklm.model.parallel import ALONE, Parallel
 from topklm.model.topk import MASK_NAME, topk
+from topklm.parallel import ALONE, Parallel
 
 Parameters = dict[str, Any]
 
