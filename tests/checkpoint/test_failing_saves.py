@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from topklm.checkpoint import retry
+from topklm.checkpoint import manager
 from topklm.checkpoint.manager import CheckpointManager, Patience
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
@@ -35,11 +35,11 @@ with distributed.session():
     from jax.sharding import NamedSharding, PartitionSpec
     from topklm.config import CheckpointConfig, MeshConfig
     from topklm.layout import make_layout
-    from topklm.checkpoint import retry
+    from topklm.checkpoint import manager
     from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
-    retry.FIRST_WAIT_S = 0.0
+    manager.FIRST_WAIT_S = 0.0
     layout = make_layout(MeshConfig(fsdp=2, data=1))
 
     def init(step):
@@ -99,7 +99,7 @@ def files_of_at_most(n_bytes):
 
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(manager, "FIRST_WAIT_S", 0.0)
 
 
 @pytest.fixture
@@ -234,10 +234,10 @@ def test_a_bug_while_saving_is_not_taken_for_the_storage(checkpoints):
 
 
 def test_waits_double_up_to_a_minute_and_end_with_patience(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 2.0)
+    monkeypatch.setattr(manager, "FIRST_WAIT_S", 2.0)
     now = 1000.0
-    monkeypatch.setattr(retry.time, "monotonic", lambda: now)
-    backoff, waits = retry.Backoff(patience_s=300.0), []
+    monkeypatch.setattr(manager.time, "monotonic", lambda: now)
+    backoff, waits = manager.Backoff(patience_s=300.0), []
     while (seconds := backoff.failed()) is not None:
         waits.append(seconds)
         now += seconds
