@@ -36,7 +36,6 @@ from benchmarks.harness import results, timing
 from benchmarks.harness.timing import Samples, Subject
 from benchmarks.neuron_harvest import Held, against_forward, capture_against_forward
 import topklm
-from topklm import sharding
 from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
 from topklm.explorer import export as html
@@ -44,6 +43,7 @@ from topklm.explorer import neuronpedia
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import Settings
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
     parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     model = topklm.load(arguments.run, mesh=mesh)
     documents = _held(model, arguments.source, arguments.tokens)
     with tempfile.TemporaryDirectory() as name:

@@ -18,7 +18,7 @@ from topklm.inference import cache as cache_lib
 from topklm.inference.cache import STEPS
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ def step(
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
-    changes: Changes,
-    high_changes: Changes,
+    changes: LayerHooks,
+    high_changes: LayerHooks,
     more_active: int,
 ) -> tuple[jax.Array, cache_lib.Buffer, jax.Array]:
     """As `cache.step`, under the rule.
@@ -179,7 +179,7 @@ def _token_losses(
     batch, length = tokens_BT.shape
     n_parts = -(-length // STEPS)
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
-    empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
+    empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), LayerHooks())[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
     cache = cache_lib.with_room(config, zeros, n_parts * STEPS)
 
@@ -191,7 +191,7 @@ def _token_losses(
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
             place = layers, cache, new, one_B, lengths_B, number
-            logits_BV, new, uncertain_B = step(model, high, threshold, *place, Changes(), Changes(), 0)
+            logits_BV, new, uncertain_B = step(model, high, threshold, *place, LayerHooks(), LayerHooks(), 0)
             log_p = jax.nn.log_softmax(logits_BV, axis=-1)
             loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
             return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))

@@ -11,8 +11,8 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.model.topk import topk
-from topklm.model.transformer import Changes
 from topklm.neurons import hook_names
 
 # (array [B, T, D], name) -> what takes its place, or None.
@@ -26,7 +26,7 @@ def run_with_hooks(
     params: transformer.Parameters,
     tokens_BT: jax.Array,
     fwd_hooks: ForwardHooks,
-    changes: Changes,
+    changes: LayerHooks,
     segment_ids_BT: jax.Array | None,
     positions_BT: jax.Array | None,
 ) -> jax.Array:
@@ -67,12 +67,12 @@ def run_with_hooks(
 
     def select(u_BTD: jax.Array, number: jax.Array) -> jax.Array:
         u_BTD = called(u_BTD, hook_names.TOPK_PRE)
-        if changes.select is not None:
-            return changes.select(u_BTD, number)
+        if changes.topk is not None:
+            return changes.topk(u_BTD, number)
         return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
     def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
-        h_BTD = h_BTD if changes.edit is None else changes.edit(h_BTD, number)
+        h_BTD = h_BTD if changes.output is None else changes.output(h_BTD, number)
         return called(called(h_BTD, hook_names.TOPK), hook_names.RESID_POST)
 
     model = transformer.bind(config, params)
@@ -80,10 +80,8 @@ def run_with_hooks(
         tokens_BT,
         segment_ids_BT,
         positions_BT,
-        enter=enter,
-        select=select,
-        edit=edit,
-        edits=np.arange(config.n_layers),
+        hooks=LayerHooks(topk=select, output=edit, input=enter),
+        hook_inputs=np.arange(config.n_layers),
     )
     return model.logits(h_BTD)
 

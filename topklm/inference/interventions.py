@@ -17,8 +17,8 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference.intervention import MODES, POSITIONS, Intervention, entries_of
 from topklm.inference.token_rows import is_traced
+from topklm.model.block import LayerHooks
 from topklm.model.topk import topk
-from topklm.model.transformer import Changes
 
 _SMALLEST = 4  # entries; more are filled up to the next power of two
 _NO_LAYER = -1
@@ -114,8 +114,8 @@ class Interventions:
         config: ModelConfig,
         positions_BT: jax.Array | None = None,
         prompt_lengths_B: jax.Array | int | None = None,
-    ) -> Changes:
-        """For `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))`, inside a program.
+    ) -> LayerHooks:
+        """For `Transformer.hidden(hooks=changes, hook_inputs=jnp.arange(L))`, inside a program.
 
         Args:
             config: Of the model that runs.
@@ -143,7 +143,7 @@ class Interventions:
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
             return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
 
-        return Changes(select, edit)
+        return LayerHooks(topk=select, output=edit)
 
     def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
         """float32[E] each: all modes are `h * factor + term`, behind the TopK."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.decode import KeysAndValues
+from topklm.model.cached_attention import KeysAndValues
 
 Parts = tuple[KeysAndValues, ...]  # [..., B, K, S, d] each
 

@@ -15,8 +15,8 @@ from topklm.config import ModelConfig
 from topklm.inference.interventions import Interventions
 from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
-from topklm.model.transformer import Changes
 from topklm.neurons.capture import SparseActivations, capture
 
 
@@ -83,10 +83,12 @@ def logits_and_activations(
     return model.logits(h_BPD), neurons, others
 
 
-def how(config: ModelConfig, given: Input, interventions: Interventions | None) -> tuple[Any, Any, Changes]:
+def how(
+    config: ModelConfig, given: Input, interventions: Interventions | None
+) -> tuple[Any, Any, LayerHooks]:
     """Gives segments and positions of tokens, None where a row is one document, and changes of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)
-    changes = Changes() if interventions is None else interventions.changes(config, positions)
+    changes = LayerHooks() if interventions is None else interventions.changes(config, positions)
     return given.segment_ids, positions, changes
 
 
@@ -111,7 +113,7 @@ def _hidden(model: transformer.Transformer, given: Input, interventions: Interve
     """Gives normed hidden states, [B, P, D]."""
     segments, positions, changes = how(model.config, given, interventions)
     numbers = jnp.arange(model.config.n_layers)
-    h_BPD, _ = model.hidden(given.tokens, segments, positions, **changes._asdict(), edits=numbers)
+    h_BPD, _ = model.hidden(given.tokens, segments, positions, hooks=changes, hook_inputs=numbers)
     return h_BPD
 
 

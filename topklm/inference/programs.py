@@ -19,7 +19,7 @@ from topklm.inference.cache import STEPS
 from topklm.inference.interventions import Interventions
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
 
 _Place = tuple[Any, Any, Any, Any, Any, Any]  # of a step: layers, cache, buffer, tokens, lengths, number
 
@@ -154,9 +154,9 @@ def _next(
     return adaptive.step(model, high, rows.entropy, *place, *both, more_active)[:2]
 
 
-def _changes(config: ModelConfig, rows: Rows, positions_BT: jax.Array) -> Changes:
+def _changes(config: ModelConfig, rows: Rows, positions_BT: jax.Array) -> LayerHooks:
     if rows.interventions is None:
-        return Changes()
+        return LayerHooks()
     return rows.interventions.changes(config, positions_BT, rows.prompt_lengths)
 
 

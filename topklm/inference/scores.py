@@ -13,7 +13,7 @@ import numpy as np
 
 from topklm.inference.programs import Plan, Rows
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
 
 MOST_ALTERNATIVES = 20  # A
 _PIECE = 32  # places whose logits are there at one time
@@ -69,12 +69,12 @@ def of_prompt(
 @functools.partial(jax.jit, static_argnums=0)
 def _of_prompt(plan: Plan, params: transformer.Parameters, rows: Rows, tokens_1P: jax.Array) -> Any:
     model = transformer.bind(plan.config, params)
-    changes = Changes()
+    changes = LayerHooks()
     if rows.interventions is not None:
         positions_1P = jnp.arange(tokens_1P.shape[1])[None]
         changes = rows.interventions.changes(plan.config, positions_1P, rows.prompt_lengths)
     numbers = jnp.arange(plan.config.n_layers)
-    h_1PD, _ = model.hidden(tokens_1P, **changes._asdict(), edits=numbers)
+    h_1PD, _ = model.hidden(tokens_1P, hooks=changes, hook_inputs=numbers)
     size, d = h_1PD.shape[1:]
     filled = -size % _PIECE
     pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)

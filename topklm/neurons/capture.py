@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Changes, Transformer
+from topklm.model.block import NO_HOOKS, LayerHooks
+from topklm.model.transformer import Transformer
 from topklm.neurons import hook_names
 
 
@@ -92,7 +93,7 @@ def capture(
     model: Transformer,
     tokens_BT: jax.Array,
     wanted: Sequence[str],
-    changes: Changes | None = None,
+    hooks: LayerHooks = NO_HOOKS,
     more_active: int = 0,
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
@@ -103,8 +104,8 @@ def capture(
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
         wanted: Names, from `hook_names.matching`.
-        changes: Done to layers meanwhile, with their numbers; the changed outputs are kept.
-        more_active: Entries that this may make active besides those of TopK.
+        hooks: Called in every layer with its number; their outputs are kept.
+        more_active: Entries that they may make active besides those of TopK.
         segment_ids_BT: As in `Transformer.__call__`.
         positions_BT: As in `Transformer.__call__`.
 
@@ -122,9 +123,9 @@ def capture(
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
-    numbers, changes = jnp.arange(model.config.n_layers), changes or Changes()
+    numbers = jnp.arange(model.config.n_layers)
     h_BTD, (neurons, dense) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=tap, **changes._asdict(), edits=numbers
+        tokens_BT, segment_ids_BT, positions_BT, capture=tap, hooks=hooks, hook_inputs=numbers
     )
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != hook_names.TOPK}
     if not sparse_layers:

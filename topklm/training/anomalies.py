@@ -1,7 +1,7 @@
-"""Steps that are not finite, or that spike: what counts as one, and what a run does about it.
+"""Steps that are not finite, or that spike: how they are told, and how a run answers.
 
 The first half is pure and runs inside the jitted train step; `Policy` follows on the host, a step late.
-Leaving out a bad step's update is the train step's affair.
+The train step leaves out the update of a bad step.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from topklm.errors import UserError
 # half a window before it judges, takes falls for spikes too, and lets spikes into its window; here neither.
 WINDOW_STEPS = 128
 LEAST_STEPS = 32
-MOST_SKIPPED_IN_A_ROW = 10  # a bad batch or two pass; what lasts longer is not the data's fault
+MOST_SKIPPED_IN_A_ROW = 10  # a bad batch or two pass; a longer row is not the data's fault
 
-Recent = dict[str, jax.Array]
+StepWindow = dict[str, jax.Array]
 
 
-def fresh() -> Recent:
-    """Nothing seen yet.
+def empty() -> StepWindow:
+    """Makes a window without steps.
 
     Returns:
         `loss` and `gradient_norm`, float32[WINDOW_STEPS], rings of the last good steps; `count`, int32
@@ -34,8 +34,8 @@ def fresh() -> Recent:
     return {**windows, "count": jnp.zeros((), jnp.int32)}
 
 
-def is_bad(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
-    """Whether a step is not finite, or its loss or gradient norm a spike.
+def is_bad(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
+    """Tells whether a step is not finite, or its loss or gradient norm a spike.
 
     A spike lies above mean + sigmas * standard deviation (n - 1 in the denominator) of the last good steps,
     once there have been LEAST_STEPS of them.
@@ -58,8 +58,8 @@ def is_bad(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, sigmas: fl
     return bad
 
 
-def remember(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, bad: jax.Array) -> Recent:
-    """`recent` with this step in it, or as it is if the step is bad."""
+def push(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, bad: jax.Array) -> StepWindow:
+    """Appends a step to the window, unless it is bad."""
     here = recent["count"] % WINDOW_STEPS
 
     def put(window: jax.Array, value: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ def remember(recent: Recent, loss: jax.Array, gradient_norm: jax.Array, bad: jax
     }
 
 
-def _highest(recent: Recent, name: str, sigmas: float) -> jax.Array:
+def _highest(recent: StepWindow, name: str, sigmas: float) -> jax.Array:
     n = jnp.minimum(recent["count"], WINDOW_STEPS)
     seen = jnp.arange(WINDOW_STEPS) < n
     window = recent[name]
@@ -111,7 +111,7 @@ class _Skipped:
 
 
 class Policy:
-    """What a run does about bad steps; shown every step once, in order."""
+    """Stops a run at bad steps, or counts those that it skips; sees every step once, in order."""
 
     def __init__(
         self, on_bad_step: str, sigmas: float, advice: str, last_checkpoint: Callable[[], int | None]
@@ -128,14 +128,14 @@ class Policy:
         self._last_checkpoint = last_checkpoint
         self._skipped: _Skipped | None = None
 
-    def see(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
+    def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
         """Judges a step.
 
         Args:
             step: Its number, from 1.
             loss: Its loss, nats per token.
             gradient_norm: Before clipping.
-            bad: What `is_bad` said in the train step.
+            bad: Result of `is_bad` in the train step.
 
         Returns:
             A line for the user, once bad steps that were skipped are over.
@@ -160,7 +160,7 @@ class Policy:
         return None
 
     def finish(self) -> str | None:
-        """The line on steps skipped just before, if there are any."""
+        """Returns the line on steps skipped just before, if there are any."""
         skipped, self._skipped = self._skipped, None
         return f"skipped {skipped}" if skipped else None
 

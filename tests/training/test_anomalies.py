@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.training import bad_steps
-from topklm.training.bad_steps import LEAST_STEPS, MOST_SKIPPED_IN_A_ROW, WINDOW_STEPS, Policy
+from topklm.training import anomalies
+from topklm.training.anomalies import LEAST_STEPS, MOST_SKIPPED_IN_A_ROW, WINDOW_STEPS, Policy
 
 SIGMAS = 4.0
 
@@ -17,10 +17,10 @@ SIGMAS = 4.0
 def judge_with_jax(losses, norms, sigmas):
     @jax.jit
     def step(recent, loss, norm):
-        bad = bad_steps.is_bad(recent, loss, norm, sigmas)
-        return bad_steps.remember(recent, loss, norm, bad), bad
+        bad = anomalies.is_bad(recent, loss, norm, sigmas)
+        return anomalies.push(recent, loss, norm, bad), bad
 
-    recent, judged = bad_steps.fresh(), []
+    recent, judged = anomalies.empty(), []
     for loss, norm in zip(losses, norms, strict=True):
         recent, bad = step(recent, np.float32(loss), np.float32(norm))
         judged.append(bool(bad))
@@ -97,9 +97,9 @@ def skipping(good=400):
 
 def test_a_step_that_is_not_finite_stops_the_run_with_the_steps_to_look_at():
     policy = stopping()
-    assert policy.see(411, 2.5, 1.0, False) is None
+    assert policy.observe(411, 2.5, 1.0, False) is None
     with pytest.raises(UserError) as error:
-        policy.see(412, math.nan, math.inf, True)
+        policy.observe(412, math.nan, math.inf, True)
     assert str(error.value) == (
         "step 412: loss nan, gradient norm inf: no longer finite; the last good checkpoint is step 400; look "
         "at the data of steps 401 to 412. Lower the learning rate."
@@ -110,23 +110,23 @@ def test_a_spike_stops_the_run_and_says_that_it_is_one():
     with pytest.raises(
         UserError, match=r"step 7: loss 11\.5, .*: a spike, over 4 standard .*; there is no check"
     ):
-        stopping(good=None, sigmas=4.0).see(7, 11.5, 2.0, True)
+        stopping(good=None, sigmas=4.0).observe(7, 11.5, 2.0, True)
 
 
 def test_skipped_steps_are_reported_once_when_they_are_over():
     policy = skipping()
     steps = [(9, 3.0, 1.0), (10, 11.2, 2.0), (11, math.nan, 1.0), (12, 4.0, math.inf), (13, 8.0, 70.0)]
-    assert [policy.see(*step, bad=step[0] > 9) for step in steps] == [None] * 5
-    assert policy.see(14, 3.0, 1.0, False) == (
+    assert [policy.observe(*step, bad=step[0] > 9) for step in steps] == [None] * 5
+    assert policy.observe(14, 3.0, 1.0, False) == (
         "skipped steps 10 to 13 (4): loss up to 11.2, gradient norm up to 70, not finite in 2"
     )
-    assert policy.see(15, 3.0, 1.0, False) is None
+    assert policy.observe(15, 3.0, 1.0, False) is None
     assert policy.finish() is None
 
 
 def test_a_single_skipped_step_at_the_end_is_reported_too():
     policy = skipping()
-    assert policy.see(24, math.nan, math.nan, True) is None
+    assert policy.observe(24, math.nan, math.nan, True) is None
     assert policy.finish() == "skipped step 24 (1): not finite in 1"
     assert policy.finish() is None
 
@@ -134,11 +134,11 @@ def test_a_single_skipped_step_at_the_end_is_reported_too():
 def test_too_many_skipped_in_a_row_stop_the_run_with_their_range():
     policy = skipping(good=None)
     for step in range(1, 3 * MOST_SKIPPED_IN_A_ROW):
-        policy.see(step, 9.0, 1.0, step % MOST_SKIPPED_IN_A_ROW != 0)
-    policy.see(30, 3.0, 1.0, False)
+        policy.observe(step, 9.0, 1.0, step % MOST_SKIPPED_IN_A_ROW != 0)
+    policy.observe(30, 3.0, 1.0, False)
     for step in range(31, 30 + MOST_SKIPPED_IN_A_ROW):
-        assert policy.see(step, 9.0, 1.0, True) is None
+        assert policy.observe(step, 9.0, 1.0, True) is None
     with pytest.raises(
         UserError, match=r"skipped steps 31 to 40 \(10\): .*would not help; there is no checkpoint"
     ):
-        policy.see(40, 9.0, 1.0, True)
+        policy.observe(40, 9.0, 1.0, True)

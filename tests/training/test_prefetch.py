@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from topklm import sharding
 from topklm.config import MeshConfig
-from topklm.training import feed as feed_module
-from topklm.training.feed import Feed, to_devices
+from topklm.layout import Layout, make_layout
+from topklm.training import prefetch as prefetch_module
+from topklm.training.prefetch import Feed
 
 
 class CountingStream:
@@ -91,7 +91,7 @@ def test_a_stream_of_grain_resumes_exactly_although_it_was_read_ahead():
 
 def test_only_the_time_that_the_stream_takes_counts_as_waiting(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(feed_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(prefetch_module.time, "perf_counter", lambda: clock.now)
 
     class Slow(CountingStream):
         def __next__(self):
@@ -111,8 +111,8 @@ def test_only_the_time_that_the_stream_takes_counts_as_waiting(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place():
-    return sharding.batch_sharding(sharding.make_mesh(MeshConfig()))
+def layout():
+    return make_layout(MeshConfig())
 
 
 def make_batch(rows):
@@ -120,21 +120,21 @@ def make_batch(rows):
     return {"inputs": numbers, "loss_weights": numbers.astype(np.float32)}
 
 
-def test_batches_arrive_whole_and_laid_out_over_the_devices(place):
+def test_batches_arrive_whole_and_laid_out_over_the_devices(layout):
     batch_size = 4 * len(jax.devices())
     batch = make_batch(batch_size)
-    arrived = to_devices(batch, place, batch_size)
+    arrived = layout.put_batch(batch, batch_size)
     assert list(arrived) == ["inputs", "loss_weights"]
     for name, array in arrived.items():
-        assert array.sharding == place
+        assert array.sharding == layout.batch
         assert (array.shape, array.dtype) == ((batch_size, 3), batch[name].dtype)
         np.testing.assert_array_equal(np.asarray(array), batch[name])
 
 
-def test_a_whole_batch_gives_only_the_rows_of_this_process(place):
+def test_a_whole_batch_gives_only_the_rows_of_this_process(layout):
     batch_size = len(jax.devices())
     rows = np.arange(batch_size)[::-1]
-    arrived = to_devices(make_batch(batch_size), place, batch_size, rows)
+    arrived = layout.put_batch(make_batch(batch_size), batch_size, rows)
     np.testing.assert_array_equal(np.asarray(arrived["inputs"]), make_batch(batch_size)["inputs"][::-1])
 
 
@@ -167,4 +167,5 @@ class OfAProcess:
     ],
 )
 def test_a_process_provides_the_rows_that_its_devices_hold_once_and_rising(shape, devices, rows):
-    assert sharding.local_rows(OfAProcess(shape, devices), 16).tolist() == rows
+    seen = SimpleNamespace(batch=OfAProcess(shape, devices))
+    assert Layout.process_rows(seen, 16).tolist() == rows

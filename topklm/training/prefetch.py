@@ -1,18 +1,20 @@
 """Batches on their way to the devices: the next ones are transferred while the current step runs.
 
-What a batch holds is decided in `topklm.data.stream`, and how it lies over devices in `topklm.sharding`.
+`topklm.data.stream` decides the content of a batch, `topklm.layout` how it lies over devices.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import time
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
-from topklm.data.stream import Batch
+from topklm.config import Config
+from topklm.data.mixture import Mixture
+from topklm.data.stream import Batch, HeldoutPart, heldout_batches, train_stream
+from topklm.layout import Layout
 
 DeviceBatch = dict[str, jax.Array]  # a Batch of global arrays [B, T]
 
@@ -37,6 +39,7 @@ class Feed:
         self._stream, self._put, self._ahead = stream, put, ahead
         self._under_way: deque[tuple[DeviceBatch, Any]] = deque()  # batch, the stream's state after it
         self._state = stream.get_state()
+        self._seen = (0.0, 0.0)  # seconds of training and of waiting at the last `wait_share`
 
     def __iter__(self) -> "Feed":
         return self
@@ -50,14 +53,23 @@ class Feed:
         return batch
 
     def state(self) -> Any:
-        """The stream's state after the last batch given out, whatever was read since."""
+        """Returns the stream's state after the last batch given out, whatever was read since."""
         return self._state
 
     def set_state(self, state: Any) -> None:
-        """Goes on where `state` was taken; what is under way is forgotten."""
+        """Goes on where `state` was taken; forgets the batches under way."""
         self._under_way.clear()
         self._stream.set_state(state)
         self._state = state
+
+    def wait_share(self, seconds: float) -> float:
+        """Returns the share of the training time since the last call that was spent waiting for the stream.
+
+        Args:
+            seconds: Spent in training so far.
+        """
+        (before, waited_before), self._seen = self._seen, (seconds, self.waited)
+        return (self.waited - waited_before) / max(seconds - before, 1e-9)
 
     def _send_one(self) -> bool:
         began = time.perf_counter()
@@ -71,24 +83,27 @@ class Feed:
         return True
 
 
-def to_devices(
-    batch: Batch,
-    place: jax.sharding.NamedSharding,
-    batch_size: int,
-    rows: slice | np.ndarray = slice(None),
-) -> DeviceBatch:
-    """Starts the transfer of a batch, to which every process gives its own rows.
+def train_feed(config: Config, mixture: Mixture, layout: Layout) -> Feed:
+    """Opens the stream of training batches, of which this process reads its own rows."""
+    batch_size = config.train.batch_size
+    stream = train_stream(
+        mixture,
+        context_length=config.model.context_length,
+        batch_size=batch_size,
+        seed=config.train.seed,
+        rows=layout.process_rows(batch_size),
+    )
+    return Feed(stream, lambda batch: layout.put_batch(batch, batch_size))
 
-    Args:
-        batch: Arrays [R, T].
-        place: How the whole batch lies over the devices of all processes.
-        batch_size: B, rows of the whole batch.
-        rows: Where this process's rows (`sharding.local_rows`) are in `batch`: by default it holds just
-            those; where every process makes the whole batch, their numbers.
 
-    Returns:
-        Global arrays [B, T].
-    """
-    local = {name: np.asarray(array)[rows] for name, array in batch.items()}
-    shapes = {name: (batch_size, *array.shape[1:]) for name, array in local.items()}
-    return jax.make_array_from_process_local_data(place, local, shapes)
+def heldout_feed(
+    config: Config, mixture: Mixture, layout: Layout, part: HeldoutPart
+) -> Iterator[DeviceBatch]:
+    """Yields the held-out batches on the devices, for one evaluation."""
+    batch_size = layout.round_up(config.eval.batch_size)
+    # Documents are packed one after another, so every process makes whole batches.
+    rows = layout.process_rows(batch_size)
+    for batch in heldout_batches(
+        mixture, context_length=config.model.context_length, batch_size=batch_size, part=part
+    ):
+        yield layout.put_batch(batch, batch_size, rows)

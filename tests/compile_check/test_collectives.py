@@ -2,14 +2,18 @@
 
 import pytest
 
-from topklm.compile_check import hlo
+from topklm.compile_check import collectives, hlo
 
 MESH = {"data": 2, "fsdp": 4}
 ARRAY = 64 * 128 * 4  # float32[64, 128], on every device
 
 
+def found_in(text):
+    return collectives.collectives(hlo.parse(text))
+
+
 def only(text):
-    [collective] = hlo.collectives(text)
+    [collective] = found_in(text)
     return collective
 
 
@@ -36,7 +40,7 @@ def test_loops_in_loops_multiply(compiled):
 
 
 def test_exchanges_are_told_apart(compiled):
-    found = {collective.kind: collective for collective in hlo.collectives(compiled["exchange"])}
+    found = {collective.kind: collective for collective in found_in(compiled["exchange"])}
     assert set(found) == {"all-to-all", "collective-permute"}
     assert {c.axes(MESH) for c in found.values()} == {("fsdp",)}
     assert found["collective-permute"].bytes == found["collective-permute"].bytes_sent == ARRAY
@@ -85,7 +89,7 @@ def test_every_notation_of_groups_is_read(notation, groups):
 def test_groups_in_an_unknown_notation_are_not_guessed():
     line = "ROOT %r = f32[16]{0} all-reduce(%x), replica_groups=<new>, to_apply=%sum"
     with pytest.raises(ValueError, match="unknown notation"):
-        hlo.collectives(program_with(line))
+        found_in(program_with(line))
 
 
 def test_a_start_and_its_done_are_one_collective():
@@ -97,7 +101,7 @@ def test_a_start_and_its_done_are_one_collective():
 
 def test_groups_of_one_device_do_not_count():
     line = "ROOT %r = f32[16]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%sum"
-    assert hlo.collectives(program_with(line)) == []
+    assert found_in(program_with(line)) == []
 
 
 TPU_PROGRAM = """HloModule made, num_partitions=4
@@ -136,7 +140,7 @@ ENTRY %main (x: f32[8], w: bf16[4,2]) -> f32[2] {
 
 
 def test_a_tpu_collective_that_is_spread_over_fusions_counts_once():
-    kinds = sorted((c.kind, c.bytes, c.count) for c in hlo.collectives(TPU_PROGRAM))
+    kinds = sorted((c.kind, c.bytes, c.count) for c in found_in(TPU_PROGRAM))
     assert kinds == [("all-gather", 4 * 8 * 2, 1), ("reduce-scatter", 32, 1)]
 
 
@@ -146,7 +150,7 @@ def test_what_goes_to_other_slices_is_read_from_the_transfer_to_the_host():
 frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
 _xla_megascale_target="{1,2,3,4}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %r = f32[16]{0} all-reduce(%x), replica_groups={{0,2},{1,3},{4,6},{5,7}}, to_apply=%sum"""
-    between, within = hlo.collectives(program_with(line))
+    between, within = found_in(program_with(line))
     assert (between.kind, between.bytes, between.group_size, between.across_slices) == (
         "all-reduce",
         64,
