@@ -13,7 +13,7 @@ from topklm import sharding
 from topklm.commands import neurons_ablate, neurons_contrast
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.neurons import ablated_losses, harvest
 from topklm.neurons.ablate_set import halves
 from topklm.neurons.ablated_losses import AblatedLosses

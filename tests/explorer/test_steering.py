@@ -19,8 +19,8 @@ from topklm.explorer.reading import Reader
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import MODES, Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import MODES, Intervention
 from topklm.inference.sampling import Sampling
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
@@ -105,7 +105,7 @@ def generated(model, steer):
         [Sampling(temperature=0.7, seed=SEED)] * 2,
         max_new_tokens=[LENGTH] * 2,
         stop_token=separator,
-        interventions=Interventions.of(model.config.model, steer),
+        interventions=InterventionBatch.of(model.config.model, steer),
     )
     while not generation.done:
         generation.advance()

@@ -14,8 +14,8 @@ import pytest
 
 from topklm.inference import scores
 from topklm.inference.engine import Engine
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
 from topklm.inference.news import ClosedError, FullError
 from topklm.inference.programs import Plan, Rows
 from topklm.inference.sampling import RowSampling, Sampling
@@ -94,7 +94,7 @@ def expected():
 
 
 def steering(entry):
-    return Interventions.of(CONFIG, [entry])
+    return InterventionBatch.of(CONFIG, [entry])
 
 
 def texts_of(some):
@@ -364,8 +364,8 @@ def test_the_default_batch_fits_a_gibibyte():
 
 
 def test_interventions_of_rows_are_one_with_each_on_its_row():
-    first = Interventions.of(CONFIG, [Intervention(0, 3, 2.0), Intervention(0, 4, -1.0, "scale", (2, 5))])
-    second = Interventions.of(CONFIG, [Intervention(0, 3, 7.0, "ablate", "generated")])
+    first = InterventionBatch.of(CONFIG, [Intervention(0, 3, 2.0), Intervention(0, 4, -1.0, "scale", (2, 5))])
+    second = InterventionBatch.of(CONFIG, [Intervention(0, 3, 7.0, "ablate", "generated")])
     both = of_rows(CONFIG, [(2, first), (5, second)], 6)
     assert len(both.layer) == 64
     assert both.entries() == [
@@ -373,7 +373,7 @@ def test_interventions_of_rows_are_one_with_each_on_its_row():
         Intervention(0, 4, -1.0, "scale", (2, 5), row=2),
         Intervention(0, 3, 7.0, "ablate", "generated", row=5),
     ]
-    many = [(row, Interventions.of(CONFIG, {(0, n): 1.0 for n in range(20)})) for row in range(4)]
+    many = [(row, InterventionBatch.of(CONFIG, {(0, n): 1.0 for n in range(20)})) for row in range(4)]
     assert len(of_rows(CONFIG, many, 4).layer) == 512
     assert of_rows(CONFIG, [(0, second)], 1).entries() == [
         Intervention(0, 3, 7.0, "ablate", "generated", row=0)

@@ -31,7 +31,7 @@ from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
 from topklm.inference import cache
 from topklm.inference.generate import Generation
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
 
@@ -107,7 +107,9 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
         cache.SPARSE_SHARE = 0.0
         one = functools.partial(texts, config.model, params, prompts[:1], new_tokens)
         return Prepared({_ALL_ROWS: one}, {})
-    steer = Interventions.of(config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add")
+    steer = InterventionBatch.of(
+        config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add"
+    )
     sides: dict[str, Callable[[], Any]] = {}
     for n in BATCH_SIZES:
         plain = functools.partial(texts, config.model, params, prompts[:n], new_tokens)
@@ -120,7 +122,7 @@ def continuations(
     params: transformer.Parameters,
     prompts: np.ndarray,
     new_tokens: int,
-    steer: Interventions | None = None,
+    steer: InterventionBatch | None = None,
     layers: cache.Layers = None,
 ) -> list[list[int]]:
     """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""

@@ -13,7 +13,7 @@ import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
 from topklm.files import is_bucket, local_path
-from topklm.inference.intervention import MODES, save_interventions
+from topklm.inference.interventions import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
 from topklm.neurons.folder import NeuronsFolder

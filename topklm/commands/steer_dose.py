@@ -18,7 +18,7 @@ from topklm.commands import steering_arguments
 from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
 from topklm.files import is_bucket, local_path
-from topklm.inference.intervention import MODES, POSITIONS
+from topklm.inference.interventions import MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
 from topklm.steering import concept as concept_lib

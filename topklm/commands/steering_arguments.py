@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from topklm.config import ModelConfig
 from topklm.errors import UserError, one_line
 from topklm.files import as_path, parse_json
-from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
+from topklm.inference.interventions import MODES, WITHOUT_VALUE, Intervention, load_interventions
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel

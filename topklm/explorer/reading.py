@@ -13,8 +13,8 @@ import numpy as np
 from topklm.errors import UserError
 from topklm.inference.cache import Layers, by_layer
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
@@ -127,7 +127,7 @@ class Reader:
                 [sampling.check()] * len(interventions),
                 max_new_tokens=[max_new_tokens] * len(interventions),
                 stop_token=separator,
-                interventions=Interventions.of(config, rows),
+                interventions=InterventionBatch.of(config, rows),
                 layers=self._layers,
             )
         except ValueError as e:

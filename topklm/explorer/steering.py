@@ -12,7 +12,7 @@ from topklm.explorer import figures
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.views.neuron import LISTED_TOKENS
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 from topklm.inference.sampling import Sampling
 from topklm.inference.streaming import TextStream
 from topklm.neurons.show import visible

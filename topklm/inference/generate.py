@@ -12,7 +12,7 @@ from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
 from topklm.inference import programs
 from topklm.inference.adaptive import AdaptiveK
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.programs import NOTHING, STEPS, Plan, Rows, State
 from topklm.inference.sampling import RowSampling, Sampling, held
 from topklm.inference.token_rows import row_of
@@ -41,7 +41,7 @@ class Generation:
         *,
         max_new_tokens: Sequence[int],
         stop_token: int,
-        interventions: Interventions | None = None,
+        interventions: InterventionBatch | None = None,
         adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
         layers: cache_lib.Layers = None,

@@ -19,7 +19,7 @@ from topklm.inference import hooks, passes
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.cache import Layers, bucket, by_layer
 from topklm.inference.generate import Generation
-from topklm.inference.interventions import Interventions, Steer
+from topklm.inference.intervention_batch import InterventionBatch, Steer
 from topklm.inference.programs import STEPS
 from topklm.inference.sampling import Sampling
 from topklm.inference.streaming import TextStream, check_stop, split_at_character, until_stopped
@@ -266,7 +266,7 @@ class LanguageModel:
             stream: Give an iterator over pieces of the continuation, as they come, which together are the
                 text without the prompt. No piece ends inside a character. For one prompt only.
             steer: Interventions on neurons: {(layer, neuron): value}, or one or several `Intervention`, or
-                `Interventions`. Their `row` counts the texts that are made.
+                `InterventionBatch`. Their `row` counts the texts that are made.
             steer_mode: What is done with the values of a mapping, one of the modes of `Intervention`.
             topk_k: Entries that each TopK keeps; default as in training.
             adaptive: More of them at tokens where the model is uncertain, see `AdaptiveK`.
@@ -463,10 +463,10 @@ class LanguageModel:
 
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
-    ) -> tuple[ModelConfig, Interventions | None]:
+    ) -> tuple[ModelConfig, InterventionBatch | None]:
         """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
         config = with_topk_k(self.cfg, topk_k)
-        return config, None if steer is None else Interventions.of(config, steer, steer_mode, n_rows)
+        return config, None if steer is None else InterventionBatch.of(config, steer, steer_mode, n_rows)
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
         """Gives the text of a prompt, and a stream that continues it."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
 from topklm.model.losses import token_losses
@@ -29,7 +29,7 @@ class Input(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(
-    config: ModelConfig, params: transformer.Parameters, given: Input, interventions: Interventions | None
+    config: ModelConfig, params: transformer.Parameters, given: Input, interventions: InterventionBatch | None
 ) -> jax.Array:
     """Gives next-token logits, float32[B, P, V]."""
     model = transformer.bind(config, params)
@@ -42,7 +42,7 @@ def losses(
     params: transformer.Parameters,
     given: Input,
     lengths_B: jax.Array,
-    interventions: Interventions | None,
+    interventions: InterventionBatch | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gives next-token losses in nats.
 
@@ -73,7 +73,7 @@ def logits_and_activations(
     wanted: tuple[str, ...],
     params: transformer.Parameters,
     given: Input,
-    interventions: Interventions | None,
+    interventions: InterventionBatch | None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture_named`."""
     model = transformer.bind(config, params)
@@ -85,7 +85,9 @@ def logits_and_activations(
     return model.logits(h_BPD), neurons, others
 
 
-def how(config: ModelConfig, given: Input, interventions: Interventions | None) -> tuple[Any, Any, Changes]:
+def how(
+    config: ModelConfig, given: Input, interventions: InterventionBatch | None
+) -> tuple[Any, Any, Changes]:
     """Gives segments and positions of tokens, None where a row is one document, and changes of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)
     changes = Changes() if interventions is None else interventions.changes(config, positions)
@@ -109,7 +111,9 @@ def cut(x: jax.Array, length: int, axis: int) -> jax.Array:
     return jax.device_put(np.asarray(x)[at], x.sharding)
 
 
-def _hidden(model: transformer.Transformer, given: Input, interventions: Interventions | None) -> jax.Array:
+def _hidden(
+    model: transformer.Transformer, given: Input, interventions: InterventionBatch | None
+) -> jax.Array:
     """Gives normed hidden states, [B, P, D]."""
     segments, positions, changes = how(model.config, given, interventions)
     numbers = jnp.arange(model.config.n_layers)

@@ -16,7 +16,7 @@ from topklm.config import ModelConfig
 from topklm.inference import adaptive
 from topklm.inference import cache as cache_lib
 from topklm.inference.cache import STEPS
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
 from topklm.model.transformer import Changes
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     first: Any  # int32, position in the text of the first token that the cache holds
     prompt_lengths: Any  # int32, in the text
     stop_token: Any  # int32
-    interventions: Interventions | None
+    interventions: InterventionBatch | None
     entropy: Any = None  # float32 scalar, nats above which a token is uncertain
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 
 _GROWTH = 4  # from one size to the next
 _SHORTEST, _SMALLEST_ROOM = 32, 256  # tokens
@@ -87,8 +87,8 @@ def default_rows(config: ModelConfig) -> int:
 
 
 def of_rows(
-    config: ModelConfig, each: Sequence[tuple[int, Interventions]], n_rows: int
-) -> Interventions | None:
+    config: ModelConfig, each: Sequence[tuple[int, InterventionBatch]], n_rows: int
+) -> InterventionBatch | None:
     """Interventions on rows of a batch as one, filled up to a few sizes; None without any.
 
     A single row has a smaller size, for there decoding is faster the fewer neurons may be active.
@@ -104,12 +104,12 @@ def of_rows(
     size, n = _ENTRIES[n_rows > 1], sum(len(part.layer) for part in parts)
     while size < n:
         size *= _MORE_ENTRIES
-    empty = Interventions.of(config, {})  # whose entries only fill up
+    empty = InterventionBatch.of(config, {})  # whose entries only fill up
     filling = jax.tree.map(lambda x: np.resize(x, (size - n, *x.shape[1:])), empty)
     return jax.tree.map(lambda *columns: np.concatenate(columns), *parts, filling)
 
 
-def _on_row(interventions: Interventions, row: int) -> Interventions:
+def _on_row(interventions: InterventionBatch, row: int) -> InterventionBatch:
     used = np.asarray(interventions.layer) >= 0
     kept = jax.tree.map(lambda x: np.asarray(x)[used], interventions)
     return dataclasses.replace(kept, row=np.full_like(kept.row, row))

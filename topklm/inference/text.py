@@ -7,7 +7,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.inference.generate import WHEN_FULL
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
 
 
@@ -48,7 +48,7 @@ class Text:
     n_prompt: int
     limit: int
     sampling: Sampling
-    steer: Interventions | None = None
+    steer: InterventionBatch | None = None
     when_full: str = "stop"
     n_alternatives: int | None = None
     first: int = 0
@@ -62,7 +62,7 @@ class Text:
         sampling: Sampling,
         max_new_tokens: int,
         *,
-        steer: Interventions | None = None,
+        steer: InterventionBatch | None = None,
         when_full: str = "stop",
         n_alternatives: int | None = None,
     ) -> "Text":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import itertools
 
 from topklm.config import ModelConfig
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
 from topklm.inference.sizes import Sizes
 from topklm.inference.slots import Slots
@@ -20,7 +20,7 @@ def warm_up(slots: Slots, config: ModelConfig, sizes: Sizes, report: Callable[[i
         sizes: Its sizes.
         report: Is told how many of how many parts are done.
     """
-    steer = Interventions.of(config, {(0, 0): 0.0})
+    steer = InterventionBatch.of(config, {(0, 0): 0.0})
     # Rows, texts run together, their length, places of the cache, whether steered.
     parts: list[tuple[int, int, int, int, bool]] = []
     for steered, length in itertools.product((False, True), sizes.lengths):

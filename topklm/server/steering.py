@@ -5,15 +5,17 @@ import re
 from typing import Any
 
 from topklm.config import ModelConfig
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
 from topklm.server import fields
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
 from topklm.web.client import kind_of
 
 
-def interventions_of(config: ModelConfig, content: dict[str, Any], limits: Limits) -> Interventions | None:
+def interventions_of(
+    config: ModelConfig, content: dict[str, Any], limits: Limits
+) -> InterventionBatch | None:
     """{"layer:neuron": value}, or a list of objects as a file of interventions has them; None without any.
 
     Raises:
@@ -40,7 +42,7 @@ def interventions_of(config: ModelConfig, content: dict[str, Any], limits: Limit
         entries = steer.items() if isinstance(steer, dict) else steer
         read = _of_pair if isinstance(steer, dict) else _of_entry
         parsed = [read(entry, mode or "clamp") for entry in entries]
-        return Interventions.of(config, parsed) if parsed else None
+        return InterventionBatch.of(config, parsed) if parsed else None
     except (ValueError, OverflowError) as e:
         raise ApiError(400, f"steer: {str(e).removeprefix('steer: ')}", "steer") from e
 

@@ -151,7 +151,7 @@ export function startSteering(box) {
       const steer = anywhere
         ? `{(${layer}, ${neuron}): ${amount}}` + (how === "clamp" ? "" : `, steer_mode="${how}"`)
         : `[Intervention(${layer}, ${neuron}, ${amount}, "${how}", "${where}")]`;
-      const head = anywhere ? "" : "from topklm.inference.intervention import Intervention\n\n";
+      const head = anywhere ? "" : "from topklm.inference.interventions import Intervention\n\n";
       const options = `max_new_tokens=${length.value}, temperature=${temperature.value}, seed=${seed.value}`;
       return `${head}model.generate(${JSON.stringify(prompt.value)}, ${options}, steer=${steer})\n`;
     },

@@ -1,0 +1,242 @@
+"""Neurons set from outside while a model runs, at chosen positions: behind the TopK, or inside of it.
+
+All interventions are data of the program, filled up to a few sizes, so other neurons, values, modes or
+positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference.interventions import MODES, POSITIONS, Intervention, entries_of
+from topklm.inference.token_rows import is_traced
+from topklm.model.topk import topk
+from topklm.model.transformer import Changes
+
+_SMALLEST = 4  # entries; more are filled up to the next power of two
+_NO_LAYER = -1
+_EVERY_ROW = -1
+_END = 2**31 - 1
+_RANGE = len(POSITIONS)
+_CLAMP, _ADD, _SCALE, _ABLATE, _BAN, _FORCE = range(len(MODES))
+_FEW = 8  # entries; of more, a table of all neurons is made
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layer", "neuron", "value", "mode", "place", "begin", "end", "row"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class InterventionBatch:
+    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+
+    Attributes:
+        layer: int32[E]; -1 in entries that only fill up.
+        neuron: int32[E].
+        value: float32[E]; what it means depends on the mode, and "ablate" has no use for it.
+        mode: int32[E], index into "clamp", "add", "scale", "ablate", "ban", "force".
+        place: int32[E], index into "all", "prompt", "generated", and 3 for a range.
+        begin: int32[E], first position of a range. The separator before a text has position 0.
+        end: int32[E], the position behind its last.
+        row: int32[E], which row of a batch; -1: all.
+    """
+
+    layer: Any
+    neuron: Any
+    value: Any
+    mode: Any
+    place: Any
+    begin: Any
+    end: Any
+    row: Any
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, steer: "Steer", mode: str = "clamp", n_rows: int | None = None
+    ) -> "InterventionBatch":
+        """From what people write.
+
+        Args:
+            config: The model that they are for.
+            steer: {(layer, neuron): value}; one or several `Intervention`; or what this returned before.
+            mode: Of the entries of a mapping.
+            n_rows: Texts of the batch that they are for, where it is known.
+
+        Raises:
+            ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
+                a mode or positions that there are not, "ban" or "force" in a layer without TopK, two
+                interventions on one neuron at one place, more forced neurons than a layer has places, or a
+                row that the batch does not have.
+        """
+        if isinstance(steer, InterventionBatch) and is_traced(jax.tree.leaves(steer)):
+            return steer
+        entries = entries_of(steer, mode)
+        for entry in entries:
+            entry.check(config)
+            if n_rows is not None and entry.row is not None and entry.row >= n_rows:
+                raise ValueError(f"row = {entry.row}: must be from 0 to {n_rows - 1}, the texts of the batch")
+        if isinstance(steer, InterventionBatch):
+            return steer
+        _refuse_overlap(entries)
+        _refuse_too_many(entries, config.topk_k)
+        size = _SMALLEST
+        while size < len(entries):
+            size *= 2
+        empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
+        rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
+        names = [field.name for field in dataclasses.fields(cls)]
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+        values = columns.pop("value")
+        indices = {name: np.array(column, np.int32) for name, column in columns.items()}
+        if is_traced(values):  # numbers only when the program runs
+            return cls(value=jnp.stack([jnp.asarray(value, jnp.float32) for value in values]), **indices)
+        return cls(value=np.array([float(value) for value in values], np.float32), **indices)
+
+    def entries(self) -> list[Intervention]:
+        """The interventions, one by one, as `of` takes them."""
+        columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return [
+            _intervention({name: column[i].item() for name, column in columns.items()})
+            for i in range(len(columns["layer"]))
+            if columns["layer"][i] != _NO_LAYER
+        ]
+
+    def changes(
+        self,
+        config: ModelConfig,
+        positions_BT: jax.Array | None = None,
+        prompt_lengths_B: jax.Array | int | None = None,
+    ) -> Changes:
+        """For `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))`, inside a program.
+
+        Args:
+            config: Of the model that runs.
+            positions_BT: int32[B, T]; default 0, 1, 2, ...
+            prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
+                Default: all tokens are the prompt.
+        """
+        lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
+
+        def applies(like_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            batch, length, _ = like_BTD.shape
+            positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
+            applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
+            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
+
+        def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            highest = jnp.finfo(u_BTD.dtype).max
+            lowest = 0 if config.topk_activation == "abs" else -highest
+            # What stands there now is the bid; `edit` puts the activation in its place.
+            bid = jnp.select([self.mode == _BAN, self.mode == _FORCE], [lowest, highest], 0.0)
+            factor = jnp.where((self.mode == _BAN) | (self.mode == _FORCE), 0.0, 1.0)
+            bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
+            return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+
+        def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
+
+        return Changes(select, edit)
+
+    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
+        """float32[E] each: all modes are `h * factor + term`, behind the TopK."""
+        value = jnp.asarray(self.value, jnp.float32)
+        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [jnp.ones_like(value), value], 0.0)
+        has_term = (self.mode == _CLAMP) | (self.mode == _ADD) | (self.mode == _FORCE)
+        return factor, jnp.where(has_term, value, 0.0)
+
+    def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
+        """bool[B, T, E], by position and row."""
+        at = positions_BT[..., None]
+        is_prompt = at < prompt_lengths_B[:, None, None]
+        in_range = (at >= self.begin) & (at < self.end)
+        place = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
+        by_place = jnp.select([self.place == number for number in range(len(place))], place, False)
+        row = jnp.arange(len(prompt_lengths_B))[:, None, None]
+        return by_place & ((self.row == _EVERY_ROW) | (self.row == row))
+
+    def __repr__(self) -> str:
+        # JAX prints trees that hold other things than arrays in its error messages.
+        return f"InterventionBatch({getattr(self.layer, 'shape', '?')})"
+
+
+def _changed(
+    h_BTD: jax.Array, neuron_E: jax.Array, factor_E: jax.Array, term_E: jax.Array, applies_BTE: jax.Array
+) -> jax.Array:
+    """`h * factor + term` at the neurons of entries where they apply; at most one does at any place."""
+    is_neuron_ED = neuron_E[:, None] == np.arange(h_BTD.shape[-1])
+    if len(neuron_E) <= _FEW:
+        # Part of the loop over h that XLA makes in any case; a scatter would be a loop of its own.
+        changed_BTD = h_BTD.astype(jnp.float32)
+        for entry in range(len(neuron_E)):
+            here_BTD = applies_BTE[..., entry, None] & is_neuron_ED[entry]
+            changed = changed_BTD * factor_E[entry] + term_E[entry]
+            changed_BTD = jnp.where(here_BTD, changed, changed_BTD)
+        return changed_BTD.astype(h_BTD.dtype)
+    # Each sum has one term at most: exact, if products are.
+    numbers_E3D = (
+        jnp.stack([jnp.ones_like(factor_E), factor_E, term_E], axis=1)[:, :, None] * is_neuron_ED[:, None]
+    )
+    sums_BT3D = jnp.einsum(
+        "bte,ecd->btcd", applies_BTE.astype(jnp.float32), numbers_E3D, precision=jax.lax.Precision.HIGHEST
+    )
+    here_BTD, factor_BTD, term_BTD = (sums_BT3D[:, :, i] for i in range(3))
+    return jnp.where(here_BTD > 0, h_BTD * factor_BTD + term_BTD, h_BTD).astype(h_BTD.dtype)
+
+
+def _numbers(entry: Intervention) -> tuple:
+    """The entry of each array."""
+    if isinstance(entry.positions, str):
+        place, begin, end = POSITIONS.index(entry.positions), 0, 0
+    else:
+        place, (begin, end) = _RANGE, entry.positions
+    row = _EVERY_ROW if entry.row is None else entry.row
+    return entry.layer, entry.neuron, entry.value, MODES.index(entry.mode), place, begin, end, row
+
+
+def _intervention(numbers: dict[str, Any]) -> Intervention:
+    place = numbers["place"]
+    return Intervention(
+        numbers["layer"],
+        numbers["neuron"],
+        numbers["value"],
+        MODES[numbers["mode"]],
+        POSITIONS[place] if place != _RANGE else (numbers["begin"], numbers["end"]),
+        None if numbers["row"] == _EVERY_ROW else numbers["row"],
+    )
+
+
+def _refuse_overlap(entries: Sequence[Intervention]) -> None:
+    """Of two at one place, which comes first would matter."""
+
+    def neuron(entry: Intervention) -> tuple[int, int]:
+        return entry.layer, entry.neuron
+
+    for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
+        for one, other in itertools.combinations(group, 2):
+            if one.may_meet(other):
+                raise ValueError(
+                    f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
+                    "keep one, or give them other positions"
+                )
+
+
+def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
+    forced = [entry for entry in entries if entry.mode == "force"]
+    for layer, row in {(entry.layer, entry.row) for entry in forced}:
+        number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
+        if number > k:
+            raise ValueError(
+                f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
+            )
+
+
+# What `InterventionBatch.of` takes.
+Steer = InterventionBatch | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
