@@ -1,5 +1,6 @@
 """Two texts side by side, one with a neuron set from outside: what is written, and what is refused."""
 
+import argparse
 import contextlib
 import dataclasses
 import html
@@ -10,18 +11,22 @@ import time
 from urllib.parse import urlencode
 
 import explored_run
+import jax
 import numpy as np
 import pytest
 from serve_site import serving
 from test_security import assert_harmless
 
+from topklm.commands import steering_arguments
 from topklm.explorer.reading import Reader
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import MODES, Intervention
+from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
+from topklm.server import requests
+from topklm.server.limits import Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
 PROMPT, LENGTH, SEED = "The baker", 22, 4
@@ -345,3 +350,52 @@ def test_prose_keeps_its_lines_and_spells_what_would_hide():
 
 def test_only_layers_with_topk_can_ban_and_force(source):
     assert list(box(source, *PLACE)["modes"]) == list(MODES)
+
+
+@pytest.fixture
+def added_modes(monkeypatch):
+    """Two more modes in the table: one with a value after TopK, one without inside of it."""
+    for mode in (
+        Mode("subtract", True, None, "take {value} off", lambda value: 1.0, lambda value: -value),
+        Mode("saturate", False, "wins", "set it to 9", lambda value: 0.0, lambda value: 9.0),
+    ):
+        monkeypatch.setitem(MODES, mode.name, mode)
+    jax.clear_caches()  # programs know the modes that there were when they were compiled
+    yield
+    jax.clear_caches()
+
+
+def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
+    source, reader, site, added_modes, tmp_path
+):
+    model, tokens = reader.model, padded([3, 1, 4, 1, 5])
+    # The library: a value, a file, and a request to the server are the same intervention.
+    for mode, value, like in (("subtract", 2.5, ("add", -2.5)), ("saturate", 0.0, ("force", 9.0))):
+        one = Intervention(*PLACE, value, mode)
+        expected = np.asarray(model(tokens, steer=[Intervention(*PLACE, like[1], like[0])]))
+        np.testing.assert_array_equal(model(tokens, steer=[one]), expected)
+        assert np.abs(expected - np.asarray(model(tokens))).max() > 0
+        save_interventions(tmp_path / "file.json", [one])
+        assert load_interventions(tmp_path / "file.json") == [one]
+        entry = {"layer": 1, "neuron": 17, "mode": mode} | ({"value": value} if value else {})
+        asked = {"prompt": [3], "steer": [entry]}
+        assert requests.completion(model, "m", Limits(), asked).texts[0].steer.entries() == [one]
+    with pytest.raises(ValueError, match="the layer has no TopK"):
+        Intervention(model.config.model.n_topk_layers, 0, mode="saturate").check(
+            dataclasses.replace(model.config.model, n_layers=9)
+        )
+    # The explorer: the page offers them, its script gets its facts there, and the box writes with them.
+    page = site.ask("/neurons/1/17").text
+    assert '<option value="subtract">subtract: take the strength off</option>' in page
+    assert '<option value="saturate" data-without-value>saturate: set it to 9</option>' in page
+    without_value = {name: value for name, value in ASKED.items() if name != "value"}
+    assert stream(site, {**without_value, "mode": "saturate"})[0].status == 200
+    assert stream(site, {**without_value, "mode": "subtract"})[0].status == 400
+    # Command lines.
+    parser = argparse.ArgumentParser()
+    steering_arguments.add_arguments(parser)
+    given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
+    assert steering_arguments.interventions(given, model.config.model) == [
+        Intervention(*PLACE, mode="saturate")
+    ]
+    assert "take the value off" in " ".join(parser.format_help().split())

@@ -12,14 +12,13 @@ from topklm.explorer import figures
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.views.neuron import LISTED_TOKENS
-from topklm.inference.interventions import Intervention
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling
 from topklm.inference.streaming import TextStream
 from topklm.neurons.show import visible
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated
 MOST_NEW_TOKENS = 200
-WITHOUT_VALUE = ("ablate", "ban")
 
 _NOT_SPELLED = "\n\N{NO-BREAK SPACE}"
 _STEPS = 4  # tokens between pieces; the first comes alone, so that nobody has to wait for the others
@@ -31,7 +30,7 @@ class Settings:
     """What is asked for; names and meanings are those of `Intervention` and `LanguageModel.generate`."""
 
     prompt: str
-    mode: str = "clamp"
+    mode: str = DEFAULT_MODE
     value: float = 0.0
     positions: str = "all"
     temperature: float = 0.7
@@ -49,7 +48,7 @@ class Settings:
         if unknown := sorted(set(content) - set(NAMES)):
             raise UserError(f"{_short(unknown[0])} is no field: there are {', '.join(NAMES)}")
         given = dict(content)
-        if given.get("mode", "clamp") in WITHOUT_VALUE:
+        if not needs_value(given.get("mode", DEFAULT_MODE)):
             given.setdefault("value", 0.0)
         for name in ("prompt", "value"):
             if name not in given:

@@ -1,10 +1,10 @@
-"""Neurons set from outside while a model runs, at chosen positions: behind the TopK, or inside of it.
+"""Interventions as arrays, and their effect on a layer: after TopK, or inside of it.
 
 All interventions are data of the program, filled up to a few sizes, so other neurons, values, modes or
 positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.interventions import MODES, POSITIONS, Intervention, entries_of
+from topklm.inference.interventions import (
+    DEFAULT_MODE,
+    MODES,
+    POSITIONS,
+    Intervention,
+    Mode,
+    Steer,
+    entries_of,
+)
 from topklm.inference.token_rows import is_traced
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
@@ -25,13 +33,12 @@ _NO_LAYER = -1
 _EVERY_ROW = -1
 _END = 2**31 - 1
 _RANGE = len(POSITIONS)
-_CLAMP, _ADD, _SCALE, _ABLATE, _BAN, _FORCE = range(len(MODES))
 _FEW = 8  # entries; of more, a table of all neurons is made
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["layer", "neuron", "value", "mode", "place", "begin", "end", "row"],
+    data_fields=["layer", "neuron", "value", "mode", "where", "begin", "end", "row"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,11 +48,11 @@ class InterventionBatch:
     Attributes:
         layer: int32[E]; -1 in entries that only fill up.
         neuron: int32[E].
-        value: float32[E]; what it means depends on the mode, and "ablate" has no use for it.
-        mode: int32[E], index into "clamp", "add", "scale", "ablate", "ban", "force".
-        place: int32[E], index into "all", "prompt", "generated", and 3 for a range.
+        value: float32[E]; its meaning depends on the mode.
+        mode: int32[E], index into `MODES`.
+        where: int32[E], index into `POSITIONS`, and one more for a range.
         begin: int32[E], first position of a range. The separator before a text has position 0.
-        end: int32[E], the position behind its last.
+        end: int32[E], the position after its last.
         row: int32[E], which row of a batch; -1: all.
     """
 
@@ -53,28 +60,28 @@ class InterventionBatch:
     neuron: Any
     value: Any
     mode: Any
-    place: Any
+    where: Any
     begin: Any
     end: Any
     row: Any
 
     @classmethod
     def of(
-        cls, config: ModelConfig, steer: "Steer", mode: str = "clamp", n_rows: int | None = None
+        cls, config: ModelConfig, steer: Steer, mode: str = DEFAULT_MODE, n_rows: int | None = None
     ) -> "InterventionBatch":
-        """From what people write.
+        """Makes one of the forms in which people give interventions.
 
         Args:
             config: The model that they are for.
-            steer: {(layer, neuron): value}; one or several `Intervention`; or what this returned before.
+            steer: {(layer, neuron): value}; one or several `Intervention`; or an `InterventionBatch`.
             mode: Of the entries of a mapping.
-            n_rows: Texts of the batch that they are for, where it is known.
+            n_rows: Sequences of the batch that they are for, where it is known.
 
         Raises:
             ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
-                a mode or positions that there are not, "ban" or "force" in a layer without TopK, two
-                interventions on one neuron at one place, more forced neurons than a layer has places, or a
-                row that the batch does not have.
+                a mode or positions that there are not, a competing mode in a layer without TopK, two
+                interventions on one neuron at one position, more winners in a layer than its k, or a row that
+                the batch does not have.
         """
         if isinstance(steer, InterventionBatch) and is_traced(jax.tree.leaves(steer)):
             return steer
@@ -101,7 +108,7 @@ class InterventionBatch:
         return cls(value=np.array([float(value) for value in values], np.float32), **indices)
 
     def entries(self) -> list[Intervention]:
-        """The interventions, one by one, as `of` takes them."""
+        """Returns the interventions one by one, as `of` takes them."""
         columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return [
             _intervention({name: column[i].item() for name, column in columns.items()})
@@ -115,7 +122,7 @@ class InterventionBatch:
         positions_BT: jax.Array | None = None,
         prompt_lengths_B: jax.Array | int | None = None,
     ) -> Changes:
-        """For `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))`, inside a program.
+        """Returns arguments for `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))` in a program.
 
         Args:
             config: Of the model that runs.
@@ -134,9 +141,9 @@ class InterventionBatch:
         def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
             highest = jnp.finfo(u_BTD.dtype).max
             lowest = 0 if config.topk_activation == "abs" else -highest
-            # What stands there now is the bid; `edit` puts the activation in its place.
-            bid = jnp.select([self.mode == _BAN, self.mode == _FORCE], [lowest, highest], 0.0)
-            factor = jnp.where((self.mode == _BAN) | (self.mode == _FORCE), 0.0, 1.0)
+            # Sure to be kept, or not to be; `edit` then writes the activation that was asked for.
+            bid = self._by_mode(lambda mode: {"wins": highest, "loses": lowest}.get(str(mode.competes), 0.0))
+            factor = self._by_mode(lambda mode: 0.0 if mode.competes else 1.0)
             bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
             return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
@@ -146,21 +153,25 @@ class InterventionBatch:
         return Changes(select, edit)
 
     def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
-        """float32[E] each: all modes are `h * factor + term`, behind the TopK."""
+        """Returns float32[E] each: all modes are `h * factor + term`, after TopK."""
         value = jnp.asarray(self.value, jnp.float32)
-        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [jnp.ones_like(value), value], 0.0)
-        has_term = (self.mode == _CLAMP) | (self.mode == _ADD) | (self.mode == _FORCE)
-        return factor, jnp.where(has_term, value, 0.0)
+        return self._by_mode(lambda mode: mode.factor(value)), self._by_mode(lambda mode: mode.term(value))
+
+    def _by_mode(self, of_mode: Callable[[Mode], Any]) -> jax.Array:
+        """Returns a number for each entry, float32[E], from one for each mode or float32[E] for each mode."""
+        is_mode = [self.mode == index for index in range(len(MODES))]
+        each = [jnp.broadcast_to(jnp.float32(of_mode(mode)), self.mode.shape) for mode in MODES.values()]
+        return jnp.select(is_mode, each, 0.0)
 
     def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
-        """bool[B, T, E], by position and row."""
+        """Returns which entries apply to which tokens, by position and row, bool[B, T, E]."""
         at = positions_BT[..., None]
         is_prompt = at < prompt_lengths_B[:, None, None]
         in_range = (at >= self.begin) & (at < self.end)
-        place = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
-        by_place = jnp.select([self.place == number for number in range(len(place))], place, False)
+        where = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
+        by_position = jnp.select([self.where == number for number in range(len(where))], where, False)
         row = jnp.arange(len(prompt_lengths_B))[:, None, None]
-        return by_place & ((self.row == _EVERY_ROW) | (self.row == row))
+        return by_position & ((self.row == _EVERY_ROW) | (self.row == row))
 
     def __repr__(self) -> str:
         # JAX prints trees that hold other things than arrays in its error messages.
@@ -170,7 +181,7 @@ class InterventionBatch:
 def _changed(
     h_BTD: jax.Array, neuron_E: jax.Array, factor_E: jax.Array, term_E: jax.Array, applies_BTE: jax.Array
 ) -> jax.Array:
-    """`h * factor + term` at the neurons of entries where they apply; at most one does at any place."""
+    """Returns `h * factor + term` at the neurons of entries that apply; of a neuron and token at most one."""
     is_neuron_ED = neuron_E[:, None] == np.arange(h_BTD.shape[-1])
     if len(neuron_E) <= _FEW:
         # Part of the loop over h that XLA makes in any case; a scatter would be a loop of its own.
@@ -192,29 +203,30 @@ def _changed(
 
 
 def _numbers(entry: Intervention) -> tuple:
-    """The entry of each array."""
+    """Returns the element of each array for one entry."""
     if isinstance(entry.positions, str):
-        place, begin, end = POSITIONS.index(entry.positions), 0, 0
+        where, begin, end = POSITIONS.index(entry.positions), 0, 0
     else:
-        place, (begin, end) = _RANGE, entry.positions
+        where, (begin, end) = _RANGE, entry.positions
     row = _EVERY_ROW if entry.row is None else entry.row
-    return entry.layer, entry.neuron, entry.value, MODES.index(entry.mode), place, begin, end, row
+    mode = list(MODES).index(entry.mode)
+    return entry.layer, entry.neuron, entry.value, mode, where, begin, end, row
 
 
 def _intervention(numbers: dict[str, Any]) -> Intervention:
-    place = numbers["place"]
+    where = numbers["where"]
     return Intervention(
         numbers["layer"],
         numbers["neuron"],
         numbers["value"],
-        MODES[numbers["mode"]],
-        POSITIONS[place] if place != _RANGE else (numbers["begin"], numbers["end"]),
+        list(MODES)[numbers["mode"]],
+        POSITIONS[where] if where != _RANGE else (numbers["begin"], numbers["end"]),
         None if numbers["row"] == _EVERY_ROW else numbers["row"],
     )
 
 
 def _refuse_overlap(entries: Sequence[Intervention]) -> None:
-    """Of two at one place, which comes first would matter."""
+    """Raises ValueError for two on one neuron at one position: their order would matter."""
 
     def neuron(entry: Intervention) -> tuple[int, int]:
         return entry.layer, entry.neuron
@@ -229,14 +241,11 @@ def _refuse_overlap(entries: Sequence[Intervention]) -> None:
 
 
 def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
-    forced = [entry for entry in entries if entry.mode == "force"]
+    """Raises ValueError for more winners in a layer than TopK keeps there."""
+    forced = [entry for entry in entries if MODES[entry.mode].competes == "wins"]
     for layer, row in {(entry.layer, entry.row) for entry in forced}:
         number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
         if number > k:
             raise ValueError(
                 f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
             )
-
-
-# What `InterventionBatch.of` takes.
-Steer = InterventionBatch | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]

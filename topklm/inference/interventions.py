@@ -1,13 +1,16 @@
-"""One intervention on one neuron, as people write it and as a file keeps it."""
+"""One intervention on one neuron, the modes that there are, and the file that keeps interventions.
 
-from collections.abc import Mapping
+Imports no JAX, so that commands can name the modes in their help; `intervention_batch` makes arrays of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import math
 import os
 from reprlib import repr as short
 import sys
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,14 +19,74 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.files import as_path, parse_json, write_atomically
 
-if TYPE_CHECKING:
-    from topklm.inference.intervention_batch import Steer
 
-Mode = Literal["clamp", "add", "scale", "ablate", "ban", "force"]
-MODES: tuple[str, ...] = get_args(Mode)
-# Those inside of the competition for the k places; only layers with TopK have one.
-COMPETING = ("ban", "force")
-WITHOUT_VALUE = ("ablate", "ban")
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`.
+
+    Attributes:
+        name: In Python, files, requests and on command lines.
+        needs_value: Whether an intervention has to say its value.
+        competes: For a mode that acts inside of TopK too, what becomes of the neuron there: it "wins" one of
+            the k entries, or "loses". None: it acts after TopK only, so in any layer.
+        help: Its effect, with {value} for the value.
+        factor: Of a value: a number, or an array with one axis.
+        term: Of a value, likewise.
+    """
+
+    name: str
+    needs_value: bool
+    competes: Literal["wins", "loses"] | None
+    help: str
+    factor: Callable[[Any], Any]
+    term: Callable[[Any], Any]
+
+    @property
+    def value_is_factor(self) -> bool:
+        """Whether the activation is multiplied by the value, which then is not in units of activations."""
+        return self.factor(0.0) != self.factor(1.0)
+
+
+def _zero(_value: Any) -> float:
+    return 0.0
+
+
+def _one(_value: Any) -> float:
+    return 1.0
+
+
+def _value(value: Any) -> Any:
+    return value
+
+
+# Everything that reads or shows modes reads this table: the library, the server, the explorer, the commands.
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("clamp", True, None, "set its activation to {value}", _zero, _value),
+        Mode("add", True, None, "add {value} to its activation", _one, _value),
+        Mode("scale", True, None, "multiply its activation by {value}", _value, _zero),
+        Mode("ablate", False, None, "set its activation to 0", _zero, _zero),
+        Mode(
+            "ban",
+            False,
+            "loses",
+            "take it out of the competition; the next neuron is among the k instead",
+            _zero,
+            _zero,
+        ),
+        Mode(
+            "force",
+            True,
+            "wins",
+            "make it one of the k, with {value} for its activation; the weakest of the others is left out",
+            _zero,
+            _value,
+        ),
+    )
+}
+DEFAULT_MODE = "clamp"
+
 Positions = str | tuple[int, int]
 POSITIONS = ("all", "prompt", "generated")
 
@@ -32,28 +95,36 @@ _LARGEST = 2**31 - 1
 _LARGEST_VALUE = 3.4028234e38  # of float32
 
 
+class HasEntries(Protocol):
+    """Holds interventions in another form: an `InterventionBatch`."""
+
+    def entries(self) -> list["Intervention"]:
+        """Returns them one by one."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Intervention:
-    """What is done to one neuron.
+    """An intervention on one neuron.
 
     Attributes:
-        layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of what it hands on.
+        layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of the layer's output.
         neuron: From 0.
-        value: What the mode needs; "ablate" and "ban" have no use for it. One that JAX traces is not checked.
-        mode: Behind the TopK, "clamp" sets the activation to the value, "add" adds it, "scale" multiplies by
-            it, "ablate" sets the activation to 0. Inside of the competition, so that k entries are kept as
-            always: "ban" takes the neuron out, and the next one has its place; "force" gives it a place,
-            which the weakest of the others loses, and the value for its activation.
-        positions: "all"; "prompt"; "generated", the tokens behind the prompt, of which the first is still
+        value: Of the mode; "ablate" and "ban" ignore it. One that JAX traces is not checked.
+        mode: A name in `MODES`. After TopK, "clamp" sets the activation to the value, "add" adds it, "scale"
+            multiplies by it, "ablate" sets the activation to 0. Inside of TopK, where k entries are kept as
+            always, "ban" takes the neuron out, so that the next one is kept; "force" keeps it, instead of the
+            weakest of the others, with the value for its activation.
+        positions: "all"; "prompt"; "generated", the tokens after the prompt, of which the first is still
             predicted from the prompt alone; or a range (begin, end) of positions without its end, 0 being the
             separator before the text.
-        row: Which text of a batch; None: all.
+        row: Which sequence of a batch; None: all.
     """
 
     layer: int
     neuron: int
     value: float = 0.0
-    mode: str = "clamp"
+    mode: str = DEFAULT_MODE
     positions: Positions = "all"
     row: int | None = None
 
@@ -64,9 +135,9 @@ class Intervention:
         _check_index("neuron", self.neuron, width, "the neurons of a layer")
         if self.row is not None:
             _check_index("row", self.row, _LARGEST, "rows")
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             raise ValueError(f"mode = {short(self.mode)}: must be one of {', '.join(MODES)}")
-        if config and self.mode in COMPETING and self.layer >= config.n_topk_layers:
+        if config and MODES[self.mode].competes and self.layer >= config.n_topk_layers:
             with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
             raise ValueError(
                 f"mode = {short(self.mode)} of {self._name}: the layer has no TopK, layers with one: "
@@ -86,7 +157,7 @@ class Intervention:
             )
 
     def may_meet(self, other: "Intervention") -> bool:
-        """Whether both can act on one token, if they are of one neuron."""
+        """Returns whether both can act on one token, if they are of one neuron."""
         if None not in (self.row, other.row) and self.row != other.row:
             return False
         if {self.positions, other.positions} == {"prompt", "generated"}:
@@ -100,11 +171,20 @@ class Intervention:
         return f"layer {self.layer}, neuron {self.neuron}"
 
 
-def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
-    """Makes interventions, one by one, of what people write for them.
+# The forms in which people give interventions.
+Steer = HasEntries | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
+
+
+def needs_value(mode: Any) -> bool:
+    """Returns whether an intervention with this mode has to say its value; True if there is no such mode."""
+    return not (isinstance(mode, str) and mode in MODES) or MODES[mode].needs_value
+
+
+def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
+    """Returns interventions one by one, from any form in which people give them.
 
     Args:
-        steer: {(layer, neuron): value}; or one or several of `Intervention`; or `InterventionBatch`.
+        steer: {(layer, neuron): value}; or one or several `Intervention`; or `InterventionBatch`.
         mode: Of the entries of a mapping.
 
     Raises:
@@ -130,7 +210,7 @@ def entries_of(steer: "Steer", mode: str = "clamp") -> list[Intervention]:
 def save_interventions(
     path: str | os.PathLike[str],
     steer: "Steer",
-    mode: str = "clamp",
+    mode: str = DEFAULT_MODE,
     *,
     model: Mapping[str, Any] | None = None,
 ) -> None:
@@ -140,11 +220,11 @@ def save_interventions(
         path: Local, or in a bucket.
         steer: As in `entries_of`.
         mode: Of the entries of a mapping.
-        model: What tells the model whose neurons these are from others; None: nothing is said of it.
+        model: Facts that identify the model whose neurons these are; None: the file names no model.
 
     Raises:
         UserError: If the file cannot be written.
-        ValueError: For what is no intervention.
+        ValueError: If something is no intervention.
     """
     entries = [_to_json(one) for one in entries_of(steer, mode)]
     of = {} if model is None else {"model": dict(model)}
@@ -161,7 +241,7 @@ def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None 
         config: The model that they are for, if it shall be checked that they fit.
 
     Raises:
-        UserError: If the file is missing, is no such JSON, or holds what `Intervention.check` refuses.
+        UserError: If the file is missing, is no such JSON, or an entry fails `Intervention.check`.
     """
     file = as_path(path)
     with storage_errors_are_user_errors(f"reading {path}", file):
@@ -196,7 +276,8 @@ def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervent
         raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
     positions = entry.get("positions", "all")
     entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
-    if "value" not in entry and entry.get("mode") not in WITHOUT_VALUE:
+    mode = entry.get("mode", DEFAULT_MODE)
+    if "value" not in entry and needs_value(mode):
         raise ValueError(f"interventions[{number}]: value is missing")
     one = Intervention(**entry)
     try:
@@ -210,8 +291,8 @@ def _to_json(one: Intervention) -> dict[str, Any]:
     one.check()
     row = {} if one.row is None else {"row": int(one.row)}
     positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
-    place = {"layer": int(one.layer), "neuron": int(one.neuron)}
-    return {**place, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
+    neuron = {"layer": int(one.layer), "neuron": int(one.neuron)}
+    return {**neuron, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
 
 
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:

@@ -19,7 +19,8 @@ from topklm.inference import hooks, passes
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.cache import Layers, bucket, by_layer
 from topklm.inference.generate import Generation
-from topklm.inference.intervention_batch import InterventionBatch, Steer
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import DEFAULT_MODE, Steer
 from topklm.inference.programs import STEPS
 from topklm.inference.sampling import Sampling
 from topklm.inference.streaming import TextStream, check_stop, split_at_character, until_stopped
@@ -81,7 +82,7 @@ class LanguageModel:
         self,
         tokens: Tokens,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
@@ -112,7 +113,7 @@ class LanguageModel:
         *,
         per_token: bool = False,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
@@ -142,7 +143,7 @@ class LanguageModel:
         tokens: Tokens,
         names_filter: names.NamesFilter = None,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> tuple[jax.Array, ActivationCache]:
@@ -196,7 +197,7 @@ class LanguageModel:
         tokens: Tokens,
         fwd_hooks: hooks.ForwardHooks = (),
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
@@ -241,7 +242,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         adaptive: AdaptiveK | None = None,
         when_full: str = "slide",

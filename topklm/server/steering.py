@@ -6,7 +6,7 @@ from typing import Any
 
 from topklm.config import ModelConfig
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import Intervention
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.server import fields
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
@@ -41,7 +41,7 @@ def interventions_of(
     try:
         entries = steer.items() if isinstance(steer, dict) else steer
         read = _of_pair if isinstance(steer, dict) else _of_entry
-        parsed = [read(entry, mode or "clamp") for entry in entries]
+        parsed = [read(entry, mode or DEFAULT_MODE) for entry in entries]
         return InterventionBatch.of(config, parsed) if parsed else None
     except (ValueError, OverflowError) as e:
         raise ApiError(400, f"steer: {str(e).removeprefix('steer: ')}", "steer") from e
@@ -60,7 +60,7 @@ def _of_entry(entry: Any, _mode: str) -> Intervention:
         raise ValueError("each entry of an array must be an object with layer and neuron")
     if unknown := sorted(set(entry) - set(names)):
         raise ValueError(f"{unknown[0][:50]!r} is none of {', '.join(names)}")
-    if "value" not in entry and entry.get("mode") not in ("ablate", "ban"):
+    if "value" not in entry and needs_value(entry.get("mode", DEFAULT_MODE)):
         raise ValueError("value is missing in an entry of the array")
     for name in ("mode", "positions"):
         if name in entry and not isinstance(entry[name], str | list):

@@ -10,7 +10,7 @@ import numpy as np
 
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import Intervention, Positions
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
 from topklm.steering import measures
@@ -79,7 +79,7 @@ def respond(
     concepts: Sequence[Concept],
     sampled: Sampled,
     *,
-    mode: str = "clamp",
+    mode: str = DEFAULT_MODE,
     positions: Positions = "all",
     report: Callable[[int], None] = lambda texts: None,
 ) -> list[Response]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from topklm.explorer.source import Source
 from topklm.explorer.steering import MOST_NEW_TOKENS, Settings
+from topklm.inference.interventions import DEFAULT_MODE, MODES
 
 _MULTIPLES = 4  # the slider ends at so many times the highest activation
 _STEPS = 100  # or more, of the slider
@@ -16,15 +17,6 @@ _PROMPT_TOKENS, _PROMPT_WORDS = 24, 4  # at most, and at least
 _SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*\s+")
 _EXAMPLES = 5  # that are looked at for a prompt
 
-MODES = {
-    "clamp": "set its activation to the strength",
-    "add": "add the strength to its activation",
-    "scale": "multiply its activation by the strength",
-    "ablate": "set its activation to 0",
-    "ban": "take it out of the competition; the next neuron has its place among the k",
-    "force": "give it a place among the k, with the strength for its activation",
-}
-COMPETING = ("ban", "force")
 POSITIONS = {"all": "the whole text", "prompt": "the prompt", "generated": "only what is written"}
 
 
@@ -81,7 +73,8 @@ def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
     has_topk = source.measured.kind == "topk"
     return {
         "strengths": strengths,
-        "modes": {mode: about for mode, about in MODES.items() if has_topk or mode not in COMPETING},
+        "modes": {name: mode for name, mode in MODES.items() if has_topk or not mode.competes},
+        "default_mode": DEFAULT_MODE,
         "positions": POSITIONS,
         "most_new_tokens": MOST_NEW_TOKENS,
         "chosen": {name: _written(value) for name, value in dataclasses.asdict(settings).items()},
