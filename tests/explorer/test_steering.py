@@ -236,7 +236,7 @@ def test_the_form_leads_to_a_page_with_both_texts_that_can_be_reloaded(site, sou
         found = re.search(f'data-column="{column}">(.*?)</p>', page, re.DOTALL)[1]
         shown = html.unescape(re.sub(r"</?(mark|span)[^>]*>", "", found))
         assert shown == "The\nold" + texts[column]
-    assert '<option value="scale" selected>' in page
+    assert '<option value="scale" selected data-value-is-factor>' in page
     # What is wrong stands in the page, with what was typed.
     page = site.ask("/neurons/1/17?prompt=The+baker&value=much").text
     assert "value = much: must be a number" in page
