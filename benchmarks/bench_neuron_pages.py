@@ -39,7 +39,6 @@ from topklm import sharding
 from topklm.bench import timing
 from topklm.bench.timing import Samples, Side
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.explorer import export as html
 from topklm.explorer import neuronpedia
 from topklm.explorer.source import Source
@@ -51,6 +50,7 @@ from topklm.neurons.statistics.measure import measure
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
+from topklm.progress import Progress
 from topklm.run_folder import CONFIG_FILE, TOKENIZER_FILE
 
 RESULT = Path(__file__).parent / "results" / "neuron_pages.json"

@@ -23,12 +23,12 @@ import rich.console
 
 from benchmarks.plot_loss_curves import COLOURS
 import topklm
-from topklm.data.building.progress import TerminalProgress
 from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
+from topklm.progress import TerminalProgress
 from topklm.steering import dose, known
 from topklm.steering.dose import Sampled
 from topklm.steering.stored_concepts import KINDS

@@ -14,7 +14,6 @@ import topklm
 from topklm import sharding
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.data.dataset import SPLITS
 from topklm.distributed import places
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -30,6 +29,7 @@ from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.neurons.texts import Documents, described, no_text, open_documents
+from topklm.progress import Progress, TerminalProgress
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"

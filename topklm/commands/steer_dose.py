@@ -15,12 +15,12 @@ import rich.text
 
 import topklm
 from topklm.commands import steering_arguments
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
 from topklm.files import is_bucket, local_path
 from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
+from topklm.progress import TerminalProgress
 from topklm.steering import concept as concept_lib
 from topklm.steering import dose, known
 from topklm.steering.concept import Concept

@@ -12,7 +12,6 @@ import numpy as np
 import topklm
 from topklm import sharding
 from topklm.config import DataConfig, MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.files import is_bucket
@@ -23,6 +22,7 @@ from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.texts import COPY, described, no_text, open_documents
 from topklm.neurons.unit_counts import UnitCounts
+from topklm.progress import Progress
 
 TOKENS = 200_000
 

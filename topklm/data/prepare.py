@@ -16,7 +16,6 @@ from topklm.config import DataConfig
 from topklm.data.building.build import build
 from topklm.data.building.encode import Selection
 from topklm.data.building.local import LocalEngine
-from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Settings, Sources, fingerprint
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import Workers, all_cores
@@ -26,6 +25,7 @@ from topklm.data.records import sha256_of_file
 from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.errors import disk_errors_are_user_errors
 from topklm.files import check_name
+from topklm.progress import Progress
 
 _STALE_SECONDS = 24 * 3600  # unfinished work that nobody has touched for this long is given up
 

@@ -22,7 +22,6 @@ import uuid
 import numpy as np
 import pyarrow as pa
 
-from topklm.data.building.progress import Progress
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer.neuronpedia_rows import COLUMNS, Row, Rows
@@ -32,6 +31,7 @@ from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
+from topklm.progress import Progress
 from topklm.run_folder import saved_config
 
 # The user whom Neuronpedia's own import scripts name as the creator; its database must hold who is named.
