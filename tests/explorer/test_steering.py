@@ -380,10 +380,9 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
         entry = {"layer": 1, "neuron": 17, "mode": mode} | ({"value": value} if value else {})
         asked = {"prompt": [3], "steer": [entry]}
         assert requests.completion(model, "m", Limits(), asked).texts[0].steer.entries() == [one]
+    without_topk = dataclasses.replace(model.config.model, n_nontopk=model.config.model.n_layers)
     with pytest.raises(ValueError, match="the layer has no TopK"):
-        Intervention(model.config.model.n_topk_layers, 0, mode="saturate").check(
-            dataclasses.replace(model.config.model, n_layers=9)
-        )
+        Intervention(*PLACE, mode="saturate").check(without_topk)
     # The explorer: the page offers them, its script gets its facts there, and the box writes with them.
     page = site.ask("/neurons/1/17").text
     assert '<option value="subtract">subtract: take the strength off</option>' in page
