@@ -379,7 +379,7 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
         assert load_interventions(tmp_path / "file.json") == [one]
         entry = {"layer": 1, "neuron": 17, "mode": mode} | ({"value": value} if value else {})
         asked = {"prompt": [3], "steer": [entry]}
-        assert requests.completion(model, "m", Limits(), asked).texts[0].steer.entries() == [one]
+        assert requests.completion(model, "m", Limits(), asked).sequences[0].steer.entries() == [one]
     without_topk = dataclasses.replace(model.config.model, n_nontopk=model.config.model.n_layers)
     with pytest.raises(ValueError, match="the layer has no TopK"):
         Intervention(*PLACE, mode="saturate").check(without_topk)

@@ -54,7 +54,7 @@ def test_its_flags_are_passed_on(started, capsys):
     found = started(*flags.split(), "--name", "mine", "--json")
     service = found["service"]
     assert service.name == "mine"
-    assert service.sizes.most_rows == 3
+    assert service.buckets.most_slots == 3
     limits = service.limits
     assert (limits.waiting, limits.texts, limits.prompt_tokens, limits.max_tokens) == (5, 6, 7, 8)
     assert (limits.timeout, limits.grace) == (9, 2)

@@ -16,6 +16,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference import cache as cache_lib
 from topklm.inference.cache import STEPS
+from topklm.inference.steps import CacheInputs, RequestBatch, changes_of, n_extra_active
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
 from topklm.model.transformer import Changes
@@ -48,6 +49,31 @@ class AdaptiveK:
         if isinstance(self.entropy, bool | str) or not self.entropy >= 0:
             raise ValueError(f"adaptive.entropy = {self.entropy!r}: must be a number of nats, 0 or more")
         return self
+
+    def token_step(self) -> dict[str, Any]:
+        """Returns the arguments of a `Scheduler` whose sequences are decoded by this rule."""
+        return {"token_step": AdaptiveStep(self.high_k), "step_inputs": np.float32(self.entropy)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveStep:
+    """Is the `TokenStep` of the rule; the threshold is data, so that another one compiles nothing."""
+
+    high_k: int
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        params: transformer.Parameters,
+        batch: RequestBatch,
+        at: CacheInputs,
+        positions_B1: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits of the next token, and the buffer; see `step`."""
+        high_config = dataclasses.replace(config, topk_k=self.high_k)
+        model, high = transformer.bind(config, params), transformer.bind(high_config, params)
+        both = changes_of(config, batch, positions_B1), changes_of(high_config, batch, positions_B1)
+        return step(model, high, batch.step_inputs, *at, *both, n_extra_active(batch))[:2]
 
 
 class TokenLosses(NamedTuple):

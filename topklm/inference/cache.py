@@ -7,7 +7,7 @@ New tokens first go to a small buffer of their own, where all rows write at one 
 is only read while a program makes tokens, and nothing of it is copied; `merged` takes the buffer in. Where
 layers are unrolled, the cache is in `parts`, and attention reads only those that are in use.
 
-Inside `jax.jit`, but for `bucket` and `by_layer`. Dims: L layers, B rows, P places of prompts, C places of
+Inside `jax.jit`, but for `by_layer`. Dims: L layers, B rows, P places of prompts, C places of
 the cache, N of the buffer, D d_model, K key heads of width d.
 """
 
@@ -30,7 +30,6 @@ from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
 
-SMALLEST_BUCKET = 16
 STEPS = 16  # N
 
 # Of the rows of the matrices behind a TopK, tokens together read at most this share, or else all of them.
@@ -43,23 +42,6 @@ Layers = Any
 Filled = Any  # `KeysAndValues` of each layer, [B, K, P, d] each, in the same form
 Buffer = Any  # the same with N places
 Cache = Any  # `Parts` of each layer in the same form, C places together
-
-
-def bucket(length: int, context_length: int) -> int:
-    """The power of two from 16 up that holds a length, but never more than the context."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size *= 2
-    return min(size, context_length)
-
-
-def room_for(length: int, context_length: int) -> int:
-    """The power of two from 16 up, or one and a half times one, that holds a text; at most the context.
-
-    Finer than `bucket`, for places take memory, and some are read though no text has come to them.
-    """
-    size = bucket(length, context_length)
-    return size * 3 // 4 if size > SMALLEST_BUCKET and length <= size * 3 // 4 else size
 
 
 @functools.partial(jax.jit, static_argnums=0)

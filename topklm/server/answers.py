@@ -21,7 +21,7 @@ async def whole_answer(
     Raises:
         ApiError: As `pieces`.
     """
-    found: list[list[dict[str, Any]]] = [[] for _ in asked.texts]
+    found: list[list[dict[str, Any]]] = [[] for _ in asked.sequences]
     usage = None
     async for piece in pieces:
         if "usage" in piece:

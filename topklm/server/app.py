@@ -127,7 +127,7 @@ class _Api:
             allowed = f"an array of integers from 0 to {config.n_topk_layers - 1}, layers with TopK"
             raise fields.wrong("layers", layers, allowed)
         most = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
-        found = await service.call(lambda: neurons.active(service.model, service.sizes, ids))
+        found = await service.call(lambda: neurons.active(service.model, service.buckets, ids))
         first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
         tokens = neurons.described(service.model, ids, found, first=first, layers=layers, most=most)
         return Json({"object": "neurons", "model": service.name, "tokens": tokens})

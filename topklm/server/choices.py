@@ -1,4 +1,4 @@
-"""One text of an answer: what of it has been said, in the form that OpenAI gives to it."""
+"""One completion of an answer, as it comes, in the form that OpenAI gives to it."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,30 +8,31 @@ import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.scores import Scores
+from topklm.inference.sequence import Sequence as TokenSequence
+from topklm.inference.sequence import Token
 from topklm.inference.streaming import BROKEN, TextStream
-from topklm.inference.text import Text, Token
 from topklm.server.errors import number
 
 _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before
 
 
 class Choice:
-    """A text that is being made, and the pieces that it is told in.
+    """A completion that is being decoded, and the pieces that it is sent in.
 
     Attributes:
-        text: In the engine.
+        sequence: In the engine.
         finish_reason: "stop" or "length"; None while it goes on.
         n_new: Tokens drawn so far, up to the one that completed a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, text: Text, stop: tuple[str, ...]):
-        """`index` is its place among all of the answer."""
-        self.text, self.n_new = text, 0
+    def __init__(self, tokenizer: Tokenizer, index: int, sequence: TokenSequence, stop: tuple[str, ...]):
+        """Begins with nothing sent; `index` counts the completions of the answer."""
+        self.sequence, self.n_new = sequence, 0
         self.finish_reason: str | None = None
-        prompt = text.tokens[: text.n_prompt]
+        prompt = sequence.tokens[: sequence.n_prompt]
         self._tokenizer, self._index, self._stop = tokenizer, index, stop
         self._stream = TextStream(tokenizer, prompt, stop)
-        self._wants_scores = text.n_alternatives is not None
+        self._wants_scores = sequence.n_alternatives is not None
         self._told = 0  # characters
         self._places = _Places(tokenizer, prompt[-_CONTEXT:])
         self._held: list[tuple[Token, int]] = []  # tokens that are not told yet, and where they begin
@@ -42,13 +43,13 @@ class Choice:
         Args:
             scores: Of its tokens but the first, where they are asked for.
         """
-        prompt = self.text.tokens[: self.text.n_prompt]
+        prompt = self.sequence.tokens[: self.sequence.n_prompt]
         said = self._tokenizer.decode(prompt)
         if scores is not None:
             self._places = _Places(self._tokenizer)
             self._hold(Token(prompt[0]))
             for place, token in enumerate(prompt[1:]):
-                self._hold(Token(token, *scores.row(place, self.text.n_alternatives or 0)))
+                self._hold(Token(token, *scores.row(place, self.sequence.n_alternatives or 0)))
         self._told = len(said)
         return self._piece(said, all_held=True)
 
@@ -88,7 +89,7 @@ class Choice:
         }
 
     def _logprobs(self, told: list[tuple[Token, int]]) -> dict[str, Any]:
-        wanted = self.text.n_alternatives
+        wanted = self.sequence.n_alternatives
         names = self._tokenizer.token_strings(np.array([token.id for token, _ in told], int))
         return {
             "tokens": names,

@@ -5,12 +5,12 @@ import dataclasses
 import secrets
 from typing import Any
 
-from topklm.inference.generate import WHEN_FULL
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
 from topklm.inference.scores import MOST_ALTERNATIVES
+from topklm.inference.sequence import WHEN_FULL
+from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.streaming import check_stop
-from topklm.inference.text import Text
 from topklm.server import fields
 from topklm.server.errors import ApiError, of_field
 from topklm.server.limits import Limits
@@ -40,8 +40,8 @@ class Completion:
 
     Attributes:
         prompts: Token ids of each prompt.
-        texts: n of each prompt, one prompt after another.
-        n: Texts of each prompt.
+        sequences: n of each prompt, one prompt after another.
+        n: Completions of each prompt.
         stop: Texts before which a completion ends.
         logprobs: How many alternatives to tell of, beside each token; None: tell of no probabilities.
         echo: Whether the prompt stands before its completion.
@@ -50,7 +50,7 @@ class Completion:
     """
 
     prompts: Sequence[list[int]]
-    texts: Sequence[Text]
+    sequences: Sequence[TokenSequence]
     n: int
     stop: tuple[str, ...]
     logprobs: int | None
@@ -107,8 +107,8 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
     samplings = [_sampling(content) for _ in prompts]
     try:
         stop = check_stop(content.get("stop"))
-        texts = [
-            Text.of(
+        sequences = [
+            TokenSequence.of(
                 model.config.model, prompt, dataclasses.replace(sampling, index=i), max_tokens, **settings
             )
             for prompt, sampling in zip(prompts, samplings, strict=True)
@@ -116,7 +116,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
         ]
     except ValueError as e:
         raise _of_prompt(e) from e
-    if max_tokens and (full := [text for text in texts if text.limit <= text.n_prompt]):
+    if max_tokens and (full := [one for one in sequences if one.limit <= one.n_prompt]):
         raise ApiError(
             400,
             f"prompt has {full[0].n_prompt} tokens, as many as the model's context: there is no room for new "
@@ -129,7 +129,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
     echo = fields.boolean(content, "echo", False)
     if echo and logprobs is not None and max(map(len, prompts)) > model.config.model.context_length:
         raise ApiError(400, "echo with logprobs: the prompt must fit the model's context; shorten it", "echo")
-    return Completion(prompts, texts, n, stop, logprobs, echo, stream, include_usage)
+    return Completion(prompts, sequences, n, stop, logprobs, echo, stream, include_usage)
 
 
 def _sampling(content: dict[str, Any]) -> Sampling:
