@@ -121,7 +121,7 @@ class Scheduler:
             self._rearrange(n_slots, capacity)
 
     def decode(self, steps: int = STEPS) -> list[tuple[Sequence, list[Token]]]:
-        """Returns up to so many new tokens of each sequence, at most `STEPS`; one if probabilities are wanted.
+        """Draws tokens of each sequence: up to so many, at most `STEPS`; one if probabilities are wanted.
 
         Sequences that have ended are removed; the stop token is the last token of one that it ended.
         """
