@@ -10,7 +10,7 @@ import saved_runs
 from topklm import cli
 from topklm.commands import serve
 from topklm.errors import UserError
-from topklm.server import run
+from topklm.server import app
 from topklm.web.server import listen, name_of, names_of
 
 
@@ -28,7 +28,7 @@ def started(tmp_path, monkeypatch):
         service.engine.close()
         found.update(service=service, token=token, port=port)
 
-    monkeypatch.setattr(run, "serve", fake)
+    monkeypatch.setattr(app, "serve", fake)
     monkeypatch.setenv("TOPKLM_COMPILATION_CACHE", "off")
 
     def start(*flags):

@@ -12,7 +12,7 @@ from topklm.inference.language_model import LanguageModel
 def active(
     model: LanguageModel, buckets: ServingBuckets, ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The activations of the TopK layers on one text.
+    """Returns the activations of the TopK layers on one text.
 
     Args:
         model: With at least one such layer.
@@ -40,13 +40,13 @@ def described(
     layers: Sequence[int],
     most: int,
 ) -> list[dict[str, Any]]:
-    """For each token from `first` on, the active neurons of some layers, as JSON has it.
+    """Lists the active neurons of some layers for each token from `first` on, as JSON has them.
 
     Args:
         model: See `active`.
         ids: See `active`.
         found: From `active`.
-        first: Position of the first token that is told of.
+        first: Position of the first token that is listed.
         layers: Which.
         most: Neurons of a layer, for each token.
     """

@@ -17,7 +17,7 @@ from topklm.inference.scores import Scores
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import SequenceUpdate
 from topklm.server import neurons
-from topklm.server.choices import Choice
+from topklm.server.answers import Choice
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
 from topklm.server.requests import Completion
