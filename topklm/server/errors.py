@@ -51,7 +51,7 @@ def refused(status: int, message: str) -> Response:
 
 
 def of_field(error: ValueError) -> ApiError:
-    """Makes the error of a field that the library refuses; its message begins with the name, in most cases."""
+    """Makes the error of a field that the library refuses; mostly, its message begins with the name."""
     name = str(error).partition(" ")[0].removesuffix(":")
     return ApiError(400, str(error), name if name.isidentifier() else None)
 
