@@ -12,9 +12,9 @@ from topklm.explorer import figures
 from topklm.explorer.reading import Reader
 from topklm.explorer.source import Source
 from topklm.explorer.views.neuron import LISTED_TOKENS
+from topklm.inference.detokenize import TextStream
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling
-from topklm.inference.streaming import TextStream
 from topklm.neurons.show import visible
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated

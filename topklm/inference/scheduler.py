@@ -30,7 +30,7 @@ class Scheduler:
     """A batch of sequences.
 
     Attributes:
-        sequences: Those that are in slots now.
+        sequences: The ones that are in slots now.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Log probabilities of tokens: of the model's own distribution, the logarithm of the softmax of its logits.
 
 Neither repetition penalty nor temperature nor limits of sampling play a part; interventions do. In nats.
-Dims: B rows, P places of a prompt, V vocabulary, A the most alternatives that can be asked for.
+Dims: B rows, P tokens of a prompt, V vocabulary, A the most alternatives that can be asked for.
 """
 
 import functools
@@ -19,11 +19,11 @@ from topklm.inference.steps import RequestBatch, StaticArgs, changes_of
 from topklm.model import transformer
 
 MOST_ALTERNATIVES = 20  # A
-_PIECE = 32  # places whose logits are there at one time
+_PIECE = 32  # tokens whose logits are computed at one time
 
 
 class Scores(NamedTuple):
-    """Of one token in each row, or at each place.
+    """Log probabilities of one token in each row, or at each position.
 
     Attributes:
         own: float32[B], of the tokens themselves.
@@ -36,20 +36,20 @@ class Scores(NamedTuple):
     values: np.ndarray
 
     def row(self, row: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-        """Of one token, and of so many alternatives."""
+        """Returns that of one token, and of so many alternatives."""
         alternatives = zip(self.tokens[row, :n].tolist(), self.values[row, :n].tolist(), strict=True)
         return float(self.own[row]), tuple(alternatives)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def before_drawing(static: StaticArgs, logits_BV: jax.Array) -> jax.Array:
-    """All log probabilities, float32[B, V], kept while the logits make way for those of the next token."""
+    """Returns all log probabilities, float32[B, V], to keep while the state goes on to the next token."""
     del static
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
 
 def chosen(before_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
-    """Of tokens that were drawn, int32[B]."""
+    """Returns those of tokens that were drawn, int32[B]."""
     return Scores(*map(np.asarray, _picked(before_BV, tokens_B)))
 
 

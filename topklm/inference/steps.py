@@ -74,7 +74,7 @@ def one_pass(
 
 
 class StaticArgs(NamedTuple):
-    """What a program is compiled for, besides shapes."""
+    """The part of a program's arguments that it is compiled for, besides shapes."""
 
     config: ModelConfig
     replicated: jax.sharding.NamedSharding | None  # of results, where parameters are on several devices

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.inference.detokenize import check_stop
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.language_model import LanguageModel
@@ -16,7 +17,6 @@ from topklm.inference.sampling import Sampling
 from topklm.inference.scores import MOST_ALTERNATIVES
 from topklm.inference.sequence import WHEN_FULL
 from topklm.inference.sequence import Sequence as TokenSequence
-from topklm.inference.streaming import check_stop
 from topklm.server import fields
 from topklm.server.errors import ApiError, of_field
 from topklm.server.limits import Limits
