@@ -23,7 +23,6 @@ import rich.console
 
 from benchmarks.plot_loss_curves import COLOURS
 import topklm
-from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
@@ -33,6 +32,7 @@ from topklm.steering import dose, known
 from topklm.steering.dose import Sampled
 from topklm.steering.stored_concepts import KINDS
 from topklm.steering.summary import without_nan
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 6

@@ -22,8 +22,8 @@ from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
-from topklm.files import check_name
 from topklm.progress import TerminalProgress
+from topklm.storage.files import check_name
 
 DESCRIPTION = (
     "Turns text into a dataset of token shards, which training streams. SOURCE is a file, a folder, a glob, "

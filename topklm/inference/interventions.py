@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.files import as_path, parse_json, write_atomically
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import as_path, parse_json, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,10 +53,11 @@ class Generated(NamedTuple):
 class LanguageModel:
     """A trained model with its tokenizer, ready to be called.
 
-    Wherever it takes tokens, these are a text, with a separator before it as in training; token ids
-    [T]; or a batch: ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are padded on their
-    right, where nothing can change what stands before; `lengths` says how long they are. All but `generate`
-    works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions traced or not.
+    Wherever it takes tokens, these are a text, with a separator before it as in training; token ids [T]; or a
+    batch: ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are padded on
+    their right, where nothing can change the tokens before; `lengths` says how long they are. All but
+    `generate` works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions
+    traced or not.
     """
 
     run: str
