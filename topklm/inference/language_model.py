@@ -307,7 +307,7 @@ class LanguageModel:
             interventions=interventions,
             adaptive=adaptive,
             when_full=when_full,
-            layers=self._layers,
+            layers=self.decode_layers,
         )
         stop = check_stop(stop)
         begun = [self._begun(row, stop) for row in prompts]
@@ -420,8 +420,8 @@ class LanguageModel:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _layers(self) -> Layers:
-        """Of the parameters of the blocks, the copy that tokens are made with."""
+    def decode_layers(self) -> Layers:
+        """Gives the copy of the blocks' parameters that decoding reads, see `by_layer`."""
         return by_layer(self.config.model, self.params)
 
     def _facts(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The Steer box of a neuron's page: what can be chosen there, and what is chosen at first."""
+"""The Steer box of a neuron's page: its choices, and the settings that it begins with."""
 
 import dataclasses
 import math
@@ -38,25 +38,25 @@ class Strengths:
 
     @classmethod
     def of(cls, highest: float, mean: float | None) -> "Strengths":
-        """From 0 to `_MULTIPLES` times the highest activation."""
+        """Makes the scale from 0 to `_MULTIPLES` times the highest activation."""
         step = 10.0 ** math.floor(math.log10(_MULTIPLES * highest / _STEPS))
         # Not further for what is only rounding.
         steps = math.ceil(_MULTIPLES * highest / step * (1 - 1e-9))
         return cls(highest, mean, step, steps * step)
 
     def rounded(self, multiple: float) -> float:
-        """So many times the highest activation, on a step of the slider."""
+        """Returns so many times the highest activation, on a step of the slider."""
         return round(multiple * self.highest / self.step) * self.step
 
     def marks(self) -> list[tuple[float, float, str]]:
-        """Those under the slider: the value, its place in percent, and the name."""
+        """Returns the marks under the slider: value, position in percent, and name."""
         named = [(0.0, "0"), (self.highest, "highest")]
         named += [(n * self.highest, f"{n}\N{MULTIPLICATION SIGN}") for n in range(2, _MULTIPLES + 1)]
         return [(value, 100 * value / self.end, name) for value, name in named]
 
 
 def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
-    """What the box shows.
+    """Returns the content of the box.
 
     Raises:
         UserError: If there is no such neuron.
@@ -84,7 +84,7 @@ def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
 
 
 def _before(source: Source, at: int) -> str:
-    """The words before a token, from the beginning of a sentence if there is one among them."""
+    """Returns the words before a token, from the beginning of a sentence if there is one among them."""
     begin = max(source.window(at, 2 * _PROMPT_TOKENS).begin, at - _PROMPT_TOKENS)
     text = source.plain_text(begin, at).strip("\N{REPLACEMENT CHARACTER}")
     if begin not in source.documents[0]:
