@@ -29,7 +29,7 @@ from topklm.bench.timing import Samples, alternate
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
-from topklm.inference import cache
+from topklm.inference import kv_cache
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
@@ -102,9 +102,9 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     params = transformer.create(config.model, config.train.seed)
     prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
     # As a loaded model keeps them from its first text on.
-    texts = functools.partial(continuations, layers=cache.by_layer(config.model, params))
+    texts = functools.partial(continuations, layers=kv_cache.by_layer(config.model, params))
     if spec.get("all_rows"):
-        cache.SPARSE_SHARE = 0.0
+        kv_cache.SPARSE_SHARE = 0.0
         one = functools.partial(texts, config.model, params, prompts[:1], new_tokens)
         return Prepared({_ALL_ROWS: one}, {})
     steer = InterventionBatch.of(
@@ -123,7 +123,7 @@ def continuations(
     prompts: np.ndarray,
     new_tokens: int,
     steer: InterventionBatch | None = None,
-    layers: cache.Layers = None,
+    layers: kv_cache.Layers = None,
 ) -> list[list[int]]:
     """What `topklm generate` does with several prompts; [B, P] -> a list of new tokens for each."""
     greedy = [Sampling(temperature=0)] * len(prompts)

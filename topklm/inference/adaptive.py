@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference import cache as cache_lib
-from topklm.inference.cache import STEPS
+from topklm.inference import kv_cache
+from topklm.inference.kv_cache import STEPS
 from topklm.inference.steps import CacheInputs, RequestBatch, changes_of, n_extra_active
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
@@ -126,7 +126,7 @@ def token_losses(
         raise ValueError(
             f"tokens has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}"
         )
-    layers = cache_lib.by_layer(config, params)
+    layers = kv_cache.by_layer(config, params)
     losses, k = _token_losses(
         config, int(adaptive.high_k), params, layers, tokens_BT, np.float32(adaptive.entropy)
     )
@@ -138,23 +138,23 @@ def step(
     model: transformer.Transformer,
     high: transformer.Transformer,
     threshold: jax.Array,
-    layers: cache_lib.Layers,
-    cache: cache_lib.Cache,
-    new: cache_lib.Buffer,
+    layers: kv_cache.Layers,
+    cache: kv_cache.Cache,
+    new: kv_cache.Buffer,
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
     changes: Changes,
     high_changes: Changes,
     more_active: int,
-) -> tuple[jax.Array, cache_lib.Buffer, jax.Array]:
-    """As `cache.step`, under the rule.
+) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
+    """As `kv_cache.step`, under the rule.
 
     Args:
         model: With the k of tokens that are not uncertain.
         high: The same model with the k of those that are.
         threshold: Entropy in nats, a scalar or [B].
-        layers: As in `cache.step`, and so the next five.
+        layers: As in `kv_cache.step`, and so the next five.
         cache: Its cache.
         new: Its buffer.
         tokens_B: int32[B].
@@ -170,13 +170,13 @@ def step(
     place = cache, new, tokens_B, lengths_B, number
     d = model.config.d_model
     n_active = min(model.config.topk_k + more_active, d)
-    h_BD, with_token = cache_lib.step(model, layers, *place, changes, n_active)
+    h_BD, with_token = kv_cache.step(model, layers, *place, changes, n_active)
     logits_BV = model.logits(h_BD)
     uncertain_B = entropy(logits_BV) > threshold
 
-    def again() -> tuple[jax.Array, cache_lib.Buffer]:
+    def again() -> tuple[jax.Array, kv_cache.Buffer]:
         n_active = min(high.config.topk_k + more_active, d)
-        high_h_BD, high_with_token = cache_lib.step(high, layers, *place, high_changes, n_active)
+        high_h_BD, high_with_token = kv_cache.step(high, layers, *place, high_changes, n_active)
         logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
         return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)
 
@@ -195,7 +195,7 @@ def _token_losses(
     config: ModelConfig,
     high_k: int,
     params: transformer.Parameters,
-    layers: cache_lib.Layers,
+    layers: kv_cache.Layers,
     tokens_BT: jax.Array,
     threshold: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -205,14 +205,14 @@ def _token_losses(
     batch, length = tokens_BT.shape
     n_parts = -(-length // STEPS)
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
-    empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
+    empty = jax.eval_shape(lambda: kv_cache.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-    cache = cache_lib.with_room(config, zeros, n_parts * STEPS)
+    cache = kv_cache.with_capacity(config, zeros, n_parts * STEPS)
 
-    def part(cache: cache_lib.Cache, begin: jax.Array) -> tuple[cache_lib.Cache, tuple[jax.Array, jax.Array]]:
+    def part(cache: kv_cache.Cache, begin: jax.Array) -> tuple[kv_cache.Cache, tuple[jax.Array, jax.Array]]:
         lengths_B = jnp.full((batch,), begin)
 
-        def token(new: cache_lib.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        def token(new: kv_cache.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             at = begin + number
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
@@ -222,8 +222,8 @@ def _token_losses(
             loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
             return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))
 
-        new, found = jax.lax.scan(token, cache_lib.buffer(cache), jnp.arange(STEPS))
-        return cache_lib.merged(cache, new, lengths_B), found
+        new, found = jax.lax.scan(token, kv_cache.empty_buffer(cache), jnp.arange(STEPS))
+        return kv_cache.append_buffer(cache, new, lengths_B), found
 
     _, (losses, k) = jax.lax.scan(part, cache, jnp.arange(n_parts) * STEPS)
     return losses.reshape(-1, batch).T, k.reshape(-1, batch).T

@@ -6,8 +6,8 @@ from typing import Any
 from topklm.config import ModelConfig
 from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.bucketing import BatchBuckets
-from topklm.inference.cache import Layers
 from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.kv_cache import Layers
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Scheduler
 from topklm.inference.sequence import Sequence
@@ -45,7 +45,7 @@ class Generation:
             adaptive: More neurons at uncertain tokens; tokens that are prefilled, the prompt's and those of a
                 full context, have the model's k.
             when_full: One of `sequence.WHEN_FULL`.
-            layers: `cache.by_layer` of the model, if it has been made already.
+            layers: `kv_cache.by_layer` of the model, if it has been made already.
 
         Raises:
             ValueError: For a value that is not allowed, in one line.

@@ -18,11 +18,11 @@ from topklm.errors import UserError
 from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.bucketing import bucket
-from topklm.inference.cache import Layers, by_layer
 from topklm.inference.detokenize import TextStream, check_stop, split_at_character, until_stopped
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Steer
+from topklm.inference.kv_cache import Layers, by_layer
 from topklm.inference.sampling import Sampling
 from topklm.inference.steps import STEPS
 from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of

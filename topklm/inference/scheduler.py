@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference import cache as cache_lib
+from topklm.inference import kv_cache
 from topklm.inference import steps as steps_lib
 from topklm.inference.bucketing import BatchBuckets, Buckets, Row, ServingBuckets
 from topklm.inference.intervention_batch import InterventionBatch
@@ -40,7 +40,7 @@ class Scheduler:
         stop_token: int,
         buckets: Buckets,
         *,
-        layers: cache_lib.Layers = None,
+        layers: kv_cache.Layers = None,
         token_step: TokenStep = steps_lib.one_pass,
         step_inputs: Any = None,
     ):
@@ -51,7 +51,7 @@ class Scheduler:
             params: Its parameters, on one device or a mesh.
             stop_token: A sequence ends when it is drawn; it is reported, and is no part of the sequence.
             buckets: Sizes of the batch and so on.
-            layers: `cache.by_layer` of the model, if it has been made already.
+            layers: `kv_cache.by_layer` of the model, if it has been made already.
             token_step: Runs the newest tokens.
             step_inputs: Its data, if it needs some.
         """
@@ -112,7 +112,7 @@ class Scheduler:
         n_slots = self._buckets.batch(max(n_slots, len(self.sequences)))
         if self._state is None:
             self._state, self._slots = self._empty_state(), [None]
-        present = cache_lib.room(self._state.cache)
+        present = kv_cache.capacity(self._state.cache)
         capacity = max(capacity, present if self.sequences else self._buckets.caches[0])
         # One after the other: of both at once, there would be more programs.
         if n_slots != len(self._slots):
@@ -150,9 +150,9 @@ class Scheduler:
         scores = None if before is None else chosen(before, np.maximum(new[:, 0], 0))
         return self._taken(new.tolist(), scores)
 
-    def _all_layers(self) -> cache_lib.Layers:
+    def _all_layers(self) -> kv_cache.Layers:
         if self._layers is None:
-            self._layers = cache_lib.by_layer(self._config, self._params)
+            self._layers = kv_cache.by_layer(self._config, self._params)
         return self._layers
 
     def _capacity(self) -> int:
@@ -201,7 +201,7 @@ class Scheduler:
             self._state = DecodeState(steps_lib.with_capacity(self._static, filled, capacity), *rest)
         else:
             assert self._state is not None
-            capacity = cache_lib.room(self._state.cache)
+            capacity = kv_cache.capacity(self._state.cache)
             new = DecodeState(steps_lib.with_capacity(self._static, filled, capacity), *rest)
             self._state = steps_lib.insert(self._static, self._state, new, slots)
         self._batch = None

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference import cache as cache_lib
-from topklm.inference.cache import STEPS
+from topklm.inference import kv_cache
 from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.kv_cache import STEPS
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
 from topklm.model.transformer import Changes
@@ -34,7 +34,7 @@ class RequestBatch(NamedTuple):
 
 
 class CacheInputs(NamedTuple):
-    """The arguments of `cache.step` that say where the newest tokens belong."""
+    """The arguments of `kv_cache.step` that say where the newest tokens belong."""
 
     layers: Any
     cache: Any
@@ -69,7 +69,7 @@ def one_pass(
     """Is the `TokenStep` of nearly all generation: the model once, with its own k."""
     model = transformer.bind(config, params)
     n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
-    h_BD, buffer = cache_lib.step(model, *at, changes_of(config, batch, positions_B1), n_active)
+    h_BD, buffer = kv_cache.step(model, *at, changes_of(config, batch, positions_B1), n_active)
     return model.logits(h_BD), buffer
 
 
@@ -115,14 +115,14 @@ def prefill(
     model = transformer.bind(static.config, params)
     positions_BP = batch.first[:, None] + jnp.arange(tokens_BP.shape[1])
     changes = changes_of(static.config, batch, positions_BP)
-    h_BD, filled = cache_lib.prefill(model, tokens_BP, lengths_B, changes)
+    h_BD, filled = kv_cache.prefill(model, tokens_BP, lengths_B, changes)
     return _replicated(static, (filled, model.logits(h_BD)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def with_capacity(static: StaticArgs, filled: Any, capacity: int) -> Any:
     """Returns the KV cache of prefilled rows, for sequences of so many tokens."""
-    return _replicated(static, cache_lib.with_room(static.config, filled, capacity))
+    return _replicated(static, kv_cache.with_capacity(static.config, filled, capacity))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
@@ -139,7 +139,7 @@ def decode(
     cache = state.cache
     # Of rows that are done nothing is looked at; their length is not to be read for.
     lengths_B = jnp.where(state.n_left > 0, state.position, 0)
-    capacity = cache_lib.room(cache)
+    capacity = kv_cache.capacity(cache)
 
     def goes_on(state: DecodeState) -> jax.Array:
         # The token that no longer fits the cache is the last one whose logits are known.
@@ -170,9 +170,9 @@ def decode(
 
     nothing_BN = jnp.full((len(state.position), STEPS), NOTHING, jnp.int32)
     # Inside the loop, the state holds the buffer instead of the cache, which does not change there.
-    start = jnp.int32(0), nothing_BN, state._replace(cache=cache_lib.buffer(cache))
+    start = jnp.int32(0), nothing_BN, state._replace(cache=kv_cache.empty_buffer(cache))
     _, new_BN, state = jax.lax.while_loop(more, one_token, start)
-    state = state._replace(cache=cache_lib.merged(cache, state.cache, lengths_B))
+    state = state._replace(cache=kv_cache.append_buffer(cache, state.cache, lengths_B))
     return _replicated(static, (new_BN, state))
 
 
@@ -195,7 +195,7 @@ def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capaci
     """Takes these rows of a batch, with so many tokens in the cache, at least those that are in use."""
     cache = jax.tree.map(lambda x: jnp.take(x, order_B, axis=x.ndim - 4), state.cache)
     rest = jax.tree.map(lambda x: jnp.take(x, order_B, axis=0), state._replace(cache=None))
-    return _replicated(static, rest._replace(cache=cache_lib.resized(static.config, cache, capacity)))
+    return _replicated(static, rest._replace(cache=kv_cache.resize(static.config, cache, capacity)))
 
 
 def changes_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> Changes:
