@@ -1,8 +1,9 @@
-"""More neurons for tokens at which the model is uncertain of what follows.
+"""Experimental: more neurons for tokens at which the model is uncertain of the next one.
 
 A token is run with the model's k. If the entropy of the next token's distribution is then above a threshold,
-it is run once more with a higher k, and that is what counts: its logits, and the keys and values that later
-tokens see. The rule is ours. Dims: B rows, T tokens, V vocabulary.
+it is run once more with a higher k, and that run counts: its logits, and the keys and values that later
+tokens see. The rule is ours. Everything of it is here; other generation only knows that there may be another
+`TokenStep`. Dims: B rows, T tokens, V vocabulary.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
 from topklm.model.transformer import Changes
 
+_NO_CHANGES = Changes()
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveK:
@@ -36,10 +39,10 @@ class AdaptiveK:
     entropy: float
 
     def check(self, config: ModelConfig) -> "AdaptiveK":
-        """Itself.
+        """Returns itself.
 
         Raises:
-            ValueError: For what does not fit the model, in one line.
+            ValueError: If it does not fit the model, in one line.
         """
         with_topk_k(config, self.high_k, name="adaptive.high_k")
         if self.high_k < config.topk_k:
@@ -73,7 +76,7 @@ class AdaptiveStep:
         high_config = dataclasses.replace(config, topk_k=self.high_k)
         model, high = transformer.bind(config, params), transformer.bind(high_config, params)
         both = changes_of(config, batch, positions_B1), changes_of(high_config, batch, positions_B1)
-        return step(model, high, batch.step_inputs, *at, *both, n_extra_active(batch))[:2]
+        return step(model, high, batch.step_inputs, at, *both, n_extra_active(batch))[:2]
 
 
 class TokenLosses(NamedTuple):
@@ -84,7 +87,7 @@ class TokenLosses(NamedTuple):
 
 
 def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -> ModelConfig:
-    """The model with another k; itself for None.
+    """Returns the model with another k; itself for None.
 
     Raises:
         ValueError: For a k that its layers do not have, or a model without TopK.
@@ -100,7 +103,7 @@ def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -
 
 
 def entropy(logits_BV: jax.Array) -> jax.Array:
-    """Of the distributions that logits make, in nats, float32[B]."""
+    """Returns the entropies of the distributions that logits make, in nats, float32[B]."""
     log_p = jax.nn.log_softmax(logits_BV, axis=-1)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -108,7 +111,7 @@ def entropy(logits_BV: jax.Array) -> jax.Array:
 def token_losses(
     config: ModelConfig, params: transformer.Parameters, tokens_BT: Any, adaptive: AdaptiveK
 ) -> TokenLosses:
-    """Losses of texts where each token's k depends on the model's uncertainty there.
+    """Computes losses of texts where each token's k depends on the model's uncertainty there.
 
     Args:
         config: The model's shape, with the k of tokens that are not uncertain.
@@ -138,45 +141,34 @@ def step(
     model: transformer.Transformer,
     high: transformer.Transformer,
     threshold: jax.Array,
-    layers: kv_cache.Layers,
-    cache: kv_cache.Cache,
-    new: kv_cache.Buffer,
-    tokens_B: jax.Array,
-    lengths_B: jax.Array,
-    number: jax.Array,
-    changes: Changes,
-    high_changes: Changes,
-    more_active: int,
+    at: CacheInputs,
+    changes: Changes = _NO_CHANGES,
+    high_changes: Changes = _NO_CHANGES,
+    n_extra: int = 0,
 ) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
-    """As `kv_cache.step`, under the rule.
+    """Runs one token of each row as `kv_cache.step`, under the rule.
 
     Args:
         model: With the k of tokens that are not uncertain.
         high: The same model with the k of those that are.
         threshold: Entropy in nats, a scalar or [B].
-        layers: As in `kv_cache.step`, and so the next five.
-        cache: Its cache.
-        new: Its buffer.
-        tokens_B: int32[B].
-        lengths_B: int32[B].
-        number: int32.
+        at: The tokens, and the cache before them.
         changes: For the model with its k.
         high_changes: For the model with the higher one.
-        more_active: Entries that `changes` may add to those that TopK keeps.
+        n_extra: Entries that `changes` may add to those that TopK keeps.
 
     Returns:
         Logits float32[B, V]; the buffer; and which rows were uncertain, bool[B].
     """
-    place = cache, new, tokens_B, lengths_B, number
     d = model.config.d_model
-    n_active = min(model.config.topk_k + more_active, d)
-    h_BD, with_token = kv_cache.step(model, layers, *place, changes, n_active)
+    h_BD, with_token = kv_cache.step(model, *at, changes, min(model.config.topk_k + n_extra, d))
     logits_BV = model.logits(h_BD)
     uncertain_B = entropy(logits_BV) > threshold
 
     def again() -> tuple[jax.Array, kv_cache.Buffer]:
-        n_active = min(high.config.topk_k + more_active, d)
-        high_h_BD, high_with_token = kv_cache.step(high, layers, *place, high_changes, n_active)
+        high_h_BD, high_with_token = kv_cache.step(
+            high, *at, high_changes, min(high.config.topk_k + n_extra, d)
+        )
         logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
         return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)
 
@@ -186,7 +178,7 @@ def step(
 
 
 def _of_rows(uncertain_B: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """The former in uncertain rows; [B, K, N, d], or with a layer axis before."""
+    """Returns `high` in uncertain rows, else `low`; [B, K, N, d], or with a layer axis before."""
     return jnp.where(uncertain_B[:, None, None, None], high, low)
 
 
@@ -198,8 +190,8 @@ def _token_losses(
     layers: kv_cache.Layers,
     tokens_BT: jax.Array,
     threshold: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """float32 and int32 [B, T rounded up], token by token, the buffer merged when it is full."""
+    """Runs token by token; returns float32 and int32 [B, T rounded up]. Full buffers go into the cache."""
+    """Runs token by token; returns float32 and int32 [B, T rounded up]. The cache takes in each full buffer."""
     model = transformer.bind(config, params)
     high = transformer.bind(dataclasses.replace(config, topk_k=high_k), params)
     batch, length = tokens_BT.shape
@@ -216,8 +208,8 @@ def _token_losses(
             at = begin + number
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
-            place = layers, cache, new, one_B, lengths_B, number
-            logits_BV, new, uncertain_B = step(model, high, threshold, *place, Changes(), Changes(), 0)
+            inputs = CacheInputs(layers, cache, new, one_B, lengths_B, number)
+            logits_BV, new, uncertain_B = step(model, high, threshold, inputs)
             log_p = jax.nn.log_softmax(logits_BV, axis=-1)
             loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
             return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))

@@ -8,7 +8,6 @@ import bisect
 from collections.abc import Iterable
 import dataclasses
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,30 +46,6 @@ def cache_bucket(length: int, context_length: int) -> int:
     """
     size = bucket(length, context_length)
     return size * 3 // 4 if size > _SMALLEST and length <= size * 3 // 4 else size
-
-
-class Buckets(Protocol):
-    """Sizes of a scheduler's programs, and how rows are put together for them."""
-
-    def prompt(self, n: int) -> int:
-        """Returns the size of prompts of n tokens."""
-        ...
-
-    def cache(self, n: int) -> int:
-        """Returns the size of a KV cache for n tokens of a sequence."""
-        ...
-
-    def groups(self, sequences: list[Sequence], length: int) -> Iterable[list[Sequence]]:
-        """Splits sequences of a length into those that are prefilled by one call."""
-        ...
-
-    def prefill_rows(self, sequences: list[Sequence], slots: list[Row], length: int) -> list[Row]:
-        """Returns the rows of the call that prefills some sequences."""
-        ...
-
-    def interventions(self, config: ModelConfig, rows: list[Row]) -> InterventionBatch | None:
-        """Returns the interventions on the rows of a batch."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +154,9 @@ class ServingBuckets:
         """Returns those of the rows' sequences as one batch."""
         steered = [(row, one.steer) for row, one in enumerate(rows) if one and one.steer is not None]
         return on_rows(config, steered, len(rows))
+
+
+Buckets = BatchBuckets | ServingBuckets
 
 
 def default_slots(config: ModelConfig) -> int:

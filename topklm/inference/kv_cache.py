@@ -93,7 +93,7 @@ def prefill(
         changes: As in `Transformer.hidden`, called with the number of the layer.
 
     Returns:
-        Of each row's last token the normed hidden state, [B, D]; and all keys and values, for `with_capacity`.
+        Of the last tokens the normed hidden state, [B, D]; and all keys and values for `with_capacity`.
     """
     config = model.config
 

@@ -4,8 +4,9 @@ Compiled for shapes and `StaticArgs`; all else is data. Dims: B rows, P tokens o
 cache, V vocabulary, D d_model, N tokens of a call, R rows that join a batch.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,19 +45,11 @@ class CacheInputs(NamedTuple):
     number: Any
 
 
-class TokenStep(Protocol):
-    """Runs the newest token of each row. Hashable, for programs are compiled for it."""
-
-    def __call__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        batch: RequestBatch,
-        at: CacheInputs,
-        positions_B1: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """Returns logits of the next token, float32[B, V], and the buffer with this token in it."""
-        ...
+# Runs the last token of each row, given their positions [B, 1]: logits of the next token, float32[B, V],
+# and the buffer with this token in it. Hashable, for programs are compiled for it.
+TokenStep = Callable[
+    [ModelConfig, transformer.Parameters, RequestBatch, CacheInputs, jax.Array], tuple[jax.Array, Any]
+]
 
 
 def one_pass(
@@ -66,7 +59,7 @@ def one_pass(
     at: CacheInputs,
     positions_B1: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Is the `TokenStep` of nearly all generation: the model once, with its own k."""
+    """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
     model = transformer.bind(config, params)
     n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
     h_BD, buffer = kv_cache.step(model, *at, changes_of(config, batch, positions_B1), n_active)
