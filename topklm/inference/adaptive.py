@@ -190,8 +190,8 @@ def _token_losses(
     layers: kv_cache.Layers,
     tokens_BT: jax.Array,
     threshold: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Runs token by token; returns float32 and int32 [B, T rounded up]. Full buffers go into the cache."""
-    """Runs token by token; returns float32 and int32 [B, T rounded up]. The cache takes in each full buffer."""
     model = transformer.bind(config, params)
     high = transformer.bind(dataclasses.replace(config, topk_k=high_k), params)
     batch, length = tokens_BT.shape
