@@ -68,10 +68,9 @@ class BatchBuckets:
         """Returns the size of a KV cache for n tokens of a sequence."""
         return cache_bucket(n, self.context_length)
 
-    def groups(self, sequences: list[Sequence], length: int) -> Iterable[list[Sequence]]:
-        """Returns all as one group."""
-        del length
-        return [sequences] if sequences else []
+    def groups(self, full: list[Sequence], sequences: list[Sequence]) -> Iterable[list[Sequence]]:
+        """Returns the groups that are prefilled again when some sequences are full: all as one."""
+        return [sequences] if full else []
 
     def prefill_rows(self, sequences: list[Sequence], slots: list[Row], length: int) -> list[Row]:
         """Returns a row for each slot, so that interventions find theirs."""
@@ -139,10 +138,11 @@ class ServingBuckets:
         """Returns the numbers of rows that sequences of a length are prefilled in."""
         return tuple(sorted({1, self.together(length)}))
 
-    def groups(self, sequences: list[Sequence], length: int) -> Iterable[list[Sequence]]:
-        """Splits sequences of a length into those that are prefilled by one call."""
-        size = self.together(length)
-        return (sequences[begin : begin + size] for begin in range(0, len(sequences), size))
+    def groups(self, full: list[Sequence], sequences: list[Sequence]) -> Iterable[list[Sequence]]:
+        """Returns the groups that are prefilled again when some sequences are full: only those."""
+        del sequences
+        size = self.together(self.prompts[-1])
+        return (full[begin : begin + size] for begin in range(0, len(full), size))
 
     def prefill_rows(self, sequences: list[Sequence], slots: list[Row], length: int) -> list[Row]:
         """Returns the sequences, filled up to one of `prefill_batches`."""

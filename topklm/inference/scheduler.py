@@ -128,7 +128,7 @@ class Scheduler:
         full = [one for one in self.sequences if one.is_full(self._config)]
         for one in full:
             one.forget(self._config)
-        for group in self._buckets.groups(full, self._config.context_length):
+        for group in self._buckets.groups(full, self.sequences):
             self._prefill(group)
         if not self.sequences:
             return []
@@ -196,7 +196,7 @@ class Scheduler:
         filled, logits = steps_lib.prefill(self._static, self._params, batch, tokens, lengths)
         present = held([one.tokens if one else [] for one in rows], self._config.vocab_size, int(self._stop))
         rest = logits, lengths, n_drawn, np.zeros(len(rows), np.int32), present
-        if isinstance(self._buckets, BatchBuckets) and len(sequences) == len(self.sequences):
+        if isinstance(self._buckets, BatchBuckets):
             capacity = max(self._capacity(), size)
             self._state = DecodeState(steps_lib.with_capacity(self._static, filled, capacity), *rest)
         else:
