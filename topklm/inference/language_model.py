@@ -300,7 +300,7 @@ class LanguageModel:
         generation = Generation(
             config,
             self.params,
-            [row.ids.tolist() for row in prompts],
+            [row.ids for row in prompts],
             [dataclasses.replace(sampling, index=index) for _ in given for index in range(n)],
             max_new_tokens=[max_new_tokens] * len(prompts),
             stop_token=self.tokenizer.separator_id,

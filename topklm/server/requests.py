@@ -116,7 +116,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
             TokenSequence.of(
                 model.config.model, prompt, dataclasses.replace(sampling, index=i), max_tokens, **settings
             )
-            for prompt, sampling in zip(prompts, samplings, strict=True)
+            for prompt, sampling in zip(map(np.asarray, prompts), samplings, strict=True)
             for i in range(n)
         ]
     except ValueError as e:
