@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from topklm import sharding
 from topklm.checkpoint import retry
 from topklm.checkpoint.manager import CheckpointManager, Patience
-from topklm.config import CheckpointConfig, MeshConfig
+from topklm.config import CheckpointConfig
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.training.step import TrainState
 
 # TensorStore's threads may come back to an event loop that a failure has ended.
@@ -33,14 +33,14 @@ from topklm import distributed
 with distributed.session():
     import jax, jax.numpy as jnp, optax
     from jax.sharding import NamedSharding, PartitionSpec
-    from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
+    from topklm.layout import make_layout
     from topklm.checkpoint import retry
     from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
     retry.FIRST_WAIT_S = 0.0
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, data=1))
+    layout = make_layout(MeshConfig(fsdp=2, data=1))
 
     def init(step):
         params = {"embed": {"embedding": jnp.arange(64 * 128.0).reshape(64, 128) + step}}
@@ -48,7 +48,7 @@ with distributed.session():
 
     def state(step):
         shapes = jax.eval_shape(lambda: init(step))
-        return jax.jit(lambda: init(step), out_shardings=sharding.parameter_shardings(shapes, mesh))()
+        return jax.jit(lambda: init(step), out_shardings=layout.shardings(shapes))()
 
     def limit(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
@@ -64,7 +64,7 @@ with distributed.session():
     limit(resource.RLIM_INFINITY)
     checkpoints.save(state(step), {}, {})
     checkpoints.wait()
-    restored, _, _ = checkpoints.restore(jax.eval_shape(lambda: init(1)), mesh)
+    restored, _, _ = checkpoints.restore(jax.eval_shape(lambda: init(1)), layout)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), restored, state(step))
     print("saved", checkpoints.latest_step == step, all(jax.tree.leaves(same)), flush=True)
 """
@@ -122,8 +122,8 @@ def steps_until_due(checkpoints, after):
 
 
 def assert_holds(checkpoints, step):
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    state, data, _ = checkpoints.restore(jax.eval_shape(lambda: some_state(1)), mesh)
+    layout = one_device()
+    state, data, _ = checkpoints.restore(jax.eval_shape(lambda: some_state(1)), layout)
     assert_same_bits(state, some_state(step))
     assert data == {"index": step}
 

@@ -22,7 +22,6 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from topklm import sharding
 from topklm.checkpoint import checksums
 from topklm.checkpoint.arrays import open_arrays, read_arrays
 from topklm.storage.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
@@ -309,12 +308,6 @@ class Contents:
         if self._record is not None and self._record["values"][item] != _json_checksum(value):
             raise DamagedError(f"{item}: checksum differs")
         return value
-
-
-def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and dtypes with the layout on a mesh of every leaf, the target of a reading."""
-    shardings = sharding.parameter_shardings(abstract, mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
 def mismatches(saved: Any, wanted: Any) -> list[str]:

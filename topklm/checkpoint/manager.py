@@ -20,12 +20,13 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 
-from topklm import distributed, sharding
+from topklm import distributed
 from topklm.checkpoint import format as on_disk
 from topklm.checkpoint.format import DATA, FACTS, OPTIMIZER, PARAMS, DamagedError
 from topklm.checkpoint.retry import Backoff
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
+from topklm.layout import Layout
 from topklm.storage.errors import says_nothing_of_content, storage_problem
 from topklm.storage.files import AnyPath, absolute
 from topklm.training.step import TrainState
@@ -163,9 +164,9 @@ class CheckpointManager:
         self.settle()
 
     def restore(
-        self, abstract_state: TrainState, mesh: jax.sharding.Mesh, fresh: Mapping[str, Any] | None = None
+        self, abstract_state: TrainState, layout: Layout, fresh: Mapping[str, Any] | None = None
     ) -> Restored:
-        """Reads the newest checkpoint that is whole onto `mesh`, whatever devices it was saved from.
+        """Reads the newest checkpoint that is whole, whatever devices it was saved from.
 
         A damaged one is renamed to `<step>.damaged-<n>`, once an older one is found to be whole. Damaged is
         one whose folder is there, but something in it is missing, does not parse or has another checksum.
@@ -173,7 +174,7 @@ class CheckpointManager:
 
         Args:
             abstract_state: Shapes and dtypes, as from `jax.eval_shape`.
-            mesh: Where the arrays shall live.
+            layout: Where the arrays shall live.
             fresh: Fields of the state that checkpoints of earlier versions lack, and their values then.
 
         Returns:
@@ -191,7 +192,7 @@ class CheckpointManager:
                 self._say(
                     f"checkpoint {newer} of {self._folder} is damaged ({why}): going back to step {step}"
                 )
-            restored, damage = _try_restore(self._folder / str(step), abstract_state, mesh, fresh or {})
+            restored, damage = _try_restore(self._folder / str(step), abstract_state, layout, fresh or {})
             if restored:
                 self._set_aside(list(damages))
                 return restored
@@ -375,14 +376,14 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def _try_restore(
-    folder: epath.Path, abstract_state: TrainState, mesh: jax.sharding.Mesh, fresh: Mapping[str, Any]
+    folder: epath.Path, abstract_state: TrainState, layout: Layout, fresh: Mapping[str, Any]
 ) -> tuple[Restored | None, str]:
     """What a checkpoint holds, or where it is damaged; the same in all processes."""
     damage = ""
     try:
         contents = on_disk.Contents(folder)
         values = contents.values
-        trees = _read(contents, folder, _trees(abstract_state), mesh, fresh)
+        trees = _read(contents, folder, _trees(abstract_state), layout, fresh)
     except (DamagedError, OSError, ValueError, KeyError, TypeError) as e:
         damage = _damage(e, folder)
         if not damage:
@@ -396,7 +397,7 @@ def _try_restore(
         damage = str(e)
     if damage := _meet("check a checkpoint", damage, _MEETING_S):
         return None, damage
-    fields = {PARAMS: trees[PARAMS], **_placed(fresh, mesh)}
+    fields = {PARAMS: trees[PARAMS], **_placed(fresh, layout)}
     fields |= trees[OPTIMIZER]
     restored = {
         name: flax.serialization.from_state_dict(abstract, fields[name])
@@ -409,7 +410,7 @@ def _read(
     contents: on_disk.Contents,
     folder: epath.Path,
     wanted: Mapping[str, Any],
-    mesh: jax.sharding.Mesh,
+    layout: Layout,
     fresh: Mapping[str, Any],
 ) -> dict[str, Any]:
     held = contents.shapes
@@ -420,12 +421,11 @@ def _read(
         if problems := on_disk.mismatches(held[item], target):
             where = f"checkpoint {folder.name} of {folder.parent}"
             raise UserError(f"{where} holds another model: {'; '.join(problems)}")
-    return {item: contents.read(item, on_disk.placed(target, mesh)) for item, target in targets.items()}
+    return {item: contents.read(item, layout.with_shardings(target)) for item, target in targets.items()}
 
 
-def _placed(value: Any, mesh: jax.sharding.Mesh) -> Any:
-    shardings = sharding.parameter_shardings(value, mesh)
-    return jax.jit(lambda: jax.tree.map(jnp.asarray, value), out_shardings=shardings)()
+def _placed(value: Any, layout: Layout) -> Any:
+    return jax.jit(lambda: jax.tree.map(jnp.asarray, value), out_shardings=layout.shardings(value))()
 
 
 def _damage(error: Exception, folder: epath.Path) -> str:

@@ -30,9 +30,9 @@ from topklm.config import ModelConfig
 from topklm.model import decode, transformer
 from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.decode import Joined, KeysAndValues
-from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
+from topklm.parallel import ALONE
 
 STEPS = 16  # N
 _SHORTEST_BLOCK = 32  # tokens

@@ -13,15 +13,15 @@ from typing import Any
 
 import jax
 
-from topklm import sharding
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.format import FACTS, PARAMS, Contents, DamagedError, mismatches
 from topklm.checkpoint.verification import changed
-from topklm.config import Config, MeshConfig, ModelConfig, from_saved
+from topklm.config import Config, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel, dtype_name
-from topklm.model import transformer
+from topklm.layout import Layout, one_device, scans_layers
+from topklm.model import topk, transformer
 from topklm.storage.errors import says_nothing_of_content, storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, absolute, as_path
 from topklm.storage.gcs import check_usable
@@ -58,13 +58,12 @@ def load(
         facts = contents.values[FACTS]
         saved_config, tokenizer_sha256 = facts["config"], facts["tokenizer_sha256"]
     config = config_of_checkpoint = _config(saved_config, chosen, folder)
-    if mesh is None:
-        mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    model = sharding.outside_shard_map(config.model, mesh)
-    if model.layer_stack == "auto" and sharding.scans_layers(mesh.devices.flat[0].platform):
+    layout = one_device() if mesh is None else Layout(mesh)
+    model = topk.for_gspmd(config.model, layout.size)
+    if model.layer_stack == "auto" and scans_layers(layout.platform):
         model = dataclasses.replace(model, layer_stack="scanned")
     config = dataclasses.replace(config, model=model)
-    target = _target(config.model, mesh)
+    target = layout.with_shardings(_abstract(config.model))
     if problems := mismatches(contents.shapes[PARAMS], target):
         raise UserError(f"checkpoint {chosen} of {folder} holds another model: {'; '.join(problems)}")
     # All of a checkpoint can be another run's; then each of its parts is as it was written.
@@ -109,11 +108,9 @@ def _config(saved: dict[str, Any], step: int, folder: AnyPath) -> Config:
         ) from e
 
 
-def _target(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Shape, dtype and layout of every parameter."""
-    abstract = jax.eval_shape(functools.partial(transformer.create, config, 0))
-    shardings = sharding.parameter_shardings(abstract, mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+def _abstract(config: ModelConfig) -> Any:
+    """Returns shape and dtype of every parameter."""
+    return jax.eval_shape(functools.partial(transformer.create, config, 0))
 
 
 @contextlib.contextmanager
