@@ -12,9 +12,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm.checkpoint import format as checkpoint_format
-from topklm.checkpoint.arrays import open_arrays
 from topklm.checkpoint.manager import CheckpointManager
+from topklm.checkpoint.reader import open_arrays
+from topklm.checkpoint.writer import CheckpointWriter
 from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.layout import one_device
@@ -97,13 +97,13 @@ def batch(config, seed):
 
 
 def copied(state):
-    """The values of now, in memory of their own."""
+    """Copies the values into memory of their own."""
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
 
 @pytest.fixture(scope="module")
 def trained_state(config, optimizer, layout, train_step):
-    """After three steps, so that no part of the optimizer is zero any more."""
+    """Trains three steps, so that no part of the optimizer is zero any more."""
     state = init_state(config, optimizer, layout)
     for seed in range(3):
         state, _ = train_step(state, batch(config, seed))
@@ -112,7 +112,7 @@ def trained_state(config, optimizer, layout, train_step):
 
 @pytest.fixture
 def state(trained_state):
-    """A copy that a step may overwrite."""
+    """Makes a copy that a step may overwrite."""
     return jax.tree.map(jnp.copy, trained_state)
 
 
@@ -128,6 +128,21 @@ def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, layout, 
     assert data == {"next_index": 3}
     assert facts == {"tokens_seen": 384, "config": config.to_dict()}
     again.close()
+
+
+def test_a_state_may_be_any_pytree_with_a_step_and_params(tmp_path, config, layout):
+    state = {
+        "step": jnp.int32(7),
+        "params": {"embed": {"embedding": jnp.arange(12.0).reshape(4, 3)}},
+        "best": {"loss": jnp.float32(1.5)},
+    }
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
+    checkpoints.save(state, {"next_index": 7}, {})
+    checkpoints.wait()
+    restored, data, _ = checkpoints.restore(jax.eval_shape(lambda: state), layout)
+    assert_same_bits(restored, state)
+    assert data == {"next_index": 7}
+    checkpoints.close()
 
 
 def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, layout, train_step, state):
@@ -284,11 +299,11 @@ def test_a_checkpoint_half_deleted_when_its_process_died_is_never_read(tmp_path,
 def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
     folder = epath.Path(tmp_path)
     array = jnp.arange(12 * 1024 * 1024, dtype=jnp.float32).reshape(3, 1024, 4096)  # 48 MiB
-    writing = checkpoint_format.Writing(folder, 1)
-    writing.make_folders(["params", "facts"])
-    writing.copy({"params": {"up": {"kernel": array}}})
-    writing.finish_part(timeout_s=300)
-    writing.commit({"facts": {}}, {})
+    writer = CheckpointWriter(folder, 1)
+    writer.make_folders(["params", "facts"])
+    writer.copy({"params": {"up": {"kernel": array}}})
+    writer.finish_part(timeout_s=300)
+    writer.commit({"facts": {}})
     stored = open_arrays(folder / "1" / "params")["up.kernel"]
     assert 2**20 <= math.prod(stored.chunk_layout.read_chunk.shape) * 4 <= 16 * 2**20
     np.testing.assert_array_equal(stored[1, 5:7].read().result(), array[1, 5:7])

@@ -90,7 +90,7 @@ def damage(path, kind):
 
 
 def restored_step(folder, layout):
-    """Which of the steps came back, bit for bit, and what was said; the folders are as they should be."""
+    """Restores, checks bits and folders; returns the step that came back, and the lines that were said."""
     said = []
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), said.append)
     abstract = jax.eval_shape(lambda: tiny_state(1))
@@ -197,7 +197,7 @@ def test_storage_in_trouble_is_not_damage(folder, layout, monkeypatch, error):
         raise error
 
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint.format.open_arrays", refuse)
+    monkeypatch.setattr("topklm.checkpoint.reader.open_arrays", refuse)
     with pytest.raises(type(error)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}

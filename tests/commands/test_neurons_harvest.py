@@ -9,7 +9,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError

@@ -34,11 +34,16 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
 
 
 @pytest.mark.parametrize(
-    ("layer_stack", "n_nontopk"),
-    [("unrolled", 1), ("scanned", 1), pytest.param("unrolled", 2, marks=pytest.mark.slow)],
+    "changes",
+    [
+        {"layer_stack": "unrolled", "qk_norm": True},
+        {"layer_stack": "scanned"},
+        pytest.param({"layer_stack": "unrolled", "n_nontopk": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_greedy_and_drawn_tokens_are_those_of_a_plain_loop(layer_stack, n_nontopk):
-    config = dataclasses.replace(CONFIG, layer_stack=layer_stack, n_nontopk=n_nontopk)
+def test_greedy_and_drawn_tokens_are_those_of_a_plain_loop(changes):
+    config = dataclasses.replace(CONFIG, **changes)
     sampling = [Sampling(temperature=0), Sampling(seed=3), LIMITED, Sampling(0.5)]
     found = texts(config, [PROMPT] * 4, sampling, [30] * 4)
     for one, tokens in zip(sampling, found, strict=True):

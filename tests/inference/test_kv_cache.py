@@ -11,8 +11,7 @@ import pytest
 from topklm.inference import kv_cache
 from topklm.inference.generate import Generation
 from topklm.inference.sampling import Sampling
-from topklm.model import decode
-from topklm.model.decode import KeysAndValues
+from topklm.model.cached_attention import KeysAndValues, KVBlock, attend_over
 
 RANDOM = np.random.default_rng(0)
 
@@ -77,10 +76,8 @@ def test_attention_over_parts_is_attention_over_all_that_is_seen():
     seen[1][0], seen[2][:] = False, False
     kept[2] = jax.tree.map(lambda x: np.full_like(x, np.nan), kept[2])  # what is not used is not read
     seen[0][:, :, 0] = True
-    parts = [
-        decode.Part(*of_part) for of_part in zip(kept, seen, (True, True, jnp.array(False)), strict=True)
-    ]
-    found = jax.jit(decode.over)(q, parts)
+    parts = [KVBlock(*of_part) for of_part in zip(kept, seen, (True, True, jnp.array(False)), strict=True)]
+    found = jax.jit(attend_over)(q, parts)
     keys, values = (np.concatenate(x, axis=2).astype(np.float64) for x in list(zip(*kept[:2], strict=True)))
     scores = np.einsum("bkgmd,bktd->bkgmt", q, keys)
     weights = np.exp(scores) * np.concatenate(seen[:2], axis=-1)[:, None, None]

@@ -11,7 +11,7 @@ import jax
 import rich.console
 
 import topklm
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
 from topklm.data.dataset import SPLITS

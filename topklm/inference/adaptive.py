@@ -20,9 +20,9 @@ from topklm.inference.kv_cache import STEPS
 from topklm.inference.steps import CacheInputs, RequestBatch, changes_of, n_extra_active
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
 
-_NO_CHANGES = Changes()
+_NO_CHANGES = LayerHooks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,8 @@ def step(
     high: transformer.Transformer,
     threshold: jax.Array,
     at: CacheInputs,
-    changes: Changes = _NO_CHANGES,
-    high_changes: Changes = _NO_CHANGES,
+    changes: LayerHooks = _NO_CHANGES,
+    high_changes: LayerHooks = _NO_CHANGES,
     n_extra: int = 0,
 ) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
     """Runs one token of each row as `kv_cache.step`, under the rule.
@@ -197,7 +197,7 @@ def _token_losses(
     batch, length = tokens_BT.shape
     n_parts = -(-length // STEPS)
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
-    empty = jax.eval_shape(lambda: kv_cache.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
+    empty = jax.eval_shape(lambda: kv_cache.prefill(model, tokens_BT, jnp.ones(batch, int), LayerHooks())[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
     cache = kv_cache.with_capacity(config, zeros, n_parts * STEPS)
 

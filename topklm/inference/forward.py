@@ -19,9 +19,9 @@ from topklm.config import ModelConfig
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.model.topk import topk
-from topklm.model.transformer import Changes
 from topklm.neurons import names
 from topklm.neurons.activations import SparseActivations, capture
 
@@ -91,10 +91,10 @@ def logits_and_activations(
 
 def inputs_of(
     config: ModelConfig, given: Input, interventions: InterventionBatch | None
-) -> tuple[Any, Any, Changes]:
+) -> tuple[Any, Any, LayerHooks]:
     """Gives segments and positions of tokens, None where a row is one document, and changes of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)
-    changes = Changes() if interventions is None else interventions.changes(config, positions)
+    changes = LayerHooks() if interventions is None else interventions.changes(config, positions)
     return given.segment_ids, positions, changes
 
 
@@ -121,7 +121,7 @@ def _hidden(
     """Gives normed hidden states, [B, P, D]."""
     segments, positions, changes = inputs_of(model.config, given, interventions)
     numbers = jnp.arange(model.config.n_layers)
-    h_BPD, _ = model.hidden(given.tokens, segments, positions, **changes._asdict(), edits=numbers)
+    h_BPD, _ = model.hidden(given.tokens, segments, positions, hooks=changes, hook_inputs=numbers)
     return h_BPD
 
 
@@ -141,7 +141,7 @@ def run_with_hooks(
     params: transformer.Parameters,
     tokens_BT: jax.Array,
     fwd_hooks: ForwardHooks,
-    changes: Changes,
+    changes: LayerHooks,
     segment_ids_BT: jax.Array | None,
     positions_BT: jax.Array | None,
 ) -> jax.Array:
@@ -182,12 +182,12 @@ def run_with_hooks(
 
     def select(u_BTD: jax.Array, number: jax.Array) -> jax.Array:
         u_BTD = called(u_BTD, names.TOPK_PRE)
-        if changes.select is not None:
-            return changes.select(u_BTD, number)
+        if changes.topk is not None:
+            return changes.topk(u_BTD, number)
         return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
     def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
-        h_BTD = h_BTD if changes.edit is None else changes.edit(h_BTD, number)
+        h_BTD = h_BTD if changes.output is None else changes.output(h_BTD, number)
         return called(called(h_BTD, names.TOPK), names.RESID_POST)
 
     model = transformer.bind(config, params)
@@ -195,10 +195,8 @@ def run_with_hooks(
         tokens_BT,
         segment_ids_BT,
         positions_BT,
-        enter=enter,
-        select=select,
-        edit=edit,
-        edits=np.arange(config.n_layers),
+        hooks=LayerHooks(topk=select, output=edit, input=enter),
+        hook_inputs=np.arange(config.n_layers),
     )
     return model.logits(h_BTD)
 

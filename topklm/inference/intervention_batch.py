@@ -25,8 +25,8 @@ from topklm.inference.interventions import (
     entries_of,
 )
 from topklm.inference.token_rows import is_traced
+from topklm.model.block import LayerHooks
 from topklm.model.topk import topk
-from topklm.model.transformer import Changes
 
 _SMALLEST = 4  # entries; more are filled up to the next power of two
 _NO_LAYER = -1
@@ -121,8 +121,8 @@ class InterventionBatch:
         config: ModelConfig,
         positions_BT: jax.Array | None = None,
         prompt_lengths_B: jax.Array | int | None = None,
-    ) -> Changes:
-        """Returns arguments for `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))` in a program.
+    ) -> LayerHooks:
+        """Returns arguments for `Transformer.hidden(hooks=changes, hook_inputs=jnp.arange(L))` in a program.
 
         Args:
             config: Of the model that runs.
@@ -150,7 +150,7 @@ class InterventionBatch:
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
             return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
 
-        return Changes(select, edit)
+        return LayerHooks(topk=select, output=edit)
 
     def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
         """Returns float32[E] each: all modes are `h * factor + term`, after TopK."""

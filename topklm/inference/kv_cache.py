@@ -27,11 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import decode, transformer
-from topklm.model.attention import Rotation, rotation_angles
-from topklm.model.decode import Joined, KeysAndValues
-from topklm.model.topk import topk
-from topklm.model.transformer import Changes
+from topklm.model import transformer
+from topklm.model.block import LayerHooks, end_layer
+from topklm.model.cached_attention import (
+    FusedWeights,
+    KeysAndValues,
+    KVBlock,
+    attend_over,
+    decode_step,
+    keys_and_values,
+)
 from topklm.parallel import ALONE
 
 STEPS = 16  # N
@@ -59,7 +64,7 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """
     blocks = transformer.bind(config, params).blocks
     attention, mlp = blocks.attention, blocks.mlp
-    side_by_side = Joined(
+    side_by_side = FusedWeights(
         jnp.concatenate(
             [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)], -1
         ),
@@ -82,7 +87,7 @@ def _module(path: tuple) -> str:
 
 
 def prefill(
-    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, changes: Changes
+    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, changes: LayerHooks
 ) -> tuple[jax.Array, Filled]:
     """Runs prompts.
 
@@ -101,14 +106,14 @@ def prefill(
         return h
 
     numbers = jnp.arange(config.n_layers)
-    h_BPD, entering_LBPD = model.hidden(tokens_BP, tap=keep, **changes._asdict(), edits=numbers)
+    h_BPD, entering_LBPD = model.hidden(tokens_BP, capture=keep, hooks=changes, hook_inputs=numbers)
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     block_def, stacked = nnx.split(model.blocks)
-    rotation = _rotation(config, jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
 
     def layer(carry: None, inputs: tuple) -> tuple[None, KeysAndValues]:
         block_params, h_BPD = inputs
-        return carry, decode.keys_and_values(nnx.merge(block_def, block_params), h_BPD, rotation)
+        return carry, keys_and_values(nnx.merge(block_def, block_params), h_BPD, rotation)
 
     if _scans(config):
         return h_BD, jax.lax.scan(layer, None, (stacked, entering_LBPD))[1]
@@ -150,7 +155,7 @@ def step(
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
-    changes: Changes,
+    changes: LayerHooks,
     n_active: int,
 ) -> tuple[jax.Array, Buffer]:
     """Runs one token of each row after those in the cache and the buffer, and adds it to the buffer.
@@ -174,7 +179,7 @@ def step(
     few = len(tokens_B) * n_active <= SPARSE_SHARE * config.d_model and not _scans(config)
     block_def, stacked = nnx.split(model.blocks)
     treedef = jax.tree.structure(stacked)
-    rotation = _rotation(config, (lengths_B + number)[:, None])
+    rotation = model.rotation((lengths_B + number)[:, None])
     masks = block_masks(_any_layer(cache), lengths_B)
     seen_11N = (jnp.arange(STEPS) <= number)[None, None]
 
@@ -186,18 +191,17 @@ def step(
                 return jax.lax.dynamic_update_slice_in_dim(x, one, number, axis=-2)
 
             with_own = jax.tree.map(put, new, own)
-            parts = [decode.Part(kept, *mask) for kept, mask in zip(past, masks, strict=True)]
-            return decode.over(q_BKG1d, [*parts, decode.Part(with_own, seen_11N)]), with_own
+            kept_blocks = [KVBlock(kept, *mask) for kept, mask in zip(past, masks, strict=True)]
+            return attend_over(q_BKG1d, [*kept_blocks, KVBlock(with_own, seen_11N)]), with_own
 
         *parameters, query_key_value, gate_up = leaves
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
         after_topk = few and 0 < layer <= config.n_topk_layers
         entries = n_active if after_topk else None
-        a_B1D, written_B1D, with_own = decode.step(
-            block, h_B1D, rotation, attend, entries, Joined(query_key_value, gate_up)
+        a_B1D, written_B1D, with_own = decode_step(
+            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up)
         )
-        h_B1D = _ended(config, a_B1D, written_B1D, layer, sparse, changes)
-        return h_B1D, with_own
+        return end_layer(config, a_B1D, written_B1D, sparse, changes, layer, sum_first=True), with_own
 
     h_B1D = model.embed(tokens_B[:, None], jnp.dtype(config.dtype))
     if _scans(config):
@@ -317,29 +321,6 @@ def _one_for_all_layers(tree: Any) -> bool:
     return jax.tree.leaves(tree)[0].ndim == 5
 
 
-def _ended(
-    config: ModelConfig,
-    a_B1D: jax.Array,
-    written_B1D: jax.Array,
-    layer: Any,
-    sparse: Any,
-    changes: Changes,
-) -> jax.Array:
-    """What a layer hands on; `sparse`, whether it ends in a TopK, may be known only when the program runs."""
-    known = isinstance(sparse, bool)
-    if known and not sparse:
-        h_B1D = a_B1D + written_B1D
-    else:
-        # Made once: fused into the search, it would be made again for each pass.
-        u_B1D = jax.lax.optimization_barrier(a_B1D + written_B1D)
-        if changes.select is not None:
-            h_B1D = changes.select(u_B1D, layer)
-        else:
-            h_B1D = topk(u_B1D, config.topk_k, config.topk_activation, config.topk_backend)
-        h_B1D = h_B1D if known else jnp.where(sparse, h_B1D, u_B1D)
-    return h_B1D if changes.edit is None else changes.edit(h_B1D, layer)
-
-
 def _scans(config: ModelConfig) -> bool:
     """Returns whether layers are scanned, as `Transformer.hidden` decides it on one device."""
     return ALONE.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
@@ -347,7 +328,3 @@ def _scans(config: ModelConfig) -> bool:
 
 def _unstack(leaves: list[jax.Array]) -> list[list[jax.Array]]:
     return [list(of_layer) for of_layer in zip(*map(jnp.unstack, leaves), strict=True)]
-
-
-def _rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
-    return rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))

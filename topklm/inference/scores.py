@@ -86,7 +86,7 @@ def _of_prompt(
     model = transformer.bind(static.config, params)
     changes = changes_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
     numbers = jnp.arange(static.config.n_layers)
-    h_1PD, _ = model.hidden(tokens_1P, **changes._asdict(), edits=numbers)
+    h_1PD, _ = model.hidden(tokens_1P, hooks=changes, hook_inputs=numbers)
     size, d = h_1PD.shape[1:]
     filled = -size % _PIECE
     pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)

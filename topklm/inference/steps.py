@@ -18,7 +18,7 @@ from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.kv_cache import STEPS
 from topklm.inference.sampling import RowSampling, draw
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
 
 NOTHING = np.iinfo(np.int32).min  # instead of a token, in rows that are done
 
@@ -191,10 +191,10 @@ def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capaci
     return _replicated(static, rest._replace(cache=kv_cache.resize(static.config, cache, capacity)))
 
 
-def changes_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> Changes:
+def changes_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
     """Returns the changes of layers that a batch's interventions make."""
     if batch.interventions is None:
-        return Changes()
+        return LayerHooks()
     return batch.interventions.changes(config, positions_BT, batch.prompt_lengths)
 
 

@@ -10,15 +10,13 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.attention import rotation_angles
-from topklm.model.topk import topk
+from topklm.model.block import end_layer
 from topklm.steering.stored_concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
@@ -122,7 +120,7 @@ def _unsteered(
     config: ModelConfig, params: transformer.Parameters, tokens_CT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     model = transformer.bind(config, params)
-    h_CTD, states_LCTD = model.hidden(tokens_CT, tap=lambda _h, _u, h_next: h_next)
+    h_CTD, states_LCTD = model.hidden(tokens_CT, capture=lambda _h, _u, h_next: h_next)
     norms_LCT = jnp.linalg.norm(states_LCTD, axis=-1)
     return states_LCTD, jax.nn.log_softmax(model.logits(h_CTD[:, -1])), norms_LCT[:, :, 1:].mean(axis=(1, 2))
 
@@ -139,16 +137,12 @@ def _add_vectors(
     before_CV: jax.Array,
 ) -> Effects:
     model = transformer.bind(config, params)
-    block_def, stacked = nnx.split(model.blocks)
     r, (c, t, d) = len(vectors_RD), state_CTD.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(t), (r * c, t))
-    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
 
     def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        block = nnx.merge(block_def, jax.tree.map(lambda leaf: leaf[number], stacked))
-        a_BTD, written_BTD = block(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
-        selection = config.topk_k, config.topk_activation, config.topk_backend
-        return topk(written_BTD, *selection, residual=a_BTD, applies=number < config.n_topk_layers)
+        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
+        return end_layer(config, a_BTD, written_BTD, number < config.n_topk_layers)
 
     h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)
     # The layers up to the one that is changed are the same for all.

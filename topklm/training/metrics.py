@@ -14,7 +14,7 @@ from topklm.imports import without
 from topklm.storage import files
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, is_bucket, parse_json, write_atomically
-from topklm.storage.gcs_mirror import GcsMirror
+from topklm.storage.gcs import GcsMirror
 
 # tensorboardX looks for them, which takes seconds, for what is not used here.
 with without("torch", "boto3", "google.cloud.storage"):

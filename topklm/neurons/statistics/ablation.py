@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import decode, losses, transformer
-from topklm.model.attention import Rotation, rotation_angles
-from topklm.model.topk import topk
+from topklm.model import losses, transformer
+from topklm.model.block import end_layer
+from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics import activity
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
@@ -256,19 +256,19 @@ def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
-) -> tuple[jax.Array, decode.KeysAndValues, jax.Array]:
+) -> tuple[jax.Array, KeysAndValues, jax.Array]:
     """What every layer hands on, [L, W, T, D]; what all but the first keep of it, [L - 1, W, ...]; losses.
 
     A loss is that of the next token, [W, T].
     """
     model = transformer.bind(config, params)
-    h_WTD, states_LWTD = model.hidden(inputs_WT, tap=lambda _h, _u, h_next: h_next)
+    h_WTD, states_LWTD = model.hidden(inputs_WT, capture=lambda _h, _u, h_next: h_next)
     block_def, stacked = nnx.split(model.blocks)
-    rotation = _rotation(config, jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
 
-    def keep(layer: tuple) -> decode.KeysAndValues:
+    def keep(layer: tuple) -> KeysAndValues:
         block_params, entering_WTD = layer
-        return decode.keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
+        return keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
 
     # What enters a layer is what the one before hands on.
     later = jax.tree.map(lambda leaf: leaf[1:], stacked)
@@ -281,7 +281,7 @@ def _losses_without(
     config: ModelConfig,
     params: transformer.Parameters,
     states_LWTD: jax.Array,
-    past: decode.KeysAndValues,
+    past: KeysAndValues,
     inputs_WT: jax.Array,
     windows_R: jax.Array,
     layers_RM: jax.Array,
@@ -295,8 +295,7 @@ def _losses_without(
     """
     model = transformer.bind(config, params)
     windows_R1 = windows_R[:, None]
-    block_def, stacked = nnx.split(model.blocks)
-    rotation = _rotation(config, places_RM)
+    rotation = model.rotation(places_RM)
     seen_RMT = jnp.arange(inputs_WT.shape[1]) < places_RM[..., None]
 
     h_RMD = states_LWTD[layers_RM, windows_R1, places_RM]
@@ -305,20 +304,15 @@ def _losses_without(
     h_RMD = jnp.where(is_neuron_RMD, without_RMD, h_RMD)
 
     def layer(number: jax.Array, h_RMD: jax.Array) -> jax.Array:
-        block = nnx.merge(block_def, jax.tree.map(lambda leaf: leaf[number], stacked))
         own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
-        a_RMD, written_RMD, _ = decode.step(block, h_RMD, rotation, decode.own_behind(own_past, seen_RMT))
-        selection = config.topk_k, config.topk_activation, config.topk_backend
-        next_RMD = topk(written_RMD, *selection, residual=a_RMD, applies=number < config.n_topk_layers)
+        attend = attend_to_past(own_past, seen_RMT)
+        a_RMD, written_RMD, _ = decode_step(model.block(number), h_RMD, rotation, attend)
+        next_RMD = end_layer(config, a_RMD, written_RMD, number < config.n_topk_layers)
         return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 
     if config.n_layers > 1:
         h_RMD = jax.lax.fori_loop(layers_RM.min() + 1, config.n_layers, layer, h_RMD)
     return _losses(model, model.final_norm(h_RMD), inputs_WT[windows_R1, places_RM + 1])
-
-
-def _rotation(config: ModelConfig, positions: jax.Array) -> Rotation:
-    return rotation_angles(positions, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
 
 
 def _losses(model: transformer.Transformer, h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:

@@ -20,8 +20,9 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import decode, transformer
-from topklm.model.attention import rotation_angles
+from topklm.model import transformer
+from topklm.model.block import LayerHooks, end_layer
+from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
 from topklm.neurons.statistics.settings import Settings
@@ -94,27 +95,28 @@ def _weighted_jacobians(
     model = transformer.bind(config, params)
     # What enters each layer, and what leaves it at the last position.
     _, (entering_LBTD, leaving_LBD) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=lambda h, _u, h_next: (h, h_next[:, -1])
+        tokens_BT, segment_ids_BT, positions_BT, capture=lambda h, _u, h_next: (h, h_next[:, -1])
     )
-    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    rotation = model.rotation(positions_BT)
     of_last = rotation[0][:, -1:], rotation[1][:, -1:]
     seen_BT = (segment_ids_BT == segment_ids_BT[:, -1:]).at[:, -1].set(False)
     block_def, stacked = nnx.split(model.blocks)
-    is_dense_L = np.arange(config.n_layers) >= config.n_topk_layers
-    passes_LBD = (leaving_LBD != 0) | is_dense_L[:, None, None]
+    ends_in_topk_L = np.arange(config.n_layers) < config.n_topk_layers
+    # The winners of each TopK are held where they are, so it is linear.
+    hooks = LayerHooks(topk=lambda u_BD, active_BD: jnp.where(active_BD, u_BD, 0.0))
     _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
 
     def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
         """From what the layer hands on to what enters it."""
-        block_params, entering_BTD, passes_BD = layer
+        block_params, entering_BTD, leaving_BD, ends_in_topk = layer
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            past = decode.keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode.step(
-                block, h_BD[:, None], of_last, decode.own_behind(past, seen_BT[:, None])
+            past = keys_and_values(block, entering_BTD, rotation)
+            a_B1D, written_B1D, _ = decode_step(
+                block, h_BD[:, None], of_last, attend_to_past(past, seen_BT[:, None])
             )
-            return jnp.where(passes_BD, (a_B1D + written_B1D)[:, 0], 0.0)
+            return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])
         return _one_by_one(back, g_DBD), g_DBD.sum(axis=1)
@@ -122,7 +124,7 @@ def _weighted_jacobians(
     # The first axis is the coordinate of the final state, each with its weight in all contexts.
     one_hot_DBD = jnp.eye(config.d_model)[:, None] * weights_B[:, None]
     g_DBD = _one_by_one(back_through_norm, one_hot_DBD)
-    layers = stacked, entering_LBTD, passes_LBD
+    layers = stacked, entering_LBTD, leaving_LBD, ends_in_topk_L
     return jax.lax.scan(back_through_layer, g_DBD, layers, reverse=True)[1]
 
 
