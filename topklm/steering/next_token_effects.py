@@ -1,7 +1,7 @@
 """Effects of treatments on the next token: the programs of the steering survey.
 
-A treatment is a vector that is added to a layer's output, after its TopK, at every position of every prompt; or
-another way to write the prompts. Vectors, layers and prompts are data, so all treatments share one
+A treatment is a vector that is added to a layer's output, after its TopK, at every position of every prompt;
+or another way to write the prompts. Vectors, layers and prompts are data, so all treatments share one
 program. Computed in float32, whatever the dtype of the model. Dims: R treatments, C prompts of T tokens, B =
 R x C rows, V vocabulary, D d_model, L layers, N concepts of K kinds with M tokens each.
 """

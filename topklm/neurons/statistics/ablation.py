@@ -76,7 +76,7 @@ class Samples:
 
 
 def columns(effects: Effects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
-    """Returns the columns `ablation_*` of `table.COLUMNS` for neurons from `begin` to `end` - 1; of None, null."""
+    """Returns the columns `ablation_*` of `table.COLUMNS` for neurons `begin` to `end` - 1; null for None."""
     if effects is None:
         nothing = [None] * (end - begin)
         return {"ablation_effect": nothing, "ablation_standard_error": nothing, "ablation_samples": nothing}

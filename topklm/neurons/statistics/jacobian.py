@@ -1,7 +1,7 @@
 """Derivatives of the model's last hidden state by the output of an earlier layer, averaged over contexts.
 
 J_l = mean over contexts of d(normed final hidden state at the last position) / d(h_l at the last position),
-where h_l is the output of layer l, after its TopK. The masks of later TopK layers are held at their values. The
+where h_l is the output of layer l, after its TopK. The masks of later TopK layers are held fixed. The
 definition is ours; that of the lens made of it stands in `topklm.neurons.statistics.lenses`.
 
 No other token attends to the last one, so the last position alone carries the derivative, and nothing else
