@@ -75,10 +75,10 @@ def test_few_and_many_entries_are_one_formula():
         Intervention(0, n, n - 3.5, ("clamp", "add", "scale", "ablate")[n % 4], (n % 4, 5)) for n in range(12)
     ]
     edited = [
-        jax.jit(lambda entries: entries.changes(CONFIG).output(h, 0))(InterventionBatch.of(CONFIG, part))
+        jax.jit(lambda entries: entries.layer_hooks(CONFIG).output(h, 0))(InterventionBatch.of(CONFIG, part))
         for part in (many[:8], many[8:])
     ]
-    together = InterventionBatch.of(CONFIG, many).changes(CONFIG).output(h, 0)
+    together = InterventionBatch.of(CONFIG, many).layer_hooks(CONFIG).output(h, 0)
     assert len(InterventionBatch.of(CONFIG, many[:8]).layer) == 8
     np.testing.assert_array_equal(together, np.where(np.arange(24) < 8, *edited))
     np.testing.assert_allclose(together, by_hand(h, 0, many, [9, 9]), rtol=1e-6)
@@ -97,9 +97,9 @@ def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
 
     @jax.jit
     def run(interventions):
-        changes = interventions.changes(config, prompt_lengths_B=jnp.asarray([3, 5]))
+        hooks = interventions.layer_hooks(config, prompt_lengths_B=jnp.asarray([3, 5]))
         model = transformer.bind(config, PARAMS)
-        return model.hidden(tokens, capture=summed_and_kept, hooks=changes, hook_inputs=jnp.arange(2))[1]
+        return model.hidden(tokens, capture=summed_and_kept, hooks=hooks, hook_inputs=jnp.arange(2))[1]
 
     summed, after = run(interventions)
     kept = kept_by_hand(np.asarray(summed[0]), config.topk_k, [one for one in SETS if not one.layer], [3, 5])
@@ -145,8 +145,8 @@ def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack
 
 def logits_of(interventions, tokens):
     model = transformer.bind(CONFIG, PARAMS)
-    changes = interventions.changes(CONFIG)
-    h, _ = model.hidden(tokens, hooks=changes, hook_inputs=jnp.arange(CONFIG.n_layers))
+    hooks = interventions.layer_hooks(CONFIG)
+    h, _ = model.hidden(tokens, hooks=hooks, hook_inputs=jnp.arange(CONFIG.n_layers))
     return model.logits(h)
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.inference import kv_cache
 from topklm.inference.kv_cache import STEPS
-from topklm.inference.steps import CacheInputs, RequestBatch, changes_of, n_extra_active
+from topklm.inference.steps import CacheInputs, RequestBatch, hooks_of, n_extra_active
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 
-_NO_CHANGES = LayerHooks()
+_NO_HOOKS = LayerHooks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AdaptiveStep:
         """Returns logits of the next token, and the buffer; see `step`."""
         high_config = dataclasses.replace(config, topk_k=self.high_k)
         model, high = transformer.bind(config, params), transformer.bind(high_config, params)
-        both = changes_of(config, batch, positions_B1), changes_of(high_config, batch, positions_B1)
+        both = hooks_of(config, batch, positions_B1), hooks_of(high_config, batch, positions_B1)
         return step(model, high, batch.step_inputs, at, *both, n_extra_active(batch))[:2]
 
 
@@ -142,8 +142,8 @@ def step(
     high: transformer.Transformer,
     threshold: jax.Array,
     at: CacheInputs,
-    changes: LayerHooks = _NO_CHANGES,
-    high_changes: LayerHooks = _NO_CHANGES,
+    hooks: LayerHooks = _NO_HOOKS,
+    high_hooks: LayerHooks = _NO_HOOKS,
     n_extra: int = 0,
 ) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
     """Runs one token of each row as `kv_cache.step`, under the rule.
@@ -153,21 +153,21 @@ def step(
         high: The same model with the k of those that are.
         threshold: Entropy in nats, a scalar or [B].
         at: The tokens, and the cache before them.
-        changes: For the model with its k.
-        high_changes: For the model with the higher one.
-        n_extra: Entries that `changes` may add to those that TopK keeps.
+        hooks: For the model with its k.
+        high_hooks: For the model with the higher one.
+        n_extra: Entries that `hooks` may add to those that TopK keeps.
 
     Returns:
         Logits float32[B, V]; the buffer; and which rows were uncertain, bool[B].
     """
     d = model.config.d_model
-    h_BD, with_token = kv_cache.step(model, *at, changes, min(model.config.topk_k + n_extra, d))
+    h_BD, with_token = kv_cache.step(model, *at, hooks, min(model.config.topk_k + n_extra, d))
     logits_BV = model.logits(h_BD)
     uncertain_B = entropy(logits_BV) > threshold
 
     def again() -> tuple[jax.Array, kv_cache.Buffer]:
         high_h_BD, high_with_token = kv_cache.step(
-            high, *at, high_changes, min(high.config.topk_k + n_extra, d)
+            high, *at, high_hooks, min(high.config.topk_k + n_extra, d)
         )
         logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
         return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)

@@ -83,19 +83,19 @@ def logits_and_activations(
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
     """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture`."""
     model = transformer.bind(config, params)
-    segments, positions, changes = inputs_of(config, given, interventions)
+    segments, positions, hooks = inputs_of(config, given, interventions)
     more_active = 0 if interventions is None else len(interventions.layer)
-    h_BPD, neurons, others = capture(model, given.tokens, wanted, changes, more_active, segments, positions)
+    h_BPD, neurons, others = capture(model, given.tokens, wanted, hooks, more_active, segments, positions)
     return model.logits(h_BPD), neurons, others
 
 
 def inputs_of(
     config: ModelConfig, given: Input, interventions: InterventionBatch | None
 ) -> tuple[Any, Any, LayerHooks]:
-    """Gives segments and positions of tokens, None where a row is one document, and changes of layers."""
+    """Gives segments and positions of tokens, None where a row is one document, and hooks of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)
-    changes = LayerHooks() if interventions is None else interventions.changes(config, positions)
-    return given.segment_ids, positions, changes
+    hooks = LayerHooks() if interventions is None else interventions.layer_hooks(config, positions)
+    return given.segment_ids, positions, hooks
 
 
 def padded(x_BT: Any, added: int, fill: int) -> Any:
@@ -119,9 +119,9 @@ def _hidden(
     model: transformer.Transformer, given: Input, interventions: InterventionBatch | None
 ) -> jax.Array:
     """Gives normed hidden states, [B, P, D]."""
-    segments, positions, changes = inputs_of(model.config, given, interventions)
+    segments, positions, hooks = inputs_of(model.config, given, interventions)
     numbers = jnp.arange(model.config.n_layers)
-    h_BPD, _ = model.hidden(given.tokens, segments, positions, hooks=changes, hook_inputs=numbers)
+    h_BPD, _ = model.hidden(given.tokens, segments, positions, hooks=hooks, hook_inputs=numbers)
     return h_BPD
 
 
@@ -141,7 +141,7 @@ def run_with_hooks(
     params: transformer.Parameters,
     tokens_BT: jax.Array,
     fwd_hooks: ForwardHooks,
-    changes: LayerHooks,
+    hooks: LayerHooks,
     segment_ids_BT: jax.Array | None,
     positions_BT: jax.Array | None,
 ) -> jax.Array:
@@ -152,7 +152,7 @@ def run_with_hooks(
         params: Its parameters.
         tokens_BT: int32[B, T].
         fwd_hooks: (name, function) each.
-        changes: Other changes of layers; of one array, before the functions see it. Only bids inside of
+        hooks: Other hooks; of one array, before the functions see it. Only bids inside of
             the TopK come after those at its entry.
         segment_ids_BT: As in `Transformer.__call__`.
         positions_BT: As in `Transformer.__call__`.
@@ -182,12 +182,12 @@ def run_with_hooks(
 
     def select(u_BTD: jax.Array, number: jax.Array) -> jax.Array:
         u_BTD = called(u_BTD, hook_names.TOPK_PRE)
-        if changes.topk is not None:
-            return changes.topk(u_BTD, number)
+        if hooks.topk is not None:
+            return hooks.topk(u_BTD, number)
         return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
     def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
-        h_BTD = h_BTD if changes.output is None else changes.output(h_BTD, number)
+        h_BTD = h_BTD if hooks.output is None else hooks.output(h_BTD, number)
         return called(called(h_BTD, hook_names.TOPK), hook_names.RESID_POST)
 
     model = transformer.bind(config, params)

@@ -116,13 +116,13 @@ class InterventionBatch:
             if columns["layer"][i] != _NO_LAYER
         ]
 
-    def changes(
+    def layer_hooks(
         self,
         config: ModelConfig,
         positions_BT: jax.Array | None = None,
         prompt_lengths_B: jax.Array | int | None = None,
     ) -> LayerHooks:
-        """Returns arguments for `Transformer.hidden(hooks=changes, hook_inputs=jnp.arange(L))` in a program.
+        """Returns arguments for `Transformer.hidden(hooks=hooks, hook_inputs=jnp.arange(L))` in a program.
 
         Args:
             config: Of the model that runs.

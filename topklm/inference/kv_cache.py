@@ -87,7 +87,7 @@ def _module(path: tuple) -> str:
 
 
 def prefill(
-    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, changes: LayerHooks
+    model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, hooks: LayerHooks
 ) -> tuple[jax.Array, Filled]:
     """Runs prompts.
 
@@ -95,7 +95,7 @@ def prefill(
         model: As `transformer.bind` gives it.
         tokens_BP: int32[B, P], each prompt at the left; tokens to its right do not matter.
         lengths_B: int32[B], tokens of each prompt, at least 1.
-        changes: As in `Transformer.hidden`, called with the number of the layer.
+        hooks: As in `Transformer.hidden`, called with the number of the layer.
 
     Returns:
         Of the last tokens the normed hidden state, [B, D]; and all keys and values for `with_capacity`.
@@ -106,7 +106,7 @@ def prefill(
         return h
 
     numbers = jnp.arange(config.n_layers)
-    h_BPD, entering_LBPD = model.hidden(tokens_BP, capture=keep, hooks=changes, hook_inputs=numbers)
+    h_BPD, entering_LBPD = model.hidden(tokens_BP, capture=keep, hooks=hooks, hook_inputs=numbers)
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     block_def, stacked = nnx.split(model.blocks)
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
@@ -155,7 +155,7 @@ def step(
     tokens_B: jax.Array,
     lengths_B: jax.Array,
     number: jax.Array,
-    changes: LayerHooks,
+    hooks: LayerHooks,
     n_active: int,
 ) -> tuple[jax.Array, Buffer]:
     """Runs one token of each row after those in the cache and the buffer, and adds it to the buffer.
@@ -168,7 +168,7 @@ def step(
         tokens_B: int32[B].
         lengths_B: int32[B], tokens of each row that are in the cache.
         number: int32, how many are in the buffer, less than N.
-        changes: As in `prefill`.
+        hooks: As in `prefill`.
         n_active: Entries that are not zero in the output of a layer with TopK, at most.
 
     Returns:
@@ -201,7 +201,7 @@ def step(
         a_B1D, written_B1D, with_own = decode_step(
             block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up)
         )
-        return end_layer(config, a_B1D, written_B1D, sparse, changes, layer, sum_first=True), with_own
+        return end_layer(config, a_B1D, written_B1D, sparse, hooks, layer, sum_first=True), with_own
 
     h_B1D = model.embed(tokens_B[:, None], jnp.dtype(config.dtype))
     if _scans(config):

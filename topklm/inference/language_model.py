@@ -226,9 +226,9 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids, fill=False)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        segments, positions, changes = forward.inputs_of(config, given, interventions)
+        segments, positions, hooks = forward.inputs_of(config, given, interventions)
         return forward.run_with_hooks(
-            config, self.params, given.tokens, fwd_hooks, changes, segments, positions
+            config, self.params, given.tokens, fwd_hooks, hooks, segments, positions
         )
 
     def generate(

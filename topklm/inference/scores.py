@@ -15,7 +15,7 @@ from topklm.config import ModelConfig
 from topklm.inference.bucketing import on_rows
 from topklm.inference.sampling import RowSampling
 from topklm.inference.sequence import Sequence
-from topklm.inference.steps import RequestBatch, StaticArgs, changes_of
+from topklm.inference.steps import RequestBatch, StaticArgs, hooks_of
 from topklm.model import transformer
 
 MOST_ALTERNATIVES = 20  # A
@@ -84,9 +84,9 @@ def _of_prompt(
     static: StaticArgs, params: transformer.Parameters, batch: RequestBatch, tokens_1P: jax.Array
 ) -> Any:
     model = transformer.bind(static.config, params)
-    changes = changes_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
+    hooks = hooks_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
     numbers = jnp.arange(static.config.n_layers)
-    h_1PD, _ = model.hidden(tokens_1P, hooks=changes, hook_inputs=numbers)
+    h_1PD, _ = model.hidden(tokens_1P, hooks=hooks, hook_inputs=numbers)
     size, d = h_1PD.shape[1:]
     filled = -size % _PIECE
     pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)

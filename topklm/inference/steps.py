@@ -62,7 +62,7 @@ def one_pass(
     """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
     model = transformer.bind(config, params)
     n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
-    h_BD, buffer = kv_cache.step(model, *at, changes_of(config, batch, positions_B1), n_active)
+    h_BD, buffer = kv_cache.step(model, *at, hooks_of(config, batch, positions_B1), n_active)
     return model.logits(h_BD), buffer
 
 
@@ -107,8 +107,8 @@ def prefill(
     """Runs prompts; returns their keys and values, and the logits of the next token, float32[B, V]."""
     model = transformer.bind(static.config, params)
     positions_BP = batch.first[:, None] + jnp.arange(tokens_BP.shape[1])
-    changes = changes_of(static.config, batch, positions_BP)
-    h_BD, filled = kv_cache.prefill(model, tokens_BP, lengths_B, changes)
+    hooks = hooks_of(static.config, batch, positions_BP)
+    h_BD, filled = kv_cache.prefill(model, tokens_BP, lengths_B, hooks)
     return _replicated(static, (filled, model.logits(h_BD)))
 
 
@@ -191,11 +191,11 @@ def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capaci
     return _replicated(static, rest._replace(cache=kv_cache.resize(static.config, cache, capacity)))
 
 
-def changes_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
-    """Returns the changes of layers that a batch's interventions make."""
+def hooks_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
+    """Returns the hooks that make a batch's interventions."""
     if batch.interventions is None:
         return LayerHooks()
-    return batch.interventions.changes(config, positions_BT, batch.prompt_lengths)
+    return batch.interventions.layer_hooks(config, positions_BT, batch.prompt_lengths)
 
 
 def n_extra_active(batch: RequestBatch) -> int:

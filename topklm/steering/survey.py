@@ -17,9 +17,9 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import directions, significance
+from topklm.steering import next_token_effects, significance
 from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
-from topklm.steering.directions import Effects, Unsteered
+from topklm.steering.next_token_effects import Effects, Unsteered
 from topklm.steering.significance import Measured, Verdicts
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5)
@@ -168,7 +168,7 @@ def survey(
         )
     chosen = neutral_prompts(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
     reader = ConceptReader(store, config.vocab_size)
-    before = directions.unsteered(config, params, chosen.tokens)
+    before = next_token_effects.unsteered(config, params, chosen.tokens)
     rng = np.random.default_rng(settings.seed)
     found = {}
     for layer in layers:
@@ -224,14 +224,16 @@ class _Work:
 
     @property
     def _at_once(self) -> int:
-        return directions.treatments_at_once(self.config, len(self.prompts.tokens), self.concepts.tokens)
+        return next_token_effects.treatments_at_once(
+            self.config, len(self.prompts.tokens), self.concepts.tokens
+        )
 
     def _add(self, vectors_RD: np.ndarray) -> Effects:
         # Filled up to one shape, so that nothing is compiled for what is left over.
         filled = np.zeros((self._at_once, self.config.d_model))
         filled[: len(vectors_RD)] = vectors_RD
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.add_vectors(
+        effects = next_token_effects.add_vectors(
             self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
         )
         return Effects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
@@ -253,7 +255,7 @@ class _Work:
         filled = np.resize(places, self._at_once)
         tokens = [self.prompts.with_prefix(_prefix(self.concepts.tokens[place, kind])) for place in filled]
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.change_prompts(
+        effects = next_token_effects.change_prompts(
             self.config, self.params, np.stack(tokens), following, concepts, self.before
         )
         report(len(places), 0, 0)
