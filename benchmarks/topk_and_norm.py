@@ -46,23 +46,33 @@ def select_and_norm(
         y = topk_pallas.topk_of_tile(inputs, outputs, tile=tile, k=k, activation=activation)
         _norm(inputs["scale"], outputs, y, tile, epsilon)
 
-    scale_block = pl.BlockSpec((1, tile.block_d), lambda i: (0, 0))
-    block, one = (pl.BlockSpec((tile.rows, width), lambda i: (i, 0)) for width in (tile.block_d, 1))
-    out = topk_pallas.call(
+    inputs = {"x": x.reshape(n_rows, d), "scale": scale_D.astype(jnp.float32)[None]}
+    block = tile.block(tile.block_d)
+    in_specs = {"x": block, "scale": pl.BlockSpec((1, tile.block_d), lambda i: (0, 0))}
+    outputs = {
+        "y": jax.ShapeDtypeStruct((n_rows, d), x.dtype),
+        "normed": jax.ShapeDtypeStruct((n_rows, d), x.dtype),
+        "inverse_rms": jax.ShapeDtypeStruct((n_rows, 1), jnp.float32),
+    }
+    out_specs = {"y": block, "normed": block, "inverse_rms": tile.block(1)}
+    if residual is not None:
+        inputs["residual"], in_specs["residual"] = residual.reshape(n_rows, d), block
+    if with_mask:
+        outputs["mask"] = jax.ShapeDtypeStruct((n_rows, tile.width), jnp.int32)
+        out_specs["mask"] = tile.block(tile.width)
+    out = pl.pallas_call(
         kernel,
-        x,
-        tile,
-        residual=residual,
-        with_mask=with_mask,
-        more_inputs={"scale": (scale_D.astype(jnp.float32)[None], scale_block)},
-        more_outputs={
-            "normed": (jax.ShapeDtypeStruct((n_rows, d), x.dtype), block),
-            "inverse_rms": (jax.ShapeDtypeStruct((n_rows, 1), jnp.float32), one),
-        },
+        out_shape=outputs,
+        grid=(pl.cdiv(n_rows, tile.rows),),
+        in_specs=(in_specs,),
+        out_specs=out_specs,
+        compiler_params=tile.compiler_params,
         interpret=interpret,
-    )
-    mask = topk_pallas.unpacked(out["mask"], d) if with_mask else None
-    return out["y"], out["normed"], out["inverse_rms"], mask
+        name="topk_and_norm",
+    )(inputs)
+    mask = topk_pallas.unpacked(out["mask"], x.shape) if with_mask else None
+    inverse_rms = out["inverse_rms"].reshape(*x.shape[:-1], 1)
+    return out["y"].reshape(x.shape), out["normed"].reshape(x.shape), inverse_rms, mask
 
 
 def _norm(scale: Ref, outputs: dict[str, Ref], y: list[jax.Array], tile: Tile, epsilon: float) -> None:

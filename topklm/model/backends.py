@@ -1,4 +1,4 @@
-"""The backends of TopK and of attention: one table each, which settings, model, sharding and benchmarks read.
+"""The backends of TopK and of attention: one table each, which settings, model and benchmarks read.
 
 Adding a backend is one entry here and its function. Nothing here imports JAX, so that settings are read fast.
 """
@@ -71,14 +71,10 @@ class Backends:
         return all(name == AUTO or self[name].is_exact for name in names)
 
     def check_platform(self, name: str, platform: str) -> None:
-        """Refuses a backend that was asked for by name and does not run on the devices.
-
-        Args:
-            name: As in the settings.
-            platform: Of the devices, as `jax.Device.platform`.
+        """Refuses a backend that was asked for by name and is for another platform than that of the devices.
 
         Raises:
-            UserError: If the backend is for another platform.
+            UserError: Naming both.
         """
         wanted = None if name == AUTO else self[name].platform
         if wanted not in (None, platform):
@@ -88,13 +84,7 @@ class Backends:
             )
 
     def choose(self, name: str, platform: str, dtype: str, *case: Any) -> Backend:
-        """Returns the backend to run on devices.
-
-        Args:
-            name: As in the settings.
-            platform: Of the devices, as `jax.Device.platform`.
-            dtype: Of activations.
-            *case: As the backend's `limits` take it.
+        """Returns the backend to run on a platform, at a dtype of activations, in a case as `limits` take it.
 
         Raises:
             UserError: If one was asked for by name that the devices or the case do not allow.

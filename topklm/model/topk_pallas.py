@@ -12,7 +12,6 @@ where enough rows are under way. A row of 2048 is one warp's: 64 entries a threa
 and 32 of planes, about 100 in all, so 20 rows are under way on an SM, and no count leaves its warp.
 """
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any, TypeAlias
@@ -66,6 +65,10 @@ class Tile:
     def flag_spec(self) -> pl.BlockSpec:
         """Of one int32 that all tiles read, int32[1]."""
         return pl.BlockSpec() if self._on_gpu else pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    def block(self, width: int) -> pl.BlockSpec:
+        """Returns the part of an array [N, width] that belongs to a tile."""
+        return pl.BlockSpec((self.rows, width), lambda i: (i, 0))
 
     def load(self, ref: Ref, chunk: int) -> jax.Array:
         """Reads a chunk of the tile [rows, width], or of a row for all tiles; 0 past the end of a row."""
@@ -158,71 +161,33 @@ def select(
         The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
         entries, or None. The kernel writes the mask as one bit an entry.
     """
-    tile = make_tile(platform, x.size // x.shape[-1], x.shape[-1], x.dtype.itemsize)
+    n_rows, d = x.size // x.shape[-1], x.shape[-1]
+    tile = make_tile(platform, n_rows, d, x.dtype.itemsize)
+    inputs, in_specs = {"x": x.reshape(n_rows, d)}, {"x": tile.block(tile.block_d)}
+    outputs, out_specs = {"y": jax.ShapeDtypeStruct((n_rows, d), x.dtype)}, {"y": tile.block(tile.block_d)}
+    if residual is not None:
+        inputs["residual"], in_specs["residual"] = residual.reshape(n_rows, d), tile.block(tile.block_d)
+    if applies is not None:
+        inputs["applies"], in_specs["applies"] = applies.astype(jnp.int32).reshape(1), tile.flag_spec
+    if with_mask:
+        outputs["mask"] = jax.ShapeDtypeStruct((n_rows, tile.width), jnp.int32)
+        out_specs["mask"] = tile.block(tile.width)
 
     def kernel(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
         topk_of_tile(inputs, outputs, tile=tile, k=k, activation=activation)
 
-    out = call(kernel, x, tile, residual=residual, applies=applies, with_mask=with_mask, interpret=interpret)
-    return out["y"], unpacked(out["mask"], x.shape[-1]) if with_mask else None
-
-
-def call(
-    kernel: Callable[..., Any],
-    x: jax.Array,
-    tile: Tile,
-    *,
-    residual: jax.Array | None = None,
-    applies: jax.Array | None = None,
-    with_mask: bool = False,
-    more_inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]] | None = None,
-    more_outputs: Mapping[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] | None = None,
-    interpret: bool = False,
-) -> dict[str, jax.Array]:
-    """Runs a kernel over tiles of rows.
-
-    Args:
-        kernel: Called with dicts of references: of inputs "x" and, as given, "residual" and "applies"; of
-            outputs "y" and, if asked, "mask"; and of more.
-        x: As in `select`.
-        tile: Of `make_tile`.
-        residual: As in `select`.
-        applies: As in `select`.
-        with_mask: As in `select`.
-        more_inputs: Arrays and their blocks, by name.
-        more_outputs: Shapes [rows, ...] and their blocks, by name.
-        interpret: As in `select`.
-
-    Returns:
-        The outputs by name, [..., ...], the mask as int32[..., width].
-    """
-    n_rows, d = x.size // x.shape[-1], x.shape[-1]
-    block = pl.BlockSpec((tile.rows, tile.block_d), lambda i: (i, 0))
-    inputs = {"x": (x.reshape(n_rows, d), block)}
-    outputs = {"y": (jax.ShapeDtypeStruct((n_rows, d), x.dtype), block)}
-    if residual is not None:
-        inputs["residual"] = residual.reshape(n_rows, d), block
-    if applies is not None:
-        inputs["applies"] = applies.astype(jnp.int32).reshape(1), tile.flag_spec
-    if with_mask:
-        words = pl.BlockSpec((tile.rows, tile.width), lambda i: (i, 0))
-        outputs["mask"] = jax.ShapeDtypeStruct((n_rows, tile.width), jnp.int32), words
-    inputs |= more_inputs or {}
-    outputs |= more_outputs or {}
-    arrays, shapes = ({name: each for name, (each, _) in some.items()} for some in (inputs, outputs))
-    in_specs, out_specs = ({name: spec for name, (_, spec) in some.items()} for some in (inputs, outputs))
     out = pl.pallas_call(
         kernel,
-        out_shape=shapes,
+        out_shape=outputs,
         grid=(pl.cdiv(n_rows, tile.rows),),
         in_specs=(in_specs,),
         out_specs=out_specs,
         compiler_params=tile.compiler_params,
-        cost_estimate=_cost(x.size, *arrays.values(), *shapes.values()),
+        cost_estimate=_cost(x.size, *inputs.values(), *outputs.values()),
         interpret=interpret,
         name="topk",
-    )(arrays)
-    return {name: array.reshape(*x.shape[:-1], array.shape[-1]) for name, array in out.items()}
+    )(inputs)
+    return out["y"].reshape(x.shape), unpacked(out["mask"], x.shape) if with_mask else None
 
 
 def _cost(n_entries: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> pl.CostEstimate:
@@ -231,16 +196,16 @@ def _cost(n_entries: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> pl.CostE
     return pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * n_entries, bytes_accessed=n_bytes, transcendentals=0)
 
 
-def unpacked(words: jax.Array, d: int) -> jax.Array:
-    """Returns bool[..., D] of a mask's words, int32[..., width]."""
-    entries = (words[..., None, :] >> jnp.arange(bits.WORD, dtype=jnp.int32)[:, None]) & 1
-    return entries.reshape(*words.shape[:-1], -1)[..., :d] != 0
+def unpacked(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a mask of this shape, bool[..., D], from its words, int32[N, width]."""
+    entries = (words[:, None] >> jnp.arange(bits.WORD, dtype=jnp.int32)[:, None]) & 1
+    return entries.reshape(len(words), -1)[:, : shape[-1]].reshape(shape) != 0
 
 
 def topk_of_tile(
     inputs: dict[str, Ref], outputs: dict[str, Ref], *, tile: Tile, k: int, activation: str
 ) -> list[jax.Array]:
-    """Writes the TopK of a tile, inside of a kernel (`call`).
+    """Writes the TopK of a tile, inside of a kernel.
 
     Args:
         inputs: References, by name.

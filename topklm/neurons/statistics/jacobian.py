@@ -1,7 +1,7 @@
-"""How the model's last hidden state follows what an earlier layer hands on, averaged over contexts.
+"""Derivatives of the model's last hidden state by the output of an earlier layer, averaged over contexts.
 
 J_l = mean over contexts of d(normed final hidden state at the last position) / d(h_l at the last position),
-where h_l is what layer l hands on: behind its TopK. The masks of later TopK layers hold at their values. The
+where h_l is the output of layer l, after its TopK. The masks of later TopK layers are held fixed. The
 definition is ours; that of the lens made of it stands in `topklm.neurons.statistics.lenses`.
 
 No other token attends to the last one, so the last position alone carries the derivative, and nothing else
@@ -43,7 +43,7 @@ def averaged_jacobians(
     context_tokens: int = CONTEXT_TOKENS,
     seed: int = SEED,
 ) -> jax.Array:
-    """J_l of every layer, over contexts that end at tokens drawn evenly over a store.
+    """Computes J_l of every layer, over contexts that end at tokens drawn evenly over a store.
 
     It is computed in float32, whatever the dtype of the model.
 
@@ -91,9 +91,9 @@ def _weighted_jacobians(
     positions_BT: jax.Array,
     weights_B: jax.Array,
 ) -> jax.Array:
-    """The sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
+    """Computes the sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
     model = transformer.bind(config, params)
-    # What enters each layer, and what leaves it at the last position.
+    # The input of each layer, and its output at the last position.
     _, (entering_LBTD, leaving_LBD) = model.hidden(
         tokens_BT, segment_ids_BT, positions_BT, capture=lambda h, _u, h_next: (h, h_next[:, -1])
     )
@@ -107,7 +107,7 @@ def _weighted_jacobians(
     _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
 
     def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
-        """From what the layer hands on to what enters it."""
+        """Goes back from the output of the layer to its input."""
         block_params, entering_BTD, leaving_BD, ends_in_topk = layer
 
         def run(h_BD: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ def _weighted_jacobians(
 
 
 def _one_by_one(back: Callable[[jax.Array], tuple[jax.Array]], g_DBD: jax.Array) -> jax.Array:
-    """The pass back of each coordinate, not vectorised over them.
+    """Runs the pass back of each coordinate, not vectorised over them.
 
     XLA for CPUs (0.10.2) gets `vmap` of it wrong at some shapes, [256, 16, 256] among them: sums over the
     last axis of a product with an array that has no first axis.
