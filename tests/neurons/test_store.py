@@ -140,7 +140,7 @@ def test_it_takes_less_than_four_bytes_an_activation(tmp_path):
     segment = segment_lib.from_dense(np.arange(n) % 4096, np.arange(n) // 500, np.zeros(n), layers)
     StoreWriter(tmp_path / "store", METADATA).append(segment)
     size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
-    assert size < 3 * len(segment.places)
+    assert size < 3 * len(segment.token_index)
 
 
 def test_the_smallest_types_are_used(filled):

@@ -274,6 +274,6 @@ def _query(words: str) -> str:
 def _pieces(snippet: str) -> list[tuple[str, bool]]:
     pieces = []
     for number, part in enumerate(snippet.split(_OPEN)):
-        inside, _, behind = part.partition(_CLOSE) if number else ("", "", part)
-        pieces += [(inside, True), (behind, False)]
+        inside, _, after = part.partition(_CLOSE) if number else ("", "", part)
+        pieces += [(inside, True), (after, False)]
     return [(text, matched) for text, matched in pieces if text]

@@ -23,6 +23,7 @@ from topklm.neurons.statistics import table
 from topklm.neurons.store import Events, Store
 from topklm.neurons.text_search import StoredText
 
+LISTED_TOKENS = 10  # of each kind on a page
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
 
 # How what is not printed is shown inside of a token.
@@ -198,9 +199,9 @@ class NeuronData:
         at = np.array(places, np.int64)
         starts, numbers = self.documents
         inside = np.searchsorted(starts, at, side="right") - 1
-        first, behind = starts[inside], starts[inside + 1]
-        begins = np.maximum(first, np.minimum(at - size // 2, behind - size))
-        ends = np.minimum(begins + size, behind)
+        first, stop = starts[inside], starts[inside + 1]
+        begins = np.maximum(first, np.minimum(at - size // 2, stop - size))
+        ends = np.minimum(begins + size, stop)
         facts = zip(begins.tolist(), ends.tolist(), numbers[inside].tolist(), strict=True)
         return [Window(begin, self.ids[begin:end], document) for begin, end, document in facts]
 

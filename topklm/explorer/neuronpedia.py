@@ -140,9 +140,9 @@ def _activations(store: Store, layer: int, rows: Sequence[Row], made_by: Rows) -
     windows = Windows(store, np.array([at for row in rows for at in row["examples"] or []], np.int64))
     first = 0
     for row, tokens, values in events(store, layer, rows):
-        behind = first + len(row["examples"] or [])
-        yield from made_by.activations(row, windows.around(slice(first, behind), tokens, values))
-        first = behind
+        stop = first + len(row["examples"] or [])
+        yield from made_by.activations(row, windows.around(slice(first, stop), tokens, values))
+        first = stop
 
 
 def _write(path: Path, rows: Iterator[Row]) -> None:

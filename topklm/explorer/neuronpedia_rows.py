@@ -110,9 +110,9 @@ class Windows:
         """
         begins, lengths = self._begins[numbers], self._lengths[numbers]
         first = np.searchsorted(tokens, begins).tolist()
-        behind = np.searchsorted(tokens, begins + lengths).tolist()
+        stop = np.searchsorted(tokens, begins + lengths).tolist()
         for number, begin, n, a, b in zip(
-            range(numbers.start, numbers.stop), begins.tolist(), lengths.tolist(), first, behind, strict=True
+            range(numbers.start, numbers.stop), begins.tolist(), lengths.tolist(), first, stop, strict=True
         ):
             found = np.zeros(n)
             found[tokens[a:b] - begin] = values[a:b]
@@ -129,9 +129,9 @@ class Windows:
         borders = np.flatnonzero(documents[1:] != documents[:-1]) + 1
         bounds = start + np.concatenate([[0], borders, [len(documents)]])
         document = np.searchsorted(bounds, places, side="right")
-        first, behind = bounds[document - 1], bounds[document]
-        begins = np.maximum(first, np.minimum(places - WINDOW // 2, behind - WINDOW))
-        self._begins[rows], self._lengths[rows] = begins, np.minimum(WINDOW, behind - begins)
+        first, stop = bounds[document - 1], bounds[document]
+        begins = np.maximum(first, np.minimum(places - WINDOW // 2, stop - WINDOW))
+        self._begins[rows], self._lengths[rows] = begins, np.minimum(WINDOW, stop - begins)
         taken = np.minimum(begins[:, None] + np.arange(WINDOW) - start, len(documents) - 1)
         self._ids[rows] = store.tokens(start, end)[taken]
         self._losses[rows] = store.losses(start, end)[taken]

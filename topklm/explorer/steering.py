@@ -10,8 +10,7 @@ import numpy as np
 from topklm.errors import UserError
 from topklm.explorer import formatting
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.views.neuron import LISTED_TOKENS
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData
 from topklm.inference.detokenize import TextStream
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling

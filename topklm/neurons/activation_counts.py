@@ -111,7 +111,7 @@ class _Counter:
         first, n_units = int(units[0]), int(units[-1] - units[0]) + 1
         n_neurons = len(segment.offsets) - 1
         neurons = np.repeat(np.arange(n_neurons), np.diff(segment.offsets))
-        cells = (units[segment.places] - first) * n_neurons + neurons
+        cells = (units[segment.token_index] - first) * n_neurons + neurons
         counts = np.bincount(cells, minlength=n_units * n_neurons).astype(np.int32)
         self.active[first : first + n_units] += counts.reshape(n_units, *self.active.shape[1:])
         self.n_tokens += n

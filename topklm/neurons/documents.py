@@ -211,8 +211,8 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
         length: T, at least 2.
     """
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
-    for first, behind, known in chunk_bounds(len(inputs), length):
-        yield Window(document, inputs[first:behind], known - first)
+    for first, stop, known in chunk_bounds(len(inputs), length):
+        yield Window(document, inputs[first:stop], known - first)
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -228,9 +228,9 @@ def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
     overlap = max(1, int(length * _OVERLAP))
     known, first = 1, 0
     while known < n_inputs:
-        behind = min(first + length, n_inputs)
-        yield first, behind, known
-        known, first = behind, behind - overlap
+        stop = min(first + length, n_inputs)
+        yield first, stop, known
+        known, first = stop, stop - overlap
 
 
 def batches(windows: Iterable[Window], n_tokens: int) -> Iterator[list[Window]]:

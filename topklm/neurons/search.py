@@ -183,10 +183,10 @@ def _events_of_neurons(store: Store, layer: int) -> np.ndarray:
 
 def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
     """Cuts neighbouring neurons into blocks with about so many events as are to be read at once."""
-    behind, begin = np.cumsum(counts), 0
+    stops, begin = np.cumsum(counts), 0
     while begin < len(counts):
-        most = behind[begin] - counts[begin] + _BLOCK_EVENTS
-        end = max(int(np.searchsorted(behind, most, side="right")), begin + 1)
+        most = stops[begin] - counts[begin] + _BLOCK_EVENTS
+        end = max(int(np.searchsorted(stops, most, side="right")), begin + 1)
         end = min(end, begin + _BLOCK_NEURONS)
         yield begin, end
         begin = end

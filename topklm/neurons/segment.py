@@ -44,7 +44,7 @@ class Segment:
         documents: int[N], the document of each token, rising.
         losses: float[N], of the token itself given those before it, in nats; NaN where nothing stands before.
         offsets: int64[S D + 1], where the events of each neuron begin, layer by layer.
-        places: int[E], which of the N tokens, rising for each neuron.
+        token_index: int[E], which of the N tokens, rising for each neuron.
         values: [E], not 0.
     """
 
@@ -52,7 +52,7 @@ class Segment:
     documents: np.ndarray
     losses: np.ndarray
     offsets: np.ndarray
-    places: np.ndarray
+    token_index: np.ndarray
     values: np.ndarray
 
 
@@ -131,11 +131,11 @@ def write(folder: Path, segment: Segment, name: str) -> dict[str, Array]:
     Returns:
         The type and size of each of `ARRAYS`, for a `SegmentReader`.
     """
-    gaps = np.diff(segment.places, prepend=0)
+    gaps = np.diff(segment.token_index, prepend=0)
     # Where a neuron begins, the distance is from the start of the segment.
     counts = np.diff(segment.offsets)
     first = segment.offsets[:-1][counts > 0]
-    gaps[first] = segment.places[first]
+    gaps[first] = segment.token_index[first]
     arrays = {
         "tokens": _smallest(segment.tokens),
         "documents": segment.documents.astype(np.uint32),
@@ -225,18 +225,18 @@ class SegmentReader:
         with damage_is_a_user_error(self.folder, self._advice):
             return future.result()
 
-    def start_reading(self, first: int, behind: int) -> tuple[ts.Future, ts.Future]:
+    def start_reading(self, first: int, stop: int) -> tuple[ts.Future, ts.Future]:
         """Begins to read the gaps and values of neighbouring neurons, numbered through all layers."""
-        begin, end = self.offsets[first], self.offsets[behind]
+        begin, end = self.offsets[first], self.offsets[stop]
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
-    def places(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-        """Computes `places_of`, all of them among the N tokens.
+    def token_index(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+        """Computes `token_index_of`, all of them among the N tokens.
 
         Raises:
             UserError: If they are not.
         """
-        places = places_of(gaps, offsets)
+        places = token_index_of(gaps, offsets)
         with damage_is_a_user_error(self.folder, self._advice):
             if len(places) and not 0 <= places.min() <= places.max() < self.n_tokens:
                 raise ValueError("an event lies outside of its text")
@@ -251,7 +251,7 @@ class SegmentReader:
         reading = {kind: self.array(kind).read() for kind in ARRAYS}
         arrays = {kind: self.result(future) for kind, future in reading.items()}
         offsets = self._checked_offsets(arrays["offsets"])
-        places = self.places(arrays["gaps"], offsets)
+        places = self.token_index(arrays["gaps"], offsets)
         return Segment(
             arrays["tokens"], arrays["documents"], arrays["losses"], offsets, places, arrays["values"]
         )
@@ -269,7 +269,7 @@ class SegmentReader:
         return {"driver": "zarr3", "kvstore": kvstore, "open": True, "fill_missing_data_reads": fill}
 
 
-def places_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+def token_index_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
     """Returns int64[E], the places of events from their gaps; each of several neurons begins at an offset."""
     total = np.cumsum(gaps, dtype=np.int64)
     if offsets is None:
@@ -361,9 +361,9 @@ def _put_tag(shard: Path, array: Array, tag: bytes) -> None:
 
 
 def _check_tag(shard: Path, array: Array, tag: bytes) -> None:
-    behind = len(tag) + _index_bytes(array)
+    n_bytes = len(tag) + _index_bytes(array)
     with shard.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(max(size - behind, 0))
-        if size < behind or file.read(len(tag)) != tag:
+        file.seek(max(size - n_bytes, 0))
+        if size < n_bytes or file.read(len(tag)) != tag:
             raise ValueError(f"{shard.parent.parent.name}: the file of another array, or cut off")

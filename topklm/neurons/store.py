@@ -221,7 +221,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         arrays = segment_lib.write(temporary, segment, _segment_id(self._store, self._part, self._n_written))
         facts = _Facts(
             len(segment.tokens),
-            len(segment.places),
+            len(segment.token_index),
             int(segment.documents[0]),
             int(segment.documents[-1]),
             self._store,
@@ -312,7 +312,7 @@ class Store:
         reading = [segment.start_reading(number, number + 1) for segment in self.segments]
         tokens, values = [], []
         for start, segment, (gaps, found) in zip(self._starts, self.segments, reading, strict=False):
-            tokens.append(start + segment.places(segment.result(gaps)))
+            tokens.append(start + segment.token_index(segment.result(gaps)))
             values.append(segment.result(found).astype(np.float32))
         return Events(
             np.concatenate(tokens) if tokens else np.zeros(0, np.int64),
@@ -325,14 +325,14 @@ class Store:
         Raises:
             UserError: If there are no such neurons.
         """
-        first, behind = self._number(layer, begin), self._number(layer, end - 1) + 1
-        starts = [segment.offsets[first : behind + 1] for segment in self.segments]
-        reading = [segment.start_reading(first, behind) for segment in self.segments]
+        first, stop = self._number(layer, begin), self._number(layer, end - 1) + 1
+        starts = [segment.offsets[first : stop + 1] for segment in self.segments]
+        reading = [segment.start_reading(first, stop) for segment in self.segments]
         counts = np.zeros((len(self.segments), end - begin), np.int64)
         tokens, values = [], []
         for n, (segment, (gaps, found)) in enumerate(zip(self.segments, reading, strict=True)):
             counts[n] = np.diff(starts[n])
-            places = segment.places(segment.result(gaps), starts[n] - starts[n][0])
+            places = segment.token_index(segment.result(gaps), starts[n] - starts[n][0])
             tokens.append(self._starts[n] + places)
             values.append(segment.result(found).astype(np.float32))
         offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
@@ -352,12 +352,14 @@ class Store:
         for start, reader, facts in zip(self._starts, self.segments, self._facts, strict=False):
             if start < end and begin < start + facts.n_tokens:
                 segment = reader.read()
-                inside = np.flatnonzero((segment.places >= begin - start) & (segment.places < end - start))
+                inside = np.flatnonzero(
+                    (segment.token_index >= begin - start) & (segment.token_index < end - start)
+                )
                 numbers = np.searchsorted(segment.offsets, inside, side="right") - 1
-                order = np.argsort(segment.places[inside], kind="stable")
+                order = np.argsort(segment.token_index[inside], kind="stable")
                 found = inside[order]
                 values = segment.values[found].astype(np.float32)
-                parts.append((start + segment.places[found], numbers[order], values))
+                parts.append((start + segment.token_index[found], numbers[order], values))
         tokens, numbers, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return EventsByToken(tokens, layers[numbers // d], (numbers % d).astype(np.int32), values)
 
@@ -480,7 +482,7 @@ def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: s
         path, advice = folder / _SEGMENTS / f"{part}-{number:06d}", _advice(part, number, numbers[-1] + 1)
         if there != number:
             advice = _advice(part, there, numbers[-1] + 1)
-            raise UserError(f"{path} is missing, and there are segments behind it: {advice}")
+            raise UserError(f"{path} is missing, and there are segments stop it: {advice}")
         facts = _facts(path, advice, bool(store))
         place = (store, part, number, n_tokens)
         if store and (facts.store, facts.part, facts.number, facts.begin) != place:
@@ -490,11 +492,11 @@ def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: s
     return found
 
 
-def _advice(part: int, number: int, behind: int) -> str:
+def _advice(part: int, number: int, stop: int) -> str:
     """Advises on a damaged segment; those harvested after it can only be harvested after it."""
     names = f"{part}-{number:06d}"
-    if number < behind - 1:
-        names += f" to {part}-{behind - 1:06d}"
+    if number < stop - 1:
+        names += f" to {part}-{stop - 1:06d}"
     return f"delete {names} in {_SEGMENTS}, and {_AGAIN}"
 
 

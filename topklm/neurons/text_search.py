@@ -152,13 +152,13 @@ class StoredText:
         read, ids = 0, np.zeros(0, np.int64)  # tokens that are in memory, and the place of the first
         for begin, end in self._documents():
             for first in range(begin, end, _STRETCH):
-                behind = min(first + _STRETCH, end)
-                seen = max(first - OVERLAP, begin), min(behind + OVERLAP, end)
+                stop = min(first + _STRETCH, end)
+                seen = max(first - OVERLAP, begin), min(stop + OVERLAP, end)
                 if seen[1] > read + len(ids):
                     read, ids = seen[0], self._store.tokens(seen[0], max(seen[1], seen[0] + _READ))
                 tokens = ids[seen[0] - read : seen[1] - read]
                 begins = np.concatenate([[0], np.cumsum(self._lengths[tokens])])
-                inside = int(begins[first - seen[0]]), int(begins[behind - seen[0]])
+                inside = int(begins[first - seen[0]]), int(begins[stop - seen[0]])
                 text = b"".join([self._pieces[i] for i in tokens.tolist()]).decode("utf-8", "surrogateescape")
                 yield _Stretch(text, seen[0], n_bytes - inside[0], begins, inside)
                 n_bytes += inside[1] - inside[0]
@@ -216,8 +216,8 @@ class _Patience:
         self._end = time.monotonic() + seconds
         self._try, self._rate = _FIRST_TRY_S, 1.0  # processor seconds; those per second of the clock
 
-    def spans(self, compiled: Any, text: str, first: int, behind: int) -> list[tuple[int, int]]:
-        """Returns all matches that start from `first` on and before `behind`, as begin and end.
+    def spans(self, compiled: Any, text: str, first: int, stop: int) -> list[tuple[int, int]]:
+        """Returns all matches that start from `first` on and before `stop`, as begin and end.
 
         Raises:
             TimeoutError: When the time is over.
@@ -232,7 +232,7 @@ class _Patience:
             try:
                 for match in compiled.finditer(text, first, timeout=seconds, concurrent=True):
                     span = match.span()
-                    if span[0] >= behind:
+                    if span[0] >= stop:
                         break
                     if span[0] == span[1]:
                         raise _EmptyMatchError
@@ -258,11 +258,11 @@ def _spans(compiled: Any, stretch: _Stretch, searched: int, patience: _Patience)
         _EmptyMatchError: For a match of no characters.
     """
     text, ends = stretch.text, None
-    first, behind = 0, len(text)
+    first, stop = 0, len(text)
     if stretch.inside != (0, stretch.begins[-1]):
         ends = _bytes_of_characters(text)
-        first, behind = np.searchsorted(ends, [max(stretch.inside[0], searched), stretch.inside[1]]).tolist()
-    spans = patience.spans(compiled, text, first, behind)
+        first, stop = np.searchsorted(ends, [max(stretch.inside[0], searched), stretch.inside[1]]).tolist()
+    spans = patience.spans(compiled, text, first, stop)
     if not spans:
         return np.zeros((0, 2), np.int64)
     return (_bytes_of_characters(text) if ends is None else ends)[np.array(spans)]

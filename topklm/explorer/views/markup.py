@@ -33,8 +33,8 @@ def chip(token: str) -> str:
     inside = token.strip(" ")
     if not inside:
         return "␣" * len(token) or UNFINISHED
-    before, behind = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
-    return "␣" * before + inside + "␣" * behind
+    before, after = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
+    return "␣" * before + inside + "␣" * after
 
 
 def level(value: float, strongest: float) -> str:
@@ -85,8 +85,8 @@ def pieces(
             found.append(Piece(before))
         plain = []
         found.append(Piece(word, level(value, strongest) or "p0", formatting.short(value), place == example))
-    if behind := "".join(plain):
-        found.append(Piece(behind))
+    if after := "".join(plain):
+        found.append(Piece(after))
     return found
 
 

@@ -7,14 +7,12 @@ import numpy as np
 
 from topklm.explorer.formatting import effective_number
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import NeuronData, Window
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, Window
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.examples import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
-
-LISTED_TOKENS = 10  # of each kind on a page
 
 LabelOf = Mapping[tuple[int, int], str]
 
@@ -190,9 +188,9 @@ def _activations(
     edges = [(window.begin, window.begin + len(window.ids)) for window in windows]
     inside = np.searchsorted(events.tokens, np.reshape(edges, (-1, 2))).tolist()
     found = []
-    for window, at, (first, behind) in zip(windows, places, inside, strict=True):
+    for window, at, (first, stop) in zip(windows, places, inside, strict=True):
         values = np.zeros(len(window.ids), np.float32)
-        values[events.tokens[first:behind] - window.begin] = events.values[first:behind]
+        values[events.tokens[first:stop] - window.begin] = events.values[first:stop]
         found.append(
             {
                 "at": at,

@@ -243,12 +243,12 @@ def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> 
     """Returns tokens of windows, int32[W, T], filled up with separators; and where samples may be taken."""
     inputs = np.full((max(1, _GROUP_TOKENS // length), length), separator_id, np.int32)
     usable = np.zeros(inputs.shape, bool)
-    for row, (document, first, behind, known) in enumerate(group):
+    for row, (document, first, stop, known) in enumerate(group):
         # The document's own first input is the separator, which the store does not hold.
-        inputs[row, max(0, 1 - first) : behind - first] = store.tokens(
-            document + max(first - 1, 0), document + behind - 1
+        inputs[row, max(0, 1 - first) : stop - first] = store.tokens(
+            document + max(first - 1, 0), document + stop - 1
         )
-        usable[row, known - first : behind - first - 1] = True
+        usable[row, known - first : stop - first - 1] = True
     return inputs, usable
 
 

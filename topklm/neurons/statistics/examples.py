@@ -112,17 +112,17 @@ class _Chooser:
                 event = int(left[rng.integers(len(left))])
                 taken.append(event)
                 gone = self._take(event)[kind]
-                first, behind = np.searchsorted(left, (gone.start, gone.stop))
-                left = np.concatenate([left[:first], left[behind:]])
+                first, stop = np.searchsorted(left, (gone.start, gone.stop))
+                left = np.concatenate([left[:first], left[stop:]])
         return taken
 
     def _take(self, event: int) -> tuple[slice, slice]:
         """Marks an event as an example; returns which events that rules out, for each kind of free."""
         token = self._tokens[event]
         document = np.searchsorted(self._bounds, token, side="right")
-        first, behind = self._bounds[document - 1], self._bounds[document]
-        near = max(first, token - APART + 1), min(behind, token + APART)
-        edges = np.searchsorted(self._tokens, (first, behind, *near)).tolist()
+        first, stop = self._bounds[document - 1], self._bounds[document]
+        near = max(first, token - APART + 1), min(stop, token + APART)
+        edges = np.searchsorted(self._tokens, (first, stop, *near)).tolist()
         gone = slice(*edges[:2]), slice(*edges[2:])
         for free, out in zip(self._free, gone, strict=True):
             free[out] = False

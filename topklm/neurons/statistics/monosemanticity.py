@@ -72,7 +72,7 @@ def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
         end = begin + len(segment.tokens)
         own, dealt = contexts.at(np.arange(begin, end)), contexts.at(order[begin:end])
         strengths = np.abs(segment.values.astype(np.float32))
-        pairs.add(strengths, segment.places, segment.offsets, np.stack([own, dealt], axis=1))
+        pairs.add(strengths, segment.token_index, segment.offsets, np.stack([own, dealt], axis=1))
         begin = end
     scores = pairs.scores().reshape(len(layers), d_model, 2)
     return Scores(layers, scores[..., 0], scores[..., 1])

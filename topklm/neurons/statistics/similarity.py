@@ -116,7 +116,7 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
             continue
         gaps, values = map(reader.result, reader.start_reading(first, first + d_model))
         offsets = reader.offsets[first : first + d_model + 1] - reader.offsets[first]
-        places = reader.places(gaps, offsets).astype(np.int32)
+        places = reader.token_index(gaps, offsets).astype(np.int32)
         events = scipy.sparse.csr_array((values.astype(np.float32), places, offsets), (d_model, n_tokens))
         for a, b in inside:
             piece = np.zeros((d_model, _STRETCH), np.float32)
