@@ -225,7 +225,7 @@ def test_sparse_arrays_give_the_same_segment_as_dense_ones():
     text = rng.integers(0, 9, 50), np.arange(50) // 9, rng.normal(size=50)
     want = segment_lib.from_dense(*text, kept)
     got = segment_lib.from_sparse(*text, order.astype(np.uint8), values, 24)
-    for name in ("offsets", "places", "values"):
+    for name in ("offsets", "token_index", "values"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
