@@ -12,7 +12,7 @@ import topklm
 from topklm.commands import neurons_ablate, neurons_contrast
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
 from topklm.neurons import ablated_losses, harvest
 from topklm.neurons.ablate_set import halves

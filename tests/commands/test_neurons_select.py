@@ -12,7 +12,7 @@ import topklm
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_select
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.selection import read_contrast

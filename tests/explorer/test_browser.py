@@ -10,7 +10,7 @@ import pytest
 
 from topklm.explorer.export import export
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")

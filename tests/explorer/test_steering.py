@@ -1,5 +1,6 @@
 """Two texts side by side, one with a neuron set from outside: what is written, and what is refused."""
 
+import argparse
 import contextlib
 import dataclasses
 import html
@@ -10,18 +11,22 @@ import time
 from urllib.parse import urlencode
 
 import explored_run
+import jax
 import numpy as np
 import pytest
 from serve_site import serving
 from test_security import assert_harmless
 
+from topklm.commands import steering_arguments
 from topklm.explorer.reading import Reader
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import MODES, Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
+from topklm.server import requests
+from topklm.server.limits import Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
 PROMPT, LENGTH, SEED = "The baker", 22, 4
@@ -105,7 +110,7 @@ def generated(model, steer):
         [Sampling(temperature=0.7, seed=SEED)] * 2,
         max_new_tokens=[LENGTH] * 2,
         stop_token=separator,
-        interventions=Interventions.of(model.config.model, steer),
+        interventions=InterventionBatch.of(model.config.model, steer),
     )
     while not generation.done:
         generation.advance()
@@ -207,7 +212,7 @@ def test_a_neuron_that_is_not_there_is_not_steered(site, place):
 
 
 def test_when_too_many_wait_one_more_is_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.asking._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.explorer.requests._MOST_WAITING", 0)
     answer, _ = stream(site, ASKED)
     assert answer.status == 503
     assert "try again" in answer.json["error"]
@@ -231,7 +236,7 @@ def test_the_form_leads_to_a_page_with_both_texts_that_can_be_reloaded(site, sou
         found = re.search(f'data-column="{column}">(.*?)</p>', page, re.DOTALL)[1]
         shown = html.unescape(re.sub(r"</?(mark|span)[^>]*>", "", found))
         assert shown == "The\nold" + texts[column]
-    assert '<option value="scale" selected>' in page
+    assert '<option value="scale" selected data-value-is-factor>' in page
     # What is wrong stands in the page, with what was typed.
     page = site.ask("/neurons/1/17?prompt=The+baker&value=much").text
     assert "value = much: must be a number" in page
@@ -345,3 +350,51 @@ def test_prose_keeps_its_lines_and_spells_what_would_hide():
 
 def test_only_layers_with_topk_can_ban_and_force(source):
     assert list(box(source, *PLACE)["modes"]) == list(MODES)
+
+
+@pytest.fixture
+def added_modes(monkeypatch):
+    """Two more modes in the table: one with a value after TopK, one without inside of it."""
+    for mode in (
+        Mode("subtract", True, None, "take {value} off", lambda value: 1.0, lambda value: -value),
+        Mode("saturate", False, "wins", "set it to 9", lambda value: 0.0, lambda value: 9.0),
+    ):
+        monkeypatch.setitem(MODES, mode.name, mode)
+    jax.clear_caches()  # programs know the modes that there were when they were compiled
+    yield
+    jax.clear_caches()
+
+
+def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
+    source, reader, site, added_modes, tmp_path
+):
+    model, tokens = reader.model, padded([3, 1, 4, 1, 5])
+    # The library: a value, a file, and a request to the server are the same intervention.
+    for mode, value, like in (("subtract", 2.5, ("add", -2.5)), ("saturate", 0.0, ("force", 9.0))):
+        one = Intervention(*PLACE, value, mode)
+        expected = np.asarray(model(tokens, steer=[Intervention(*PLACE, like[1], like[0])]))
+        np.testing.assert_array_equal(model(tokens, steer=[one]), expected)
+        assert np.abs(expected - np.asarray(model(tokens))).max() > 0
+        save_interventions(tmp_path / "file.json", [one])
+        assert load_interventions(tmp_path / "file.json") == [one]
+        entry = {"layer": 1, "neuron": 17, "mode": mode} | ({"value": value} if value else {})
+        asked = {"prompt": [3], "steer": [entry]}
+        assert requests.completion(model, "m", Limits(), asked).sequences[0].steer.entries() == [one]
+    without_topk = dataclasses.replace(model.config.model, n_nontopk=model.config.model.n_layers)
+    with pytest.raises(ValueError, match="the layer has no TopK"):
+        Intervention(*PLACE, mode="saturate").check(without_topk)
+    # The explorer: the page offers them, its script gets its facts there, and the box writes with them.
+    page = site.ask("/neurons/1/17").text
+    assert '<option value="subtract">subtract: take the strength off</option>' in page
+    assert '<option value="saturate" data-without-value>saturate: set it to 9</option>' in page
+    without_value = {name: value for name, value in ASKED.items() if name != "value"}
+    assert stream(site, {**without_value, "mode": "saturate"})[0].status == 200
+    assert stream(site, {**without_value, "mode": "subtract"})[0].status == 400
+    # Command lines.
+    parser = argparse.ArgumentParser()
+    steering_arguments.add_arguments(parser)
+    given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
+    assert steering_arguments.interventions(given, model.config.model) == [
+        Intervention(*PLACE, mode="saturate")
+    ]
+    assert "take the value off" in " ".join(parser.format_help().split())

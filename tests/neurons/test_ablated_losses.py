@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_unit_counts import DOCUMENTS, MESH, model_of
 
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 from topklm.neurons import ablated_losses
 from topklm.neurons.ablated_losses import AblatedLosses
 from topklm.neurons.windows import windows_of

@@ -51,7 +51,7 @@ def captured(config):
 
     def run(params):
         model = transformer.bind(config, params)
-        return capture(model, TOKENS), model.hidden(TOKENS, tap=lambda h, u, h_next: (u, h_next))
+        return capture(model, TOKENS), model.hidden(TOKENS, capture=lambda h, u, h_next: (u, h_next))
 
     (hidden, neurons), (expected_hidden, (entering, leaving)) = jax.jit(run)(params())
     return hidden, neurons, expected_hidden, np.asarray(entering), np.asarray(leaving)

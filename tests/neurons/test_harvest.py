@@ -106,7 +106,7 @@ def forward(config):
     @jax.jit
     def run(params, tokens):
         model = transformer.bind(config, params)
-        h, states = model.hidden(tokens, tap=lambda h, u, h_next: h_next)
+        h, states = model.hidden(tokens, capture=lambda h, u, h_next: h_next)
         return jax.nn.log_softmax(model.logits(h)), states
 
     return run

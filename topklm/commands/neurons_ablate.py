@@ -15,7 +15,7 @@ import rich.table
 from topklm.commands import steering_arguments, two_texts
 from topklm.commands.two_texts import Text
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, save_interventions
+from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib

@@ -12,7 +12,7 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, save_interventions
+from topklm.inference.interventions import DEFAULT_MODE, MODES, needs_value, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
 from topklm.neurons.folder import NeuronsFolder
@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--regex: count only the token at which a match ends, where a neuron can first know of it",
     )
     parser.add_argument(
-        "--mode", choices=MODES, default="clamp", help="what is done to them; default %(default)s"
+        "--mode",
+        choices=MODES,
+        default=DEFAULT_MODE,
+        help=f"{steering_arguments.modes_help()}; default %(default)s",
     )
     parser.add_argument(
         "--value", type=float, metavar="X", help="for all of them; ablate and ban need none, others do"
@@ -119,7 +122,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--top = {arguments.top}: must be 1 or more")
     if arguments.label == "":
         raise UserError("--label is empty: give a part of a label")
-    if (arguments.value is None) == steering_arguments.needs_value(arguments.mode):
+    if (arguments.value is None) == needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
         raise UserError(f"--mode = {arguments.mode}: {needs}")
     if is_bucket(arguments.run):

@@ -16,7 +16,7 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, POSITIONS
+from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
 from topklm.progress import TerminalProgress
@@ -38,7 +38,12 @@ _TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what goes with --neuron."""
     group = parser.add_argument_group("with --neuron")
-    group.add_argument("--mode", choices=MODES, default="clamp", help="default %(default)s")
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=DEFAULT_MODE,
+        help=f"{steering_arguments.modes_help()}; default %(default)s",
+    )
     group.add_argument("--positions", choices=POSITIONS, default="all", help="default %(default)s")
     group.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; default eight of ours"
@@ -73,7 +78,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     layer, neuron = steering_arguments.neuron(arguments.neuron)
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
-    there_is = steering_arguments.intervention(layer, neuron, "clamp", 0.0, f"--neuron = {arguments.neuron}")
+    there_is = steering_arguments.intervention(
+        layer, neuron, DEFAULT_MODE, 0.0, f"--neuron = {arguments.neuron}"
+    )
     try:
         there_is.check(model.config.model)
     except ValueError as e:

@@ -19,9 +19,9 @@ from starlette.routing import Route
 
 from topklm.errors import UserError
 from topklm.explorer import pages
-from topklm.explorer.asking import BusyError, field, file, in_thread, in_turn, link, number
 from topklm.explorer.index import Index
 from topklm.explorer.reading import Reader
+from topklm.explorer.requests import BusyError, field, file, number, redirect_with, run_in_thread, run_limited
 from topklm.explorer.source import NotThereError, Source
 from topklm.explorer.static_files import StaticFiles
 from topklm.explorer.steering_answers import SteeringAnswers
@@ -118,7 +118,7 @@ class _Explorer:
 
     async def neuron(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
-        data = await in_thread(neuron_view.neuron, self._source, layer, neuron)
+        data = await run_in_thread(neuron_view.neuron, self._source, layer, neuron)
         text, own, problem = request.query_params.get("text", ""), None, ""
         if text and not comes_from_elsewhere(request.headers):
             try:
@@ -127,13 +127,13 @@ class _Explorer:
                 problem = str(e)
         about = {"data": data, "text": text, "own": own, "problem": problem}
         steer = await self.steering.box(request)
-        return await in_thread(self._page, request, "neuron.html", **about, steer=steer)
+        return await run_in_thread(self._page, request, "neuron.html", **about, steer=steer)
 
     async def to_text(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         self._source.number(layer, neuron)
         text = await field(request, "text")
-        return link(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
+        return redirect_with(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
 
     async def label(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
@@ -160,12 +160,12 @@ class _Explorer:
             "highest": prompt_view.highest(data) if data else {},
             "usual": prompt_view.usual_tokens(self._source, token) if token else {},
         }
-        return await in_thread(
+        return await run_in_thread(
             self._page, request, "prompt.html", 400 if problem else 200, **answer, **limits
         )
 
     async def to_prompt(self, request: Request) -> Response:
-        return link("/prompt", {"text": await field(request, "text")})
+        return redirect_with("/prompt", {"text": await field(request, "text")})
 
     async def search(self, request: Request) -> Response:
         asked, data, problem = request.query_params, None, ""
@@ -175,7 +175,7 @@ class _Explorer:
             except UserError as e:
                 problem = str(e)
         answer = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
-        return await in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
+        return await run_in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
 
     def labels(self, request: Request) -> Response:
         return self._page(request, "labels.html", neurons=search_view.labelled(self._source))
@@ -273,15 +273,15 @@ class _Explorer:
         if kind not in search_view.KINDS:
             raise UserError(f"kind = {kind}: must be one of {', '.join(search_view.KINDS)}")
         if kind == "words":
-            return await in_thread(search_view.words, self._source, self._index, text)
+            return await run_in_thread(search_view.words, self._source, self._index, text)
         options = (asked.get("case") != "1", asked.get("ends") == "1")
-        return await in_turn(self._regex_turn, search_view.regex, self._source, text, *options)
+        return await run_limited(self._regex_turn, search_view.regex, self._source, text, *options)
 
     async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
-        return await in_turn(self._model_turn, view, self._source, self._reader, *arguments)
+        return await run_limited(self._model_turn, view, self._source, self._reader, *arguments)
 
     async def _set_label(self, request: Request) -> tuple[int, int]:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         self._source.number(layer, neuron)
-        await in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
+        await run_in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
         return layer, neuron

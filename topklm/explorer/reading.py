@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.inference.cache import Layers, by_layer
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
@@ -26,8 +25,6 @@ from topklm.neurons.store import Metadata
 
 # Of a Base LM, whose neurons are nearly all active, only the strongest are told.
 DENSE_KEPT = 32
-
-_SHORTEST = 32  # programs are compiled for lengths that are powers of two from here on
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +96,7 @@ class Reader:
             return found.sum(axis=-1, dtype=np.float32)
         name = names.of(layer, names.RESID_POST)
         with self._lock:
-            _, cache = self.model.run_with_cache(self._padded(ids), name)
+            _, cache = self.model.run_with_cache(self._after_separator(ids), name)
             values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)
         return np.maximum(values, 0)
 
@@ -127,8 +124,8 @@ class Reader:
                 [sampling.check()] * len(interventions),
                 max_new_tokens=[max_new_tokens] * len(interventions),
                 stop_token=separator,
-                interventions=Interventions.of(config, rows),
-                layers=self._layers,
+                interventions=InterventionBatch.of(config, rows),
+                layers=self.model.decode_layers,
             )
         except ValueError as e:
             raise UserError(str(e)) from e
@@ -160,11 +157,6 @@ class Reader:
             )
         return ids
 
-    @functools.cached_property
-    def _layers(self) -> Layers:
-        """What tokens are made with, the same for every text."""
-        return by_layer(self.model.config.model, self.model.params)
-
     @property
     def _is_topk(self) -> bool:
         return self._metadata.kind == "topk"
@@ -193,11 +185,11 @@ class Reader:
         layers, n = self._metadata.layers, len(ids)
         with self._lock:
             if self._is_topk:
-                _, cache = self.model.run_with_cache(self._padded(ids))
+                _, cache = self.model.run_with_cache(self._after_separator(ids))
                 found = [cache.neurons]
             else:
                 wanted = [names.of(layer, names.RESID_POST) for layer in layers]
-                _, cache = self.model.run_with_cache(self._padded(ids), wanted)
+                _, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
                 hidden = [cache[name][None] for name in wanted]
                 found = [_strongest(h) for h in hidden] if self._dictionary is None else [self._codes(hidden)]
             indices, values = (
@@ -206,13 +198,9 @@ class Reader:
             )
         return Reading(ids, layers, indices, values.astype(np.float32))
 
-    def _padded(self, ids: np.ndarray) -> np.ndarray:
-        """int32[1, T'], the separator and the text; what stands behind it changes nothing before it."""
-        n = len(ids) + 1
-        length = min(max(_SHORTEST, 1 << (n - 1).bit_length()), self._metadata.context_length)
-        padded = np.full((1, length), self.model.tokenizer.separator_id, np.int32)
-        padded[0, 1:n] = ids
-        return padded
+    def _after_separator(self, ids: np.ndarray) -> np.ndarray:
+        """Returns tokens with the separator before them, int32[1, T + 1]."""
+        return np.concatenate([[self.model.tokenizer.separator_id], ids]).astype(np.int32)[None]
 
 
 def _strongest(hidden: jax.Array) -> SparseActivations:

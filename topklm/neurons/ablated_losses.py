@@ -17,6 +17,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.neurons.windows import pack, stretches, windows_of
 
@@ -120,5 +121,7 @@ def _forward(
     def edit(h_BTD: jax.Array, keep_D: jax.Array) -> jax.Array:
         return h_BTD * keep_D.astype(h_BTD.dtype)
 
-    h_BTD, _ = model.hidden(tokens_BT, segment_ids_BT, positions_BT, edit=edit, edits=keep_LD)
+    h_BTD, _ = model.hidden(
+        tokens_BT, segment_ids_BT, positions_BT, hooks=LayerHooks(output=edit), hook_inputs=keep_LD
+    )
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Changes, Transformer
+from topklm.model.block import NO_HOOKS, LayerHooks
+from topklm.model.transformer import Transformer
 from topklm.neurons import names
 
 
@@ -91,7 +92,7 @@ def capture(
     model: Transformer,
     tokens_BT: jax.Array,
     wanted: Sequence[str],
-    changes: Changes | None = None,
+    hooks: LayerHooks = NO_HOOKS,
     more_active: int = 0,
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
@@ -102,8 +103,8 @@ def capture(
         model: As `transformer.bind` gives it, inside `jax.jit`.
         tokens_BT: int32[B, T].
         wanted: Names, from `names.chosen`.
-        changes: What is done to layers meanwhile, with their numbers; what is kept is what they hand on then.
-        more_active: Entries that this may make active besides those of TopK.
+        hooks: Called in every layer with its number; what is kept is what layers hand on then.
+        more_active: Entries that they may make active besides those of TopK.
         segment_ids_BT: As in `Transformer.__call__`.
         positions_BT: As in `Transformer.__call__`.
 
@@ -121,9 +122,9 @@ def capture(
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
-    numbers, changes = jnp.arange(model.config.n_layers), changes or Changes()
+    numbers = jnp.arange(model.config.n_layers)
     h_BTD, (neurons, dense) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=tap, **changes._asdict(), edits=numbers
+        tokens_BT, segment_ids_BT, positions_BT, capture=tap, hooks=hooks, hook_inputs=numbers
     )
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != names.TOPK}
     if not sparse_layers:

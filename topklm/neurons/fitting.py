@@ -201,7 +201,7 @@ def _hidden(
 ) -> jax.Array:
     model = transformer.bind(config, params)
     _, states_SBTD = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=lambda _h, _u, h_next: h_next.astype(jnp.float32)
+        tokens_BT, segment_ids_BT, positions_BT, capture=lambda _h, _u, h_next: h_next.astype(jnp.float32)
     )
     return states_SBTD.reshape(len(states_SBTD), -1, config.d_model)
 

@@ -242,7 +242,7 @@ def _forward(
         return stored(h_next if config.n_topk_layers else topk(h_next, keep))
 
     model = transformer.bind(config, params)
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=tap)
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=tap)
     if written_in:
         seen = stored(encode(*written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)

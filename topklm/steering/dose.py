@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention, Positions
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
 from topklm.steering import measures
@@ -79,7 +79,7 @@ def respond(
     concepts: Sequence[Concept],
     sampled: Sampled,
     *,
-    mode: str = "clamp",
+    mode: str = DEFAULT_MODE,
     positions: Positions = "all",
     report: Callable[[int], None] = lambda texts: None,
 ) -> list[Response]:
@@ -156,7 +156,7 @@ def _generate(
         ],
         max_new_tokens=[sampled.max_new_tokens] * len(rows),
         stop_token=model.tokenizer.separator_id,
-        interventions=Interventions.of(model.config.model, steer),
+        interventions=InterventionBatch.of(model.config.model, steer),
     )
     while not generation.done:
         generation.advance()

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference import cache as cache_lib
+from topklm.inference.bucketing import bucket
 from topklm.model import transformer
 
 RESAMPLES = 2000
@@ -94,7 +94,7 @@ def losses(
         prompt_lengths: Tokens of each prompt, at least 1.
     """
     longest = max(len(text) for text in texts)
-    length = cache_lib.bucket(longest, config.context_length)
+    length = bucket(longest, config.context_length)
     at_once = min(len(texts), max(1, _MAX_LOGITS // (length * config.vocab_size)))
     found: list[np.ndarray] = []
     for first in range(0, len(texts), at_once):

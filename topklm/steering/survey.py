@@ -17,8 +17,8 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import directions, prompts, verdict
-from topklm.steering.directions import Effects, Unsteered
+from topklm.steering import next_token_effects, prompts, verdict
+from topklm.steering.next_token_effects import Effects, Unsteered
 from topklm.steering.prompts import Prompts
 from topklm.steering.stored_concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
 from topklm.steering.verdict import Measured, Verdicts
@@ -120,7 +120,7 @@ def survey(
         )
     chosen = prompts.neutral(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
     reader = ConceptReader(store, config.vocab_size)
-    before = directions.unsteered(config, params, chosen.tokens)
+    before = next_token_effects.unsteered(config, params, chosen.tokens)
     rng = np.random.default_rng(settings.seed)
     found = {}
     for layer in layers:
@@ -176,14 +176,16 @@ class _Work:
 
     @property
     def _at_once(self) -> int:
-        return directions.treatments_at_once(self.config, len(self.prompts.tokens), self.concepts.tokens)
+        return next_token_effects.treatments_at_once(
+            self.config, len(self.prompts.tokens), self.concepts.tokens
+        )
 
     def _add(self, vectors_RD: np.ndarray) -> Effects:
         # Filled up to one shape, so that nothing is compiled for what is left over.
         filled = np.zeros((self._at_once, self.config.d_model))
         filled[: len(vectors_RD)] = vectors_RD
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.add_vectors(
+        effects = next_token_effects.add_vectors(
             self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
         )
         return Effects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
@@ -205,7 +207,7 @@ class _Work:
         filled = np.resize(places, self._at_once)
         tokens = [self.prompts.with_prefix(_prefix(self.concepts.tokens[place, kind])) for place in filled]
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.change_prompts(
+        effects = next_token_effects.change_prompts(
             self.config, self.params, np.stack(tokens), following, concepts, self.before
         )
         report(len(places), 0, 0)

@@ -1,7 +1,7 @@
-"""How the model's last hidden state follows what an earlier layer hands on, averaged over contexts.
+"""Derivatives of the model's last hidden state by the output of an earlier layer, averaged over contexts.
 
 J_l = mean over contexts of d(normed final hidden state at the last position) / d(h_l at the last position),
-where h_l is what layer l hands on: behind its TopK. The masks of later TopK layers hold at their values. The
+where h_l is the output of layer l, after its TopK. The masks of later TopK layers are held fixed. The
 definition is ours; that of the lens made of it stands in `topklm.neurons.statistics.lenses`.
 
 No other token attends to the last one, so the last position alone carries the derivative, and nothing else
@@ -20,8 +20,9 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import decode, transformer
-from topklm.model.attention import rotation_angles
+from topklm.model import transformer
+from topklm.model.block import LayerHooks, end_layer
+from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
 from topklm.neurons.statistics.settings import Settings
@@ -42,7 +43,7 @@ def averaged_jacobians(
     context_tokens: int = CONTEXT_TOKENS,
     seed: int = SEED,
 ) -> jax.Array:
-    """J_l of every layer, over contexts that end at tokens drawn evenly over a store.
+    """Computes J_l of every layer, over contexts that end at tokens drawn evenly over a store.
 
     It is computed in float32, whatever the dtype of the model.
 
@@ -90,31 +91,32 @@ def _weighted_jacobians(
     positions_BT: jax.Array,
     weights_B: jax.Array,
 ) -> jax.Array:
-    """The sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
+    """Computes the sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
     model = transformer.bind(config, params)
-    # What enters each layer, and what leaves it at the last position.
+    # The input of each layer, and its output at the last position.
     _, (entering_LBTD, leaving_LBD) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=lambda h, _u, h_next: (h, h_next[:, -1])
+        tokens_BT, segment_ids_BT, positions_BT, capture=lambda h, _u, h_next: (h, h_next[:, -1])
     )
-    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    rotation = model.rotation(positions_BT)
     of_last = rotation[0][:, -1:], rotation[1][:, -1:]
     seen_BT = (segment_ids_BT == segment_ids_BT[:, -1:]).at[:, -1].set(False)
     block_def, stacked = nnx.split(model.blocks)
-    is_dense_L = np.arange(config.n_layers) >= config.n_topk_layers
-    passes_LBD = (leaving_LBD != 0) | is_dense_L[:, None, None]
+    ends_in_topk_L = np.arange(config.n_layers) < config.n_topk_layers
+    # The winners of each TopK are held where they are, so it is linear.
+    hooks = LayerHooks(topk=lambda u_BD, active_BD: jnp.where(active_BD, u_BD, 0.0))
     _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
 
     def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
-        """From what the layer hands on to what enters it."""
-        block_params, entering_BTD, passes_BD = layer
+        """Goes back from the output of the layer to its input."""
+        block_params, entering_BTD, leaving_BD, ends_in_topk = layer
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            past = decode.keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode.step(
-                block, h_BD[:, None], of_last, decode.own_behind(past, seen_BT[:, None])
+            past = keys_and_values(block, entering_BTD, rotation)
+            a_B1D, written_B1D, _ = decode_step(
+                block, h_BD[:, None], of_last, attend_to_past(past, seen_BT[:, None])
             )
-            return jnp.where(passes_BD, (a_B1D + written_B1D)[:, 0], 0.0)
+            return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])
         return _one_by_one(back, g_DBD), g_DBD.sum(axis=1)
@@ -122,12 +124,12 @@ def _weighted_jacobians(
     # The first axis is the coordinate of the final state, each with its weight in all contexts.
     one_hot_DBD = jnp.eye(config.d_model)[:, None] * weights_B[:, None]
     g_DBD = _one_by_one(back_through_norm, one_hot_DBD)
-    layers = stacked, entering_LBTD, passes_LBD
+    layers = stacked, entering_LBTD, leaving_LBD, ends_in_topk_L
     return jax.lax.scan(back_through_layer, g_DBD, layers, reverse=True)[1]
 
 
 def _one_by_one(back: Callable[[jax.Array], tuple[jax.Array]], g_DBD: jax.Array) -> jax.Array:
-    """The pass back of each coordinate, not vectorised over them.
+    """Runs the pass back of each coordinate, not vectorised over them.
 
     XLA for CPUs (0.10.2) gets `vmap` of it wrong at some shapes, [256, 16, 256] among them: sums over the
     last axis of a product with an array that has no first axis.

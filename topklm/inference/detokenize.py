@@ -24,7 +24,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
-        """Begins behind a prompt, of which no text is given and in which no stop string is looked for."""
+        """Begins after a prompt, whose text is not returned and in which no stop string is looked for."""
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = check_stop(stop)
@@ -36,11 +36,11 @@ class TextStream:
         self._waiting = ""  # decoded, but perhaps the beginning of a stop string
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that some more tokens make sure of; often longer or shorter than theirs."""
+        """Returns the text that some more tokens make certain; often longer or shorter than theirs."""
         return self._next(tokens, last=False)
 
     def end(self) -> str:
-        """What was still waiting; no tokens may follow."""
+        """Returns the text that was still waiting; no tokens may follow."""
         return self._next([], last=True)
 
     def _next(self, tokens: Sequence[int], last: bool) -> str:
@@ -59,23 +59,24 @@ class TextStream:
         return piece
 
     def _decoded(self, last: bool) -> str:
-        """The text of the tokens that were not given yet, unless it ends inside a character."""
+        """Decodes the tokens that were not returned yet, unless their text ends inside a character."""
         before = self._tokenizer.decode(self._ids[self._begin : self._given])
         now = self._tokenizer.decode(self._ids[self._begin :])
         if now.endswith(BROKEN) and not last:
-            # The prompt's own tokens may end so; nothing is lost by waiting. What is whole goes at once.
+            # The prompt's own tokens may end so; nothing is lost by waiting. Whole
+            # characters are returned at once.
             whole = now.rstrip(BROKEN)
             return self._give_part(before, whole)
         self._begin, self._given = self._given, len(self._ids)
         return now[len(before) :]
 
     def _give_part(self, before: str, whole: str) -> str:
-        """Of a text whose last character is broken, the tokens that end before it."""
+        """Returns the text of the tokens that end before a broken last character."""
         # Where text that came before ended, it ended broken, else it had been given.
-        for behind in range(len(self._ids) - 1, max(self._given, self._tried), -1):
-            text = self._tokenizer.decode(self._ids[self._begin : behind])
+        for end in range(len(self._ids) - 1, max(self._given, self._tried), -1):
+            text = self._tokenizer.decode(self._ids[self._begin : end])
             if not text.endswith(BROKEN) and len(text) <= len(whole):
-                self._begin, self._given = self._given, behind
+                self._begin, self._given = self._given, end
                 return text[len(before) :]
         return ""
 
@@ -86,7 +87,7 @@ def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, S
         text = tokenizer.decode(ids[: len(ids) - n])
         if not text.endswith(BROKEN):
             break
-    # Behind bytes that are no text, nothing is whole; those of a character that goes on are among the last.
+    # After bytes that are no text, nothing is whole; those of a character that goes on are among the last.
     return text, ids[len(ids) - n :]
 
 
@@ -100,7 +101,7 @@ def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string begins that is the first to be complete; None without one.
+    """Returns where the stop string begins that is the first to be complete; None without one.
 
     Of several that end together it is the longest. So what is found does not depend on how much text comes
     at once.
@@ -110,12 +111,12 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Stop strings as a tuple.
+    """Returns stop strings as a tuple.
 
     Raises:
-        ValueError: For what is no text, or empty.
+        ValueError: If one is no text, or empty.
     """
-    # What is neither is refused as if it were one text.
+    # Anything else is refused as if it were one text.
     is_several = stop is None or (isinstance(stop, Sequence | Set) and not isinstance(stop, str))
     several: tuple[Any, ...] = tuple(stop or ()) if is_several else (stop,)
     for one in several:
@@ -125,7 +126,7 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _beginning_of_a_stop(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stop string."""
+    """Counts the last characters that may be the beginning of a stop string."""
     longest = max((len(one) for one in stop), default=1) - 1
     return next(
         (n for n in range(min(longest, len(text)), 0, -1) if any(one.startswith(text[-n:]) for one in stop)),

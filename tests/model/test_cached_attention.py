@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from topklm.config import ModelConfig
-from topklm.model import decode, transformer
+from topklm.model import transformer
 from topklm.model.attention import rotation_angles
+from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.model.topk import topk
 
 CONFIG = ModelConfig(
@@ -27,9 +28,11 @@ CONFIG = ModelConfig(
 B, T = 2, 11
 
 
-@pytest.mark.parametrize(("dtype", "n_nontopk"), [("float32", 1), ("bfloat16", 3)])
-def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
-    config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk)
+@pytest.mark.parametrize(
+    ("dtype", "n_nontopk", "qk_norm"), [("float32", 1, False), ("float32", 1, True), ("bfloat16", 3, False)]
+)
+def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk, qk_norm):
+    config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk, qk_norm=qk_norm)
     params = jax.jit(transformer.create, static_argnums=(0, 1))(config, 0)
     tokens = jax.random.randint(jax.random.key(0), (B, T), 0, 50)
     places = jnp.asarray([[0, 3, 10], [7, 7, 1]])  # in any order, also twice
@@ -37,7 +40,7 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
     @jax.jit
     def run(params):
         model = transformer.bind(config, params)
-        _, (entering, leaving) = model.hidden(tokens, tap=lambda h, u, h_next: (h, h_next))
+        _, (entering, leaving) = model.hidden(tokens, capture=lambda h, u, h_next: (h, h_next))
         block_def, stacked = nnx.split(model.blocks)
 
         def angles(positions):
@@ -46,19 +49,23 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk):
         found = []
         for layer in range(config.n_layers):
             block = nnx.merge(block_def, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
-            past = decode.keys_and_values(block, entering[layer], angles(jnp.tile(jnp.arange(T), (B, 1))))
+            past = keys_and_values(block, entering[layer], angles(jnp.tile(jnp.arange(T), (B, 1))))
             # What stands at a token's own place, or behind it, must not matter.
             hidden = jnp.arange(T)[None, None, :, None] >= places.min(axis=1)[:, None, None, None]
-            one = decode.KeysAndValues(*(jnp.where(hidden, 1e3, x) for x in past))
+            one = KeysAndValues(*(jnp.where(hidden, 1e3, x) for x in past))
             rows = jnp.arange(B)[:, None]
             h = entering[layer][rows, places]
             seen = jnp.arange(T) < places[..., None]
-            a, written, own = decode.step(block, h, angles(places), decode.own_behind(past, seen))
+            a, written, own = decode_step(block, h, angles(places), attend_to_past(past, seen))
             lowest = jnp.argmin(places, axis=1)[:, None]
-            _, of_lowest, _ = decode.step(block, h, angles(places), decode.own_behind(one, seen))
+            _, of_lowest, _ = decode_step(block, h, angles(places), attend_to_past(one, seen))
             if 0 < layer <= config.n_topk_layers:  # its input is sparse
-                few, of_few, _ = decode.step(
-                    block, h, angles(places), decode.own_behind(past, seen), n_active=config.topk_k
+                few, of_few, _ = decode_step(
+                    block,
+                    h,
+                    angles(places),
+                    attend_to_past(past, seen),
+                    n_active=config.topk_k,
                 )
                 found.append((few + of_few, a + written, jnp.zeros(1), own, own))
             sparse = layer < config.n_topk_layers

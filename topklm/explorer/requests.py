@@ -1,4 +1,4 @@
-"""What requests carry, read with care, and work for them that is done in threads."""
+"""Parses requests, and runs blocking work for them in threads."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 import contextlib
@@ -39,19 +39,19 @@ class _Number(Convertor[int]):
 register_url_convertor("number", _Number())
 
 
-async def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What a function gives that may block, without others having to wait."""
+async def run_in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Returns the result of a function that may block, without others having to wait."""
     return await anyio.to_thread.run_sync(functools.partial(function, *arguments, **named))
 
 
-async def in_turn(turn: anyio.CapacityLimiter, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The same for what takes long: as many at a time as `turn` lets in.
+async def run_limited(turn: anyio.CapacityLimiter, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns the result of a function that takes long; `turn` says how many may run at a time.
 
     Raises:
         BusyError: If too many wait already.
     """
     async with taken(turn):
-        return await in_thread(function, *arguments)
+        return await run_in_thread(function, *arguments)
 
 
 @contextlib.asynccontextmanager
@@ -80,7 +80,7 @@ def check_not_busy(turn: anyio.CapacityLimiter) -> None:
 
 
 async def field(request: Request, name: str) -> str:
-    """A text that was sent, in a form or as JSON.
+    """Returns a text that was sent, in a form or as JSON.
 
     Raises:
         UserError: If there is none.
@@ -92,7 +92,7 @@ async def field(request: Request, name: str) -> str:
 
 
 async def fields(request: Request) -> dict[str, Any]:
-    """All that was sent: texts in a form, or any values in a JSON object.
+    """Returns all fields that were sent: texts in a form, or any values in a JSON object.
 
     Raises:
         UserError: If it is neither.
@@ -120,7 +120,7 @@ def _form(body: bytes) -> dict[str, Any]:
 
 
 def number(request: Request, name: str) -> int:
-    """A whole number in a link.
+    """Returns a whole number in a link.
 
     Raises:
         UserError: If there is none.
@@ -131,18 +131,18 @@ def number(request: Request, name: str) -> int:
     return int(text)
 
 
-def link(path: str, values: Mapping[str, str], place: str = "") -> Response:
-    """To a page about what was typed, which stands in its link, so that it can be reloaded and sent on.
+def redirect_with(path: str, values: Mapping[str, str], anchor: str = "") -> Response:
+    """Redirects to a page whose link holds the typed text, so that it can be reloaded and sent on.
 
     Args:
         path: Of the page.
-        values: What was typed, the text first.
-        place: Where on the page, as "#own-text".
+        values: The fields that were typed, the text first.
+        anchor: On the page, as "#own-text".
 
     Raises:
         UserError: If it is too long for a link.
     """
-    address = f"{path}?{urlencode(values, errors='replace')}{place}"
+    address = f"{path}?{urlencode(values, errors='replace')}{anchor}"
     if len(address) > _LONGEST_LINK:
         name, text = next(iter(values.items()))
         raise UserError(f"{name} has {len(text):,} characters, which is too long: shorten it")
@@ -150,7 +150,7 @@ def link(path: str, values: Mapping[str, str], place: str = "") -> Response:
 
 
 def file(content: bytes, media_type: str, name: str) -> Response:
-    """An answer that browsers store."""
+    """Makes an answer that browsers store."""
     return Response(
         content, media_type=media_type, headers={"content-disposition": f'attachment; filename="{name}"'}
     )

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import attention_reference
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import attention_backends
-from topklm.model.attention import attention_reference
+from topklm.model import attention, backends
 
 KERNELS = {
-    "splash": functools.partial(attention_backends.splash, interpret=True),
-    "triton": functools.partial(attention_backends.triton, interpret=True),
-    "cudnn": functools.partial(attention_backends.cudnn, implementation="xla"),
+    "splash": functools.partial(attention.splash, interpret=True),
+    "triton": functools.partial(attention.triton, interpret=True),
+    "cudnn": functools.partial(attention.cudnn, implementation="xla"),
 }
 
 
@@ -70,7 +70,7 @@ def test_bfloat16_stays_near_float32(name):
 
 @pytest.mark.parametrize(("name", "platform"), [("splash", "tpu"), ("triton", "cuda")])
 def test_it_can_be_lowered_for_its_platform(name, platform):
-    attend = getattr(attention_backends, name)
+    attend = getattr(attention, name)
     arrays, segments = make(640, heads=4, kv_heads=2, batch=1, dtype=jnp.bfloat16, width=128)
 
     def run(q, k, v, g):
@@ -80,6 +80,10 @@ def test_it_can_be_lowered_for_its_platform(name, platform):
     kernel = {"tpu": "@tpu_custom_call", "cuda": "@__gpu$xla.gpu.triton"}[platform]
     assert text.count(kernel) == 3  # forward; backward in two parts
     assert "640x640" not in text
+
+
+def choose(config, platform):
+    return backends.ATTENTION.choose(config.attention, platform, config.dtype, config).name
 
 
 @pytest.mark.parametrize(
@@ -94,13 +98,13 @@ def test_it_can_be_lowered_for_its_platform(name, platform):
     ],
 )
 def test_the_devices_decide(platform, dtype, name):
-    assert attention_backends.choose(ModelConfig(dtype=dtype), platform) == name
+    assert choose(ModelConfig(dtype=dtype), platform) == name
 
 
 def test_what_is_asked_for_is_used():
     config = ModelConfig(dtype="bfloat16", attention="cudnn")
-    assert attention_backends.choose(config, "gpu") == "cudnn"
-    assert attention_backends.choose(dataclasses.replace(config, attention="blocked"), "tpu") == "blocked"
+    assert choose(config, "gpu") == "cudnn"
+    assert choose(dataclasses.replace(config, attention="blocked"), "tpu") == "blocked"
 
 
 @pytest.mark.parametrize(
@@ -115,4 +119,4 @@ def test_what_is_asked_for_is_used():
 )
 def test_what_cannot_run_is_refused(changes, platform, message):
     with pytest.raises(UserError, match=message):
-        attention_backends.choose(ModelConfig(**changes), platform)
+        choose(ModelConfig(**changes), platform)

@@ -1,7 +1,7 @@
-"""What adding a vector to a layer's output does to the next token: the programs of the survey.
+"""Effects of treatments on the next token: the programs of the steering survey.
 
-A treatment is a vector that is added to what one layer hands on, behind its TopK, at every position of every
-prompt; or another way to write the prompts. Vectors, layers and prompts are data, so all treatments share one
+A treatment is a vector that is added to a layer's output, after its TopK, at every position of every prompt;
+or another way to write the prompts. Vectors, layers and prompts are data, so all treatments share one
 program. Computed in float32, whatever the dtype of the model. Dims: R treatments, C prompts of T tokens, B =
 R x C rows, V vocabulary, D d_model, L layers, N concepts of K kinds with M tokens each.
 """
@@ -10,15 +10,13 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.attention import rotation_angles
-from topklm.model.topk import topk
+from topklm.model.block import end_layer
 from topklm.steering.stored_concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
@@ -27,13 +25,13 @@ _MAX_PICKED = 1 << 23  # probabilities of concepts' tokens that are held at once
 
 
 class Unsteered(NamedTuple):
-    """What the model does with the prompts by itself.
+    """The model's own run of the prompts.
 
     Attributes:
-        states: float32[L, C, T, D], what each layer hands on.
+        states: float32[L, C, T, D], the output of each layer.
         log_p: float32[C, V], log-probabilities of the next token.
-        norms: float32[L], mean over tokens of the length of what each layer hands on; the first position of
-            the prompts, that of the separator, is left out.
+        norms: float32[L], mean over tokens of the length of each layer's output; the first position of the
+            prompts, that of the separator, is left out.
     """
 
     states: Any
@@ -42,7 +40,7 @@ class Unsteered(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What treatments do, each a mean over the prompts, nats.
+    """Effects of treatments, each a mean over the prompts, nats.
 
     Attributes:
         gains: float32[R, N, K], rise of ln P(the next token is one of the concept's).
@@ -56,7 +54,7 @@ class Effects(NamedTuple):
 
 
 def unsteered(config: ModelConfig, params: transformer.Parameters, tokens_CT: np.ndarray) -> Unsteered:
-    """The model as it is, on prompts int32[C, T]."""
+    """Runs the model as it is, on prompts int32[C, T]."""
     with jax.default_matmul_precision("float32"):
         return Unsteered(*_unsteered(_in_float32(config), params, tokens_CT))
 
@@ -70,12 +68,12 @@ def add_vectors(
     concepts_NKM: np.ndarray,
     before: Unsteered,
 ) -> Effects:
-    """What R vectors do, each added at every position of every prompt.
+    """Measures the effects of R vectors, each added at every position of every prompt.
 
     Args:
         config: The model's shape.
         params: Its parameters.
-        layer: Behind which they are added; only the layers after it are run.
+        layer: They are added to its output; only the layers after it are run.
         vectors_RD: float32.
         following_C: int32, the token that follows each prompt in the text.
         concepts_NKM: int32, ids, `NO_TOKEN` where there is none.
@@ -97,14 +95,14 @@ def change_prompts(
     concepts_NKM: np.ndarray,
     before: Unsteered,
 ) -> Effects:
-    """What R other ways to write the prompts do, int32[R, C, T]; as `add_vectors`."""
+    """Measures the effects of R other ways to write the prompts, int32[R, C, T]; as `add_vectors`."""
     rest = following_C, concepts_NKM, before.log_p
     with jax.default_matmul_precision("float32"):
         return _change_prompts(_in_float32(config), params, tokens_RCT, *rest)
 
 
 def treatments_at_once(config: ModelConfig, n_prompts: int, concepts_NKM: np.ndarray) -> int:
-    """How many treatments fit into one call of `add_vectors`."""
+    """Returns how many treatments fit into one call of `add_vectors`."""
     of_one = max(
         n_prompts / _MAX_ROWS,
         n_prompts * config.vocab_size / _MAX_LOGITS,
@@ -122,7 +120,7 @@ def _unsteered(
     config: ModelConfig, params: transformer.Parameters, tokens_CT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     model = transformer.bind(config, params)
-    h_CTD, states_LCTD = model.hidden(tokens_CT, tap=lambda _h, _u, h_next: h_next)
+    h_CTD, states_LCTD = model.hidden(tokens_CT, capture=lambda _h, _u, h_next: h_next)
     norms_LCT = jnp.linalg.norm(states_LCTD, axis=-1)
     return states_LCTD, jax.nn.log_softmax(model.logits(h_CTD[:, -1])), norms_LCT[:, :, 1:].mean(axis=(1, 2))
 
@@ -139,16 +137,12 @@ def _add_vectors(
     before_CV: jax.Array,
 ) -> Effects:
     model = transformer.bind(config, params)
-    block_def, stacked = nnx.split(model.blocks)
     r, (c, t, d) = len(vectors_RD), state_CTD.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(t), (r * c, t))
-    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
 
     def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        block = nnx.merge(block_def, jax.tree.map(lambda leaf: leaf[number], stacked))
-        a_BTD, written_BTD = block(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
-        selection = config.topk_k, config.topk_activation, config.topk_backend
-        return topk(written_BTD, *selection, residual=a_BTD, applies=number < config.n_topk_layers)
+        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
+        return end_layer(config, a_BTD, written_BTD, number < config.n_topk_layers)
 
     h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)
     # The layers up to the one that is changed are the same for all.
@@ -184,7 +178,7 @@ def _effects(
 
 
 def of_concepts(log_p: jax.Array, concepts_NKM: jax.Array) -> jax.Array:
-    """The log of P(the token is one of a concept's), float32[..., N, K], from log-probabilities [..., V].
+    """Computes ln P(the token is one of a concept's), float32[..., N, K], from log-probabilities [..., V].
 
     A concept without tokens has 0: nothing changes for it.
     """
