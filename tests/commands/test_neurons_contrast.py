@@ -17,9 +17,9 @@ from topklm.layout import make_layout
 from topklm.neurons import ablated_losses, harvest
 from topklm.neurons.ablate_set import halves
 from topklm.neurons.ablated_losses import AblatedLosses
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.activation_counts import count
 from topklm.neurons.labels import Labels
-from topklm.neurons.unit_counts import count
+from topklm.neurons.paths import NeuronsFolder
 
 STEP = 24
 VOWELS = ["aeiou eau", "iou aie", "oui a oui", "eieio", "aa ee ii oo", "you eau"]

@@ -18,7 +18,7 @@ from serve_site import serving
 from test_security import assert_harmless
 
 from topklm.commands import steering_arguments
-from topklm.explorer.reading import Reader
+from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
@@ -37,7 +37,7 @@ ASKED = {"prompt": PROMPT, "value": 3.5, "max_new_tokens": LENGTH, "seed": SEED}
 
 @pytest.fixture(scope="module")
 def reader(source):
-    return Reader(str(source.folder.run), source.store.metadata)
+    return LiveModel(str(source.folder.run), source.store.metadata)
 
 
 def whole(writing):
@@ -95,12 +95,12 @@ def test_the_unsteered_column_is_what_the_model_finds_most_likely_token_by_token
 
 
 def padded(ids):
-    """For a program that is compiled already."""
+    """Takes a program that is compiled already."""
     return np.array([ids + [0] * (32 - len(ids))])
 
 
 def generated(model, steer):
-    """The tokens of the prompt, those of a text made from it, and why that ended."""
+    """Returns the tokens of the prompt, those of a text made from it, and why that ended."""
     separator = model.tokenizer.separator_id
     prompt = [separator, *model.tokenizer.encode(PROMPT).tolist()]
     generation = Generation(
@@ -152,7 +152,7 @@ def test_the_stream_has_the_prompt_both_texts_and_what_became_of_them(site, sour
 
 def test_a_text_too_long_to_be_read_at_once_is_written_all_the_same(source, reader):
     short = dataclasses.replace(source.store.metadata, context_length=len(PROMPT) + 3)
-    writing = Writing(source, Reader(str(source.folder.run), short), *PLACE, Settings.of(ASKED))
+    writing = Writing(source, LiveModel(str(source.folder.run), short), *PLACE, Settings.of(ASKED))
     assert all(whole(writing).values())
     assert [end.active for end in writing.ends().values()] == [None, None]
 
@@ -284,7 +284,7 @@ made: list[Endless] = []
 
 
 def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})
@@ -293,7 +293,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
         assert json.loads(answer.readline())["column"] in COLUMNS
         assert site.ask("/api/neurons/1/17/text", form={"text": "the old baker"}).status == 200
         answer.close()
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Generation)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Generation)
     # The next one has its turn when the first has ended, and not before.
     assert stream(site, ASKED)[0].status == 200
     went_on = made[0].went_on
@@ -303,7 +303,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
 
 
 def test_a_server_that_is_told_to_stop_ends_what_is_written_without_a_trace(source, monkeypatch, caplog):
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     with serving(source) as site:
         connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})

@@ -21,7 +21,7 @@ from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.ablate_set import Outcome, Scored, Spread
 from topklm.neurons.ablated_losses import AblatedLosses, Neuron
-from topklm.neurons.show import visible
+from topklm.neurons.display import visible
 from topklm.progress import Progress, TerminalProgress
 
 DESCRIPTION = (

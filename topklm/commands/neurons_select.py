@@ -14,13 +14,13 @@ from topklm.commands import steering_arguments
 from topklm.errors import UserError
 from topklm.inference.interventions import DEFAULT_MODE, MODES, needs_value, save_interventions
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons import selection
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons import search
+from topklm.neurons.display import visible
 from topklm.neurons.labels import Labels
-from topklm.neurons.matches import StoredText
-from topklm.neurons.selection import Selected
-from topklm.neurons.show import visible
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import Selected
 from topklm.neurons.store import Store
+from topklm.neurons.text_search import StoredText
 from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (
@@ -135,16 +135,16 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     folder = NeuronsFolder(Path(model.run), model.step)
     narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
-        return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
+        return search.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
     if arguments.contrast_json is not None:
-        saved = selection.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
+        saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
             raise UserError(
                 f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "
                 f"{model.step}; give --step {saved.step}, or contrast anew"
             )
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
-        return selection.by_contrast(saved, **narrowed, max_q=max_q)
+        return search.by_contrast(saved, **narrowed, max_q=max_q)
     if not folder.store.exists():
         raise UserError(
             f"{arguments.run} has no activations of step {model.step}: run topklm neurons harvest "
@@ -156,7 +156,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
             f"{folder.store} holds codes of a dictionary, which no intervention can set: harvest without one"
         )
     matches = StoredText(store, model.tokenizer).matches(arguments.regex, ignore_case=not arguments.case)
-    return selection.by_matches(
+    return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,
         **narrowed,

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer import figures
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source
+from topklm.explorer import formatting
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views.neuron import LISTED_TOKENS
 from topklm.inference.detokenize import TextStream
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling
-from topklm.neurons.show import visible
+from topklm.neurons.display import visible
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated
 MOST_NEW_TOKENS = 200
@@ -42,8 +42,8 @@ class Settings:
         """Reads a form, where all values are texts, or JSON.
 
         Raises:
-            UserError: If something is missing or of another kind. `Reader.generation` refuses settings that
-                the model cannot have.
+            UserError: If something is missing or of another kind. `LiveModel.generation` refuses settings
+                that the model cannot have.
         """
         if unknown := sorted(set(content) - set(NAMES)):
             raise UserError(f"{_short(unknown[0])} is no field: there are {', '.join(NAMES)}")
@@ -119,7 +119,7 @@ class Writing:
         UserError: If there is no such neuron, or the model cannot have these settings.
     """
 
-    def __init__(self, source: Source, reader: Reader, layer: int, neuron: int, settings: Settings):
+    def __init__(self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: Settings):
         row = source.row(source.number(layer, neuron), ["top_tokens"])
         self._reader, self._neuron = reader, (layer, neuron)
         self._input_tokens = frozenset((row["top_tokens"] or ())[:LISTED_TOKENS])
@@ -191,7 +191,7 @@ def _summary(why: str, tokens: int, input_tokens: int, active: float | None) -> 
         f"{input_tokens} highlighted",
     ]
     if active is not None:
-        said.append(f"active at {figures.percent(active)}")
+        said.append(f"active at {formatting.percent(active)}")
     return " · ".join(said)
 
 

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from topklm.errors import UserError
-from topklm.explorer.reading import Reader
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.requests import (
     BusyError,
     check_not_busy,
@@ -20,7 +21,6 @@ from topklm.explorer.requests import (
     run_limited,
     taken,
 )
-from topklm.explorer.source import Source
 from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
 from topklm.explorer.views.steering import box
 from topklm.web.client import Say, Stream, to_json
@@ -41,7 +41,7 @@ class SteeringAnswers:
         model_turn: Of everybody who uses the model.
     """
 
-    def __init__(self, source: Source, reader: Reader, model_turn: anyio.CapacityLimiter):
+    def __init__(self, source: NeuronData, reader: LiveModel, model_turn: anyio.CapacityLimiter):
         self._source, self._reader, self._model_turn = source, reader, model_turn
         self._turn = anyio.CapacityLimiter(1)
         self._closing = False

@@ -112,12 +112,12 @@ class Scheduler:
         n_slots = self._buckets.batch(max(n_slots, len(self.sequences)))
         if self._state is None:
             self._state, self._slots = self._empty_state(), [None]
-        present = kv_cache.capacity(self._state.cache)
-        capacity = max(capacity, present if self.sequences else self._buckets.caches[0])
+        current = kv_cache.capacity(self._state.cache)
+        capacity = max(capacity, current if self.sequences else self._buckets.caches[0])
         # One after the other: of both at once, there would be more programs.
         if n_slots != len(self._slots):
-            self._rearrange(n_slots, present)
-        if capacity != present:
+            self._rearrange(n_slots, current)
+        if capacity != current:
             self._rearrange(n_slots, capacity)
 
     def decode(self, steps: int = STEPS) -> list[tuple[Sequence, list[Token]]]:

@@ -38,85 +38,6 @@ _SPLASH_MASK = "tpu.splash_attention.splash_attention_mask"
 _TRITON_KERNEL = "gpu.attention"
 
 
-class Attention(nnx.Module):
-    """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
-
-    def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
-        d, width = config.d_model, config.head_dim
-        self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
-        self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
-        self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
-        self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
-        self.head_dim = width
-        # None, not a norm of scale 1, where there is none: checkpoints hold no array for it.
-        self.query_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: "Rotation",
-        segment_ids_BT: jax.Array,
-        parallel: Parallel = ALONE,
-    ) -> jax.Array:
-        """Maps [B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
-
-        Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
-        of a sum.
-        """
-        batch, length, _ = x_BTD.shape
-        q, k, v = self.project(x_BTD, rotation)
-        if parallel.context is None:
-            mixed = backends.ATTENTION[parallel.attention](q, k, v, segment_ids_BT)
-        else:
-            # The position of the queries among the keys is known only when the program runs, which the
-            # kernels of accelerators do not take. Few tokens are on this device; keys and values of all of
-            # them are narrower than the activations.
-            k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
-            first = jax.lax.axis_index(parallel.context) * length
-            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
-        return self.out(mixed.reshape(batch, length, -1))
-
-    def project(self, x_BTD: jax.Array, rotation: "Rotation") -> "QueriesKeysValues":
-        """Computes queries, keys and values as attention reads them: by head, normed if asked, rotated.
-
-        Args:
-            x_BTD: The normed residual state [B, T, D].
-            rotation: Of the tokens' positions.
-
-        Returns:
-            [B, T, H, d], [B, T, K, d], [B, T, K, d].
-        """
-        return self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotation)
-
-    def split_heads(
-        self, query_BTE: jax.Array, key_BTE: jax.Array, value_BTE: jax.Array, rotation: "Rotation"
-    ) -> "QueriesKeysValues":
-        """Does the part of `project` that follows the three matrix products, which may be made elsewhere.
-
-        Args:
-            query_BTE: [B, T, H d].
-            key_BTE: [B, T, K d].
-            value_BTE: [B, T, K d].
-            rotation: As in `project`.
-
-        Returns:
-            As `project`.
-        """
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
-        q = q if self.query_norm is None else self.query_norm(q)
-        k = k if self.key_norm is None else self.key_norm(k)
-        return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
-
-
-class QueriesKeysValues(NamedTuple):
-    """Of tokens, by head."""
-
-    queries: jax.Array  # [B, T, H, d]
-    keys: jax.Array  # [B, T, K, d]
-    values: jax.Array  # [B, T, K, d]
-
-
 Rotation = tuple[jax.Array, jax.Array]
 
 
@@ -145,6 +66,67 @@ def rotate(x_BTHd: jax.Array, rotation: Rotation) -> jax.Array:
     cos, sin = rotation
     halves = x_BTHd.reshape(*x_BTHd.shape[:-1], 2, -1)
     return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x_BTHd.shape)
+
+
+class QueriesKeysValues(NamedTuple):
+    """Queries, keys and values of tokens, by head."""
+
+    queries: jax.Array  # [B, T, H, d]
+    keys: jax.Array  # [B, T, K, d]
+    values: jax.Array  # [B, T, K, d]
+
+
+class Attention(nnx.Module):
+    """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
+
+    def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
+        d, width = config.d_model, config.head_dim
+        self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
+        self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
+        self.head_dim = width
+        # None, not a norm of scale 1, where there is none: checkpoints hold no array for it.
+        self.query_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        segment_ids_BT: jax.Array,
+        parallel: Parallel = ALONE,
+    ) -> jax.Array:
+        """Maps [B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
+
+        Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
+        of a sum.
+        """
+        batch, length, _ = x_BTD.shape
+        q, k, v = self.project(x_BTD, rotation)
+        if parallel.context is None:
+            mixed = backends.ATTENTION[parallel.attention](q, k, v, segment_ids_BT)
+        else:
+            # The position of the queries among the keys is known only when the program runs, which the
+            # kernels of accelerators do not take. Few tokens are on this device; keys and values of all of
+            # them are narrower than the activations.
+            k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
+            first = jax.lax.axis_index(parallel.context) * length
+            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
+        return self.out(mixed.reshape(batch, length, -1))
+
+    def project(self, x_BTD: jax.Array, rotation: Rotation) -> QueriesKeysValues:
+        """Computes queries, keys and values of normed states [B, T, D]: by head, normed if asked, rotated."""
+        return self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotation)
+
+    def split_heads(
+        self, query_BTE: jax.Array, key_BTE: jax.Array, value_BTE: jax.Array, rotation: Rotation
+    ) -> QueriesKeysValues:
+        """Does the part of `project` after its matrix products, of [B, T, H d] and twice [B, T, K d]."""
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
+        return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
 
 
 @jax.custom_vjp

@@ -36,8 +36,8 @@ class LayerHooks(NamedTuple):
     """Functions that change what layers compute, called in every layer while it runs; None: none."""
 
     topk: TopKOverride | None = None
-    output: HookFn | None = None  # of what the layer hands on, after its TopK
-    input: HookFn | None = None  # of what enters the layer
+    output: HookFn | None = None  # of the state after its TopK
+    input: HookFn | None = None  # of the state that enters the layer; decoding does not call it
 
 
 NO_HOOKS = LayerHooks()
@@ -132,6 +132,7 @@ def _topk(config: ModelConfig, topk: Callable[..., jax.Array], x: jax.Array, **h
     return topk(x, config.topk_k, config.topk_activation, config.topk_backend, **how)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def topk_masked_by_next(
     x: jax.Array, k: int, activation: str, backend: str, residual: jax.Array, applies: jax.Array | None
 ) -> jax.Array:
@@ -153,28 +154,21 @@ def topk_masked_by_next(
         [..., D]. Its gradient is that of `x + residual`; `mask_gradient_by_output` of the result must follow.
     """
     assert activation == "relu"
-    return _relu_topk(x, residual, applies, k, backend)
+    return topk(x, k, activation, backend, residual=residual, applies=applies)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _relu_topk(
-    x: jax.Array, residual: jax.Array, applies: jax.Array | None, k: int, backend: str
-) -> jax.Array:
-    return topk(x, k, "relu", backend, residual=residual, applies=applies)
+def _topk_forward(*arguments: Any) -> tuple[jax.Array, None]:
+    return topk_masked_by_next(*arguments), None
 
 
-def _relu_topk_forward(
-    x: jax.Array, residual: jax.Array, applies: jax.Array | None, k: int, backend: str
-) -> tuple[jax.Array, None]:
-    return _relu_topk(x, residual, applies, k, backend), None
-
-
-def _relu_topk_backward(k: int, backend: str, saved: None, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    del k, backend, saved
+def _topk_backward(
+    k: int, activation: str, backend: str, saved: None, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    del k, activation, backend, saved
     return g, g, None
 
 
-_relu_topk.defvjp(_relu_topk_forward, _relu_topk_backward)
+topk_masked_by_next.defvjp(_topk_forward, _topk_backward)
 
 
 @jax.custom_vjp

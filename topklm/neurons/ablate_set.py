@@ -2,8 +2,8 @@
 
 Neurons are chosen by `topklm.neurons.contrast` on one half of the documents of both texts, and losses are
 measured on the other half, so nothing that was used to choose is used to score. Beside the chosen set stand
-random ones of as many neurons of the same layers and of nearly the same densities: what ablating so much of
-the model costs, whatever the neurons are for. The definitions are ours. Dims: G units or documents, S layers,
+random ones of as many neurons of the same layers and of nearly the same densities: the cost of ablating so
+much of the model, for any purpose. The definitions are ours. Dims: G units or documents, S layers,
 D neurons per layer, R random sets.
 """
 
@@ -39,7 +39,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What ablating a set does, in nats per token.
+    """The effect of ablating a set, in nats per token.
 
     Attributes:
         neurons: The set.
@@ -73,7 +73,7 @@ class Spread:
 
     @classmethod
     def of(cls, figures: Sequence[float]) -> "Spread":
-        """Of one figure or more."""
+        """Summarises one figure or more."""
         low, high = np.percentile(figures, _INTERVAL)
         return cls(float(np.mean(figures)), float(low), float(high))
 
@@ -117,7 +117,7 @@ def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def strongest(
     candidates: Sequence[ContrastedNeuron], n_neurons: int, by: str = "difference"
 ) -> tuple[Neuron, ...]:
-    """The neurons of all layers together that are most typical of the positive text, the first one first.
+    """Returns the neurons, of all layers together, that are most typical of the positive text, falling.
 
     Args:
         candidates: Of a contrast.
@@ -173,7 +173,7 @@ def matched_set(
 
 
 def mean_density(neurons: Sequence[Neuron], density: np.ndarray, layers: Sequence[int]) -> float:
-    """Of a set; arguments as in `matched_set`."""
+    """Returns the mean density of a set; arguments as in `matched_set`."""
     return float(np.mean([density[list(layers).index(layer), neuron] for layer, neuron in neurons]))
 
 
@@ -228,7 +228,7 @@ def measure(
         ValueError: As `matched_set`.
     """
     rng = np.random.default_rng(seed)
-    # All are drawn before any is measured: what cannot be shows at once.
+    # All are drawn before any is measured, so that an impossible set shows at once.
     drawn = [[matched_set(chosen, density, layers, rng) for _ in range(n_random)] for chosen in sets]
 
     def one(neurons: Sequence[Neuron]) -> Change:
@@ -240,7 +240,7 @@ def measure(
 def bootstrap_interval(
     sums: np.ndarray, n_tokens: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Of sum(sums) / sum(n_tokens) over documents, drawn with replacement: 2.5th and 97.5th percentiles."""
+    """Computes the 95 % interval of sum(sums) / sum(n_tokens), documents being drawn with replacement."""
     drawn = rng.integers(0, len(sums), (_RESAMPLES, len(sums)))
     low, high = np.percentile(sums[drawn].sum(axis=1) / n_tokens[drawn].sum(axis=1), _INTERVAL)
     return float(low), float(high)

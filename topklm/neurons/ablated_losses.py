@@ -19,7 +19,7 @@ from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
-from topklm.neurons.windows import pack, stretches, windows_of
+from topklm.neurons.documents import batches, pack, windows_of
 
 Neuron = tuple[int, int]  # layer of the model, number in it
 
@@ -30,7 +30,7 @@ _STRETCH_TOKENS = 2**20  # that are packed together
 class AblatedLosses:
     """Documents, ready to be read again and again with other neurons off.
 
-    "Off" is what the intervention "ablate" does: what the layer hands on has a 0 there, at every token. It is
+    "Off" is what the intervention "ablate" does: the layer's output is 0 there, at every token. It is
     computed in float32, whatever the dtype of the model, for effects of few neurons are small.
 
     Args:
@@ -62,13 +62,13 @@ class AblatedLosses:
         )
         self._packed = [
             pack(stretch, config.context_length, self._rows, separator_id)
-            for stretch in stretches(windows, _STRETCH_TOKENS)
+            for stretch in batches(windows, _STRETCH_TOKENS)
         ]
 
     def sums(
         self, ablated: Iterable[Neuron] = (), report: Callable[[int], None] = lambda tokens: None
     ) -> np.ndarray:
-        """float64[G], nats, the sum over each document's tokens with these neurons off.
+        """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
 
         Args:
             ablated: Neurons; none: the model as it is.
@@ -94,7 +94,7 @@ class AblatedLosses:
         return sums
 
     def _keep(self, ablated: Iterable[Neuron]) -> np.ndarray:
-        """float32[L, D], 0 for neurons that are off."""
+        """Returns float32[L, D], 0 for neurons that are off."""
         keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
@@ -115,7 +115,7 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
 ) -> jax.Array:
-    """Next-token losses, nats, float32[B, T]."""
+    """Returns next-token losses, nats, float32[B, T]."""
     model = transformer.bind(config, params)
 
     def edit(h_BTD: jax.Array, keep_D: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.model.block import end_layer
-from topklm.steering.stored_concepts import NO_TOKEN
+from topklm.steering.concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
 _MAX_LOGITS = 1 << 23

@@ -24,7 +24,7 @@ def store(tmp_path_factory):
 
 @functools.cache
 def places():
-    """Of each token of the store: its document, and its place there."""
+    """Returns the document of each token of the store, and its place there."""
     return [(ids, place) for ids in DOCUMENTS for place in range(len(ids))]
 
 

@@ -26,14 +26,14 @@ def stored(tmp_path, config):
 
 
 def texts(store):
-    """The contexts as lists of ids."""
+    """Returns the contexts as lists of ids."""
     ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
     found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
     return [row[there == 1] for row, there in zip(found.tokens, found.segments, strict=True)]
 
 
 def differences(config, tokens, layer):
-    """d(normed final state) / d(what a layer hands on), both at the last position: [D, D], by differences."""
+    """Computes d(normed final state) / d(a layer's output), both at the last position, by differences."""
     supports = handed_on(config, tokens) != 0
 
     def moved(neuron, step):
@@ -76,7 +76,7 @@ def test_they_are_the_mean_of_differences_in_every_layer(tmp_path, fields):
 
 
 def mean_of_last(config, store, change):
-    """The mean over contexts of the model's normed final state, [D], as a function of `change`, [L, D], which
+    """Returns the mean over contexts of the normed final state, [D], as a function of `change`, [L, D], which
     is added to what the layers hand on at the last position."""
     ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
     found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)

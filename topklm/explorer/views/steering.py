@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.steering import MOST_NEW_TOKENS, Settings
 from topklm.inference.interventions import DEFAULT_MODE, MODES
 
@@ -55,7 +55,7 @@ class Strengths:
         return [(value, 100 * value / self.end, name) for value, name in named]
 
 
-def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
+def box(source: NeuronData, layer: int, neuron: int) -> dict[str, Any]:
     """Returns the content of the box.
 
     Raises:
@@ -83,7 +83,7 @@ def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
     }
 
 
-def _before(source: Source, at: int) -> str:
+def _before(source: NeuronData, at: int) -> str:
     """Returns the words before a token, from the beginning of a sentence if there is one among them."""
     begin = max(source.window(at, 2 * _PROMPT_TOKENS).begin, at - _PROMPT_TOKENS)
     text = source.plain_text(begin, at).strip("\N{REPLACEMENT CHARACTER}")
@@ -94,7 +94,7 @@ def _before(source: Source, at: int) -> str:
     return " ".join((long_enough or [text])[-1].split())
 
 
-def _usual(source: Source, layer: int) -> float:
+def _usual(source: NeuronData, layer: int) -> float:
     first = source.number(layer, 0)
     highest = source.column("max_activation")[first : first + source.measured.d_model]
     seen = highest[np.isfinite(highest) & (highest > 0)]

@@ -1,7 +1,7 @@
 """The effect of a neuron: how the next token's loss changes when it is set to 0.
 
 A sample is a token at which the neuron is active, in the window of its document in which it was harvested
-(`topklm.neurons.windows`), and not the window's last. The neuron is set to 0 at that token only, in the
+(`topklm.neurons.documents`), and not the window's last. The neuron is set to 0 at that token only, in the
 layer's output, and everything that depends on it is computed again: the later layers at that token, for no
 other token of the window that counts sees it. The effect is the loss of the next token without the neuron
 less the loss with it, in nats: positive where the neuron helps.
@@ -26,10 +26,9 @@ from topklm.config import ModelConfig
 from topklm.model import losses, transformer
 from topklm.model.block import end_layer
 from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
-from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.settings import Settings
+from topklm.neurons.documents import chunk_bounds
+from topklm.neurons.statistics import Settings, activity
 from topklm.neurons.store import Store
-from topklm.neurons.windows import cut
 
 SAMPLES = Settings.ablation_samples
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
@@ -106,7 +105,7 @@ def measure(
 
     Args:
         store: Of the text; activations are not read from it.
-        bounds: int64[documents + 1], as `contexts.document_bounds` gives them.
+        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
         config: The model.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.
@@ -224,12 +223,12 @@ def _groups(
 ) -> list[np.ndarray]:
     """Windows in random order, as many together as are run together: int64[W, 4] each.
 
-    A row holds where the window's document begins in the store, and what `windows.cut` gives.
+    A row holds where the window's document begins in the store, and what `documents.chunk_bounds` gives.
     """
     windows = [
         (begin, *window)
         for begin, end in itertools.pairwise(bounds)
-        for window in cut(int(end - begin) + 1, length)
+        for window in chunk_bounds(int(end - begin) + 1, length)
     ]
     together = max(1, _GROUP_TOKENS // length)
     n_windows = min(len(windows), max(1, max_tokens // length))

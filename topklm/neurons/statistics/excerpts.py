@@ -32,12 +32,12 @@ class Excerpts:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice | np.ndarray) -> "Excerpts":
-        """Some of them, by a slice, a mask or their numbers."""
+        """Returns some of them, by a slice, a mask or their numbers."""
         return Excerpts(self.tokens[rows], self.segments[rows], self.positions[rows], self.following[rows])
 
 
 def ending_at(store: Store, ends: np.ndarray, length: int, separator_id: int) -> Excerpts:
-    """The last `length` tokens of: the separator, then the document up to and with a token.
+    """Returns the last `length` tokens of: the separator, then the document up to and with a token.
 
     So an excerpt begins with the separator where the document begins in it, and holds one document only.
 

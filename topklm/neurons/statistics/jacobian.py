@@ -23,9 +23,9 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.block import LayerHooks, end_layer
 from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
+from topklm.neurons.statistics import Settings
 from topklm.neurons.statistics import excerpts as excerpts_lib
 from topklm.neurons.statistics.excerpts import Excerpts
-from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 
 N_CONTEXTS, CONTEXT_TOKENS, SEED = Settings.lens_contexts, 32, Settings.seed
