@@ -13,7 +13,7 @@ from references import attention_reference
 from topklm.errors import UserError
 from topklm.model import attention, layers, transformer
 from topklm.model.block import LayerHooks
-from topklm.neurons.statistics import excerpts, jacobian
+from topklm.neurons.statistics import jacobian
 from topklm.neurons.store import Store, StoreWriter
 
 DOCUMENTS = random_documents((30, 4, 1, 17))
@@ -27,8 +27,8 @@ def stored(tmp_path, config):
 
 def texts(store):
     """Returns the contexts as lists of ids."""
-    ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
+    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
     return [row[there == 1] for row, there in zip(found.tokens, found.segments, strict=True)]
 
 
@@ -78,8 +78,8 @@ def test_they_are_the_mean_of_differences_in_every_layer(tmp_path, fields):
 def mean_of_last(config, store, change):
     """Returns the mean over contexts of the normed final state, [D], as a function of `change`, [L, D], which
     is added to what the layers hand on at the last position."""
-    ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
+    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
     hooks = LayerHooks(output=lambda h, e: h.at[:, -1].add(e))
     hidden, _ = transformer.bind(config, params()).hidden(
         found.tokens, found.segments, found.positions, hooks=hooks, hook_inputs=change
@@ -126,8 +126,8 @@ def test_the_last_layers_is_that_of_the_norm_at_shapes_that_xla_gets_wrong_vecto
     parameters = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
     settings = {**SETTINGS, "n_contexts": 16}
     found = jacobian.averaged_jacobians(config, parameters, SEPARATOR, store, **settings)
-    ends = excerpts.spread_ends(store.n_tokens, 16, SETTINGS["seed"])
-    texts = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    ends = jacobian.spread_ends(store.n_tokens, 16, SETTINGS["seed"])
+    texts = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
 
     @jax.jit
     def last(p):
