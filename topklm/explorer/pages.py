@@ -53,7 +53,7 @@ def environment() -> jinja2.Environment:
     )
     numbers = catalog.numbers()
     made.filters.update(
-        figure=lambda value, name: formatting.written(name, value),
+        figure=lambda value, name: formatting.write_as(numbers[name].kind, value),
         count=lambda value: formatting.write_as("count", value),
         share=lambda value: formatting.write_as("share", value),
         effect=lambda value: formatting.write_as("effect", value),
@@ -140,11 +140,24 @@ def tile_note(statistic: Statistic, data: Mapping[str, Any]) -> str:
         statistic: With a number.
         data: As the view of a neuron has them.
     """
-    known = {name: formatting.written(name, value) for name, value in data["figures"].items()}
-    known |= {name: formatting.write_as("count", data[name]) for name in ("n_tokens", "n_clusters")}
-    effective = ("effective_tokens", "effective_clusters")
-    known |= {name: formatting.write_as("number", data[name]) for name in effective}
-    return statistic.note.format_map(known)
+    return statistic.note.format_map(_Written(data))
+
+
+class _Written(dict[str, str]):
+    """Numbers of a neuron as its tiles write them; made when a note asks for them.
+
+    Args:
+        data: As the view of a neuron has them.
+    """
+
+    def __init__(self, data: Mapping[str, Any]):
+        super().__init__()
+        self._data = data
+
+    def __missing__(self, name: str) -> str:
+        if name in self._data["figures"]:
+            return formatting.written(name, self._data["figures"][name])
+        return formatting.write_as("count" if name.startswith("n_") else "number", self._data[name])
 
 
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
