@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 import contextlib
 import importlib
-import importlib.metadata
 import sys
 from types import ModuleType
 
-import topklm
 from topklm.errors import UserError
+
+VERSION = "0.1.0"  # of topklm
 
 
 def optional_module(name: str, extra: str, flag: str) -> ModuleType:
@@ -45,10 +45,12 @@ def versions(*packages: str) -> dict[str, str]:
 
     Ours may be a clone on PYTHONPATH, and is known all the same.
     """
+    import importlib.metadata  # noqa: PLC0415 - `import topklm` does without
+
     found = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = topklm.__version__ if package == "topklm" else "unknown"
+            found[package] = VERSION if package == "topklm" else "unknown"
     return found

@@ -23,13 +23,14 @@ from benchmarks.harness.report import Comparison, Report, Result
 from benchmarks.harness.shapes import SHAPES
 from benchmarks.harness.timing import Samples, Subject, alternate, timed
 from benchmarks.harness.worker import peak_resident_bytes
-from topklm import allocator, load, sharding
+from topklm import allocator, load
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.compile_check.check import with_vocabulary
-from topklm.config import CheckpointConfig, Config, MeshConfig
+from topklm.config import CheckpointConfig, Config
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
@@ -86,9 +87,9 @@ def write_run(folder: Path, config: Config) -> int:
     Returns:
         Bytes of its parameters.
     """
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    layout = one_device()
     shapes = jax.eval_shape(lambda: transformer.create(config.model, 0))
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    shardings = layout.shardings(shapes)
     params = jax.jit(lambda: transformer.create(config.model, 0), out_shardings=shardings)()
     state = TrainState(jnp.int32(1), params, optax.EmptyState(), {})
     facts = _describe(folder, config)
@@ -134,9 +135,9 @@ class _SavedRun:
     """A run that saves one checkpoint after another, and can be loaded."""
 
     def __init__(self, folder: Path, config: Config):
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        layout = one_device()
         optimizer = make_optimizer(config.optim, config.train.steps)
-        self.state = jax.block_until_ready(init_state(config, optimizer, mesh))
+        self.state = jax.block_until_ready(init_state(config, optimizer, layout))
         self.n_loaded = n_bytes(self.state.params)
         self._folder, self._facts = folder, _describe(folder, config)
         keep_one = dataclasses.replace(config.checkpoint, keep=1)

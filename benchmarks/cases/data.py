@@ -26,8 +26,7 @@ from benchmarks.harness.shapes import with_model
 from benchmarks.harness.timing import Samples, alternate
 from benchmarks.harness.worker import Prepared, Worker
 from topklm import config as config_lib
-from topklm import sharding
-from topklm.config import Config, MeshConfig
+from topklm.config import Config
 from topklm.data.dataset import Dataset, SplitInfo
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare as prepare_data
@@ -35,7 +34,8 @@ from topklm.data.records import shard_bounds, shard_name, token_dtype, write_sha
 from topklm.data.stream import Batch, train_stream, window_ids
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
-from topklm.training.feed import DeviceBatch, Feed, to_devices
+from topklm.layout import one_device
+from topklm.training.prefetch import DeviceBatch, Feed
 
 DESCRIPTION = (
     "Measures the training stream of a config's data, which are prepared first if need be, beside the train "
@@ -202,9 +202,9 @@ def _stream_batches(mixture: Mixture, config: Config, n: int) -> Batch:
 
 def _feed_batches(mixture: Mixture, config: Config, n: int) -> DeviceBatch:
     """Returns the last of n batches as a training step gets them."""
-    place = sharding.batch_sharding(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    layout = one_device()
     with contextlib.closing(_stream(mixture, config)) as stream:
-        feed = Feed(stream, lambda batch: to_devices(batch, place, config.train.batch_size))
+        feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
         return jax.block_until_ready(_take(feed, n))
 
 

@@ -52,9 +52,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
-        low, high = quartiles(self.samples)
-        spread = {"median": self.median, "quartiles": [low, high], "range": _range(self.samples)}
-        return {**dataclasses.asdict(self), "facts": dict(self.facts), **spread}
+        return _with_spread(self, facts=dict(self.facts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +88,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as JSON has it."""
-        low, high = quartiles(self.samples)
-        spread = {"median": self.median, "quartiles": [low, high], "range": _range(self.samples)}
-        return {**dataclasses.asdict(self), **spread, "reached": self.reached}
+        return _with_spread(self, reached=self.reached)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,5 +208,6 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
-def _range(samples: Sequence[float]) -> list[float]:
-    return [min(samples), max(samples)]
+def _with_spread(row: Result | Comparison, **more: Any) -> dict[str, Any]:
+    spread = {"quartiles": [*quartiles(row.samples)], "range": [min(row.samples), max(row.samples)]}
+    return {**dataclasses.asdict(row), "median": row.median, **spread, **more}

@@ -54,13 +54,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def timed(function: Callable[[], Any]) -> Subject:
     """Makes a subject of a function, which returns when its work is done."""
 
-    def side(calls: int) -> float:
+    def subject(calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
             function()
         return time.perf_counter() - began
 
-    return side
+    return subject
 
 
 def alternate(
@@ -95,8 +95,8 @@ def alternate(
     with rich.progress.Progress(*columns, console=console, transient=True, disable=not live) as progress:
         task = progress.add_task(label, total=(repeats + 1) * len(subjects))
         calls = {}
-        for name, side in subjects.items():
-            calls[name] = _calls_for(side, warmup, at_least)
+        for name, subject in subjects.items():
+            calls[name] = _calls_for(subject, warmup, at_least)
             progress.advance(task)
         for turn in range(repeats):
             for name in list(subjects) if turn % 2 == 0 else reversed(list(subjects)):
@@ -105,9 +105,9 @@ def alternate(
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def _calls_for(side: Subject, warmup: int, at_least: float) -> int:
+def _calls_for(subject: Subject, warmup: int, at_least: float) -> int:
     """Warms a subject up and finds how many calls a sample takes; the last call is typical."""
     for _ in range(warmup - 1):
-        side(1)
-    once = side(1)
+        subject(1)
+    once = subject(1)
     return max(1, math.ceil(at_least / max(once, 1e-7)))

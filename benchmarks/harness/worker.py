@@ -78,10 +78,10 @@ class Worker:
     def subjects(self) -> dict[str, Subject]:
         """Returns its subjects for `timing.alternate`; the time is taken in the process."""
 
-        def side(name: str) -> Subject:
+        def subject(name: str) -> Subject:
             return lambda calls: self._ask({"side": name, "calls": calls})["seconds"]
 
-        return {name: side(name) for name in self._names}
+        return {name: subject(name) for name in self._names}
 
     def peak_bytes(self) -> int:
         """Asks for the most memory that it had so far: of an accelerator, if it used one, else resident."""

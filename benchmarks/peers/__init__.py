@@ -1,4 +1,4 @@
-"""The same work done by others; nothing else of the library imports them."""
+"""The same work done by other libraries, which nothing but benchmarks and tests imports."""
 
 import importlib.util
 

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.harness.worker import Prepared
+from benchmarks.subjects import blocking
 from benchmarks.subjects.train_step import random_batch
 from topklm import config as config_lib
-from topklm import sharding
 from topklm.config import Config
 from topklm.data.stream import Batch as HostBatch
 from topklm.errors import UserError
-from topklm.model import attention_backends, losses
+from topklm.layout import make_layout
+from topklm.model import backends, losses
 from topklm.model.attention import Attention, rotation_angles
 from topklm.model.layers import RMSNorm, SwiGLU
-from topklm.model.parallel import Parallel
 from topklm.model.topk import topk
-from topklm.training.feed import to_devices
+from topklm.parallel import Parallel
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 
@@ -37,16 +37,15 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
         UserError: On several devices, whose parts also wait for each other.
     """
     config = config_lib.resolve(spec["config"])
-    mesh = sharding.make_mesh(config.mesh)
-    if mesh.size > 1:
-        raise UserError(f"--explain: takes one device apart, there are {mesh.size}; make one visible")
-    state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+    layout = make_layout(config.mesh)
+    if layout.size > 1:
+        raise UserError(f"--explain: takes one device apart, there are {layout.size}; make one visible")
+    state = init_state(config, make_optimizer(config.optim, config.train.steps), layout)
     host_batch = cast(HostBatch, random_batch(config))
-    place = sharding.batch_sharding(mesh)
-    batch = to_devices(host_batch, place, config.train.batch_size)
+    batch = layout.put_batch(host_batch, config.train.batch_size)
 
     def transfer() -> None:
-        jax.block_until_ready(to_devices(host_batch, place, config.train.batch_size))
+        jax.block_until_ready(layout.put_batch(host_batch, config.train.batch_size))
 
     subjects = {
         "input": transfer,
@@ -68,13 +67,14 @@ def _embedding(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
         h_BTD, gradient = jax.vjp(lambda table: table.astype(g_BTD.dtype)[tokens_BT], table_VD)
         return h_BTD, gradient(g_BTD)
 
-    return _blocking(both, state.params["embed"]["embedding"], batch["inputs"], _stream(config, 1))
+    return blocking(both, state.params["embed"]["embedding"], batch["inputs"], _stream(config, 1))
 
 
 def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> Subject:
     """Makes the subject of `h + Attention(Norm(h))`."""
     model = config.model
-    parallel = Parallel(attention=attention_backends.choose(model, jax.default_backend()))
+    chosen = backends.ATTENTION.choose(model.attention, jax.default_backend(), model.dtype, model)
+    parallel = Parallel(attention=chosen.name)
     norm = _definition(_make_norm(config))
     attention = _definition(lambda rngs: Attention(model, out_std=1.0, rngs=rngs))
 
@@ -127,7 +127,7 @@ def _head(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> 
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, h_BTD)
 
-    return _blocking(both, params, _stream(config, 0), batch["targets"], weights_BT)
+    return blocking(both, params, _stream(config, 0), batch["targets"], weights_BT)
 
 
 def _optimizer(config: Config, state: TrainState) -> Subject:
@@ -143,12 +143,12 @@ def _optimizer(config: Config, state: TrainState) -> Subject:
     held = [jax.tree.map(jnp.copy, (state.params, state.opt_state))]
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
 
-    def side() -> None:
+    def subject() -> None:
         params, opt_state, norm = compiled(*held[0], grads)
         held[0] = jax.block_until_ready((params, opt_state))
         norm.block_until_ready()
 
-    return side
+    return subject
 
 
 def _host(state: TrainState, batch: Any) -> Subject:
@@ -158,11 +158,11 @@ def _host(state: TrainState, batch: Any) -> Subject:
     )
     held = [jax.tree.map(jnp.copy, state)]
 
-    def side() -> None:
+    def subject() -> None:
         held[0], seen = same(held[0], batch)
         seen.block_until_ready()
 
-    return side
+    return subject
 
 
 def _forward_and_backward(config: Config, part: Callable, params: Any, *others: jax.Array) -> Subject:
@@ -173,7 +173,7 @@ def _forward_and_backward(config: Config, part: Callable, params: Any, *others: 
         y_BTD, gradient = jax.vjp(lambda params, h: part(params, h, *others), params, h_BTD)
         return y_BTD, gradient(g_BTD)
 
-    return _blocking(both, params, _stream(config, 0), _stream(config, 1), *others)
+    return blocking(both, params, _stream(config, 0), _stream(config, 1), *others)
 
 
 def _stream(config: Config, seed: int) -> jax.Array:
@@ -193,10 +193,3 @@ def _definition(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
 def _of_first_layer(state: TrainState, *names: str) -> dict[str, Any]:
     blocks = state.params["blocks"]
     return {name: jax.tree.map(lambda stacked: stacked[0], blocks[name]) for name in names}
-
-
-def _blocking(function: Callable, *arguments: Any) -> Subject:
-    def side() -> None:
-        jax.block_until_ready(function(*arguments))
-
-    return side

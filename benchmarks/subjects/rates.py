@@ -44,7 +44,7 @@ def _in_place(x: jax.Array) -> Callable[[], None]:
     negative = jax.jit(jnp.negative, donate_argnums=0)
     held = [x]
 
-    def side() -> None:
+    def subject() -> None:
         held[0] = negative(held[0]).block_until_ready()
 
-    return side
+    return subject

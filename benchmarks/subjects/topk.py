@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from benchmarks.harness.shapes import random_rows, topk_side
 from benchmarks.harness.worker import Prepared
-from topklm.config import TOPK_BACKENDS
+from benchmarks.subjects import blocking
 from topklm.errors import UserError
-from topklm.model.topk import check_platform, topk
+from topklm.model import backends
+from topklm.model.topk import topk
 
 SCATTER = "lax.top_k + scatter"
 COPY = "copy"
@@ -25,13 +26,13 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     """
     x, g = (jnp.asarray(values, spec["dtype"]) for values in random_rows(spec["rows"], spec["d"]))
     backends = ("auto",) if spec["only_auto"] else _backends()
-    subjects: dict[str, Callable[[], Any]] = {COPY: _blocking(jax.jit(jnp.negative), x)}
+    subjects: dict[str, Callable[[], Any]] = {COPY: blocking(jax.jit(jnp.negative), x)}
     for k in spec["ks"]:
         operations = {name: functools.partial(topk, k=k, backend=name) for name in backends}
         operations[SCATTER] = functools.partial(top_k_and_scatter, k=k)
         for name, operation in operations.items():
-            subjects[topk_side(k, name, backward=False)] = _blocking(jax.jit(operation), x)
-            subjects[topk_side(k, name, backward=True)] = _blocking(_with_gradient(operation), x, g)
+            subjects[topk_side(k, name, backward=False)] = blocking(jax.jit(operation), x)
+            subjects[topk_side(k, name, backward=True)] = blocking(_with_gradient(operation), x, g)
     return Prepared(subjects, {"platform": jax.default_backend(), "operations": [*backends, SCATTER]})
 
 
@@ -43,12 +44,12 @@ def top_k_and_scatter(x_ND: jax.Array, k: int) -> jax.Array:
 
 
 def _backends() -> list[str]:
-    return [name for name in TOPK_BACKENDS if _runs_here(name)]
+    return [name for name in backends.TOPK.names if _runs_here(name)]
 
 
 def _runs_here(backend: str) -> bool:
     try:
-        check_platform(backend, jax.default_backend())
+        backends.TOPK.check_platform(backend, jax.default_backend())
     except UserError:
         return False
     return True
@@ -61,10 +62,3 @@ def _with_gradient(operation: Callable[[jax.Array], jax.Array]) -> Callable:
         return y, gradient(g)[0]
 
     return both
-
-
-def _blocking(function: Callable, *arguments: jax.Array) -> Callable[[], None]:
-    def side() -> None:
-        jax.block_until_ready(function(*arguments))
-
-    return side

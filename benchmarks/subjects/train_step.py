@@ -10,10 +10,18 @@ import numpy as np
 from benchmarks.harness.shapes import random_tokens
 from benchmarks.harness.worker import Prepared
 from topklm import config as config_lib
-from topklm import sharding
-from topklm.training import memory, throughput
+from topklm.layout import make_layout
+from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
-from topklm.training.step import Batch, TrainState, abstract_batch, init_state, make_train_step
+from topklm.training.step import (
+    Batch,
+    TrainState,
+    abstract_batch,
+    compile_step,
+    init_state,
+    make_train_step,
+    release_seconds,
+)
 
 
 def prepare(spec: Mapping[str, Any]) -> Prepared:
@@ -23,16 +31,16 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
         spec: `config`, with its vocabulary.
     """
     config = config_lib.resolve(spec["config"])
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check(config, mesh)
+    layout = make_layout(config.mesh)
+    layout.check(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state = init_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, layout)
     n_parameters = throughput.parameter_count(state.params)
     # Not by the trainer's feed, which would bring all of data loading into this process.
-    batch = jax.device_put(random_batch(config), sharding.batch_sharding(mesh))
+    batch = jax.device_put(random_batch(config), layout.batch)
     began = time.perf_counter()
-    lowered = make_train_step(config, optimizer, mesh).lower(state, abstract_batch(config, mesh))
-    training = _Training(memory.compile_step(lowered), state, batch)
+    lowered = make_train_step(config, optimizer, layout).lower(state, abstract_batch(config, layout))
+    training = _Training(compile_step(lowered), state, batch)
     compile_seconds = time.perf_counter() - began
     del state  # the first step takes its memory
     facts = {
@@ -40,7 +48,7 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
         "first_loss": training.step(),
         "parameters": n_parameters,
         "platform": jax.default_backend(),
-        "devices": mesh.size,
+        "devices": layout.size,
         "peak_flops_per_second": throughput.peak_flops_per_second(jax.devices(), config.model.dtype),
     }
     return Prepared({"step": training.step}, facts, device_peak_bytes)
@@ -70,7 +78,7 @@ class _Training:
 
     def __init__(self, compiled: jax.stages.Compiled, state: TrainState, batch: Batch):
         self._compiled, self._state, self._batch = compiled, state, batch
-        self._release_seconds = memory.release_seconds(compiled)
+        self._release_seconds = release_seconds(compiled)
 
     def step(self) -> float:
         """Does one step; returns the loss in nats per token."""

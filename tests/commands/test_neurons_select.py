@@ -9,13 +9,13 @@ import saved_runs
 from test_neurons_find import write_store
 
 import topklm
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_select
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
-from topklm.neurons.folder import NeuronsFolder
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.neurons.labels import Labels
-from topklm.neurons.selection import read_contrast
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import read_contrast
 from topklm.storage.files import sealed_json
 
 STEP = 24

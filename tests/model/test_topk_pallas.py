@@ -10,11 +10,13 @@ from jax.sharding import AxisType, PartitionSpec
 import ml_dtypes
 import numpy as np
 import pytest
+from references import active_mask
 
-from topklm.compile_check import cost, program, topology
+from benchmarks.topk_and_norm import select_and_norm
+from topklm.compile_check import cost, hlo, topology
 from topklm.model import topk_pallas, topk_pallas_bits
-from topklm.model.topk import active_mask, topk
-from topklm.model.topk_pallas_tiles import make_tile
+from topklm.model.topk import topk
+from topklm.model.topk_pallas import make_tile
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 # Together every platform, dtype, activation and kind of D and k: each of them is a compilation.
@@ -127,9 +129,7 @@ def test_residual_topk_and_norm_in_one_are_the_three_one_after_the_other(platfor
     x, residual = (rng.normal(size=(5, 200)).astype(dtype) for _ in range(2))
     scale = rng.normal(size=200).astype(np.float32)
     x[1], residual[1], x[3, 17] = 0.0, 0.0, np.nan
-    fused = functools.partial(
-        topk_pallas.select_and_norm, k=20, activation="relu", platform=platform, epsilon=1e-5
-    )
+    fused = functools.partial(select_and_norm, k=20, activation="relu", platform=platform, epsilon=1e-5)
     run = interpreted(
         lambda x, residual, scale: fused(x, scale_D=scale, residual=residual, with_mask=True, interpret=True)
     )
@@ -238,7 +238,7 @@ def test_plane_b_holds_bit_b_of_every_number(n_bits):
     ],
 )
 def test_what_the_kernel_can_do_is_known_beforehand(shape, dtype, platform, can):
-    assert topk_pallas.supports(shape, dtype, platform) is can
+    assert (topk_pallas.limits(shape, dtype, platform) == "") is can
 
 
 def lowered_for_cuda(function, *arguments):
@@ -287,7 +287,7 @@ def test_on_a_v5e_it_reads_once_and_writes_once_and_needs_no_more_memory(dtype, 
     x = jax.ShapeDtypeStruct((4100, d), dtype)
     done = compiled_for_v5e(lambda x: topk_pallas.select(x, d // 16, "relu", "tpu")[0], x)
     n_bytes = x.size * dtype.itemsize
-    assert cost.main_memory_bytes(program.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
+    assert cost.main_memory_bytes(hlo.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
     assert done.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes
 
 
@@ -296,11 +296,11 @@ def test_on_a_v5e_residual_topk_and_norm_are_one_kernel():
     x, scale = jax.ShapeDtypeStruct((512, 4096), BF16), jax.ShapeDtypeStruct((4096,), F32)
 
     def fused(x, residual, scale):
-        return topk_pallas.select_and_norm(x, 256, "identity", "tpu", scale, 1e-5, residual=residual)[:2]
+        return select_and_norm(x, 256, "identity", "tpu", scale, 1e-5, residual=residual)[:2]
 
     done = compiled_for_v5e(fused, x, x, scale)
     assert done.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    moved = cost.main_memory_bytes(program.parse(done.as_text()))
+    moved = cost.main_memory_bytes(hlo.parse(done.as_text()))
     assert moved == pytest.approx(4 * x.size * BF16.itemsize, rel=0.07)  # the inverse RMS fills 128 lanes
 
 
@@ -315,6 +315,6 @@ def test_on_a_v5e_a_flag_and_a_residual_add_one_read_and_no_memory(dtype, d):
 
     compiled = compiled_for_v5e(flagged, x, x, flag)
     n_bytes = x.size * dtype.itemsize
-    touched = cost.main_memory_bytes(program.parse(compiled.as_text()))
+    touched = cost.main_memory_bytes(hlo.parse(compiled.as_text()))
     assert touched == pytest.approx(3 * n_bytes, rel=0.001)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes

@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_installed("explore", _NEEDED)
     shared.check_on_disk(arguments.run, "pages are made from a folder on a disk")
     # These need packages of the extra, which may not be there for those above.
-    from topklm.explorer import export, neuronpedia, server  # noqa: PLC0415
-    from topklm.explorer.source import Source  # noqa: PLC0415
+    from topklm.explorer import app, export, neuronpedia  # noqa: PLC0415
+    from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
     from topklm.neurons.pipeline import ensure_measured  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
     progress = Output(as_json=False).progress
     folder = ensure_measured(*shared.load(arguments), progress)
-    source = Source(folder)
+    source = NeuronData(folder)
     if out is not None and arguments.format == "neuronpedia":
         model_id = arguments.model_id or re.sub(r"[^a-z0-9_-]", "-", folder.run.resolve().name.lower())
         neuronpedia.export(
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.open:
             webbrowser.open(address)
 
-    server.serve(source, arguments.host, arguments.port, ready)
+    app.serve(source, arguments.host, arguments.port, ready)
 
 
 def _neurons(text: str | None) -> list[tuple[int, int]] | None:

@@ -10,11 +10,11 @@ from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.distributed import places
 from topklm.neurons import dictionary as dictionary_lib
-from topklm.neurons import fitting, pipeline
+from topklm.neurons import fit_dictionary, pipeline
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.harvest import ALL, Share
-from topklm.neurons.statistics.settings import Settings
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import Settings
 from topklm.neurons.store import Store
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
@@ -83,7 +83,7 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dictionary-tokens",
         type=_count,
-        default=fitting.DEFAULT_TOKENS,
+        default=fit_dictionary.DEFAULT_TOKENS,
         metavar="N",
         help="of training text, from which the dictionary is made; default %(default)s",
     )
@@ -165,7 +165,11 @@ def _measure(arguments: argparse.Namespace) -> None:
     folder = NeuronsFolder(Path(model.run), model.step)
     settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
     pipeline.measure_into(folder, model, output.progress, settings, arguments.encoder)
-    output.give({"table": str(folder.table)}, lambda: output.say(f"wrote {folder.table}"))
+    from topklm.neurons.statistics import catalog  # noqa: PLC0415 - its table needs a package of the extra
+
+    described = [statistic.described() for statistic in catalog.STATISTICS]
+    facts = {"table": str(folder.table), "statistics": described}
+    output.give(facts, lambda: output.say(f"wrote {folder.table}"))
 
 
 def _summary(folder: NeuronsFolder, store: Store) -> str:

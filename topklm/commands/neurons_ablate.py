@@ -14,13 +14,12 @@ from topklm.commands import shared, steer_args, text_pair
 from topklm.commands.shared import Output
 from topklm.commands.text_pair import Text
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, save_interventions
+from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons.ablate_set import Outcome, Scored, Spread
-from topklm.neurons.ablated_losses import AblatedLosses, Neuron
-from topklm.neurons.show import visible
+from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
+from topklm.neurons.display import visible
 from topklm.progress import Progress
 
 DESCRIPTION = (

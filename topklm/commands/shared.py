@@ -168,8 +168,8 @@ def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Me
     import jax  # noqa: PLC0415 - slow, and --help does without
 
     import topklm  # noqa: PLC0415
-    from topklm import sharding  # noqa: PLC0415
     from topklm.config import MeshConfig  # noqa: PLC0415
+    from topklm.layout import make_layout  # noqa: PLC0415
 
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     return topklm.load(arguments.run, step=arguments.step, mesh=mesh), mesh

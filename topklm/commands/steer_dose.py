@@ -16,16 +16,16 @@ import topklm
 from topklm.commands import shared, steer_args
 from topklm.commands.shared import Output
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, POSITIONS
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.show import visible
-from topklm.steering import concept as concept_lib
-from topklm.steering import dose, known
-from topklm.steering.concept import Concept
+from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS, needs_value
+from topklm.neurons.display import visible
+from topklm.neurons.paths import NeuronsFolder
+from topklm.steering import concepts as concept_lib
+from topklm.steering import dose, neuron_facts
+from topklm.steering.concepts import Concept
 from topklm.steering.dose import Response, Sampled
-from topklm.steering.known import Known
-from topklm.steering.measures import Estimate
+from topklm.steering.neuron_facts import NeuronFacts
 from topklm.steering.summary import without_nan
+from topklm.steering.text_metrics import Estimate
 from topklm.storage.files import is_bucket, local_path
 
 FLAGS = ("prompt", "prompts", "concept_regex", "concept_words")
@@ -37,7 +37,12 @@ _TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what goes with --neuron."""
     group = parser.add_argument_group("with --neuron")
-    group.add_argument("--mode", choices=MODES, default="clamp", help="default %(default)s")
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=DEFAULT_MODE,
+        help=f"{steer_args.modes_help()}; default %(default)s",
+    )
     group.add_argument("--positions", choices=POSITIONS, default="all", help="default %(default)s")
     group.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; default eight of ours"
@@ -73,12 +78,12 @@ def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], 
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
     steer_args.intervention(
-        layer, neuron, "clamp", 0.0, "--neuron", arguments.neuron, config=model.config.model
+        layer, neuron, DEFAULT_MODE, 0.0, "--neuron", arguments.neuron, config=model.config.model
     )
     folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
-    facts = None if folder is None else known.read(folder, layer, neuron)
+    facts = None if folder is None else neuron_facts.read(folder, layer, neuron)
     values = _values(arguments, facts)
-    concepts = asked or known.own_concepts(model, folder, facts, layer, neuron)
+    concepts = asked or neuron_facts.own_concepts(model, folder, facts, layer, neuron)
     total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
     with (
         shared.arguments_are_flags(arguments),
@@ -123,9 +128,9 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
     return Sampled(prompts, *settings)
 
 
-def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
+def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
     """Reads --values, in units of the neuron's activation."""
-    if not steer_args.needs_value(arguments.mode):
+    if not needs_value(arguments.mode):
         if arguments.values is not None:
             raise shared.wrong(arguments, "values", f"mode {arguments.mode} has no use for values")
         return [0.0]
@@ -183,7 +188,7 @@ def _print(
     found: list[Response],
     concepts: list[Concept],
     sampled: Sampled,
-    facts: Known | None,
+    facts: NeuronFacts | None,
 ) -> None:
     if facts is not None:
         active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
@@ -218,7 +223,7 @@ def _print(
 def _head(response: Response, mode: str) -> str:
     if response.value is None:
         return "unsteered"
-    return f"{response.value:.4g}" if steer_args.needs_value(mode) else mode
+    return f"{response.value:.4g}" if needs_value(mode) else mode
 
 
 def _with_interval(estimate: Estimate, factor: float, form: str) -> str:

@@ -12,10 +12,10 @@ from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.errors import UserError
 from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.steering import summary
-from topklm.steering.stored_concepts import KINDS
+from topklm.steering.concepts import KINDS
 from topklm.steering.survey import Settings, survey
 
 FLAGS = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")

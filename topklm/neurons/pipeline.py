@@ -5,18 +5,18 @@ from pathlib import Path
 
 import jax
 
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.config import ModelConfig
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons import fitting
+from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
-from topklm.neurons.statistics.settings import Settings
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
-from topklm.neurons.texts import Documents, described, no_text, open_documents
 from topklm.progress import Progress
 
 DEFAULT_TOKENS = 500_000
@@ -36,6 +36,8 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
         measure_into(folder, model, progress, Settings())
+    else:
+        _extend(folder, model, progress)
     return folder
 
 
@@ -51,7 +53,7 @@ def harvest_into(
     rows: int | None = None,
     keep: int | None = None,
     dictionary: str | None = None,
-    dictionary_tokens: int = fitting.DEFAULT_TOKENS,
+    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS,
     share: Share = ALL,
 ) -> None:
     """Runs text through a model and stores what its neurons do.
@@ -176,7 +178,7 @@ def _dictionary(
     share: Share,
 ) -> Dictionary:
     """Loads the dictionary beside the store, or makes it."""
-    if there := fitting.load_fitting(folder.dictionary, kind, keep, n_tokens):
+    if there := fit_dictionary.load_fitting(folder.dictionary, kind, keep, n_tokens):
         return there
     data = model.config.data
     if documents.name == open_documents(model.tokenizer, data, split="train").name:
@@ -185,7 +187,7 @@ def _dictionary(
         )
     if share.index:
         raise UserError(f"{folder.dictionary} is missing: part 0 makes it; start the others when it is there")
-    made = fitting.fit(
+    made = fit_dictionary.fit(
         kind,
         model.config.model,
         model.params,
@@ -221,16 +223,7 @@ def measure_into(
     Raises:
         UserError: For a store of another model, and without pyarrow.
     """
-    store = Store(folder.store)
-    of_model = {
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "step": model.step,
-        "parameters": store.metadata.parameters and fingerprint(model.params),
-    }
-    if any(getattr(store.metadata, name) != value for name, value in of_model.items()):
-        raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    store = _store_of(folder, model)
     # Parquet needs a package of the extra, and the other one is slow to import.
     from topklm.neurons.statistics import sentences  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
@@ -255,3 +248,35 @@ def measure_into(
             dictionary=dictionary,
             windows=windows,
         )
+
+
+def _extend(folder: NeuronsFolder, model: LanguageModel, progress: Progress) -> None:
+    """Adds to the table the statistics that an earlier version did not measure."""
+    store = _store_of(folder, model)
+    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415 - see `measure_into`
+
+    with disk_errors_are_user_errors(f"writing {folder.table}"):
+        extend(
+            folder.table,
+            store,
+            model.config.model,
+            model.params,
+            separator_id=model.tokenizer.separator_id,
+            progress=progress,
+            dictionary=Dictionary.load(folder.dictionary) if store.metadata.dictionary else None,
+        )
+
+
+def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
+    """Opens the model's store, and makes sure that there is a package to write the table with."""
+    store = Store(folder.store)
+    of_model = {
+        "tokenizer_sha256": model.tokenizer.sha256,
+        "step": model.step,
+        "parameters": store.metadata.parameters and fingerprint(model.params),
+    }
+    if any(getattr(store.metadata, name) != value for name, value in of_model.items()):
+        raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    return store
