@@ -394,7 +394,5 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
     parser = argparse.ArgumentParser()
     steer_args.add_arguments(parser)
     given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
-    assert steer_args.interventions(given, model.config.model) == [
-        Intervention(*PLACE, mode="saturate")
-    ]
+    assert steer_args.interventions(given, model.config.model) == [Intervention(*PLACE, mode="saturate")]
     assert "take the value off" in " ".join(parser.format_help().split())
