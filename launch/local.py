@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 from pathlib import Path
+import random
 import re
 import shlex
 import signal
@@ -26,6 +27,7 @@ from typing import IO
 BUG, USER_ERROR, TRY_AGAIN, INTERRUPTED = 1, 2, 75, 130
 TERMINATE_S = 5.0
 POLL_S = 0.05
+COORDINATOR_PORTS = range(20_000, 32_768)  # Linux gives 32,768 and above, others 49,152 and above
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
@@ -255,9 +257,12 @@ def _say(line: str) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Chooses a port below those that the kernel gives to connections: process 0 binds it seconds later."""
+    for port in random.sample(COORDINATOR_PORTS, len(COORDINATOR_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError(f"no port from {COORDINATOR_PORTS[0]} to {COORDINATOR_PORTS[-1]} is free")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import random
+import re
 import signal
 import sys
 import time
@@ -88,8 +89,8 @@ def disturb(job: Job, fault: str, chance: random.Random) -> tuple[str, set[int]]
     _signal([pids[rank]], number)
     if fault != "preempt":
         return f"{fault} of process {rank}", {75}
-    # Before it has loaded its modules, a process dies of the signal like any other.
-    return f"preempt of process {rank}", {0} if "data: " in job.launcher.output else {0, 75}
+    # Before the first step the others, who were not asked to stop, end with 75: nothing looks finished.
+    return f"preempt of process {rank}", {0} if re.search(r"step [\d,]+/", job.launcher.output) else {0, 75}
 
 
 def train_disturbed(

@@ -4,6 +4,7 @@ Tests of single functions need none of this.
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import queue
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -115,6 +117,17 @@ class Trainer:
         process = self.start(workdir, settings, **options)
         process.finish()
         return process
+
+
+def coordinator_port() -> int:
+    """Chooses a port for process 0 of a run, which binds it seconds later.
+
+    It lies below those that the kernel gives to connections meanwhile (from 32,768 on, on Linux).
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port := random.SystemRandom().randrange(10_000, 32_768)))
+            return port
 
 
 def devices(count: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neur
 from topklm.config import MeshConfig
 from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.data.dataset import SPLITS
-from topklm.distributed import places
+from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.files import is_bucket
 from topklm.inference.language_model import LanguageModel
@@ -168,7 +168,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     console = rich.console.Console(stderr=arguments.json)
     model, mesh = _load(arguments.run, arguments.step)
     folder = NeuronsFolder(Path(model.run), model.step)
-    place = places.find() if arguments.part is None else None
+    place = cluster.find() if arguments.part is None else None
     share = arguments.part or (Share(place.index, place.count) if place else ALL)
     _harvest_into(
         folder,

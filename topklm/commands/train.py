@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
     experiment, workdir = parse(arguments)
     allocator_name = allocator.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.
-    with stop_on_signal(distributed.announce_stop) as stop, distributed.session():
+    with stop_on_signal(distributed.announce_stop) as stop, distributed.session(lambda: stop.heard):
         if distributed.is_primary():
             print(f"allocator: {allocator_name}", flush=True)
         compilation_cache.enable()

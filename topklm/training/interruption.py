@@ -38,6 +38,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    @property
+    def heard(self) -> bool:
+        """Whether a signal has come to this process itself."""
+        return self._heard
+
     def begin_training(self) -> None:
         """From here on there are steps to save; does not return if the process is ending already."""
         with self._lock:
