@@ -38,20 +38,20 @@ import topklm
 from topklm import sharding
 from topklm.bench import timing
 from topklm.bench.timing import Samples, Side
+from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.explorer import export as html
 from topklm.explorer import neuronpedia
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
-from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
-from topklm.run_folder import CONFIG_FILE, TOKENIZER_FILE
+from topklm.progress import Progress
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "neuron_pages.json"
 TARGETS = {

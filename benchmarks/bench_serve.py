@@ -22,7 +22,7 @@ from typing import Any
 import openai
 
 from benchmarks import machine
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = pathlib.Path(__file__).parent / "results" / "serve.json"
 _BEGINNINGS = (

@@ -23,7 +23,7 @@ from benchmarks import machine
 from topklm import config as config_lib
 from topklm.bench import checkpoint
 from topklm.config import ModelConfig
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "checkpoints.json"
 EVERY_STEPS = 10

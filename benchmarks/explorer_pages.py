@@ -22,9 +22,9 @@ import urllib.request
 from playwright.sync_api import sync_playwright
 
 from benchmarks import machine
-from topklm.files import write_atomically
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store
+from topklm.storage.files import write_atomically
 
 RESULT = pathlib.Path(__file__).parent / "results" / "explorer_pages.json"
 TARGETS = {"neuron_page_ms": 50, "first_paint_ms": 200}

@@ -23,14 +23,14 @@ import pyarrow.compute
 
 from benchmarks import gallery_intervals
 from benchmarks.plot_loss_curves import COLOURS
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
-from topklm.files import write_atomically
 from topklm.neurons.dictionary import KINDS, TITLES
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 10

@@ -1,4 +1,4 @@
-"""Intervals of the gallery's figures by bootstrap over documents (`topklm.neurons.statistics.bootstrap`).
+"""Intervals of the gallery's figures by bootstrap over documents (`benchmarks.bootstrap`).
 
 For each run, layer and figure: median and mean over neurons, from the sample and from each draw. Runs that
 read the same text are drawn the same documents, so that their differences have intervals of their own.
@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.compute
 import rich.console
 
+from benchmarks import bootstrap
 import topklm
-from topklm.data.building.progress import TerminalProgress
 from topklm.model import transformer
 from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.statistics import bootstrap, clusters, contexts, table
+from topklm.neurons.statistics import clusters, contexts, table
 from topklm.neurons.store import Store
+from topklm.progress import TerminalProgress
 
 SUMMARIES = ("median", "mean")
 

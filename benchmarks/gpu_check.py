@@ -24,9 +24,9 @@ import numpy as np
 from topklm import errors
 from topklm.bench import machine, timing
 from topklm.config import TOPK_ACTIVATIONS
-from topklm.files import write_atomically
 from topklm.model import topk_pallas
 from topklm.model.topk import topk
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "gpu_topk.json"
 REPEATS = 7

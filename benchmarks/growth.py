@@ -21,7 +21,7 @@ from topklm.bench import growth, machine
 from topklm.bench.processes import threads
 from topklm.bench.shapes import SHAPES
 from topklm.config import Config
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = pathlib.Path(__file__).parent / "results" / "growth.json"
 

@@ -14,7 +14,7 @@ import tempfile
 from xml.etree import ElementTree
 
 from benchmarks.machine import describe
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "hostile_input.json"
@@ -24,9 +24,9 @@ AREAS = {
     "output, locale, names, locks, memory": ["tests/test_surroundings.py"],
     "runs, damaged or unreadable": [
         "tests/test_damaged_runs.py",
-        "tests/training/test_damaged_checkpoints.py",
+        "tests/checkpoint/test_damaged_checkpoints.py",
     ],
-    "storage that fails": ["tests/training/test_failing_saves.py"],
+    "storage that fails": ["tests/checkpoint/test_failing_saves.py"],
     "metrics": ["tests/training/test_metrics.py"],
     "neuron store, table and index, damaged or unreadable": [
         "tests/neurons/test_damaged_store.py",

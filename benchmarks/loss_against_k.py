@@ -25,10 +25,10 @@ import rich.progress
 
 from benchmarks import machine
 import topklm
-from topklm.files import write_atomically
 from topklm.inference.adaptive import AdaptiveK, token_losses
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.texts import open_documents
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "loss_against_k.json"
 THRESHOLDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5)  # nats

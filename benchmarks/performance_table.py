@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.performance_targets import GPU, TARGETS, Content, Target
 from topklm.bench.report import formatted
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -21,7 +21,7 @@ from benchmarks import machine, processes
 from topklm.data.readers import FileReader, Problem
 from topklm.data.sources import find
 from topklm.data.tokenizer import train_bpe
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 VOCAB_SIZE = 16_384
 DOCUMENT_CHARS = 16_384  # about: books are cut at line ends, or 300 documents would be one batch

@@ -26,7 +26,7 @@ from topklm.compile_check.hlo import KINDS
 from topklm.compile_check.report import Report, as_text, from_dict
 from topklm.compile_check.topology import GIB, Chip
 from topklm.config import Config, resolve
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"

@@ -19,7 +19,7 @@ import time
 
 from benchmarks import machine
 from topklm.compilation_cache import SWITCH
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
 TARGET = 0.5  # warm over cold

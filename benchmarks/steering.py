@@ -23,16 +23,16 @@ import rich.console
 
 from benchmarks.plot_loss_curves import COLOURS
 import topklm
-from topklm.data.building.progress import TerminalProgress
-from topklm.files import write_atomically
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
+from topklm.progress import TerminalProgress
 from topklm.steering import dose, known
 from topklm.steering.dose import Sampled
 from topklm.steering.stored_concepts import KINDS
 from topklm.steering.summary import without_nan
+from topklm.storage.files import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 6

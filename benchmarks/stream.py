@@ -25,7 +25,7 @@ from topklm.data.dataset import load_dataset
 from topklm.data.mixture import Mixture
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.stream import train_stream
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
 SHAPES = ((256, 8), (256, 64), (1024, 64), (2048, 32))  # context length, batch size

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from topklm import run_folder, sharding
+from topklm import sharding
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import CheckpointConfig, Config, MeshConfig, ModelConfig
 from topklm.data.tokenizer import Tokenizer, train_bpe
-from topklm.files import AnyPath, write_atomically
-from topklm.training.checkpoints import Checkpoints
+from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, abstract_state
 
@@ -69,7 +70,7 @@ def describe(folder: AnyPath, config: Config = CONFIG) -> None:
 def save(folder: AnyPath, steps: Sequence[int], config: Config = CONFIG) -> dict[int, Any]:
     """Makes a run folder; returns the parameters of each step as NumPy arrays."""
     describe(folder, config)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint)
+    checkpoints = CheckpointManager(folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint)
     saved = {}
     for step in steps:
         now = state(step, config)

@@ -28,18 +28,18 @@ from topklm.data.tokenizer import train_bpe
 IMPATIENT = """
 import sys
 from topklm import main
-from topklm.training import checkpoints
+from topklm.checkpoint import manager
 
-checkpoints.PATIENCE = checkpoints.Patience(while_training_s=2.0, at_end_s=2.0)
+manager.PATIENCE = manager.Patience(while_training_s=2.0, at_end_s=2.0)
 sys.exit(main.run())
 """
 # The same under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
 WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from topklm import main
-from topklm.training import checkpoints
+from topklm.checkpoint import manager
 
-checkpoints.PATIENCE = checkpoints.Patience(while_training_s=2.0, at_end_s=2.0)
+manager.PATIENCE = manager.Patience(while_training_s=2.0, at_end_s=2.0)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main.run())

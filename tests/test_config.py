@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_a_change_of_the_run_itself_is_listed_with_both_values():
     }
 
 
-@pytest.mark.parametrize("schedule", config_lib.SCHEDULES)
+@pytest.mark.parametrize("schedule", config_lib.settings()["optim.schedule"].choices)
 def test_length_place_and_reporting_may_change(schedule):
     saved = with_fields(optim__schedule=schedule)
     asked = with_fields(
@@ -158,3 +159,19 @@ def test_a_config_saved_with_scan_layers_is_still_read(scanned):
     del saved["model"]["layer_stack"]
     saved["model"]["scan_layers"] = scanned
     assert config_lib.from_saved(saved) == config_lib.Config()
+
+
+def test_the_page_of_settings_is_what_the_fields_say():
+    page = (Path(__file__).parents[1] / "docs/config.md").read_text(encoding="utf-8")
+    assert page == config_lib.page(), "python -m topklm.config > docs/config.md"
+    assert all(f"| `{name}` |" in page for name in flatten(Config()))
+
+
+def test_a_range_says_what_it_holds():
+    share = config_lib.settings()["optim.decay_fraction"].range
+    assert (share.holds(0), share.holds(1.0), share.holds(1.01), str(share)) == (
+        True,
+        True,
+        False,
+        "from 0 to 1",
+    )

@@ -13,8 +13,8 @@ import saved_runs
 
 import topklm
 from topklm import cli, config, errors, sharding
-from topklm.buckets import storage_errors_are_user_errors
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import CheckpointManager
+from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 
@@ -38,7 +38,7 @@ def loaded(run):
 
 def newest_state(run):
     asked = config.from_json((run / "config.json").read_bytes())
-    checkpoints = Checkpoints(run / "checkpoints", asked.checkpoint)
+    checkpoints = CheckpointManager(run / "checkpoints", asked.checkpoint)
     return [np.asarray(array) for array in jax.tree.leaves(checkpoints.restore(*onto_one_device(asked))[0])]
 
 
@@ -51,7 +51,7 @@ def restored(run):
     """As a run that is continued; that an older checkpoint is taken instead is said."""
     said = []
     with storage_errors_are_user_errors("reading the checkpoints", run):
-        checkpoints = Checkpoints(run / "checkpoints", saved_runs.CONFIG.checkpoint, said.append)
+        checkpoints = CheckpointManager(run / "checkpoints", saved_runs.CONFIG.checkpoint, said.append)
         if checkpoints.latest_step == 5:  # to take a checkpoint away is the way to go back
             raise errors.UserError("the newest checkpoint is not there")
         state, data, facts = checkpoints.restore(*onto_one_device(saved_runs.CONFIG))

@@ -22,7 +22,8 @@ from helpers import (
 import jax
 import pytest
 
-from topklm import cli, config, errors, files, imports, locks, sharding
+from topklm import cli, config, errors, imports, sharding
+from topklm.storage import files, locks
 from topklm.training import memory
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
@@ -277,7 +278,7 @@ def test_a_file_system_without_locks_is_warned_of_and_used(monkeypatch, tmp_path
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("topklm.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("topklm.storage.locks.fcntl.flock", refuse)
     said = []
     with locks.held(tmp_path, pytest.fail, said.append):
         assert not locks.is_held(tmp_path)

@@ -17,7 +17,7 @@ from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
 from topklm.errors import UserError
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 SWITCH = "TOPKLM_COMPILATION_CACHE"
 

@@ -17,44 +17,150 @@ import ml_collections
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.files import check_name, parse_json
+from topklm.storage.files import check_name, parse_json
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")
 ATTENTIONS = ("auto", "blocked", "splash", "triton", "cudnn")
 DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("cosine", "wsd")
-LAYER_STACKS = ("auto", "scanned", "unrolled")
-REMAT_POLICIES = ("none", "minimal", "full")
-BAD_STEP_POLICIES = ("stop", "skip")
+
+# The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
+# is a hundred times that of any tokenizer; the library that trains them aborts the process far above.
+_MAX_SIZE = 2**31 - 1
+_MAX_COUNT = 2**63 - 1
+MAX_VOCABULARY = 2**24
+# All floats end in float32, of which XLA flushes values smaller than its smallest normal number to 0.
+_LEAST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_FLOAT32_RANGE = f"0, or of a size that float32 holds: {_LEAST_FLOAT:.2e} to {_LARGEST_FLOAT:.2e}"
+_LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Values that a number may take; a bound that is None does not hold.
+
+    Attributes:
+        least: The smallest.
+        most: The largest.
+        above: All are larger.
+        below: All are smaller, in float32 too.
+        rest: -1 is allowed beside them and stands for all devices that are left.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    rest: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Returns True if a value lies within all bounds."""
+        return (self.rest and value == -1) or (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or float(np.float32(value)) < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Describes the values, as in "must be ..."."""
+        if self.below is not None:
+            low = f"above {self.above}" if self.above is not None else f"at least {self.least}"
+            return f"{low} and below {self.below}, in float32 too"
+        if self.above is not None:
+            return f"above {self.above}"
+        if self.most is not None and not isinstance(self.most, int):
+            return f"from {self.least} to {self.most:g}"
+        low = f"{self.least} or more" if self.least is not None else ""
+        return f"{low}, or -1 for all that are left" if self.rest else low
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Everything known of a field besides its name and type.
+
+    Attributes:
+        meaning: With its unit or its symbol.
+        range: Of a number.
+        choices: Of a name.
+        allowed: Describes the values where they depend on other fields.
+    """
+
+    meaning: str
+    range: Range = Range()
+    choices: tuple[str, ...] = ()
+    allowed: str = ""
+
+
+def _setting(default: Any, meaning: str, range_: Range | None = None, **more: Any) -> Any:
+    """Declares a field of a section; an integer is from 1 to 2^31 - 1 where no range is given."""
+    if range_ is None:
+        is_size = isinstance(default, int) and not isinstance(default, bool) and "allowed" not in more
+        range_ = Range(1, _MAX_SIZE) if is_size else Range()
+    return dataclasses.field(default=default, metadata={"setting": Setting(meaning, range_, **more)})
+
+
+_FROM_0 = Range(least=0)
+_ABOVE_0 = Range(above=0)
+_SHARE = Range(least=0, most=1.0)
+_AVERAGE = Range(least=0, below=1)
+_STEPS = Range(0, _MAX_SIZE)
+_AXIS = Range(1, _MAX_SIZE, rest=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer and its TopK. The Base LM is `n_nontopk = n_layers`."""
 
-    d_model: int = 256  # D, width of the residual stream = neurons per TopK layer
-    n_layers: int = 4  # L
-    n_heads: int = 4  # H, query heads; d_model / n_heads is the head width, which must be even (RoPE)
-    n_kv_heads: int = 4  # K, key and value heads; divides n_heads
-    d_mlp: int = 688  # F, hidden width of the SwiGLU
-    vocab_size: int = 0  # V, tokens that can be predicted; 0: the tokenizer's size, the only other value
-    vocab_multiple: int = 128  # (un)embedding rows: V rounded up to a multiple of this; 1: no padding
-    context_length: int = 256  # T, tokens per training window
-    topk_k: int = 32  # k, residual entries a TopK layer keeps per token, 1 to d_model
-    n_nontopk: int = 1  # final layers left dense; n_layers gives the Base LM
-    topk_activation: str = "relu"  # what is kept: relu (clipped at 0), identity, abs (by magnitude)
-    topk_backend: str = "auto"  # how it is computed; of all but approx (approximate) the result is the same
-    attention: str = "auto"  # how it is computed: auto, blocked, splash (TPU), triton or cudnn (GPU)
-    tie_embeddings: bool = False  # unembedding = transposed embedding
-    rope_theta: float = 10_000.0  # RoPE base wavelength
-    norm_eps: float = 1e-5  # RMSNorm epsilon
-    init_embed_std: float = 1.0  # standard deviation of the embedding at initialisation
-    init_residual_scale: float = 1.0  # multiplies 1/sqrt(2 L) in the initial scale of what blocks write
-    dtype: str = "float32"  # of activations; parameters and reductions are float32
-    layer_stack: str = "auto"  # scanned (one compiled block), unrolled; auto: what suits the platform
-    remat: str = (
-        "none"  # kept for the backward pass: none (all), minimal (matrix products), full (layer inputs)
+    d_model: int = _setting(256, "D, width of the residual stream = neurons of a TopK layer")
+    n_layers: int = _setting(4, "L, transformer blocks")
+    n_heads: int = _setting(4, "H, query heads; d_model / n_heads, the head width, is even (RoPE)")
+    n_kv_heads: int = _setting(4, "K, key and value heads", Range(1, _MAX_SIZE), allowed="divides n_heads")
+    d_mlp: int = _setting(688, "F, hidden width of the SwiGLU")
+    vocab_size: int = _setting(
+        0, "V, tokens that can be predicted; 0: as many as the tokenizer has", Range(0, MAX_VOCABULARY)
+    )
+    vocab_multiple: int = _setting(
+        128, "embedding rows: V rounded up to a multiple of this; 1: no padding", Range(1, MAX_VOCABULARY)
+    )
+    context_length: int = _setting(256, "T, tokens of a training window")
+    topk_k: int = _setting(
+        32, "k, residual entries that a TopK layer keeps of a token", allowed="from 1 to d_model"
+    )
+    n_nontopk: int = _setting(
+        1, "final layers left dense; n_layers gives the Base LM", allowed="from 1 to n_layers"
+    )
+    topk_activation: str = _setting(
+        "relu",
+        "what is kept: relu (clipped at 0: the layer is a TopK SAE with identity weights), identity, abs (by "
+        "magnitude)",
+        choices=TOPK_ACTIVATIONS,
+    )
+    topk_backend: str = _setting(
+        "auto", "implementation of TopK; all give the same bits except approx", choices=TOPK_BACKENDS
+    )
+    attention: str = _setting(
+        "auto",
+        "implementation of attention: blocked (anywhere), splash (TPU), triton, cudnn (GPU)",
+        choices=ATTENTIONS,
+    )
+    tie_embeddings: bool = _setting(False, "unembedding = transposed embedding")
+    rope_theta: float = _setting(10_000.0, "RoPE base wavelength, tokens / 2 pi", _ABOVE_0)
+    norm_eps: float = _setting(1e-5, "RMSNorm epsilon", _ABOVE_0)
+    init_embed_std: float = _setting(1.0, "standard deviation of the embedding at initialisation", _FROM_0)
+    init_residual_scale: float = _setting(
+        1.0, "multiplies 1/sqrt(2 L) in the initial scale of the matrices that write to the stream", _FROM_0
+    )
+    dtype: str = _setting("float32", "of activations; parameters and reductions are float32", choices=DTYPES)
+    layer_stack: str = _setting(
+        "auto",
+        "scanned (one compiled block), unrolled; auto: the faster on the platform",
+        choices=("auto", "scanned", "unrolled"),
+    )
+    remat: str = _setting(
+        "none",
+        "kept for the backward pass: none (all is kept), minimal (matrix products), full (layer inputs)",
+        choices=("none", "minimal", "full"),
     )
 
     @property
@@ -77,25 +183,47 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    source: str = "quickstart"  # quickstart, a prepared folder, or files, globs, URLs of text
-    mixture: str = ""  # prepared folders and their shares of the windows, "DIR:0.7,DIR:0.3"; replaces source
-    text_field: str = "text"  # key of the text in a JSON line
-    vocab_size: int = 4096  # tokens of the BPE tokenizer trained on the training split, separator included
-    heldout_fraction: float = 0.05  # share of documents held out, chosen by a hash of their text
-    dir: str = "datasets"  # folder that holds prepared datasets, one subfolder for each
+    source: str = _setting(
+        "quickstart", "quickstart, a prepared folder, or files, globs, URLs of text, separated by commas"
+    )
+    mixture: str = _setting(
+        "", 'prepared folders and their shares of the windows, "DIR:0.7,DIR:0.3"; replaces source'
+    )
+    text_field: str = _setting("text", "key of the text in a JSON line")
+    vocab_size: int = _setting(
+        4096,
+        "tokens of the BPE that is trained on the training split, separator included",
+        Range(257, MAX_VOCABULARY),  # 256 bytes and a separator
+    )
+    heldout_fraction: float = _setting(
+        0.05, "share of documents held out, chosen by a hash of their text", Range(above=0, below=1)
+    )
+    dir: str = _setting("datasets", "folder that holds prepared datasets, one subfolder for each")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long and on what batches."""
 
-    steps: int = 1300  # optimizer steps
-    batch_size: int = 8  # sequences (windows of context_length tokens) per step, over all devices
-    grad_accumulation: int = 1  # microbatches that a step is split into; the gradient stays exact
-    seed: int = 0  # of parameters, data order and samples
-    on_bad_step: str = "stop"  # a step that is not finite, or a spike: stop the run, or skip its update
-    spike_sigmas: float = (
-        0.0  # a spike is this many standard deviations above recent steps; 0: not looked for
+    steps: int = _setting(1300, "optimizer steps")
+    batch_size: int = _setting(8, "sequences (windows of context_length tokens) of a step, over all devices")
+    grad_accumulation: int = _setting(
+        1,
+        "microbatches that a step is split into; the gradient stays exact",
+        Range(1, _MAX_SIZE),
+        allowed="divides batch_size",
+    )
+    seed: int = _setting(0, "of parameters, data order and samples", Range(0, _MAX_COUNT))
+    on_bad_step: str = _setting(
+        "stop",
+        "at a step that is not finite, or a spike: stop the run, or skip its update (at most ten in a row)",
+        choices=("stop", "skip"),
+    )
+    spike_sigmas: float = _setting(
+        0.0,
+        "a spike of loss or gradient norm is this many standard deviations above recent steps; 0: not looked "
+        "for",
+        _FROM_0,
     )
 
 
@@ -103,53 +231,61 @@ class TrainConfig:
 class OptimConfig:
     """AdamW, its schedule and the loss's extras."""
 
-    learning_rate: float = 6e-3  # peak
-    schedule: str = "cosine"  # cosine, or wsd (warm-up, stable, linear decay)
-    warmup_steps: int = 50  # steps of linear warm-up
-    decay_fraction: float = 0.2  # wsd: share of all steps spent decaying
-    final_learning_rate_fraction: float = 0.0  # last learning rate / peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; never on norms
-    clip_norm: float = 1.0  # global gradient norm is clipped to this; 0: not clipped
-    z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2) in the loss
+    learning_rate: float = _setting(6e-3, "peak", _ABOVE_0)
+    schedule: str = _setting(
+        "cosine", "cosine, or wsd (warm-up, stable, linear decay)", choices=("cosine", "wsd")
+    )
+    warmup_steps: int = _setting(50, "steps of linear warm-up", _STEPS)
+    decay_fraction: float = _setting(0.2, "wsd: share of all steps spent decaying", _SHARE)
+    final_learning_rate_fraction: float = _setting(0.0, "last learning rate / peak", _SHARE)
+    beta1: float = _setting(0.9, "decay of the average of gradients", _AVERAGE)
+    beta2: float = _setting(0.95, "decay of the average of squared gradients", _AVERAGE)
+    epsilon: float = _setting(1e-8, "added to the root of the second average", _ABOVE_0)
+    weight_decay: float = _setting(0.1, "on matrices; never on norms", _FROM_0)
+    clip_norm: float = _setting(1.0, "global gradient norm is clipped to this; 0: not clipped", _FROM_0)
+    z_loss: float = _setting(0.0, "weight of mean(logsumexp(logits)^2) in the loss", _FROM_0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one may be -1: all that are left."""
 
-    data: int = -1  # parameters repeated; across slices of TPUs, whose links are slower
-    fsdp: int = 1  # parameters, optimizer and batch split
-    context: int = 1  # tokens of a sequence split
-    tensor: int = 1  # heads, MLP and vocabulary split
+    data: int = _setting(
+        -1, "devices that repeat parameters; across slices of TPUs, whose links are slower", _AXIS
+    )
+    fsdp: int = _setting(1, "devices over which parameters, optimizer and batch are split", _AXIS)
+    context: int = _setting(1, "devices over which the tokens of a sequence are split", _AXIS)
+    tensor: int = _setting(1, "devices over which heads, MLP and vocabulary are split", _AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved."""
 
-    every_steps: int = 200  # 0: only at the end and on interruption
-    keep: int = 2  # newest checkpoints kept
+    every_steps: int = _setting(200, "steps between saves; 0: only at the end and on interruption", _STEPS)
+    keep: int = _setting(2, "newest checkpoints kept")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation."""
 
-    every_steps: int = 200  # 0: only at the end
-    batch_size: int = 16  # sequences
-    sample_prompt: str = "The"  # prompt of the text sample
-    sample_tokens: int = 40  # length of the text sample, tokens
-    max_tokens: int = 0  # text tokens to evaluate on, the first documents of each dataset; 0: all
+    every_steps: int = _setting(200, "steps between evaluations; 0: only at the end", _STEPS)
+    batch_size: int = _setting(16, "sequences of one forward pass")
+    sample_prompt: str = _setting("The", "prompt of the text sample")
+    sample_tokens: int = _setting(40, "length of the text sample, tokens", Range(0, 2**20))
+    max_tokens: int = _setting(
+        0,
+        "text tokens to evaluate on, the first documents of each dataset; 0: all",
+        Range(0, _MAX_COUNT),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is printed and written."""
+    """Printing and metrics."""
 
-    every_steps: int = 20  # steps between metrics lines
+    every_steps: int = _setting(20, "steps between metrics lines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,21 +300,21 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    profile: str = ""  # "A:B": trace steps A to B - 1 into the run folder, as numpy counts; empty: none
+    profile: str = _setting("", '"A:B" traces steps A to B - 1 into RUN/profile, for xprof; empty: none')
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, as stored in a run's config.json."""
+        """Returns the plain nested dict that a run's config.json stores."""
         return dataclasses.asdict(self)
 
     @property
     def profiled_steps(self) -> range:
-        """What `profile` says; the first step of a run is 1."""
+        """The steps that `profile` names; the first step of a run is 1."""
         begin, _, end = self.profile.partition(":")
         return range(int(begin), int(end)) if self.profile else range(0)
 
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
-# elsewhere: what it holds is compared by its fingerprint. How a step is computed changes rounding at most.
+# elsewhere: its content is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
     {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.layer_stack"}
     | {"model.attention", "data.source", "data.mixture", "data.dir"}
@@ -187,7 +323,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 
 
 def default() -> ml_collections.ConfigDict:
-    """The default experiment as a `ConfigDict`, the starting point of every file in configs/."""
+    """Returns the default experiment as a `ConfigDict`, the starting point of every file in configs/."""
     return ml_collections.ConfigDict(Config().to_dict())
 
 
@@ -195,7 +331,7 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Checks field names, types and ranges and returns the typed config.
 
     Args:
-        raw: Nested mapping of sections to fields, and of the fields in no section; what is missing takes its
+        raw: Nested mapping of sections to fields, and of the fields in no section; a missing one takes its
             default.
 
     Raises:
@@ -236,7 +372,7 @@ def from_json(text: str | bytes) -> Config:
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
-    """A config that a run has saved, also one from before `vocab_multiple` or `layer_stack`.
+    """Returns a config that a run has saved, also one from before `vocab_multiple` or `layer_stack`.
 
     Raises:
         UserError: As `resolve`.
@@ -249,7 +385,7 @@ def from_saved(values: Mapping[str, Any]) -> Config:
 
 
 def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`model.scan_layers` said what `layer_stack` says now; nothing that was saved depends on it."""
+    """Drops `model.scan_layers`, the former name of `layer_stack`; nothing that was saved depends on it."""
     model = values.get("model") if isinstance(values, Mapping) else None
     if not isinstance(model, Mapping) or "scan_layers" not in model:
         return values
@@ -257,7 +393,7 @@ def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def nearest_field(name: str) -> str:
-    """The advice for an unknown section or field such as "d_modl": the closest that exists."""
+    """Returns advice for an unknown section or field such as "d_modl": the closest that exists."""
     names = {f.name: f.name for f in dataclasses.fields(Config)}
     names |= {dotted.rsplit(".", maxsplit=1)[-1]: dotted for dotted in flatten(Config())}
     close = difflib.get_close_matches(name, list(names), n=1)
@@ -265,7 +401,7 @@ def nearest_field(name: str) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """`{"model.d_model": 256, ..., "profile": ""}`."""
+    """Returns all fields by dotted name: `{"model.d_model": 256, ..., "profile": ""}`."""
     flat: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         fields = value if isinstance(value, dict) else {"": value}
@@ -273,8 +409,45 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def settings() -> dict[str, Setting]:
+    """Returns meaning and range of every field, by dotted name, in the order of `flatten`."""
+    found: dict[str, Setting] = {}
+    for section in dataclasses.fields(Config):
+        if "setting" in section.metadata:
+            found[section.name] = section.metadata["setting"]
+        else:
+            fields = dataclasses.fields(getattr(Config(), section.name))
+            found |= {f"{section.name}.{field.name}": field.metadata["setting"] for field in fields}
+    return found
+
+
+def page() -> str:
+    """Returns docs/config.md: a table of each section; `python -m topklm.config` prints it."""
+    flat, known = flatten(Config()), settings()
+    lines = [
+        "# Every setting",
+        "",
+        "A config file is a Python function `get_config(variant)` that gives an `ml_collections.ConfigDict`;",
+        "it starts from `topklm.config.default()`, which holds these values. Any field can be set on the",
+        "command line, as `--config.model.topk_k=16`. This page is printed by `python -m topklm.config`.",
+    ]
+    for section in dataclasses.fields(Config):
+        names = [name for name in flat if name.partition(".")[0] == section.name]
+        about = type(getattr(Config(), section.name)).__doc__ if "." in names[0] else "In no section."
+        lines += ["", f"## {section.name}", "", f"{about}", ""]
+        lines += ["| field | default | meaning | allowed |", "|---|---|---|---|"]
+        for name in names:
+            setting, default = known[name], flat[name]
+            allowed = setting.allowed or ", ".join(setting.choices) or str(setting.range)
+            if isinstance(default, bool):
+                allowed = "true, false"
+            shown = f"`{default}`" if default != "" else "empty"
+            lines.append(f"| `{name}` | {shown} | {setting.meaning} | {allowed} |")
+    return "\n".join([*lines, ""])
+
+
 def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields whose change would make a continued run a different run: name -> (saved, asked)."""
+    """Returns the fields whose change would make a continued run a different run: name -> (saved, asked)."""
     old, new = flatten(saved), flatten(asked)
     return {
         name: (old[name], new[name])
@@ -380,47 +553,30 @@ def _nearest(name: Any, names: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
 
 
-# The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
-# is a hundred times that of any tokenizer; the library that trains them aborts the process far above.
-_MAX_SIZE = 2**31 - 1
-MAX_VOCABULARY = 2**24
-_INTEGER_RANGES: dict[str, tuple[int, int]] = {
-    "model.vocab_size": (0, MAX_VOCABULARY),
-    "model.vocab_multiple": (1, MAX_VOCABULARY),
-    "data.vocab_size": (257, MAX_VOCABULARY),  # 256 bytes and a separator
-    "train.seed": (0, 2**63 - 1),
-    "optim.warmup_steps": (0, _MAX_SIZE),
-    "checkpoint.every_steps": (0, _MAX_SIZE),
-    "eval.every_steps": (0, _MAX_SIZE),
-    "eval.sample_tokens": (0, 2**20),
-    "eval.max_tokens": (0, 2**63 - 1),
-}
-# All floats end in float32, of which XLA flushes what is smaller than its smallest normal number to 0.
-_LEAST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_FLOAT32_RANGE = f"0, or of a size that float32 holds: {_LEAST_FLOAT:.2e} to {_LARGEST_FLOAT:.2e}"
-_LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
-
-
 def _check_ranges(config: Config) -> None:
+    """Checks each field by itself, then those that depend on others.
+
+    Raises:
+        UserError: For the first that is out of range.
+    """
+
     def require(field: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise UserError(f"{field} = {_shown(flat[field])}: must be {allowed}")
 
     m, flat = config.model, flatten(config)
-    axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
-    for field, value in flat.items():
+    for field, setting in settings().items():
+        value = flat[field]
         if isinstance(value, float):
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
-        elif isinstance(value, str):
+        if isinstance(value, str):
             _check_text(field, value)
-        elif field in axes:
-            require(field, value >= 1 or value == -1, "1 or more, or -1 for all that are left")
-            require(field, value <= _MAX_SIZE, f"at most {_MAX_SIZE}")
-        elif not isinstance(value, bool) and field not in ("model.topk_k", "model.n_nontopk"):
-            low, high = _INTEGER_RANGES.get(field, (1, _MAX_SIZE))
-            require(field, value >= low, f"{low} or more")
-            require(field, value <= high, f"at most {high}")
+            require(field, not setting.choices or value in setting.choices, _one_of(setting))
+        elif isinstance(setting.range.most, int) and value > setting.range.most:
+            require(field, False, f"at most {setting.range.most}")
+        else:
+            require(field, setting.range.holds(value), str(setting.range))
     require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
     require(
         "model.n_heads",
@@ -438,28 +594,6 @@ def _check_ranges(config: Config) -> None:
         1 <= m.n_nontopk <= m.n_layers,
         f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)",
     )
-    for field, choices in {
-        "model.topk_activation": TOPK_ACTIVATIONS,
-        "model.topk_backend": TOPK_BACKENDS,
-        "model.attention": ATTENTIONS,
-        "model.dtype": DTYPES,
-        "model.layer_stack": LAYER_STACKS,
-        "model.remat": REMAT_POLICIES,
-        "train.on_bad_step": BAD_STEP_POLICIES,
-        "optim.schedule": SCHEDULES,
-    }.items():
-        require(field, flat[field] in choices, f"one of {', '.join(choices)}")
-    for field in ["model.rope_theta", "model.norm_eps", "optim.learning_rate", "optim.epsilon"]:
-        require(field, flat[field] > 0, "above 0")
-    for field in ["model.init_embed_std", "model.init_residual_scale", "optim.weight_decay"]:
-        require(field, flat[field] >= 0, "0 or more")
-    for field in ["optim.clip_norm", "optim.z_loss", "train.spike_sigmas"]:
-        require(field, flat[field] >= 0, "0 or more")
-    for field in ["optim.beta1", "optim.beta2"]:
-        require(field, 0 <= float(np.float32(flat[field])) < 1, "at least 0 and below 1, in float32 too")
-    for field in ["optim.decay_fraction", "optim.final_learning_rate_fraction"]:
-        require(field, 0 <= flat[field] <= 1, "from 0 to 1")
-    require("data.heldout_fraction", 0 < config.data.heldout_fraction < 1, "above 0 and below 1")
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
     require(
@@ -470,8 +604,13 @@ def _check_ranges(config: Config) -> None:
     for field in ["train.batch_size", "eval.batch_size"]:
         allowed = f"at most {_MAX_SIZE // m.context_length}: {_MAX_SIZE} tokens of model.context_length"
         require(field, flat[field] * m.context_length <= _MAX_SIZE, allowed)
+    axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
     if sum(flat[field] == -1 for field in axes) > 1:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
+
+
+def _one_of(setting: Setting) -> str:
+    return f"one of {', '.join(setting.choices)}"
 
 
 def _check_text(field: str, value: str) -> None:
@@ -494,3 +633,7 @@ def _check_profile(config: Config) -> None:
         raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
     if not config.profiled_steps:
         raise UserError(f"profile = {config.profile!r}: holds no step; B of A:B is the first not traced")
+
+
+if __name__ == "__main__":
+    print(page(), end="")

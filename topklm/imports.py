@@ -1,11 +1,31 @@
-"""Says which packages are installed, and keeps them from importing what they can do without."""
+"""Packages that may be missing: which are installed, and what to install."""
 
 from collections.abc import Iterator
 import contextlib
+import importlib
 import importlib.metadata
 import sys
+from types import ModuleType
 
 import topklm
+from topklm.errors import UserError
+
+
+def optional_module(name: str, extra: str, flag: str) -> ModuleType:
+    """Imports a package that not every user needs.
+
+    Args:
+        name: The module.
+        extra: Of topklm, which installs it.
+        flag: Begins the message.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"{flag}: needs the package {name} ({e}); run: pip install 'topklm[{extra}]'") from e
 
 
 @contextlib.contextmanager

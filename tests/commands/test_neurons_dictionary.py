@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import saved_runs
 
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 from topklm.commands import neurons
 from topklm.config import DataConfig
 from topklm.data.prepare import prepare

@@ -10,14 +10,14 @@ import saved_runs
 
 import topklm
 from topklm import sharding
+from topklm.checkpoint.verification import fingerprint
 from topklm.commands import neurons
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.errors import UserError
-from topklm.inference.verification import fingerprint
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store, StoreWriter, wait_for_writers
+from topklm.progress import Progress
 
 STEP = 24
 

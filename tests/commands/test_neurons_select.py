@@ -9,14 +9,14 @@ import saved_runs
 from test_neurons_find import write_store
 
 import topklm
+from topklm.checkpoint.verification import fingerprint
 from topklm.commands import neurons_select
 from topklm.errors import UserError
-from topklm.files import sealed_json
 from topklm.inference.intervention import Intervention, load_interventions
-from topklm.inference.verification import fingerprint
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.selection import read_contrast
+from topklm.storage.files import sealed_json
 
 STEP = 24
 

@@ -21,7 +21,7 @@ from topklm.data.dataset import Dataset, SplitInfo
 from topklm.data.mixture import Mixture
 from topklm.data.records import Shard, shard_bounds, shard_name, write_shard
 from topklm.data.stream import train_stream, window_ids
-from topklm.files import write_atomically
+from topklm.storage.files import write_atomically
 
 T, B, SEED = 8, 8, 11  # context length, batch size over all hosts, seed of the order
 VOCAB = 30_000

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from topklm.data import verify as verify_module
-from topklm.data.building.progress import Progress
 from topklm.data.dataset import load_dataset
 from topklm.data.records import RECORD_TOKENS, write_shard
 from topklm.data.tokenizer import train_bpe
 from topklm.data.verify import Problem, verify
 from topklm.errors import UserError
+from topklm.progress import Progress
 
 TRAIN = [f"Letter {n} came by boat. " * (1 + n % 9) + "Señor Þór ☂ \U0001f6f6\n" for n in range(400)]
 HELDOUT = [f"Parcel {n} came by train." * 20 for n in range(30)]

@@ -13,6 +13,7 @@ import explored_run
 import pyarrow.parquet as pq
 import pytest
 
+from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.commands import neurons_find
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -25,7 +26,6 @@ from topklm.neurons.find import rank
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.statistics import table
-from topklm.run_folder import TOKENIZER_FILE
 from topklm.steering import known
 
 STEP = explored_run.STEP

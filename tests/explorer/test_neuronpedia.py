@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 import saved_runs
 
-from topklm.data.building.progress import Progress
 from topklm.errors import UserError
 from topklm.explorer import neuronpedia, neuronpedia_windows
 from topklm.explorer.neuronpedia import export
@@ -19,6 +18,7 @@ from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.statistics import activity, contexts, examples, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
+from topklm.progress import Progress
 
 # From hijohnnylin/neuronpedia, apps/webapp/prisma/schema.prisma at 008d5040ab97abd5c44d92d190b30034ad7a6e97:
 # columns and types; ? may be null, = has a default that need not be given, [] is a list. Columns that point

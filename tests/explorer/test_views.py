@@ -241,7 +241,7 @@ def test_a_pattern_ranks_neurons_as_find_does(source):
     data = search_view.regex(source, "lan?tern|boat")
     text = source.plain_text(0, source.store.n_tokens)
     assert data["n_matches"] == text.count("lantern") + text.count("latern") + text.count("boat")
-    found = rank(source.store, source.stored_text.tokens_matching("lan?tern|boat"), 50)
+    found = rank(source.store, source.stored_text.matches("lan?tern|boat").touched, 50)
     assert [(n["layer"], n["neuron"], n["f1"]) for n in data["neurons"]] == [
         (r.layer, r.neuron, r.f1) for r in found
     ]

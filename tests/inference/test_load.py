@@ -309,16 +309,17 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 import saved_runs
-from topklm import distributed, run_folder, sharding
+from topklm import distributed, sharding
+from topklm.checkpoint import run_folder
 from topklm.config import MeshConfig
-from topklm.files import as_path
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import CheckpointManager
+from topklm.storage.files import as_path
 
 with distributed.session():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = saved_runs.state(7, mesh=mesh)
     folder = as_path(sys.argv[2]) / run_folder.CHECKPOINTS_FOLDER
-    checkpoints = Checkpoints(folder, saved_runs.CONFIG.checkpoint)
+    checkpoints = CheckpointManager(folder, saved_runs.CONFIG.checkpoint)
     checkpoints.save(state, {"position": 7}, saved_runs.facts(7))
     checkpoints.wait()
     checkpoints.close()

@@ -12,9 +12,10 @@ import pytest
 import saved_runs
 
 from topklm.model import transformer
-from topklm.neurons.activations import SparseActivations, capture
+from topklm.neurons import activations
+from topklm.neurons.activations import SparseActivations
 from topklm.neurons.cache import ActivationCache
-from topklm.neurons.names import there_are
+from topklm.neurons.names import TOPK, of, there_are
 
 B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
@@ -36,6 +37,12 @@ def params():
     draw = np.random.default_rng(1).standard_normal
     shapes = jax.eval_shape(functools.partial(transformer.create, configured(), 0))
     return jax.tree.map(lambda leaf: 0.2 * draw(leaf.shape, dtype=np.float32), shapes)
+
+
+def capture(model, tokens, *packing):
+    """The hidden state and what the TopK layers hand on, sparse."""
+    wanted = [of(layer, TOPK) for layer in range(model.config.n_topk_layers)]
+    return activations.capture(model, tokens, wanted, None, 0, *packing)[:2]
 
 
 def captured(config):

@@ -17,12 +17,12 @@ import saved_runs
 
 from topklm import sharding
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.data.mixture import Mixture
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import fitting
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance, check_coordinates
+from topklm.progress import Progress
 
 S, D, M, K = 2, 6, 8, 3
 BASE = dataclasses.replace(saved_runs.MODEL, n_nontopk=2, d_model=16, d_mlp=24)

@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_labels_as_they_were(labels, monkeypatch):
     def full(_path):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("topklm.files.fsync", full)
+    monkeypatch.setattr("topklm.storage.files.fsync", full)
     with pytest.raises(UserError, match=r"writing a label.*no space left"):
         labels.set(0, 1, "lost")
     monkeypatch.undo()

@@ -109,7 +109,6 @@ def test_tokens_of_matches_are_those_of_a_search_of_each_document(tmp_path, bpe,
     text = StoredText(make_store(tmp_path / "store", bpe, documents), bpe)
     reference = whole(bpe, documents, pattern)
     assert_as_whole(text.matches(pattern), reference)
-    np.testing.assert_array_equal(text.tokens_matching(pattern), reference[1])
 
 
 def test_the_patterns_are_not_found_nowhere(bpe):
@@ -204,9 +203,9 @@ def test_a_tokenizer_whose_text_is_not_its_bytes_is_searched_as_its_tokens_read(
     assert words.token_bytes_lengths() is None
     store = make_store(tmp_path / "store", words, [words.encode("Meer SEA sea what"), words.encode("sea")])
     text = StoredText(store, words)
-    assert text.tokens_matching("sea").tolist() == [False, True, True, False, True]
-    assert text.tokens_matching("rs").tolist() == [True, True, False, False, False]
-    assert text.tokens_matching("<unk>").tolist() == [False, False, False, True, False]
+    assert text.matches("sea").touched.tolist() == [False, True, True, False, True]
+    assert text.matches("rs").touched.tolist() == [True, True, False, False, False]
+    assert text.matches("<unk>").touched.tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -348,22 +347,6 @@ def test_the_tokens_of_an_id_are_marked(tmp_path, bpe):
     for wrong in (-1, bpe.vocab_size):
         with pytest.raises(UserError, match=f"token {wrong}: must be from 0 to {bpe.vocab_size - 1}"):
             text.tokens_equal(wrong)
-
-
-@pytest.mark.parametrize("ignore_case", [True, False])
-def test_tokens_that_hold_a_text_are_marked(tmp_path, bpe, ignore_case):
-    documents = [bpe.encode(text) for text in TEXTS if text]
-    text = StoredText(make_store(tmp_path / "store", bpe, documents), bpe)
-    strings = bpe.token_strings(np.concatenate(documents))
-    for literal in ("se", "S", " the", "calm"):
-        if ignore_case:
-            wanted = [literal.casefold() in string.casefold() for string in strings]
-        else:
-            wanted = [literal in string for string in strings]
-        assert any(wanted) or not ignore_case
-        assert text.tokens_containing(literal, ignore_case=ignore_case).tolist() == wanted
-    with pytest.raises(UserError, match="is empty"):
-        text.tokens_containing("")
 
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path, bpe):

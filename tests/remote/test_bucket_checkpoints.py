@@ -7,10 +7,10 @@ import saved_runs
 
 import topklm
 from topklm import sharding
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.files import as_path
-from topklm.training.checkpoints import Checkpoints
+from topklm.storage.files import as_path
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 
@@ -98,7 +98,7 @@ def restored():
     """Step, parameters and what was said, of a run that is opened again."""
     config, said = saved_runs.CONFIG, []
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    checkpoints = Checkpoints(as_path(RUN) / "checkpoints", config.checkpoint, said.append)
+    checkpoints = CheckpointManager(as_path(RUN) / "checkpoints", config.checkpoint, said.append)
     state, data, _ = checkpoints.restore(abstract_state(config, make_optimizer(config.optim, 100)), mesh)
     checkpoints.close()
     assert data == {"position": int(state.step)}

@@ -15,8 +15,8 @@ from helpers import (
 import pytest
 
 import topklm
-from topklm import run_folder
-from topklm.files import as_path
+from topklm.checkpoint import run_folder
+from topklm.storage.files import as_path
 from topklm.training import metrics as metrics_lib
 
 RUN = "gs://bucket/runs/x"

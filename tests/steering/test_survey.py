@@ -10,10 +10,10 @@ from plain_model import SEPARATOR, configured, final_hidden, params, random_docu
 import pytest
 import saved_runs
 
-from topklm.data.building.progress import Progress
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.store import Store, StoreWriter
+from topklm.progress import Progress
 from topklm.steering import prompts, summary, survey
 from topklm.steering.stored_concepts import KINDS
 from topklm.steering.survey import Settings

@@ -19,17 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topklm import allocator, load, run_folder, sharding
+from topklm import allocator, load, sharding
 from topklm.bench.processes import peak_resident_bytes
 from topklm.bench.report import Comparison, Report, Result
 from topklm.bench.shapes import SHAPES
 from topklm.bench.timing import Samples, Side, alternate, timed
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import CheckpointConfig, Config, MeshConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.model import transformer
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 
@@ -91,7 +92,7 @@ def write_run(folder: Path, config: Config) -> int:
     params = jax.jit(lambda: transformer.create(config.model, 0), out_shardings=shardings)()
     state = TrainState(jnp.int32(1), params, optax.EmptyState(), {})
     facts = _describe(folder, config)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS_FOLDER, CheckpointConfig())
+    checkpoints = CheckpointManager(folder / run_folder.CHECKPOINTS_FOLDER, CheckpointConfig())
     checkpoints.save(state, {}, facts)
     checkpoints.wait()
     return n_bytes(params)
@@ -139,7 +140,7 @@ class _SavedRun:
         self.n_loaded = n_bytes(self.state.params)
         self._folder, self._facts = folder, _describe(folder, config)
         keep_one = dataclasses.replace(config.checkpoint, keep=1)
-        self._checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS_FOLDER, keep_one)
+        self._checkpoints = CheckpointManager(folder / run_folder.CHECKPOINTS_FOLDER, keep_one)
         self._steps = itertools.count(1)
 
     def sides(self) -> dict[str, Side]:

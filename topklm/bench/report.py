@@ -17,8 +17,8 @@ from topklm import errors
 from topklm.bench import machine
 from topklm.bench.processes import threads
 from topklm.bench.timing import quartiles
-from topklm.files import local_path, write_atomically
 from topklm.imports import versions
+from topklm.storage.files import local_path, write_atomically
 
 _PACKAGES = ("topklm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "LD_PRELOAD", "OMP_NUM_THREADS")

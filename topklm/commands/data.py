@@ -10,11 +10,11 @@ import rich.rule
 import rich.table
 import rich.text
 
-from topklm.data.building.progress import TerminalProgress
 from topklm.data.dataset import SPLITS, load_dataset
 from topklm.data.inspect import Window, sample_windows
 from topklm.data.verify import Report, verify
 from topklm.errors import UserError
+from topklm.progress import TerminalProgress
 
 DESCRIPTION = "Looks into a dataset that `topklm prepare` wrote, or checks all of it."
 EXAMPLE = "topklm data verify datasets/books"

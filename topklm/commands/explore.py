@@ -7,9 +7,9 @@ import webbrowser
 
 import rich.console
 
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket, local_path
+from topklm.progress import TerminalProgress
+from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (
     "Serves pages on which the neurons of a run can be seen, searched and labelled; harvests and measures "

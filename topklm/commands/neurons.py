@@ -12,15 +12,13 @@ import rich.console
 
 import topklm
 from topklm import sharding
+from topklm.checkpoint.verification import fingerprint
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
-from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import is_bucket
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.verification import fingerprint
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fitting
 from topklm.neurons import harvest as harvest_lib
@@ -30,6 +28,8 @@ from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.neurons.texts import Documents, described, no_text, open_documents
+from topklm.progress import Progress, TerminalProgress
+from topklm.storage.files import is_bucket
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"

@@ -14,7 +14,6 @@ import rich.table
 
 from topklm.commands import steering_arguments, two_texts
 from topklm.commands.two_texts import Text
-from topklm.data.building.progress import Progress, TerminalProgress
 from topklm.errors import UserError
 from topklm.inference.intervention import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
@@ -23,6 +22,7 @@ from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.ablate_set import Outcome, Scored, Spread
 from topklm.neurons.ablated_losses import AblatedLosses, Neuron
 from topklm.neurons.show import visible
+from topklm.progress import Progress, TerminalProgress
 
 DESCRIPTION = (
     "Chooses the neurons that are active more often in one text than in another, on half of the documents, "

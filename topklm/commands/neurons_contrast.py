@@ -11,13 +11,13 @@ import rich.text
 
 from topklm.commands import two_texts
 from topklm.commands.two_texts import Text
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import sealed_json
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.neurons.show import visible
 from topklm.neurons.unit_counts import unit_sizes
+from topklm.progress import TerminalProgress
+from topklm.storage.files import sealed_json
 
 DESCRIPTION = (
     "Ranks the neurons of each layer by how much more often they are active in one text than in another, and "

@@ -13,16 +13,16 @@ import rich.table
 import rich.text
 
 import topklm
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import as_path, is_bucket
 from topklm.neurons.find import RankedNeuron, TokenNeurons, neurons_of_text, rank
 from topklm.neurons.folder import NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
 from topklm.neurons.matches import Matches, StoredText
 from topklm.neurons.show import SHOWN_PER_LAYER, Activation, visible
 from topklm.neurons.store import Store
+from topklm.storage.files import as_path, is_bucket
 
 DESCRIPTION = (
     "Shows which neurons are active at each token of a text; or ranks neurons by how well they tell the "

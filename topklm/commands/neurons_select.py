@@ -12,7 +12,6 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import selection
@@ -22,6 +21,7 @@ from topklm.neurons.matches import StoredText
 from topklm.neurons.selection import Selected
 from topklm.neurons.show import visible
 from topklm.neurons.store import Store
+from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (
     "Chooses neurons by a pattern that they stand for in what was harvested, by their labels, or from a "

@@ -15,7 +15,6 @@ import rich.table
 from topklm.data.building.build import build
 from topklm.data.building.encode import Selection
 from topklm.data.building.local import LocalEngine
-from topklm.data.building.progress import TerminalProgress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import Workers, all_cores
@@ -23,7 +22,8 @@ from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
-from topklm.files import check_name
+from topklm.progress import TerminalProgress
+from topklm.storage.files import check_name
 
 DESCRIPTION = (
     "Turns text into a dataset of token shards, which training streams. SOURCE is a file, a folder, a glob, "

@@ -11,9 +11,9 @@ import secrets
 
 import rich.console
 
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket
+from topklm.progress import TerminalProgress
+from topklm.storage.files import is_bucket
 
 DESCRIPTION = (
     "Answers OpenAI's completions (/v1/completions) with a run's model, and tells which neurons are active "

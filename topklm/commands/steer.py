@@ -5,8 +5,8 @@ import json
 
 from topklm.commands import steer_dose, steer_survey
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import local_path, write_atomically
 from topklm.steering.survey import Settings
+from topklm.storage.files import local_path, write_atomically
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "

@@ -15,12 +15,11 @@ import rich.text
 
 import topklm
 from topklm.commands import steering_arguments
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket, local_path
 from topklm.inference.intervention import MODES, POSITIONS
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.show import visible
+from topklm.progress import TerminalProgress
 from topklm.steering import concept as concept_lib
 from topklm.steering import dose, known
 from topklm.steering.concept import Concept
@@ -28,6 +27,7 @@ from topklm.steering.dose import Response, Sampled
 from topklm.steering.known import Known
 from topklm.steering.measures import Estimate
 from topklm.steering.summary import without_nan
+from topklm.storage.files import is_bucket, local_path
 
 FLAGS = ("prompt", "prompts", "concept_regex", "concept_words")
 DEFAULT_TIMES, DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"

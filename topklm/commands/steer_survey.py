@@ -11,15 +11,15 @@ import rich.console
 import rich.table
 
 import topklm
-from topklm.data.building.progress import TerminalProgress
 from topklm.errors import UserError
-from topklm.files import is_bucket
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store
+from topklm.progress import TerminalProgress
 from topklm.steering import summary
 from topklm.steering.stored_concepts import KINDS
 from topklm.steering.survey import Settings, survey
+from topklm.storage.files import is_bucket
 
 FLAGS = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
 _NOTHING = "-"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError, one_line
-from topklm.files import as_path, parse_json
 from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
+from topklm.storage.files import as_path, parse_json
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
@@ -114,7 +114,7 @@ def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequenc
 
 def name_of(model: "LanguageModel") -> dict[str, Any]:
     """Describes the model whose neurons interventions are on, for their file."""
-    from topklm.inference.verification import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
+    from topklm.checkpoint.verification import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
 
     return {
         "run": Path(model.run).name,

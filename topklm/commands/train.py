@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import ml_collections
 
 from topklm import allocator, compilation_cache, config, distributed
-from topklm.buckets import check_usable
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import AnyPath, as_path, check_name
+from topklm.storage.files import AnyPath, as_path, check_name
+from topklm.storage.gcs import check_usable
 from topklm.training import loop
 from topklm.training.interruption import stop_on_signal
 
@@ -185,8 +185,10 @@ def _explain(argument: str, example: str) -> str:
 
 
 def _fields_help() -> str:
-    fields = "\n".join(f"  {name} = {value!r}" for name, value in config.flatten(config.Config()).items())
-    return f"Fields of --config and their defaults (topklm/config.py says what they mean):\n{fields}"
+    """Lists every field with its default and meaning, a line or two each."""
+    defaults = config.flatten(config.Config())
+    fields = [f"  {name} = {defaults[name]!r}\n      {s.meaning}" for name, s in config.settings().items()]
+    return "\n".join(["Fields of --config, their defaults and meaning:", *fields])
 
 
 class _Parser(argparse.ArgumentParser):

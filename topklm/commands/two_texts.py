@@ -12,10 +12,8 @@ import numpy as np
 import topklm
 from topklm import sharding
 from topklm.config import DataConfig, MeshConfig
-from topklm.data.building.progress import Progress
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import is_bucket
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import unit_counts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
@@ -23,6 +21,8 @@ from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.texts import COPY, described, no_text, open_documents
 from topklm.neurons.unit_counts import UnitCounts
+from topklm.progress import Progress
+from topklm.storage.files import is_bucket
 
 TOKENS = 200_000
 

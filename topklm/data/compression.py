@@ -9,7 +9,7 @@ import re
 from typing import Any
 import zlib
 
-from topklm.data.sources import optional_module
+from topklm.imports import optional_module
 
 BLOCK_BYTES = 1 << 20  # read, and decompressed, at a time
 

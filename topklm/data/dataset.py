@@ -13,7 +13,7 @@ from typing import Any
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import check_name, parse_json, sealed_json, unsealed
+from topklm.storage.files import check_name, parse_json, sealed_json, unsealed
 
 FORMAT_VERSION = 3
 _OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself

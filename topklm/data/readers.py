@@ -22,7 +22,9 @@ from topklm.data import sources
 from topklm.data.compression import BLOCK_BYTES, DamageError, Read, gunzip, plain_blocks, unzstd
 from topklm.data.sources import SourceFile
 from topklm.errors import UserError
-from topklm.files import parse_json
+from topklm.imports import optional_module
+from topklm.storage.errors import store_errors, store_errors_are_user_errors
+from topklm.storage.files import parse_json
 
 PROBLEMS = (
     "damaged file",
@@ -225,7 +227,7 @@ class _StoredFile:
     @contextlib.contextmanager
     def _errors_are_user_errors(self) -> Iterator[None]:
         if self._is_remote:
-            with sources.store_errors_are_user_errors("reading", self._file.url):
+            with store_errors_are_user_errors("reading", self._file.url):
                 yield
         else:
             try:
@@ -469,7 +471,7 @@ def _parquet_items(
     stored: _StoredFile, url: str, text_field: str
 ) -> Iterator[tuple[int, int, Document | Problem]]:
     """(row, number of rows, item) of a table."""
-    parquet = sources.optional_module("pyarrow.parquet", "parquet", "reading .parquet")
+    parquet = optional_module("pyarrow.parquet", "parquet", "reading .parquet")
     row = n_rows = 0
     try:
         table = parquet.ParquetFile(stored, buffer_size=BLOCK_BYTES, page_checksum_verification=True)
@@ -524,13 +526,13 @@ def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str
 
 def _fields_of(column_type: Any) -> range:
     """Numbers of the fields of a struct; none of another type."""
-    types = sources.optional_module("pyarrow.types", "parquet", "reading .parquet")
+    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
     return range(column_type.num_fields if types.is_struct(column_type) else 0)
 
 
 def _holds_text(column_type: Any) -> bool:
     """Tells whether a column's values are text, or bytes that may be, or null, all of them."""
-    types = sources.optional_module("pyarrow.types", "parquet", "reading .parquet")
+    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     column_type = getattr(column_type, "storage_type", column_type)
@@ -559,8 +561,8 @@ def _parquet_column(table: Any, path: list[str], group: int) -> Iterator[bytes |
 
 
 def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> Iterator[list[bytes | None]]:
-    pyarrow = sources.optional_module("pyarrow", "parquet", "reading .parquet")
-    compute = sources.optional_module("pyarrow.compute", "parquet", "reading .parquet")
+    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
+    compute = optional_module("pyarrow.compute", "parquet", "reading .parquet")
     columns = [".".join(path)]
     for batch in table.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False):
         column = batch.column(path[0])
@@ -572,7 +574,7 @@ def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> It
 
 
 def _parquet_errors() -> tuple[type[Exception], ...]:
-    pyarrow = sources.optional_module("pyarrow", "parquet", "reading .parquet")
+    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
     return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
 
 
@@ -610,7 +612,7 @@ def _hf_items(file: SourceFile, text_field: str) -> Iterator[tuple[bytes | None,
                 raw = _replace_surrogates(value)[0].encode()
             item = _field_item(record, text_field, f"row {row}", 0)
             yield raw, _too_long(f"row {row}") if len(raw) > MAX_LINE_BYTES else item
-    except (EOFError, zlib.error, *sources.store_errors()) as e:  # type: ignore[misc]
+    except (EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
         if isinstance(e, OSError) and (e.errno is not None or isinstance(e, ConnectionError)):
             raise UserError(f"{file.url} cannot be read any more: {e}; check the network and the path") from e
         yield None, _damaged_table(e, row + 1)

@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 import numpy as np
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import fsync
+from topklm.storage.files import fsync
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
 SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard at most, 16.8 M, unless asked otherwise

@@ -10,14 +10,11 @@ import contextlib
 import dataclasses
 import datetime
 import glob
-import importlib
 from importlib import metadata
-import logging
 import os
 from pathlib import Path
 import re
 import sys
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 import zlib
@@ -26,6 +23,8 @@ import fsspec
 import fsspec.asyn
 
 from topklm.errors import UserError, one_line
+from topklm.imports import optional_module
+from topklm.storage.errors import EXTRAS, store_errors, store_errors_are_user_errors
 
 QUICKSTART = "quickstart"
 HF = "hf"
@@ -50,11 +49,6 @@ _QUICKSTART_FILE = "summaries_en-us.json"
 # shall not. Once it has answered, their patience is welcome.
 _ANSWER_SECONDS = 15.0
 
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-_CREDENTIALS = {
-    "gcs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (public: FSSPEC_S3_ANON=true)",
-}
 # What a store tells about a file that changes with its content, the best first.
 _VERSION_KEYS = (
     "ETag",
@@ -67,35 +61,6 @@ _VERSION_KEYS = (
     "last_modified",
     "updated",
     "created",
-)
-
-# The libraries of the stores share no base class; names, so that none of them need be imported.
-_REFUSALS = {
-    "PermissionError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "ProfileNotFound",
-    "GoogleAuthError",
-}
-_SILENCES = {
-    "ConnectionError",
-    "ClientConnectionError",
-    "ClientConnectorError",
-    "HTTPClientError",  # botocore's base for everything below HTTP
-    "TransportError",
-    "TimeoutError",
-    "gaierror",
-}
-_STORE_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("aiohttp", "ClientError"),
-    ("httpx", "HTTPError"),
-    ("gcsfs.retry", "HttpError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("azure.core.exceptions", "AzureError"),
-    ("datasets.exceptions", "DatasetsError"),
 )
 
 
@@ -167,7 +132,7 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         advice = f"run: pip install 'topklm[{extra}]'" if extra else e
         raise UserError(f"{flag}: {url!r} needs a package that is not installed: {advice}") from e
     except ValueError as e:
@@ -196,27 +161,6 @@ def local_version(status: os.stat_result) -> str:
     return str(status.st_mtime_ns)
 
 
-def store_errors() -> tuple[type[Exception], ...]:
-    """What the libraries in use raise when a store or its data is not as it should be."""
-    modules = ((sys.modules.get(module), name) for module, name in _STORE_ERRORS)
-    return (OSError, ValueError, *(getattr(module, name) for module, name in modules if module))
-
-
-@contextlib.contextmanager
-def store_errors_are_user_errors(flag: str, url: str) -> Iterator[None]:
-    """Turns what a store's library raises inside the block into a UserError that says what to do.
-
-    Args:
-        flag: What the message begins with.
-        url: Remote URL that the block is about.
-    """
-    logging.getLogger("gcsfs").addFilter(_has_no_trace)
-    try:
-        yield
-    except store_errors() as e:
-        raise UserError(f"{flag}: {_explain(e, url)}") from e
-
-
 def hf_dataset(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
     """One split of a Hugging Face dataset, streaming, and its version.
 
@@ -239,18 +183,6 @@ def hf_parts(url: str) -> tuple[str, str, str, int, int]:
     name, config, split = source.rsplit(":", 2)
     shard, n_shards = unit.split("/")
     return name, config, split, int(shard), int(n_shards)
-
-
-def optional_module(name: str, extra: str, flag: str) -> ModuleType:
-    """Imports a package that not every user needs.
-
-    Raises:
-        UserError: If it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"{flag}: needs the package {name} ({e}); run: pip install 'topklm[{extra}]'") from e
 
 
 def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tuple[str, SourceFile]]:
@@ -420,34 +352,6 @@ def _ask(fs: Any, path: str) -> dict[str, Any]:
     if not fs.async_impl:
         return fs.info(path)
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
-
-
-def _has_no_trace(record: logging.LogRecord) -> bool:
-    # gcsfs logs, trace and all, what it also raises.
-    return not record.exc_info
-
-
-def _explain(error: BaseException, url: str) -> str:
-    protocol, _, rest = url.partition("://")
-    store = f"{protocol}://{rest.partition('/')[0]}"
-    causes = list(_causes(error))
-    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
-    says = str(causes[-1]) or type(causes[-1]).__name__
-    codes = {getattr(cause, "status", None) or getattr(cause, "code", None) for cause in causes}
-    if names & _REFUSALS or codes & {401, 403} or str(error).startswith("Forbidden"):
-        advice = _CREDENTIALS.get(_EXTRAS.get(protocol, ""), "check your credentials for it")
-        return f"no access to {store} for {url!r} ({says}): {advice}"
-    if names & _SILENCES:
-        return f"{store} gives no answer for {url!r} ({says}): check the network and the address"
-    if "FileNotFoundError" in names:
-        return f"{url!r} matches no file, or there is no {store} ({says}): check the name"
-    return f"{url!r} cannot be read ({type(error).__name__}: {says})"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _hf_files(source: str, flag: str) -> list[SourceFile]:

@@ -28,7 +28,7 @@ from topklm.data.tokenizer_kinds import (
     looks_like_tiktoken,
 )
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import check_name, parse_json, write_atomically
+from topklm.storage.files import check_name, parse_json, write_atomically
 
 __all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
 

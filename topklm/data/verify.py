@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from topklm.data.building.progress import Progress
 from topklm.data.dataset import (
     DESCRIPTION_FILE,
     SPLITS,
@@ -25,6 +24,7 @@ from topklm.data.dataset import (
 from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.progress import Progress
 
 _BLOCK_TOKENS = 64 * RECORD_TOKENS  # read at a time
 _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")

@@ -21,8 +21,8 @@ from topklm.explorer import pages
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views import overview as overview_view
-from topklm.files import write_atomically
 from topklm.neurons.ranking import readable_first
+from topklm.storage.files import write_atomically
 
 EXAMPLE_TOKENS = 64  # of a window; a file with all neurons is to stay one that browsers like
 _LEVEL = 6  # of compression

@@ -22,17 +22,17 @@ import uuid
 import numpy as np
 import pyarrow as pa
 
-from topklm.data.building.progress import Progress
+from topklm.checkpoint.run_folder import saved_config
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer.neuronpedia_rows import COLUMNS, Row, Rows
 from topklm.explorer.neuronpedia_windows import Windows, events
-from topklm.files import fsync
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
-from topklm.run_folder import saved_config
+from topklm.progress import Progress
+from topklm.storage.files import fsync
 
 # The user whom Neuronpedia's own import scripts name as the creator; its database must hold who is named.
 CREATOR_ID = "clkht01d40000jv08hvalcvly"

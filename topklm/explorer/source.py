@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.neurons.folder import NeuronsFolder
@@ -21,7 +22,6 @@ from topklm.neurons.matches import StoredText
 from topklm.neurons.show import visible
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Events, Store
-from topklm.run_folder import TOKENIZER_FILE
 
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from topklm.buckets import storage_errors_are_user_errors
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.files import as_path, parse_json, write_atomically
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import as_path, parse_json, write_atomically
 
 if TYPE_CHECKING:
     from topklm.inference.interventions import Steer

@@ -13,15 +13,18 @@ from typing import Any
 
 import jax
 
-from topklm import buckets, run_folder, sharding
-from topklm.checkpoint_format import FACTS, PARAMS, Contents, DamagedError, mismatches
+from topklm import sharding
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.format import FACTS, PARAMS, Contents, DamagedError, mismatches
+from topklm.checkpoint.verification import changed
 from topklm.config import Config, MeshConfig, ModelConfig, from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import AnyPath, absolute, as_path
 from topklm.inference.language_model import LanguageModel, dtype_name
-from topklm.inference.verification import changed
 from topklm.model import transformer
+from topklm.storage.errors import says_nothing_of_content, storage_errors_are_user_errors
+from topklm.storage.files import AnyPath, absolute, as_path
+from topklm.storage.gcs import check_usable
 
 
 def load(
@@ -33,7 +36,7 @@ def load(
     """Reads a checkpoint's model.
 
     Besides the parameters, which stay in the memory of the host where that is the device, it takes little
-    (see `topklm.inference.parameters`).
+    (see `topklm.checkpoint.arrays`).
 
     Args:
         run: A run folder, local or in a bucket (gs://...).
@@ -46,7 +49,7 @@ def load(
     """
     dtype = None if dtype is None else dtype_name(dtype)
     folder = as_path(run, "run")
-    buckets.check_usable(folder, "run", write=False)
+    check_usable(folder, "run", write=False)
     saved = _complete_steps(folder)
     chosen = _choose_step(saved, step, folder)
     place = absolute(folder) / run_folder.CHECKPOINTS_FOLDER / str(chosen)
@@ -116,12 +119,12 @@ def _target(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 @contextlib.contextmanager
 def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Sequence[int]) -> Iterator[None]:
     """For a block that reads a checkpoint: names it, and what could be loaded instead."""
-    with buckets.storage_errors_are_user_errors(f"reading checkpoint {step} of {folder}", folder):
+    with storage_errors_are_user_errors(f"reading checkpoint {step} of {folder}", folder):
         try:
             yield
         # What Orbax and TensorStore raise where a file is missing, cut off or changed.
         except (DamagedError, OSError, ValueError, KeyError, TypeError) as e:
-            if buckets.says_nothing_of_content(e):
+            if says_nothing_of_content(e):
                 raise
             older = [s for s in saved if s < step]
             advice = f"load an older one, e.g. step={max(older)}" if older else "there is no older one"
@@ -137,7 +140,7 @@ def _short(error: Exception) -> str:
 
 
 def _load_tokenizer(path: AnyPath, sha256: str) -> Tokenizer:
-    with buckets.storage_errors_are_user_errors(f"reading {path}", path):
+    with storage_errors_are_user_errors(f"reading {path}", path):
         if not path.exists():
             raise UserError(f"{path} is missing: copy the whole run folder")
         content = path.read_bytes()

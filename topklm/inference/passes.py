@@ -17,7 +17,7 @@ from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.model.transformer import Changes
-from topklm.neurons.activations import SparseActivations, capture_named
+from topklm.neurons.activations import SparseActivations, capture
 
 
 class Input(NamedTuple):
@@ -75,13 +75,11 @@ def logits_and_activations(
     given: Input,
     interventions: Interventions | None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
-    """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture_named`."""
+    """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture`."""
     model = transformer.bind(config, params)
     segments, positions, changes = how(config, given, interventions)
     more_active = 0 if interventions is None else len(interventions.layer)
-    h_BPD, neurons, others = capture_named(
-        model, given.tokens, wanted, changes, more_active, segments, positions
-    )
+    h_BPD, neurons, others = capture(model, given.tokens, wanted, changes, more_active, segments, positions)
     return model.logits(h_BPD), neurons, others
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Changes, Tap, Transformer
+from topklm.model.transformer import Changes, Transformer
 from topklm.neurons import names
 
 
@@ -90,27 +90,6 @@ class SparseActivations:
 def capture(
     model: Transformer,
     tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-) -> tuple[jax.Array, SparseActivations]:
-    """Runs the stack and keeps what its TopK layers hand on.
-
-    Args:
-        model: As `transformer.bind` gives it, inside `jax.jit`.
-        tokens_BT: int32[B, T].
-        segment_ids_BT: As in `Transformer.__call__`.
-        positions_BT: As in `Transformer.__call__`.
-
-    Returns:
-        The normed hidden state [B, T, D], and the activations [S, B, T, k]; S = 0 for the Base LM.
-    """
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=sparse_tap(model.config.topk_k))
-    return h_BTD, seen[: model.config.n_topk_layers]
-
-
-def capture_named(
-    model: Transformer,
-    tokens_BT: jax.Array,
     wanted: Sequence[str],
     changes: Changes | None = None,
     more_active: int = 0,
@@ -153,12 +132,3 @@ def capture_named(
     # Slices, so that XLA sees which layers nobody asks for, and does not search those.
     chosen = jax.tree.map(lambda x: jnp.stack([x[layer] for layer in sparse_layers]), neurons)
     return h_BTD, chosen, others
-
-
-def sparse_tap(k: int) -> Tap:
-    """A tap that keeps [B, T, k] of each layer; those of dense layers are to be thrown away."""
-
-    def keep(_h: jax.Array, _u: jax.Array, h_next: jax.Array) -> SparseActivations:
-        return SparseActivations.from_dense(h_next, k)
-
-    return keep

@@ -134,6 +134,8 @@ def contrast(
     Raises:
         ValueError: If a text has no unit, a unit no token, or `permutations` is below 1.
     """
+    import scipy.stats  # noqa: PLC0415  (half a second, which no other verb shall take)
+
     n_positive, n_units = int(np.count_nonzero(is_positive)), len(is_positive)
     if not 0 < n_positive < n_units:
         raise ValueError(f"is_positive: {n_positive} of {n_units} units: both texts must have one at least")
@@ -185,18 +187,9 @@ def contrast(
         difference=frequency[0] - frequency[1],
         score=everywhere(observed / scale / _spread(n_positive, n_units, both_tokens)),
         p_value=everywhere(p_value),
-        q_value=everywhere(false_discovery_rates(p_value)),
+        q_value=everywhere(scipy.stats.false_discovery_control(p_value)),
         family_p_value=everywhere(family_p_value),
     )
-
-
-def false_discovery_rates(p_values: np.ndarray) -> np.ndarray:
-    """Of p-values, float64[M], the q-values (Benjamini and Hochberg 1995): least p' M / rank of p' >= p."""
-    n = len(p_values)
-    falling = np.argsort(-p_values, kind="stable")
-    rates = np.empty(n)
-    rates[falling] = np.minimum.accumulate(p_values[falling] * n / np.arange(n, 0, -1))
-    return np.minimum(rates, 1.0)
 
 
 def ranked(

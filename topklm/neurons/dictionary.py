@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.files import parse_json, write_atomically
 from topklm.model.topk import topk
 from topklm.neurons.folder import damage_is_a_user_error
+from topklm.storage.files import parse_json, write_atomically
 
 KINDS = ("random", "pca", "sae")
 TITLES = {"random": "random dictionary", "pca": "PCA", "sae": "post-hoc TopK SAE"}

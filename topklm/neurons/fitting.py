@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import DataConfig, ModelConfig
-from topklm.data.building.progress import Progress
 from topklm.data.prepare import prepare
 from topklm.data.stream import train_stream
 from topklm.errors import UserError
@@ -32,6 +31,7 @@ from topklm.neurons import sae
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
 from topklm.neurons.texts import Documents
 from topklm.neurons.windows import Window, pack, windows_of
+from topklm.progress import Progress
 
 DEFAULT_TOKENS = 1_000_000
 

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 import unicodedata
 
-from topklm import locks
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import parse_json, write_atomically
+from topklm.storage import locks
+from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 1
 MAX_CHARACTERS = 200

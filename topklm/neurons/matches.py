@@ -95,12 +95,6 @@ class StoredText:
         self._pieces = tokenizer.token_bytes(range(tokenizer.vocab_size))
         self._lengths = np.array([len(piece) for piece in self._pieces], np.int64)
 
-    def tokens_matching(
-        self, pattern: str, *, ignore_case: bool = True, timeout_s: float = 10.0
-    ) -> np.ndarray:
-        """bool[N], the tokens that hold a part of a match; see `matches`."""
-        return self.matches(pattern, ignore_case=ignore_case, timeout_s=timeout_s).touched
-
     def matches(self, pattern: str, *, ignore_case: bool = True, timeout_s: float = 10.0) -> Matches:
         """Searches all documents for a regular expression of the package `regex`.
 
@@ -148,24 +142,6 @@ class StoredText:
             if not 0 <= token_id < len(wanted):
                 raise UserError(f"token {token_id}: must be from 0 to {len(wanted) - 1}")
             wanted[token_id] = True
-        return self._tokens_in(wanted)
-
-    def tokens_containing(self, literal: str, *, ignore_case: bool = False) -> np.ndarray:
-        """bool[N], the tokens that hold all of a text by themselves; what spans two is for `matches`.
-
-        Raises:
-            UserError: For an empty text.
-        """
-        if not literal:
-            raise UserError("the text that tokens shall contain is empty: give at least a character")
-        if not ignore_case:
-            sought = literal.encode("utf-8", "surrogateescape")
-            return self._tokens_in(np.array([sought in piece for piece in self._pieces]))
-        texts = (piece.decode("utf-8", "surrogateescape").casefold() for piece in self._pieces)
-        return self._tokens_in(np.array([literal.casefold() in text for text in texts]))
-
-    def _tokens_in(self, wanted: np.ndarray) -> np.ndarray:
-        """bool[N] from bool[V]."""
         found = np.zeros(self._store.n_tokens, bool)
         for begin in range(0, len(found), _READ):
             found[begin : begin + _READ] = wanted[self._store.tokens(begin, begin + _READ)]

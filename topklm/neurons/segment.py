@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.files import for_tensorstore, fsync
 from topklm.neurons.folder import damage_is_a_user_error
+from topklm.storage.files import for_tensorstore, fsync
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")
 

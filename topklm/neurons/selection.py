@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.files import DIGEST, read_json, unsealed
 from topklm.neurons.contrast import ORDERS
 from topklm.neurons.find import RankedNeuron, rank
 from topklm.neurons.store import Store
+from topklm.storage.files import DIGEST, read_json, unsealed
 
 _NUMBERS = ("difference", "score", "p_value", "q_value", "family_p_value")
 

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from topklm import locks
 from topklm.errors import UserError
-from topklm.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.folder import damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
+from topklm.storage import locks
+from topklm.storage.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
 
 FORMAT = 2
 _WITHOUT_DIGESTS = 1

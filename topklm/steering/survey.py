@@ -13,10 +13,10 @@ import dataclasses
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.data.building.progress import Progress
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.store import Store
+from topklm.progress import Progress
 from topklm.steering import directions, prompts, verdict
 from topklm.steering.directions import Effects, Unsteered
 from topklm.steering.prompts import Prompts

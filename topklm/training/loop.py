@@ -15,19 +15,20 @@ from typing import Any
 
 import jax
 
-from topklm import distributed, run_folder, sharding
-from topklm.buckets import storage_errors_are_user_errors
+from topklm import distributed, sharding
+from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config, from_saved, warnings
 from topklm.data.mixture import Mixture
 from topklm.data.stream import heldout_batches, heldout_part, train_stream
 from topklm.errors import UserError
-from topklm.files import AnyPath
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath
 from topklm.training import bad_steps, memory, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.agreement import Agreement
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.console import Console, evaluation_line
 from topklm.training.evaluation import evaluate
 from topklm.training.feed import DeviceBatch, Feed, to_devices
@@ -94,7 +95,7 @@ class _Run:
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         self.eval_step = self.agreement.voting(make_eval_step(config, mesh))
         with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
-            self.checkpoints = Checkpoints(
+            self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
         stream = train_stream(

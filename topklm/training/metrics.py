@@ -8,12 +8,13 @@ import time
 from typing import Any, Protocol
 import zlib
 
-from topklm import files, run_folder
-from topklm.buckets import storage_errors_are_user_errors
+from topklm.checkpoint import run_folder
 from topklm.errors import disk_errors_are_user_errors
-from topklm.files import AnyPath, is_bucket, parse_json, write_atomically
 from topklm.imports import without
-from topklm.training.spool import Spool
+from topklm.storage import files
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath, is_bucket, parse_json, write_atomically
+from topklm.storage.gcs_mirror import GcsMirror
 
 # tensorboardX looks for them, which takes seconds, for what is not used here.
 with without("torch", "boto3", "google.cloud.storage"):
@@ -151,7 +152,7 @@ class _BucketWriter:
         synced: Mapping[str, int] | None,
         warn: Callable[[str], None],
     ):
-        self._spool = Spool(folder, warn)
+        self._spool = GcsMirror(folder, warn)
         self._spool.fetch(run_folder.METRICS_FILE)
         self._writer = MetricsWriter(self._spool.local, resume_step, synced, warn)
 

@@ -10,13 +10,14 @@ from hashlib import sha256
 import json
 from typing import Any
 
-from topklm import distributed, run_folder
-from topklm.buckets import storage_errors_are_user_errors
+from topklm import distributed
+from topklm.checkpoint import run_folder
 from topklm.config import Config
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
 from topklm.errors import UserError
-from topklm.files import AnyPath, write_atomically
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.console import Console
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.

@@ -12,9 +12,9 @@ import tempfile
 import jax
 
 from topklm import distributed
-from topklm.buckets import storage_errors_are_user_errors
 from topklm.errors import UserError
-from topklm.files import AnyPath, write_atomically
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath, write_atomically
 
 FOLDER = "profile"
 STEP_NAME = "train"  # of a step in the trace

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from topklm.config import Config
-from topklm.files import AnyPath
+from topklm.storage.files import AnyPath
 from topklm.training import metrics
 from topklm.training.console import duration, percentages
 

@@ -13,7 +13,7 @@ import time
 
 from topklm import distributed
 from topklm.distributed import timeouts
-from topklm.files import AnyPath
+from topklm.storage.files import AnyPath
 
 _TIMEOUT_S = 600.0
 # Before the first step: restoring, compiling, and the first use of every device.

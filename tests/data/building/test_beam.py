@@ -6,12 +6,12 @@ from test_build import SELECTION, SETTINGS, TEXTS, contents, make, write_lines
 from topklm.data.building import encode
 from topklm.data.building.beam import BeamEngine
 from topklm.data.building.build import build
-from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Sources
 from topklm.data.building.storage import Storage
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
+from topklm.progress import Progress
 
 
 def build_with_beam(given, out, settings, *options):

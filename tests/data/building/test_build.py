@@ -11,7 +11,6 @@ from topklm.data.building import encode
 from topklm.data.building.build import build
 from topklm.data.building.encode import Selection
 from topklm.data.building.local import LocalEngine
-from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import Workers
@@ -20,6 +19,7 @@ from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
+from topklm.progress import Progress
 
 TEXTS = [f"Ship {n} sailed on day {n * n} to the port of {n % 7} hills.\n" * (1 + n % 5) for n in range(400)]
 SELECTION = Selection(heldout_fraction=0.2)

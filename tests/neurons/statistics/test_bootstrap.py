@@ -4,7 +4,8 @@ from activity_stores import block_of, make_store, random_dense
 import numpy as np
 import pytest
 
-from topklm.neurons.statistics import bootstrap, contexts, entropy, monosemanticity
+from benchmarks import bootstrap
+from topklm.neurons.statistics import contexts, entropy, monosemanticity
 from topklm.neurons.store import Block
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5

@@ -16,21 +16,22 @@ import time
 
 import tokenizers
 
-from topklm import locks
 from topklm.data.building import description as description_lib
 from topklm.data.building import duplicates, encode, shards, tasks
 from topklm.data.building.chunks import Chunk
 from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
-from topklm.data.building.progress import Progress
 from topklm.data.building.settings import Settings, Sources
 from topklm.data.building.shards import plan_shards
 from topklm.data.building.storage import Storage
 from topklm.data.building.workers import all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
-from topklm.data.sources import HF, is_remote, store_errors_are_user_errors
+from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.files import fsync, parse_json, sealed_json, unsealed
+from topklm.progress import Progress
+from topklm.storage import locks
+from topklm.storage.errors import store_errors_are_user_errors
+from topklm.storage.files import fsync, parse_json, sealed_json, unsealed
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28

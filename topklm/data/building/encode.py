@@ -26,7 +26,7 @@ from topklm.data.records import token_dtype
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.files import parse_json, sealed_json, unsealed
+from topklm.storage.files import parse_json, sealed_json, unsealed
 
 # A kill costs at most the encoding of one chunk; both bounds keep a chunk's index and tokens small.
 CHUNK_UTF8_BYTES = 32 << 20

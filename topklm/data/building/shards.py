@@ -21,7 +21,7 @@ from topklm.data.records import (
     token_dtype,
     write_shard,
 )
-from topklm.files import parse_json, sealed_json, unsealed
+from topklm.storage.files import parse_json, sealed_json, unsealed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import uuid
 
 from topklm.data.sources import file_system
-from topklm.files import fsync, write_atomically
+from topklm.storage.files import fsync, write_atomically
 
 
 class Storage:

@@ -101,14 +101,6 @@ def shaded(parts: Sequence[Piece]) -> Markup:
     return Markup("".join(drawn))
 
 
-def example_text(example: Mapping[str, Any], strongest: float) -> Markup:
-    """An example's text; what stands far before and behind its token is hidden until a reader wants it.
-
-    Each part is what `shaded` makes of its `pieces`.
-    """
-    return Markup(_example_text(example, strongest))
-
-
 def by_part(found: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
     """The examples of each part that has any, in the order in which they are shown."""
     parts = {part: list[Mapping[str, Any]]() for part in _PARTS}
@@ -132,7 +124,7 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float, more: bool) -
             f'<li class="example" data-at="{at}">\n<div class="strength">'
             f"<b>{_number(example['activation'])}</b>{_bar(example['activation'] / strongest)}"
             f'<small title="Number of the document in the store">doc {document}</small></div>\n'
-            f'<p class="text">{_example_text(example, strongest)}</p>\n'
+            f'<p class="text">{example_text(example, strongest)}</p>\n'
         )
         if more:
             drawn.append(
@@ -226,7 +218,11 @@ def _name(item: Mapping[str, Any], link: Link) -> str:
     return f'<span class="neuron-name">{inside}</span>'
 
 
-def _example_text(example: Mapping[str, Any], strongest: float) -> str:
+def example_text(example: Mapping[str, Any], strongest: float) -> str:
+    """Draws an example's text; tokens far from its own are hidden until a reader asks for more.
+
+    Each part is the HTML that `shaded` makes of its `pieces`.
+    """
     tokens, values, at = example["tokens"], example["values"], example["example"]
     drawn = list(map(_escaped, tokens))
     for place in {at, *itertools.compress(range(len(values)), values)}:

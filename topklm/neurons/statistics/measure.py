@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from topklm.config import ModelConfig
-from topklm.data.building.progress import Progress
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
@@ -35,6 +34,7 @@ from topklm.neurons.statistics import (
 )
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
+from topklm.progress import Progress
 
 EMBEDDING = "the model's own unembedding rows"
 

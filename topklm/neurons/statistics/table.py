@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.files import parse_json, write_atomically
 from topklm.neurons.folder import damage_is_a_user_error
 from topklm.neurons.store import Store
+from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 2
 RANGE_PARTS = 5  # into which the range of a neuron's activations is cut, for examples

@@ -1,6 +1,6 @@
-"""How far the preparation of data is: lines in a log, or bars on a terminal.
+"""Shows how far a long piece of work is: lines in a log, or bars on a terminal.
 
-Shows and computes nothing that the data depends on.
+Knows nothing of the work; its results never depend on what is shown.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ _LINE_SECONDS = 10  # between two lines of a long phase where there is no termin
 
 
 class Progress:
-    """Says what happens; `say` receives whole lines, and nothing else is shown."""
+    """Shows whole lines, through `say`, and nothing else."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
 
     @contextlib.contextmanager
     def phase(self, what: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
-        """One long piece of work.
+        """Begins one long piece of work.
 
         Args:
             what: For example "encoding".
@@ -42,7 +42,7 @@ class TerminalProgress(Progress):
 
     @contextlib.contextmanager
     def phase(self, what: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
-        """See `Progress.phase`."""
+        """Shows one long piece of work, see `Progress.phase`."""
         show = _Bar if self._console.is_terminal else _Lines
         with show(what, total, self._console) as report:
             yield report

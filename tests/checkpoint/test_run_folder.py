@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 from topklm.config import Config, ModelConfig, TrainConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
@@ -15,7 +15,7 @@ from topklm.training import opening
 
 HOLDS_THE_LOCK = """
 import pathlib, sys, time
-from topklm import run_folder
+from topklm.checkpoint import run_folder
 
 with run_folder.owned(pathlib.Path(sys.argv[1])):
     print("held", flush=True)

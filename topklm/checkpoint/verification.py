@@ -1,7 +1,7 @@
 """Whether parameters that were read are those that were saved: compares checksums.
 
-What a checksum is, `topklm.checksums` says. That computes them where arrays live, by a compiled program;
-here those of a small model in host memory are computed without one, which would take longer to compile than
+`topklm.checkpoint.checksums` defines a checksum, and computes it where arrays live, by a compiled program.
+Here those of a small model in host memory are computed without one, which would take longer to compile than
 the model takes to load.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from topklm import checksums
+from topklm.checkpoint import checksums
 
 _PIECE = 2**15  # elements: what is computed on the way stays in a core's own cache
 
@@ -28,7 +28,7 @@ def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
     """Names the arrays whose checksum is not the saved one.
 
     Args:
-        tree: Nested dict of arrays, as `topklm.checksums.checksums` takes it.
+        tree: Nested dict of arrays, as `topklm.checkpoint.checksums.checksums` takes it.
         saved: What that gave before they were saved; it may hold others, too.
     """
     found = _checksums(tree)

@@ -1,7 +1,7 @@
 """The folder of one run, on a disk or in a bucket: who may write to it, and what describes it.
 
 The numbers that a run writes are the affair of `topklm.training.metrics`, its arrays that of
-`topklm.training.checkpoints`.
+`topklm.checkpoint.manager`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ import time
 from typing import Any
 import uuid
 
-from topklm import checkpoint_format, locks
 from topklm import config as config_lib
-from topklm.buckets import storage_errors_are_user_errors
-from topklm.data.sources import store_errors
+from topklm.checkpoint import format as checkpoint_format
 from topklm.errors import UserError
-from topklm.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
+from topklm.storage import locks
+from topklm.storage.errors import storage_errors_are_user_errors, store_errors
+from topklm.storage.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -47,7 +47,7 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
     saving both may write; their checkpoints are of one run, and whole.
 
     Args:
-        folder: As `topklm.files.as_path` gave it.
+        folder: As `topklm.storage.files.as_path` gave it.
         warn: Is told about an earlier owner in a bucket that did not take its leave.
 
     Raises:

@@ -20,14 +20,14 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 
-from topklm import checkpoint_format as on_disk
 from topklm import distributed, sharding
-from topklm.buckets import says_nothing_of_content
-from topklm.checkpoint_format import DATA, FACTS, OPTIMIZER, PARAMS, DamagedError
+from topklm.checkpoint import format as on_disk
+from topklm.checkpoint.format import DATA, FACTS, OPTIMIZER, PARAMS, DamagedError
+from topklm.checkpoint.retry import Backoff
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
-from topklm.files import AnyPath, absolute
-from topklm.training.retry import Backoff, storage_problem
+from topklm.storage.errors import says_nothing_of_content, storage_problem
+from topklm.storage.files import AnyPath, absolute
 from topklm.training.step import TrainState
 
 _MEETING_S = 600.0  # for all processes to come to the same line
@@ -48,7 +48,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run; all processes of the run make the same calls in the same order.
 
     Saving is asynchronous: training goes on while bytes are written.

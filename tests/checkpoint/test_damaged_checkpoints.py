@@ -13,9 +13,9 @@ import optax
 import pytest
 
 from topklm import sharding
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import CheckpointConfig, MeshConfig
 from topklm.errors import UserError
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.step import TrainState
 
 # One of two processes, each with a copy of its own of the folder: `SCRIPT FOLDER`.
@@ -27,7 +27,7 @@ with distributed.session():
     import jax, jax.numpy as jnp, numpy as np, optax
     from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
-    from topklm.training.checkpoints import Checkpoints
+    from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, data=1))
@@ -35,7 +35,7 @@ with distributed.session():
     opt_state = jax.eval_shape(optax.adam(1.0).init, params)
     recent = {"loss": jax.ShapeDtypeStruct((4,), jnp.float32)}
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, recent)
-    checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig())
+    checkpoints = CheckpointManager(pathlib.Path(sys.argv[1]), CheckpointConfig())
     state, data, _ = checkpoints.restore(abstract, mesh)
     part = state.params["embed"]["embedding"].addressable_shards[0].data
     print("restored", int(state.step), data, part.shape, checkpoints.latest_step)
@@ -59,7 +59,7 @@ def mesh():
 def whole(tmp_path_factory):
     """Checkpoints of steps 1, 2 and 3; not to be changed."""
     folder = tmp_path_factory.mktemp("whole") / "checkpoints"
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
     for step in (1, 2, 3):
         checkpoints.save(tiny_state(step), {"index": step}, {"note": f"step {step}", "rate": 0.25})
     checkpoints.wait()
@@ -91,7 +91,7 @@ def damage(path, kind):
 def restored_step(folder, mesh):
     """Which of the steps came back, bit for bit, and what was said; the folders are as they should be."""
     said = []
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), said.append)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), said.append)
     abstract = jax.eval_shape(lambda: tiny_state(1))
     state, data, facts = checkpoints.restore(abstract, mesh)
     step = int(state.step)
@@ -165,7 +165,7 @@ def test_a_changed_weight_is_named(folder, mesh):
 def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, mesh):
     for step in (1, 2, 3):
         (folder / str(step) / "data" / "metadata").write_text("{}")
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), lambda line: None)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
     with pytest.raises(
         UserError, match=r"every .* damaged \(3: data: checksum differs; 2: .*; 1: .*\): put back"
     ):
@@ -176,7 +176,7 @@ def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, mesh):
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, mesh):
     for n in itertools.count(1):
         (folder / "3" / "data" / "metadata").unlink()
-        checkpoints = Checkpoints(folder, CheckpointConfig(keep=3), lambda line: None)
+        checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
         checkpoints.save(tiny_state(3), {"index": 3}, {"note": "step 3", "rate": 0.25})
         checkpoints.wait()
@@ -195,15 +195,15 @@ def test_storage_in_trouble_is_not_damage(folder, mesh, monkeypatch, error):
     def refuse(path):
         raise error
 
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint_format.open_arrays", refuse)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
+    monkeypatch.setattr("topklm.checkpoint.format.open_arrays", refuse)
     with pytest.raises(type(error)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
 
 
 def test_a_folder_that_is_gone_is_not_damage(folder, mesh):
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=3))
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
     folder.rename(folder.with_name("unmounted"))
     with pytest.raises((FileNotFoundError, ValueError)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from topklm.checksums import checksums
+from topklm.checkpoint.checksums import checksums
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint8, np.bool_)
 SHAPES = ((), (1,), (5,), (16,), (3, 7), (40, 9), (2, 33, 5), (0, 4))
@@ -19,7 +19,7 @@ ON_EIGHT_DEVICES = """
 import json
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from topklm.checksums import checksums
+from topklm.checkpoint.checksums import checksums
 
 tree = {
     "a": np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32),

@@ -3,8 +3,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from topklm import checksums
-from topklm.inference.verification import changed
+from topklm.checkpoint import checksums
+from topklm.checkpoint.verification import changed
 
 
 def tree_of(seed):

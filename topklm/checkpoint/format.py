@@ -3,7 +3,7 @@
 A step's folder holds four items: `params` and `optimizer` (nested dicts of arrays; Orbax: OCDBT and Zarr),
 `data` and `facts` (JSON: config, tokenizer sha256, step, tokens seen, seconds trained, versions). Beside the
 facts lies the record of checksums, which checkpoints of earlier versions lack. When to save, what to do about
-failures and which checkpoint to take is the affair of `topklm.training.checkpoints`.
+failures and which checkpoint to take is the affair of `topklm.checkpoint.manager`.
 """
 
 import asyncio
@@ -22,9 +22,10 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from topklm import checksums, sharding
-from topklm.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
-from topklm.inference.parameters import open_arrays, read_arrays
+from topklm import sharding
+from topklm.checkpoint import checksums
+from topklm.checkpoint.arrays import open_arrays, read_arrays
+from topklm.storage.files import beside, for_tensorstore, fsync, is_bucket, parse_json, write_atomically
 
 PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
 

@@ -12,12 +12,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm import checkpoint_format, sharding
+from topklm import sharding
+from topklm.checkpoint import format as checkpoint_format
+from topklm.checkpoint.arrays import open_arrays
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import CheckpointConfig, Config, MeshConfig, resolve
 from topklm.errors import UserError
-from topklm.inference.parameters import open_arrays
 from topklm.training import bad_steps
-from topklm.training.checkpoints import Checkpoints
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_train_step
 
@@ -27,7 +28,7 @@ ON_EIGHT_DEVICES = """
 import pathlib, sys
 import jax, numpy as np
 from topklm import config as config_lib, sharding
-from topklm.training.checkpoints import Checkpoints
+from topklm.checkpoint.manager import CheckpointManager
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state
 
@@ -44,12 +45,13 @@ def is_split(state):
 
 state = init_state(config, optimizer, mesh)
 assert jax.device_count() == 8 and is_split(state)
-checkpoints = Checkpoints(of_8, config.checkpoint)
+checkpoints = CheckpointManager(of_8, config.checkpoint)
 checkpoints.save(state._replace(step=state.step + 7), {"next_index": 7}, {"note": "eight"})
 checkpoints.close()
 write(arrays_of_8, state._replace(step=state.step + 7))
 
-state, data, facts = Checkpoints(of_1, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+manager = CheckpointManager(of_1, config.checkpoint)
+state, data, facts = manager.restore(abstract_state(config, optimizer), mesh)
 assert is_split(state)
 assert (data, facts) == ({"next_index": 3}, {"note": "one"})
 write(arrays_of_1, state)
@@ -114,10 +116,10 @@ def state(trained_state):
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {"next_index": 3}, {"tokens_seen": 384, "config": config.to_dict()})
     checkpoints.close()
-    again = Checkpoints(tmp_path / "c", config.checkpoint)
+    again = CheckpointManager(tmp_path / "c", config.checkpoint)
     assert again.latest_step == 3
     restored, data, facts = again.restore(abstract_state(config, optimizer), mesh)
     assert_same_bits(restored, state)
@@ -128,7 +130,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, config, optimizer, mesh, st
 
 
 def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer, mesh, train_step, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), mesh)
@@ -143,7 +145,7 @@ def test_training_on_after_restoring_is_training_on(tmp_path, config, optimizer,
 def test_steps_taken_while_a_save_is_written_do_not_reach_it(
     tmp_path, config, optimizer, mesh, train_step, state
 ):
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=10))
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(keep=10))
     expected = {}
     for _ in range(5):
         expected[int(state.step)] = copied(state)
@@ -157,12 +159,14 @@ def test_steps_taken_while_a_save_is_written_do_not_reach_it(
         only = tmp_path / f"only-{step}"
         only.mkdir()
         (tmp_path / "c" / str(step)).rename(only / str(step))
-        restored, _, _ = Checkpoints(only, config.checkpoint).restore(abstract_state(config, optimizer), mesh)
+        restored, _, _ = CheckpointManager(only, config.checkpoint).restore(
+            abstract_state(config, optimizer), mesh
+        )
         assert_same_bits(restored, values)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path, state):
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=2))
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(keep=2))
     assert checkpoints.latest_step is None
     for step in (3, 4, 5):
         checkpoints.save(state._replace(step=np.int32(step)), {}, {})
@@ -171,7 +175,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, state):
 
 
 def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path, config, optimizer, mesh, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {"next_index": 1}, {})
     checkpoints.save(state, {"next_index": 2}, {})
     checkpoints.wait()
@@ -180,12 +184,12 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path, config, optimiz
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_never_read(tmp_path, config, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.close()
     half = tmp_path / "c" / "9.orbax-checkpoint-tmp"
     (half / "params.orbax-checkpoint-tmp").mkdir(parents=True)
-    again = Checkpoints(tmp_path / "c", config.checkpoint)
+    again = CheckpointManager(tmp_path / "c", config.checkpoint)
     assert again.latest_step == 3
     again.save(state._replace(step=np.int32(4)), {}, {})
     again.close()
@@ -195,7 +199,7 @@ def test_what_a_killed_process_left_half_written_is_removed_and_never_read(tmp_p
 def test_a_checkpoint_of_another_model_is_refused_and_its_arrays_named(
     tmp_path, config, optimizer, mesh, state
 ):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     other = resolve({**config.to_dict(), "model": {**config.to_dict()["model"], "tie_embeddings": True}})
@@ -224,7 +228,7 @@ def saved_by_an_earlier_version(folder, state):
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, mesh, state):
     saved_by_an_earlier_version(tmp_path / "c", state)
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     fresh = {"recent": bad_steps.fresh()}
     restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), mesh, fresh)
     assert_same_bits(restored, state._replace(recent=bad_steps.fresh()))
@@ -236,13 +240,13 @@ def test_what_an_earlier_version_did_not_save_is_named_if_nothing_takes_its_plac
     tmp_path, config, optimizer, mesh, state
 ):
     saved_by_an_earlier_version(tmp_path / "c", state)
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     with pytest.raises(UserError, match=r"recent\.count is missing; recent\.gradient_norm is missing"):
         checkpoints.restore(abstract_state(config, optimizer), mesh)
 
 
 def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimizer, mesh, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     fresh = {"recent": bad_steps.fresh()}
@@ -253,7 +257,7 @@ def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimi
 
 def test_another_optimizer_or_dtype_is_another_model_and_no_damage(tmp_path, config, mesh, optimizer, state):
     said = []
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint, said.append)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint, said.append)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
     shapes = abstract_state(config, optimizer)
@@ -266,11 +270,11 @@ def test_another_optimizer_or_dtype_is_another_model_and_no_damage(tmp_path, con
 
 
 def test_a_checkpoint_half_deleted_when_its_process_died_is_never_read(tmp_path, config, state):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.close()
     (tmp_path / "c" / "2.deleted.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    assert Checkpoints(tmp_path / "c", config.checkpoint).latest_step == 3
+    assert CheckpointManager(tmp_path / "c", config.checkpoint).latest_step == 3
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"3"}
 
 
@@ -288,14 +292,14 @@ def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
 
 
 def test_restoring_from_nothing_is_refused(tmp_path, config, optimizer, mesh):
-    checkpoints = Checkpoints(tmp_path / "c", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     with pytest.raises(ValueError, match="no checkpoint"):
         checkpoints.restore(abstract_state(config, optimizer), mesh)
     checkpoints.close()
 
 
 def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, config, optimizer, mesh, state):
-    checkpoints = Checkpoints(tmp_path / "one", config.checkpoint)
+    checkpoints = CheckpointManager(tmp_path / "one", config.checkpoint)
     checkpoints.save(state, {"next_index": 3}, {"note": "one"})
     checkpoints.close()
     places = [tmp_path / name for name in ("eight", "eight.npz", "one", "one.npz")]
@@ -308,7 +312,7 @@ def test_a_checkpoint_moves_between_eight_devices_and_one(tmp_path, trainer, con
     )
     assert process.finish() == 0, process.errors
     shapes = functools.partial(abstract_state, config, optimizer)
-    from_eight, data, facts = Checkpoints(tmp_path / "eight", config.checkpoint).restore(shapes(), mesh)
+    from_eight, data, facts = CheckpointManager(tmp_path / "eight", config.checkpoint).restore(shapes(), mesh)
     assert (int(from_eight.step), data, facts) == (7, {"next_index": 7}, {"note": "eight"})
     assert_same_bits(jax.tree.leaves(from_eight), list(np.load(tmp_path / "eight.npz").values()))
     assert_same_bits(jax.tree.leaves(state), list(np.load(tmp_path / "one.npz").values()))

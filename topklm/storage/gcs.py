@@ -1,37 +1,30 @@
 """Run folders in Google Cloud Storage: what must hold before one is used, and what its errors mean.
 
-Paths are `etils.epath.Path` (see `topklm.files`), which reads and writes through gcsfs, as Orbax does;
-arrays go through TensorStore's own client.
+Paths are `etils.epath.Path` (see `topklm.storage.files`), which reads and writes through gcsfs, as Orbax
+does; arrays go through TensorStore's own client.
 """
 
-from collections.abc import Iterator
-import contextlib
-import errno
 import os
-import re
 from typing import Any
 
 from etils.epath import backend
 
-from topklm.data.sources import optional_module, store_errors_are_user_errors
-from topklm.errors import UserError, disk_errors_are_user_errors, system_error
-from topklm.files import AnyPath, is_bucket
+from topklm.errors import UserError
+from topklm.imports import optional_module
+from topklm.storage.errors import store_errors_are_user_errors
+from topklm.storage.files import AnyPath, is_bucket
 
 # The libraries try again for minutes when nobody is there; the first question to a bucket shall not.
 _ANSWER_SECONDS = 15.0
 
 _EXTRA = "gcs"
 
-# How TensorStore names what a store answered (absl's status codes).
-_REFUSED = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED)\b")
-_UNREACHABLE = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED)\b")
-
 
 def check_usable(folder: AnyPath, flag: str, *, write: bool) -> None:
     """Finds out whether a folder in a bucket can be used, before anything is begun; a local one always can.
 
     Args:
-        folder: A path that `topklm.files.as_path` gave.
+        folder: A path that `topklm.storage.files.as_path` gave.
         flag: Where the user named it; the message begins with it.
         write: Whether a run shall be kept there, and not only read.
 
@@ -66,45 +59,6 @@ def file_system(path: AnyPath) -> Any:
 def bucket_name(path: AnyPath) -> str:
     """BUCKET of gs://BUCKET/FOLDER."""
     return os.fspath(path).split("/")[2]
-
-
-@contextlib.contextmanager
-def storage_errors_are_user_errors(doing: str, path: AnyPath) -> Iterator[None]:
-    """As `disk_errors_are_user_errors`, for a block that uses `path`, on a disk or in a bucket.
-
-    Only for blocks that do little else: a bucket's libraries raise ValueErrors too.
-
-    Args:
-        doing: What was attempted, for the message, e.g. "writing the checkpoint of step 400".
-        path: A file or folder.
-    """
-    if not is_bucket(path):
-        with disk_errors_are_user_errors(doing):
-            yield
-        return
-    with store_errors_are_user_errors(doing, str(path)):
-        try:
-            yield
-        except (ValueError, RuntimeError) as e:
-            if _REFUSED.search(str(e)):
-                raise PermissionError(str(e)) from e
-            if _UNREACHABLE.search(str(e)):
-                raise ConnectionError(str(e)) from e
-            raise
-
-
-# Errors of the system about the content of a path: nothing is there, or something of another kind.
-_OF_CONTENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-
-
-def says_nothing_of_content(error: Exception) -> bool:
-    """Tells whether reading failed for want of access, or by the disk itself, and not for what was read."""
-    text = str(error)
-    if _REFUSED.search(text) or _UNREACHABLE.search(text):
-        return True
-    code = system_error(error)
-    of_content = isinstance(error, FileNotFoundError) if code is None else code in _OF_CONTENT
-    return not of_content and (code is not None or isinstance(error, OSError))
 
 
 def _check_settings_are_readable(fs: Any, bucket: str, flag: str) -> None:

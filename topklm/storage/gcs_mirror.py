@@ -10,16 +10,17 @@ import shutil
 import tempfile
 import time
 
-from topklm.buckets import file_system, storage_errors_are_user_errors
 from topklm.errors import UserError
-from topklm.files import AnyPath
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath
+from topklm.storage.gcs import file_system
 
 _SECONDS_BETWEEN_COPIES = 60.0
 # For one file to arrive, and for anyone who waits for a copy.
 _PATIENCE_SECONDS = 60.0
 
 
-class Spool:
+class GcsMirror:
     """Copies are made by a thread, one after the other, and always whole.
 
     A copy that fails is told about once and made again the next time; only the last one must succeed.

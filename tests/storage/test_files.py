@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from topklm.errors import UserError
-from topklm.files import absolute, as_path, is_bucket, write_atomically
+from topklm.storage.files import absolute, as_path, is_bucket, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

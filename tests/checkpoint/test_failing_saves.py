@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from topklm import sharding
+from topklm.checkpoint import retry
+from topklm.checkpoint.manager import CheckpointManager, Patience
 from topklm.config import CheckpointConfig, MeshConfig
 from topklm.errors import UserError
-from topklm.training import retry
-from topklm.training.checkpoints import Checkpoints, Patience
 from topklm.training.step import TrainState
 
 # TensorStore's threads may come back to an event loop that a failure has ended.
@@ -34,8 +34,8 @@ with distributed.session():
     from jax.sharding import NamedSharding, PartitionSpec
     from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
-    from topklm.training import retry
-    from topklm.training.checkpoints import Checkpoints
+    from topklm.checkpoint import retry
+    from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
     retry.FIRST_WAIT_S = 0.0
@@ -52,7 +52,7 @@ with distributed.session():
     def limit(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
 
-    checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig())
+    checkpoints = CheckpointManager(pathlib.Path(sys.argv[1]), CheckpointConfig())
     checkpoints.save(state(1), {}, {})
     checkpoints.wait()
     if jax.process_index() == 1:
@@ -109,7 +109,7 @@ def said():
 @pytest.fixture
 def checkpoints(tmp_path, said):
     """With a good checkpoint of step 1."""
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=2), said.append)
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(keep=2), said.append)
     checkpoints.save(some_state(1), {"index": 1}, {})
     checkpoints.wait()
     return checkpoints
@@ -178,7 +178,7 @@ def test_failures_in_a_row_are_counted_until_one_succeeds(checkpoints, said):
 
 def test_when_patience_is_over_the_folder_and_the_last_good_checkpoint_are_named(tmp_path, said):
     patience = Patience(while_training_s=0.0)
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(), said.append, patience)
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(), said.append, patience)
     checkpoints.save(some_state(1), {}, {})
     checkpoints.wait()
     with files_of_at_most(5000), pytest.raises(UserError) as error:
@@ -195,7 +195,7 @@ def test_at_the_end_it_is_tried_again_until_it_is_written(tmp_path, said):
         if len(said) == 2:
             lift_limit()  # somebody made room
 
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(), say)
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(), say)
     with files_of_at_most(5000):
         checkpoints.save(some_state(1), {"index": 1}, {})
         checkpoints.wait()
@@ -208,7 +208,7 @@ def test_at_the_end_it_is_tried_again_until_it_is_written(tmp_path, said):
 
 
 def test_at_the_end_patience_is_over_sooner(tmp_path, said):
-    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(), said.append, Patience(at_end_s=0.0))
+    checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(), said.append, Patience(at_end_s=0.0))
     with files_of_at_most(5000):
         checkpoints.save(some_state(1), {}, {})
         with pytest.raises(UserError, match=r"checkpoint 1 could not .* the last good one in .*c is none"):
@@ -286,7 +286,7 @@ def refuse_to_remove(monkeypatch, name, code):
 @pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY, errno.EACCES, errno.EROFS])
 def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch, code):
     folder, said = tmp_path / "c", []
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2), said.append)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=2), said.append)
     for step in (1, 2):
         checkpoints.save(some_state(step), {}, {})
         checkpoints.wait()
@@ -307,7 +307,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path, monk
 
 def test_an_old_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path):
     folder, said = tmp_path / "c", []
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2), said.append)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=2), said.append)
     for step in (1, 2, 3):
         checkpoints.save(some_state(step), {}, {})
         checkpoints.wait()
@@ -320,10 +320,10 @@ def test_an_old_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(tm
 
 def test_what_is_half_written_and_cannot_be_removed_does_not_keep_a_run_from_starting(tmp_path, monkeypatch):
     folder, said = tmp_path / "c", []
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep=2))
     checkpoints.save(some_state(1), {}, {})
     checkpoints.wait()
     (folder / "2.orbax-checkpoint-tmp").mkdir()
     refuse_to_remove(monkeypatch, "2.orbax", errno.ENOTEMPTY)
-    assert Checkpoints(folder, CheckpointConfig(keep=2), said.append).latest_step == 1
+    assert CheckpointManager(folder, CheckpointConfig(keep=2), said.append).latest_step == 1
     assert "half-written cannot be removed" in said[0]

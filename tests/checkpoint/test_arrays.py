@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm.inference import parameters
-from topklm.inference.parameters import open_arrays
+from topklm.checkpoint import arrays
+from topklm.checkpoint.arrays import open_arrays
 
 ON_ONE_DEVICE = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -36,7 +36,7 @@ def save(folder, tree, chunk_byte_size=None):
 
 
 def read_arrays(folder, target):
-    return parameters.read_arrays(open_arrays(folder), target)
+    return arrays.read_arrays(open_arrays(folder), target)
 
 
 def target_of(tree, sharding=ON_ONE_DEVICE):
@@ -46,7 +46,7 @@ def target_of(tree, sharding=ON_ONE_DEVICE):
 @pytest.mark.parametrize("chunk_byte_size", [None, 64, 1000])
 @pytest.mark.parametrize("in_flight", [1, 500, 2**20])
 def test_what_was_saved_is_read_whatever_the_chunks(tmp_path, monkeypatch, chunk_byte_size, in_flight):
-    monkeypatch.setattr(parameters, "_BYTES_IN_FLIGHT", in_flight)
+    monkeypatch.setattr(arrays, "_BYTES_IN_FLIGHT", in_flight)
     tree = arrays_of(1)
     folder = save(tmp_path / "params", tree, chunk_byte_size)
     assert_same_bits(read_arrays(folder, target_of(tree)), tree)
@@ -55,7 +55,7 @@ def test_what_was_saved_is_read_whatever_the_chunks(tmp_path, monkeypatch, chunk
 def test_the_chunks_of_a_box_cover_it_once():
     box, chunk = ((2, 9), (0, 5)), (4, 3)
     counted = np.zeros((10, 6), int)
-    for part in parameters._chunks(box, chunk):
+    for part in arrays._chunks(box, chunk):
         rows, columns = (slice(a, b) for a, b in zip(part.inclusive_min, part.exclusive_max, strict=True))
         counted[rows, columns] += 1
         assert {(r // 4, c // 3) for r, c in itertools.product(range(10)[rows], range(6)[columns])} == {
@@ -109,7 +109,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 sys.path[:0] = sys.argv[2:]
-from test_parameters import arrays_of, read_arrays, save, target_of
+from test_arrays import arrays_of, read_arrays, save, target_of
 
 here = pathlib.Path(sys.argv[1])
 mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -126,7 +126,7 @@ for number, saved in enumerate([P("a", "b"), P(("a", "b")), P(None, "a"), P()]):
 
 
 def test_any_layout_is_read_from_any_other(tmp_path, trainer):
-    folders = [str(helpers.ROOT / "tests"), str(helpers.ROOT / "tests" / "inference")]
+    folders = [str(helpers.ROOT / "tests"), str(helpers.ROOT / "tests" / "checkpoint")]
     run = trainer.start_python("-c", ON_EIGHT_DEVICES, str(tmp_path), *folders, environment=devices(8))
     assert run.finish() == 0, run.errors
     tree = {"matrix": np.random.default_rng(0).standard_normal((16, 24), dtype=np.float32)}

@@ -1,6 +1,6 @@
 """Paths that lead to a local disk or into a bucket; files that are never half written, nor read if damaged.
 
-What a bucket needs before it can be used, and what its errors mean, is `topklm.buckets`' affair.
+What a bucket needs before it can be used, and what its errors mean, is `topklm.storage.gcs`' affair.
 """
 
 import atexit

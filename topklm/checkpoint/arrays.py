@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from topklm.files import for_tensorstore, is_bucket
+from topklm.storage.files import for_tensorstore, is_bucket
 
 # Unpacked bytes of the chunks that are read at the same time: at least these, or this share of all there are.
 # Each chunk is held once more as it is stored.

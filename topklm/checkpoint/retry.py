@@ -4,12 +4,7 @@ The clock is monotonic; what is tried is the caller's affair.
 """
 
 import dataclasses
-import os
 import time
-
-from topklm.buckets import storage_errors_are_user_errors
-from topklm.errors import UserError, system_error
-from topklm.files import AnyPath
 
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 60.0
@@ -39,17 +34,3 @@ class Backoff:
     def succeeded(self) -> None:
         """Forgets the failures."""
         self.failures = 0
-
-
-def storage_problem(error: Exception, path: AnyPath) -> str | None:
-    """What an error says of the storage, a phrase for a person; None if it is about something else."""
-    try:
-        with storage_errors_are_user_errors("", path):
-            raise error
-    except UserError as e:
-        return str(e).partition(": ")[2]
-    except (OSError, ValueError, RuntimeError) as e:
-        code = system_error(e)
-        if code is None and not isinstance(e, OSError):
-            return None
-        return (os.strerror(code) if code else str(e) or type(e).__name__).lower()
