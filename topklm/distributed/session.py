@@ -78,7 +78,7 @@ class Session:
         self._stale_key: str | None = None
         # A word that ends the run carries its sender's secret, whose hash all have known since the start.
         self._secret = secrets.token_hex(16)
-        self._hashes: list[str] = []
+        self._hashes: dict[int, str] = {}
         self._ending: Ending | None = None
         self._ending_known = threading.Event()
         self._hurry = threading.Event()  # the end of the run has begun, good or bad
@@ -106,7 +106,10 @@ class Session:
         if client.get(_BEGUN) is not None:
             text = f"process {self.process.index} came when the run was under way"
             raise PeerLost(f"{text}: start the same command on every host")
-        self._client = client
+        self._client, self._last_tick = client, time.monotonic()
+        for work in (self._watch, self._listen, self._tick):
+            self._threads.append(threading.Thread(target=self._guarded, args=(work, client), daemon=True))
+            self._threads[-1].start()
         hello = {
             "count": self.process.count,
             "versions": versions("topklm", "jax"),
@@ -114,10 +117,7 @@ class Session:
         }
         values = self._exchange(client, _HELLO, json.dumps(hello), self._start_timeout_s)
         hellos = {int(index): json.loads(value) for index, value in sorted(values.items())}
-        self._hashes = [hello["hash"] for hello in hellos.values()]
-        for work in (self._watch, self._listen, self._tick):
-            self._threads.append(threading.Thread(target=work, args=(client,), daemon=True))
-            self._threads[-1].start()
+        self._hashes = {index: hello["hash"] for index, hello in hellos.items()}
         _check_fit(hellos)
         client.set(_BEGUN, "", overwrite=True)
 
@@ -193,6 +193,18 @@ class Session:
         self.announce(ending.kind, ending.text)
         os._exit(errors.EXIT_TRY_AGAIN)
 
+    def _guarded(
+        self, work: Callable[[coordination.CoordinationClient], None], client: coordination.CoordinationClient
+    ) -> None:
+        """Does a thread's work; a bug in it would leave the run unwatched, and so ends the process."""
+        try:
+            work(client)
+        except jax.errors.JaxRuntimeError:
+            return  # this process is leaving, or process 0 is gone: then XLA ends this one
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
     # Words that end the run.
 
     def _declare(self, ending: Ending) -> None:
@@ -209,10 +221,7 @@ class Session:
 
     def _listen(self, client: coordination.CoordinationClient) -> None:
         """Waits for the run's ending, and then ends this process unless its main thread is about to."""
-        try:
-            ending = self._read(client.wait_for(_ENDING))
-        except jax.errors.JaxRuntimeError:
-            return  # this process is leaving, or process 0 is gone: then XLA ends this one
+        ending = self._read(client.wait_for(_ENDING))
         self._hear(ending)
         if ending.process == self.process.index and self._announced:
             return
@@ -224,13 +233,13 @@ class Session:
         """Reads a word that ends the run; one that no process of the run can have written is a stranger's."""
         try:
             values = json.loads(word)
-            by = int(values["by"])
             ending = Ending.from_json(values["ending"])
-            if not 0 <= by < len(self._hashes) or self._hashes[by] != _sha256(values["secret"]):
-                return self._end_by_stranger()
+            signed = self._hashes.get(values["by"]) == _sha256(values["secret"])
         except (ValueError, KeyError, TypeError, AttributeError):
             return self._end_by_stranger()
-        return ending
+        # While hashes are not known yet, any word is good enough to start again.
+        may_be = not self._hashes and ending.heard(told_to_stop=False).exit_code == errors.EXIT_TRY_AGAIN
+        return ending if signed or may_be else self._end_by_stranger()
 
     def _end_by_stranger(self) -> Ending:
         text = (
@@ -247,27 +256,24 @@ class Session:
         """Declares a process gone that has no heartbeats, or whose number another process has taken."""
         interval_s = min(self._peer_timeout_s / 4, 5.0)
         first: dict[int, int] = {}
-        try:
-            while not (self._leaving and self.process.index):
-                now = client.alive(len(self._hashes))
-                self._last_contact = time.monotonic()
-                if now.keys() == {self.process.index}:
-                    self._alone.set()
-                    if self._leaving:
-                        return
-                first = first or now
-                if not self._ending:
-                    self._check_alive(client, first, now)
-                if self._hurry.wait(interval_s):
-                    time.sleep(_LEAVING_POLL_S)
-        except jax.errors.JaxRuntimeError:
-            return  # as in `_listen`
+        while not (self._leaving and self.process.index):
+            now = client.alive(self.process.count)
+            self._last_contact = time.monotonic()
+            if now.keys() == {self.process.index}:
+                self._alone.set()
+                if self._leaving:
+                    return
+            first = first or now
+            if not self._ending:
+                self._check_alive(client, first, now)
+            if self._hurry.wait(interval_s):
+                time.sleep(_LEAVING_POLL_S)
 
     def _check_alive(
         self, client: coordination.CoordinationClient, first: dict[int, int], now: dict[int, int]
     ) -> None:
         silent = f"no sign of life for {self._peer_timeout_s:g} s"
-        for index in range(len(self._hashes)):
+        for index in range(self.process.count):
             if index in now and now[index] == first.get(index):
                 continue
             if str(index) in client.values(_folder(_GOODBYE, 1)):
