@@ -16,11 +16,11 @@ import json
 import pathlib
 from typing import Any
 
-from topklm import allocator
 from topklm.bench import growth, machine
 from topklm.bench.processes import threads
 from topklm.bench.shapes import SHAPES
 from topklm.config import Config
+from topklm.runtime import allocator
 from topklm.storage.files import write_atomically
 
 RESULT = pathlib.Path(__file__).parent / "results" / "growth.json"

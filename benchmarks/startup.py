@@ -3,8 +3,8 @@
 python -m benchmarks.startup
 
 Cold: nothing has been compiled before. Warm: the same command has run once, so that its programs lie in the
-cache (`topklm.compilation_cache`). Both find their dataset prepared. Real processes of `configs/small.py`,
-taking turns; each is killed after its first step.
+cache (`topklm.runtime.compilation_cache`). Both find their dataset prepared. Real processes of
+`configs/small.py`, taking turns; each is killed after its first step.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 import time
 
 from benchmarks import machine
-from topklm.compilation_cache import SWITCH
+from topklm.runtime.compilation_cache import SWITCH
 from topklm.storage.files import write_atomically
 
 RESULT = Path(__file__).parent / "results" / "startup.json"

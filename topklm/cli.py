@@ -9,7 +9,8 @@ import importlib
 import sys
 from typing import NoReturn
 
-from topklm import allocator, errors
+from topklm import errors
+from topklm.runtime import allocator
 
 VERBS = {
     "train": "train a model",

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from topklm import distributed, errors
-from topklm.training.watchdog import Watchdog
+from topklm.runtime.watchdog import Watchdog
 
 def sum_over_processes(value):
     mesh = jax.make_mesh((jax.device_count(),), ("x",))
@@ -40,7 +40,7 @@ sys.exit(errors.guarded(main))
 WAITING_PROGRAM = """
 import sys
 from topklm import distributed, errors
-from topklm.training.interruption import stop_on_signal
+from topklm.runtime.signals import stop_on_signal
 
 def main():
     with stop_on_signal(distributed.announce_stop) as stop:

@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_is_told_from_one_that_is_finished(capsys):
 def test_a_run_that_was_stopped_while_it_started_is_told_from_one_that_is_finished():
     code = (
         "import os, signal, time\n"
-        "from topklm.training.interruption import stop_on_signal\n"
+        "from topklm.runtime.signals import stop_on_signal\n"
         "with stop_on_signal():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(300)\n"

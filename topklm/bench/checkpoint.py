@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topklm import allocator, load, sharding
+from topklm import load, sharding
 from topklm.bench.processes import peak_resident_bytes
 from topklm.bench.report import Comparison, Report, Result
 from topklm.bench.shapes import SHAPES
@@ -31,6 +31,7 @@ from topklm.config import CheckpointConfig, Config, MeshConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.model import transformer
+from topklm.runtime import allocator
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 

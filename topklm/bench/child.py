@@ -10,9 +10,10 @@ import os
 import sys
 from typing import Any, TextIO
 
-from topklm import allocator, errors
+from topklm import errors
 from topklm.bench.processes import Prepared, peak_resident_bytes
 from topklm.bench.timing import timed
+from topklm.runtime import allocator
 
 
 def main(module: str) -> None:

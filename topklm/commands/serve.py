@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"serve needs {', '.join(missing)}: run pip install 'topklm[explore]'")
     # What follows needs packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
-    from topklm import compilation_cache  # noqa: PLC0415
+    from topklm.runtime import compilation_cache  # noqa: PLC0415
     from topklm.server import run as running  # noqa: PLC0415
     from topklm.server.limits import Limits  # noqa: PLC0415
     from topklm.server.service import Service  # noqa: PLC0415

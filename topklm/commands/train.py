@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from topklm import allocator, compilation_cache, config, distributed
+from topklm import config, distributed
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.runtime import allocator, compilation_cache
+from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
 from topklm.storage.gcs import check_usable
 from topklm.training import loop
-from topklm.training.interruption import stop_on_signal
 
 DESCRIPTION = (
     "Trains a model, or continues the run in --workdir from its newest checkpoint. Single settings are "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.training.interruption import StopRequest
+from topklm.runtime.signals import StopRequest
 
 _BALLOT = "stop_signal"
 

@@ -24,6 +24,8 @@ from topklm.data.stream import heldout_batches, heldout_part, train_stream
 from topklm.errors import UserError
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
+from topklm.runtime.signals import StopRequest, stop_on_signal
+from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
 from topklm.training import bad_steps, memory, throughput
@@ -32,7 +34,6 @@ from topklm.training.agreement import Agreement
 from topklm.training.console import Console, evaluation_line
 from topklm.training.evaluation import evaluate
 from topklm.training.feed import DeviceBatch, Feed, to_devices
-from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.opening import opened
 from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.profile import Profiler
@@ -45,7 +46,6 @@ from topklm.training.step import (
     make_train_step,
 )
 from topklm.training.summary import describe_model, summary
-from topklm.training.watchdog import Watchdog
 
 
 def train(

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from topklm import allocator, sharding
+from topklm import sharding
 from topklm.errors import UserError
+from topklm.runtime import allocator
 
 # XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
 _RELEASE_SECONDS = 0.002

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from topklm import allocator
+from topklm.runtime import allocator
 
 PROGRAM = """
 import os, pathlib, sys
-from topklm import allocator, errors
+from topklm import errors
+from topklm.runtime import allocator
 
 def main():
     print("started", os.getpid(), *sys.argv[1:], flush=True)
