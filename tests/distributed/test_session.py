@@ -368,7 +368,7 @@ def test_another_process_of_the_same_number_does_not_let_the_run_go_on(start):
 
 @pytest.mark.parametrize("kind", ["stop", "mistake", None])
 def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(start, kind):
-    """It can end the run, as any process of a run can: launchers then start it again."""
+    """Lets it end the run, as any process of a run can: launchers then start it again."""
     ending = json.dumps({"kind": kind, "process": 1, "text": "trained"})
     word = json.dumps({"by": 1, "secret": "?", "ending": ending}) if kind else "trained"
     job = start(2, IN_A_COLLECTIVE.format(instead="time.sleep(1000)"))

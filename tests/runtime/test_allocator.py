@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is L
 
 @pytest.fixture
 def environment(tmp_path):
-    """With a tcmalloc to be found: another small library under its name."""
+    """Lets a tcmalloc be found: another small library under its name."""
     maps = Path("/proc/self/maps").read_text().split()
     library = next(word for word in maps if "/libm.so" in word or "/libm-" in word)
     (tmp_path / "lib").mkdir()

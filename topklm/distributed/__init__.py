@@ -116,7 +116,7 @@ def end_hung(text: str) -> NoReturn:
     """Ends all processes, this one included, with exit code 75 and the stacks of all their threads.
 
     Args:
-        text: What was noticed, like "no progress for 600 s".
+        text: The symptom, like "no progress for 600 s".
     """
     if _session:
         _session.end_hung(text)

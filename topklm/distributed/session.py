@@ -242,9 +242,7 @@ class Session:
         return ending if signed or may_be else self._end_by_stranger()
 
     def _end_by_stranger(self) -> Ending:
-        text = (
-            f"somebody outside of the run has written to its coordination service at {self.process.address}"
-        )
+        text = f"somebody outside of the run wrote to its coordination service at {self.process.address}"
         return Ending(Kind.STRANGER, self.process.index, text)
 
     def _stranger(self) -> PeerLost:
