@@ -1,7 +1,7 @@
 """Programs that take the place of gcloud, kubectl, Slurm's commands and the trainer, first on the PATH.
 
 Each appends what it was called with to calls.jsonl, and does what scenario.json in the same folder says.
-`main` is all of them, called under the name of the program it stands for. Cloud and cluster are simulated only
+`main` is all of them, called under the name of the program it stands for. Clouds are simulated only
 as far as the launchers can see.
 """
 

@@ -30,6 +30,8 @@ from topklm.imports import versions
 _GRACE_S = 1.0
 # For the others to hear the ending, before process 0 and the service in it are gone.
 _FAREWELL_S = 10.0
+# After a good end all are about to leave.
+_SHUTDOWN_S = 60.0
 # An error may be the echo of another process's: time to hear of that.
 _ECHO_S = 2.0
 # XLA notices a silent process at its next look.
@@ -79,6 +81,7 @@ class Session:
         # A word that ends the run carries its sender's secret, whose hash all have known since the start.
         self._secret = secrets.token_hex(16)
         self._hashes: dict[int, str] = {}
+        self._met = threading.Event()  # the hashes are known
         self._ending: Ending | None = None
         self._ending_known = threading.Event()
         self._hurry = threading.Event()  # the end of the run has begun, good or bad
@@ -118,6 +121,7 @@ class Session:
         values = self._exchange(client, _HELLO, json.dumps(hello), self._start_timeout_s)
         hellos = {int(index): json.loads(value) for index, value in sorted(values.items())}
         self._hashes = {index: hello["hash"] for index, hello in hellos.items()}
+        self._met.set()
         _check_fit(hellos)
         client.set(_BEGUN, "", overwrite=True)
 
@@ -167,7 +171,7 @@ class Session:
         self.gather(_GOODBYE, "", timeout_s)
         self._leaving = True
         self._hurry.set()
-        self._let_others_leave()
+        self._let_others_leave(_SHUTDOWN_S)
         if self.process.index == 0 and self._client:
             self._client.disconnect()
         self._threads[0].join(_FAREWELL_S)  # in the middle of a call it would crash the interpreter's end
@@ -200,7 +204,10 @@ class Session:
         try:
             work(client)
         except jax.errors.JaxRuntimeError:
-            return  # this process is leaving, or process 0 is gone: then XLA ends this one
+            # Mostly this process is leaving, or process 0 is gone, and XLA ends this one at any moment.
+            if not self._hurry.wait(_FAREWELL_S):
+                traceback.print_exc()
+                os._exit(errors.EXIT_TRY_AGAIN)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -233,13 +240,16 @@ class Session:
         """Reads a word that ends the run; one that no process of the run can have written is a stranger's."""
         try:
             values = json.loads(word)
-            ending = Ending.from_json(values["ending"])
-            signed = self._hashes.get(values["by"]) == _sha256(values["secret"])
+            by, hashed, ending = values["by"], _sha256(values["secret"]), Ending.from_json(values["ending"])
+            harmless = ending.heard(told_to_stop=False).exit_code == errors.EXIT_TRY_AGAIN
+            if harmless and not self._met.is_set():
+                return ending  # a process may be gone before all have met
+            self._met.wait(_FAREWELL_S)
+            if self._hashes.get(by) == hashed:
+                return ending
         except (ValueError, KeyError, TypeError, AttributeError):
-            return self._end_by_stranger()
-        # While hashes are not known yet, any word is good enough to start again.
-        may_be = not self._hashes and ending.heard(told_to_stop=False).exit_code == errors.EXIT_TRY_AGAIN
-        return ending if signed or may_be else self._end_by_stranger()
+            pass
+        return self._end_by_stranger()
 
     def _end_by_stranger(self) -> Ending:
         text = f"somebody outside of the run wrote to its coordination service at {self.process.address}"
@@ -307,17 +317,17 @@ class Session:
         self._let_others_leave()
         os._exit(ending.exit_code)
 
-    def _let_others_leave(self) -> None:
+    def _let_others_leave(self, timeout_s: float = _FAREWELL_S) -> None:
         """Disconnects; process 0 instead waits until all others have, because the service goes with it."""
         if self._client is None:
             return
         if self.process.index == 0:
-            self._alone.wait(_FAREWELL_S)
+            self._alone.wait(timeout_s)
             return
         # The client's lock may be held by a thread that hangs.
         leaving = threading.Thread(target=self._client.disconnect, daemon=True)
         leaving.start()
-        leaving.join(_FAREWELL_S)
+        leaving.join(timeout_s)
 
     def _cause_elsewhere(self, error: BaseException) -> Ending | None:
         """Returns how another process ended the run, if that is why this one has an error."""
