@@ -1,4 +1,4 @@
-"""The ablation behind the model's defaults: one setting changed at a time, two seeds each.
+"""The ablation for the model's defaults: one setting changed at a time, two seeds each.
 
     python -m benchmarks.ablate_defaults --runs runs/ablation --out benchmarks/results/ablation.json
 
@@ -7,7 +7,6 @@ again, so an interrupted ablation continues. It compares held-out bits per byte,
 mind a busy machine.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -18,9 +17,9 @@ import sys
 import rich.console
 import rich.table
 
-from benchmarks import machine
+from benchmarks.harness import results
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = results.ROOT
 SEEDS = (0, 1)
 # 491,520 tokens, 0.38 of an epoch, with the whole learning-rate schedule inside.
 COMMON = {"train.steps": 240, "checkpoint.every_steps": 0, "eval.every_steps": 0}
@@ -42,17 +41,16 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def main() -> None:
     """Runs what is missing, then writes the JSON and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/ablation"))
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks/results/ablation.json")
+    parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER / "ablation.json")
     arguments = parser.parse_args()
-    results = {}
+    found = {}
     for name, changes in VARIANTS.items():
         evaluations = [_run(arguments.runs / f"{name}-seed{seed}", changes, seed) for seed in SEEDS]
-        results[name] = {"changes": changes, "seeds": evaluations, **_summary(evaluations)}
-    content = {"common": COMMON, "machine": machine.describe(), "variants": results}
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
-    _print(results)
+        found[name] = {"changes": changes, "seeds": evaluations, **_summary(evaluations)}
+    results.write(arguments.out, {"common": COMMON, "variants": found}, shown={})
+    _print(found)
 
 
 def _run(folder: pathlib.Path, changes: dict[str, object], seed: int) -> dict[str, object]:
@@ -85,12 +83,12 @@ def _summary(evaluations: list[dict]) -> dict[str, float | list[float]]:
     }
 
 
-def _print(results: dict[str, dict]) -> None:
+def _print(found: dict[str, dict]) -> None:
     table = rich.table.Table(title="Held-out bits per byte, mean of two seeds")
     for column in ("variant", "bits/byte", "range", "gap to Base", "dead, per TopK layer"):
         table.add_column(column)
-    base = results["base"]["bits_per_byte_mean"]
-    for name, result in results.items():
+    base = found["base"]["bits_per_byte_mean"]
+    for name, result in found.items():
         mean = result["bits_per_byte_mean"]
         dead = ", ".join(f"{share:.1%}" for share in result["dead_neurons_mean"])
         table.add_row(

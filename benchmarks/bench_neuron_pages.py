@@ -1,4 +1,4 @@
-"""What it takes to look at the neurons of a run: to harvest, to store, to measure and to write pages.
+"""The cost of looking at the neurons of a run: to harvest, to store, to measure and to write pages.
 
 python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
 
@@ -9,17 +9,16 @@ python -m benchmarks.bench_neuron_pages RUN [--tokens N] [--peer-python PATH]
   and writing. Documents are held as token ids beforehand.
 - Bytes of the store for each activation in it.
 - Pages of all neurons a minute, from the store and the statistics, as one HTML file, as JSON and as
-  Neuronpedia's files; what the statistics themselves take; and both together.
+  Neuronpedia's files; of the statistics themselves; and of both together.
 - The same neurons by `sae-dashboard` (https://pypi.org/project/sae-dashboard/) where a Python that has it is
-  given: the same activations and tokens, cut into prompts of 128 (`benchmarks.sae_dashboard_pages`). What it
-  does for a page is to measure and to write; its figures are fewer, so it is compared with our statistics
+  given: the same activations and tokens, cut into prompts of 128 (`benchmarks.sae_dashboard_pages`). For a
+  page it measures and writes; its figures are fewer, so it is compared with our statistics
   without ablation, and with all of them. In a virtual environment of its own it installs with
   `pip install sae-dashboard "pyarrow<22"`; a torchvision that is not of the same build as torch must go.
 
 Nothing is written into RUN.
 """
 
-import argparse
 from collections.abc import Mapping
 import contextlib
 import dataclasses
@@ -32,12 +31,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import machine, sae_dashboard_peer
+from benchmarks import sae_dashboard_peer
+from benchmarks.harness import results, timing
+from benchmarks.harness.timing import Samples, Subject
 from benchmarks.neuron_harvest import Held, against_forward, capture_against_forward
 import topklm
-from topklm import sharding
-from topklm.bench import timing
-from topklm.bench.timing import Samples, Side
 from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
 from topklm.explorer import export as html
@@ -45,15 +43,15 @@ from topklm.explorer import neuronpedia
 from topklm.explorer.source import Source
 from topklm.explorer.views import neuron as neuron_view
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import make_layout
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
 from topklm.neurons.texts import open_documents
 from topklm.progress import Progress
-from topklm.storage.files import write_atomically
 
-RESULT = Path(__file__).parent / "results" / "neuron_pages.json"
+RESULT = results.FOLDER / "neuron_pages.json"
 TARGETS = {
     "capture_over_forward": 1.1,
     "harvest_over_forward": 1.15,
@@ -67,9 +65,7 @@ _WITHOUT_ABLATION = Settings(ablation_samples=0)
 
 def main() -> None:
     """Writes benchmarks/results/neuron_pages.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
     parser.add_argument("--tokens", type=int, default=200_000, help="default %(default)s")
     parser.add_argument(
@@ -80,7 +76,7 @@ def main() -> None:
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
     parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     model = topklm.load(arguments.run, mesh=mesh)
     documents = _held(model, arguments.source, arguments.tokens)
     with tempfile.TemporaryDirectory() as name:
@@ -91,7 +87,6 @@ def main() -> None:
         written, facts = _write(model, store, folder, Path(name), arguments.repeats, arguments.peer_python)
         n_neurons = len(store.metadata.layers) * store.metadata.d_model
         result = {
-            "machine": machine.describe(),
             "model": dataclasses.asdict(model.config.model),
             "text": documents.name,
             "n_tokens": store.n_tokens,
@@ -102,8 +97,7 @@ def main() -> None:
             "store": _size(store),
             "pages": _pages(measured, written, n_neurons, facts),
         }
-    write_atomically(arguments.result, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result, indent=1))
+    results.write(arguments.result, result)
 
 
 def _held(model: LanguageModel, source: str | None, n_tokens: int) -> Held:
@@ -118,7 +112,7 @@ def _held(model: LanguageModel, source: str | None, n_tokens: int) -> Held:
 
 
 def _folder(place: Path, run: Path, step: int) -> NeuronsFolder:
-    """A run folder with what pages need of a run, and no neurons yet."""
+    """Makes a run folder with the files that pages need, and no neurons yet."""
     (place / "run").mkdir()
     for name in (CONFIG_FILE, TOKENIZER_FILE):
         shutil.copy(run / name, place / "run" / name)
@@ -137,7 +131,7 @@ def _size(store: Store) -> dict[str, Any]:
 def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats: int) -> dict[str, Samples]:
     """Measures again and again; the table with all figures stays where it belongs."""
 
-    def side(settings: Settings, path: Path) -> Side:
+    def side(settings: Settings, path: Path) -> Subject:
         return timing.timed(
             functools.partial(
                 measure,
@@ -151,12 +145,12 @@ def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats:
             )
         )
 
-    sides = {
+    subjects = {
         "without ablation": side(_WITHOUT_ABLATION, folder.path / "less.parquet"),
         "all figures": side(Settings(), folder.table),
     }
     # A call before the first that counts, for what is compiled.
-    return timing.alternate(sides, repeats, warmup=1, label="statistics")
+    return timing.alternate(subjects, repeats, warmup=1, label="statistics")
 
 
 def _write(
@@ -168,7 +162,7 @@ def _write(
     peer_python: str | None,
 ) -> tuple[dict[str, Samples], dict[str, Any]]:
     """Writes all pages in turns with the peer, if there is one; says what was written."""
-    sides: dict[str, Side] = {
+    subjects: dict[str, Subject] = {
         "HTML": timing.timed(lambda: html.export(Source(folder), place / "neurons.html")),
         "JSON": timing.timed(functools.partial(_write_json, folder, place / "neurons.jsonl")),
         "Neuronpedia": functools.partial(_write_neuronpedia, folder, model, place / "neuronpedia"),
@@ -179,9 +173,9 @@ def _write(
             handed = place / "peer"
             expected = sae_dashboard_peer.hand_over(model, store, handed)
             peer = stack.enter_context(sae_dashboard_peer.Peer(peer_python, handed))
-            sides["sae-dashboard"] = peer.run
+            subjects["sae-dashboard"] = peer.run
             facts = {"versions": peer.versions}
-        samples = timing.alternate(sides, repeats, warmup=1, label="pages")
+        samples = timing.alternate(subjects, repeats, warmup=1, label="pages")
         if peer_python:
             facts |= sae_dashboard_peer.check(handed, expected)
     sizes = {
@@ -191,11 +185,15 @@ def _write(
         "sae-dashboard": _bytes_under(place / "peer" / "pages"),
     }
     n_examples = sum(map(len, filter(None, Source(folder).rows["examples"].to_pylist())))
-    return samples, {"n_examples": n_examples, "peer": facts, "bytes": {name: sizes[name] for name in sides}}
+    return samples, {
+        "n_examples": n_examples,
+        "peer": facts,
+        "bytes": {name: sizes[name] for name in subjects},
+    }
 
 
 def _write_json(folder: NeuronsFolder, path: Path) -> None:
-    """A line for each neuron, of all that its page shows."""
+    """Writes a line for each neuron, of all that its page shows."""
     source = Source(folder)
     with path.open("w", encoding="utf-8") as file:
         for number in range(source.n_neurons):
@@ -214,7 +212,7 @@ def _write_neuronpedia(folder: NeuronsFolder, model: LanguageModel, out: Path, c
 def _pages(
     measured: Mapping[str, Samples], written: Mapping[str, Samples], n_neurons: int, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Pages a minute of every way to get them."""
+    """Computes the pages a minute of every way to get them."""
     both = {
         f"statistics ({settings}) and {name}": measured[settings].median + samples.median
         for settings in measured

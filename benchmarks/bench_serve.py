@@ -6,7 +6,6 @@ Starts a server, and asks it for streams: all clients at once, then one after an
 benchmarks/results/serve.json: streams that were dropped, seconds to the first token, tokens per second.
 """
 
-import argparse
 import asyncio
 import contextlib
 import dataclasses
@@ -21,10 +20,9 @@ from typing import Any
 
 import openai
 
-from benchmarks import machine
-from topklm.storage.files import write_atomically
+from benchmarks.harness import results
 
-RESULT = pathlib.Path(__file__).parent / "results" / "serve.json"
+RESULT = results.FOLDER / "serve.json"
 _BEGINNINGS = (
     "The city of",
     "In the history of the region,",
@@ -48,7 +46,7 @@ class Stream:
 
 def main() -> None:
     """Starts a server, asks it, and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("run", type=pathlib.Path, metavar="RUN")
     parser.add_argument("--clients", type=int, default=64, metavar="N", help="default %(default)s")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of each; default %(default)s")
@@ -69,7 +67,6 @@ def main() -> None:
         process.terminate()
         exit_code = process.wait()
     result = {
-        "machine": machine.describe(),
         "run": arguments.run.name,
         "settings": {
             "clients": arguments.clients,
@@ -87,8 +84,7 @@ def main() -> None:
     result["times_as_many_tokens_per_second"] = statistics.median(
         one["tokens_per_second"] / other["tokens_per_second"] for one, other in both
     )
-    write_atomically(arguments.out, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result, indent=1))
+    results.write(arguments.out, result)
 
 
 Answers = list[tuple[str, Stream | None]]
@@ -112,7 +108,7 @@ def _job(model: str, seed: int, tokens: int) -> dict[str, Any]:
 
 
 async def _stream(client: Any, job: dict[str, Any]) -> tuple[str, Stream | None]:
-    """The text, and its figures; None if it was dropped."""
+    """Returns the text, and its figures; None if it was dropped."""
     began, first, text, reason, tokens = time.perf_counter(), None, "", None, 0
     with contextlib.suppress(openai.OpenAIError):
         answer = await client.completions.create(**job, stream=True, stream_options={"include_usage": True})

@@ -2,13 +2,13 @@
 
 Tokens of one document are not independent of each other, documents about are. So as many documents as there
 are are drawn with replacement, R times; a draw is a weight for each document, how often it was drawn. The
-figures of every neuron are computed anew from each draw, exactly, from sums by document that are made once:
+figures of every neuron are computed again from each draw, exactly, from sums by document that are made once:
 
 - *Entropies*: shares, distinct tokens (clusters) and activations are those of the drawn documents.
 - *Monosemanticity*: over pairs of different tokens of the drawn documents. A document that was drawn twice
   counts as two, but is not compared with its own copy, whose contexts are the very same.
 
-What is held fixed: the model, the neurons, the clusters and the context embeddings, their centre included.
+Held fixed: the model, the neurons, the clusters and the context embeddings, their centre included.
 A draw holds some two thirds of the documents and so fewer different tokens than the sample, and its entropies
 are lower, by more than they differ among draws: percentiles of the draws as they are would leave out the
 figure itself. So an interval is from the 2.5th to the 97.5th percentile of draws that are moved until their
@@ -36,7 +36,7 @@ _STRETCH = 65_536
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """What neurons are compared on.
+    """The text on which neurons are compared.
 
     Attributes:
         token_ids: int[N], the store's tokens.
@@ -52,13 +52,13 @@ class Text:
 
 
 def embed_all(contexts: Embeddings, n_tokens: int) -> np.ndarray:
-    """float32[N, d], the context of every token; 4 N d bytes."""
+    """Embeds the context of every token, float32[N, d]; 4 N d bytes."""
     starts = range(0, n_tokens, _STRETCH)
     return np.concatenate([contexts.at(np.arange(a, min(a + _STRETCH, n_tokens))) for a in starts])
 
 
 def document_weights(n_documents: int, n_draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """int64[G, R], how often each document is drawn; a column adds up to G.
+    """Counts how often each document is drawn, int64[G, R]; a column adds up to G.
 
     Stores of the same text have the same documents: the same seed draws the same ones of each, so that draws
     of two models may be subtracted from each other.
@@ -74,7 +74,7 @@ def resample(
     weights: np.ndarray,
     report: Callable[[int], None] = lambda n: None,
 ) -> dict[str, np.ndarray]:
-    """The figures of all neurons of a layer, from each draw.
+    """Computes the figures of all neurons of a layer, from each draw.
 
     Args:
         store: Of activations.
@@ -99,7 +99,7 @@ def resample(
 
 
 def of_neuron(block: Block, number: int, text: Text, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The figures of one neuron of a block from each draw, float64[R] each."""
+    """Computes the figures of one neuron of a block from each draw, float64[R] each."""
     part = slice(block.offsets[number], block.offsets[number + 1])
     places, strengths = block.tokens[part], np.abs(block.values[part]).astype(np.float64)
     documents = np.searchsorted(text.bounds, places, side="right") - 1
@@ -134,7 +134,7 @@ class Interval:
 
 
 def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
-    """The interval that holds the middle `level` of draws float[R], moved so that their mean is the figure.
+    """Returns the interval of the middle `level` of draws float[R], moved so that their mean is the figure.
 
     Draws that are NaN are left out.
     """
@@ -144,7 +144,7 @@ def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval
 
 
 def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Median and mean over the neurons that have them, of figures float64[D, R]: float64[R] each."""
+    """Returns median and mean over neurons that have them, of figures float64[D, R]: float64[R] each."""
     with np.errstate(invalid="ignore"):
         return {"median": np.nanmedian(figures, axis=0), "mean": np.nanmean(figures, axis=0)}
 
@@ -152,7 +152,7 @@ def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
 def _entropy(
     ids: np.ndarray, documents: np.ndarray, strengths: np.ndarray, weights: np.ndarray, n_active: np.ndarray
 ) -> np.ndarray:
-    """As `entropy.plug_in` and `entropy.miller_madow`, of each draw: float64[R].
+    """Computes `entropy.plug_in` and `entropy.miller_madow` of each draw: float64[R].
 
     Args:
         ids: int[E], a token or cluster.
@@ -179,7 +179,7 @@ def _pairs(
     weights: np.ndarray,
     n_active: np.ndarray,
 ) -> np.ndarray:
-    """As `monosemanticity`, of each draw: float64[R].
+    """Computes `monosemanticity` of each draw: float64[R].
 
     With A_g = sum of a e over document g, and W_g how often it was drawn, pairs of different documents add up
     to |sum of W_g A_g|^2 - sum of W_g^2 |A_g|^2, and those within one, W_g times, to |A_g|^2 - sum of

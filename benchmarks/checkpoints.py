@@ -1,4 +1,4 @@
-"""What checkpoints cost: saving every tenth step while training, and loading 400 million parameters.
+"""The cost of checkpoints: saving every tenth step while training, and loading 400 million parameters.
 
 python -m benchmarks.checkpoints
 
@@ -6,10 +6,7 @@ Steps with saves among them are compared with steps without, loading with a plai
 files into memory; both in turn in the same run, page cache warm. It needs 4 GB of disk and 6 GB of memory.
 """
 
-import argparse
-from collections.abc import Callable
 import itertools
-import json
 from pathlib import Path
 import re
 import statistics
@@ -19,13 +16,12 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.cases import checkpoint
+from benchmarks.harness import results, worker
 from topklm import config as config_lib
-from topklm.bench import checkpoint
 from topklm.config import ModelConfig
-from topklm.storage.files import write_atomically
 
-RESULT = Path(__file__).parent / "results" / "checkpoints.json"
+RESULT = results.FOLDER / "checkpoints.json"
 EVERY_STEPS = 10
 PAIRS = 14  # of ten steps without a save and ten with one
 LOADS = 9
@@ -36,20 +32,12 @@ MODEL = ModelConfig(
 
 def main() -> None:
     """Writes benchmarks/results/checkpoints.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    # One measurement, in a process of its own.
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    child = parser.parse_args().child
-    if child:
-        print(json.dumps(CHILDREN[child[0]](Path(child[1]))))
-        return
-    result = {"machine": machine.describe(), "saving": _saving(), "loading": _loading()}
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result, indent=1))
+    results.parser(__doc__).parse_args()
+    results.write(RESULT, {"saving": _saving(), "loading": _loading()})
 
 
 def _saving() -> dict[str, Any]:
-    """What a save costs `configs/small.py:hour`: every other ten steps of one run have a save among them.
+    """Measures a save of `configs/small.py:hour`: every other ten steps of one run have one among them.
 
     Neighbours are compared, because the machine's speed drifts by more than a save costs.
     """
@@ -67,7 +55,7 @@ def _saving() -> dict[str, Any]:
 
 
 def _seconds_of_ten_steps() -> list[float]:
-    """Of steps 1 to 10, 11 to 20, ... as the trainer prints them; it saves after steps 20, 40, ..."""
+    """Times steps 1 to 10, 11 to 20, ... as the trainer prints them; it saves after steps 20, 40, ..."""
     steps = (2 * PAIRS + 1) * EVERY_STEPS
     settings = {"train.steps": steps, "checkpoint.every_steps": 2 * EVERY_STEPS, "eval.every_steps": 0}
     settings |= {"eval.sample_tokens": 1, "log.every_steps": EVERY_STEPS, "eval.batch_size": 1}
@@ -86,11 +74,10 @@ def _seconds_of_ten_steps() -> list[float]:
 
 
 def _loading() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        run = Path(name)
-        _in_a_process("write", run)
-        seconds = _in_a_process("seconds", run)
-        memory = [_in_a_process("memory", run) for _ in range(3)]
+    with tempfile.TemporaryDirectory() as run:
+        worker.call("benchmarks.checkpoints:write", run)
+        seconds = worker.call("benchmarks.checkpoints:seconds_to_load", run)
+        memory = [worker.call("benchmarks.checkpoints:memory_to_load", run) for _ in range(3)]
     load_s, read_s = (statistics.median(seconds[what]) for what in ("load", "read_into_memory"))
     return {
         "parameters": memory[0]["parameters"],
@@ -100,18 +87,14 @@ def _loading() -> dict[str, Any]:
     }
 
 
-def _in_a_process(what: str, run: Path) -> Any:
-    command = [sys.executable, "-m", "benchmarks.checkpoints", "--child", what, str(run)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+def write(run: str) -> int:
+    """Makes the run that is loaded; returns the bytes of its parameters."""
+    return checkpoint.write_run(Path(run), config_lib.Config(model=MODEL))
 
 
-def _write(run: Path) -> int:
-    return checkpoint.write_run(run, config_lib.Config(model=MODEL))
-
-
-def _seconds(run: Path) -> dict[str, list[float]]:
-    """Of each way to get at the parameters, in turn."""
-    ways = checkpoint.ways_to_load(run, 1)
+def seconds_to_load(run: str) -> dict[str, list[float]]:
+    """Times each way to get at the parameters, in turn."""
+    ways = checkpoint.ways_to_load(Path(run), 1)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _, (way, action) in itertools.product(range(LOADS), ways.items()):
         began = time.perf_counter()
@@ -121,11 +104,10 @@ def _seconds(run: Path) -> dict[str, list[float]]:
     return {way: measured[1:] for way, measured in seconds.items()}  # the first time, files may not be cached
 
 
-CHILDREN: dict[str, Callable[[Path], Any]] = {
-    "write": _write,
-    "seconds": _seconds,
-    "memory": checkpoint.load_memory,
-}
+def memory_to_load(run: str) -> dict[str, float]:
+    """Measures the peak memory, see `checkpoint.load_memory`."""
+    return checkpoint.load_memory(Path(run))
+
 
 if __name__ == "__main__":
     main()

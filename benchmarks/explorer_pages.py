@@ -6,8 +6,6 @@ RUN has been harvested and measured. Writes benchmarks/results/explorer_pages.js
 requests for neurons drawn at random, and first contentful paint of some pages, the very first loads left out.
 """
 
-import argparse
-import json
 import pathlib
 import random
 import re
@@ -21,19 +19,18 @@ import urllib.request
 
 from playwright.sync_api import sync_playwright
 
-from benchmarks import machine
+from benchmarks.harness import results
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store
-from topklm.storage.files import write_atomically
 
-RESULT = pathlib.Path(__file__).parent / "results" / "explorer_pages.json"
+RESULT = results.FOLDER / "explorer_pages.json"
 TARGETS = {"neuron_page_ms": 50, "first_paint_ms": 200}
 _REQUESTS, _LOADS = 60, 9
 
 
 def main() -> None:
     """Starts an explorer, asks it, and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("run", type=pathlib.Path, metavar="RUN")
     arguments = parser.parse_args()
     step = max(int(path.parent.name) for path in arguments.run.glob("neurons/*/neurons.parquet"))
@@ -58,7 +55,6 @@ def main() -> None:
         )
         requests = [_milliseconds(f"{address}neurons/{layer}/{n}") for layer, n in neurons]
         result = {
-            "machine": machine.describe(),
             "activations": store.n_events,
             "targets": TARGETS,
             "neuron_page_ms": {
@@ -70,8 +66,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait()
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result, indent=1))
+    results.write(RESULT, result)
 
 
 def _address(process: subprocess.Popen) -> str:

@@ -1,4 +1,4 @@
-"""What the neurons of a TopK model and of its Base twin look like, for docs/gallery.md.
+"""Neurons of a TopK model and of its Base twin, for docs/gallery.md.
 
     python -m benchmarks.gallery --topk runs/a runs/b --base runs/a-base runs/b-base --out NAME
 
@@ -9,20 +9,17 @@ differences from the TopK model of the same place in the list; and draws the dis
 docs/images/NAME.svg.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from benchmarks import gallery_intervals
-from benchmarks.plot_loss_curves import COLOURS
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.neurons.dictionary import KINDS, TITLES
@@ -30,9 +27,7 @@ from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.ranking import readable_first
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
-from topklm.storage.files import write_atomically
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
@@ -62,7 +57,7 @@ FIGURES = {
 
 def main() -> None:
     """Reads the statistics, writes the JSON and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--topk", type=pathlib.Path, nargs="+", required=True, help="run folders")
     parser.add_argument("--base", type=pathlib.Path, nargs="+", required=True, help="of their twins")
     parser.add_argument(
@@ -103,10 +98,9 @@ def main() -> None:
         },
         "first": {kind: _first(folders[0]) for kind, folders in runs.items()},
     }
-    path = ROOT / "benchmarks" / "results" / f"{arguments.out}.json"
-    write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    results.save(results.FOLDER / f"{arguments.out}.json", result)
     rows = {kind: [table.read(folder.table)[0] for folder in folders] for kind, folders in runs.items()}
-    draw(rows, ROOT / "docs" / "images" / f"{arguments.out}.svg")
+    draw(rows, results.IMAGES / f"{arguments.out}.svg")
 
 
 def _folder(run: pathlib.Path) -> NeuronsFolder:
@@ -143,7 +137,7 @@ def _quantiles(values: np.ndarray) -> list[float] | None:
 
 
 def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
-    """The neurons that the tool puts first; of those with one number in several layers, the first of them."""
+    """Describes the neurons that the tool puts first; of one number in several layers, the first."""
     rows, _ = table.read(folder.table)
     tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
     store = Store(folder.store)
@@ -175,22 +169,22 @@ def _neuron(row: Mapping[str, Any], tokenizer: Tokenizer, store: Store) -> dict[
 
 
 def numbers(rows: pa.Table, name: str) -> np.ndarray:
-    """float64[n], NaN where there is none."""
+    """Returns float64[n], NaN where there is none."""
     return rows[name].to_numpy().astype(np.float64)
 
 
 def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
-    """Distributions of figures over neurons, a panel for each figure and layer.
+    """Draws distributions of figures over neurons, a panel for each figure and layer.
 
     Args:
         rows: Tables of several seeds, by kind of model.
         path: Of the picture.
     """
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 9, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
     layers = sorted(set(rows[TOPK][0]["layer"].to_pylist()))
     shape = (len(FIGURES), len(layers))
-    figure, axes = plt.subplots(*shape, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False)
+    figure, axes = pictures.panels(
+        *shape, font_size=9, figsize=(9, 6.5), sharex="row", sharey=True, squeeze=False
+    )
     for row, (across, (name, label)) in enumerate(zip(axes, FIGURES.items(), strict=True)):
         for panel, layer in zip(across, layers, strict=True):
             for kind, tables in rows.items():
@@ -210,9 +204,7 @@ def draw(rows: Mapping[str, Sequence[pa.Table]], path: pathlib.Path) -> None:
     lines, kinds = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, kinds, loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Drawn:
     """Of one run.
 
     Attributes:
-        text: What was read, and how much of it; runs with the same may be subtracted from each other.
+        text: Read, and how much of it; runs with the same may be subtracted from each other.
         layers: The model's.
         values: float64[figures, layers, summaries, 1 + R]: from the sample as it is, then from each draw.
     """
@@ -39,7 +39,7 @@ class Drawn:
     values: np.ndarray
 
     def of(self, figure: str, layer: int, summary: str) -> np.ndarray:
-        """float64[1 + R]."""
+        """Returns one figure, float64[1 + R]."""
         at = bootstrap.FIGURES.index(figure), self.layers.index(layer), SUMMARIES.index(summary)
         return self.values[at]
 
@@ -78,7 +78,7 @@ def draw(folder: NeuronsFolder, layers: Sequence[int], n_draws: int) -> Drawn:
 
 
 def of_run(drawn: Drawn) -> dict[int, Any]:
-    """Intervals by layer, figure and summary."""
+    """Computes intervals by layer, figure and summary."""
     return {
         layer: {
             figure: {summary: _interval(drawn.of(figure, layer, summary)) for summary in SUMMARIES}
@@ -89,7 +89,7 @@ def of_run(drawn: Drawn) -> dict[int, Any]:
 
 
 def of_difference(drawn: Drawn, less: Drawn) -> dict[int, Any] | None:
-    """The same of one run less another; None if they did not read the same text."""
+    """Returns the same of one run less another; None if they did not read the same text."""
     if drawn.text != less.text:
         return None
     both = tuple(layer for layer in drawn.layers if layer in less.layers)
@@ -108,7 +108,7 @@ def _interval(values: np.ndarray) -> dict[str, float]:
 
 
 def _text(folder: NeuronsFolder, store: Store, measured: table.Measured) -> bootstrap.Text:
-    """With the clusters and contexts that the table was measured with."""
+    """Returns the text, with the clusters and contexts of the table."""
     model = topklm.load(str(folder.run), step=folder.step)
     columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())
     unembedding = columns[:, : model.config.model.vocab_size]

@@ -5,19 +5,15 @@ them), and writes results/hostile_input.json: for each area how many inputs, dam
 tried, and how many of its tests failed. A test that tries many says so (`conftest.pytest_runtest_teardown`).
 """
 
-import argparse
-import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 from xml.etree import ElementTree
 
-from benchmarks.machine import describe
-from topklm.storage.files import write_atomically
+from benchmarks.harness import results
 
-ROOT = pathlib.Path(__file__).parents[1]
-OUT = ROOT / "benchmarks" / "results" / "hostile_input.json"
+OUT = results.FOLDER / "hostile_input.json"
 AREAS = {
     "config: values, saved text, command lines, config files": ["tests/test_hostile_config.py"],
     "arguments of every verb": ["tests/test_hostile_arguments.py", "tests/test_bad_input.py"],
@@ -49,19 +45,18 @@ AREAS = {
 
 def main() -> None:
     """Runs areas one after another, and writes after each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = results.parser(__doc__)
     parser.add_argument(
         "--areas", type=int, nargs="+", default=range(len(AREAS)), help="numbers, from 0; all"
     )
     parser.add_argument("--by-day", action="store_true", help="leave out what tests mark as slow")
     options = parser.parse_args()
-    content = json.loads(OUT.read_bytes()) if OUT.exists() else {"areas": {}}
+    content = results.read(OUT) if OUT.exists() else {"areas": {}}
     for number in options.areas:
         area, files = list(AREAS.items())[number]
         content["areas"][area] = {**count(files, options.by_day), "by_day": options.by_day}
         print(f"{area}: {content['areas'][area]}", flush=True)
-        content["machine"] = describe()
-        write_atomically(OUT, (json.dumps(content, indent=2) + "\n").encode())
+        results.save(OUT, {**content, "machine": results.describe_machine()})
 
 
 def count(files: list[str], by_day: bool) -> dict[str, int]:
@@ -70,7 +65,7 @@ def count(files: list[str], by_day: bool) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marks]
-        subprocess.run([*command, f"--junitxml={report}", *files], cwd=ROOT, check=False)
+        subprocess.run([*command, f"--junitxml={report}", *files], cwd=results.ROOT, check=False)
         tests = list(ElementTree.parse(report).getroot().iter("testcase"))
     tried = failed = 0
     for test in tests:

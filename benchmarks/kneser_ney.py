@@ -10,7 +10,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class _Context:
-    """What followed one context."""
+    """Tokens that followed one context."""
 
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
     total: int = 0
@@ -57,7 +57,7 @@ class KneserNey:
                 seen.discount = sum(self._discount(len(self._discounts) - 1, c) for c in seen.counts.values())
 
     def probability(self, context: tuple[int, ...], token: int) -> float:
-        """P(token | the last order - 1 tokens of context); over the vocabulary it sums to 1."""
+        """Computes P(token | the last order - 1 tokens of context); over the vocabulary it sums to 1."""
         p = 1.0 / self._vocab_size
         context = context[max(0, len(context) - self._order + 1) :]
         for length in range(len(context) + 1):
@@ -74,7 +74,7 @@ class KneserNey:
 
 
 def _discounts(table: dict[tuple[int, ...], _Context]) -> tuple[float, float, float]:
-    """D1, D2, D3+ from the numbers of n-grams seen once, twice, three and four times."""
+    """Computes D1, D2, D3+ from the numbers of n-grams seen once, twice, three and four times."""
     n = Counter(count for seen in table.values() for count in seen.counts.values() if count <= 4)
     if not (n[1] and n[2] and n[3]):
         return 0.5, 0.5, 0.5  # too little text to estimate them

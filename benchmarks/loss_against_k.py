@@ -8,29 +8,25 @@ k, and once more with the higher where the next token's entropy is above a thres
 the mean number of neurons kept. Intervals are of the mean over documents (bootstrap, 95 %).
 """
 
-import argparse
 from collections.abc import Sequence
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import rich.console
 import rich.progress
 
-from benchmarks import machine
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
 import topklm
 from topklm.inference.adaptive import AdaptiveK, token_losses
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.texts import open_documents
-from topklm.storage.files import write_atomically
 
-RESULT = Path(__file__).parent / "results" / "loss_against_k.json"
+RESULT = results.FOLDER / "loss_against_k.json"
 THRESHOLDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5)  # nats
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)  # of the k in training
 _ADAPTIVE = ((1 / 2, 1), (1, 2))  # lower and higher k, of the k in training
@@ -59,23 +55,21 @@ class Point:
 
 def main() -> None:
     """Writes benchmarks/results/loss_against_k.json and the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of TopK LMs, e.g. runs/small")
     parser.add_argument("--documents", type=int, default=32, help="of each run; default %(default)s")
     parser.add_argument("--out", type=Path, help="a picture, e.g. docs/images/loss_against_k.svg")
     parser.add_argument("--json", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
     found = {Path(run).name: measure(topklm.load(run), arguments.documents) for run in arguments.runs}
-    result = {"benchmark": "loss_against_k", "machine": machine.describe(), "runs": found}
-    write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+    result = {"benchmark": "loss_against_k", "runs": found}
+    results.write(arguments.json, result, shown={})
     if arguments.out:
         draw(found, arguments.out)
 
 
 def measure(model: LanguageModel, n_documents: int) -> dict[str, Any]:
-    """The points of a model."""
+    """Measures the points of a model."""
     trained_k, d = model.config.model.topk_k, model.config.model.d_model
     texts = beginnings(model, n_documents)
     ks = sorted({min(d, max(1, round(ratio * trained_k))) for ratio in RATIOS})
@@ -112,7 +106,7 @@ def measure(model: LanguageModel, n_documents: int) -> dict[str, Any]:
 
 
 def beginnings(model: LanguageModel, n_documents: int) -> np.ndarray:
-    """int32[n, context], a separator and the beginnings of the first held-out documents long enough."""
+    """Returns a separator and the beginnings of held-out documents long enough, int32[n, context]."""
     context = model.config.model.context_length
     documents = open_documents(model.tokenizer, model.config.data)
     long_enough = (ids[: context - 1] for ids in documents if len(ids) >= context - 1)
@@ -144,19 +138,17 @@ def _point(losses: np.ndarray, k: float, threshold: float | None = None) -> Poin
 
 def draw(found: dict[str, dict[str, Any]], out: Path) -> None:
     """Writes the picture; its format is that of the file's ending."""
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 10, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
-    figure, axes = plt.subplots(
+    figure, axes = pictures.panels(
         1, len(found), figsize=(4.8 * len(found), 3.8), layout="constrained", squeeze=False
     )
     for axis, (run, of_run) in zip(axes[0], found.items(), strict=True):
         k, loss, low, high = (
             np.array([p[name] for p in of_run["one_k"]]) for name in ("k", "loss", "low", "high")
         )
-        axis.plot(k, loss, color="#0072b2", marker="o", markersize=4, label="one k for all tokens")
-        axis.fill_between(k, low, high, color="#0072b2", alpha=0.12, linewidth=0)
+        axis.plot(k, loss, color=COLOURS[0], marker="o", markersize=4, label="one k for all tokens")
+        axis.fill_between(k, low, high, color=COLOURS[0], alpha=0.12, linewidth=0)
         pairs = sorted({(p["low_k"], p["high_k"]) for p in of_run["by_uncertainty"]})
-        for (low_k, high_k), colour in zip(pairs, ("#d55e00", "#009e73"), strict=True):
+        for (low_k, high_k), colour in zip(pairs, COLOURS[1:3], strict=True):
             mine = [p for p in of_run["by_uncertainty"] if (p["low_k"], p["high_k"]) == (low_k, high_k)]
             axis.plot(
                 *np.array([(p["k"], p["loss"]) for p in mine]).T,
@@ -173,9 +165,7 @@ def draw(found: dict[str, dict[str, Any]], out: Path) -> None:
         axis.set(xlabel="neurons kept at a token, mean", ylabel="held-out loss (nats per token)")
         axis.grid(axis="y", color="#e6e6e6")
         axis.legend(frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=150)
-    plt.close(figure)
+    pictures.save(figure, out)
 
 
 if __name__ == "__main__":

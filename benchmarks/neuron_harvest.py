@@ -1,4 +1,4 @@
-"""What harvesting costs beside the forward pass that it needs; a part of `benchmarks.bench_neuron_pages`."""
+"""The cost of harvesting beside the forward pass that it needs; a part of `benchmarks.bench_neuron_pages`."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from topklm.bench import timing
+from benchmarks.harness import timing
 from topklm.config import ModelConfig
 from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
@@ -78,8 +78,8 @@ def against_forward(
 
     batches = _batches(config, documents, separator_id, rows)
     forward = timing.timed(functools.partial(_forward_all, config, model.params, mesh, batches))
-    sides = {"harvest": harvest, "forward": forward}
-    samples = timing.alternate(sides, repeats, label="harvest")
+    subjects = {"harvest": harvest, "forward": forward}
+    samples = timing.alternate(subjects, repeats, label="harvest")
     ratios = samples["forward"].speedup_over(samples["harvest"])
     n_tokens = sum(map(len, documents))
     return {
@@ -94,7 +94,7 @@ def against_forward(
 
 
 def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any]:
-    """`run_with_cache` in turns with calling the model, on a batch of 4,096 tokens.
+    """Times `run_with_cache` in turns with calling the model, on a batch of 4,096 tokens.
 
     Returns:
         Ratios, for JSON.
@@ -110,8 +110,8 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
         logits, cache = model.run_with_cache(tokens)
         jax.block_until_ready((logits, cache.neurons.values))
 
-    sides = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
-    samples = timing.alternate(sides, repeats, label="capture")
+    subjects = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
+    samples = timing.alternate(subjects, repeats, label="capture")
     ratios = samples["forward"].speedup_over(samples["captured"])
     return {
         "over_forward": statistics.median(ratios),
@@ -122,7 +122,7 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 
 
 def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
-    """The batches of a harvest, in its order; `Packed` of `rows` rows each."""
+    """Packs the batches of a harvest, in its order; `Packed` of `rows` rows each."""
     length = config.context_length
     windows = (
         window
@@ -144,7 +144,7 @@ def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int)
 def _forward_all(
     config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[Packed]
 ) -> None:
-    """Losses of all batches, on the host; while one is fetched the next is computed."""
+    """Computes the losses of all batches, on the host; while one is fetched the next is computed."""
     batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ahead = None
     for packed in batches:
@@ -163,7 +163,7 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
 ) -> jax.Array:
-    """Next-token losses, float32[B, T]."""
+    """Computes next-token losses, float32[B, T]."""
     model = transformer.bind(config, params)
     h_BTD, _ = model.hidden(tokens_BT, segment_ids_BT, positions_BT)
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)

@@ -1,25 +1,27 @@
-"""Writes the tables of docs/performance.md from the JSON of the benchmarks, so that no figure is typed.
+"""Writes tables from the JSON of the benchmarks, so that no figure is typed.
 
     python -m benchmarks.performance_table
 
-What stands between two markers of the document is made anew; what has no JSON yet is said to be missing.
+Each file of benchmarks/results that docs/performance.md is about gets its tables beside it, in a file of the
+same name that ends in .md; README.md there lists them all. The summary of docs/performance.md, between its
+markers, is made from the same files.
 """
 
-from collections.abc import Iterable, Mapping
-import json
-import pathlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from benchmarks.performance_targets import GPU, TARGETS, Content, Target
-from topklm.bench.report import formatted
+from benchmarks.harness import results as results_lib
+from benchmarks.harness.report import formatted
+from benchmarks.harness.results import FOLDER, ROOT, Content, markdown
+from benchmarks.performance_targets import GPU, TARGETS, Target
 from topklm.storage.files import write_atomically
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
+INDEX = "README.md"
 
 _BENCH = "topklm bench"
-# What makes each file of benchmarks/results that this page is about.
+# The command of each file of benchmarks/results that the page is about.
 COMMANDS = {
     "bench_step.json": f"{_BENCH} step --peer=torch",
     "bench_topk.json": f"{_BENCH} topk --peer=torch",
@@ -37,60 +39,59 @@ COMMANDS = {
     "bench_step_h200_130m.json": f"{_BENCH} step --config=configs/paper.py:130m --peer=torch",
     "bench_step_h200_1.4b.json": f"{_BENCH} step --config=configs/paper.py:1.4b --peer=torch",
 }
-PICTURES = {
-    "performance-time.svg": "Seconds a step against each size",
-    "performance-memory.svg": "Peak memory against each size",
-    "performance-topk.svg": "Time of the TopK operation against k",
-}
 
 
 def main() -> None:
-    """Rewrites the document."""
-    document = DOCUMENT.read_text(encoding="utf-8")
-    write_atomically(DOCUMENT, render(document, read(RESULTS), DOCUMENT.parent / "images").encode())
+    """Rewrites the summary of the document and the tables."""
+    results = read(FOLDER)
+    document = render(DOCUMENT.read_text(encoding="utf-8"), results)
+    write_atomically(DOCUMENT, document.encode())
+    for name, text in tables(results).items():
+        write_atomically(FOLDER / name, text.encode())
 
 
-def read(folder: pathlib.Path) -> dict[str, Content]:
-    """The results that there are, by file name."""
-    paths = [folder / name for name in COMMANDS]
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()}
+def read(folder: Path) -> dict[str, Content]:
+    """Reads the results that there are, by file name."""
+    return {name: results_lib.read(folder / name) for name in COMMANDS if (folder / name).exists()}
 
 
-def render(document: str, results: Mapping[str, Content], images: pathlib.Path) -> str:
-    """The document with what stands between its markers made anew.
+def render(document: str, results: Mapping[str, Content]) -> str:
+    """Fills the summary in.
 
     Args:
-        document: Markdown with a `<!-- NAME -->` and `<!-- end -->` for each part.
+        document: Markdown with `<!-- targets -->` and `<!-- end -->`.
         results: From `read`.
-        images: Folder of the pictures.
 
     Raises:
-        ValueError: If a part has no markers.
+        ValueError: If it has no markers.
     """
-    parts = {
-        "targets": _table(
-            ["on", "figure", "target", "measured", ""], [_target_row(target, results) for target in TARGETS]
-        ),
-        "commands": _commands(results),
-        "parts": _or_missing("bench_explain.json", results, _figures),
-        "parts in bfloat16": _or_missing("bench_explain_bfloat16.json", results, _figures),
-        "fit": _or_missing("growth.json", results, _fit),
-        "pictures": "\n".join(_picture(name, text, images) for name, text in PICTURES.items()),
-    }
-    for name in ("step", "topk", "data", "decode", "checkpoint"):
-        parts[name] = _or_missing(f"bench_{name}.json", results, _figures_and_comparisons)
-    for name, text in parts.items():
-        before, start, rest = document.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise ValueError(f"{DOCUMENT.name}: no markers for {name}")
-        document = f"{before}{start}{text}\n{end}{after}"
-    return document
+    rows = [_target_row(target, results) for target in TARGETS]
+    summary = markdown(["on", "figure", "target", "measured", ""], rows)
+    return results_lib.fill(document, {"targets": summary}, DOCUMENT.name)
+
+
+def tables(results: Mapping[str, Content]) -> dict[str, str]:
+    """Renders the files of tables, by name."""
+    made = {INDEX: _index(results)}
+    for name, content in results.items():
+        if "results" in content:
+            text = _figures(content)
+        elif "fits" in content:
+            text = _fit(content)
+        else:
+            continue
+        facts = f"`{COMMANDS[name]}`: {_circumstances(content)}."
+        made[_table_file(name)] = f"# {name}\n\n{facts}\n\n{text}\n"
+    return made
+
+
+def _table_file(name: str) -> str:
+    return name.removesuffix(".json") + ".md"
 
 
 def _target_row(target: Target, results: Mapping[str, Content]) -> list[str]:
     known = [target.place, target.figure, target.wanted]
-    found = list(target.find(results[target.file])) if target.file in results else []
+    found = target.find(results[target.file]) if target.file in results else []
     if not found:
         return [*known, "not measured", "no such machine here" if target.place == GPU else ""]
     values = "; ".join(f"{one.what}: {one.value}" if one.what else one.value for one in found)
@@ -101,13 +102,19 @@ def _target_row(target: Target, results: Mapping[str, Content]) -> list[str]:
     return [*known, values, verdict]
 
 
-def _commands(results: Mapping[str, Content]) -> str:
+def _index(results: Mapping[str, Content]) -> str:
     rows = []
     for name, command in COMMANDS.items():
-        row = [f"`{command}`", f"`{name}`"]
-        rows.append([*row, _circumstances(results[name]) if name in results else "not measured"])
-    text = _table(["command", "file of benchmarks/results", "measured on"], rows)
-    return f"{text}\n\nA `topklm bench` command writes its file with `--json=benchmarks/results/FILE`."
+        content = results.get(name, {})
+        is_table = name == "scaling.json" or "results" in content or "fits" in content
+        shown = f"[tables]({_table_file(name)})" if content and is_table else ""
+        where = _circumstances(content) if content else "not measured"
+        rows.append([f"`{command}`", f"`{name}`", shown, where])
+    return (
+        "# Results\n\nWritten by `python -m benchmarks.performance_table`. A `topklm bench` command writes "
+        "its file with `--json=benchmarks/results/FILE`.\n\n"
+        f"{markdown(['command', 'file', 'tables', 'measured on'], rows)}\n"
+    )
 
 
 def _circumstances(content: Content) -> str:
@@ -122,20 +129,21 @@ def _circumstances(content: Content) -> str:
 
 
 def _allocators(content: Content) -> list[str]:
-    """The names in a report, wherever a benchmark has put them."""
+    """Returns the names in a report, wherever a benchmark has put them."""
     settings = content.get("settings", {})
     cases = [settings, *settings.get("cases", {}).values(), *content.get("points", [])]
     names = dict.fromkeys(case["allocator"].partition(" (")[0] for case in cases if case.get("allocator"))
     return [f"allocator {name}" for name in names]
 
 
-def _or_missing(name: str, results: Mapping[str, Content], part: Any) -> str:
-    return part(results[name]) if name in results else f"Not measured yet: `{COMMANDS[name]}`."
-
-
 def _figures(content: Content) -> str:
     columns = ["figure", "median", "quartiles", "floor", "of the floor", ""]
-    return _table(columns, [_figure_row(result) for result in content["results"]])
+    text = markdown(columns, [_figure_row(result) for result in content["results"]])
+    rows = [
+        [row["name"], f"{row['median']:.2f} x", " to ".join(f"{value:.2f}" for value in row["quartiles"])]
+        for row in content["comparisons"]
+    ]
+    return f"{text}\n\n{markdown(['comparison', 'median', 'quartiles'], rows)}" if rows else text
 
 
 def _figure_row(result: Mapping[str, Any]) -> list[str]:
@@ -151,50 +159,26 @@ def _figure_row(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _figures_and_comparisons(content: Content) -> str:
-    rows = [
-        [row["name"], f"{row['median']:.2f} x", " to ".join(f"{value:.2f}" for value in row["quartiles"])]
-        for row in content["comparisons"]
-    ]
-    return f"{_figures(content)}\n\n{_table(['comparison', 'median', 'quartiles'], rows)}"
-
-
 def _fit(content: Content) -> str:
-    """The cost model in words, and every point beside it."""
+    """Says the cost model in words, and lists every point beside it."""
     time, memory = content["fits"]["seconds"], content["fits"]["peak_bytes"]
     centre = max(content["points"], key=lambda point: len(point["axes"]))
     moved = content["centre_again_seconds"] / centre["seconds"] - 1
-    terms = [
-        f"{time['constant'] * 1e3:.0f} ms",
-        f"matrix products {_rate(time['rates']['matmul_flops'], 'GFLOP/s')}",
-        f"activations {_rate(time['rates']['activation_bytes'], 'GB/s')}",
-        f"parameters {_rate(time['rates']['parameter_bytes'], 'GB/s')}",
-    ]
-    shares = [f"{memory['rates'][name]:.3f}" for name in ("activation_bytes", "parameter_bytes")]
-    held = "{} of the bytes that activations move, {} of those that parameters do".format(*shares)
+    rates = time["rates"]
+    activations, parameters = (memory["rates"][f"{name}_bytes"] for name in ("activation", "parameter"))
     lines = [
-        f"- Time: {', '.join(terms)}; the worst residual is {time['worst_residual']:.0%}.",
-        f"- Memory: {memory['constant'] / 1e6:,.0f} MB, {held}; the worst residual is "
+        f"- Time: {time['constant'] * 1e3:.0f} ms, "
+        f"matrix products {_rate(rates['matmul_flops'], 'GFLOP/s')}, "
+        f"activations {_rate(rates['activation_bytes'], 'GB/s')}, "
+        f"parameters {_rate(rates['parameter_bytes'], 'GB/s')}; "
+        f"the worst residual is {time['worst_residual']:.0%}.",
+        f"- Memory: {memory['constant'] / 1e6:,.0f} MB, {activations:.3f} of the bytes that activations "
+        f"move, {parameters:.3f} of those that parameters do; the worst residual is "
         f"{memory['worst_residual']:.0%}.",
         f"- The centre was measured first and last; its time moved by {moved:+.1%}.",
     ]
-    columns = [
-        "D",
-        "L",
-        "T",
-        "V",
-        "k",
-        "B",
-        "s a step",
-        "model",
-        "residual",
-        "tokens/s",
-        "peak",
-        "model",
-        "residual",
-    ]
-    rows = [_point_row(point) for point in content["points"]]
-    return "\n".join(lines) + "\n\n" + _table(columns, rows)
+    columns = [*"DLTVkB", "s a step", "model", "residual", "tokens/s", "peak", "model", "residual"]
+    return "\n".join(lines) + "\n\n" + markdown(columns, [_point_row(point) for point in content["points"]])
 
 
 def _point_row(point: Mapping[str, Any]) -> list[str]:
@@ -209,14 +193,6 @@ def _point_row(point: Mapping[str, Any]) -> list[str]:
 
 def _rate(cost: float, unit: str) -> str:
     return f"at {1e-9 / cost:,.1f} {unit}" if cost else "free"
-
-
-def _picture(name: str, text: str, images: pathlib.Path) -> str:
-    return f"![{text}](images/{name})" if (images / name).exists() else f"Not drawn yet: {text.lower()}."
-
-
-def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
 if __name__ == "__main__":

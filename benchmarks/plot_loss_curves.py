@@ -3,22 +3,21 @@
 python -m benchmarks.plot_loss_curves runs/small runs/small-base --out docs/images/loss_curves.svg
 """
 
-import argparse
 import json
 import pathlib
 
-import matplotlib as mpl
 import matplotlib.axes
-import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito's, told apart by colour-blind eyes
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
+
 _SMOOTHING_LINES = 9  # logged steps in the running mean of the train loss
 
 
 def main() -> None:
     """Reads the runs and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--baselines", type=pathlib.Path, help="JSON of benchmarks.text_baselines")
@@ -35,15 +34,13 @@ def draw(runs: list[pathlib.Path], out: pathlib.Path, baselines: dict[str, float
         out: The picture.
         baselines: Name -> held-out bits per byte, drawn as horizontal lines.
     """
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 10, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = pictures.panels(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, colour in zip(runs, COLOURS, strict=False):
         _draw_run(left, right, run, colour)
     above = np.inf
     for name, bits in sorted(baselines.items(), key=lambda item: -item[1]):
         right.axhline(bits, color="#888888", linewidth=0.8, linestyle="--")
-        # A label goes under its line where the one above is too close to leave room.
+        # A label goes under its line where the one above is too close to leave space.
         side = "bottom" if above - bits > 0.05 else "top"
         across = right.get_yaxis_transform()
         right.text(0.02, bits, name, transform=across, va=side, color="#555555", size=8)
@@ -54,9 +51,7 @@ def draw(runs: list[pathlib.Path], out: pathlib.Path, baselines: dict[str, float
     for axes in (left, right):
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_xlim(left=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, dpi=150)
-    plt.close(figure)
+    pictures.save(figure, out)
 
 
 def _draw_run(

@@ -5,22 +5,16 @@ python -m benchmarks.plot_performance
 Writes docs/images/performance-{time,memory,topk}.svg; the same results give the same bytes.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-import json
 import pathlib
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.axes
 import matplotlib.figure
-import matplotlib.pyplot as plt
 
-from benchmarks.plot_loss_curves import COLOURS
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-IMAGES = ROOT / "docs" / "images"
 GIB = 2.0**30
 # Each size of the growth measurement, and what it is called under its panel.
 SIZES = {
@@ -35,14 +29,14 @@ SIZES = {
 
 def main() -> None:
     """Reads the results and writes the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--out", type=pathlib.Path, default=IMAGES, help="folder of the pictures")
-    arguments = parser.parse_args()
-    growth, topk = (
-        json.loads((arguments.results / name).read_text(encoding="utf-8"))
-        for name in ("growth.json", "bench_topk_growth.json")
+    parser = results.parser(__doc__)
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=results.FOLDER, help="folder of the JSON files"
     )
+    parser.add_argument("--out", type=pathlib.Path, default=results.IMAGES, help="folder of the pictures")
+    arguments = parser.parse_args()
+    names = ("growth.json", "bench_topk_growth.json")
+    growth, topk = (results.read(arguments.results / name) for name in names)
     draw(growth, topk, arguments.out)
 
 
@@ -54,9 +48,6 @@ def draw(growth: Mapping[str, Any], topk: Mapping[str, Any], folder: pathlib.Pat
         topk: JSON of `topklm bench topk --against=k`.
         folder: Where they go.
     """
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 10, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
-    folder.mkdir(parents=True, exist_ok=True)
     points = growth["points"]
     figures = {
         "time": _growth_figure(points, "seconds", 1.0, "seconds a step"),
@@ -64,15 +55,14 @@ def draw(growth: Mapping[str, Any], topk: Mapping[str, Any], folder: pathlib.Pat
         "topk": _topk_figure(topk["results"]),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / f"performance-{name}.svg", metadata={"Date": None})
-        plt.close(figure)
+        pictures.save(figure, folder / f"performance-{name}.svg")
 
 
 def _growth_figure(
     points: Sequence[Mapping[str, Any]], quantity: str, unit: float, label: str
 ) -> matplotlib.figure.Figure:
-    """A panel for each size, all with the same scale upwards."""
-    figure, grid = plt.subplots(2, 3, figsize=(10, 5.6), layout="constrained", sharey=True)
+    """Draws a panel for each size, all with the same scale upwards."""
+    figure, grid = pictures.panels(2, 3, figsize=(10, 5.6), layout="constrained", sharey=True)
     for axes, (size, text) in zip(grid.flat, SIZES.items(), strict=True):
         line = sorted((p for p in points if size in p["axes"]), key=lambda p: p["config"][size])
         values = [point["config"][size] for point in line]
@@ -89,10 +79,10 @@ def _growth_figure(
 
 
 def _topk_figure(results: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Time of the forward pass against k, a line for each operation, and the floor."""
+    """Draws time of the forward pass against k, a line for each operation, and the floor."""
     forward = [result for result in results if not result["facts"]["backward"]]
     facts = forward[0]["facts"]
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    figure, axes = pictures.panels(1, 1, figsize=(6, 3.8), layout="constrained")
     operations = dict.fromkeys(result["facts"]["operation"] for result in forward)
     for operation, colour in zip(operations, COLOURS, strict=False):
         line = sorted(

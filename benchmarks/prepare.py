@@ -7,27 +7,35 @@ result after it; ours is the whole command, from the start of Python to a datase
 proportional set size of all processes together. Needs the extras `bench` and `hf`.
 """
 
-import argparse
+from collections.abc import Mapping, Sequence
 import contextlib
+import dataclasses
 import gzip
 import json
+import os
 from pathlib import Path
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
-from benchmarks import machine, processes
-from topklm.data.readers import FileReader, Problem
+import psutil
+
+from benchmarks.harness import results
+from topklm.data.documents import Problem
+from topklm.data.readers import FileReader
 from topklm.data.sources import find
 from topklm.data.tokenizer import train_bpe
-from topklm.storage.files import write_atomically
 
 VOCAB_SIZE = 16_384
 DOCUMENT_CHARS = 16_384  # about: books are cut at line ends, or 300 documents would be one batch
 N_FILES = 8
 CORES = 2
-RESULT = Path(__file__).parent / "results" / "prepare.json"
+RESULT = results.FOLDER / "prepare.json"
+
+_SAMPLE_SECONDS = 0.25  # reading a process's share of memory costs it milliseconds
 
 PEER = """
 import json, sys, time
@@ -47,9 +55,18 @@ print(json.dumps({"seconds": seconds, "tokens": tokens}))
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """One run of a command."""
+
+    seconds: float
+    peak_bytes: int  # proportional set size summed over the process tree, highest of all samples
+    output: str
+
+
 def main() -> None:
     """Writes benchmarks/results/prepare.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = results.parser(__doc__)
     parser.add_argument("sources", nargs="+")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -71,7 +88,6 @@ def main() -> None:
     speed = {name: _median(runs, name, "tokens_per_second") for name in ("ours", "peer")}
     memory = {name: _median(runs, name, "peak_bytes") for name in ("ours", "peer")}
     result = {
-        "machine": machine.describe(),
         "text_bytes": _median(runs, "ours", "utf8_bytes"),
         "cores": CORES,
         "runs": runs,
@@ -82,8 +98,7 @@ def main() -> None:
         "ten_times_the_text": ten_times,
         "memory_growth_for_ten_times_the_text": ten_times["peak_bytes"] / memory["ours"],
     }
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps({**result, "runs": None}, indent=1))
+    results.write(RESULT, result, shown={**result, "runs": None})
 
 
 def _median(runs: list[dict[str, Any]], name: str, figure: str) -> float:
@@ -93,7 +108,7 @@ def _median(runs: list[dict[str, Any]], name: str, figure: str) -> float:
 def _ours(files: list[Path], tokenizer: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "topklm", "prepare", *map(str, files), "--out", str(out), "--json"]
     options = ["--tokenizer", str(tokenizer), "--workers", str(CORES), "--keep-duplicates"]
-    measured = processes.measure([*command, *options])
+    measured = _measure([*command, *options])
     splits = json.loads(measured.output)["splits"].values()
     tokens = sum(split["text_tokens"] for split in splits)
     return {
@@ -107,7 +122,7 @@ def _ours(files: list[Path], tokenizer: Path, out: Path) -> dict[str, Any]:
 
 def _peer(files: list[Path], tokenizer: Path, cache: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", PEER, str(tokenizer), str(cache), *map(str, files)]
-    measured = processes.measure(command, {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    measured = _measure(command, {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     map_alone = json.loads(measured.output.splitlines()[-1])
     return {
         "seconds": map_alone["seconds"],
@@ -118,8 +133,38 @@ def _peer(files: list[Path], tokenizer: Path, cache: Path) -> dict[str, Any]:
     }
 
 
+def _measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> _Measured:
+    """Runs a command to its end; raises CalledProcessError if it fails."""
+    began = time.perf_counter()
+    variables = {**os.environ, **(environment or {})}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
+        tree, peak = psutil.Process(process.pid), 0
+        while process.poll() is None:
+            peak = max(peak, _pss(tree))
+            time.sleep(_SAMPLE_SECONDS)
+        seconds = time.perf_counter() - began
+        output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output)
+    return _Measured(seconds, peak, output)
+
+
+def _pss(tree: psutil.Process) -> int:
+    total = 0
+    try:
+        members = [tree, *tree.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for member in members:
+        try:
+            total += member.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
 def _cut(sources: list[str], folder: Path) -> list[Path]:
-    """The text as N_FILES .jsonl.gz files of short documents."""
+    """Writes the text as N_FILES .jsonl.gz files of short documents."""
     paths = [folder / f"{i}.jsonl.gz" for i in range(N_FILES)]
     with contextlib.ExitStack() as stack:
         files = [
@@ -131,7 +176,7 @@ def _cut(sources: list[str], folder: Path) -> list[Path]:
 
 
 def _ten_times(files: list[Path], folder: Path) -> list[Path]:
-    """The same files under ten names each."""
+    """Links the same files under ten names each."""
     folder.mkdir()
     paths = [folder / f"{copy}-{file.name}" for file in files for copy in range(10)]
     for path in paths:

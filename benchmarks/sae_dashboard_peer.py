@@ -1,4 +1,4 @@
-"""`sae-dashboard` as a side of `benchmarks.bench_neuron_pages`: what it is handed, and whether it agrees."""
+"""`sae-dashboard` as a subject of `benchmarks.bench_neuron_pages`: its input, and whether it agrees."""
 
 from collections.abc import Mapping
 import contextlib
@@ -46,7 +46,7 @@ class Peer:
             raise RuntimeError(f"the peer ended with {self._process.returncode}: see what it wrote")
 
     def run(self, calls: int) -> float:
-        """A side."""
+        """Makes all pages so many times; returns the seconds."""
         assert self._process.stdin
         print(calls, file=self._process.stdin, flush=True)
         return self._answer()

@@ -1,36 +1,35 @@
-"""Weak scaling on paper: compiles the recipes of configs/paper.py for TPU slices, and writes docs/scaling.md.
+"""Weak scaling on paper: compiles the recipes of configs/paper.py for TPU slices.
 
     python -m benchmarks.scaling
 
 No TPU is needed, only libtpu. A compilation takes minutes, all of them most of an hour. Checks whose config
-and versions are those of the results are not run again; `--render` only writes the document.
+and versions are those of the results are not run again. The table of recipes in docs/scaling.md and all of
+benchmarks/results/scaling.md are written from the results; `--render` does nothing else.
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 import dataclasses
 import importlib.metadata
 import json
 import math
-import pathlib
 import subprocess
 import sys
 from typing import Any
 
 import jax
 
-from benchmarks import machine
+from benchmarks.harness import results
 from configs import paper
 from topklm.compile_check.check import with_vocabulary
-from topklm.compile_check.hlo import KINDS
+from topklm.compile_check.collectives import KINDS
 from topklm.compile_check.report import Report, as_text, from_dict
 from topklm.compile_check.topology import GIB, Chip
 from topklm.config import Config, resolve
 from topklm.storage.files import write_atomically
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
-DOCUMENT = ROOT / "docs" / "scaling.md"
+RESULT = results.FOLDER / "scaling.json"
+DOCUMENT = results.ROOT / "docs" / "scaling.md"
+TABLES = results.FOLDER / "scaling.md"
 VERSIONS = ("jax", "jaxlib", "libtpu")
 
 
@@ -51,7 +50,7 @@ class Check:
         return f"{self.recipe} on {slices}{self.topology}{settings}"
 
     def config(self) -> Config:
-        """As the trainer would resolve it."""
+        """Resolves it as the trainer would."""
         raw = paper.get_config(self.recipe)
         raw.update_from_flattened_dict(dict(self.settings))
         return with_vocabulary(resolve(raw))
@@ -62,14 +61,14 @@ class Check:
         command += [f"--config=configs/paper.py:{self.recipe}", f"--topology={self.topology}"]
         command += [f"--slices={self.n_slices}"]
         command += [f"--config.{name}={value}" for name, value in self.settings]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=results.ROOT, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout)
 
 
 RECIPES = [
     Check(f"{size}{twin}", topology) for size, topology in paper.TOPOLOGIES.items() for twin in ("", "-base")
 ]
-# What other choices do to one recipe. TopK communicates nothing, so the twin, which compiles faster, will do.
+# Other choices for one recipe. TopK communicates nothing, so the twin, which compiles faster, will do.
 CHOICES = [
     Check("1.4b-base", "v5e:16x16", settings=(("mesh.fsdp", 256),)),
     Check("1.4b-base", "v5e:16x16", settings=(("mesh.tensor", 4),)),
@@ -80,44 +79,52 @@ CHOICES = [
 
 def main() -> None:
     """Runs what is missing, saving after each, and renders the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--render", action="store_true", help="only write docs/scaling.md from the results")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    results: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"checks": {}}
+    content: dict[str, Any] = results.read(RESULT) if RESULT.exists() else {"checks": {}}
     if not arguments.render:
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-        old, results = results["checks"], {"machine": machine.describe(), "versions": versions, "checks": {}}
+        old = content["checks"]
+        content = {"machine": results.describe_machine(), "versions": versions, "checks": {}}
         for check in (*RECIPES, *CHOICES):
             print(check.name, flush=True)
             key = {"config": check.config().to_dict(), "versions": versions}
             done = old.get(check.name, {})
             fresh = {name: done.get(name) for name in key} == key
-            results["checks"][check.name] = done if fresh else {**key, "report": check.run()}
-            write_atomically(RESULT, (json.dumps(results, indent=1) + "\n").encode())
-    document = render(DOCUMENT.read_text(encoding="utf-8"), results["checks"])
-    write_atomically(DOCUMENT, document.encode())
+            content["checks"][check.name] = done if fresh else {**key, "report": check.run()}
+            results.save(RESULT, content)
+    write_atomically(DOCUMENT, render(DOCUMENT.read_text(encoding="utf-8"), content["checks"]).encode())
+    write_atomically(TABLES, tables(content["checks"]).encode())
 
 
-def render(document: str, results: dict[str, Any]) -> str:
-    """The document with what stands between its markers made anew from the results."""
-    reports = {name: from_dict(check["report"]) for name, check in results.items()}
-    recipes, choices = ([(c, reports[c.name]) for c in checks] for checks in (RECIPES, CHOICES))
+def render(document: str, checks: Mapping[str, Any]) -> str:
+    """Fills the table of recipes in the document in."""
+    recipes = _table_of_recipes(_with_reports(RECIPES, checks))
+    return results.fill(document, {"recipes": recipes}, DOCUMENT.name)
+
+
+def tables(checks: Mapping[str, Any]) -> str:
+    """Renders all other tables, and every report as it is printed."""
+    recipes, choices = (_with_reports(some, checks) for some in (RECIPES, CHOICES))
     twins = [(check, report) for check, report in recipes if check.recipe.endswith("-base")]
     parts = {
-        "recipes": _table_of_recipes(recipes),
-        "choices": _table_of_recipes([twins[2], *choices]),
-        "bytes": _table_of_bytes([*twins, *choices]),
-        "bounds": _table_of_bounds([*twins, *choices]),
-        "printed": "\n".join(f"```\n{as_text(report)}```\n" for _, report in (*recipes, *choices)),
+        "Bytes that a device sends in a step: the formulas beside the compiler": _table_of_bytes(
+            [*twins, *choices]
+        ),
+        "Tokens a chip and step, below which communication is the limit": _table_of_bounds(
+            [*twins, *choices]
+        ),
+        "The 1.4B recipe, and other choices": _table_of_recipes([twins[2], *choices]),
+        "As printed": "\n".join(f"```\n{as_text(report)}```\n" for _, report in (*recipes, *choices)),
     }
-    for name, text in parts.items():
-        before, start, rest = document.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise ValueError(f"{DOCUMENT.name}: no markers for {name}")
-        document = f"{before}{start}{text}\n{end}{after}"
-    return document
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    return f"# scaling.json\n\nWritten by `python -m benchmarks.scaling`.\n\n{text}\n"
+
+
+def _with_reports(checks: Iterable[Check], found: Mapping[str, Any]) -> list[tuple[Check, Report]]:
+    return [(check, from_dict(found[check.name]["report"])) for check in checks]
 
 
 def _table_of_recipes(checks: Iterable[tuple[Check, Report]]) -> str:
@@ -140,11 +147,11 @@ def _table_of_recipes(checks: Iterable[tuple[Check, Report]]) -> str:
             f"{report.communication_share:.0%}",
         ]
         rows.append(row)
-    return _markdown(columns, rows)
+    return results.markdown(columns, rows)
 
 
 def _table_of_bytes(checks: Iterable[tuple[Check, Report]]) -> str:
-    """MB that a device sends in a step, by the formulas of the text and as compiled."""
+    """Lists the MB that a device sends in a step, by the formulas of the text and as compiled."""
     columns = ["", "slice", "mesh"]
     for what in ("fsdp gathers", "fsdp sums", "data sums", "between slices"):
         columns += [f"{what}: formula", "compiled"]
@@ -159,11 +166,11 @@ def _table_of_bytes(checks: Iterable[tuple[Check, Report]]) -> str:
         )
         pairs = [_mb(n) for pair in zip(formulas, compiled, strict=True) for n in pair]
         rows.append([_title(check), _slice(report), _mesh(report), *pairs])
-    return _markdown(columns, rows)
+    return results.markdown(columns, rows)
 
 
 def _table_of_bounds(checks: Iterable[tuple[Check, Report]]) -> str:
-    """Tokens of a chip and step below which communication takes longer than the products."""
+    """Lists the tokens of a chip and step below which communication takes longer than the products."""
     columns = ["", "slice", "mesh", "peak / bandwidth along fsdp", "bound below, tokens", "now, tokens"]
     rows = []
     for check, report in checks:
@@ -172,11 +179,11 @@ def _table_of_bounds(checks: Iterable[tuple[Check, Report]]) -> str:
         bound = "always" if math.isinf(report.critical_tokens) else f"{report.critical_tokens:,.0f}"
         now = f"{report.tokens_per_device:,.0f}"
         rows.append([_title(check), _slice(report), _mesh(report), ratio, bound, now])
-    return _markdown(columns, rows)
+    return results.markdown(columns, rows)
 
 
 def predicted_bytes(config: Config, mesh: Mapping[str, int], n_slices: int) -> tuple[float, ...]:
-    """What a device sends in a step, from the sizes alone.
+    """Computes the bytes that a device sends in a step, from the sizes alone.
 
     Returns:
         Bytes to gather parameters along fsdp (bfloat16, blocks twice), to sum and scatter gradients along
@@ -195,12 +202,12 @@ def predicted_bytes(config: Config, mesh: Mapping[str, int], n_slices: int) -> t
 
 
 def _share(n: int) -> float:
-    """Of an array, what a device sends to gather it, or to scatter it, over a ring of n."""
+    """Computes the share of an array that a device sends to gather or scatter it over a ring of n."""
     return (n - 1) / n
 
 
 def _matrices(config: Config) -> tuple[int, int]:
-    """Parameters of all blocks, and of embedding and unembedding, without norms."""
+    """Counts the parameters of all blocks, and of embedding and unembedding, without norms."""
     m = config.model
     attention = 2 * m.d_model * m.head_dim * (m.n_heads + m.n_kv_heads)
     return m.n_layers * (attention + 3 * m.d_model * m.d_mlp), 2 * m.padded_vocab_size * m.d_model
@@ -212,7 +219,7 @@ def _sent(report: Report, axis: str, kinds: Iterable[str], across_slices: bool =
 
 
 def _fsdp_bandwidth(report: Report) -> float:
-    """Bytes per second at which parameters are gathered; 0 where they are not."""
+    """Computes the bytes per second at which parameters are gathered; 0 where they are not."""
     rows = [row for row in report.traffic if row.kind == "all-gather" and row.axes == ("fsdp",)]
     return sum(row.bytes_sent for row in rows) / (sum(row.seconds for row in rows) or 1.0)
 
@@ -241,10 +248,6 @@ def _ms(seconds: float) -> str:
 
 def _mb(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.0f}"
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ cache (`topklm.runtime.compilation_cache`). Both find their dataset prepared. Re
 `configs/small.py`, taking turns; each is killed after its first step.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -17,13 +16,12 @@ import sys
 import tempfile
 import time
 
-from benchmarks import machine
+from benchmarks.harness import results
 from topklm.runtime.compilation_cache import SWITCH
-from topklm.storage.files import write_atomically
 
-RESULT = Path(__file__).parent / "results" / "startup.json"
+RESULT = results.FOLDER / "startup.json"
 TARGET = 0.5  # warm over cold
-# What the trainer prints when the part of the start is over that is named here.
+# The line with which the trainer ends each part of its start.
 PARTS = {
     "data: ": "imports and data",
     "new run in": "parameters",
@@ -34,7 +32,7 @@ PARTS = {
 
 def main() -> None:
     """Writes benchmarks/results/startup.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = results.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as name:
@@ -47,15 +45,13 @@ def main() -> None:
             print(json.dumps({kind: starts[-1] for kind, starts in runs.items()}), flush=True)
     seconds = {kind: statistics.median(sum(s.values()) for s in starts) for kind, starts in runs.items()}
     result = {
-        "machine": machine.describe(),
         "seconds_to_first_step": seconds,
         "warm_over_cold": seconds["warm"] / seconds["cold"],
         "target": TARGET,
         "seconds_of_parts": {kind: _medians(starts) for kind, starts in runs.items()},
         "runs": runs,
     }
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps({**result, "runs": None}, indent=1))
+    results.write(RESULT, result, shown={**result, "runs": None})
 
 
 def _medians(starts: list[dict[str, float]]) -> dict[str, float]:
@@ -63,7 +59,7 @@ def _medians(starts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _start(cache: Path, run: Path) -> dict[str, float]:
-    """Seconds of each part of a start; together they are the time to the first step."""
+    """Measures the seconds of each part of a start; together they are the time to the first step."""
     variables = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     for name in (SWITCH, "JAX_COMPILATION_CACHE_DIR"):
         variables.pop(name, None)

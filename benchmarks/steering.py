@@ -1,4 +1,4 @@
-"""What steering does to a TopK model: six neurons at several values, beside a survey, for docs/steering.md.
+"""Steering of a TopK model: six neurons at several values, beside a survey, for docs/steering.md.
 
     topklm steer runs/books --survey --against runs/books-base --json survey.json
     python -m benchmarks.steering runs/books --survey survey.json --out steering-books
@@ -8,20 +8,17 @@ on, those whose number and whose first input token no neuron before had. Writes 
 the survey without its list of neurons and what the model wrote, and draws docs/images/NAME.svg.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import matplotlib.ticker
 import rich.console
 
-from benchmarks.plot_loss_curves import COLOURS
+from benchmarks.harness import pictures, results
+from benchmarks.harness.pictures import COLOURS
 import topklm
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.folder import NeuronsFolder
@@ -32,9 +29,7 @@ from topklm.steering import dose, known
 from topklm.steering.dose import Sampled
 from topklm.steering.stored_concepts import KINDS
 from topklm.steering.summary import without_nan
-from topklm.storage.files import write_atomically
 
-ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = 6
 TIMES = (0.0, 0.25, 0.5, 1.0, 2.0)  # of a neuron's largest activation
 KEPT = 2.0  # times the unsteered perplexity: up to it a text counts as fluent
@@ -44,25 +39,25 @@ RATES = {"input": COLOURS[0], "next": COLOURS[1]}
 
 def main() -> None:
     """Steers six neurons, writes the JSON and draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("run", type=pathlib.Path, help="run folder, measured")
     parser.add_argument("--survey", type=pathlib.Path, help="what topklm steer --survey --json wrote")
     parser.add_argument("--out", required=True, help="name of the JSON and of the picture")
     parser.add_argument("--draw-only", action="store_true", help="keep the neurons of the JSON that is there")
     arguments = parser.parse_args()
-    path = ROOT / "benchmarks" / "results" / f"{arguments.out}.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    path = results.FOLDER / f"{arguments.out}.json"
+    result = results.read(path) if path.exists() else {}
     if not arguments.draw_only:
         result |= _steer_six(arguments.run)
     if arguments.survey is not None:
-        surveys = json.loads(arguments.survey.read_text())["surveys"]
+        surveys = results.read(arguments.survey)["surveys"]
         result["surveys"] = [{k: v for k, v in one.items() if k != "neurons"} for one in surveys]
     for neuron in result["neurons"]:
         kinds = neuron["concepts"]
         neuron["responds_at"] = {kind: turned_at(neuron["responses"], kind, math.inf) for kind in kinds}
         neuron["turned_at"] = {kind: turned_at(neuron["responses"], kind, KEPT) for kind in kinds}
-    write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    draw(result, ROOT / "docs" / "images" / f"{arguments.out}.svg")
+    results.save(path, result)
+    draw(result, results.IMAGES / f"{arguments.out}.svg")
 
 
 def _steer_six(run: pathlib.Path) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def _steer_six(run: pathlib.Path) -> dict[str, Any]:
 
 
 def chosen(folder: NeuronsFolder) -> list[tuple[int, int]]:
-    """The first neurons of the ranking that have other numbers and other first input tokens."""
+    """Chooses the first neurons of the ranking that have other numbers and other first input tokens."""
     rows, _ = table.read(folder.table)
     found: list[tuple[int, int]] = []
     numbers: set[int] = set()
@@ -136,7 +131,7 @@ def _neuron(
 
 
 def turned_at(responses: Sequence[Mapping[str, Any]], kind: str, kept: float) -> float | None:
-    """The smallest value, in times, at which the text turns to the concept and stays fluent.
+    """Finds the smallest value, in times, at which the text turns to the concept and stays fluent.
 
     It does where the interval of the concept's rate lies above that of the unsteered text, and the perplexity
     is at most `kept` times the unsteered one.
@@ -150,11 +145,9 @@ def turned_at(responses: Sequence[Mapping[str, Any]], kind: str, kept: float) ->
 
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A panel for each neuron: rates of its concepts, and perplexity, over the value; then the survey's."""
-    mpl.rcParams.update({"svg.hashsalt": "topklm", "font.size": 9, "axes.spines.top": False})
-    mpl.rcParams["axes.spines.right"] = False
+    """Draws for each neuron the rates of its concepts, and perplexity, over the value; then the survey."""
     surveys = result.get("surveys", [])
-    figure, axes = plt.subplots(3 if surveys else 2, 3, figsize=(9, 8 if surveys else 5.4))
+    figure, axes = pictures.panels(3 if surveys else 2, 3, font_size=9, figsize=(9, 8 if surveys else 5.4))
     for place, neuron in enumerate(result["neurons"]):
         _draw_neuron(axes[place // 3][place % 3], neuron, with_labels=place % 3 == 0)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -165,9 +158,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axes[2][0].set_ylabel("share of neurons")
         axes[2][1].legend(frameon=False, fontsize=7, loc="upper right")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 def _draw_neuron(panel: Any, neuron: Mapping[str, Any], *, with_labels: bool) -> None:
@@ -192,7 +183,7 @@ def _draw_neuron(panel: Any, neuron: Mapping[str, Any], *, with_labels: bool) ->
     losses = [response["perplexity"]["value"] for response in steered]
     other.semilogy(times, losses, color="0.5", linestyle="--", linewidth=1)
     other.set_ylim(10, 3000)
-    other.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    other.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
     panel.plot([], [], color="0.5", linestyle="--", linewidth=1, label="perplexity (right)")
     panel.grid(alpha=0.25)
     if with_labels:
@@ -210,7 +201,7 @@ def _draw_survey(panel: Any, surveys: Sequence[Mapping[str, Any]], kind: str) ->
     panel.axhline(0.05, color="0.6", linewidth=0.8)
     panel.set_ylim(0, 1.02)
     panel.set_xlabel("layer")
-    panel.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     panel.set_title(f"survey: {kind} tokens", fontsize=9)
     panel.grid(alpha=0.25)
 

@@ -7,8 +7,6 @@ the same run on all cores. The stream is one process on one core, reading, cutti
 training gets them.
 """
 
-import argparse
-from collections.abc import Callable
 import json
 import os
 from pathlib import Path
@@ -19,15 +17,14 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarks import machine
-from topklm.bench.data import make_dataset
+from benchmarks.cases.data import make_dataset
+from benchmarks.harness import results, worker
 from topklm.data.dataset import load_dataset
 from topklm.data.mixture import Mixture
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.stream import train_stream
-from topklm.storage.files import write_atomically
 
-RESULT = Path(__file__).parent / "results" / "stream.json"
+RESULT = results.FOLDER / "stream.json"
 SHAPES = ((256, 8), (256, 64), (1024, 64), (2048, 32))  # context length, batch size
 SECONDS = 5.0
 TOKENS = 40_000_000
@@ -36,61 +33,42 @@ N_SHARDS = 10_000
 
 def main() -> None:
     """Writes benchmarks/results/stream.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--child", nargs="+", help=argparse.SUPPRESS
-    )  # one measurement, in a process of its own
-    child = parser.parse_args().child
-    if child:
-        print(json.dumps(CHILDREN[child[0]](Path(child[1]), *map(int, child[2:]))))
-        return
+    results.parser(__doc__).parse_args()
     training = [_training_tokens_per_second() for _ in range(3)]
     print(f"training: {training}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         dataset = make_dataset(Path(name) / "large", TOKENS, RECORD_TOKENS * 8192)
-        rates = {f"T {t}, B {b}": _in_a_process("rate", dataset.path, t, b) for t, b in SHAPES}
+        rates = {
+            f"T {t}, B {b}": worker.call("benchmarks.stream:rate", str(dataset.path), t, b) for t, b in SHAPES
+        }
         many = make_dataset(Path(name) / "many", N_SHARDS * RECORD_TOKENS, RECORD_TOKENS)
-        starts = [_in_a_process("start", many.path) for _ in range(5)]
+        starts = [worker.call("benchmarks.stream:start", str(many.path)) for _ in range(5)]
     fastest = statistics.median(training)
     result = {
-        "machine": machine.describe(),
         "training_tokens_per_second": training,
         "stream_tokens_per_second_of_one_core": rates,
         "ratio": {shape: rate / fastest for shape, rate in rates.items()},
         "start_from_10000_shards": {
-            "seconds": statistics.median(start["seconds"] for start in starts),
+            "seconds": statistics.median(one["seconds"] for one in starts),
             "files_open_after_one_batch": starts[0]["open_shards"],
             "shards_of_one_batch": starts[0]["batch_size"],
         },
     }
-    write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    print(json.dumps(result, indent=1))
+    results.write(RESULT, result)
 
 
 def _training_tokens_per_second() -> float:
-    """Of `configs/small.py`, after its first steps."""
+    """Trains `configs/small.py`; returns its rate after the first steps."""
     with tempfile.TemporaryDirectory() as run:
         settings = ["--config.train.steps=80", "--config.eval.sample_tokens=1", "--config.log.every_steps=1"]
-        command = [
-            sys.executable,
-            "-m",
-            "topklm.main",
-            "--config=configs/small.py",
-            f"--workdir={run}",
-            *settings,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "topklm.main", "--config=configs/small.py", f"--workdir={run}"]
+        subprocess.run([*command, *settings], check=True, stdout=subprocess.PIPE)
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["tokens_per_second"] for line in lines[20:] if "tokens_per_second" in line)
 
 
-def _in_a_process(what: str, folder: Path, *sizes: int) -> Any:
-    command = [sys.executable, "-m", "benchmarks.stream", "--child", what, str(folder), *map(str, sizes)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-
-
-def _rate(folder: Path, context_length: int, batch_size: int) -> float:
-    """Tokens per second on one core."""
+def rate(folder: str, context_length: int, batch_size: int) -> float:
+    """Measures tokens per second on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     mixture = Mixture.single(load_dataset(folder))
     stream = train_stream(mixture, context_length=context_length, batch_size=batch_size, seed=0)
@@ -102,8 +80,8 @@ def _rate(folder: Path, context_length: int, batch_size: int) -> float:
     return batches * context_length * batch_size / (time.perf_counter() - began)
 
 
-def _start(folder: Path) -> dict[str, Any]:
-    """From a path to the first batch."""
+def start(folder: str) -> dict[str, Any]:
+    """Measures the way from a path to the first batch."""
     began = time.perf_counter()
     batch_size = 4
     mixture = Mixture.single(load_dataset(folder))
@@ -117,8 +95,6 @@ def _start(folder: Path) -> dict[str, Any]:
         "batch_size": batch_size,
     }
 
-
-CHILDREN: dict[str, Callable[..., Any]] = {"rate": _rate, "start": _start}
 
 if __name__ == "__main__":
     main()

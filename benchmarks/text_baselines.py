@@ -1,4 +1,4 @@
-"""What compressors and n-grams make of the quickstart's held-out text, in bits per byte.
+"""Compressors and n-grams on the quickstart's held-out text, in bits per byte.
 
     python -m benchmarks.text_baselines
 
@@ -7,10 +7,8 @@ size of training and held-out text together less that of the training text. The 
 text token of every document, the first from the separator, which itself is never scored, as the model does.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
-import json
 import lzma
 import math
 import pathlib
@@ -21,13 +19,12 @@ import rich.console
 import rich.progress
 import rich.table
 
-from benchmarks import machine
+from benchmarks.harness import results
 from benchmarks.kneser_ney import KneserNey
 from topklm import config
 from topklm.data.dataset import Dataset, SplitInfo
 from topklm.data.prepare import prepare
 
-ROOT = pathlib.Path(__file__).parents[1]
 NGRAM_ORDER = 5
 PPMD_ORDER = 16
 _PPMD_MEMORY_BYTES = 1 << 30
@@ -35,10 +32,10 @@ _PPMD_MEMORY_BYTES = 1 << 30
 
 def main() -> None:
     """Measures the three, writes the JSON and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = results.parser(__doc__)
     parser.add_argument("--source", default="quickstart", help="as config.data.source")
     parser.add_argument("--dir", default="datasets", help="as config.data.dir")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks/results/text_baselines.json")
+    parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER / "text_baselines.json")
     arguments = parser.parse_args()
     data = dataclasses.replace(
         config.resolve(config.default()).data, source=arguments.source, dir=arguments.dir
@@ -58,10 +55,9 @@ def main() -> None:
         "dataset": {"fingerprint": dataset.fingerprint, "heldout_bytes": n_bytes},
         "heldout_documents": len(heldout),
         "train_documents": len(train),
-        "machine": machine.describe(),
         "pyppmd": pyppmd.__version__,
     }
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n")
+    results.write(arguments.out, content, shown={})
     table = rich.table.Table("baseline", "held-out bits per byte")
     for name, value in bits.items():
         table.add_row(name, f"{value:.4f}")
@@ -69,7 +65,7 @@ def main() -> None:
 
 
 def documents(dataset: Dataset, split: SplitInfo) -> Iterator[np.ndarray]:
-    """The text tokens of each document of a split, without the separator."""
+    """Yields the text tokens of each document of a split, without the separator."""
     stream = dataset.tokens(split)
     tokens = stream.read(0, len(stream))
     starts = np.flatnonzero(tokens == dataset.tokenizer.separator_id)
@@ -78,28 +74,28 @@ def documents(dataset: Dataset, split: SplitInfo) -> Iterator[np.ndarray]:
 
 
 def text_of(dataset: Dataset, split: Sequence[np.ndarray]) -> bytes:
-    """All documents, a newline after each."""
+    """Joins all documents, a newline after each."""
     return "".join(dataset.tokenizer.decode(tokens) + "\n" for tokens in split).encode()
 
 
 def compressed_bits(size: Callable[[bytes], int], train: bytes, heldout: bytes) -> float:
-    """Bits that the held-out text adds to the compressed training text."""
+    """Counts the bits that the held-out text adds to the compressed training text."""
     return 8.0 * (size(train + heldout) - size(train))
 
 
 def xz_size(text: bytes) -> int:
-    """Bytes after `xz -9e`."""
+    """Counts the bytes after `xz -9e`."""
     return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def ppmd_size(text: bytes) -> int:
-    """Bytes after PPMd variant H (Shkarin 2002), order 16."""
+    """Counts the bytes after PPMd variant H (Shkarin 2002), order 16."""
     encoder = pyppmd.Ppmd7Encoder(PPMD_ORDER, _PPMD_MEMORY_BYTES)
     return len(encoder.encode(text)) + len(encoder.flush())
 
 
 def ngram_bits(dataset: Dataset, train: Iterable[np.ndarray], heldout: Sequence[np.ndarray]) -> float:
-    """Bits of all text tokens under a modified Kneser-Ney model of the training documents."""
+    """Counts the bits of all text tokens under a modified Kneser-Ney model of the training documents."""
     separator = dataset.tokenizer.separator_id
     model = KneserNey(NGRAM_ORDER, dataset.tokenizer.vocab_size)
     for tokens in rich.progress.track(list(train), "counting n-grams"):

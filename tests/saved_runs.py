@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from topklm import sharding
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.config import CheckpointConfig, Config, MeshConfig, ModelConfig
+from topklm.config import CheckpointConfig, Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer, train_bpe
+from topklm.layout import Layout, one_device
 from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, abstract_state
@@ -41,19 +41,19 @@ def tokenizer() -> Tokenizer:
     return train_bpe(["some text"] * 10, 257)
 
 
-def state(step: int, config: Config = CONFIG, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+def state(step: int, config: Config = CONFIG, layout: Layout | None = None) -> TrainState:
     """A training state of random numbers, other ones for each step, without compiling anything."""
-    mesh = mesh or sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    layout = layout or one_device()
     abstract = abstract_state(config, make_optimizer(config.optim, 100))
     random = np.random.default_rng(step)
 
-    def draw(leaf: jax.ShapeDtypeStruct, layout: jax.sharding.NamedSharding) -> jax.Array:
+    def draw(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.Array:
         is_float = np.issubdtype(leaf.dtype, np.floating)
         content = random.standard_normal(leaf.shape) if is_float else np.full(leaf.shape, step)
         content = content.astype(leaf.dtype)
-        return jax.make_array_from_callback(leaf.shape, layout, lambda index: content[index])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: content[index])
 
-    return jax.tree.map(draw, abstract, sharding.parameter_shardings(abstract, mesh))
+    return jax.tree.map(draw, abstract, layout.shardings(abstract))
 
 
 def facts(step: int, config: Config = CONFIG) -> dict[str, Any]:

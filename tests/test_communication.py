@@ -17,9 +17,10 @@ import jax
 from jax.experimental import topologies
 import pytest
 
-from topklm import sharding
-from topklm.compile_check import hlo
+import topklm
+from topklm.compile_check import collectives, hlo
 from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
+from topklm.layout import make_layout
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_batch, abstract_state, make_train_step
 
@@ -56,7 +57,7 @@ PLATFORMS = {
 @functools.cache
 def found(platform, *meshes):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **PLATFORMS[platform]}
-    environment["PYTHONPATH"] = str(Path(sharding.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(topklm.__file__).parents[1])
     command = [sys.executable, __file__, platform, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
@@ -92,26 +93,26 @@ def compile_all(platform, meshes):
             # Each as it is usually trained there.
             shape = dataclasses.replace(TOPK.model, n_nontopk=n_nontopk)
             config = dataclasses.replace(TOPK, model=shape)
-            text = compiled_step(config, sharding.make_mesh(MESHES[name], devices)).as_text()
+            text = compiled_step(config, make_layout(MESHES[name], devices)).as_text()
             report[f"{name} {model}"] = communication(text)
     return report
 
 
-def compiled_step(config, mesh):
+def compiled_step(config, layout):
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = abstract_state(config, optimizer)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
-        sharding.parameter_shardings(state, mesh),
+        layout.shardings(state),
     )
-    return make_train_step(config, optimizer, mesh).lower(state, abstract_batch(config, mesh)).compile()
+    return make_train_step(config, optimizer, layout).lower(state, abstract_batch(config, layout)).compile()
 
 
 def communication(text):
     """Runs and bytes of every kind of collective, by the devices that take part."""
     runs, n_bytes = Counter(), Counter()
-    for collective in hlo.collectives(text):
+    for collective in collectives.collectives(hlo.parse(text)):
         key = f"{collective.kind} over {collective.groups}"
         runs[key] += collective.count
         n_bytes[key] += collective.count * collective.bytes

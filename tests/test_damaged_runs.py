@@ -12,8 +12,9 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm import cli, config, errors, sharding
+from topklm import cli, config, errors
 from topklm.checkpoint.manager import CheckpointManager
+from topklm.layout import one_device
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
@@ -43,8 +44,8 @@ def newest_state(run):
 
 
 def onto_one_device(asked):
-    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    return abstract_state(asked, make_optimizer(asked.optim, 100)), mesh
+    layout = one_device()
+    return abstract_state(asked, make_optimizer(asked.optim, 100)), layout
 
 
 def restored(run):

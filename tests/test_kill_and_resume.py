@@ -58,9 +58,9 @@ sys.exit(main.run())
 TAKES_TURNS = """
 import sys
 from topklm import main
-from topklm.training import memory
+from topklm.training import step
 
-memory._LARGE_BYTES = -1
+step._LARGE_BYTES = -1
 sys.exit(main.run())
 """
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -22,9 +23,10 @@ from helpers import (
 import jax
 import pytest
 
-from topklm import cli, config, errors, imports, sharding
+from topklm import cli, config, errors, imports
+from topklm.layout import one_device
 from topklm.storage import files, locks
-from topklm.training import memory
+from topklm.training import setup
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
 
@@ -311,9 +313,9 @@ def test_a_disk_that_cannot_flush_a_file_is_no_such_file_system(monkeypatch, tmp
 
 def test_a_clone_that_is_no_installed_package_knows_its_version(monkeypatch):
     def not_found(name):
-        raise imports.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(imports.importlib.metadata, "version", not_found)
+    monkeypatch.setattr(importlib.metadata, "version", not_found)
     found = imports.versions("topklm", "jax")
     assert found["jax"] == "unknown"
     assert found["topklm"].count(".") == 2
@@ -321,7 +323,7 @@ def test_a_clone_that_is_no_installed_package_knows_its_version(monkeypatch):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch, tmp_path, trainer, capsys):
     monkeypatch.setenv("TOPKLM_ALLOCATOR", "system")
-    monkeypatch.setattr(memory, "_host_limits", lambda: [(2**20, "the machine's memory")])
+    monkeypatch.setattr(setup, "_host_limits", lambda: [(2**20, "the machine's memory")])
     monkeypatch.setattr("topklm.training.loop.init_state", lambda *_: pytest.fail("was made"))
     arguments = ["train", *map(str, trainer.arguments(tmp_path / "run", {"model.d_mlp": 8192}))]
     assert errors.guarded(lambda: cli.dispatch(arguments)) == 2
@@ -333,19 +335,19 @@ def test_the_memory_of_a_state_is_that_of_its_arrays_and_of_the_gradients(monkey
     model = {"vocab_size": 256, "d_model": 32, "d_mlp": 64, "n_heads": 2, "n_kv_heads": 2, "topk_k": 4}
     small = config.resolve({"model": model})
     state = abstract_state(small, make_optimizer(small.optim, 10))
-    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    layout = one_device()
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
     for limit, fits in ((n_bytes, True), (n_bytes - 1, False)):
-        monkeypatch.setattr(memory, "_host_limits", lambda limit=limit: [(limit, "it"), (10**18, "the rest")])
+        monkeypatch.setattr(setup, "_host_limits", lambda limit=limit: [(limit, "it"), (10**18, "the rest")])
         with contextlib.nullcontext() if fits else pytest.raises(errors.UserError, match="more than it"):
-            memory.check(state, mesh)
+            setup.check_memory(state, layout)
 
 
 def test_the_limit_of_the_process_counts(tmp_path):
     program = (
-        "import resource; from topklm.training import memory\n"
+        "import resource; from topklm.training import setup\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
-        "print(min(memory._host_limits() + [(2**62, '')], key=lambda x: 'ulimit' not in x[1]))"
+        "print(min(setup._host_limits() + [(2**62, '')], key=lambda x: 'ulimit' not in x[1]))"
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     limit, whose = eval(shown.stdout)

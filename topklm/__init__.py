@@ -3,13 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from topklm.imports import VERSION
+
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.inference.load import load
 
 __all__ = ["LanguageModel", "load"]
+__version__ = VERSION
 _MODULES = {"LanguageModel": "topklm.inference.language_model", "load": "topklm.inference.load"}
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 import contextlib
 import importlib
-import importlib.metadata
 import sys
 from types import ModuleType
 
-import topklm
 from topklm.errors import UserError
+
+VERSION = "0.1.0"  # of topklm
 
 
 def optional_module(name: str, extra: str, flag: str) -> ModuleType:
@@ -30,7 +30,7 @@ def optional_module(name: str, extra: str, flag: str) -> ModuleType:
 
 @contextlib.contextmanager
 def without(*modules: str) -> Iterator[None]:
-    """Inside the block these cannot be imported, as if they were not installed; what has been, stays."""
+    """Makes modules impossible to import inside the block, unless they have been imported before it."""
     hidden = [module for module in modules if module not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
@@ -45,10 +45,12 @@ def versions(*packages: str) -> dict[str, str]:
 
     Ours may be a clone on PYTHONPATH, and is known all the same.
     """
+    import importlib.metadata  # noqa: PLC0415 - `import topklm` does without
+
     found = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = topklm.__version__ if package == "topklm" else "unknown"
+            found[package] = VERSION if package == "topklm" else "unknown"
     return found

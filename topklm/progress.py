@@ -20,11 +20,11 @@ class Progress:
         self.say = say
 
     @contextlib.contextmanager
-    def phase(self, what: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
         """Begins one long piece of work.
 
         Args:
-            what: For example "encoding".
+            name: For example "encoding".
             total: Units of it, such as bytes; 0 where nobody knows.
 
         Yields:
@@ -41,18 +41,18 @@ class TerminalProgress(Progress):
         self._console = console
 
     @contextlib.contextmanager
-    def phase(self, what: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
         """Shows one long piece of work, see `Progress.phase`."""
         show = _Bar if self._console.is_terminal else _Lines
-        with show(what, total, self._console) as report:
+        with show(name, total, self._console) as report:
             yield report
 
 
 class _Figures:
     """Counts of a phase."""
 
-    def __init__(self, what: str, total: int, console: rich.console.Console):
-        self._what, self._total, self._console = what, total, console
+    def __init__(self, name: str, total: int, console: rich.console.Console):
+        self._name, self._total, self._console = name, total, console
         self._units = self._documents = self._tokens = 0
         self._began = time.monotonic()
 
@@ -85,7 +85,7 @@ class _Lines(_Figures):
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_SECONDS
             share = f"{min(1.0, self._units / self._total):.0%} | " if self._total else ""
-            self._console.print(f"{self._what}: {share}{self._text()}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._name}: {share}{self._text()}", highlight=False, soft_wrap=True)
 
 
 class _Bar(_Figures):
@@ -98,7 +98,7 @@ class _Bar(_Figures):
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task(self._what, total=self._total or None, figures="")
+        self._task = self._bar.add_task(self._name, total=self._total or None, figures="")
         self._bar.start()
         return self._report
 

@@ -5,25 +5,11 @@ import json
 import pytest
 
 from benchmarks import performance_table
+from benchmarks.harness.report import Comparison, Report, Result
+from benchmarks.harness.results import FOLDER
 from benchmarks.performance_targets import TARGETS
-from topklm.bench.report import Comparison, Report, Result
 
-DOCUMENT = "".join(
-    f"<!-- {name} -->\nold\n<!-- end -->\n"
-    for name in (
-        "targets",
-        "commands",
-        "step",
-        "topk",
-        "data",
-        "decode",
-        "checkpoint",
-        "parts",
-        "parts in bfloat16",
-        "fit",
-        "pictures",
-    )
-)
+DOCUMENT = "<!-- targets -->\nold\n<!-- end -->\n"
 
 
 def step_report(s1_ratio):
@@ -47,14 +33,20 @@ def rows_of(document, beginning):
 
 
 def test_the_document_is_rendered_from_the_results():
-    path = performance_table.DOCUMENT
-    document = path.read_text(encoding="utf-8")
-    results = performance_table.read(performance_table.RESULTS)
-    assert performance_table.render(document, results, path.parent / "images") == document
+    document = performance_table.DOCUMENT.read_text(encoding="utf-8")
+    results = performance_table.read(FOLDER)
+    assert performance_table.render(document, results) == document
 
 
-def test_a_target_is_reached_missed_or_not_measured(tmp_path):
-    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)}, tmp_path)
+def test_the_tables_beside_the_results_are_rendered_from_them():
+    tables = performance_table.tables(performance_table.read(FOLDER))
+    assert {name: (FOLDER / name).read_text(encoding="utf-8") for name in tables} == tables
+    written = {path.name for path in FOLDER.glob("*.md")}
+    assert written == {*tables, "scaling.md"}  # nothing is left of results that are gone
+
+
+def test_a_target_is_reached_missed_or_not_measured():
+    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)})
     (s1,) = [row for row in rows_of(document, "2 CPU cores") if "S1 float32" in row]
     assert s1.endswith("| >= 1.25 | torch eager: 1.30 (1.30 to 1.30) | reached |")
     (base,) = [row for row in rows_of(document, "2 CPU cores") if "TopK step / Base" in row]
@@ -67,20 +59,23 @@ def test_a_target_is_reached_missed_or_not_measured(tmp_path):
     assert all(row.endswith("| not measured | no such machine here |") for row in rows_of(document, "H200"))
 
 
-def test_a_target_that_all_cases_miss_says_so(tmp_path):
-    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.1)}, tmp_path)
+def test_a_target_that_all_cases_miss_says_so():
+    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.1)})
     (s1,) = [row for row in rows_of(document, "2 CPU cores") if "S1 float32" in row]
     assert s1.endswith("| **missed** |")
 
 
-def test_figures_have_their_floor_and_files_their_circumstances(tmp_path):
-    document = performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)}, tmp_path)
-    (figure,) = rows_of(document, "s1 float32: step, TopK |")
+def test_figures_have_their_floor_and_files_their_circumstances():
+    tables = performance_table.tables({"bench_step.json": step_report(1.3)})
+    (figure,) = rows_of(tables["bench_step.md"], "s1 float32: step, TopK |")
     assert figure == "| s1 float32: step, TopK | 1.10 s | 1.05 s to 1.20 s | 550 ms | 2.00 x | fast |"
-    (command,) = rows_of(document, "`topklm bench step --peer=torch`")
+    assert "allocator libtcmalloc.so," in tables["bench_step.md"]
+    assert tables.keys() == {"README.md", "bench_step.md"}
+    (command,) = rows_of(tables["README.md"], "`topklm bench step --peer=torch`")
     assert "allocator libtcmalloc.so," in command
-    assert "Not measured yet: `topklm bench checkpoint`." in document
-    assert "old" not in document
+    (missing,) = rows_of(tables["README.md"], "`topklm bench checkpoint`")
+    assert missing.endswith("| not measured |")
+    assert "old" not in performance_table.render(DOCUMENT, {"bench_step.json": step_report(1.3)})
 
 
 def test_every_target_looks_into_a_file_whose_command_is_known():
@@ -88,7 +83,7 @@ def test_every_target_looks_into_a_file_whose_command_is_known():
 
 
 def test_what_topk_adds_on_a_tpu_is_that_of_the_compiled_twins():
-    content = json.loads((performance_table.RESULTS / "scaling.json").read_text(encoding="utf-8"))
+    content = json.loads((FOLDER / "scaling.json").read_text(encoding="utf-8"))
     added = [target for target in TARGETS if target.place.startswith("TPU")]
     assert len(added) == 3
     for target in added:
@@ -99,7 +94,7 @@ def test_what_topk_adds_on_a_tpu_is_that_of_the_compiled_twins():
     assert next(iter(added[0].find(content))).value == f"{share - 1:+.1%}"
 
 
-def test_the_cost_model_and_its_points_are_printed(tmp_path):
+def test_the_cost_model_and_its_points_are_printed():
     point = {
         "axes": ["d_model", "batch_size"],
         "config": dict.fromkeys(
@@ -119,13 +114,13 @@ def test_the_cost_model_and_its_points_are_printed(tmp_path):
         "centre_again_seconds": 0.55,
         "fits": {"seconds": {**fit, "rates": rates}, "peak_bytes": {**fit, "rates": rates}},
     }
-    document = performance_table.render(DOCUMENT, {"growth.json": growth}, tmp_path)
+    document = performance_table.tables({"growth.json": growth})["growth.md"]
     assert "matrix products at 100.0 GFLOP/s, activations free, parameters at 10.0 GB/s" in document
     assert "its time moved by +10.0%" in document
     (row,) = rows_of(document, "1,024 |")
     assert row.endswith("| 500 ms | 400 ms | +25% | 2,048 | 1.00 GiB | 1.00 GiB | +0% |")
 
 
-def test_a_document_without_markers_is_refused(tmp_path):
+def test_a_document_without_markers_is_refused():
     with pytest.raises(ValueError, match="no markers for targets"):
-        performance_table.render("# Performance", {}, tmp_path)
+        performance_table.render("# Performance", {})

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from topklm.checkpoint.checksums import checksums
+from topklm.checkpoint.checksums import changed, checksums, fetch, start
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint8, np.bool_)
 SHAPES = ((), (1,), (5,), (16,), (3, 7), (40, 9), (2, 33, 5), (0, 4))
@@ -61,16 +61,21 @@ def some(shape, dtype, seed=0):
     return np.packbits(bits.astype(np.uint8)).view(dtype).reshape(shape)
 
 
+def by_a_program(tree):
+    return fetch(start(tree))
+
+
 def checksum(array):
-    return checksums({"x": jnp.asarray(array)})["x"]
+    return by_a_program({"x": jnp.asarray(array)})["x"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_checksums_are_those_of_the_definition(dtype):
     tree = {"shapes": {str(i): some(shape, dtype, i) for i, shape in enumerate(SHAPES)}}
     expected = {f"shapes.{i}": reference(array) for i, array in tree["shapes"].items()}
-    assert checksums(jax.tree.map(jnp.asarray, tree)) == expected
-    assert checksums(tree) == expected
+    assert by_a_program(jax.tree.map(jnp.asarray, tree)) == expected
+    assert by_a_program(tree) == expected
+    assert checksums(jax.tree.map(jnp.asarray, tree)) == expected  # by NumPy, for they are few
 
 
 @given(st.data())
@@ -107,3 +112,39 @@ def test_the_layout_over_devices_does_not_matter(trainer):
 def test_elements_of_eight_bytes_are_refused():
     with jax.enable_x64(True), pytest.raises(KeyError):
         checksum(np.zeros(3, np.float64))
+
+
+# Arrays that were read, against checksums that were saved.
+
+
+def tree_of(seed):
+    draw = np.random.default_rng(seed)
+    return {
+        "params": {
+            "large": jnp.asarray(draw.standard_normal((3, 70, 331), dtype=np.float32)),
+            "half": jnp.asarray(draw.standard_normal(1000).astype(ml_dtypes.bfloat16)),
+            "bytes": jnp.asarray(draw.integers(0, 255, (7, 5)), jnp.uint8),
+            "count": jnp.asarray(seed, jnp.int32),
+        }
+    }
+
+
+def test_numpy_computes_the_same_checksums_as_the_program():
+    tree = tree_of(1)
+    assert changed(tree, by_a_program(tree)) == []
+    assert changed(tree, {}) == ["params.bytes", "params.count", "params.half", "params.large"]
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 2, 3), (2, 69, 330)])
+def test_one_changed_bit_names_the_array(place):
+    tree = tree_of(1)
+    saved = by_a_program(tree)
+    content = np.array(tree["params"]["large"])
+    content.view(np.uint32)[place] ^= 1
+    tree["params"]["large"] = jnp.asarray(content)
+    assert changed(tree, saved) == ["params.large"]
+
+
+def test_what_else_was_saved_does_not_matter():
+    tree = tree_of(1)
+    assert changed(tree, {**by_a_program(tree), "optimizer.step": 5}) == []

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from topklm import sharding
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.config import CheckpointConfig, MeshConfig
+from topklm.config import CheckpointConfig
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.training.step import TrainState
 
 # One of two processes, each with a copy of its own of the folder: `SCRIPT FOLDER`.
@@ -25,18 +25,18 @@ from topklm import distributed
 
 with distributed.session():
     import jax, jax.numpy as jnp, numpy as np, optax
-    from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
+    from topklm.layout import make_layout
     from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, data=1))
+    layout = make_layout(MeshConfig(fsdp=2, data=1))
     params = {"embed": {"embedding": jax.ShapeDtypeStruct((64, 8), jnp.float32)}}
     opt_state = jax.eval_shape(optax.adam(1.0).init, params)
     recent = {"loss": jax.ShapeDtypeStruct((4,), jnp.float32)}
     abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, recent)
     checkpoints = CheckpointManager(pathlib.Path(sys.argv[1]), CheckpointConfig())
-    state, data, _ = checkpoints.restore(abstract, mesh)
+    state, data, _ = checkpoints.restore(abstract, layout)
     part = state.params["embed"]["embedding"].addressable_shards[0].data
     print("restored", int(state.step), data, part.shape, checkpoints.latest_step)
 """
@@ -51,8 +51,8 @@ def tiny_state(step):
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+def layout():
+    return one_device()
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,12 @@ def damage(path, kind):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
 
 
-def restored_step(folder, mesh):
+def restored_step(folder, layout):
     """Which of the steps came back, bit for bit, and what was said; the folders are as they should be."""
     said = []
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), said.append)
     abstract = jax.eval_shape(lambda: tiny_state(1))
-    state, data, facts = checkpoints.restore(abstract, mesh)
+    state, data, facts = checkpoints.restore(abstract, layout)
     step = int(state.step)
     assert_same_bits(state, tiny_state(step))
     assert (data, facts) == ({"index": step}, {"note": f"step {step}", "rate": 0.25})
@@ -103,81 +103,81 @@ def restored_step(folder, mesh):
     return step, said
 
 
-def assert_falls_back_or_is_harmless(whole, folder, file, kind, mesh):
+def assert_falls_back_or_is_harmless(whole, folder, file, kind, layout):
     shutil.rmtree(folder)
     shutil.copytree(whole, folder)
     damage(folder / file, kind)
-    step, said = restored_step(folder, mesh)
+    step, said = restored_step(folder, layout)
     assert step in (2, 3)
     assert [f"checkpoint 3 of {folder} is damaged (" in line for line in said] == [True] * (3 - step)
     return step
 
 
 @pytest.mark.parametrize("kind", ["deleted", "emptied", "cut off"])
-def test_a_file_that_is_not_whole_is_noticed_or_not_needed(whole, folder, mesh, kind):
-    steps = [assert_falls_back_or_is_harmless(whole, folder, file, kind, mesh) for file in files(whole, 3)]
+def test_a_file_that_is_not_whole_is_noticed_or_not_needed(whole, folder, layout, kind):
+    steps = [assert_falls_back_or_is_harmless(whole, folder, file, kind, layout) for file in files(whole, 3)]
     assert steps.count(2) >= 8
 
 
-def test_a_flipped_bit_is_noticed_or_harmless(whole, folder, mesh):
+def test_a_flipped_bit_is_noticed_or_harmless(whole, folder, layout):
     chance, steps = random.Random(0), []
     for file in files(whole, 3):
         size = (whole / file).stat().st_size
         for _ in range(3 if size else 0):
             kind = (chance.randrange(size), chance.randrange(8))
-            steps.append(assert_falls_back_or_is_harmless(whole, folder, file, kind, mesh))
+            steps.append(assert_falls_back_or_is_harmless(whole, folder, file, kind, layout))
     assert {2, 3} == set(steps)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_no_flipped_bit_brings_back_anything_else(whole, folder, mesh):
+def test_no_flipped_bit_brings_back_anything_else(whole, folder, layout):
     chance = random.Random(1)
     for file in files(whole, 3):
         for place in range((whole / file).stat().st_size):
-            assert_falls_back_or_is_harmless(whole, folder, file, (place, chance.randrange(8)), mesh)
+            assert_falls_back_or_is_harmless(whole, folder, file, (place, chance.randrange(8)), layout)
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "data", "facts"])
-def test_a_missing_item_is_damage(folder, mesh, item):
+def test_a_missing_item_is_damage(folder, layout, item):
     shutil.rmtree(folder / "3" / item)
-    assert restored_step(folder, mesh)[0] == 2
+    assert restored_step(folder, layout)[0] == 2
 
 
-def test_several_damaged_ones_are_gone_back_over_one_by_one(folder, mesh):
+def test_several_damaged_ones_are_gone_back_over_one_by_one(folder, layout):
     (folder / "3" / "data" / "metadata").write_text("{")
     (folder / "2" / "facts" / "checksums.json").write_bytes(b"\xff")
-    step, said = restored_step(folder, mesh)
+    step, said = restored_step(folder, layout)
     assert step == 1
     assert [line.rpartition("): ")[2] for line in said] == ["going back to step 2", "going back to step 1"]
 
 
-def test_a_changed_weight_is_named(folder, mesh):
+def test_a_changed_weight_is_named(folder, layout):
     record = folder / "3" / "facts" / "checksums.json"
     content = json.loads(record.read_text())
     content["arrays"]["params.embed.embedding"][1] ^= 1
     record.write_text(json.dumps(content))
-    _, said = restored_step(folder, mesh)
+    _, said = restored_step(folder, layout)
     why = "params.embed.embedding: checksum differs"
     assert said == [f"checkpoint 3 of {folder} is damaged ({why}): going back to step 2"]
 
 
-def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, mesh):
+def test_when_all_are_damaged_each_is_named_and_left_where_it_is(folder, layout):
     for step in (1, 2, 3):
         (folder / str(step) / "data" / "metadata").write_text("{}")
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
     with pytest.raises(
         UserError, match=r"every .* damaged \(3: data: checksum differs; 2: .*; 1: .*\): put back"
     ):
-        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
+        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
 
 
-def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, mesh):
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, layout):
     for n in itertools.count(1):
         (folder / "3" / "data" / "metadata").unlink()
         checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), lambda line: None)
-        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
+        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
         checkpoints.save(tiny_state(3), {"index": 3}, {"note": "step 3", "rate": 0.25})
         checkpoints.wait()
         assert {path.name for path in folder.iterdir()} == {"1", "2", "3"} | {
@@ -191,22 +191,22 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(folder, mesh):
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "Permission denied"), TimeoutError(), OSError(5, "I/O")]
 )
-def test_storage_in_trouble_is_not_damage(folder, mesh, monkeypatch, error):
+def test_storage_in_trouble_is_not_damage(folder, layout, monkeypatch, error):
     def refuse(path):
         raise error
 
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint.format.open_arrays", refuse)
+    monkeypatch.setattr("topklm.checkpoint.reader.open_arrays", refuse)
     with pytest.raises(type(error)):
-        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
+        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}
 
 
-def test_a_folder_that_is_gone_is_not_damage(folder, mesh):
+def test_a_folder_that_is_gone_is_not_damage(folder, layout):
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
     folder.rename(folder.with_name("unmounted"))
     with pytest.raises((FileNotFoundError, ValueError)):
-        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), mesh)
+        checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert not folder.exists()
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from topklm import sharding
-from topklm.checkpoint import retry
+from topklm.checkpoint import manager
 from topklm.checkpoint.manager import CheckpointManager, Patience
-from topklm.config import CheckpointConfig, MeshConfig
+from topklm.config import CheckpointConfig
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.training.step import TrainState
 
 # TensorStore's threads may come back to an event loop that a failure has ended.
@@ -32,14 +32,14 @@ from topklm import distributed
 with distributed.session():
     import jax, jax.numpy as jnp, optax
     from jax.sharding import NamedSharding, PartitionSpec
-    from topklm import sharding
     from topklm.config import CheckpointConfig, MeshConfig
-    from topklm.checkpoint import retry
+    from topklm.layout import make_layout
+    from topklm.checkpoint import manager
     from topklm.checkpoint.manager import CheckpointManager
     from topklm.training.step import TrainState
 
-    retry.FIRST_WAIT_S = 0.0
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, data=1))
+    manager.FIRST_WAIT_S = 0.0
+    layout = make_layout(MeshConfig(fsdp=2, data=1))
 
     def init(step):
         params = {"embed": {"embedding": jnp.arange(64 * 128.0).reshape(64, 128) + step}}
@@ -47,7 +47,7 @@ with distributed.session():
 
     def state(step):
         shapes = jax.eval_shape(lambda: init(step))
-        return jax.jit(lambda: init(step), out_shardings=sharding.parameter_shardings(shapes, mesh))()
+        return jax.jit(lambda: init(step), out_shardings=layout.shardings(shapes))()
 
     def limit(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
@@ -63,7 +63,7 @@ with distributed.session():
     limit(resource.RLIM_INFINITY)
     checkpoints.save(state(step), {}, {})
     checkpoints.wait()
-    restored, _, _ = checkpoints.restore(jax.eval_shape(lambda: init(1)), mesh)
+    restored, _, _ = checkpoints.restore(jax.eval_shape(lambda: init(1)), layout)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), restored, state(step))
     print("saved", checkpoints.latest_step == step, all(jax.tree.leaves(same)), flush=True)
 """
@@ -98,7 +98,7 @@ def files_of_at_most(n_bytes):
 
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(manager, "FIRST_WAIT_S", 0.0)
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def steps_until_due(checkpoints, after):
 
 
 def assert_holds(checkpoints, step):
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    state, data, _ = checkpoints.restore(jax.eval_shape(lambda: some_state(1)), mesh)
+    layout = one_device()
+    state, data, _ = checkpoints.restore(jax.eval_shape(lambda: some_state(1)), layout)
     assert_same_bits(state, some_state(step))
     assert data == {"index": step}
 
@@ -233,10 +233,10 @@ def test_a_bug_while_saving_is_not_taken_for_the_storage(checkpoints):
 
 
 def test_waits_double_up_to_a_minute_and_end_with_patience(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 2.0)
+    monkeypatch.setattr(manager, "FIRST_WAIT_S", 2.0)
     now = 1000.0
-    monkeypatch.setattr(retry.time, "monotonic", lambda: now)
-    backoff, waits = retry.Backoff(patience_s=300.0), []
+    monkeypatch.setattr(manager.time, "monotonic", lambda: now)
+    backoff, waits = manager.Backoff(patience_s=300.0), []
     while (seconds := backoff.failed()) is not None:
         waits.append(seconds)
         now += seconds

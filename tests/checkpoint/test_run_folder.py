@@ -11,7 +11,7 @@ from topklm.checkpoint import run_folder
 from topklm.config import Config, ModelConfig, TrainConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
-from topklm.training import opening
+from topklm.training import setup
 
 HOLDS_THE_LOCK = """
 import pathlib, sys, time
@@ -126,7 +126,7 @@ def test_a_run_says_to_other_programs_which_token_begins_and_ends_texts(tmp_path
     if kind == "made before":
         write_config(tmp_path, config)
         tokenizer.save(tmp_path / "tokenizer.json")
-    opening._describe(config, tmp_path, types.SimpleNamespace(tokenizer=tokenizer))
+    setup._describe(config, tmp_path, types.SimpleNamespace(tokenizer=tokenizer))
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (told["bos_token"], told["eos_token"], told["model_max_length"]) == ("<|endoftext|>",) * 2 + (48,)
     transformers = pytest.importorskip("transformers")
@@ -139,5 +139,5 @@ def test_a_run_says_to_other_programs_which_token_begins_and_ends_texts(tmp_path
 
 def test_a_tokenizer_that_is_no_tokenizer_json_is_not_announced_as_one(tmp_path):
     other = types.SimpleNamespace(kind="sentencepiece", to_bytes=lambda: b"{}")
-    opening._describe(Config(), tmp_path, types.SimpleNamespace(tokenizer=other))
+    setup._describe(Config(), tmp_path, types.SimpleNamespace(tokenizer=other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.json"]

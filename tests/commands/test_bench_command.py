@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+import os
+from pathlib import Path
+import subprocess
+import sys
 
 from helpers import CONFIG_FILE, TINY
 import pytest
 
-from topklm.bench import floors
-from topklm.commands import bench
+from benchmarks.command import BENCHMARKS
+from benchmarks.harness import roofline
+from topklm.commands import bench, train
 from topklm.config import TOPK_BACKENDS
 from topklm.errors import UserError
 
@@ -47,7 +52,7 @@ def test_step_measures_topk_and_base(tmp_path, capsys):
 def test_step_explains_where_its_time_goes(tmp_path, capsys):
     found = measured(tmp_path, "step", "--explain", *CONFIG)
     parts = {row["facts"]["part"]: row for row in found["results"]}
-    names = [part.name for part in floors.parts_of_step(bench.train.parse(CONFIG)[0])]
+    names = [part.name for part in roofline.parts_of_step(train.parse(CONFIG)[0])]
     assert list(parts) == [*names, "sum", "whole"]
     for i in range(2):
         assert parts["sum"]["samples"][i] == pytest.approx(sum(parts[name]["samples"][i] for name in names))
@@ -117,10 +122,25 @@ def test_mistakes_end_in_one_line(flags, words):
     assert words in str(e.value)
 
 
-@pytest.mark.parametrize("name", bench.BENCHMARKS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_explains_itself_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as end:
         bench.run([name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"topklm bench {name}" in text and "--repeats" in text
+
+
+def test_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.topklm, "__file__", str(tmp_path / "topklm" / "__init__.py"))
+    with pytest.raises(UserError, match="not installed with the package; clone the repository and run"):
+        bench.run(["step"])
+
+
+def test_the_benchmarks_are_found_from_any_folder(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise ImportError('of somebody else')")
+    command = [sys.executable, "-m", "topklm", "bench", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(bench.topklm.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "the TopK operation, every backend" in done.stdout

@@ -9,11 +9,11 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm import sharding
 from topklm.commands import neurons_ablate, neurons_contrast
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.intervention import Intervention, load_interventions
+from topklm.layout import make_layout
 from topklm.neurons import ablated_losses, harvest
 from topklm.neurons.ablate_set import halves
 from topklm.neurons.ablated_losses import AblatedLosses
@@ -83,7 +83,7 @@ def model(place):
 @pytest.fixture(scope="module")
 def frequencies(model):
     """[2, D], the share of tokens at which neurons of layer 0 are active, text by text."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in (*VOWELS, *NUMBERS)]
     separator_id = model.tokenizer.separator_id
     counts = count(model.config.model, model.params, mesh, documents, separator_id=separator_id)
@@ -152,7 +152,7 @@ def test_repeated_documents_and_those_behind_the_limit_are_left_out_and_that_is_
 
 
 def mean_loss(model, texts, neurons=()):
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in texts]
     losses = AblatedLosses(
         model.config.model, model.params, mesh, documents, separator_id=model.tokenizer.separator_id

@@ -9,11 +9,11 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm import sharding
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError
+from topklm.layout import make_layout
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.store import Store, StoreWriter, wait_for_writers
@@ -50,7 +50,7 @@ def harvest(model, tmp_path, monkeypatch):
 
     def call(source, **options):
         told = Told()
-        mesh = sharding.make_mesh(MeshConfig())
+        mesh = make_layout(MeshConfig()).mesh
         neurons._harvest_into(folder, model, mesh, told, source=str(source), **options)
         return told, Store(folder.store)
 

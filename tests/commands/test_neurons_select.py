@@ -9,7 +9,7 @@ import saved_runs
 from test_neurons_find import write_store
 
 import topklm
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_select
 from topklm.errors import UserError
 from topklm.inference.intervention import Intervention, load_interventions

@@ -1,4 +1,4 @@
-"""What the tests of compiled programs share."""
+"""Fixtures of the tests of compiled programs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def compiled():
-    """The texts of the functions in programs.py, by name."""
+    """Returns the texts of the functions in programs.py, by name."""
     environment = {**os.environ, **devices(8), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     program = Path(__file__).with_name("programs.py")
     done = subprocess.run(

@@ -37,12 +37,12 @@ def exchange(x):
 
 
 def reduce_until_small(x):
-    """Nobody knows beforehand how often this loop turns."""
+    """Loops as often as its data says."""
     return lax.while_loop(lambda x: lax.psum(x.sum(), ("data", "fsdp")) > 1.0, lambda x: x / 2, x)
 
 
 def products(w):
-    """Six products of [16, 32] with [32, 32], then one batch of 8 products of [4, 32] with [32, 16]."""
+    """Does six products of [16, 32] with [32, 32], then 8 products of [4, 32] with [32, 16] as a batch."""
 
     def step(h, _):
         return jnp.tanh(h @ w), None

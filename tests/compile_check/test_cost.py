@@ -4,8 +4,8 @@ import collections
 
 import pytest
 
-from topklm.compile_check import cost, hlo
-from topklm.compile_check.program import parse
+from topklm.compile_check import collectives, cost
+from topklm.compile_check.hlo import parse
 
 # By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
 LOOPED = 2 * 16 * 32 * 32
@@ -17,7 +17,7 @@ def test_products_in_a_loop_count_as_often_as_it_turns(compiled):
 
 
 def test_xla_counts_the_body_of_a_loop_once(compiled):
-    """Why the count is ours; the products differ from XLA's number only by its elementwise operations."""
+    """Shows why the count is ours; the products differ from XLA's only by its elementwise operations."""
     elementwise = 20_000
     once = LOOPED + BATCHED
     assert once <= compiled["flops"] <= once + elementwise < 6 * LOOPED + BATCHED
@@ -124,7 +124,7 @@ def test_products_that_cannot_be_read_are_named_and_the_others_counted():
 
 def test_collectives_that_cannot_be_read_are_named():
     unread = collections.Counter()
-    assert hlo.collectives_of(parse(UNREADABLE), unread) == []
+    assert collectives.collectives(parse(UNREADABLE), unread) == []
     assert unread == {"odd": 1}
 
 
@@ -188,7 +188,7 @@ ENTRY %main (stack: f32[10,256], h: f32[256]) -> (s32[], f32[10,256], f32[256]) 
 
 
 def test_a_loop_over_slices_reads_the_slices():
-    """Without an annotation, the trip count is found by running the counter."""
+    """Finds the trip count by running the counter, as there is no annotation."""
     rows = 3 * 256 * 4  # a slice and h read, h written
     counter = 4 + 3 * 4 + (4 + 4 + 1)  # where to slice; i, 1 and i + 1; i, 10 and whether it is less
     assert cost.main_memory_bytes(parse(SLICED)) == 10 * (rows + counter)

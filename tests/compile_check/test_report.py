@@ -1,4 +1,4 @@
-"""What follows from the numbers of a compile check, by hand."""
+"""Figures that follow from the numbers of a compile check, by hand."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What TopK adds to a train step on a TPU: the same step compiled ahead of time with TopK and without."""
+"""The cost that TopK adds to a train step on a TPU: the same step compiled with TopK and without."""
 
 import dataclasses
 import importlib.util
@@ -52,7 +52,7 @@ def test_topk_adds_no_collective(sparse, base):
 
 
 def test_topk_adds_little_memory_traffic(sparse, base):
-    """So few tokens stay on the chip between two operations; the 130M recipe adds 1.4 %."""
+    """Allows little: so few tokens stay on the chip between two operations; the 130M recipe adds 1.4 %."""
     assert sparse.hbm_traffic < 1.005 * base.hbm_traffic
 
 
@@ -65,5 +65,5 @@ def test_topk_adds_no_matrix_product(sparse, base):
 
 
 def test_the_products_are_those_of_the_model_and_of_what_is_computed_again(sparse):
-    """Forward, backward and the forward pass again: at most 4 / 3, less what attention leaves out."""
+    """Counts forward, backward and the forward pass again: at most 4 / 3, less what attention leaves out."""
     assert 1.1 < sparse.compiled_flops / sparse.model_flops < 1.45

@@ -13,7 +13,7 @@ LINK = CHIPS["v5e"].link_bytes_per_second
 
 
 def slice_of(*dims):
-    """A v5e slice whose devices are only coordinates."""
+    """Makes a v5e slice whose devices are only coordinates."""
     places = itertools.product(*map(range, dims))
     devices = tuple(types.SimpleNamespace(coords=(*place, 0)) for place in places)
     return Topology("v5e:made", devices, CHIPS["v5e"], dims, 1)

@@ -2,7 +2,7 @@ from making import make_dataset, stream_of
 import numpy as np
 import pytest
 
-from topklm.data.inspect import sample_windows
+from topklm.data.dataset import sample_windows
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 

@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from topklm.data import readers
-from topklm.data.readers import PROBLEMS, Document, FileReader, Problem
-from topklm.data.sources import QUICKSTART, SourceFile, find
+from topklm.data import documents as documents_module
+from topklm.data.documents import PROBLEMS, Document, Problem
+from topklm.data.formats import QUICKSTART
+from topklm.data.readers import FileReader
+from topklm.data.sources import SourceFile, find
 from topklm.errors import UserError
 
 COMPRESS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
@@ -233,7 +235,7 @@ def test_a_long_list_of_other_keys_is_not_shown_whole(tmp_path):
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_a_line_that_is_too_long_is_a_problem_wherever_it_stands(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 3_000_000)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 3_000_000)
     fits = "y" * (3_000_000 - len('{"text": ""}'))
     documents, problems, _ = read(
         write_lines(tmp_path / f"a{ending}", "x" * 3_000_000, "a", fits, "z" * 9_000_000, "b", fits + "y")
@@ -472,7 +474,7 @@ def test_a_column_of_text_may_have_any_type_that_holds_text(tmp_path, kind):
 
 
 def test_rows_with_broken_text_are_mended_or_problems(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 100)
     write_table(tmp_path / "a.parquet", pa.array([b"a\xff", b"b\0", b"c" * 101, b"d"], pa.binary()))
     items = read(tmp_path / "a.parquet")[2]
     assert items[0] == Document("a\ufffd", "row 1", 1)
@@ -661,7 +663,7 @@ def test_an_array_may_be_larger_than_what_is_read_at_once(tmp_path, monkeypatch)
     texts = [char * 700_000 for char in "abcdef"]
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
     assert read(tmp_path / "a.json")[0] == texts
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 600_000)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 600_000)
     assert [(p.kind, p.where) for p in read(tmp_path / "a.json")[2]] == [("line too long", "item 1")]
 
 

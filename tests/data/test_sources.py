@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from topklm.data.readers import Document, FileReader, Problem
-from topklm.data.sources import ENDINGS, QUICKSTART, SourceFile, corpus_name, find, is_remote
+from topklm.data import formats
+from topklm.data.documents import Document, Problem
+from topklm.data.formats import QUICKSTART
+from topklm.data.readers import FileReader
+from topklm.data.sources import SourceFile, corpus_name, find, is_remote
 from topklm.errors import UserError
 
 
@@ -44,7 +47,7 @@ def test_a_file_is_found_with_its_ending_size_and_version(folder):
     assert find(["a.jsonl.gz"]) == find([f"file://{folder}/a.jsonl.gz"]) == (expected,)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", formats.endings())
 def test_every_known_ending_is_told_from_the_others(folder, ending):
     write(f"a.b{ending}")
     assert [file.ending for file in find(["*"])] == [ending]

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from topklm.data import tokenizer as tokenizer_module
-from topklm.data.building.words import fastest
+from topklm.data.building.word_cache import fastest
 from topklm.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
 from topklm.errors import UserError
 

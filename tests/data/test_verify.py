@@ -12,7 +12,7 @@ from topklm.data import verify as verify_module
 from topklm.data.dataset import load_dataset
 from topklm.data.records import RECORD_TOKENS, write_shard
 from topklm.data.tokenizer import train_bpe
-from topklm.data.verify import Problem, verify
+from topklm.data.verify import DatasetProblem, verify
 from topklm.errors import UserError
 from topklm.progress import Progress
 
@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_found_and_the_record_named(folder, split):
     shard = shards(folder, split)[0]
     flip(shard, 150)
     first, second = problems(folder)
-    assert first == Problem(shard.name, OTHER_BYTES)
+    assert first == DatasetProblem(shard.name, OTHER_BYTES)
     assert second.file == shard.name
     assert "record 0 cannot be read" in second.what
 
@@ -110,13 +110,13 @@ def test_a_flipped_bit_is_found_and_the_record_named(folder, split):
 def test_a_bit_flipped_where_no_record_lies_is_found(folder):
     shard = shards(folder)[1]
     flip(shard, shard.stat().st_size - 2000)
-    assert problems(folder) == [Problem(shard.name, OTHER_BYTES)]
+    assert problems(folder) == [DatasetProblem(shard.name, OTHER_BYTES)]
 
 
 def test_a_missing_shard_is_named(folder):
     shard = shards(folder)[2]
     shard.unlink()
-    assert problems(folder) == [Problem(shard.name, "is missing")]
+    assert problems(folder) == [DatasetProblem(shard.name, "is missing")]
     assert verify(folder).splits["train"].shards == len(shards(folder))
 
 
@@ -124,7 +124,7 @@ def test_a_shard_that_is_cut_short_is_named(folder):
     shard = shards(folder)[0]
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert problems(folder) == [Problem(shard.name, f"has {size - 1} bytes, not {size}")]
+    assert problems(folder) == [DatasetProblem(shard.name, f"has {size - 1} bytes, not {size}")]
 
 
 def test_a_folder_in_the_place_of_a_shard_is_named(folder):
@@ -141,7 +141,7 @@ def test_shards_that_changed_places_are_both_named(folder):
     one.rename(folder / "aside")
     two.rename(one)
     (folder / "aside").rename(two)
-    assert problems(folder) == [Problem(one.name, OTHER_BYTES), Problem(two.name, OTHER_BYTES)]
+    assert problems(folder) == [DatasetProblem(one.name, OTHER_BYTES), DatasetProblem(two.name, OTHER_BYTES)]
     dataset = load_dataset(folder)
     with pytest.raises(UserError, match=rf"{one.name} is another shard than was written"):
         dataset.tokens(dataset.train).read(0, dataset.train.tokens)
@@ -152,7 +152,7 @@ def test_a_shard_of_another_dataset_is_named(folder, tmp_path):
     shard = shards(folder)[1]
     assert (tmp_path / "other" / shard.name).stat().st_size == shard.stat().st_size
     shutil.copy(tmp_path / "other" / shard.name, shard)
-    assert problems(folder)[0] == Problem(shard.name, OTHER_BYTES)
+    assert problems(folder)[0] == DatasetProblem(shard.name, OTHER_BYTES)
 
 
 def test_another_tokenizer_is_named_and_text_is_not_counted_with_it(folder):
@@ -173,7 +173,7 @@ def test_a_flipped_bit_in_the_tokenizer_is_found(folder):
 def test_a_missing_tokenizer_is_named(folder):
     (folder / "tokenizer.json").unlink()
     (problem,) = problems(folder)
-    assert problem == Problem("tokenizer.json", "cannot be read (No such file or directory)")
+    assert problem == DatasetProblem("tokenizer.json", "cannot be read (No such file or directory)")
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -210,7 +210,9 @@ def test_an_edit_of_what_nothing_else_tells_is_found_by_the_digest(folder, edit)
     content = json.loads((folder / "dataset.json").read_text())
     edit(content)
     (folder / "dataset.json").write_text(json.dumps(content))
-    assert problems(folder) == [Problem("dataset.json", "is not as it was written: its digest differs")]
+    assert problems(folder) == [
+        DatasetProblem("dataset.json", "is not as it was written: its digest differs")
+    ]
     with pytest.raises(UserError, match=r"dataset\.json: damaged \(its digest differs\)"):
         load_dataset(folder)
 
@@ -248,12 +250,12 @@ def test_a_changed_figure_of_the_tokenizer_is_found(folder, field, value):
 def test_a_token_outside_the_vocabulary_is_named_with_its_record(folder):
     name = rewrite(folder, 1, lambda tokens: tokens.__setitem__(RECORD_TOKENS + 5, 50_000))
     found = [problem for problem in problems(folder) if problem.file == name]
-    assert found == [Problem(name, "holds token id 50000 in record 1, outside the vocabulary of 270")]
+    assert found == [DatasetProblem(name, "holds token id 50000 in record 1, outside the vocabulary of 270")]
 
 
 def test_a_stream_that_does_not_begin_with_a_separator_is_named(folder):
     name = rewrite(folder, 0, lambda tokens: tokens.__setitem__(0, 7))
-    assert Problem(name, "begins with token 7, not with a separator") in problems(folder)
+    assert DatasetProblem(name, "begins with token 7, not with a separator") in problems(folder)
 
 
 def test_text_that_became_longer_or_shorter_is_found_by_its_bytes(folder):
@@ -268,7 +270,7 @@ def test_text_that_became_longer_or_shorter_is_found_by_its_bytes(folder):
     n_bytes = sum(len(text.encode()) for text in TRAIN)
     hold = n_bytes - int(lengths[long]) + 1
     assert problems(folder) == [
-        Problem("dataset.json", f"train: utf8_bytes = {n_bytes:,}, its shards hold {hold:,}")
+        DatasetProblem("dataset.json", f"train: utf8_bytes = {n_bytes:,}, its shards hold {hold:,}")
     ]
 
 

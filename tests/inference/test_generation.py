@@ -142,15 +142,16 @@ def test_neither_sampling_nor_lengths_within_a_size_compile_anything():
 ON_FOUR_DEVICES = """
 import jax
 from plain_loop import CONFIG, params_of
-from topklm import sharding
 from topklm.config import MeshConfig
 from topklm.inference.generate import generate_tokens
+from topklm.layout import make_layout
+from topklm.model.topk import for_gspmd
 
-mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2))
 params = params_of(CONFIG)
-split = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+split = jax.device_put(params, layout.shardings(params))
 assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
-config = sharding.outside_shard_map(CONFIG, mesh)
+config = for_gspmd(CONFIG, layout.size)
 for one in (params, split):
     options = {"max_new_tokens": 30, "temperature": 1.0, "seed": 0, "stop_token": -1}
     print(generate_tokens(config, one, [3, 14, 15, 9, 26], **options))

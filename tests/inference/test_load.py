@@ -15,10 +15,10 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm import sharding
 from topklm.config import MeshConfig, from_json
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
+from topklm.layout import make_layout
 from topklm.model import transformer
 
 
@@ -53,7 +53,7 @@ def test_an_earlier_step_is_loaded_when_asked_for(model, finished_run):
 def test_parameters_live_on_the_first_device_or_on_the_mesh_that_is_given(model, finished_run):
     for leaf in jax.tree.leaves(model.params):
         assert leaf.devices() == {jax.devices()[0]}
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = make_layout(MeshConfig()).mesh
     on_mesh = topklm.load(finished_run, mesh=mesh)
     assert_same_bits(on_mesh.params, model.params)
     assert on_mesh.params["embed"]["embedding"].sharding.mesh == mesh
@@ -309,15 +309,16 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 import saved_runs
-from topklm import distributed, sharding
+from topklm import distributed
+from topklm.layout import make_layout
 from topklm.checkpoint import run_folder
 from topklm.config import MeshConfig
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.storage.files import as_path
 
 with distributed.session():
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    state = saved_runs.state(7, mesh=mesh)
+    layout = make_layout(MeshConfig(data=1, fsdp=4, tensor=2))
+    state = saved_runs.state(7, layout=layout)
     folder = as_path(sys.argv[2]) / run_folder.CHECKPOINTS_FOLDER
     checkpoints = CheckpointManager(folder, saved_runs.CONFIG.checkpoint)
     checkpoints.save(state, {"position": 7}, saved_runs.facts(7))

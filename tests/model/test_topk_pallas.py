@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from topklm.compile_check import cost, program, topology
+from topklm.compile_check import cost, hlo, topology
 from topklm.model import topk_pallas, topk_pallas_bits
 from topklm.model.topk import active_mask, topk
 from topklm.model.topk_pallas_tiles import make_tile
@@ -287,7 +287,7 @@ def test_on_a_v5e_it_reads_once_and_writes_once_and_needs_no_more_memory(dtype, 
     x = jax.ShapeDtypeStruct((4100, d), dtype)
     done = compiled_for_v5e(lambda x: topk_pallas.select(x, d // 16, "relu", "tpu")[0], x)
     n_bytes = x.size * dtype.itemsize
-    assert cost.main_memory_bytes(program.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
+    assert cost.main_memory_bytes(hlo.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
     assert done.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes
 
 
@@ -300,7 +300,7 @@ def test_on_a_v5e_residual_topk_and_norm_are_one_kernel():
 
     done = compiled_for_v5e(fused, x, x, scale)
     assert done.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    moved = cost.main_memory_bytes(program.parse(done.as_text()))
+    moved = cost.main_memory_bytes(hlo.parse(done.as_text()))
     assert moved == pytest.approx(4 * x.size * BF16.itemsize, rel=0.07)  # the inverse RMS fills 128 lanes
 
 
@@ -315,6 +315,6 @@ def test_on_a_v5e_a_flag_and_a_residual_add_one_read_and_no_memory(dtype, d):
 
     compiled = compiled_for_v5e(flagged, x, x, flag)
     n_bytes = x.size * dtype.itemsize
-    touched = cost.main_memory_bytes(program.parse(compiled.as_text()))
+    touched = cost.main_memory_bytes(hlo.parse(compiled.as_text()))
     assert touched == pytest.approx(3 * n_bytes, rel=0.001)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes

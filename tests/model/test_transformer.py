@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm import sharding
 from topklm.config import ModelConfig
+from topklm.layout import scans_layers
 from topklm.model import transformer
-from topklm.model.parallel import ALONE
+from topklm.parallel import ALONE
 
 CONFIG = ModelConfig(
     d_model=24,
@@ -251,7 +251,7 @@ def test_a_model_without_a_vocabulary_is_refused():
 
 def test_layers_are_scanned_on_accelerators_and_unrolled_on_cpus(params):
     def whiles(platform):
-        parallel = dataclasses.replace(ALONE, scan_layers=sharding.scans_layers(platform))
+        parallel = dataclasses.replace(ALONE, scan_layers=scans_layers(platform))
         names = list(primitives(jax.make_jaxpr(loss_gradient(variant(), parallel))(params).jaxpr))
         return names.count("scan")
 

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm import sharding
 from topklm.config import (
     Config,
-    MeshConfig,
     ModelConfig,
     OptimConfig,
     differences_that_matter,
@@ -19,6 +17,7 @@ from topklm.config import (
 )
 from topklm.errors import UserError
 from topklm.inference.generate import generate_tokens
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.model.losses import cross_entropy, cross_entropy_reference, token_losses
 from topklm.training.optimizer import make_optimizer
@@ -65,9 +64,9 @@ def test_training_with_padding_is_training_without(tied):
     def trained(vocab_multiple):
         model = dataclasses.replace(CONFIG, n_layers=1, tie_embeddings=tied, vocab_multiple=vocab_multiple)
         config = Config(model=model, optim=OptimConfig(z_loss=1e-3, warmup_steps=1))
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        layout = one_device()
         optimizer = make_optimizer(config.optim, config.train.steps)
-        state, train_step = init_state(config, optimizer, mesh), make_train_step(config, optimizer, mesh)
+        state, train_step = init_state(config, optimizer, layout), make_train_step(config, optimizer, layout)
         losses = []
         for _ in range(3):
             state, metrics = train_step(state, BATCH)
@@ -86,9 +85,9 @@ def test_training_with_padding_is_training_without(tied):
 
 
 def test_evaluation_does_not_see_padding():
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    layout = one_device()
     params = transformer.create(CONFIG, seed=0)
-    eval_step = make_eval_step(Config(model=CONFIG), mesh)
+    eval_step = make_eval_step(Config(model=CONFIG), layout)
     want = eval_step(params, BATCH)["nll_nats"]
     np.testing.assert_array_equal(eval_step(with_loud_padding(params, CONFIG), BATCH)["nll_nats"], want)
 
@@ -151,10 +150,10 @@ def test_a_vocabulary_without_padding_costs_nothing():
 def test_a_training_step_without_padding_is_the_same_program_whatever_the_multiple():
     def program(vocab_multiple):
         config = Config(model=dataclasses.replace(CONFIG, vocab_size=128, vocab_multiple=vocab_multiple))
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        layout = one_device()
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = abstract_state(config, optimizer)
-        return make_train_step(config, optimizer, mesh).lower(state, BATCH).as_text()
+        return make_train_step(config, optimizer, layout).lower(state, BATCH).as_text()
 
     assert program(128) == program(1)
     assert program(100) != program(1)

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import saved_runs
 
-from topklm import sharding
-from topklm.config import MeshConfig
 from topklm.data.mixture import Mixture
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.neurons import fitting
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance, check_coordinates
@@ -169,7 +168,7 @@ def params():
 def fit(kind, params, mixture, monkeypatch):
     monkeypatch.setattr(fitting, "prepare", lambda data, announce: mixture)
     monkeypatch.setattr(fitting, "_BATCH_TOKENS", 1024)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = one_device().mesh
     data = saved_runs.CONFIG.data
     progress = Progress(lambda line: None)
     settings = {"keep": 4, "n_tokens": 8000, "progress": progress}

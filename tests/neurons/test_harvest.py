@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import saved_runs
 
-from topklm import sharding
-from topklm.config import MeshConfig
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons import segment as segment_lib
@@ -51,7 +50,7 @@ def short_segments(monkeypatch):
 
 
 def mesh():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return one_device().mesh
 
 
 @functools.cache

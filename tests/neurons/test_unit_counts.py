@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import saved_runs
 
-from topklm import sharding
-from topklm.config import Config, MeshConfig
+from topklm.config import Config
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import one_device
 from topklm.neurons.unit_counts import count, layers_of, unit_sizes
 from topklm.neurons.windows import windows_of
 
-MESH = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+MESH = one_device().mesh
 DOCUMENTS = [np.random.default_rng(n).integers(0, 256, n).astype(np.int32) for n in (9, 1, 75, 31, 20)]
 
 

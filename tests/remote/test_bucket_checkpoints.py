@@ -1,15 +1,13 @@
 import re
 
 from helpers import assert_same_bits
-import jax
 import pytest
 import saved_runs
 
 import topklm
-from topklm import sharding
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.config import MeshConfig
 from topklm.errors import UserError
+from topklm.layout import one_device
 from topklm.storage.files import as_path
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state
@@ -97,9 +95,9 @@ def test_a_run_copied_from_a_disk_into_a_bucket_is_loaded(bucket, tmp_path):
 def restored():
     """Step, parameters and what was said, of a run that is opened again."""
     config, said = saved_runs.CONFIG, []
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    layout = one_device()
     checkpoints = CheckpointManager(as_path(RUN) / "checkpoints", config.checkpoint, said.append)
-    state, data, _ = checkpoints.restore(abstract_state(config, make_optimizer(config.optim, 100)), mesh)
+    state, data, _ = checkpoints.restore(abstract_state(config, make_optimizer(config.optim, 100)), layout)
     checkpoints.close()
     assert data == {"position": int(state.step)}
     return int(state.step), state.params, said

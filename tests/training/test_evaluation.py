@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm import sharding
-from topklm.config import Config, MeshConfig, ModelConfig
+from topklm.config import Config, ModelConfig
+from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.training.evaluation import evaluate
 from topklm.training.step import make_eval_step
@@ -21,7 +21,7 @@ FIGURES = {"loss", "perplexity", "bits_per_byte", "tokens", "dead_neurons", "nor
 
 
 def fake_step(nll_per_token):
-    """An eval step that charges every weighted token the same."""
+    """Makes an eval step that charges every weighted token the same."""
 
     def step(params, batch):
         weights = np.asarray(batch["loss_weights"])
@@ -66,7 +66,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def eval_step():
-    return make_eval_step(Config(model=MODEL), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    return make_eval_step(Config(model=MODEL), one_device())
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def rows():
 
 
 def in_batches(rows, size):
-    """The last batch is filled with rows of weight 0, as the data pipeline does."""
+    """Fills the last batch with rows of weight 0, as the data pipeline does."""
     padded = {
         name: np.concatenate([x, np.zeros((-ROWS % size, *x.shape[1:]), x.dtype)]) for name, x in rows.items()
     }

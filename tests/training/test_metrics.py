@@ -169,7 +169,7 @@ def test_only_the_first_process_writes(tmp_path):
 
 
 def events(folder):
-    """The events of the newest TensorBoard file: records of length, checksum, data, checksum."""
+    """Returns the events of the newest TensorBoard file: records of length, checksum, data, checksum."""
     raw = max((folder / "tensorboard").iterdir()).read_bytes()
     found = []
     while raw:

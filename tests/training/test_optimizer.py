@@ -55,7 +55,7 @@ def make_gradients(n):
 
 
 def run(config, start, gradients):
-    """The parameters after each step."""
+    """Returns the parameters after each step."""
 
     def nest(leaves):
         return {module: {name: leaf} for (module, name), leaf in zip(KEYS, leaves, strict=True)}

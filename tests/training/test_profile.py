@@ -1,4 +1,4 @@
-"""A trace of some steps: what is in it, what a person is told, and what is left when the run ends early."""
+"""A trace of some steps: its content, the lines for a person, and the files of a run that ends early."""
 
 from helpers import assert_one_line_error
 import jax
@@ -11,7 +11,7 @@ from topklm.training.profile import Profiler
 
 
 def traced_steps(folder):
-    """The step numbers in the newest trace under a folder, in the order of time."""
+    """Returns the step numbers in the newest trace under a folder, in the order of time."""
     [path] = sorted(folder.rglob("*.xplane.pb"))[-1:]
     events = [
         (event.start_ns, dict(event.stats)["step_num"])

@@ -18,10 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from topklm import sharding
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from topklm.layout import make_layout, one_device
 from topklm.model import transformer
-from topklm.training import bad_steps
+from topklm.training import anomalies
 from topklm.training.optimizer import learning_rate_schedule, make_optimizer
 from topklm.training.step import TrainState, abstract_state, init_state, make_train_step
 
@@ -47,7 +47,7 @@ PLAIN_GRADIENT = optax.sgd(1.0)
 
 
 def make_batch(batch_size=8, length=8, vocab_size=41, seed=0):
-    """Two documents a row; rows differ much in how many tokens count."""
+    """Makes two documents a row; rows differ much in how many tokens count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (batch_size, length + 1))
     counted = rng.random((batch_size, length)) < np.linspace(0.1, 1.0, batch_size)[:, None]
@@ -60,48 +60,44 @@ def make_batch(batch_size=8, length=8, vocab_size=41, seed=0):
     }
 
 
-def one_device():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
 @functools.cache
 def initial_params():
-    """Those of seed 0, which the Base LM and the TopK LM share, as NumPy arrays."""
+    """Returns the parameters of seed 0, which the Base LM and the TopK LM share, as NumPy arrays."""
     return jax.device_get(jax.jit(transformer.create, static_argnums=(0, 1))(BASE.model, 0))
 
 
-def fresh_state(optimizer, mesh):
-    """What `init_state` gives, without compiling it."""
+def fresh_state(optimizer, layout):
+    """Makes the state that `init_state` gives, without compiling it."""
     params = initial_params()
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
     # Copied, because a step reuses the memory.
-    return jax.device_put(state, sharding.parameter_shardings(state, mesh), may_alias=False)
+    return jax.device_put(state, layout.shardings(state), may_alias=False)
 
 
 @functools.cache
-def gradient_step(config, mesh):
-    return make_train_step(config, PLAIN_GRADIENT, mesh)
+def gradient_step(config, layout):
+    return make_train_step(config, PLAIN_GRADIENT, layout)
 
 
-def gradient_and_metrics(config, mesh, batch=None):
-    batch = jax.device_put(make_batch() if batch is None else batch, sharding.batch_sharding(mesh))
-    after, metrics = gradient_step(config, mesh)(fresh_state(PLAIN_GRADIENT, mesh), batch)
+def gradient_and_metrics(config, layout, batch=None):
+    batch = jax.device_put(make_batch() if batch is None else batch, layout.batch)
+    after, metrics = gradient_step(config, layout)(fresh_state(PLAIN_GRADIENT, layout), batch)
     return jax.tree.map(lambda a, b: a - np.asarray(b), initial_params(), after.params), metrics
 
 
 def random_sets():
-    """bool[B, T, D]: k entries a token, whatever their values."""
+    """Returns bool[B, T, D]: k entries a token, whatever their values."""
     places = np.argsort(np.random.default_rng(1).random((8, 8, 16)), axis=-1)
     return places < TOPK.model.topk_k
 
 
-def topk_with_fixed_sets(mesh):
+def topk_with_fixed_sets(layout):
     """Stands in for `topk`: a rounding difference cannot change what is active."""
 
     def fixed(written_BTD, *_, residual):
         x_BTD = written_BTD + residual
         active = random_sets()
-        if mesh.size == 1:
+        if layout.size == 1:
             return jnp.where(active, x_BTD, 0.0)
         places = jax.lax.axis_index(("data", "fsdp")), jax.lax.axis_index(("context", "tensor"))
         first = (places[0] * x_BTD.shape[0], places[1] * x_BTD.shape[1], 0)
@@ -110,12 +106,12 @@ def topk_with_fixed_sets(mesh):
     return fixed
 
 
-def topk_gradient_with_fixed_sets(mesh):
+def topk_gradient_with_fixed_sets(layout):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "topk", topk_with_fixed_sets(mesh))
-        batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
-        step = make_train_step(TOPK, PLAIN_GRADIENT, mesh)
-        after, metrics = step(fresh_state(PLAIN_GRADIENT, mesh), batch)
+        patch.setattr(transformer, "topk", topk_with_fixed_sets(layout))
+        batch = jax.device_put(make_batch(), layout.batch)
+        step = make_train_step(TOPK, PLAIN_GRADIENT, layout)
+        after, metrics = step(fresh_state(PLAIN_GRADIENT, layout), batch)
     gradient = jax.tree.map(lambda a, b: a - np.asarray(b), initial_params(), after.params)
     return gradient, float(metrics["loss"])
 
@@ -174,11 +170,11 @@ def test_a_batch_in_which_nothing_counts_gives_zero_and_no_nan():
 
 @pytest.fixture(scope="module")
 def two_steps():
-    """The state handed over, the state after two clipped AdamW steps, and the metrics of each."""
+    """Returns the state handed over, the state after two clipped AdamW steps, and the metrics of each."""
     optim = dataclasses.replace(BASE.optim, clip_norm=1e-3)
-    optimizer, mesh = make_optimizer(optim, BASE.train.steps), one_device()
-    train_step = make_train_step(dataclasses.replace(BASE, optim=optim), optimizer, mesh)
-    first = fresh_state(optimizer, mesh)
+    optimizer, layout = make_optimizer(optim, BASE.train.steps), one_device()
+    train_step = make_train_step(dataclasses.replace(BASE, optim=optim), optimizer, layout)
+    first = fresh_state(optimizer, layout)
     second, metrics_0 = train_step(first, make_batch())
     third, metrics_1 = train_step(second, make_batch())
     return first, third, [metrics_0, metrics_1]
@@ -258,7 +254,7 @@ each_mesh = pytest.mark.parametrize(
 
 @functools.cache
 def compared(*names):
-    """What `compare_meshes` prints; the number of devices is fixed when JAX starts, so in a new process."""
+    """Returns the output of `compare_meshes` in a new process: JAX fixes its devices when it starts."""
     environment = {
         **os.environ,
         **devices(8),
@@ -273,7 +269,7 @@ def compared(*names):
 
 @pytest.fixture
 def eight_devices(request):
-    """The figures of the test's mesh, beside those of one device."""
+    """Returns the figures of the test's mesh, beside those of one device."""
     mesh = request.node.callspec.params.get("mesh") if hasattr(request.node, "callspec") else None
     return compared(*(name for name in MESHES if (name in AT_NIGHT) == (mesh in AT_NIGHT)))
 
@@ -334,13 +330,13 @@ def test_data_parallelism_repeats_every_parameter(eight_devices):
 
 
 def compare_meshes(names):
-    """{mesh: figures}: plain gradients of the Base LM and of TopK with fixed sets, and a TopK loss curve."""
+    """Returns {mesh: figures}: gradients of Base LM and of TopK with fixed sets, and a TopK loss curve."""
     adamw = make_optimizer(TOPK.optim, TOPK.train.steps)
     want = {
         "base": gradient_and_metrics(BASE, one_device())[0],
         "topk_with_fixed_sets": topk_gradient_with_fixed_sets(one_device())[0],
     }
-    fsdp = sharding.make_mesh(MESHES["1x8"])
+    fsdp = make_layout(MESHES["1x8"])
     report = {"init_state": inspect_init_state(adamw, fsdp), "recomputed": {}}
     report["kinds"] = shapes_of_gradients()
     report["other seed"] = {"topk_losses": train_some_steps(adamw, one_device(), seed=1)[1]}
@@ -351,21 +347,21 @@ def compare_meshes(names):
             "full": {"layer_stack": "scanned", "remat": "full"},
         }[how]
         config = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, **changed))
-        mesh = sharding.make_mesh(MESHES["2x2x2 with context"])
-        gradient, metrics = gradient_and_metrics(config, mesh)
+        layout = make_layout(MESHES["2x2x2 with context"])
+        gradient, metrics = gradient_and_metrics(config, layout)
         report["recomputed"][how] = figures(gradient, metrics["loss"], want["base"])
     for name in ("one device", *names):
-        mesh = sharding.make_mesh(MESHES[name]) if name in MESHES else one_device()
-        base, metrics = gradient_and_metrics(BASE, mesh)
-        fixed, fixed_loss = topk_gradient_with_fixed_sets(mesh)
-        state, losses = train_some_steps(adamw, mesh)
+        layout = make_layout(MESHES[name]) if name in MESHES else one_device()
+        base, metrics = gradient_and_metrics(BASE, layout)
+        fixed, fixed_loss = topk_gradient_with_fixed_sets(layout)
+        state, losses = train_some_steps(adamw, layout)
         shares = {name: x.addressable_shards[0].data.size / x.size for name, x in by_name(state).items()}
         report[name] = {
             "base": figures(base, metrics["loss"], want["base"]),
             "topk_with_fixed_sets": figures(fixed, fixed_loss, want["topk_with_fixed_sets"]),
             "topk_losses": losses,
             "share_on_a_device": shares,
-            "misplaced": misplaced(state, mesh),
+            "misplaced": misplaced(state, layout),
         }
         if name == "2x2x2":
             report["padding"] = inspect_padding(state.params)
@@ -377,13 +373,13 @@ def figures(gradient, loss, want):
     return {"loss": float(loss), "relative_gradient_errors": by_name(errors)}
 
 
-def train_some_steps(optimizer, mesh, seed=0):
-    """The state and the losses of TopK training on the same batches."""
+def train_some_steps(optimizer, layout, seed=0):
+    """Returns the state and the losses of TopK training on the same batches."""
     config = dataclasses.replace(TOPK, train=dataclasses.replace(TOPK.train, seed=seed))
-    state, losses = init_state(config, optimizer, mesh), []
-    train_step = make_train_step(config, optimizer, mesh)
+    state, losses = init_state(config, optimizer, layout), []
+    train_step = make_train_step(config, optimizer, layout)
     for number in range(TOPK.train.steps):
-        batch = jax.device_put(make_batch(seed=number % 4), sharding.batch_sharding(mesh))
+        batch = jax.device_put(make_batch(seed=number % 4), layout.batch)
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
     return state, losses
@@ -401,13 +397,13 @@ def inspect_padding(params):
 
 
 def shapes_of_gradients():
-    """For each kind of model on a mesh, whether its traced step keeps the shapes and dtypes of the state."""
+    """Tells for each kind of model on a mesh whether its traced step keeps the state's shapes and dtypes."""
     found = {}
     kinds = itertools.product([False, True], ["bfloat16", "float32"], ["1x8", "2x2x2 with context"])
     for tied, dtype, name in kinds:
         model = dataclasses.replace(BASE.model, tie_embeddings=tied, dtype=dtype)
         config, optimizer = dataclasses.replace(BASE, model=model), make_optimizer(BASE.optim, 20)
-        step = make_train_step(config, optimizer, sharding.make_mesh(MESHES[name]))
+        step = make_train_step(config, optimizer, make_layout(MESHES[name]))
         state = abstract_state(config, optimizer)
         after, _ = jax.eval_shape(step, state, make_batch())
         same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
@@ -415,22 +411,22 @@ def shapes_of_gradients():
     return found
 
 
-def inspect_init_state(optimizer, mesh):
-    state = init_state(TOPK, optimizer, mesh)
+def inspect_init_state(optimizer, layout):
+    state = init_state(TOPK, optimizer, layout)
     want = by_name(initial_params())
     differs = [name for name, x in by_name(state.params).items() if not np.allclose(x, want[name], rtol=1e-5)]
-    return {"differs": differs, "misplaced": misplaced(state, mesh)}
+    return {"differs": differs, "misplaced": misplaced(state, layout)}
 
 
-def misplaced(tree, mesh):
+def misplaced(tree, layout):
     """Names of arrays that are not laid out as the rules say."""
-    rules = by_name(sharding.parameter_shardings(tree, mesh))
+    rules = by_name(layout.shardings(tree))
     arrays = by_name(tree)
     return [name for name, x in arrays.items() if not x.sharding.is_equivalent_to(rules[name], x.ndim)]
 
 
 def by_name(tree):
-    """{".blocks.mlp.up.kernel": leaf}."""
+    """Returns {".blocks.mlp.up.kernel": leaf}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"".join("." + str(getattr(e, "key", e)).strip(".") for e in path): leaf for path, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""The arithmetic behind tokens per second and MFU."""
+"""The arithmetic of tokens per second and MFU."""
 
 import math
 
@@ -147,7 +147,7 @@ def test_the_peak_of_a_cpu_is_measured():
 
 @pytest.fixture
 def times(monkeypatch):
-    """What the counter and the date show; to be set."""
+    """Sets the times that the counter and the date show."""
     shown = {"perf_counter": 0.0, "time": 0.0}
     for name in list(shown):
         monkeypatch.setattr(f"time.{name}", lambda name=name: shown[name])

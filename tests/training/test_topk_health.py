@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.training import topk_health
+from topklm.training.evaluation import summarize_topk_health, topk_health_tap
 
 # Three tokens, the last of which does not count; four neurons; two TopK layers, then a dense one.
 WEIGHTS = jnp.array([[1.0, 1.0, 0.0]])
@@ -27,15 +27,15 @@ AFTER_TOPK = jnp.array(
 
 
 def measured(weights=WEIGHTS):
-    """The sums of all three layers, stacked as the model stacks them."""
-    tap = topk_health.tap(weights)
+    """Returns the sums of all three layers, stacked as the model stacks them."""
+    tap = topk_health_tap(weights)
     inputs = [EMBEDDED, AFTER_TOPK[0], AFTER_TOPK[1]]
     layers = [tap(h, u, h_next) for h, u, h_next in zip(inputs, BEFORE_TOPK, AFTER_TOPK, strict=True)]
     return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *layers)
 
 
 def test_the_three_figures_are_those_counted_by_hand():
-    got = topk_health.summarize(measured(), n_tokens=2, n_topk_layers=2)
+    got = summarize_topk_health(measured(), n_tokens=2, n_topk_layers=2)
     # Layer 0: neurons 1 and 2 ever active. Layer 1: neurons 0 and 1.
     assert got["dead_neurons"] == [0.5, 0.5]
     # Layer 0: 16/25 and 2/4. Layer 1: all of it, twice.
@@ -58,22 +58,22 @@ def test_a_weight_counts_a_token_once_whatever_its_size():
 
 def test_sums_of_two_batches_add_up():
     twice = jax.tree.map(np.add, measured(), measured())
-    once = topk_health.summarize(measured(), n_tokens=2, n_topk_layers=2)
-    assert topk_health.summarize(twice, n_tokens=4, n_topk_layers=2) == once
+    once = summarize_topk_health(measured(), n_tokens=2, n_topk_layers=2)
+    assert summarize_topk_health(twice, n_tokens=4, n_topk_layers=2) == once
 
 
 def test_a_token_whose_residual_is_zero_keeps_all_of_nothing():
     zeros = jnp.zeros((1, 3, 4))
-    sums = topk_health.tap(WEIGHTS)(zeros, zeros, zeros)
+    sums = topk_health_tap(WEIGHTS)(zeros, zeros, zeros)
     assert (float(sums["kept_square_share"]), float(sums["active"])) == (2.0, 0.0)
 
 
 def test_squares_are_summed_in_float32():
     u = jnp.full((1, 1, 1000), 1.0, jnp.bfloat16)
-    sums = topk_health.tap(jnp.ones((1, 1)))(u, u, u.at[..., 700:].set(0))
+    sums = topk_health_tap(jnp.ones((1, 1)))(u, u, u.at[..., 700:].set(0))
     assert float(sums["kept_square_share"]) == pytest.approx(0.7, abs=1e-6)
 
 
 def test_the_base_model_has_no_topk_layers_to_report_on():
-    got = topk_health.summarize(measured(), n_tokens=2, n_topk_layers=0)
+    got = summarize_topk_health(measured(), n_tokens=2, n_topk_layers=0)
     assert got == {"dead_neurons": [], "norm_kept": [], "overlap_below": []}

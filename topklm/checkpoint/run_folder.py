@@ -1,8 +1,4 @@
-"""The folder of one run, on a disk or in a bucket: who may write to it, and what describes it.
-
-The numbers that a run writes are the affair of `topklm.training.metrics`, its arrays that of
-`topklm.checkpoint.manager`.
-"""
+"""The folder of one run, on a disk or in a bucket: who may write to it, and the files that describe it."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -17,6 +13,8 @@ import uuid
 
 from topklm import config as config_lib
 from topklm.checkpoint import format as checkpoint_format
+from topklm.checkpoint.format import FACTS, DamagedError
+from topklm.checkpoint.reader import CheckpointReader
 from topklm.errors import UserError
 from topklm.storage import locks
 from topklm.storage.errors import storage_errors_are_user_errors, store_errors
@@ -44,7 +42,7 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
     process ends. A bucket has no such locks, and a machine that was taken away cannot let go, so there the
     last to come is the owner: it leaves its name in an object, warns if it finds another's, and the other
     stops with one line at its next `check_owned`, before it saves. Between that check and the end of the
-    saving both may write; their checkpoints are of one run, and whole.
+    saving both may write; their checkpoints are of one run, and complete.
 
     Args:
         folder: As `topklm.storage.files.as_path` gave it.
@@ -82,8 +80,8 @@ def check_owned(folder: AnyPath) -> None:
         return  # saving, which tries again for long, will show whether the bucket is well
     if owner is not None and owner["token"] != _THIS_PROCESS:
         raise UserError(
-            f"run folder {folder} was taken over by {_who(owner)}: this process stops here; what it saved "
-            "before is kept. To run both, give one another --workdir"
+            f"run folder {folder} was taken over by {_describe(owner)}: this process stops here; what it "
+            "saved before is kept. To run both, give one another --workdir"
         )
 
 
@@ -106,27 +104,25 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
 
 
 def _config_of_newest_checkpoint(folder: AnyPath) -> config_lib.Config | None:
-    """Reads the config from the facts of the newest checkpoint whose facts are whole."""
+    """Reads the config from the facts of the newest checkpoint whose facts are undamaged."""
     for step in reversed(complete_steps(folder)):
         checkpoint = absolute(folder / CHECKPOINTS_FOLDER / str(step))
-        # The damage itself is the affair of those who read the arrays.
-        with contextlib.suppress(checkpoint_format.DamagedError, FileNotFoundError, ValueError, KeyError):
-            facts = checkpoint_format.Contents(checkpoint, arrays=(), values=()).values[
-                checkpoint_format.FACTS
-            ]
+        # The damage itself is reported where the arrays are read.
+        with contextlib.suppress(DamagedError, FileNotFoundError, ValueError, KeyError):
+            facts = CheckpointReader(checkpoint, arrays=(), values=()).values[FACTS]
             return config_lib.from_saved(facts["config"])
     return None
 
 
 def complete_steps(folder: AnyPath) -> list[int]:
-    """Steps of the checkpoints that were written to their end, rising; those set aside do not count."""
+    """Returns the steps of the complete checkpoints, rising; renamed damaged ones do not count."""
     checkpoints = folder / CHECKPOINTS_FOLDER
     with storage_errors_are_user_errors(f"listing {checkpoints}", checkpoints):
         return checkpoint_format.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
 
 
 def has_checkpoint(folder: AnyPath) -> bool:
-    """Whether the run has anything to continue from; until then it may start over, also as another."""
+    """Tells whether the run has anything to continue from; until then it may start over, also as another."""
     return bool(complete_steps(folder))
 
 
@@ -157,7 +153,7 @@ def differing_fields(saved: config_lib.Config, asked: config_lib.Config) -> str:
 
 
 def write_marker(folder: AnyPath) -> str:
-    """Leaves a file in the folder that the run's other processes can look for; returns what they need."""
+    """Leaves a file in the folder that the run's other processes can look for; returns its token."""
     token = uuid.uuid4().hex
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +162,7 @@ def write_marker(folder: AnyPath) -> str:
 
 
 def check_marker(folder: AnyPath, token: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
-    """Waits until this process sees what `write_marker` left.
+    """Waits until this process sees the file of `write_marker`.
 
     Raises:
         UserError: If it does not: then the folder is not shared by all hosts, and checkpoints would be torn.
@@ -182,13 +178,13 @@ def check_marker(folder: AnyPath, token: str, patience_seconds: float = _SHARED_
 
 
 def has_marker(folder: AnyPath, token: str) -> bool:
-    """Whether this process sees what `write_marker` left."""
+    """Tells whether this process sees the file of `write_marker`."""
     with storage_errors_are_user_errors(f"reading the run folder {folder}", folder):
         return _marker(folder, token).exists()
 
 
 def remove_marker(folder: AnyPath, token: str) -> None:
-    """Takes away what `write_marker` left, once all have seen it."""
+    """Removes the file of `write_marker`, once all have seen it."""
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
         _marker(folder, token).unlink(missing_ok=True)
 
@@ -208,7 +204,7 @@ def _signed(folder: AnyPath, warn: Callable[[str], None]) -> Iterator[None]:
         write_atomically(folder / OWNER_FILE, json.dumps(_signature()).encode())
     if before:
         warn(
-            f"warning: run folder {folder} was left without notice by {_who(before)}: if that is still "
+            f"warning: run folder {folder} was left without notice by {_describe(before)}: if that is still "
             "running, it will stop before its next checkpoint"
         )
     try:
@@ -241,15 +237,15 @@ def _read_owner(folder: AnyPath) -> dict[str, Any] | None:
 
 
 def _is_alive_here(owner: dict[str, Any]) -> bool:
-    """Whether the owner is another process of this machine that is known to live."""
+    """Tells whether the owner is another process of this machine that is known to live."""
     elsewhere = owner["host"] != socket.gethostname() or owner["token"] == _THIS_PROCESS
     return not elsewhere and owner["birth"] is not None and owner["birth"] == _birth(owner["process"])
 
 
 def _birth(process: int) -> int | None:
-    """When a process began, in clock ticks since boot; None if there is none, or no /proc to ask.
+    """Returns when a process began, in clock ticks since boot; None if there is none, or no /proc to ask.
 
-    A process id alone says little: in a container that was started anew, it is the same again.
+    A process id alone says little: in a container that was started again, it is the same.
     """
     try:
         content = pathlib.Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
@@ -258,7 +254,7 @@ def _birth(process: int) -> int | None:
     return int(content.rpartition(")")[2].split()[19])  # field 22 of proc_pid_stat(5)
 
 
-def _who(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any]) -> str:
     return f"process {owner['process']} on {owner['host']} (there since {owner['since']})"
 
 

@@ -1,80 +1,25 @@
-"""`topklm bench`: measures a part of the library on this machine.
+"""`topklm bench`: hands over to the harness in `benchmarks/`, which lies beside the package in a clone."""
 
-A benchmark is a module of `topklm.bench` with `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)`, for flags of
-its own, and `run(arguments, config) -> Report`. `arguments` also has `repeats` and `peer` ("" or "torch");
-`config` is None without --config. It raises UserError before it measures anything that it cannot do.
-"""
-
-import argparse
 from collections.abc import Sequence
 import importlib
-from typing import NoReturn
+from pathlib import Path
+import sys
 
-import rich.console
-
-from topklm.bench import report as report_lib
-from topklm.commands import train
+import topklm
 from topklm.errors import UserError
-
-DESCRIPTION = (
-    "Measures a part of the library on this machine, beside what the machine could do and beside peers."
-)
-EXAMPLE = "topklm bench step --shape=s1 --peer=torch --json=step.json"
-BENCHMARKS = {
-    "step": ("step", "the train step: tokens/s, MFU, memory; --explain: where its time goes"),
-    "topk": ("topk_op", "the TopK operation, every backend"),
-    "data": ("data", "the stream of training batches"),
-    "decode": ("decode", "generation"),
-    "checkpoint": ("checkpoint", "saving and loading"),
-}
-PEERS = ("torch",)
 
 
 def run(flags: Sequence[str]) -> None:
-    """Carries the verb out; flags that no benchmark knows are those of `topklm train`."""
-    if not flags or flags[0] not in BENCHMARKS:
-        _parser_of_benchmarks().parse_args(list(flags))
-        return
-    name, *rest = flags
-    benchmark = importlib.import_module(f"topklm.bench.{BENCHMARKS[name][0]}")
-    parser = _Parser(
-        f"topklm bench {name}",
-        description=benchmark.DESCRIPTION,
-        epilog=f"--config flags are those of `topklm train`. Example: {benchmark.EXAMPLE}",
-        allow_abbrev=False,  # --config belongs to the others
-    )
-    _add_common_arguments(parser)
-    benchmark.add_arguments(parser)
-    arguments, config_flags = parser.parse_known_args(rest)
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats = {arguments.repeats}: must be 1 or more")
-    config = train.parse(config_flags, benchmark.EXAMPLE)[0] if config_flags else None
-    report = benchmark.run(arguments, config)
-    if arguments.json != "-":
-        report_lib.show(report, rich.console.Console())
-    if arguments.json:
-        report_lib.write(report, arguments.json, ["topklm", "bench", *flags])
+    """Runs a benchmark, see `benchmarks.command`.
 
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--peer",
-        choices=PEERS,
-        default="",
-        help="measure a peer in turns with ours: torch needs pip install 'topklm[peers]'",
-    )
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="samples of each side; default 7")
-    parser.add_argument("--json", default="", metavar="FILE", help="write all of it to FILE; - prints it")
-
-
-def _parser_of_benchmarks() -> argparse.ArgumentParser:
-    parser = _Parser("topklm bench", description=DESCRIPTION, epilog=f"example: {EXAMPLE}")
-    names = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
-    for name, (_, summary) in BENCHMARKS.items():
-        names.add_parser(name, help=summary)
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+    Raises:
+        UserError: If the package is not that of a clone.
+    """
+    root = Path(topklm.__file__).parents[1]
+    if not (root / "benchmarks" / "command.py").is_file():
+        raise UserError(
+            "bench: the benchmarks are not installed with the package; clone the repository and run "
+            "`python -m topklm bench ...` there"
+        )
+    sys.path.insert(0, str(root))  # before another folder of that name in the working directory
+    importlib.import_module("benchmarks.command").run(flags)

@@ -10,9 +10,8 @@ import rich.rule
 import rich.table
 import rich.text
 
-from topklm.data.dataset import SPLITS, load_dataset
-from topklm.data.inspect import Window, sample_windows
-from topklm.data.verify import Report, verify
+from topklm.data.dataset import SPLITS, TextWindow, load_dataset, sample_windows
+from topklm.data.verify import VerifyReport, verify
 from topklm.errors import UserError
 from topklm.progress import TerminalProgress
 
@@ -76,7 +75,7 @@ def _show(arguments: argparse.Namespace) -> None:
         _print_window(console, window, split, separator)
 
 
-def _print_window(console: rich.console.Console, window: Window, split: str, separator: str) -> None:
+def _print_window(console: rich.console.Console, window: TextWindow, split: str, separator: str) -> None:
     n = f"{window.documents:,} document{'s' if window.documents > 1 else ''}"
     title = rich.text.Text(f"{split}, tokens {window.start:,} to {window.stop - 1:,}, {n}", style="bold")
     console.print(rich.rule.Rule(title, characters="═", style="bold", align="left"))
@@ -102,7 +101,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         )
 
 
-def _print_report(console: rich.console.Console, report: Report) -> None:
+def _print_report(console: rich.console.Console, report: VerifyReport) -> None:
     table = rich.table.Table(title=str(report.path), title_justify="left")
     for column in ("", "train", "held out"):
         table.add_column(column, justify="right" if column else "left")

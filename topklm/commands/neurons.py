@@ -11,14 +11,14 @@ import jax
 import rich.console
 
 import topklm
-from topklm import sharding
-from topklm.checkpoint.verification import fingerprint
+from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select
 from topklm.config import MeshConfig
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import make_layout
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fitting
 from topklm.neurons import harvest as harvest_lib
@@ -395,7 +395,7 @@ def _load(run_folder: str, step: int | None) -> tuple[LanguageModel, jax.shardin
         raise UserError(
             f"RUN = {run_folder}: activations are kept on a disk: copy the run folder to one first"
         )
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     return topklm.load(run_folder, step=step, mesh=mesh), mesh
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import rich.console
 import rich.table
 
+from topklm.data import formats
 from topklm.data.building.build import build
+from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources
+from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers, all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
@@ -27,8 +27,8 @@ from topklm.storage.files import check_name
 
 DESCRIPTION = (
     "Turns text into a dataset of token shards, which training streams. SOURCE is a file, a folder, a glob, "
-    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files are .txt, .jsonl or .json, each also with .gz "
-    "or .zst, or .parquet. "
+    "a URL (gs://, s3://) or hf:NAME[:CONFIG][:SPLIT]; files end in "
+    f"{formats.described()}. "
     "Killed, it continues when started again; finished, it does nothing."
 )
 EXAMPLE = "topklm prepare 'texts/*.jsonl.gz' --tokenizer train:16384 --out datasets/mine"
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = rich.console.Console(stderr=arguments.json)
     progress = TerminalProgress(console)
     heldout = find(arguments.heldout, flag="--heldout", say=progress.say) if arguments.heldout else ()
-    sources = Sources(find(arguments.sources, say=progress.say), heldout)
+    sources = DatasetSources(find(arguments.sources, say=progress.say), heldout)
     out = Storage(arguments.out)
     began = time.monotonic()
     _build(arguments, sources, settings, out, progress)
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _build(
     arguments: argparse.Namespace,
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     out: Storage,
     progress: TerminalProgress,
 ) -> None:
@@ -122,8 +122,8 @@ def _build(
         raise UserError(
             f"--out = {arguments.out}: without --runner it must be a local folder; copy it afterwards"
         )
-    with Workers(_cores(arguments.workers)) as workers:
-        build(sources, settings, out, LocalEngine(workers), progress)
+    with LocalEngine(_cores(arguments.workers)) as engine:
+        build(sources, settings, out, engine, progress)
 
 
 def _beam() -> ModuleType:
@@ -137,7 +137,7 @@ def _beam() -> ModuleType:
         logging.disable(logging.NOTSET)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> DatasetSettings:
     fraction = arguments.heldout_fraction
     if fraction is None:
         fraction = 0.0 if arguments.heldout else _HELDOUT_FRACTION
@@ -154,7 +154,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         max_chars=arguments.max_chars,
         strict=arguments.strict,
     )
-    return Settings(selection, arguments.tokenizer, not arguments.keep_duplicates, arguments.shard_tokens)
+    return DatasetSettings(
+        selection, arguments.tokenizer, not arguments.keep_duplicates, arguments.shard_tokens
+    )
 
 
 def _cores(workers: int | None) -> int:

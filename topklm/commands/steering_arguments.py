@@ -114,7 +114,7 @@ def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequenc
 
 def name_of(model: "LanguageModel") -> dict[str, Any]:
     """Describes the model whose neurons interventions are on, for their file."""
-    from topklm.checkpoint.verification import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
+    from topklm.checkpoint.checksums import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
 
     return {
         "run": Path(model.run).name,

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 import topklm
-from topklm import sharding
 from topklm.config import DataConfig, MeshConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import make_layout
 from topklm.neurons import unit_counts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.folder import NeuronsFolder
@@ -141,7 +141,7 @@ def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mes
     Raises:
         UserError: If there is none, or it does not have the layer that was asked for.
     """
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
+    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     model = topklm.load(arguments.run, step=arguments.step, mesh=mesh)
     layers = unit_counts.layers_of(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topklm import sharding
-from topklm.compile_check import cost, hlo, program
+from topklm.compile_check import collectives, cost, hlo
 from topklm.compile_check.report import Memory, Report, Traffic
 from topklm.compile_check.topology import GIB, Chip, Topology
 from topklm.config import Config
 from topklm.errors import UserError
+from topklm.layout import make_layout
 from topklm.training import throughput
 from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, abstract_batch, abstract_state, make_train_step
+from topklm.training.step import abstract_batch, abstract_state, make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -43,14 +43,14 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
             or its program is of a version that this jax cannot read.
     """
     config = with_vocabulary(config)
-    mesh = sharding.make_mesh(config.mesh, topology.devices)
-    sharding.check(config, mesh)
+    layout = make_layout(config.mesh, topology.devices)
+    layout.check(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = abstract_state(config, optimizer)
-    sharding.check_split(state.params, mesh)
+    layout.check_split(state.params)
     began = time.perf_counter()
-    lowered = make_train_step(config, optimizer, mesh).lower(
-        _placed(state, mesh), abstract_batch(config, mesh)
+    lowered = make_train_step(config, optimizer, layout).lower(
+        layout.with_shardings(state), abstract_batch(config, layout)
     )
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
@@ -61,14 +61,14 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         config=name,
         topology=topology.name,
         n_slices=topology.n_slices,
-        mesh=dict(mesh.shape),
+        mesh=dict(layout.mesh.shape),
         parameters=throughput.parameter_count(state.params),
-        tokens_per_device=tokens / mesh.size,
+        tokens_per_device=tokens / layout.size,
         memory=_memory(compiled),
-        model_flops=throughput.flops_per_token(config.model) * tokens / mesh.size,
+        model_flops=throughput.flops_per_token(config.model) * tokens / layout.size,
         compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
         hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
-        traffic=_traffic(hlo.collectives_of(parsed, traffic), mesh, topology, traffic),
+        traffic=_traffic(collectives.collectives(parsed, traffic), layout.mesh, topology, traffic),
         compile_seconds=seconds,
         unread={
             f"{what} of {name}": runs
@@ -83,22 +83,17 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with `data.vocab_size` tokens, if `model.vocab_size` leaves that to a tokenizer."""
+    """Returns the config with `data.vocab_size` tokens, if `model.vocab_size` leaves that to a tokenizer."""
     size = config.model.vocab_size or config.data.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def does_not_fit(needed: float, available: float, chip: str) -> UserError:
-    """What to do about a step that needs more bytes than a device has."""
+    """Returns the error for a step that needs more bytes than a device has, with advice."""
     return UserError(
         f"needs {needed / GIB:.1f} GiB per device, a {chip} has {available / GIB:.2f}: more mesh.fsdp, "
         "model.remat=full, a smaller train.batch_size or more train.grad_accumulation, or a larger topology"
     )
-
-
-def _placed(state: TrainState, mesh: Mesh) -> Any:
-    shardings = sharding.parameter_shardings(state, mesh)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Compiled:
@@ -115,9 +110,9 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> jax.stages.Comp
         raise does_not_fit(needed, available, topology.name.partition(":")[0]) from e
 
 
-def _parsed(compiled: jax.stages.Compiled) -> program.Program:
+def _parsed(compiled: jax.stages.Compiled) -> hlo.Program:
     try:
-        return program.parse(compiled.as_text() or "")
+        return hlo.parse(compiled.as_text() or "")
     except (jax.errors.JaxRuntimeError, ValueError) as e:
         if importlib.util.find_spec("libtpu") is None:
             raise
@@ -139,12 +134,12 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def _traffic(
-    collectives: Sequence[hlo.Collective], mesh: Mesh, topology: Topology, unread: program.Unread
+    found: Sequence[collectives.Collective], mesh: Mesh, topology: Topology, unread: hlo.Unread
 ) -> tuple[Traffic, ...]:
-    """Summed over the collectives of one kind along the same axes."""
+    """Sums over the collectives of one kind along the same axes."""
     rows: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
-    for collective in collectives:
-        with program.reading(collective.name, program.Runs(collective.count, is_exact=True), unread):
+    for collective in found:
+        with hlo.reading(collective.name, hlo.Runs(collective.count, is_exact=True), unread):
             key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
             before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
             rows[key] = Traffic(
@@ -157,8 +152,8 @@ def _traffic(
     return tuple(sorted(rows.values(), key=lambda row: -row.bytes_sent))
 
 
-def _seconds(collective: hlo.Collective, mesh: Mesh, topology: Topology) -> float:
-    """Of one run at the links' data-sheet bandwidth, with no latency; 0 for devices without a data sheet."""
+def _seconds(collective: collectives.Collective, mesh: Mesh, topology: Topology) -> float:
+    """Returns the time of one run at the data sheet's bandwidth, without latency; 0 for unknown devices."""
     if topology.chip is None:
         return 0.0
     # Of what goes to every other device of a ring, a piece travels a quarter of the way round on average.
@@ -166,7 +161,7 @@ def _seconds(collective: hlo.Collective, mesh: Mesh, topology: Topology) -> floa
     return collective.bytes_sent * max(hops, 1) / _bandwidth(collective, mesh, topology, topology.chip)
 
 
-def _bandwidth(collective: hlo.Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
+def _bandwidth(collective: collectives.Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
     if collective.across_slices:
         return chip.dcn_bytes_per_second
     devices = mesh.devices.reshape(-1)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from topklm.compile_check.program import Computation, Instruction, Program, Shape, Unread, reading
+from topklm.compile_check.hlo import Computation, Instruction, Program, Shape, Unread, reading
 from topklm.model.attention_backends import splash_block
 
 # They move nothing: names for parts of something, or the second half of what was counted at its start.
@@ -24,7 +24,7 @@ _SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 
 
 def matmul_flops(program: Program, unread: Unread | None = None) -> int:
-    """Floating-point operations of all matrix products (and convolutions) of one run, on one device.
+    """Counts floating-point operations of all matrix products (and convolutions) of one run, on one device.
 
     Args:
         program: The compiled one.
@@ -39,9 +39,9 @@ def matmul_flops(program: Program, unread: Unread | None = None) -> int:
 
 
 def main_memory_bytes(program: Program, unread: Unread | None = None) -> int:
-    """Bytes that one run reads from and writes to the main memory of one device; an estimate.
+    """Estimates the bytes that one run reads from and writes to the main memory of one device.
 
-    What stays in a TPU's on-chip memory counts as nothing, and so does what happens inside a fusion. Of an
+    Arrays in a TPU's on-chip memory count as nothing, and so do operations inside a fusion. Of an
     array that is only sliced the slice counts, of one that is updated in place the update. A kernel is taken
     to read and write each of its arrays once. Arguments as `matmul_flops`.
     """
@@ -74,7 +74,7 @@ def _unknown_kernel(computation: Computation, kernel: Instruction) -> int:
 
 
 def _dot_flops(computation: Computation, dot: Instruction) -> int:
-    """2 x elements of the result x size of the dims summed over."""
+    """Computes 2 x elements of the result x size of the dims summed over."""
     left = computation.operands(dot)[0].shapes[0]
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
     dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
@@ -82,7 +82,7 @@ def _dot_flops(computation: Computation, dot: Instruction) -> int:
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
-    """2 x batch x output features x input features x valid pairs of output and kernel positions.
+    """Computes 2 x batch x output features x input features x valid pairs of output and kernel positions.
 
     A TPU writes every matrix product as a convolution; a batched one runs its batch through the positions
     of a dilated window, most of which meet only padding and cost nothing.
@@ -107,9 +107,9 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
 
 
 def _splash_flops(computation: Computation, kernel: Instruction) -> int:
-    """2 x pairs x head width for each product; pairs of tokens in blocks on and under the diagonal."""
+    """Computes 2 x pairs x head width per product; pairs of tokens in blocks on and under the diagonal."""
     role = _SPLASH.match(kernel.name)
-    # Behind the integers that describe the mask, the first array are the queries [B, H, T, d]; B is left out
+    # After the integers that describe the mask, the first array are the queries [B, H, T, d]; B is left out
     # where a device has one sequence.
     *batch, heads, length, width = next(
         shape.dims
@@ -138,7 +138,7 @@ class _Window:
         self._pad_low = [int(pad.split("_")[0]) for pad in pads if pad]
 
     def valid_pairs(self, dim: int, *, n_data: int, n_kernel: int, n_result: int) -> int:
-        """Pairs of result and kernel positions that meet a true element of the data."""
+        """Counts the pairs of result and kernel positions that meet a true element of the data."""
         dilation = self._data_dilation[dim]
         last = (n_data - 1) * dilation
         starts = range(
@@ -167,7 +167,7 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
 
 
 def _written(instruction: Instruction) -> tuple[Shape, ...]:
-    """Of an asynchronous operation the destination: beside it, its result names the source again."""
+    """Returns the written shapes; an asynchronous operation's result names its source, too."""
     if not instruction.opcode.endswith("-start") or len(instruction.shapes) < 2:
         return instruction.shapes
     return instruction.shapes[:1] if instruction.opcode == "copy-start" else instruction.shapes[1:2]

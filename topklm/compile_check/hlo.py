@@ -1,222 +1,312 @@
-"""The communication of a compiled program: every collective, its size, its groups, and how often it runs.
+"""Reads XLA's text of an optimized program: computations, instructions, and how often each one runs.
 
-Reads the text of optimized HLO as CPU and TPU compilers print it. A pair of start and done is one collective,
-also where a TPU spreads it over several fused computations; between slices it is a `send` to the host.
+A scan is one `while` whose body stands in the text once. Its trip count comes from XLA's own annotation or,
+where a backend leaves that out (TPU), from running the loop's counter.
 """
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
-import itertools
+import functools
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
+# Instructions of a program that could not be read, and how often they run in one run of it.
+Unread: TypeAlias = collections.Counter[str]
 
-from topklm.compile_check.program import Computation, Instruction, Program, Runs, Unread, parse, reading
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+_MAX_TRIPS = 1_000_000
+_INTEGERS = ("pred", "s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_OTHER_KINDS = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
-_OPCODES = {**{kind: kind for kind in KINDS}, **_OTHER_KINDS}
-
-Groups = tuple[tuple[int, ...], ...]
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # a kernel's metadata has lines that only begin like it
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
+_CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%([\w.-]+)")
+_CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective instruction of one device's program."""
+class Shape:
+    """An array as the program holds it."""
 
-    kind: str  # one of KINDS
-    bytes: int  # of the whole array, per run: the gathered one, the one to be reduced, the one sent
-    count: int  # runs in one run of the program
-    group_size: int  # devices, or slices, that take part together
-    groups: Groups  # devices by their place in the flattened mesh; of a permute its (source, target) pairs
-    across_slices: bool = False  # over the data-centre network; `groups` is empty then
-    is_exact: bool = True  # False: in a loop whose trip count depends on data, counted as one trip
-    name: str = ""  # of the instruction
-    origin: str = ""  # where it comes from in the traced function
+    dtype: str
+    dims: tuple[int, ...]
+    memory_space: int = 0  # 0: the device's main memory; a TPU's on-chip memories have other numbers
 
     @property
-    def bytes_sent(self) -> float:
-        """What each device sends in one run, with the ring algorithms (Thakur et al. 2005, section 4)."""
-        share = (self.group_size - 1) / self.group_size
-        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
+    def bytes(self) -> int:
+        """Size without padding."""
+        return math.prod(self.dims) * _bits(self.dtype) // 8
 
-    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-        """The mesh axes along which its groups reach; over slices, the first axis.
 
-        Args:
-            mesh_shape: Axis -> size, in the order of the mesh.
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shapes: tuple[Shape, ...]  # of the result; the leaves of a tuple
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str  # everything after the operands, as printed
+    argument: str  # text between the parentheses, as printed: the value of a constant
+
+    def called(self, *roles: str) -> list[str]:
+        """Names of the computations that it runs in these roles, e.g. "body"."""
+        return [name for role, name in self._calls if role in roles]
+
+    @functools.cached_property
+    def _calls(self) -> list[tuple[str, str]]:
+        calls = _CALLED.findall(self.attributes)
+        for role, names in _CALLED_MANY.findall(self.attributes):
+            calls += [(role, name.strip().lstrip("%")) for name in names.split(",") if name.strip()]
+        return calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of the program; the last of its instructions is not always the root."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+    root: str
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """Returns the instructions whose results it takes."""
+        return [self.instructions[name] for name in instruction.operands if name in self.instructions]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """How often a computation runs in one run of the program."""
+
+    count: int
+    is_exact: bool  # False inside a loop whose trip count depends on data: the loop is counted once
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A module, which each of its devices runs."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+    n_partitions: int
+
+    def walk(self) -> Iterator[tuple[Computation, Instruction, Runs]]:
+        """Yields every instruction that runs, those inside fusions too, with the number of its runs.
+
+        The scalar functions of reductions, sorts and the like are left out. Each branch of a conditional
+        counts as taken, so the sum over branches is an upper bound.
         """
-        names, sizes = list(mesh_shape), list(mesh_shape.values())
-        if self.across_slices:
-            return (names[0],)
-        # Of several slices the program names the devices of one: the first axis is shorter then.
-        n_devices = 1 + max(itertools.chain.from_iterable(self.groups))
-        whole = math.prod(sizes)
-        sizes[0] //= max(1, whole // n_devices) if whole % n_devices == 0 else 1
-        varies = [np.ptp(np.unravel_index(group, sizes), axis=1) > 0 for group in self.groups]
-        return tuple(name for name, does in zip(names, np.any(varies, axis=0), strict=True) if does)
+        for name, runs in self._runs().items():
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, runs
+
+    def _runs(self) -> dict[str, Runs]:
+        runs: dict[str, Runs] = {}
+
+        def visit(name: str, count: int, is_exact: bool) -> None:
+            before = runs.get(name, Runs(0, True))
+            runs[name] = Runs(before.count + count, before.is_exact and is_exact)
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                times, exactly = 1, is_exact
+                if instruction.opcode == "while":
+                    trips = self._trip_count(computation, instruction)
+                    times, exactly = (1, False) if trips is None else (trips, is_exact)
+                for callee in _runs_in(instruction):
+                    visit(callee, count * times, exactly)
+
+        visit(self.entry, 1, True)
+        return runs
+
+    def _trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if known:
+            return int(known[1])
+        try:
+            return self._count_trips(computation, loop)
+        except Exception:  # a counter in a notation that is not known here
+            return None
+
+    def _count_trips(self, computation: Computation, loop: Instruction) -> int | None:
+        [condition], [body] = loop.called("condition"), loop.called("body")
+        state = _Evaluation(self, computation, None).value(loop.operands[0])
+        for trips in range(_MAX_TRIPS):
+            goes_on = _Evaluation(self, self.computations[condition], (state,)).result()
+            if goes_on is None:
+                return None
+            if not goes_on:
+                return trips
+            state = _Evaluation(self, self.computations[body], (state,)).result()
+        return None
 
 
-def collectives(text: str) -> list[Collective]:
-    """All collectives of a program that move anything.
+@contextlib.contextmanager
+def reading(name: str, runs: Runs, unread: Unread | None) -> Iterator[None]:
+    """Leaves an instruction out, and notes it, if it cannot be read inside the block.
+
+    One that is read and runs in a loop of unknown length, and so is counted for one turn, is noted too.
 
     Args:
-        text: `compiled.as_text()`.
-
-    Returns:
-        One entry per instruction; multiply by its `count`.
+        name: Of the instruction, which ends in a number of no interest.
+        runs: How often it runs.
+        unread: Where to note it; None: errors are raised, and loops are not looked at.
     """
-    return collectives_of(parse(text))
+    kind = name.partition(".")[0]
+    try:
+        yield
+    except Exception:  # whatever a notation does that another version of the compiler writes
+        if unread is None:
+            raise
+        unread[kind] += runs.count
+    else:
+        if unread is not None and not runs.is_exact:
+            unread[f"{kind} in a loop of unknown length"] += runs.count
 
 
-def collectives_of(program: Program, unread: Unread | None = None) -> list[Collective]:
-    """`collectives` of a program that is parsed already; `unread` as in `cost.matmul_flops`."""
-    scattered = _all_reduces_that_scatter(program)
-    found = []
-    for computation, instruction, runs in program.walk():
-        if instruction.opcode == "send" or instruction.opcode.removesuffix("-start") in _OPCODES:
-            with reading(instruction.name, runs, unread):
-                found.append(_collective(program, computation, instruction, runs, scattered))
-    return [c for c in found if c is not None and c.group_size > 1 and c.count > 0]
-
-
-def _collective(
-    program: Program, computation: Computation, instruction: Instruction, runs: Runs, scattered: set[str]
-) -> Collective | None:
-    origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    common: dict[str, Any] = {"count": runs.count, "is_exact": runs.is_exact, "name": instruction.name}
-    common["origin"] = origin[1] if origin else ""
-    if instruction.opcode == "send":
-        return _over_slices(computation, instruction, common)
-    kind = _OPCODES.get(instruction.opcode.removesuffix("-start"))
-    if kind is None or _is_a_later_part(computation, instruction):
-        return None
-    groups, size = _groups(instruction, program.n_partitions)
-    n_bytes = _whole_bytes(kind, size, computation, instruction)
-    if instruction.name in scattered:
-        kind = "reduce-scatter"
-    return Collective(kind=kind, bytes=n_bytes, group_size=size, groups=groups, **common)
-
-
-def _whole_bytes(kind: str, size: int, computation: Computation, instruction: Instruction) -> int:
-    operands = computation.operands(instruction)
-    if kind == "collective-permute":
-        operands = operands[:1]  # what follows are buffers and offsets of the in-place form
-    taken = sum(shape.bytes for operand in operands for shape in operand.shapes)
-    taken *= size if kind == "all-gather" else 1
-    if instruction.opcode.endswith("-start"):
-        return taken  # the result names the operands again
-    given = sum(shape.bytes for shape in instruction.shapes) * (size if kind == "reduce-scatter" else 1)
-    return max(taken, given)  # they differ where a TPU converts on the way: to be sure, the wider type
-
-
-def _over_slices(computation: Computation, instruction: Instruction, common: dict) -> Collective | None:
-    """A transfer through the host to the other slices; None for other sends."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', instruction.attributes)
-    if kind is None or target is None:
-        return None
-    name = kind[1].lower().replace("_", "-")
-    name = name if name in KINDS else "collective-permute"
-    [data, *_] = computation.operands(instruction)
-    n_slices = len(_numbers(target[1]))
-    n_bytes = sum(shape.bytes for shape in data.shapes) * (n_slices if name == "all-gather" else 1)
-    return Collective(kind=name, bytes=n_bytes, group_size=n_slices, groups=(), across_slices=True, **common)
-
-
-def _is_a_later_part(computation: Computation, instruction: Instruction) -> bool:
-    """Of a collective that a TPU runs beside other work: it stands in each fusion that drives it on."""
-    if "async_collective_fusion_config" not in instruction.attributes:
-        return False
-    starts = (
-        other
-        for other in computation.instructions.values()
-        if 'custom_call_target="AsyncCollectiveStart"' in other.attributes
-    )
-    return not any(instruction.name in start.operands for start in starts)
-
-
-def _all_reduces_that_scatter(program: Program) -> set[str]:
-    """All-reduces fused with the slicing of their result: on a TPU, how a reduce-scatter may be written."""
-    fused = [c for name, c in program.computations.items() if name.startswith("all-reduce-scatter")]
-    return {i.name for c in fused for i in c.instructions.values() if i.opcode == "all-reduce"}
-
-
-def _groups(instruction: Instruction, n_partitions: int) -> tuple[Groups, int]:
-    """Who talks to whom, and how many do in each group.
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()` of `jax.jit(...).lower(...).compile()`, of any backend.
 
     Raises:
-        ValueError: For a notation that is not known.
+        ValueError: If it holds no entry computation.
     """
-    text = instruction.attributes
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})?\}", text):
-        moves = [(a, b) for a, b in _braces(pairs[1] or "") if a != b]
-        return tuple(moves), 2 if moves else 1
-    groups = _replica_groups(text)
-    if groups == ((),):
-        groups = (tuple(range(n_partitions)),)
-    return groups, len(groups[0])
+    computations: dict[str, Computation] = {}
+    entry = name = root = ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name, root, instructions = header[2], "", {}
+            entry = name if header[1] else entry
+        elif _END.match(line) and name:
+            computations[name] = Computation(name, instructions, root)
+            name = ""
+        elif name and (match := _INSTRUCTION.match(line)):
+            instructions[match[2]] = _instruction(match[2], match[3])
+            root = match[2] if match[1] else root
+    if not entry:
+        raise ValueError("no entry computation: this is not the text of a compiled program")
+    partitions = re.search(r"\bnum_partitions=(\d+)", text.split("\n", 1)[0])
+    return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
 
-def _replica_groups(text: str) -> Groups:
-    """The three notations: lists, an iota that is reshaped and transposed, and axes of a mesh.
-
-    `{{0,1},{2,3}}`; `[4,2]<=[2,2,2]T(0,2,1)`; `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2,'b'}`.
-    An empty list, ((),), stands for one group of all.
-    """
-    if match := re.search(r"replica_groups=\{(\{.*?\})?\}", text):
-        return _braces(match[1]) if match[1] else ((),)
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        rows = _iota(match[2], match[3]).reshape(_numbers(match[1]))
-        return _as_groups(rows)
-    if match := re.search(
-        r"replica_groups=@?mesh[\[<](.*?)[\]>](?:,? ?device_ids=\((.*?\)?)\))? \{(.*?)\}", text
-    ):
-        return _mesh_groups(match[1], match[2], match[3])
-    raise ValueError(f"replica groups in an unknown notation: {text[:200]}")
+def _instruction(name: str, text: str) -> Instruction:
+    """Reads "SHAPE opcode(operands), attributes"; a shape has spaces only inside a tuple's parentheses."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    shapes = tuple(_shape(*groups) for groups in _SHAPE.findall(text[:end]))
+    opcode, _, rest = text[end:].strip().partition("(")
+    close = _closing("(" + rest, 0) - 1
+    argument = rest[:close]
+    operands = tuple(re.findall(r"%([\w.-]+)", argument)) if opcode != "constant" else ()
+    return Instruction(name, shapes, opcode.strip(), operands, rest[close + 1 :], argument)
 
 
-def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> Groups:
-    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", mesh)}
-    dims: list[int] = []  # sub-axes have dims of their own
-    grouped: list[int] = []
-    wanted = [(n, pre, size) for n, pre, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", axes) if n]
-    for name, size in sizes.items():
-        parts = sorted((int(pre or 1), int(part or size)) for n, pre, part in wanted if n == name)
-        done = 1
-        for pre, part in parts:
-            dims += [pre // done, part]
-            grouped.append(len(dims) - 1)
-            done = pre * part
-        dims.append(size // done)
-    devices = _device_ids(device_ids, math.prod(dims)).reshape(dims)
-    others = [axis for axis in range(len(dims)) if axis not in grouped]
-    return _as_groups(devices.transpose(others + grouped).reshape(-1, math.prod(dims[g] for g in grouped)))
+def _closing(text: str, start: int) -> int:
+    """Finds the parenthesis that closes the one at `start`; those in quotes do not count."""
+    depth, quoted = 0, False
+    for i in range(start, len(text)):
+        character = text[i]
+        if character == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and character == "(":
+            depth += 1
+        elif not quoted and character == ")":
+            depth -= 1
+            if depth == 0:
+                return i
+    raise ValueError(f"unbalanced parentheses in {text[:200]!r}")
 
 
-def _device_ids(text: str | None, n: int) -> np.ndarray:
-    if text is None:
-        return np.arange(n)
-    if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return _iota(match[1], match[2]).reshape(-1)
-    return np.array(_numbers(text))
+def _shape(dtype: str, dims: str, layout: str) -> Shape:
+    space = re.search(r"S\((\d+)\)", layout)
+    sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
+    return Shape(dtype, sizes, int(space[1]) if space else 0)
 
 
-def _iota(dims: str, permutation: str | None) -> np.ndarray:
-    sizes = _numbers(dims)
-    array = np.arange(math.prod(sizes)).reshape(sizes)
-    return array.transpose(_numbers(permutation)) if permutation else array
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    number = re.match(r"[a-z]+(\d+)", dtype)  # s32, bf16, f8e4m3fn
+    if number is None:
+        raise ValueError(f"unknown element type {dtype!r}")
+    return int(number[1])
 
 
-def _as_groups(rows: np.ndarray) -> Groups:
-    return tuple(tuple(int(i) for i in row) for row in rows)
+def _runs_in(instruction: Instruction) -> list[str]:
+    if instruction.opcode in ("async-done", "async-update"):
+        return []  # its start has run it
+    roles = ["calls", "body", "condition", "true_computation", "false_computation"]
+    roles += ["branch_computations", "called_computations"]
+    return instruction.called(*roles, *(["to_apply"] if instruction.opcode == "call" else []))
 
 
-def _braces(text: str) -> Groups:
-    return tuple(tuple(_numbers(inner)) for inner in re.findall(r"\{([\d,]*)\}", text))
+class _Evaluation:
+    """The integer scalars of one run of a computation; all else is None. Computes only what is asked for."""
+
+    def __init__(self, program: Program, computation: Computation, arguments: tuple | None):
+        self._program, self._computation, self._arguments = program, computation, arguments
+        self._values: dict[str, Any] = {}
+
+    def result(self) -> Any:
+        return self.value(self._computation.root)
+
+    def value(self, name: str) -> Any:
+        """Returns an int, a tuple of these or None, or None for an unknown value."""
+        if name not in self._values:
+            self._values[name] = self._evaluate(self._computation.instructions[name])
+        return self._values[name]
+
+    def _evaluate(self, instruction: Instruction) -> Any:
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "parameter":
+            return self._arguments[int(instruction.argument)] if self._arguments else None
+        if opcode == "tuple":
+            return tuple(self.value(name) for name in operands)
+        if opcode == "get-tuple-element":
+            index = re.search(r"\bindex=(\d+)", instruction.attributes)
+            of = self.value(operands[0])
+            return of[int(index[1])] if isinstance(of, tuple) and index else None
+        if opcode in ("fusion", "call"):
+            [callee] = instruction.called("calls", "to_apply")
+            arguments = tuple(self.value(name) for name in operands)
+            return _Evaluation(self._program, self._program.computations[callee], arguments).result()
+        if opcode == "opt-barrier":
+            return self.value(operands[0])
+        shape = instruction.shapes[0]
+        if len(instruction.shapes) != 1 or math.prod(shape.dims) != 1 or shape.dtype not in _INTEGERS:
+            return None
+        if opcode == "constant":
+            return _integer(instruction.argument)
+        return _arithmetic(instruction, [self.value(name) for name in operands])
 
 
-def _numbers(text: str) -> Sequence[int]:
-    return [int(number) for number in text.split(",") if number]
+def _integer(text: str) -> int | None:
+    digits = text.strip("{} ")
+    if digits in ("true", "false"):
+        return int(digits == "true")
+    return int(digits) if re.fullmatch(r"-?\d+", digits) else None
+
+
+def _arithmetic(instruction: Instruction, values: list[Any]) -> int | None:
+    if not values or not all(isinstance(value, int) for value in values):
+        return None
+    opcode = instruction.opcode
+    if opcode in ("copy", "bitcast", "reshape", "convert", "broadcast"):
+        return values[0]
+    if opcode == "not":
+        return int(not values[0])
+    if opcode == "select":
+        return values[1] if values[0] else values[2]
+    if len(values) != 2:
+        return None
+    a, b = values
+    if opcode == "compare":
+        direction = re.search(r"direction=(\w+)", instruction.attributes)
+        results = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}
+        return int(results[direction[1]]) if direction else None
+    results = {"add": a + b, "subtract": a - b, "multiply": a * b, "and": a & b, "or": a | b}
+    results |= {"maximum": max(a, b), "minimum": min(a, b)}
+    return results.get(opcode)

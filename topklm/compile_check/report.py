@@ -1,4 +1,4 @@
-"""What a compile check found, what follows from it, and how it is printed."""
+"""The findings of a compile check, figures derived from them, and their tables."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -21,7 +21,7 @@ class Memory:
     """Of one device, bytes."""
 
     arguments: int  # state and batch
-    outputs: int  # those that do not take the place of an argument
+    outputs: int  # without outputs in the memory of an argument
     temporaries: int
     program: int
 
@@ -103,7 +103,7 @@ class Report:
     def critical_tokens(self) -> float:
         """Tokens per device and step below which communication takes longer than the matrix products.
 
-        What moves parameters does not depend on the tokens; the rest grows with them, as the products do.
+        Traffic of parameters does not depend on the tokens; the rest grows with them, as the products do.
         Infinite where that rest alone takes longer.
         """
         fixed = sum(row.seconds for row in self.traffic if row.moves_parameters)
@@ -111,7 +111,7 @@ class Report:
         return fixed / gain if gain > 0 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads the fields back and derives the rest again."""
+        """Returns values for JSON; `from_dict` reads the fields back and derives the rest again."""
         derived = ("compute_seconds", "hbm_seconds", "communication_seconds", "communication_share")
         values = {name: getattr(self, name) for name in (*derived, "critical_tokens")}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -126,7 +126,7 @@ class Report:
 
 
 def from_dict(values: Mapping[str, Any]) -> Report:
-    """The inverse of `Report.to_dict`."""
+    """Reads the result of `Report.to_dict`."""
     # Reports of earlier versions have no `unread`.
     fields = {f.name: values[f.name] for f in dataclasses.fields(Report) if f.name in values}
     fields["memory"] = Memory(**values["memory"])
@@ -135,7 +135,7 @@ def from_dict(values: Mapping[str, Any]) -> Report:
 
 
 def as_text(report: Report) -> str:
-    """What `show` prints, without colours."""
+    """Returns the output of `show`, without colours."""
     console = rich.console.Console(file=io.StringIO(), width=_WIDTH, color_system=None)
     show(report, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -52,7 +52,7 @@ class Chip:
     pod_chips: int
 
     def closes_to_rings(self, dims: tuple[int, ...]) -> tuple[bool, ...]:
-        """Which dims of a slice wrap around.
+        """Tells which dims of a slice wrap around.
 
         A v5e or v6e does where a dim spans the pod's 16 chips, a v5p in slices of whole cubes of 4 x 4 x 4
         (Austin et al. 2025, How to Scale Your Model, chapter 2).

@@ -4,11 +4,14 @@ Opens and describes a folder that `topklm.data.build` wrote. A folder with a `da
 file is written last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import os
 from pathlib import Path
+import random
 from typing import Any
+
+import numpy as np
 
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
@@ -48,7 +51,7 @@ class Dataset:
     fingerprint: str  # hex digest of what the sources held and of all settings
 
     def tokens(self, split: SplitInfo) -> TokenStream:
-        """Random access to the tokens of `self.train` or `self.heldout`."""
+        """Gives random access to the tokens of `self.train` or `self.heldout`."""
         return TokenStream(self.path, split.shards, self.tokenizer.vocab_size)
 
     @property
@@ -197,3 +200,61 @@ def damaged(file: str | Path, what: Exception) -> UserError:
     """Makes the error of a description that cannot be used, with the reason."""
     why = f"no {what}" if isinstance(what, KeyError) else str(what)
     return UserError(f"{file}: damaged ({why}); delete the folder and prepare the data again")
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPiece:
+    """The part of a window that belongs to one document."""
+
+    begins: bool  # a separator stands before it; otherwise the document began in an earlier window
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWindow:
+    """Tokens start to stop - 1 of a split."""
+
+    start: int
+    stop: int
+    pieces: tuple[DocumentPiece, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents that the window holds something of."""
+        return len(self.pieces)
+
+
+def sample_windows(
+    dataset: Dataset, split: str, n_windows: int, context_length: int, seed: int
+) -> Iterator[TextWindow]:
+    """Decodes random windows of a split, in the split's order; the same seed gives the same ones.
+
+    Window i begins at token i * context_length, as in training; the last is moved back to be full.
+
+    Args:
+        dataset: Only the shards that hold the windows are opened.
+        split: "train" or "heldout".
+        n_windows: Fewer are given where the split has fewer.
+        context_length: Tokens per window.
+        seed: Of the choice.
+
+    Raises:
+        UserError: For a split without tokens, or a shard that is not as it was written.
+    """
+    tokens = dataset.tokens(dataset.splits[split])
+    if not len(tokens):
+        raise UserError(f"split = {split}: {dataset.path} has no documents in it; choose the other one")
+    n_all = -(-len(tokens) // context_length)
+    for number in sorted(random.Random(seed).sample(range(n_all), min(n_windows, n_all))):
+        start = max(0, min(number * context_length, len(tokens) - context_length))
+        stop = min(start + context_length, len(tokens))
+        yield TextWindow(start, stop, tuple(_pieces(dataset, tokens.read(start, stop))))
+
+
+def _pieces(dataset: Dataset, tokens: np.ndarray) -> Iterator[DocumentPiece]:
+    begins = np.flatnonzero(tokens == dataset.tokenizer.separator_id)
+    for part in np.split(tokens, begins):
+        # Before a separator that stands first there is nothing.
+        if part.size:
+            is_start = bool(part[0] == dataset.tokenizer.separator_id)
+            yield DocumentPiece(is_start, dataset.tokenizer.decode(part[is_start:]))

@@ -1,7 +1,7 @@
 """Several prepared datasets as one: how many windows each gives, and in which turn.
 
-Decides whose window is next and nothing else: which of its windows that is, and what it holds, is the
-stream's affair (`topklm.data.stream`).
+Decides whose window is next and nothing else: `topklm.data.stream` says which of its
+windows that is.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Mixture:
 
     @classmethod
     def single(cls, dataset: Dataset) -> "Mixture":
-        """One dataset alone."""
+        """Makes the mixture of one dataset alone."""
         return cls((dataset,), (1,))
 
     @property
@@ -80,7 +80,7 @@ class Mixture:
         return sum(dataset.heldout.text_tokens for dataset in self.datasets)
 
     def picks(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn it is, at any point of a run.
+        """Picks the dataset whose turn it is, at any point of a run.
 
         After any number n of windows, dataset i has given fewer than one window more or less than
         n weights[i] / period.
@@ -123,7 +123,7 @@ def open_mixture(text: str) -> Mixture:
 
 
 def _parse(text: str, said: str) -> tuple[list[Path], tuple[int, ...]]:
-    """Folders, and their weights in smallest integers."""
+    """Returns the folders, and their weights in smallest integers."""
     folders, weights = [], []
     for part in text.split(","):
         folder, _, weight = (word.strip() for word in part.rpartition(":"))
@@ -147,7 +147,7 @@ def _parse(text: str, said: str) -> tuple[list[Path], tuple[int, ...]]:
 
 
 def _turns(weights: Sequence[int]) -> np.ndarray:
-    """The dataset of each window of one period, int32[sum(weights)].
+    """Returns the dataset of each window of one period, int32[sum(weights)].
 
     The chairman assignment of R. Tijdeman (Discrete Mathematics 32, 1980): with k datasets, no count is
     ever further than 1 - 1 / (2 k - 2) from its share. To stay that close, window x of dataset i must

@@ -1,7 +1,7 @@
-"""The data of a training run: what `config.data` names, prepared if it has to be.
+"""The data of a training run: datasets that `config.data` names, prepared if they have to be.
 
 Text goes into a folder named after a fingerprint of all that shapes it, so that it can be reused without
-asking. How it is made is `topklm.data.build`'s affair.
+asking. `topklm.data.building` makes it.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,10 @@ import time
 
 from topklm.config import DataConfig
 from topklm.data.building.build import build
+from topklm.data.building.description import DatasetSettings, DatasetSources, fingerprint
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources, fingerprint
+from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers, all_cores
 from topklm.data.dataset import is_dataset, load_dataset
 from topklm.data.mixture import Mixture, open_mixture
 from topklm.data.records import sha256_of_file
@@ -54,7 +53,7 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     names = [part.strip() for part in data.source.split(",") if part.strip()]
     files = find(names, flag="data.source", say=announce)
     selection = Selection(text_field=data.text_field, heldout_fraction=data.heldout_fraction)
-    settings = Settings(selection, tokenizer=f"train:{data.vocab_size}")
+    settings = DatasetSettings(selection, tokenizer=f"train:{data.vocab_size}")
     check_name(data.dir, "data.dir")
     root = Path(os.path.expanduser(data.dir)).absolute()
     with disk_errors_are_user_errors("preparing the data"):
@@ -66,15 +65,15 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
         dataset = load_dataset(out)
         announce(f"data: reusing {out} ({dataset})")
         return Mixture.single(dataset)
-    with Workers(all_cores(), in_this_process=True) as workers:
-        build(Sources(files), settings, Storage(out), LocalEngine(workers), Progress(announce), wait=True)
+    with LocalEngine(all_cores(), in_this_process=True) as engine:
+        build(DatasetSources(files), settings, Storage(out), engine, Progress(announce), wait=True)
     dataset = load_dataset(out)
     announce(f"data: wrote {out} ({dataset})")
     return Mixture.single(dataset)
 
 
 def _contents_of(file: SourceFile) -> str:
-    """What tells the file's contents from others: a hash, or what a remote store says of them."""
+    """Returns a name of the file's contents: a hash, or facts that a remote store gives."""
     if os.path.isfile(file.url):
         return sha256_of_file(Path(file.url))
     return f"{file.url} {file.size} {file.version}"

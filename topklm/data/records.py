@@ -1,7 +1,7 @@
 """A stream of token ids on disk, cut into records so that any token is found by arithmetic.
 
-Shards are ArrayRecord files of fixed-length records. What the tokens mean, and where documents
-begin, is not known here.
+Shards are ArrayRecord files of fixed-length records. The meaning of tokens, and where
+documents begin, is not known here.
 """
 
 from collections import OrderedDict
@@ -47,16 +47,16 @@ class ShardError(UserError):
     """A shard is not the file that was written.
 
     Attributes:
-        what: Says of it what is wrong, e.g. "is missing".
+        fault: Without the file, e.g. "is missing".
     """
 
-    def __init__(self, message: str, what: str = ""):
+    def __init__(self, message: str, fault: str = ""):
         super().__init__(message)
-        self.what = what
+        self.fault = fault
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The little-endian integer type that tokens of this vocabulary are stored in."""
+    """Returns the little-endian integer type that tokens of this vocabulary are stored in."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -78,7 +78,7 @@ def shard_bounds(n_tokens: int, shard_tokens: int = SHARD_TOKENS) -> list[tuple[
 
 
 def shard_name(stream: str, number: int, n_shards: int) -> str:
-    """For example `train-00000-of-00002.arrayrecord`."""
+    """Names a shard, for example `train-00000-of-00002.arrayrecord`."""
     return f"{stream}-{number:05d}-of-{n_shards:05d}.arrayrecord"
 
 
@@ -121,7 +121,7 @@ def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Sh
 
 
 def _records(blocks: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
-    """The tokens of all blocks in pieces of RECORD_TOKENS; the last may be shorter."""
+    """Yields the tokens of all blocks in pieces of RECORD_TOKENS; the last may be shorter."""
     rest = np.zeros(0, np.int32)
     for ids in blocks:
         if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
@@ -160,7 +160,7 @@ class TokenStream:
         self._prepare_to_open()
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, int32[stop - start].
+        """Reads tokens start to stop - 1, int32[stop - start].
 
         Raises:
             ShardError: If a shard is missing, cut short, damaged, or not the one that was written.
@@ -231,7 +231,7 @@ class _OpenShard:
 
 
 def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
-    """Names of the shards that are not there; one look at the folder, however many they are."""
+    """Lists the shards that are not there; one look at the folder, however many they are."""
     there = set(os.listdir(folder))
     return [shard.name for shard in shards if shard.name not in there]
 
@@ -250,7 +250,7 @@ def check_shards(folder: Path, shards: Sequence[Shard], *, contents: bool = Fals
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Returns the hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -295,7 +295,7 @@ def _bad_shard(path: Path, what: str) -> ShardError:
 
 @contextlib.contextmanager
 def _write_errors_are_os_errors(path: Path) -> Iterator[None]:
-    """ArrayRecord reports a full disk as a RuntimeError that holds the system's message."""
+    """Turns a full disk, which ArrayRecord reports as a RuntimeError, into an OSError."""
     try:
         yield
     except RuntimeError as e:

@@ -1,12 +1,10 @@
 """Finds the text: from what a user names as sources to the single files that hold it.
 
-Knows local folders, globs, remote stores and Hugging Face datasets. Reads no text: that is
-`topklm.data.readers`' affair.
+Knows local folders, globs and remote stores. Text is read by `topklm.data.readers`.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
 import datetime
 import glob
@@ -17,27 +15,19 @@ import re
 import sys
 from typing import Any
 from urllib.parse import urlsplit
-import zlib
 
 import fsspec
 import fsspec.asyn
 
+from topklm.data import formats, tables
+from topklm.data.formats import QUICKSTART
+from topklm.data.tables import HF
 from topklm.errors import UserError, one_line
-from topklm.imports import optional_module
-from topklm.storage.errors import EXTRAS, store_errors, store_errors_are_user_errors
+from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
-QUICKSTART = "quickstart"
-HF = "hf"
-COMPRESSIONS = ("", ".gz", ".zst")
-ENDINGS = (
-    *(kind + compression for kind in (".txt", ".jsonl", ".json") for compression in COMPRESSIONS),
-    ".parquet",
-)
-
-_FILES = ".txt, .jsonl, .json (each also with .gz or .zst) or .parquet"
 _NO_ENDING = "no ending"
 _MAX_ENDINGS = 8  # of files that are left out, in one line
-# Of files that are not read; what comes before tells more of them.
+# Of files that are not read; the ending before tells more of them.
 _OTHER_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".br")
 
 _LOCAL_PROTOCOLS = ("file://", "local://")
@@ -49,7 +39,7 @@ _QUICKSTART_FILE = "summaries_en-us.json"
 # shall not. Once it has answered, their patience is welcome.
 _ANSWER_SECONDS = 15.0
 
-# What a store tells about a file that changes with its content, the best first.
+# Facts of a store about a file that change with its content, the best first.
 _VERSION_KEYS = (
     "ETag",
     "generation",
@@ -69,7 +59,7 @@ class SourceFile:
     """One unit of text that is read from its start to its end."""
 
     url: str  # absolute local path, URL, or "hf:NAME:CONFIG:SPLIT#3/8" (unit 3 of 8, counted from 0)
-    ending: str  # decides how it is read: one of ENDINGS, HF or QUICKSTART
+    ending: str  # decides how it is read: one of `formats.endings()`, HF or QUICKSTART
     size: int  # bytes as stored; 0 where nobody knows
     version: str  # another one where the content may be another; "" where nobody knows
 
@@ -111,19 +101,19 @@ def find(
 
 
 def corpus_name(files: Sequence[SourceFile]) -> str:
-    """A short name, fit for a folder."""
+    """Returns a short name, fit for a folder."""
     n_others = len({file.url.rpartition("#")[0] if file.ending == HF else file.url for file in files}) - 1
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", _stem(files[0])).strip("-.")[:40] or "corpus"
     return f"{slug}-and-{n_others}-more" if n_others else slug
 
 
 def is_remote(url: str) -> bool:
-    """Whether a source's URL needs fsspec."""
+    """Tells whether a source's URL needs fsspec."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url) is not None
 
 
 def file_system(url: str, flag: str) -> tuple[Any, str]:
-    """The fsspec file system of a remote URL, and the path in it.
+    """Returns the fsspec file system of a remote URL, and the path in it.
 
     Raises:
         UserError: If fsspec does not know the protocol, or a package for it is not installed.
@@ -145,54 +135,30 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
 
 
 def version_of(info: Mapping[str, Any]) -> str:
-    """What a store tells about a file that changes with its content; "" if it tells nothing."""
+    """Returns a fact of a store about a file that changes with its content; "" if there is none."""
     return next((f"{key}={_as_text(info[key])}" for key in _VERSION_KEYS if info.get(key)), "")
 
 
 def is_version(version: str, info: Mapping[str, Any]) -> bool:
-    """Whether what a store tells now agrees with what `version_of` gave."""
+    """Tells whether a store's facts agree with those that `version_of` was given."""
     key, _, value = version.partition("=")
     # A store may tell less of one file than in a list of many.
     return not info.get(key) or _as_text(info[key]) == value
 
 
 def local_version(status: os.stat_result) -> str:
-    """As `version_of`, for a local file."""
+    """Returns for a local file the same as `version_of`."""
     return str(status.st_mtime_ns)
 
 
-def hf_dataset(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
-    """One split of a Hugging Face dataset, streaming, and its version.
-
-    Raises:
-        UserError: If there is no such dataset, configuration or split, or the package is not installed.
-    """
-    datasets = optional_module("datasets", "hf", flag)
-    source = f"hf:{name}:{config}:{split}"
-    with _hf_errors_are_user_errors(flag, source):
-        builder = datasets.load_dataset_builder(name, config)
-        splits = builder.as_streaming_dataset()
-    if split not in splits:
-        raise UserError(f"{flag}: {source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return splits[split], str(builder.hash)
-
-
-def hf_parts(url: str) -> tuple[str, str, str, int, int]:
-    """Name, configuration, split, shard and number of shards of a unit's URL."""
-    source, _, unit = url.removeprefix("hf:").rpartition("#")
-    name, config, split = source.rsplit(":", 2)
-    shard, n_shards = unit.split("/")
-    return name, config, split, int(shard), int(n_shards)
-
-
 def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tuple[str, SourceFile]]:
-    """The files of one source, each with what it is known by however it was named."""
+    """Yields the files of one source, each after a name that does not depend on the source's."""
     if source == QUICKSTART:
         file = _quickstart_file(flag)
         yield file.url, file
     elif source.startswith("hf:"):
-        for file in _hf_files(source, flag):
-            yield file.url, file
+        for url, version in tables.find_hf(source, flag):
+            yield url, SourceFile(url, HF, 0, version)
     elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
         for file in _remote_files(source, flag, say):
             yield file.url, file
@@ -221,7 +187,7 @@ def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str
     if os.path.isdir(pattern):
         folder = os.path.abspath(pattern)
         return _known(_paths_below(folder, flag), folder, flag, say)
-    if os.path.lexists(pattern):  # what has brackets in its name is meant literally
+    if os.path.lexists(pattern):  # brackets in the name of a file are meant literally
         return [os.path.abspath(pattern)]
     paths = [os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)]
     if not paths:
@@ -232,7 +198,7 @@ def _local_paths(source: str, flag: str, say: Callable[[str], None]) -> list[str
 def _paths_below(folder: str, flag: str) -> list[str]:
     """Finds the files in a folder and in those below it, each real folder once, whatever links lead to it.
 
-    What is hidden is left out, as globs do. A folder that lies below goes by its own name, not by a link's.
+    Hidden ones are left out, as globs do. A folder that lies below goes by its own name, not by a link's.
     """
 
     def refuse(e: OSError) -> None:
@@ -259,18 +225,19 @@ def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], No
     others: Counter[str] = Counter()
     known = []
     for name in names:
-        if _ending(name):
+        if formats.ending_of(name):
             known.append(name)
         else:
             others[_unknown_ending(name)] += 1
     counts = [f"{ending} {n:,}" for ending, n in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     shown = ", ".join(counts[:_MAX_ENDINGS])
     shown += f" and {len(counts) - _MAX_ENDINGS} more endings" if len(counts) > _MAX_ENDINGS else ""
+    wanted = formats.described()
     if not known:
         left_out = f" (there are: {shown})" if others else ""
-        raise UserError(f"{flag}: no file below {folder!r} ends in {_FILES}{left_out}; check the path")
+        raise UserError(f"{flag}: no file below {folder!r} ends in {wanted}{left_out}; check the path")
     if others:
-        say(f"{flag}: left out {others.total():,} file(s) below {folder}, not ending in {_FILES}: {shown}")
+        say(f"{flag}: left out {others.total():,} file(s) below {folder}, not ending in {wanted}: {shown}")
     return known
 
 
@@ -281,7 +248,7 @@ def _unknown_ending(name: str) -> str:
 
 
 def _local_file(path: str, flag: str) -> SourceFile:
-    ending = _checked_ending(path, flag)
+    ending = formats.checked_ending(path, flag)
     try:
         status = os.stat(path)
     except OSError as e:
@@ -308,13 +275,13 @@ def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[So
     for name in names:
         url, info = before + name if before is not None else fs.unstrip_protocol(name), infos[name]
         files.append(
-            SourceFile(url, _checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
+            SourceFile(url, formats.checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
         )
     return files
 
 
 def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, Any]], bool]:
-    """What a store knows about the files that a source names, by path; and whether it names a folder."""
+    """Asks a store about the files that a source names, by path; tells whether it names a folder."""
     # "?" begins the query of a web address.
     magic = re.search(r"[*\[]" if source.startswith("http") else r"[*?\[]", path)
     if not magic or "[" in path:
@@ -335,7 +302,7 @@ def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, 
 
 
 def _before_path(source: str, path: str) -> str | None:
-    """What a URL has before the path in its store, protocol and host; None if they cannot be told apart."""
+    """Returns protocol and host of a URL; None if they cannot be told from the path in its store."""
     source = source.rstrip("/")
     if not source.endswith(path.rstrip("/")):
         return None
@@ -348,60 +315,10 @@ def _as_text(fact: Any) -> str:
 
 
 def _ask(fs: Any, path: str) -> dict[str, Any]:
-    """`fs.info(path)`, for an answer within _ANSWER_SECONDS."""
+    """Calls `fs.info(path)`, for an answer within _ANSWER_SECONDS."""
     if not fs.async_impl:
         return fs.info(path)
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
-
-
-def _hf_files(source: str, flag: str) -> list[SourceFile]:
-    """One unit for each shard of the dataset."""
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
-        raise UserError(f"{flag} = {source!r}: must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    datasets = optional_module("datasets", "hf", flag)
-    name = os.path.expanduser(name)
-    name = os.path.abspath(name) if os.path.isdir(name) else name
-    with _hf_errors_are_user_errors(flag, source):
-        configs = datasets.get_dataset_config_names(name)
-        default = datasets.get_dataset_default_config_name(name)
-    config, split = (*rest, "", "")[:2]
-    default = configs[0] if len(configs) == 1 else default
-    if config and config not in configs and len(rest) == 1 and default:
-        config, split = default, config  # hf:NAME:SPLIT, as there is but one configuration to mean
-    config, split = config or default or "", split or "train"
-    if config not in configs:
-        which = f"has no configuration {config!r}" if config else "has several configurations"
-        raise UserError(
-            f"{flag}: {source!r} {which}; give hf:{name}:CONFIG with one of {', '.join(sorted(configs))}"
-        )
-    dataset, version = hf_dataset(name, config, split, flag)
-    n = dataset.num_shards
-    digits = len(str(n))  # sorted by name is sorted by number
-    return [SourceFile(f"hf:{name}:{config}:{split}#{i:0{digits}}/{n}", HF, 0, version) for i in range(n)]
-
-
-@contextlib.contextmanager
-def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
-        raise UserError(
-            f"{flag}: {source!r} cannot be opened: {e}; check its name, its files and the network"
-        ) from e
-
-
-def _ending(name: str) -> str:
-    """Returns the known ending of a path or URL, in lower case, or ""."""
-    path = urlsplit(name).path if name.startswith("http") else name
-    return next((ending for ending in ENDINGS if path.lower().endswith(ending)), "")
-
-
-def _checked_ending(name: str, flag: str) -> str:
-    ending = _ending(name)
-    if not ending:
-        raise UserError(f"{flag}: cannot read {name!r}: files must end in {_FILES}")
-    return ending
 
 
 def _is_hidden(name: str) -> bool:
@@ -412,7 +329,7 @@ def _stem(file: SourceFile) -> str:
     if file.ending == QUICKSTART:
         return QUICKSTART
     if file.ending == HF:
-        name, config, split = hf_parts(file.url)[:3]
+        name, config, split = tables.hf_parts(file.url)[:3]
         return "-".join(part for part in (Path(name).name, config, split) if part != "default")
     path = urlsplit(file.url).path if file.url.startswith("http") else file.url
     return path.rpartition("/")[2][: -len(file.ending)]

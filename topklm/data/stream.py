@@ -24,7 +24,7 @@ _SHUFFLE_ROUNDS = 4  # of Grain's index shuffle; another number is another order
 
 
 class Batch(TypedDict):
-    """What one step sees; a plain dict of arrays of shape [B, T]."""
+    """The input of one step; a plain dict of arrays of shape [B, T]."""
 
     inputs: np.ndarray  # int32
     targets: np.ndarray  # int32, the token after each input
@@ -54,7 +54,7 @@ class WindowSource:
         return (len(self._stream) - 2) // self._context_length + 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Window `index`, int32[T + 1]."""
+        """Returns window `index`, int32[T + 1]."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         length = self._context_length + 1
@@ -71,7 +71,7 @@ def train_stream(
     rows: slice | np.ndarray = slice(None),
     threads: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless training batches: the windows that `window_ids` names, each epoch in a new order.
+    """Yields training batches without end: the windows that `window_ids` names, each epoch in a new order.
 
     The iterator's state (`get_state`, `set_state`) is `{"next_index": batches given out}`. It does
     not depend on `rows` or `threads`, so a run may continue with other values of both.
@@ -113,10 +113,10 @@ def window_ids(
     seed: int,
     rows: slice | np.ndarray = slice(None),
 ) -> grain.MapDataset:
-    """The order of training: which window stands in which row of which batch.
+    """Orders the windows of training: which stands in which row of which batch.
 
     Batch b holds windows b B to b B + B - 1 of the mixture's turns. A dataset gives each of its windows
-    once per epoch of its own, and orders every epoch anew. Its order follows from `seed` and its place
+    once per epoch of its own, each in another order. The order follows from `seed` and its place
     in the mixture alone, so that one more dataset at the end changes nothing about the others' order.
 
     Args:
@@ -156,16 +156,16 @@ def _shuffle_seed(seed: int, dataset: int) -> int:
 
 
 def _shuffled(n: int, n_windows: int, seed: int) -> int:
-    """Window number n of an endless run through a dataset, as Grain's `shuffle().repeat()` orders it."""
+    """Finds window number n of an endless run through a dataset, as Grain's `shuffle().repeat()` does."""
     epoch, place = divmod(n, n_windows)
     return index_shuffle(place, max_index=n_windows - 1, seed=(seed + epoch) % 2**32, rounds=_SHUFFLE_ROUNDS)
 
 
 def windows_to_batch(windows: np.ndarray, separator_id: int) -> Batch:
-    """Training batch of windows int32[B, T + 1].
+    """Makes a training batch of windows int32[B, T + 1].
 
-    A segment begins at each separator among the inputs; what stands before the first one is the
-    rest of a document that began in an earlier window, and is segment 1. Every target is scored,
+    A segment begins at each separator among the inputs; tokens before the first one are the
+    rest of a document that began in an earlier window, and are segment 1. Every target is scored,
     the separator too: that is how the model learns to stop.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
@@ -229,7 +229,7 @@ def _end_of_text(stream: TokenStream, separator_id: int, n: int) -> int:
 def heldout_batches(
     mixture: Mixture, *, context_length: int, batch_size: int, part: HeldoutPart | None = None
 ) -> Iterator[Batch]:
-    """Batches that score every text token of every held-out document exactly once.
+    """Yields batches that score every text token of every held-out document exactly once.
 
     The datasets follow one another, whatever their weights. The first token of a document is predicted
     from the separator, which itself is never scored. A document of more than T tokens becomes
@@ -290,7 +290,7 @@ def _documents(stream: TokenStream, separator_id: int, end: int) -> Iterator[tup
 
 
 def document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[int, int]]:
-    """Of each document of a stream, where its separator stands, and where the next one's does."""
+    """Finds the separator of each document of a stream, and that of the next one."""
     start = 0
     for offset in range(0, len(stream), _SCAN_TOKENS):
         tokens = stream.read(offset, min(offset + _SCAN_TOKENS, len(stream)))
@@ -303,7 +303,7 @@ def document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[in
 
 
 def _pack(pieces: Iterator[_Piece], length: int) -> Iterator[_Row]:
-    """First fit into rows of `length`; when too many are open, the fullest is given out."""
+    """Packs by first fit into rows of `length`; when too many are open, the fullest is given out."""
     rows: list[_Row] = []
     for piece in pieces:
         n = piece.tokens.size - 1

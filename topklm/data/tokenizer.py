@@ -74,7 +74,7 @@ class Tokenizer:
         return Tokenizer, (self._content,)
 
     def to_bytes(self) -> bytes:
-        """The bytes of tokenizer.json."""
+        """Returns the bytes of tokenizer.json."""
         return self._content
 
     def config(self, context_length: int) -> dict[str, Any]:
@@ -90,11 +90,11 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32[n]; no separator is added."""
+        """Returns the token ids of `text`, int32[n]; no separator is added."""
         return np.concatenate([np.zeros(0, np.int32), *self.encode_batch(list(self.pieces(text)))])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32[n_i]; on several threads, all held in memory at once.
+        """Returns the token ids of each text, int32[n_i]; uses several threads, holds all in memory.
 
         Where a vocabulary spells its separator so that text can become it, those tokens are left out.
 
@@ -110,7 +110,7 @@ class Tokenizer:
         return [ids[ids != self.separator_id] if self.separator_id in ids else ids for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the ids; separators and ids outside the vocabulary are shown as nothing.
+        """Returns the text of the ids; separators and ids outside the vocabulary are left out.
 
         A tokenizer that normalises its text gives back the normalised text.
         """
@@ -118,15 +118,15 @@ class Tokenizer:
         return self._backend.decode(known)
 
     def token_strings(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        r"""Each token as a reader would want it: bytes that are no whole character as `\xe2`."""
+        r"""Writes each token for a reader: bytes that are no whole character as `\xe2`."""
         return [self._token_string(int(i)) for i in ids]
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
-        """What each token stands for in UTF-8; of one that is a part of a character, that part."""
+        """Returns the UTF-8 bytes of each token; a token may be a part of a character."""
         return [self._token_bytes(int(i)) for i in ids]
 
     def token_bytes_lengths(self) -> np.ndarray | None:
-        """UTF-8 bytes of text that each token stands for, int64[vocab_size], special tokens 0.
+        """Counts the UTF-8 bytes of text of each token, int64[vocab_size], special tokens 0.
 
         None where a token does not stand for the same bytes everywhere.
         """

@@ -1,4 +1,4 @@
-"""The libraries behind `topklm.data.tokenizer.Tokenizer`: one class for each kind of file.
+"""The libraries of `topklm.data.tokenizer.Tokenizer`: one class for each kind of file.
 
 Each gives its library's own tokens. None lets text become the separator that stands between documents.
 """
@@ -21,7 +21,7 @@ from topklm.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 
-# What ends a text in well-known vocabularies, and what begins one where nothing ends it: a file that has both
+# The tokens that end a text in well-known vocabularies, or begin one where none ends it: a file that has both
 # uses the end between documents. Names that only one family uses come first.
 _SEPARATORS = (
     SEPARATOR,
@@ -54,7 +54,7 @@ _LLAMA3_WORDS = (
 
 
 class Encoding(NamedTuple):
-    """What a .tiktoken file does not say."""
+    """Facts that a .tiktoken file lacks."""
 
     pattern: str  # splits text into words
     separator_id: int  # in the whole vocabulary
@@ -81,7 +81,7 @@ _KNOWN_SPLITS = {
 
 
 class Backend(Protocol):
-    """What `Tokenizer` needs of a library."""
+    """Operations that `Tokenizer` needs of a library."""
 
     kind: str
     separator_id: int
@@ -90,16 +90,16 @@ class Backend(Protocol):
     cut_before: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 ids of each text; may hold the separator's."""
+        """Returns the int32 ids of each text; they may hold the separator's."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids that are in the vocabulary and are not the separator's."""
+        """Returns the text of ids that are in the vocabulary and are not the separator's."""
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """What a token stands for; None for an id that is not in use."""
+        """Returns the bytes or the text of a token; None for an id that is not in use."""
 
     def is_lossless(self) -> bool:
-        """Whether every token but special ones stands for fixed bytes of the text."""
+        """Tells whether every token but special ones stands for fixed bytes of the text."""
 
 
 class HuggingFace:
@@ -136,7 +136,7 @@ class HuggingFace:
         self.cut_before = _cut_before(parts) if self._lossless else ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Backend`."""
+        """Encodes texts, see `Backend`."""
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as e:  # the library raises no narrower class
@@ -144,11 +144,11 @@ class HuggingFace:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Backend`."""
+        """Decodes ids, see `Backend`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """See `Backend`."""
+        """Returns the text of a token, see `Backend`."""
         token = self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._added:
             return token
@@ -159,11 +159,11 @@ class HuggingFace:
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ")
 
     def is_lossless(self) -> bool:
-        """See `Backend`."""
+        """Tells whether tokens stand for fixed bytes, see `Backend`."""
         return self._lossless
 
     def _choose_separator(self, vocabulary: dict[str, int]) -> str:
-        """The first of the names that is a special token; else one that is added; else any in the vocabulary.
+        """Chooses the first name that is a special token; else one that is added; else any that is known.
 
         In vocabularies with HTML tags, </s> is the end of struck-out text.
         """
@@ -200,21 +200,21 @@ class SentencePiece:
         self.separator_id, self.vocab_size = ends[0], self._model.vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Backend`."""
+        """Encodes texts, see `Backend`."""
         threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or -1
         return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=threads)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Backend`."""
+        """Decodes ids, see `Backend`."""
         return self._model.decode(list(ids))
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """See `Backend`."""
+        """Returns the text of a token, see `Backend`."""
         piece = self._model.id_to_piece(token_id)
         return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token_id) else piece.replace("\u2581", " ")
 
     def is_lossless(self) -> bool:
-        """See `Backend`."""
+        """Tells whether tokens stand for fixed bytes, see `Backend`."""
         return False
 
 
@@ -247,21 +247,21 @@ class Tiktoken:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Backend`."""
+        """Encodes texts, see `Backend`."""
         threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
         with ThreadPoolExecutor(min(threads, max(len(texts), 1))) as pool:
             return list(pool.map(self._encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Backend`."""
+        """Decodes ids, see `Backend`."""
         return b"".join(self._pieces.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """See `Backend`."""
+        """Returns the text of a token, see `Backend`."""
         return self._separator if token_id == self.separator_id else self._pieces.get(token_id)
 
     def is_lossless(self) -> bool:
-        """See `Backend`."""
+        """Tells whether tokens stand for fixed bytes, see `Backend`."""
         return True
 
     def _encode(self, text: str) -> np.ndarray:
@@ -275,7 +275,7 @@ class Tiktoken:
 
 
 def looks_like_tiktoken(content: bytes) -> bool:
-    """Whether a file begins as .tiktoken files do, whatever its name."""
+    """Tells whether a file begins as .tiktoken files do, whatever its name."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
 
 
@@ -303,7 +303,7 @@ _NORMALIZER_FIELD = 3  # of ModelProto in sentencepiece_model.proto; stands afte
 
 
 def _protobuf_fields(content: bytes) -> set[int]:
-    """Numbers of the fields of a protocol buffer that the library could read."""
+    """Lists the numbers of the fields of a protocol buffer that the library could read."""
     fields, at = set(), 0
     while at < len(content):
         key, at = _varint(content, at)
@@ -315,7 +315,7 @@ def _protobuf_fields(content: bytes) -> set[int]:
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends."""
+    """Reads a number of seven bits a byte, lowest first; returns it and its end."""
     value = shift = 0
     for byte in content[at : at + 10]:
         value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
@@ -325,7 +325,7 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _is_lossless(parts: dict[str, Any]) -> bool:
-    """Whether the file is a byte-level BPE that changes no text and whose tokens are all of their bytes."""
+    """Tells whether it is a byte-level BPE that changes no text and whose tokens are all of their bytes."""
     model, steps = parts["model"], _pre_tokenizers(parts)
     plain = model["type"] == "BPE" and not any(
         model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -344,10 +344,10 @@ def _is_lossless(parts: dict[str, Any]) -> bool:
 
 
 def _cut_before(parts: dict[str, Any]) -> str:
-    r"""Where no token of a byte-level BPE can cross, by the pattern that splits its text.
+    r"""Finds where no token of a byte-level BPE can cross, by the pattern that splits its text.
 
     In the patterns of GPT-2, cl100k, o200k, Llama 3 and Qwen 2, no alternative goes on from a character that
-    is no white space to a space, and GPT-2's to no white space at all; what looks ahead does so from
+    is no white space to a space, and GPT-2's to no white space at all; look-ahead goes from
     white space only. So words end there, and are split the same way when they stand alone.
     """
     steps = _pre_tokenizers(parts)
@@ -373,7 +373,7 @@ def _library(name: str) -> Any:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """The printable characters that stand for bytes inside byte-level vocabularies (from GPT-2)."""
+    """Maps the printable characters of byte-level vocabularies to their bytes (from GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

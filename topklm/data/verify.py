@@ -31,7 +31,7 @@ _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class DatasetProblem:
     """One thing that is wrong."""
 
     file: str  # name inside the folder
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the readable shards of a split hold."""
+    """Content of the readable shards of a split."""
 
     shards: int  # that could be read to their end
     documents: int
@@ -49,16 +49,16 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What was found."""
+class VerifyReport:
+    """Findings of `verify`."""
 
     path: Path
     splits: dict[str, Counts]
-    problems: tuple[Problem, ...]
+    problems: tuple[DatasetProblem, ...]
     other_files: tuple[str, ...]  # names in the folder that do not belong to the dataset
 
 
-def verify(path: str | Path, progress: Progress | None = None) -> Report:
+def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Reads a dataset to its last byte.
 
     Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
@@ -91,7 +91,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     expected = {DESCRIPTION_FILE, TOKENIZER_FILE}
     expected.update(shard.name for split in splits.values() for shard in split.shards)
     others = sorted(file.name for file in path.iterdir() if file.name not in expected)
-    return Report(path, found, tuple(check.problems), tuple(others))
+    return VerifyReport(path, found, tuple(check.problems), tuple(others))
 
 
 class _Check:
@@ -99,7 +99,7 @@ class _Check:
 
     def __init__(self, path: Path, told: dict[str, Any], contradictions: list[str]):
         self._path = path
-        self._problems = {Problem(DESCRIPTION_FILE, what): None for what in contradictions}
+        self._problems = {DatasetProblem(DESCRIPTION_FILE, what): None for what in contradictions}
         tokenizer = self._tokenizer(told)
         if tokenizer is None:
             self._vocab_size, self._separator_id = told["vocab_size"], told["separator_id"]
@@ -109,7 +109,7 @@ class _Check:
             self._token_bytes = tokenizer.token_bytes_lengths()
 
     @property
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[DatasetProblem]:
         """In the order in which they were found, none twice."""
         return list(self._problems)
 
@@ -130,11 +130,11 @@ class _Check:
         return found
 
     def _shard(self, shard: Shard, is_first: bool, report: Callable[[int, int, int], None]) -> Counts | None:
-        """What the shard holds; None if it could not be read to its end."""
+        """Counts the content of a shard; None if it could not be read to its end."""
         try:
             check_shards(self._path, [shard], contents=True)
         except ShardError as e:
-            self._note(shard.name, e.what)
+            self._note(shard.name, e.fault)
         except UserError as e:
             if isinstance(e.__cause__, PermissionError):  # no damage
                 raise
@@ -148,7 +148,7 @@ class _Check:
             try:
                 tokens = stream.read(start, stop)
             except ShardError as e:
-                self._note(shard.name, e.what)
+                self._note(shard.name, e.fault)
                 return None
             if is_first and start == 0 and tokens[0] != self._separator_id:
                 self._note(shard.name, f"begins with token {tokens[0]}, not with a separator")
@@ -161,7 +161,7 @@ class _Check:
         return Counts(1, documents, len(stream), utf8_bytes)
 
     def _inside(self, tokens: np.ndarray, start: int, shard: Shard) -> np.ndarray:
-        """The tokens that the vocabulary has."""
+        """Returns the tokens that the vocabulary has."""
         is_inside = (tokens >= 0) & (tokens < self._vocab_size)
         if not is_inside.all():
             first = int(np.argmin(is_inside))
@@ -173,7 +173,7 @@ class _Check:
         return tokens[is_inside]
 
     def _tokenizer(self, told: dict[str, Any]) -> Tokenizer | None:
-        """The dataset's tokenizer; None if the file is another."""
+        """Returns the dataset's tokenizer; None if the file is another."""
         file = self._path / TOKENIZER_FILE
         try:
             with disk_errors_are_user_errors(f"reading {file}"):
@@ -199,7 +199,7 @@ class _Check:
         return tokenizer
 
     def _note(self, file: str, what: str) -> None:
-        self._problems[Problem(file, what)] = None
+        self._problems[DatasetProblem(file, what)] = None
 
 
 def _contradictions(description: dict[str, Any]) -> list[str]:

@@ -26,9 +26,9 @@ from topklm.inference.parts import Parts
 from topklm.model import decode, transformer
 from topklm.model.attention import Rotation, rotation_angles
 from topklm.model.decode import Joined, KeysAndValues
-from topklm.model.parallel import ALONE
 from topklm.model.topk import topk
 from topklm.model.transformer import Changes
+from topklm.parallel import ALONE
 
 SMALLEST_BUCKET = 16
 STEPS = 16  # N

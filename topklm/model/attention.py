@@ -17,7 +17,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import attention_backends
 from topklm.model.layers import Linear
-from topklm.model.parallel import ALONE, Parallel, all_gather
+from topklm.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
 # 64 to 128 measured best on CPUs.

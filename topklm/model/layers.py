@@ -8,8 +8,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from topklm.model.parallel import ALONE, Parallel
 from topklm.model.products import product, transposed
+from topklm.parallel import ALONE, Parallel
 
 
 @jax.custom_vjp

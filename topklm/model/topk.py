@@ -6,6 +6,7 @@ index wins, in every backend but "approx", bit for bit.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import operator
 
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS
+from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS, ModelConfig
 from topklm.errors import UserError
 from topklm.model import topk_pallas, topk_threshold
 from topklm.model.topk_threshold import keep, order_key
@@ -107,6 +108,20 @@ def check_platform(backend: str, platform: str) -> None:
             f"model.topk_backend = {backend!r}: a kernel for {wanted.upper()}s, and these devices are "
             f"{platform.upper()}s; use model.topk_backend=auto"
         )
+
+
+def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
+    """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
+
+    Args:
+        config: The model as it is trained.
+        n_devices: Over which its parameters lie.
+    """
+    kernel_possible = config.topk_backend in ("auto", *KERNELS)
+    if n_devices > 1 and kernel_possible:
+        return dataclasses.replace(config, topk_backend="threshold")
+    # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
+    return dataclasses.replace(config, topk_backend="auto") if kernel_possible else config
 
 
 def _check(terms: Terms, k: int, activation: str, backend: str) -> None:

@@ -23,9 +23,9 @@ from topklm.config import ModelConfig
 from topklm.model import attention_backends
 from topklm.model.attention import Attention, Rotation, rotation_angles
 from topklm.model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from topklm.model.parallel import ALONE, Parallel
 from topklm.model.topk import MASK_NAME, topk
 from topklm.model.topk_gate import gate, relu_topk
+from topklm.parallel import ALONE, Parallel
 
 # Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
 Tap = Callable[[jax.Array, jax.Array, jax.Array], Any]

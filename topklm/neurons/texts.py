@@ -14,9 +14,10 @@ import numpy as np
 
 from topklm.config import DataConfig
 from topklm.data.dataset import SPLITS, is_dataset, load_dataset
+from topklm.data.documents import Document
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
-from topklm.data.readers import Document, FileReader
+from topklm.data.readers import FileReader
 from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
 """Errors of disks and of remote stores: which there are, and what a user is told about them.
 
-Those that carry a number of the operating system are explained in `topklm.errors`, which needs no path.
+Errors with a number of the operating system are explained in `topklm.errors`, which needs no path.
 """
 
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def storage_errors_are_user_errors(doing: str, path: AnyPath) -> Iterator[None]:
     Only for blocks that do little else: a bucket's libraries raise ValueErrors too.
 
     Args:
-        doing: What was attempted, for the message, e.g. "writing the checkpoint of step 400".
+        doing: Names the attempt in the message, e.g. "writing the checkpoint of step 400".
         path: A file or folder.
     """
     if not is_bucket(path):

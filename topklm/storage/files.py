@@ -1,7 +1,4 @@
-"""Paths that lead to a local disk or into a bucket; files that are never half written, nor read if damaged.
-
-What a bucket needs before it can be used, and what its errors mean, is `topklm.storage.gcs`' affair.
-"""
+"""Paths to a local disk or into a bucket; files that are never half-written, nor read if damaged."""
 
 import atexit
 from collections.abc import Mapping
@@ -27,12 +24,12 @@ AnyPath: TypeAlias = Path | epath.Path
 _BUCKET_PREFIX = "gs://"
 
 
-def as_path(name: str | os.PathLike[str], what: str = "path") -> AnyPath:
-    """What a user wrote as a path: `pathlib.Path` for a local one, `etils.epath.Path` for gs://BUCKET/PATH.
+def as_path(name: str | os.PathLike[str], flag: str = "path") -> AnyPath:
+    """Parses a path that a user wrote: `pathlib.Path` for a local one, `etils.epath.Path` for gs://BUCKET/PATH.
 
     Args:
         name: As written; `pathlib.Path` would make one slash of the two.
-        what: Where the user wrote it, for the message, e.g. "--workdir".
+        flag: Names the place where the user wrote it, for the message, e.g. "--workdir".
 
     Returns:
         The path, with a leading `~` expanded.
@@ -42,64 +39,64 @@ def as_path(name: str | os.PathLike[str], what: str = "path") -> AnyPath:
             a name that is not UTF-8 or holds a NUL, which libraries refuse only after the work is done.
     """
     text = os.fspath(name)
-    check_name(text, what)
+    check_name(text, flag)
     if not text.startswith(_BUCKET_PREFIX):
         if "://" in text:
-            raise UserError(f"{what} = {text!r}: must be a local folder or gs://BUCKET/FOLDER")
+            raise UserError(f"{flag} = {text!r}: must be a local folder or gs://BUCKET/FOLDER")
         with contextlib.suppress(RuntimeError):  # nobody's home is known
             return Path(text).expanduser()
         return Path(text)
     bucket, _, folder = text.removeprefix(_BUCKET_PREFIX).partition("/")
     if not bucket or not folder.strip("/"):
-        raise UserError(f"{what} = {text!r}: must name a folder in a bucket, as gs://BUCKET/FOLDER")
+        raise UserError(f"{flag} = {text!r}: must name a folder in a bucket, as gs://BUCKET/FOLDER")
     _set_libraries_up()
     return epath.Path(text.rstrip("/"))
 
 
-def local_path(name: str, what: str) -> Path:
+def local_path(name: str, flag: str) -> Path:
     """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused.
 
     Raises:
         UserError: As `as_path`.
     """
-    path = as_path(name, what)
+    path = as_path(name, flag)
     if is_bucket(path):
-        raise UserError(f"{what} = {name!r}: must be a local path")
+        raise UserError(f"{flag} = {name!r}: must be a local path")
     return Path(path)
 
 
-def check_name(name: str, what: str) -> None:
+def check_name(name: str, flag: str) -> None:
     """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
 
     Raises:
-        UserError: Naming `what`, where the user wrote it.
+        UserError: Naming `flag`, where the user wrote it.
     """
     if not name:
-        raise UserError(f"{what} = {name!r}: must not be empty")
+        raise UserError(f"{flag} = {name!r}: must not be empty")
     if "\0" in name:
-        raise UserError(f"{what} = {name!r}: must not hold a NUL character")
+        raise UserError(f"{flag} = {name!r}: must not hold a NUL character")
     try:
         name.encode()
     except UnicodeEncodeError as e:
         raise UserError(
-            f"{what} = {name!r}: must be UTF-8: rename it, or set PYTHONUTF8=1 if the locale is not UTF-8"
+            f"{flag} = {name!r}: must be UTF-8: rename it, or set PYTHONUTF8=1 if the locale is not UTF-8"
         ) from e
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path leads into a bucket."""
+    """Tells whether a path leads into a bucket."""
     return os.fspath(path).startswith(_BUCKET_PREFIX)
 
 
 def absolute(path: AnyPath) -> epath.Path:
-    """The path as Orbax wants it; of one in a bucket, `absolute()` and `resolve()` would make a local one."""
+    """Returns a path as Orbax wants it; of one in a bucket `absolute()` would make a local one."""
     return epath.Path(path if is_bucket(path) else Path(path).absolute())
 
 
 def for_tensorstore(path: AnyPath) -> str:
     r"""Returns a local path as TensorStore's file driver needs it, which takes a backslash for a slash.
 
-    What comes before the last backslash is replaced by a symbolic link, which lives as long as the process.
+    All before the last backslash is replaced by a symbolic link, which lives as long as the process.
     """
     parts = Path(path).absolute().parts
     last = max((n for n, part in enumerate(parts) if "\\" in part), default=None)
@@ -189,7 +186,7 @@ def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, 
 
     Args:
         path: The file.
-        advice: What to do if it is damaged; ends the message.
+        advice: Says what to do if it is damaged; ends the message.
         sealed: Whether it was written by `sealed_json`, so that its digest is compared and left out.
 
     Raises:
@@ -232,7 +229,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def _set_libraries_up() -> None:
-    """Must come before the first use of a path into a bucket, which is when these are read."""
+    """Sets the options of libraries that read them at the first use of a path into a bucket."""
     # Where TensorFlow is installed, epath would import it to read files, which has errors of its own.
     os.environ.setdefault("EPATH_USE_TF", "false")
     # For the sake of zonal buckets, which TensorStore does not know, gcsfs would ask for the kind of each

@@ -1,9 +1,9 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere, and tables.
+"""The output of a run: a live line on a terminal, plain lines elsewhere, and tables.
 
 It prints and computes nothing that training depends on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import sys
 import time
@@ -13,7 +13,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from topklm.sharding import ParameterLayout
+from topklm.config import Config
+from topklm.layout import ParameterLayout
+from topklm.storage.files import AnyPath
 
 
 class Console:
@@ -100,19 +102,19 @@ def _mib(n_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4:05, 1:02:03."""
+    """Formats a time like 4:05 or 1:02:03."""
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 def percentages(shares: Sequence[float]) -> str:
-    """`12 %, 3 %` for one share per layer, or a dash where there are none."""
+    """Formats one share per layer like `12 %, 3 %`, or a dash where there are none."""
     return ", ".join(f"{share:.1%}".replace("%", " %") for share in shares) or "-"
 
 
 def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
-    """One line on a held-out evaluation."""
+    """Formats a held-out evaluation as one line."""
     part = (
         f" (the first {result['tokens']:,} of {result['of_tokens']:,} tokens)"
         if "of_tokens" in result
@@ -129,3 +131,42 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
             f"overlap with layer below {percentages(result['overlap_below'])}"
         )
     return line
+
+
+def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
+    """Returns the rows of the table that is printed at the end of a run, label to text.
+
+    Args:
+        folder: Of the run.
+        lines: Of its metrics, oldest first.
+        step: Of its newest checkpoint.
+    """
+    newest: dict[str, Any] = {}
+    for line in lines:
+        newest |= line
+    formats: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "tokens_seen": ("tokens seen", "{:,}".format),
+        "seconds_trained": ("time in training steps", duration),
+        "goodput": ("share of the time since the run began", "{:.1%}".format),
+        "train/loss": ("last train loss, nats/token", "{:.4f}".format),
+        "eval/loss": ("held-out loss, nats/token", "{:.4f}".format),
+        "eval/perplexity": ("held-out perplexity", "{:.2f}".format),
+        "eval/bits_per_byte": ("held-out bits per byte", "{:.4f}".format),
+        "eval/of_tokens": (
+            f"held-out figures are of {newest.get('eval/tokens', 0):,} tokens of",
+            "{:,}".format,
+        ),
+        "eval/dead_neurons": ("dead neurons, per TopK layer", percentages),
+        "eval/norm_kept": ("squared norm kept, per TopK layer", percentages),
+        "eval/overlap_below": ("active in the layer below too", percentages),
+    }
+    rows = {label: show(newest[key]) for key, (label, show) in formats.items() if key in newest}
+    example = f'topklm.load("{folder}").generate("The", max_new_tokens=40)'
+    return {"steps": f"{step:,}", **rows, "read it": example}
+
+
+def describe_model(config: Config) -> str:
+    """Describes a model, such as "4 layers, TopK keeps 32 of 256 (relu) in 3 of them"."""
+    m = config.model
+    sparse = f"TopK keeps {m.topk_k} of {m.d_model} ({m.topk_activation}) in {m.n_topk_layers}"
+    return f"{m.n_layers} layers, {sparse if m.n_topk_layers else 'TopK in none'} of them"

@@ -14,7 +14,7 @@ from topklm.imports import without
 from topklm.storage import files
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, is_bucket, parse_json, write_atomically
-from topklm.storage.gcs_mirror import GcsMirror
+from topklm.storage.gcs import GcsMirror
 
 # tensorboardX looks for them, which takes seconds, for what is not used here.
 with without("torch", "boto3", "google.cloud.storage"):
@@ -33,7 +33,7 @@ class Writer(Protocol):
         """Returns when the lines are where the checkpoints are; called before one refers to them.
 
         Returns:
-            What `open_writer` compares them with when the run is continued: their number and their CRC-32.
+            Their number and their CRC-32, which `open_writer` compares when the run is continued.
         """
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ def open_writer(
     Args:
         folder: The run folder, on a disk or in a bucket.
         resume_step: The last step that is done.
-        synced: What `Writer.sync` returned after that step, if it is known.
+        synced: Result of `Writer.sync` after that step, if it is known.
         primary: Whether this is the process that writes them; the writer of any other does nothing.
         warn: Is told, a line each, what became of lines that are not as they were written; and, once in a
             row, when a bucket does not take them: training goes on; `close` raises.
@@ -133,7 +133,7 @@ class MetricsWriter:
 
 
 def is_evaluated(folder: AnyPath, step: int) -> bool:
-    """Whether the metrics of a run hold the evaluation of a step."""
+    """Tells whether the metrics of a run hold the evaluation of a step."""
     return any(line["step"] == step and "eval/loss" in line for line in read(folder))
 
 
@@ -186,8 +186,8 @@ class _Nobody:
 class _Board:
     """A TensorBoard file, written by the caller's own thread.
 
-    tensorboardX would write from a thread behind a short queue: on a full disk that thread dies, and
-    the run waits for it for ever.
+    tensorboardX would write from a thread that takes events from a short queue: on a full disk that thread
+    dies, and the run waits for it for ever.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
@@ -216,7 +216,7 @@ def _content(path: AnyPath) -> bytes:
 
 
 def _parsed(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """Parses lines of metrics: those that a writer wrote, each with its values, and how many others.
+    """Parses lines of metrics: every line of a writer with its values, and the number of other lines.
 
     A killed process can leave half a line, the last one, which does not count.
     """

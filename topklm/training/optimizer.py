@@ -9,7 +9,7 @@ from topklm.config import OptimConfig
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay (Loshchilov and Hutter 2019), schedule.
+    """Chains clipping by global norm, Adam, decoupled weight decay (Loshchilov and Hutter 2019), schedule.
 
     Args:
         config: Its settings.
@@ -25,7 +25,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, then a cosine, or a plateau with a linear end (WSD)."""
+    """Maps step to learning rate: linear warm-up, then a cosine, or a plateau with a linear end (WSD)."""
     peak = config.learning_rate
     final = peak * config.final_learning_rate_fraction
     # The first step already moves: the ramp starts at peak / warmup_steps, not at 0.
@@ -63,5 +63,5 @@ def change_of_schedule(config: OptimConfig, before: int, steps: int, step: int) 
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices, False for norm scales (which carry a layer axis, so the name decides)."""
+    """Marks matrices True, norm scales False (they carry a layer axis, so the name decides)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -50,7 +50,7 @@ class Profiler:
             yield
 
     def ends_with(self, step: int) -> bool:
-        """Whether this step is the last to be traced, for all processes alike."""
+        """Tells whether this step is the last to be traced, for all processes alike."""
         return bool(self._steps) and step == self._steps[-1]
 
     def close(self) -> None:

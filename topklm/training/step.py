@@ -1,31 +1,35 @@
 """The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh.
 
 Loss and gradient are one program for every device (`jax.shard_map`) whose communication is written out, here
-and in `model.parallel`; the optimizer works on each array as it lies.
+and in `topklm.parallel`; the optimizer works on each array as it lies.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import functools
+import signal
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from topklm import sharding
-from topklm.config import Config
+from topklm.config import Config, ModelConfig
+from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import attention_backends, losses, topk, transformer
-from topklm.model.parallel import Parallel
-from topklm.training import bad_steps, topk_health
+from topklm.parallel import Parallel
+from topklm.runtime import allocator
+from topklm.runtime.signals import StopRequest
+from topklm.training import anomalies
+from topklm.training.evaluation import topk_health_tap
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
 
-_EVERYWHERE = PartitionSpec()
-_OF_TOKENS = PartitionSpec(sharding.BATCH_AXES, "context")  # arrays [B, T] in a device's program
-_OF_ROWS = PartitionSpec(sharding.BATCH_AXES)
+
+# XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
+_RELEASE_SECONDS = 0.002
+_LARGE_BYTES = 64 * 2**20
+_STOP_FLAG = "stop_signal"  # among the results of a step
 
 
 class TrainState(NamedTuple):
@@ -34,13 +38,12 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar, optimizer steps done
     params: transformer.Parameters
     opt_state: optax.OptState
-    recent: bad_steps.Recent  # what the last good steps were like
+    recent: anomalies.StepWindow  # loss and gradient norm of the last good steps
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A fresh state, every array created where it lives on the mesh."""
-    shapes = abstract_state(config, optimizer)
-    shardings = sharding.parameter_shardings(shapes, mesh)
+def init_state(config: Config, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Makes a new state, every array created on the devices that hold it."""
+    shardings = layout.shardings(abstract_state(config, optimizer))
     return jax.jit(functools.partial(_init, config, optimizer), out_shardings=shardings)()
 
 
@@ -51,38 +54,37 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> T
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     params = transformer.create(config.model, config.train.seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bad_steps.fresh())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layout of a training batch, with nothing allocated."""
     shape = (config.train.batch_size, config.model.context_length)
-    place = sharding.batch_sharding(mesh)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
-    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+    return {**batch, "loss_weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.batch)}
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, optimizer: optax.GradientTransformation, layout: Layout
 ) -> jax.stages.Wrapped:
     """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The gradient is that of the weighted mean loss over all tokens of the batch, also when it is accumulated
-    over microbatches that hold different numbers of weighted tokens. A bad step (`bad_steps.is_bad`) counts,
+    over microbatches that hold different numbers of weighted tokens. A bad step (`anomalies.is_bad`) counts,
     but with `train.on_bad_step = "skip"` changes neither parameters nor optimizer.
 
     Metrics are float32 scalars: `loss` (nats per token, without z-loss), `gradient_norm` (before clipping),
     `learning_rate`, and `bad`, 1 for a bad step.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
-    loss_and_gradient = _make_loss_and_gradient(config, mesh)
+    loss_and_gradient = _make_loss_and_gradient(config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_gradient(state.params, batch)
         norm = optax.tree.norm(grads)
-        bad = bad_steps.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
-        recent = bad_steps.remember(state.recent, loss, norm, bad)
+        bad = anomalies.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
+        recent = anomalies.push(state.recent, loss, norm, bad)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learned = optax.apply_updates(state.params, updates), opt_state
         if config.train.on_bad_step == "skip":
@@ -99,17 +101,19 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
+def make_eval_step(
+    config: Config, layout: Layout
+) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
-    int32[B], how many a row has, and `topk_health`, see `topk_health.measure`.
+    int32[B], how many a row has, and `topk_health`, see `topk_health_tap`.
     """
-    specs, parallel = _layout(config, mesh)
+    specs, parallel, forward = _make_forward(config.model, layout)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        tap = topk_health.tap(parallel.residual_tokens(batch["loss_weights"]))
-        model, h, health = _hidden(config, params, batch, parallel, tap)
+        tap = topk_health_tap(parallel.residual_tokens(batch["loss_weights"]))
+        model, h, health = forward(params, batch, tap)
         nll = losses.token_losses(
             parallel.gather_tokens(h),
             model.unembedding(),
@@ -118,25 +122,25 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[transformer.Paramete
             parallel.tensor,
         )
         sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
-        nll_nats, tokens = (_sum_over(mesh, x, keep=_OF_ROWS, leave_out="tensor") for x in sums)
+        nll_nats, tokens = (layout.sum_over(x, keep=ROWS, leave_out="tensor") for x in sums)
         return {
             "nll_nats": nll_nats,
             "tokens": tokens,
-            "topk_health": jax.tree.map(lambda x: _sum_over(mesh, x, keep=_EVERYWHERE), health),
+            "topk_health": jax.tree.map(lambda x: layout.sum_over(x, keep=REPLICATED), health),
         }
 
-    out = {"nll_nats": _OF_ROWS, "tokens": _OF_ROWS, "topk_health": _EVERYWHERE}
-    eval_step = _on_every_device(of_device, mesh, specs, out)
+    out = {"nll_nats": ROWS, "tokens": ROWS, "topk_health": REPLICATED}
+    eval_step = layout.on_every_device(of_device, specs, out)
     # Every process reads the sums, those of other processes' rows too.
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, _EVERYWHERE))
+    return jax.jit(eval_step, out_shardings=layout.replicated)
 
 
-def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
+def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel = _layout(config, mesh)
+    specs, parallel, forward = _make_forward(config.model, layout)
 
     def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model, h, _ = _hidden(config, params, batch, parallel)
+        model, h, _ = forward(params, batch)
         return losses.cross_entropy(
             parallel.gather_tokens(h),
             model.unembedding(),
@@ -150,65 +154,50 @@ def _make_loss_and_gradient(config: Config, mesh: Mesh) -> Callable:
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, Any]:
-        total = _sum_over(mesh, batch["loss_weights"].sum(), keep=_EVERYWHERE, leave_out="tensor")
+        total = layout.sum_over(batch["loss_weights"].sum(), keep=REPLICATED, leave_out="tensor")
         batch = {**batch, "loss_weights": batch["loss_weights"] / jnp.maximum(total, 1.0)}
         (_, nll), grads = _accumulate(gradient, params, batch, config.train.grad_accumulation)
         # Along the axes that split a parameter its gradient has been summed where it was gathered.
-        grads = jax.tree.map(lambda g, spec: _sum_over(mesh, g, keep=spec), grads, specs)
-        return _sum_over(mesh, nll, keep=_EVERYWHERE, leave_out="tensor"), grads
+        grads = jax.tree.map(lambda g, spec: layout.sum_over(g, keep=spec), grads, specs)
+        return layout.sum_over(nll, keep=REPLICATED, leave_out="tensor"), grads
 
-    return _on_every_device(of_device, mesh, specs, (_EVERYWHERE, specs))
-
-
-def _layout(config: Config, mesh: Mesh) -> tuple[Any, Parallel]:
-    shapes = jax.eval_shape(functools.partial(transformer.create, config.model, config.train.seed))
-    parallel = sharding.parallel(mesh, shapes, jnp.dtype(config.model.dtype))
-    platform = mesh.devices.flat[0].platform
-    topk.check_platform(config.model.topk_backend, platform)
-    attention = attention_backends.choose(config.model, platform)
-    return sharding.parameter_specs(shapes, mesh), dataclasses.replace(
-        parallel, attention=attention, scan_layers=sharding.scans_layers(platform)
-    )
+    return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def _hidden(
-    config: Config,
-    params: transformer.Parameters,
-    batch: Batch,
-    parallel: Parallel,
-    tap: transformer.Tap | None = None,
-) -> tuple[transformer.Transformer, jax.Array, Any]:
-    def gathered() -> transformer.Transformer:
-        # The blocks are gathered one at a time, where they are used.
-        outside_blocks = parallel.gather({name: part for name, part in params.items() if name != "blocks"})
-        return transformer.bind(config.model, {**params, **outside_blocks})
+def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
+    """Builds the forward pass of one device's program.
 
-    model = gathered()
-    h, seen = model.hidden(
-        batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
-    )
-    # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each goes
-    # through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
-    tied = config.model.tie_embeddings and config.model.dtype != "float32"
-    return gathered() if tied else model, h, seen
+    Returns:
+        The specs of the parameters; the device's view of the mesh; and `(params, batch, tap) -> (model, h,
+        what the tap saw)`, whose parameters are this device's parts.
+    """
+    shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
+    topk.check_platform(config.topk_backend, layout.platform)
+    attention = attention_backends.choose(config, layout.platform)
+    parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention)
 
+    def forward(
+        params: transformer.Parameters, batch: Batch, tap: transformer.Tap | None = None
+    ) -> tuple[transformer.Transformer, jax.Array, Any]:
+        def gathered() -> transformer.Transformer:
+            # The blocks are gathered one at a time, where they are used.
+            outside_blocks = parallel.gather({name: x for name, x in params.items() if name != "blocks"})
+            return transformer.bind(config, {**params, **outside_blocks})
 
-def _on_every_device(program: Callable, mesh: Mesh, params: Any, out: Any) -> Callable:
-    """`program(params, batch)` on each device's parts; the program itself where there is one device."""
-    if mesh.size == 1:
-        return program
-    # What is replicated is so by the sums we write; the TopK search's carry could not be checked.
-    return jax.shard_map(program, mesh=mesh, in_specs=(params, _OF_TOKENS), out_specs=out, check_vma=False)
+        model = gathered()
+        h, seen = model.hidden(
+            batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
+        )
+        # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
+        # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
+        tied = config.tie_embeddings and config.dtype != "float32"
+        return gathered() if tied else model, h, seen
 
-
-def _sum_over(mesh: Mesh, x: jax.Array, *, keep: PartitionSpec, leave_out: str | None = None) -> jax.Array:
-    """The sum over all devices but those along the axes of `keep`, and along one where all have the same."""
-    axes = tuple(axis for axis in sharding.other_axes(mesh, keep) if axis != leave_out)
-    return jax.lax.psum(x, axes) if axes else x
+    return layout.specs(shapes), parallel, forward
 
 
 def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
-    """`gradient(params, batch)` summed over n microbatches; the loss weights already sum to 1."""
+    """Sums `gradient(params, batch)` over n microbatches; the loss weights already sum to 1."""
     if n == 1:
         return gradient(params, batch)
 
@@ -221,3 +210,83 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
     shape = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[: x.shape[0] // n], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     return jax.lax.scan(add, zeros, jax.tree.map(microbatches, batch))[0]
+
+
+def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a train step, and gives back what the compiler took and freed."""
+    compiled = lowered.compile()
+    allocator.release_freed_memory()
+    return compiled
+
+
+def release_seconds(compiled: jax.stages.Compiled) -> float:
+    """Returns how long to wait, in seconds, between a step that is done and the next; 0 if they may overlap.
+
+    A step that begins before the last one's temporaries are free takes as much memory again, and the
+    allocator keeps it.
+    """
+    if jax.default_backend() != "cpu":
+        return 0.0
+    sizes = compiled.memory_analysis()
+    large = sizes is not None and sizes.temp_size_in_bytes > _LARGE_BYTES
+    return _RELEASE_SECONDS if large else 0.0
+
+
+class StopSync:
+    """Truthy once all processes know that the run shall stop; the same in all of them after each step.
+
+    Each process puts its own signal into the step as an array over its devices, and reads the largest of all
+    among the step's results: a step later all know, without any message and whatever the network does.
+    """
+
+    def __init__(self, layout: Layout, stop: StopRequest):
+        """Starts with no stop known.
+
+        Args:
+            layout: Of all devices of the run.
+            stop: Request to this process.
+        """
+        self._stop = stop
+        self._alone = jax.process_count() == 1
+        self._agreed = False
+        self._layout = layout
+        self._flags: dict[int, jax.Array] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._stop) if self._alone else self._agreed
+
+    def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
+        """Gives a step one more argument, this process's stop flag, if there are other processes.
+
+        Args:
+            step: Jitted, `(...) -> results` or `(...) -> (state, results)`.
+            donate_argnums: Of the step.
+        """
+        if self._alone:
+            return step
+
+        def with_flag(*arguments_and_flag: Any) -> Any:
+            *arguments, flag = arguments_and_flag
+            out = step(*arguments)
+            *state, results = out if isinstance(out, tuple) else (out,)
+            results = {**results, _STOP_FLAG: jnp.max(flag)}
+            return (*state, results) if state else results
+
+        return jax.jit(with_flag, donate_argnums=donate_argnums)
+
+    def stop_flag(self) -> tuple[jax.Array, ...]:
+        """Returns the further argument of such a step: this process's signal number now, or 0, per device."""
+        if self._alone:
+            return ()
+        asked = signal.Signals[self._stop.signal_name].value if self._stop.signal_name else 0
+        if asked not in self._flags:
+            self._flags[asked] = self._layout.one_per_device(asked)
+        return (self._flags[asked],)
+
+    def read_stop_flag(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Takes the flag out of a step's results; every process must do so for every step, in order."""
+        asked = int(results.pop(_STOP_FLAG, 0))
+        if asked:
+            self._agreed = True
+            self._stop.request(signal.Signals(asked).name)
+        return results

@@ -1,4 +1,4 @@
-"""How fast a run is: time spent training, tokens per second, and the share of the machine's peak that is."""
+"""The speed of a run: time spent training, tokens per second, and their share of the machine's peak."""
 
 import collections
 import dataclasses
@@ -57,11 +57,11 @@ class Clock:
         self.total, self.since = self.now(), None
 
     def now(self) -> float:
-        """Seconds so far."""
+        """Returns the seconds so far."""
         return self.total if self.since is None else self.total + time.perf_counter() - self.since
 
     def goodput(self) -> float:
-        """Share of the time since the run was begun that went into its steps, pauses between processes too.
+        """Returns the share of the time since the run was begun, pauses included, that went into its steps.
 
         At most 1, also where the machine's date has been set back in between.
         """
@@ -70,7 +70,7 @@ class Clock:
 
 
 class Rate:
-    """Throughput of the last second or more of training, and of the machine's peak the share that is."""
+    """Throughput of the last second or more of training, and its share of the machine's peak."""
 
     def __init__(self, config: Config, tokens_per_step: int, step: int, seconds: float):
         self._marks = collections.deque([(step, seconds)])
@@ -80,7 +80,7 @@ class Rate:
         self._peak = peak_flops_per_second(self._devices, self._dtype)
 
     def at(self, step: int, seconds: float) -> tuple[float, float]:
-        """Tokens per second, and the model FLOPs utilisation that is.
+        """Returns tokens per second, and the model FLOPs utilisation of that.
 
         The utilisation is NaN where it would be above 1: then the peak is not that of this machine.
         """
@@ -101,12 +101,12 @@ class Rate:
 
 
 def parameter_count(params: Any) -> int:
-    """Number of scalars in a parameter tree."""
+    """Counts the scalars in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Training arithmetic per token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B).
+    """Computes the training arithmetic per token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B).
 
     N counts the parameters used in matrix products (the unembedding, not the embedding look-up), H Q is
     the width of all heads together. TopK, padding of the vocabulary and recomputation count as nothing, so
@@ -124,7 +124,7 @@ def data_sheet_peak(kind: str) -> float | None:
 
 
 def peak_flops_per_second(devices: list[jax.Device], dtype: str) -> float:
-    """Peak of all devices together, FLOP/s: the data sheet's for accelerators, measured on CPUs.
+    """Returns the peak of all devices together, FLOP/s: the data sheet's for accelerators, measured on CPUs.
 
     A CPU's peak depends on clock and cores granted, so it is the best of a few timed matrix products.
     An accelerator that is not in the table is measured the same way.

@@ -6,7 +6,7 @@ from test_build import SELECTION, SETTINGS, TEXTS, contents, make, write_lines
 from topklm.data.building import encode
 from topklm.data.building.beam import BeamEngine
 from topklm.data.building.build import build
-from topklm.data.building.settings import Sources
+from topklm.data.building.description import DatasetSources
 from topklm.data.building.storage import Storage
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
@@ -25,7 +25,7 @@ def corpus(tmp_path):
     folder.mkdir()
     for i in range(3):
         write_lines(folder / f"{i}.jsonl.gz", [*TEXTS[100 * i : 100 * i + 120], *TEXTS[:10]])
-    return Sources(find([str(folder)]))
+    return DatasetSources(find([str(folder)]))
 
 
 def test_a_pipeline_gives_the_bytes_of_the_local_command(corpus, tmp_path, monkeypatch):
@@ -57,7 +57,7 @@ def test_strict_ends_a_pipeline_with_the_first_problem(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nno json')
     strict = dataclasses.replace(SETTINGS, selection=dataclasses.replace(SELECTION, strict=True))
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: invalid JSON"):
-        build_with_beam(Sources(find([str(tmp_path / "bad.jsonl")])), tmp_path / "out", strict)
+        build_with_beam(DatasetSources(find([str(tmp_path / "bad.jsonl")])), tmp_path / "out", strict)
 
 
 def test_an_unknown_runner_is_refused(corpus, tmp_path):

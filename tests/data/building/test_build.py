@@ -9,11 +9,10 @@ import pytest
 
 from topklm.data.building import encode
 from topklm.data.building.build import build
+from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Settings, Sources
+from topklm.data.building.engines import LocalEngine
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import Workers
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
@@ -23,7 +22,7 @@ from topklm.progress import Progress
 
 TEXTS = [f"Ship {n} sailed on day {n * n} to the port of {n % 7} hills.\n" * (1 + n % 5) for n in range(400)]
 SELECTION = Selection(heldout_fraction=0.2)
-SETTINGS = Settings(SELECTION, "train:300")
+SETTINGS = DatasetSettings(SELECTION, "train:300")
 
 
 def is_heldout(text, fraction=0.2):
@@ -45,13 +44,13 @@ def sources(tmp_path):
     folder.mkdir()
     for i in range(5):
         write_lines(folder / f"{i}.jsonl{'.gz' if i % 2 else ''}", TEXTS[80 * i : 80 * i + 80])
-    return Sources(find([str(folder)]))
+    return DatasetSources(find([str(folder)]))
 
 
 def make(sources, out, settings=SETTINGS, cores=1):
     lines = []
-    with Workers(cores) as workers:
-        build(sources, settings, Storage(out), LocalEngine(workers), Progress(lines.append))
+    with LocalEngine(cores) as engine:
+        build(sources, settings, Storage(out), engine, Progress(lines.append))
     return load_dataset(out), lines
 
 
@@ -128,7 +127,7 @@ def test_touched_files_of_the_same_content_are_the_same_sources(sources, tmp_pat
     make(sources, tmp_path / "out")
     for path in (tmp_path / "text").iterdir():
         path.touch()
-    _, lines = make(Sources(find([str(tmp_path / "text")])), tmp_path / "out")
+    _, lines = make(DatasetSources(find([str(tmp_path / "text")])), tmp_path / "out")
     assert "is prepared already" in lines[0]
 
 
@@ -139,7 +138,7 @@ def test_a_folder_with_another_dataset_is_refused_naming_the_difference(sources,
         make(sources, tmp_path / "out", other)
     write_lines(tmp_path / "text" / "0.jsonl", ["something else"])
     with pytest.raises(UserError, match="its sources are others or have changed"):
-        make(Sources(find([str(tmp_path / "text")])), tmp_path / "out")
+        make(DatasetSources(find([str(tmp_path / "text")])), tmp_path / "out")
 
 
 def test_a_folder_with_other_things_is_refused(sources, tmp_path):
@@ -159,8 +158,8 @@ def test_nothing_but_the_dataset_is_left(sources, tmp_path):
 def test_copies_are_dropped_and_the_held_out_one_stays(tmp_path):
     train = write_lines(tmp_path / "train.jsonl", ["a b", "c d", "a b", "e f", "both", "c d "])
     heldout = write_lines(tmp_path / "heldout.jsonl", ["x y", "both", "x y"])
-    sources = Sources(find([str(train)]), find([str(heldout)]))
-    settings = Settings(Selection(heldout_fraction=0), "train:300")
+    sources = DatasetSources(find([str(train)]), find([str(heldout)]))
+    settings = DatasetSettings(Selection(heldout_fraction=0), "train:300")
     dataset, lines = make(sources, tmp_path / "out", settings)
     assert texts_of(dataset, dataset.train) == ["a b", "c d", "e f", "c d "]
     assert texts_of(dataset, dataset.heldout) == ["x y", "both"]
@@ -177,7 +176,7 @@ def test_copies_are_found_across_files_and_chunks(tmp_path, monkeypatch):
     files = [[f"text {n}" for n in rng.integers(0, 60, 50)] for _ in range(4)]
     for i, texts in enumerate(files):
         write_lines(tmp_path / f"{i}.jsonl", texts)
-    dataset, _ = make(Sources(find([f"{tmp_path}/*.jsonl"])), tmp_path / "out")
+    dataset, _ = make(DatasetSources(find([f"{tmp_path}/*.jsonl"])), tmp_path / "out")
     once = list(dict.fromkeys(text for texts in files for text in texts))
     assert texts_of(dataset, dataset.train) == [t for t in once if not is_heldout(t)]
     assert texts_of(dataset, dataset.heldout) == [t for t in once if is_heldout(t)]
@@ -221,8 +220,8 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**nothing, **content}))
     texts = [" ".join(words[i : i + 50]) for i in range(0, 66_000, 50)]
-    sources = Sources(find([str(write_lines(tmp_path / "words.jsonl", texts))]))
-    dataset, _ = make(sources, tmp_path / "out", Settings(SELECTION, str(tmp_path / "tokenizer.json")))
+    sources = DatasetSources(find([str(write_lines(tmp_path / "words.jsonl", texts))]))
+    dataset, _ = make(sources, tmp_path / "out", DatasetSettings(SELECTION, str(tmp_path / "tokenizer.json")))
     tokens = np.concatenate([dataset.tokens(s).read(0, s.tokens) for s in (dataset.train, dataset.heldout)])
     assert sorted(tokens[tokens > 1]) == list(range(2, 66_002))
 
@@ -231,7 +230,7 @@ def test_the_tokenizer_learns_nothing_from_held_out_text(sources, tmp_path):
     heldout = next(f"qqxxzz {n}" for n in range(1000) if is_heldout(f"qqxxzz {n}"))
     without, _ = make(sources, tmp_path / "without")
     write_lines(tmp_path / "text" / "more.jsonl", [heldout] * 50)
-    with_it, _ = make(Sources(find([str(tmp_path / "text")])), tmp_path / "with")
+    with_it, _ = make(DatasetSources(find([str(tmp_path / "text")])), tmp_path / "with")
     assert with_it.heldout.documents == without.heldout.documents + 1
     assert with_it.tokenizer.sha256 == without.tokenizer.sha256
 
@@ -246,8 +245,8 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(tmp_path):
     ]
     lines += [b'{"text": "bad \xff byte"}', b'{"text": "good two"}']
     (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(lines))
-    settings = Settings(Selection(heldout_fraction=0), "train:300")
-    sources = Sources(find([str(tmp_path / "mixed.jsonl")]))
+    settings = DatasetSettings(Selection(heldout_fraction=0), "train:300")
+    sources = DatasetSources(find([str(tmp_path / "mixed.jsonl")]))
     dataset, said = make(sources, tmp_path / "out", settings)
     assert texts_of(dataset, dataset.train) == ["good one", "bad � byte", "good two"]
     content = read_description(dataset.path)
@@ -263,7 +262,7 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(tmp_path):
 def test_strict_stops_at_the_first_problem_also_one_that_was_skipped_before(sources, tmp_path):
     with (tmp_path / "text" / "2.jsonl").open("a") as file:
         file.write("\nno json")
-    sources = Sources(find([str(tmp_path / "text")]))
+    sources = DatasetSources(find([str(tmp_path / "text")]))
     strict = dataclasses.replace(SETTINGS, selection=dataclasses.replace(SELECTION, strict=True))
     with pytest.raises(UserError, match=r"strict: .*2\.jsonl, line 81: invalid JSON"):
         make(sources, tmp_path / "out", strict)
@@ -275,13 +274,13 @@ def test_strict_stops_at_the_first_problem_also_one_that_was_skipped_before(sour
 def test_what_leaves_out_all_documents_is_named_with_counts_by_reason(sources, tmp_path):
     with (tmp_path / "text" / "0.jsonl").open("a") as file:
         file.write('\n{"text": ""}\nno json\n{"text": "' + "x" * 2000 + '"}')
-    sources = Sources(find([str(tmp_path / "text")]))
+    sources = DatasetSources(find([str(tmp_path / "text")]))
     selection = Selection(min_chars=1000, max_chars=1500)
     counts = (
         r"too short \(min_chars = 1000\): 400, too long \(max_chars = 1500\): 1, empty: 1, invalid JSON: 1"
     )
     with pytest.raises(UserError, match=rf"no text in .*, left out {counts}: give longer documents"):
-        make(sources, tmp_path / "out", Settings(selection, "train:300"))
+        make(sources, tmp_path / "out", DatasetSettings(selection, "train:300"))
 
 
 @pytest.mark.parametrize(("sizes", "total"), [((0, 0), 0), ((5, 0), 0), ((5, 7), 12)])
@@ -298,12 +297,12 @@ def test_how_far_the_encoding_is_is_told_only_where_all_sizes_are_known(tmp_path
             totals[what] = total
             return super().phase(what, total)
 
-    with Workers(1) as workers:
+    with LocalEngine(1) as engine:
         build(
-            Sources(tuple(files)),
+            DatasetSources(tuple(files)),
             SETTINGS,
             Storage(tmp_path / "out"),
-            LocalEngine(workers),
+            engine,
             Noted(lambda _: 0),
         )
     memory.rm("/unmeasured", recursive=True)
@@ -321,7 +320,7 @@ def test_text_without_a_document_is_refused_with_the_first_problem(tmp_path):
     with pytest.raises(
         UserError, match=r"no text in .*bad\.jsonl.*the first problem: .*line 1: no text field"
     ):
-        make(Sources(find([str(tmp_path / "bad.jsonl")])), tmp_path / "out")
+        make(DatasetSources(find([str(tmp_path / "bad.jsonl")])), tmp_path / "out")
 
 
 def in_order_of_their_hashes(texts):
@@ -333,8 +332,8 @@ def test_where_the_share_holds_out_none_the_document_with_the_lowest_hash_is(tmp
     texts = [t for t in TEXTS * 2 if not is_heldout(t, fraction)][:n]
     for i, part in enumerate((texts[: n // 2], texts[n // 2 :], texts[:2])):
         write_lines(tmp_path / f"{i}.jsonl", part)
-    settings = Settings(Selection(heldout_fraction=fraction), "train:300")
-    given = Sources(find([f"{tmp_path}/*.jsonl"]))
+    settings = DatasetSettings(Selection(heldout_fraction=fraction), "train:300")
+    given = DatasetSources(find([f"{tmp_path}/*.jsonl"]))
     dataset, lines = make(given, tmp_path / "out", settings)
     first = in_order_of_their_hashes(texts)[0]
     assert texts_of(dataset, dataset.heldout) == [first]
@@ -348,17 +347,19 @@ def test_where_the_share_holds_out_none_the_document_with_the_lowest_hash_is(tmp
 @pytest.mark.parametrize(("n", "fraction"), [(3, 0.9), (40, 0.99)])
 def test_where_the_share_leaves_none_to_train_on_the_two_with_the_highest_hashes_are(tmp_path, n, fraction):
     texts = [t for t in TEXTS if is_heldout(t, fraction)][:n]
-    given = Sources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
-    dataset, _ = make(given, tmp_path / "out", Settings(Selection(heldout_fraction=fraction), "train:300"))
+    given = DatasetSources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
+    dataset, _ = make(
+        given, tmp_path / "out", DatasetSettings(Selection(heldout_fraction=fraction), "train:300")
+    )
     assert set(texts_of(dataset, dataset.train)) == set(in_order_of_their_hashes(texts)[-2:])
     assert dataset.heldout.documents == n - 2
 
 
 def test_the_tokenizer_learns_nothing_from_a_document_that_few_others_make_held_out(tmp_path):
     texts = [t for t in TEXTS if not is_heldout(t, 0.05)][:16]
-    settings = Settings(Selection(heldout_fraction=0.05), "train:300")
+    settings = DatasetSettings(Selection(heldout_fraction=0.05), "train:300")
     dataset, _ = make(
-        Sources(find([str(write_lines(tmp_path / "a.jsonl", texts))])), tmp_path / "a", settings
+        DatasetSources(find([str(write_lines(tmp_path / "a.jsonl", texts))])), tmp_path / "a", settings
     )
     expected = train_bpe([t for t in texts if t != in_order_of_their_hashes(texts)[0]], 300)
     assert dataset.tokenizer.sha256 == expected.sha256
@@ -366,14 +367,14 @@ def test_the_tokenizer_learns_nothing_from_a_document_that_few_others_make_held_
 
 @pytest.mark.parametrize("texts", [["one"], ["one", "two"], ["one", "two"] * 50])
 def test_of_fewer_than_three_documents_none_can_be_held_out(tmp_path, texts):
-    given = Sources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
-    settings = Settings(Selection(heldout_fraction=0.01), "train:300", deduplicate=False)
+    given = DatasetSources(find([str(write_lines(tmp_path / "few.jsonl", texts))]))
+    settings = DatasetSettings(Selection(heldout_fraction=0.01), "train:300", deduplicate=False)
     with pytest.raises(
         UserError, match=rf"of {len(texts)} document.* into the heldout split.* --heldout FILE"
     ):
         make(given, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
-    more = Sources(given.train, find([str(write_lines(tmp_path / "more.jsonl", ["held out"]))]))
+    more = DatasetSources(given.train, find([str(write_lines(tmp_path / "more.jsonl", ["held out"]))]))
     dataset, _ = make(more, tmp_path / "out", settings)
     assert texts_of(dataset, dataset.heldout) == ["held out"]
 
@@ -382,7 +383,7 @@ def test_documents_that_are_held_out_stay_so_as_the_corpus_grows(tmp_path):
     held = set()
     for n in (30, 100, 400):
         file = write_lines(tmp_path / f"{n}.jsonl", TEXTS[:n])
-        dataset, _ = make(Sources(find([str(file)])), tmp_path / str(n))
+        dataset, _ = make(DatasetSources(find([str(file)])), tmp_path / str(n))
         assert held <= set(texts_of(dataset, dataset.heldout))
         held = set(texts_of(dataset, dataset.heldout))
     assert held
@@ -391,9 +392,9 @@ def test_documents_that_are_held_out_stay_so_as_the_corpus_grows(tmp_path):
 def test_an_unusable_vocabulary_size_is_refused():
     for size in ("", "many", "256", "-5", "999999999999", "16777217", "1" * 5000, "\u0661\u0660\u0660\u0660"):
         with pytest.raises(UserError, match=r"257 or more .* and 16777216 or less"):
-            Settings(SELECTION, f"train:{size}").to_json()
+            DatasetSettings(SELECTION, f"train:{size}").to_json()
     for tokenizer in ("train:257", "train:16777216"):
-        Settings(SELECTION, tokenizer).to_json()
+        DatasetSettings(SELECTION, tokenizer).to_json()
 
 
 class Interruption(Exception):  # noqa: N818 - no error
@@ -436,7 +437,7 @@ def test_only_a_file_that_was_mended_is_read_again(sources, tmp_path, monkeypatc
     smallest = tmp_path / "text" / "3.jsonl.gz"  # the others come before it
     write_lines(smallest, [*TEXTS[240:319], " "])
     with pytest.raises(UserError, match=r"3\.jsonl\.gz, line 80: empty"):
-        make(Sources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
+        make(DatasetSources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
     write_lines(smallest, TEXTS[240:320])
     opened = []
 
@@ -445,7 +446,7 @@ def test_only_a_file_that_was_mended_is_read_again(sources, tmp_path, monkeypatc
         return reader(file, text_field)
 
     monkeypatch.setattr(encode, "FileReader", noted)
-    dataset, _ = make(Sources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
+    dataset, _ = make(DatasetSources(find([str(tmp_path / "text")])), tmp_path / "out", settings)
     assert opened[1:] == [str(smallest)]  # before that, the first one is asked for a document of each split
     assert texts_of(dataset, dataset.train) == [t for t in TEXTS if not is_heldout(t)]
 

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.data.building import duplicates
+from topklm.data.building import chunks as chunks_lib
 from topklm.data.building.chunks import INDEX_DTYPE, Chunk
 from topklm.data.building.storage import Storage
 
@@ -35,18 +35,18 @@ def test_one_copy_of_each_text_stays(tmp_path_factory, documents, size, bucket):
     folder = tmp_path_factory.mktemp("work")
     chunks = write_chunks(Storage(folder), documents, size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "_BUCKET_DOCUMENTS", bucket)
-        duplicates.drop_duplicates(chunks, folder)
+        patch.setattr(chunks_lib, "_BUCKET_DOCUMENTS", bucket)
+        chunks_lib.drop_duplicates(chunks, folder)
     dropped = np.concatenate([np.zeros(0, bool), *(~chunk.kept() for chunk in chunks)])
     assert np.flatnonzero(dropped).tolist() == brute_force(documents)
 
 
 def test_what_an_earlier_attempt_dropped_is_taken_back(tmp_path):
     chunks = write_chunks(Storage(tmp_path), [(1, 1, False)] * 5, 2)
-    duplicates.drop_duplicates(chunks, tmp_path)
+    chunks_lib.drop_duplicates(chunks, tmp_path)
     assert sum(chunk.kept().sum() for chunk in chunks) == 1
-    duplicates.drop_duplicates(chunks[2:], tmp_path)  # now without the others
+    chunks_lib.drop_duplicates(chunks[2:], tmp_path)  # now without the others
     assert chunks[2].kept().all()
-    duplicates.keep_all(chunks)
+    chunks_lib.keep_all(chunks)
     assert all(chunk.kept().all() for chunk in chunks)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -9,8 +9,8 @@ import pytest
 from test_build import SETTINGS, Interruption, contents, make, write_lines
 
 from topklm.data.building import encode
-from topklm.data.building.local import LocalEngine
-from topklm.data.building.settings import Sources
+from topklm.data.building.description import DatasetSources
+from topklm.data.building.engines import LocalEngine
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     for number in range(3):
         write_lines(folder / f"{number}.jsonl", [*TEXTS[40 * number : 40 * number + 40], TEXTS[0]])
-    return Sources(find([str(folder)]))
+    return DatasetSources(find([str(folder)]))
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""From text to a prepared dataset: the machinery behind `topklm prepare`, on one machine or many."""
+"""From text to a prepared dataset: the machinery of `topklm prepare`, on one machine or many."""

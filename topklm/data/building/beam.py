@@ -15,9 +15,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 import numpy as np
 
 from topklm.data.building.chunks import Chunk, Totals
-from topklm.data.building.encode import FileResult, Report
+from topklm.data.building.encode import FileResult, ReportProgress
 from topklm.data.building.storage import Storage
-from topklm.data.building.tasks import EncodeTask, ShardTask
+from topklm.data.building.work_items import EncodeTask, ShardTask
 from topklm.data.records import Shard
 from topklm.errors import UserError
 
@@ -27,20 +27,20 @@ Place = tuple[int, int, int]  # (0 if held out, else 1; chunk; row): the least o
 
 
 class BeamEngine:
-    """See `tasks.Engine`."""
+    """See `work_items.Engine`."""
 
     def __init__(self, runner: str, options: Sequence[str]):
         """Takes the name of a runner and Beam's own options, e.g. `--project=...`."""
         self._options = [f"--runner={runner}", *options]
 
-    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: Report) -> list[FileResult]:
-        """See `tasks.Engine`."""
+    def encode(self, tasks: Sequence[EncodeTask], work: Storage, report: ReportProgress) -> list[FileResult]:
+        """Encodes the files, see `work_items.Engine`."""
         results = [FileResult(**result) for result in self._map(_run, tasks, work)]
         report(sum(result.size for result in results), sum(result.documents for result in results), 0)
         return results
 
     def drop_duplicates(self, chunks: Sequence[Chunk], work: Storage) -> None:
-        """See `tasks.Engine`."""
+        """Marks copies, see `work_items.Engine`."""
         with self._pipeline() as pipeline:
             numbered = pipeline | "chunks" >> beam.Create(list(enumerate(chunks))) | beam.Reshuffle()
             copies = (
@@ -53,17 +53,17 @@ class BeamEngine:
             _ = both | "mark" >> beam.MapTuple(_mark)
 
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
-        """See `tasks.Engine`."""
+        """Counts the kept documents, tokens and bytes of each chunk, see `work_items.Engine`."""
         return [Totals(**total) for total in self._map(_totals, chunks, work)]
 
-    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: Report) -> list[Shard]:
-        """See `tasks.Engine`."""
+    def write_shards(self, tasks: Sequence[ShardTask], work: Storage, report: ReportProgress) -> list[Shard]:
+        """Writes the shards, see `work_items.Engine`."""
         return [Shard(**shard) for shard in self._map(_run, tasks, work)]
 
     def _map(
         self, function: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], work: Storage
     ) -> list[dict[str, Any]]:
-        """`[function(task) for task in tasks]`; what a function returns must be JSON."""
+        """Returns `[function(task) for task in tasks]`; results must be JSON."""
         with self._pipeline() as pipeline:
             _ = (
                 pipeline

@@ -16,14 +16,15 @@ import time
 
 import tokenizers
 
+from topklm.data.building import chunks as chunks_lib
 from topklm.data.building import description as description_lib
-from topklm.data.building import duplicates, encode, shards, tasks
+from topklm.data.building import encode, work_items
 from topklm.data.building.chunks import Chunk
+from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
-from topklm.data.building.settings import Settings, Sources
-from topklm.data.building.shards import plan_shards
+from topklm.data.building.engines import all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.workers import all_cores
+from topklm.data.building.work_items import plan_shards
 from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
 from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
@@ -38,10 +39,10 @@ TOKENIZER_TRAINING_BYTES = 1 << 28
 
 
 def build(
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     out: Storage,
-    engine: tasks.Engine,
+    engine: work_items.Engine,
     progress: Progress,
     *,
     wait: bool = False,
@@ -50,7 +51,7 @@ def build(
 
     Args:
         sources: Where the text is.
-        settings: What is made of it.
+        settings: Of the dataset.
         out: The dataset's folder; must not exist, be empty, or hold this dataset.
         engine: Does the work; no bit of the result depends on it.
         progress: Where it is shown.
@@ -81,11 +82,11 @@ class _Build:
 
     def __init__(
         self,
-        sources: Sources,
-        settings: Settings,
+        sources: DatasetSources,
+        settings: DatasetSettings,
         work: Storage,
         final: Storage,
-        engine: tasks.Engine,
+        engine: work_items.Engine,
         progress: Progress,
     ):
         self._sources, self._settings, self._work, self._final = sources, settings, work, final
@@ -100,7 +101,7 @@ class _Build:
                 "without any; those with the lowest hashes are held out"
             )
         tokenizer = self._tokenizer(selection)
-        tasks.share_tokenizer(tokenizer, work)
+        work_items.share_tokenizer(tokenizer, work)
         jobs = [FileJob(file, held, selection, tokenizer.sha256) for file, held in self._sources.files]
         self._discard_damaged([functools.partial(encode.discard_damaged, job, work) for job in jobs])
         results = self._encode(jobs)
@@ -111,8 +112,8 @@ class _Build:
         # Object stores cannot rename a folder; without its description, a folder is no dataset.
         folder = self._work.child(self._folder_name(jobs)) if self._final.is_local else self._final
         planned = plan_shards(chunks, totals, tokenizer.vocab_size, self._settings.shard_tokens)
-        self._discard_damaged([functools.partial(shards.discard_damaged, job, folder) for job in planned])
-        shard_tasks = [tasks.ShardTask(job, folder) for job in planned]
+        self._discard_damaged([functools.partial(work_items.discard_damaged, job, folder) for job in planned])
+        shard_tasks = [work_items.ShardTask(job, folder) for job in planned]
         with self._progress.phase("writing shards", sum(job.tokens for job in planned)) as report:
             made = self._engine.write_shards(shard_tasks, work, report)
         named = [(job.split, shard) for job, shard in zip(planned, made, strict=True)]
@@ -130,9 +131,9 @@ class _Build:
             fsync(self._final.path.parent)
 
     def _discard_damaged(self, checks: Sequence[Callable[[], list[str]]]) -> None:
-        """Has unfinished work on this machine looked at before it is believed, and says what is made again.
+        """Checks unfinished work on this machine before it is used, and says what is made again.
 
-        What lies in a bucket is compared by the bucket.
+        A bucket compares its files itself.
         """
         if not self._work.is_local:
             return
@@ -145,7 +146,7 @@ class _Build:
             )
 
     def _tokenizer(self, selection: Selection) -> Tokenizer:
-        """From its file, or trained on the training split."""
+        """Reads the tokenizer from its file, or trains it on the training split."""
         vocab_size = self._settings.vocab_size
         if vocab_size is None:
             return self._settings.open_tokenizer()
@@ -162,7 +163,7 @@ class _Build:
         self._progress.say(
             f"data: {tokenizer.vocab_size:,} tokens in the vocabulary, {time.monotonic() - began:.1f} s"
         )
-        tasks.share_tokenizer(tokenizer, self._work)
+        work_items.share_tokenizer(tokenizer, self._work)
         self._work.write(name, sealed_json({"of": name, "tokenizer": tokenizer.sha256}))
         return tokenizer
 
@@ -172,7 +173,9 @@ class _Build:
             return None
         with contextlib.suppress(ValueError, KeyError, IsADirectoryError):
             content = unsealed(parse_json(self._work.read(name)))
-            if content["of"] == name and (found := tasks.shared_tokenizer(content["tokenizer"], self._work)):
+            if content["of"] == name and (
+                found := work_items.shared_tokenizer(content["tokenizer"], self._work)
+            ):
                 return found
         self._progress.say("data: the tokenizer in the unfinished work is damaged, and trained again")
         return None
@@ -189,7 +192,7 @@ class _Build:
             job.file.size or not (job.file.ending == HF or is_remote(job.file.url)) for job in jobs
         )
         with self._progress.phase("encoding", is_known * sum(job.file.size for job in jobs)) as report:
-            encode_tasks = [tasks.EncodeTask(job, self._work) for job in jobs]
+            encode_tasks = [work_items.EncodeTask(job, self._work) for job in jobs]
             results = self._engine.encode(encode_tasks, self._work, report)
         documents = sum(result.documents for result in results)
         self._progress.say(f"data: encoded {documents:,} documents, {time.monotonic() - began:.1f} s")
@@ -199,16 +202,16 @@ class _Build:
         if self._settings.deduplicate:
             self._engine.drop_duplicates(chunks, self._work)
         else:
-            duplicates.keep_all(chunks)
+            chunks_lib.keep_all(chunks)
 
     def _folder_name(self, jobs: Sequence[FileJob]) -> str:
-        """Shards of another set of files, or cut otherwise, lie in another folder."""
+        """Names the folder of shards: another one for another set of files, or another cut."""
         s = self._settings
         return f"dataset-{_digest([[job.folder for job in jobs], s.deduplicate, s.shard_tokens])}"
 
 
-def _is_made(final: Storage, sources: Sources, settings: Settings) -> bool:
-    """Whether the dataset is there; UserError if something else is, or the store cannot be reached."""
+def _is_made(final: Storage, sources: DatasetSources, settings: DatasetSettings) -> bool:
+    """Tells whether the dataset is there; UserError if another is, or the store cannot be reached."""
     guard = contextlib.nullcontext() if final.is_local else store_errors_are_user_errors("--out", final.url)
     with guard:
         exists = final.exists(DESCRIPTION_FILE)

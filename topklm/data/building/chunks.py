@@ -3,6 +3,9 @@
 A chunk holds documents in source order, both splits mixed and copies not yet dropped. It is written once,
 when its text is encoded, and read to look for copies and to write shards. The index ends
 with digests of both files.
+
+Two documents are copies when the first 128 bits of their texts' SHA-256 agree: among 10^12 texts, two
+different ones do with a probability of 10^-15. Memory does not grow with the text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
+import tempfile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,13 +32,17 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
+# One row per document when copies are looked for.
+_ENTRY_DTYPE = np.dtype([("digest", "<u8", 2), ("heldout", "u1"), ("document", "<u8")])
+
 _DIGEST_BYTES = 32
+_BUCKET_DOCUMENTS = 1 << 20  # documents sorted at a time
 _COPY_TOKENS = 1 << 20  # tokens read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What a chunk holds of each split once copies are dropped; index 0: train, 1: held out."""
+    """Counts of a chunk without its copies; index 0: train, 1: held out."""
 
     documents: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -54,7 +62,7 @@ class Chunk:
         return self.storage.exists(self._name("index"))
 
     def documents(self) -> int:
-        """Number of documents of a written chunk."""
+        """Counts the documents of a written chunk."""
         with self.storage.open_local(self._name("index")) as path:
             return (path.stat().st_size - 2 * _DIGEST_BYTES) // INDEX_DTYPE.itemsize
 
@@ -93,14 +101,14 @@ class Chunk:
             self.storage.write(name, rows.astype("<u4").tobytes())
 
     def kept(self) -> np.ndarray:
-        """bool[documents]: which documents are no copies of others."""
+        """Tells which documents are no copies of others, bool[documents]."""
         keep = np.ones(self.documents(), bool)
         if self.storage.exists(self._name("dropped")):
             keep[np.frombuffer(self.storage.read(self._name("dropped")), "<u4")] = False
         return keep
 
     def totals(self) -> Totals:
-        """Documents, tokens and bytes that are kept."""
+        """Counts documents, tokens and bytes that are kept."""
         index, keep = self.index(), self.kept()
         masks = [keep & (index["heldout"] == split) for split in (0, 1)]
         documents, tokens, utf8_bytes = (
@@ -110,7 +118,7 @@ class Chunk:
         return Totals(documents, tokens, utf8_bytes)
 
     def tokens(self, heldout: bool, start: int, stop: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """Kept tokens start to stop - 1 of one split, counted within this chunk, a block at a time."""
+        """Yields kept tokens start to stop - 1 of one split, counted within this chunk, in blocks."""
         index = self.index()
         keep = self.kept() & (index["heldout"] == heldout)
         ends = np.cumsum(index["tokens"], dtype=np.int64)
@@ -184,10 +192,73 @@ class ChunkWriter:
 
 
 def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of documents of about _COPY_TOKENS tokens, at least one document each."""
+    """Yields consecutive ranges of documents of about _COPY_TOKENS tokens, at least one document each."""
     first = 0
     while first < ends.size:
         begin = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, begin + _COPY_TOKENS, side="right")))
         yield first, last
         first = last
+
+
+def drop_duplicates(chunks: Sequence[Chunk], scratch: Path) -> None:
+    """Marks copies in the chunks' files.
+
+    `scratch` is a folder on this machine for temporary files, 33 bytes a document.
+
+    The copy that stays is the first in the held-out split, or else the first: no held-out text is ever
+    trained on, whatever file it comes from.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        sizes = [chunk.documents() for chunk in chunks]
+        starts = np.cumsum([0, *sizes])
+        total = int(starts[-1])
+        n_buckets = -(-total // _BUCKET_DOCUMENTS)
+        is_copy = np.memmap(folder / "copies", bool, "w+", shape=max(1, total))
+        for bucket in _fill_buckets(folder, chunks, starts, n_buckets):
+            is_copy[copies(np.fromfile(bucket, _ENTRY_DTYPE))] = True
+            bucket.unlink()
+        for chunk, start, stop in zip(chunks, starts[:-1], starts[1:], strict=True):
+            chunk.drop(np.flatnonzero(is_copy[start:stop]))
+
+
+def keep_all(chunks: Sequence[Chunk]) -> None:
+    """Takes back what an earlier attempt may have marked."""
+    for chunk in chunks:
+        chunk.drop(np.zeros(0, np.int64))
+
+
+def copies(entries: np.ndarray) -> np.ndarray:
+    """Returns the numbers that `drop_duplicates` drops among entries (digest, heldout, document)."""
+    order = np.lexsort(
+        (entries["document"], 1 - entries["heldout"], entries["digest"][:, 1], entries["digest"][:, 0])
+    )
+    digests = entries["digest"][order]
+    repeats = (digests[1:] == digests[:-1]).all(axis=1)
+    return entries["document"][order[1:][repeats]]
+
+
+def _fill_buckets(scratch: Path, chunks: Sequence[Chunk], starts: np.ndarray, n_buckets: int) -> list[Path]:
+    """Writes files of entries; all copies of a text come into one."""
+    paths = [scratch / f"{number}.entries" for number in range(n_buckets)]
+    pending: list[np.ndarray] = []
+    for chunk, start in zip(chunks, starts[:-1], strict=True):
+        index = chunk.index()
+        entries = np.zeros(index.size, _ENTRY_DTYPE)
+        entries["digest"], entries["heldout"] = index["digest"], index["heldout"]
+        entries["document"] = start + np.arange(index.size)
+        pending.append(entries)
+        if sum(part.size for part in pending) >= _BUCKET_DOCUMENTS:
+            _spread(np.concatenate(pending), paths)
+            pending = []
+    if pending and paths:
+        _spread(np.concatenate(pending), paths)
+    return paths
+
+
+def _spread(entries: np.ndarray, paths: Sequence[Path]) -> None:
+    bucket = entries["digest"][:, 1] % len(paths)
+    for number, path in enumerate(paths):
+        with path.open("ab") as file:
+            entries[bucket == number].tofile(file)

@@ -1,36 +1,124 @@
-"""What a preparation writes about its dataset, and whether a folder holds the dataset that is asked for."""
+"""Which dataset is asked for, what a preparation writes about it, and whether a folder holds it.
+
+A dataset is decided by its sources and its settings.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 from pathlib import Path
+import re
 from typing import Any
 
+import tokenizers
+
+from topklm.config import MAX_VOCABULARY
 from topklm.data.building.chunks import Totals
 from topklm.data.building.encode import FileResult, Selection
-from topklm.data.building.settings import Settings, Sources, fingerprint
 from topklm.data.dataset import DESCRIPTION_FILE, FORMAT_VERSION, SPLITS, damaged
-from topklm.data.records import Shard, sha256_of_file
-from topklm.data.tokenizer import Tokenizer
+from topklm.data.records import SHARD_TOKENS, Shard, sha256_of_file
+from topklm.data.sources import SourceFile
+from topklm.data.tokenizer import Tokenizer, open_tokenizer
 from topklm.errors import UserError
 
+TRAIN_PREFIX = "train:"
+_IDENTITY_VERSION = 2  # of what a fingerprint is made of: datasets keep theirs as their format changes
 MAX_EXAMPLES = 100  # problems kept word for word
+MIN_VOCAB = 257  # the bytes and the separator
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSettings:
+    """Everything but the sources that decides what a dataset holds."""
+
+    selection: Selection
+    tokenizer: str = "train:4096"  # train:VOCAB, or a file that `open_tokenizer` reads
+    deduplicate: bool = True  # drop exact copies of documents
+    shard_tokens: int = SHARD_TOKENS  # per shard, about
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as in dataset.json; a tokenizer's file by the sha256 of its content."""
+        content = dataclasses.asdict(self)
+        del content["selection"]
+        if self.vocab_size is None:
+            content["tokenizer"] = self.open_tokenizer().sha256
+        return {**self.selection.to_json(), **content}
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of a tokenizer that is to be trained; None for one from a file."""
+        if not self.tokenizer.startswith(TRAIN_PREFIX):
+            return None
+        size = self.tokenizer.removeprefix(TRAIN_PREFIX)
+        if not re.fullmatch("[0-9]{1,9}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCABULARY:
+            raise UserError(
+                f"tokenizer = {self.tokenizer!r}: VOCAB in train:VOCAB must be a number, {MIN_VOCAB} or more "
+                f"(256 bytes and a separator) and {MAX_VOCABULARY} or less"
+            )
+        return int(size)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of a file."""
+        return _opened(self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSources:
+    """The files of a dataset."""
+
+    train: tuple[SourceFile, ...]
+    heldout: tuple[SourceFile, ...] = ()  # files whose documents are all held out
+
+    @property
+    def files(self) -> list[tuple[SourceFile, bool]]:
+        """(file, whether all of it is held out), in the order of the dataset's documents."""
+        heldout = {file.url for file in self.heldout}
+        train = [(file, False) for file in self.train if file.url not in heldout]
+        return train + [(file, True) for file in self.heldout]
+
+
+def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSettings) -> str:
+    """Computes the name of a dataset's content, wherever its sources lie.
+
+    Args:
+        contents: Of each file its ending, the sha256 of its bytes, and whether all of it is held out.
+        settings: Of the dataset.
+
+    Returns:
+        A hex digest.
+    """
+    trained = settings.vocab_size is not None
+    identity = {
+        "format_version": _IDENTITY_VERSION,
+        "tokenizers_version": tokenizers.__version__ if trained else None,
+        "settings": settings.to_json(),
+        "files": [list(content) for content in contents],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: str) -> Tokenizer:
+    return open_tokenizer(path)
 
 
 def describe(
-    sources: Sources,
-    settings: Settings,
+    sources: DatasetSources,
+    settings: DatasetSettings,
     tokenizer: Tokenizer,
     results: Sequence[FileResult],
     totals: Sequence[Totals],
     shards: Sequence[tuple[str, Shard]],
 ) -> dict[str, Any]:
-    """The content of dataset.json.
+    """Makes the content of dataset.json.
 
     Args:
         sources: Where the text came from.
-        settings: What was made of it.
+        settings: Of the dataset.
         tokenizer: Of the dataset.
         results: One for each file.
         totals: One for each chunk.
@@ -61,7 +149,7 @@ def describe(
 
 
 def remarks(description: dict[str, Any]) -> list[str]:
-    """Lines on everything that a user should know of what was left out or mended."""
+    """Returns lines on all documents that were left out or mended."""
     text, lines = description["text"], []
     if text["replaced_sequences"]:
         lines.append(
@@ -79,7 +167,9 @@ def remarks(description: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_not_empty(results: Sequence[FileResult], totals: Sequence[Totals], settings: Settings) -> None:
+def check_not_empty(
+    results: Sequence[FileResult], totals: Sequence[Totals], settings: DatasetSettings
+) -> None:
     """Refuses a dataset without training text, or with none held out where some was asked for.
 
     Raises:
@@ -118,13 +208,13 @@ def _no_text(results: Sequence[FileResult], text: Mapping[str, Any], selection: 
     )
 
 
-def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where: str) -> None:
+def check_same(made: dict[str, Any], sources: DatasetSources, settings: DatasetSettings, where: str) -> None:
     """Refuses a dataset that other sources or settings made.
 
     Args:
         made: Its description.
-        sources: Those that are asked for.
-        settings: Those that are asked for.
+        sources: Asked for.
+        settings: Asked for.
         where: The dataset's folder.
 
     Raises:
@@ -145,7 +235,7 @@ def check_same(made: dict[str, Any], sources: Sources, settings: Settings, where
         )
 
 
-def _same_sources(made: Sequence[dict[str, Any]], asked: Sources) -> bool:
+def _same_sources(made: Sequence[dict[str, Any]], asked: DatasetSources) -> bool:
     if [(s["url"], s["size"], s["heldout"]) for s in made] != [(f.url, f.size, h) for f, h in asked.files]:
         return False
     # A file that was copied or touched has another version, and perhaps the same content.

@@ -1,7 +1,7 @@
 """One source file to chunks of tokens: filters, split, hash and tokens of each document.
 
-This is what every worker does, whether a thread here or a machine of a pipeline. What a file becomes
-depends on the file and the settings alone, so work that is done is found again by its name.
+Every worker does this, whether a thread here or a machine of a pipeline. The result depends on the file and
+the settings alone, so work that is done is found again by its name.
 """
 
 from collections import deque
@@ -20,8 +20,9 @@ import numpy as np
 
 from topklm.data.building.chunks import INDEX_DTYPE, Chunk
 from topklm.data.building.storage import Storage
-from topklm.data.building.words import Encode
-from topklm.data.readers import FileReader, Problem
+from topklm.data.building.word_cache import Encode
+from topklm.data.documents import Problem
+from topklm.data.readers import FileReader
 from topklm.data.records import token_dtype
 from topklm.data.sources import SourceFile
 from topklm.data.tokenizer import Tokenizer
@@ -38,8 +39,8 @@ _BATCH_CHARS = 1 << 20  # characters encoded at a time
 _DONE_FILE = "done.json"
 
 T = TypeVar("T")
-# What a worker tells while it works: stored bytes read, documents, tokens; each since the last time.
-Report = Callable[[int, int, int], None]
+# Takes stored bytes read, documents and tokens, each since the last time.
+ReportProgress = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Selection:
         return settings
 
     def is_heldout(self, sha256: bytes) -> bool:
-        """Whether the document with this digest of its text is held out."""
+        """Tells whether the document with this digest of its text is held out."""
         if self.last_heldout:
             return sha256.hex() <= self.last_heldout
         return int.from_bytes(sha256[:8], "big") / 2**64 < self.heldout_fraction
 
     def has_length(self, text: str) -> bool:
-        """Whether a document is neither too short nor too long."""
+        """Tells whether a document is neither too short nor too long."""
         return self.min_chars <= len(text) and (not self.max_chars or len(text) <= self.max_chars)
 
 
@@ -90,7 +91,7 @@ class FileJob:
 
 @dataclasses.dataclass
 class FileResult:
-    """What a file held; counts before copies are dropped."""
+    """Content of a file; counts before copies are dropped."""
 
     url: str
     size: int  # bytes as stored
@@ -107,14 +108,14 @@ class FileResult:
 
 
 def encode_file(
-    job: FileJob, tokenizer: Tokenizer, encode: Encode, work: Storage, report: Report
+    job: FileJob, tokenizer: Tokenizer, encode: Encode, work: Storage, report: ReportProgress
 ) -> FileResult:
     """Encodes a file, or what an earlier attempt has left of it.
 
     Args:
         job: The file and its settings.
         tokenizer: The one that `job` names.
-        encode: How its tokens are found, see `words.fastest`.
+        encode: How its tokens are found, see `word_cache.fastest`.
         work: Its folder `job.folder` receives the chunks.
         report: Told about progress.
 
@@ -185,14 +186,14 @@ def _finished(job: FileJob, folder: Storage) -> FileResult | None:
 
 
 def chunks_of(job: FileJob, result: FileResult, work: Storage) -> list[Chunk]:
-    """The chunks of an encoded file, in order."""
+    """Returns the chunks of an encoded file, in order."""
     return [Chunk(work.child(job.folder), number) for number in range(result.chunks)]
 
 
 def training_text(
-    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: Report
+    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: ReportProgress
 ) -> Iterator[str]:
-    """Documents of the training split to train a tokenizer on, in source order.
+    """Yields documents of the training split to train a tokenizer on, in source order.
 
     Args:
         files: Files, and whether all of the file is held out.
@@ -262,7 +263,7 @@ class _Batch:
 
 
 def _select(reader: FileReader, job: FileJob, result: FileResult) -> Iterator[tuple[bytes, int, str]]:
-    """(SHA-256, UTF-8 bytes, text) of the documents that are taken; counts the rest in `result`."""
+    """Yields (SHA-256, UTF-8 bytes, text) of documents that are taken; counts others in `result`."""
     for item in reader:
         if isinstance(item, Problem):
             result.problems[item.kind] = result.problems.get(item.kind, 0) + 1
@@ -326,7 +327,7 @@ def _batches(
 
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, encode: Encode) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The index rows with their numbers of tokens, and the tokens of all documents in pieces."""
+    """Returns the index rows with their numbers of tokens, and the tokens of all documents in pieces."""
     separator = np.array([tokenizer.separator_id], np.int32)
     rows = batch.rows.copy()
     tokens: list[np.ndarray] = []
@@ -343,7 +344,7 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encode: Encode) -> tuple[np.nda
 
 
 def _groups(pieces: Iterable[tuple[int, bool, str]], chars: int) -> Iterator[list[tuple[int, bool, str]]]:
-    """The library needs some 100 bytes for each token it encodes at once."""
+    """Groups pieces to be encoded at once: the library needs some 100 bytes for each token of them."""
     group: list[tuple[int, bool, str]] = []
     size = 0
     for piece in pieces:
@@ -357,7 +358,7 @@ def _groups(pieces: Iterable[tuple[int, bool, str]], chars: int) -> Iterator[lis
 
 
 def _ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """The items, computed in a thread of their own a little before they are asked for."""
+    """Yields the items, computed in a thread of their own a little before they are asked for."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as thread:
         coming = deque(thread.submit(next, iterator, None) for _ in range(2))

@@ -19,7 +19,7 @@ from topklm.storage.files import fsync, write_atomically
 class Storage:
     """A folder given by a local path or a URL that fsspec knows; cheap, and safe to pickle.
 
-    All that is in it is ours: what lies in the way of a file is deleted.
+    All that is in it is ours: anything in the way of a file is deleted.
     """
 
     def __init__(self, url: str | Path):
@@ -42,15 +42,15 @@ class Storage:
         return Storage(self.url.rpartition("/")[0])
 
     def child(self, name: str) -> "Storage":
-        """The folder `name` in this one."""
+        """Returns the folder `name` in this one."""
         return Storage(f"{self.url}/{name}")
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there; whole, then."""
+        """Tells whether the file is there; whole, then."""
         return (self.path / name).exists() if self.is_local else self._fs().exists(f"{self.url}/{name}")
 
     def read(self, name: str) -> bytes:
-        """A small file's content; FileNotFoundError if it is not there."""
+        """Reads a small file; FileNotFoundError if it is not there."""
         return (self.path / name).read_bytes() if self.is_local else self._fs().cat_file(f"{self.url}/{name}")
 
     def write(self, name: str, content: bytes) -> None:
@@ -63,7 +63,7 @@ class Storage:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Path]:
-        """A local path to write a file at; it becomes `name` when the block ends without an error."""
+        """Yields a local path to write a file at, which becomes `name` at the end of the block."""
         if self.is_local:
             self._make_way_for(name)
             temporary = self.path / f".{name}.{uuid.uuid4().hex}.tmp"
@@ -94,7 +94,7 @@ class Storage:
 
     @contextlib.contextmanager
     def open_local(self, name: str) -> Iterator[Path]:
-        """A local path to read a file at, while the block lasts."""
+        """Yields a local path to read a file at, while the block lasts."""
         if self.is_local:
             yield self.path / name
         else:

@@ -1,0 +1,1 @@
+"""The benchmarks of `topklm bench`, a module each."""

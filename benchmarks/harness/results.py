@@ -1,0 +1,100 @@
+"""Files of results: JSON with the machine that it was measured on, and Markdown tables made from it."""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+from pathlib import Path
+import platform
+from typing import Any
+
+import jax
+
+from topklm.storage.files import write_atomically
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+
+Content = Mapping[str, Any]  # of a JSON file
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a script, whose help is the text of its module."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def write(path: Path, content: Content, *, shown: Content | None = None) -> None:
+    """Writes a result, with the machine that it was measured on, and prints it.
+
+    To be called when nothing is measured any more: looking for accelerators takes them.
+
+    Args:
+        path: The JSON file.
+        content: Of it.
+        shown: Printed in place of all of it; an empty one is not.
+    """
+    content = {"machine": describe_machine(), **content}
+    save(path, content)
+    if shown != {}:
+        print(json.dumps(shown or content, indent=1))
+
+
+def save(path: Path, content: Content) -> None:
+    """Writes JSON, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def read(path: Path) -> Any:
+    """Reads JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns processor, cores granted to this process, memory, devices and versions, for JSON.
+
+    Looks for accelerators, which takes them.
+    """
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "devices": [device.device_kind for device in jax.devices()],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Formats a table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def fill(document: str, parts: Mapping[str, str], name: str) -> str:
+    """Puts each part between its markers, `<!-- PART -->` and `<!-- end -->`, in place of what is there.
+
+    Raises:
+        ValueError: If a part has no markers in the document of that name.
+    """
+    for part, text in parts.items():
+        before, start, rest = document.partition(f"<!-- {part} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"{name}: no markers for {part}")
+        document = f"{before}{start}{text}\n{end}{after}"
+    return document
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    facts: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name", platform.processor())
+    return f"{name} (family {facts['cpu family']})" if "cpu family" in facts else name

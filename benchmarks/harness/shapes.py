@@ -1,0 +1,79 @@
+"""The shapes, the random data and the names that all subjects of a benchmark have in common."""
+
+import dataclasses
+
+import numpy as np
+
+from topklm.config import Config, ModelConfig, TrainConfig
+from topklm.errors import UserError
+
+SHAPES = {
+    "s1": Config(
+        model=ModelConfig(
+            d_model=256,
+            n_layers=6,
+            n_heads=4,
+            n_kv_heads=4,
+            d_mlp=688,
+            vocab_size=4096,
+            context_length=256,
+            topk_k=32,
+            n_nontopk=1,
+        ),
+        train=TrainConfig(batch_size=16),
+    ),
+    "s2": Config(
+        model=ModelConfig(
+            d_model=512,
+            n_layers=8,
+            n_heads=8,
+            n_kv_heads=8,
+            d_mlp=1376,
+            vocab_size=8192,
+            context_length=512,
+            topk_k=64,
+            n_nontopk=2,
+        ),
+        train=TrainConfig(batch_size=8),
+    ),
+}
+
+
+def with_model(config: Config, **fields: object) -> Config:
+    """Returns the config with other fields of its model."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))  # type: ignore[arg-type]
+
+
+def base(config: Config) -> Config:
+    """Returns the same without TopK: the Base LM."""
+    return with_model(config, n_nontopk=config.model.n_layers)
+
+
+def named(names: str) -> dict[str, Config]:
+    """Parses a comma-separated list of shapes.
+
+    Raises:
+        UserError: For a name that is none.
+    """
+    wanted = [name.strip().lower() for name in names.split(",")]
+    for name in wanted:
+        if name not in SHAPES:
+            raise UserError(f"--shape = {name}: must be among {', '.join(SHAPES)}; or give a --config")
+    return {name: SHAPES[name] for name in wanted}
+
+
+def random_tokens(config: Config) -> np.ndarray:
+    """Draws tokens uniformly, int32[B, T + 1]; the same for every subject."""
+    shape = (config.train.batch_size, config.model.context_length + 1)
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+
+
+def random_rows(rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws activations and a gradient of them, normal, float32[rows, d]; the same for every subject."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((rows, d), np.float32), rng.standard_normal((rows, d), np.float32)
+
+
+def topk_side(k: int, operation: str, *, backward: bool) -> str:
+    """Names a subject that runs TopK."""
+    return f"k {k}, {operation}, {'forward and backward' if backward else 'forward'}"

@@ -1,0 +1,122 @@
+"""Our model in Hugging Face's LlamaForCausalLM, with TopK as a forward hook on the layers that have it.
+
+The same function of the same weights: no biases, RMSNorm, rotary positions, SwiGLU, and `torch.topk` with
+`scatter` on what a layer gives. Tests hold its loss to ours.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from topklm import config as config_lib
+from topklm.config import ModelConfig
+from topklm.model import transformer
+
+# Of a block: our path -> their name inside a layer.
+_BLOCK_NAMES = {
+    ("attention", "query", "kernel"): "self_attn.q_proj",
+    ("attention", "key", "kernel"): "self_attn.k_proj",
+    ("attention", "value", "kernel"): "self_attn.v_proj",
+    ("attention", "out", "kernel"): "self_attn.o_proj",
+    ("mlp", "gate", "kernel"): "mlp.gate_proj",
+    ("mlp", "up", "kernel"): "mlp.up_proj",
+    ("mlp", "down", "kernel"): "mlp.down_proj",
+    ("attention_norm", "scale"): "input_layernorm",
+    ("mlp_norm", "scale"): "post_attention_layernorm",
+}
+
+
+def build(config: ModelConfig, attention: str = "sdpa") -> transformers.LlamaForCausalLM:
+    """Builds the model with weights of its own, float32, on the CPU, TopK in place.
+
+    Args:
+        config: The shape, with its vocabulary.
+        attention: Hugging Face's name of the implementation.
+    """
+    implementation: dict[str, Any] = {"attn_implementation": attention}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_mlp,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_embeddings,
+            max_position_embeddings=config.context_length,
+            attention_bias=False,
+            mlp_bias=False,
+            use_cache=False,
+            **implementation,
+        )
+    )
+    for layer in model.model.layers[: config.n_topk_layers]:
+        layer.register_forward_hook(_hook(config.topk_k, config.topk_activation))
+    return model
+
+
+def load(model: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Gives the model the weights of `state_dict`, one array at a time.
+
+    Raises:
+        KeyError: If one is missing.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(weights[name])))
+
+
+def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns our parameters under Hugging Face's names, matrices transposed, without rows of padding."""
+    size = config.vocab_size
+    named = {"model.embed_tokens.weight": params["embed"]["embedding"][:size]}
+    named["model.norm.weight"] = params["final_norm"]["scale"]
+    if not config.tie_embeddings:
+        named["lm_head.weight"] = params["unembed"]["kernel"].T[:size]
+    for path, name in _BLOCK_NAMES.items():
+        stacked = params["blocks"]
+        for key in path:
+            stacked = stacked[key]
+        for layer in range(config.n_layers):
+            value = stacked[layer].T if path[-1] == "kernel" else stacked[layer]
+            named[f"model.layers.{layer}.{name}.weight"] = value
+    return {name: np.asarray(value) for name, value in named.items()}
+
+
+def write_weights(config: Mapping[str, Any], path: str) -> None:
+    """Writes the parameters that a config starts from, for `load`, so that both start alike.
+
+    Args:
+        config: As JSON, with its vocabulary.
+        path: An .npz to be written.
+    """
+    resolved = config_lib.resolve(config)
+    params = transformer.create(resolved.model, resolved.train.seed)
+    weights: dict[str, Any] = state_dict(resolved.model, params)
+    np.savez(path, **weights)
+
+
+def topk(u: torch.Tensor, k: int, activation: str) -> torch.Tensor:
+    """Computes TopK as one writes it in PyTorch, [..., D] -> [..., D]; ties are kept in any order."""
+    if activation == "abs":
+        index = torch.topk(u.abs(), k, dim=-1).indices
+        values = u.gather(-1, index)
+    else:
+        values, index = torch.topk(u, k, dim=-1)
+    kept = values.relu() if activation == "relu" else values
+    return torch.zeros_like(u).scatter(-1, index, kept)
+
+
+def _hook(k: int, activation: str) -> Callable:
+    def replace(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        del module, arguments
+        if isinstance(output, tuple):
+            return (topk(output[0], k, activation), *output[1:])
+        return topk(output, k, activation)
+
+    return replace

@@ -1,0 +1,87 @@
+"""Tables and JSON of a benchmark."""
+
+import io
+import json
+
+import pytest
+import rich.console
+
+from benchmarks.harness import report as report_lib
+from benchmarks.harness.report import Comparison, Report, Result, formatted
+from topklm.errors import UserError
+
+REPORT = Report(
+    "step",
+    {"allocator": "glibc"},
+    [
+        Result("fast", "s", (0.003, 0.001, 0.002), floor=0.001, facts={"d": 256}),
+        Result("memory", "bytes", (3.0 * 2**30,)),
+    ],
+    [
+        Comparison("ours / theirs", (1.2, 1.3, 1.4), at_least=1.25),
+        Comparison("TopK / Base", (1.05,), at_most=1.04),
+        Comparison("without a target", (2.0,)),
+    ],
+    ["a note with [brackets]"],
+)
+
+
+def shown(report):
+    console = rich.console.Console(file=io.StringIO(), width=120)
+    report_lib.show(report, console)
+    return console.file.getvalue()
+
+
+def test_a_figure_stands_beside_its_floor_and_a_ratio_beside_its_target():
+    names = [row.name for row in (*REPORT.results, *REPORT.comparisons)]
+    lines = [line.strip() for line in shown(REPORT).splitlines()]
+    rows = {name: line for name in names for line in lines if line.startswith(name)}
+    assert "2.00 ms" in rows["fast"] and "1.00 ms" in rows["fast"] and "2.00 x" in rows["fast"]
+    assert "+-25.0%" in rows["fast"]
+    assert "3.00 GiB" in rows["memory"]
+    assert ">= 1.25" in rows["ours / theirs"] and "yes" in rows["ours / theirs"]
+    assert "<= 1.04" in rows["TopK / Base"] and "NO" in rows["TopK / Base"]
+    assert "a note with [brackets]" in shown(REPORT)
+
+
+def test_the_json_has_everything_that_a_figure_depends_on(tmp_path):
+    path = tmp_path / "new" / "step.json"
+    report_lib.write(REPORT, str(path), ["topklm", "bench", "step"])
+    read = json.loads(path.read_text())
+    assert read["command"] == ["topklm", "bench", "step"]
+    assert read["settings"] == {"allocator": "glibc"}
+    assert read["threads"] >= 1 and read["versions"]["jax"] and read["machine"]["processor"]
+    fast = read["results"][0]
+    assert (fast["median"], fast["quartiles"], fast["range"]) == (0.002, [0.0015, 0.0025], [0.001, 0.003])
+    assert (fast["samples"], fast["floor"], fast["facts"]) == ([0.003, 0.001, 0.002], 0.001, {"d": 256})
+    assert [row["reached"] for row in read["comparisons"]] == [True, False, None]
+    assert [path.name for path in path.parent.iterdir()] == ["step.json"]
+
+
+def test_the_json_can_be_printed(capsys):
+    report_lib.write(REPORT, "-")
+    assert json.loads(capsys.readouterr().out)["bench"] == "step"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="writing --json"):
+        report_lib.write(REPORT, str(tmp_path / "file" / "step.json"))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1.234, "s", "1.23 s"),
+        (0.0123, "s", "12.3 ms"),
+        (0.000_002_5, "s", "2.50 us"),
+        (3e-8, "s", "0.03 us"),
+        (1.5 * 2**30, "bytes", "1.50 GiB"),
+        (2.0**20, "bytes", "1.00 MiB"),
+        (123_456.7, "tokens/s", "123,457 tokens/s"),
+        (0.4567, "share", "45.7%"),
+        (2.0, "", "2.00"),
+    ],
+)
+def test_figures_are_made_for_reading(value, unit, text):
+    assert formatted(value, unit) == text

@@ -1,0 +1,132 @@
+"""Writes a checkpoint; with `reader`, the one user of Orbax's and TensorStore's files."""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+import concurrent.futures
+import fnmatch
+import itertools
+import json
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from topklm.checkpoint import checksums
+from topklm.checkpoint.format import (
+    COMMITTED_FILE,
+    FACTS,
+    FORMAT,
+    HAS_RECORD,
+    JSON_FILE,
+    RECORD_FILE,
+    TEMPORARY,
+    describe_arrays,
+    json_checksum,
+)
+from topklm.storage.files import for_tensorstore, fsync, is_bucket, write_atomically
+
+# Small enough that a process reads little besides its shards, and that several are read at the same time;
+# large enough for the requests to a bucket to be few. Weights hardly shrink, and compressing them costs ten
+# times what writing does.
+_CHUNK_BYTES = 16 * 2**20
+
+
+class CheckpointWriter:
+    """A checkpoint that is being written, under a temporary name where the storage can rename.
+
+    In a run of several processes each has its own part; the first one also does what is to be done once.
+    """
+
+    def __init__(self, checkpoints: epath.Path, step: int):
+        self._final = checkpoints / str(step)
+        bucket = is_bucket(checkpoints)
+        self._folder = self._final if bucket else self._final.with_name(f"{step}{TEMPORARY}")
+        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._futures: list[Any] = []
+
+    def make_folders(self, items: Sequence[str]) -> None:
+        """Makes the folders of the items, for all processes."""
+        if self._folder.exists():
+            self._folder.rmtree()
+        for item in items:
+            (self._folder / item).mkdir(parents=True)
+
+    def copy(self, trees: Mapping[str, Any]) -> None:
+        """Copies this process's part of the arrays to the host, begins to write it and to compute checksums.
+
+        Args:
+            trees: Nested dicts of arrays, by item. They may be donated once this returns.
+        """
+        self._shapes = describe_arrays(trees)
+        self._sums = checksums.start(dict(trees))
+        self._items = tuple(trees)
+        # In a thread, for the sake of notebooks, in which an event loop runs already.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            self._futures = thread.submit(asyncio.run, self._begin(trees)).result()
+
+    def finish_part(self, timeout_s: float) -> None:
+        """Returns when this process's part of the arrays is on the disk.
+
+        Raises:
+            TimeoutError: If that takes longer.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            for future in self._futures:
+                future.result(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError as e:
+            raise TimeoutError(f"not done after {timeout_s:g} s") from e
+
+    def commit(self, values: Mapping[str, Any]) -> None:
+        """Makes the checkpoint complete, once all processes have finished their parts.
+
+        Args:
+            values: JSON-able values, by item.
+        """
+        for item in self._items:
+            self._handler.finalize(self._orbax_folder(item))
+        values = {**values, FACTS: {**values[FACTS], FORMAT: HAS_RECORD}}
+        for item, value in values.items():
+            write_atomically(self._folder / item / JSON_FILE, json.dumps(value).encode())
+        sums = checksums.fetch(self._sums)
+        record = {
+            "arrays": {name: [self._shapes[name], value] for name, value in sums.items()},
+            "values": {item: json_checksum(value) for item, value in values.items()},
+        }
+        write_atomically(self._folder / FACTS / RECORD_FILE, json.dumps(record).encode())
+        if is_bucket(self._folder):
+            (self._folder / COMMITTED_FILE).write_text("")
+        else:
+            items = list(self._folder.iterdir())
+            (self._folder / COMMITTED_FILE).write_text("")  # for those who copy it into a bucket
+            for folder in (*items, self._folder):
+                fsync(folder)
+            self._folder.rename(self._final)
+            fsync(self._final.parent)
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        if self._folder.exists():
+            self._folder.rmtree()
+
+    def _orbax_folder(self, item: str) -> epath.Path:
+        folder = self._folder / item
+        return _LiteralPath(folder if is_bucket(folder) else for_tensorstore(folder))
+
+    async def _begin(self, trees: Mapping[str, Any]) -> list[Any]:
+        saves = []
+        for item, tree in trees.items():
+            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
+        return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
+
+
+class _LiteralPath(type(epath.Path())):  # type: ignore[misc]
+    """A folder in whose own path `*`, `?`, `[` and a backslash are no pattern when Orbax looks into it."""
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        """Yields the folder's entries whose names match a pattern."""
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))

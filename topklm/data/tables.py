@@ -1,0 +1,280 @@
+"""Tables: one document a row, of a Parquet file or of a Hugging Face dataset, and the column of the text.
+
+A row without a document is a problem; everything before the first damage of a file is read.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import functools
+import io
+import itertools
+import os
+from typing import Any
+import zlib
+
+from topklm.data import documents
+from topklm.data.documents import (
+    BLOCK_BYTES,
+    Document,
+    Problem,
+    field_item,
+    find_field,
+    listing,
+    table_item,
+    too_long,
+    without_surrogates,
+)
+from topklm.errors import UserError
+from topklm.imports import optional_module
+from topklm.storage.errors import store_errors
+
+HF = "hf"
+
+_ROWS = 128  # of a Parquet file, decoded at a time
+
+
+def read_parquet(
+    stored: io.RawIOBase, url: str, text_field: str
+) -> Iterator[tuple[int, int, Document | Problem]]:
+    """Reads a Parquet file.
+
+    Args:
+        stored: Its bytes; can seek.
+        url: Names it in errors.
+        text_field: The column; "doc.text" is also the field "text" of the struct "doc".
+
+    Yields:
+        (row, number of rows, item), rows counted from 1.
+
+    Raises:
+        UserError: If the table lacks the column, has it twice, or holds no text in it.
+    """
+    parquet = optional_module("pyarrow.parquet", "parquet", "reading .parquet")
+    row = n_rows = 0
+    try:
+        table = parquet.ParquetFile(stored, buffer_size=BLOCK_BYTES, page_checksum_verification=True)
+        n_rows = table.metadata.num_rows
+        path = _column_path(table.schema_arrow, url, text_field)
+        for group in range(table.num_row_groups):
+            for raw in _parquet_column(table, path, group):
+                row += 1
+                yield row, n_rows, table_item(raw, f"row {row}")
+        if row != n_rows:
+            raise ValueError(f"it holds {row} rows, not {n_rows} as it says")
+    except _parquet_errors() as e:
+        yield row, n_rows, _damaged_table(e, row + 1)
+
+
+def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
+    """Names the column that holds the text, or those of the structs around it and its own.
+
+    Raises:
+        UserError: If there is no such column, if there are several, or if it holds something else.
+    """
+    paths = list(_paths_in(list(schema), text_field))
+    if not paths:
+        raise _no_column(url, text_field, schema.names)
+    path, column_type = paths[0]
+    if len([p for p, _ in paths if p == path]) > 1:
+        raise UserError(
+            f"text_field = {text_field!r}: {url} has {len(paths)} columns of that name; rename all but one"
+        )
+    if not _holds_text(column_type):
+        inside = [f"{text_field}.{column_type.field(i).name}" for i in _fields_of(column_type)]
+        others = [name for name in schema.names if name != path[0]]
+        raise UserError(
+            f"text_field = {text_field!r}: that column of {url} holds {column_type}, not text; "
+            f"there are also: {', '.join([*inside, *others]) or 'no others'}"
+        )
+    return path
+
+
+def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str], Any]]:
+    """Yields path and type of each field that a name may mean, in the order of `find_field`."""
+    yield from (([field.name], field.type) for field in fields if field.name == text_field)
+    head, dot, rest = text_field.rpartition(".")
+    while dot:
+        for field in fields:
+            if field.name == head:
+                inner = [field.type.field(i) for i in _fields_of(field.type)]
+                yield from (([head, *path], column_type) for path, column_type in _paths_in(inner, rest))
+        head, dot, last = head.rpartition(".")
+        rest = f"{last}.{rest}"
+
+
+def _fields_of(column_type: Any) -> range:
+    """Counts the fields of a struct; none of another type."""
+    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
+    return range(column_type.num_fields if types.is_struct(column_type) else 0)
+
+
+def _holds_text(column_type: Any) -> bool:
+    """Tells whether a column's values are text, or bytes that may be, or null, all of them."""
+    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
+    if types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    column_type = getattr(column_type, "storage_type", column_type)
+    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return types.is_fixed_size_binary(column_type) or str(column_type) in kinds
+
+
+def _no_column(url: str, text_field: str, columns: Sequence[str]) -> UserError:
+    return UserError(
+        f"text_field = {text_field!r}: {url} has no such column; give the one that holds the text, "
+        f"of {listing(columns)}"
+    )
+
+
+def _parquet_column(table: Any, path: list[str], group: int) -> Iterator[bytes | None]:
+    n_done = 0
+    try:
+        for batch in _parquet_batches(table, path, group, _ROWS):
+            yield from batch
+            n_done += len(batch)
+    except _parquet_errors():
+        # The batch that failed may have rows before the damage.
+        for batch in itertools.islice(_parquet_batches(table, path, group, 1), n_done, None):
+            yield from batch
+        raise
+
+
+def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> Iterator[list[bytes | None]]:
+    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
+    compute = optional_module("pyarrow.compute", "parquet", "reading .parquet")
+    columns = [".".join(path)]
+    for batch in table.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False):
+        column = batch.column(path[0])
+        for name in path[1:]:
+            column = compute.struct_field(column, name)  # null where the struct is
+        column = column.storage if hasattr(column, "storage") else column
+        column = column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+        yield column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _parquet_errors() -> tuple[type[Exception], ...]:
+    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
+    return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+
+
+def _damaged_table(error: Exception, row: int) -> Problem:
+    return Problem("damaged file", f"row {row}", " ".join(str(error).split())[:200] or type(error).__name__)
+
+
+def find_hf(source: str, flag: str) -> list[tuple[str, str]]:
+    """Finds the shards of a Hugging Face dataset.
+
+    Args:
+        source: hf:NAME[:CONFIG][:SPLIT].
+        flag: Begins the message of an error.
+
+    Returns:
+        Of each shard its URL, "hf:NAME:CONFIG:SPLIT#3/8" (shard 3 of 8, counted from 0), and its version.
+
+    Raises:
+        UserError: If there is no such dataset, configuration or split, or the package is not installed.
+    """
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise UserError(f"{flag} = {source!r}: must be hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    datasets = optional_module("datasets", "hf", flag)
+    name = os.path.expanduser(name)
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    with _hf_errors_are_user_errors(flag, source):
+        configs = datasets.get_dataset_config_names(name)
+        default = datasets.get_dataset_default_config_name(name)
+    config, split = (*rest, "", "")[:2]
+    default = configs[0] if len(configs) == 1 else default
+    if config and config not in configs and len(rest) == 1 and default:
+        config, split = default, config  # hf:NAME:SPLIT, as there is but one configuration to mean
+    config, split = config or default or "", split or "train"
+    if config not in configs:
+        which = f"has no configuration {config!r}" if config else "has several configurations"
+        raise UserError(
+            f"{flag}: {source!r} {which}; give hf:{name}:CONFIG with one of {', '.join(sorted(configs))}"
+        )
+    dataset, version = _open_hf(name, config, split, flag)
+    n = dataset.num_shards
+    digits = len(str(n))  # sorted by name is sorted by number
+    return [(f"hf:{name}:{config}:{split}#{i:0{digits}}/{n}", version) for i in range(n)]
+
+
+def hf_parts(url: str) -> tuple[str, str, str, int, int]:
+    """Splits the URL of a shard: name, configuration, split, shard and number of shards."""
+    source, _, unit = url.removeprefix("hf:").rpartition("#")
+    name, config, split = source.rsplit(":", 2)
+    shard, n_shards = unit.split("/")
+    return name, config, split, int(shard), int(n_shards)
+
+
+def read_hf(url: str, version: str, text_field: str) -> Iterator[tuple[bytes | None, Document | Problem]]:
+    """Reads one shard of a Hugging Face dataset.
+
+    Args:
+        url: From `find_hf`.
+        version: Which it had then; "" for any.
+        text_field: As in `read_parquet`.
+
+    Yields:
+        (text in UTF-8, item) of each row; None for a row that could not be read.
+
+    Raises:
+        UserError: If it has changed, if its store does not answer, or if it lacks the column.
+    """
+    row = 0
+    try:
+        for row, record in enumerate(_hf_rows(url, version, text_field), start=1):
+            raw, value = b"", find_field(record, text_field)
+            if isinstance(value, str):
+                raw = without_surrogates(value)[0].encode()
+            item = field_item(record, text_field, f"row {row}", 0)
+            yield raw, too_long(f"row {row}") if len(raw) > documents.MAX_LINE_BYTES else item
+    except (EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
+        if isinstance(e, OSError) and (e.errno is not None or isinstance(e, ConnectionError)):
+            raise UserError(f"{url} cannot be read any more: {e}; check the network and the path") from e
+        yield None, _damaged_table(e, row + 1)
+
+
+def _hf_rows(url: str, version: str, text_field: str) -> Iterator[dict[str, Any]]:
+    name, config, split, shard, n_shards = hf_parts(url)
+    dataset = _hf_dataset(name, config, split, version).shard(n_shards, shard)
+    columns = dataset.column_names or list(next(iter(dataset), {text_field: ""}))
+    # A name with a dot may be inside of another.
+    roots = [text_field, *(text_field[:i] for i, char in enumerate(text_field) if char == ".")]
+    wanted = [name for name in columns if name in roots]
+    if not wanted:
+        raise _no_column(url, text_field, columns)
+    yield from dataset.select_columns(wanted)  # the others may be pictures to decode
+
+
+@functools.lru_cache(maxsize=1)  # to open it once for all of its shards
+def _hf_dataset(name: str, config: str, split: str, version: str) -> Any:
+    dataset, current_version = _open_hf(name, config, split, "reading")
+    if version not in ("", current_version):
+        raise UserError(f"hf:{name}:{config}:{split} has changed since the command began; start it again")
+    return dataset
+
+
+def _open_hf(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
+    """Returns one split of a Hugging Face dataset, streaming, and its version.
+
+    Raises:
+        UserError: If there is no such dataset, configuration or split, or the package is not installed.
+    """
+    datasets = optional_module("datasets", "hf", flag)
+    source = f"hf:{name}:{config}:{split}"
+    with _hf_errors_are_user_errors(flag, source):
+        builder = datasets.load_dataset_builder(name, config)
+        splits = builder.as_streaming_dataset()
+    if split not in splits:
+        raise UserError(f"{flag}: {source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    return splits[split], str(builder.hash)
+
+
+@contextlib.contextmanager
+def _hf_errors_are_user_errors(flag: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, zlib.error, *store_errors()) as e:  # type: ignore[misc]
+        raise UserError(
+            f"{flag}: {source!r} cannot be opened: {e}; check its name, its files and the network"
+        ) from e

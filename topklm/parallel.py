@@ -1,0 +1,90 @@
+"""The view from inside one device's program (`jax.shard_map`), and its collectives.
+
+Each device runs the model on its part: some rows of the batch, a run of their tokens (axis `context`), some
+heads, MLP columns and vocabulary (axis `tensor`). Between attention and MLP the residual stream is split by
+token over both, never by D, so norms and TopK see whole rows and need no communication (Korthikanti et al.
+2022, "Reducing Activation Recomputation", section 4.2.2). `topklm.layout` says where the parts come from.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _as_it_is(parameters: Any) -> Any:
+    return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The mesh axes of one device's program, and how it computes; an axis with one device is None."""
+
+    context: str | None = None
+    tensor: str | None = None
+    # Makes a tree of this device's parts of parameters (a block's, say) whole along fsdp, at use.
+    gather: Callable[[Any], Any] = _as_it_is
+    # How its devices compute attention, see `attention_backends.choose`.
+    attention: str = "blocked"
+    # How they run layers if `config.layer_stack` is "auto": one block scanned, which compiles in a time that
+    # does not grow with depth, or unrolled, which XLA makes faster on CPUs.
+    scan_layers: bool = False
+
+    def gather_tokens(self, x_BTD: jax.Array) -> jax.Array:
+        """Gathers residual tokens to all tokens that the tensor group works on."""
+        return all_gather(x_BTD, self.tensor, dim=1)
+
+    def scatter_tokens(self, x_BTD: jax.Array) -> jax.Array:
+        """Sums partial sums of all tokens over the tensor group; each device keeps its residual tokens."""
+        if self.tensor is None:
+            return x_BTD
+        return jax.lax.psum_scatter(x_BTD, self.tensor, scatter_dimension=1, tiled=True)
+
+    def residual_tokens(self, x_BT: jax.Array) -> jax.Array:
+        """Returns this device's residual tokens of an array that the tensor group has in common."""
+        if self.tensor is None:
+            return x_BT
+        size = x_BT.shape[1] // jax.lax.axis_size(self.tensor)
+        return jax.lax.dynamic_slice_in_dim(x_BT, jax.lax.axis_index(self.tensor) * size, size, axis=1)
+
+
+ALONE = Parallel()
+
+
+def all_gather(x: jax.Array, axis: str | None, dim: int) -> jax.Array:
+    """Joins the parts of all devices along a mesh axis on a dim; returns `x` where the axis is None."""
+    return x if axis is None else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_parameter(part: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """Gathers a whole parameter in the compute dtype; its gradient is summed over devices in float32.
+
+    The gather moves `dtype`, the sum float32: hundreds of bfloat16 gradients added up one after another
+    would lose the small ones.
+
+    Args:
+        part: This device's part, float32.
+        axis: Mesh axis that splits it.
+        dim: Which dim is split.
+        dtype: Of the result.
+
+    Returns:
+        The parts of all devices, joined on `dim`.
+    """
+    return all_gather(part.astype(dtype), axis, dim)
+
+
+def _gather_forward(part: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return gather_parameter(part, axis, dim, dtype), None
+
+
+def _gather_backward(axis: str, dim: int, dtype: jnp.dtype, saved: None, g: jax.Array) -> tuple[jax.Array]:
+    del dtype, saved
+    return (jax.lax.psum_scatter(g.astype(jnp.float32), axis, scatter_dimension=dim, tiled=True),)
+
+
+gather_parameter.defvjp(_gather_forward, _gather_backward)

@@ -1,0 +1,171 @@
+"""Steps that are not finite, or that spike: how they are told, and how a run answers.
+
+The first half is pure and runs inside the jitted train step; `Policy` follows on the host, a step late.
+The train step leaves out the update of a bad step.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from topklm.errors import UserError
+
+# The rule of OLMo 2's optimizer (allenai/OLMo-core, src/olmo_core/optim/skip_step_optimizer.py), which wants
+# half a window before it judges, takes falls for spikes too, and lets spikes into its window; here neither.
+WINDOW_STEPS = 128
+LEAST_STEPS = 32
+MOST_SKIPPED_IN_A_ROW = 10  # a bad batch or two pass; a longer row is not the data's fault
+
+StepWindow = dict[str, jax.Array]
+
+
+def empty() -> StepWindow:
+    """Makes a window without steps.
+
+    Returns:
+        `loss` and `gradient_norm`, float32[WINDOW_STEPS], rings of the last good steps; `count`, int32
+        scalar, how many good steps there have been.
+    """
+    # Two arrays: a step that reuses the state's memory must not be given one twice.
+    windows = {name: jnp.zeros(WINDOW_STEPS, jnp.float32) for name in ("loss", "gradient_norm")}
+    return {**windows, "count": jnp.zeros((), jnp.int32)}
+
+
+def is_bad(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
+    """Tells whether a step is not finite, or its loss or gradient norm a spike.
+
+    A spike lies above mean + sigmas * standard deviation (n - 1 in the denominator) of the last good steps,
+    once there have been LEAST_STEPS of them.
+
+    Args:
+        recent: The good steps before.
+        loss: float32 scalar.
+        gradient_norm: float32 scalar.
+        sigmas: 0 looks for no spikes.
+
+    Returns:
+        bool scalar.
+    """
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
+    if sigmas > 0:
+        spike = (loss > _highest(recent, "loss", sigmas)) | (
+            gradient_norm > _highest(recent, "gradient_norm", sigmas)
+        )
+        bad |= spike & (recent["count"] >= LEAST_STEPS)
+    return bad
+
+
+def push(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, bad: jax.Array) -> StepWindow:
+    """Appends a step to the window, unless it is bad."""
+    here = recent["count"] % WINDOW_STEPS
+
+    def put(window: jax.Array, value: jax.Array) -> jax.Array:
+        return window.at[here].set(jnp.where(bad, window[here], value))
+
+    return {
+        "loss": put(recent["loss"], loss),
+        "gradient_norm": put(recent["gradient_norm"], gradient_norm),
+        "count": recent["count"] + jnp.where(bad, 0, 1),
+    }
+
+
+def _highest(recent: StepWindow, name: str, sigmas: float) -> jax.Array:
+    n = jnp.minimum(recent["count"], WINDOW_STEPS)
+    seen = jnp.arange(WINDOW_STEPS) < n
+    window = recent[name]
+    mean = jnp.sum(window, where=seen) / jnp.maximum(n, 1)
+    variance = jnp.sum((window - mean) ** 2, where=seen) / jnp.maximum(n - 1, 1)
+    return mean + sigmas * jnp.sqrt(variance)
+
+
+@dataclasses.dataclass
+class _Skipped:
+    """Steps skipped one after another."""
+
+    first: int
+    last: int
+    loss: float = -math.inf  # highest finite one
+    gradient_norm: float = -math.inf
+    not_finite: int = 0
+
+    def add(self, step: int, loss: float, gradient_norm: float) -> None:
+        self.last = step
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self.loss, self.gradient_norm = max(self.loss, loss), max(self.gradient_norm, gradient_norm)
+        else:
+            self.not_finite += 1
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first + 1
+
+    def __str__(self) -> str:
+        steps = f"step {self.first:,}" if self.count == 1 else f"steps {self.first:,} to {self.last:,}"
+        finite = f"loss up to {self.loss:.4g}, gradient norm up to {self.gradient_norm:.4g}"
+        parts = [finite] if self.count > self.not_finite else []
+        parts += [f"not finite in {self.not_finite}"] if self.not_finite else []
+        return f"{steps} ({self.count}): {', '.join(parts)}"
+
+
+class Policy:
+    """Stops a run at bad steps, or counts those that it skips; sees every step once, in order."""
+
+    def __init__(
+        self, on_bad_step: str, sigmas: float, advice: str, last_checkpoint: Callable[[], int | None]
+    ):
+        """Has seen nothing yet.
+
+        Args:
+            on_bad_step: "stop" or "skip".
+            sigmas: As of `is_bad`.
+            advice: How the user can mend it, for the last line of a run that stops.
+            last_checkpoint: The newest one's step once all are on disk.
+        """
+        self._stops, self._sigmas, self._advice = on_bad_step == "stop", sigmas, advice
+        self._last_checkpoint = last_checkpoint
+        self._skipped: _Skipped | None = None
+
+    def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
+        """Judges a step.
+
+        Args:
+            step: Its number, from 1.
+            loss: Its loss, nats per token.
+            gradient_norm: Before clipping.
+            bad: Result of `is_bad` in the train step.
+
+        Returns:
+            A line for the user, once bad steps that were skipped are over.
+
+        Raises:
+            UserError: At the first bad step, or the MOST_SKIPPED_IN_A_ROW-th in a row with "skip".
+        """
+        if not bad:
+            return self.finish()
+        if self._stops:
+            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+            why = f"a spike, over {self._sigmas:g} standard deviations above recent steps"
+            raise self._error(
+                step,
+                f"step {step}: loss {loss}, gradient norm {gradient_norm}: "
+                f"{why if finite else 'no longer finite'}",
+            )
+        self._skipped = self._skipped or _Skipped(step, step)
+        self._skipped.add(step, loss, gradient_norm)
+        if self._skipped.count >= MOST_SKIPPED_IN_A_ROW:
+            raise self._error(step, f"skipped {self._skipped}; to skip more would not help")
+        return None
+
+    def finish(self) -> str | None:
+        """Returns the line on steps skipped just before, if there are any."""
+        skipped, self._skipped = self._skipped, None
+        return f"skipped {skipped}" if skipped else None
+
+    def _error(self, step: int, what: str) -> UserError:
+        good = self._last_checkpoint()
+        last = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+        suspects = f"the data of steps {(good or 0) + 1} to {step}"
+        return UserError(f"{what}; {last}; look at {suspects}. {self._advice}")

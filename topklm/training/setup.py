@@ -1,0 +1,239 @@
+"""Before the first step: the run folder is taken, the data prepared, devices and memory checked.
+
+With several processes the first one does each thing, and the others make sure that they see the same.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+from hashlib import sha256
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+from typing import Any
+
+import jax
+
+from topklm import distributed
+from topklm.checkpoint import run_folder
+from topklm.config import Config, from_saved, warnings
+from topklm.data.mixture import Mixture
+from topklm.data.prepare import prepare
+from topklm.errors import UserError
+from topklm.layout import Layout, make_layout
+from topklm.model import attention_backends, topk
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import AnyPath, write_atomically
+from topklm.training.console import Console
+
+# The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.
+_DATA_PATIENCE_SECONDS = 24 * 3600.0
+_PATIENCE_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run that this process may train: all that is fixed from its first step to its last."""
+
+    config: Config  # with its vocabulary filled in
+    folder: AnyPath
+    mixture: Mixture
+    layout: Layout
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch, over all processes."""
+        return self.config.train.batch_size * self.config.model.context_length
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts that a checkpoint holds of the run; `check_facts` compares them."""
+        return {
+            "config": self.config.to_dict(),
+            "tokenizer_sha256": self.mixture.tokenizer.sha256,
+            "data_fingerprint": self.mixture.fingerprint,
+        }
+
+    def check_facts(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another run.
+
+        Args:
+            step: Of the checkpoint.
+            facts: Its facts.
+
+        Raises:
+            UserError: If its config, tokenizer or data are not this run's.
+        """
+        run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
+        if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
+            raise UserError(
+                f"checkpoint {step} of {self.folder} belongs to another tokenizer than the data: put the "
+                "run's own checkpoints back, or start a new run with --workdir"
+            )
+        # Absent from checkpoints of earlier versions.
+        if facts.get("data_fingerprint", self.mixture.fingerprint) != self.mixture.fingerprint:
+            raise UserError(
+                f"data.source, data.mixture: not the data that {self.folder} was trained on (fingerprint "
+                f"{self.mixture.fingerprint[:12]}, not {facts['data_fingerprint'][:12]}): name the data it "
+                "began with, wherever it lies now, or start a new run with --workdir"
+            )
+
+
+@contextlib.contextmanager
+def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[PreparedRun]:
+    """Arranges the devices, holds the run folder and prepares the data.
+
+    Raises:
+        UserError: For a mesh that does not fit the devices or the model; if the folder is in use, not shared
+            by all hosts or holds another run; or for data that cannot be trained on.
+    """
+    layout = make_layout(config.mesh)
+    # Refused before the data is prepared, which can take hours, and not first where the steps are made.
+    topk.check_platform(config.model.topk_backend, layout.platform)
+    attention_backends.choose(config.model, layout.platform)
+    console.say(f"devices: {layout.describe_devices()}")
+    for line in warnings(config):
+        console.say(f"warning: {line}")
+    with contextlib.ExitStack() as stack:
+        if distributed.is_primary():
+            stack.enter_context(run_folder.owned(folder, console.say))
+        _check_shared(folder)
+        config, mixture = _prepare_data(config, console)
+        layout.check(config)
+        if distributed.is_primary():
+            _describe(config, folder, mixture)
+        distributed.barrier("run folder", _PATIENCE_SECONDS)
+        yield PreparedRun(config, folder, mixture, layout)
+
+
+def check_memory(state: Any, layout: Layout) -> None:
+    """Refuses a training state that does not fit, before any of it is made: XLA on CPUs would wait for ever.
+
+    Counts parameters, optimizer and gradients; activations come on top.
+
+    Args:
+        state: `TrainState` of `jax.ShapeDtypeStruct`.
+        layout: Of the run.
+
+    Raises:
+        UserError: If one of this process's devices, or the host whose memory they are, is too small.
+    """
+    devices = layout.mesh.local_devices
+    needed = _bytes_on_a_device(state, layout) + _bytes_on_a_device(state.params, layout)
+    if devices[0].platform == "cpu":
+        needed *= len(devices)
+        limit, whose = min(_host_limits())
+    else:
+        stats = devices[0].memory_stats() or {}
+        limit, whose = stats.get("bytes_limit", math.inf), f"the memory of {devices[0].device_kind}"
+    if needed > limit:
+        n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+        raise UserError(
+            f"config.model: {n:,} parameters with their optimizer and gradients take {_gib(needed)}, more "
+            f"than {whose}, {_gib(limit)}: make the model smaller, or split it over more devices with "
+            "--config.mesh.fsdp"
+        )
+
+
+def _describe(config: Config, folder: AnyPath, mixture: Mixture) -> None:
+    """Checks that the folder holds this run or none, and writes what makes it self-contained."""
+    if run_folder.has_checkpoint(folder):
+        run_folder.check_same_run(folder, config)
+        path = folder / run_folder.TOKENIZER_FILE
+        with storage_errors_are_user_errors(f"reading {path}", path):
+            differs = path.exists() and sha256(path.read_bytes()).hexdigest() != mixture.tokenizer.sha256
+        if differs:
+            raise UserError(
+                f"{path} is not the tokenizer of the data (the text or its settings changed, or the file is "
+                "damaged): restore the data, or start a new run with --workdir; a damaged file is written "
+                "again once it is deleted"
+            )
+    with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
+        write_atomically(folder / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
+        write_atomically(folder / run_folder.TOKENIZER_FILE, mixture.tokenizer.to_bytes())
+        if mixture.tokenizer.kind == "huggingface":
+            about = mixture.tokenizer.config(config.model.context_length)
+            write_atomically(folder / run_folder.TOKENIZER_CONFIG_FILE, _pretty(about).encode())
+
+
+def _check_shared(folder: AnyPath) -> None:
+    if distributed.process_count() == 1:
+        return
+    marker = run_folder.write_marker(folder) if distributed.is_primary() else None
+    marker = distributed.broadcast("marker", marker, _PATIENCE_SECONDS)
+    run_folder.check_marker(folder, marker)
+    distributed.barrier("marker", _PATIENCE_SECONDS)
+    if distributed.is_primary():
+        run_folder.remove_marker(folder, marker)
+
+
+def _prepare_data(config: Config, console: Console) -> tuple[Config, Mixture]:
+    """Prepares in the first process; the others then find it done, or do the same on a disk of their own.
+
+    Returns:
+        The config with model.vocab_size of the tokenizer, and the data.
+    """
+    if not distributed.is_primary():
+        distributed.barrier("data of the first process", _DATA_PATIENCE_SECONDS)
+    mixture = prepare(config.data, console.say)
+    if distributed.is_primary():
+        distributed.barrier("data of the first process", _DATA_PATIENCE_SECONDS)
+    fingerprints = distributed.gather("data", mixture.fingerprint, _DATA_PATIENCE_SECONDS)
+    if len(set(fingerprints)) > 1:
+        other = next(i for i, found in enumerate(fingerprints) if found != fingerprints[0])
+        raise UserError(
+            f"data.source, data.mixture: process {other} has other data than process 0 (fingerprint "
+            f"{fingerprints[other][:12]}, not {fingerprints[0][:12]}): give all hosts the same"
+        )
+    size, asked = mixture.tokenizer.vocab_size, config.model.vocab_size
+    if asked not in (0, size):
+        raise UserError(f"model.vocab_size = {asked}: must be 0 (the tokenizer's) or the tokenizer's {size}")
+    if not mixture.heldout_text_tokens:
+        raise UserError(
+            "data.source, data.mixture: no dataset has held-out text to evaluate on; prepare one with "
+            "--heldout or --heldout-fraction"
+        )
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model), mixture
+
+
+def _pretty(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _bytes_on_a_device(tree: Any, layout: Layout) -> int:
+    parts = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, layout.shardings(tree)
+    )
+    return sum(jax.tree.leaves(parts))
+
+
+def _host_limits() -> list[tuple[float, str]]:
+    """Lists the bytes that this process may still take, and the limit that says so."""
+    limits: list[tuple[float, str]] = []
+    with contextlib.suppress(OSError, ValueError):  # no such names outside of Linux and macOS
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limits.append((memory + _proc("/proc/meminfo", "SwapTotal"), "the machine's memory"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append((int(pathlib.Path(file).read_text()), "the container's memory"))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limits.append(
+            (max(soft - _proc("/proc/self/status", "VmSize"), 0), "the limit of this process (ulimit -v)")
+        )
+    return limits or [(math.inf, "")]
+
+
+def _proc(file: str, field: str) -> int:
+    """Reads a field in kB of a file of proc(5), in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{field}:\s+(\d+) kB$", pathlib.Path(file).read_text(), re.M):
+            return int(found[1]) * 1024
+    return 0
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:,.1f} GiB"
