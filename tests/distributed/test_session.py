@@ -242,7 +242,7 @@ def test_a_killed_process_is_missed_by_those_who_wait_in_a_collective(start, kil
     assert "Traceback" not in survivor.errors
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_process_is_given_up_and_ends_when_it_wakes(start, stopped):
     job = start(
         2,
@@ -328,7 +328,7 @@ def test_a_stop_of_all_while_one_has_not_come_ends_those_that_have(start):
         assert "Resume with the same command" in process.output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("preempted", [0, 1])
+@pytest.mark.parametrize("preempted", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stop_of_one_while_another_has_not_come_leaves_the_rest_until_the_start_timeout(start, preempted):
     job = start(3, "", started=[0, 1], program=WAITING_PROGRAM, timeouts=(5, PEER_TIMEOUT_SECONDS))
     job.wait_for("waiting")
@@ -366,7 +366,7 @@ def test_another_process_of_the_same_number_does_not_let_the_run_go_on(start):
     assert job.finish() == [75, 75]
 
 
-@pytest.mark.parametrize("kind", ["stop", "mistake", None])
+@pytest.mark.parametrize("kind", ["stop", "mistake", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(start, kind):
     """Lets it end the run, as any process of a run can: launchers then start it again."""
     ending = json.dumps({"kind": kind, "process": 1, "text": "trained"})
