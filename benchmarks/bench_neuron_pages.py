@@ -40,15 +40,15 @@ from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
 from topklm.explorer import export as html
 from topklm.explorer import neuronpedia
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import open_documents
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import Settings
 from topklm.neurons.statistics.measure import measure
-from topklm.neurons.statistics.settings import Settings
 from topklm.neurons.store import Store
-from topklm.neurons.texts import open_documents
 from topklm.progress import Progress
 
 RESULT = results.FOLDER / "neuron_pages.json"
@@ -163,7 +163,7 @@ def _write(
 ) -> tuple[dict[str, Samples], dict[str, Any]]:
     """Writes all pages in turns with the peer, if there is one; says what was written."""
     subjects: dict[str, Subject] = {
-        "HTML": timing.timed(lambda: html.export(Source(folder), place / "neurons.html")),
+        "HTML": timing.timed(lambda: html.export(NeuronData(folder), place / "neurons.html")),
         "JSON": timing.timed(functools.partial(_write_json, folder, place / "neurons.jsonl")),
         "Neuronpedia": functools.partial(_write_neuronpedia, folder, model, place / "neuronpedia"),
     }
@@ -184,7 +184,7 @@ def _write(
         "Neuronpedia": _bytes_under(place / "neuronpedia"),
         "sae-dashboard": _bytes_under(place / "peer" / "pages"),
     }
-    n_examples = sum(map(len, filter(None, Source(folder).rows["examples"].to_pylist())))
+    n_examples = sum(map(len, filter(None, NeuronData(folder).rows["examples"].to_pylist())))
     return samples, {
         "n_examples": n_examples,
         "peer": facts,
@@ -194,7 +194,7 @@ def _write(
 
 def _write_json(folder: NeuronsFolder, path: Path) -> None:
     """Writes a line for each neuron, of all that its page shows."""
-    source = Source(folder)
+    source = NeuronData(folder)
     with path.open("w", encoding="utf-8") as file:
         for number in range(source.n_neurons):
             file.write(json.dumps(neuron_view.neuron(source, *source.place(number))) + "\n")

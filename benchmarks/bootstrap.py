@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 import scipy.sparse
 
-from topklm.neurons.statistics.contexts import Embeddings
+from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import Block, Store
 
 FIGURES = ("token_entropy_corrected", "semantic_entropy_corrected", "monosemanticity")
@@ -41,7 +41,7 @@ class Text:
     Attributes:
         token_ids: int[N], the store's tokens.
         groups: int[N], the cluster of each, from 0.
-        bounds: int64[G + 1], as `contexts.document_bounds` gives them.
+        bounds: int64[G + 1], as `embeddings.document_bounds` gives them.
         embeddings: float32[N, d], of contexts; see `embed_all`.
     """
 

@@ -23,9 +23,9 @@ from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.neurons.dictionary import KINDS, TITLES
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.ranking import readable_first
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
+from topklm.neurons.statistics.table import readable_first
 from topklm.neurons.store import Store
 
 SHOWN = 10
@@ -80,7 +80,7 @@ def main() -> None:
         for kind, folders in runs.items()
     }
     result = {
-        "rule": "topklm.neurons.ranking.readable_first",
+        "rule": "topklm.neurons.statistics.table.readable_first",
         "runs": {kind: [_describe(folder) for folder in folders] for kind, folders in runs.items()},
         "bootstrap": {
             "draws": arguments.draws,

@@ -16,8 +16,8 @@ import rich.console
 from benchmarks import bootstrap
 import topklm
 from topklm.model import transformer
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.statistics import clusters, contexts, table
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import embeddings, table
 from topklm.neurons.store import Store
 from topklm.progress import TerminalProgress
 
@@ -112,8 +112,10 @@ def _text(folder: NeuronsFolder, store: Store, measured: table.Measured) -> boot
     model = topklm.load(str(folder.run), step=folder.step)
     columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())
     unembedding = columns[:, : model.config.model.vocab_size]
-    token_ids, bounds = store.tokens(0, store.n_tokens), contexts.document_bounds(store)
-    of_token = clusters.of_tokens(unembedding, measured.details["n_clusters"], measured.details["seed"])
-    around = contexts.Contexts(token_ids, bounds, contexts.token_vectors(unembedding))
-    embeddings = bootstrap.embed_all(around, store.n_tokens)
-    return bootstrap.Text(token_ids, of_token[token_ids], bounds, embeddings)
+    token_ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    of_token = embeddings.cluster_tokens(
+        unembedding, measured.details["n_clusters"], measured.details["seed"]
+    )
+    around = embeddings.Contexts(token_ids, bounds, embeddings.token_vectors(unembedding))
+    vectors = bootstrap.embed_all(around, store.n_tokens)
+    return bootstrap.Text(token_ids, of_token[token_ids], bounds, vectors)

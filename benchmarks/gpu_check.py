@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.topk_and_norm import select_and_norm
 from topklm import errors
 from topklm.config import TOPK_ACTIVATIONS
-from topklm.model import topk_pallas
 from topklm.model.topk import topk
 
 EPSILON = 1e-6
@@ -88,7 +88,7 @@ _compiled_topk = jax.jit(topk, static_argnums=(1, 2, 3))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _compiled_fused(x: jax.Array, k: int, activation: str, scale_D: jax.Array, residual: jax.Array) -> tuple:
-    return topk_pallas.select_and_norm(x, k, activation, "gpu", scale_D, EPSILON, residual=residual)
+    return select_and_norm(x, k, activation, "gpu", scale_D, EPSILON, residual=residual)
 
 
 @jax.jit

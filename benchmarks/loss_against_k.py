@@ -24,7 +24,7 @@ from benchmarks.harness.pictures import COLOURS
 import topklm
 from topklm.inference.adaptive import AdaptiveK, token_losses
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons.texts import open_documents
+from topklm.neurons.documents import open_documents
 
 RESULT = results.FOLDER / "loss_against_k.json"
 THRESHOLDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5)  # nats

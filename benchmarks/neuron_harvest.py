@@ -18,14 +18,14 @@ from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import Packed, batches, pack, windows_of
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
-from topklm.neurons.windows import Packed, pack, stretches, windows_of
 
 
 @dataclasses.dataclass
 class Held:
-    """Documents in memory, as `topklm.neurons.texts.Documents`."""
+    """Documents in memory, as `topklm.neurons.documents.Documents`."""
 
     name: str
     n_tokens: int | None
@@ -130,7 +130,7 @@ def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int)
         for window in windows_of(number, ids, separator_id, length)
     )
     found = []
-    for stretch in stretches(windows, harvest_lib.segment_tokens(config)):
+    for stretch in batches(windows, harvest_lib.segment_tokens(config)):
         packed = pack(stretch, length, rows, separator_id)
         for start in range(0, len(packed.inputs), rows):
             some = {

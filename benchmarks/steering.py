@@ -3,9 +3,10 @@
     topklm steer runs/books --survey --against runs/books-base --json survey.json
     python -m benchmarks.steering runs/books --survey survey.json --out steering-books
 
-The neurons are chosen by a rule and by nothing else: `topklm.neurons.ranking.readable_first`, from the first
-on, those whose number and whose first input token no neuron before had. Writes benchmarks/results/NAME.json,
-the survey without its list of neurons and what the model wrote, and draws docs/images/NAME.svg.
+The neurons are chosen by a rule and by nothing else: `topklm.neurons.statistics.table.readable_first`,
+from the first on, those whose number and first input token no neuron before had. Writes
+benchmarks/results/NAME.json, the survey without its list of neurons and what the model wrote, and draws
+docs/images/NAME.svg.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,13 @@ from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 import topklm
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.ranking import readable_first
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
+from topklm.neurons.statistics.table import readable_first
 from topklm.progress import TerminalProgress
-from topklm.steering import dose, known
+from topklm.steering import dose, neuron_facts
+from topklm.steering.concepts import KINDS
 from topklm.steering.dose import Sampled
-from topklm.steering.stored_concepts import KINDS
 from topklm.steering.summary import without_nan
 
 SHOWN = 6
@@ -71,7 +72,7 @@ def _steer_six(run: pathlib.Path) -> dict[str, Any]:
         with progress.phase(f"steering {layer}:{neuron}", texts) as report:
             found.append(_neuron(model, folder, layer, neuron, sampled, report))
     return {
-        "rule": "topklm.neurons.ranking.readable_first, other numbers and first tokens each",
+        "rule": "topklm.neurons.statistics.table.readable_first, other numbers and first tokens each",
         "run": run.resolve().name,
         "step": model.step,
         "mode": "clamp",
@@ -101,9 +102,9 @@ def chosen(folder: NeuronsFolder) -> list[tuple[int, int]]:
 def _neuron(
     model: LanguageModel, folder: NeuronsFolder, layer: int, neuron: int, sampled: Sampled, report: Any
 ) -> dict[str, Any]:
-    facts = known.read(folder, layer, neuron)
+    facts = neuron_facts.read(folder, layer, neuron)
     assert facts is not None and facts.max_activation is not None
-    concepts = known.own_concepts(model, folder, facts, layer, neuron)
+    concepts = neuron_facts.own_concepts(model, folder, facts, layer, neuron)
     values = [times * facts.max_activation for times in TIMES]
     responses = dose.respond(
         model, (layer, neuron), values, concepts, sampled, report=lambda texts: report(texts, 0, 0)

@@ -113,7 +113,7 @@ def test_a_dim_that_the_axis_does_not_divide_stays_whole():
 
 
 def test_a_parameter_that_no_rule_names_is_a_bug():
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"new.thing: add \('new', 'thing'\) to layout.PARAMETER_RULES"):
         layout_of(1, 4, 2).shardings({"new": {"thing": np.zeros((4, 4))}})
 
 

@@ -17,11 +17,10 @@ import ml_collections
 import numpy as np
 
 from topklm.errors import UserError
+from topklm.model import backends
 from topklm.storage.files import check_name, parse_json
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
-TOPK_BACKENDS = ("auto", "lax", "threshold", "pallas_gpu", "pallas_tpu", "approx")
-ATTENTIONS = ("auto", "blocked", "splash", "triton", "cudnn")
 DTYPES = ("float32", "bfloat16")
 
 # The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
@@ -137,12 +136,13 @@ class ModelConfig:
         choices=TOPK_ACTIVATIONS,
     )
     topk_backend: str = _setting(
-        "auto", "implementation of TopK; all give the same bits except approx", choices=TOPK_BACKENDS
+        "auto", "implementation of TopK; all give the same bits except approx", choices=backends.TOPK.names
     )
+    qk_norm: bool = _setting(False, "RMSNorm of each head's queries and keys before RoPE, as in Qwen3")
     attention: str = _setting(
         "auto",
         "implementation of attention: blocked (anywhere), splash (TPU), triton, cudnn (GPU)",
-        choices=ATTENTIONS,
+        choices=backends.ATTENTION.names,
     )
     tie_embeddings: bool = _setting(False, "unembedding = transposed embedding")
     rope_theta: float = _setting(10_000.0, "RoPE base wavelength, tokens / 2 pi", _ABOVE_0)
@@ -455,7 +455,7 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
         if old[name] != new[name]
         and name not in CHANGEABLE_ON_RESUME
         and name.split(".", maxsplit=1)[0] not in CHANGEABLE_ON_RESUME
-        and not (name == "model.topk_backend" and "approx" not in (old[name], new[name]))  # the same bits
+        and not (name == "model.topk_backend" and backends.TOPK.all_exact(old[name], new[name]))
     }
 
 

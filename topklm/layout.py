@@ -41,6 +41,8 @@ PARAMETER_RULES: Mapping[tuple[str, str], PartitionSpec] = {
     ("query", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("key", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("value", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
+    ("query_norm", "scale"): PartitionSpec(),
+    ("key_norm", "scale"): PartitionSpec(),
     ("out", "kernel"): PartitionSpec(None, "tensor", "fsdp"),
     ("gate", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
     ("up", "kernel"): PartitionSpec(None, "fsdp", "tensor"),
@@ -301,7 +303,11 @@ class Layout:
     def _spec(self, path: tuple, leaf: Any) -> PartitionSpec:
         if leaf.ndim == 0:
             return REPLICATED
-        return self._drop_uneven(PARAMETER_RULES[_names(path)[-2:]], leaf.shape)  # type: ignore[index]
+        *_, module, parameter = "", *_names(path)
+        if (module, parameter) not in PARAMETER_RULES:
+            name = ".".join(_names(path))
+            raise KeyError(f"{name}: add ({module!r}, {parameter!r}) to layout.PARAMETER_RULES")
+        return self._drop_uneven(PARAMETER_RULES[module, parameter], leaf.shape)
 
     def _drop_uneven(self, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
         """Drops the split of a dim that the axis does not divide (a vocabulary of 50,257, say)."""

@@ -27,7 +27,7 @@ class Parallel:
     tensor: str | None = None
     # Makes a tree of this device's parts of parameters (a block's, say) whole along fsdp, at use.
     gather: Callable[[Any], Any] = _as_it_is
-    # How its devices compute attention, see `attention_backends.choose`.
+    # How its devices compute attention, a name of `backends.ATTENTION`.
     attention: str = "blocked"
     # How they run layers if `config.layer_stack` is "auto": one block scanned, which compiles in a time that
     # does not grow with depth, or unrolled, which XLA makes faster on CPUs.

@@ -30,9 +30,9 @@ from topklm import config as config_lib
 from topklm.compile_check.check import with_vocabulary
 from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
-from topklm.inference import cache
+from topklm.inference import kv_cache
 from topklm.inference.generate import Generation
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
 
@@ -104,12 +104,14 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     params = transformer.create(config.model, config.train.seed)
     prompts, new_tokens = random_prompts(config.model, max(BATCH_SIZES)), spec["new_tokens"]
     # As a loaded model keeps them from its first text on.
-    texts = functools.partial(continuations, layers=cache.by_layer(config.model, params))
+    texts = functools.partial(continuations, layers=kv_cache.by_layer(config.model, params))
     if spec.get("all_rows"):
-        cache.SPARSE_SHARE = 0.0
+        kv_cache.SPARSE_SHARE = 0.0
         one = functools.partial(texts, config.model, params, prompts[:1], new_tokens)
         return Prepared({_ALL_ROWS: one}, {})
-    steer = Interventions.of(config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add")
+    steer = InterventionBatch.of(
+        config.model, {(0, neuron): 1.0 for neuron in range(_STEERED_NEURONS)}, "add"
+    )
     subjects: dict[str, Callable[[], Any]] = {}
     for n in BATCH_SIZES:
         plain = functools.partial(texts, config.model, params, prompts[:n], new_tokens)
@@ -122,8 +124,8 @@ def continuations(
     params: transformer.Parameters,
     prompts: np.ndarray,
     new_tokens: int,
-    steer: Interventions | None = None,
-    layers: cache.Layers = None,
+    steer: InterventionBatch | None = None,
+    layers: kv_cache.Layers = None,
 ) -> list[list[int]]:
     """Continues prompts as `topklm generate` does; [B, P] -> a list of new tokens for each."""
     greedy = [Sampling(temperature=0)] * len(prompts)

@@ -16,7 +16,7 @@ from topklm.config import Config
 from topklm.data.stream import Batch as HostBatch
 from topklm.errors import UserError
 from topklm.layout import make_layout
-from topklm.model import attention_backends, losses
+from topklm.model import backends, losses
 from topklm.model.attention import Attention, rotation_angles
 from topklm.model.layers import RMSNorm, SwiGLU
 from topklm.model.topk import topk
@@ -73,7 +73,8 @@ def _embedding(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
 def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]) -> Subject:
     """Makes the subject of `h + Attention(Norm(h))`."""
     model = config.model
-    parallel = Parallel(attention=attention_backends.choose(model, jax.default_backend()))
+    chosen = backends.ATTENTION.choose(model.attention, jax.default_backend(), model.dtype, model)
+    parallel = Parallel(attention=chosen.name)
     norm = _definition(_make_norm(config))
     attention = _definition(lambda rngs: Attention(model, out_std=1.0, rngs=rngs))
 

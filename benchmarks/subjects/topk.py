@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from benchmarks.harness.shapes import random_rows, topk_side
 from benchmarks.harness.worker import Prepared
 from benchmarks.subjects import blocking
-from topklm.config import TOPK_BACKENDS
 from topklm.errors import UserError
-from topklm.model.topk import check_platform, topk
+from topklm.model import backends
+from topklm.model.topk import topk
 
 SCATTER = "lax.top_k + scatter"
 COPY = "copy"
@@ -44,12 +44,12 @@ def top_k_and_scatter(x_ND: jax.Array, k: int) -> jax.Array:
 
 
 def _backends() -> list[str]:
-    return [name for name in TOPK_BACKENDS if _runs_here(name)]
+    return [name for name in backends.TOPK.names if _runs_here(name)]
 
 
 def _runs_here(backend: str) -> bool:
     try:
-        check_platform(backend, jax.default_backend())
+        backends.TOPK.check_platform(backend, jax.default_backend())
     except UserError:
         return False
     return True

@@ -97,13 +97,13 @@ def batch(config, seed):
 
 
 def copied(state):
-    """The values of now, in memory of their own."""
+    """Copies the values into memory of their own."""
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
 
 @pytest.fixture(scope="module")
 def trained_state(config, optimizer, layout, train_step):
-    """After three steps, so that no part of the optimizer is zero any more."""
+    """Trains three steps, so that no part of the optimizer is zero any more."""
     state = init_state(config, optimizer, layout)
     for seed in range(3):
         state, _ = train_step(state, batch(config, seed))
@@ -112,7 +112,7 @@ def trained_state(config, optimizer, layout, train_step):
 
 @pytest.fixture
 def state(trained_state):
-    """A copy that a step may overwrite."""
+    """Makes a copy that a step may overwrite."""
     return jax.tree.map(jnp.copy, trained_state)
 
 

@@ -42,7 +42,7 @@ print(json.dumps(checksums(tree)))
 
 
 def reference(array):
-    """The definition, element by element in Python's integers."""
+    """Follows the definition, element by element in Python's integers."""
     array = np.asarray(array)
     words = array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize])
     total = 0

@@ -89,7 +89,7 @@ def damage(path, kind):
 
 
 def restored_step(folder, layout):
-    """Which of the steps came back, bit for bit, and what was said; the folders are as they should be."""
+    """Restores, checks bits and folders; returns the step that came back, and the lines that were said."""
     said = []
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3), said.append)
     abstract = jax.eval_shape(lambda: tiny_state(1))

@@ -7,7 +7,7 @@ import pytest
 
 
 def imported_by(folder):
-    """The modules that a folder's files import, as far as they are ours."""
+    """Yields the modules of ours that a folder's files import."""
     for path in sorted((ROOT / "topklm" / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

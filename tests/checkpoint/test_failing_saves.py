@@ -79,7 +79,7 @@ def some_state(step):
 
 
 def limit_files_to(n_bytes):
-    """Writing beyond that fails from now on, as on a full disk."""
+    """Makes writing beyond that fail from now on, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -108,7 +108,7 @@ def said():
 
 @pytest.fixture
 def checkpoints(tmp_path, said):
-    """With a good checkpoint of step 1."""
+    """Has a good checkpoint of step 1."""
     checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(keep=2), said.append)
     checkpoints.save(some_state(1), {"index": 1}, {})
     checkpoints.wait()
@@ -193,7 +193,7 @@ def test_at_the_end_it_is_tried_again_until_it_is_written(tmp_path, said):
     def say(line):
         said.append(line)
         if len(said) == 2:
-            lift_limit()  # somebody made room
+            lift_limit()  # somebody freed space
 
     checkpoints = CheckpointManager(tmp_path / "c", CheckpointConfig(), say)
     with files_of_at_most(5000):

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.command import BENCHMARKS
 from benchmarks.harness import roofline
 from topklm.commands import bench, train
-from topklm.config import TOPK_BACKENDS
 from topklm.errors import UserError
+from topklm.model import backends
 
 CONFIG = [f"--config={CONFIG_FILE}", *(f"--config.{name}={value}" for name, value in TINY.items())]
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -64,7 +64,7 @@ def test_step_explains_where_its_time_goes(tmp_path, capsys):
 def test_topk_measures_every_backend_beside_a_copy(tmp_path):
     found = measured(tmp_path, "topk", "--sizes=16:4", "--rows=256", "--dtype=float32")
     operations = {row["facts"]["operation"] for row in found["results"]}
-    assert operations == {*TOPK_BACKENDS, "lax.top_k + scatter"} - {"pallas_gpu", "pallas_tpu"}
+    assert operations == {*backends.TOPK.names, "lax.top_k + scatter"} - {"pallas_gpu", "pallas_tpu"}
     assert {row["facts"]["backward"] for row in found["results"]} == {False, True}
     assert all(row["floor"] > 0 for row in found["results"])
     (forward,) = (row for row in found["comparisons"] if row["at_least"])

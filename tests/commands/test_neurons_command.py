@@ -7,7 +7,7 @@ from helpers import assert_one_line_error, devices, sentences, wait_until, write
 import numpy as np
 import pytest
 
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 

@@ -12,14 +12,13 @@ import topklm
 from topklm.commands import neurons_ablate, neurons_contrast
 from topklm.config import MeshConfig
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
-from topklm.neurons import ablated_losses, harvest
-from topklm.neurons.ablate_set import halves
-from topklm.neurons.ablated_losses import AblatedLosses
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons import ablate_set, harvest
+from topklm.neurons.ablate_set import AblatedLosses, halves
+from topklm.neurons.activation_counts import count
 from topklm.neurons.labels import Labels
-from topklm.neurons.unit_counts import count
+from topklm.neurons.paths import NeuronsFolder
 
 STEP = 24
 VOWELS = ["aeiou eau", "iou aie", "oui a oui", "eieio", "aa ee ii oo", "you eau"]
@@ -34,7 +33,7 @@ def write(path, texts):
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harvest, ablated_losses):
+        for module in (harvest, ablate_set):
             patch.setattr(module, "_BATCH_TOKENS", 256)
         yield
 

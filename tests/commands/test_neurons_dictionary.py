@@ -16,7 +16,7 @@ from topklm.config import DataConfig
 from topklm.data.prepare import prepare
 from topklm.errors import UserError
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import sentences, table
 from topklm.neurons.store import Store
 
@@ -113,7 +113,7 @@ def test_the_table_says_which_dictionary_and_which_encoder(harvested, monkeypatc
     monkeypatch.setattr(sentences, "load", lambda name: Lengths())
     options = ["--lens-contexts", "4", "--encoder", "models/lengths", "--json"]
     run("measure", harvested.run, *options)
-    assert json.loads(capsys.readouterr().out) == {"table": str(harvested.table)}
+    assert json.loads(capsys.readouterr().out)["table"] == str(harvested.table)
     rows, measured = table.read(harvested.table)
     assert (measured.kind, measured.topk_k) == ("sae", 5)
     assert measured.dictionary == Store(harvested.store).metadata.dictionary

@@ -15,7 +15,7 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.layout import make_layout
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
 

@@ -12,10 +12,10 @@ import topklm
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_select
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, load_interventions
-from topklm.neurons.folder import NeuronsFolder
+from topklm.inference.interventions import Intervention, load_interventions
 from topklm.neurons.labels import Labels
-from topklm.neurons.selection import read_contrast
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import read_contrast
 from topklm.storage.files import sealed_json
 
 STEP = 24

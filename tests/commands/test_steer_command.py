@@ -11,11 +11,11 @@ import saved_runs
 from topklm import cli
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 from topklm.steering import dose
 from topklm.steering.dose import Response, Sampled
-from topklm.steering.measures import Estimate
+from topklm.steering.text_metrics import Estimate
 
 D, STEP = saved_runs.MODEL.d_model, 3
 

@@ -11,7 +11,7 @@ import saved_runs
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, Intervention, save_interventions
+from topklm.inference.interventions import MODES, Intervention, save_interventions
 
 CONFIG = saved_runs.MODEL  # two layers of 32 neurons, the first with TopK
 

@@ -46,6 +46,7 @@ def slow(*values):
         slow("v5e:2x2", {"attention": "blocked", "context_length": 7}, 8, {}),
         slow("v5e:2x2", {"layer_stack": "unrolled", "remat": "minimal"}, 4, {}),
         slow("v5e:2x2", {"tie_embeddings": True, "dtype": "bfloat16"}, 8, {"tensor": 2, "fsdp": 2}),
+        slow("v5e:2x2", {"qk_norm": True, "dtype": "bfloat16"}, 8, {"tensor": 2, "fsdp": 2}),
         slow("v5e:2x2", {}, 8, {"slices": 2}),
     ],
 )

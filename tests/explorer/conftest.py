@@ -1,4 +1,4 @@
-"""What the explorer's tests share: one explored run, and a server of it."""
+"""Shared by the explorer's tests: one explored run, and a server of it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,19 +10,19 @@ import pytest
 from serve_site import Site, serving
 
 from topklm.explorer.index import Index
-from topklm.explorer.source import Source
-from topklm.neurons.folder import NeuronsFolder
+from topklm.explorer.neuron_data import NeuronData
+from topklm.neurons.paths import NeuronsFolder
 
 
 @pytest.fixture(scope="session")
 def explored(tmp_path_factory) -> NeuronsFolder:
-    """Not to be changed."""
+    """Returns a run that is not to be changed."""
     return explored_run.make(tmp_path_factory.mktemp("explored") / "village")
 
 
 @pytest.fixture
 def explored_copy(explored, tmp_path) -> NeuronsFolder:
-    """To be changed at will; labels written there go nowhere else."""
+    """Returns a copy that may be changed; labels written there go nowhere else."""
     ignored = shutil.ignore_patterns(explored.index.name)
     return NeuronsFolder(
         Path(shutil.copytree(explored.run, tmp_path / "village", ignore=ignored)), explored.step
@@ -30,8 +30,8 @@ def explored_copy(explored, tmp_path) -> NeuronsFolder:
 
 
 @pytest.fixture(scope="module")
-def source(explored) -> Source:
-    return Source(explored)
+def source(explored) -> NeuronData:
+    return NeuronData(explored)
 
 
 @pytest.fixture(scope="module")
@@ -44,5 +44,5 @@ def index(source) -> Iterator[Index]:
 def site(explored, tmp_path_factory) -> Iterator[Site]:
     """Serves a copy, whose labels may be changed."""
     run = shutil.copytree(explored.run, tmp_path_factory.mktemp("site") / "village")
-    with serving(Source(NeuronsFolder(Path(run), explored.step))) as served:
+    with serving(NeuronData(NeuronsFolder(Path(run), explored.step))) as served:
         yield served

@@ -1,6 +1,6 @@
 """A run folder with a store of real activations of a tiny random model, and a table of figures made up here.
 
-What depends on the store (counts, histograms, top tokens, examples) is true; the other figures are random.
+Figures of the store (counts, histograms, top tokens, examples) are true; the others are random.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ import saved_runs
 import topklm
 from topklm.config import Config
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.statistics import activity, table
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import activity, catalog, table
+from topklm.neurons.statistics.examples import RANGE_PARTS
 from topklm.neurons.store import Metadata, StoreWriter
 
 STEP = 5
@@ -115,7 +116,7 @@ def write_table(
         n_clusters=20,
         details={},
     )
-    table.write(place.table, pa.Table.from_pylist(rows, schema=table.COLUMNS), measured)
+    table.write(place.table, pa.Table.from_pylist(rows, schema=catalog.schema()), measured)
 
 
 def _row(layer: int, neuron: int, values: np.ndarray, tokens: np.ndarray, documents: np.ndarray) -> dict:
@@ -123,7 +124,7 @@ def _row(layer: int, neuron: int, values: np.ndarray, tokens: np.ndarray, docume
     # As the store keeps them.
     values = values.astype(ml_dtypes.bfloat16).astype(np.float64)
     where = np.flatnonzero(values)
-    row = dict.fromkeys(table.COLUMNS.names)
+    row = dict.fromkeys(catalog.schema().names)
     row |= {"layer": layer, "neuron": neuron, "n_active": len(where), "density": len(where) / len(values)}
     others = [int(j) for j in random.permutation(D)[:LISTED] if j != neuron]
     for name in ("coactive", "similar_effect"):
@@ -170,6 +171,6 @@ def _examples(where: np.ndarray, active: np.ndarray, documents: np.ndarray) -> l
     order = where[np.argsort(-active, kind="stable")]
     _, first = np.unique(documents[order], return_index=True)
     strongest = [(int(at), 0) for at in order[np.sort(first)][:20]]
-    part_of = np.clip(np.ceil(active / active.max() * table.RANGE_PARTS), 1, table.RANGE_PARTS).astype(int)
-    parts = [(int(at), part) for part in range(1, table.RANGE_PARTS + 1) for at in where[part_of == part][:5]]
+    part_of = np.clip(np.ceil(active / active.max() * RANGE_PARTS), 1, RANGE_PARTS).astype(int)
+    parts = [(int(at), part) for part in range(1, RANGE_PARTS + 1) for at in where[part_of == part][:5]]
     return strongest + parts

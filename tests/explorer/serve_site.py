@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 import uvicorn
 
 from topklm.explorer import app
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.web import server
 from topklm.web.security import Guard
 
@@ -40,7 +40,7 @@ class Site:
     """A server that runs in this process."""
 
     port: int
-    source: Source
+    source: NeuronData
 
     @property
     def host(self) -> str:
@@ -58,7 +58,7 @@ class Site:
         body: bytes | None = None,
         form: dict[str, str] | None = None,
     ) -> Answer:
-        """One request, without following redirections."""
+        """Sends one request, without following redirections."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = dict(headers or {})
         if form is not None:
@@ -72,7 +72,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def serving(source: Source, token: str | None = None) -> Iterator[Site]:
+def serving(source: NeuronData, token: str | None = None) -> Iterator[Site]:
     listening = server.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}) if token is None else None

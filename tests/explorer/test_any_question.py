@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer.reading import Reader, Reading
+from topklm.explorer.live_model import Activations, LiveModel
 from topklm.explorer.steering import NAMES
 from topklm.explorer.views import search
 
@@ -48,11 +48,11 @@ MAKING_SENSE = {
 
 @pytest.fixture(scope="module")
 def asked(site):
-    """The site, whose model computes nothing: activations and tokens are made up."""
+    """Yields the site, whose model computes nothing: activations and tokens are made up."""
 
     def reading(self, ids):
         shape = len(self._metadata.layers), len(ids), 2
-        return Reading(ids, self._metadata.layers, np.ones(shape, np.int32), np.ones(shape, np.float32))
+        return Activations(ids, self._metadata.layers, np.ones(shape, np.int32), np.ones(shape, np.float32))
 
     def advance(_self, generation, _steps):
         for row, text in enumerate(generation.texts):
@@ -61,8 +61,8 @@ def asked(site):
         return [[5, 0xE6] for _ in generation.texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reader, "_reading", reading)
-        patch.setattr(Reader, "advance", advance)
+        patch.setattr(LiveModel, "_reading", reading)
+        patch.setattr(LiveModel, "advance", advance)
         patch.setattr(search, "REGEX_SECONDS", 0.2)
         yield site
     for place in ("0/3", "1/9"):
@@ -81,7 +81,7 @@ def assert_answered(answer):
 
 
 def values(names):
-    """Some parameters: values that make sense for all, or anything."""
+    """Returns some parameters: values that make sense for all, or anything."""
     sensible = {
         name: st.sampled_from(MAKING_SENSE[name]).map(str.encode) for name in names if name in MAKING_SENSE
     }

@@ -12,9 +12,9 @@ from serve_site import serving
 
 import topklm
 from topklm import cli
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.steering import spelled
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 
@@ -42,7 +42,7 @@ def test_every_layer_has_neurons_of_which_some_half_is_active(base):
 
 
 def test_its_pages_say_what_is_shown(base):
-    with serving(Source(base)) as site:
+    with serving(NeuronData(base)) as site:
         assert "positive parts of its hidden state" in site.ask("/").text
         page = site.ask("/neurons/2/7")
         assert page.status == 200
@@ -58,7 +58,7 @@ def test_its_pages_say_what_is_shown(base):
 @pytest.mark.slow
 def test_its_neurons_are_steered_too(base):
     asked = {"prompt": "The baker", "value": "40", "max_new_tokens": "22"}
-    with serving(Source(base)) as site:
+    with serving(NeuronData(base)) as site:
         page = site.ask("/neurons/2/7").text
         assert re.findall(r'<option value="(\w+)"[^>]*>\1: ', page) == ["clamp", "add", "scale", "ablate"]
         answer = site.ask("/api/neurons/2/7/steer", form=asked)

@@ -10,7 +10,7 @@ import pytest
 
 from topklm.explorer.export import export
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -271,7 +271,7 @@ def test_a_neuron_is_tried_on_a_text_of_ones_own(open_page):
 
 @pytest.fixture(scope="module")
 def compiled(site):
-    """What writes texts of up to 32 tokens, so that no page has to wait for it."""
+    """Compiles for texts of up to 32 tokens, so that no page has to wait for it."""
     form = {"prompt": "The baker", "value": "1", "max_new_tokens": "22"}
     assert site.ask("/api/neurons/1/17/steer", form=form).status == 200
 
@@ -337,7 +337,7 @@ def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled
             self.texts = [[*text, text[-1]] for text in self.texts]  # rrrr
             return [text[-1:] for text in self.texts]
 
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     page = open_page("/neurons/1/17", viewport=PHONE)
     page.get_by_label("Prompt").fill("The baker")
     page.get_by_role("button", name="Write").click()

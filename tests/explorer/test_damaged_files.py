@@ -1,4 +1,4 @@
-"""What the explorer and the exports read, with any file of a run's neurons damaged or missing."""
+"""Everything that the explorer and the exports read, with any file of a run's neurons damaged or missing."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,14 @@ from topklm.commands import neurons_find
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.explorer import export, neuronpedia
-from topklm.explorer.figures import FIGURES
 from topklm.explorer.index import Index, Wanted
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
-from topklm.neurons.find import rank
-from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.statistics import table
-from topklm.steering import known
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import rank
+from topklm.neurons.statistics import catalog, table
+from topklm.steering import neuron_facts
 
 STEP = explored_run.STEP
 
@@ -36,16 +35,16 @@ def folder_of(run):
 
 
 def index_says(run):
-    """All that the index can be asked for."""
-    with contextlib.closing(Index(Source(folder_of(run)), lambda line: None)) as index:
-        orders = [index.neurons(Wanted(figure.name), 0, 1000) for figure in FIGURES]
+    """Returns all that the index can be asked for."""
+    with contextlib.closing(Index(NeuronData(folder_of(run)), lambda line: None)) as index:
+        orders = [index.neurons(Wanted(name), 0, 1000) for name in catalog.numbers()]
         ranged = [index.neurons(Wanted(ranges={"density": (None, bound)}), 0, 1000) for bound in (0.1, 0.3)]
         words = [(index.passages(word, 1000), index.active_at(word, 100)) for word in ("lantern", "the", "a")]
         return orders, ranged, words
 
 
 def pages_say(run):
-    source = Source(folder_of(run))
+    source = NeuronData(folder_of(run))
     return (
         [
             neuron_view.neuron(source, layer, neuron, example_tokens=64, labels=source.named())
@@ -57,10 +56,10 @@ def pages_say(run):
 
 
 def exports_hold(run):
-    """The bytes of both kinds of export, of two neurons."""
+    """Returns the bytes of both kinds of export, of two neurons."""
     out, neurons = run.with_name(f"{run.name}-out"), [(0, 3), (1, 17)]
     out.mkdir()
-    export.export(Source(folder_of(run)), out / "page.html", neurons)
+    export.export(NeuronData(folder_of(run)), out / "page.html", neurons)
     tokenizer = Tokenizer.load(run / TOKENIZER_FILE)
     neuronpedia.export(folder_of(run), tokenizer, out / "pedia", model_id="m", neurons=neurons)
     return [(str(p.relative_to(out)), p.read_bytes()) for p in sorted(out.rglob("*")) if p.is_file()]
@@ -72,11 +71,11 @@ def table_says(run):
 
 
 def is_known(run):
-    return known.read(folder_of(run), 1, 17)
+    return neuron_facts.read(folder_of(run), 1, 17)
 
 
 def is_found(run):
-    """What `topklm neurons find` opens."""
+    """Opens the files of `topklm neurons find`."""
     folder = neurons_find._folder(str(run), None)
     store = neurons_find._open_store(folder)
     return rank(store, store.tokens(0, store.n_tokens) == 33, limit=5), Labels(folder.labels).all()
@@ -84,10 +83,10 @@ def is_found(run):
 
 @pytest.fixture(scope="module")
 def run(explored, tmp_path_factory):
-    """Only what is read here, with an index and a label."""
+    """Returns only what is read here, with an index and a label."""
     run = tmp_path_factory.mktemp("whole") / "village"
     shutil.copytree(explored.run, run, ignore=shutil.ignore_patterns("checkpoints", "*.sqlite"))
-    Source(folder_of(run)).labels.set(0, 3, "the sea")
+    NeuronData(folder_of(run)).labels.set(0, 3, "the sea")
     index_says(run)
     return run
 
@@ -131,7 +130,7 @@ def test_figures_that_were_measured_on_another_store_are_refused(other, copy):
     place = folder_of(copy())
     place.table.unlink()
     shutil.copy(folder_of(other).table, place.table)
-    for reader in (Source, lambda folder: is_known(folder.run)):
+    for reader in (NeuronData, lambda folder: is_known(folder.run)):
         with pytest.raises(UserError, match="was measured on another store"):
             reader(place)
 

@@ -11,11 +11,11 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.explorer.export import export
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 
 
 def pages(text):
-    """HTML by id of the neurons in a file."""
+    """Returns HTML by id of the neurons in a file."""
     found = re.findall(
         r'<script type="text/plain" id="n-(\d+-\d+)" data-title="[^"]*">([^<]*)</script>', text
     )
@@ -70,7 +70,7 @@ def test_links_lead_only_to_neurons_that_it_holds(source, tmp_path):
 
 
 def test_markup_in_labels_and_text_is_shown_and_not_made(explored_copy, tmp_path):
-    source = Source(explored_copy)
+    source = NeuronData(explored_copy)
     source.labels.set(0, 3, "</script><script>alert(1)</script>\"'")
     path = tmp_path / "a.html"
     export(source, path)

@@ -8,16 +8,15 @@ import threading
 import numpy as np
 import pytest
 
-from topklm.explorer.figures import FIGURES
 from topklm.explorer.index import Index, Wanted
-from topklm.explorer.source import Source
-from topklm.neurons.ranking import readable_first
-from topklm.neurons.statistics import table
+from topklm.explorer.neuron_data import NeuronData
+from topklm.neurons.statistics import catalog, table
+from topklm.neurons.statistics.table import readable_first
 
 
 @contextlib.contextmanager
 def opened(folder, said):
-    with contextlib.closing(Index(Source(folder), said.append)) as index:
+    with contextlib.closing(Index(NeuronData(folder), said.append)) as index:
         yield index
 
 
@@ -25,7 +24,7 @@ def numbers(index, wanted=None):
     return index.neurons(wanted or Wanted(), 0, 1000)[1]
 
 
-@pytest.mark.parametrize("name", [figure.name for figure in FIGURES])
+@pytest.mark.parametrize("name", catalog.numbers())
 @pytest.mark.parametrize("falling", [False, True])
 def test_neurons_are_sorted_by_every_figure_with_those_without_it_last(source, index, name, falling):
     found = source.column(name)[numbers(index, Wanted(name, falling))]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from topklm.explorer import figures
+from topklm.explorer import formatting
 from topklm.explorer.views import markup
 
 TOKENS = st.lists(
@@ -28,7 +28,7 @@ def test_every_active_token_is_a_piece_of_its_own_and_no_other_is_shaded(tokens)
     texts, values = zip(*tokens, strict=True)
     shaded = [piece for piece in markup.pieces(texts, values, 100.0) if piece.level]
     active = [(text.lstrip(" ") or text or markup.UNFINISHED, value) for text, value in tokens if value]
-    assert [(piece.text, piece.value) for piece in shaded] == [(t, figures.short(v)) for t, v in active]
+    assert [(piece.text, piece.value) for piece in shaded] == [(t, formatting.short(v)) for t, v in active]
     assert all(
         piece.level[0] == ("p" if value > 0 else "n")
         for piece, (_, value) in zip(shaded, active, strict=True)

@@ -1,4 +1,4 @@
-"""What is written for Neuronpedia, against its schema and against dense arrays and plain loops."""
+"""The files for Neuronpedia, against its schema and against dense arrays and plain loops."""
 
 import dataclasses
 import gzip
@@ -11,12 +11,12 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.explorer import neuronpedia, neuronpedia_windows
+from topklm.explorer import neuronpedia, neuronpedia_rows
 from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.statistics import activity, contexts, examples, table
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import activity, catalog, embeddings, examples, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress
 
@@ -162,14 +162,14 @@ def make_case(place, *, signs=False, kind="topk", nan=False):
 
 
 def write_table(folder, store, rng):
-    """A table whose activity and examples are the store's, and whose lenses and neighbours are drawn."""
+    """Makes a table with activity and examples of the store, and drawn lenses and neighbours."""
     rows = []
-    bounds = contexts.document_bounds(store)
+    bounds = embeddings.document_bounds(store)
     for layer in LAYERS:
         block = store.block(layer, 0, D)
         columns = {**activity.columns(block, store.n_tokens), **examples.columns(block, bounds, layer, 0)}
         for j in range(D):
-            row = dict.fromkeys(table.COLUMNS.names)
+            row = dict.fromkeys(catalog.schema().names)
             row |= {name: column[j] for name, column in columns.items()}
             row |= {"layer": layer, "neuron": j, "n_active": int(row["n_active"])}
             for end in ("top", "bottom"):
@@ -195,7 +195,7 @@ def write_table(folder, store, rng):
         n_clusters=1,
         details={},
     )
-    table.write(folder.table, pa.Table.from_pylist(rows, table.COLUMNS), measured)
+    table.write(folder.table, pa.Table.from_pylist(rows, catalog.schema()), measured)
     return rows
 
 
@@ -223,14 +223,14 @@ def lines(path):
 
 
 def lines_of(out, layer, what, kind="topk"):
-    """All lines of a kind of a layer, in the order of the batches."""
+    """Returns all lines of a kind of a layer, in the order of the batches."""
     folder = out / "village-24" / f"{layer}-res-{kind}" / what
     paths = sorted(folder.glob("*"), key=lambda path: int(path.name.split(".")[0].removeprefix("batch-")))
     return [line for path in paths for line in lines(path)]
 
 
 def columns_of(name):
-    """column -> (type, is a list, may be null, need not be given)."""
+    """Returns column -> (type, is a list, may be null, need not be given)."""
     columns = {}
     for column in SCHEMA[name].split(";"):
         title, kind = column.split()
@@ -255,7 +255,7 @@ def check_row(name, row):
 
 
 def bounds_of(case, at):
-    """First token of the document of a token, and the one behind its last, by walking."""
+    """Returns the first token of the document of a token, and the one after its last, by walking."""
     first = behind = at
     while first > 0 and case.documents[first - 1] == case.documents[at]:
         first -= 1
@@ -265,7 +265,7 @@ def bounds_of(case, at):
 
 
 def examples_of(case, layer):
-    """(row of the table, place, part) of every example of a layer, in order."""
+    """Yields (row of the table, place, part) of every example of a layer, in order."""
     return [
         (row, at, part)
         for row in case.rows
@@ -404,8 +404,8 @@ def test_a_label_becomes_an_explanation(written):
 
 
 def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_windows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_windows, "_BLOCK_EVENTS", 1000)
+    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 1000)
     monkeypatch.setattr(neuronpedia, "_BATCH", 5)
     out = run_export(case, tmp_path / "out")
     for layer in LAYERS:
@@ -419,8 +419,8 @@ def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp
 
 
 def test_little_of_the_store_is_read_at_once(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_windows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_windows, "_BLOCK_EVENTS", 500)
+    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
+    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 500)
     texts, blocks = [], []
     stretch, block = Store._stretch, Store.block
 
@@ -582,7 +582,7 @@ def test_examples_that_the_store_does_not_hold_are_refused(tmp_path):
     rows, measured = table.read(case.folder.table)
     broken = rows.to_pylist()
     broken[3]["example_activations"][0] += 0.5
-    table.write(case.folder.table, pa.Table.from_pylist(broken, table.COLUMNS), measured)
+    table.write(case.folder.table, pa.Table.from_pylist(broken, catalog.schema()), measured)
     with pytest.raises(UserError, match="layer 0, neuron 3: the store does not hold the examples"):
         run_export(case, tmp_path / "out")
     assert not (tmp_path / "out").exists()

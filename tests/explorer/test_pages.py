@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import figures, plots
+from topklm.explorer import formatting, plots
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ from topklm.explorer import figures, plots
         ("number", 1234.5, "1,234"),
         ("effect", 0.01, "+0.0100"),
         ("effect", -0.01, "\u22120.0100"),
-        ("number", None, figures.MISSING),
-        ("number", math.nan, figures.MISSING),
+        ("number", None, formatting.MISSING),
+        ("number", math.nan, formatting.MISSING),
     ],
 )
 def test_numbers_are_written_for_people(kind, value, text):
-    assert figures.write_as(kind, value) == text
+    assert formatting.write_as(kind, value) == text
 
 
 def bars(svg, kind="rect"):

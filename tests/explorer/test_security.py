@@ -1,4 +1,4 @@
-"""What a stranger's page, or a stranger, can make the explorer do: nothing."""
+"""Everything that a stranger's page, or a stranger, can make the explorer do: nothing."""
 
 import contextlib
 import html.parser
@@ -11,7 +11,7 @@ import explored_run
 import pytest
 from serve_site import serving
 
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.web import security, server
 from topklm.web.security import MAX_BODY, is_loopback
 
@@ -47,7 +47,7 @@ def assert_harmless(text):
 
 
 def hostile_example(source):
-    """A neuron with an example in a document of markup."""
+    """Returns a neuron with an example in a document of markup."""
     first = len(explored_run.DOCUMENTS) - len(explored_run.HOSTILE)
     starts = source.documents[0]
     for number in range(source.n_neurons):
@@ -262,8 +262,8 @@ def test_a_pattern_that_takes_for_ever_stops_nobody(site, monkeypatch):
 
 
 def test_too_many_who_wait_for_the_same_are_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.asking._MOST_WAITING", 0)
-    monkeypatch.setattr("topklm.explorer.views.prompt.prompt", lambda *_: 1 / 0)
+    monkeypatch.setattr("topklm.explorer.requests._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.explorer.views.search.prompt", lambda *_: 1 / 0)
     answer = site.ask(
         "/api/prompt", headers={"Content-Type": "application/json"}, method="POST", body=b'{"text":"a"}'
     )
@@ -280,9 +280,9 @@ def test_who_has_waited_too_long_for_a_turn_is_told_so(site, monkeypatch, kind):
         goes_on.wait(60)
         return {"done": True}
 
-    monkeypatch.setattr("topklm.explorer.asking._WAITING_SECONDS", 0.05)
+    monkeypatch.setattr("topklm.explorer.requests._WAITING_SECONDS", 0.05)
     monkeypatch.setattr("topklm.explorer.views.search.regex", view)
-    monkeypatch.setattr("topklm.explorer.views.prompt.prompt", view)
+    monkeypatch.setattr("topklm.explorer.views.search.prompt", view)
     headers, answers = {"Content-Type": "application/json"}, []
 
     def ask():
@@ -324,7 +324,7 @@ def test_many_fields_are_refused(site):
 
 @pytest.fixture(scope="module")
 def guarded(explored):
-    with serving(Source(explored), token="right-token") as served:
+    with serving(NeuronData(explored), token="right-token") as served:
         yield served
 
 

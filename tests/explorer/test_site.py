@@ -7,7 +7,7 @@ import pytest
 from serve_site import serving
 
 from topklm.errors import UserError
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.web import server
 
 PAGES = [
@@ -151,7 +151,7 @@ def test_labels_are_set_shown_and_downloaded(site):
 
 
 def test_labels_of_another_models_neurons_do_no_harm(explored_copy):
-    source = Source(explored_copy)
+    source = NeuronData(explored_copy)
     source.labels.set(9, 9, "of another model")
     source.labels.set(0, 500, "of another model")
     with serving(source) as site:
@@ -161,7 +161,7 @@ def test_labels_of_another_models_neurons_do_no_harm(explored_copy):
 
 def test_damaged_labels_are_said_to_be_damaged(explored_copy):
     explored_copy.labels.write_text("{")
-    with serving(Source(explored_copy)) as site:
+    with serving(NeuronData(explored_copy)) as site:
         answer = site.ask("/neurons/0/0")
         assert answer.status == 400
         assert "labels.json is damaged" in answer.text
@@ -169,7 +169,7 @@ def test_damaged_labels_are_said_to_be_damaged(explored_copy):
 
 def test_a_run_without_its_checkpoint_has_pages_but_takes_no_prompt(explored_copy):
     (explored_copy.run / "checkpoints").rename(explored_copy.run / "gone")
-    with serving(Source(explored_copy)) as site:
+    with serving(NeuronData(explored_copy)) as site:
         assert site.ask("/neurons/0/3").status == 200
         assert "checkpoints" in site.ask("/prompt?text=the").text
         assert "checkpoints" in site.ask("/api/prompt", form={"text": "the"}).json["error"]
@@ -221,4 +221,4 @@ def test_parts_that_are_missing_or_of_another_run_are_named(explored_copy, what)
     else:
         tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"neurons measure|neurons harvest|prepare|harvest again"):
-        Source(explored_copy)
+        NeuronData(explored_copy)

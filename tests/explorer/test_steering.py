@@ -1,5 +1,6 @@
 """Two texts side by side, one with a neuron set from outside: what is written, and what is refused."""
 
+import argparse
 import contextlib
 import dataclasses
 import html
@@ -10,18 +11,22 @@ import time
 from urllib.parse import urlencode
 
 import explored_run
+import jax
 import numpy as np
 import pytest
 from serve_site import serving
 from test_security import assert_harmless
 
-from topklm.explorer.reading import Reader
+from topklm.commands import steering_arguments
+from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import MODES, Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
+from topklm.server import requests
+from topklm.server.limits import Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
 PROMPT, LENGTH, SEED = "The baker", 22, 4
@@ -32,7 +37,7 @@ ASKED = {"prompt": PROMPT, "value": 3.5, "max_new_tokens": LENGTH, "seed": SEED}
 
 @pytest.fixture(scope="module")
 def reader(source):
-    return Reader(str(source.folder.run), source.store.metadata)
+    return LiveModel(str(source.folder.run), source.store.metadata)
 
 
 def whole(writing):
@@ -90,12 +95,12 @@ def test_the_unsteered_column_is_what_the_model_finds_most_likely_token_by_token
 
 
 def padded(ids):
-    """For a program that is compiled already."""
+    """Takes a program that is compiled already."""
     return np.array([ids + [0] * (32 - len(ids))])
 
 
 def generated(model, steer):
-    """The tokens of the prompt, those of a text made from it, and why that ended."""
+    """Returns the tokens of the prompt, those of a text made from it, and why that ended."""
     separator = model.tokenizer.separator_id
     prompt = [separator, *model.tokenizer.encode(PROMPT).tolist()]
     generation = Generation(
@@ -105,7 +110,7 @@ def generated(model, steer):
         [Sampling(temperature=0.7, seed=SEED)] * 2,
         max_new_tokens=[LENGTH] * 2,
         stop_token=separator,
-        interventions=Interventions.of(model.config.model, steer),
+        interventions=InterventionBatch.of(model.config.model, steer),
     )
     while not generation.done:
         generation.advance()
@@ -147,7 +152,7 @@ def test_the_stream_has_the_prompt_both_texts_and_what_became_of_them(site, sour
 
 def test_a_text_too_long_to_be_read_at_once_is_written_all_the_same(source, reader):
     short = dataclasses.replace(source.store.metadata, context_length=len(PROMPT) + 3)
-    writing = Writing(source, Reader(str(source.folder.run), short), *PLACE, Settings.of(ASKED))
+    writing = Writing(source, LiveModel(str(source.folder.run), short), *PLACE, Settings.of(ASKED))
     assert all(whole(writing).values())
     assert [end.active for end in writing.ends().values()] == [None, None]
 
@@ -207,7 +212,7 @@ def test_a_neuron_that_is_not_there_is_not_steered(site, place):
 
 
 def test_when_too_many_wait_one_more_is_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.asking._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.explorer.requests._MOST_WAITING", 0)
     answer, _ = stream(site, ASKED)
     assert answer.status == 503
     assert "try again" in answer.json["error"]
@@ -231,7 +236,7 @@ def test_the_form_leads_to_a_page_with_both_texts_that_can_be_reloaded(site, sou
         found = re.search(f'data-column="{column}">(.*?)</p>', page, re.DOTALL)[1]
         shown = html.unescape(re.sub(r"</?(mark|span)[^>]*>", "", found))
         assert shown == "The\nold" + texts[column]
-    assert '<option value="scale" selected>' in page
+    assert '<option value="scale" selected data-value-is-factor>' in page
     # What is wrong stands in the page, with what was typed.
     page = site.ask("/neurons/1/17?prompt=The+baker&value=much").text
     assert "value = much: must be a number" in page
@@ -279,7 +284,7 @@ made: list[Endless] = []
 
 
 def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})
@@ -288,7 +293,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
         assert json.loads(answer.readline())["column"] in COLUMNS
         assert site.ask("/api/neurons/1/17/text", form={"text": "the old baker"}).status == 200
         answer.close()
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Generation)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Generation)
     # The next one has its turn when the first has ended, and not before.
     assert stream(site, ASKED)[0].status == 200
     went_on = made[0].went_on
@@ -298,7 +303,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
 
 
 def test_a_server_that_is_told_to_stop_ends_what_is_written_without_a_trace(source, monkeypatch, caplog):
-    monkeypatch.setattr("topklm.explorer.reading.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     with serving(source) as site:
         connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})
@@ -345,3 +350,51 @@ def test_prose_keeps_its_lines_and_spells_what_would_hide():
 
 def test_only_layers_with_topk_can_ban_and_force(source):
     assert list(box(source, *PLACE)["modes"]) == list(MODES)
+
+
+@pytest.fixture
+def added_modes(monkeypatch):
+    """Two more modes in the table: one with a value after TopK, one without inside of it."""
+    for mode in (
+        Mode("subtract", True, None, "take {value} off", lambda value: 1.0, lambda value: -value),
+        Mode("saturate", False, "wins", "set it to 9", lambda value: 0.0, lambda value: 9.0),
+    ):
+        monkeypatch.setitem(MODES, mode.name, mode)
+    jax.clear_caches()  # programs know the modes that there were when they were compiled
+    yield
+    jax.clear_caches()
+
+
+def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
+    source, reader, site, added_modes, tmp_path
+):
+    model, tokens = reader.model, padded([3, 1, 4, 1, 5])
+    # The library: a value, a file, and a request to the server are the same intervention.
+    for mode, value, like in (("subtract", 2.5, ("add", -2.5)), ("saturate", 0.0, ("force", 9.0))):
+        one = Intervention(*PLACE, value, mode)
+        expected = np.asarray(model(tokens, steer=[Intervention(*PLACE, like[1], like[0])]))
+        np.testing.assert_array_equal(model(tokens, steer=[one]), expected)
+        assert np.abs(expected - np.asarray(model(tokens))).max() > 0
+        save_interventions(tmp_path / "file.json", [one])
+        assert load_interventions(tmp_path / "file.json") == [one]
+        entry = {"layer": 1, "neuron": 17, "mode": mode} | ({"value": value} if value else {})
+        asked = {"prompt": [3], "steer": [entry]}
+        assert requests.completion(model, "m", Limits(), asked).sequences[0].steer.entries() == [one]
+    without_topk = dataclasses.replace(model.config.model, n_nontopk=model.config.model.n_layers)
+    with pytest.raises(ValueError, match="the layer has no TopK"):
+        Intervention(*PLACE, mode="saturate").check(without_topk)
+    # The explorer: the page offers them, its script gets its facts there, and the box writes with them.
+    page = site.ask("/neurons/1/17").text
+    assert '<option value="subtract">subtract: take the strength off</option>' in page
+    assert '<option value="saturate" data-without-value>saturate: set it to 9</option>' in page
+    without_value = {name: value for name, value in ASKED.items() if name != "value"}
+    assert stream(site, {**without_value, "mode": "saturate"})[0].status == 200
+    assert stream(site, {**without_value, "mode": "subtract"})[0].status == 400
+    # Command lines.
+    parser = argparse.ArgumentParser()
+    steering_arguments.add_arguments(parser)
+    given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
+    assert steering_arguments.interventions(given, model.config.model) == [
+        Intervention(*PLACE, mode="saturate")
+    ]
+    assert "take the value off" in " ".join(parser.format_help().split())

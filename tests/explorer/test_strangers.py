@@ -34,7 +34,7 @@ APP = Starlette(routes=[Route("/", hello), Route("/large", large), Route("/broke
 
 @pytest.fixture
 def running(monkeypatch):
-    """A server of few connections, which waits for as long as it takes; its port and itself."""
+    """Yields a server of few connections, which waits for as long as it takes; its port and itself."""
     monkeypatch.setattr(server, "_MOST_CONNECTIONS", 12)
     for name in ("REQUEST_SECONDS", "_READING_SECONDS"):
         monkeypatch.setattr(server, name, 300.0)

@@ -1,4 +1,4 @@
-"""What pages show, against the store and the table read directly, and against the model."""
+"""The content of pages, against the store and the table read directly, and against the model."""
 
 import math
 
@@ -7,25 +7,24 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.explorer.figures import BY_NAME
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import NotThereError, shown
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NotThereError, shown
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views import overview as overview_view
-from topklm.explorer.views import prompt as prompt_view
 from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
-from topklm.neurons.find import rank
+from topklm.neurons.search import rank
+from topklm.neurons.statistics import catalog
 
 
 @pytest.fixture(scope="module")
 def reader(source):
-    return Reader(str(source.folder.run), source.store.metadata)
+    return LiveModel(str(source.folder.run), source.store.metadata)
 
 
 @pytest.fixture(scope="module")
 def dense(source):
-    """float32[S, N, D] from the store's events."""
+    """Returns float32[S, N, D] from the store's events."""
     store = source.store
     found = np.zeros((2, store.n_tokens, explored_run.D), np.float32)
     for layer in explored_run.LAYERS:
@@ -73,7 +72,7 @@ def test_a_window_is_as_large_as_its_document_lets_it_be_and_holds_its_token(sou
 
 def test_a_neurons_page_says_what_the_table_says(source):
     data, row = neuron_view.neuron(source, 1, 4), source.row(explored_run.D + 4)
-    assert data["figures"] == {name: row[name] for name in BY_NAME}
+    assert data["figures"] == {name: row[name] for name in catalog.numbers()}
     assert data["effective_tokens"] == pytest.approx(math.exp(row["token_entropy_corrected"]))
     assert data["histogram"]["counts"] == row["histogram"]
     assert sum(data["histogram"]["counts"]) == row["n_active"]
@@ -140,7 +139,7 @@ def test_a_text_of_ones_own_gives_what_the_store_holds_of_the_same_text(source, 
 def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(source, reader, dense):
     text = explored_run.DOCUMENTS[4][:90]
     begin = int(source.documents[0][4])
-    data = prompt_view.prompt(source, reader, text)
+    data = search_view.prompt(source, reader, text)
     assert len(data["tokens"]) == len(source.tokenizer.encode(text))
     for place, token in enumerate(data["tokens"]):
         for layer in token["layers"]:
@@ -157,19 +156,19 @@ def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(s
 def test_texts_of_all_lengths_up_to_the_limit_are_read(source, reader):
     assert reader.most_tokens == 127
     for n in (1, 31, 32, 33, 127):
-        assert len(prompt_view.prompt(source, reader, "a" * n)["tokens"]) == n
+        assert len(search_view.prompt(source, reader, "a" * n)["tokens"]) == n
     with pytest.raises(UserError, match="text has 128 tokens: at most 127"):
-        prompt_view.prompt(source, reader, "a" * 128)
+        search_view.prompt(source, reader, "a" * 128)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_prompt_is_refused(source, reader, text):
     with pytest.raises(UserError, match="text is empty"):
-        prompt_view.prompt(source, reader, text)
+        search_view.prompt(source, reader, text)
 
 
 def test_half_a_character_is_read_as_a_sign_for_it(source, reader):
-    assert prompt_view.prompt(source, reader, "a\ud800b")["tokens"]
+    assert search_view.prompt(source, reader, "a\ud800b")["tokens"]
 
 
 def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source, index):

@@ -13,6 +13,7 @@ import topklm
 from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 
 CONFIG = ModelConfig(
     d_model=24,
@@ -56,7 +57,8 @@ def _forward(config, change, params, tokens_1T, first, prompt_length):
         return change(h, layer, first + jnp.arange(tokens_1T.shape[1]), prompt_length)
 
     model = transformer.bind(config, params)
-    h, _ = model.hidden(tokens_1T, edit=edit if change else None, edits=jnp.arange(config.n_layers))
+    hooks = LayerHooks(output=edit if change else None)
+    h, _ = model.hidden(tokens_1T, hooks=hooks, hook_inputs=jnp.arange(config.n_layers))
     return model.logits(h)[0]
 
 

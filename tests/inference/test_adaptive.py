@@ -13,6 +13,7 @@ from topklm.inference.adaptive import AdaptiveK, entropy, token_losses, with_top
 from topklm.inference.generate import Generation
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.model.topk import topk
 
 T = 21  # more than a buffer
@@ -28,7 +29,7 @@ def _logits_with(config, params, tokens_BT, is_high_BT):
         return jnp.where(is_high_BT[..., None], topk(u, HIGH), topk(u, CONFIG.topk_k))
 
     model = transformer.bind(config, params)
-    return model.logits(model.hidden(tokens_BT, select=select)[0])
+    return model.logits(model.hidden(tokens_BT, hooks=LayerHooks(topk=select))[0])
 
 
 def logits_with(config, tokens_BT, is_high_BT):

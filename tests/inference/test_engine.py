@@ -13,22 +13,19 @@ from plain_loop import compilations, params_of
 import pytest
 
 from topklm.inference import scores
-from topklm.inference.engine import Engine
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
-from topklm.inference.news import ClosedError, FullError
-from topklm.inference.programs import Plan, Rows
-from topklm.inference.sampling import RowSampling, Sampling
-from topklm.inference.sizes import Sizes, default_rows, of_rows
-from topklm.inference.slots import Slots
-from topklm.inference.text import Text
-from topklm.inference.warm_up import warm_up
+from topklm.inference.bucketing import ServingBuckets, default_slots, on_rows
+from topklm.inference.engine import ClosedError, Engine, FullError
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
+from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Scheduler, warm_up
+from topklm.inference.sequence import Sequence
 from topklm.model import transformer
 
 # One layer, which is compiled in less time.
 CONFIG = dataclasses.replace(plain_loop.CONFIG, n_layers=1, n_nontopk=0)
 STOP = 49
-SIZES = dataclasses.replace(Sizes.of(CONFIG, 3), batches=(3,))
+SIZES = dataclasses.replace(ServingBuckets.of(CONFIG, 3), slots=(3,))
 PATIENCE_SECONDS = 300
 
 
@@ -43,7 +40,7 @@ def quickly_compiled():
 @pytest.fixture(scope="module")
 def slots():
     """With everything compiled, so that whatever else is compiled shows."""
-    made = Slots(CONFIG, params_of(CONFIG), STOP, SIZES)
+    made = Scheduler(CONFIG, params_of(CONFIG), STOP, SIZES)
     reports = []
     warm_up(made, CONFIG, SIZES, lambda done, total: reports.append((done, total)))
     total = reports[0][1]
@@ -94,12 +91,12 @@ def expected():
 
 
 def steering(entry):
-    return Interventions.of(CONFIG, [entry])
+    return InterventionBatch.of(CONFIG, [entry])
 
 
 def texts_of(some):
     return [
-        Text.of(CONFIG, prompt, sampling, n, steer=entry and steering(entry), when_full=when_full)
+        Sequence.of(CONFIG, prompt, sampling, n, steer=entry and steering(entry), when_full=when_full)
         for prompt, sampling, n, (entry, _), when_full in some
     ]
 
@@ -119,12 +116,12 @@ def test_whoever_comes_when_gets_what_it_would_get_alone_and_nothing_is_compiled
     random, texts = np.random.default_rng(seed), texts_of(jobs())
     waiting, new = list(texts), {text: [] for text in texts}
     with compilations() as compiled:
-        while waiting or slots.texts:
-            come = min(int(random.integers(0, 4)), slots.n_free, len(waiting))
+        while waiting or slots.sequences:
+            come = min(int(random.integers(0, 4)), SIZES.most_slots - len(slots.sequences), len(waiting))
             if come:
-                slots.put(waiting[:come])
+                slots.add(waiting[:come])
                 waiting = waiting[come:]
-            for text, tokens in slots.advance(int(random.integers(1, 17))):
+            for text, tokens in slots.decode(int(random.integers(1, 17))):
                 new[text] += [token.id for token in tokens]
             if random.integers(2):
                 slots.shrink()
@@ -151,12 +148,12 @@ def test_probabilities_are_those_of_the_model_before_penalty_and_temperature(slo
     settings = {"temperature": 0.5, "top_k": 4, "repetition_penalty": 2.0}
     several = (Sampling(**settings, seed=seed) for seed in range(100))
     sampling = next(one for one in several if len(alone([5, 6, 7], one, 6)[0]) == 6)
-    asked = Text.of(CONFIG, [5, 6, 7], sampling, 6, n_alternatives=3)
-    beside = Text.of(CONFIG, [8], Sampling(seed=2), 6)
-    slots.put([asked, beside])
+    asked = Sequence.of(CONFIG, [5, 6, 7], sampling, 6, n_alternatives=3)
+    beside = Sequence.of(CONFIG, [8], Sampling(seed=2), 6)
+    slots.add([asked, beside])
     found = []
-    while slots.texts:
-        for text, tokens in slots.advance():
+    while slots.sequences:
+        for text, tokens in slots.decode():
             found += tokens if text is asked else []
             assert text is asked or all(token.log_probability is None for token in tokens)
     assert [token.id for token in found] == told(asked)[0]
@@ -175,12 +172,12 @@ def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_te
     prompt, greedy = [5, 6, 7, 8], Sampling(temperature=0)
     drawn = plain_loop.plain_loop(CONFIG, params_of(CONFIG), prompt, 3, greedy)
     ends_at = drawn.index(drawn[2])
-    made = Slots(CONFIG, params_of(CONFIG), drawn[ends_at], SIZES)
-    text = Text.of(CONFIG, prompt, greedy, 10, n_alternatives=2)
-    made.put([text])
+    made = Scheduler(CONFIG, params_of(CONFIG), drawn[ends_at], SIZES)
+    text = Sequence.of(CONFIG, prompt, greedy, 10, n_alternatives=2)
+    made.add([text])
     found = []
-    while made.texts:
-        found += made.advance()[0][1]
+    while made.sequences:
+        found += made.decode()[0][1]
     assert told(text) == (drawn[:ends_at], "stop")
     assert [token.id for token in found] == drawn[: ends_at + 1]
     reference = log_softmax(logits_of(text.tokens))[-1]
@@ -190,9 +187,8 @@ def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_te
 
 def test_a_prompts_probabilities_are_those_of_the_model():
     tokens = np.random.default_rng(4).integers(0, 50, 30).tolist()
-    rows = Rows(RowSampling.of([Sampling()]), np.zeros(1, np.int32), np.array([30]), np.int32(STOP), None)
-    padded = np.array([[*tokens, 0, 0]], np.int32)
-    found = scores.of_prompt(Plan.of(CONFIG, params_of(CONFIG)), params_of(CONFIG), rows, padded, 30)
+    sequence = Sequence.of(CONFIG, tokens, Sampling(), 2)
+    found = scores.of_prompt(CONFIG, params_of(CONFIG), sequence, STOP, 32)
     reference = log_softmax(logits_of(tokens))
     assert len(found.own) == 29
     np.testing.assert_allclose(found.own, reference[np.arange(29), tokens[1:]], atol=1e-4)
@@ -231,7 +227,7 @@ class Listener:
 
 @pytest.fixture
 def engine(slots):
-    made = Engine(CONFIG, params_of(CONFIG), STOP, sizes=SIZES, most_waiting=20)
+    made = Engine(CONFIG, params_of(CONFIG), STOP, buckets=SIZES, most_waiting=20)
     made.start()
     yield made
     made.close()
@@ -239,12 +235,12 @@ def engine(slots):
 
 def endless():
     """A text that goes on until somebody ends it."""
-    return Text.of(CONFIG, [3], Sampling(seed=1), 10**6, when_full="halve")
+    return Sequence.of(CONFIG, [3], Sampling(seed=1), 10**6, when_full="halve")
 
 
 def without_stop(engine):
     """For texts that are to go on: the stop token is none."""
-    engine._slots._stop = np.int32(-1)
+    engine._scheduler._stop = np.int32(-1)
     return engine
 
 
@@ -272,15 +268,15 @@ def test_a_text_that_is_given_up_frees_its_row_for_the_next(engine, expected):
     (job, *_), (text, *_) = jobs(), texts_of(list(jobs())[:1])
     other = Listener([text])
     engine.submit([text], other.deliver)
-    engine.give_up(held[1:])
+    engine.abort(held[1:])
     other.wait()
     assert len(other.found()[0][0]) == job[2]
     assert held[0] not in listener.finished
-    engine.give_up(held[:1])
+    engine.abort(held[:1])
 
 
 def test_more_than_may_wait_are_refused_all_or_none(slots):
-    engine = Engine(CONFIG, params_of(CONFIG), STOP, sizes=SIZES, most_waiting=2)  # not started
+    engine = Engine(CONFIG, params_of(CONFIG), STOP, buckets=SIZES, most_waiting=2)  # not started
     engine.submit([endless() for _ in range(4)], print)
     with pytest.raises(FullError):
         engine.submit([endless(), endless()], print)
@@ -304,7 +300,7 @@ def test_whoever_waits_at_the_end_is_told(engine):
 
 
 def test_a_fault_ends_the_texts_that_it_hit_and_not_the_engine(engine, expected, monkeypatch):
-    monkeypatch.setattr(Slots, "advance", lambda *_: 1 / 0)
+    monkeypatch.setattr(Scheduler, "decode", lambda *_: 1 / 0)
     lost = Listener([endless()])
     engine.submit(list(lost.tokens), lost.deliver)
     lost.wait()
@@ -318,7 +314,7 @@ def test_a_fault_ends_the_texts_that_it_hit_and_not_the_engine(engine, expected,
 
 
 def test_a_listener_that_fails_harms_nobody(engine, expected):
-    engine.submit([Text.of(CONFIG, [1], Sampling(), 4)], lambda news: 1 / 0)
+    engine.submit([Sequence.of(CONFIG, [1], Sampling(), 4)], lambda updates: 1 / 0)
     texts = texts_of(list(jobs())[:2])
     listener = Listener(texts)
     engine.submit(texts, listener.deliver)
@@ -333,7 +329,7 @@ def test_other_work_is_done_by_the_engines_thread(engine):
 
 
 def test_a_text_of_no_new_tokens_has_ended(engine):
-    listener = Listener([Text.of(CONFIG, [1, 2], Sampling(), 0)])
+    listener = Listener([Sequence.of(CONFIG, [1, 2], Sampling(), 0)])
     engine.submit(list(listener.tokens), listener.deliver)
     listener.wait()
     assert listener.found() == [([], "length")]
@@ -345,12 +341,12 @@ def test_a_text_of_no_new_tokens_has_ended(engine):
 def test_sizes_are_few_and_hold_everything():
     for context in (16, 32, 100, 256, 1000, 4096):
         config = dataclasses.replace(CONFIG, context_length=context)
-        sizes = Sizes.of(config, 24)
-        assert sizes.batches == (1, 4, 16, 24)
-        assert len(sizes.lengths) <= 6
+        sizes = ServingBuckets.of(config, 24)
+        assert sizes.slots == (1, 4, 16, 24)
+        assert len(sizes.prompts) <= 6
         for n in range(1, context + 1):
-            assert n <= sizes.length(n) <= sizes.room(n) <= context
-            assert sizes.together(n) * sizes.length(n) <= 1024 or sizes.together(n) == 1
+            assert n <= sizes.prompt(n) <= sizes.cache(n) <= context
+            assert sizes.together(n) * sizes.prompt(n) <= 1024 or sizes.together(n) == 1
 
 
 def test_the_default_batch_fits_a_gibibyte():
@@ -358,28 +354,28 @@ def test_the_default_batch_fits_a_gibibyte():
         CONFIG, n_layers=24, d_model=1024, n_heads=16, n_kv_heads=16, context_length=4096
     )
     # 2 x 24 layers x 4,096 tokens x 1,024 numbers of 4 bytes: 768 MiB for a text.
-    assert default_rows(large) == 1
-    assert default_rows(dataclasses.replace(large, context_length=256)) == 16
-    assert default_rows(CONFIG) == 64
+    assert default_slots(large) == 1
+    assert default_slots(dataclasses.replace(large, context_length=256)) == 16
+    assert default_slots(CONFIG) == 64
 
 
 def test_interventions_of_rows_are_one_with_each_on_its_row():
-    first = Interventions.of(CONFIG, [Intervention(0, 3, 2.0), Intervention(0, 4, -1.0, "scale", (2, 5))])
-    second = Interventions.of(CONFIG, [Intervention(0, 3, 7.0, "ablate", "generated")])
-    both = of_rows(CONFIG, [(2, first), (5, second)], 6)
+    first = InterventionBatch.of(CONFIG, [Intervention(0, 3, 2.0), Intervention(0, 4, -1.0, "scale", (2, 5))])
+    second = InterventionBatch.of(CONFIG, [Intervention(0, 3, 7.0, "ablate", "generated")])
+    both = on_rows(CONFIG, [(2, first), (5, second)], 6)
     assert len(both.layer) == 64
     assert both.entries() == [
         Intervention(0, 3, 2.0, row=2),
         Intervention(0, 4, -1.0, "scale", (2, 5), row=2),
         Intervention(0, 3, 7.0, "ablate", "generated", row=5),
     ]
-    many = [(row, Interventions.of(CONFIG, {(0, n): 1.0 for n in range(20)})) for row in range(4)]
-    assert len(of_rows(CONFIG, many, 4).layer) == 512
-    assert of_rows(CONFIG, [(0, second)], 1).entries() == [
+    many = [(row, InterventionBatch.of(CONFIG, {(0, n): 1.0 for n in range(20)})) for row in range(4)]
+    assert len(on_rows(CONFIG, many, 4).layer) == 512
+    assert on_rows(CONFIG, [(0, second)], 1).entries() == [
         Intervention(0, 3, 7.0, "ablate", "generated", row=0)
     ]
-    assert [len(of_rows(CONFIG, many[:1], 1).layer), len(of_rows(CONFIG, [(0, first)], 1).layer)] == [64, 8]
-    assert of_rows(CONFIG, [], 4) is None
+    assert [len(on_rows(CONFIG, many[:1], 1).layer), len(on_rows(CONFIG, [(0, first)], 1).layer)] == [64, 8]
+    assert on_rows(CONFIG, [], 4) is None
 
 
 @pytest.mark.parametrize(
@@ -388,7 +384,7 @@ def test_interventions_of_rows_are_one_with_each_on_its_row():
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [50]}, "prompt: token 50 must be from 0 to 49"),
         ({"prompt": [1] * 33}, "prompt has 33 tokens: must be at most 32"),
-        ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens = -1: must be an integer, 0 or more"),
         ({"when_full": "wrap"}, "when_full = 'wrap': must be one of"),
         ({"sampling": Sampling(top_p=2)}, "top_p = 2: must be above 0"),
     ],
@@ -396,4 +392,4 @@ def test_interventions_of_rows_are_one_with_each_on_its_row():
 def test_a_text_that_cannot_be_is_refused(change, message):
     arguments = {"prompt": [1], "sampling": Sampling(), "max_new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
-        Text.of(CONFIG, **arguments)
+        Sequence.of(CONFIG, **arguments)

@@ -11,8 +11,8 @@ import pytest
 import topklm
 from topklm.commands import generate as command
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, save_interventions
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.sampling import Sampling
 
 MODEL = byte_model().cfg
@@ -57,7 +57,7 @@ def test_interventions_can_be_given_in_three_ways(model):
     pairs = model("some text", steer={(0, 3): 2.0, (1, 5): 1.0}, steer_mode="add")
     entries = [Intervention(0, 3, 2.0, "add"), Intervention(1, 5, 1.0, "add")]
     np.testing.assert_array_equal(model("some text", steer=entries), pairs)
-    np.testing.assert_array_equal(model("some text", steer=Interventions.of(MODEL, entries)), pairs)
+    np.testing.assert_array_equal(model("some text", steer=InterventionBatch.of(MODEL, entries)), pairs)
     assert (np.asarray(model("some text")) != pairs).any()
 
 

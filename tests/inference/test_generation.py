@@ -10,10 +10,10 @@ import numpy as np
 from plain_loop import CONFIG, compilations, limited_logits, params_of, plain_loop
 import pytest
 
-from topklm.inference.cache import bucket, room_for
+from topklm.inference.bucketing import bucket, cache_bucket
 from topklm.inference.generate import Generation
-from topklm.inference.programs import STEPS
 from topklm.inference.sampling import RowSampling, Sampling, draw, held
+from topklm.inference.steps import STEPS
 
 PROMPT = [3, 14, 15, 9, 26]
 LIMITED = Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=2**40 + 7)
@@ -34,11 +34,16 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
 
 
 @pytest.mark.parametrize(
-    ("layer_stack", "n_nontopk"),
-    [("unrolled", 1), ("scanned", 1), pytest.param("unrolled", 2, marks=pytest.mark.slow)],
+    "changes",
+    [
+        {"layer_stack": "unrolled", "qk_norm": True},
+        {"layer_stack": "scanned"},
+        pytest.param({"layer_stack": "unrolled", "n_nontopk": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_greedy_and_drawn_tokens_are_those_of_a_plain_loop(layer_stack, n_nontopk):
-    config = dataclasses.replace(CONFIG, layer_stack=layer_stack, n_nontopk=n_nontopk)
+def test_greedy_and_drawn_tokens_are_those_of_a_plain_loop(changes):
+    config = dataclasses.replace(CONFIG, **changes)
     sampling = [Sampling(temperature=0), Sampling(seed=3), LIMITED, Sampling(0.5)]
     found = texts(config, [PROMPT] * 4, sampling, [30] * 4)
     for one, tokens in zip(sampling, found, strict=True):
@@ -123,8 +128,8 @@ def test_texts_of_one_seed_differ_by_their_index():
 def test_sizes_are_powers_of_two_up_to_the_context_and_those_of_caches_finer():
     lengths = (1, 16, 17, 33, 48, 49, 64, 96, 97, 129, 200)
     assert [bucket(n, 200) for n in lengths] == [16, 16, 32, 64, 64, 64, 64, 128, 128, 200, 200]
-    assert [room_for(n, 200) for n in lengths] == [16, 16, 24, 48, 48, 64, 64, 96, 128, 150, 200]
-    assert bucket(3, 8) == room_for(3, 8) == 8
+    assert [cache_bucket(n, 200) for n in lengths] == [16, 16, 24, 48, 48, 64, 64, 96, 128, 150, 200]
+    assert bucket(3, 8) == cache_bucket(3, 8) == 8
 
 
 def test_neither_sampling_nor_lengths_within_a_size_compile_anything():

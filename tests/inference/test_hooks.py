@@ -6,7 +6,7 @@ import numpy as np
 from plain_loop import byte_model, whole
 import pytest
 
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 
 TEXT = "some text"
 

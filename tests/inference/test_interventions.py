@@ -11,8 +11,8 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention, load_interventions, save_interventions
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
 from topklm.model import transformer
 
@@ -75,11 +75,11 @@ def test_few_and_many_entries_are_one_formula():
         Intervention(0, n, n - 3.5, ("clamp", "add", "scale", "ablate")[n % 4], (n % 4, 5)) for n in range(12)
     ]
     edited = [
-        jax.jit(lambda entries: entries.changes(CONFIG).edit(h, 0))(Interventions.of(CONFIG, part))
+        jax.jit(lambda entries: entries.layer_hooks(CONFIG).output(h, 0))(InterventionBatch.of(CONFIG, part))
         for part in (many[:8], many[8:])
     ]
-    together = Interventions.of(CONFIG, many).changes(CONFIG).edit(h, 0)
-    assert len(Interventions.of(CONFIG, many[:8]).layer) == 8
+    together = InterventionBatch.of(CONFIG, many).layer_hooks(CONFIG).output(h, 0)
+    assert len(InterventionBatch.of(CONFIG, many[:8]).layer) == 8
     np.testing.assert_array_equal(together, np.where(np.arange(24) < 8, *edited))
     np.testing.assert_allclose(together, by_hand(h, 0, many, [9, 9]), rtol=1e-6)
 
@@ -92,14 +92,14 @@ def summed_and_kept(_h, u, h_next):
 def test_every_mode_and_place_does_what_it_says_and_nothing_else(layer_stack):
     config = dataclasses.replace(CONFIG, layer_stack=layer_stack)
     tokens = np.random.default_rng(0).integers(0, 50, (2, 8))
-    interventions = Interventions.of(config, SETS)
+    interventions = InterventionBatch.of(config, SETS)
     assert interventions.layer.shape == (16,)
 
     @jax.jit
     def run(interventions):
-        changes = interventions.changes(config, prompt_lengths_B=jnp.asarray([3, 5]))
+        hooks = interventions.layer_hooks(config, prompt_lengths_B=jnp.asarray([3, 5]))
         model = transformer.bind(config, PARAMS)
-        return model.hidden(tokens, tap=summed_and_kept, **changes._asdict(), edits=jnp.arange(2))[1]
+        return model.hidden(tokens, capture=summed_and_kept, hooks=hooks, hook_inputs=jnp.arange(2))[1]
 
     summed, after = run(interventions)
     kept = kept_by_hand(np.asarray(summed[0]), config.topk_k, [one for one in SETS if not one.layer], [3, 5])
@@ -132,7 +132,7 @@ def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack
         sampling,
         max_new_tokens=lengths,
         stop_token=-1,
-        interventions=Interventions.of(config, steer),
+        interventions=InterventionBatch.of(config, steer),
     )
     while not generation.done:
         generation.advance()
@@ -145,8 +145,8 @@ def test_text_is_steered_as_a_plain_loop_over_the_steered_model_says(layer_stack
 
 def logits_of(interventions, tokens):
     model = transformer.bind(CONFIG, PARAMS)
-    changes = interventions.changes(CONFIG)
-    h, _ = model.hidden(tokens, **changes._asdict(), edits=jnp.arange(CONFIG.n_layers))
+    hooks = interventions.layer_hooks(CONFIG)
+    h, _ = model.hidden(tokens, hooks=hooks, hook_inputs=jnp.arange(CONFIG.n_layers))
     return model.logits(h)
 
 
@@ -162,13 +162,13 @@ def test_other_neurons_values_modes_and_places_compile_nothing():
             [Sampling()],
             max_new_tokens=[20],
             stop_token=-1,
-            interventions=Interventions.of(CONFIG, steer),
+            interventions=InterventionBatch.of(CONFIG, steer),
         )
         while not generation.done:
             generation.advance()
 
     def both(steer):
-        run(Interventions.of(CONFIG, steer), tokens)
+        run(InterventionBatch.of(CONFIG, steer), tokens)
         text(steer)
 
     both({(0, 1): 2.0})
@@ -180,7 +180,7 @@ def test_other_neurons_values_modes_and_places_compile_nothing():
 
 def test_the_gradient_of_a_value_is_a_difference_quotient():
     tokens = np.arange(8)[None]
-    interventions = Interventions.of(
+    interventions = InterventionBatch.of(
         CONFIG, [Intervention(1, 3, 0.5), Intervention(1, 4, 0.25, "add"), Intervention(1, 5, mode="ablate")]
     )
 
@@ -200,13 +200,13 @@ def test_the_gradient_of_a_value_is_a_difference_quotient():
 
 
 def test_what_people_write_comes_back_entry_by_entry():
-    assert Interventions.of(CONFIG, SETS).entries() == [
+    assert InterventionBatch.of(CONFIG, SETS).entries() == [
         dataclasses.replace(one, value=float(np.float32(one.value))) for one in SETS
     ]
-    assert Interventions.of(CONFIG, {(1, 2): 3.0}, "add").entries() == [Intervention(1, 2, 3.0, "add")]
-    assert Interventions.of(CONFIG, {}).entries() == []
-    same = Interventions.of(CONFIG, SETS)
-    assert Interventions.of(CONFIG, same) is same
+    assert InterventionBatch.of(CONFIG, {(1, 2): 3.0}, "add").entries() == [Intervention(1, 2, 3.0, "add")]
+    assert InterventionBatch.of(CONFIG, {}).entries() == []
+    same = InterventionBatch.of(CONFIG, SETS)
+    assert InterventionBatch.of(CONFIG, same) is same
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_what_people_write_comes_back_entry_by_entry():
 )
 def test_what_cannot_be_is_refused_in_one_line(steer, mode, message):
     with pytest.raises(ValueError, match=message) as refused:
-        Interventions.of(CONFIG, steer, mode)
+        InterventionBatch.of(CONFIG, steer, mode)
     assert "\n" not in str(refused.value)
 
 
@@ -266,7 +266,7 @@ ONE_ADDED = Intervention(1, 3, 2.5, "add")
         ONE_ADDED,
         (ONE_ADDED,),
         iter([ONE_ADDED]),
-        Interventions.of(CONFIG, [ONE_ADDED]),
+        InterventionBatch.of(CONFIG, [ONE_ADDED]),
     ],
     ids=lambda steer: type(steer).__name__,
 )
@@ -278,7 +278,7 @@ def test_all_that_a_model_takes_can_be_saved(tmp_path, steer):
 @pytest.mark.parametrize("steer", [5, "0:17=4", [(0, 17, 4.0)], [{(0, 17): 4.0}], {"0:17": 4.0}, None])
 def test_what_is_no_intervention_is_neither_taken_nor_saved(tmp_path, steer):
     for takes in (
-        lambda: Interventions.of(CONFIG, steer),
+        lambda: InterventionBatch.of(CONFIG, steer),
         lambda: save_interventions(tmp_path / "a.json", steer),
     ):
         with pytest.raises(ValueError, match=r"^steer") as refused:
@@ -290,12 +290,12 @@ def test_what_is_no_intervention_is_neither_taken_nor_saved(tmp_path, steer):
 @pytest.mark.parametrize(("row", "n_rows"), [(1, 1), (5, 2), (2, 2)])
 def test_a_row_that_the_batch_does_not_have_is_refused(row, n_rows):
     steer = [Intervention(0, 1, 1.0, row=0), Intervention(0, 2, 1.0, row=row)]
-    for given in (steer, Interventions.of(CONFIG, steer)):
+    for given in (steer, InterventionBatch.of(CONFIG, steer)):
         with pytest.raises(
             ValueError, match=f"row = {row}: must be from 0 to {n_rows - 1}, the texts of the"
         ):
-            Interventions.of(CONFIG, given, n_rows=n_rows)
-        Interventions.of(CONFIG, given, n_rows=row + 1)
+            InterventionBatch.of(CONFIG, given, n_rows=n_rows)
+        InterventionBatch.of(CONFIG, given, n_rows=row + 1)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_value_that_is_not_one_number_is_refused_in_one_short_line(value):
     with pytest.raises(
         ValueError, match=r"^value = .* of layer 0, neuron 1: must be a finite number"
     ) as refused:
-        Interventions.of(CONFIG, {(0, 1): value})
+        InterventionBatch.of(CONFIG, {(0, 1): value})
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 150
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import topklm
-from topklm.inference.cache import bucket
+from topklm.inference.bucketing import bucket
 from topklm.model import transformer
 
 TEXT = "The old baker lost a kettle."
@@ -22,7 +22,7 @@ def tapped(model, tokens):
     filled = np.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1], 32) - tokens.shape[1])))
 
     def run(params):
-        return transformer.bind(model.config.model, params).hidden(filled, tap=lambda *seen: seen)
+        return transformer.bind(model.config.model, params).hidden(filled, capture=lambda *seen: seen)
 
     return [np.asarray(x)[:, :, : tokens.shape[1]] for x in jax.jit(run)(model.params)[1]]
 

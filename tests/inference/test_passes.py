@@ -10,8 +10,8 @@ from plain_loop import byte_model, compilations, whole
 import pytest
 
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import Intervention
 
 TOKENS = np.random.default_rng(0).integers(1, 257, (2, 16), dtype=np.int32)
 
@@ -182,7 +182,7 @@ def test_only_one_number_may_be_traced_and_no_neuron():
         lambda x: [Intervention(x[0].astype(int), 3, 1.0)],
     ):
         with pytest.raises(ValueError, match=r"(value|layer|neuron) = .*must be"):
-            jax.eval_shape(lambda x, steer=steer: Interventions.of(config, steer(x)), jnp.ones(2))
+            jax.eval_shape(lambda x, steer=steer: InterventionBatch.of(config, steer(x)), jnp.ones(2))
 
 
 @pytest.mark.slow

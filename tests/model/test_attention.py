@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import attention_reference
 
 from topklm.model import attention
-from topklm.model.attention import attention_reference, causal_attention, rotate, rotation_angles
+from topklm.model.attention import causal_attention, rotate, rotation_angles
 
 
 def make(length, *, heads=4, kv_heads=2, batch=2, width=6, dtype=jnp.float32):

@@ -1,4 +1,4 @@
-"""The same weights in Hugging Face's LlamaForCausalLM, with TopK as a forward hook, are the same model."""
+"""The same weights in Hugging Face's Llama (or Qwen3), with TopK as a forward hook, are the same model."""
 
 import dataclasses
 
@@ -33,6 +33,7 @@ VARIANTS = {
     "topk-abs-tied": {"topk_activation": "abs", **TIED},
     "base": {"n_nontopk": 3},
     "base-grouped-queries-tied": {"n_nontopk": 3, "n_kv_heads": 1, **TIED},
+    "topk-qk-norm-grouped-queries": {"qk_norm": True, "n_kv_heads": 2},
 }
 
 
@@ -82,6 +83,10 @@ BLOCK_NAMES = {
     ("attention_norm", "scale"): "input_layernorm",
     ("mlp_norm", "scale"): "post_attention_layernorm",
 }
+QK_NORM_NAMES = {
+    ("attention", "query_norm", "scale"): "self_attn.q_norm",
+    ("attention", "key_norm", "scale"): "self_attn.k_norm",
+}
 
 
 def in_torch_names(tree, config):
@@ -91,7 +96,7 @@ def in_torch_names(tree, config):
     named["model.norm.weight"] = tree["final_norm"]["scale"]
     if not config.tie_embeddings:
         named["lm_head.weight"] = tree["unembed"]["kernel"].T[:v]
-    for path, name in BLOCK_NAMES.items():
+    for path, name in (BLOCK_NAMES | (QK_NORM_NAMES if config.qk_norm else {})).items():
         stacked = tree["blocks"]
         for key in path:
             stacked = stacked[key]
@@ -101,9 +106,12 @@ def in_torch_names(tree, config):
     return {name: np.asarray(value) for name, value in named.items()}
 
 
-def llama(config, params):
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+def peer(config, params):
+    """Llama, or Qwen3, which differs in its norm of queries and keys."""
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    settings = {"head_dim": config.head_dim} if config.qk_norm else {"mlp_bias": False}
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
             intermediate_size=config.d_mlp,
@@ -111,12 +119,12 @@ def llama(config, params):
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads,
             rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tie_embeddings,
             max_position_embeddings=config.context_length,
             attention_bias=False,
-            mlp_bias=False,
             attn_implementation="eager",
+            **settings,
         )
     )
     state = {name: torch.tensor(value) for name, value in in_torch_names(params, config).items()}
@@ -153,7 +161,7 @@ def relative_error(got, want):
 
 
 def test_the_logits_are_the_same(config, params, tokens):
-    model = llama(config, params)
+    model = peer(config, params)
     add_topk(model, config)
     with torch.no_grad():
         want = model(torch.tensor(tokens)).logits.numpy()
@@ -168,11 +176,11 @@ def test_the_gradients_are_the_same_with_the_active_sets_held_fixed(config, para
 
     def loss(p):
         model = transformer.bind(config, p)
-        h, masks = model.hidden(inputs, tap=lambda h, u, h_next: h_next != 0)
+        h, masks = model.hidden(inputs, capture=lambda h, u, h_next: h_next != 0)
         return cross_entropy(h, model.unembedding(), targets, weights, 0.0, config.vocab_size)[0], masks
 
     (got_loss, masks), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    model = llama(config, params)
+    model = peer(config, params)
     add_topk(model, config, masks=np.asarray(masks))
     logits = model(torch.tensor(tokens[:, :-1])).logits
     want_loss = torch.nn.functional.cross_entropy(
@@ -187,11 +195,13 @@ def test_the_gradients_are_the_same_with_the_active_sets_held_fixed(config, para
         assert relative_error(gradient, parameters[name].grad.numpy()) < 1e-4, name
 
 
-@pytest.mark.parametrize("config", ["topk-identity-grouped-queries", "base"], indirect=True)
+@pytest.mark.parametrize(
+    "config", ["topk-identity-grouped-queries", "base", "topk-qk-norm-grouped-queries"], indirect=True
+)
 def test_documents_packed_in_one_row_give_what_each_gives_alone(config, params):
     rng = np.random.default_rng(2)
     first, second = (rng.integers(0, config.vocab_size, (1, n)) for n in (9, 13))
-    model = llama(config, params)
+    model = peer(config, params)
     add_topk(model, config)
     with torch.no_grad():
         want = np.concatenate([model(torch.tensor(d)).logits.numpy() for d in (first, second)], axis=1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.model.products import product, transposed
+from topklm.model.layers import product, transposed
 
 SHAPES = [((5, 7), (7, 3)), ((1, 1), (1, 1)), ((2, 3, 33, 64), (2, 3, 64, 17)), ((300, 256), (256, 129))]
 

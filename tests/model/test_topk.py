@@ -10,9 +10,11 @@ from jax.test_util import check_grads
 import ml_dtypes
 import numpy as np
 import pytest
+from references import active_mask
 
 from topklm.errors import UserError
-from topklm.model.topk import APPROX_RECALL, active_mask, check_platform, topk
+from topklm.model.backends import TOPK
+from topklm.model.topk import APPROX_RECALL, topk
 
 BACKENDS = ("lax", "threshold")  # on CPUs "auto" is the second: see the test of that
 ACTIVATIONS = ("relu", "identity", "abs")
@@ -340,8 +342,8 @@ def test_auto_is_the_kernel_where_the_program_is_lowered_for_it(platform, call):
 
 def test_a_kernel_for_other_devices_is_refused():
     for backend, platform in [("pallas_tpu", "tpu"), ("pallas_gpu", "gpu"), ("auto", "cpu"), ("lax", "gpu")]:
-        check_platform(backend, platform)
-    with pytest.raises(UserError, match=r"model.topk_backend = 'pallas_tpu': .* TPUs, .* CPUs"):
-        check_platform("pallas_tpu", "cpu")
+        TOPK.check_platform(backend, platform)
+    with pytest.raises(UserError, match=r"model.topk_backend = 'pallas_tpu': .* TPUs only, .* CPUs"):
+        TOPK.check_platform("pallas_tpu", "cpu")
     with pytest.raises(NotImplementedError, match="cpu"):
         jax.jit(topk, static_argnums=(1, 2, 3)).lower(jnp.ones((2, 4)), 1, "relu", "pallas_tpu")

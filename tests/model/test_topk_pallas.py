@@ -10,11 +10,13 @@ from jax.sharding import AxisType, PartitionSpec
 import ml_dtypes
 import numpy as np
 import pytest
+from references import active_mask
 
+from benchmarks.topk_and_norm import select_and_norm
 from topklm.compile_check import cost, hlo, topology
 from topklm.model import topk_pallas, topk_pallas_bits
-from topklm.model.topk import active_mask, topk
-from topklm.model.topk_pallas_tiles import make_tile
+from topklm.model.topk import topk
+from topklm.model.topk_pallas import make_tile
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 # Together every platform, dtype, activation and kind of D and k: each of them is a compilation.
@@ -127,9 +129,7 @@ def test_residual_topk_and_norm_in_one_are_the_three_one_after_the_other(platfor
     x, residual = (rng.normal(size=(5, 200)).astype(dtype) for _ in range(2))
     scale = rng.normal(size=200).astype(np.float32)
     x[1], residual[1], x[3, 17] = 0.0, 0.0, np.nan
-    fused = functools.partial(
-        topk_pallas.select_and_norm, k=20, activation="relu", platform=platform, epsilon=1e-5
-    )
+    fused = functools.partial(select_and_norm, k=20, activation="relu", platform=platform, epsilon=1e-5)
     run = interpreted(
         lambda x, residual, scale: fused(x, scale_D=scale, residual=residual, with_mask=True, interpret=True)
     )
@@ -238,7 +238,7 @@ def test_plane_b_holds_bit_b_of_every_number(n_bits):
     ],
 )
 def test_what_the_kernel_can_do_is_known_beforehand(shape, dtype, platform, can):
-    assert topk_pallas.supports(shape, dtype, platform) is can
+    assert (topk_pallas.limits(shape, dtype, platform) == "") is can
 
 
 def lowered_for_cuda(function, *arguments):
@@ -296,7 +296,7 @@ def test_on_a_v5e_residual_topk_and_norm_are_one_kernel():
     x, scale = jax.ShapeDtypeStruct((512, 4096), BF16), jax.ShapeDtypeStruct((4096,), F32)
 
     def fused(x, residual, scale):
-        return topk_pallas.select_and_norm(x, 256, "identity", "tpu", scale, 1e-5, residual=residual)[:2]
+        return select_and_norm(x, 256, "identity", "tpu", scale, 1e-5, residual=residual)[:2]
 
     done = compiled_for_v5e(fused, x, x, scale)
     assert done.as_text().count('custom_call_target="tpu_custom_call"') == 1

@@ -12,6 +12,7 @@ import pytest
 from topklm.config import ModelConfig
 from topklm.layout import scans_layers
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.parallel import ALONE
 
 CONFIG = ModelConfig(
@@ -44,7 +45,7 @@ def program(config):
 
     @jax.jit
     def run(params, tokens, segment_ids):
-        return transformer.bind(config, params).hidden(tokens, segment_ids, tap=lambda *seen: seen)
+        return transformer.bind(config, params).hidden(tokens, segment_ids, capture=lambda *seen: seen)
 
     return run
 
@@ -276,7 +277,7 @@ def test_an_edit_replaces_what_a_layer_hands_on(params, layer_stack, n_nontopk):
             return h, h_next
 
         model = transformer.bind(config, params)
-        return model.hidden(tokens, tap=tap, edit=edit, edits=(chosen, given))
+        return model.hidden(tokens, capture=tap, hooks=LayerHooks(output=edit), hook_inputs=(chosen, given))
 
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, config.vocab_size)
     h, (before, after) = run(tokens, chosen)

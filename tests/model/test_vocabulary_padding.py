@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import cross_entropy_reference
 
 from topklm.config import (
     Config,
@@ -19,7 +20,7 @@ from topklm.errors import UserError
 from topklm.inference.generate import generate_tokens
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.model.losses import cross_entropy, cross_entropy_reference, token_losses
+from topklm.model.losses import cross_entropy, token_losses
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import abstract_state, init_state, make_eval_step, make_train_step
 

@@ -1,4 +1,4 @@
-"""What is chosen, what is drawn beside it, and what is made of the losses."""
+"""The choice, the random sets beside it, and what is made of the losses."""
 
 import dataclasses
 

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from test_unit_counts import DOCUMENTS, MESH, model_of
+from test_activation_counts import DOCUMENTS, MESH, model_of
 
-from topklm.inference.intervention import Intervention
-from topklm.neurons import ablated_losses
-from topklm.neurons.ablated_losses import AblatedLosses
-from topklm.neurons.windows import windows_of
+from topklm.inference.interventions import Intervention
+from topklm.neurons import ablate_set
+from topklm.neurons.ablate_set import AblatedLosses
+from topklm.neurons.documents import windows_of
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts(model):
-    """In two batches."""
+    """Makes documents of two batches."""
     separator_id = model.tokenizer.separator_id
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablated_losses, "_BATCH_TOKENS", 128)
+        patch.setattr(ablate_set, "_BATCH_TOKENS", 128)
         return AblatedLosses(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id)
 
 

@@ -12,7 +12,7 @@ from topklm.neurons.contrast import ORDERS, contrast, ranked
 
 
 def difference(counts, tokens, chosen):
-    """Of one neuron, as a fraction."""
+    """Returns the difference of one neuron, as a fraction."""
     rest = [g for g in range(len(tokens)) if g not in chosen]
     return Fraction(sum(counts[g] for g in chosen), sum(tokens[g] for g in chosen)) - Fraction(
         sum(counts[g] for g in rest), sum(tokens[g] for g in rest)

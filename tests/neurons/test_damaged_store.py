@@ -10,29 +10,25 @@ import damage
 import ml_dtypes
 import numpy as np
 import pytest
+import test_store
 
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.store import Metadata, Store, StoreWriter
+from topklm.neurons.store import Store, StoreWriter
 
 S, D, K, N = 2, 12, 4, 90
-METADATA = Metadata(
-    run="village",
-    step=24,
-    tokenizer_sha256="ab" * 32,
-    source="held-out text of village-0123",
-    kind="topk",
+METADATA = dataclasses.replace(
+    test_store.METADATA,
     layers=tuple(range(S)),
     d_model=D,
     topk_k=K,
     topk_activation="abs",
-    context_length=64,
     parts=2,
     parameters="cd" * 32,
 )
 
 
 def segment(seed):
-    """N tokens with exactly k activations each, so that arrays of all segments have the same lengths."""
+    """Makes N tokens with exactly k activations each, so that arrays of all segments are equally long."""
     rng = np.random.default_rng(seed)
     layers = rng.normal(size=(S, N, D)).astype(np.float32)
     smaller = np.argsort(np.argsort(-np.abs(layers), axis=-1), axis=-1) >= K
@@ -45,7 +41,7 @@ def segment(seed):
 
 
 def write(folder, seeds, metadata=METADATA):
-    """Three segments of part 0, and one of part 1."""
+    """Returns three segments of part 0, and one of part 1."""
     with StoreWriter(folder, metadata) as writer:
         for seed in seeds[:3]:
             writer.append(segment(seed))
@@ -55,7 +51,7 @@ def write(folder, seeds, metadata=METADATA):
 
 
 def everything(folder):
-    """All that a store says, by every way of asking it."""
+    """Returns all that a store says, by every way of asking it."""
     store = Store(folder)
     n, every = store.n_tokens, range(S * D)
     return {
@@ -77,14 +73,14 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """One of the same text, of the same sizes, of another model."""
+    """Returns one of the same text, of the same sizes, of another model."""
     metadata = dataclasses.replace(METADATA, parameters="ef" * 32)
     return write(tmp_path_factory.mktemp("other") / "store", range(10, 14), metadata)
 
 
 @pytest.fixture
 def copies(tmp_path):
-    """Where copies go; of links if nothing but names is to be changed."""
+    """Makes copies; of links if nothing but names is to be changed."""
     numbers = itertools.count()
 
     def of(folder, copy_function=os.link):
@@ -95,7 +91,7 @@ def copies(tmp_path):
 
 
 def has_no_influence(path):
-    """What a lock file holds says nothing once its owner has ended."""
+    """Ignores lock files, which say nothing once their owner has ended."""
     return path.name == ".lock"
 
 

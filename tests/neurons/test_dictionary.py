@@ -19,7 +19,7 @@ from topklm.data.mixture import Mixture
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.neurons import fitting
+from topklm.neurons import fit_dictionary
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance, check_coordinates
 from topklm.progress import Progress
 
@@ -115,7 +115,7 @@ def test_mean_and_covariance_leave_out_what_is_no_text():
     rng = np.random.default_rng(2)
     x = (5 + rng.normal(size=(S, 90, D)) @ rng.normal(size=(D, D))).astype(np.float32)
     counts = rng.random(90) < 0.8
-    mean, covariance = fitting._moments(states_of(x, counts, [30, 60]))
+    mean, covariance = fit_dictionary._moments(states_of(x, counts, [30, 60]))
     for layer in range(S):
         np.testing.assert_allclose(mean[layer], x[layer, counts].mean(axis=0, dtype=float), rtol=1e-5)
         wanted = np.cov(x[layer, counts].astype(float), rowvar=False, bias=True)
@@ -126,7 +126,7 @@ def test_mean_and_covariance_leave_out_what_is_no_text():
 def test_principal_components_come_with_both_signs_by_falling_variance(d):
     rng = np.random.default_rng(4)
     x = rng.normal(size=(200, d)) @ rng.normal(size=(d, d))
-    found = fitting._components(np.cov(x, rowvar=False)[None])[0]
+    found = fit_dictionary._components(np.cov(x, rowvar=False)[None])[0]
     assert found.shape == (d, d)
     _, _, wanted = np.linalg.svd(x - x.mean(axis=0))
     for number, row in enumerate(found):
@@ -136,12 +136,12 @@ def test_principal_components_come_with_both_signs_by_falling_variance(d):
 
 
 def test_random_dictionaries_are_orthonormal_and_differ_between_layers_and_seeds():
-    found = fitting._random(S, D, 0)
+    found = fit_dictionary._random(S, D, 0)
     for rows in found:
         np.testing.assert_allclose(rows @ rows.T, np.eye(D), atol=1e-12)
     assert not np.allclose(found[0], found[1])
-    assert not np.allclose(found, fitting._random(S, D, 1))
-    np.testing.assert_array_equal(found, fitting._random(S, D, 0))
+    assert not np.allclose(found, fit_dictionary._random(S, D, 1))
+    np.testing.assert_array_equal(found, fit_dictionary._random(S, D, 0))
 
 
 class Texts:
@@ -166,13 +166,13 @@ def params():
 
 
 def fit(kind, params, mixture, monkeypatch):
-    monkeypatch.setattr(fitting, "prepare", lambda data, announce: mixture)
-    monkeypatch.setattr(fitting, "_BATCH_TOKENS", 1024)
+    monkeypatch.setattr(fit_dictionary, "prepare", lambda data, announce: mixture)
+    monkeypatch.setattr(fit_dictionary, "_BATCH_TOKENS", 1024)
     mesh = one_device().mesh
     data = saved_runs.CONFIG.data
     progress = Progress(lambda line: None)
     settings = {"keep": 4, "n_tokens": 8000, "progress": progress}
-    return fitting.fit(kind, BASE, params, mesh, data, Texts(), **settings), mesh
+    return fit_dictionary.fit(kind, BASE, params, mesh, data, Texts(), **settings), mesh
 
 
 @pytest.mark.parametrize("kind", ["random", "pca"])
@@ -182,22 +182,24 @@ def test_dictionaries_are_made_of_training_text_and_say_what_they_explain(kind, 
     assert made.encoder.shape == made.decoder.shape == (2, 16, 16)
     np.testing.assert_allclose(np.linalg.norm(made.decoder, axis=-1), 1, rtol=1e-5)
     assert made.facts["text"] == "training text of letters"
-    assert made.facts["explained_variance"] == fitting.explained_variance(made, BASE, params, mesh, Texts())
+    assert made.facts["explained_variance"] == fit_dictionary.explained_variance(
+        made, BASE, params, mesh, Texts()
+    )
     assert all(0 < share < 1 for share in made.facts["explained_variance"])
 
 
 def test_a_harvest_goes_on_with_the_dictionary_that_is_there_or_says_why_not(tmp_path, dictionary):
     path = tmp_path / "1300" / "dictionary.npz"
-    assert fitting.load_fitting(path, "sae", K, 1000) is None
+    assert fit_dictionary.load_fitting(path, "sae", K, 1000) is None
     dictionary.save(path)
-    assert fitting.load_fitting(path, "sae", K, 1000).description == dictionary.description
+    assert fit_dictionary.load_fitting(path, "sae", K, 1000).description == dictionary.description
     for kind, keep, tokens, words in (
         ("pca", K, 1000, "--dictionary = pca"),
         ("sae", 4, 1000, "--keep = 4"),
         ("sae", K, 9, "--dictionary-tokens = 9"),
     ):
         with pytest.raises(UserError, match=words):
-            fitting.load_fitting(path, kind, keep, tokens)
+            fit_dictionary.load_fitting(path, kind, keep, tokens)
 
 
 def written_by_an_earlier_version(dictionary, path):

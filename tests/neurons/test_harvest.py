@@ -1,4 +1,4 @@
-"""What is stored, against the model run on one window after another."""
+"""Stored activations, against the model run on one window after another."""
 
 import dataclasses
 import functools
@@ -18,9 +18,9 @@ from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons import segment as segment_lib
+from topklm.neurons.documents import windows_of
 from topklm.neurons.harvest import ALL, Share, harvest
 from topklm.neurons.store import Metadata, Store, StoreWriter
-from topklm.neurons.windows import windows_of
 
 SEPARATOR = 256
 TOPK = dataclasses.replace(saved_runs.MODEL, n_layers=3, d_model=24, d_mlp=48)
@@ -92,7 +92,7 @@ def harvested(folder, config, texts=TEXTS, share=ALL, **options):
 
 
 def dense(store, layer):
-    """[N, D]."""
+    """Returns [N, D]."""
     d = store.metadata.d_model
     found = np.zeros((store.n_tokens, d), np.float32)
     for neuron in range(d):
@@ -106,14 +106,14 @@ def forward(config):
     @jax.jit
     def run(params, tokens):
         model = transformer.bind(config, params)
-        h, states = model.hidden(tokens, tap=lambda h, u, h_next: h_next)
+        h, states = model.hidden(tokens, capture=lambda h, u, h_next: h_next)
         return jax.nn.log_softmax(model.logits(h)), states
 
     return run
 
 
 def one_by_one(config, texts):
-    """The same from single windows: tokens, documents, losses, and states [L, N, D]."""
+    """Returns the same from single windows: tokens, documents, losses, and states [L, N, D]."""
     tokens, documents, losses, states = [], [], [], []
     for number, ids in enumerate(texts):
         for window in windows_of(number, ids, SEPARATOR, config.context_length):
@@ -214,7 +214,7 @@ def test_other_text_is_not_added_to_a_store(tmp_path):
 
 
 def test_sparse_arrays_give_the_same_segment_as_dense_ones():
-    """Sparse is what comes from an accelerator."""
+    """Takes activations as they come from an accelerator: sparse."""
     rng = np.random.default_rng(0)
     layers = rng.normal(size=(2, 50, 24)).astype(ml_dtypes.bfloat16)
     order = np.argsort(-np.abs(layers.astype(np.float32)), axis=-1)[..., :7]
@@ -225,7 +225,7 @@ def test_sparse_arrays_give_the_same_segment_as_dense_ones():
     text = rng.integers(0, 9, 50), np.arange(50) // 9, rng.normal(size=50)
     want = segment_lib.from_dense(*text, kept)
     got = segment_lib.from_sparse(*text, order.astype(np.uint8), values, 24)
-    for name in ("offsets", "places", "values"):
+    for name in ("offsets", "token_index", "values"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
@@ -240,7 +240,7 @@ def test_what_an_accelerator_would_send_is_what_the_layers_hold():
 
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_what_a_damaged_store_advises_mends_it(tmp_path, number):
-    """From the damaged segment on, all are deleted and harvested again."""
+    """Deletes all segments from the damaged one on; they are harvested again."""
     whole = harvested(tmp_path / "whole", TOPK)
     folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "damaged"))
     shard = Store(folder).segments[number].folder / "values" / "c" / "0"

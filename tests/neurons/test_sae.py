@@ -13,7 +13,7 @@ S, D, M, K, N = 2, 8, 12, 2, 512
 
 @pytest.fixture(scope="module")
 def sparse_data():
-    """Hidden states float32[S, 40 N, D] that are sums of two of twelve directions, at two scales."""
+    """Returns hidden states float32[S, 40 N, D] that are sums of two of twelve directions, at two scales."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(S, M, D))
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
@@ -104,7 +104,7 @@ def test_the_start_is_tied_and_centred():
 
 
 def test_the_first_step_is_that_of_adam_on_the_gradient_across_the_rows(sparse_data):
-    """By hand, for one minibatch in float64: Adam's first step is the gradient's sign, times the rate."""
+    """Steps by hand, one minibatch in float64: Adam's first step is the gradient's sign, times the rate."""
     x = sparse_data[:1, :64].astype(np.float64)
     mean, rate, eps = x.mean(axis=1), 0.01, 1e-4
     scale = np.sqrt(np.square(x - mean[:, None]).mean())

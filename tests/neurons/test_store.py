@@ -35,7 +35,7 @@ METADATA = Metadata(
 
 
 def random_layers(n, seed):
-    """What layers hand on, [S, n, D] in bfloat16, k entries a token or fewer."""
+    """Draws the output of layers, [S, n, D] in bfloat16, k entries a token or fewer."""
     rng = np.random.default_rng(seed)
     dense = rng.normal(size=(S, n, D)).astype(ml_dtypes.bfloat16)
     threshold = -np.sort(-dense.astype(np.float32), axis=-1)[..., K - 1 : K]
@@ -43,7 +43,7 @@ def random_layers(n, seed):
 
 
 def random_segment(n, seed, first_document=0):
-    """A segment, and the dense layers that it is made of."""
+    """Returns a segment, and the dense layers that it is made of."""
     rng = np.random.default_rng(seed)
     layers = random_layers(n, seed)
     documents = first_document + np.cumsum(rng.random(n) < 0.02)
@@ -53,7 +53,7 @@ def random_segment(n, seed, first_document=0):
 
 @pytest.fixture
 def filled(tmp_path):
-    """A store of three segments; and its segments as they were, with all dense layers, [S, N, D]."""
+    """Returns a store of three segments; and its segments as they were, with all dense layers, [S, N, D]."""
     writer, segments, layers = StoreWriter(tmp_path / "store", METADATA), [], []
     first = 0
     for seed, n in enumerate((300, 1, 40_000)):
@@ -140,7 +140,7 @@ def test_it_takes_less_than_four_bytes_an_activation(tmp_path):
     segment = segment_lib.from_dense(np.arange(n) % 4096, np.arange(n) // 500, np.zeros(n), layers)
     StoreWriter(tmp_path / "store", METADATA).append(segment)
     size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
-    assert size < 3 * len(segment.places)
+    assert size < 3 * len(segment.token_index)
 
 
 def test_the_smallest_types_are_used(filled):
@@ -322,7 +322,7 @@ def old(tmp_path):
 
 
 def activation(layer, token, neuron):
-    """What was stored there."""
+    """Returns everything that was stored there."""
     active = (token * 31 + neuron * 17 + layer * 7) % 97 < 20
     return np.where(active, ((token + neuron) % 13 + 1) / 4, 0)
 

@@ -70,7 +70,7 @@ def dense_layers(model, report):
 
     def entering(params, tokens):
         config = dataclasses.replace(model.config.model, topk_backend="lax", layer_stack="scanned")
-        return transformer.bind(config, params).hidden(tokens, tap=lambda h, u, h_next: u)[1]
+        return transformer.bind(config, params).hidden(tokens, capture=lambda h, u, h_next: u)[1]
 
     tokens = model.to_tokens(report["sentence"])
     u = np.asarray(jax.jit(entering)(model.params, tokens))[: model.config.model.n_topk_layers, 0]

@@ -15,9 +15,8 @@ from test_bad_requests import LIMITS, MODEL, client_of
 import topklm
 from topklm.config import Config
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.news import News
 from topklm.inference.scores import Scores
-from topklm.inference.text import Token
+from topklm.inference.sequence import SequenceUpdate, Token
 from topklm.server import neurons, requests
 from topklm.server.service import Service
 
@@ -55,15 +54,15 @@ def client():
     """Of a server whose model computes nothing: all tokens, scores and activations are made up."""
     limits = dataclasses.replace(LIMITS, waiting=100, timeout=60.0)
     model = topklm.LanguageModel("a run", 7, Config(model=MODEL), train_bpe([], 257), {"none": np.zeros(1)})
-    service, random = Service(model, "village", limits, n_rows=1), np.random.default_rng(0)
+    service, random = Service(model, "village", limits, n_slots=1), np.random.default_rng(0)
 
-    def submit(texts, deliver):
-        for text in texts:
+    def submit(sequences, on_update):
+        for text in sequences:
             drawn = random.integers(0, 257, text.limit - text.n_prompt).tolist()
             ends = 0 in drawn
             tokens = [Token(i, -1.0, ((i, -1.0), (7, float("-inf")))) for i in drawn]
             tokens = tokens[: drawn.index(0) + 1] if ends else tokens
-            deliver([News(text, tokens, text.finished or ("stop" if ends else "length"))])
+            on_update([SequenceUpdate(text, tokens, text.finished or ("stop" if ends else "length"))])
 
     def call(function):
         done = concurrent.futures.Future()

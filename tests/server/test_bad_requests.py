@@ -11,8 +11,7 @@ import topklm
 from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
-from topklm.inference.engine import Engine
-from topklm.inference.news import ClosedError
+from topklm.inference.engine import ClosedError, Engine
 from topklm.inference.sampling import RowSampling, draw
 from topklm.server import app, fields, requests
 from topklm.server.errors import ApiError, number, refused
@@ -40,7 +39,7 @@ def service(config=MODEL):
     """Whose engine does not run: nothing here comes as far."""
     parameters = {"none": np.zeros(1)}
     model = topklm.LanguageModel("a run", 7, Config(model=config), train_bpe([], 257), parameters)
-    return Service(model, "village", LIMITS, n_rows=1)
+    return Service(model, "village", LIMITS, n_slots=1)
 
 
 def client_of(served, token=TOKEN):
@@ -239,14 +238,14 @@ def test_a_prompt_that_leaves_no_room_for_a_new_token_is_refused_if_one_is_asked
     if n == 32:
         assert assert_refused(answer, 400, "there is no room")["code"] == "context_length_exceeded"
     without = requests.completion(service().model, "village", LIMITS, {"prompt": prompt, "max_tokens": 0})
-    assert without.texts[0].finished == "length"
+    assert without.sequences[0].finished == "length"
     sliding = {"prompt": prompt, "max_tokens": 5, "when_full": "slide"}
-    assert not requests.completion(service().model, "village", LIMITS, sliding).texts[0].finished
+    assert not requests.completion(service().model, "village", LIMITS, sliding).sequences[0].finished
 
 
 def asked(body):
     content = fields.json_object(body if isinstance(body, bytes) else json.dumps(body).encode())
-    return requests.completion(service().model, "village", LIMITS, content).texts
+    return requests.completion(service().model, "village", LIMITS, content).sequences
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from topklm.data.tokenizer import Tokenizer, train_bpe
+from topklm.inference.detokenize import first_stop
 from topklm.inference.sampling import Sampling
 from topklm.inference.scores import Scores
-from topklm.inference.streaming import first_stop
-from topklm.inference.text import Text, Token
-from topklm.server.choices import Choice, joined
+from topklm.inference.sequence import Sequence, Token
+from topklm.server.answers import Choice, joined
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)
 SAID = "über the river \U0001f600!"
@@ -20,7 +20,7 @@ SAID = "über the river \U0001f600!"
 
 def choice(stop=(), n_alternatives=1, prompt="the"):
     ids = [TOKENIZER.separator_id, *TOKENIZER.encode(prompt).tolist()]
-    text = Text(ids, len(ids), 100, Sampling(), n_alternatives=n_alternatives)
+    text = Sequence(ids, len(ids), 100, Sampling(), n_alternatives=n_alternatives)
     return Choice(TOKENIZER, 3, text, stop)
 
 
@@ -88,7 +88,7 @@ def test_offsets_tokens_and_counts_are_those_of_the_text_however_it_comes(
     ids = [*ids[:7], *TOKENIZER.encode(said).tolist(), *ids[7:], *([0] if ends else [])]
     prompt_text, prompt = TOKENIZER.decode(prompt), [TOKENIZER.separator_id, *prompt]
     made = Choice(
-        TOKENIZER, 0, Text(list(prompt), len(prompt), 100, Sampling(), n_alternatives=0), tuple(stop)
+        TOKENIZER, 0, Sequence(list(prompt), len(prompt), 100, Sampling(), n_alternatives=0), tuple(stop)
     )
     n = len(prompt) - 1
     pieces = [made.echo(Scores(np.zeros(n), np.zeros((n, 0)), np.zeros((n, 0))))] if echo else []
@@ -139,7 +139,7 @@ def test_offsets_are_those_of_the_text_also_where_a_tokenizer_changes_it():
     emoji, broken = [1 + byte for byte in "\U0001f600".encode()], 1 + 0x97
     ids = [0, 258, *emoji, 258, 259, broken, 259, 258]
     assert tokenizer.decode(ids) == "a\U0001f600 ab\ufffdb a"  # the first space is left out
-    text = Text(list(ids), len(ids), 100, Sampling(), n_alternatives=0)
+    text = Sequence(list(ids), len(ids), 100, Sampling(), n_alternatives=0)
     n = len(ids) - 1
     scores = Scores(np.zeros(n), np.zeros((n, 0)), np.zeros((n, 0)))
     found = Choice(tokenizer, 0, text, ()).echo(scores)

@@ -16,7 +16,7 @@ import pytest
 from served import MODEL, serving
 
 import topklm
-from topklm.inference.intervention import Intervention
+from topklm.inference.interventions import Intervention
 
 PROMPT = "The old baker"
 UNCHANGED = (Intervention(0, 3, 1.0, "scale"),)

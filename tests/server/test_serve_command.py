@@ -10,7 +10,7 @@ import saved_runs
 from topklm import cli
 from topklm.commands import serve
 from topklm.errors import UserError
-from topklm.server import run
+from topklm.server import app
 from topklm.web.server import listen, name_of, names_of
 
 
@@ -28,7 +28,7 @@ def started(tmp_path, monkeypatch):
         service.engine.close()
         found.update(service=service, token=token, port=port)
 
-    monkeypatch.setattr(run, "serve", fake)
+    monkeypatch.setattr(app, "serve", fake)
     monkeypatch.setenv("TOPKLM_COMPILATION_CACHE", "off")
 
     def start(*flags):
@@ -54,7 +54,7 @@ def test_its_flags_are_passed_on(started, capsys):
     found = started(*flags.split(), "--name", "mine", "--json")
     service = found["service"]
     assert service.name == "mine"
-    assert service.sizes.most_rows == 3
+    assert service.buckets.most_slots == 3
     limits = service.limits
     assert (limits.waiting, limits.texts, limits.prompt_tokens, limits.max_tokens) == (5, 6, 7, 8)
     assert (limits.timeout, limits.grace) == (9, 2)

@@ -1,4 +1,4 @@
-"""What counts as a hit, by hand; and the identity lens against NumPy."""
+"""Hits, counted by hand; and the identity lens against NumPy."""
 
 import numpy as np
 from plain_model import configured, params, unembedding
@@ -6,13 +6,13 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.steering import concept
+from topklm.steering import concepts
 
 
 def test_a_set_of_tokens_is_hit_by_each_of_them():
     tokenizer = saved_runs.tokenizer()
     ids = tokenizer.encode("se").tolist()
-    found = concept.of_tokens("input", "its own", ids, tokenizer)
+    found = concepts.of_tokens("input", "its own", ids, tokenizer)
     text = "the sea sees"
     tokens = tokenizer.encode(text)
     assert found.count(tokens, text) == sum(1 for token in tokens.tolist() if token in ids) == 7
@@ -21,16 +21,16 @@ def test_a_set_of_tokens_is_hit_by_each_of_them():
 
 
 def test_words_are_whole_and_of_any_case():
-    found = concept.of_words(["sea", " ship's ", "", "C++"])
+    found = concepts.of_words(["sea", " ship's ", "", "C++"])
     assert found.count([], "Sea, seas, oversea; the ship's sea. C++, C++11") == 4
     with pytest.raises(UserError, match="holds no word"):
-        concept.of_words([" ", ""])
+        concepts.of_words([" ", ""])
 
 
 def test_a_regular_expression_is_hit_where_it_matches_something():
-    assert concept.of_regex("s(ea|hip)|x*").count([], "Sea ship xx axe") == 4
+    assert concepts.of_regex("s(ea|hip)|x*").count([], "Sea ship xx axe") == 4
     with pytest.raises(UserError, match=r"--concept-regex = \(: is no regular expression"):
-        concept.of_regex("(")
+        concepts.of_regex("(")
 
 
 def test_raised_tokens_are_the_largest_effects_of_the_identity_lens():
@@ -39,4 +39,4 @@ def test_raised_tokens_are_the_largest_effects_of_the_identity_lens():
     effects = scale[:, None] * unembedding()
     for neuron in (0, 11):
         expected = np.argsort(-effects[neuron], kind="stable")[:10]
-        assert concept.raised_tokens(config, params(), neuron).tolist() == expected.tolist()
+        assert concepts.raised_tokens(config, params(), neuron).tolist() == expected.tolist()

@@ -8,8 +8,9 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.steering import concept, dose, measures
-from topklm.steering.concept import Concept
+from topklm.steering import concepts as concepts_lib
+from topklm.steering import dose, text_metrics
+from topklm.steering.concepts import Concept
 from topklm.steering.dose import Sampled
 
 SAMPLED = Sampled(prompts=("The", "Was", "Her"), samples=3, max_new_tokens=9, temperature=0.9, seed=5)
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def concepts():
-    return [Recording("input", "every third token", tuple(range(0, 256, 3))), concept.of_regex("[a-f]")]
+    return [Recording("input", "every third token", tuple(range(0, 256, 3))), concepts_lib.of_regex("[a-f]")]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_the_figures_are_those_of_the_texts_one_by_one(model, concepts, response
         assert response.rates["input"].value == pytest.approx(thirds / n_tokens)
         assert response.rates["input"].low <= response.rates["input"].value <= response.rates["input"].high
         for n in dose.DISTINCT:
-            expected = np.mean([measures.distinct(one, n) for one in of_value])
+            expected = np.mean([text_metrics.distinct(one, n) for one in of_value])
             assert response.distinct[n].value == pytest.approx(expected)
         losses = []
         for number, one in enumerate(of_value):

@@ -8,7 +8,7 @@ from plain_model import SEPARATOR, V, configured, handed_on, random_documents
 import pytest
 
 from topklm.errors import UserError
-from topklm.steering import prompts, stored_concepts
+from topklm.steering import concepts, survey
 
 DOCUMENTS = random_documents((30, 6, 11, 40, 17, 9), seed=4)
 
@@ -19,7 +19,7 @@ def store(tmp_path_factory):
 
 
 def by_hand(store, layer, neuron):
-    """The three scores of every token, and whether the neuron lives, in the documents of even number."""
+    """Computes the three scores of every token, and whether the neuron lives, in documents of even number."""
     events = store.neuron(layer, neuron)
     strength = dict(zip(events.tokens.tolist(), events.values.tolist(), strict=True))
     here, behind, text = np.zeros(V), np.zeros(V), np.zeros(V)
@@ -43,20 +43,20 @@ def by_hand(store, layer, neuron):
 
 @pytest.mark.parametrize("cells", [1 << 22, 3 * V])
 def test_concepts_are_the_tokens_with_the_largest_scores(store, monkeypatch, cells):
-    monkeypatch.setattr(stored_concepts, "_CELLS", cells)
-    found = stored_concepts.ConceptReader(store, V).read(1)
+    monkeypatch.setattr(concepts, "_CELLS", cells)
+    found = concepts.ConceptReader(store, V).read(1)
     alive = [neuron for neuron in range(16) if by_hand(store, 1, neuron)[1]]
     assert found.neurons.tolist() == alive
     for row, neuron in enumerate(alive):
-        for kind, scores in zip(stored_concepts.KINDS, by_hand(store, 1, neuron)[0], strict=True):
-            ids = stored_concepts.token_sets(found, kind)[row]
-            best = np.sort(scores)[::-1][: stored_concepts.SIZE]
+        for kind, scores in zip(concepts.KINDS, by_hand(store, 1, neuron)[0], strict=True):
+            ids = concepts.token_sets(found, kind)[row]
+            best = np.sort(scores)[::-1][: concepts.SIZE]
             np.testing.assert_allclose(scores[ids], best[best > 0], rtol=1e-6)
             assert len(set(ids.tolist())) == len(ids)
 
 
 def test_one_neuron_can_be_read_alone(store):
-    reader = stored_concepts.ConceptReader(store, V)
+    reader = concepts.ConceptReader(store, V)
     whole = reader.read(1)
     alone = reader.read(1, [int(whole.neurons[2])])
     np.testing.assert_array_equal(alone.tokens[0], whole.tokens[2])
@@ -66,18 +66,18 @@ def test_one_neuron_can_be_read_alone(store):
 def test_activations_in_documents_of_odd_number_change_no_concept(store, tmp_path):
     others = [ids if n % 2 == 0 else ids[::-1] for n, ids in enumerate(DOCUMENTS)]
     changed = plain_model.make_store(tmp_path / "store", configured(), others)
-    one, other = (stored_concepts.ConceptReader(s, V).read(0) for s in (store, changed))
+    one, other = (concepts.ConceptReader(s, V).read(0) for s in (store, changed))
     np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
 def test_a_store_of_one_document_is_refused(tmp_path):
     store = plain_model.make_store(tmp_path / "store", configured(), DOCUMENTS[:1])
     with pytest.raises(UserError, match="there is only one: harvest more text"):
-        stored_concepts.ConceptReader(store, V)
+        concepts.ConceptReader(store, V)
 
 
 def test_neutral_prompts_are_pieces_of_one_odd_document_each(store):
-    found = prompts.neutral(store, 6, 8, SEPARATOR, seed=3)
+    found = survey.neutral_prompts(store, 6, 8, SEPARATOR, seed=3)
     assert found.tokens.shape == (6, 8)
     for row, following in zip(found.tokens.tolist(), found.following.tolist(), strict=True):
         assert row[0] == SEPARATOR
@@ -88,7 +88,7 @@ def test_neutral_prompts_are_pieces_of_one_odd_document_each(store):
     with_prefix = found.with_prefix(np.array([41, 42]))
     assert with_prefix[2].tolist() == [SEPARATOR, 41, 42, *found.tokens[2, 1:].tolist()]
     with pytest.raises(UserError, match="harvest more text"):
-        prompts.neutral(store, 6, 60, SEPARATOR, seed=3)
+        survey.neutral_prompts(store, 6, 60, SEPARATOR, seed=3)
 
 
 def test_the_plain_model_and_its_store_agree(store):

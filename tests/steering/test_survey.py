@@ -14,8 +14,8 @@ from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
-from topklm.steering import prompts, summary, survey
-from topklm.steering.stored_concepts import KINDS
+from topklm.steering import summary, survey
+from topklm.steering.concepts import KINDS
 from topklm.steering.survey import Settings
 
 DOCUMENTS = random_documents((30, 26, 11, 40, 17, 29), seed=4)
@@ -35,12 +35,12 @@ def surveyed(store, config, parameters, settings=SETTINGS):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     store = plain_model.make_store(tmp_path_factory.mktemp("survey") / "store", CONFIG, DOCUMENTS)
-    asked = prompts.neutral(store, SETTINGS.prompts, SETTINGS.prompt_tokens, SEPARATOR, SETTINGS.seed)
+    asked = survey.neutral_prompts(store, SETTINGS.prompts, SETTINGS.prompt_tokens, SEPARATOR, SETTINGS.seed)
     return surveyed(store, CONFIG, params()), asked
 
 
 def log_p(tokens, change=lambda layer, h: h):
-    """Of the next token, float64[C, V], by the plain model."""
+    """Returns probabilities of the next token, float64[C, V], by the plain model."""
     logits = np.stack([final_hidden(CONFIG, row, change)[-1] for row in tokens]) @ unembedding()
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -174,7 +174,9 @@ def test_a_planted_neuron_is_steerable_an_idle_one_is_not_and_a_dead_one_is_not_
     assert not layer.verdicts.steerable[idle, k]
     # The tokens whose logits it lifts grow more likely than a random direction makes them, by hand.
     before, after = (
-        log_p_of(parameters, prompts.neutral(Store(tmp_path / "store"), 3, 6, SEPARATOR, 2).tokens, length)
+        log_p_of(
+            parameters, survey.neutral_prompts(Store(tmp_path / "store"), 3, 6, SEPARATOR, 2).tokens, length
+        )
         for length in (0.0, settings.strengths[layer.verdicts.strength[at]] * layer.norm)
     )
     gain = np.mean(of_concept(after, MEANT) - of_concept(before, MEANT))
@@ -182,7 +184,7 @@ def test_a_planted_neuron_is_steerable_an_idle_one_is_not_and_a_dead_one_is_not_
 
 
 def log_p_of(parameters, tokens, length):
-    """Of the planted model, whose last token alone says what comes next."""
+    """Returns those of the planted model, whose last token alone decides the next one."""
     h = np.asarray(parameters["embed"]["embedding"], np.float64)[tokens[:, -1]]
     h = np.maximum(h, 0)  # at most k are positive, and there is no TopK behind layer 1
     h[:, PLANTED] += length

@@ -109,7 +109,7 @@ def test_figures_are_those_computed_from_the_logits_and_the_layers(params, eval_
     @jax.jit
     def run(params, inputs, segment_ids):
         model = transformer.bind(MODEL, params)
-        h, states = model.hidden(inputs, segment_ids, tap=lambda h, u, h_next: (u, h_next))
+        h, states = model.hidden(inputs, segment_ids, capture=lambda h, u, h_next: (u, h_next))
         return jax.nn.log_softmax(jnp.matmul(h, model.unembedding()[:, : MODEL.vocab_size])), states
 
     logprobs, (u, h_next) = jax.device_get(run(params, rows["inputs"], rows["segment_ids"]))

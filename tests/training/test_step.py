@@ -36,6 +36,7 @@ TOPK = Config(
         vocab_size=41,
         context_length=8,
         topk_k=4,
+        qk_norm=True,
         vocab_multiple=16,
     ),
     train=TrainConfig(batch_size=8, steps=20),
@@ -94,7 +95,8 @@ def random_sets():
 def topk_with_fixed_sets(layout):
     """Stands in for `topk`: a rounding difference cannot change what is active."""
 
-    def fixed(written_BTD, *_, residual):
+    def fixed(written_BTD, *_, residual, applies):
+        assert applies is None  # layers are unrolled
         x_BTD = written_BTD + residual
         active = random_sets()
         if layout.size == 1:

@@ -70,15 +70,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"RUN = {arguments.run}: pages are made from a folder on a disk; copy the run to one")
     # What follows needs packages of the extra, which may not be there for those above.
     from topklm.commands.neurons import ensure_measured  # noqa: PLC0415
-    from topklm.explorer import export, neuronpedia, server  # noqa: PLC0415
-    from topklm.explorer.source import Source  # noqa: PLC0415
+    from topklm.explorer import app, export, neuronpedia  # noqa: PLC0415
+    from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
 
     if out is None:
         listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
     console = rich.console.Console()
     folder = ensure_measured(arguments.run, arguments.step, console)
-    source = Source(folder)
+    source = NeuronData(folder)
     if out is not None and arguments.format == "neuronpedia":
         model_id = arguments.model_id or re.sub(r"[^a-z0-9_-]", "-", folder.run.resolve().name.lower())
         progress = TerminalProgress(console)
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.open:
             webbrowser.open(address)
 
-    server.serve(source, arguments.host, arguments.port, ready)
+    app.serve(source, arguments.host, arguments.port, ready)
 
 
 def _neurons(text: str | None) -> list[tuple[int, int]] | None:

@@ -20,14 +20,14 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
 from topklm.neurons import dictionary as dictionary_lib
-from topklm.neurons import fitting
+from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
-from topklm.neurons.statistics.settings import Settings
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import Settings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
-from topklm.neurons.texts import Documents, described, no_text, open_documents
 from topklm.progress import Progress, TerminalProgress
 from topklm.storage.files import is_bucket
 
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harvest_verb.add_argument(
         "--dictionary-tokens",
         type=_count,
-        default=fitting.DEFAULT_TOKENS,
+        default=fit_dictionary.DEFAULT_TOKENS,
         metavar="N",
         help="of training text, from which the dictionary is made; default %(default)s",
     )
@@ -161,6 +161,8 @@ def ensure_measured(run_folder: str, step: int | None, console: rich.console.Con
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
         _measure_into(folder, model, progress, Settings())
+    else:
+        _extend(folder, model, progress)
     return folder
 
 
@@ -204,7 +206,7 @@ def _harvest_into(
     rows: int | None = None,
     keep: int | None = None,
     dictionary: str | None = None,
-    dictionary_tokens: int = fitting.DEFAULT_TOKENS,
+    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS,
     share: Share = ALL,
 ) -> None:
     config = model.config.model
@@ -304,7 +306,7 @@ def _dictionary(
     share: Share,
 ) -> Dictionary:
     """The dictionary beside the store; it is made if there is none."""
-    if there := fitting.load_fitting(folder.dictionary, kind, keep, n_tokens):
+    if there := fit_dictionary.load_fitting(folder.dictionary, kind, keep, n_tokens):
         return there
     data = model.config.data
     if documents.name == open_documents(model.tokenizer, data, split="train").name:
@@ -313,7 +315,7 @@ def _dictionary(
         )
     if share.index:
         raise UserError(f"{folder.dictionary} is missing: part 0 makes it; start the others when it is there")
-    made = fitting.fit(
+    made = fit_dictionary.fit(
         kind,
         model.config.model,
         model.params,
@@ -341,7 +343,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
     _measure_into(folder, model, TerminalProgress(console), settings, arguments.encoder)
     if arguments.json:
-        print(json.dumps({"table": str(folder.table)}))
+        from topklm.neurons.statistics import catalog  # noqa: PLC0415  (see `_measure_into`)
+
+        described = [statistic.described() for statistic in catalog.STATISTICS]
+        print(json.dumps({"table": str(folder.table), "statistics": described}))
     else:
         console.print(f"wrote {folder.table}", highlight=False, markup=False, soft_wrap=True)
 
@@ -353,16 +358,7 @@ def _measure_into(
     settings: Settings,
     encoder: str | None = None,
 ) -> None:
-    store = Store(folder.store)
-    of_model = {
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "step": model.step,
-        "parameters": store.metadata.parameters and fingerprint(model.params),
-    }
-    if any(getattr(store.metadata, name) != value for name, value in of_model.items()):
-        raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    store = _store_of(folder, model)
     # Parquet needs a package of the extra, and the other one is slow to import.
     from topklm.neurons.statistics import sentences  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
@@ -387,6 +383,38 @@ def _measure_into(
             dictionary=dictionary,
             windows=windows,
         )
+
+
+def _extend(folder: NeuronsFolder, model: LanguageModel, progress: Progress) -> None:
+    """Adds to the table what an earlier version did not measure."""
+    store = _store_of(folder, model)
+    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415  (see `_measure_into`)
+
+    with disk_errors_are_user_errors(f"writing {folder.table}"):
+        extend(
+            folder.table,
+            store,
+            model.config.model,
+            model.params,
+            separator_id=model.tokenizer.separator_id,
+            progress=progress,
+            dictionary=Dictionary.load(folder.dictionary) if store.metadata.dictionary else None,
+        )
+
+
+def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
+    """Opens the model's store, and makes sure that there is a package to write the table with."""
+    store = Store(folder.store)
+    of_model = {
+        "tokenizer_sha256": model.tokenizer.sha256,
+        "step": model.step,
+        "parameters": store.metadata.parameters and fingerprint(model.params),
+    }
+    if any(getattr(store.metadata, name) != value for name, value in of_model.items()):
+        raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    return store
 
 
 def _load(run_folder: str, step: int | None) -> tuple[LanguageModel, jax.sharding.Mesh]:

@@ -15,13 +15,12 @@ import rich.table
 from topklm.commands import steering_arguments, two_texts
 from topklm.commands.two_texts import Text
 from topklm.errors import UserError
-from topklm.inference.intervention import Intervention, save_interventions
+from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons.ablate_set import Outcome, Scored, Spread
-from topklm.neurons.ablated_losses import AblatedLosses, Neuron
-from topklm.neurons.show import visible
+from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
+from topklm.neurons.display import visible
 from topklm.progress import Progress, TerminalProgress
 
 DESCRIPTION = (

@@ -13,9 +13,9 @@ from topklm.commands import two_texts
 from topklm.commands.two_texts import Text
 from topklm.errors import UserError
 from topklm.neurons import contrast as contrast_lib
+from topklm.neurons.activation_counts import unit_sizes
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
-from topklm.neurons.show import visible
-from topklm.neurons.unit_counts import unit_sizes
+from topklm.neurons.display import visible
 from topklm.progress import TerminalProgress
 from topklm.storage.files import sealed_json
 

@@ -16,12 +16,12 @@ import topklm
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.neurons.find import RankedNeuron, TokenNeurons, neurons_of_text, rank
-from topklm.neurons.folder import NeuronsFolder, harvested_steps
+from topklm.neurons.display import SHOWN_PER_LAYER, Activation, visible
 from topklm.neurons.labels import Labels
-from topklm.neurons.matches import Matches, StoredText
-from topklm.neurons.show import SHOWN_PER_LAYER, Activation, visible
+from topklm.neurons.paths import NeuronsFolder, harvested_steps
+from topklm.neurons.search import RankedNeuron, TokenNeurons, neurons_of_text, rank
 from topklm.neurons.store import Store
+from topklm.neurons.text_search import Matches, StoredText
 from topklm.storage.files import as_path, is_bucket
 
 DESCRIPTION = (

@@ -12,15 +12,15 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, save_interventions
+from topklm.inference.interventions import DEFAULT_MODE, MODES, needs_value, save_interventions
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons import selection
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons import search
+from topklm.neurons.display import visible
 from topklm.neurons.labels import Labels
-from topklm.neurons.matches import StoredText
-from topklm.neurons.selection import Selected
-from topklm.neurons.show import visible
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import Selected
 from topklm.neurons.store import Store
+from topklm.neurons.text_search import StoredText
 from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (
@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--regex: count only the token at which a match ends, where a neuron can first know of it",
     )
     parser.add_argument(
-        "--mode", choices=MODES, default="clamp", help="what is done to them; default %(default)s"
+        "--mode",
+        choices=MODES,
+        default=DEFAULT_MODE,
+        help=f"{steering_arguments.modes_help()}; default %(default)s",
     )
     parser.add_argument(
         "--value", type=float, metavar="X", help="for all of them; ablate and ban need none, others do"
@@ -119,7 +122,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--top = {arguments.top}: must be 1 or more")
     if arguments.label == "":
         raise UserError("--label is empty: give a part of a label")
-    if (arguments.value is None) == steering_arguments.needs_value(arguments.mode):
+    if (arguments.value is None) == needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
         raise UserError(f"--mode = {arguments.mode}: {needs}")
     if is_bucket(arguments.run):
@@ -132,16 +135,16 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     folder = NeuronsFolder(Path(model.run), model.step)
     narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
-        return selection.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
+        return search.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
     if arguments.contrast_json is not None:
-        saved = selection.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
+        saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
             raise UserError(
                 f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "
                 f"{model.step}; give --step {saved.step}, or contrast anew"
             )
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
-        return selection.by_contrast(saved, **narrowed, max_q=max_q)
+        return search.by_contrast(saved, **narrowed, max_q=max_q)
     if not folder.store.exists():
         raise UserError(
             f"{arguments.run} has no activations of step {model.step}: run topklm neurons harvest "
@@ -153,7 +156,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
             f"{folder.store} holds codes of a dictionary, which no intervention can set: harvest without one"
         )
     matches = StoredText(store, model.tokenizer).matches(arguments.regex, ignore_case=not arguments.case)
-    return selection.by_matches(
+    return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,
         **narrowed,

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     # What follows needs packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
     from topklm.runtime import compilation_cache  # noqa: PLC0415
-    from topklm.server import run as running  # noqa: PLC0415
+    from topklm.server import app  # noqa: PLC0415
     from topklm.server.limits import Limits  # noqa: PLC0415
     from topklm.server.service import Service  # noqa: PLC0415
     from topklm.web.security import is_loopback  # noqa: PLC0415
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
             key = f", API key {token}" if token else ""
             print(f"{name}: answers at {address}{key}   (Ctrl-C ends it)", flush=True)
 
-    running.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)
+    app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)
 
 
 def _name(run: str) -> str:

@@ -16,17 +16,17 @@ import rich.text
 import topklm
 from topklm.commands import steering_arguments
 from topklm.errors import UserError
-from topklm.inference.intervention import MODES, POSITIONS
-from topklm.neurons.folder import NeuronsFolder
-from topklm.neurons.show import visible
+from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS
+from topklm.neurons.display import visible
+from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
-from topklm.steering import concept as concept_lib
-from topklm.steering import dose, known
-from topklm.steering.concept import Concept
+from topklm.steering import concepts as concept_lib
+from topklm.steering import dose, neuron_facts
+from topklm.steering.concepts import Concept
 from topklm.steering.dose import Response, Sampled
-from topklm.steering.known import Known
-from topklm.steering.measures import Estimate
+from topklm.steering.neuron_facts import NeuronFacts
 from topklm.steering.summary import without_nan
+from topklm.steering.text_metrics import Estimate
 from topklm.storage.files import is_bucket, local_path
 
 FLAGS = ("prompt", "prompts", "concept_regex", "concept_words")
@@ -38,7 +38,12 @@ _TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what goes with --neuron."""
     group = parser.add_argument_group("with --neuron")
-    group.add_argument("--mode", choices=MODES, default="clamp", help="default %(default)s")
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        default=DEFAULT_MODE,
+        help=f"{steering_arguments.modes_help()}; default %(default)s",
+    )
     group.add_argument("--positions", choices=POSITIONS, default="all", help="default %(default)s")
     group.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; default eight of ours"
@@ -73,15 +78,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     layer, neuron = steering_arguments.neuron(arguments.neuron)
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
-    there_is = steering_arguments.intervention(layer, neuron, "clamp", 0.0, f"--neuron = {arguments.neuron}")
+    there_is = steering_arguments.intervention(
+        layer, neuron, DEFAULT_MODE, 0.0, f"--neuron = {arguments.neuron}"
+    )
     try:
         there_is.check(model.config.model)
     except ValueError as e:
         raise UserError(f"--neuron = {arguments.neuron}: {e}") from e
     folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
-    facts = None if folder is None else known.read(folder, layer, neuron)
+    facts = None if folder is None else neuron_facts.read(folder, layer, neuron)
     values = _values(arguments, facts)
-    concepts = asked or known.own_concepts(model, folder, facts, layer, neuron)
+    concepts = asked or neuron_facts.own_concepts(model, folder, facts, layer, neuron)
     console = rich.console.Console(stderr=arguments.json == "-")
     total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
     try:
@@ -133,7 +140,7 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
     return Sampled(prompts, *settings)
 
 
-def _values(arguments: argparse.Namespace, facts: Known | None) -> list[float]:
+def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
     """In units of the neuron's activation."""
     if not steering_arguments.needs_value(arguments.mode):
         if arguments.values is not None:
@@ -193,7 +200,7 @@ def _print(
     found: list[Response],
     concepts: list[Concept],
     sampled: Sampled,
-    facts: Known | None,
+    facts: NeuronFacts | None,
 ) -> None:
     def say(line: str) -> None:
         console.print(visible(line), markup=False, highlight=False, soft_wrap=True)

@@ -13,11 +13,11 @@ import rich.table
 import topklm
 from topklm.errors import UserError
 from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.progress import TerminalProgress
 from topklm.steering import summary
-from topklm.steering.stored_concepts import KINDS
+from topklm.steering.concepts import KINDS
 from topklm.steering.survey import Settings, survey
 from topklm.storage.files import is_bucket
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError, one_line
-from topklm.inference.intervention import MODES, WITHOUT_VALUE, Intervention, load_interventions
+from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
 from topklm.storage.files import as_path, parse_json
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def steered_neuron(text: str, mode: str, flag: str = "--steer") -> Intervention:
     """
     name, has_value, value = text.partition("=")
     layer, number = neuron(name, flag)
-    if not has_value and mode not in WITHOUT_VALUE:
+    if not has_value and needs_value(mode):
         raise UserError(f"{flag} = {text}: must be LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4")
     return intervention(layer, number, mode, value if has_value else None, f"{flag} = {text}")
 
@@ -67,9 +67,9 @@ def intervention(layer: int, number: int, mode: str, value: str | float | None, 
     return one
 
 
-def needs_value(mode: str) -> bool:
-    """Whether a mode does anything with a value."""
-    return mode not in WITHOUT_VALUE
+def modes_help() -> str:
+    """Describes each mode, for the help of a flag."""
+    return "; ".join(f"{mode.name}: {mode.help.format(value='the value')}" for mode in MODES.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steer-mode",
         choices=MODES,
-        default="clamp",
-        help="of --steer: set to the value, add it, scale by it, set to 0 (ablate); inside of the TopK: keep "
-        "out (ban), keep in with the value (force); default %(default)s",
+        default=DEFAULT_MODE,
+        help=f"of --steer; {modes_help()}; default %(default)s",
     )
     parser.add_argument(
         "--steer-file",

@@ -15,12 +15,12 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
-from topklm.neurons import unit_counts
+from topklm.neurons import activation_counts
+from topklm.neurons.activation_counts import UnitCounts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
-from topklm.neurons.folder import NeuronsFolder
+from topklm.neurons.documents import COPY, described, no_text, open_documents
 from topklm.neurons.labels import Labels
-from topklm.neurons.texts import COPY, described, no_text, open_documents
-from topklm.neurons.unit_counts import UnitCounts
+from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import Progress
 from topklm.storage.files import is_bucket
 
@@ -143,7 +143,7 @@ def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mes
     """
     mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     model = topklm.load(arguments.run, step=arguments.step, mesh=mesh)
-    layers = unit_counts.layers_of(model.config.model)
+    layers = activation_counts.layers_of(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:
         what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
         raise UserError(f"--layer = {arguments.layer}: must be {what}, from {layers[0]} to {layers[-1]}")
@@ -184,7 +184,7 @@ def count(
     keep: int | None = None,
     piece: int | None = None,
 ) -> UnitCounts:
-    """`unit_counts.count`, with progress."""
+    """`activation_counts.count`, with progress."""
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         done = 0
 
@@ -193,7 +193,7 @@ def count(
             report(tokens - done, 0, tokens - done)
             done = tokens
 
-        return unit_counts.count(
+        return activation_counts.count(
             model.config.model,
             model.params,
             mesh,

@@ -9,12 +9,12 @@ import math
 import re
 
 from topklm.compile_check.hlo import Computation, Instruction, Program, Shape, Unread, reading
-from topklm.model.attention_backends import splash_block
+from topklm.model.attention import splash_block
 
 # They move nothing: names for parts of something, or the second half of what was counted at its start.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"}
 _FREE |= {"while", "conditional", "call", "partition-id", "replica-id", "send-done", "recv", "recv-done"}
-# The kernels of `attention_backends.splash`, and how many products each does for a pair of blocks: scores and
+# The kernels of `attention.splash`, and how many products each does for a pair of blocks: scores and
 # output; scores, their gradient, dq; scores, their gradient, dk, dv.
 _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}

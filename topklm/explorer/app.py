@@ -1,12 +1,13 @@
 """The explorer's addresses: which page or JSON is answered to which request.
 
-What takes long is done in threads of its own, one at a time for the model and one for regular expressions, so
-that whoever asks for it makes nobody else wait.
+Slow work is done in threads of its own, one at a time for the model and one for regular expressions, so that
+other requests do not wait for it.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import secrets
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,27 +20,27 @@ from starlette.routing import Route
 
 from topklm.errors import UserError
 from topklm.explorer import pages
-from topklm.explorer.asking import BusyError, field, file, in_thread, in_turn, link, number
 from topklm.explorer.index import Index
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import NotThereError, Source
-from topklm.explorer.static_files import StaticFiles
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData, NotThereError
+from topklm.explorer.pages import StaticFiles
+from topklm.explorer.requests import BusyError, field, file, number, redirect_with, run_in_thread, run_limited
 from topklm.explorer.steering_answers import SteeringAnswers
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views import overview as overview_view
-from topklm.explorer.views import prompt as prompt_view
 from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
 from topklm.neurons.labels import MAX_CHARACTERS
+from topklm.web import server
 from topklm.web.client import Json
-from topklm.web.security import comes_from_elsewhere
+from topklm.web.security import Guard, comes_from_elsewhere, is_loopback
 
 
-def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
-    """The application; its `state.closing` is to be called when the server is told to stop.
+def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlette:
+    """Returns the application; its `state.closing` is to be called when the server is told to stop.
 
     Args:
-        source: What the pages are about.
+        source: The run's neurons.
         report: Is told when the index is made.
     """
     here = _Explorer(source, Index(source, report))
@@ -79,11 +80,11 @@ def create(source: Source, report: Callable[[str], None] = print) -> Starlette:
 
 
 class _Explorer:
-    """What answers; ways that end on `_json` give data, the others pages."""
+    """Answers requests; methods that end on `_json` give data, the others pages."""
 
-    def __init__(self, source: Source, index: Index):
+    def __init__(self, source: NeuronData, index: Index):
         self._source, self._index = source, index
-        self._reader = Reader(str(source.folder.run), source.store.metadata)
+        self._reader = LiveModel(str(source.folder.run), source.store.metadata)
         self.files = StaticFiles()
         self._templates = pages.environment()
         self._templates.globals["static"] = f"/static/{self.files.version}"
@@ -105,7 +106,7 @@ class _Explorer:
         return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
 
     def go(self, request: Request) -> Response:
-        """To the neuron that was typed as 1:137 or 1/137."""
+        """Redirects to the neuron that was typed as 1:137 or 1/137."""
         text = request.query_params.get("neuron", "").strip()
         parts = text.replace("/", ":").split(":")
         if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
@@ -118,7 +119,7 @@ class _Explorer:
 
     async def neuron(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
-        data = await in_thread(neuron_view.neuron, self._source, layer, neuron)
+        data = await run_in_thread(neuron_view.neuron, self._source, layer, neuron)
         text, own, problem = request.query_params.get("text", ""), None, ""
         if text and not comes_from_elsewhere(request.headers):
             try:
@@ -127,13 +128,13 @@ class _Explorer:
                 problem = str(e)
         about = {"data": data, "text": text, "own": own, "problem": problem}
         steer = await self.steering.box(request)
-        return await in_thread(self._page, request, "neuron.html", **about, steer=steer)
+        return await run_in_thread(self._page, request, "neuron.html", **about, steer=steer)
 
     async def to_text(self, request: Request) -> Response:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         self._source.number(layer, neuron)
         text = await field(request, "text")
-        return link(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
+        return redirect_with(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
 
     async def label(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
@@ -143,7 +144,7 @@ class _Explorer:
         text, data, problem = request.query_params.get("text", ""), None, ""
         if text and not comes_from_elsewhere(request.headers):
             try:
-                data = await self._with_model(prompt_view.prompt, text)
+                data = await self._with_model(search_view.prompt, text)
             except UserError as e:
                 problem = str(e)
         chosen = number(request, "token") if data and "token" in request.query_params else None
@@ -157,15 +158,15 @@ class _Explorer:
         token = data["tokens"][chosen] if data and chosen is not None else None
         limits = {
             "most_tokens": self._reader.most_tokens,
-            "highest": prompt_view.highest(data) if data else {},
-            "usual": prompt_view.usual_tokens(self._source, token) if token else {},
+            "highest": search_view.highest(data) if data else {},
+            "usual": search_view.usual_tokens(self._source, token) if token else {},
         }
-        return await in_thread(
+        return await run_in_thread(
             self._page, request, "prompt.html", 400 if problem else 200, **answer, **limits
         )
 
     async def to_prompt(self, request: Request) -> Response:
-        return link("/prompt", {"text": await field(request, "text")})
+        return redirect_with("/prompt", {"text": await field(request, "text")})
 
     async def search(self, request: Request) -> Response:
         asked, data, problem = request.query_params, None, ""
@@ -175,7 +176,7 @@ class _Explorer:
             except UserError as e:
                 problem = str(e)
         answer = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
-        return await in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
+        return await run_in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
 
     def labels(self, request: Request) -> Response:
         return self._page(request, "labels.html", neurons=search_view.labelled(self._source))
@@ -207,7 +208,7 @@ class _Explorer:
         return Json({"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)})
 
     async def prompt_json(self, request: Request) -> Response:
-        return Json(await self._with_model(prompt_view.prompt, await field(request, "text")))
+        return Json(await self._with_model(search_view.prompt, await field(request, "text")))
 
     async def search_json(self, request: Request) -> Response:
         return Json(await self._found(request))
@@ -243,7 +244,7 @@ class _Explorer:
         answer.headers.update(headers or {})
         return answer
 
-    # What they share
+    # Shared
 
     def _page(self, request: Request, template: str, status: int = 200, **content: Any) -> Response:
         measured = self._source.measured
@@ -273,15 +274,37 @@ class _Explorer:
         if kind not in search_view.KINDS:
             raise UserError(f"kind = {kind}: must be one of {', '.join(search_view.KINDS)}")
         if kind == "words":
-            return await in_thread(search_view.words, self._source, self._index, text)
+            return await run_in_thread(search_view.words, self._source, self._index, text)
         options = (asked.get("case") != "1", asked.get("ends") == "1")
-        return await in_turn(self._regex_turn, search_view.regex, self._source, text, *options)
+        return await run_limited(self._regex_turn, search_view.regex, self._source, text, *options)
 
     async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
-        return await in_turn(self._model_turn, view, self._source, self._reader, *arguments)
+        return await run_limited(self._model_turn, view, self._source, self._reader, *arguments)
 
     async def _set_label(self, request: Request) -> tuple[int, int]:
         layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         self._source.number(layer, neuron)
-        await in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
+        await run_in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
         return layer, neuron
+
+
+def serve(source: NeuronData, host: str, port: int, ready: Callable[[str], None] = print) -> None:
+    """Answers until Ctrl-C.
+
+    Args:
+        source: The run's neurons.
+        host: Address to listen on; on others than the loopback a token is needed.
+        port: 0 takes a free one.
+        ready: Is told the address to open, once it can be opened.
+
+    Raises:
+        UserError: If the port is taken, or the address is none of this machine.
+    """
+    listening = server.listen(host, port)
+    port = listening.getsockname()[1]
+    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    application = create(source)
+    guarded = Guard(application, server.names_of(host, port) if token is None else None, token)
+    address = f"http://{server.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
+    running = server.make_server(guarded, closing=application.state.closing)
+    server.run(running, listening, lambda: ready(address))

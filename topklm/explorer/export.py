@@ -18,10 +18,10 @@ import jinja2
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer import pages
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views import overview as overview_view
-from topklm.neurons.ranking import readable_first
+from topklm.neurons.statistics.table import readable_first
 from topklm.storage.files import write_atomically
 
 EXAMPLE_TOKENS = 64  # of a window; a file with all neurons is to stay one that browsers like
@@ -31,11 +31,11 @@ _AHEAD = 32  # neurons whose events are read at once
 _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 
 
-def export(source: Source, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
+def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
     """Writes the file, whole or not at all.
 
     Args:
-        source: What the pages are about.
+        source: The run's neurons.
         path: Of the file.
         neurons: Layer and number of each that gets a page; default all of them.
 
@@ -72,7 +72,7 @@ def export(source: Source, path: Path, neurons: Sequence[tuple[int, int]] | None
     return len(numbers)
 
 
-def chosen(source: Source, neurons: Sequence[tuple[int, int]] | None) -> list[int]:
+def chosen(source: NeuronData, neurons: Sequence[tuple[int, int]] | None) -> list[int]:
     """Numbers of the neurons, the most readable first.
 
     Raises:
@@ -86,12 +86,12 @@ def chosen(source: Source, neurons: Sequence[tuple[int, int]] | None) -> list[in
 
 
 def _pages(
-    source: Source,
+    source: NeuronData,
     templates: jinja2.Environment,
     numbers: Sequence[int],
     labels: Mapping[tuple[int, int], str],
 ) -> Iterator[dict[str, Any]]:
-    """Pages by layer and neuron; what is packed is a future."""
+    """Pages by layer and neuron; their content is a future."""
     body = templates.get_template("export_neuron.html")
     d, held = source.measured.d_model, set[tuple[int, int]]()
     # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
@@ -117,7 +117,7 @@ def _packed(text: str) -> str:
 
 
 def _script() -> str:
-    """Our modules as one script: what they export and import has one name everywhere."""
+    """Returns our modules as one script: exports and imports have one name everywhere."""
     lines = "\n".join(_static(name) for name in _SCRIPTS).splitlines()
     kept = [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
     return "(() => {\n" + "\n".join(kept) + "\n})();\n"

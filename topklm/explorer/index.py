@@ -1,15 +1,15 @@
-"""The explorer's index: an SQLite file that sorts and filters neurons and finds words, made anew at need.
+"""Sorts and filters neurons, in memory, and finds words, in an SQLite file that is made when it is needed.
 
-Whoever finds it missing, damaged or made from other files makes it anew: beside its place, and renamed when
+An index that is missing, damaged or made from other files is made again: beside the old one, and renamed when
 it is whole, so that two explorers of one run do not disturb each other. A CRC-32 of the whole file stands in
-the field of SQLite's header that is left to applications (`user_version`). What it holds is the affair of
-`topklm.explorer.index_content`.
+the field of SQLite's header that is left to applications (`user_version`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import json
+import functools
+import hashlib
 import os
 from pathlib import Path
 import re
@@ -19,13 +19,26 @@ from typing import Any, NamedTuple
 import uuid
 import zlib
 
-from topklm.explorer import index_content
-from topklm.explorer.figures import BY_NAME
-from topklm.explorer.source import Source
+import numpy as np
 
-READABLE = "readable"  # the order that nobody has to ask for
+from topklm.explorer.neuron_data import NeuronData
+from topklm.neurons.statistics.table import readable_first
 
-# What a passage's matches stand between; characters for private use, which no text of ours means anything by.
+READABLE = "readable"  # the default order
+FORMAT = 2
+PASSAGE_TOKENS = 128  # the text that a search for words finds at once
+
+# Of an example, the tokens found under its neuron: mostly those before it, which are all the model has read.
+_BEFORE, _AFTER = 16, 4
+_WORDS = "unicode61 remove_diacritics 2"
+_SCHEMA = f"""
+CREATE TABLE facts (fingerprint TEXT NOT NULL);
+CREATE VIRTUAL TABLE neuron_texts USING fts5(top_tokens, examples, content='', tokenize='{_WORDS}');
+CREATE VIRTUAL TABLE passages USING fts5(text, begin UNINDEXED, document UNINDEXED, tokenize='{_WORDS}');
+"""
+_KEPT_ORDERS = 16
+
+# Enclose a passage's matches; characters for private use, which mean nothing in any text of ours.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SNIPPET_WORDS = 40
 _MOST_WORDS = 16  # of a search
@@ -65,12 +78,13 @@ class Index:
     """Opens the index of a source.
 
     Args:
-        source: What it is made from.
+        source: The run's neurons.
         report: Is told when it has to be made.
     """
 
-    def __init__(self, source: Source, report: Callable[[str], None] = print):
+    def __init__(self, source: NeuronData, report: Callable[[str], None] = print):
         self._source, self._report = source, report
+        self._order = functools.lru_cache(_KEPT_ORDERS)(self._sorted)
         self._lock = threading.RLock()
         self._connection = self._open()
 
@@ -79,16 +93,30 @@ class Index:
         self._connection.close()
 
     def neurons(self, wanted: Wanted, offset: int, limit: int) -> tuple[int, list[int]]:
-        """How many neurons there are of those wanted, and the numbers of some of them."""
-        where, values = _conditions(wanted)
-        sort = wanted.sort if wanted.sort == READABLE else BY_NAME[wanted.sort].name
-        order = f"{sort} IS NULL, {sort} {'DESC' if wanted.falling else 'ASC'}, readable"
-        (count,) = self._all(f"SELECT count(*) FROM neurons WHERE {where}", values)[0]
-        found = self._all(
-            f"SELECT number FROM neurons WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
-            [*values, limit, offset],
-        )
-        return count, [number for (number,) in found]
+        """Returns how many neurons there are of those wanted, and the numbers of some of them."""
+        measured, n = self._source.measured, self._source.n_neurons
+        kept = np.ones(n, bool)
+        if wanted.layers:
+            kept &= np.repeat(np.isin(measured.layers, wanted.layers), measured.d_model)
+        if wanted.numbers is not None:
+            kept &= np.isin(np.arange(n), list(wanted.numbers))
+        for name, (least, most) in wanted.ranges.items():
+            values = self._source.column(name)  # NaN is in no range
+            kept &= (values >= (-np.inf if least is None else least)) & (
+                values <= (np.inf if most is None else most)
+            )
+        order = self._order(wanted.sort, wanted.falling)
+        found = order[kept[order]]
+        return len(found), found[offset : offset + limit].tolist()
+
+    def _sorted(self, sort: str, falling: bool) -> np.ndarray:
+        """Sorts all neurons, those without the figure last; equal ones by `readable_first`: int64[n]."""
+        readable = readable_first(self._source.rows)
+        if sort == READABLE:
+            return readable[::-1] if falling else readable
+        values = self._source.column(sort)[readable]
+        keys = (-values if falling else values), np.isnan(values)
+        return readable[np.lexsort(keys)]  # stable
 
     def active_at(self, words: str, limit: int) -> list[int]:
         """Neurons whose strongest tokens or examples hold the words; first those whose tokens do."""
@@ -102,7 +130,7 @@ class Index:
         return [number for (number,) in found]
 
     def passages(self, words: str, limit: int) -> list[Passage]:
-        """Where the words stand in the text of the store, the best match first."""
+        """Finds the words in the text of the store, the best match first."""
         if not (query := _query(words)):
             return []
         found = self._all(
@@ -126,7 +154,7 @@ class Index:
         with contextlib.suppress(sqlite3.DatabaseError, OSError):
             if _crc_of_rest(path) == _crc(path):
                 connection = _connect(f"{path.absolute().as_uri()}?mode=ro")
-                if _made_from(connection, index_content.fingerprint(self._source)):
+                if _made_from(connection, _fingerprint(self._source)):
                     return connection
         return self._make()
 
@@ -136,7 +164,7 @@ class Index:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with contextlib.closing(_connect(f"{temporary.absolute().as_uri()}?mode=rwc")) as connection:
-                index_content.fill(connection, self._source)
+                _fill(connection, self._source)
             _put_crc(temporary)
             os.replace(temporary, path)
             return _connect(f"{path.absolute().as_uri()}?mode=ro")
@@ -145,7 +173,7 @@ class Index:
             sqlite3.OperationalError,
         ):  # the folder may not be ours to write, or the disk is full
             connection = _connect("file::memory:")
-            index_content.fill(connection, self._source)
+            _fill(connection, self._source)
             return connection
         finally:
             with contextlib.suppress(OSError):
@@ -182,7 +210,7 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def _made_from(connection: sqlite3.Connection, fingerprint: str) -> bool:
-    """Whether an index is of this; it is closed if not, or if it cannot be read."""
+    """Returns whether an index is of this; it is closed if not, or if it cannot be read."""
     with contextlib.ExitStack() as stack:
         stack.callback(connection.close)
         if connection.execute("SELECT fingerprint FROM facts").fetchall() != [(fingerprint,)]:
@@ -191,25 +219,54 @@ def _made_from(connection: sqlite3.Connection, fingerprint: str) -> bool:
     return True
 
 
-def _conditions(wanted: Wanted) -> tuple[str, list[Any]]:
-    """The WHERE of a statement, and its values. Names come from `FIGURES` and nowhere else."""
-    parts, values = ["1"], list[Any]()
-    if wanted.layers:
-        parts.append("layer IN (SELECT value FROM json_each(?))")
-        values.append(json.dumps(list(wanted.layers)))
-    if wanted.numbers is not None:
-        parts.append("number IN (SELECT value FROM json_each(?))")
-        values.append(json.dumps(list(wanted.numbers)))
-    for name, (least, most) in wanted.ranges.items():
-        for sign, bound in ((">=", least), ("<=", most)):
-            if bound is not None:
-                parts.append(f"{BY_NAME[name].name} {sign} ?")
-                values.append(bound)
-    return " AND ".join(parts), values
+def _fingerprint(source: NeuronData) -> str:
+    """Returns a digest of everything that the index is made from."""
+    digest = hashlib.sha256(f"{FORMAT} {source.store.metadata} {source.store.n_tokens}".encode())
+    with source.folder.table.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _fill(connection: sqlite3.Connection, source: NeuronData) -> None:
+    """Writes everything into an empty database."""
+    connection.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
+    with connection:
+        connection.execute("BEGIN")
+        connection.executemany(
+            "INSERT INTO neuron_texts (rowid, top_tokens, examples) VALUES (?, ?, ?)", _neuron_texts(source)
+        )
+        connection.executemany(
+            "INSERT INTO passages (text, begin, document) VALUES (?, ?, ?)", _passages(source)
+        )
+        connection.execute("INSERT INTO facts VALUES (?)", (_fingerprint(source),))
+    connection.commit()
+
+
+def _neuron_texts(source: NeuronData) -> Iterator[tuple[int, str, str]]:
+    decode = source.tokenizer.decode
+    for number in range(source.n_neurons):
+        row = source.row(number, ["top_tokens", "examples", "example_parts"])
+        tokens = [decode([token]) for token in row["top_tokens"] or ()]
+        strongest = [
+            at for at, part in zip(row["examples"] or (), row["example_parts"] or (), strict=True) if not part
+        ]
+        examples = []
+        for at in strongest:
+            window = source.window(at, 2 * _BEFORE)
+            inside = at - window.begin
+            examples.append(decode(window.ids[max(0, inside - _BEFORE) : inside + _AFTER + 1]))
+        yield number, " \n ".join(tokens), " \n ".join(examples)
+
+
+def _passages(source: NeuronData) -> Iterator[tuple[str, int, int]]:
+    starts, numbers = source.documents
+    for first, end, document in zip(starts[:-1].tolist(), starts[1:].tolist(), numbers.tolist(), strict=True):
+        for begin in range(first, end, PASSAGE_TOKENS):
+            yield source.plain_text(begin, min(begin + PASSAGE_TOKENS, end)), begin, document
 
 
 def _query(words: str) -> str:
-    """Every word, in any order, the last one perhaps not typed to its end; nothing has a meaning to FTS5."""
+    """Makes a query of FTS5 for all words, in any order, the last perhaps not typed to its end."""
     found = re.findall(r"\w+", words)[:_MOST_WORDS]
     return " ".join(f'"{word}"' for word in found) + "*" if found else ""
 
@@ -217,6 +274,6 @@ def _query(words: str) -> str:
 def _pieces(snippet: str) -> list[tuple[str, bool]]:
     pieces = []
     for number, part in enumerate(snippet.split(_OPEN)):
-        inside, _, behind = part.partition(_CLOSE) if number else ("", "", part)
-        pieces += [(inside, True), (behind, False)]
+        inside, _, after = part.partition(_CLOSE) if number else ("", "", part)
+        pieces += [(inside, True), (after, False)]
     return [(text, matched) for text, matched in pieces if text]

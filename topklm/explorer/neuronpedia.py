@@ -5,7 +5,7 @@
     DIR/{model}/{source}/activations/batch-0.jsonl.gz     a line for each example of these neurons
     DIR/{model}/{source}/explanations/batch-0.jsonl.gz    a line for each label that a person gave; if any
 
-A source is a layer. What the lines hold is the affair of `topklm.explorer.neuronpedia_rows`. Numbers are the
+A source is a layer. `topklm.explorer.neuronpedia_rows` makes the lines. Numbers are the
 store's and the table's own; nothing is rounded.
 """
 
@@ -25,10 +25,9 @@ import pyarrow as pa
 from topklm.checkpoint.run_folder import saved_config
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer.neuronpedia_rows import COLUMNS, Row, Rows
-from topklm.explorer.neuronpedia_windows import Windows, events
-from topklm.neurons.folder import NeuronsFolder
+from topklm.explorer.neuronpedia_rows import COLUMNS, Row, Rows, Windows, events
 from topklm.neurons.labels import Labels
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -59,7 +58,7 @@ def export(
         folder: Of the checkpoint; its store and its statistics are read.
         tokenizer: Of the run.
         out: The folder to be made; there may be an empty one.
-        model_id: What Neuronpedia shall call the model.
+        model_id: Of the model, over there.
         neurons: Which, as (layer, neuron); None: all.
         creator_id: Id of the user over there to whom all of it shall belong.
         progress: Shows how far it is.
@@ -132,7 +131,7 @@ def _by_layer(measured: table.Measured, wanted: Sequence[int]) -> Iterator[tuple
 
 
 def _by_batch(measured: table.Measured, numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """The same neuron is always in the batch of the same number."""
+    """Yields the same neuron is always in the batch of the same number."""
     for batch, chosen in itertools.groupby(numbers, lambda number: number % measured.d_model // _BATCH):
         yield batch, list(chosen)
 
@@ -141,9 +140,9 @@ def _activations(store: Store, layer: int, rows: Sequence[Row], made_by: Rows) -
     windows = Windows(store, np.array([at for row in rows for at in row["examples"] or []], np.int64))
     first = 0
     for row, tokens, values in events(store, layer, rows):
-        behind = first + len(row["examples"] or [])
-        yield from made_by.activations(row, windows.around(slice(first, behind), tokens, values))
-        first = behind
+        stop = first + len(row["examples"] or [])
+        yield from made_by.activations(row, windows.around(slice(first, stop), tokens, values))
+        first = stop
 
 
 def _write(path: Path, rows: Iterator[Row]) -> None:

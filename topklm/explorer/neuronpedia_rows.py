@@ -1,9 +1,9 @@
-"""What is known of a neuron in the columns of Neuronpedia's database.
+"""A neuron's statistics in the columns of Neuronpedia's database.
 
 Names of columns are those of its schema and of SAEDashboard's `neuronpedia_export.py`. Every row of a kind
-has the same columns, for the import takes those of a file's first line. What has a default over there and
-nothing to do with us is left out, `createdAt` for instance, so the same store gives the same files. In our
-terms:
+has the same columns, for the import takes those of a file's first line. A column that has a default over
+there and nothing to do with us is left out, `createdAt` for instance, so the same store gives the same files.
+In our terms:
 
 - `values`, `lossValues`: of each token of the window the activation, and the token's own loss given those
   before it in its document, in nats.
@@ -23,6 +23,7 @@ columns over there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -31,9 +32,15 @@ import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.explorer.neuronpedia_windows import Window
-from topklm.neurons import names
+from topklm.neurons import hook_names
 from topklm.neurons.statistics import table
+from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.store import Store
+
+WINDOW = 128  # tokens around an example
+
+_BLOCK_EVENTS = 2**21  # held at once, some 80 MB with all that is made of them
+_STRIP = 2**20  # tokens of the store that are read at once
 
 # Of the statistics, what is used here.
 COLUMNS = (
@@ -58,15 +65,116 @@ _CREATOR_NAME = "topklm"
 Row = Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Text around an example.
+
+    Attributes:
+        begin: Its first token, counted through the store.
+        ids: Of each token.
+        values: Activation of the neuron at each token.
+        losses: Of each token, nats; None where the store has none.
+    """
+
+    begin: int
+    ids: list[int]
+    values: list[float]
+    losses: list[float | None]
+
+
+class Windows:
+    """Text around M tokens of a store: of one document, `WINDOW` tokens or all it has, the token well inside.
+
+    Args:
+        store: Of the text.
+        places: int64[M], the tokens, in any order.
+    """
+
+    def __init__(self, store: Store, places: np.ndarray):
+        shape = len(places), WINDOW
+        self._begins, self._lengths = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+        self._ids, self._losses = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        order = np.argsort(places, kind="stable")
+        # Strip by strip, so that all of a store is read once at most, and never held.
+        for rows in np.split(order, np.flatnonzero(np.diff(places[order] // _STRIP)) + 1):
+            if len(rows):
+                self._read(store, places[rows], rows)
+
+    def around(self, numbers: slice, tokens: np.ndarray, values: np.ndarray) -> Iterator[Window]:
+        """Yields some of them, with the activations of one neuron.
+
+        Args:
+            numbers: Which of the M, from start to stop.
+            tokens: int64[E], where in the store the neuron is active, rising.
+            values: float32[E].
+        """
+        begins, lengths = self._begins[numbers], self._lengths[numbers]
+        first = np.searchsorted(tokens, begins).tolist()
+        stop = np.searchsorted(tokens, begins + lengths).tolist()
+        for number, begin, n, a, b in zip(
+            range(numbers.start, numbers.stop), begins.tolist(), lengths.tolist(), first, stop, strict=True
+        ):
+            found = np.zeros(n)
+            found[tokens[a:b] - begin] = values[a:b]
+            losses = self._losses[number, :n].tolist()
+            if not np.isfinite(self._losses[number, :n]).all():
+                losses = [loss if np.isfinite(loss) else None for loss in losses]
+            yield Window(begin, self._ids[number, :n].tolist(), found.tolist(), losses)
+
+    def _read(self, store: Store, places: np.ndarray, rows: np.ndarray) -> None:
+        """Reads those around rising places of one strip."""
+        start, end = max(int(places[0]) - WINDOW, 0), int(places[-1]) + WINDOW + 1
+        documents = store.documents(start, end)
+        # Where a document reaches out of what is read, it reaches further than a window does.
+        borders = np.flatnonzero(documents[1:] != documents[:-1]) + 1
+        bounds = start + np.concatenate([[0], borders, [len(documents)]])
+        document = np.searchsorted(bounds, places, side="right")
+        first, stop = bounds[document - 1], bounds[document]
+        begins = np.maximum(first, np.minimum(places - WINDOW // 2, stop - WINDOW))
+        self._begins[rows], self._lengths[rows] = begins, np.minimum(WINDOW, stop - begins)
+        taken = np.minimum(begins[:, None] + np.arange(WINDOW) - start, len(documents) - 1)
+        self._ids[rows] = store.tokens(start, end)[taken]
+        self._losses[rows] = store.losses(start, end)[taken]
+
+
+def events(
+    store: Store, layer: int, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], np.ndarray, np.ndarray]]:
+    """Rows of the statistics with all events of their neurons.
+
+    Neighbours are read at once, as many as fit into memory.
+
+    Args:
+        store: Of the activations.
+        layer: Of all the rows.
+        rows: With `neuron`, rising, and `n_active`.
+
+    Yields:
+        A row; the tokens at which its neuron is active, int64[E], rising; and its values there, float32[E].
+    """
+    begin = 0
+    while begin < len(rows):
+        end, n_events = begin + 1, rows[begin]["n_active"]
+        while end < len(rows) and rows[end]["neuron"] == rows[end - 1]["neuron"] + 1:
+            n_events += rows[end]["n_active"]
+            if n_events > _BLOCK_EVENTS:
+                break
+            end += 1
+        block = store.block(layer, rows[begin]["neuron"], rows[end - 1]["neuron"] + 1)
+        for row, a, b in zip(rows[begin:end], block.offsets[:-1], block.offsets[1:], strict=True):
+            yield row, block.tokens[a:b], block.values[a:b]
+        begin = end
+
+
 class Rows:
     """Makes the rows of one source, which is a layer.
 
     Args:
-        measured: What the statistics were measured on.
+        measured: Of the table.
         layer: One of its layers.
         n_layers: Of the model.
         tokenizer: Of the run.
-        model_id: What the model is called over there.
+        model_id: Of the model, over there.
         creator_id: Id of the user there to whom all belongs.
     """
 
@@ -86,7 +194,7 @@ class Rows:
         self._tokenizer, self._texts = tokenizer, dict[int, str]()
 
     def headings(self) -> dict[str, Row]:
-        """What the neurons belong to: the row of each of the four files that say so."""
+        """Makes the rows of the four files that describe what the neurons belong to."""
         measured = self._measured
         creator = {"creatorId": self._creator_id, "visibility": "PUBLIC"}
         of_model = {"modelId": self._model_id, **creator}
@@ -136,10 +244,10 @@ class Rows:
         }
 
     def feature(self, row: Row) -> Row:
-        """A neuron."""
+        """Returns a neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
-        hook = names.TOPK if self._measured.kind == "topk" else names.RESID_POST
+        hook = hook_names.TOPK if self._measured.kind == "topk" else hook_names.RESID_POST
         return {
             **self._place(row["neuron"]),
             "sourceSetName": self._set_name,
@@ -149,7 +257,7 @@ class Rows:
             "vector": [],
             "vectorLabel": None,
             "vectorDefaultSteerStrength": None,
-            "hookName": names.of(self._layer, hook),
+            "hookName": hook_names.name(self._layer, hook),
             "topkCosSimIndices": [],
             "topkCosSimValues": [],
             "neuron_alignment_indices": [],
@@ -174,7 +282,7 @@ class Rows:
         }
 
     def activations(self, row: Row, windows: Iterator[Window]) -> Iterator[Row]:
-        """The examples of a neuron, in the table's order.
+        """Yields the examples of a neuron, in the table's order.
 
         Args:
             row: Of the neuron.
@@ -214,7 +322,7 @@ class Rows:
             }
 
     def explanation(self, neuron: int, label: str) -> Row:
-        """A label that a person gave a neuron."""
+        """Returns a label that a person gave a neuron."""
         return {
             "id": self._row_id(neuron, label),
             **self._place(neuron),
@@ -226,10 +334,10 @@ class Rows:
         }
 
     def _bins(self, row: Row) -> list[Row]:
-        """By `example_parts`, the bin of an example."""
+        """Returns by `example_parts`, the bin of an example."""
         if not row["examples"]:
             return []
-        highest, n_parts = row["max_activation"], table.RANGE_PARTS
+        highest, n_parts = row["max_activation"], RANGE_PARTS
         bins: list[Row] = [{"binMin": -1.0, "binMax": highest, "binContains": -1.0}]
         # The histogram's bars lie within the parts.
         counts = np.reshape(row["histogram"], (n_parts, -1)).sum(axis=1)
@@ -249,7 +357,7 @@ class Rows:
         return "c" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def _strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token as a reader would want it, made once."""
+        """Returns each token as a reader would want it, made once."""
         if unknown := [token_id for token_id in set(ids) if token_id not in self._texts]:
             self._texts.update(zip(unknown, self._tokenizer.token_strings(unknown), strict=True))
         return [self._texts[token_id] for token_id in ids]

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
+import importlib.resources
 import math
 from typing import Any
 from urllib.parse import urlencode
@@ -9,10 +11,13 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
-from topklm.explorer import figures, plots
+from topklm.explorer import formatting, plots
 from topklm.explorer.index import READABLE
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views import neuron as neuron_view
 from topklm.explorer.views.markup import (
     by_part,
@@ -29,6 +34,8 @@ from topklm.explorer.views.markup import (
     written,
 )
 from topklm.explorer.views.overview import Asked
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.catalog import Statistic
 
 _MOST_POINTS = 2000
 _DENSITY_LOW = 1e-5
@@ -44,19 +51,21 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,  # nobody edits templates while this runs
     )
+    numbers = catalog.numbers()
     made.filters.update(
-        figure=lambda value, name: figures.written(name, value),
-        count=lambda value: figures.write_as("count", value),
-        share=lambda value: figures.write_as("share", value),
-        effect=lambda value: figures.write_as("effect", value),
-        short=lambda value: figures.write_as("number", value),
+        figure=lambda value, name: formatting.write_as(numbers[name].kind, value),
+        count=lambda value: formatting.write_as("count", value),
+        share=lambda value: formatting.write_as("share", value),
+        effect=lambda value: formatting.write_as("effect", value),
+        short=lambda value: formatting.write_as("number", value),
         query=urlencode,
         chip=chip,
     )
     made.globals.update(
-        figures=figures.FIGURES,
-        figure_of=figures.BY_NAME,
-        definitions=figures.DEFINITIONS,
+        figures=list(numbers.values()),
+        figure_of=numbers,
+        definitions=catalog.others(),
+        tile_note=tile_note,
         part_titles=neuron_view.part_titles(),
         pieces=pieces,
         shaded=shaded,
@@ -70,7 +79,7 @@ def environment() -> jinja2.Environment:
         written=written,
         activation_histogram=activation_histogram,
         share_bar=share_bar,
-        first_columns=[figure for figure in figures.FIGURES if figure.first],
+        first_columns=[statistic for statistic in numbers.values() if statistic.first],
         example_tokens=neuron_view.EXAMPLE_TOKENS,
         link=neuron_address,
         labels_of=lambda labels: {(item["layer"], item["neuron"]): item["label"] for item in labels},
@@ -79,13 +88,13 @@ def environment() -> jinja2.Environment:
 
 
 def neuron_address(layer: int, neuron: int) -> str:
-    """The stable link of a neuron."""
+    """Returns the stable link of a neuron."""
     return f"/neurons/{layer}/{neuron}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sorting:
-    """The heads of the overview's table: what it is sorted by, and links that sort it otherwise."""
+    """The heads of the overview's table: its order, and links that sort it otherwise."""
 
     asked: Asked
 
@@ -100,10 +109,11 @@ class Sorting:
         return self.asked.falling
 
     @property
-    def columns(self) -> list[figures.Figure]:
+    def columns(self) -> list[Statistic]:
         """Those shown: the first ones and what is sorted or filtered by, or all."""
         named = {self.asked.sort, *self.asked.ranges}
-        return [f for f in figures.FIGURES if self.asked.all_columns or f.first or f.name in named]
+        known = catalog.numbers().values()
+        return [s for s in known if self.asked.all_columns or s.first or s.name in named]
 
     @property
     def without_sort(self) -> str:
@@ -116,25 +126,52 @@ class Sorting:
         return f"/?{self._query(sort=name, falling=falling)}"
 
     def page_link(self, page: int) -> str:
-        """To another page of the same table."""
+        """Returns a link to another page of the same table."""
         return f"/?{urlencode(dataclasses.replace(self.asked, page=page).query())}"
 
     def _query(self, **changes: Any) -> str:
         return urlencode(dataclasses.replace(self.asked, page=1, **changes).query())
 
 
+def tile_note(statistic: Statistic, data: Mapping[str, Any]) -> str:
+    """Returns the words below the number of a statistic's tile.
+
+    Args:
+        statistic: With a number.
+        data: As the view of a neuron has them.
+    """
+    return statistic.note.format_map(_Written(data))
+
+
+class _Written(dict[str, str]):
+    """Numbers of a neuron as its tiles write them; made when a note asks for them.
+
+    Args:
+        data: As the view of a neuron has them.
+    """
+
+    def __init__(self, data: Mapping[str, Any]):
+        super().__init__()
+        self._data = data
+
+    def __missing__(self, name: str) -> str:
+        if name in self._data["figures"]:
+            return formatting.written(name, self._data["figures"][name])
+        return formatting.write_as("count" if name.startswith("n_") else "number", self._data[name])
+
+
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
-    """Of a neuron's page."""
+    """Draws the histogram of a neuron's page."""
     counts, highest = data["histogram"]["counts"], data["figures"]["max_activation"]
     about = (
         f"Histogram of the activations of neuron {data['neuron']} of layer {data['layer']}, from 0 to "
-        f"{figures.short(highest)}; {figures.write_as('count', sum(counts))} tokens."
+        f"{formatting.short(highest)}; {formatting.write_as('count', sum(counts))} tokens."
     )
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
 
 
-def layer_plots(source: Source) -> list[dict[str, Any]]:
-    """The overview's plots, layers side by side, each with a title and a sentence."""
+def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
+    """Returns the overview's plots, layers side by side, each with a title and a sentence."""
     measured, d = source.measured, source.measured.d_model
     parts = [(str(layer), slice(place * d, (place + 1) * d)) for place, layer in enumerate(measured.layers)]
 
@@ -169,8 +206,8 @@ def layer_plots(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def entropy_map(source: Source) -> Markup:
-    """Every neuron by its two entropies; of very many, as many as can be told apart."""
+def entropy_map(source: NeuronData) -> Markup:
+    """Returns every neuron by its two entropies; of very many, as many as can be told apart."""
     across, up = source.column("token_entropy_corrected"), source.column("semantic_entropy_corrected")
     there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
     there = there[:: max(1, -(-len(there) // _MOST_POINTS))]
@@ -191,3 +228,28 @@ def _highest(values: Sequence[np.ndarray]) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+
+# Not as the machine has it set: browsers run scripts of this kind only.
+_KINDS = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_FOR_EVER = "public, max-age=31536000, immutable"
+
+
+class StaticFiles:
+    """Answers requests for the package's static files, and for no others."""
+
+    def __init__(self) -> None:
+        folder = importlib.resources.files("topklm.explorer").joinpath("static")
+        self._files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(name.encode() + content)
+        self.version = digest.hexdigest()[:12]
+
+    async def answer(self, request: Request) -> Response:
+        """Returns the file that is named."""
+        name = request.path_params["name"]
+        if name not in self._files or request.path_params["version"] != self.version:
+            raise HTTPException(404)
+        kind = _KINDS[name.rpartition(".")[2]]
+        return Response(self._files[name], media_type=kind, headers={"cache-control": _FOR_EVER})

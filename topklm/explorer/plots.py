@@ -32,12 +32,12 @@ class Axis:
     text: Callable[[float], str] = "{:g}".format
 
     def share(self, value: float) -> float:
-        """Where a value stands, from 0 to 1."""
+        """Returns the position of a value on the axis, from 0 to 1."""
         low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
         return (value - low) / (high - low) if high > low else 0.5
 
     def ticks(self, about: int = 4) -> list[float]:
-        """Round values to write at the axis."""
+        """Returns round values to write at the axis."""
         if self.logarithmic:
             powers = range(
                 math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1
@@ -53,7 +53,7 @@ class Group:
     """The values of one layer.
 
     Attributes:
-        name: What stands below.
+        name: Stands below.
         values: float[n].
     """
 
@@ -127,7 +127,7 @@ def bars(
     about: str,
     size: tuple[int, int] = (330, 210),
 ) -> Markup:
-    """A number for each layer, written above its bar."""
+    """Returns a number for each layer, written above its bar."""
     y = Axis(y_title, 0, max(high, 1), text="{:,.0f}".format)
     frame = _Frame(size, Axis(x_title, 0, max(len(groups), 1)), y)
     slot, drawn = frame.width / max(len(groups), 1), []
@@ -167,7 +167,7 @@ def scatter(
 
 
 class _Frame:
-    """The axes of a plot, and how much room is between them."""
+    """The axes of a plot, and the space between them."""
 
     def __init__(self, size: tuple[int, int], x: Axis, y: Axis):
         self._x, self._y = x, y
@@ -217,7 +217,7 @@ def _violin(shares: np.ndarray, centre: float, half: float, height: float, bins:
 
 
 def _short(count: int) -> str:
-    """4000 -> "4k": there is little room beside an axis."""
+    """Returns a short form, 4000 -> "4k": there is little space beside an axis."""
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:g}{letter}"
@@ -236,7 +236,7 @@ def _svg(size: tuple[int, int], about: str, content: str) -> Markup:
 
 
 def _round_step(about: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `about`."""
+    """Returns 1, 2 or 5 times a power of ten, at least `about`."""
     if not about > 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(about))
@@ -244,7 +244,7 @@ def _round_step(about: float) -> float:
 
 
 def _round_down(value: float) -> int:
-    """To one digit, of which the rest are zeros."""
+    """Rounds down to one digit and zeros."""
     if value < 1:
         return 0
     power = 10 ** int(math.log10(value))

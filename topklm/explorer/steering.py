@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer import figures
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source
-from topklm.explorer.views.neuron import LISTED_TOKENS
-from topklm.inference.intervention import Intervention
+from topklm.explorer import formatting
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData
+from topklm.inference.detokenize import TextStream
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling
-from topklm.inference.streaming import TextStream
-from topklm.neurons.show import visible
+from topklm.neurons.display import visible
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated
 MOST_NEW_TOKENS = 200
-WITHOUT_VALUE = ("ablate", "ban")
 
 _NOT_SPELLED = "\n\N{NO-BREAK SPACE}"
 _STEPS = 4  # tokens between pieces; the first comes alone, so that nobody has to wait for the others
@@ -28,10 +26,10 @@ _LONGEST_SHOWN = 60  # characters of a wrong value
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked for; names and meanings are those of `Intervention` and `LanguageModel.generate`."""
+    """Settings of a Steer box; names and meanings are as in `Intervention` and `LanguageModel.generate`."""
 
     prompt: str
-    mode: str = "clamp"
+    mode: str = DEFAULT_MODE
     value: float = 0.0
     positions: str = "all"
     temperature: float = 0.7
@@ -40,16 +38,16 @@ class Settings:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Settings":
-        """From a form, where all values are texts, or from JSON.
+        """Reads a form, where all values are texts, or JSON.
 
         Raises:
-            UserError: For what is missing or of another kind. What the model cannot do is said by
-                `Reader.generation`.
+            UserError: If something is missing or of another kind. `LiveModel.generation` refuses settings
+                that the model cannot have.
         """
         if unknown := sorted(set(content) - set(NAMES)):
             raise UserError(f"{_short(unknown[0])} is no field: there are {', '.join(NAMES)}")
         given = dict(content)
-        if given.get("mode", "clamp") in WITHOUT_VALUE:
+        if not needs_value(given.get("mode", DEFAULT_MODE)):
             given.setdefault("value", 0.0)
         for name in ("prompt", "value"):
             if name not in given:
@@ -88,7 +86,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """What has become of a text.
+    """The end of a text.
 
     Attributes:
         why: "length", or "stop": the model ended the document.
@@ -107,22 +105,22 @@ class End:
 
 
 class Writing:
-    """The two texts, which have one seed; whoever wants them calls `more` until they are `done`.
+    """The two texts, which have one seed; `more` is called until they are `done`.
 
     Args:
         source: Of the neurons.
         reader: Of the model.
         layer: Of the neuron.
         neuron: Its number in the layer.
-        settings: What is asked for.
+        settings: Of the box.
 
     Raises:
-        UserError: If there is no such neuron, or the model cannot do what is asked for.
+        UserError: If there is no such neuron, or the model cannot have these settings.
     """
 
-    def __init__(self, source: Source, reader: Reader, layer: int, neuron: int, settings: Settings):
+    def __init__(self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: Settings):
         row = source.row(source.number(layer, neuron), ["top_tokens"])
-        self._reader, self._place = reader, (layer, neuron)
+        self._reader, self._neuron = reader, (layer, neuron)
         self._input_tokens = frozenset((row["top_tokens"] or ())[:LISTED_TOKENS])
         ids = reader.ids(settings.prompt, "prompt")
         sampling = Sampling(temperature=settings.temperature, seed=settings.seed)
@@ -139,7 +137,7 @@ class Writing:
         return self._generation.done
 
     def more(self) -> list[Piece]:
-        """What comes next in both texts, in as few pieces as can be."""
+        """Decodes more of both texts, in as few pieces as can be."""
         is_first = all(len(text) == self._begin for text in self._generation.texts)
         new = self._reader.advance(self._generation, 1 if is_first else _STEPS)
         found: list[Piece] = []
@@ -151,7 +149,7 @@ class Writing:
         return found
 
     def ends(self) -> dict[str, End]:
-        """What has become of each column; takes a run of the model over it."""
+        """Describes the end of each column; runs the model over it once."""
         whys = zip(COLUMNS, self._generation.texts, self._generation.finished, strict=True)
         return {column: self._end(text, str(why)) for column, text, why in whys}
 
@@ -160,13 +158,13 @@ class Writing:
         counted = sum(token in self._input_tokens for token in new)
         active = None
         if new and len(text) - 1 <= self._reader.most_tokens:
-            values = self._reader.activations(np.array(text[1:]), *self._place)
+            values = self._reader.activations(np.array(text[1:]), *self._neuron)
             active = float(np.count_nonzero(values[-len(new) :]) / len(new))
         return End(why, len(new), counted, active, _summary(why, len(new), counted, active))
 
 
 def spelled(text: str) -> str:
-    """Prose as a page shows it: what is not printed, or turns text around, is spelled out.
+    """Returns prose as a page shows it: characters that are not printed, or turn text around, spelled out.
 
     Line breaks and spaces that do not break stay; of the two characters of a longer line break, the last.
     """
@@ -192,7 +190,7 @@ def _summary(why: str, tokens: int, input_tokens: int, active: float | None) -> 
         f"{input_tokens} highlighted",
     ]
     if active is not None:
-        said.append(f"active at {figures.percent(active)}")
+        said.append(f"active at {formatting.percent(active)}")
     return " · ".join(said)
 
 

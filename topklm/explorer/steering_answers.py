@@ -1,4 +1,4 @@
-"""What Steer boxes are answered: a stream of both texts, or a page with them."""
+"""Answers to Steer boxes: a stream of both texts, or a page with them."""
 
 from collections.abc import Awaitable, Callable
 import dataclasses
@@ -10,15 +10,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from topklm.errors import UserError
-from topklm.explorer.asking import BusyError, check_not_busy, fields, in_thread, in_turn, link, taken
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.requests import (
+    BusyError,
+    check_not_busy,
+    fields,
+    redirect_with,
+    run_in_thread,
+    run_limited,
+    taken,
+)
 from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
 from topklm.explorer.views.steering import box
 from topklm.web.client import Say, Stream, to_json
 from topklm.web.security import comes_from_elsewhere
 
-_PLACE = "#steer"  # of the box on its page
+_ANCHOR = "#steer"  # of the box on its page
 
 Line = dict[str, Any]
 SayLine = Callable[[Line], Awaitable[None]]
@@ -30,10 +38,10 @@ class SteeringAnswers:
     Args:
         source: Of the neurons.
         reader: Of the model.
-        model_turn: Of whoever uses the model.
+        model_turn: Of everybody who uses the model.
     """
 
-    def __init__(self, source: Source, reader: Reader, model_turn: anyio.CapacityLimiter):
+    def __init__(self, source: NeuronData, reader: LiveModel, model_turn: anyio.CapacityLimiter):
         self._source, self._reader, self._model_turn = source, reader, model_turn
         self._turn = anyio.CapacityLimiter(1)
         self._closing = False
@@ -43,7 +51,7 @@ class SteeringAnswers:
         self._closing = True
 
     async def stream(self, request: Request) -> Response:
-        """Lines of JSON: the prompt, pieces of both columns as they come, and last what became of each."""
+        """Streams lines of JSON: the prompt, pieces of both columns as they come, at last the end of each."""
         writing = await self._begin(request, Settings.of(await fields(request)))
 
         async def write(say: Say) -> None:
@@ -56,16 +64,16 @@ class SteeringAnswers:
 
     async def to_page(self, request: Request) -> Response:
         """Sends on to the page with both texts, which has all settings in its link."""
-        place = request.path_params
-        self._source.number(place["layer"], place["neuron"])
+        at = request.path_params
+        self._source.number(at["layer"], at["neuron"])
         content = await fields(request)
         chosen = {name: str(content[name]) for name in NAMES if name in content}
-        return link(f"/neurons/{place['layer']}/{place['neuron']}", chosen, _PLACE)
+        return redirect_with(f"/neurons/{at['layer']}/{at['neuron']}", chosen, _ANCHOR)
 
     async def box(self, request: Request) -> dict[str, Any]:
-        """What the box of a page shows: both texts, if the link asks for them."""
-        place, asked = request.path_params, request.query_params
-        shown = await in_thread(box, self._source, place["layer"], place["neuron"])
+        """Returns the content of a page's box, with both texts if the link asks for them."""
+        at, asked = request.path_params, request.query_params
+        shown = await run_in_thread(box, self._source, at["layer"], at["neuron"])
         if "prompt" not in asked:
             return shown
         chosen = {name: asked[name] for name in NAMES if name in asked}
@@ -91,8 +99,8 @@ class SteeringAnswers:
 
     async def _begin(self, request: Request, settings: Settings) -> Writing:
         check_not_busy(self._turn)
-        place = request.path_params["layer"], request.path_params["neuron"]
-        return await in_turn(self._model_turn, Writing, self._source, self._reader, *place, settings)
+        at = request.path_params["layer"], request.path_params["neuron"]
+        return await run_limited(self._model_turn, Writing, self._source, self._reader, *at, settings)
 
     async def _write(self, writing: Writing, say: SayLine) -> None:
         async with taken(self._turn):

@@ -1,8 +1,9 @@
-"""More neurons for tokens at which the model is uncertain of what follows.
+"""Experimental: more neurons for tokens at which the model is uncertain of the next one.
 
 A token is run with the model's k. If the entropy of the next token's distribution is then above a threshold,
-it is run once more with a higher k, and that is what counts: its logits, and the keys and values that later
-tokens see. The rule is ours. Dims: B rows, T tokens, V vocabulary.
+it is run once more with a higher k, and that run counts: its logits, and the keys and values that later
+tokens see. The rule is ours. Everything of it is here; other generation only knows that there may be another
+`TokenStep`. Dims: B rows, T tokens, V vocabulary.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference import cache as cache_lib
-from topklm.inference.cache import STEPS
+from topklm.inference import kv_cache
+from topklm.inference.kv_cache import STEPS
+from topklm.inference.steps import CacheInputs, RequestBatch, hooks_of, n_extra_active
 from topklm.inference.token_rows import joined, rows_of
 from topklm.model import transformer
-from topklm.model.transformer import Changes
+from topklm.model.block import LayerHooks
+
+_NO_HOOKS = LayerHooks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,10 @@ class AdaptiveK:
     entropy: float
 
     def check(self, config: ModelConfig) -> "AdaptiveK":
-        """Itself.
+        """Returns itself.
 
         Raises:
-            ValueError: For what does not fit the model, in one line.
+            ValueError: If it does not fit the model, in one line.
         """
         with_topk_k(config, self.high_k, name="adaptive.high_k")
         if self.high_k < config.topk_k:
@@ -49,6 +53,31 @@ class AdaptiveK:
             raise ValueError(f"adaptive.entropy = {self.entropy!r}: must be a number of nats, 0 or more")
         return self
 
+    def token_step(self) -> dict[str, Any]:
+        """Returns the arguments of a `Scheduler` whose sequences are decoded by this rule."""
+        return {"token_step": AdaptiveStep(self.high_k), "step_inputs": np.float32(self.entropy)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveStep:
+    """Is the `TokenStep` of the rule; the threshold is data, so that another one compiles nothing."""
+
+    high_k: int
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        params: transformer.Parameters,
+        batch: RequestBatch,
+        at: CacheInputs,
+        positions_B1: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits of the next token, and the buffer; see `step`."""
+        high_config = dataclasses.replace(config, topk_k=self.high_k)
+        model, high = transformer.bind(config, params), transformer.bind(high_config, params)
+        both = hooks_of(config, batch, positions_B1), hooks_of(high_config, batch, positions_B1)
+        return step(model, high, batch.step_inputs, at, *both, n_extra_active(batch))[:2]
+
 
 class TokenLosses(NamedTuple):
     """Of texts run token by token, [B, T - 1]; entry t is of token t + 1, given those before."""
@@ -58,7 +87,7 @@ class TokenLosses(NamedTuple):
 
 
 def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -> ModelConfig:
-    """The model with another k; itself for None.
+    """Returns the model with another k; itself for None.
 
     Raises:
         ValueError: For a k that its layers do not have, or a model without TopK.
@@ -74,7 +103,7 @@ def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -
 
 
 def entropy(logits_BV: jax.Array) -> jax.Array:
-    """Of the distributions that logits make, in nats, float32[B]."""
+    """Returns the entropies of the distributions that logits make, in nats, float32[B]."""
     log_p = jax.nn.log_softmax(logits_BV, axis=-1)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -82,7 +111,7 @@ def entropy(logits_BV: jax.Array) -> jax.Array:
 def token_losses(
     config: ModelConfig, params: transformer.Parameters, tokens_BT: Any, adaptive: AdaptiveK
 ) -> TokenLosses:
-    """Losses of texts where each token's k depends on the model's uncertainty there.
+    """Computes losses of texts where each token's k depends on the model's uncertainty there.
 
     Args:
         config: The model's shape, with the k of tokens that are not uncertain.
@@ -100,7 +129,7 @@ def token_losses(
         raise ValueError(
             f"tokens has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}"
         )
-    layers = cache_lib.by_layer(config, params)
+    layers = kv_cache.by_layer(config, params)
     losses, k = _token_losses(
         config, int(adaptive.high_k), params, layers, tokens_BT, np.float32(adaptive.entropy)
     )
@@ -112,45 +141,34 @@ def step(
     model: transformer.Transformer,
     high: transformer.Transformer,
     threshold: jax.Array,
-    layers: cache_lib.Layers,
-    cache: cache_lib.Cache,
-    new: cache_lib.Buffer,
-    tokens_B: jax.Array,
-    lengths_B: jax.Array,
-    number: jax.Array,
-    changes: Changes,
-    high_changes: Changes,
-    more_active: int,
-) -> tuple[jax.Array, cache_lib.Buffer, jax.Array]:
-    """As `cache.step`, under the rule.
+    at: CacheInputs,
+    hooks: LayerHooks = _NO_HOOKS,
+    high_hooks: LayerHooks = _NO_HOOKS,
+    n_extra: int = 0,
+) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
+    """Runs one token of each row as `kv_cache.step`, under the rule.
 
     Args:
         model: With the k of tokens that are not uncertain.
         high: The same model with the k of those that are.
         threshold: Entropy in nats, a scalar or [B].
-        layers: As in `cache.step`, and so the next five.
-        cache: Its cache.
-        new: Its buffer.
-        tokens_B: int32[B].
-        lengths_B: int32[B].
-        number: int32.
-        changes: For the model with its k.
-        high_changes: For the model with the higher one.
-        more_active: Entries that `changes` may add to those that TopK keeps.
+        at: The tokens, and the cache before them.
+        hooks: For the model with its k.
+        high_hooks: For the model with the higher one.
+        n_extra: Entries that `hooks` may add to those that TopK keeps.
 
     Returns:
         Logits float32[B, V]; the buffer; and which rows were uncertain, bool[B].
     """
-    place = cache, new, tokens_B, lengths_B, number
     d = model.config.d_model
-    n_active = min(model.config.topk_k + more_active, d)
-    h_BD, with_token = cache_lib.step(model, layers, *place, changes, n_active)
+    h_BD, with_token = kv_cache.step(model, *at, hooks, min(model.config.topk_k + n_extra, d))
     logits_BV = model.logits(h_BD)
     uncertain_B = entropy(logits_BV) > threshold
 
-    def again() -> tuple[jax.Array, cache_lib.Buffer]:
-        n_active = min(high.config.topk_k + more_active, d)
-        high_h_BD, high_with_token = cache_lib.step(high, layers, *place, high_changes, n_active)
+    def again() -> tuple[jax.Array, kv_cache.Buffer]:
+        high_h_BD, high_with_token = kv_cache.step(
+            high, *at, high_hooks, min(high.config.topk_k + n_extra, d)
+        )
         logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
         return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)
 
@@ -160,7 +178,7 @@ def step(
 
 
 def _of_rows(uncertain_B: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """The former in uncertain rows; [B, K, N, d], or with a layer axis before."""
+    """Returns `high` in uncertain rows, else `low`; [B, K, N, d], or with a layer axis before."""
     return jnp.where(uncertain_B[:, None, None, None], high, low)
 
 
@@ -169,35 +187,35 @@ def _token_losses(
     config: ModelConfig,
     high_k: int,
     params: transformer.Parameters,
-    layers: cache_lib.Layers,
+    layers: kv_cache.Layers,
     tokens_BT: jax.Array,
     threshold: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32 and int32 [B, T rounded up], token by token, the buffer merged when it is full."""
+    """Runs token by token; returns float32 and int32 [B, T rounded up]. Full buffers go into the cache."""
     model = transformer.bind(config, params)
     high = transformer.bind(dataclasses.replace(config, topk_k=high_k), params)
     batch, length = tokens_BT.shape
     n_parts = -(-length // STEPS)
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
-    empty = jax.eval_shape(lambda: cache_lib.prefill(model, tokens_BT, jnp.ones(batch, int), Changes())[1])
+    empty = jax.eval_shape(lambda: kv_cache.prefill(model, tokens_BT, jnp.ones(batch, int), LayerHooks())[1])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-    cache = cache_lib.with_room(config, zeros, n_parts * STEPS)
+    cache = kv_cache.with_capacity(config, zeros, n_parts * STEPS)
 
-    def part(cache: cache_lib.Cache, begin: jax.Array) -> tuple[cache_lib.Cache, tuple[jax.Array, jax.Array]]:
+    def part(cache: kv_cache.Cache, begin: jax.Array) -> tuple[kv_cache.Cache, tuple[jax.Array, jax.Array]]:
         lengths_B = jnp.full((batch,), begin)
 
-        def token(new: cache_lib.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        def token(new: kv_cache.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             at = begin + number
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
-            place = layers, cache, new, one_B, lengths_B, number
-            logits_BV, new, uncertain_B = step(model, high, threshold, *place, Changes(), Changes(), 0)
+            inputs = CacheInputs(layers, cache, new, one_B, lengths_B, number)
+            logits_BV, new, uncertain_B = step(model, high, threshold, inputs)
             log_p = jax.nn.log_softmax(logits_BV, axis=-1)
             loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
             return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))
 
-        new, found = jax.lax.scan(token, cache_lib.buffer(cache), jnp.arange(STEPS))
-        return cache_lib.merged(cache, new, lengths_B), found
+        new, found = jax.lax.scan(token, kv_cache.empty_buffer(cache), jnp.arange(STEPS))
+        return kv_cache.append_buffer(cache, new, lengths_B), found
 
     _, (losses, k) = jax.lax.scan(part, cache, jnp.arange(n_parts) * STEPS)
     return losses.reshape(-1, batch).T, k.reshape(-1, batch).T

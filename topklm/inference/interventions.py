@@ -1,242 +1,340 @@
-"""Neurons set from outside while a model runs, at chosen positions: behind the TopK, or inside of it.
+"""One intervention on one neuron, the modes that there are, and the file that keeps interventions.
 
-All interventions are data of the program, filled up to a few sizes, so other neurons, values, modes or
-positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layers.
+Imports no JAX, so that commands can name the modes in their help; `intervention_batch` makes arrays of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
-import itertools
-from typing import Any
+import json
+import math
+import os
+from reprlib import repr as short
+import sys
+from typing import Any, Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.intervention import MODES, POSITIONS, Intervention, entries_of
-from topklm.inference.token_rows import is_traced
-from topklm.model.topk import topk
-from topklm.model.transformer import Changes
-
-_SMALLEST = 4  # entries; more are filled up to the next power of two
-_NO_LAYER = -1
-_EVERY_ROW = -1
-_END = 2**31 - 1
-_RANGE = len(POSITIONS)
-_CLAMP, _ADD, _SCALE, _ABLATE, _BAN, _FORCE = range(len(MODES))
-_FEW = 8  # entries; of more, a table of all neurons is made
+from topklm.errors import UserError
+from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import as_path, parse_json, write_atomically
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["layer", "neuron", "value", "mode", "place", "begin", "end", "row"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Interventions:
-    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`.
 
     Attributes:
-        layer: int32[E]; -1 in entries that only fill up.
-        neuron: int32[E].
-        value: float32[E]; what it means depends on the mode, and "ablate" has no use for it.
-        mode: int32[E], index into "clamp", "add", "scale", "ablate", "ban", "force".
-        place: int32[E], index into "all", "prompt", "generated", and 3 for a range.
-        begin: int32[E], first position of a range. The separator before a text has position 0.
-        end: int32[E], the position behind its last.
-        row: int32[E], which row of a batch; -1: all.
+        name: In Python, files, requests and on command lines.
+        needs_value: Whether an intervention has to say its value.
+        competes: For a mode that acts inside of TopK too, what becomes of the neuron there: it "wins" one of
+            the k entries, or "loses". None: it acts after TopK only, so in any layer.
+        help: Its effect, with {value} for the value.
+        factor: Of a value: a number, or an array with one axis.
+        term: Of a value, likewise.
     """
 
-    layer: Any
-    neuron: Any
-    value: Any
-    mode: Any
-    place: Any
-    begin: Any
-    end: Any
-    row: Any
+    name: str
+    needs_value: bool
+    competes: Literal["wins", "loses"] | None
+    help: str
+    factor: Callable[[Any], Any]
+    term: Callable[[Any], Any]
 
-    @classmethod
-    def of(
-        cls, config: ModelConfig, steer: "Steer", mode: str = "clamp", n_rows: int | None = None
-    ) -> "Interventions":
-        """From what people write.
-
-        Args:
-            config: The model that they are for.
-            steer: {(layer, neuron): value}; one or several `Intervention`; or what this returned before.
-            mode: Of the entries of a mapping.
-            n_rows: Texts of the batch that they are for, where it is known.
-
-        Raises:
-            ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
-                a mode or positions that there are not, "ban" or "force" in a layer without TopK, two
-                interventions on one neuron at one place, more forced neurons than a layer has places, or a
-                row that the batch does not have.
-        """
-        if isinstance(steer, Interventions) and is_traced(jax.tree.leaves(steer)):
-            return steer
-        entries = entries_of(steer, mode)
-        for entry in entries:
-            entry.check(config)
-            if n_rows is not None and entry.row is not None and entry.row >= n_rows:
-                raise ValueError(f"row = {entry.row}: must be from 0 to {n_rows - 1}, the texts of the batch")
-        if isinstance(steer, Interventions):
-            return steer
-        _refuse_overlap(entries)
-        _refuse_too_many(entries, config.topk_k)
-        size = _SMALLEST
-        while size < len(entries):
-            size *= 2
-        empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
-        rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
-        names = [field.name for field in dataclasses.fields(cls)]
-        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
-        values = columns.pop("value")
-        indices = {name: np.array(column, np.int32) for name, column in columns.items()}
-        if is_traced(values):  # numbers only when the program runs
-            return cls(value=jnp.stack([jnp.asarray(value, jnp.float32) for value in values]), **indices)
-        return cls(value=np.array([float(value) for value in values], np.float32), **indices)
-
-    def entries(self) -> list[Intervention]:
-        """The interventions, one by one, as `of` takes them."""
-        columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return [
-            _intervention({name: column[i].item() for name, column in columns.items()})
-            for i in range(len(columns["layer"]))
-            if columns["layer"][i] != _NO_LAYER
-        ]
-
-    def changes(
-        self,
-        config: ModelConfig,
-        positions_BT: jax.Array | None = None,
-        prompt_lengths_B: jax.Array | int | None = None,
-    ) -> Changes:
-        """For `Transformer.hidden(**changes._asdict(), edits=jnp.arange(L))`, inside a program.
-
-        Args:
-            config: Of the model that runs.
-            positions_BT: int32[B, T]; default 0, 1, 2, ...
-            prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
-                Default: all tokens are the prompt.
-        """
-        lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
-
-        def applies(like_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            batch, length, _ = like_BTD.shape
-            positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
-            applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
-            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
-
-        def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            highest = jnp.finfo(u_BTD.dtype).max
-            lowest = 0 if config.topk_activation == "abs" else -highest
-            # What stands there now is the bid; `edit` puts the activation in its place.
-            bid = jnp.select([self.mode == _BAN, self.mode == _FORCE], [lowest, highest], 0.0)
-            factor = jnp.where((self.mode == _BAN) | (self.mode == _FORCE), 0.0, 1.0)
-            bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
-            return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
-
-        def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
-
-        return Changes(select, edit)
-
-    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
-        """float32[E] each: all modes are `h * factor + term`, behind the TopK."""
-        value = jnp.asarray(self.value, jnp.float32)
-        factor = jnp.select([self.mode == _ADD, self.mode == _SCALE], [jnp.ones_like(value), value], 0.0)
-        has_term = (self.mode == _CLAMP) | (self.mode == _ADD) | (self.mode == _FORCE)
-        return factor, jnp.where(has_term, value, 0.0)
-
-    def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
-        """bool[B, T, E], by position and row."""
-        at = positions_BT[..., None]
-        is_prompt = at < prompt_lengths_B[:, None, None]
-        in_range = (at >= self.begin) & (at < self.end)
-        place = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
-        by_place = jnp.select([self.place == number for number in range(len(place))], place, False)
-        row = jnp.arange(len(prompt_lengths_B))[:, None, None]
-        return by_place & ((self.row == _EVERY_ROW) | (self.row == row))
-
-    def __repr__(self) -> str:
-        # JAX prints trees that hold other things than arrays in its error messages.
-        return f"Interventions({getattr(self.layer, 'shape', '?')})"
+    @property
+    def value_is_factor(self) -> bool:
+        """Whether the activation is multiplied by the value, which then is not in units of activations."""
+        return self.factor(0.0) != self.factor(1.0)
 
 
-def _changed(
-    h_BTD: jax.Array, neuron_E: jax.Array, factor_E: jax.Array, term_E: jax.Array, applies_BTE: jax.Array
-) -> jax.Array:
-    """`h * factor + term` at the neurons of entries where they apply; at most one does at any place."""
-    is_neuron_ED = neuron_E[:, None] == np.arange(h_BTD.shape[-1])
-    if len(neuron_E) <= _FEW:
-        # Part of the loop over h that XLA makes in any case; a scatter would be a loop of its own.
-        changed_BTD = h_BTD.astype(jnp.float32)
-        for entry in range(len(neuron_E)):
-            here_BTD = applies_BTE[..., entry, None] & is_neuron_ED[entry]
-            changed = changed_BTD * factor_E[entry] + term_E[entry]
-            changed_BTD = jnp.where(here_BTD, changed, changed_BTD)
-        return changed_BTD.astype(h_BTD.dtype)
-    # Each sum has one term at most: exact, if products are.
-    numbers_E3D = (
-        jnp.stack([jnp.ones_like(factor_E), factor_E, term_E], axis=1)[:, :, None] * is_neuron_ED[:, None]
+def _zero(_value: Any) -> float:
+    return 0.0
+
+
+def _one(_value: Any) -> float:
+    return 1.0
+
+
+def _value(value: Any) -> Any:
+    return value
+
+
+# Everything that reads or shows modes reads this table: the library, the server, the explorer, the commands.
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("clamp", True, None, "set its activation to {value}", _zero, _value),
+        Mode("add", True, None, "add {value} to its activation", _one, _value),
+        Mode("scale", True, None, "multiply its activation by {value}", _value, _zero),
+        Mode("ablate", False, None, "set its activation to 0", _zero, _zero),
+        Mode(
+            "ban",
+            False,
+            "loses",
+            "take it out of the competition; the next neuron is among the k instead",
+            _zero,
+            _zero,
+        ),
+        Mode(
+            "force",
+            True,
+            "wins",
+            "make it one of the k, with {value} for its activation; the weakest of the others is left out",
+            _zero,
+            _value,
+        ),
     )
-    sums_BT3D = jnp.einsum(
-        "bte,ecd->btcd", applies_BTE.astype(jnp.float32), numbers_E3D, precision=jax.lax.Precision.HIGHEST
-    )
-    here_BTD, factor_BTD, term_BTD = (sums_BT3D[:, :, i] for i in range(3))
-    return jnp.where(here_BTD > 0, h_BTD * factor_BTD + term_BTD, h_BTD).astype(h_BTD.dtype)
+}
+DEFAULT_MODE = "clamp"
+
+Positions = str | tuple[int, int]
+POSITIONS = ("all", "prompt", "generated")
+
+_FORMAT, _VERSION = "topklm-interventions", 1
+_LARGEST = 2**31 - 1
+_LARGEST_VALUE = 3.4028234e38  # of float32
 
 
-def _numbers(entry: Intervention) -> tuple:
-    """The entry of each array."""
-    if isinstance(entry.positions, str):
-        place, begin, end = POSITIONS.index(entry.positions), 0, 0
-    else:
-        place, (begin, end) = _RANGE, entry.positions
-    row = _EVERY_ROW if entry.row is None else entry.row
-    return entry.layer, entry.neuron, entry.value, MODES.index(entry.mode), place, begin, end, row
+class HasEntries(Protocol):
+    """Holds interventions in another form: an `InterventionBatch`."""
+
+    def entries(self) -> list["Intervention"]:
+        """Returns them one by one."""
+        ...
 
 
-def _intervention(numbers: dict[str, Any]) -> Intervention:
-    place = numbers["place"]
-    return Intervention(
-        numbers["layer"],
-        numbers["neuron"],
-        numbers["value"],
-        MODES[numbers["mode"]],
-        POSITIONS[place] if place != _RANGE else (numbers["begin"], numbers["end"]),
-        None if numbers["row"] == _EVERY_ROW else numbers["row"],
-    )
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+    """An intervention on one neuron.
 
+    Attributes:
+        layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of the layer's output.
+        neuron: From 0.
+        value: Of the mode; "ablate" and "ban" ignore it. One that JAX traces is not checked.
+        mode: A name in `MODES`. After TopK, "clamp" sets the activation to the value, "add" adds it, "scale"
+            multiplies by it, "ablate" sets the activation to 0. Inside of TopK, where k entries are kept as
+            always, "ban" takes the neuron out, so that the next one is kept; "force" keeps it, instead of the
+            weakest of the others, with the value for its activation.
+        positions: "all"; "prompt"; "generated", the tokens after the prompt, of which the first is still
+            predicted from the prompt alone; or a range (begin, end) of positions without its end, 0 being the
+            separator before the text.
+        row: Which sequence of a batch; None: all.
+    """
 
-def _refuse_overlap(entries: Sequence[Intervention]) -> None:
-    """Of two at one place, which comes first would matter."""
+    layer: int
+    neuron: int
+    value: float = 0.0
+    mode: str = DEFAULT_MODE
+    positions: Positions = "all"
+    row: int | None = None
 
-    def neuron(entry: Intervention) -> tuple[int, int]:
-        return entry.layer, entry.neuron
-
-    for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
-        for one, other in itertools.combinations(group, 2):
-            if one.may_meet(other):
-                raise ValueError(
-                    f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
-                    "keep one, or give them other positions"
-                )
-
-
-def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
-    forced = [entry for entry in entries if entry.mode == "force"]
-    for layer, row in {(entry.layer, entry.row) for entry in forced}:
-        number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
-        if number > k:
+    def check(self, config: ModelConfig | None = None) -> None:
+        """Raises ValueError, in one line, for what cannot be, in general or in a model."""
+        n_layers, width = (config.n_layers, config.d_model) if config else (_LARGEST, _LARGEST)
+        _check_index("layer", self.layer, n_layers, "the model's layers")
+        _check_index("neuron", self.neuron, width, "the neurons of a layer")
+        if self.row is not None:
+            _check_index("row", self.row, _LARGEST, "rows")
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            raise ValueError(f"mode = {short(self.mode)}: must be one of {', '.join(MODES)}")
+        if config and MODES[self.mode].competes and self.layer >= config.n_topk_layers:
+            with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
             raise ValueError(
-                f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
+                f"mode = {short(self.mode)} of {self._name}: the layer has no TopK, layers with one: "
+                f"{with_one}; use 'clamp' or 'ablate'"
+            )
+        if not _is_number(self.value):
+            raise ValueError(f"value = {short(self.value)} of {self._name}: must be a finite number")
+        if not _is_traced(self.value) and abs(float(self.value)) > _LARGEST_VALUE:
+            raise ValueError(
+                f"value = {short(self.value)} of {self._name}: must be at most {_LARGEST_VALUE:g}"
+            )
+        named = isinstance(self.positions, str) and self.positions in POSITIONS
+        if not named and not _is_range(self.positions):
+            raise ValueError(
+                f"positions = {short(self.positions)}: must be one of {', '.join(POSITIONS)}, or "
+                "(begin, end) with 0 <= begin < end"
             )
 
+    def may_meet(self, other: "Intervention") -> bool:
+        """Returns whether both can act on one token, if they are of one neuron."""
+        if None not in (self.row, other.row) and self.row != other.row:
+            return False
+        if {self.positions, other.positions} == {"prompt", "generated"}:
+            return False
+        if isinstance(self.positions, str) or isinstance(other.positions, str):
+            return True
+        return max(self.positions[0], other.positions[0]) < min(self.positions[1], other.positions[1])
 
-# What `Interventions.of` takes.
-Steer = Interventions | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
+    @property
+    def _name(self) -> str:
+        return f"layer {self.layer}, neuron {self.neuron}"
+
+
+# The forms in which people give interventions.
+Steer = HasEntries | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
+
+
+def needs_value(mode: Any) -> bool:
+    """Returns whether an intervention with this mode has to say its value; True if there is no such mode."""
+    return not (isinstance(mode, str) and mode in MODES) or MODES[mode].needs_value
+
+
+def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
+    """Returns interventions one by one, from any form in which people give them.
+
+    Args:
+        steer: {(layer, neuron): value}; or one or several `Intervention`; or `InterventionBatch`.
+        mode: Of the entries of a mapping.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(steer, Intervention):
+        return [steer]
+    if hasattr(steer, "entries"):
+        return steer.entries()
+    if isinstance(steer, Mapping):
+        return [_of_pair(pair, value, mode) for pair, value in steer.items()]
+    if not hasattr(steer, "__iter__"):
+        raise ValueError(f"steer = {short(steer)}: must be {{(layer, neuron): value}} or Interventions")
+    entries = list(steer)
+    for entry in entries:
+        if not isinstance(entry, Intervention):
+            raise ValueError(
+                f"steer: {short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}"
+            )
+    return entries
+
+
+def save_interventions(
+    path: str | os.PathLike[str],
+    steer: "Steer",
+    mode: str = DEFAULT_MODE,
+    *,
+    model: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a small JSON file, whole or not at all.
+
+    Args:
+        path: Local, or in a bucket.
+        steer: As in `entries_of`.
+        mode: Of the entries of a mapping.
+        model: Facts that identify the model whose neurons these are; None: the file names no model.
+
+    Raises:
+        UserError: If the file cannot be written.
+        ValueError: If something is no intervention.
+    """
+    entries = [_to_json(one) for one in entries_of(steer, mode)]
+    of = {} if model is None else {"model": dict(model)}
+    content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
+    with storage_errors_are_user_errors("writing interventions", as_path(path)):
+        write_atomically(as_path(path), content.encode() + b"\n")
+
+
+def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None = None) -> list[Intervention]:
+    """Reads what `save_interventions` wrote, or a person.
+
+    Args:
+        path: Local, or in a bucket.
+        config: The model that they are for, if it shall be checked that they fit.
+
+    Raises:
+        UserError: If the file is missing, is no such JSON, or an entry fails `Intervention.check`.
+    """
+    file = as_path(path)
+    with storage_errors_are_user_errors(f"reading {path}", file):
+        if not file.exists():
+            raise UserError(f"{path}: there is no such file of interventions")
+        content = file.read_bytes()
+    try:
+        return [_from_json(number, entry, config) for number, entry in enumerate(_entries(content))]
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def _entries(content: bytes) -> list[Any]:
+    try:
+        parts = parse_json(content)
+    except ValueError as e:
+        raise ValueError(f"it is no JSON object ({e})") from e
+    if parts.get("format") != _FORMAT:
+        raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
+    if parts.get("version") != _VERSION:
+        raise ValueError(f"version = {parts.get('version')!r}: this program reads {_VERSION}")
+    if not isinstance(parts.get("interventions"), list):
+        raise ValueError("interventions: must be a list")
+    return parts["interventions"]
+
+
+def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervention:
+    names = [field.name for field in dataclasses.fields(Intervention)]
+    if not isinstance(entry, dict) or not {"layer", "neuron"} <= set(entry):
+        raise ValueError(f"interventions[{number}]: must be an object with layer and neuron")
+    if unknown := sorted(set(entry) - set(names)):
+        raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
+    positions = entry.get("positions", "all")
+    entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
+    mode = entry.get("mode", DEFAULT_MODE)
+    if "value" not in entry and needs_value(mode):
+        raise ValueError(f"interventions[{number}]: value is missing")
+    one = Intervention(**entry)
+    try:
+        one.check(config)
+    except ValueError as e:
+        raise ValueError(f"interventions[{number}]: {e}") from e
+    return one
+
+
+def _to_json(one: Intervention) -> dict[str, Any]:
+    one.check()
+    row = {} if one.row is None else {"row": int(one.row)}
+    positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
+    neuron = {"layer": int(one.layer), "neuron": int(one.neuron)}
+    return {**neuron, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
+
+
+def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    """Makes one of an item of a mapping."""
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ValueError(f"steer: {short(pair)} names no neuron: must be (layer, neuron)")
+    return Intervention(*pair, value, mode)
+
+
+def _is_number(value: Any) -> bool:
+    """Tells whether it is one finite number; of one that is traced only the shape is known."""
+    if isinstance(value, bool | np.bool_ | str) or not hasattr(value, "__float__"):
+        return False
+    if np.shape(value) != () or np.iscomplexobj(value):
+        return False
+    try:
+        return _is_traced(value) or math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _is_index(value: Any) -> bool:
+    """Tells whether it is an integer that is known."""
+    traced = _is_traced(value)  # which neuron it is must be known
+    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
+
+
+def _check_index(name: str, value: Any, size: int, what: str) -> None:
+    if not _is_index(value) or not 0 <= value < size:
+        raise ValueError(f"{name} = {short(value)}: must be an integer from 0 to {size - 1}, {what}")
+
+
+def _is_range(positions: Any) -> bool:
+    return (
+        isinstance(positions, tuple)
+        and len(positions) == 2
+        and all(_is_index(p) and p <= _LARGEST for p in positions)
+        and 0 <= positions[0] < positions[1]
+    )
+
+
+def _is_traced(value: Any) -> bool:
+    # Where nobody has imported JAX, which takes seconds, nothing is.
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)

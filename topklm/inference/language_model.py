@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer: what `topklm.load` gives back, and what people call."""
+"""A trained model with its tokenizer: `topklm.load` returns it, and people call it."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -15,19 +15,21 @@ import numpy as np
 from topklm.config import DTYPES, Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.inference import hooks, passes
+from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
-from topklm.inference.cache import Layers, bucket, by_layer
+from topklm.inference.bucketing import bucket
+from topklm.inference.detokenize import TextStream, check_stop, split_at_character, until_stopped
 from topklm.inference.generate import Generation
-from topklm.inference.interventions import Interventions, Steer
-from topklm.inference.programs import STEPS
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import DEFAULT_MODE, Steer
+from topklm.inference.kv_cache import Layers, by_layer
 from topklm.inference.sampling import Sampling
-from topklm.inference.streaming import TextStream, check_stop, split_at_character, until_stopped
+from topklm.inference.steps import STEPS
 from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of
 from topklm.model import transformer
-from topklm.neurons import names
-from topklm.neurons.cache import ActivationCache
-from topklm.neurons.show import ActiveNeurons
+from topklm.neurons import hook_names
+from topklm.neurons.capture import ActivationCache
+from topklm.neurons.display import ActiveNeurons
 
 _STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
 # A text, or token ids [T]: one row. Several texts, ids [B, T], or rows of ids: a batch.
@@ -51,10 +53,11 @@ class Generated(NamedTuple):
 class LanguageModel:
     """A trained model with its tokenizer, ready to be called.
 
-    Wherever it takes tokens, these are a text, behind a separator as in training; token ids [T]; or a batch:
-    ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are padded on their
-    right, where nothing can change what stands before; `lengths` says how long they are. All but `generate`
-    works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions traced or not.
+    Wherever it takes tokens, these are a text, with a separator before it as in training; token ids [T]; or a
+    batch: ids [B, T], or a list of texts or of rows of ids. Rows that are shorter than others are padded on
+    their right, where nothing can change the tokens before; `lengths` says how long they are. All but
+    `generate` works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions
+    traced or not.
     """
 
     run: str
@@ -81,7 +84,7 @@ class LanguageModel:
         self,
         tokens: Tokens,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
@@ -96,7 +99,7 @@ class LanguageModel:
             steer_mode: See `generate`.
             topk_k: Entries that each TopK keeps; default as in training. Another k is another program.
             segment_ids: Integers of the tokens' shape: which document each belongs to. Attention stays inside
-                documents, and positions begin anew in each, as in training; default: a row is one document.
+                documents, and positions begin at 0 in each, as in training; default: a row is one document.
 
         Raises:
             ValueError: For tokens that are something else, not in the vocabulary, or more in a row than the
@@ -104,7 +107,9 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        return passes.cut(passes.logits(config, self.params, given, interventions), rows.ids.shape[1], axis=1)
+        return forward.cut(
+            forward.logits(config, self.params, given, interventions), rows.ids.shape[1], axis=1
+        )
 
     def loss(
         self,
@@ -112,7 +117,7 @@ class LanguageModel:
         *,
         per_token: bool = False,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
@@ -121,7 +126,7 @@ class LanguageModel:
         Args:
             tokens: As in calling the model.
             per_token: Give float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN where
-                there is none: behind the end of a row, and at the first token of a document.
+                there is none: after the end of a row, and at the first token of a document.
             steer: As in calling the model.
             steer_mode: See `generate`.
             topk_k: As in calling the model.
@@ -134,15 +139,15 @@ class LanguageModel:
         if rows.lengths.max() < 2:
             raise ValueError("tokens: no row has two tokens, so there is no loss")
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        mean, losses = passes.losses(config, self.params, given, rows.lengths, interventions)
-        return passes.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
+        mean, losses = forward.losses(config, self.params, given, rows.lengths, interventions)
+        return forward.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
 
     def run_with_cache(
         self,
         tokens: Tokens,
-        names_filter: names.NamesFilter = None,
+        names_filter: hook_names.NamesFilter = None,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> tuple[jax.Array, ActivationCache]:
@@ -152,10 +157,10 @@ class LanguageModel:
 
         Args:
             tokens: As in calling the model.
-            names_filter: What to keep: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
+            names_filter: To be kept: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
                 several, or a function that says of each name whether it is wanted. By default what the TopK
                 layers keep, in sparse form; everything else takes B x T x D numbers for each name.
-            steer: As in calling the model; what is kept is what layers hand on then.
+            steer: As in calling the model; the outputs of layers are kept as they are then.
             steer_mode: See `generate`.
             topk_k: As in calling the model.
             segment_ids: As in calling the model.
@@ -165,16 +170,16 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        wanted = names.chosen(config, names_filter)
-        logits, neurons, others = passes.logits_and_activations(
+        wanted = hook_names.matching(config, names_filter)
+        logits, neurons, others = forward.logits_and_activations(
             config, wanted, self.params, given, interventions
         )
         length = rows.ids.shape[1]
-        neurons = jax.tree.map(lambda x: passes.cut(x, length, axis=2), neurons)
-        others = {name: passes.cut(x, length, axis=1) for name, x in others.items()}
-        layers = tuple(layer for layer, hook in map(names.parse, wanted) if hook == names.TOPK)
+        neurons = jax.tree.map(lambda x: forward.cut(x, length, axis=2), neurons)
+        others = {name: forward.cut(x, length, axis=1) for name, x in others.items()}
+        layers = tuple(layer for layer, hook in map(hook_names.parse, wanted) if hook == hook_names.TOPK)
         cache = ActivationCache(neurons, layers, others, self.hook_names)
-        return passes.cut(logits, length, axis=1), cache
+        return forward.cut(logits, length, axis=1), cache
 
     def active_neurons(self, tokens: Tokens) -> ActiveNeurons:
         """Finds the active neurons of each token of a text; a notebook or a terminal shows them as a table.
@@ -194,16 +199,16 @@ class LanguageModel:
     def run_with_hooks(
         self,
         tokens: Tokens,
-        fwd_hooks: hooks.ForwardHooks = (),
+        fwd_hooks: forward.ForwardHooks = (),
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
         """Gives next-token logits, float32[B, T, V], with functions called on the way: for free research.
 
         Nothing is compiled as a whole, unless it is called inside `jax.jit`: the functions see arrays, not
-        tracers, and may do anything. That is slow; what `steer` can say is better said there.
+        tracers, and may do anything. That is slow; use `steer` for everything that it can do.
 
         Args:
             tokens: As in calling the model.
@@ -221,9 +226,9 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids, fill=False)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        segments, positions, changes = passes.how(config, given, interventions)
-        return hooks.run_with_hooks(
-            config, self.params, given.tokens, fwd_hooks, changes, segments, positions
+        segments, positions, hooks = forward.inputs_of(config, given, interventions)
+        return forward.run_with_hooks(
+            config, self.params, given.tokens, fwd_hooks, hooks, segments, positions
         )
 
     def generate(
@@ -241,7 +246,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
         steer: Steer | None = None,
-        steer_mode: str = "clamp",
+        steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
         adaptive: AdaptiveK | None = None,
         when_full: str = "slide",
@@ -266,13 +271,13 @@ class LanguageModel:
             stream: Give an iterator over pieces of the continuation, as they come, which together are the
                 text without the prompt. No piece ends inside a character. For one prompt only.
             steer: Interventions on neurons: {(layer, neuron): value}, or one or several `Intervention`, or
-                `Interventions`. Their `row` counts the texts that are made.
-            steer_mode: What is done with the values of a mapping, one of the modes of `Intervention`.
+                `InterventionBatch`. Their `row` counts the texts that are made.
+            steer_mode: Of the values of a mapping, one of the modes of `Intervention`.
             topk_k: Entries that each TopK keeps; default as in training.
             adaptive: More of them at tokens where the model is uncertain, see `AdaptiveK`.
-            when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run anew
-                for each further token; "halve": when the context is full, its older half is forgotten, which
-                is faster; "stop": the text ends, and a prompt that does not fit is refused.
+            when_full: Beyond the model's context, "slide": it sees the last `context_length` tokens, run
+                again for each further token; "halve": when the context is full, its older half is forgotten,
+                which is faster; "stop": the text ends, and a prompt that does not fit is refused.
             return_tokens: Give `Generated`, the text with its tokens.
 
         Raises:
@@ -295,14 +300,14 @@ class LanguageModel:
         generation = Generation(
             config,
             self.params,
-            [row.ids.tolist() for row in prompts],
+            [row.ids for row in prompts],
             [dataclasses.replace(sampling, index=index) for _ in given for index in range(n)],
             max_new_tokens=[max_new_tokens] * len(prompts),
             stop_token=self.tokenizer.separator_id,
             interventions=interventions,
             adaptive=adaptive,
             when_full=when_full,
-            layers=self._layers,
+            layers=self.decode_layers,
         )
         stop = check_stop(stop)
         begun = [self._begun(row, stop) for row in prompts]
@@ -340,7 +345,7 @@ class LanguageModel:
     def lengths(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> np.ndarray:
-        """Counts the tokens of each row, int32[B]; what `to_tokens` fills a row up with comes behind them."""
+        """Counts the tokens of each row, int32[B]; `to_tokens` fills rows up after them."""
         rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
         return np.array([len(row.ids) for row in rows], np.int32)
 
@@ -383,8 +388,8 @@ class LanguageModel:
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Names what can be captured and hooked, in the order of computation; see `neurons.names`."""
-        return names.there_are(self.cfg)
+        """Names what can be captured and hooked, in the order of computation; see `neurons.hook_names`."""
+        return hook_names.all_names(self.cfg)
 
     @property
     def W_E(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
@@ -393,7 +398,7 @@ class LanguageModel:
 
     @property
     def W_U(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
-        """Gives the unembedding, [D, V], behind the final norm; a column is a token's direction."""
+        """Gives the unembedding, [D, V], after the final norm; a column is a token's direction."""
         return transformer.bind(self.cfg, self.params).unembedding()[:, : self.cfg.vocab_size]
 
     def astype(self, dtype: Any) -> "LanguageModel":
@@ -415,12 +420,12 @@ class LanguageModel:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _layers(self) -> Layers:
-        """Of the parameters of the blocks, the copy that tokens are made with."""
+    def decode_layers(self) -> Layers:
+        """Gives the copy of the blocks' parameters that decoding reads, see `by_layer`."""
         return by_layer(self.config.model, self.params)
 
     def _facts(self) -> dict[str, str]:
-        """What a reader wants to know first, for a notebook."""
+        """Lists the main facts of the model, for a notebook."""
         m = self.config.model
         leaves = jax.tree.leaves(self.params)
         devices = set().union(*(leaf.devices() for leaf in leaves))
@@ -435,7 +440,7 @@ class LanguageModel:
         }
 
     def _encode(self, text: str, separator: bool = True) -> np.ndarray:
-        """Gives the ids of a text, behind a separator or not, int[n]."""
+        """Gives the ids of a text, with a separator before them or not, int[n]."""
         ids = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.separator_id], ids]) if separator else ids
 
@@ -444,7 +449,7 @@ class LanguageModel:
         encode = functools.partial(self._encode, separator=separator)
         return rows_of(tokens, self.cfg.vocab_size, encode, name)
 
-    def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[passes.Input, Rows]:
+    def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[forward.Input, Rows]:
         """Makes what a program runs of what was given, and tells both."""
         separator, context = self.tokenizer.separator_id, self.cfg.context_length
         rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
@@ -453,20 +458,20 @@ class LanguageModel:
             raise ValueError(
                 f"tokens: a row has {length} tokens: must be at most {context}, the model's context; cut it"
             )
-        given = passes.Input(
+        given = forward.Input(
             rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)
         )
         if not fill:
             return given, rows
         added = bucket(length, context) - length
-        return jax.tree.map(lambda x: passes.padded(x, added, separator), given), rows
+        return jax.tree.map(lambda x: forward.padded(x, added, separator), given), rows
 
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
-    ) -> tuple[ModelConfig, Interventions | None]:
+    ) -> tuple[ModelConfig, InterventionBatch | None]:
         """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
         config = with_topk_k(self.cfg, topk_k)
-        return config, None if steer is None else Interventions.of(config, steer, steer_mode, n_rows)
+        return config, None if steer is None else InterventionBatch.of(config, steer, steer_mode, n_rows)
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
         """Gives the text of a prompt, and a stream that continues it."""
@@ -476,7 +481,7 @@ class LanguageModel:
         return shown + stream.add(rest), stream
 
     def _tokens_of(self, prompt: Row, tokens: Sequence[int], stop: Sequence[str]) -> np.ndarray:
-        """Cuts the tokens of a text behind the one that completes a stop string."""
+        """Cuts the tokens of a text after the one that completes a stop string."""
         begin = len(prompt.ids)
         n_new = until_stopped(self._begun(prompt, stop)[1], tokens[begin:]) if stop else None
         return np.array(tokens[: begin + n_new if n_new is not None else None], np.int32)
@@ -503,7 +508,7 @@ def dtype_name(dtype: Any) -> str:
 def _pieces(
     generation: Generation, streams: Sequence[TextStream], steps: Iterator[int]
 ) -> Iterator[list[str]]:
-    """The text of every row, piece by piece, each of as many tokens as `steps` says."""
+    """Yields the text of every row piece by piece, each of as many tokens as `steps` says."""
     while not generation.done:
         new = generation.advance(next(steps))
         yield [text.add(tokens) for text, tokens in zip(streams, new, strict=True)]

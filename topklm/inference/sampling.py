@@ -1,4 +1,4 @@
-"""Which token comes next, given the logits: the most likely one, or one drawn under limits.
+"""Draws the next token from logits: the most likely one, or one drawn under limits.
 
 The limits are data of the program, one set for each row, so changing them compiles nothing, and rows with
 different ones share a program. Dims: B rows, V tokens of the vocabulary.
@@ -23,7 +23,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one text are drawn.
+    """The way in which tokens of one sequence are drawn.
 
     In this order: the repetition penalty changes logits, the temperature divides them, `top_k`, then `top_p`
     of what that leaves, then `min_p` take tokens out; one of those left is drawn. Ties at a limit stay in.
@@ -86,7 +86,7 @@ class RowSampling:
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
-        """Of checked ones."""
+        """Makes one of checked ones."""
 
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(row, name) for row in rows], dtype)
@@ -100,7 +100,7 @@ class RowSampling:
         return cls(top_k=column("top_k", np.int32), index=column("index", np.int32), seed=seed, **floats)
 
     def keys(self) -> jax.Array:
-        """The random key of each row, [B]."""
+        """Returns the random key of each row, [B]."""
 
         def key(seed: jax.Array, index: jax.Array) -> jax.Array:
             # Small seeds have no second word; folded in all the same, so that one rule holds for all.
@@ -109,14 +109,14 @@ class RowSampling:
         return jax.vmap(key)(self.seed, self.index)
 
 
-def held(texts: Sequence[Sequence[int]], vocab_size: int, separator: int) -> np.ndarray:
-    """Returns which tokens texts hold, bool[B, vocab_size], for the repetition penalty.
+def held(sequences: Sequence[Sequence[int]], vocab_size: int, separator: int) -> np.ndarray:
+    """Returns which tokens sequences hold, bool[B, vocab_size], for the repetition penalty.
 
-    Never the separator: it stands before every text, and to penalise it would keep texts from ending.
+    Never the separator: it stands before every text, and to penalise it would keep sequences from ending.
     """
-    present_BV = np.zeros((len(texts), vocab_size), bool)
-    for row, text in enumerate(texts):
-        present_BV[row, list(text)] = True
+    present_BV = np.zeros((len(sequences), vocab_size), bool)
+    for row, tokens in enumerate(sequences):
+        present_BV[row, list(tokens)] = True
     if 0 <= separator < vocab_size:
         present_BV[:, separator] = False
     return present_BV
@@ -125,7 +125,7 @@ def held(texts: Sequence[Sequence[int]], vocab_size: int, separator: int) -> np.
 def draw(
     logits_BV: jax.Array, present_BV: jax.Array, sampling: RowSampling, keys_B: jax.Array, number_B: jax.Array
 ) -> jax.Array:
-    """The next token of each row, int32[B].
+    """Draws the next token of each row, int32[B].
 
     Args:
         logits_BV: float32[B, V].
@@ -140,7 +140,7 @@ def draw(
         changed = jnp.where(logits > 0, logits / penalty_B1, logits * penalty_B1)
         return jnp.where(present_BV, changed, logits)
 
-    # What no row asks for is not computed; for a row that does not ask for it, it changes nothing.
+    # Computed only if a row asks for it; for rows that do not, it changes nothing.
     logits_BV = jax.lax.cond(jnp.any(penalty_B1 != 1), penalised, lambda x: x, logits_BV)
     most_likely_B = _first_highest(logits_BV)
     warm_B = sampling.temperature > 0
@@ -163,14 +163,14 @@ def draw(
 
 
 def _first_highest(x_BV: jax.Array) -> jax.Array:
-    """`jnp.argmax` of rows without NaN, as two plain reductions, which XLA makes vector code of on CPUs."""
+    """Computes `jnp.argmax` of rows without NaN by two reductions, which XLA vectorizes on CPUs."""
     index = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
     highest_B1 = x_BV.max(axis=-1, keepdims=True)
     return jnp.where(x_BV == highest_B1, index, x_BV.shape[-1] - 1).min(axis=-1)
 
 
 def _within(scaled_BV: jax.Array, sampling: RowSampling) -> jax.Array:
-    """Minus infinity in place of what `top_k` and `top_p` take out."""
+    """Replaces logits that `top_k` and `top_p` take out by minus infinity."""
     key_BV = order_key(scaled_BV)
     size = scaled_BV.shape[-1]
     kept_B = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
@@ -184,7 +184,7 @@ def _within(scaled_BV: jax.Array, sampling: RowSampling) -> jax.Array:
 
 
 def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """The highest key at and above which the weights sum to what is wanted or more, int32[B, 1].
+    """Finds the highest key at and above which the weights sum to `wanted_B` or more, int32[B, 1].
 
     Found bit by bit from the top, which takes 32 sums and no sorting.
     """
@@ -195,8 +195,8 @@ def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.
     lowest_B = jnp.full(wanted_B.shape, jnp.iinfo(jnp.int32).min, jnp.int32)
     limit_B = jnp.where(enough(jnp.zeros_like(lowest_B)), 0, lowest_B)
 
-    def one_bit(place: jax.Array, limit_B: jax.Array) -> jax.Array:
-        higher_B = limit_B + jnp.left_shift(jnp.int32(1), 30 - place)
+    def one_bit(bit: jax.Array, limit_B: jax.Array) -> jax.Array:
+        higher_B = limit_B + jnp.left_shift(jnp.int32(1), 30 - bit)
         return jnp.where(enough(higher_B), higher_B, limit_B)
 
     return jax.lax.fori_loop(0, 31, one_bit, limit_B)[:, None]

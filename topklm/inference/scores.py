@@ -1,7 +1,7 @@
 """Log probabilities of tokens: of the model's own distribution, the logarithm of the softmax of its logits.
 
 Neither repetition penalty nor temperature nor limits of sampling play a part; interventions do. In nats.
-Dims: B rows, P places of a prompt, V vocabulary, A the most alternatives that can be asked for.
+Dims: B rows, P tokens of a prompt, V vocabulary, A the most alternatives that can be asked for.
 """
 
 import functools
@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.inference.programs import Plan, Rows
+from topklm.config import ModelConfig
+from topklm.inference.bucketing import on_rows
+from topklm.inference.sampling import RowSampling
+from topklm.inference.sequence import Sequence
+from topklm.inference.steps import RequestBatch, StaticArgs, hooks_of
 from topklm.model import transformer
-from topklm.model.transformer import Changes
 
 MOST_ALTERNATIVES = 20  # A
-_PIECE = 32  # places whose logits are there at one time
+_PIECE = 32  # tokens whose logits are computed at one time
 
 
 class Scores(NamedTuple):
-    """Of one token in each row, or at each place.
+    """Log probabilities of one token in each row, or at each position.
 
     Attributes:
         own: float32[B], of the tokens themselves.
@@ -33,48 +36,57 @@ class Scores(NamedTuple):
     values: np.ndarray
 
     def row(self, row: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-        """Of one token, and of so many alternatives."""
+        """Returns that of one token, and of so many alternatives."""
         alternatives = zip(self.tokens[row, :n].tolist(), self.values[row, :n].tolist(), strict=True)
         return float(self.own[row]), tuple(alternatives)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def before_drawing(plan: Plan, logits_BV: jax.Array) -> jax.Array:
-    """All log probabilities, float32[B, V], kept while the logits make way for those of the next token."""
-    del plan
+def before_drawing(static: StaticArgs, logits_BV: jax.Array) -> jax.Array:
+    """Returns all log probabilities, float32[B, V], to keep while the state goes on to the next token."""
+    del static
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
 
 def chosen(before_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
-    """Of tokens that were drawn, int32[B]."""
+    """Returns those of tokens that were drawn, int32[B]."""
     return Scores(*map(np.asarray, _picked(before_BV, tokens_B)))
 
 
 def of_prompt(
-    plan: Plan, params: transformer.Parameters, rows: Rows, tokens_1P: np.ndarray, length: int
+    config: ModelConfig, params: transformer.Parameters, sequence: Sequence, stop_token: int, size: int
 ) -> Scores:
-    """Of the tokens of one prompt but the first, each given those before it.
+    """Returns those of the tokens of a sequence's prompt but the first, each given the ones before it.
 
     Args:
-        plan: Of the model.
+        config: Of the model.
         params: Its parameters.
-        rows: One row.
-        tokens_1P: int32[1, P], the text at the left.
-        length: Tokens of the text.
+        sequence: With its prompt and its interventions.
+        stop_token: As in `Scheduler`.
+        size: To which the prompt is filled up.
     """
-    found = _of_prompt(plan, params, rows, tokens_1P)
-    return Scores(*(np.asarray(x)[: length - 1] for x in found))
+    prompt = sequence.tokens[: sequence.n_prompt]
+    tokens_1P = np.zeros((1, size), np.int32)
+    tokens_1P[0, : len(prompt)] = prompt
+    batch = RequestBatch(
+        RowSampling.of([sequence.sampling]),
+        np.zeros(1, np.int32),
+        np.array([len(prompt)], np.int32),
+        np.int32(stop_token),
+        None if sequence.steer is None else on_rows(config, [(0, sequence.steer)], 1),
+    )
+    found = _of_prompt(StaticArgs.of(config, params), params, batch, tokens_1P)
+    return Scores(*(np.asarray(x)[: len(prompt) - 1] for x in found))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_prompt(plan: Plan, params: transformer.Parameters, rows: Rows, tokens_1P: jax.Array) -> Any:
-    model = transformer.bind(plan.config, params)
-    changes = Changes()
-    if rows.interventions is not None:
-        positions_1P = jnp.arange(tokens_1P.shape[1])[None]
-        changes = rows.interventions.changes(plan.config, positions_1P, rows.prompt_lengths)
-    numbers = jnp.arange(plan.config.n_layers)
-    h_1PD, _ = model.hidden(tokens_1P, **changes._asdict(), edits=numbers)
+def _of_prompt(
+    static: StaticArgs, params: transformer.Parameters, batch: RequestBatch, tokens_1P: jax.Array
+) -> Any:
+    model = transformer.bind(static.config, params)
+    hooks = hooks_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
+    numbers = jnp.arange(static.config.n_layers)
+    h_1PD, _ = model.hidden(tokens_1P, hooks=hooks, hook_inputs=numbers)
     size, d = h_1PD.shape[1:]
     filled = -size % _PIECE
     pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)
@@ -86,7 +98,7 @@ def _of_prompt(plan: Plan, params: transformer.Parameters, rows: Rows, tokens_1P
 
     found = jax.lax.map(of_piece, (pieces, following))
     found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
-    return found if plan.replicated is None else jax.lax.with_sharding_constraint(found, plan.replicated)
+    return found if static.replicated is None else jax.lax.with_sharding_constraint(found, static.replicated)
 
 
 @jax.jit

@@ -1,13 +1,16 @@
-"""Causal self-attention inside documents: rotary positions, grouped queries, blocked over queries.
+"""Causal self-attention inside documents: rotary positions, grouped queries, and the backends of the mixing.
 
-`causal_attention` is what the model runs on CPUs. It walks the queries in blocks and never touches keys to
-the right of a block, so about half of the square is never computed; on accelerators a kernel of
-`attention_backends` takes its place. `attention_reference` is the plain formula the tests hold them to.
+`causal_attention` is the backend for CPUs. It walks the queries in blocks and never touches keys to the right
+of a block, so about half of the square is never computed. The kernels for accelerators, after it, never hold
+the scores. Which one a program runs is
+decided where the program is made for its devices (`backends.ATTENTION.choose`), not while it is lowered:
+cuDNN's cannot be traced without a GPU, and each keeps other arrays for its backward pass.
 """
 
-from collections.abc import Callable
 import functools
-from typing import Any
+import importlib
+from typing import Any, NamedTuple
+import warnings
 
 from flax import nnx
 import jax
@@ -15,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import attention_backends
-from topklm.model.layers import Linear
+from topklm.model import backends
+from topklm.model.layers import Linear, RMSNorm
 from topklm.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
@@ -24,48 +27,15 @@ from topklm.parallel import ALONE, Parallel, all_gather
 _QUERY_BLOCK = 128
 _MASKED = -1e30  # finite, so that a row of masked scores gives no NaN
 
+CHECKPOINT_NAME = "attention"  # of what `splash` keeps for its backward pass, in remat policies
+_LANES = 128  # a TPU's; the kernels' blocks are multiples of it
+_SPLASH_BLOCKS = (512, 256, _LANES)
+_TRITON_BLOCK = 64
+_CUDNN_MAX_HEAD_DIM = 128
 
-class Attention(nnx.Module):
-    """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
-
-    def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
-        d, width = config.d_model, config.head_dim
-        self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
-        self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
-        self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
-        self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
-        self.head_dim = width
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: "Rotation",
-        segment_ids_BT: jax.Array,
-        parallel: Parallel = ALONE,
-    ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
-
-        Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
-        of a sum.
-        """
-        batch, length, _ = x_BTD.shape
-
-        def heads(y: jax.Array) -> jax.Array:
-            return y.reshape(batch, length, -1, self.head_dim)
-
-        q = rotate(heads(self.query(x_BTD)), rotation)
-        k = rotate(heads(self.key(x_BTD)), rotation)
-        v = heads(self.value(x_BTD))
-        if parallel.context is None:
-            mixed = _BACKENDS[parallel.attention](q, k, v, segment_ids_BT)
-        else:
-            # The place of the queries among the keys is known only when the program runs, which the kernels
-            # of accelerators do not take. Few tokens are on this device; keys and values of all of them are
-            # narrower than the activations.
-            k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
-            first = jax.lax.axis_index(parallel.context) * length
-            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
-        return self.out(mixed.reshape(batch, length, -1))
+_SPLASH_KERNEL = "tpu.splash_attention.splash_attention_kernel"
+_SPLASH_MASK = "tpu.splash_attention.splash_attention_mask"
+_TRITON_KERNEL = "gpu.attention"
 
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -98,14 +68,65 @@ def rotate(x_BTHd: jax.Array, rotation: Rotation) -> jax.Array:
     return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x_BTHd.shape)
 
 
-def attention_reference(
-    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
-    """The plain formula: softmax(q k^T / sqrt(d)) v over the allowed keys; same contract as below."""
-    length = q_BTHd.shape[1]
-    same_segment = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    allowed = same_segment & np.tril(np.ones((length, length), bool))
-    return jax.nn.dot_product_attention(q_BTHd, k_BTKd, v_BTKd, mask=allowed[:, None])
+class QueriesKeysValues(NamedTuple):
+    """Queries, keys and values of tokens, by head."""
+
+    queries: jax.Array  # [B, T, H, d]
+    keys: jax.Array  # [B, T, K, d]
+    values: jax.Array  # [B, T, K, d]
+
+
+class Attention(nnx.Module):
+    """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
+
+    def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
+        d, width = config.d_model, config.head_dim
+        self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
+        self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
+        self.out = Linear(config.n_heads * width, d, std=out_std, rngs=rngs)
+        self.head_dim = width
+        # None, not a norm of scale 1, where there is none: checkpoints hold no array for it.
+        self.query_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        segment_ids_BT: jax.Array,
+        parallel: Parallel = ALONE,
+    ) -> jax.Array:
+        """Maps [B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
+
+        Across devices, T are the tokens of this device's tensor group, and the result is its heads' share
+        of a sum.
+        """
+        batch, length, _ = x_BTD.shape
+        q, k, v = self.project(x_BTD, rotation)
+        if parallel.context is None:
+            mixed = backends.ATTENTION[parallel.attention](q, k, v, segment_ids_BT)
+        else:
+            # The position of the queries among the keys is known only when the program runs, which the
+            # kernels of accelerators do not take. Few tokens are on this device; keys and values of all of
+            # them are narrower than the activations.
+            k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
+            first = jax.lax.axis_index(parallel.context) * length
+            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
+        return self.out(mixed.reshape(batch, length, -1))
+
+    def project(self, x_BTD: jax.Array, rotation: Rotation) -> QueriesKeysValues:
+        """Computes queries, keys and values of normed states [B, T, D]: by head, normed if asked, rotated."""
+        return self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotation)
+
+    def split_heads(
+        self, query_BTE: jax.Array, key_BTE: jax.Array, value_BTE: jax.Array, rotation: Rotation
+    ) -> QueriesKeysValues:
+        """Does the part of `project` after its matrix products, of [B, T, H d] and twice [B, T, K d]."""
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
+        return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
 
 
 @jax.custom_vjp
@@ -117,7 +138,7 @@ def causal_attention(
     key_segment_ids_BS: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention within segments.
+    """Computes causal attention within segments.
 
     Args:
         q_BTHd: Queries [B, T, H, d].
@@ -125,7 +146,7 @@ def causal_attention(
         v_BSKd: Values [B, S, K, d].
         segment_ids_BT: int32[B, T]; a token attends to equal ids only.
         key_segment_ids_BS: int32[B, S] of the keys, where the queries are a part of all tokens; else S = T.
-        first: int32 scalar, with them: the place of the first query among the keys. It is known only when
+        first: int32 scalar, with them: the position of the first query among the keys. It is known only when
             the program runs, so the keys to the right are computed and masked.
 
     Returns:
@@ -193,13 +214,6 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
 
-_BACKENDS: dict[str, Callable[..., jax.Array]] = {
-    "blocked": causal_attention,
-    "splash": attention_backends.splash,
-    "triton": attention_backends.triton,
-    "cudnn": attention_backends.cudnn,
-}
-
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -214,7 +228,7 @@ def _allowed(
     start: int,
     stop: int,
 ) -> jax.Array:
-    """bool[B, 1, 1, stop - start, keys]: which keys a block of queries attends to."""
+    """Returns the keys that a block of queries attends to, bool[B, 1, 1, stop - start, keys]."""
     if key_segments_BS is None:
         key_segments_BS = segments_BT[:, :stop]
     queries: Any = np.arange(start, stop) if first is None else first + np.arange(start, stop)
@@ -227,7 +241,7 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
-    """[B, T, H, d] -> [B, K, H/K, T, d]."""
+    """Reorders [B, T, H, d] -> [B, K, H/K, T, d]."""
     batch, length, _, width = x_BTHd.shape
     return jnp.transpose(x_BTHd.reshape(batch, length, n_kv_heads, -1, width), (0, 2, 3, 1, 4))
 
@@ -235,3 +249,130 @@ def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
 def _from_groups(x_BKGTd: jax.Array) -> jax.Array:
     batch, n_kv, group, length, width = x_BKGTd.shape
     return jnp.transpose(x_BKGTd, (0, 3, 1, 2, 4)).reshape(batch, length, n_kv * group, width)
+
+
+def splash(
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes splash attention, by the Pallas kernel for TPUs that JAX comes with.
+
+    Args:
+        q_BTHd: Queries [B, T, H, d].
+        k_BTKd: Keys [B, T, K, d]; K divides H.
+        v_BTKd: Values [B, T, K, d].
+        segment_ids_BT: int32[B, T]; a token attends to equal ids only.
+        interpret: Run it on any platform, slowly; for tests.
+
+    Returns:
+        [B, T, H, d] in the dtype of q; the backward pass keeps it and the logarithm of each row's sum.
+    """
+    length = q_BTHd.shape[1]
+    padded = _round_up(length, _LANES)
+    # Tokens past the end are hidden from all others by the mask, and their results are cut off.
+    q, k, v = (
+        jnp.swapaxes(_padded(x, padded), 1, 2) for x in (q_BTHd * q_BTHd.shape[-1] ** -0.5, k_BTKd, v_BTKd)
+    )
+    segments = _padded(segment_ids_BT, padded)
+    kernel = _splash_kernel(padded, q_BTHd.shape[2], interpret)
+    out = jax.vmap(kernel)(q, k, v, _jax_kernels(_SPLASH_KERNEL).SegmentIds(segments, segments))
+    return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def triton(
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Runs the Pallas kernel for GPUs that JAX comes with; arguments and result as `splash`."""
+    kernels = _jax_kernels(_TRITON_KERNEL)
+    length, width = q_BTHd.shape[1], q_BTHd.shape[-1]
+    padded = _round_up(length, _TRITON_BLOCK)
+    group = q_BTHd.shape[2] // k_BTKd.shape[2]
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k_BTKd, v_BTKd))  # it knows no grouped queries
+    out = kernels.mha(
+        *(_padded(x, padded) for x in (q_BTHd, k, v, segment_ids_BT)),
+        sm_scale=width**-0.5,
+        causal=True,
+        block_sizes=kernels.BlockSizes(*[_TRITON_BLOCK] * 6),
+        interpret=interpret,
+    )
+    return out[:, :length]
+
+
+def cudnn(
+    q_BTHd: jax.Array,
+    k_BTKd: jax.Array,
+    v_BTKd: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """Runs attention of cuDNN, with a mask bool[B, 1, T, T]; arguments and result as `splash`.
+
+    `implementation="xla"` computes the same without a GPU; for tests.
+    """
+    same = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHd, k_BTKd, v_BTKd, mask=same, is_causal=True, implementation=implementation
+    )
+
+
+def cudnn_limits(config: ModelConfig) -> str:
+    """Returns what a model needs for `cudnn` and does not have, or ""."""
+    width = config.head_dim
+    fits = width % 8 == 0 and width <= _CUDNN_MAX_HEAD_DIM
+    if fits and config.dtype == "bfloat16" and config.context_length % 2 == 0:
+        return ""
+    return (
+        f"needs model.dtype bfloat16 (now {config.dtype}), a head width that 8 divides, at most "
+        f"{_CUDNN_MAX_HEAD_DIM} (now {width}), and an even model.context_length (now {config.context_length})"
+    )
+
+
+def splash_block(length: int) -> int:
+    """Returns the tokens in a block of splash attention over `length` tokens, a multiple of 128."""
+    return next(size for size in _SPLASH_BLOCKS if length % size == 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _splash_kernel(length: int, n_heads: int, interpret: bool) -> Any:
+    """Makes the kernel for a causal mask; the cache shares it between layers."""
+    kernels, masks = _jax_kernels(_SPLASH_KERNEL), _jax_kernels(_SPLASH_MASK)
+    block = splash_block(length)
+    names = ["block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"]
+    names += ["block_kv_dkv_compute", "block_q_dq", "block_kv_dq"]
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * n_heads)
+    with jax.ensure_compile_time_eval():
+        kernel = kernels.make_splash_mha_single_device(
+            mask,
+            block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
+            residual_checkpoint_name=CHECKPOINT_NAME,
+            interpret=interpret,
+        )
+    # As NumPy arrays they belong to no device, and become constants of whichever program uses them.
+    return jax.tree.map(np.asarray, kernel)
+
+
+def _jax_kernels(module: str) -> Any:
+    """Imports kernels that JAX comes with, only in programs that use them."""
+    with warnings.catch_warnings():
+        # JAX 0.12 says that those for GPUs will move to a package of their own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.ops.{module}")
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    """Pads [B, T, ...] -> [B, length, ...] with zeros at the end."""
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

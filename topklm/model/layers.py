@@ -1,20 +1,53 @@
 """The small parts a block is made of: linear layer, RMSNorm, SwiGLU, embedding.
 
-Parameters are float32; each call computes in the dtype of its input. The gradient rules written out
-here equal automatic differentiation and exist only because they compile to faster code on CPUs.
+Parameters are float32; each call computes in the dtype of its input. The gradient rules written out here
+equal automatic differentiation and exist only because they compile to faster code on CPUs. So do `product`
+and `transposed`: XLA for CPUs has a kernel for bfloat16, twice as fast as float32, but takes it only for two
+row-major matrices and a float32 result; all else it converts to float32 first (docs/decisions.md).
 """
 
 from flax import nnx
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
-from topklm.model.products import product, transposed
 from topklm.parallel import ALONE, Parallel
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Computes `a @ b` in the dtype of a, sums in float32.
+
+    Args:
+        a: [..., N, K].
+        b: [..., K, M], same dtype.
+
+    Returns:
+        [..., N, M].
+    """
+    if a.dtype != jnp.bfloat16:
+        return a @ b
+    return jax.lax.platform_dependent(a, b, cpu=_rounded_product, default=jnp.matmul)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """Exchanges the last two axes, for use in a product: [..., N, M] -> [..., M, N]."""
+    if x.dtype != jnp.bfloat16:
+        return x.mT
+    return jax.lax.platform_dependent(x, cpu=_row_major_transpose, default=lambda x: x.mT)
+
+
+def _rounded_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _row_major_transpose(x: jax.Array) -> jax.Array:
+    # Without the constraint XLA would leave the data as it is and multiply a column-major matrix.
+    return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
 
 
 @jax.custom_vjp
 def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """`x @ w` whose weight gradient is formed as `x.T @ g`.
+    """Computes `x @ w` whose weight gradient is formed as `x.T @ g`.
 
     JAX's own rule forms `(g.T @ x).T`, which costs a transposed copy of the gradient.
 
@@ -51,14 +84,14 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.pad(kernel, ((0, 0), (0, (columns or d_out) - d_out))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., I] -> [..., O] in the dtype of x."""
+        """Maps [..., I] -> [..., O] in the dtype of x."""
         kernel = self.kernel[...].astype(x.dtype)
         flat = matmul(x.reshape(-1, x.shape[-1]), kernel)
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def of_entries(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
-    """`x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
+def sparse_matmul(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
+    """Computes `x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
 
     Args:
         x: Those entries, [..., k].
@@ -80,7 +113,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] in the dtype of x; the mean square is taken in float32."""
+        """Maps [..., D] -> [..., D] in the dtype of x; the mean square is taken in float32."""
         x32 = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return (x32 * inverse_rms * self.scale[...]).astype(x.dtype)
@@ -88,7 +121,7 @@ class RMSNorm(nnx.Module):
 
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6) that recomputes the sigmoid instead of keeping it.
+    """Computes `silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6), and the sigmoid again for its gradient.
 
     Args:
         gate: [..., F].
@@ -122,9 +155,11 @@ class SwiGLU(nnx.Module):
         self.up = Linear(d, d_mlp, std=d**-0.5, rngs=rngs)
         self.down = Linear(d_mlp, d, std=down_std, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        return self.down(gated_silu(self.gate(x), self.up(x)))
+    def __call__(self, x: jax.Array, gate_up: jax.Array | None = None) -> jax.Array:
+        """Maps [..., D] -> [..., D]; `gate_up`, [D, 2 F], takes the place of the matrices of gate and up."""
+        if gate_up is None:
+            return self.down(gated_silu(self.gate(x), self.up(x)))
+        return self.down(gated_silu(*jnp.split(product(x, gate_up), 2, axis=-1)))
 
 
 class Embedding(nnx.Module):
@@ -135,7 +170,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.pad(table_VD, ((0, rows - vocab_size), (0, 0))))
 
     def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype, parallel: Parallel = ALONE) -> jax.Array:
-        """int32[B, T] -> [B, T, D] in `dtype`; across devices, the residual tokens of each."""
+        """Maps int32[B, T] -> [B, T, D] in `dtype`; across devices, the residual tokens of each."""
         table_VD = self.embedding[...].astype(dtype)
         if parallel.tensor is None:
             return table_VD[tokens_BT]

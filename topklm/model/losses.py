@@ -1,8 +1,7 @@
 """Next-token cross-entropy that never holds all logits at once.
 
 The logits of one chunk of tokens are formed, turned into their loss and their gradient, and dropped, so the
-backward pass does no second matrix product with the unembedding. `cross_entropy_reference` is the plain
-formula the tests hold it to.
+backward pass does no second matrix product with the unembedding.
 """
 
 import functools
@@ -10,27 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from topklm.model.products import product, transposed
+from topklm.model.layers import product, transposed
 
 # A chunk's logits should stay near the cache (8 MB in float32) but a matrix product over fewer tokens
 # than this wastes the machine.
 _LOGITS_PER_CHUNK = 2**21
 _MIN_TOKENS_PER_CHUNK = 512
-
-
-def cross_entropy_reference(
-    h_BTD: jax.Array,
-    w_DV: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    z_loss: float,
-    n_vocab: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Same contract as `cross_entropy`, with all logits in memory."""
-    logits = jnp.matmul(h_BTD, w_DV.astype(h_BTD.dtype), preferred_element_type=jnp.float32)[..., :n_vocab]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights_BT * (nll + z_loss * log_z**2)), jnp.sum(weights_BT * nll)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -43,7 +27,7 @@ def cross_entropy(
     n_vocab: int | None = None,
     vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of next-token losses.
+    """Computes the weighted sum of next-token losses.
 
     Args:
         h_BTD: Final hidden state [B, T, D].
@@ -79,7 +63,7 @@ def token_losses(
     n_vocab: int | None = None,
     vocab_axis: str | None = None,
 ) -> jax.Array:
-    """Next-token loss of every position, nats, float32[B, T]; arguments as in `cross_entropy`."""
+    """Computes the next-token loss of every position, nats, float32[B, T]; arguments as `cross_entropy`."""
     chunks = _split(h_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32), w_DV.shape[1])
     w = w_DV.astype(h_BTD.dtype)
     nll_CBS = jax.lax.map(lambda chunk: _losses(chunk[0], w, chunk[1], n_vocab, vocab_axis)[0], chunks)
@@ -141,7 +125,7 @@ def _losses(
     n_vocab: int | None,
     vocab_axis: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
+    """Computes nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
     logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
     if n_vocab is not None and (vocab_axis is not None or n_vocab < w_DV.shape[1]):
         # Masked, not cut off: the products keep the shape that the hardware likes.
@@ -159,7 +143,7 @@ def _losses(
 
 
 def _target_logits(logits_BSV: jax.Array, targets_BS: jax.Array, vocab_axis: str | None) -> jax.Array:
-    """[B, S]; 0 for a target whose column another device has."""
+    """Picks the targets' logits, [B, S]; 0 for a target whose column another device has."""
     if vocab_axis is None:
         return jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
     is_target = _vocabulary(logits_BSV.shape[-1], vocab_axis) == targets_BS[..., None]
@@ -167,7 +151,7 @@ def _target_logits(logits_BSV: jax.Array, targets_BS: jax.Array, vocab_axis: str
 
 
 def _vocabulary(n_columns: int, vocab_axis: str | None) -> jax.Array:
-    """The token that each column of this device stands for, int32[V]."""
+    """Returns the token that each column of this device stands for, int32[V]."""
     columns = jnp.arange(n_columns, dtype=jnp.int32)
     return columns if vocab_axis is None else columns + jax.lax.axis_index(vocab_axis) * n_columns
 

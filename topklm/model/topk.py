@@ -1,8 +1,8 @@
 """The TopK activation: each row keeps its k largest entries, the rest become zero.
 
-A backend finds the winners of every row; activation, NaN and gradient are the same for all of them. What
-wins is decided on the row's IEEE total order (-0.0 < +0.0), as `jax.lax.top_k` has it; on a tie the lowest
-index wins, in every backend but "approx", bit for bit.
+A backend (`topklm.model.backends`) finds the winners of every row; activation, NaN and gradient are the same
+for all of them. The winners follow from the row's IEEE total order (-0.0 < +0.0), as in `jax.lax.top_k`; on a
+tie the lowest index wins, in every backend but "approx", bit for bit.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,18 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import TOPK_ACTIVATIONS, TOPK_BACKENDS, ModelConfig
-from topklm.errors import UserError
-from topklm.model import topk_pallas, topk_threshold
+from topklm.config import TOPK_ACTIVATIONS, ModelConfig
+from topklm.model import backends, topk_pallas, topk_threshold
 from topklm.model.topk_threshold import keep, order_key
 
 # Share of the k largest entries that "approx" finds, on average over rows in random order.
 APPROX_RECALL = 0.95
 MASK_NAME = "topk_mask"  # of what the reverse pass keeps, in remat policies
 
-Terms = tuple[jax.Array, ...]  # what a row is the sum of
-Selected = tuple[jax.Array, jax.Array | None]  # what `topk` returns, and which entries are active
-Backend = Callable[[Terms, jax.Array | None, int, str, bool], Selected]
-KERNELS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # backends for one platform only
+Terms = tuple[jax.Array, ...]  # their sum is x
+Selected = tuple[jax.Array, jax.Array | None]  # the result of `topk`, and which entries are active
+# A backend: (terms, applies, k, activation, with_mask) -> result.
+Select = Callable[[Terms, jax.Array | None, int, str, bool], Selected]
 
 
 def topk(
@@ -43,8 +42,8 @@ def topk(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         k: Entries kept per row, 1 or more; k >= D drops none.
-        activation: What is kept. "relu": the largest by signed value, clipped at 0. "identity": the same,
-            not clipped. "abs": the largest by magnitude, with their sign.
+        activation: "relu" keeps the largest by signed value, clipped at 0; "identity" the same, not clipped;
+            "abs" the largest by magnitude, with their sign.
         backend: How the winners are found. "lax": `jax.lax.top_k`. "threshold": a search for the k-th value.
             "pallas_gpu", "pallas_tpu": one kernel, on that platform only. "auto": the fastest of these where
             the program runs. All of them give the same bits. "approx": `jax.lax.approx_max_k`, which keeps k
@@ -55,9 +54,11 @@ def topk(
 
     Returns:
         [..., D] in the dtype of x. A row that holds a NaN is NaN throughout, so that a diverged run is seen.
-        The gradient, forward and reverse, passes through the active entries and is zero elsewhere; the
-        reverse pass keeps one bool per entry and no floats. A row with a NaN has active entries too, see
-        `active_mask`: its gradient is theirs, neither NaN nor zero throughout.
+        The gradient, forward and reverse, passes through the active entries (with "relu" those kept that
+        are above 0) and is zero elsewhere; the reverse pass keeps one bool per entry and no floats. A NaN
+        competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign bit
+        is set; with "abs" above infinity either way. So its row has active entries too, the same in every
+        exact backend, and its gradient is theirs, neither NaN nor zero throughout.
 
     Raises:
         ValueError: If k is below 1, the activation or backend is unknown, or x and residual differ in shape.
@@ -68,48 +69,6 @@ def topk(
     return _topk(terms, applies, k, activation, backend)
 
 
-def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
-    """Which entries pass through `topk`; with "relu" only those above 0.
-
-    A NaN competes by its bits, as in IEEE total order: above infinity, or below minus infinity if its sign
-    bit is set; with "abs" above infinity either way. So its row still has winners, the same in every exact
-    backend, and they are where the gradient of `topk` passes.
-
-    Args:
-        x: As in `topk`.
-        k: As in `topk`.
-        activation: As in `topk`.
-        backend: As in `topk`.
-
-    Returns:
-        bool[..., D].
-
-    Raises:
-        ValueError: As `topk`.
-        TypeError: As `topk`.
-    """
-    _check((x,), k, activation, backend)
-    return _topk_and_mask((x,), None, k, activation, backend)[1]
-
-
-def check_platform(backend: str, platform: str) -> None:
-    """Refuses a kernel that was asked for by name and is not made for the devices.
-
-    Args:
-        backend: As in `topk`.
-        platform: Of the devices, as `jax.Device.platform` has it.
-
-    Raises:
-        UserError: If the backend is a kernel for another platform.
-    """
-    wanted = KERNELS.get(backend, platform)
-    if wanted != platform:
-        raise UserError(
-            f"model.topk_backend = {backend!r}: a kernel for {wanted.upper()}s, and these devices are "
-            f"{platform.upper()}s; use model.topk_backend=auto"
-        )
-
-
 def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
     """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
 
@@ -117,11 +76,11 @@ def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
         config: The model as it is trained.
         n_devices: Over which its parameters lie.
     """
-    kernel_possible = config.topk_backend in ("auto", *KERNELS)
-    if n_devices > 1 and kernel_possible:
-        return dataclasses.replace(config, topk_backend="threshold")
+    if not backends.TOPK.needs_one_device(config.topk_backend):
+        return config
     # A kernel that was asked for by name may be one for other devices than these; the bits are the same.
-    return dataclasses.replace(config, topk_backend="auto") if kernel_possible else config
+    splittable = backends.TOPK.automatic(None, config.dtype).name
+    return dataclasses.replace(config, topk_backend=splittable if n_devices > 1 else backends.AUTO)
 
 
 def _check(terms: Terms, k: int, activation: str, backend: str) -> None:
@@ -129,8 +88,8 @@ def _check(terms: Terms, k: int, activation: str, backend: str) -> None:
         raise ValueError(f"k = {k}: must be 1 or more")
     if activation not in TOPK_ACTIVATIONS:
         raise ValueError(f"activation = {activation!r}: must be one of {', '.join(TOPK_ACTIVATIONS)}")
-    if backend not in TOPK_BACKENDS:
-        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(TOPK_BACKENDS)}")
+    if backend not in backends.TOPK.names:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(backends.TOPK.names)}")
     x = terms[0]
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"x is {x.dtype}: must be float32, bfloat16 or float16")
@@ -188,13 +147,42 @@ def _pass_through(active: jax.Array, terms_dot: tuple[jax.Array, ...]) -> jax.Ar
 def _select(
     terms: Terms, applies: jax.Array | None, k: int, activation: str, backend: str, *, with_mask: bool
 ) -> Selected:
-    select = _select_all if k >= terms[0].shape[-1] else _BACKENDS[backend]
-    return select(terms, applies, k, activation, with_mask)
+    if k >= terms[0].shape[-1]:
+        return _select_all(terms, applies, k, activation, with_mask)
+    by_platform = _by_platform(backend, terms[0])
+
+    def run(chosen: backends.Backend) -> Callable[[Terms, jax.Array | None], Selected]:
+        return lambda terms, applies: chosen(terms, applies, k, activation, with_mask)
+
+    if list(by_platform) == ["default"]:
+        return run(by_platform["default"])(terms, applies)
+    # Chosen when the program is lowered, when its platform is known: that need not be this machine's.
+    # Without a default, lowering for any other platform is an error.
+    return jax.lax.platform_dependent(terms, applies, **{name: run(b) for name, b in by_platform.items()})
 
 
-def _where_it_applies(select: Callable[[Terms, int, str, bool], Selected]) -> Backend:
-    """A backend from a selection that always applies."""
+def _by_platform(backend: str, x: jax.Array) -> dict[str, backends.Backend]:
+    """Returns the backend for each platform to lower for, and "default", the one for all others."""
+    if backend != backends.AUTO:
+        chosen = backends.TOPK[backend]
+        return {_lowered_as(chosen.platform): chosen}
+    dtype = str(x.dtype)
+    found = {"default": backends.TOPK.automatic(None, dtype)}
+    for entry in backends.TOPK.entries:
+        if entry.platform and dtype in entry.auto and not entry.obstacle(x.shape, x.dtype, entry.platform):
+            found[_lowered_as(entry.platform)] = entry
+    return found
 
+
+def _lowered_as(platform: str | None) -> str:
+    """Returns a platform's name in `jax.lax.platform_dependent`, which tells makers of GPUs apart."""
+    return {None: "default", "gpu": "cuda"}.get(platform, str(platform))
+
+
+def _where_it_applies(select: Callable[[Terms, int, str, bool], Selected]) -> Select:
+    """Makes a backend of a selection that always applies."""
+
+    @functools.wraps(select)
     def run(terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool) -> Selected:
         def pass_all() -> Selected:
             x = _sum(terms)
@@ -221,7 +209,8 @@ def _select_all(terms: Terms, k: int, activation: str, with_mask: bool) -> Selec
 
 
 @_where_it_applies
-def _select_lax(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+def select_lax(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+    """Selects by `jax.lax.top_k`."""
     x = _sum(terms)
     # The order of a row is decided on integers: exact, the same on every platform, denormals included.
     key = order_key(x)
@@ -230,7 +219,8 @@ def _select_lax(terms: Terms, k: int, activation: str, with_mask: bool) -> Selec
 
 
 @_where_it_applies
-def _select_approx(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+def select_approx(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+    """Selects by `jax.lax.approx_max_k`."""
     x = _sum(terms)
     judged = jnp.abs(x) if activation == "abs" else x
     _, index = jax.lax.approx_max_k(judged, k, recall_target=APPROX_RECALL)
@@ -244,64 +234,28 @@ def _keep_indices(x: jax.Array, index: jax.Array, activation: str, with_mask: bo
 
 
 @_where_it_applies
-def _select_threshold(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+def select_threshold(terms: Terms, k: int, activation: str, with_mask: bool) -> Selected:
+    """Selects by a search for the k-th value."""
     return topk_threshold.select(_sum(terms), k, activation, with_mask=with_mask)
 
 
-def _kernel(backend: str, k: int, activation: str, with_mask: bool) -> Callable[..., Selected]:
-    def run(terms: Terms, applies: jax.Array | None) -> Selected:
-        if backend == "pallas_tpu":
-            # The matrix product that makes x adds the residual on its way out; the kernel would read both.
-            terms = (_sum(terms),)
-        return topk_pallas.select(
-            terms[0],
-            k,
-            activation,
-            KERNELS[backend],
-            residual=terms[1] if len(terms) > 1 else None,
-            applies=applies,
-            with_mask=with_mask,
-        )
-
-    return run
-
-
-def _select_kernel(
-    backend: str,
-    platform: str,
-    terms: Terms,
-    applies: jax.Array | None,
-    k: int,
-    activation: str,
-    with_mask: bool,
-) -> Selected:
-    # Lowering for any other platform is an error: none else is named.
-    kernel = _kernel(backend, k, activation, with_mask)
-    return jax.lax.platform_dependent(terms, applies, **{platform: kernel})
-
-
-def _select_auto(
+def select_on_gpu(
     terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool
 ) -> Selected:
-    """Chooses when the program is lowered, when its platform is known: that need not be this machine's."""
-    x = terms[0]
-
-    def anywhere(terms: Terms, applies: jax.Array | None) -> Selected:
-        return _select_threshold(terms, applies, k, activation, with_mask)
-
-    kernels = {
-        platform: _kernel(backend, k, activation, with_mask)
-        for backend, platform in (("pallas_gpu", "cuda"), ("pallas_tpu", "tpu"))
-        if topk_pallas.supports(x.shape, x.dtype, KERNELS[backend])
-    }
-    return jax.lax.platform_dependent(terms, applies, default=anywhere, **kernels)
+    """Selects by the Pallas kernel for GPUs, which adds up the terms by itself."""
+    return topk_pallas.select(
+        terms[0],
+        k,
+        activation,
+        "gpu",
+        residual=terms[1] if len(terms) > 1 else None,
+        applies=applies,
+        with_mask=with_mask,
+    )
 
 
-_BACKENDS: dict[str, Backend] = {
-    "auto": _select_auto,
-    "lax": _select_lax,
-    "threshold": _select_threshold,
-    "pallas_gpu": functools.partial(_select_kernel, "pallas_gpu", "cuda"),
-    "pallas_tpu": functools.partial(_select_kernel, "pallas_tpu", "tpu"),
-    "approx": _select_approx,
-}
+def select_on_tpu(
+    terms: Terms, applies: jax.Array | None, k: int, activation: str, with_mask: bool
+) -> Selected:
+    """Selects by the Pallas kernel for TPUs; the matrix product that makes x adds the residual on its way."""
+    return topk_pallas.select(_sum(terms), k, activation, "tpu", applies=applies, with_mask=with_mask)

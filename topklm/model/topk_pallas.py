@@ -3,7 +3,7 @@
 It reads the activations once and writes the result once; between, a row stays on the chip while its winners
 are found on bit planes (`topk_pallas_bits`). Bit for bit the same as `jax.lax.top_k`.
 
-What it costs on an H200, [65,536, 2048] bfloat16, by counting instructions: the copy moves 4 bytes an entry,
+Its cost on an H200, [65,536, 2048] bfloat16, by counting instructions: the copy moves 4 bytes an entry,
 134 us at 4 TB/s. A pass over every entry for every bit of the key, a comparison and an addition at least,
 is 32 integer operations an entry, and the 132 SMs do 64 a cycle: 290 us, twice the copy. On bit planes it is
 about 12: 1 to pair two entries in a word, 4 to transpose, 1 to build keys, 4 to search (27 passes, ties
@@ -12,16 +12,28 @@ where enough rows are under way. A row of 2048 is one warp's: 64 entries a threa
 and 32 of planes, about 100 in all, so 20 rows are under way on an SM, and no count leaves its warp.
 """
 
-import functools
+import dataclasses
 import math
+from typing import Any, TypeAlias
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from topklm.model import topk_pallas_bits as bits
-from topklm.model.topk_pallas_tiles import Ref, Tile, make_tile
 
+Ref: TypeAlias = Any  # an argument of a kernel; Pallas takes several types for it
+_WARP = 32
+_WORDS_PER_THREAD = 2  # 64 entries; see the module's text
+_LEAST_WIDTH = 4  # on a GPU; less would cut a short row into pieces too small to load well
+_LANES = 128
+_SUBLANES = 16  # rows of a TPU register of 16-bit numbers
+# Of the activations in a TPU's block. Block and result are buffered twice, and the planes are as large again:
+# together they stay below the 16 MiB that a kernel gets.
+_TPU_BLOCK_BYTES = 2**20
+_TPU_MAX_ROWS = 512
 _MAX_D = 16_384
 _DTYPES = {
     "gpu": (jnp.float32, jnp.bfloat16, jnp.float16),
@@ -30,10 +42,96 @@ _DTYPES = {
 _OPERATIONS_PER_ENTRY = 16
 
 
-def supports(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> bool:
-    """Whether the kernel takes arrays [..., D] of this shape and dtype on platform "gpu" or "tpu"."""
-    known = any(jnp.dtype(dtype) == jnp.dtype(each) for each in _DTYPES.get(platform, ()))
-    return known and 1 <= shape[-1] <= _MAX_D and math.prod(shape) > 0
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The rows that one program of a kernel works on, and how it reads, writes and counts them.
+
+    Tile i holds the rows from `i * rows` on; the last one may reach past the array. It is cut along D into up
+    to 32 chunks of one width: chunk c is bit c of the words (`topk_pallas_bits`).
+    """
+
+    n_rows: int  # of the whole array
+    d: int
+    rows: int
+    width: int
+    compiler_params: plgpu.CompilerParams | pltpu.CompilerParams
+
+    @property
+    def block_d(self) -> int:
+        """Entries of a row with those past its end that fill up the last chunk."""
+        return pl.cdiv(self.d, self.width) * self.width
+
+    @property
+    def flag_spec(self) -> pl.BlockSpec:
+        """Of one int32 that all tiles read, int32[1]."""
+        return pl.BlockSpec() if self._on_gpu else pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    def block(self, width: int) -> pl.BlockSpec:
+        """Returns the part of an array [N, width] that belongs to a tile."""
+        return pl.BlockSpec((self.rows, width), lambda i: (i, 0))
+
+    def load(self, ref: Ref, chunk: int) -> jax.Array:
+        """Reads a chunk of the tile [rows, width], or of a row for all tiles; 0 past the end of a row."""
+        rows = ref.shape[0]
+        if chunk * self.width >= self.d:
+            return jnp.zeros((rows, self.width), ref.dtype)
+        part, inside = self._part(ref, chunk), self._inside(chunk, rows)
+        if self._on_gpu:
+            return plgpu.load(part, mask=inside, other=None if inside is None else 0.0)
+        return part[...] if inside is None else jnp.where(inside, part[...], 0)
+
+    def store(self, ref: Ref, chunk: int, value: jax.Array) -> None:
+        """Writes a chunk of the tile; entries past the end of the array are dropped."""
+        if chunk * self.width >= self.d:
+            return
+        part = self._part(ref, chunk)
+        if self._on_gpu:
+            plgpu.store(part, value, mask=self._inside(chunk, self.rows))
+        else:
+            part[...] = value  # the copy of the block to the array cuts it off
+
+    def store_whole(self, ref: Ref, value: jax.Array) -> None:
+        """Writes an array that is not cut into chunks, [rows, ...]."""
+        if self._on_gpu:
+            plgpu.store(ref, value, mask=self._in_array(value.shape))
+        else:
+            ref[...] = value
+
+    def count(self, words: jax.Array) -> jax.Array:
+        """Counts the bits set in a row, int32[rows, width] -> int32[rows, 1]."""
+        return jnp.sum(jax.lax.population_count(words), axis=1, keepdims=True, dtype=jnp.int32)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return isinstance(self.compiler_params, plgpu.CompilerParams)
+
+    def _part(self, ref: Ref, chunk: int) -> Ref:
+        return ref.at[:, pl.ds(chunk * self.width, self.width)]
+
+    def _inside(self, chunk: int, rows: int) -> jax.Array | None:
+        """Returns bool[rows, width], the entries of a chunk in the array; None if all, or all that matter."""
+        shape, left = (rows, self.width), self.d - chunk * self.width
+        in_row = None if left >= self.width else jax.lax.broadcasted_iota(jnp.int32, shape, 1) < left
+        in_array = self._in_array(shape)
+        if in_row is None or in_array is None:
+            return in_array if in_row is None else in_row
+        return in_row & in_array
+
+    def _in_array(self, shape: tuple[int, ...]) -> jax.Array | None:
+        """Does the same for rows. On a TPU rows past the end may hold anything: no row looks at another."""
+        if not self._on_gpu or shape[0] != self.rows or self.n_rows % self.rows == 0:
+            return None
+        left = self.n_rows - pl.program_id(0) * self.rows
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 0) < left
+
+
+def limits(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> str:
+    """Returns why the kernel does not take arrays [..., D] on platform "gpu" or "tpu", or ""."""
+    if not any(jnp.dtype(dtype) == jnp.dtype(each) for each in _DTYPES.get(platform, ())):
+        return f"does not take {jnp.dtype(dtype)} on {platform}"
+    if not 1 <= shape[-1] <= _MAX_D or math.prod(shape) == 0:
+        return f"takes rows of 1 to {_MAX_D} entries, and at least one"
+    return ""
 
 
 def select(
@@ -47,10 +145,10 @@ def select(
     with_mask: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """TopK of x, or of x + residual; it has no gradient rule of its own.
+    """Computes TopK of x, or of x + residual; it has no gradient rule of its own.
 
     Args:
-        x: [..., D], as `supports` allows.
+        x: [..., D], as `limits` allows.
         k: Entries kept per row, 1 or more.
         activation: "relu", "identity" or "abs", as in `topk.topk`.
         platform: "gpu" or "tpu".
@@ -60,79 +158,26 @@ def select(
         interpret: Run the kernel as ordinary JAX operations, on any platform.
 
     Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D] as of `topk.active_mask`,
-        or None. The kernel writes the mask as one bit an entry.
+        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
+        entries, or None. The kernel writes the mask as one bit an entry.
     """
-    out = _call(x, residual, applies, None, k, activation, platform, 0.0, with_mask, interpret)
-    return out["y"], _unpacked(out, x.shape[-1])
-
-
-def select_and_norm(
-    x: jax.Array,
-    k: int,
-    activation: str,
-    platform: str,
-    scale_D: jax.Array,
-    epsilon: float,
-    *,
-    residual: jax.Array | None = None,
-    with_mask: bool = False,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """TopK and the RMSNorm of its result, `y * rsqrt(mean(y * y) + epsilon) * scale` taken in float32.
-
-    Args:
-        x: As in `select`.
-        k: As in `select`.
-        activation: As in `select`.
-        platform: As in `select`.
-        scale_D: float32[D].
-        epsilon: Added to the mean square.
-        residual: As in `select`.
-        with_mask: As in `select`.
-        interpret: As in `select`.
-
-    Returns:
-        The result of TopK; its norm, in the dtype of x; the inverse root mean square, float32[..., 1]; the
-        mask of `select`, or None. Of a row with a NaN, the first three are NaN.
-    """
-    out = _call(x, residual, None, scale_D, k, activation, platform, epsilon, with_mask, interpret)
-    return out["y"], out["normed"], out["inverse_rms"], _unpacked(out, x.shape[-1])
-
-
-def _call(
-    x: jax.Array,
-    residual: jax.Array | None,
-    applies: jax.Array | None,
-    scale_D: jax.Array | None,
-    k: int,
-    activation: str,
-    platform: str,
-    epsilon: float,
-    with_mask: bool,
-    interpret: bool,
-) -> dict[str, jax.Array]:
-    d = x.shape[-1]
-    n_rows = x.size // d
+    n_rows, d = x.size // x.shape[-1], x.shape[-1]
     tile = make_tile(platform, n_rows, d, x.dtype.itemsize)
-    block = pl.BlockSpec((tile.rows, tile.block_d), lambda i: (i, 0))
-    inputs, in_specs = {"x": x.reshape(n_rows, d)}, {"x": block}
-    outputs, out_specs = {"y": jax.ShapeDtypeStruct((n_rows, d), x.dtype)}, {"y": block}
+    inputs, in_specs = {"x": x.reshape(n_rows, d)}, {"x": tile.block(tile.block_d)}
+    outputs, out_specs = {"y": jax.ShapeDtypeStruct((n_rows, d), x.dtype)}, {"y": tile.block(tile.block_d)}
     if residual is not None:
-        inputs["residual"], in_specs["residual"] = residual.reshape(n_rows, d), block
+        inputs["residual"], in_specs["residual"] = residual.reshape(n_rows, d), tile.block(tile.block_d)
     if applies is not None:
         inputs["applies"], in_specs["applies"] = applies.astype(jnp.int32).reshape(1), tile.flag_spec
     if with_mask:
         outputs["mask"] = jax.ShapeDtypeStruct((n_rows, tile.width), jnp.int32)
-        out_specs["mask"] = pl.BlockSpec((tile.rows, tile.width), lambda i: (i, 0))
-    if scale_D is not None:
-        inputs["scale"] = scale_D.astype(jnp.float32)[None]
-        in_specs["scale"] = pl.BlockSpec((1, tile.block_d), lambda i: (0, 0))
-        outputs["normed"], out_specs["normed"] = outputs["y"], block
-        outputs["inverse_rms"] = jax.ShapeDtypeStruct((n_rows, 1), jnp.float32)
-        out_specs["inverse_rms"] = pl.BlockSpec((tile.rows, 1), lambda i: (i, 0))
+        out_specs["mask"] = tile.block(tile.width)
+
+    def kernel(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
+        topk_of_tile(inputs, outputs, tile=tile, k=k, activation=activation)
+
     out = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, k=k, activation=activation, epsilon=epsilon),
+        kernel,
         out_shape=outputs,
         grid=(pl.cdiv(n_rows, tile.rows),),
         in_specs=(in_specs,),
@@ -142,33 +187,36 @@ def _call(
         interpret=interpret,
         name="topk",
     )(inputs)
-    return {name: array.reshape(*x.shape[:-1], array.shape[-1]) for name, array in out.items()}
+    return out["y"].reshape(x.shape), unpacked(out["mask"], x.shape) if with_mask else None
 
 
 def _cost(n_entries: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> pl.CostEstimate:
-    """For XLA's scheduler, which does not look into a kernel."""
+    """Estimates the cost for XLA's scheduler, which does not look into a kernel."""
     n_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     return pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * n_entries, bytes_accessed=n_bytes, transcendentals=0)
 
 
-def _unpacked(out: dict[str, jax.Array], d: int) -> jax.Array | None:
-    """bool[..., D] of the mask's words, int32[..., width]."""
-    if "mask" not in out:
-        return None
-    words = out["mask"]
-    entries = (words[..., None, :] >> jnp.arange(bits.WORD, dtype=jnp.int32)[:, None]) & 1
-    return entries.reshape(*words.shape[:-1], -1)[..., :d] != 0
+def unpacked(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a mask of this shape, bool[..., D], from its words, int32[N, width]."""
+    entries = (words[:, None] >> jnp.arange(bits.WORD, dtype=jnp.int32)[:, None]) & 1
+    return entries.reshape(len(words), -1)[:, : shape[-1]].reshape(shape) != 0
 
 
-def _kernel(
-    inputs: dict[str, Ref],
-    outputs: dict[str, Ref],
-    *,
-    tile: Tile,
-    k: int,
-    activation: str,
-    epsilon: float,
-) -> None:
+def topk_of_tile(
+    inputs: dict[str, Ref], outputs: dict[str, Ref], *, tile: Tile, k: int, activation: str
+) -> list[jax.Array]:
+    """Writes the TopK of a tile, inside of a kernel.
+
+    Args:
+        inputs: References, by name.
+        outputs: References, by name.
+        tile: Of `make_tile`.
+        k: As in `select`.
+        activation: As in `select`.
+
+    Returns:
+        The written entries, by chunk, [rows, width] each.
+    """
     u = [_load_sum(inputs, tile, chunk) for chunk in range(bits.WORD)]
     active, has_nan_R1 = _active_if_it_applies(inputs, u, tile, k, activation)
     if "mask" in outputs:
@@ -180,8 +228,7 @@ def _kernel(
     y = [jnp.where(kept & _bit(chunk) != 0, each, fill_R1) for chunk, each in enumerate(u)]
     for chunk, each in enumerate(y):
         tile.store(outputs["y"], chunk, each)
-    if "scale" in inputs:
-        _norm(inputs["scale"], outputs, y, tile, epsilon)
+    return y
 
 
 def _load_sum(inputs: dict[str, Ref], tile: Tile, chunk: int) -> jax.Array:
@@ -196,7 +243,7 @@ def _load_sum(inputs: dict[str, Ref], tile: Tile, chunk: int) -> jax.Array:
 def _active_if_it_applies(
     inputs: dict[str, Ref], u: list[jax.Array], tile: Tile, k: int, activation: str
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_active`; where TopK does not apply, all entries and no row: those that hold a NaN pass, too."""
+    """Does `_active`; where TopK does not apply, all entries are active, and rows with a NaN pass too."""
     if "applies" not in inputs:
         return _active(u, tile, k, activation)
 
@@ -212,7 +259,7 @@ def _active_if_it_applies(
 
 
 def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[jax.Array, jax.Array]:
-    """Of chunks of u: the active entries as bits, int32[R, width]; and bool[R, 1], which rows hold a NaN."""
+    """Returns the active entries of chunks as bits, int32[R, width]; and the rows with a NaN, bool[R, 1]."""
     dtype = u[0].dtype
     planes = bits.bit_planes([_as_integer(each) for each in u], 8 * dtype.itemsize)
     winners = bits.valid(tile.d, u[0].shape)
@@ -226,24 +273,34 @@ def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[ja
 
 
 def _as_integer(x: jax.Array) -> jax.Array:
-    """The bits of x in an int32; of a 16-bit float in its lower half, with zeros above."""
+    """Returns the bits of x in an int32; of a 16-bit float in its lower half, with zeros above."""
     if x.dtype.itemsize == 4:
         return jax.lax.bitcast_convert_type(x, jnp.int32)
     return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
 
 
 def _bit(position: int) -> int:
-    """An int32 with one bit set."""
+    """Returns an int32 with one bit set."""
     return 1 << position if position < bits.WORD - 1 else -(1 << position)
 
 
-def _norm(scale: Ref, outputs: dict[str, Ref], y: list[jax.Array], tile: Tile, epsilon: float) -> None:
-    """RMSNorm as in `layers.RMSNorm`; entries past the end of a row are 0, or NaN where the row is."""
-    y32 = [each.astype(jnp.float32) for each in y]
-    squares = functools.reduce(jnp.add, (each * each for each in y32))
-    mean_R1 = jnp.sum(squares, axis=1, keepdims=True) / tile.d
-    inverse_rms_R1 = jax.lax.rsqrt(mean_R1 + epsilon)
-    for chunk, each in enumerate(y32):
-        normed = each * inverse_rms_R1 * tile.load(scale, chunk)
-        tile.store(outputs["normed"], chunk, normed.astype(y[0].dtype))
-    tile.store_whole(outputs["inverse_rms"], inverse_rms_R1)
+def make_tile(platform: str, n_rows: int, d: int, itemsize: int) -> Tile:
+    """Returns the tile for n_rows rows of d entries of itemsize bytes on platform "gpu" or "tpu"."""
+    return _gpu_tile(n_rows, d) if platform == "gpu" else _tpu_tile(n_rows, d, itemsize)
+
+
+def _gpu_tile(n_rows: int, d: int) -> Tile:
+    """Sizes are powers of two, as Triton wants them; up to D = 2048 a program is one warp."""
+    width = max(_LEAST_WIDTH, pl.next_power_of_2(d) // bits.WORD)
+    rows = max(1, _WARP * _WORDS_PER_THREAD // width)
+    n_warps = rows * width // (_WARP * _WORDS_PER_THREAD)
+    return Tile(n_rows, d, rows, width, plgpu.CompilerParams(num_warps=n_warps, num_stages=1))
+
+
+def _tpu_tile(n_rows: int, d: int, itemsize: int) -> Tile:
+    """Chunks are whole registers."""
+    width = pl.cdiv(d, _LANES * bits.WORD) * _LANES
+    block_d = pl.cdiv(d, width) * width
+    rows = min(_TPU_BLOCK_BYTES // (block_d * itemsize), _TPU_MAX_ROWS, n_rows + _SUBLANES - 1)
+    rows = max(rows // _SUBLANES, 1) * _SUBLANES
+    return Tile(n_rows, d, rows, width, pltpu.CompilerParams(dimension_semantics=("parallel",)))

@@ -1,4 +1,4 @@
-"""Exact selection of the k largest numbers of a row on bit planes: what the Pallas TopK kernels compute.
+"""Exact selection of the k largest numbers of a row on bit planes, as the Pallas TopK kernels do it.
 
 32 entries of a row share a word: bit c of word j stands for entry `c * width + j`. One bit plane holds one
 bit of all of a row's numbers, so that one AND and one population count judge 32 entries.
@@ -59,19 +59,19 @@ def order_planes(planes: Sequence[jax.Array], *, by_magnitude: bool) -> list[jax
 
 
 def positive(planes: Sequence[jax.Array]) -> jax.Array:
-    """Where a float is above 0 in total order, as bits of words; a NaN without sign is."""
+    """Finds the floats above 0 in total order, as bits of words; a NaN without sign is one."""
     *magnitude, sign = planes
     return functools.reduce(operator.or_, magnitude) & ~sign
 
 
 def is_nan(planes: Sequence[jax.Array], n_mantissa_bits: int) -> jax.Array:
-    """Where a float is NaN, as bits of words: exponent all ones, mantissa not 0."""
+    """Finds the floats that are NaN, as bits of words: exponent all ones, mantissa not 0."""
     mantissa, exponent = planes[:n_mantissa_bits], planes[n_mantissa_bits:-1]
     return functools.reduce(operator.and_, exponent) & functools.reduce(operator.or_, mantissa)
 
 
 def valid(d: int, shape: tuple[int, ...]) -> jax.Array:
-    """Which bits stand for one of the d entries of a row, int32[shape], shape = (R, width)."""
+    """Sets the bits that stand for one of the d entries of a row, int32[shape], shape = (R, width)."""
     full, rest = divmod(d, shape[1])
     return jnp.where(_position(shape) < rest, _lowest(full + 1), _lowest(full))
 
@@ -79,11 +79,11 @@ def valid(d: int, shape: tuple[int, ...]) -> jax.Array:
 def select(
     planes: Sequence[jax.Array], k: int, among: jax.Array, count: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The k largest keys of every row, the lowest index first among equals.
+    """Finds the k largest keys of every row, the lowest index first among equals.
 
-    Fixes the bits of the k-th largest key from the highest down. Where entries tie at it for fewer places,
-    the search goes on over the bits of their index, inverted so that a lower one ranks higher: with these, no
-    two keys are equal.
+    Fixes the bits of the k-th largest key from the highest down. Where more entries tie at it than are
+    wanted, the search goes on over the bits of their index, inverted so that a lower one ranks higher: with
+    these, no two keys are equal.
 
     Args:
         planes: Of the keys, from the highest bit down, int32[R, width].
@@ -106,7 +106,7 @@ def select(
 
 
 def _descend(planes: Sequence[jax.Array], state: tuple, count: Callable[[jax.Array], jax.Array]) -> tuple:
-    """One bit at a time. State: entries sure to be among the k, those still equal, places left for these."""
+    """Fixes one bit at a time. State: entries sure to be among the k, those still equal, and how many."""
     chosen, candidates, places = state
     for plane in planes:
         hits = candidates & plane
@@ -120,7 +120,7 @@ def _descend(planes: Sequence[jax.Array], state: tuple, count: Callable[[jax.Arr
 
 
 def _index_planes(shape: tuple[int, ...]) -> list[jax.Array]:
-    """Of the inverted index c * width + j, from the highest bit down, as far as its bits can differ."""
+    """Makes planes of the inverted index c * width + j, from the highest bit that can differ down."""
     j = _position(shape)
     of_c = [jnp.full(shape, even, jnp.int32) for even in _EVEN.values()]
     of_j = [jnp.where(j & (1 << b) == 0, _ALL, 0) for b in reversed(range((shape[1] - 1).bit_length()))]
@@ -132,5 +132,5 @@ def _position(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _lowest(n: int) -> int:
-    """A word with its n lowest bits set."""
+    """Returns a word with its n lowest bits set."""
     return _ALL if n >= WORD else (1 << n) - 1

@@ -26,7 +26,7 @@ def order_key(x: jax.Array) -> jax.Array:
 
 
 def keep(x: jax.Array, active: jax.Array) -> jax.Array:
-    """The active entries of x, 0 elsewhere; NaN throughout a row that holds a NaN."""
+    """Returns the active entries of x, 0 elsewhere; NaN throughout a row that holds a NaN."""
     has_nan = jnp.any(jnp.isnan(x), axis=-1, keepdims=True)
     return _keep(x, active, has_nan)
 
@@ -34,7 +34,7 @@ def keep(x: jax.Array, active: jax.Array) -> jax.Array:
 def select(
     x: jax.Array, k: int, activation: str, *, with_mask: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-    """TopK of every row; not differentiable by itself.
+    """Computes TopK of every row; not differentiable by itself.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
@@ -43,8 +43,8 @@ def select(
         with_mask: Also return which entries are active.
 
     Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D] as of `topk.active_mask`,
-        or None.
+        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
+        entries, or None.
     """
     x_ND = x.reshape(-1, x.shape[-1])
     n_rows, d = x_ND.shape
@@ -86,7 +86,7 @@ def _select_block(x_RD: jax.Array, k: int, activation: str) -> tuple[jax.Array, 
 
 
 def _winners(key_RD: jax.Array, k: int) -> jax.Array:
-    """bool[R, D] with exactly k True a row."""
+    """Returns bool[R, D] with exactly k True a row."""
     kth_R1, count_R1 = _kth(key_RD, k)
     return jax.lax.cond(
         jnp.any(count_R1 > k), lambda: _break_ties(key_RD, kth_R1, k), lambda: key_RD >= kth_R1
@@ -94,7 +94,7 @@ def _winners(key_RD: jax.Array, k: int) -> jax.Array:
 
 
 def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """A bound of each row that exactly k keys reach, or its k-th key where ties allow none; and the count.
+    """Finds a bound of each row that exactly k keys reach, or its k-th key on a tie; and the count.
 
     Bisection. Invariant: count(key >= low) = count >= k and count(key > high) < k. A row is settled when
     count = k, or when low = high, which is a tie at the k-th place.
@@ -122,7 +122,7 @@ def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _lower_bound(key_RD: jax.Array, k: int) -> jax.Array:
-    """int32[R, 1] that at least k entries reach: with k groups, each one's largest reaches the least."""
+    """Returns int32[R, 1] that at least k entries reach: of k groups, each largest reaches the least."""
     width = key_RD.shape[1]
     while width % 2 == 0 and width // 2 >= k:
         width //= 2
@@ -161,7 +161,7 @@ def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], parts: Iterable[
 
 
 def _break_ties(key_RD: jax.Array, kth_R1: jax.Array, k: int) -> jax.Array:
-    """Above the k-th key, and of those equal to it as many of the first as there are places left."""
+    """Takes the keys above the k-th, and of those equal to it as many of the first as complete k."""
     d = key_RD.shape[1]
     above, tied = key_RD > kth_R1, key_RD == kth_R1
     places_left = k - _count_at_least(above.astype(key_RD.dtype), jnp.ones_like(kth_R1))

@@ -4,8 +4,8 @@ The figures are ours. A text is a number of *units*, documents or pieces of one.
 in a text is the share of the text's tokens at which it is active, the *difference* that in the positive text
 less that in the negative one.
 
-Tokens of a document are not independent, so a permutation deals whole units to the two texts anew, as many to
-each as there are; that is fair if units are exchangeable where both texts are of one kind. No number of
+Tokens of a document are not independent, so a permutation deals whole units to the two texts, as many to each
+as there are; that is fair if units are exchangeable where both texts are of one kind. No number of
 tokens makes up for few units. With m permutations drawn, a p-value is (1 + number at least as extreme) /
 (1 + m), which is never 0 (Phipson and Smyth 2010, "Permutation P-values should never be zero"); where there
 are at most m ways to deal the units, all are gone through, and the p-value is the share of them that is at
@@ -200,16 +200,16 @@ def ranked(
     top: int | None = None,
     by: str = "difference",
 ) -> list[ContrastedNeuron]:
-    """The neurons of each layer, those most typical of the positive text first, layer after layer.
+    """Returns the neurons of each layer, those most typical of the positive text first, layer after layer.
 
-    Those that are active in neither text are left out; of equal ones the lowest number comes first.
+    Neurons that are active in neither text are left out; of equal ones the lowest number comes first.
 
     Args:
         found: Of two texts.
         layers: The S layers.
         layer: Only this one.
         top: Neurons of each layer at most.
-        by: What they are sorted by, falling: "difference" or "score".
+        by: Sorts them, falling: "difference" or "score".
 
     Raises:
         ValueError: If `layer` is none of the layers, or `by` none of these.
@@ -233,7 +233,7 @@ def ranked(
 
 
 def _differences(dealt_PG: np.ndarray, counts_GM: np.ndarray, tokens_G: np.ndarray) -> np.ndarray:
-    """float64[P, M], of each of P ways to deal the units, bool[P, G]."""
+    """Returns float64[P, M], of each of P ways to deal the units, bool[P, G]."""
     dealt = dealt_PG.astype(np.float64)
     # Sums of whole numbers are exact, so that what is equal gets the same bits.
     positive, tokens = dealt @ counts_GM, dealt @ tokens_G
@@ -242,7 +242,7 @@ def _differences(dealt_PG: np.ndarray, counts_GM: np.ndarray, tokens_G: np.ndarr
 
 
 def _spread(n_positive: int, n_units: int, n_tokens: tuple[int, int]) -> float:
-    """What all neurons' standard deviations have in common; see the module's description."""
+    """Computes the factor that all standard deviations share; see the module's description."""
     n_pairs = n_positive * (n_units - n_positive)
     return (1 / n_tokens[0] + 1 / n_tokens[1]) * math.sqrt(n_pairs / (n_units * (n_units - 1)))
 
@@ -250,7 +250,7 @@ def _spread(n_positive: int, n_units: int, n_tokens: tuple[int, int]) -> float:
 def _dealings(
     n_units: int, n_positive: int, permutations: int, seed: int, together: int
 ) -> Iterator[np.ndarray]:
-    """bool[P, G], P at most `together`: all ways to choose the positive units, or so many drawn ones."""
+    """Yields bool[P, G], P at most `together`: all ways to choose the positive units, or some drawn."""
     if math.comb(n_units, n_positive) <= permutations:
         ways = itertools.combinations(range(n_units), n_positive)
         while part := list(itertools.islice(ways, together)):

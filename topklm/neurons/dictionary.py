@@ -2,9 +2,9 @@
 
     codes(h) = TopK(relu((h - centre) @ encoder)), the K largest      h is about centre + codes(h) @ decoder
 
-Each code is a neuron of the store that is harvested with it; what it stands for in the hidden state is its
+Each code is a neuron of the store that is harvested with it; its meaning in the hidden state is its
 row of the decoder, of unit length, and no coordinate. Codes are never negative. How a dictionary is made is
-in `topklm.neurons.fitting`. Dims: S layers, N tokens, D d_model, M codes of a layer.
+in `topklm.neurons.fit_dictionary`. Dims: S layers, N tokens, D d_model, M codes of a layer.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model.topk import topk
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 
 KINDS = ("random", "pca", "sae")
@@ -36,7 +36,7 @@ _WITHOUT_DIGEST = 1
 
 _ARRAYS = ("centre", "encoder", "decoder")
 _DIGEST_BYTES = 64
-# What zipfile raises for what is none, besides what NumPy does; RuntimeError: encrypted, or packed oddly.
+# Errors of zipfile for other files, besides those of NumPy; RuntimeError: encrypted, or packed oddly.
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError)
 
 
@@ -50,7 +50,7 @@ class Dictionary:
         centre: float32[S, D], what is taken off the hidden state.
         encoder: float32[S, D, M].
         decoder: float32[S, M, D], rows of unit length.
-        facts: How it was made, by name; what JSON can hold.
+        facts: How it was made, by name; values that JSON can hold.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Dictionary:
 
     @property
     def description(self) -> str:
-        """What it is, how it was made and its fingerprint, in a line."""
+        """Its kind, how it was made and its fingerprint, in a line."""
         facts = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in self.facts.items())
         width = self.decoder.shape[1]
         return f"{TITLES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
@@ -80,7 +80,7 @@ class Dictionary:
         return encode(jnp.asarray(self.centre), jnp.asarray(self.encoder), h_SND, self.keep)
 
     def decode(self, codes_SNM: jax.Array) -> jax.Array:
-        """What codes [S, ..., M] say of the hidden state, float32[S, ..., D]."""
+        """Reconstructs the hidden state float32[S, ..., D] from codes [S, ..., M]."""
         decoded = jnp.einsum("s...m,smd->s...d", codes_SNM, self.decoder, precision=jax.lax.Precision.HIGHEST)
         return decoded + _per_layer(jnp.asarray(self.centre), decoded)
 
@@ -101,7 +101,7 @@ class Dictionary:
 
     @classmethod
     def load(cls, path: Path) -> "Dictionary":
-        """What `save` has written.
+        """Reads a file that `save` has written.
 
         Raises:
             UserError: If it is missing, damaged, or of another version.
@@ -129,20 +129,21 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
 
 
-def check_coordinates(description: str, what: str) -> None:
-    """For whatever acts on neurons as coordinates of the hidden state.
+def check_coordinates(description: str, action: str) -> None:
+    """Refuses what acts on neurons as coordinates of the hidden state, if they are codes of a dictionary.
 
     Args:
         description: `Metadata.dictionary` of a store, or `Measured.dictionary` of a table.
-        what: Names what is not done, e.g. "steering".
+        action: The one that is refused, e.g. "steering".
 
     Raises:
         UserError: If the neurons are codes of a dictionary.
     """
     if description:
         raise UserError(
-            f"{what} acts on coordinates of the hidden state, and the neurons here are codes of a dictionary "
-            f"({description.partition(':')[0]}): use the run itself, harvested without --dictionary"
+            f"{action} acts on coordinates of the hidden state, and the neurons here are codes of a "
+            f"dictionary ({description.partition(':')[0]}): use the run itself, harvested without "
+            "--dictionary"
         )
 
 
@@ -188,7 +189,7 @@ class ExplainedVariance:
         x_ND = x_ND.astype(np.float64)
         self._error += float(np.square(x_ND - reconstructed_ND).sum())
         n, mean = len(x_ND), x_ND.mean(axis=0)
-        # What two samples scatter about their common mean: Chan, Golub and LeVeque 1979.
+        # The scatter of two samples about their common mean: Chan, Golub and LeVeque 1979.
         between = np.square(mean - self._mean).sum() * self._n * n / (self._n + n)
         self._scatter += float(np.square(x_ND - mean).sum() + between)
         self._mean += (mean - self._mean) * n / (self._n + n)
@@ -201,7 +202,7 @@ class ExplainedVariance:
 
 
 def _said(value: Any) -> str:
-    """A fact as text."""
+    """Returns a fact as text."""
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):

@@ -21,12 +21,11 @@ from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.activations import SparseActivations
+from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
+from topklm.neurons.documents import Documents, Packed, Window, batches, pack, windows_of
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
-from topklm.neurons.texts import Documents
-from topklm.neurons.windows import Packed, Window, pack, stretches, windows_of
 
 TOPK, DENSE = "topk", "dense"
 
@@ -50,13 +49,13 @@ ALL = Share()
 
 
 def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
-    """What there is to be harvested: TopK layers or, of a Base LM, the positive part of all layers."""
+    """Returns the kind and the layers that are harvested: those with TopK or, of a Base LM, all."""
     n_layers = config.n_topk_layers or config.n_layers
     return (TOPK if config.n_topk_layers else DENSE), tuple(range(n_layers))
 
 
 def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
-    """B: as many rows as suit the devices."""
+    """Returns B: as many rows as suit the devices."""
     return max(1, _BATCH_TOKENS // config.context_length) * mesh.size
 
 
@@ -112,7 +111,7 @@ def harvest(
     windows = _behind(windows, writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
-        for stretch in stretches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
+        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
             packed = pack(stretch, length, rows, separator_id)
             segment = model.run(packed, rows)
             if writing is not None:
@@ -133,7 +132,7 @@ def _windows(documents: Documents, separator_id: int, length: int, share: Share)
 
 
 def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
-    """What a part that holds so many tokens does not hold yet; windows are cut the same way every time."""
+    """Yields the windows after the first `stored` tokens; they are cut the same way every time."""
     skipped = 0
     while skipped < stored and (window := next(windows, None)):
         skipped += window.n_new
@@ -180,7 +179,7 @@ class _Program:
             self._written_in = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
 
     def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
-        """Reads a stretch; what is returned makes its segment."""
+        """Reads a stretch; the returned function makes its segment."""
         n, d = len(packed.tokens), self._config.d_model
         losses = np.full(n, np.nan, np.float32)
         shape = (len(self._layers), n, self._k if self._sparse else d)
@@ -224,7 +223,7 @@ def _forward(
     positions_BT: jax.Array,
     written_in: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Next-token losses float32[B, T], and what the layers hand on in bfloat16, sparse or [S, B, T, D].
+    """Returns next-token losses float32[B, T], and the layers' outputs in bfloat16, sparse or [S, B, T, D].
 
     If `written_in` holds the centre and the encoder of a dictionary, its codes stand for what they hand on.
     """
@@ -242,7 +241,7 @@ def _forward(
         return stored(h_next if config.n_topk_layers else topk(h_next, keep))
 
     model = transformer.bind(config, params)
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, tap=tap)
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=tap)
     if written_in:
         seen = stored(encode(*written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)

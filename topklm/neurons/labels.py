@@ -2,7 +2,7 @@
 
     {"format": 1, "labels": [{"layer": 0, "neuron": 17, "label": "the sea"}]}
 
-The file is read anew before each change and replaced whole, under a lock, so nobody's labels are lost.
+The file is read again before each change and replaced whole, under a lock, so nobody's labels are lost.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Labels:
         self._path = path
 
     def get(self, layer: int, neuron: int) -> str:
-        """A neuron's label; "" if it has none.
+        """Returns a neuron's label; "" if it has none.
 
         Raises:
             UserError: If the file is damaged.
@@ -46,7 +46,7 @@ class Labels:
         return self.all().get((layer, neuron), "")
 
     def all(self) -> dict[tuple[int, int], str]:
-        """All labels by (layer, neuron), rising.
+        """Returns all labels by (layer, neuron), rising.
 
         Raises:
             UserError: If the file is damaged or cannot be read.
@@ -89,11 +89,11 @@ class Labels:
                 write_atomically(self._path, _content(labels))
 
     def as_json(self) -> bytes:
-        """All labels as the file itself holds them."""
+        """Returns all labels as the file itself holds them."""
         return _content(self.all())
 
     def as_csv(self) -> bytes:
-        """All labels as CSV in UTF-8, with the columns layer, neuron and label.
+        """Returns all labels as CSV in UTF-8, with the columns layer, neuron and label.
 
         A label that a spreadsheet would take for a formula gets a ' in front; JSON has all as they are.
         """
@@ -106,11 +106,11 @@ class Labels:
 
 
 def _wait(_owner: str) -> None:
-    """Whoever holds the lock is done in a moment."""
+    """Waits in silence: the lock is held for a moment only."""
 
 
 def _problem(text: str) -> str:
-    """What is wrong with a label, and what to do; "" if nothing is."""
+    """Returns the problem with a label, and advice; "" if there is none."""
     if len(text) > MAX_CHARACTERS:
         return f"{len(text):,} characters, at most {MAX_CHARACTERS} are allowed; shorten it"
     for character in text:

@@ -4,7 +4,7 @@
 
 The decoder's rows start random, of unit length, and are brought back to it after every step; the encoder
 starts as the decoder's transpose, b_pre as the mean. The loss is the mean squared error, the optimizer Adam.
-What the paper adds against dead codes (AuxK) is left out: how many codes are dead is counted instead.
+The paper's remedy for dead codes (AuxK) is left out: dead codes are counted instead.
 Autoencoders of several layers are trained side by side. Dims: S layers, N tokens, D d_model, M codes of a
 layer.
 """
@@ -137,7 +137,7 @@ def _train(
     scale_S11: jax.Array,
     key: jax.Array,
 ) -> tuple[Autoencoders, optax.OptState, jax.Array]:
-    """Some steps on the tokens of one batch; and which codes were active, bool[S, M]."""
+    """Returns some steps on the tokens of one batch; and which codes were active, bool[S, M]."""
     x_SND = x_SND.astype(jnp.float32) / scale_S11
     size = x_SND.shape[1] // n_steps
     order = jax.random.permutation(key, x_SND.shape[1])[: n_steps * size].reshape(n_steps, size)

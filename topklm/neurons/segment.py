@@ -9,9 +9,9 @@ where each neuron's events begin; `gaps` [E], an event's distance in tokens from
 from the start), and `values` [E], bfloat16. Gaps are small, and bytes of one kind lie together, so both
 compress well.
 
-What is read is checked: each chunk carries a CRC-32C, a chunk that is not there is damage, and so is a file
-of another array or segment, for each carries its own tag. What else has to be known of an array, its type and
-its length, is not taken from its `zarr.json`, which is there for other readers.
+All reading is checked: each chunk carries a CRC-32C, a chunk that is not there is damage, and so is a file
+of another array or segment, for each carries its own tag. An array's type and
+length are not taken from its `zarr.json`, which is there for other readers.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -25,12 +25,12 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import for_tensorstore, fsync
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")
 
-_CHUNK = 16_384  # what is read at least, elements: some 20 kB
+_CHUNK = 16_384  # elements, the least that is read: some 20 kB
 _LEVEL = 3  # of zstd: higher ones take twice the time for 2 %
 _SHARD = "c/0"  # the one file of all chunks, under an array's folder
 
@@ -44,7 +44,7 @@ class Segment:
         documents: int[N], the document of each token, rising.
         losses: float[N], of the token itself given those before it, in nats; NaN where nothing stands before.
         offsets: int64[S D + 1], where the events of each neuron begin, layer by layer.
-        places: int[E], which of the N tokens, rising for each neuron.
+        token_index: int[E], which of the N tokens, rising for each neuron.
         values: [E], not 0.
     """
 
@@ -52,7 +52,7 @@ class Segment:
     documents: np.ndarray
     losses: np.ndarray
     offsets: np.ndarray
-    places: np.ndarray
+    token_index: np.ndarray
     values: np.ndarray
 
 
@@ -65,11 +65,11 @@ def from_dense(
         tokens: As in `Segment`, as the next two.
         documents: int[N].
         losses: float[N].
-        layers: What each TopK layer hands on, [N, D]; taken one after another.
+        layers: The outputs of the TopK layers, [N, D] each; taken one after another.
     """
     offsets, places, values = [np.zeros(1, np.int64)], [], []
     for layer in layers:
-        # What is not 0 in the transpose comes in the right order: nothing has to be sorted.
+        # Nonzero entries of the transpose come in the right order: nothing has to be sorted.
         by_neuron = np.ascontiguousarray(layer.T)
         active = _is_not_zero(by_neuron)
         places.append(np.flatnonzero(active) % len(layer))
@@ -95,7 +95,7 @@ def from_sparse(
         documents: int[N].
         losses: float[N].
         indices: int[S, N, k], neurons, distinct for each token.
-        values: [S, N, k]; those that are 0 are left out.
+        values: [S, N, k]; zeros are left out.
         d_model: D.
     """
     offsets, places, kept = [np.zeros(1, np.int64)], [], []
@@ -126,16 +126,16 @@ def write(folder: Path, segment: Segment, name: str) -> dict[str, Array]:
     Args:
         folder: To be made.
         segment: Its content.
-        name: What tells this segment from all others, of other stores too; goes into every file.
+        name: Tells this segment from all others, of other stores too; goes into every file.
 
     Returns:
-        What a `SegmentReader` has to know of each of `ARRAYS`.
+        The type and size of each of `ARRAYS`, for a `SegmentReader`.
     """
-    gaps = np.diff(segment.places, prepend=0)
+    gaps = np.diff(segment.token_index, prepend=0)
     # Where a neuron begins, the distance is from the start of the segment.
     counts = np.diff(segment.offsets)
     first = segment.offsets[:-1][counts > 0]
-    gaps[first] = segment.places[first]
+    gaps[first] = segment.token_index[first]
     arrays = {
         "tokens": _smallest(segment.tokens),
         "documents": segment.documents.astype(np.uint32),
@@ -165,7 +165,7 @@ class SegmentReader:
         n_tokens: N.
         n_events: E.
         n_neurons: S D.
-        advice: What to do if it is damaged.
+        advice: Ends the message for damage.
         name: As it was written with; None for one of an earlier version, which wrote neither tags nor CRCs,
             and no chunks in which all is 0.
         arrays: From `write`; none for one of an earlier version.
@@ -225,18 +225,18 @@ class SegmentReader:
         with damage_is_a_user_error(self.folder, self._advice):
             return future.result()
 
-    def start_reading(self, first: int, behind: int) -> tuple[ts.Future, ts.Future]:
+    def start_reading(self, first: int, stop: int) -> tuple[ts.Future, ts.Future]:
         """Begins to read the gaps and values of neighbouring neurons, numbered through all layers."""
-        begin, end = self.offsets[first], self.offsets[behind]
+        begin, end = self.offsets[first], self.offsets[stop]
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
-    def places(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-        """Computes `places_of`, all of them among the N tokens.
+    def token_index(self, gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+        """Computes `token_index_of`, all of them among the N tokens.
 
         Raises:
             UserError: If they are not.
         """
-        places = places_of(gaps, offsets)
+        places = token_index_of(gaps, offsets)
         with damage_is_a_user_error(self.folder, self._advice):
             if len(places) and not 0 <= places.min() <= places.max() < self.n_tokens:
                 raise ValueError("an event lies outside of its text")
@@ -251,7 +251,7 @@ class SegmentReader:
         reading = {kind: self.array(kind).read() for kind in ARRAYS}
         arrays = {kind: self.result(future) for kind, future in reading.items()}
         offsets = self._checked_offsets(arrays["offsets"])
-        places = self.places(arrays["gaps"], offsets)
+        places = self.token_index(arrays["gaps"], offsets)
         return Segment(
             arrays["tokens"], arrays["documents"], arrays["losses"], offsets, places, arrays["values"]
         )
@@ -269,12 +269,12 @@ class SegmentReader:
         return {"driver": "zarr3", "kvstore": kvstore, "open": True, "fill_missing_data_reads": fill}
 
 
-def places_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-    """int64[E], the places of events from their gaps; `offsets` say where each of several neurons begins."""
+def token_index_of(gaps: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+    """Returns int64[E], the places of events from their gaps; each of several neurons begins at an offset."""
     total = np.cumsum(gaps, dtype=np.int64)
     if offsets is None:
         return total
-    # Every neuron's sum begins at 0 again: what came before its first event is taken off.
+    # Every neuron's sum begins at 0 again: the sum before its first event is taken off.
     before = np.concatenate([[0], total])[offsets[:-1]]
     return total - np.repeat(before, np.diff(offsets))
 
@@ -319,7 +319,7 @@ def _kvstore(path: Path) -> dict[str, str]:
 
 
 def _metadata(array: Array) -> dict[str, Any]:
-    """All chunks in one file, so that a segment is a few files whatever it holds."""
+    """Returns all chunks in one file, so that a segment is a few files whatever it holds."""
     size = np.dtype(array.dtype).itemsize
     shuffled = {"cname": "zstd", "clevel": _LEVEL, "shuffle": "shuffle", "typesize": size, "blocksize": 0}
     inner = [
@@ -361,9 +361,9 @@ def _put_tag(shard: Path, array: Array, tag: bytes) -> None:
 
 
 def _check_tag(shard: Path, array: Array, tag: bytes) -> None:
-    behind = len(tag) + _index_bytes(array)
+    n_bytes = len(tag) + _index_bytes(array)
     with shard.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(max(size - behind, 0))
-        if size < behind or file.read(len(tag)) != tag:
+        file.seek(max(size - n_bytes, 0))
+        if size < n_bytes or file.read(len(tag)) != tag:
             raise ValueError(f"{shard.parent.parent.name}: the file of another array, or cut off")

@@ -4,8 +4,8 @@
     store/segments/0-000000/...       the arrays of one segment (`topklm.neurons.segment`), and segment.json
     store/parts/0/part.json           how many segments there are of part 0
 
-A segment is written under another name and renamed when it is whole, so that whoever is killed leaves whole
-segments; a run continues behind the last. Each part (a host's share of the text) numbers its own segments,
+A segment is written under another name and renamed when it is whole, so that a killed process leaves whole
+segments; a run continues after the last. Each part (a host's share of the text) numbers its own segments,
 and one process at a time writes to it.
 
 All JSON carries its own digest, and every segment and array says whose it is, so nothing is read in the place
@@ -25,7 +25,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
 from topklm.storage import locks
 from topklm.storage.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
@@ -47,13 +47,13 @@ _AGAIN = "run the same topklm neurons harvest again"
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What the activations of a store are of; all segments share it.
+    """The origin of a store's activations; all segments share it.
 
     Attributes:
         run: Name of the run folder.
         step: Of the checkpoint.
         tokenizer_sha256: Of the tokenizer that made the tokens.
-        source: What the text is, in words and fingerprints.
+        source: Of the text, in words and fingerprints.
         kind: "topk", what TopK layers hand on; "dense", the positive part of what a Base LM's layers do; or
             one of `dictionary.KINDS`, what those do, written in a dictionary.
         layers: The model's layers, rising; S of them.
@@ -111,7 +111,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventsByToken:
-    """What is active in a stretch of text, token by token.
+    """The active neurons of a stretch of text, token by token.
 
     Attributes:
         tokens: int64[E], which tokens of the store, rising.
@@ -128,7 +128,7 @@ class EventsByToken:
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known of a segment without opening its arrays.
+    """The facts of a segment that are known without opening its arrays.
 
     Attributes:
         n_tokens: N.
@@ -160,7 +160,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
 
     Args:
         folder: Of the store.
-        metadata: What is to be stored.
+        metadata: Of the activations to be stored.
         part: Which share of the text, from 0.
         wait: Told which process writes to the part, if another one does; if it returns, that one's end is
             waited for. None: that is an error.
@@ -221,7 +221,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         arrays = segment_lib.write(temporary, segment, _segment_id(self._store, self._part, self._n_written))
         facts = _Facts(
             len(segment.tokens),
-            len(segment.places),
+            len(segment.token_index),
             int(segment.documents[0]),
             int(segment.documents[-1]),
             self._store,
@@ -251,8 +251,8 @@ class Store:
 
     Attributes:
         folder: The same.
-        metadata: What its activations are of.
-        sha256: Of the metadata: what it goes by in other files. Empty in stores of format 1.
+        metadata: The origin of its activations.
+        sha256: Of the metadata; identifies the store in other files. Empty in stores of format 1.
         segments: All of them, part by part.
 
     Raises:
@@ -299,7 +299,7 @@ class Store:
         return sum(facts.n_events for facts in self._facts)
 
     def neuron(self, layer: int, neuron: int) -> Events:
-        """All events of a neuron.
+        """Returns all events of a neuron.
 
         Args:
             layer: One of `metadata.layers`.
@@ -312,7 +312,7 @@ class Store:
         reading = [segment.start_reading(number, number + 1) for segment in self.segments]
         tokens, values = [], []
         for start, segment, (gaps, found) in zip(self._starts, self.segments, reading, strict=False):
-            tokens.append(start + segment.places(segment.result(gaps)))
+            tokens.append(start + segment.token_index(segment.result(gaps)))
             values.append(segment.result(found).astype(np.float32))
         return Events(
             np.concatenate(tokens) if tokens else np.zeros(0, np.int64),
@@ -320,23 +320,23 @@ class Store:
         )
 
     def block(self, layer: int, begin: int, end: int) -> Block:
-        """All events of the neurons from `begin` to `end` - 1 of a layer; memory grows with their number.
+        """Reads all events of a layer's neurons from `begin` to `end` - 1; memory grows with their number.
 
         Raises:
             UserError: If there are no such neurons.
         """
-        first, behind = self._number(layer, begin), self._number(layer, end - 1) + 1
-        starts = [segment.offsets[first : behind + 1] for segment in self.segments]
-        reading = [segment.start_reading(first, behind) for segment in self.segments]
+        first, stop = self._number(layer, begin), self._number(layer, end - 1) + 1
+        starts = [segment.offsets[first : stop + 1] for segment in self.segments]
+        reading = [segment.start_reading(first, stop) for segment in self.segments]
         counts = np.zeros((len(self.segments), end - begin), np.int64)
         tokens, values = [], []
         for n, (segment, (gaps, found)) in enumerate(zip(self.segments, reading, strict=True)):
             counts[n] = np.diff(starts[n])
-            places = segment.places(segment.result(gaps), starts[n] - starts[n][0])
+            places = segment.token_index(segment.result(gaps), starts[n] - starts[n][0])
             tokens.append(self._starts[n] + places)
             values.append(segment.result(found).astype(np.float32))
         offsets = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
-        # A segment's events go behind those of the same neuron from the segments before.
+        # A segment's events go after those of the same neuron from the segments before.
         all_tokens, all_values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
         before = np.cumsum(counts, axis=0) - counts
         for n in range(len(self.segments)):
@@ -346,35 +346,37 @@ class Store:
         return Block(offsets, all_tokens, all_values)
 
     def active(self, begin: int, end: int) -> EventsByToken:
-        """All events of the tokens from `begin` to `end` - 1, of a document say; whole segments are read."""
+        """Reads all events of the tokens from `begin` to `end` - 1; takes whole segments."""
         layers, d = np.asarray(self.metadata.layers, np.int32), self.metadata.d_model
         parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
         for start, reader, facts in zip(self._starts, self.segments, self._facts, strict=False):
             if start < end and begin < start + facts.n_tokens:
                 segment = reader.read()
-                inside = np.flatnonzero((segment.places >= begin - start) & (segment.places < end - start))
+                inside = np.flatnonzero(
+                    (segment.token_index >= begin - start) & (segment.token_index < end - start)
+                )
                 numbers = np.searchsorted(segment.offsets, inside, side="right") - 1
-                order = np.argsort(segment.places[inside], kind="stable")
+                order = np.argsort(segment.token_index[inside], kind="stable")
                 found = inside[order]
                 values = segment.values[found].astype(np.float32)
-                parts.append((start + segment.places[found], numbers[order], values))
+                parts.append((start + segment.token_index[found], numbers[order], values))
         tokens, numbers, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return EventsByToken(tokens, layers[numbers // d], (numbers % d).astype(np.int32), values)
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
-        """int[end - begin], ids of the store's tokens; what lies outside of the store is left out."""
+        """Returns int[end - begin], ids of tokens; positions outside of the store are left out."""
         return self._stretch("tokens", begin, end)
 
     def losses(self, begin: int, end: int) -> np.ndarray:
-        """float32, as `tokens`: the loss of each token, nats."""
+        """Returns float32, as `tokens`: the loss of each token, nats."""
         return self._stretch("losses", begin, end).astype(np.float32)
 
     def documents(self, begin: int, end: int) -> np.ndarray:
-        """int, as `tokens`: the document of each token."""
+        """Returns int, as `tokens`: the document of each token."""
         return self._stretch("documents", begin, end)
 
     def document(self, number: int) -> tuple[int, int]:
-        """Which tokens a document has: the first, and the one behind its last.
+        """Returns which tokens a document has: the first, and the one after its last.
 
         Raises:
             UserError: If the store does not hold it.
@@ -480,7 +482,7 @@ def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: s
         path, advice = folder / _SEGMENTS / f"{part}-{number:06d}", _advice(part, number, numbers[-1] + 1)
         if there != number:
             advice = _advice(part, there, numbers[-1] + 1)
-            raise UserError(f"{path} is missing, and there are segments behind it: {advice}")
+            raise UserError(f"{path} is missing, and there are segments stop it: {advice}")
         facts = _facts(path, advice, bool(store))
         place = (store, part, number, n_tokens)
         if store and (facts.store, facts.part, facts.number, facts.begin) != place:
@@ -490,11 +492,11 @@ def _of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: s
     return found
 
 
-def _advice(part: int, number: int, behind: int) -> str:
+def _advice(part: int, number: int, stop: int) -> str:
     """Advises on a damaged segment; those harvested after it can only be harvested after it."""
     names = f"{part}-{number:06d}"
-    if number < behind - 1:
-        names += f" to {part}-{behind - 1:06d}"
+    if number < stop - 1:
+        names += f" to {part}-{stop - 1:06d}"
     return f"delete {names} in {_SEGMENTS}, and {_AGAIN}"
 
 

@@ -1,1 +1,1 @@
-"""A model behind OpenAI's interface for completions, with its neurons beside it."""
+"""A model that answers OpenAI's interface for completions, with its neurons beside it."""

@@ -1,5 +1,7 @@
-"""The server's addresses: which JSON, or which stream of it, answers which request."""
+"""The server's addresses: JSON, or a stream of it, for each request; served on one port."""
 
+from collections.abc import Callable
+import socket
 import time
 from typing import Any
 import uuid
@@ -11,17 +13,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topklm.server import fields, neurons, prompts, requests
+from topklm.server import fields, neurons, requests
 from topklm.server.answers import WhileThere, events, whole_answer
-from topklm.server.errors import ApiError
+from topklm.server.errors import ApiError, refused
 from topklm.server.service import Service
+from topklm.web import server as web_server
 from topklm.web.client import Json
+from topklm.web.security import Guard
 
+_LEAVING_SECONDS = 3  # for answers to be sent once the time of grace is over
 _SENDING_SECONDS = 30.0  # beyond its time, for a client that reads slowly
 
 
 def create(service: Service) -> Starlette:
-    """The application."""
+    """Makes the application."""
     here = _Api(service)
     routes = [
         Route("/health", here.health),
@@ -41,7 +46,7 @@ def create(service: Service) -> Starlette:
 
 
 class _Api:
-    """What answers."""
+    """Answers requests, one method for each address."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -57,7 +62,7 @@ class _Api:
         return Json({"object": "list", "data": [self._model()]})
 
     def one_model(self, request: Request) -> Response:
-        prompts.check_model({"model": request.path_params["name"]}, self._service.name)
+        requests.check_model({"model": request.path_params["name"]}, self._service.name)
         return Json(self._model())
 
     async def completions(self, request: Request) -> Response:
@@ -80,7 +85,7 @@ class _Api:
     async def tokenize(self, request: Request) -> Response:
         content, model = fields.json_object(await request.body()), self._service.model
         fields.refuse_unknown(content, ("model", "prompt", "add_special_tokens", "return_token_strs"))
-        prompts.check_model(content, self._service.name)
+        requests.check_model(content, self._service.name)
         text, separator = fields.text(content, "prompt"), model.tokenizer.separator_id
         ids = (await anyio.to_thread.run_sync(model.tokenizer.encode, text)).tolist()
         # Elsewhere its name is text like any other. Alone it is how clients ask for its id.
@@ -95,8 +100,8 @@ class _Api:
     async def detokenize(self, request: Request) -> Response:
         content, model = fields.json_object(await request.body()), self._service.model
         fields.refuse_unknown(content, ("model", "tokens"))
-        prompts.check_model(content, self._service.name)
-        ids = prompts.token_ids(content, "tokens", model.config.model.vocab_size)
+        requests.check_model(content, self._service.name)
+        ids = requests.token_ids(content, "tokens", model.config.model.vocab_size)
         return Json({"prompt": await anyio.to_thread.run_sync(model.tokenizer.decode, ids)})
 
     def tokenizer_info(self, _request: Request) -> Response:
@@ -106,14 +111,14 @@ class _Api:
     async def neurons(self, request: Request) -> Response:
         content, service = fields.json_object(await request.body()), self._service
         fields.refuse_unknown(content, ("model", "prompt", "layers", "top"))
-        prompts.check_model(content, service.name)
+        requests.check_model(content, service.name)
         config = service.model.config.model
         if not config.n_topk_layers:
             raise ApiError(400, f"{service.name} has no layer with TopK: its neurons are all active")
         if content.get("prompt") is None:
             raise fields.missing("prompt", "a text, or token ids")
         prompt = content["prompt"]
-        ids = await anyio.to_thread.run_sync(prompts.prompt_ids, service.model, prompt, service.limits)
+        ids = await anyio.to_thread.run_sync(requests.prompt_ids, service.model, prompt, service.limits)
         if len(ids) > config.context_length:
             message = (
                 f"prompt has {len(ids)} tokens: must be at most {config.context_length}, the model's context"
@@ -127,7 +132,7 @@ class _Api:
             allowed = f"an array of integers from 0 to {config.n_topk_layers - 1}, layers with TopK"
             raise fields.wrong("layers", layers, allowed)
         most = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
-        found = await service.call(lambda: neurons.active(service.model, service.sizes, ids))
+        found = await service.call(lambda: neurons.active(service.model, service.buckets, ids))
         first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
         tokens = neurons.described(service.model, ids, found, first=first, layers=layers, most=most)
         return Json({"object": "neurons", "model": service.name, "tokens": tokens})
@@ -166,3 +171,37 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def _bug(_request: Request, _error: Exception) -> Response:
     return ApiError(500, "a fault of the server, which its terminal tells of").response()
+
+
+def serve(
+    service: Service,
+    listening: socket.socket,
+    host: str,
+    token: str | None,
+    ready: Callable[[str], None] = print,
+) -> None:
+    """Answers until Ctrl-C, or until the process is asked to end; then sequences have a time of grace.
+
+    Args:
+        service: It answers; its engine has been started, and is closed in the end.
+        listening: From `topklm.web.server.listen`.
+        host: Where it listens.
+        token: Has to be sent by clients as their API key; None: they need none.
+        ready: Called with the address, once it answers.
+    """
+    port = listening.getsockname()[1]
+    guarded = Guard(
+        create(service),
+        web_server.names_of(host, port) if token is None else None,
+        token,
+        max_body=service.limits.body,
+        refuse=refused,
+        by_link=False,
+        where_token_is="send the one that topklm serve printed as your API key (Authorization: Bearer TOKEN)",
+    )
+    closing_seconds = round(service.limits.grace) + _LEAVING_SECONDS
+    running = web_server.make_server(guarded, closing_seconds, service.stop)
+    try:
+        web_server.run(running, listening, lambda: ready(f"http://{web_server.name_of(host)}:{port}/v1"))
+    finally:
+        service.engine.close()

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, in the form in which OpenAI's clients expect it."""
+"""Errors of requests, in the form in which OpenAI's clients expect them."""
 
 import math
 
@@ -9,7 +9,7 @@ from topklm.web.client import Json
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
-_AGAIN_SECONDS = 1  # after which who was sent away may try again
+_AGAIN_SECONDS = 1  # after which a client that was refused may try again
 
 
 class ApiError(Exception):
@@ -26,7 +26,7 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
 
     def content(self) -> dict:
-        """{"error": {"message", "type", "param", "code"}}."""
+        """Returns {"error": {"message", "type", "param", "code"}}."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -38,24 +38,24 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        """The answer."""
+        """Returns the answer."""
         headers = {"retry-after": str(_AGAIN_SECONDS)} if self.status in (429, 503) else None
         return Json(self.content(), self.status, headers)
 
 
 def refused(status: int, message: str) -> Response:
-    """For `Guard`."""
+    """Returns the answer with which `Guard` refuses a request."""
     answer = ApiError(status, message).response()
     answer.headers["connection"] = "close"
     return answer
 
 
 def of_field(error: ValueError) -> ApiError:
-    """Of a value that the library refuses; what it says begins with the name, in most cases."""
+    """Makes the error of a field that the library refuses; mostly, its message begins with the name."""
     name = str(error).partition(" ")[0].removesuffix(":")
     return ApiError(400, str(error), name if name.isidentifier() else None)
 
 
 def number(value: float) -> float:
-    """A log probability that JSON can hold; not a number, where a model was steered out of all bounds."""
+    """Returns a log probability that JSON can hold; it is NaN where a model was steered out of all bounds."""
     return max(value, -9999.0) if math.isfinite(value) else -9999.0

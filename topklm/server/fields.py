@@ -9,7 +9,7 @@ from topklm.web.client import from_json, kind_of
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """What a request carries.
+    """Parses the body of a request.
 
     Raises:
         ApiError: If it is no JSON object.
@@ -30,7 +30,7 @@ def refuse_unknown(content: dict[str, Any], known: Collection[str]) -> None:
 
 
 def boolean(content: dict[str, Any], name: str, default: bool) -> bool:
-    """True or false; null stands for the default."""
+    """Returns True or False; null stands for the default."""
     value = content.get(name)
     if value is not None and not isinstance(value, bool):
         raise wrong(name, value, "true or false")
@@ -40,7 +40,7 @@ def boolean(content: dict[str, Any], name: str, default: bool) -> bool:
 def integer(
     content: dict[str, Any], name: str, default: int, lowest: int, highest: int, why: str = ""
 ) -> int:
-    """A whole number in a range; null stands for the default."""
+    """Returns a whole number in a range; null stands for the default."""
     value = content.get(name)
     if value is None:
         return default
@@ -50,7 +50,7 @@ def integer(
 
 
 def number(content: dict[str, Any], name: str, default: float) -> float:
-    """Any number; null stands for the default."""
+    """Returns any number; null stands for the default."""
     value = content.get(name)
     if value is None:
         return default
@@ -63,7 +63,7 @@ def number(content: dict[str, Any], name: str, default: float) -> float:
 
 
 def text(content: dict[str, Any], name: str) -> str:
-    """A text that must be there."""
+    """Returns a text; raises ApiError if there is none."""
     value = content.get(name)
     if not isinstance(value, str):
         raise wrong(name, value, "a text") if name in content else missing(name, "a text")
@@ -71,7 +71,7 @@ def text(content: dict[str, Any], name: str) -> str:
 
 
 def checked_text(value: str, name: str) -> str:
-    """Itself, if it can be written as UTF-8."""
+    """Returns a text if it can be written as UTF-8; raises ApiError if not."""
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -82,12 +82,12 @@ def checked_text(value: str, name: str) -> str:
 
 
 def missing(name: str, allowed: str) -> ApiError:
-    """For a field that must be there."""
+    """Makes the error of a field that must be there."""
     return ApiError(400, f"{name} is missing: send {allowed}", name)
 
 
 def wrong(name: str, value: Any, allowed: str) -> ApiError:
-    """For a value of another kind, or outside of its range."""
+    """Makes the error of a value of another kind, or outside of its range."""
     shown = json.dumps(value) if isinstance(value, int | float | str | None) else f"a JSON {kind_of(value)}"
     shown = shown if len(shown) <= 60 else shown[:60] + "..."
     return ApiError(400, f"{name} = {shown}: must be {allowed}", name)

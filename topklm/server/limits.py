@@ -11,14 +11,14 @@ class Limits:
     """Bounds; a request beyond one is refused.
 
     Attributes:
-        waiting: Texts that wait for a row.
-        texts: Texts of one request, prompts times n.
+        waiting: Sequences that wait for a slot.
+        texts: Sequences of one request, prompts times n.
         prompt_tokens: Of one prompt.
-        max_tokens: New tokens of one text.
+        max_tokens: New tokens of one sequence.
         interventions: Of one request.
         body: Bytes of one request.
         timeout: Seconds from a request to the end of its answer.
-        grace: Seconds that texts may go on when the server is told to stop.
+        grace: Seconds that sequences may go on when the server is told to stop.
     """
 
     waiting: int = MOST_WAITING
@@ -31,10 +31,10 @@ class Limits:
     grace: float = 10.0
 
     def check(self) -> "Limits":
-        """Itself.
+        """Returns itself.
 
         Raises:
-            UserError: For what cannot be, named as the command's flag.
+            UserError: For a bound that cannot be, named as the command's flag.
         """
         flags = {"waiting": "max-waiting", "timeout": "timeout", "grace": "grace"}
         for field in dataclasses.fields(self):

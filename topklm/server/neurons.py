@@ -5,22 +5,24 @@ from typing import Any
 
 import numpy as np
 
+from topklm.inference.bucketing import ServingBuckets
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.sizes import Sizes
 
 
-def active(model: LanguageModel, sizes: Sizes, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The activations of the TopK layers on one text.
+def active(
+    model: LanguageModel, buckets: ServingBuckets, ids: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the activations of the TopK layers on one text.
 
     Args:
         model: With at least one such layer.
-        sizes: To what the length is rounded up, so that few programs are compiled.
+        buckets: Of lengths, so that few programs are compiled.
         ids: T token ids, at most the context's.
 
     Returns:
         Neurons int32[S, T, k], the strongest first, and activations float32[S, T, k], 0 where none is active.
     """
-    padded = np.zeros((1, sizes.length(len(ids))), np.int32)
+    padded = np.zeros((1, buckets.prompt(len(ids))), np.int32)
     padded[0, : len(ids)] = ids
     _, cache = model.run_with_cache(padded)
     indices = np.asarray(cache.neurons.indices)[:, 0, : len(ids)]
@@ -38,13 +40,13 @@ def described(
     layers: Sequence[int],
     most: int,
 ) -> list[dict[str, Any]]:
-    """For each token from `first` on, the active neurons of some layers, as JSON has it.
+    """Lists the active neurons of some layers for each token from `first` on, as JSON has them.
 
     Args:
         model: See `active`.
         ids: See `active`.
         found: From `active`.
-        first: Position of the first token that is told of.
+        first: Position of the first token that is listed.
         layers: Which.
         most: Neurons of a layer, for each token.
     """

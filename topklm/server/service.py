@@ -1,4 +1,4 @@
-"""A model, the engine that continues texts with it, and what both answer to one request."""
+"""A model, the engine that decodes with it, and their answer to one request."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from topklm.inference import scores
-from topklm.inference.engine import Engine
+from topklm.inference.bucketing import ServingBuckets
+from topklm.inference.engine import ClosedError, Engine, FullError
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.news import ClosedError, FullError, News
-from topklm.inference.programs import Plan, Rows
-from topklm.inference.sampling import RowSampling
 from topklm.inference.scores import Scores
-from topklm.inference.sizes import Sizes, of_rows
-from topklm.inference.text import Text
+from topklm.inference.sequence import Sequence as TokenSequence
+from topklm.inference.sequence import SequenceUpdate
 from topklm.server import neurons
-from topklm.server.choices import Choice
+from topklm.server.answers import Choice
 from topklm.server.errors import ApiError
 from topklm.server.limits import Limits
 from topklm.server.requests import Completion
@@ -28,95 +26,95 @@ _FAULT = "a fault of the server, which its terminal tells of"
 
 
 class Service:
-    """What the server's addresses stand for.
+    """Answers the requests to a server's addresses.
 
     Attributes:
-        model: What answers.
-        name: Under which it is asked for.
+        model: It completes prompts.
+        name: Of the model, in requests.
         limits: See `Limits`.
         began: Seconds since 1970.
     """
 
-    def __init__(self, model: LanguageModel, name: str, limits: Limits, n_rows: int | None = None):
-        """`n_rows`: texts that are continued at once; default as `Sizes.of`."""
+    def __init__(self, model: LanguageModel, name: str, limits: Limits, n_slots: int | None = None):
+        """Makes an engine; `n_slots`: sequences decoded together, default as in `ServingBuckets.of`."""
         self.model, self.name, self.limits = model, name, limits
         self.began = int(time.time())
-        self.sizes = Sizes.of(model.config.model, n_rows)
+        self.buckets = ServingBuckets.of(model.config.model, n_slots)
         self.engine = Engine(
             model.config.model,
             model.params,
             model.tokenizer.separator_id,
-            sizes=self.sizes,
+            buckets=self.buckets,
             most_waiting=limits.waiting,
         )
         self.closing = False
-        self._listening: set[asyncio.Queue[list[News] | None]] = set()  # None: the time of grace is over
+        self._listening: set[asyncio.Queue[list[SequenceUpdate] | None]] = set()  # None: grace is over
 
     def start(self, warm_up: Callable[[int, int], None] | None) -> None:
-        """See `Engine.start`; the programs for neurons are compiled too."""
+        """Starts the engine, see `Engine.start`; the programs for neurons are compiled too."""
         if warm_up is not None and self.model.config.model.n_topk_layers:
-            for length in self.sizes.lengths:
-                neurons.active(self.model, self.sizes, [0] * length)
+            for length in self.buckets.prompts:
+                neurons.active(self.model, self.buckets, [0] * length)
         self.engine.start(warm_up)
 
     def stop(self) -> None:
-        """Takes no more texts; those that are being made are ended when the time of grace is over."""
+        """Refuses new requests, and ends sequences that have not ended when the time of grace is over."""
         self.closing = True
 
         def end() -> None:
-            for news in self._listening:
-                news.put_nowait(None)
+            for updates in self._listening:
+                updates.put_nowait(None)
 
         asyncio.get_running_loop().call_later(self.limits.grace, end)
 
     async def pieces(self, asked: Completion) -> AsyncIterator[dict[str, Any]]:
-        """Pieces of the choices of an answer as they come, each as OpenAI has it; then {"usage": ...}.
+        """Yields pieces of the choices of an answer as they come, each as OpenAI has it; then {"usage": ...}.
 
         Raises:
             ApiError: If too many wait, the time is up, or the server is being stopped.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[list[News] | None]()
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[SequenceUpdate] | None]()
 
-        def deliver(some: list[News]) -> None:
+        def on_update(some: list[SequenceUpdate]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(news.put_nowait, some)
+                loop.call_soon_threadsafe(updates.put_nowait, some)
 
         deadline = loop.time() + self.limits.timeout
         choices = {
-            text: Choice(self.model.tokenizer, index, text, asked.stop)
-            for index, text in enumerate(asked.texts)
+            one: Choice(self.model.tokenizer, index, one, asked.stop)
+            for index, one in enumerate(asked.sequences)
         }
         going = set(choices)
-        self._submit(asked.texts, deliver)
-        self._listening.add(news)
+        self._submit(asked.sequences, on_update)
+        self._listening.add(updates)
         try:
             if asked.echo:
                 async for echo in self._echoes(asked, choices, deadline):
                     yield echo
             while going:
-                some = await self._in_time(news.get(), deadline)
+                some = await self._in_time(updates.get(), deadline)
                 if some is None:
                     raise _stopping()
-                for text, tokens, finished in some:
+                for one, tokens, finished in some:
                     if finished == "failed":
                         raise ApiError(500, _FAULT)
                     if finished == "closed":
                         raise _stopping()
-                    piece = choices[text].add(tokens, finished) if text in going else None
-                    if choices[text].finish_reason and text in going:
-                        going.remove(text)
-                        self.engine.give_up([text])
+                    piece = choices[one].add(tokens, finished) if one in going else None
+                    if choices[one].finish_reason and one in going:
+                        going.remove(one)
+                        self.engine.abort([one])
                     if piece:
                         yield piece
         finally:
-            self._listening.discard(news)
-            self.engine.give_up(list(going))
+            self._listening.discard(updates)
+            self.engine.abort(list(going))
         n_prompt, n_new = sum(map(len, asked.prompts)), sum(choice.n_new for choice in choices.values())
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
         yield {"usage": usage}
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """What a function gives that uses the model, called between tokens of texts.
+        """Calls a function that uses the model, between the engine's tokens, and returns its result.
 
         Raises:
             ApiError: If the time is up, or the server is being stopped.
@@ -133,11 +131,13 @@ class Service:
         except ClosedError as e:
             raise _stopping() from e
 
-    def _submit(self, texts: Sequence[Text], deliver: Callable[[list[News]], None]) -> None:
+    def _submit(
+        self, sequences: Sequence[TokenSequence], on_update: Callable[[list[SequenceUpdate]], None]
+    ) -> None:
         if self.closing:
             raise _stopping()
         try:
-            self.engine.submit(texts, deliver)
+            self.engine.submit(sequences, on_update)
         except FullError as e:
             most = self.limits.waiting
             raise ApiError(
@@ -155,31 +155,24 @@ class Service:
             raise ApiError(504, f"no whole answer in {seconds}: ask for fewer tokens", None, "timeout") from e
 
     async def _echoes(
-        self, asked: Completion, choices: dict[Text, Choice], deadline: float
+        self, asked: Completion, choices: dict[TokenSequence, Choice], deadline: float
     ) -> AsyncIterator[dict[str, Any]]:
         found: Scores | None = None
-        for number, text in enumerate(asked.texts):
-            if asked.logprobs is not None and number % asked.n == 0 and text.n_prompt > 1:
+        for number, one in enumerate(asked.sequences):
+            if asked.logprobs is not None and number % asked.n == 0 and one.n_prompt > 1:
                 found = await self._in_time(
-                    self._called(functools.partial(self._prompt_scores, text)), deadline
+                    self._called(functools.partial(self._prompt_scores, one)), deadline
                 )
-            elif asked.logprobs is not None and text.n_prompt == 1:
+            elif asked.logprobs is not None and one.n_prompt == 1:
                 found = _NO_SCORES
-            yield choices[text].echo(found)
+            yield choices[one].echo(found)
 
-    def _prompt_scores(self, text: Text) -> Scores:
-        config, prompt = self.model.config.model, text.tokens[: text.n_prompt]
-        tokens = np.zeros((1, self.sizes.length(len(prompt))), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        rows = Rows(
-            RowSampling.of([text.sampling]),
-            np.zeros(1, np.int32),
-            np.array([len(prompt)], np.int32),
-            np.int32(self.model.tokenizer.separator_id),
-            None if text.steer is None else of_rows(config, [(0, text.steer)], 1),
+    def _prompt_scores(self, sequence: TokenSequence) -> Scores:
+        model = self.model
+        size = self.buckets.prompt(sequence.n_prompt)
+        return scores.of_prompt(
+            model.config.model, model.params, sequence, model.tokenizer.separator_id, size
         )
-        plan = Plan.of(config, self.model.params)
-        return scores.of_prompt(plan, self.model.params, rows, tokens, len(prompt))
 
 
 _NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32))

@@ -1,1 +1,1 @@
-"""Steering by neurons, measured: what setting one does to the text that a model writes."""
+"""Steering by neurons, measured: the effect of setting one on the text that a model writes."""

@@ -9,13 +9,13 @@ import dataclasses
 import numpy as np
 
 from topklm.inference.generate import Generation
-from topklm.inference.intervention import Intervention, Positions
-from topklm.inference.interventions import Interventions
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
-from topklm.steering import measures
-from topklm.steering.concept import Concept
-from topklm.steering.measures import Estimate
+from topklm.steering import text_metrics
+from topklm.steering.concepts import Concept
+from topklm.steering.text_metrics import Estimate
 
 DISTINCT = (1, 2, 3)
 PROMPTS = (
@@ -53,10 +53,10 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Response:
-    """What a model writes at one value.
+    """The text of a model at one value.
 
     Attributes:
-        value: What the neuron was set to, in units of its activation; None: nothing was done.
+        value: Of the neuron, in units of its activation; None: nothing was done.
         texts: Continuations, without the prompt: for each prompt its samples.
         n_tokens: Of all texts.
         rates: Hits for each token, of each concept.
@@ -79,17 +79,17 @@ def respond(
     concepts: Sequence[Concept],
     sampled: Sampled,
     *,
-    mode: str = "clamp",
+    mode: str = DEFAULT_MODE,
     positions: Positions = "all",
     report: Callable[[int], None] = lambda texts: None,
 ) -> list[Response]:
     """Measures texts at each value, without steering first.
 
     Args:
-        model: What writes them.
+        model: Writes them.
         neuron: Layer and number.
-        values: In units of the neuron's activation; what they mean depends on the mode.
-        concepts: What is looked for; their names differ.
+        values: In units of the neuron's activation; their meaning depends on the mode.
+        concepts: To be counted; their names differ.
         sampled: How texts are generated.
         mode: As in `Intervention`.
         positions: As in `Intervention`.
@@ -140,7 +140,7 @@ def _generate(
     mode: str,
     positions: Positions,
 ) -> list[list[int]]:
-    """Token ids of each row's continuation."""
+    """Returns token ids of each row's continuation."""
     steer = [
         Intervention(*neuron, value, mode, positions, row)
         for row, (value, _, _) in enumerate(rows)
@@ -156,7 +156,7 @@ def _generate(
         ],
         max_new_tokens=[sampled.max_new_tokens] * len(rows),
         stop_token=model.tokenizer.separator_id,
-        interventions=Interventions.of(model.config.model, steer),
+        interventions=InterventionBatch.of(model.config.model, steer),
     )
     while not generation.done:
         generation.advance()
@@ -181,18 +181,20 @@ def _measure(
         for concept in concepts
     }
     whole = [prompt + tokens for prompt, tokens in zip(prompts, continuations, strict=True)]
-    found = measures.losses(model.config.model, model.params, whole, [len(prompt) for prompt in prompts])
+    found = text_metrics.losses(model.config.model, model.params, whole, [len(prompt) for prompt in prompts])
     total_losses = np.array([of_text.sum() for of_text in found])
-    varied = {n: np.array([measures.distinct(tokens, n) for tokens in continuations]) for n in DISTINCT}
+    varied = {n: np.array([text_metrics.distinct(tokens, n) for tokens in continuations]) for n in DISTINCT}
     there_is = lengths > 0
     return Response(
         value=value,
         texts=[texts[first : first + sampled.samples] for first in range(0, len(texts), sampled.samples)],
         n_tokens=int(lengths.sum()),
-        rates={name: measures.ratio(counts.astype(float), lengths, groups) for name, counts in hits.items()},
-        perplexity=measures.exp(measures.ratio(total_losses, lengths, groups)),
+        rates={
+            name: text_metrics.ratio(counts.astype(float), lengths, groups) for name, counts in hits.items()
+        },
+        perplexity=text_metrics.exp(text_metrics.ratio(total_losses, lengths, groups)),
         distinct={
-            n: measures.ratio(np.where(there_is, figures, 0.0), there_is.astype(float), groups)
+            n: text_metrics.ratio(np.where(there_is, figures, 0.0), there_is.astype(float), groups)
             for n, figures in varied.items()
         },
     )

@@ -1,4 +1,4 @@
-"""What a survey found, as numbers for a table or a program."""
+"""The results of a survey, as numbers for a table or a program."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
-from topklm.steering import verdict
-from topklm.steering.stored_concepts import KINDS, token_sets
+from topklm.steering import significance
+from topklm.steering.concepts import KINDS, token_sets
 from topklm.steering.survey import PROMPTED, Layer, Settings
 
 ALL = "all"
@@ -32,13 +32,13 @@ def summarise(layers: Mapping[int, Layer], settings: Settings) -> dict[str, Any]
 
 
 def neurons(layers: Mapping[int, Layer], settings: Settings, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Each neuron's concepts and verdicts, as JSON objects."""
+    """Returns each neuron's concepts and verdicts, as JSON objects."""
     rows = []
     for number, layer in layers.items():
         words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
         for place, neuron in enumerate(layer.concepts.neurons):
             x = int(layer.verdicts.strength[place])
-            there_is = x != verdict.NO_STRENGTH
+            there_is = x != significance.NO_STRENGTH
             rows.append(
                 {
                     "layer": number,
@@ -55,7 +55,7 @@ def neurons(layers: Mapping[int, Layer], settings: Settings, tokenizer: Tokenize
 
 
 def without_nan(tree: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+    """Returns the same with None for numbers that JSON does not have."""
     if isinstance(tree, dict):
         return {name: without_nan(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -80,7 +80,7 @@ def _of_concept(layer: Layer, place: int, k: int, tokens: list[str]) -> dict[str
 
 def _of_layers(name: str, layers: list[Layer], settings: Settings) -> dict[str, Any]:
     strength = np.concatenate([layer.verdicts.strength for layer in layers])
-    steered = strength != verdict.NO_STRENGTH
+    steered = strength != significance.NO_STRENGTH
     values = np.asarray(settings.strengths)[strength[steered]]
     chosen = [(layer, np.maximum(layer.verdicts.strength, 0)) for layer in layers]
     divergences = np.concatenate([layer.measured.divergences[x, np.arange(len(x))] for layer, x in chosen])
@@ -138,7 +138,7 @@ def _at_strength(layers: list[Layer], x: int, value: float) -> dict[str, Any]:
 
 
 def _share(passed: np.ndarray) -> dict[str, float]:
-    low, high = verdict.wilson(int(passed.sum()), len(passed))
+    low, high = significance.wilson(int(passed.sum()), len(passed))
     return {"share": float(passed.mean()) if len(passed) else math.nan, "low": low, "high": high}
 
 

@@ -2,9 +2,9 @@
 
 A neuron is steered by adding a vector to what its layer hands on, at every position of the prompts: its own
 unit vector, times the strength, times the mean length of what the layer hands on. So all neurons of a layer
-are changed by the same length, and so are random directions beside them, drawn evenly from the sphere. What
-is measured is the next token after each prompt. Definitions of verdicts: `verdict`; of concepts:
-`stored_concepts`; both are ours. Memory does not grow with the text beyond a few bytes for each token.
+are changed by the same length, and so are random directions beside them, drawn evenly from the sphere. The
+next token after each prompt is measured. Definitions of verdicts: `significance`; of concepts: `concepts`;
+both are ours. Memory does not grow with the text beyond a few bytes for each token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +17,63 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import directions, prompts, verdict
-from topklm.steering.directions import Effects, Unsteered
-from topklm.steering.prompts import Prompts
-from topklm.steering.stored_concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
-from topklm.steering.verdict import Measured, Verdicts
+from topklm.steering import next_token_effects, significance
+from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
+from topklm.steering.next_token_effects import Effects, Unsteered
+from topklm.steering.significance import Measured, Verdicts
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5)
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
 _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """C prompts of T tokens.
+
+    Attributes:
+        tokens: int32[C, T], the separator first, as before every prompt of `generate`.
+        following: int32[C], the token that follows in the text.
+    """
+
+    tokens: np.ndarray
+    following: np.ndarray
+
+    def with_prefix(self, prefix: np.ndarray) -> np.ndarray:
+        """Returns int32[C, T + m], with m token ids between the separator and the text."""
+        middle = np.broadcast_to(prefix.astype(np.int32), (len(self.tokens), len(prefix)))
+        return np.concatenate([self.tokens[:, :1], middle, self.tokens[:, 1:]], axis=1)
+
+
+def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: int) -> Prompts:
+    """Pieces of the documents of odd number, drawn evenly over them.
+
+    Args:
+        store: Of the text.
+        n: C.
+        length: T, the separator counted; 2 or more.
+        separator_id: Of the tokenizer.
+        seed: Of the draw.
+
+    Raises:
+        UserError: If there are not so many pieces.
+    """
+    documents = store.documents(0, store.n_tokens)
+    # The text of a prompt, and the token after it, are of one document.
+    last = length - 1
+    fits = documents[: max(len(documents) - last, 0)] == documents[last:]
+    starts = np.flatnonzero(fits & (documents[: len(fits)] % 2 == 1))
+    if len(starts) < n:
+        raise UserError(
+            f"{store.folder} has {len(starts):,} places for a prompt of {last} tokens in its documents of "
+            f"odd number, {n} are needed: harvest more text"
+        )
+    shares = (np.arange(n) + np.random.default_rng(seed).random(n)) / n
+    chosen = starts[(shares * len(starts)).astype(np.int64)]
+    stored = store.tokens(0, store.n_tokens)
+    text = stored[chosen[:, None] + np.arange(length)].astype(np.int32)
+    separators = np.full((n, 1), separator_id, np.int32)
+    return Prompts(np.concatenate([separators, text[:, :-1]], axis=1), text[:, -1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +103,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompting:
-    """What prompting with a concept does to it: the control beside steering.
+    """The effect of prompting with a concept: the control beside steering.
 
     All tokens of a concept, one after another, stand between the separator and the prompt. Concepts of each
     kind are prompted with their own tokens.
@@ -118,9 +166,9 @@ def survey(
             f"layer {unknown[0]}: {store.folder} has activations of the layers "
             f"{', '.join(map(str, store.metadata.layers))}; give one of these"
         )
-    chosen = prompts.neutral(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
+    chosen = neutral_prompts(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
     reader = ConceptReader(store, config.vocab_size)
-    before = directions.unsteered(config, params, chosen.tokens)
+    before = next_token_effects.unsteered(config, params, chosen.tokens)
     rng = np.random.default_rng(settings.seed)
     found = {}
     for layer in layers:
@@ -171,19 +219,21 @@ class _Work:
             np.stack(arrays) for arrays in zip(*parts, strict=True)
         )
         measured = Measured(own, divergences, losses, of_random, random_divergences, others, others_at)
-        verdicts = verdict.judge(measured, self.settings.bound)
+        verdicts = significance.judge(measured, self.settings.bound)
         return Layer(self.concepts, n_alive, norm, measured, verdicts, prompting)
 
     @property
     def _at_once(self) -> int:
-        return directions.treatments_at_once(self.config, len(self.prompts.tokens), self.concepts.tokens)
+        return next_token_effects.treatments_at_once(
+            self.config, len(self.prompts.tokens), self.concepts.tokens
+        )
 
     def _add(self, vectors_RD: np.ndarray) -> Effects:
         # Filled up to one shape, so that nothing is compiled for what is left over.
         filled = np.zeros((self._at_once, self.config.d_model))
         filled[: len(vectors_RD)] = vectors_RD
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.add_vectors(
+        effects = next_token_effects.add_vectors(
             self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
         )
         return Effects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
@@ -205,7 +255,7 @@ class _Work:
         filled = np.resize(places, self._at_once)
         tokens = [self.prompts.with_prefix(_prefix(self.concepts.tokens[place, kind])) for place in filled]
         following, concepts = self.prompts.following, self.concepts.tokens
-        effects = directions.change_prompts(
+        effects = next_token_effects.change_prompts(
             self.config, self.params, np.stack(tokens), following, concepts, self.before
         )
         report(len(places), 0, 0)
@@ -216,7 +266,7 @@ class _Work:
 def _of_strength(
     own: Sequence[Effects], random: Sequence[Effects], others_at: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The fields of `Measured` but the last, without their first axis."""
+    """Returns the fields of `Measured` but the last, without their first axis."""
     diagonal, others, first = [], [], 0
     for effects in own:
         rows = np.arange(len(effects.gains))
@@ -234,12 +284,12 @@ def _of_strength(
 
 
 def _unit_vectors(neurons: np.ndarray, d: int) -> np.ndarray:
-    """float64[n, D]."""
+    """Returns float64[n, D]."""
     return (neurons[:, None] == np.arange(d)).astype(np.float64)
 
 
 def _prefix(concept: np.ndarray) -> np.ndarray:
-    """`SIZE` tokens; a smaller concept is written again from its beginning."""
+    """Returns `SIZE` tokens; a smaller concept is written again from its beginning."""
     there_are = concept[concept != NO_TOKEN]
     # Of an empty one no gain can come, whatever stands there.
     return np.resize(there_are if len(there_are) else np.zeros(1, np.int32), len(concept))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.model.transformer import Tap
+from topklm.model.block import CaptureFn
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
     }
 
 
-def topk_health_tap(weights_BT: jax.Array) -> Tap:
+def topk_health_tap(weights_BT: jax.Array) -> CaptureFn:
     """Makes a tap that measures how the TopK of one layer does on held-out text.
 
     Only weighted tokens count: padding and separators that are never scored are left out.

@@ -24,7 +24,7 @@ from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
 from topklm.errors import UserError
 from topklm.layout import Layout, make_layout
-from topklm.model import attention_backends, topk
+from topklm.model import backends
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.console import Console
@@ -91,8 +91,8 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
     """
     layout = make_layout(config.mesh)
     # Refused before the data is prepared, which can take hours, and not first where the steps are made.
-    topk.check_platform(config.model.topk_backend, layout.platform)
-    attention_backends.choose(config.model, layout.platform)
+    backends.TOPK.check_platform(config.model.topk_backend, layout.platform)
+    backends.ATTENTION.choose(config.model.attention, layout.platform, config.model.dtype, config.model)
     console.say(f"devices: {layout.describe_devices()}")
     for line in warnings(config):
         console.say(f"warning: {line}")

@@ -15,7 +15,8 @@ import optax
 
 from topklm.config import Config, ModelConfig
 from topklm.layout import REPLICATED, ROWS, Layout
-from topklm.model import attention_backends, losses, topk, transformer
+from topklm.model import backends, losses, transformer
+from topklm.model.block import CaptureFn
 from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
@@ -172,12 +173,12 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
         what the tap saw)`, whose parameters are this device's parts.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
-    topk.check_platform(config.topk_backend, layout.platform)
-    attention = attention_backends.choose(config, layout.platform)
-    parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention)
+    backends.TOPK.check_platform(config.topk_backend, layout.platform)
+    attention = backends.ATTENTION.choose(config.attention, layout.platform, config.dtype, config)
+    parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention.name)
 
     def forward(
-        params: transformer.Parameters, batch: Batch, tap: transformer.Tap | None = None
+        params: transformer.Parameters, batch: Batch, tap: CaptureFn | None = None
     ) -> tuple[transformer.Transformer, jax.Array, Any]:
         def gathered() -> transformer.Transformer:
             # The blocks are gathered one at a time, where they are used.
@@ -186,7 +187,7 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
 
         model = gathered()
         h, seen = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], tap=tap, parallel=parallel
+            batch["inputs"], batch["segment_ids"], batch["positions"], capture=tap, parallel=parallel
         )
         # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
         # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.

@@ -1,1 +1,1 @@
-"""What the servers share: who may ask, and answering on one port until told to stop."""
+"""The part that the servers share: checks of requests, and answering on one port until told to stop."""

@@ -1,4 +1,4 @@
-"""What servers read from a client, say to it, and learn of it while they are busy with its answer."""
+"""JSON from clients and to them, answers in pieces, and work that ends once the client has gone."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ def from_json(body: bytes) -> dict[str, Any]:
     """Reads a JSON object that somebody sent; whole numbers are integers, also 16.0.
 
     Raises:
-        ValueError: If it is none, or is nested too deeply; one line for whoever sent it.
+        ValueError: If it is none, or is nested too deeply; one line for the client.
     """
     try:
         content = json.loads(body, parse_float=_number)
@@ -56,16 +56,16 @@ class Json(JSONResponse):
 class Stream(Response):
     """An answer that is sent in pieces, as they are made; ended once the client has gone.
 
-    Nothing is sent before the first piece, so what is raised before that can be answered otherwise.
+    Nothing is sent before the first piece, so an error before that can be answered otherwise.
     """
 
     def __init__(
         self, write: Callable[[Say], Awaitable[None]], media_type: str, seconds: float | None = None
     ):
-        """Takes what makes the answer.
+        """Takes the function that makes the answer.
 
         Args:
-            write: Is given what sends a piece.
+            write: Called with a function that sends a piece.
             media_type: Of all pieces together.
             seconds: For the whole answer; a client that reads slower is hung up on. None: any time.
         """
@@ -99,7 +99,7 @@ async def unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
 
     Args:
         work: Makes the answer.
-        receive: Of the client's connection, when its request has been read; what it still sends is read past.
+        receive: Of the client's connection, when its request has been read; the rest is ignored.
     """
 
     async def gone() -> None:

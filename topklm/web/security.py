@@ -34,7 +34,7 @@ HEADERS: Mapping[str, str] = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Returns whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -45,13 +45,13 @@ class Guard:
     """Refuses requests that should not be answered, and adds the headers that keep pages in their place.
 
     Args:
-        app: What is guarded.
+        app: The application that is guarded.
         hosts: Names, with ports, under which the server is asked for; None: any, for then there is a token.
-        token: What whoever asks has to show, as a bearer; None: nothing.
+        token: Has to be sent by clients, as a bearer; None: they need none.
         max_body: Bytes that a request may carry.
         refuse: Makes the answers that refuse.
         by_link: Also take the token as `?token=` in a link, then by a cookie: for people with browsers.
-        where_token_is: Tells who has none where to look for it.
+        where_token_is: Says to clients without one where to look for it.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Guard:
         return self._too_large() if said > self._max_body else None
 
     def _without_token(self, scope: Scope, headers: Headers) -> Response | None:
-        """None for whoever has the token; with the token in its link, a browser is given the cookie."""
+        """Returns None for a client with the token; gives a browser with it in its link the cookie."""
         token = self._token or ""
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         if _same(bearer, token):
@@ -138,7 +138,7 @@ class Guard:
 
 
 def comes_from_elsewhere(headers: Mapping[str, str]) -> bool:
-    """Whether another site's page, not a person, asks for one that takes long to make."""
+    """Returns whether another site's page, not a person, asks for a page that takes long to make."""
     return headers.get("sec-fetch-site") == "cross-site"
 
 
@@ -163,7 +163,7 @@ def _same(shown: str, token: str) -> bool:
 
 
 async def _read(receive: Receive, max_body: int) -> bytes:
-    """The body, or as much of it as shows that it is too large."""
+    """Reads the body, or as much of it as shows that it is too large."""
     body = b""
     while len(body) <= max_body:
         message = await receive()

@@ -27,7 +27,7 @@ _CLOSING_SECONDS = 3  # that an answer has left when the server is told to stop
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; taken before anything else is done, so that a taken port shows at once.
+    """Opens a socket that listens, before anything else is done, so that a taken port shows at once.
 
     Raises:
         UserError: If there is none to be had.
@@ -53,12 +53,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def name_of(host: str) -> str:
-    """An address as it stands in links."""
+    """Returns an address as it stands in links."""
     return f"[{host}]" if ":" in host else host
 
 
 def names_of(host: str, port: int) -> frozenset[str]:
-    """Under which a server that listens there is asked for by this machine's own programs."""
+    """Returns the names under which this machine's own programs ask for a server that listens there."""
     return frozenset(f"{name}:{port}" for name in (name_of(host).lower(), "localhost", "127.0.0.1", "[::1]"))
 
 
@@ -68,7 +68,7 @@ def make_server(
     """Returns a server that no slow or silent client can keep from answering the others.
 
     Args:
-        app: What answers, behind a `Guard`.
+        app: It answers; a `Guard` around the application.
         closing_seconds: That answers may take to leave when it is told to stop.
         closing: Called when it is told to stop, and takes no new connections any more.
     """
@@ -86,7 +86,7 @@ def make_server(
         timeout_graceful_shutdown=closing_seconds,
         h11_max_incomplete_event_size=_MAX_HEAD,
     )
-    # What clients send wrongly, that they are many, and that they are gone, is not news for a terminal.
+    # Wrong requests, too many clients, and clients that have gone are of no interest in a terminal.
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("uvicorn.error", "asyncio", "topklm.inference.engine"):
@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
         self._closing = closing
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit  # whoever asks twice does not want to wait
+        self.force_exit = self.should_exit  # a second signal: do not wait
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -146,7 +146,7 @@ class _Patient(H11Protocol):
     """
 
     since: float | None = None
-    _awaited: str | None = None  # what is waited for
+    _awaited: str | None = None  # one of "request", "body", "reading"
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -180,7 +180,7 @@ class _Patient(H11Protocol):
         self._stop_waiting()
 
     def _look(self) -> None:
-        """Begins to wait anew if something else is waited for than before."""
+        """Starts another deadline if something else is waited for than before."""
         awaited = self._what_is_awaited()
         if awaited == self._awaited:
             return

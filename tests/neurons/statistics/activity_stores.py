@@ -25,7 +25,7 @@ def metadata(n_layers, d_model):
 
 
 def random_dense(seed, n_layers, n_tokens, d_model, share=0.15, signed=False):
-    """float32[S, N, D] that bfloat16 holds exactly; the last neuron of every layer is dead."""
+    """Returns float32[S, N, D] that bfloat16 holds exactly; the last neuron of every layer is dead."""
     rng = np.random.default_rng(seed)
     dense = rng.gamma(1.5, size=(n_layers, n_tokens, d_model)) * (
         rng.random((n_layers, n_tokens, d_model)) < share
@@ -37,7 +37,7 @@ def random_dense(seed, n_layers, n_tokens, d_model, share=0.15, signed=False):
 
 
 def make_store(folder, dense, tokens, documents, cuts=()):
-    """A store of `dense`, float32[S, N, D], in segments that end at `cuts`."""
+    """Returns a store of `dense`, float32[S, N, D], in segments that end at `cuts`."""
     writer = StoreWriter(folder, metadata(dense.shape[0], dense.shape[2]))
     edges = [0, *cuts, len(tokens)]
     for a, b in itertools.pairwise(edges):
@@ -47,7 +47,7 @@ def make_store(folder, dense, tokens, documents, cuts=()):
 
 
 def block_of(dense):
-    """The block of these neurons, float32[N, n]."""
+    """Returns the block of these neurons, float32[N, n]."""
     neurons, tokens = np.nonzero(dense.T)
     offsets = np.concatenate([[0], np.cumsum((dense != 0).sum(axis=0))])
     return Block(offsets, tokens, dense[tokens, neurons].astype(np.float32))

@@ -38,7 +38,7 @@ def configured(**fields):
 
 @functools.cache
 def params():
-    """Random numbers, so that layers and norms differ; columns for no token would win if anyone read them."""
+    """Draws parameters, so that layers and norms differ; columns for no token would win if they were read."""
     draw = np.random.default_rng(1).standard_normal
     shapes = jax.eval_shape(functools.partial(transformer.create, MODEL, 0))
     drawn = jax.tree.map(lambda leaf: 0.3 * draw(leaf.shape, dtype=np.float32), shapes)
@@ -52,7 +52,7 @@ def unembedding():
 
 
 def final_hidden(config, tokens, change=lambda layer, h: h):
-    """The normed hidden state, [T, D]."""
+    """Returns the normed hidden state, [T, D]."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params())
     h = p["embed"]["embedding"][tokens]
     for layer in range(config.n_layers):
@@ -66,7 +66,7 @@ def final_hidden(config, tokens, change=lambda layer, h: h):
 
 
 def handed_on(config, tokens):
-    """What each layer hands on, [L, T, D]."""
+    """Returns the output of each layer, [L, T, D]."""
     seen = []
 
     def keep(_layer, h):
@@ -83,7 +83,7 @@ def loss(hidden_D, token):
 
 
 def make_store(folder, config, documents):
-    """A store of these texts, each a list of ids, with activations from the whole text."""
+    """Returns a store of these texts, each a list of ids, with activations from the whole text."""
     is_base = config.n_topk_layers == 0
     layers = tuple(range(config.n_topk_layers or config.n_layers))
     metadata = Metadata(

@@ -7,8 +7,8 @@ import plain_model
 from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
 import pytest
 
-from topklm.neurons.statistics import ablation, contexts, table
-from topklm.neurons.windows import windows_of
+from topklm.neurons.documents import windows_of
+from topklm.neurons.statistics import ablation, catalog, embeddings
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
@@ -24,7 +24,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """So that there are several groups, and several chunks in each."""
+    """Makes several groups, and several chunks in each."""
     monkeypatch.setattr(ablation, "_GROUP_TOKENS", 3 * T)
     monkeypatch.setattr(ablation, "_ROWS", 5)
     monkeypatch.setattr(ablation, "_PER_ROW", 10)
@@ -32,12 +32,12 @@ def small_groups(monkeypatch):
 
 def measured(model, **settings):
     config, store = model
-    bounds = contexts.document_bounds(store)
+    bounds = embeddings.document_bounds(store)
     return ablation.measure(store, bounds, config, params(), separator_id=SEPARATOR, **settings)
 
 
 def by_hand(config, inputs, layer, neuron, place):
-    """The effect at a place of a window."""
+    """Returns the effect at a place of a window."""
 
     def change(at, h):
         h = h.copy()
@@ -88,7 +88,7 @@ def test_every_sample_is_an_active_neuron_and_has_the_effect_by_hand(model):
 
 
 def plain_windows():
-    """The first window of each of three documents."""
+    """Returns the first window of each of three documents."""
     inputs = np.full((3, T), SEPARATOR, np.int32)
     usable = np.zeros((3, T), bool)
     for row, document in enumerate((0, 1, 4)):
@@ -148,7 +148,7 @@ def test_columns_fit_the_table_and_are_null_without_a_sample(model):
     layer = store.metadata.layers[0]
     for columns in (ablation.columns(found, layer, 0, 3), ablation.columns(None, layer, 0, 3)):
         for name, values in columns.items():
-            assert name in table.COLUMNS.names
+            assert name in catalog.schema().names
             assert len(values) == 3
             assert name == "ablation_samples" or values[1] is None
 

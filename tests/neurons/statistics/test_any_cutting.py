@@ -7,21 +7,20 @@ import pytest
 
 from topklm.neurons.statistics import (
     activity,
-    clusters,
-    coactivation,
-    contexts,
+    embeddings,
     entropy,
     examples,
     monosemanticity,
+    similarity,
 )
-from topklm.neurons.statistics.table import COLUMNS
+from topklm.neurons.statistics.catalog import schema
 
 N, D, V = 3000, 12, 60
 
 
 @pytest.fixture(scope="module")
 def text():
-    """Dense activations, tokens, documents, an unembedding."""
+    """Returns dense activations, tokens, documents, an unembedding."""
     rng = np.random.default_rng(0)
     documents = np.cumsum(rng.random(N) < 0.02)
     dense = random_dense(0, 2, N, D, share=0.2, signed=True)
@@ -29,16 +28,16 @@ def text():
 
 
 def measured(folder, text, cuts, size):
-    """All columns, by layer and name."""
+    """Returns all columns, by layer and name."""
     dense, tokens, documents, unembedding = text
     store = make_store(folder, dense, tokens, documents, cuts)
-    ids, bounds = store.tokens(0, store.n_tokens), contexts.document_bounds(store)
-    of_tokens = clusters.of_tokens(unembedding)
-    around = contexts.Contexts(ids, bounds, contexts.token_vectors(unembedding))
+    ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    of_tokens = embeddings.cluster_tokens(unembedding)
+    around = embeddings.Contexts(ids, bounds, embeddings.token_vectors(unembedding))
     scores = monosemanticity.measure(store, around)
     found = {}
     for layer in store.metadata.layers:
-        similarities = coactivation.measure(store, layer)
+        similarities = similarity.measure(store, layer)
         for begin in range(0, D, size):
             end = min(begin + size, D)
             block = store.block(layer, begin, end)
@@ -46,7 +45,7 @@ def measured(folder, text, cuts, size):
                 **activity.columns(block, store.n_tokens),
                 **entropy.columns(block, ids, of_tokens),
                 **monosemanticity.columns(scores, layer, begin, end),
-                **coactivation.columns(similarities, begin, end),
+                **similarity.coactive_columns(similarities, begin, end),
                 **examples.columns(block, bounds, layer, begin),
             }
             for name, column in columns.items():
@@ -71,7 +70,7 @@ def test_figures_do_not_depend_on_how_things_are_cut(tmp_path, text, cuts, size)
 
 def test_columns_have_the_names_and_types_of_the_table(tmp_path, text):
     for (_, name), column in measured(tmp_path / "store", text, (), 5).items():
-        array = pa.array(column, COLUMNS.field(name).type)
+        array = pa.array(column, schema().field(name).type)
         assert len(array) == D
         # Only the last neuron is dead.
         figures_of_the_dead = {"n_active", "density", "n_distinct_tokens"}

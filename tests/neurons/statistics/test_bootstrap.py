@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bootstrap
-from topklm.neurons.statistics import contexts, entropy, monosemanticity
+from topklm.neurons.statistics import embeddings, entropy, monosemanticity
 from topklm.neurons.store import Block
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5
@@ -33,7 +33,7 @@ def dense():
 
 
 def of_ids(ids, strengths):
-    """Entropy with the Miller-Madow correction, nats."""
+    """Returns entropy with the Miller-Madow correction, nats."""
     if not len(ids):
         return np.nan
     shares = [strengths[ids == v].sum() / strengths.sum() for v in set(ids.tolist())]
@@ -41,7 +41,7 @@ def of_ids(ids, strengths):
 
 
 def by_brute_force(text, strengths, drawn):
-    """One neuron on documents that are written out one after another, copies and all."""
+    """Returns one neuron on documents that are written out one after another, copies and all."""
     places = np.concatenate([np.arange(BOUNDS[g], BOUNDS[g + 1]) for g in drawn])
     copies = np.repeat(np.arange(len(drawn)), [BOUNDS[g + 1] - BOUNDS[g] for g in drawn])
     active = strengths[places] > 0
@@ -64,7 +64,7 @@ def by_brute_force(text, strengths, drawn):
 def test_every_draw_is_what_its_documents_give_when_they_are_written_out(tmp_path, text, dense, monkeypatch):
     monkeypatch.setattr(bootstrap, "_BLOCK_NEURONS", 3)
     store = make_store(tmp_path, dense[None], text.token_ids, DOCUMENTS, cuts=(17, 41))
-    np.testing.assert_array_equal(contexts.document_bounds(store), BOUNDS)
+    np.testing.assert_array_equal(embeddings.document_bounds(store), BOUNDS)
     draws = [[0, 1, 2, 3, 4, 5, 6], [2, 2, 2, 5, 0, 0, 6], [3] * 7, [4, 4, 1, 1, 1, 6, 6]]
     weights = np.stack([np.bincount(drawn, minlength=7) for drawn in draws], axis=1)
     done = []
@@ -108,7 +108,7 @@ def test_documents_are_drawn_evenly_with_replacement():
 
 
 def of_new_text(rng, n_documents=80, n_tokens=12):
-    """A neuron that is active at every token of new documents, each about few tokens; and the text."""
+    """Makes a neuron that is active at every token of documents about few tokens each; and the text."""
     topics = rng.dirichlet(np.linspace(0.02, 0.8, V) ** 2, n_documents)
     ids = np.concatenate([rng.choice(V, n_tokens, p=topic) for topic in topics])
     bounds = np.arange(0, n_documents * n_tokens + 1, n_tokens)

@@ -4,12 +4,12 @@ from activity_stores import make_store
 import numpy as np
 import pytest
 
-from topklm.neurons.statistics import contexts
-from topklm.neurons.statistics.contexts import Contexts
+from topklm.neurons.statistics import embeddings
+from topklm.neurons.statistics.embeddings import Contexts
 
 
 def by_loop(tokens, documents, vectors):
-    """float64[N, d], straight from the definition."""
+    """Returns float64[N, d], straight from the definition."""
     means = []
     for n in range(len(tokens)):
         window = [tokens[m] for m in range(max(n - 15, 0), n + 1) if documents[m] == documents[n]]
@@ -33,7 +33,7 @@ def bounds_of(documents):
 
 @pytest.mark.parametrize("stretch", [1, 7, 64, 65_536])
 def test_they_are_what_a_loop_finds(text, stretch, monkeypatch):
-    monkeypatch.setattr(contexts, "_STRETCH", stretch)
+    monkeypatch.setattr(embeddings, "_STRETCH", stretch)
     tokens, documents, vectors = text
     found = Contexts(tokens, bounds_of(documents), vectors)
     wanted = by_loop(tokens, documents, vectors)
@@ -68,16 +68,16 @@ def test_all_others_have_unit_length_and_no_embedding_is_asked_of_an_empty_store
 
 @pytest.mark.parametrize("stretch", [1, 5, 100_000])
 def test_bounds_of_documents_are_found_across_segments_and_stretches(text, stretch, tmp_path, monkeypatch):
-    monkeypatch.setattr(contexts, "_STRETCH", stretch)
+    monkeypatch.setattr(embeddings, "_STRETCH", stretch)
     tokens, documents, _ = (array[:150] for array in text)
     store = make_store(tmp_path / "store", np.zeros((1, 150, 3), np.float32), tokens, documents, (1, 20, 90))
-    np.testing.assert_array_equal(contexts.document_bounds(store), bounds_of(documents))
+    np.testing.assert_array_equal(embeddings.document_bounds(store), bounds_of(documents))
 
 
 def test_directions_keep_as_much_of_the_distances_as_any_can():
     rng = np.random.default_rng(5)
     unembedding = (rng.normal(size=(100, 100)) @ rng.normal(size=(100, 300)) + 2).astype(np.float32)
-    found = contexts.token_vectors(unembedding).astype(np.float64)
+    found = embeddings.token_vectors(unembedding).astype(np.float64)
     rows = unembedding.T / np.linalg.norm(unembedding.T, axis=1, keepdims=True)
     u, s, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     wanted = u[:, :64] * s[:64]
@@ -87,6 +87,6 @@ def test_directions_keep_as_much_of_the_distances_as_any_can():
 
 def test_up_to_64_dimensions_nothing_is_left_out():
     unembedding = np.random.default_rng(6).normal(size=(64, 200)).astype(np.float32)
-    found = contexts.token_vectors(unembedding)
+    found = embeddings.token_vectors(unembedding)
     rows = unembedding.T / np.linalg.norm(unembedding.T, axis=1, keepdims=True)
     np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from topklm.neurons.statistics import examples
 
 
 def chosen(values, bounds, seed=0):
-    """Of one neuron, [N]: (token, value, part) of every example."""
+    """Returns (token, value, part) of every example of one neuron, [N]."""
     found = examples.columns(block_of(values[:, None]), bounds, layer=0, begin=0, seed=seed)
     rows = (found["examples"][0], found["example_activations"][0], found["example_parts"][0])
     return list(zip(*rows, strict=True))
@@ -45,7 +45,7 @@ def test_with_documents_enough_there_are_20_and_25_all_in_different_documents():
 
 
 def check(values, bounds, found):
-    """What must hold of any neuron's examples."""
+    """Checks everything that must hold of any neuron's examples."""
     largest = np.abs(values).max()
     for token, value, part in found:
         assert value == values[token] != 0

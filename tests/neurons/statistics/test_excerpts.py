@@ -9,7 +9,7 @@ import plain_model
 from plain_model import SEPARATOR, random_documents
 import pytest
 
-from topklm.neurons.statistics import excerpts
+from topklm.neurons.statistics import jacobian
 
 LENGTHS = (1, 3, 40, 7, 1, 1, 12)
 TOTAL = sum(LENGTHS)
@@ -24,7 +24,7 @@ def store(tmp_path_factory):
 
 @functools.cache
 def places():
-    """Of each token of the store: its document, and its place there."""
+    """Returns the document of each token of the store, and its place there."""
     return [(ids, place) for ids in DOCUMENTS for place in range(len(ids))]
 
 
@@ -33,8 +33,8 @@ def places():
 )
 def test_an_excerpt_is_the_end_of_separator_and_document(store, length, ends, strip):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(excerpts, "_STRIP", strip)
-        found = excerpts.ending_at(store, np.array(ends, np.int64), length, SEPARATOR)
+        patch.setattr(jacobian, "_STRIP", strip)
+        found = jacobian.ending_at(store, np.array(ends, np.int64), length, SEPARATOR)
     assert found.tokens.shape == found.segments.shape == found.positions.shape == (len(ends), length)
     for row, end in enumerate(ends):
         document, place = places()[end]
@@ -43,12 +43,12 @@ def test_an_excerpt_is_the_end_of_separator_and_document(store, length, ends, st
         assert stands.tolist() == [False] * (length - len(expected)) + [True] * len(expected)
         assert found.tokens[row][stands].tolist() == expected
         assert found.positions[row][stands].tolist() == list(range(len(expected)))
-        follows = document[place + 1] if place + 1 < len(document) else excerpts.NO_TOKEN
+        follows = document[place + 1] if place + 1 < len(document) else jacobian.NO_TOKEN
         assert found.following[row] == follows
 
 
 def test_some_of_them_are_chosen_by_number(store):
-    found = excerpts.ending_at(store, np.arange(10), 4, SEPARATOR)
+    found = jacobian.ending_at(store, np.arange(10), 4, SEPARATOR)
     chosen = found[np.array([7, 2])]
     assert len(chosen) == 2
     np.testing.assert_array_equal(chosen.tokens, found.tokens[[7, 2]])
@@ -57,9 +57,9 @@ def test_some_of_them_are_chosen_by_number(store):
 
 @given(st.integers(1, 300), st.integers(0, 80), st.integers(0, 9))
 def test_tokens_are_drawn_one_from_each_part_of_the_store(n_tokens, n, seed):
-    ends = excerpts.spread_ends(n_tokens, n, seed)
+    ends = jacobian.spread_ends(n_tokens, n, seed)
     assert len(ends) == min(n, n_tokens)
     share = n_tokens / max(len(ends), 1)
     for part, end in enumerate(ends):
         assert int(part * share) <= end <= min((part + 1) * share, n_tokens - 1)
-    np.testing.assert_array_equal(ends, excerpts.spread_ends(n_tokens, n, seed))
+    np.testing.assert_array_equal(ends, jacobian.spread_ends(n_tokens, n, seed))

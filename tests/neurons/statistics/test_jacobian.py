@@ -8,10 +8,12 @@ import numpy as np
 import plain_model
 from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, random_documents
 import pytest
+from references import attention_reference
 
 from topklm.errors import UserError
 from topklm.model import attention, layers, transformer
-from topklm.neurons.statistics import excerpts, jacobian
+from topklm.model.block import LayerHooks
+from topklm.neurons.statistics import jacobian
 from topklm.neurons.store import Store, StoreWriter
 
 DOCUMENTS = random_documents((30, 4, 1, 17))
@@ -24,14 +26,14 @@ def stored(tmp_path, config):
 
 
 def texts(store):
-    """The contexts as lists of ids."""
-    ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    """Returns the contexts as lists of ids."""
+    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
+    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
     return [row[there == 1] for row, there in zip(found.tokens, found.segments, strict=True)]
 
 
 def differences(config, tokens, layer):
-    """d(normed final state) / d(what a layer hands on), both at the last position: [D, D], by differences."""
+    """Computes d(normed final state) / d(a layer's output), both at the last position, by differences."""
     supports = handed_on(config, tokens) != 0
 
     def moved(neuron, step):
@@ -74,12 +76,13 @@ def test_they_are_the_mean_of_differences_in_every_layer(tmp_path, fields):
 
 
 def mean_of_last(config, store, change):
-    """The mean over contexts of the model's normed final state, [D], as a function of `change`, [L, D], which
+    """Returns the mean over contexts of the normed final state, [D], as a function of `change`, [L, D], which
     is added to what the layers hand on at the last position."""
-    ends = excerpts.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
+    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    hooks = LayerHooks(output=lambda h, e: h.at[:, -1].add(e))
     hidden, _ = transformer.bind(config, params()).hidden(
-        found.tokens, found.segments, found.positions, edit=lambda h, e: h.at[:, -1].add(e), edits=change
+        found.tokens, found.segments, found.positions, hooks=hooks, hook_inputs=change
     )
     return hidden[:, -1].mean(axis=0)
 
@@ -91,7 +94,7 @@ def test_they_are_what_forward_mode_gives_for_single_neurons(tmp_path, monkeypat
     # Rules written out for the backward pass know no forward mode: the same by plain formulas.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
     monkeypatch.setattr(layers, "gated_silu", lambda gate, up: jax.nn.silu(gate) * up)
-    monkeypatch.setitem(attention._BACKENDS, "blocked", attention.attention_reference)
+    monkeypatch.setattr(attention, "causal_attention", attention_reference)
 
     @jax.jit
     def slope(direction):
@@ -123,15 +126,14 @@ def test_the_last_layers_is_that_of_the_norm_at_shapes_that_xla_gets_wrong_vecto
     parameters = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
     settings = {**SETTINGS, "n_contexts": 16}
     found = jacobian.averaged_jacobians(config, parameters, SEPARATOR, store, **settings)
-    ends = excerpts.spread_ends(store.n_tokens, 16, SETTINGS["seed"])
-    texts = excerpts.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    ends = jacobian.spread_ends(store.n_tokens, 16, SETTINGS["seed"])
+    texts = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
 
     @jax.jit
     def last(p):
         model = transformer.bind(config, p)
-        return model.hidden(texts.tokens, texts.segments, texts.positions, tap=lambda _h, _u, h: h[:, -1])[1][
-            0
-        ]
+        found = texts.tokens, texts.segments, texts.positions
+        return model.hidden(*found, capture=lambda _h, _u, h: h[:, -1])[1][0]
 
     h = np.asarray(last(parameters), np.float64)
     rms = np.sqrt((h**2).mean(axis=1) + config.norm_eps)

@@ -5,14 +5,14 @@ import plain_model
 from plain_model import V, configured, params
 import pytest
 
-from topklm.neurons.statistics import lenses, similar, table
+from topklm.neurons.statistics import catalog, lenses, similarity
 
 L, D = plain_model.MODEL.n_layers, plain_model.MODEL.d_model
 JACOBIANS = np.random.default_rng(5).standard_normal((L, D, D)).astype(np.float32)
 
 
 def effects(rows, vocabulary=V):
-    """[D, V] of these directions of the final state, [D, D], less each one's mean."""
+    """Returns [D, V] of these directions of the final state, [D, D], less each one's mean."""
     logits = rows.astype(np.float64) @ plain_model.unembedding()[:, :vocabulary]
     return logits - logits.mean(axis=1, keepdims=True)
 
@@ -42,7 +42,7 @@ def test_the_tokens_at_the_ends_are_those_of_the_whole_matrix(made, monkeypatch,
 
 
 def test_a_vocabulary_of_few_tokens_is_listed_whole():
-    # Behind it stand columns of no token, which would be first by far.
+    # After it stand columns of no token, which would be first by far.
     found = lenses.columns(lenses.make(configured(vocab_size=7), params_of_few(7), JACOBIANS), 1, 0, D)
     order = np.argsort(-effects(JACOBIANS[1].T, 7), axis=1)
     assert found["jacobian_top"] == order.tolist()
@@ -50,7 +50,7 @@ def test_a_vocabulary_of_few_tokens_is_listed_whole():
 
 
 def params_of_few(n):
-    """The parameters, with a vocabulary of n tokens padded to 32."""
+    """Returns the parameters, with a vocabulary of n tokens padded to 32."""
     kernel = np.array(params()["unembed"]["kernel"][:, :32])
     kernel[:, n:] = 1000
     return {
@@ -79,12 +79,12 @@ def test_tied_embeddings_are_the_unembedding():
 
 @pytest.mark.parametrize(("begin", "end"), [(0, D), (9, 11)])
 def test_similar_neurons_are_those_of_the_largest_cosine(made, begin, end):
-    found = similar.columns(made, 2, begin, end)
+    found = similarity.effect_columns(made, 2, begin, end)
     whole = effects(JACOBIANS[2].T)
     unit = whole / np.linalg.norm(whole, axis=1, keepdims=True)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)
-    expected = np.argsort(-cosines[begin:end], axis=1)[:, : similar.N_NEAREST]
+    expected = np.argsort(-cosines[begin:end], axis=1)[:, : similarity.NEAREST]
     assert found["similar_effect"] == expected.tolist()
     wanted = np.take_along_axis(cosines[begin:end], expected, axis=1)
     np.testing.assert_allclose(found["similar_effect_similarity"], wanted, atol=1e-5)
@@ -95,7 +95,7 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
     changed[0, :, 3] = 0
     changed[0, :, 7] = 2 * changed[0, :, 1]
     changed[0, :, 8] = -changed[0, :, 1]
-    found = similar.columns(lenses.make(configured(), params(), changed), 0, 0, D)
+    found = similarity.effect_columns(lenses.make(configured(), params(), changed), 0, 0, D)
     assert found["similar_effect_similarity"][3] == [0.0] * 10
     assert found["similar_effect"][1][0] == 7
     assert found["similar_effect_similarity"][1][0] == pytest.approx(1.0, abs=1e-5)
@@ -104,9 +104,9 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
 
 
 def test_the_columns_are_those_of_the_table(made):
-    found = lenses.columns(made, 0, 0, 4) | similar.columns(made, 0, 0, 4)
+    found = lenses.columns(made, 0, 0, 4) | similarity.effect_columns(made, 0, 0, 4)
     prefixes = ("identity_", "jacobian_", "similar_effect")
-    assert set(found) == {name for name in table.COLUMNS.names if name.startswith(prefixes)}
+    assert set(found) == {name for name in catalog.schema().names if name.startswith(prefixes)}
     for name, entries in found.items():
         assert len(entries) == 4, name
 
@@ -128,9 +128,9 @@ def test_the_neurons_of_a_dictionary_are_directions_and_not_coordinates():
             assert found[f"{name}_top"] == order[:, : -lenses.N_TOKENS - 1 : -1].tolist()
             wanted = np.take_along_axis(whole, order[:, :10], axis=1)
             np.testing.assert_allclose(found[f"{name}_bottom_effects"], wanted, rtol=1e-4, atol=1e-4)
-        nearest = similar.columns(made, layer, 3, 4)
+        nearest = similarity.effect_columns(made, layer, 3, 4)
         unit = effects(rows["jacobian"])
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         cosines = unit @ unit[3]
         cosines[3] = -2
-        assert nearest["similar_effect"][0] == np.argsort(-cosines)[: similar.N_NEAREST].tolist()
+        assert nearest["similar_effect"][0] == np.argsort(-cosines)[: similarity.NEAREST].tolist()

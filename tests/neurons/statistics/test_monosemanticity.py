@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from topklm.neurons.statistics import monosemanticity
-from topklm.neurons.statistics.contexts import Contexts
+from topklm.neurons.statistics.embeddings import Contexts
 
 N, D = 260, 6
 
 
 def over_all_pairs(values, embeddings):
-    """The mean cosine over pairs of different tokens, weighed by scaled activations; a loop."""
+    """Returns the mean cosine over pairs of different tokens, weighed by scaled activations; a loop."""
     scaled = np.abs(values.astype(np.float64)) / np.abs(values).max()
     above = below = 0.0
     for n in np.flatnonzero(scaled):
@@ -53,7 +53,7 @@ def test_scores_are_those_of_all_pairs(text, tmp_path, share, signed):
 
 
 def scores_of(values, embeddings):
-    """Of one neuron, [N], in contexts [N, d]."""
+    """Returns the score of one neuron, [N], in contexts [N, d]."""
     pairs = monosemanticity.Pairs(1, 1, embeddings.shape[1])
     places = np.flatnonzero(values)
     events = values[places].astype(np.float32)

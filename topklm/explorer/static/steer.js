@@ -1,6 +1,5 @@
 // The Steer box: both texts as they come. Without this its form leads to a page with both of them whole.
 
-const WITHOUT_VALUE = ["ablate", "ban"];
 const FACTORS = { max: "4", step: "0.05", list: "steer-factors", unit: "times its activation", first: "2" };
 
 export function startSteering(box) {
@@ -19,7 +18,9 @@ export function startSteering(box) {
     unit: unit.textContent,
     first: String(highest),
   };
-  let scale = mode.value === "scale" ? FACTORS : activations;
+  const facts = () => mode.selectedOptions[0].dataset; // of the mode, from the page
+  const scaleOfMode = () => ("valueIsFactor" in facts() ? FACTORS : activations);
+  let scale = scaleOfMode();
   const kept = new Map([[activations, activations.first], [FACTORS, FACTORS.first], [scale, value.value]]);
   let running = null;
 
@@ -30,7 +31,7 @@ export function startSteering(box) {
     slider.setAttribute("aria-valuetext", scale === FACTORS ? `${slider.value} times` : `${slider.value}, ${times} times the highest`);
   }
   function fitMode() {
-    const next = mode.value === "scale" ? FACTORS : activations;
+    const next = scaleOfMode();
     if (next !== scale) {
       kept.set(scale, value.value);
       scale = next;
@@ -43,7 +44,7 @@ export function startSteering(box) {
     unit.textContent = scale.unit;
     box.querySelector("[data-marks=activation]").hidden = scale === FACTORS;
     box.querySelector("[data-marks=factor]").hidden = scale !== FACTORS;
-    slider.disabled = value.disabled = WITHOUT_VALUE.includes(mode.value);
+    slider.disabled = value.disabled = "withoutValue" in facts();
     saySlider();
   }
   slider.addEventListener("input", () => {
@@ -149,9 +150,9 @@ export function startSteering(box) {
       const { max_new_tokens: length, temperature, seed } = form.elements;
       const anywhere = where === "all";
       const steer = anywhere
-        ? `{(${layer}, ${neuron}): ${amount}}` + (how === "clamp" ? "" : `, steer_mode="${how}"`)
+        ? `{(${layer}, ${neuron}): ${amount}}` + ("default" in facts() ? "" : `, steer_mode="${how}"`)
         : `[Intervention(${layer}, ${neuron}, ${amount}, "${how}", "${where}")]`;
-      const head = anywhere ? "" : "from topklm.inference.intervention import Intervention\n\n";
+      const head = anywhere ? "" : "from topklm.inference.interventions import Intervention\n\n";
       const options = `max_new_tokens=${length.value}, temperature=${temperature.value}, seed=${seed.value}`;
       return `${head}model.generate(${JSON.stringify(prompt.value)}, ${options}, steer=${steer})\n`;
     },

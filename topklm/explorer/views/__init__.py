@@ -1,1 +1,1 @@
-"""The data of each page as plain values: what templates draw, and what the JSON API gives."""
+"""The data of each page as plain values, for templates and for the JSON API."""

@@ -1,4 +1,4 @@
-"""What pages show hundreds and thousands of, as HTML: tokens, examples, effects and similar neurons.
+"""HTML of the things that pages show by the hundreds: tokens, examples, effects and similar neurons.
 
 Written here, and not in templates, because a template takes ten times as long for it. Whatever text comes
 from a corpus or a person goes through `_escaped`; numbers that become text elsewhere do not need to.
@@ -13,14 +13,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from topklm.explorer import figures
+from topklm.explorer import formatting
 
 # In the place of a token that only begins a character.
 UNFINISHED = "◌"
 
 SHADES = 10  # steps of the shading of tokens
 
-# Tokens before and behind an example's own that are shown until a reader asks for more.
+# Tokens before and after an example's own that are shown until a reader asks for more.
 _NEAR_BEFORE, _NEAR_BEHIND = 28, 14
 _PARTS = (0, 5, 4, 3, 2, 1)  # of the examples, as they are shown
 _REMEMBERED = 2**15  # tokens as HTML, and shades: a page has the same few again and again
@@ -29,16 +29,16 @@ Link = Callable[[int, int], str | None]
 
 
 def chip(token: str) -> str:
-    """A token by itself: a space at its ends would not be seen."""
+    """Returns a token by itself: a space at its ends would not be seen."""
     inside = token.strip(" ")
     if not inside:
         return "␣" * len(token) or UNFINISHED
-    before, behind = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
-    return "␣" * before + inside + "␣" * behind
+    before, after = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
+    return "␣" * before + inside + "␣" * after
 
 
 def level(value: float, strongest: float) -> str:
-    """The class of a shade: p1 to p10 for positive activations, n1 to n10 for negative ones."""
+    """Returns the class of a shade: p1 to p10 for positive activations, n1 to n10 for negative ones."""
     if not value or not strongest:
         return ""
     step = min(SHADES, max(1, math.ceil(SHADES * abs(value) / strongest)))
@@ -65,12 +65,12 @@ class Piece:
 def pieces(
     tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
 ) -> list[Piece]:
-    """Text in as few pieces as can be: tokens that are not active are joined.
+    """Returns text in as few pieces as can be: tokens that are not active are joined.
 
     Args:
         tokens: T strings.
         values: T activations.
-        strongest: What the darkest shade stands for.
+        strongest: The activation of the darkest shade.
         example: The token that all this is about.
     """
     found, plain = list[Piece](), list[str]()
@@ -84,9 +84,9 @@ def pieces(
         if before := "".join(plain):
             found.append(Piece(before))
         plain = []
-        found.append(Piece(word, level(value, strongest) or "p0", figures.short(value), place == example))
-    if behind := "".join(plain):
-        found.append(Piece(behind))
+        found.append(Piece(word, level(value, strongest) or "p0", formatting.short(value), place == example))
+    if after := "".join(plain):
+        found.append(Piece(after))
     return found
 
 
@@ -102,7 +102,7 @@ def shaded(parts: Sequence[Piece]) -> Markup:
 
 
 def by_part(found: Iterable[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
-    """The examples of each part that has any, in the order in which they are shown."""
+    """Returns the examples of each part that has any, in the order in which they are shown."""
     parts = {part: list[Mapping[str, Any]]() for part in _PARTS}
     for example in found:
         parts[example["part"]].append(example)
@@ -114,12 +114,12 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float, more: bool) -
 
     Args:
         found: As the view of a neuron has them.
-        strongest: What the darkest shade stands for.
+        strongest: The activation of the darkest shade.
         more: Whether each has a button that asks for more context.
     """
     drawn = []
     for example in found:
-        at, document = example["at"], figures.write_as("count", example["document"])
+        at, document = example["at"], formatting.write_as("count", example["document"])
         drawn.append(
             f'<li class="example" data-at="{at}">\n<div class="strength">'
             f"<b>{_number(example['activation'])}</b>{_bar(example['activation'] / strongest)}"
@@ -141,14 +141,14 @@ def chips(tokens: Iterable[str]) -> Markup:
 
 
 def shares(items: Iterable[Mapping[str, Any]]) -> Markup:
-    """Input tokens and their shares as items of a list."""
+    """Returns input tokens and their shares as items of a list."""
     return Markup(
-        "".join(_weighed(i["token"], i["share"], figures.write_as("share", i["share"])) for i in items)
+        "".join(_weighed(i["token"], i["share"], formatting.write_as("share", i["share"])) for i in items)
     )
 
 
 def effects(items: Sequence[Mapping[str, Any]], kind: str) -> Markup:
-    """Output tokens and what is done to them as items of a list; the longest bar is that of the largest.
+    """Draws output tokens and the effects on them as items of a list; the largest has the longest bar.
 
     Args:
         items: As the view of a neuron has them.
@@ -157,13 +157,13 @@ def effects(items: Sequence[Mapping[str, Any]], kind: str) -> Markup:
     largest = max((abs(item["effect"]) for item in items), default=0)
     drawn = []
     for item in items:
-        share, written = abs(item["effect"]) / (largest or 1), figures.write_as("effect", item["effect"])
+        share, written = abs(item["effect"]) / (largest or 1), formatting.write_as("effect", item["effect"])
         drawn.append(_weighed(item["token"], share, written, kind) + "\n")
     return Markup("".join(drawn))
 
 
 def similar(items: Iterable[Mapping[str, Any]], link: Link) -> Markup:
-    """Other neurons as items of a list, each with its label or its strongest tokens.
+    """Returns other neurons as items of a list, each with its label or its strongest tokens.
 
     Args:
         items: As the view of a neuron has them.
@@ -180,7 +180,7 @@ def similar(items: Iterable[Mapping[str, Any]], link: Link) -> Markup:
 
 
 def written(pieces: Iterable[Mapping[str, Any]]) -> Markup:
-    """What a model wrote, with a neuron's input tokens marked.
+    """Draws generated text, with a neuron's input tokens marked.
 
     Args:
         pieces: As the steering has them.
@@ -193,7 +193,7 @@ def written(pieces: Iterable[Mapping[str, Any]]) -> Markup:
 
 
 def share_bar(share: float, kind: str = "") -> Markup:
-    """A bar beside a number, from 0 to 1."""
+    """Returns a bar beside a number, from 0 to 1."""
     return Markup(_bar(share, kind))
 
 
@@ -246,12 +246,12 @@ def _opened(shade: str, value: str, example: bool) -> str:
     return f'<mark class="{shade}{" here" if example else ""}" data-v="{value}">'
 
 
-_short = functools.lru_cache(_REMEMBERED)(figures.short)  # a store has few values: they are bfloat16
+_short = functools.lru_cache(_REMEMBERED)(formatting.short)  # a store has few values: they are bfloat16
 
 
 @functools.lru_cache(_REMEMBERED)
 def _word(token: str) -> tuple[str, str]:
-    """The space before a word, which is not shaded, and the word."""
+    """Returns the space before a word, which is not shaded, and the word."""
     word = token.lstrip(" ") or token or UNFINISHED
     return token[: max(0, len(token) - len(word))], _escaped(word)
 
@@ -267,4 +267,4 @@ def _escaped(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    return figures.write_as("number", value)
+    return formatting.write_as("number", value)

@@ -1,31 +1,30 @@
-"""What is known of one neuron, and its activations on text of the store or one's own."""
+"""Everything known of one neuron, and its activations on text of the store or one's own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from topklm.explorer.figures import FIGURES, effective_number
-from topklm.explorer.reading import Reader
-from topklm.explorer.source import Source, Window
-from topklm.neurons.statistics.table import RANGE_PARTS
+from topklm.explorer.formatting import effective_number
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, Window
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.examples import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
-
-LISTED_TOKENS = 10  # of each kind on a page
 
 LabelOf = Mapping[tuple[int, int], str]
 
 
 def neuron(
-    source: Source,
+    source: NeuronData,
     layer: int,
     neuron: int,
     example_tokens: int = EXAMPLE_TOKENS,
     labels: LabelOf | None = None,
 ) -> dict[str, Any]:
-    """All that its page shows.
+    """Returns all that its page shows.
 
     Args:
         source: Of everything.
@@ -51,7 +50,7 @@ def neuron(
         "label": labels.get((layer, neuron), ""),
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
-        "figures": {figure.name: row[figure.name] for figure in FIGURES},
+        "figures": {name: row[name] for name in catalog.numbers()},
         "effective_tokens": effective_number(row["token_entropy_corrected"]),
         "effective_clusters": effective_number(row["semantic_entropy_corrected"]),
         "histogram": {
@@ -79,8 +78,8 @@ def neuron(
     }
 
 
-def context(source: Source, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
-    """Text around a token of the store, with the neuron's activations.
+def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
+    """Returns text around a token of the store, with the neuron's activations.
 
     Args:
         source: Of everything.
@@ -97,8 +96,8 @@ def context(source: Source, layer: int, neuron: int, at: int, size: int) -> dict
     return _activations(source, layer, neuron, [window], [at])[0]
 
 
-def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) -> dict[str, Any]:
-    """The neuron on a text of one's own.
+def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
+    """Returns the neuron on a text of one's own.
 
     Raises:
         UserError: If there is no such neuron, or the text is empty or too long.
@@ -108,22 +107,22 @@ def on_text(source: Source, reader: Reader, layer: int, neuron: int, text: str) 
     return {"layer": layer, "neuron": neuron, "tokens": source.running_texts(ids), "values": values.tolist()}
 
 
-def summary(source: Source, number: int, labels: LabelOf) -> dict[str, Any]:
-    """A neuron as a line of a table: its figures, label and strongest input tokens."""
+def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
+    """Returns a neuron as a line of a table: its figures, label and strongest input tokens."""
     layer, neuron = source.place(number)
-    row = source.row(number, [*(figure.name for figure in FIGURES), "top_tokens", "top_token_shares"])
+    row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
     return {
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
         "dead": not row["n_active"],
-        "figures": {figure.name: row[figure.name] for figure in FIGURES},
+        "figures": {name: row[name] for name in catalog.numbers()},
         "input_tokens": _weighed(source, row, "top_tokens", "top_token_shares", "share")[:5],
     }
 
 
 def part_titles() -> list[str]:
-    """What each part of the examples is called, the strongest first, then falling."""
+    """Returns the titles of the parts of the examples: the strongest, then rising parts of the range."""
     step = 100 // RANGE_PARTS
     return [
         "Strongest",
@@ -135,7 +134,7 @@ def part_titles() -> list[str]:
 
 
 def _weighed(
-    source: Source, row: Mapping[str, Any], ids: str, weights: str, name: str
+    source: NeuronData, row: Mapping[str, Any], ids: str, weights: str, name: str
 ) -> list[dict[str, Any]]:
     found = list(zip(row[ids] or (), row[weights] or (), strict=True))[:LISTED_TOKENS]
     texts = source.texts([token for token, _ in found])
@@ -145,7 +144,7 @@ def _weighed(
 
 
 def _similar(
-    source: Source, layer: int, row: Mapping[str, Any], name: str, labels: LabelOf
+    source: NeuronData, layer: int, row: Mapping[str, Any], name: str, labels: LabelOf
 ) -> list[dict[str, Any]]:
     """Neurons of the layer, each with its label and the tokens that it is most active at."""
     found = []
@@ -163,13 +162,13 @@ def _similar(
     return found
 
 
-def _link(source: Source, number: int) -> dict[str, int]:
+def _link(source: NeuronData, number: int) -> dict[str, int]:
     layer, neuron = source.place(number)
     return {"layer": layer, "neuron": neuron}
 
 
 def _examples(
-    source: Source, layer: int, neuron: int, row: Mapping[str, Any], size: int
+    source: NeuronData, layer: int, neuron: int, row: Mapping[str, Any], size: int
 ) -> list[dict[str, Any]]:
     places, strengths, parts = (
         row[name] or [] for name in ("examples", "example_activations", "example_parts")
@@ -182,16 +181,16 @@ def _examples(
 
 
 def _activations(
-    source: Source, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
+    source: NeuronData, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The neuron in each window, and which of its tokens it is about."""
+    """Returns the neuron in each window, and which of its tokens it is about."""
     events = source.events(layer, neuron)
     edges = [(window.begin, window.begin + len(window.ids)) for window in windows]
     inside = np.searchsorted(events.tokens, np.reshape(edges, (-1, 2))).tolist()
     found = []
-    for window, at, (first, behind) in zip(windows, places, inside, strict=True):
+    for window, at, (first, stop) in zip(windows, places, inside, strict=True):
         values = np.zeros(len(window.ids), np.float32)
-        values[events.tokens[first:behind] - window.begin] = events.values[first:behind]
+        values[events.tokens[first:stop] - window.begin] = events.values[first:stop]
         found.append(
             {
                 "at": at,

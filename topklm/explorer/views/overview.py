@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer.figures import BY_NAME
 from topklm.explorer.index import READABLE, Index, Wanted
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.views.neuron import summary
+from topklm.neurons.statistics import catalog
 
 PAGE = 50  # neurons of the table at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a link to the table says; `query` is the way back.
+    """The parameters of a link to the table; `query` is the way back.
 
     Attributes:
         sort: A figure, or `READABLE`.
@@ -40,21 +40,22 @@ class Asked:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str], layers: tuple[int, ...]) -> "Asked":
-        """From the parameters of a link.
+        """Returns from the parameters of a link.
 
         Args:
             parameters: By name: sort, order, layer ("0" or "0,2"), labelled, columns, page, and NAME.min and
                 NAME.max of each figure.
-            layers: Those that there are.
+            layers: All that there are.
 
         Raises:
             UserError: For values that make no sense.
         """
         sort = parameters.get("sort") or READABLE
-        if sort != READABLE and sort not in BY_NAME:
-            raise UserError(f"sort = {sort}: must be {READABLE} or one of {', '.join(BY_NAME)}")
+        known = catalog.numbers()
+        if sort != READABLE and sort not in known:
+            raise UserError(f"sort = {sort}: must be {READABLE} or one of {', '.join(known)}")
         ranges = {}
-        for name in BY_NAME:
+        for name in known:
             bounds = tuple(_number(parameters, f"{name}.{end}") for end in ("min", "max"))
             if bounds != (None, None):
                 ranges[name] = (bounds[0], bounds[1])
@@ -69,7 +70,7 @@ class Asked:
         )
 
     def query(self) -> dict[str, str]:
-        """The parameters of a link that asks for this; what nobody has to say is left out."""
+        """Returns the parameters of a link that asks for this; defaults are left out."""
         said = {
             "sort": self.sort if self.sort != READABLE else "",
             "order": "falling" if self.falling else "",
@@ -84,8 +85,8 @@ class Asked:
         return {name: value for name, value in said.items() if value}
 
 
-def overview(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
-    """All that the overview shows.
+def overview(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
+    """Returns all that the overview shows.
 
     Raises:
         UserError: For a page that is not there.
@@ -108,8 +109,8 @@ def overview(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
     }
 
 
-def layers(source: Source) -> list[dict[str, Any]]:
-    """Each layer: how many neurons are dead, and the middle of the others' figures."""
+def layers(source: NeuronData) -> list[dict[str, Any]]:
+    """Returns each layer: how many neurons are dead, and the middle of the others' figures."""
     d, found = source.measured.d_model, []
     for place, layer in enumerate(source.measured.layers):
         part = slice(place * d, (place + 1) * d)
@@ -123,8 +124,8 @@ def layers(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def table(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
-    """A page of neurons.
+def table(source: NeuronData, index: Index, asked: Asked) -> dict[str, Any]:
+    """Returns a page of neurons.
 
     Raises:
         UserError: For a page that is not there.
@@ -144,8 +145,8 @@ def table(source: Source, index: Index, asked: Asked) -> dict[str, Any]:
     }
 
 
-def random_neuron(source: Source, seed: int | None = None) -> tuple[int, int]:
-    """Layer and number of any neuron that is not dead; of any at all where all are."""
+def random_neuron(source: NeuronData, seed: int | None = None) -> tuple[int, int]:
+    """Returns layer and number of any neuron that is not dead; of any at all where all are."""
     alive = np.flatnonzero(source.column("n_active") > 0)
     pick = np.random.default_rng(seed)
     return source.place(int(pick.choice(alive) if len(alive) else pick.integers(source.n_neurons)))

@@ -1,13 +1,15 @@
-"""Neurons found by words, by a regular expression, or by their labels."""
+"""Neurons found by words, by a regular expression, by their labels, or on a prompt, token by token."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
 from topklm.errors import UserError
 from topklm.explorer.index import Index
-from topklm.explorer.source import Source, shown
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import NeuronData, shown
 from topklm.explorer.views.neuron import summary
-from topklm.neurons.find import rank
+from topklm.neurons.search import rank
 
 KINDS = ("words", "regex")
 MOST_FOUND = 50
@@ -15,7 +17,7 @@ MOST_PASSAGES = 20
 REGEX_SECONDS = 10.0
 
 
-def words(source: Source, index: Index, text: str) -> dict[str, Any]:
+def words(source: NeuronData, index: Index, text: str) -> dict[str, Any]:
     """Labels, neurons and passages of the store in which words are found.
 
     Raises:
@@ -43,8 +45,10 @@ def words(source: Source, index: Index, text: str) -> dict[str, Any]:
     }
 
 
-def regex(source: Source, pattern: str, ignore_case: bool = True, only_ends: bool = False) -> dict[str, Any]:
-    """Neurons by how well they tell the tokens of matches from others; see `topklm.neurons.find`.
+def regex(
+    source: NeuronData, pattern: str, ignore_case: bool = True, only_ends: bool = False
+) -> dict[str, Any]:
+    """Neurons by how well they tell the tokens of matches from others; see `topklm.neurons.search`.
 
     Args:
         source: Of everything.
@@ -71,7 +75,65 @@ def regex(source: Source, pattern: str, ignore_case: bool = True, only_ends: boo
     }
 
 
-def labelled(source: Source) -> list[dict[str, Any]]:
-    """All neurons that have a label."""
+def labelled(source: NeuronData) -> list[dict[str, Any]]:
+    """Returns all neurons that have a label."""
     labels = source.named()
     return [summary(source, source.number(*place), labels) for place in labels]
+
+
+def prompt(source: NeuronData, reader: LiveModel, text: str) -> dict[str, Any]:
+    """Returns all that the prompt page shows.
+
+    Raises:
+        UserError: If the text is empty or too long.
+    """
+    reading = reader.read(text)
+    tokens: list[dict[str, Any]] = [
+        {"token": token, "id": int(token_id), "layers": []}
+        for token, token_id in zip(source.running_texts(reading.ids), reading.ids, strict=True)
+    ]
+    for place, layer in enumerate(reading.layers):
+        indices, values = reading.indices[place].tolist(), reading.values[place].tolist()
+        for token, neurons, found in zip(tokens, indices, values, strict=True):
+            active = [
+                {"neuron": neuron, "activation": value}
+                for neuron, value in zip(neurons, found, strict=True)
+                if value
+            ]
+            token["layers"].append({"layer": layer, "neurons": active})
+    labels = source.named()
+    seen = {
+        (layer["layer"], neuron["neuron"])
+        for token in tokens
+        for layer in token["layers"]
+        for neuron in layer["neurons"]
+    }
+    return {
+        "text": text,
+        "layers": list(reading.layers),
+        "tokens": tokens,
+        "labels": [
+            {"layer": layer, "neuron": neuron, "label": labels[layer, neuron]}
+            for layer, neuron in sorted(seen & labels.keys())
+        ],
+    }
+
+
+def usual_tokens(source: NeuronData, token: Mapping[str, Any]) -> dict[tuple[int, int], list[str]]:
+    """Returns the tokens that a token's active neurons, as `prompt` gives them, are most active at."""
+    places = [(layer["layer"], item["neuron"]) for layer in token["layers"] for item in layer["neurons"]]
+    rows = {place: source.row(source.number(*place), ["top_tokens"])["top_tokens"] or [] for place in places}
+    return {place: source.texts(tokens[:3]) for place, tokens in rows.items()}
+
+
+def highest(data: Mapping[str, Any]) -> dict[int, float]:
+    """Returns the largest activation of each layer in what `prompt` gave, leaving out the first token.
+
+    The activations of a first token are far from all others in most models.
+    """
+    found = dict.fromkeys(data["layers"], 1e-9)
+    for token in data["tokens"][1:] or data["tokens"]:
+        for layer in token["layers"]:
+            sizes = [abs(neuron["activation"]) for neuron in layer["neurons"]]
+            found[layer["layer"]] = max(found[layer["layer"]], *sizes) if sizes else found[layer["layer"]]
+    return found

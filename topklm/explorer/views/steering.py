@@ -1,4 +1,4 @@
-"""The Steer box of a neuron's page: what can be chosen there, and what is chosen at first."""
+"""The Steer box of a neuron's page: its choices, and the settings that it begins with."""
 
 import dataclasses
 import math
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from topklm.explorer.source import Source
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.steering import MOST_NEW_TOKENS, Settings
+from topklm.inference.interventions import DEFAULT_MODE, MODES
 
 _MULTIPLES = 4  # the slider ends at so many times the highest activation
 _STEPS = 100  # or more, of the slider
@@ -16,15 +17,6 @@ _PROMPT_TOKENS, _PROMPT_WORDS = 24, 4  # at most, and at least
 _SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*\s+")
 _EXAMPLES = 5  # that are looked at for a prompt
 
-MODES = {
-    "clamp": "set its activation to the strength",
-    "add": "add the strength to its activation",
-    "scale": "multiply its activation by the strength",
-    "ablate": "set its activation to 0",
-    "ban": "take it out of the competition; the next neuron has its place among the k",
-    "force": "give it a place among the k, with the strength for its activation",
-}
-COMPETING = ("ban", "force")
 POSITIONS = {"all": "the whole text", "prompt": "the prompt", "generated": "only what is written"}
 
 
@@ -46,25 +38,25 @@ class Strengths:
 
     @classmethod
     def of(cls, highest: float, mean: float | None) -> "Strengths":
-        """From 0 to `_MULTIPLES` times the highest activation."""
+        """Makes the scale from 0 to `_MULTIPLES` times the highest activation."""
         step = 10.0 ** math.floor(math.log10(_MULTIPLES * highest / _STEPS))
         # Not further for what is only rounding.
         steps = math.ceil(_MULTIPLES * highest / step * (1 - 1e-9))
         return cls(highest, mean, step, steps * step)
 
     def rounded(self, multiple: float) -> float:
-        """So many times the highest activation, on a step of the slider."""
+        """Returns so many times the highest activation, on a step of the slider."""
         return round(multiple * self.highest / self.step) * self.step
 
     def marks(self) -> list[tuple[float, float, str]]:
-        """Those under the slider: the value, its place in percent, and the name."""
+        """Returns the marks under the slider: value, position in percent, and name."""
         named = [(0.0, "0"), (self.highest, "highest")]
         named += [(n * self.highest, f"{n}\N{MULTIPLICATION SIGN}") for n in range(2, _MULTIPLES + 1)]
         return [(value, 100 * value / self.end, name) for value, name in named]
 
 
-def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
-    """What the box shows.
+def box(source: NeuronData, layer: int, neuron: int) -> dict[str, Any]:
+    """Returns the content of the box.
 
     Raises:
         UserError: If there is no such neuron.
@@ -81,7 +73,8 @@ def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
     has_topk = source.measured.kind == "topk"
     return {
         "strengths": strengths,
-        "modes": {mode: about for mode, about in MODES.items() if has_topk or mode not in COMPETING},
+        "modes": {name: mode for name, mode in MODES.items() if has_topk or not mode.competes},
+        "default_mode": DEFAULT_MODE,
         "positions": POSITIONS,
         "most_new_tokens": MOST_NEW_TOKENS,
         "chosen": {name: _written(value) for name, value in dataclasses.asdict(settings).items()},
@@ -90,8 +83,8 @@ def box(source: Source, layer: int, neuron: int) -> dict[str, Any]:
     }
 
 
-def _before(source: Source, at: int) -> str:
-    """The words before a token, from the beginning of a sentence if there is one among them."""
+def _before(source: NeuronData, at: int) -> str:
+    """Returns the words before a token, from the beginning of a sentence if there is one among them."""
     begin = max(source.window(at, 2 * _PROMPT_TOKENS).begin, at - _PROMPT_TOKENS)
     text = source.plain_text(begin, at).strip("\N{REPLACEMENT CHARACTER}")
     if begin not in source.documents[0]:
@@ -101,7 +94,7 @@ def _before(source: Source, at: int) -> str:
     return " ".join((long_enough or [text])[-1].split())
 
 
-def _usual(source: Source, layer: int) -> float:
+def _usual(source: NeuronData, layer: int) -> float:
     first = source.number(layer, 0)
     highest = source.column("max_activation")[first : first + source.measured.d_model]
     seen = highest[np.isfinite(highest) & (highest > 0)]

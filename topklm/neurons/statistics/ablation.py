@@ -1,7 +1,7 @@
-"""What a neuron is worth, measured: how the next token's loss changes when it is set to 0.
+"""The effect of a neuron: how the next token's loss changes when it is set to 0.
 
 A sample is a token at which the neuron is active, in the window of its document in which it was harvested
-(`topklm.neurons.windows`), and not the window's last. The neuron is set to 0 at that token only, in the
+(`topklm.neurons.documents`), and not the window's last. The neuron is set to 0 at that token only, in the
 layer's output, and everything that depends on it is computed again: the later layers at that token, for no
 other token of the window that counts sees it. The effect is the loss of the next token without the neuron
 less the loss with it, in nats: positive where the neuron helps.
@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.model import decode, losses, transformer
-from topklm.model.attention import Rotation, rotation_angles
-from topklm.model.topk import topk
-from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.settings import Settings
+from topklm.model import losses, transformer
+from topklm.model.block import end_layer
+from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
+from topklm.neurons.documents import chunk_bounds
+from topklm.neurons.statistics import Settings, activity
 from topklm.neurons.store import Store
-from topklm.neurons.windows import cut
 
 SAMPLES = Settings.ablation_samples
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
@@ -58,13 +57,13 @@ class Effects:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """What was measured; each array has one entry for each sample.
+    """Measured samples; each array has one entry for each.
 
     Attributes:
         layers: int, of the model.
         neurons: int.
         rows: int, which window of the group.
-        places: int, where in the window.
+        places: int, positions in the window.
         effects: float64, nats.
     """
 
@@ -76,7 +75,7 @@ class Samples:
 
 
 def columns(effects: Effects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
-    """The columns `ablation_*` of `table.COLUMNS` for neurons from `begin` to `end` - 1; of None, null."""
+    """Returns the columns `ablation_*` of `table.COLUMNS` for neurons `begin` to `end` - 1; null for None."""
     if effects is None:
         nothing = [None] * (end - begin)
         return {"ablation_effect": nothing, "ablation_standard_error": nothing, "ablation_samples": nothing}
@@ -106,7 +105,7 @@ def measure(
 
     Args:
         store: Of the text; activations are not read from it.
-        bounds: int64[documents + 1], as `contexts.document_bounds` gives them.
+        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
         config: The model.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.
@@ -172,7 +171,7 @@ def measure_group(
     which, neurons = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     of_layer, rows, places = np.repeat(layers, sizes), rows[which], places[which]
     for chunk in _chunks(of_layer, rows):
-        # Chunks have one shape, [R, M]: what is left over is filled up with any sample, and not looked at.
+        # Chunks have one shape, [R, M]: free entries are filled up with any sample, and not looked at.
         of_chunk = (x[chunk].astype(np.int32) for x in (of_layer, places, neurons))
         windows = rows[chunk[:, 0]].astype(np.int32)
         with jax.default_matmul_precision("float32"):
@@ -184,7 +183,7 @@ def measure_group(
 
 
 def _chunks(layers: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Samples of one window in each row, int64[R, M] with numbers of samples, or -1 behind them.
+    """Groups samples of one window in each row, int64[R, M] with numbers of samples, then -1.
 
     By rising layer: a chunk takes as long as its first layer asks for.
     """
@@ -205,7 +204,7 @@ def _chunks(layers: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 def _draw(
     states_ND: np.ndarray, wanted_D: np.ndarray, config: ModelConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of N tokens, and which neuron, of as many samples of each neuron as are wanted and there are."""
+    """Draws as many samples of each neuron as are wanted and exist: numbers of tokens, and neurons."""
     active = states_ND != 0 if config.n_topk_layers else states_ND > 0
     most = min(int(wanted_D.max()), len(states_ND))
     if not most:
@@ -224,12 +223,12 @@ def _groups(
 ) -> list[np.ndarray]:
     """Windows in random order, as many together as are run together: int64[W, 4] each.
 
-    A row holds where the window's document begins in the store, and what `windows.cut` gives.
+    A row holds where the window's document begins in the store, and what `documents.chunk_bounds` gives.
     """
     windows = [
         (begin, *window)
         for begin, end in itertools.pairwise(bounds)
-        for window in cut(int(end - begin) + 1, length)
+        for window in chunk_bounds(int(end - begin) + 1, length)
     ]
     together = max(1, _GROUP_TOKENS // length)
     n_windows = min(len(windows), max(1, max_tokens // length))
@@ -241,36 +240,38 @@ def _groups(
 
 
 def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of windows, int32[W, T], filled up with separators; and where samples may be taken."""
+    """Returns tokens of windows, int32[W, T], filled up with separators; and where samples may be taken."""
     inputs = np.full((max(1, _GROUP_TOKENS // length), length), separator_id, np.int32)
     usable = np.zeros(inputs.shape, bool)
-    for row, (document, first, behind, known) in enumerate(group):
+    for row, (document, first, stop, known) in enumerate(group):
         # The document's own first input is the separator, which the store does not hold.
-        inputs[row, max(0, 1 - first) : behind - first] = store.tokens(
-            document + max(first - 1, 0), document + behind - 1
+        inputs[row, max(0, 1 - first) : stop - first] = store.tokens(
+            document + max(first - 1, 0), document + stop - 1
         )
-        usable[row, known - first : behind - first - 1] = True
+        usable[row, known - first : stop - first - 1] = True
     return inputs, usable
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
-) -> tuple[jax.Array, decode.KeysAndValues, jax.Array]:
-    """What every layer hands on, [L, W, T, D]; what all but the first keep of it, [L - 1, W, ...]; losses.
+) -> tuple[jax.Array, KeysAndValues, jax.Array]:
+    """Runs whole windows.
 
-    A loss is that of the next token, [W, T].
+    Returns:
+        The output of every layer, [L, W, T, D]; the KV caches of all layers but the first, [L - 1, W, ...];
+        and the loss of the next token, [W, T].
     """
     model = transformer.bind(config, params)
-    h_WTD, states_LWTD = model.hidden(inputs_WT, tap=lambda _h, _u, h_next: h_next)
+    h_WTD, states_LWTD = model.hidden(inputs_WT, capture=lambda _h, _u, h_next: h_next)
     block_def, stacked = nnx.split(model.blocks)
-    rotation = _rotation(config, jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
 
-    def keep(layer: tuple) -> decode.KeysAndValues:
+    def keep(layer: tuple) -> KeysAndValues:
         block_params, entering_WTD = layer
-        return decode.keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
+        return keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
 
-    # What enters a layer is what the one before hands on.
+    # The input of a layer is the output of the one before.
     later = jax.tree.map(lambda leaf: leaf[1:], stacked)
     past = jax.lax.map(keep, (later, states_LWTD[:-1]))
     return states_LWTD, past, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
@@ -281,22 +282,21 @@ def _losses_without(
     config: ModelConfig,
     params: transformer.Parameters,
     states_LWTD: jax.Array,
-    past: decode.KeysAndValues,
+    past: KeysAndValues,
     inputs_WT: jax.Array,
     windows_R: jax.Array,
     layers_RM: jax.Array,
     places_RM: jax.Array,
     neurons_RM: jax.Array,
 ) -> jax.Array:
-    """The loss of the token that follows each sample, without its neuron, float32[R, M].
+    """Computes the loss of the token that follows each sample, without its neuron, float32[R, M].
 
-    Layers, windows, places and neurons are data, so all samples share one program; it runs the layers behind
+    Layers, windows, places and neurons are data, so all samples share one program; it runs the layers after
     the first of `layers_RM`.
     """
     model = transformer.bind(config, params)
     windows_R1 = windows_R[:, None]
-    block_def, stacked = nnx.split(model.blocks)
-    rotation = _rotation(config, places_RM)
+    rotation = model.rotation(places_RM)
     seen_RMT = jnp.arange(inputs_WT.shape[1]) < places_RM[..., None]
 
     h_RMD = states_LWTD[layers_RM, windows_R1, places_RM]
@@ -305,20 +305,15 @@ def _losses_without(
     h_RMD = jnp.where(is_neuron_RMD, without_RMD, h_RMD)
 
     def layer(number: jax.Array, h_RMD: jax.Array) -> jax.Array:
-        block = nnx.merge(block_def, jax.tree.map(lambda leaf: leaf[number], stacked))
         own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
-        a_RMD, written_RMD, _ = decode.step(block, h_RMD, rotation, decode.own_behind(own_past, seen_RMT))
-        selection = config.topk_k, config.topk_activation, config.topk_backend
-        next_RMD = topk(written_RMD, *selection, residual=a_RMD, applies=number < config.n_topk_layers)
+        attend = attend_to_past(own_past, seen_RMT)
+        a_RMD, written_RMD, _ = decode_step(model.block(number), h_RMD, rotation, attend)
+        next_RMD = end_layer(config, a_RMD, written_RMD, number < config.n_topk_layers)
         return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 
     if config.n_layers > 1:
         h_RMD = jax.lax.fori_loop(layers_RM.min() + 1, config.n_layers, layer, h_RMD)
     return _losses(model, model.final_norm(h_RMD), inputs_WT[windows_R1, places_RM + 1])
-
-
-def _rotation(config: ModelConfig, positions: jax.Array) -> Rotation:
-    return rotation_angles(positions, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
 
 
 def _losses(model: transformer.Transformer, h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:

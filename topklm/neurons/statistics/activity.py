@@ -3,7 +3,7 @@
 A neuron is *active* at a token where its value is not 0, and its *strength* there is the magnitude of the
 value. With topk_activation "relu", and for the positive part of dense neurons, the two are the same; with
 "identity" and "abs" values may be negative, and then every figure that weighs or ranks tokens goes by
-strength. Which tokens count is the store's affair: it holds text only, no separators and no padding.
+strength. All tokens of the store count: it holds text only, no separators and no padding.
 Dims: n neurons of a block, E events.
 """
 
@@ -19,7 +19,7 @@ HISTOGRAM_BINS = 40
 
 
 def columns(block: Block, n_tokens: int) -> Mapping[str, Any]:
-    """The columns of `table` that are about activity.
+    """Returns the columns of `table` that are about activity.
 
     `density` is the share of all tokens at which a neuron is active: n_active / N. Of a layer, densities add
     up to the mean number of active neurons per token, which is k where none of the k kept values is 0.
@@ -56,17 +56,17 @@ def columns(block: Block, n_tokens: int) -> Mapping[str, Any]:
 
 
 def n_active(block: Block) -> np.ndarray:
-    """int64[n], at how many tokens each neuron is active."""
+    """Returns int64[n], at how many tokens each neuron is active."""
     return np.diff(block.offsets)
 
 
 def owners(block: Block) -> np.ndarray:
-    """int64[E], which neuron of the block each event is of."""
+    """Returns int64[E], which neuron of the block each event is of."""
     return np.repeat(np.arange(len(block.offsets) - 1), n_active(block))
 
 
 def histogram(block: Block, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
-    """int64[n, n_bins], tokens by strength: parts of equal width of (0, largest strength of the neuron].
+    """Counts tokens by strength, in parts of equal width of (0, largest of the neuron]: int64[n, n_bins].
 
     A part holds its upper end and not its lower one. A dead neuron has zeros.
     """
@@ -77,7 +77,7 @@ def histogram(block: Block, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
 
 
 def parts(strengths: np.ndarray, maximum: np.ndarray | float, n_parts: int) -> np.ndarray:
-    """int64[E], in which of `n_parts` parts of equal width of (0, maximum] strengths lie, from 0.
+    """Returns int64[E], in which of `n_parts` parts of equal width of (0, maximum] strengths lie, from 0.
 
     Part p is (p / n_parts, (p + 1) / n_parts] of the maximum.
 
@@ -92,12 +92,12 @@ def parts(strengths: np.ndarray, maximum: np.ndarray | float, n_parts: int) -> n
 
 
 def sums(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """float64[n], the sum of x[offsets[j] : offsets[j + 1]] for each j; 0 where that is empty."""
+    """Returns float64[n], the sum of x[offsets[j] : offsets[j + 1]] for each j; 0 where that is empty."""
     return _reduced(np.add, x.astype(np.float64), offsets)
 
 
 def largest(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """float64[n], as `sums`, the largest; 0 where there is none."""
+    """Returns float64[n], as `sums`, the largest; 0 where there is none."""
     return _reduced(np.maximum, x, offsets)
 
 
@@ -108,7 +108,7 @@ def or_null(figures: np.ndarray) -> list[float | None]:
 
 def _reduced(function: np.ufunc, x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     result = np.zeros(len(offsets) - 1)
-    there = np.diff(offsets) > 0  # of an empty range, reduceat would take the element behind it
+    there = np.diff(offsets) > 0  # of an empty range, reduceat would take the element after it
     if there.any():
         result[there] = function.reduceat(x, offsets[:-1][there])
     return result

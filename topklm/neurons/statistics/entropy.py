@@ -9,7 +9,7 @@ strength (`activity`) of neuron j at token n of the store, and v(n) the *input* 
                        clusters of places, the share of the activation that falls on the places of c
 
 exp(H_tok) reads as an effective number of tokens. A neuron for a concept has a high token entropy and a low
-semantic one. What the clusters are is up to the caller; see `clusters`.
+semantic one. The caller chooses the clusters; see `embeddings`.
 
 Entropies of samples ("plug-in") come out too low where few activations were seen. The Miller-Madow
 correction adds (m - 1) / (2 n), where m is the number of distinct tokens (clusters) seen, and n the number of
@@ -32,7 +32,7 @@ TOP_TOKENS = 10
 def columns(
     block: Block, token_ids: np.ndarray, clusters: np.ndarray, of_places: np.ndarray | None = None
 ) -> Mapping[str, Any]:
-    """The columns of `table` that are about tokens and their clusters.
+    """Returns the columns of `table` that are about tokens and their clusters.
 
     Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies and no top tokens.
 
@@ -66,7 +66,7 @@ def columns(
 
 
 def by_group(block: Block, token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """float64[n, V], the sum of each neuron's strengths over the places where each token stands.
+    """Returns float64[n, V], the sum of each neuron's strengths over the places where each token stands.
 
     Args:
         block: The neurons.
@@ -82,7 +82,7 @@ def by_group(block: Block, token_ids: np.ndarray, vocab_size: int) -> np.ndarray
 
 
 def merged(strengths: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """float64[n, C], the strengths of `by_group` added up over the tokens of each cluster.
+    """Returns float64[n, C], the strengths of `by_group` added up over the tokens of each cluster.
 
     Args:
         strengths: float64[n, V].
@@ -97,7 +97,7 @@ def merged(strengths: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def plug_in(strengths: np.ndarray) -> np.ndarray:
-    """float64[n], the entropy of each row's shares, nats; NaN for a row of zeros.
+    """Returns float64[n], the entropy of each row's shares, nats; NaN for a row of zeros.
 
     Args:
         strengths: float64[n, V], not negative.
@@ -110,7 +110,7 @@ def plug_in(strengths: np.ndarray) -> np.ndarray:
 
 
 def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
-    """float64[n], what the correction adds to `plug_in`: (m - 1) / (2 n), nats; NaN for a row of zeros.
+    """Returns float64[n], the correction to add to `plug_in`: (m - 1) / (2 n), nats; NaN for a row of zeros.
 
     Args:
         strengths: float64[n, V], of which m are not 0.
@@ -122,7 +122,7 @@ def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
 
 
 def top_tokens(strengths: np.ndarray, count: int = TOP_TOKENS) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row the tokens with the largest shares, falling, and the shares; equal ones by rising id.
+    """Returns the tokens of each row with the largest shares, falling, and the shares; ties by rising id.
 
     Args:
         strengths: float64[n, V].

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.table import RANGE_PARTS
 from topklm.neurons.store import Block
 
 STRONGEST = 20
 FROM_EACH_PART = 5
+RANGE_PARTS = 5  # into which the range of a neuron's activations is cut
 APART = 128  # tokens
 
 
 def columns(block: Block, bounds: np.ndarray, layer: int, begin: int, seed: int = 0) -> Mapping[str, Any]:
-    """The columns of `table` that are about examples; a dead neuron has none.
+    """Returns the columns of `table` that are about examples; a dead neuron has none.
 
     Args:
         block: The neurons.
-        bounds: int64[documents + 1], as `contexts.document_bounds` gives them.
+        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
         layer: Of the model.
         begin: The first neuron of the block; with the layer it decides what is drawn, so that the examples
             of a neuron do not depend on how neurons are cut into blocks.
@@ -92,7 +92,7 @@ class _Chooser:
         self._free = np.ones(len(tokens), bool), np.ones(len(tokens), bool)
 
     def strongest(self, strengths: np.ndarray, count: int) -> list[int]:
-        """The strongest events, one after another."""
+        """Returns the strongest events, one after another."""
         taken: list[int] = []
         for kind, free in enumerate(self._free):
             left = np.where(free, strengths, 0)
@@ -102,7 +102,7 @@ class _Chooser:
         return taken
 
     def drawn(self, events: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-        """Some of these events (rising), each as likely as the others that may be taken."""
+        """Returns some of these events (rising), each as likely as the others that may be taken."""
         taken: list[int] = []
         for kind, free in enumerate(self._free):
             if len(taken) == count:
@@ -112,17 +112,17 @@ class _Chooser:
                 event = int(left[rng.integers(len(left))])
                 taken.append(event)
                 gone = self._take(event)[kind]
-                first, behind = np.searchsorted(left, (gone.start, gone.stop))
-                left = np.concatenate([left[:first], left[behind:]])
+                first, stop = np.searchsorted(left, (gone.start, gone.stop))
+                left = np.concatenate([left[:first], left[stop:]])
         return taken
 
     def _take(self, event: int) -> tuple[slice, slice]:
         """Marks an event as an example; returns which events that rules out, for each kind of free."""
         token = self._tokens[event]
         document = np.searchsorted(self._bounds, token, side="right")
-        first, behind = self._bounds[document - 1], self._bounds[document]
-        near = max(first, token - APART + 1), min(behind, token + APART)
-        edges = np.searchsorted(self._tokens, (first, behind, *near)).tolist()
+        first, stop = self._bounds[document - 1], self._bounds[document]
+        near = max(first, token - APART + 1), min(stop, token + APART)
+        edges = np.searchsorted(self._tokens, (first, stop, *near)).tolist()
         gone = slice(*edges[:2]), slice(*edges[2:])
         for free, out in zip(self._free, gone, strict=True):
             free[out] = False

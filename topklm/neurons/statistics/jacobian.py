@@ -1,11 +1,13 @@
-"""How the model's last hidden state follows what an earlier layer hands on, averaged over contexts.
+"""Derivatives of the model's last hidden state by the output of an earlier layer, averaged over contexts.
 
 J_l = mean over contexts of d(normed final hidden state at the last position) / d(h_l at the last position),
-where h_l is what layer l hands on: behind its TopK. The masks of later TopK layers hold at their values. The
+where h_l is the output of layer l, after its TopK. The masks of later TopK layers are held fixed. The
 definition is ours; that of the lens made of it stands in `topklm.neurons.statistics.lenses`.
 
 No other token attends to the last one, so the last position alone carries the derivative, and nothing else
 is differentiated. One pass back from a coordinate of the final state gives its row of J_l of every layer.
+
+Contexts are excerpts of stored text that end at drawn tokens, as the model is given them.
 """
 
 from collections.abc import Callable
@@ -20,16 +22,43 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import decode, transformer
-from topklm.model.attention import rotation_angles
-from topklm.neurons.statistics import excerpts as excerpts_lib
-from topklm.neurons.statistics.excerpts import Excerpts
-from topklm.neurons.statistics.settings import Settings
+from topklm.model import transformer
+from topklm.model.block import LayerHooks, end_layer
+from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
+from topklm.neurons.statistics import Settings
 from topklm.neurons.store import Store
 
 N_CONTEXTS, CONTEXT_TOKENS, SEED = Settings.lens_contexts, 32, Settings.seed
 
 _BATCH = 32  # contexts in one program, which holds D x D numbers for each
+NO_TOKEN = -1
+
+# Tokens of the store that are read at once.
+_STRIP = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Excerpts:
+    """N excerpts of T tokens. A shorter one stands to the right, so all of them end in the last column.
+
+    Attributes:
+        tokens: int32[N, T].
+        segments: int32[N, T], 1; 0 where nothing stands, which no token of the excerpt attends to.
+        positions: int32[N, T], 0 for an excerpt's first token.
+        following: int32[N], the token that follows in the document; `NO_TOKEN` where the document ends.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    following: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> "Excerpts":
+        """Returns some of them, by a slice, a mask or their numbers."""
+        return Excerpts(self.tokens[rows], self.segments[rows], self.positions[rows], self.following[rows])
 
 
 def averaged_jacobians(
@@ -42,7 +71,7 @@ def averaged_jacobians(
     context_tokens: int = CONTEXT_TOKENS,
     seed: int = SEED,
 ) -> jax.Array:
-    """J_l of every layer, over contexts that end at tokens drawn evenly over a store.
+    """Computes J_l of every layer, over contexts that end at tokens drawn evenly over a store.
 
     It is computed in float32, whatever the dtype of the model.
 
@@ -50,7 +79,7 @@ def averaged_jacobians(
         config: The model's shape.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.
-        store: Of text that contexts are taken from: see `excerpts.ending_at`.
+        store: Of text that contexts are taken from: see `ending_at`.
         n_contexts: How many; fewer where the store has fewer tokens.
         context_tokens: Of each, at most.
         seed: Of the draw.
@@ -63,9 +92,9 @@ def averaged_jacobians(
     """
     if store.n_tokens == 0:
         raise UserError(f"{store.folder} holds no tokens: run topklm neurons harvest")
-    ends = excerpts_lib.spread_ends(store.n_tokens, n_contexts, seed)
+    ends = spread_ends(store.n_tokens, n_contexts, seed)
     length = min(context_tokens, config.context_length)
-    contexts = excerpts_lib.ending_at(store, ends, length, separator_id)
+    contexts = ending_at(store, ends, length, separator_id)
     config = dataclasses.replace(config, dtype="float32")
     total: Any = 0.0
     with jax.default_matmul_precision("float32"):
@@ -90,31 +119,32 @@ def _weighted_jacobians(
     positions_BT: jax.Array,
     weights_B: jax.Array,
 ) -> jax.Array:
-    """The sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
+    """Computes the sum over contexts of their weights times their Jacobians, float32[L, D, D]."""
     model = transformer.bind(config, params)
-    # What enters each layer, and what leaves it at the last position.
+    # The input of each layer, and its output at the last position.
     _, (entering_LBTD, leaving_LBD) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, tap=lambda h, _u, h_next: (h, h_next[:, -1])
+        tokens_BT, segment_ids_BT, positions_BT, capture=lambda h, _u, h_next: (h, h_next[:, -1])
     )
-    rotation = rotation_angles(positions_BT, config.head_dim, config.rope_theta, jnp.dtype(config.dtype))
+    rotation = model.rotation(positions_BT)
     of_last = rotation[0][:, -1:], rotation[1][:, -1:]
     seen_BT = (segment_ids_BT == segment_ids_BT[:, -1:]).at[:, -1].set(False)
     block_def, stacked = nnx.split(model.blocks)
-    is_dense_L = np.arange(config.n_layers) >= config.n_topk_layers
-    passes_LBD = (leaving_LBD != 0) | is_dense_L[:, None, None]
+    ends_in_topk_L = np.arange(config.n_layers) < config.n_topk_layers
+    # The winners of each TopK are held where they are, so it is linear.
+    hooks = LayerHooks(topk=lambda u_BD, active_BD: jnp.where(active_BD, u_BD, 0.0))
     _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
 
     def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
-        """From what the layer hands on to what enters it."""
-        block_params, entering_BTD, passes_BD = layer
+        """Goes back from the output of the layer to its input."""
+        block_params, entering_BTD, leaving_BD, ends_in_topk = layer
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            past = decode.keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode.step(
-                block, h_BD[:, None], of_last, decode.own_behind(past, seen_BT[:, None])
+            past = keys_and_values(block, entering_BTD, rotation)
+            a_B1D, written_B1D, _ = decode_step(
+                block, h_BD[:, None], of_last, attend_to_past(past, seen_BT[:, None])
             )
-            return jnp.where(passes_BD, (a_B1D + written_B1D)[:, 0], 0.0)
+            return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])
         return _one_by_one(back, g_DBD), g_DBD.sum(axis=1)
@@ -122,14 +152,71 @@ def _weighted_jacobians(
     # The first axis is the coordinate of the final state, each with its weight in all contexts.
     one_hot_DBD = jnp.eye(config.d_model)[:, None] * weights_B[:, None]
     g_DBD = _one_by_one(back_through_norm, one_hot_DBD)
-    layers = stacked, entering_LBTD, passes_LBD
+    layers = stacked, entering_LBTD, leaving_LBD, ends_in_topk_L
     return jax.lax.scan(back_through_layer, g_DBD, layers, reverse=True)[1]
 
 
 def _one_by_one(back: Callable[[jax.Array], tuple[jax.Array]], g_DBD: jax.Array) -> jax.Array:
-    """The pass back of each coordinate, not vectorised over them.
+    """Runs the pass back of each coordinate, not vectorised over them.
 
     XLA for CPUs (0.10.2) gets `vmap` of it wrong at some shapes, [256, 16, 256] among them: sums over the
     last axis of a product with an array that has no first axis.
     """
     return jax.lax.map(lambda g_BD: back(g_BD)[0], g_DBD)
+
+
+def ending_at(store: Store, ends: np.ndarray, length: int, separator_id: int) -> Excerpts:
+    """Returns the last `length` tokens of: the separator, then the document up to and with a token.
+
+    So an excerpt begins with the separator where the document begins in it, and holds one document only.
+
+    Args:
+        store: Of the text.
+        ends: int64[N], tokens of the store, in any order.
+        length: T, 1 or more.
+        separator_id: Of the tokenizer.
+    """
+    tokens = np.full((len(ends), length), separator_id, np.int32)
+    segments = np.zeros((len(ends), length), np.int32)
+    following = np.full(len(ends), NO_TOKEN, np.int32)
+    # Strip by strip, so that a store of any size is read in little memory.
+    order = np.argsort(ends, kind="stable")
+    borders = np.flatnonzero(np.diff(ends[order] // _STRIP)) + 1
+    for rows in np.split(order, borders):
+        if len(rows) == 0:
+            continue
+        first = ends[rows[0]] - length
+        ids, documents = _read(store, int(first), int(ends[rows[-1]]) + 2)
+        last = ends[rows] - first
+        places = last[:, None] + np.arange(1 - length, 1)
+        inside = documents[places] == documents[last][:, None]
+        tokens[rows] = np.where(inside, ids[places], separator_id)
+        # The place before a document's first token is the separator's.
+        begins = np.zeros_like(inside)
+        begins[:, :-1] = ~inside[:, :-1] & inside[:, 1:]
+        segments[rows] = inside | begins
+        goes_on = documents[last + 1] == documents[last]
+        following[rows] = np.where(goes_on, ids[last + 1], NO_TOKEN)
+    n_missing = length - segments.sum(axis=1, keepdims=True)
+    positions = np.maximum(np.arange(length) - n_missing, 0).astype(np.int32)
+    return Excerpts(tokens, segments, positions, following)
+
+
+def spread_ends(n_tokens: int, n: int, seed: int) -> np.ndarray:
+    """Tokens drawn evenly over a store, one from each n-th of it.
+
+    Returns:
+        int64[min(n, n_tokens)], rising.
+    """
+    n = min(n, n_tokens)
+    shares = np.arange(n) + np.random.default_rng(seed).random(n)
+    return np.minimum((shares * n_tokens / max(n, 1)).astype(np.int64), n_tokens - 1)
+
+
+def _read(store: Store, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and documents, int64[end - begin]; outside of the store the document is -1."""
+    inside = slice(max(begin, 0) - begin, min(end, store.n_tokens) - begin)
+    ids, documents = np.zeros(end - begin, np.int64), np.full(end - begin, -1, np.int64)
+    ids[inside] = store.tokens(begin, end)
+    documents[inside] = store.documents(begin, end)
+    return ids, documents

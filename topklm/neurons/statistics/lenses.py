@@ -1,4 +1,4 @@
-"""What a neuron does to the logits, by two linear approximations. The definitions are ours.
+"""The effect of a neuron on the logits, by two linear approximations. The definitions are ours.
 
 - *Identity lens*: as if the neuron were written straight into the final norm, whose division is left out.
   Effect of neuron j: row j of diag(scale of the final norm) @ unembedding; the same in all layers.
@@ -49,14 +49,14 @@ class Lenses:
     directions: jax.Array | None = None
 
     def jacobian_rows(self, layer: int, begin: int, end: int) -> jax.Array:
-        """float32[n, D]: what the final state does per unit of each neuron from `begin` to `end` - 1."""
+        """Returns the change of the final state per unit of neurons `begin` to `end` - 1, float32[n, D]."""
         if self.directions is not None:
             with jax.default_matmul_precision("float32"):
                 return self.directions[layer, begin:end] @ self.jacobians[layer].T
         return self.jacobians[layer, :, begin:end].T
 
     def identity_rows(self, begin: int, end: int, layer: int = 0) -> jax.Array:
-        """The same for the identity lens; for coordinates it is the same in all layers."""
+        """Does the same for the identity lens; for coordinates it is the same in all layers."""
         if self.directions is not None:
             return self.directions[layer, begin:end] * self.scale
         neurons = jnp.arange(begin, end)[:, None] == jnp.arange(len(self.scale))
@@ -69,7 +69,7 @@ def make(
     jacobians_LDD: jax.Array,
     directions_LDD: np.ndarray | None = None,
 ) -> Lenses:
-    """Both lenses.
+    """Makes both lenses.
 
     Args:
         config: The model's shape.
@@ -84,13 +84,13 @@ def make(
 
 
 def columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
-    """The columns `identity_*` and `jacobian_*` of `table.COLUMNS`.
+    """Returns the columns `identity_*` and `jacobian_*` of `table.COLUMNS`.
 
     Args:
         lenses: Of the model.
         layer: Of the model's layers.
         begin: First neuron.
-        end: Behind the last.
+        end: After the last.
 
     Returns:
         For each column a list with the entry of each neuron. Tokens with equal effects are listed by rising
@@ -127,7 +127,7 @@ def _of_parameters(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _ends(rows_ND: jax.Array, unembedding_DV: jax.Array, n: int) -> dict[str, tuple[Any, Any]]:
-    """The n largest and smallest effects of each row, and their tokens, [N, n] each."""
+    """Finds the n largest and smallest effects of each row, and their tokens, [N, n] each."""
 
     def of_neuron(row_D: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         effects_V = row_D @ unembedding_DV

@@ -6,13 +6,13 @@ by the product of the neuron's activations there:
     MS(j) = (||A^T e||^2 - sum of a^2 |e|^2) / ((sum of a)^2 - sum of a^2)
 
 where a[n] is the neuron's strength (`activity`) at token n, and e[n] the context embedding of that token
-(`contexts`: mean-centred, of unit length, or 0). It is exact, over all pairs, without going through them.
+(`embeddings`: mean-centred, of unit length, or 0). It is exact, over all pairs, without going through them.
 Activations are to be scaled to [0, 1] first: divided by the neuron's largest, as its smallest is 0 (which is
 assumed of a neuron that is active everywhere, too). The score is the same without, so none is. The paper's
 formula is unknown to us, and this one is ours.
 
-Beside it stands the score with the contexts dealt out anew, by one permutation of the whole store: what the
-same activations would have by chance. Dims: S layers, D neurons per layer, N tokens, d embedding.
+Beside it stands the score with the contexts permuted over the whole store: the value of the same
+activations by chance. Dims: S layers, D neurons per layer, N tokens, d embedding.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.statistics.contexts import Embeddings
+from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import Store
 
 _DENSE = 1 / 4  # share of activations that are not 0 from which on a dense product is the faster one
@@ -36,7 +36,7 @@ class Scores:
     Attributes:
         layers: The model's layers, S of them.
         score: float64[S, D]; NaN for a neuron that is active at fewer than two tokens.
-        shuffled: float64[S, D], with contexts dealt out anew.
+        shuffled: float64[S, D], with contexts permuted.
     """
 
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class Scores:
 
 
 def columns(scores: Scores, layer: int, begin: int, end: int) -> Mapping[str, Any]:
-    """The columns of `table` that are about monosemanticity, for the neurons from `begin` to `end` - 1."""
+    """Returns the columns about monosemanticity, for the neurons from `begin` to `end` - 1."""
     number = scores.layers.index(layer)
     return {
         "monosemanticity": activity.or_null(scores.score[number, begin:end]),
@@ -54,7 +54,7 @@ def columns(scores: Scores, layer: int, begin: int, end: int) -> Mapping[str, An
 
 
 def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
-    """The scores of all neurons, in one pass over the store, segment by segment.
+    """Returns the scores of all neurons, in one pass over the store, segment by segment.
 
     Memory is that of a segment, and 4 bytes for each token of the store: the permutation.
 
@@ -72,14 +72,14 @@ def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
         end = begin + len(segment.tokens)
         own, dealt = contexts.at(np.arange(begin, end)), contexts.at(order[begin:end])
         strengths = np.abs(segment.values.astype(np.float32))
-        pairs.add(strengths, segment.places, segment.offsets, np.stack([own, dealt], axis=1))
+        pairs.add(strengths, segment.token_index, segment.offsets, np.stack([own, dealt], axis=1))
         begin = end
     scores = pairs.scores().reshape(len(layers), d_model, 2)
     return Scores(layers, scores[..., 0], scores[..., 1])
 
 
 class Pairs:
-    """What all pairs of tokens add up to for each neuron; filled stretch by stretch.
+    """Sums over all pairs of tokens for each neuron; filled stretch by stretch.
 
     Args:
         n_neurons: However many.
@@ -116,7 +116,7 @@ class Pairs:
         self._counts += np.diff(offsets)
 
     def scores(self) -> np.ndarray:
-        """float64[n_neurons, n_kinds]; NaN where there are no pairs."""
+        """Returns float64[n_neurons, n_kinds]; NaN where there are no pairs."""
         pairs = np.square(self._vectors).sum(axis=-1) - self._own
         weights = np.square(self._total) - self._squares
         weights[(self._counts < 2) | (weights <= 0)] = np.nan
@@ -131,5 +131,5 @@ def _product(events: scipy.sparse.csr_array, embeddings: np.ndarray) -> np.ndarr
 
 
 def _numbers(n_tokens: int) -> np.ndarray:
-    """From 0 to n_tokens - 1, in the smallest type."""
+    """Returns from 0 to n_tokens - 1, in the smallest type."""
     return np.arange(n_tokens, dtype=np.min_scalar_type(max(n_tokens - 1, 0)))

@@ -19,7 +19,7 @@ from scipy.cluster import vq
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.neurons.statistics import clusters, contexts
+from topklm.neurons.statistics import embeddings
 from topklm.neurons.store import Store
 
 SIDE = 8  # tokens of a window on either side
@@ -30,7 +30,7 @@ _STRETCH = 16_384  # windows at a time
 
 
 class SentenceEncoder(Protocol):
-    """What is asked of an encoder: the `encode` of the package sentence-transformers, among others."""
+    """The interface of an encoder: the `encode` of the package sentence-transformers, among others."""
 
     def encode(self, sentences: list[str], /) -> Any:
         """Embeddings [n, d] of texts, as something that NumPy makes an array of."""
@@ -65,10 +65,10 @@ class Windows:
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """As `Contexts.at`: float32[n, d], less the mean over the store and scaled to unit length."""
-        return contexts.unit_or_zero(self.vectors[places] - self._centre)
+        return embeddings.unit_or_zero(self.vectors[places] - self._centre)
 
     def clusters(self, n_clusters: int, seed: int = 0) -> np.ndarray:
-        """int32[N], the cluster of each window, from 0 to C - 1; each of the C clusters has one.
+        """Returns int32[N], the cluster of each window, from 0 to C - 1; each of the C clusters has one.
 
         Args:
             n_clusters: At most how many.
@@ -76,13 +76,13 @@ class Windows:
         """
         n = len(self.vectors)
         seen = np.unique(np.linspace(0, n - 1, min(n, _CLUSTERED)).astype(np.int64))
-        centroids, _ = clusters.k_means(self.vectors[seen], min(n_clusters, len(seen)), seed)
+        centroids, _ = embeddings.k_means(self.vectors[seen], min(n_clusters, len(seen)), seed)
         parts = [vq.vq(self.vectors[a : a + _STRETCH], centroids, False)[0] for a in range(0, n, _STRETCH)]
         return np.unique(np.concatenate(parts), return_inverse=True)[1].astype(np.int32)
 
 
 def load(name: str) -> SentenceEncoder:
-    """A model of the package sentence-transformers.
+    """Returns a model of the package sentence-transformers.
 
     Args:
         name: Its folder, or its name where the package finds it, also NAME@REVISION: a branch, a tag, or the
@@ -126,14 +126,14 @@ def embed(
         store: Of activations.
         tokenizer: That made its tokens.
         encoder: Gives the embeddings.
-        name: What the encoder is called in tables and on pages.
+        name: Of the encoder, in tables and on pages.
         report: Told how many more are done.
 
     Raises:
         UserError: If the encoder gives anything but one vector of finite numbers for each text.
     """
     token_ids = store.tokens(0, store.n_tokens)
-    bounds = contexts.document_bounds(store)
+    bounds = embeddings.document_bounds(store)
     places = np.arange(len(token_ids))
     document = np.searchsorted(bounds, places, side="right")
     begins = np.maximum(places - SIDE, bounds[document - 1])
@@ -148,6 +148,6 @@ def embed(
                 f"--encoder = {name}: must give a vector of finite numbers for each text, not an array of "
                 f"{found.shape} for {len(texts)}"
             )
-        parts.append(contexts.unit_or_zero(found))
+        parts.append(embeddings.unit_or_zero(found))
         report(len(texts))
     return Windows(name, np.concatenate(parts))

@@ -1,11 +1,11 @@
-"""What is known of every neuron, one row each, as a Parquet file.
+"""The statistics of every neuron, one row each, as a Parquet file.
 
-Columns and their meaning are `COLUMNS`; what they were measured on stands in the file's own metadata, as
-`Measured`. Definitions of the figures are in the modules that compute them. A figure that cannot be given
-(of a dead neuron, say) is null.
+Columns and their meaning are those of `catalog.STATISTICS`; the text that they were measured on is described
+by the file's own metadata, as `Measured`. A figure that cannot be given (of a dead neuron, say) is null, and
+so is a statistic that did not exist when the table was written, until `measure.extend` adds it.
 
-Before the file's footer stands the SHA-256 of all the rest of it, in a place that other readers of Parquet
-pass over. Files of format 1 do not have it.
+Before the file's footer stands the SHA-256 of all the rest of it, at a position that other readers of Parquet
+skip. Files of format 1 do not have it.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.neurons.folder import damage_is_a_user_error
+from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons.statistics import catalog
 from topklm.neurons.store import Store
 from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 2
-RANGE_PARTS = 5  # into which the range of a neuron's activations is cut, for examples
 
 _METADATA_KEY = b"topklm"
 _OF_FORMAT_1 = b'"format": 1'  # stands in the footer, as it is
@@ -32,56 +33,10 @@ _DIGEST_BYTES = 64
 
 _AGAIN = "delete it, and run topklm neurons measure"
 
-_F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
-COLUMNS = pa.schema(
-    [
-        ("layer", _I32),  # of the model's layers, from 0
-        ("neuron", _I32),
-        ("n_active", _I64),  # tokens at which it is active
-        ("density", _F64),  # that as a share of all tokens
-        ("mean_activation", _F64),  # over the tokens at which it is active
-        ("max_activation", _F64),
-        # Tokens by activation: `activity.HISTOGRAM_BINS` parts of equal width from 0 to max_activation.
-        ("histogram", pa.list_(_I64)),
-        ("n_distinct_tokens", _I64),  # ids among the tokens at which it is active
-        ("token_entropy", _F64),  # nats, plug-in
-        ("token_entropy_corrected", _F64),  # nats, Miller-Madow
-        ("semantic_entropy", _F64),  # nats, plug-in
-        ("semantic_entropy_corrected", _F64),
-        ("monosemanticity", _F64),
-        ("monosemanticity_shuffled", _F64),  # the same with contexts dealt out anew: what chance gives
-        # Input tokens by their share of the neuron's whole activation, the largest first.
-        ("top_tokens", pa.list_(_I32)),
-        ("top_token_shares", pa.list_(_F64)),
-        # Output tokens that it raises most (from the top) and lowers most (from the bottom), and by how much.
-        ("identity_top", pa.list_(_I32)),
-        ("identity_top_effects", pa.list_(_F64)),
-        ("identity_bottom", pa.list_(_I32)),
-        ("identity_bottom_effects", pa.list_(_F64)),
-        ("jacobian_top", pa.list_(_I32)),
-        ("jacobian_top_effects", pa.list_(_F64)),
-        ("jacobian_bottom", pa.list_(_I32)),
-        ("jacobian_bottom_effects", pa.list_(_F64)),
-        # Change of the next token's loss, nats, when the neuron is set to 0 at a token at which it is active.
-        ("ablation_effect", _F64),  # mean
-        ("ablation_standard_error", _F64),
-        ("ablation_samples", _I32),
-        # Neurons of the same layer, the nearest first.
-        ("coactive", pa.list_(_I32)),
-        ("coactive_similarity", pa.list_(_F64)),
-        ("similar_effect", pa.list_(_I32)),
-        ("similar_effect_similarity", pa.list_(_F64)),
-        # Tokens of the store: the strongest, and some from each part of the range; see `examples`.
-        ("examples", pa.list_(_I64)),
-        ("example_activations", pa.list_(_F64)),
-        ("example_parts", pa.list_(pa.int8())),  # 0: the strongest; 1 to RANGE_PARTS: from that part, rising
-    ]
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the figures of a table were measured on.
+    """The text and the model that a table was measured on.
 
     Attributes:
         run: Name of the run folder.
@@ -92,10 +47,10 @@ class Measured:
         layers: The model's layers that have rows.
         d_model: D, neurons per layer.
         topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
-        source: What the text was.
+        source: Of the text, in words.
         n_tokens: Tokens of text; separators and padding are not among them.
         n_documents: Of which those are.
-        embedding: What semantic entropy and monosemanticity compare tokens by.
+        embedding: By which semantic entropy and monosemanticity compare tokens.
         n_clusters: Of tokens, for semantic entropy.
         details: Sample sizes, seeds and the like, by name.
         dictionary: How the dictionary was made; empty where there is none. Its logit effects are those of the
@@ -121,20 +76,36 @@ class Measured:
 
 
 def write(path: Path, rows: pa.Table, measured: Measured) -> None:
-    """Writes a table of `COLUMNS`, sorted by layer and neuron; it is there whole or not at all."""
+    """Writes a table, sorted by layer and neuron; it is there whole or not at all.
+
+    Columns of `catalog.schema` come first, in their order and types; others are kept as they are.
+    """
     content = {"format": FORMAT, **dataclasses.asdict(measured)}
-    rows = rows.cast(COLUMNS).replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
+    known = [field for field in catalog.schema() if field.name in rows.column_names]
+    more = [field for field in rows.schema if field.name not in catalog.schema().names]
+    rows = rows.select([field.name for field in known + more]).cast(pa.schema(known + more))
+    rows = rows.replace_schema_metadata({_METADATA_KEY: json.dumps(content).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
     write_atomically(path, _sealed(sink.getvalue().to_pybytes()))
 
 
 def read(path: Path) -> tuple[pa.Table, Measured]:
-    """What `write` has written.
+    """Reads a table: all columns of `catalog.schema`, those that it lacks as null.
 
     Raises:
-        UserError: If it is missing, damaged, or of another version.
+        UserError: If it is missing, damaged, or of another format.
     """
+    rows, measured = read_stored(path)
+    with damage_is_a_user_error(path, _AGAIN, pa.ArrowException):
+        for field in catalog.schema():
+            if field.name not in rows.column_names:
+                rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+        return rows.select(catalog.schema().names).cast(catalog.schema()), measured
+
+
+def read_stored(path: Path) -> tuple[pa.Table, Measured]:
+    """Reads a table with the columns that it was written with; raises as `read`."""
     with damage_is_a_user_error(path, _AGAIN, pa.ArrowException, TypeError, KeyError):
         try:
             content = path.read_bytes()
@@ -144,8 +115,10 @@ def read(path: Path) -> tuple[pa.Table, Measured]:
             content = _unsealed(content)
         rows = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         measured = parse_json((rows.schema.metadata or {})[_METADATA_KEY])
-        if measured.pop("format") not in (1, FORMAT) or rows.schema.names != COLUMNS.names:
+        if measured.pop("format") not in (1, FORMAT):
             raise UserError(f"{path} was written by another version of topklm: delete it, and measure again")
+        if not catalog.KEYS.keys() <= set(rows.column_names):
+            raise ValueError("it does not say which neurons its rows are of")
         measured["layers"] = tuple(measured["layers"])
         return rows, Measured(**measured)
 
@@ -196,3 +169,46 @@ def _unsealed(content: bytes) -> bytes:
 def _footer(content: bytes) -> int:
     """Returns the place of the footer, before 4 bytes of its length and 4 of a mark; below 0: nowhere."""
     return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
+# Below, a neuron was seen too seldom to say what it stands for; above, it is active nearly everywhere.
+FAIR_DENSITY = (1e-4, 0.05)
+# From fewer activations an entropy says little, however it is corrected.
+FAIR_ACTIVE = 30
+# A neuron for one token needs no page to be named, and every model has many.
+SEVERAL_TOKENS = 3.0
+
+
+def readable_first(rows: pa.Table) -> np.ndarray:
+    """Neurons by how likely it is that a person can name them.
+
+    First those of fair density that were seen often enough and whose activation is spread over several
+    tokens (exp of the corrected token entropy), by rising corrected semantic entropy, and where that is equal
+    by falling number of distinct tokens. Then, in the same order, those of fair density for a token or two,
+    then the other living ones, then the dead ones.
+
+    Args:
+        rows: Of `topklm.neurons.statistics.table`.
+
+    Returns:
+        int64[n], places in `rows`.
+    """
+    with np.errstate(invalid="ignore"):  # NaN is not above anything
+        several = np.exp(_numbers(rows, "token_entropy_corrected")) >= SEVERAL_TOKENS
+    living = _numbers(rows, "n_active") > 0
+    group = np.select([~living, ~is_fair(rows), ~several], [3, 2, 1], 0)
+    # Of keys, lexsort takes the last one first; it puts NaN after every number.
+    keys = (-_numbers(rows, "n_distinct_tokens"), _numbers(rows, "semantic_entropy_corrected"), group)
+    return np.lexsort(keys)
+
+
+def is_fair(rows: pa.Table) -> np.ndarray:
+    """Returns bool[n], which neurons are active neither too seldom nor too often to be read."""
+    low, high = FAIR_DENSITY
+    density = _numbers(rows, "density")
+    return (density >= low) & (density <= high) & (_numbers(rows, "n_active") >= FAIR_ACTIVE)
+
+
+def _numbers(rows: pa.Table, name: str) -> np.ndarray:
+    """Returns float64[n], NaN where there is none."""
+    return rows[name].to_numpy().astype(np.float64)

@@ -1,0 +1,238 @@
+"""One pass over whole sequences: logits, losses, captured activations, and functions called on the way.
+
+Programs are compiled for shapes and the model; rows are padded to a few lengths before, and results cut
+after. `run_with_hooks`, as in TransformerLens, compiles nothing: slow, and free to do anything. Dims: B rows,
+T tokens of the longest, P tokens it is padded to, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import reprlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.token_rows import positions_in
+from topklm.model import transformer
+from topklm.model.block import LayerHooks
+from topklm.model.losses import token_losses
+from topklm.model.topk import topk
+from topklm.neurons import hook_names
+from topklm.neurons.capture import SparseActivations, capture
+
+
+class Input(NamedTuple):
+    """Tokens, int32[B, P], and which document each belongs to, int32[B, P]; None: a row is one."""
+
+    tokens: Any
+    segment_ids: Any = None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(
+    config: ModelConfig, params: transformer.Parameters, given: Input, interventions: InterventionBatch | None
+) -> jax.Array:
+    """Gives next-token logits, float32[B, P, V]."""
+    model = transformer.bind(config, params)
+    return model.logits(_hidden(model, given, interventions))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    given: Input,
+    lengths_B: jax.Array,
+    interventions: InterventionBatch | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gives next-token losses in nats.
+
+    Args:
+        config: The model's shape.
+        params: Its parameters.
+        given: Rows of tokens.
+        lengths_B: int32[B], tokens of each row.
+        interventions: On neurons.
+
+    Returns:
+        The mean over tokens that are scored, all but the first of each document; and float32[B, P], at t the
+        loss of token t + 1, NaN where that is not scored.
+    """
+    model = transformer.bind(config, params)
+    h_BPD = _hidden(model, given, interventions)
+    found_BP = token_losses(h_BPD, model.unembedding(), _next(given.tokens), config.vocab_size)
+    scored_BP = jnp.arange(1, found_BP.shape[1] + 1)[None] < lengths_B[:, None]
+    if given.segment_ids is not None:
+        scored_BP &= given.segment_ids == _next(given.segment_ids)
+    mean = jnp.sum(jnp.where(scored_BP, found_BP, 0.0)) / jnp.sum(scored_BP)
+    return mean, jnp.where(scored_BP, found_BP, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits_and_activations(
+    config: ModelConfig,
+    wanted: tuple[str, ...],
+    params: transformer.Parameters,
+    given: Input,
+    interventions: InterventionBatch | None,
+) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
+    """Gives next-token logits, float32[B, P, V], and what has one of these names, see `capture`."""
+    model = transformer.bind(config, params)
+    segments, positions, hooks = inputs_of(config, given, interventions)
+    more_active = 0 if interventions is None else len(interventions.layer)
+    h_BPD, neurons, others = capture(model, given.tokens, wanted, hooks, more_active, segments, positions)
+    return model.logits(h_BPD), neurons, others
+
+
+def inputs_of(
+    config: ModelConfig, given: Input, interventions: InterventionBatch | None
+) -> tuple[Any, Any, LayerHooks]:
+    """Gives segments and positions of tokens, None where a row is one document, and hooks of layers."""
+    positions = None if given.segment_ids is None else positions_in(given.segment_ids)
+    hooks = LayerHooks() if interventions is None else interventions.layer_hooks(config, positions)
+    return given.segment_ids, positions, hooks
+
+
+def padded(x_BT: Any, added: int, fill: int) -> Any:
+    """Puts so many more tokens at the right of each row."""
+    pad = np.pad if isinstance(x_BT, np.ndarray) else jnp.pad
+    return pad(x_BT, ((0, 0), (0, added)), constant_values=fill) if added else x_BT
+
+
+def cut(x: jax.Array, length: int, axis: int) -> jax.Array:
+    """Takes off the padding of rows."""
+    at = (slice(None),) * axis + (slice(length),)
+    if x.shape[axis] == length:
+        return x
+    if isinstance(x, jax.core.Tracer) or [device.platform for device in x.devices()] != ["cpu"]:
+        return x[at]
+    # A slice would be a program of its own for each length.
+    return jax.device_put(np.asarray(x)[at], x.sharding)
+
+
+def _hidden(
+    model: transformer.Transformer, given: Input, interventions: InterventionBatch | None
+) -> jax.Array:
+    """Gives normed hidden states, [B, P, D]."""
+    segments, positions, hooks = inputs_of(model.config, given, interventions)
+    numbers = jnp.arange(model.config.n_layers)
+    h_BPD, _ = model.hidden(given.tokens, segments, positions, hooks=hooks, hook_inputs=numbers)
+    return h_BPD
+
+
+def _next(x_BP: jax.Array) -> jax.Array:
+    """Gives at each position the token of the next, [B, P]; at the last one, one that does not count."""
+    return jnp.roll(x_BP, -1, axis=1)
+
+
+# (array [B, T, D], name) -> the array to go on with, or None.
+Hook = Callable[[jax.Array, hook_names.HookName], jax.Array | None]
+# Of each hook its name, or a function that says of each name whether it is meant.
+ForwardHooks = Sequence[tuple[str | Callable[[str], bool], Hook]]
+
+
+def run_with_hooks(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    tokens_BT: jax.Array,
+    fwd_hooks: ForwardHooks,
+    hooks: LayerHooks,
+    segment_ids_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+) -> jax.Array:
+    """Runs a model with functions called on the way; see `LanguageModel.run_with_hooks`.
+
+    Args:
+        config: The model's shape.
+        params: Its parameters.
+        tokens_BT: int32[B, T].
+        fwd_hooks: (name, function) each.
+        hooks: Other hooks; of one array, before the functions see it. Only bids inside of
+            the TopK come after those at its entry.
+        segment_ids_BT: As in `Transformer.__call__`.
+        positions_BT: As in `Transformer.__call__`.
+
+    Returns:
+        Next-token logits, float32[B, T, V].
+
+    Raises:
+        ValueError: For a name that the model does not have, what is no pair, or a result of another shape.
+    """
+    pairs = _pairs(config, fwd_hooks)
+    # Unrolled and kept whole, so that layers are run one after another, each once, and can be counted.
+    config = dataclasses.replace(config, layer_stack="unrolled", remat="none")
+    layer = -1
+
+    def called(array_BTD: jax.Array, hook: str) -> jax.Array:
+        here = hook_names.HookName(hook_names.name(layer, hook))
+        for name, function in pairs:
+            if name == here:
+                array_BTD = _replaced(array_BTD, function(array_BTD, here), here)
+        return array_BTD
+
+    def enter(h_BTD: jax.Array, _: Any) -> jax.Array:
+        nonlocal layer
+        layer += 1
+        return called(h_BTD, hook_names.RESID_PRE)
+
+    def select(u_BTD: jax.Array, number: jax.Array) -> jax.Array:
+        u_BTD = called(u_BTD, hook_names.TOPK_PRE)
+        if hooks.topk is not None:
+            return hooks.topk(u_BTD, number)
+        return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+
+    def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
+        h_BTD = h_BTD if hooks.output is None else hooks.output(h_BTD, number)
+        return called(called(h_BTD, hook_names.TOPK), hook_names.RESID_POST)
+
+    model = transformer.bind(config, params)
+    h_BTD, _ = model.hidden(
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        hooks=LayerHooks(topk=select, output=edit, input=enter),
+        hook_inputs=np.arange(config.n_layers),
+    )
+    return model.logits(h_BTD)
+
+
+def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook]]:
+    """Makes a pair for each name that is meant."""
+    if isinstance(fwd_hooks, str | dict) or not hasattr(fwd_hooks, "__iter__"):
+        raise ValueError(f"fwd_hooks = {reprlib.repr(fwd_hooks)}: must be a list of (name, function)")
+    found: list[tuple[str, Hook]] = []
+    for pair in fwd_hooks:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+            raise ValueError(f"fwd_hooks: {reprlib.repr(pair)} is no (name, function)")
+        meant, function = pair
+        if not callable(meant):
+            hook_names.check(config, meant, "fwd_hooks")
+            found.append((meant, function))
+            continue
+        several = [name for name in hook_names.all_names(config) if meant(name)]
+        if not several:
+            raise ValueError("fwd_hooks: a function of names chooses none of those in model.hook_names")
+        found += [(name, function) for name in several]
+    return found
+
+
+def _replaced(h_BTD: jax.Array, result: jax.Array | None, name: str) -> jax.Array:
+    """Returns the result of a function instead of the array, if it gave one."""
+    if result is None:
+        return h_BTD
+    try:
+        result = jnp.asarray(result, h_BTD.dtype)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"fwd_hooks: the function of {name} gave a {type(result).__name__}: must give an array, or None"
+        ) from None
+    if result.shape != h_BTD.shape:
+        raise ValueError(
+            f"fwd_hooks: the function of {name} gave {result.shape}: must be {h_BTD.shape}, or None"
+        )
+    return result

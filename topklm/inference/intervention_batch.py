@@ -1,0 +1,251 @@
+"""Interventions as arrays, and their effect on a layer: after TopK, or inside of it.
+
+All interventions are data of the program, filled up to a few sizes, so other neurons, values, modes or
+positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layers.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference.interventions import (
+    DEFAULT_MODE,
+    MODES,
+    POSITIONS,
+    Intervention,
+    Mode,
+    Steer,
+    entries_of,
+)
+from topklm.inference.token_rows import is_traced
+from topklm.model.block import LayerHooks
+from topklm.model.topk import topk
+
+_SMALLEST = 4  # entries; more are filled up to the next power of two
+_NO_LAYER = -1
+_EVERY_ROW = -1
+_END = 2**31 - 1
+_RANGE = len(POSITIONS)
+_FEW = 8  # entries; of more, a table of all neurons is made
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layer", "neuron", "value", "mode", "where", "begin", "end", "row"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class InterventionBatch:
+    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+
+    Attributes:
+        layer: int32[E]; -1 in entries that only fill up.
+        neuron: int32[E].
+        value: float32[E]; its meaning depends on the mode.
+        mode: int32[E], index into `MODES`.
+        where: int32[E], index into `POSITIONS`, and one more for a range.
+        begin: int32[E], first position of a range. The separator before a text has position 0.
+        end: int32[E], the position after its last.
+        row: int32[E], which row of a batch; -1: all.
+    """
+
+    layer: Any
+    neuron: Any
+    value: Any
+    mode: Any
+    where: Any
+    begin: Any
+    end: Any
+    row: Any
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, steer: Steer, mode: str = DEFAULT_MODE, n_rows: int | None = None
+    ) -> "InterventionBatch":
+        """Makes one of the forms in which people give interventions.
+
+        Args:
+            config: The model that they are for.
+            steer: {(layer, neuron): value}; one or several `Intervention`; or an `InterventionBatch`.
+            mode: Of the entries of a mapping.
+            n_rows: Sequences of the batch that they are for, where it is known.
+
+        Raises:
+            ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
+                a mode or positions that there are not, a competing mode in a layer without TopK, two
+                interventions on one neuron at one position, more winners in a layer than its k, or a row that
+                the batch does not have.
+        """
+        if isinstance(steer, InterventionBatch) and is_traced(jax.tree.leaves(steer)):
+            return steer
+        entries = entries_of(steer, mode)
+        for entry in entries:
+            entry.check(config)
+            if n_rows is not None and entry.row is not None and entry.row >= n_rows:
+                raise ValueError(f"row = {entry.row}: must be from 0 to {n_rows - 1}, the texts of the batch")
+        if isinstance(steer, InterventionBatch):
+            return steer
+        _refuse_overlap(entries)
+        _refuse_too_many(entries, config.topk_k)
+        size = _SMALLEST
+        while size < len(entries):
+            size *= 2
+        empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
+        rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
+        names = [field.name for field in dataclasses.fields(cls)]
+        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+        values = columns.pop("value")
+        indices = {name: np.array(column, np.int32) for name, column in columns.items()}
+        if is_traced(values):  # numbers only when the program runs
+            return cls(value=jnp.stack([jnp.asarray(value, jnp.float32) for value in values]), **indices)
+        return cls(value=np.array([float(value) for value in values], np.float32), **indices)
+
+    def entries(self) -> list[Intervention]:
+        """Returns the interventions one by one, as `of` takes them."""
+        columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return [
+            _intervention({name: column[i].item() for name, column in columns.items()})
+            for i in range(len(columns["layer"]))
+            if columns["layer"][i] != _NO_LAYER
+        ]
+
+    def layer_hooks(
+        self,
+        config: ModelConfig,
+        positions_BT: jax.Array | None = None,
+        prompt_lengths_B: jax.Array | int | None = None,
+    ) -> LayerHooks:
+        """Returns arguments for `Transformer.hidden(hooks=hooks, hook_inputs=jnp.arange(L))` in a program.
+
+        Args:
+            config: Of the model that runs.
+            positions_BT: int32[B, T]; default 0, 1, 2, ...
+            prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
+                Default: all tokens are the prompt.
+        """
+        lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
+
+        def applies(like_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            batch, length, _ = like_BTD.shape
+            positions = jnp.arange(length)[None] if positions_BT is None else positions_BT
+            applies_BTE = self._applies(positions, jnp.broadcast_to(lengths, (batch,)))
+            return jnp.broadcast_to(applies_BTE & (self.layer == layer), (batch, length, len(self.layer)))
+
+        def select(u_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            highest = jnp.finfo(u_BTD.dtype).max
+            lowest = 0 if config.topk_activation == "abs" else -highest
+            # Sure to be kept, or not to be; `edit` then writes the activation that was asked for.
+            bid = self._by_mode(lambda mode: {"wins": highest, "loses": lowest}.get(str(mode.competes), 0.0))
+            factor = self._by_mode(lambda mode: 0.0 if mode.competes else 1.0)
+            bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
+            return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+
+        def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
+
+        return LayerHooks(topk=select, output=edit)
+
+    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
+        """Returns float32[E] each: all modes are `h * factor + term`, after TopK."""
+        value = jnp.asarray(self.value, jnp.float32)
+        return self._by_mode(lambda mode: mode.factor(value)), self._by_mode(lambda mode: mode.term(value))
+
+    def _by_mode(self, of_mode: Callable[[Mode], Any]) -> jax.Array:
+        """Returns a number for each entry, float32[E], from one for each mode or float32[E] for each mode."""
+        is_mode = [self.mode == index for index in range(len(MODES))]
+        each = [jnp.broadcast_to(jnp.float32(of_mode(mode)), self.mode.shape) for mode in MODES.values()]
+        return jnp.select(is_mode, each, 0.0)
+
+    def _applies(self, positions_BT: jax.Array, prompt_lengths_B: jax.Array) -> jax.Array:
+        """Returns which entries apply to which tokens, by position and row, bool[B, T, E]."""
+        at = positions_BT[..., None]
+        is_prompt = at < prompt_lengths_B[:, None, None]
+        in_range = (at >= self.begin) & (at < self.end)
+        where = [jnp.ones_like(is_prompt), is_prompt, ~is_prompt, in_range]
+        by_position = jnp.select([self.where == number for number in range(len(where))], where, False)
+        row = jnp.arange(len(prompt_lengths_B))[:, None, None]
+        return by_position & ((self.row == _EVERY_ROW) | (self.row == row))
+
+    def __repr__(self) -> str:
+        # JAX prints trees that hold other things than arrays in its error messages.
+        return f"InterventionBatch({getattr(self.layer, 'shape', '?')})"
+
+
+def _changed(
+    h_BTD: jax.Array, neuron_E: jax.Array, factor_E: jax.Array, term_E: jax.Array, applies_BTE: jax.Array
+) -> jax.Array:
+    """Returns `h * factor + term` at the neurons of entries that apply; of a neuron and token at most one."""
+    is_neuron_ED = neuron_E[:, None] == np.arange(h_BTD.shape[-1])
+    if len(neuron_E) <= _FEW:
+        # Part of the loop over h that XLA makes in any case; a scatter would be a loop of its own.
+        changed_BTD = h_BTD.astype(jnp.float32)
+        for entry in range(len(neuron_E)):
+            here_BTD = applies_BTE[..., entry, None] & is_neuron_ED[entry]
+            changed = changed_BTD * factor_E[entry] + term_E[entry]
+            changed_BTD = jnp.where(here_BTD, changed, changed_BTD)
+        return changed_BTD.astype(h_BTD.dtype)
+    # Each sum has one term at most: exact, if products are.
+    numbers_E3D = (
+        jnp.stack([jnp.ones_like(factor_E), factor_E, term_E], axis=1)[:, :, None] * is_neuron_ED[:, None]
+    )
+    sums_BT3D = jnp.einsum(
+        "bte,ecd->btcd", applies_BTE.astype(jnp.float32), numbers_E3D, precision=jax.lax.Precision.HIGHEST
+    )
+    here_BTD, factor_BTD, term_BTD = (sums_BT3D[:, :, i] for i in range(3))
+    return jnp.where(here_BTD > 0, h_BTD * factor_BTD + term_BTD, h_BTD).astype(h_BTD.dtype)
+
+
+def _numbers(entry: Intervention) -> tuple:
+    """Returns the element of each array for one entry."""
+    if isinstance(entry.positions, str):
+        where, begin, end = POSITIONS.index(entry.positions), 0, 0
+    else:
+        where, (begin, end) = _RANGE, entry.positions
+    row = _EVERY_ROW if entry.row is None else entry.row
+    mode = list(MODES).index(entry.mode)
+    return entry.layer, entry.neuron, entry.value, mode, where, begin, end, row
+
+
+def _intervention(numbers: dict[str, Any]) -> Intervention:
+    where = numbers["where"]
+    return Intervention(
+        numbers["layer"],
+        numbers["neuron"],
+        numbers["value"],
+        list(MODES)[numbers["mode"]],
+        POSITIONS[where] if where != _RANGE else (numbers["begin"], numbers["end"]),
+        None if numbers["row"] == _EVERY_ROW else numbers["row"],
+    )
+
+
+def _refuse_overlap(entries: Sequence[Intervention]) -> None:
+    """Raises ValueError for two on one neuron at one position: their order would matter."""
+
+    def neuron(entry: Intervention) -> tuple[int, int]:
+        return entry.layer, entry.neuron
+
+    for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
+        for one, other in itertools.combinations(group, 2):
+            if one.may_meet(other):
+                raise ValueError(
+                    f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
+                    "keep one, or give them other positions"
+                )
+
+
+def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
+    """Raises ValueError for more winners in a layer than TopK keeps there."""
+    forced = [entry for entry in entries if MODES[entry.mode].competes == "wins"]
+    for layer, row in {(entry.layer, entry.row) for entry in forced}:
+        number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
+        if number > k:
+            raise ValueError(
+                f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
+            )

@@ -1,0 +1,208 @@
+"""The jitted steps of generation: prefill, decode, and those that move rows of a batch.
+
+Compiled for shapes and `StaticArgs`; all else is data. Dims: B rows, P tokens of prompts, C tokens of the KV
+cache, V vocabulary, D d_model, N tokens of a call, R rows that join a batch.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.inference import kv_cache
+from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.kv_cache import STEPS
+from topklm.inference.sampling import RowSampling, draw
+from topklm.model import transformer
+from topklm.model.block import LayerHooks
+
+NOTHING = np.iinfo(np.int32).min  # instead of a token, in rows that are done
+
+
+class RequestBatch(NamedTuple):
+    """The part of a batch that stays the same while its rows are decoded, [B]."""
+
+    sampling: RowSampling
+    first: Any  # int32, position in the sequence of the first token that the cache holds
+    prompt_lengths: Any  # int32, in the sequence
+    stop_token: Any  # int32
+    interventions: InterventionBatch | None
+    step_inputs: Any = None  # of a `TokenStep` that needs some
+
+
+class CacheInputs(NamedTuple):
+    """The arguments of `kv_cache.step` that say where the newest tokens belong."""
+
+    layers: Any
+    cache: Any
+    buffer: Any
+    tokens: Any
+    lengths: Any
+    number: Any
+
+
+# Runs the last token of each row, given their positions [B, 1]: logits of the next token, float32[B, V],
+# and the buffer with this token in it. Hashable, for programs are compiled for it.
+TokenStep = Callable[
+    [ModelConfig, transformer.Parameters, RequestBatch, CacheInputs, jax.Array], tuple[jax.Array, Any]
+]
+
+
+def one_pass(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    batch: RequestBatch,
+    at: CacheInputs,
+    positions_B1: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
+    model = transformer.bind(config, params)
+    n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
+    h_BD, buffer = kv_cache.step(model, *at, hooks_of(config, batch, positions_B1), n_active)
+    return model.logits(h_BD), buffer
+
+
+class StaticArgs(NamedTuple):
+    """The part of a program's arguments that it is compiled for, besides shapes."""
+
+    config: ModelConfig
+    replicated: jax.sharding.NamedSharding | None  # of results, where parameters are on several devices
+    token_step: TokenStep = one_pass
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, params: transformer.Parameters, token_step: TokenStep = one_pass
+    ) -> "StaticArgs":
+        """Makes those for parameters on their devices."""
+        sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+        if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
+            return cls(config, None, token_step)
+        everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return cls(config, everywhere, token_step)
+
+
+class DecodeState(NamedTuple):
+    """The part of a batch that each call changes, [B, ...]; positions count from the cache's first token."""
+
+    cache: Any
+    logits: Any  # float32[B, V], of the next token
+    position: Any  # int32, its position
+    n_drawn: Any  # int32, tokens drawn so far
+    n_left: Any  # int32, tokens still to be drawn; 0: the row is done
+    present: Any  # bool[B, V], tokens that the sequence holds
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(
+    static: StaticArgs,
+    params: transformer.Parameters,
+    batch: RequestBatch,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+) -> tuple[Any, jax.Array]:
+    """Runs prompts; returns their keys and values, and the logits of the next token, float32[B, V]."""
+    model = transformer.bind(static.config, params)
+    positions_BP = batch.first[:, None] + jnp.arange(tokens_BP.shape[1])
+    hooks = hooks_of(static.config, batch, positions_BP)
+    h_BD, filled = kv_cache.prefill(model, tokens_BP, lengths_B, hooks)
+    return _replicated(static, (filled, model.logits(h_BD)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def with_capacity(static: StaticArgs, filled: Any, capacity: int) -> Any:
+    """Returns the KV cache of prefilled rows, for sequences of so many tokens."""
+    return _replicated(static, kv_cache.with_capacity(static.config, filled, capacity))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def decode(
+    static: StaticArgs,
+    params: transformer.Parameters,
+    layers: Any,
+    batch: RequestBatch,
+    state: DecodeState,
+    steps: jax.Array,
+) -> tuple[jax.Array, DecodeState]:
+    """Draws so many tokens of each row, int32[B, N]; fewer once all rows are done or the cache is full."""
+    keys_B = batch.sampling.keys()
+    cache = state.cache
+    # Of rows that are done nothing is looked at; their length is not to be read for.
+    lengths_B = jnp.where(state.n_left > 0, state.position, 0)
+    capacity = kv_cache.capacity(cache)
+
+    def goes_on(state: DecodeState) -> jax.Array:
+        # The token that no longer fits the cache is the last one whose logits are known.
+        return (state.n_left > 0) & (state.position <= capacity)
+
+    def more(carry: tuple) -> jax.Array:
+        number, _, state = carry
+        return (number < steps) & jnp.any(goes_on(state))
+
+    def one_token(carry: tuple) -> tuple:
+        number, new_BN, state = carry
+        active_B = goes_on(state)
+        new_B = draw(state.logits, state.present, batch.sampling, keys_B, state.n_drawn)
+        positions_B1 = (batch.first + lengths_B + number)[:, None]
+        at = CacheInputs(layers, cache, state.cache, new_B, lengths_B, number)
+        # The last token of all is run for nothing; to skip it would take a copy of the buffer.
+        logits_BV, buffer = static.token_step(static.config, params, batch, at, positions_B1)
+        n_left_B = jnp.where(new_B == batch.stop_token, 0, state.n_left - 1)
+        state = DecodeState(
+            buffer,
+            jnp.where(active_B[:, None], logits_BV, state.logits),
+            state.position + active_B,
+            state.n_drawn + active_B,
+            jnp.where(active_B, n_left_B, state.n_left),
+            state.present.at[jnp.arange(len(new_B)), new_B].max(active_B),
+        )
+        return number + 1, new_BN.at[:, number].set(jnp.where(active_B, new_B, NOTHING)), state
+
+    nothing_BN = jnp.full((len(state.position), STEPS), NOTHING, jnp.int32)
+    # Inside the loop, the state holds the buffer instead of the cache, which does not change there.
+    start = jnp.int32(0), nothing_BN, state._replace(cache=kv_cache.empty_buffer(cache))
+    _, new_BN, state = jax.lax.while_loop(more, one_token, start)
+    state = state._replace(cache=kv_cache.append_buffer(cache, state.cache, lengths_B))
+    return _replicated(static, (new_BN, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def insert(static: StaticArgs, state: DecodeState, new: DecodeState, slots_R: jax.Array) -> DecodeState:
+    """Writes the rows of `new` into these slots of a batch; those past its last slot are dropped."""
+
+    def set_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return x.at[slots_R].set(rows, mode="drop")
+
+    def set_cache(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return set_rows(x, rows) if x.ndim == 4 else x.at[:, slots_R].set(rows, mode="drop")
+
+    rest = jax.tree.map(set_rows, state._replace(cache=None), new._replace(cache=None))
+    return _replicated(static, rest._replace(cache=jax.tree.map(set_cache, state.cache, new.cache)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capacity: int) -> DecodeState:
+    """Takes these rows of a batch, with so many tokens in the cache, at least those that are in use."""
+    cache = jax.tree.map(lambda x: jnp.take(x, order_B, axis=x.ndim - 4), state.cache)
+    rest = jax.tree.map(lambda x: jnp.take(x, order_B, axis=0), state._replace(cache=None))
+    return _replicated(static, rest._replace(cache=kv_cache.resize(static.config, cache, capacity)))
+
+
+def hooks_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
+    """Returns the hooks that make a batch's interventions."""
+    if batch.interventions is None:
+        return LayerHooks()
+    return batch.interventions.layer_hooks(config, positions_BT, batch.prompt_lengths)
+
+
+def n_extra_active(batch: RequestBatch) -> int:
+    """Returns how many entries may be active beside those that TopK keeps: each intervention adds one."""
+    return 0 if batch.interventions is None else len(batch.interventions.layer)
+
+
+def _replicated(static: StaticArgs, tree: Any) -> Any:
+    """Has results whole on every device, so that each process can read them, and programs see one layout."""
+    return tree if static.replicated is None else jax.lax.with_sharding_constraint(tree, static.replicated)

@@ -1,0 +1,201 @@
+"""One layer: attention, MLP, and the one function that ends a layer with its TopK and hooks.
+
+    a  = h + Attention(Norm(h))
+    u  = a + MLP(Norm(a))
+    h' = TopK_k(u), or u in the last n_nontopk layers
+
+Training, prefill, decoding, the steering survey, ablation and the Jacobian all run layers through `Block` and
+`end_layer`. Dims: B batch, T tokens, D d_model.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.model.attention import Attention, Rotation
+from topklm.model.layers import RMSNorm, SwiGLU
+from topklm.model.topk import topk
+from topklm.model.topk_threshold import order_key
+from topklm.parallel import ALONE, Parallel
+
+# Reads a layer while it runs: (h before, u before TopK, h' after), each [B, T, D] -> any pytree of arrays.
+CaptureFn = Callable[[jax.Array, jax.Array, jax.Array], Any]
+# Changes a residual state: (h [B, T, D], the layer's part of `hook_inputs`) -> h.
+HookFn = Callable[[jax.Array, Any], jax.Array]
+# Takes the place of a layer's TopK: (u [B, T, D], the layer's part of `hook_inputs`) -> h'.
+TopKOverride = Callable[[jax.Array, Any], jax.Array]
+
+
+class LayerHooks(NamedTuple):
+    """Functions that change what layers compute, called in every layer while it runs; None: none."""
+
+    topk: TopKOverride | None = None
+    output: HookFn | None = None  # of the state after its TopK
+    input: HookFn | None = None  # of the state that enters the layer; decoding does not call it
+
+
+NO_HOOKS = LayerHooks()
+
+
+class Block(nnx.Module):
+    """One layer up to the point where TopK is applied: `h -> a, MLP(Norm(a))`, whose sum is u."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        write_scale = config.init_residual_scale * (2 * config.n_layers) ** -0.5
+        self.attention_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
+        self.attention = Attention(config, out_std=write_scale * config.d_model**-0.5, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs)
+
+    def __call__(
+        self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array, parallel: Parallel = ALONE
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up."""
+        x_BTD = parallel.gather_tokens(self.attention_norm(h_BTD))
+        return self.after_attention(
+            h_BTD, self.attention(x_BTD, rotation, segment_ids_BT, parallel), parallel
+        )
+
+    def after_attention(
+        self,
+        h_BTD: jax.Array,
+        mixed_BTD: jax.Array,
+        parallel: Parallel = ALONE,
+        gate_up: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Does the part of a call that follows attention.
+
+        Args:
+            h_BTD: The residual state that entered the layer.
+            mixed_BTD: The output of attention, its last matrix included.
+            parallel: As in a call.
+            gate_up: As in `SwiGLU.__call__`.
+
+        Returns:
+            As a call.
+        """
+        a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
+        x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
+        return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
+
+
+def end_layer(
+    config: ModelConfig,
+    a: jax.Array,
+    written: jax.Array,
+    ends_in_topk: bool | jax.Array | np.ndarray,
+    hooks: LayerHooks = NO_HOOKS,
+    hook_input: Any = None,
+    *,
+    topk: Callable[..., jax.Array] = topk,
+    sum_first: bool = False,
+) -> jax.Array:
+    """Ends a layer: the residual sum, TopK or its override, and the output hook.
+
+    Args:
+        config: The model's shape.
+        a: [..., D], the residual state after attention.
+        written: [..., D], what the MLP writes; u is their sum.
+        ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
+            program runs.
+        hooks: Of the model; `input` has been called before the layer.
+        hook_input: Passed to them.
+        topk: The model's TopK, or one of the same result with another gradient (`topk_masked_by_next`).
+        sum_first: Form u before the search. Fused into a search over few tokens, as XLA for CPUs does it, the
+            sum would be formed again at each pass.
+
+    Returns:
+        h', [..., D].
+    """
+    is_known = isinstance(ends_in_topk, bool)
+    if is_known and not ends_in_topk:
+        h_next = a + written
+    elif hooks.topk is not None or sum_first:
+        u = a + written
+        u = jax.lax.optimization_barrier(u) if sum_first else u
+        kept = _topk(config, topk, u) if hooks.topk is None else hooks.topk(u, hook_input)
+        h_next = kept if is_known else jnp.where(ends_in_topk, kept, u)
+    else:
+        # A TopK kernel adds the two up by itself.
+        applies = None if is_known else jnp.asarray(ends_in_topk)
+        h_next = _topk(config, topk, written, residual=a, applies=applies)
+    return h_next if hooks.output is None else hooks.output(h_next, hook_input)
+
+
+def _topk(config: ModelConfig, topk: Callable[..., jax.Array], x: jax.Array, **how: Any) -> jax.Array:
+    return topk(x, config.topk_k, config.topk_activation, config.topk_backend, **how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def topk_masked_by_next(
+    x: jax.Array, k: int, activation: str, backend: str, residual: jax.Array, applies: jax.Array | None
+) -> jax.Array:
+    """Computes `topk` with "relu" whose gradient is left to the next layer: `mask_gradient_by_output`.
+
+    With "relu" the entries that a TopK lets through are those above 0 in its result. Where layers are
+    computed again in the backward pass, the next layer keeps that result in any case: so no mask is saved,
+    and no search is done twice.
+
+    Args:
+        x: [..., D].
+        k: As in `topk`.
+        activation: "relu".
+        backend: As in `topk`.
+        residual: [..., D], same dtype.
+        applies: As in `topk`.
+
+    Returns:
+        [..., D]. Its gradient is that of `x + residual`; `mask_gradient_by_output` of the result must follow.
+    """
+    assert activation == "relu"
+    return topk(x, k, activation, backend, residual=residual, applies=applies)
+
+
+def _topk_forward(*arguments: Any) -> tuple[jax.Array, None]:
+    return topk_masked_by_next(*arguments), None
+
+
+def _topk_backward(
+    k: int, activation: str, backend: str, saved: None, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    del k, activation, backend, saved
+    return g, g, None
+
+
+topk_masked_by_next.defvjp(_topk_forward, _topk_backward)
+
+
+@jax.custom_vjp
+def mask_gradient_by_output(h: jax.Array, is_sparse: jax.Array) -> jax.Array:
+    """Returns its input; its gradient passes through the entries that the `topk_masked_by_next` before kept.
+
+    Args:
+        h: [..., D].
+        is_sparse: bool scalar, whether a `topk_masked_by_next` made it that applied; False: all gradient
+            passes.
+
+    Returns:
+        [..., D].
+    """
+    del is_sparse
+    return h
+
+
+def _mask_forward(h: jax.Array, is_sparse: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return h, (h, is_sparse)
+
+
+def _mask_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    h, is_sparse = saved
+    # Decided on integers, as the TopK itself is: some devices take the smallest floats for 0.
+    passes = (order_key(h) > 0) | ~is_sparse
+    return jnp.where(passes, g, jnp.zeros((), g.dtype)), None
+
+
+mask_gradient_by_output.defvjp(_mask_forward, _mask_backward)

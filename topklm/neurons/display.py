@@ -1,0 +1,225 @@
+"""The active neurons of one text, to be looked at: in a notebook (HTML), in a terminal, or by a program.
+
+Whatever a text holds, it is shown and never executed: HTML is escaped, control characters are spelled out.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import html
+import operator
+from typing import NamedTuple
+
+import numpy as np
+from rich.cells import cell_len
+
+from topklm.neurons.capture import SparseActivations
+
+SHOWN_PER_LAYER = 5  # strongest neurons of a layer, for each token
+SHOWN_TOKENS = 200  # a page with more is no longer read, and slows a notebook down
+
+_POSITIVE, _NEGATIVE = "33,102,172", "179,88,6"  # blue, orange: told apart by colour-blind readers too
+_STRONGEST_SHADE = 0.55  # opacity that leaves dark text readable
+# Light also in a dark notebook: the shades are made for it.
+_PAGE = "background:#fff;color:#1a1a1a;font:13px/1.5 sans-serif;padding:8px;overflow-x:auto"
+_CAPTION = "caption-side:top;text-align:left;color:#444;padding:0 0 6px"
+_TOKEN = "font-family:monospace;white-space:pre;background:#fff3bf;padding:1px 3px;border-radius:3px"
+_CHIP = "display:inline-block;padding:0 4px;margin:1px;border-radius:3px;white-space:nowrap"
+_CELL = "text-align:left;vertical-align:top;border-top:1px solid #ddd;padding:2px 10px 2px 0"
+
+
+class Activation(NamedTuple):
+    """A neuron that is active at a token."""
+
+    layer: int
+    neuron: int
+    value: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ActiveNeurons(Sequence[list[Activation]]):
+    """The active neurons of a text; item t is those of token t, layer by layer, the strongest first.
+
+    Attributes:
+        tokens: The T pieces of the text.
+        indices: int32[S, T, k], neurons, as in `SparseActivations`.
+        values: float32[S, T, k]; 0 where none is active.
+        d_model: D, neurons per layer.
+    """
+
+    tokens: Sequence[str]
+    indices: np.ndarray
+    values: np.ndarray
+    d_model: int
+
+    @classmethod
+    def of(cls, tokens: Sequence[str], neurons: SparseActivations) -> "ActiveNeurons":
+        """Takes the active neurons of one text.
+
+        Args:
+            tokens: T strings.
+            neurons: Of this text: [S, 1, T, k].
+        """
+        values = np.asarray(neurons.values[:, 0]).astype(np.float32)
+        return cls(tuple(tokens), np.asarray(neurons.indices[:, 0]), values, neurons.d_model)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, position: int) -> list[Activation]:  # type: ignore[override]
+        at = range(len(self))[operator.index(position)]
+        return [found for layer in range(len(self.values)) for found in self._at(at, layer)]
+
+    def neuron(self, layer: int, neuron: int) -> "NeuronOnText":
+        """Returns one neuron from token to token.
+
+        Raises:
+            ValueError: If there is no such layer or neuron.
+        """
+        if not 0 <= layer < len(self.values):
+            allowed = f"from 0 to {len(self.values) - 1}" if len(self.values) else "none: no layer has TopK"
+            raise ValueError(f"layer = {layer}: must be a TopK layer, {allowed}")
+        if not 0 <= neuron < self.d_model:
+            raise ValueError(f"neuron = {neuron}: must be from 0 to {self.d_model - 1}")
+        found = np.where(self.indices[layer] == neuron, self.values[layer], 0.0)
+        return NeuronOnText(layer, neuron, self.tokens, found.sum(axis=-1, dtype=np.float32))
+
+    def __str__(self) -> str:
+        rows = [["token", *self._layer_names()]]
+        for at, token in enumerate(self.tokens[:SHOWN_TOKENS]):
+            rows.append([visible(token), *(self._cell_text(at, layer) for layer in range(len(self.values)))])
+        return "\n".join([_aligned(rows), *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = [f'<th scope="col" style="{_CELL}">{name}</th>' for name in ["token", *self._layer_names()]]
+        strongest = self._strongest_of_layers()
+        rows = [self._row_html(at, strongest) for at in range(min(len(self), SHOWN_TOKENS))]
+        caption = (
+            f"Active neurons of each token: number and activation, the {SHOWN_PER_LAYER} strongest of each "
+            "layer and how many more there are. The darker, the nearer to the layer's strongest in this text."
+        )
+        return (
+            f'<div style="{_PAGE}"><table style="border-collapse:collapse">'
+            f'<caption style="{_CAPTION}">{caption}</caption>'
+            f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+            f"{'<br>'.join(self._notes())}</div>"
+        )
+
+    def _at(self, position: int, layer: int) -> Iterator[Activation]:
+        for neuron, value in zip(self.indices[layer, position], self.values[layer, position], strict=True):
+            if value != 0:
+                yield Activation(layer, int(neuron), float(value))
+
+    def _layer_names(self) -> list[str]:
+        return [f"layer {layer}" for layer in range(len(self.values))]
+
+    def _notes(self) -> list[str]:
+        return _left_out(len(self)) + ([] if len(self.values) else ["no layer of this model has TopK"])
+
+    def _strongest_of_layers(self) -> list[float]:
+        # The first token is the separator in most texts, with activations far from all others.
+        scored = self.values[:, 1:] if len(self) > 1 else self.values
+        return [_largest(layer) for layer in scored]
+
+    def _cell_text(self, position: int, layer: int) -> str:
+        found = list(self._at(position, layer))
+        shown = [f"{f.neuron}:{_short(f.value)}" for f in found[:SHOWN_PER_LAYER]]
+        return ", ".join(shown + _more(found))
+
+    def _row_html(self, position: int, strongest: Sequence[float]) -> str:
+        cells = [self._cell_html(position, layer, scale) for layer, scale in enumerate(strongest)]
+        label = f'<span style="{_TOKEN}">{html.escape(visible(self.tokens[position]))}</span>'
+        columns = "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells)
+        return f'<tr><th scope="row" style="{_CELL}">{label}</th>{columns}</tr>'
+
+    def _cell_html(self, position: int, layer: int, strongest: float) -> str:
+        found = list(self._at(position, layer))
+        chips = [
+            f'<span title="layer {layer}, neuron {f.neuron}: {f.value:.6g}" '
+            f'style="{_CHIP};{_shade(f.value, strongest)}"><b>{f.neuron}</b> {_short(f.value)}</span>'
+            for f in found[:SHOWN_PER_LAYER]
+        ]
+        return " ".join(chips + _more(found))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class NeuronOnText:
+    """One neuron from token to token of a text.
+
+    Attributes:
+        layer: Of the neuron.
+        neuron: Its number in the layer.
+        tokens: The T pieces of the text.
+        values: float32[T], its activation; 0 where it is not active.
+    """
+
+    layer: int
+    neuron: int
+    tokens: Sequence[str]
+    values: np.ndarray
+
+    def __str__(self) -> str:
+        rows = [
+            [visible(token), _short(value) if value else ""]
+            for token, value in zip(self.tokens[:SHOWN_TOKENS], self.values.tolist(), strict=False)
+        ]
+        return "\n".join([self._headline(), _aligned(rows), *_left_out(len(self.tokens))])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        strongest = _largest(self.values[1:] if len(self.values) > 1 else self.values)
+        tokens = []
+        for token, value in zip(self.tokens[:SHOWN_TOKENS], self.values.tolist(), strict=False):
+            shade = _shade(value, strongest) if value else "background:#f4f4f4"
+            tokens.append(
+                f'<span title="{value:.6g}" style="{_CHIP};text-align:center;{shade}">'
+                f'<span style="font-family:monospace;white-space:pre">{html.escape(visible(token))}</span>'
+                f"<br><small>{_short(value) if value else '&middot;'}</small></span>"
+            )
+        return (
+            f'<div style="{_PAGE}"><div style="color:#444">{self._headline()}</div>'
+            f"{''.join(tokens)}<br>{'<br>'.join(_left_out(len(self.tokens)))}</div>"
+        )
+
+    def _headline(self) -> str:
+        n_active = int(np.count_nonzero(self.values))
+        strongest = f", strongest {_short(max(self.values.tolist(), key=abs))}" if n_active else ""
+        where = f"active at {n_active} of {len(self.tokens)} tokens"
+        return f"layer {self.layer}, neuron {self.neuron}: {where}{strongest}"
+
+
+def visible(text: str) -> str:
+    r"""Returns the text with line breaks and other characters that are not printed spelled out, as `\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shade(value: float, strongest: float) -> str:
+    share = min(abs(value) / strongest, 1.0) if strongest > 0 else 1.0
+    return f"background:rgba({_POSITIVE if value > 0 else _NEGATIVE},{_STRONGEST_SHADE * share:.2f})"
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0.0))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _more(found: Sequence[Activation]) -> list[str]:
+    return [f"+{len(found) - SHOWN_PER_LAYER}"] if len(found) > SHOWN_PER_LAYER else []
+
+
+def _left_out(n_tokens: int) -> list[str]:
+    return [f"... and {n_tokens - SHOWN_TOKENS} more tokens"] if n_tokens > SHOWN_TOKENS else []
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width in a terminal."""
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell + " " * (w - cell_len(cell)) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,98 @@
+"""Where a run keeps what is known of its neurons.
+
+    neurons/labels.json           names that people gave (`topklm.neurons.labels`)
+    neurons/1300/store/           activations of the checkpoint of step 1300 (`topklm.neurons.store`)
+    neurons/1300/dictionary.npz   where a Base LM was harvested with one: `topklm.neurons.dictionary`
+    neurons/1300/neurons.parquet  their statistics (`topklm.neurons.statistics.table`)
+    neurons/1300/index.sqlite     the explorer's index, made again when it is missing
+
+All in the run folder.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+from topklm.errors import UserError, disk_errors_are_user_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronsFolder:
+    """The paths for one checkpoint of a run.
+
+    Attributes:
+        run: The run folder.
+        step: Of the checkpoint.
+    """
+
+    run: Path
+    step: int
+
+    @property
+    def path(self) -> Path:
+        """Of all that belongs to the checkpoint."""
+        return self.run / "neurons" / str(self.step)
+
+    @property
+    def store(self) -> Path:
+        """Of the activations."""
+        return self.path / "store"
+
+    @property
+    def dictionary(self) -> Path:
+        """Of the dictionary that the activations are written in, where there is one."""
+        return self.path / "dictionary.npz"
+
+    @property
+    def table(self) -> Path:
+        """Of the statistics."""
+        return self.path / "neurons.parquet"
+
+    @property
+    def index(self) -> Path:
+        """Of the explorer's index."""
+        return self.path / "index.sqlite"
+
+    @property
+    def labels(self) -> Path:
+        """Of the labels, which all checkpoints of a run share."""
+        return self.run / "neurons" / "labels.json"
+
+
+def harvested_steps(run: Path) -> list[int]:
+    """Checkpoints of a run of which there are activations, rising.
+
+    Raises:
+        OSError: If that cannot be looked at.
+    """
+    folder = run / "neurons"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    return [step for step in steps if NeuronsFolder(run, step).store.exists()]
+
+
+@contextlib.contextmanager
+def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
+    """Turns errors of a block that reads such a folder into one line.
+
+    A refusal of the system is told apart from damage, so that nobody deletes a file for lack of permission.
+
+    Args:
+        path: Of the file, for the message.
+        advice: Ends the message for damage.
+        more: Errors of libraries that mean damage, besides the ValueError of most of them.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
+    try:
+        yield
+    except kinds as e:
+        shape = isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        if not shape and isinstance(e, OSError | ValueError | RuntimeError):
+            with contextlib.suppress(type(e)), disk_errors_are_user_errors(f"reading {path}"):
+                raise e
+        reason = next(iter(str(e).splitlines()), "")[:300] or type(e).__name__
+        if isinstance(e, OSError) and e.filename:
+            reason = f"{Path(os.fsdecode(e.filename)).name}: {e.strerror}"
+        raise UserError(f"{path} is damaged ({reason}): {advice}") from e

@@ -1,0 +1,389 @@
+"""The statistics of a neuron, one entry each: its name, unit, format and definition, and how it is computed.
+
+The table of a run, pages and their tiles, sorting and filters, exports, `--json` and the definitions in
+docs/neurons.md all read `STATISTICS`; a statistic is added by adding an entry. The definitions are ours: the
+paper names its entropies without giving formulas.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import pyarrow as pa
+
+from topklm.neurons.statistics import (
+    ablation,
+    activity,
+    entropy,
+    examples,
+    lenses,
+    monosemanticity,
+    similarity,
+)
+from topklm.neurons.statistics.inputs import Neurons
+
+_F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+# Columns that say which neuron a row is of.
+KEYS: Mapping[str, pa.DataType] = {"layer": _I32, "neuron": _I32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A statistic of a neuron.
+
+    Attributes:
+        name: Its column in the table.
+        title: Its name on pages.
+        definition: A few sentences.
+        compute: Computes columns of neighbouring neurons, by name, one value for each neuron or None where
+            there is none. Statistics that share this function share one call of it.
+        type: Of its column.
+        more: Further columns that belong to it, and their types.
+        needs: Which of `inputs.SLOW` it reads, so that they are computed first and in their order.
+        kind: How its number is written: "count", "share", "effect" (with a sign) or "number"; "" if it is no
+            single number, and then it stands in no table of neurons.
+        unit: Stands after the number; "" for none.
+        first: Whether it is a tile of a neuron's page, and a column of the overview's table unless all are
+            asked for.
+        note: Stands below the number in its tile. {NAME} is the number of another statistic; n_tokens,
+            n_clusters, effective_tokens and effective_clusters are known too.
+    """
+
+    name: str
+    title: str
+    definition: str
+    compute: Callable[[Neurons], Mapping[str, Any]]
+    type: pa.DataType = _F64
+    more: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    kind: str = ""
+    unit: str = ""
+    first: bool = False
+    note: str = ""
+
+    @property
+    def columns(self) -> Mapping[str, pa.DataType]:
+        """All its columns and their types."""
+        return {self.name: self.type, **self.more}
+
+    def described(self) -> dict[str, Any]:
+        """Returns its names and definition, for programs."""
+        return {
+            "name": self.name,
+            "columns": list(self.columns),
+            "title": self.title,
+            "unit": self.unit,
+            "definition": self.definition,
+        }
+
+
+def _activity(neurons: Neurons) -> Mapping[str, Any]:
+    return activity.columns(neurons.block, neurons.inputs.store.n_tokens)
+
+
+def _entropy(neurons: Neurons) -> Mapping[str, Any]:
+    return entropy.columns(neurons.block, neurons.inputs.token_ids, *neurons.inputs.clusters)
+
+
+def _monosemanticity(neurons: Neurons) -> Mapping[str, Any]:
+    return monosemanticity.columns(neurons.inputs.monosemanticity, neurons.layer, neurons.begin, neurons.end)
+
+
+def _ablation(neurons: Neurons) -> Mapping[str, Any]:
+    return ablation.columns(neurons.inputs.ablation, neurons.layer, neurons.begin, neurons.end)
+
+
+def _lenses(neurons: Neurons) -> Mapping[str, Any]:
+    return lenses.columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
+
+
+def _coactivation(neurons: Neurons) -> Mapping[str, Any]:
+    similarities = neurons.inputs.similarities(neurons.layer)
+    return similarity.coactive_columns(similarities, neurons.begin, neurons.end)
+
+
+def _similar_effect(neurons: Neurons) -> Mapping[str, Any]:
+    return similarity.effect_columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
+
+
+def _examples(neurons: Neurons) -> Mapping[str, Any]:
+    inputs = neurons.inputs
+    return examples.columns(neurons.block, inputs.bounds, neurons.layer, neurons.begin, inputs.settings.seed)
+
+
+_PLUG_IN = "without the correction for few activations: too low where few were seen."
+_CONTEXT = "a context is the mean unembedding of the last 16 tokens, unless a sentence encoder was given"
+
+STATISTICS: Sequence[Statistic] = (
+    Statistic(
+        "density",
+        "Density",
+        "Share of the tokens at which the neuron is active. Over the neurons of a layer these add up to k at "
+        "most.",
+        _activity,
+        kind="share",
+        unit="of tokens",
+        first=True,
+        note="active at {n_active} of {n_tokens} tokens",
+    ),
+    Statistic(
+        "n_active",
+        "Active tokens",
+        "Number of tokens at which the neuron is active.",
+        _activity,
+        _I64,
+        kind="count",
+        unit="tokens",
+    ),
+    Statistic(
+        "token_entropy_corrected",
+        "Token entropy",
+        "Entropy of the input tokens, each weighted by its share of the neuron's whole activation. exp of it "
+        "is an effective number of tokens; 0: one token only. Plug-in entropies are biased low where few "
+        "activations were seen; the Miller-Madow correction adds (m - 1) / 2n for m tokens seen in n "
+        "activations.",
+        _entropy,
+        needs=("clusters",),
+        kind="number",
+        unit="nats",
+        first=True,
+        note="≈ {effective_tokens} tokens · plug-in {token_entropy}",
+    ),
+    Statistic(
+        "semantic_entropy_corrected",
+        "Semantic entropy",
+        "The same entropy after tokens with similar meaning are merged into clusters of an embedding, with "
+        "the same correction; by default clusters are k-means of the model's own unembedding rows, V / 16 of "
+        "them. High token entropy with low semantic entropy: many words, one idea.",
+        _entropy,
+        needs=("clusters",),
+        kind="number",
+        unit="nats",
+        first=True,
+        note="≈ {effective_clusters} of {n_clusters} clusters · plug-in {semantic_entropy}",
+    ),
+    Statistic(
+        "monosemanticity",
+        "Monosemanticity",
+        "Mean cosine of the contexts of all pairs of tokens, weighted by the activations at both; "
+        f"{_CONTEXT}. To be read beside the shuffled value, which chance gives.",
+        _monosemanticity,
+        needs=("monosemanticity",),
+        kind="number",
+        first=True,
+        note="shuffled contexts: {monosemanticity_shuffled}",
+    ),
+    Statistic(
+        "monosemanticity_shuffled",
+        "Monosemanticity, shuffled",
+        "The same score with the contexts permuted over the text: the value by chance.",
+        _monosemanticity,
+        needs=("monosemanticity",),
+        kind="number",
+    ),
+    Statistic(
+        "ablation_effect",
+        "Ablation effect",
+        "Measured mean change of the next token's loss when the neuron is set to 0 at one token at which it "
+        "is active, over a sample of such tokens. Above 0: the model is worse without it.",
+        _ablation,
+        needs=("ablation",),
+        kind="effect",
+        unit="nats",
+        first=True,
+        note="± {ablation_standard_error} standard error, {ablation_samples} tokens",
+    ),
+    Statistic(
+        "ablation_standard_error",
+        "Ablation effect, standard error",
+        "Standard error of the mean of the ablation effect.",
+        _ablation,
+        needs=("ablation",),
+        kind="number",
+        unit="nats",
+    ),
+    Statistic(
+        "ablation_samples",
+        "Ablation samples",
+        "At how many tokens the ablation effect was measured.",
+        _ablation,
+        _I32,
+        needs=("ablation",),
+        kind="count",
+        unit="tokens",
+    ),
+    Statistic(
+        "max_activation",
+        "Highest activation",
+        "The largest activation seen, in units of the hidden state.",
+        _activity,
+        kind="number",
+        first=True,
+        note="mean {mean_activation}",
+    ),
+    Statistic(
+        "mean_activation",
+        "Mean activation",
+        "Mean over the tokens at which it is active.",
+        _activity,
+        kind="number",
+    ),
+    Statistic(
+        "n_distinct_tokens",
+        "Distinct tokens",
+        "How many different input tokens it is active at.",
+        _entropy,
+        _I64,
+        needs=("clusters",),
+        kind="count",
+        unit="tokens",
+    ),
+    Statistic(
+        "token_entropy",
+        "Token entropy, plug-in",
+        f"Token entropy {_PLUG_IN}",
+        _entropy,
+        needs=("clusters",),
+        kind="number",
+        unit="nats",
+    ),
+    Statistic(
+        "semantic_entropy",
+        "Semantic entropy, plug-in",
+        f"Semantic entropy {_PLUG_IN}",
+        _entropy,
+        needs=("clusters",),
+        kind="number",
+        unit="nats",
+    ),
+    Statistic(
+        "histogram",
+        "Activation histogram",
+        "Tokens at which the neuron is active, by activation: "
+        f"{activity.HISTOGRAM_BINS} parts of equal width from 0 to the highest.",
+        _activity,
+        pa.list_(_I64),
+    ),
+    Statistic(
+        "top_tokens",
+        "Input tokens",
+        "Tokens at which it is active, by their share of its whole activation.",
+        _entropy,
+        pa.list_(_I32),
+        {"top_token_shares": pa.list_(_F64)},
+        needs=("clusters",),
+    ),
+    Statistic(
+        "identity_top",
+        "Identity lens",
+        "The output tokens that it raises and lowers most if what it writes went straight to the output: its "
+        "row of the unembedding after the final norm's scale, per unit of activation.",
+        _lenses,
+        pa.list_(_I32),
+        {
+            "identity_top_effects": pa.list_(_F64),
+            "identity_bottom": pa.list_(_I32),
+            "identity_bottom_effects": pa.list_(_F64),
+        },
+        needs=("jacobians", "lenses"),
+    ),
+    Statistic(
+        "jacobian_top",
+        "Jacobian lens",
+        "The same through the layers in between, linearised and averaged over contexts of the sample (64 by "
+        "default).",
+        _lenses,
+        pa.list_(_I32),
+        {
+            "jacobian_top_effects": pa.list_(_F64),
+            "jacobian_bottom": pa.list_(_I32),
+            "jacobian_bottom_effects": pa.list_(_F64),
+        },
+        needs=("jacobians", "lenses"),
+    ),
+    Statistic(
+        "coactive",
+        "Similar by co-activation",
+        "Neurons of the same layer that are active at the same tokens: cosine similarity of the activations "
+        "over tokens.",
+        _coactivation,
+        pa.list_(_I32),
+        {"coactive_similarity": pa.list_(_F64)},
+    ),
+    Statistic(
+        "similar_effect",
+        "Similar by effect",
+        "Neurons of the same layer that change the output alike: cosine similarity of their effects on the "
+        "output tokens by the Jacobian lens.",
+        _similar_effect,
+        pa.list_(_I32),
+        {"similar_effect_similarity": pa.list_(_F64)},
+        needs=("jacobians", "lenses"),
+    ),
+    Statistic(
+        "examples",
+        "Examples",
+        f"The {examples.STRONGEST} strongest activations, then {examples.FROM_EACH_PART} from each fifth of "
+        "the range from 0 to the highest, from different documents where there are enough.",
+        _examples,
+        pa.list_(_I64),
+        # Parts: 0 of the strongest, then 1 to RANGE_PARTS, rising.
+        {"example_activations": pa.list_(_F64), "example_parts": pa.list_(pa.int8())},
+    ),
+)
+
+# Words that definitions and pages use.
+TERMS: Mapping[str, str] = {
+    "Activation": "What the TopK layer hands on for this neuron at a token; 0 where the neuron is not among "
+    "the k that are kept.",
+    "Dead": "Never active on the sample; a rare neuron may be dead on a small one.",
+}
+
+
+def schema() -> pa.Schema:
+    """Returns the columns of a table of all statistics."""
+    columns = dict(KEYS)
+    for statistic in STATISTICS:
+        if not _NAME.fullmatch(statistic.name) or columns.keys() & statistic.columns.keys():
+            raise ValueError(f"statistic {statistic.name!r}: its columns must be new words of a-z, 0-9 and _")
+        columns |= statistic.columns
+    return pa.schema(list(columns.items()))
+
+
+def numbers() -> dict[str, Statistic]:
+    """Returns the statistics that are single numbers, by name; tables of neurons hold these."""
+    return {statistic.name: statistic for statistic in STATISTICS if statistic.kind}
+
+
+def others() -> dict[str, str]:
+    """Returns the definitions of everything else that pages show, by title."""
+    return {**TERMS, **{s.title: s.definition for s in STATISTICS if not s.kind}}
+
+
+def as_markdown() -> str:
+    """Returns all definitions as a table, as docs/neurons.md holds it."""
+    rows = [(title, "", "", definition) for title, definition in TERMS.items()]
+    rows += [
+        (s.title, ", ".join(f"`{name}`" for name in s.columns), s.unit, s.definition) for s in STATISTICS
+    ]
+    head = ("statistic", "columns", "unit", "definition")
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * 4, *rows))
+
+
+def put_into(page: str) -> str:
+    """Returns a page of Markdown with `as_markdown` between its two marks."""
+    begin, end = "<!-- statistics: python -m topklm.neurons.statistics.catalog FILE -->", "<!-- end -->"
+    first, last = page.index(begin) + len(begin), page.index(end)
+    return f"{page[:first]}\n\n{as_markdown()}\n\n{page[last:]}"
+
+
+if __name__ == "__main__":
+    import pathlib
+    import sys
+
+    for name in sys.argv[1:]:
+        path = pathlib.Path(name)
+        path.write_text(put_into(path.read_text("utf-8")), "utf-8")

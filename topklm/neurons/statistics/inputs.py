@@ -1,0 +1,180 @@
+"""The inputs of statistics. Each is computed once, when a statistic first asks for it."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.model import transformer
+from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.statistics import (
+    Settings,
+    ablation,
+    embeddings,
+    jacobian,
+    lenses,
+    monosemanticity,
+    sentences,
+    similarity,
+)
+from topklm.neurons.store import Block, Store
+from topklm.progress import Progress
+
+# The inputs that take long, in the order in which they are best computed: JAX averages the Jacobian while
+# NumPy is busy with clusters and contexts, and nothing waits for it before the lenses.
+SLOW = ("jacobians", "clusters", "monosemanticity", "lenses", "ablation")
+
+
+class Inputs:
+    """The store, the model, and everything that several neurons' statistics share.
+
+    Args:
+        store: Of activations of this model.
+        config: The model.
+        params: Its parameters, on one device or a mesh.
+        separator_id: Of the tokenizer.
+        settings: How much is sampled.
+        progress: Shows how far the slow inputs are.
+        dictionary: The store's activations are written in it. Logit effects are then those of its decoder's
+            directions, and nothing is set to 0. None: the hidden state's own coordinates.
+        windows: Embeddings of the text around each token by a sentence encoder, for semantic entropy and
+            monosemanticity; None: the model's own unembedding rows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: ModelConfig,
+        params: transformer.Parameters,
+        *,
+        separator_id: int,
+        settings: Settings,
+        progress: Progress,
+        dictionary: Dictionary | None = None,
+        windows: sentences.Windows | None = None,
+    ):
+        self.store, self.config, self.settings, self.windows = store, config, settings, windows
+        self._params, self._separator_id = params, separator_id
+        self._progress, self._dictionary = progress, dictionary
+        self._similarities: tuple[int, np.ndarray] | None = None
+
+    @functools.cached_property
+    def token_ids(self) -> np.ndarray:
+        """uint[N], the tokens of the whole store."""
+        return self.store.tokens(0, self.store.n_tokens)
+
+    @functools.cached_property
+    def bounds(self) -> np.ndarray:
+        """int64[documents + 1], as `embeddings.document_bounds` gives them."""
+        return embeddings.document_bounds(self.store)
+
+    @functools.cached_property
+    def unembedding(self) -> np.ndarray:
+        """float32[D, V], without padding."""
+        config = self.config
+        columns = jax.jit(lambda params: transformer.bind(config, params).unembedding())(self._params)
+        return np.asarray(columns)[:, : config.vocab_size]
+
+    @functools.cached_property
+    def jacobians(self) -> jax.Array:
+        """float32[L, D, D], from `jacobian.averaged_jacobians`."""
+        n_contexts = self.settings.lens_contexts
+        self._progress.say(f"averaging the Jacobian over {n_contexts:,} contexts")
+        return jacobian.averaged_jacobians(
+            self.config,
+            self._params,
+            self._separator_id,
+            self.store,
+            n_contexts=n_contexts,
+            seed=self.settings.seed,
+        )
+
+    @functools.cached_property
+    def clusters(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """int[V], the cluster of each token; and int[N], that of each window, where windows are clustered."""
+        vocab_size, n_clusters, seed = self.config.vocab_size, self.settings.n_clusters, self.settings.seed
+        if self.windows is None:
+            self._progress.say(f"clustering {vocab_size:,} tokens")
+            return embeddings.cluster_tokens(self.unembedding, n_clusters, seed), None
+        self._progress.say(f"clustering {self.store.n_tokens:,} windows")
+        n_clusters = n_clusters or embeddings.default_count(vocab_size)
+        return np.arange(vocab_size), self.windows.clusters(n_clusters, seed)
+
+    @functools.cached_property
+    def monosemanticity(self) -> monosemanticity.Scores:
+        """Scores of all neurons."""
+        self._progress.say(f"comparing the contexts of {self.store.n_tokens:,} tokens")
+        embedded: embeddings.Embeddings
+        if self.windows is not None:
+            embedded = self.windows
+        else:
+            vectors = embeddings.token_vectors(self.unembedding)
+            embedded = embeddings.Contexts(self.token_ids, self.bounds, vectors)
+        return monosemanticity.measure(self.store, embedded, self.settings.seed)
+
+    @functools.cached_property
+    def lenses(self) -> lenses.Lenses:
+        """Both lenses."""
+        directions = None
+        if self._dictionary is not None:
+            d = self.config.d_model
+            directions = np.zeros((self.config.n_layers, d, d), np.float32)
+            directions[list(self.store.metadata.layers)] = self._dictionary.decoder
+        return lenses.make(self.config, self._params, self.jacobians, directions)
+
+    @functools.cached_property
+    def ablation(self) -> ablation.Effects | None:
+        """Ablation effects of all neurons; None where nothing is set to 0."""
+        metadata = self.store.metadata
+        # Of what was kept of a Base LM, the model does not know: it goes on with all of its hidden state.
+        is_part = metadata.kind != "topk" and metadata.topk_k < metadata.d_model
+        if not self.settings.ablation_samples or is_part or self._dictionary is not None:
+            return None
+        with self._progress.phase("setting neurons to 0", 1000) as report:
+            done = 0
+
+            def tell(share: float) -> None:
+                nonlocal done
+                report(round(1000 * share) - done, 0, 0)
+                done = round(1000 * share)
+
+            return ablation.measure(
+                self.store,
+                self.bounds,
+                self.config,
+                self._params,
+                separator_id=self._separator_id,
+                samples=self.settings.ablation_samples,
+                seed=self.settings.seed,
+                report=tell,
+            )
+
+    def similarities(self, layer: int) -> np.ndarray:
+        """Computes the co-activations of a layer, float32[D, D]; those of the last layer are kept."""
+        if self._similarities is None or self._similarities[0] != layer:
+            self._similarities = layer, similarity.measure(self.store, layer)
+        return self._similarities[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Neurons:
+    """Neighbouring neurons of a layer, which are measured together.
+
+    Attributes:
+        inputs: Of all neurons.
+        layer: Of the model.
+        begin: The first neuron.
+        end: One after the last.
+    """
+
+    inputs: Inputs
+    layer: int
+    begin: int
+    end: int
+
+    @functools.cached_property
+    def block(self) -> Block:
+        """All their events."""
+        return self.inputs.store.block(self.layer, self.begin, self.end)
