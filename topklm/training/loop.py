@@ -18,7 +18,7 @@ from topklm import distributed
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config
-from topklm.data.stream import heldout_part
+from topklm.data.stream import heldout_part, train_stream
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
 from topklm.model import topk
@@ -31,7 +31,7 @@ from topklm.training import metrics as metrics_lib
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate
 from topklm.training.optimizer import change_of_schedule, make_optimizer
-from topklm.training.prefetch import DeviceBatch, heldout_feed, train_feed
+from topklm.training.prefetch import DeviceBatch, Feed, heldout_feed
 from topklm.training.profile import Profiler
 from topklm.training.setup import PreparedRun, check_memory, prepare_run
 from topklm.training.step import (
@@ -80,7 +80,14 @@ class _Loop:
             self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
-        self.feed = train_feed(config, run.mixture, layout)
+        stream = train_stream(
+            run.mixture,
+            context_length=config.model.context_length,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            rows=layout.process_rows(config.train.batch_size),
+        )
+        self.feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
         self.policy = anomalies.Policy(
             config.train.on_bad_step,
             config.train.spike_sigmas,

@@ -13,7 +13,7 @@ import jax
 
 from topklm.config import Config
 from topklm.data.mixture import Mixture
-from topklm.data.stream import Batch, HeldoutPart, heldout_batches, train_stream
+from topklm.data.stream import Batch, HeldoutPart, heldout_batches
 from topklm.layout import Layout
 
 DeviceBatch = dict[str, jax.Array]  # a Batch of global arrays [B, T]
@@ -81,19 +81,6 @@ class Feed:
             self.waited += time.perf_counter() - began
         self._under_way.append((self._put(batch), self._stream.get_state()))
         return True
-
-
-def train_feed(config: Config, mixture: Mixture, layout: Layout) -> Feed:
-    """Opens the stream of training batches, of which this process reads its own rows."""
-    batch_size = config.train.batch_size
-    stream = train_stream(
-        mixture,
-        context_length=config.model.context_length,
-        batch_size=batch_size,
-        seed=config.train.seed,
-        rows=layout.process_rows(batch_size),
-    )
-    return Feed(stream, lambda batch: layout.put_batch(batch, batch_size))
 
 
 def heldout_feed(
