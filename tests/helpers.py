@@ -15,6 +15,7 @@ import queue
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -168,6 +169,17 @@ def in_this_process(*arguments: Any) -> Ended:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(said):
             code = errors.guarded(lambda: cli.dispatch(list(map(str, arguments))))
     return Ended(code, output.getvalue(), said.getvalue())
+
+
+def coordinator_port() -> int:
+    """Chooses a port for process 0 of a run, which binds it seconds later.
+
+    It lies below those that the kernel gives to connections meanwhile (from 32,768 on, on Linux).
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port := random.SystemRandom().randrange(10_000, 32_768)))
+            return port
 
 
 def devices(count: int) -> dict[str, str]:

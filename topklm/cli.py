@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import importlib
 import sys
 
-from topklm import allocator, commands, errors
+from topklm import commands, errors
+from topklm.runtime import allocator
 
 VERBS = {
     "train": "train a model",

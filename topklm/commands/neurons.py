@@ -8,7 +8,7 @@ import re
 from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
-from topklm.distributed import places
+from topklm.distributed import cluster
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fit_dictionary, pipeline
 from topklm.neurons import harvest as harvest_lib
@@ -135,7 +135,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     model, mesh = shared.load(arguments)
     folder = NeuronsFolder(Path(model.run), model.step)
-    place = places.find() if arguments.part is None else None
+    place = cluster.find() if arguments.part is None else None
     share = arguments.part or (Share(place.index, place.count) if place else ALL)
     pipeline.harvest_into(
         folder,

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_installed("serve", _NEEDED)
     # These need packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
-    from topklm import compilation_cache  # noqa: PLC0415
+    from topklm.runtime import compilation_cache  # noqa: PLC0415
     from topklm.server import app  # noqa: PLC0415
     from topklm.server.limits import Limits  # noqa: PLC0415
     from topklm.server.service import Service  # noqa: PLC0415

@@ -18,13 +18,14 @@ from typing import Any
 
 import ml_collections
 
-from topklm import allocator, compilation_cache, config, distributed
+from topklm import config, distributed
 from topklm.commands import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.runtime import allocator, compilation_cache
+from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
 from topklm.storage.gcs import check_usable
 from topklm.training import loop
-from topklm.training.interruption import stop_on_signal
 
 DESCRIPTION = (
     "Trains a model, or continues the run in --workdir from its newest checkpoint. Single settings are "
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     experiment, workdir = _read(arguments, arguments.config_flags, EXAMPLE)
     allocator_name = allocator.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.
-    with stop_on_signal(distributed.announce_stop) as stop, distributed.session():
+    with stop_on_signal(distributed.announce_stop) as stop, distributed.session(lambda: stop.heard):
         if distributed.is_primary():
             print(f"allocator: {allocator_name}", flush=True)
         compilation_cache.enable()
