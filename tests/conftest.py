@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import pytest
 
-from topklm import compilation_cache
+from topklm.runtime import compilation_cache
 
 # Where libtpu is installed to compile for TPUs, JAX would look for one, in processes that tests start too.
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
