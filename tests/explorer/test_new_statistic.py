@@ -120,9 +120,10 @@ def test_json_of_the_command_describes_every_statistic(explored_copy, energy, mo
 
 
 def test_two_statistics_cannot_have_one_column(monkeypatch):
+    before = catalog.STATISTICS
     for name in ("density", "top_token_shares", "layer", "no name"):
         added = Statistic(name, "Another", "Another.", energies)
-        monkeypatch.setattr(catalog, "STATISTICS", (*catalog.STATISTICS, added))
+        monkeypatch.setattr(catalog, "STATISTICS", (*before, added))
         with pytest.raises(ValueError, match=f"statistic {name!r}"):
             catalog.schema()
 
