@@ -12,9 +12,9 @@ us.
 
 Where a sentence encoder is installed, it may stand for both. The window of a token is its text with up to 8
 tokens on either side, of its document; its embedding is the encoder's of that, scaled to unit length.
-Semantic entropy then merges *places* whose windows fall into one cluster (k-means, fixed seed), and not tokens whose
-unembedding does: the same word may count as several things, and several words as one. A window holds the text
-after the token, too, which the model did not see. The definition is ours.
+Semantic entropy then merges *places* whose windows fall into one cluster (k-means, fixed seed), and not
+tokens whose unembedding does: the same word may count as several things, and several words as one. A window
+holds the text after the token, too, which the model did not see. The definition is ours.
 
 Dims: N tokens of the store, V of the vocabulary, D width, d width of an embedding.
 """
