@@ -34,7 +34,7 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.neurons import hook_names
 from topklm.neurons.statistics import table
-from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 
 WINDOW = 128  # tokens around an example

@@ -235,13 +235,13 @@ def _forward(
         neurons = SparseActivations.from_dense(kept, keep if written_in else config.topk_k)
         return dataclasses.replace(neurons, values=neurons.values.astype(jnp.bfloat16))
 
-    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
+    def capture(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
         if written_in:  # a layer does not know its number: all of them are encoded together, below
             return h_next
         return stored(h_next if config.n_topk_layers else topk(h_next, keep))
 
     model = transformer.bind(config, params)
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=tap)
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=capture)
     if written_in:
         seen = stored(encode(*written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)

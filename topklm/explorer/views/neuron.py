@@ -9,7 +9,7 @@ from topklm.explorer.formatting import effective_number
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, Window
 from topklm.neurons.statistics import catalog
-from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one

@@ -16,7 +16,6 @@ from topklm.neurons.statistics import (
     jacobian,
     lenses,
     monosemanticity,
-    sentences,
     similarity,
 )
 from topklm.neurons.store import Block, Store
@@ -53,7 +52,7 @@ class Inputs:
         settings: Settings,
         progress: Progress,
         dictionary: Dictionary | None = None,
-        windows: sentences.Windows | None = None,
+        windows: embeddings.Windows | None = None,
     ):
         self.store, self.config, self.settings, self.windows = store, config, settings, windows
         self._params, self._separator_id = params, separator_id

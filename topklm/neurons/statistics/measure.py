@@ -21,7 +21,6 @@ from topklm.neurons.statistics import (
     catalog,
     embeddings,
     jacobian,
-    sentences,
     similarity,
     table,
 )
@@ -47,7 +46,7 @@ def measure(
     settings: Settings,
     progress: Progress,
     dictionary: Dictionary | None = None,
-    windows: sentences.Windows | None = None,
+    windows: embeddings.Windows | None = None,
 ) -> None:
     """Measures all neurons of a store, and writes the table.
 
@@ -110,7 +109,7 @@ def extend(
         UserError: If the table is damaged, of another store, or needs the sentence encoder of that time.
     """
     rows, measured = table.read_stored(path)
-    missing = [s for s in catalog.STATISTICS if not s.columns.keys() <= set(rows.column_names)]
+    missing = table.missing(rows.column_names)
     if not missing:
         return ()
     names = tuple(statistic.name for statistic in missing)
@@ -200,7 +199,7 @@ def _described(inputs: Inputs) -> table.Measured:
         store=store.sha256,
         details={
             **dataclasses.asdict(inputs.settings),
-            "context_window": embeddings.WINDOW if windows is None else 2 * sentences.SIDE + 1,
+            "context_window": embeddings.WINDOW if windows is None else 2 * embeddings.SIDE + 1,
             "ablation_tokens": min(store.n_tokens, ablation.MAX_TOKENS),
             "lens_context_tokens": jacobian.CONTEXT_TOKENS,
             "coactivation_tokens": min(store.n_tokens, similarity.SAMPLE_TOKENS),

@@ -8,7 +8,8 @@ Before the file's footer stands the SHA-256 of all the rest of it, at a position
 skip. Files of format 1 do not have it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from topklm.errors import UserError
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.store import Store
 from topklm.storage.files import parse_json, write_atomically
 
@@ -121,6 +123,18 @@ def read_stored(path: Path) -> tuple[pa.Table, Measured]:
             raise ValueError("it does not say which neurons its rows are of")
         measured["layers"] = tuple(measured["layers"])
         return rows, Measured(**measured)
+
+
+def missing(names: Collection[str]) -> list[Statistic]:
+    """Returns the statistics of which a table with columns of these names lacks some."""
+    return [statistic for statistic in catalog.STATISTICS if not statistic.columns.keys() <= set(names)]
+
+
+def is_complete(path: Path) -> bool:
+    """Returns whether a table has all statistics; a damaged one counts as complete, for reading says so."""
+    with contextlib.suppress(OSError, pa.ArrowException):
+        return not missing(pq.read_schema(path).names)
+    return True
 
 
 def check_same(path: Path, measured: Measured, store: Store) -> None:
