@@ -101,7 +101,7 @@ def write_table(
         for layer in LAYERS
         for neuron in range(D)
     ]
-    measured = table.Measured(
+    measured = table.TableMetadata(
         run=place.run.name,
         step=STEP,
         tokenizer_sha256=saved_runs.tokenizer().sha256,

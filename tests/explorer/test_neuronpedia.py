@@ -183,7 +183,7 @@ def write_table(folder, store, rng):
                 row["coactive_similarity"] = rng.random(6).tolist()
             rows.append(row)
     metadata = store.metadata
-    measured = table.Measured(
+    measured = table.TableMetadata(
         run=metadata.run,
         step=metadata.step,
         tokenizer_sha256=metadata.tokenizer_sha256,

@@ -15,7 +15,7 @@ from topklm.errors import UserError
 from topklm.explorer import export
 from topklm.explorer.index import Index, Wanted
 from topklm.explorer.neuron_data import NeuronData
-from topklm.neurons.statistics import Settings, catalog, table
+from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.measure import extend, measure
 from topklm.neurons.store import Store
@@ -137,7 +137,7 @@ def test_the_definitions_in_the_docs_are_those_of_the_catalog():
 
 def test_an_older_table_gets_what_it_lacks_with_the_bits_of_a_whole_measurement(explored_copy):
     model = topklm.load(explored_copy.run)
-    measured_anew(explored_copy, Settings(ablation_samples=4, lens_contexts=4, seed=3), model)
+    measured_anew(explored_copy, MeasureSettings(ablation_samples=4, lens_contexts=4, seed=3), model)
     whole, measured = table.read(explored_copy.table)
     removed = [s for s in catalog.STATISTICS if s.name not in ("n_active", "density", "max_activation")]
     without(explored_copy, [name for s in removed for name in s.columns])

@@ -21,7 +21,7 @@ from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Store
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
@@ -114,14 +114,14 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation-samples",
         type=int,
-        default=Settings.ablation_samples,
+        default=MeasureSettings.ablation_samples,
         metavar="N",
         help="tokens at which each neuron is set to 0; 0: none; default %(default)s",
     )
     parser.add_argument(
         "--lens-contexts",
         type=_count,
-        default=Settings.lens_contexts,
+        default=MeasureSettings.lens_contexts,
         metavar="N",
         help="over which the Jacobian is averaged; default %(default)s",
     )
@@ -174,7 +174,9 @@ def _measure(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     model, _ = shared.load(arguments)
     folder = NeuronsFolder(Path(model.run), model.step)
-    settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
+    settings = MeasureSettings(
+        ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts
+    )
     neurons_pipeline.measure_into(folder, model, output.progress, settings, arguments.encoder)
     from topklm.neurons.statistics import catalog  # noqa: PLC0415 - its table needs a package of the extra
 

@@ -15,7 +15,7 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
 
@@ -35,7 +35,7 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
         harvest_into(folder, model, mesh, progress)
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
-        measure_into(folder, model, progress, Settings())
+        measure_into(folder, model, progress, MeasureSettings())
     else:
         _extend(folder, model, progress)
     return folder
@@ -208,7 +208,7 @@ def measure_into(
     folder: NeuronsFolder,
     model: LanguageModel,
     progress: Progress,
-    settings: Settings,
+    settings: MeasureSettings,
     encoder: str | None = None,
 ) -> None:
     """Computes the statistics of all neurons from what was harvested, and writes the table.

@@ -23,7 +23,7 @@ from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
-from topklm.neurons.documents import Documents, Packed, Window, batches, pack, windows_of
+from topklm.neurons.documents import Documents, Packed, TokenWindow, batches, pack, windows_of
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
 
@@ -125,13 +125,13 @@ def harvest(
     return writer.n_tokens
 
 
-def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[Window]:
+def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[TokenWindow]:
     for number, ids in enumerate(documents):
         if number % share.count == share.index:
             yield from windows_of(number, ids, separator_id, length)
 
 
-def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
+def _behind(windows: Iterator[TokenWindow], stored: int) -> Iterator[TokenWindow]:
     """Yields the windows after the first `stored` tokens; they are cut the same way every time."""
     skipped = 0
     while skipped < stored and (window := next(windows, None)):
@@ -144,7 +144,7 @@ def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
     yield from windows
 
 
-def _first(windows: Iterator[Window], before: int, n_tokens: int | None) -> Iterator[Window]:
+def _first(windows: Iterator[TokenWindow], before: int, n_tokens: int | None) -> Iterator[TokenWindow]:
     for window in windows:
         if n_tokens is not None and before >= n_tokens:
             return

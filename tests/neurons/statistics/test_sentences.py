@@ -94,7 +94,7 @@ def test_windows_that_k_means_has_not_seen_fall_to_the_nearest_cluster(monkeypat
     vectors = (middles + rng.normal(0, 0.01, middles.shape)).astype(np.float32)
     monkeypatch.setattr(embeddings, "_CLUSTERED", 20)
     monkeypatch.setattr(embeddings, "_NEAREST_STRETCH", 64)
-    found = embeddings.Windows("e", vectors).clusters(4)
+    found = embeddings.EncodedWindows("e", vectors).clusters(4)
     pairs = set(zip(found.tolist(), middles.argmax(axis=1).tolist(), strict=True))
     assert len(pairs) == len(set(found.tolist())) == 4
 

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.neurons.store import Block
+from topklm.neurons.store import NeuronBlock
 
 HISTOGRAM_BINS = 40
 
 
-def columns(block: Block, n_tokens: int) -> Mapping[str, Any]:
+def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     """Returns the columns of `table` that are about activity.
 
     `density` is the share of all tokens at which a neuron is active: n_active / N. Of a layer, densities add
@@ -67,17 +67,17 @@ def columns(block: Block, n_tokens: int) -> Mapping[str, Any]:
     }
 
 
-def n_active(block: Block) -> np.ndarray:
+def n_active(block: NeuronBlock) -> np.ndarray:
     """Returns int64[n], at how many tokens each neuron is active."""
     return np.diff(block.offsets)
 
 
-def owners(block: Block) -> np.ndarray:
+def owners(block: NeuronBlock) -> np.ndarray:
     """Returns int64[E], which neuron of the block each event is of."""
     return np.repeat(np.arange(len(block.offsets) - 1), n_active(block))
 
 
-def histogram(block: Block, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
+def histogram(block: NeuronBlock, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
     """Counts tokens by strength, in parts of equal width of (0, largest of the neuron]: int64[n, n_bins].
 
     A part holds its upper end and not its lower one. A dead neuron has zeros.
@@ -133,7 +133,7 @@ APART = 128  # tokens
 
 
 def example_columns(
-    block: Block, bounds: np.ndarray, layer: int, begin: int, seed: int = 0
+    block: NeuronBlock, bounds: np.ndarray, layer: int, begin: int, seed: int = 0
 ) -> Mapping[str, Any]:
     """Returns the columns of `table` that are about examples; a dead neuron has none.
 

@@ -224,7 +224,7 @@ class SentenceEncoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Windows:
+class EncodedWindows:
     """Embeddings of all windows of a store.
 
     Attributes:
@@ -308,7 +308,7 @@ def embed_windows(
     encoder: SentenceEncoder,
     name: str,
     report: Callable[[int], None] = lambda n: None,
-) -> Windows:
+) -> EncodedWindows:
     """Embeds the window of every token of a store; takes 4 N d bytes.
 
     Args:
@@ -339,4 +339,4 @@ def embed_windows(
             )
         parts.append(unit_or_zero(found))
         report(len(texts))
-    return Windows(name, np.concatenate(parts))
+    return EncodedWindows(name, np.concatenate(parts))

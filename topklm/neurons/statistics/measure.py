@@ -16,7 +16,7 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import (
-    Settings,
+    MeasureSettings,
     ablation,
     catalog,
     embeddings,
@@ -43,10 +43,10 @@ def measure(
     params: transformer.Parameters,
     *,
     separator_id: int,
-    settings: Settings,
+    settings: MeasureSettings,
     progress: Progress,
     dictionary: Dictionary | None = None,
-    windows: embeddings.Windows | None = None,
+    windows: embeddings.EncodedWindows | None = None,
 ) -> None:
     """Measures all neurons of a store, and writes the table.
 
@@ -122,8 +122,8 @@ def extend(
             f"{path} lacks {', '.join(names)}, and was measured with {measured.embedding}: run topklm "
             "neurons measure with the same --encoder"
         )
-    known = {field.name for field in dataclasses.fields(Settings)} & measured.details.keys()
-    settings = Settings(**{name: measured.details[name] for name in known})
+    known = {field.name for field in dataclasses.fields(MeasureSettings)} & measured.details.keys()
+    settings = MeasureSettings(**{name: measured.details[name] for name in known})
     progress.say(f"{path.name} lacks {', '.join(names)}: measuring")
     inputs = Inputs(
         store,
@@ -178,11 +178,11 @@ def _compute(inputs: Inputs, statistics: Sequence[Statistic], progress: Progress
     return pa.concat_tables(parts)
 
 
-def _described(inputs: Inputs) -> table.Measured:
+def _described(inputs: Inputs) -> table.TableMetadata:
     store, windows = inputs.store, inputs.windows
     metadata = store.metadata
     of_token, of_window = inputs.clusters
-    return table.Measured(
+    return table.TableMetadata(
         run=metadata.run,
         step=metadata.step,
         tokenizer_sha256=metadata.tokenizer_sha256,
