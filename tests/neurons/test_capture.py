@@ -39,10 +39,11 @@ def params():
     return jax.tree.map(lambda leaf: 0.2 * draw(leaf.shape, dtype=np.float32), shapes)
 
 
-def capture(model, tokens, *packing):
+def capture(model, tokens, segment_ids=None, positions=None):
     """Returns the hidden state and what the TopK layers hand on, sparse."""
     wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
-    return capture_lib.capture(model, tokens, wanted, None, 0, *packing)[:2]
+    packing = {"segment_ids_BT": segment_ids, "positions_BT": positions}
+    return capture_lib.capture(model, tokens, wanted, **packing)[:2]
 
 
 def captured(config):
