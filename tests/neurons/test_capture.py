@@ -12,6 +12,7 @@ import pytest
 import saved_runs
 
 from topklm.model import transformer
+from topklm.model.block import NO_HOOKS
 from topklm.neurons import capture as capture_lib
 from topklm.neurons import hook_names
 from topklm.neurons.capture import ActivationCache, SparseActivations
@@ -39,11 +40,10 @@ def params():
     return jax.tree.map(lambda leaf: 0.2 * draw(leaf.shape, dtype=np.float32), shapes)
 
 
-def capture(model, tokens, segment_ids=None, positions=None):
+def capture(model, tokens, *packing):
     """Returns the hidden state and what the TopK layers hand on, sparse."""
     wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
-    packing = {"segment_ids_BT": segment_ids, "positions_BT": positions}
-    return capture_lib.capture(model, tokens, wanted, **packing)[:2]
+    return capture_lib.capture(model, tokens, wanted, NO_HOOKS, 0, *packing)[:2]
 
 
 def captured(config):
