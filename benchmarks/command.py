@@ -9,12 +9,11 @@ any other.
 import argparse
 from collections.abc import Sequence
 import importlib
-from typing import NoReturn
 
 import rich.console
 
 from benchmarks.harness import report as report_lib
-from topklm.commands import train
+from topklm.commands import Parser, train
 from topklm.errors import UserError
 
 DESCRIPTION = (
@@ -42,7 +41,7 @@ def run(flags: Sequence[str]) -> None:
         return
     name, *rest = flags
     benchmark = importlib.import_module(f"benchmarks.cases.{name}")
-    parser = _Parser(
+    parser = Parser(
         f"topklm bench {name}",
         description=benchmark.DESCRIPTION,
         epilog=f"--config flags are those of `topklm train`. Example: {benchmark.EXAMPLE}",
@@ -73,13 +72,8 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser_of_benchmarks() -> argparse.ArgumentParser:
-    parser = _Parser("topklm bench", description=DESCRIPTION, epilog=f"example: {EXAMPLE}")
+    parser = Parser("topklm bench", description=DESCRIPTION, epilog=f"example: {EXAMPLE}")
     names = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     for name, summary in BENCHMARKS.items():
         names.add_parser(name, help=summary)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")

@@ -25,9 +25,9 @@ from benchmarks.harness import results, roofline
 from benchmarks.harness.shapes import SHAPES, with_model
 from benchmarks.harness.timing import alternate
 from benchmarks.harness.worker import Worker, threads
-from topklm import allocator
 from topklm.config import Config
 from topklm.model import transformer
+from topklm.runtime import allocator
 from topklm.training import throughput
 
 RESULT = results.FOLDER / "growth.json"

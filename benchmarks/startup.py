@@ -3,8 +3,8 @@
 python -m benchmarks.startup
 
 Cold: nothing has been compiled before. Warm: the same command has run once, so that its programs lie in the
-cache (`topklm.compilation_cache`). Both find their dataset prepared. Real processes of `configs/small.py`,
-taking turns; each is killed after its first step.
+cache (`topklm.runtime.compilation_cache`). Both find their dataset prepared. Real processes of
+`configs/small.py`, taking turns; each is killed after its first step.
 """
 
 import json
@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from benchmarks.harness import results
-from topklm.compilation_cache import SWITCH
+from topklm.runtime.compilation_cache import SWITCH
 
 RESULT = results.FOLDER / "startup.json"
 TARGET = 0.5  # warm over cold

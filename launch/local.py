@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 from pathlib import Path
+import random
 import re
 import shlex
 import signal
@@ -26,6 +27,7 @@ from typing import IO
 BUG, USER_ERROR, TRY_AGAIN, INTERRUPTED = 1, 2, 75, 130
 TERMINATE_S = 5.0
 POLL_S = 0.05
+COORDINATOR_PORTS = range(20_000, 32_768)  # Linux gives 32,768 and above, others 49,152 and above
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
@@ -178,7 +180,7 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 
 def _variables(options: argparse.Namespace, index: int, coordinator: str) -> dict[str, str]:
-    """What the environment of a process has beyond ours."""
+    """Returns the variables of a process that the launcher does not have."""
     other_xla_flags = re.sub(rf"{DEVICES_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     return {
         "TOPKLM_COORDINATOR": coordinator,
@@ -207,7 +209,7 @@ def _start(options: argparse.Namespace, index: int, coordinator: str) -> subproc
 
 
 def _die_with(launcher: int) -> None:
-    """In a process to be: asks the kernel to kill it when the launcher dies, however that comes about."""
+    """Asks the kernel, before the command runs, to kill this process when the launcher dies in any way."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:  # it died just before
@@ -224,7 +226,7 @@ def _kill(process: subprocess.Popen[str]) -> int:
 
 
 def _job_code(codes: Sequence[int]) -> int:
-    """The job's exit code, from those of its processes; negative ones are deaths by a signal."""
+    """Returns the job's exit code for those of its processes; negative ones are deaths by a signal."""
     if not any(codes):
         return 0
     if not set(codes) - {0, INTERRUPTED}:
@@ -251,13 +253,16 @@ def _say(line: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # where the interpreter's last flush goes, too
     except OSError:
-        pass  # a full disk may have room again for the next line
+        pass  # a full disk may have space again for the next line
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Chooses a port below those that the kernel gives to connections: process 0 binds it seconds later."""
+    for port in random.sample(COORDINATOR_PORTS, len(COORDINATOR_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError(f"no port from {COORDINATOR_PORTS[0]} to {COORDINATOR_PORTS[-1]} is free")
 
 
 if __name__ == "__main__":

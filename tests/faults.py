@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import random
+import re
 import signal
 import sys
 import time
@@ -47,7 +48,7 @@ SETTINGS = {
 
 
 class Job:
-    """`launch/local.py` with the trainer behind it: four devices, each of a process if not said otherwise."""
+    """`launch/local.py` with the trainer: four devices, each of a process if not said otherwise."""
 
     def __init__(
         self, trainer: Trainer, run: Path, logs: Path, settings: dict, n_processes: int = N_PROCESSES
@@ -66,7 +67,7 @@ class Job:
         self._pids_file = logs / "pids.json"
 
     def pids(self) -> list[int]:
-        """Of the ranks, in order, once they have been started."""
+        """Returns the process ids of the ranks, in order, once they have been started."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not self._pids_file.exists() and self.launcher.exit_code is None:
             if time.monotonic() > deadline:
@@ -78,7 +79,7 @@ class Job:
 
 
 def disturb(job: Job, fault: str, chance: random.Random) -> tuple[str, set[int]]:
-    """Does it; what was done, and the exit codes that are right then."""
+    """Does it; returns a description, and the exit codes that are right then."""
     pids = job.pids()
     rank = chance.randrange(N_PROCESSES)
     if fault == "kill all":
@@ -88,8 +89,8 @@ def disturb(job: Job, fault: str, chance: random.Random) -> tuple[str, set[int]]
     _signal([pids[rank]], number)
     if fault != "preempt":
         return f"{fault} of process {rank}", {75}
-    # Before it has loaded its modules, a process dies of the signal like any other.
-    return f"preempt of process {rank}", {0} if "data: " in job.launcher.output else {0, 75}
+    # Before the first step the others, who were not asked to stop, end with 75: nothing looks finished.
+    return f"preempt of process {rank}", {0} if re.search(r"step [\d,]+/", job.launcher.output) else {0, 75}
 
 
 def train_disturbed(
@@ -130,14 +131,14 @@ def train_disturbed(
 
 
 def assert_as_if_undisturbed(run: Path, undisturbed: Path) -> None:
-    """Parameters, optimizer and metrics agree bit for bit, and so does the place in the data."""
+    """Requires the same bits in parameters, optimizer and metrics, and the same position in the data."""
     assert metrics(run) == metrics(undisturbed)
     assert_same_bits(final_arrays(run), final_arrays(undisturbed))
     assert_same_place_in_the_data(run, undisturbed)
 
 
 def assert_same_place_in_the_data(run: Path, undisturbed: Path) -> None:
-    """The newest checkpoints are of one step and have read the same windows."""
+    """Requires newest checkpoints of one step that have read the same windows."""
     assert checkpoint_steps(run)[-1] == checkpoint_steps(undisturbed)[-1]
     newest = str(checkpoint_steps(run)[-1])
     states = [

@@ -1,16 +1,21 @@
-"""Runs the commands as real processes on a tiny model, and reads what they leave behind.
+"""Runs the commands on a tiny model, as real processes or in the test's own, and reads what they leave.
 
 Tests of single functions need none of this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
+import fcntl
+import io
 import json
 import os
 from pathlib import Path
 import queue
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,9 +23,13 @@ import time
 from typing import Any
 
 from etils import epath
+import hypothesis
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
+
+from topklm import cli, errors
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILE = ROOT / "configs" / "small.py"
@@ -50,6 +59,12 @@ TINY: Mapping[str, Any] = {
     "log.every_steps": 1,
 }
 WALL_CLOCK_FIGURES = ("tokens_per_second", "mfu", "seconds_trained", "input_wait", "goodput")
+
+
+def tries(number: int) -> hypothesis.settings:
+    """Lets hypothesis try as many examples at night, with `-m`; a third by day."""
+    by_night = hypothesis.settings().max_examples >= hypothesis.settings.get_profile("at night").max_examples
+    return hypothesis.settings(max_examples=number if by_night else number // 3)
 
 
 def sentences(seed: int, n_documents: int) -> list[str]:
@@ -84,6 +99,19 @@ def write_documents(path: Path, documents: list[str]) -> Path:
     return path
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Makes a folder for all workers of a session: the first calls `make` with it, the others wait."""
+    done = folder / "made"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The tiny model's training command; settings given to a method override those of `TINY`."""
@@ -115,6 +143,43 @@ class Trainer:
         process = self.start(workdir, settings, **options)
         process.finish()
         return process
+
+    def train(self, workdir: Path, settings: Mapping[str, Any] | None = None) -> "Ended":
+        """Trains in the test's own process: a process takes seconds until it has imported everything.
+
+        Not for what depends on signals, the environment, devices or limits of the process.
+        """
+        return in_this_process("train", *self.arguments(workdir, settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A command that ran in the test's own process; looks like a `Process` that has ended."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+
+def in_this_process(*arguments: Any) -> Ended:
+    """Runs `topklm` with these arguments to its end; what C++ libraries print is not caught."""
+    output, said = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOPKLM_ALLOCATOR", "system")
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(said):
+            code = errors.guarded(lambda: cli.dispatch(list(map(str, arguments))))
+    return Ended(code, output.getvalue(), said.getvalue())
+
+
+def coordinator_port() -> int:
+    """Chooses a port for process 0 of a run, which binds it seconds later.
+
+    It lies below those that the kernel gives to connections meanwhile (from 32,768 on, on Linux).
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port := random.SystemRandom().randrange(10_000, 32_768)))
+            return port
 
 
 def devices(count: int) -> dict[str, str]:

@@ -11,7 +11,8 @@ from unittest import mock
 
 from jax._src import compiler
 
-from topklm import compilation_cache, main
+from topklm import main
+from topklm.runtime import compilation_cache
 
 
 def write_as_if_first(*arguments):

@@ -22,18 +22,11 @@ import saved_runs
 
 import topklm
 from topklm import cli, errors
+from topklm.checkpoint import manager
 from topklm.data.tokenizer import train_bpe
 
-# Runs the trainer with little patience for storage that fails: `SCRIPT FLAGS...`.
-IMPATIENT = """
-import sys
-from topklm import main
-from topklm.checkpoint import manager
-
-manager.PATIENCE = manager.Patience(while_training_s=2.0, at_end_s=2.0)
-sys.exit(main.run())
-"""
-# The same under a limit on the size of the files that it writes: `SCRIPT BYTES FLAGS...`.
+# The trainer with little patience for storage that fails, and a limit on the size of its files: `SCRIPT BYTES
+# FLAGS...`.
 WITH_A_FILE_SIZE_LIMIT = """
 import resource, sys
 from topklm import main
@@ -166,7 +159,7 @@ def test_a_run_goes_on_with_its_data_elsewhere_and_not_with_other_data(
 ):
     (dataset,) = (finished_run.parent / "datasets").glob("village-*")
     moved = shutil.copytree(dataset, tmp_path / "moved")
-    finished = trainer.run(run_copy, {"data.source": moved})
+    finished = trainer.train(run_copy, {"data.source": moved})
     assert finished.exit_code == 0, finished.errors
     assert "is finished at step 24" in finished.output
 
@@ -298,13 +291,13 @@ def small_disk(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_full_disk_while_a_checkpoint_is_saved_leaves_the_one_before(
-    trainer, small_disk, run_copy, finished_run
+    trainer, small_disk, run_copy, finished_run, monkeypatch
 ):
     forget_checkpoints_after(run_copy, 5)
     run = shutil.copytree(run_copy, small_disk / "run")
-    flags = trainer.arguments(run, {"data.dir": finished_run.parent / "datasets"})
-    process = trainer.start_python("-c", IMPATIENT, *flags)
-    assert process.finish() == 2, process.errors
+    monkeypatch.setattr(manager, "PATIENCE", manager.Patience(while_training_s=2.0, at_end_s=2.0))
+    process = trainer.train(run, {"data.dir": finished_run.parent / "datasets"})
+    assert process.exit_code == 2, process.errors
     line = assert_one_line_error(process.errors)
     assert str(run) in line
     assert "no space left on the disk" in line

@@ -3,7 +3,7 @@ import re
 import subprocess
 import sys
 
-from helpers import CONFIG_FILE, STEPS, assert_one_line_error
+from helpers import CONFIG_FILE, STEPS, assert_one_line_error, in_this_process
 import pytest
 
 import topklm
@@ -47,7 +47,7 @@ def test_a_run_prints_what_it_trains_on_evaluations_samples_and_a_table(output):
 
 def test_a_longer_run_says_what_changes_and_an_evaluation_of_a_part_that_it_is_one(trainer, run_copy):
     changes = {"train.steps": STEPS + 6, "eval.max_tokens": 100, "checkpoint.every_steps": 99}
-    process = trainer.run(run_copy, changes)
+    process = trainer.train(run_copy, changes)
     assert process.exit_code == 0, process.errors
     output = process.output
     assert re.search(
@@ -107,10 +107,9 @@ def test_every_verb_starts_without_the_extras(trainer):
     assert {"generate", "steer", "serve", "explore", "neurons_select"} <= set(process.output.split())
 
 
-def test_generate_refuses_in_one_line(trainer, finished_run):
-    arguments = ["generate", str(finished_run), "The old", "--step", "6"]
-    process = trainer.start_python("-c", RUNS_THE_COMMAND, *arguments)
-    assert process.finish() == 2
+def test_generate_refuses_in_one_line(finished_run):
+    process = in_this_process("generate", finished_run, "The old", "--step", "6")
+    assert process.exit_code == 2
     line = assert_one_line_error(process.errors)
     assert "step = 6" in line
     assert "5, 10, 15, 20, 24" in line

@@ -1,4 +1,4 @@
-"""The style and type checks are tests, so that one command checks everything."""
+"""The style and type checks are tests too."""
 
 import pathlib
 import shutil
@@ -24,6 +24,7 @@ def test_the_code_is_clean(tool):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow  # most of a minute; a step of its own in .ci/run
 def test_types_agree(tmp_path):
     # mypy takes any folder in the current one for a package, also one that a run has left in a clone.
     for name in ("pyproject.toml", "topklm", "configs", "benchmarks"):

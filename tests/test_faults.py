@@ -38,7 +38,7 @@ def test_a_job_disturbed_at_twenty_random_moments_ends_as_if_undisturbed(trainer
 
 @pytest.mark.slow
 def test_a_run_continues_exactly_on_another_number_of_hosts(trainer, undisturbed, tmp_path):
-    """On four hosts, then two, then one, with the same four devices in all."""
+    """Runs on four hosts, then two, then one, with the same four devices in all."""
     run = tmp_path / "run"
     for n_processes, stop_after in ((4, 10), (2, 25), (1, None)):
         job = faults.Job(trainer, run, tmp_path / f"logs-{n_processes}", SHORT, n_processes)

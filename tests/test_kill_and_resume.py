@@ -129,7 +129,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(trainer, finished_r
         half_written += bool(files_being_written(run))
     assert half_written  # a folder that is still being written stays behind under its temporary name
     assert newest_step(run) < STEPS
-    last = trainer.run(run, {"data.dir": tmp_path / "datasets"})
+    last = trainer.train(run, {"data.dir": tmp_path / "datasets"})
     assert last.exit_code == 0, last.errors
     assert_as_if_undisturbed(run, finished_run)
     assert files_being_written(run) == []
@@ -164,7 +164,7 @@ def test_a_run_asked_to_stop_saves_and_continues_as_if_undisturbed(trainer, fini
         assert stopped[1] == number.name
         assert newest_step(run) == int(stopped[2]) < STEPS
         assert "Resume with the same command" in process.output
-    assert trainer.run(run).exit_code == 0
+    assert trainer.train(run).exit_code == 0
     assert_as_if_undisturbed(run, finished_run)
 
 
@@ -198,7 +198,7 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(trainer, finished_
     assert (newest_step(run), evaluated_steps()) == (16, [8])  # it was given up
     train_asking_to_stop_after(STEPS - 1)
     assert (newest_step(run), evaluated_steps()) == (STEPS, [8, 16])
-    assert trainer.run(run).exit_code == 0
+    assert trainer.train(run).exit_code == 0
     assert_as_if_undisturbed(run, finished_run)
 
 
@@ -216,7 +216,7 @@ def test_a_second_signal_ends_the_process_at_once(trainer, tmp_path):
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(trainer, run_copy):
     before = (run_copy / "metrics.jsonl").read_bytes()
-    again = trainer.run(run_copy)
+    again = trainer.train(run_copy)
     assert again.exit_code == 0, again.errors
     assert "is finished at step 24: nothing to train" in again.output
     assert "compiled" not in again.output
@@ -226,7 +226,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(trainer, run_c
 
 def test_more_steps_continue_a_finished_run(trainer, run_copy):
     before = metrics(run_copy)
-    longer = trainer.run(run_copy, {"train.steps": STEPS + 2})
+    longer = trainer.train(run_copy, {"train.steps": STEPS + 2})
     assert longer.exit_code == 0, longer.errors
     assert re.search(r"continuing .* from its checkpoint of step 24", longer.output)
     after = metrics(run_copy)

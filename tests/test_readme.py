@@ -122,6 +122,6 @@ def test_your_own_text_trains(trainer, tmp_path, suffix):
     words = trainer.corpus.read_text(encoding="utf-8", errors="replace").splitlines()
     source.write_text("\n\n".join(words * 3) if suffix == ".txt" else "\n".join(words), encoding="utf-8")
     settings = {"data.source": source, "data.dir": tmp_path / "datasets", "train.steps": 2}
-    process = trainer.run(tmp_path / "run", {**settings, "data.heldout_fraction": 0.2})
+    process = trainer.train(tmp_path / "run", {**settings, "data.heldout_fraction": 0.2})
     assert process.exit_code == 0, process.errors
     assert (tmp_path / "run/metrics.jsonl").exists()

@@ -84,7 +84,7 @@ def test_a_run_does_not_end_because_nobody_can_read_its_output(
     assert metrics(run) == metrics(finished_run)
     assert_same_bits(final_arrays(run), final_arrays(finished_run))
     # What was saved under such a name is found there again.
-    again = in_a_shell('"$@"', trainer, run, {**datasets, "train.steps": STEPS + 2}, {})
+    again = trainer.train(run, {**datasets, "train.steps": STEPS + 2})
     assert again.exit_code == 0, again.errors
     assert "continuing" in again.output
     assert max(checkpoint_steps(run)) == STEPS + 2
@@ -95,7 +95,7 @@ def test_a_terminal_that_closes_stops_a_run_which_saves(trainer, finished_run, t
     process = trainer.start_python("-c", TERMINAL_CLOSES, *trainer.arguments(run, settings))
     assert process.finish() == 0, process.errors
     assert "SIGHUP: stopped after step" in process.output
-    assert trainer.run(run, settings).exit_code == 0
+    assert trainer.train(run, settings).exit_code == 0
     assert_same_bits(final_arrays(run), final_arrays(finished_run))
 
 
@@ -383,7 +383,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_not_finished(
     trainer, finished_run, run_copy, damage
 ):
     damage(run_copy / "checkpoints" / str(STEPS))
-    process = trainer.run(run_copy, {"data.dir": finished_run.parent / "datasets"})
+    process = trainer.train(run_copy, {"data.dir": finished_run.parent / "datasets"})
     assert process.exit_code == 0, process.errors
     assert f"checkpoint {STEPS} of" in process.output
     assert "continuing" in process.output
@@ -408,7 +408,7 @@ def test_a_run_without_its_config_takes_no_other(
 
 def test_a_run_without_its_config_gets_it_back(trainer, finished_run, run_copy):
     (run_copy / "config.json").unlink()
-    process = trainer.run(run_copy, {"data.dir": finished_run.parent / "datasets"})
+    process = trainer.train(run_copy, {"data.dir": finished_run.parent / "datasets"})
     assert process.exit_code == 0, process.errors
     assert "is finished" in process.output
     assert json.loads((run_copy / "config.json").read_text()) == json.loads(

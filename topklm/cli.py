@@ -3,13 +3,12 @@
 Imports nothing else of the library, so that it starts at once and a verb loads only what it needs.
 """
 
-import argparse
 from collections.abc import Sequence
 import importlib
 import sys
-from typing import NoReturn
 
-from topklm import allocator, errors
+from topklm import commands, errors
+from topklm.runtime import allocator
 
 VERBS = {
     "train": "train a model",
@@ -29,7 +28,7 @@ _GOES_ON = ("train", "prepare", "steer", "neurons harvest", "neurons measure", "
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """The console script's entry: returns the exit code."""
+    """Runs the console script; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
     goes_on = f"{' '.join(arguments[:2])} ".startswith(tuple(f"{verb} " for verb in _GOES_ON))
@@ -48,36 +47,17 @@ def _start(argv: Sequence[str]) -> None:
 
 
 def dispatch(argv: Sequence[str]) -> None:
-    """Runs one verb with its arguments.
-
-    The module of a verb has `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`.
-    """
-    if not argv or argv[0] not in VERBS:
+    """Runs one verb with its arguments."""
+    verb, *rest = argv or [""]
+    if verb not in VERBS:
         _parser_of_verbs().parse_args(argv)  # shows the help, or says what is wrong
         return
-    verb, *rest = argv
     command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
-    if verb in ("train", "compile-check", "bench"):
-        # Their flags are those of the config too, which argparse does not know.
-        command.run(rest)
-        return
-    parser = _Parser(f"topklm {verb}", description=command.DESCRIPTION, epilog=f"example: {command.EXAMPLE}")
-    command.add_arguments(parser)
-    # argparse takes it for the mark after which all is positional, and gives an empty list.
-    if odd := next((part for part in rest if part.startswith("--") and part.endswith("=--")), None):
-        raise errors.UserError(f"{odd!r}: -- is no value; see {parser.prog} --help")
-    command.run(parser.parse_args(rest))
+    command.run(commands.parse(verb, command, rest))
 
 
-class _Parser(argparse.ArgumentParser):
-    """One whose complaints are one line, like all of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise errors.UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser_of_verbs() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser_of_verbs() -> commands.Parser:
+    parser = commands.Parser(
         "topklm",
         description="Train TopK language models and read them.",
         epilog="topklm VERB --help explains a verb, with an example.",

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and how the commands end on it.
+"""The exception that means "the user can fix this", and how the commands end on it.
 
 An error of the operating system that names a file, or that has a line in `_DISK_ERRORS`, and memory that does
 not suffice are of that kind too. Everything else that is raised is a bug and keeps its traceback.
@@ -25,14 +25,49 @@ _LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
 _LONGEST_LINE = 4000
 
 
-class UserError(Exception):
-    """A mistake the user can mend; its text is one line: what, its value, what is allowed, what to do.
+_NONE: Any = ...  # None is a value that users give; this stays the same in other processes
+_VERBS = ("is ", "has ")
 
+
+class UserError(Exception):
+    """A mistake that the user can mend, in one line: field, value, allowed values, advice.
+
+    Of a value, the line is `FIELD = VALUE: TEXT; ADVICE`; ALLOWED stands for the text "must be ALLOWED".
+    Without a value it is `FIELD: TEXT`, or `FIELD TEXT` if that begins with "is" or "has". Other mistakes are
+    a sentence, the text alone.
     Quoted values of over 200 characters are cut, and control characters are escaped.
+
+    Attributes:
+        field: Name of the value as the reader knows it: "model.topk_k", "--port", "top_p"; "" in a sentence.
+        text: The line without the field and its value.
     """
 
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
+    def __init__(
+        self, text: str = "", *, field: str = "", value: Any = _NONE, allowed: str = "", advice: str = ""
+    ):
+        self.field, self._value = field, value
+        self.text = (text or f"must be {allowed}") + (f"; {advice}" if advice else "")
+        super().__init__(one_line(self._line()))
+
+    def _line(self) -> str:
+        if not self.field:
+            return self.text
+        if self._value is _NONE:
+            return self.field + ("" if self.text.startswith(_VERBS) else ":") + f" {self.text}"
+        return f"{self.field} = {self._value}: {self.text}"
+
+    def named(self, field: str) -> "UserError":
+        """Returns the error under the name by which another reader knows the field, for a flag "--top-p"."""
+        return UserError(self.text, field=field, value=self._value)
+
+    def within(self, field: str, value: Any = _NONE) -> "UserError":
+        """Returns the error as one of a field that holds what is wrong; if it is the same, only once."""
+        text = self.text if self.field == field else str(self)
+        return UserError(text, field=field, value=value)
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of the Python interface that is not allowed; `field` is its name."""
 
 
 def one_line(text: str) -> str:
@@ -79,15 +114,17 @@ def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
     """Turns an operating-system refusal (full disk, no permission) inside the block into a UserError.
 
     Args:
-        doing: What was attempted, for the message, e.g. "writing the checkpoint of step 400".
+        doing: The attempt, for the message, e.g. "writing the checkpoint of step 400".
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as e:
         code = system_error(e)
         if code not in _DISK_ERRORS:
             raise
-        raise UserError(f"{doing}{_place(e)}: {_DISK_ERRORS[code]}") from e
+        raise UserError(_DISK_ERRORS[code], field=f"{doing}{_place(e)}") from e
 
 
 def _place(error: Exception) -> str:
@@ -155,7 +192,7 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
     """Runs a command to its exit code.
 
     Args:
-        command: What to run.
+        command: Is run once.
         on_storage: The exit code where storage failed in a way that may pass. A launcher starts a trainer
             again at 75, and not at 2.
 

@@ -30,7 +30,7 @@ def optional_module(name: str, extra: str, flag: str) -> ModuleType:
 
 @contextlib.contextmanager
 def without(*modules: str) -> Iterator[None]:
-    """Makes modules impossible to import inside the block, unless they have been imported before it."""
+    """Hides modules from imports inside the block; those imported before stay."""
     hidden = [module for module in modules if module not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:

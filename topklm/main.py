@@ -1,6 +1,6 @@
 """Trains a model: `python -m topklm.main --config=configs/small.py`; the same as `topklm train`.
 
-What happens then is in `commands.train`, which reads the flags, and in `training.loop`.
+`commands.train` reads the flags, and `training.loop` trains.
 """
 
 import sys
@@ -9,7 +9,7 @@ from topklm import cli
 
 
 def run() -> int:
-    """The process's entry: returns its exit code."""
+    """Runs the process; returns its exit code."""
     return cli.run(["train", *sys.argv[1:]])
 
 

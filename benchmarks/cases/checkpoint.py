@@ -23,7 +23,7 @@ from benchmarks.harness.report import Comparison, Report, Result
 from benchmarks.harness.shapes import SHAPES
 from benchmarks.harness.timing import Samples, Subject, alternate, timed
 from benchmarks.harness.worker import peak_resident_bytes
-from topklm import allocator, load
+from topklm import load
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.compile_check.check import with_vocabulary
@@ -32,6 +32,7 @@ from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import one_device
 from topklm.model import transformer
+from topklm.runtime import allocator
 from topklm.training.optimizer import make_optimizer
 from topklm.training.step import TrainState, init_state
 

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from benchmarks.harness.timing import timed
 from benchmarks.harness.worker import Prepared, peak_resident_bytes
-from topklm import allocator, errors
+from topklm import errors
+from topklm.runtime import allocator
 
 
 def main(module: str) -> None:

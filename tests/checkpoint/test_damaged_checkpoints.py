@@ -4,9 +4,8 @@ import itertools
 import json
 import random
 import shutil
-import socket
 
-from helpers import assert_same_bits
+from helpers import assert_same_bits, coordinator_port
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,10 +213,7 @@ def test_a_folder_that_is_gone_is_not_damage(folder, layout):
 def test_processes_go_back_together_though_only_one_sees_the_damage(trainer, whole, tmp_path):
     folders = [shutil.copytree(whole, tmp_path / name) for name in ("first", "second")]
     (folders[1] / "3" / "optimizer" / "manifest.ocdbt").write_bytes(b"")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {"TOPKLM_COORDINATOR": f"127.0.0.1:{port}", "TOPKLM_PROCESS_COUNT": "2"}
+    places = {"TOPKLM_COORDINATOR": f"127.0.0.1:{coordinator_port()}", "TOPKLM_PROCESS_COUNT": "2"}
     processes = [
         trainer.start_python(
             "-c", RESTORES_WITH_ANOTHER, str(folder), environment={**places, "TOPKLM_PROCESS_ID": str(i)}

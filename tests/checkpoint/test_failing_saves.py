@@ -6,9 +6,8 @@ import itertools
 import os
 import resource
 import shutil
-import socket
 
-from helpers import assert_same_bits
+from helpers import assert_same_bits, coordinator_port
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,10 +245,7 @@ def test_waits_double_up_to_a_minute_and_end_with_patience(monkeypatch):
 
 
 def test_what_fails_in_one_process_is_tried_again_by_all(trainer, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {"TOPKLM_COORDINATOR": f"127.0.0.1:{port}", "TOPKLM_PROCESS_COUNT": "2"}
+    places = {"TOPKLM_COORDINATOR": f"127.0.0.1:{coordinator_port()}", "TOPKLM_PROCESS_COUNT": "2"}
     processes = [
         trainer.start_python(
             "-c", FAILS_IN_ONE, str(tmp_path / "c"), environment={**places, "TOPKLM_PROCESS_ID": str(i)}

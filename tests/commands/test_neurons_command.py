@@ -1,9 +1,9 @@
-"""`topklm neurons harvest` and `measure` as real processes, one of them killed."""
+"""`topklm neurons harvest` and `measure`: some as real processes, of which one is killed."""
 
 import json
 import shutil
 
-from helpers import assert_one_line_error, devices, sentences, wait_until, write_documents
+from helpers import assert_one_line_error, devices, in_this_process, sentences, wait_until, write_documents
 import numpy as np
 import pytest
 
@@ -14,10 +14,8 @@ from topklm.neurons.store import Store
 STEP = 24
 
 
-def run(trainer, verb, folder, *arguments, **options):
-    process = start(trainer, verb, folder, *arguments, **options)
-    process.finish()
-    return process
+def run(verb, folder, *arguments):
+    return in_this_process("neurons", verb, folder, *arguments)
 
 
 def start(trainer, verb, folder, *arguments, **options):
@@ -31,22 +29,22 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def harvested(tmp_path_factory, trainer, finished_run):
+def harvested(tmp_path_factory, finished_run):
     """A copy of the finished run with activations on its training text."""
     folder = tmp_path_factory.mktemp("harvested") / "village"
     shutil.copytree(finished_run, folder)
-    process = run(trainer, "harvest", folder, "--split", "train", "--tokens", "15_000", "--json")
+    process = run("harvest", folder, "--split", "train", "--tokens", "15_000", "--json")
     assert process.exit_code == 0, process.errors
     return NeuronsFolder(folder, STEP), json.loads(process.output)
 
 
-def test_a_run_is_harvested_and_measured(trainer, harvested):
+def test_a_run_is_harvested_and_measured(harvested):
     folder, facts = harvested
     store = Store(folder.store)
     assert facts["tokens"] == store.n_tokens >= 15_000
     assert (facts["run"], facts["step"], facts["kind"], facts["layers"]) == ("village", STEP, "topk", [0])
     assert "training text of" in store.metadata.source
-    process = run(trainer, "measure", folder.run, "--ablation-samples", "8", "--lens-contexts", "4")
+    process = run("measure", folder.run, "--ablation-samples", "8", "--lens-contexts", "4")
     assert process.exit_code == 0, process.errors
     assert f"wrote {folder.table}" in process.output
     rows, measured = table.read(folder.table)
@@ -68,14 +66,14 @@ def test_a_harvest_that_is_killed_goes_on_where_it_was(tmp_path, trainer, finish
     for folder in (whole, killed):
         shutil.copytree(finished_run, folder.run)
     arguments = "--source", text, "--tokens", 120_000
-    assert run(trainer, "harvest", whole.run, *arguments).exit_code == 0
+    assert run("harvest", whole.run, *arguments).exit_code == 0
     process = start(trainer, "harvest", killed.run, *arguments)
     segments = killed.store / "segments"
     assert wait_until(lambda: len(list(segments.glob("[0-9]*"))) >= 2, process)
     process.kill()
     n_stored = Store(killed.store).n_tokens
     assert 0 < n_stored < Store(whole.store).n_tokens
-    assert run(trainer, "harvest", killed.run, *arguments).exit_code == 0
+    assert run("harvest", killed.run, *arguments).exit_code == 0
     one, other = Store(whole.store), Store(killed.store)
     assert one.n_tokens == other.n_tokens >= 120_000
     np.testing.assert_array_equal(one.tokens(0, one.n_tokens), other.tokens(0, one.n_tokens))
@@ -95,7 +93,7 @@ def test_two_harvests_of_one_run_take_turns(tmp_path, trainer, finished_run, tex
         assert process.finish() == 0, process.errors
     said = [process.output for process in processes]
     assert sum("is harvesting into" in output for output in said) <= 1
-    assert run(trainer, "harvest", alone.run, *arguments).exit_code == 0
+    assert run("harvest", alone.run, *arguments).exit_code == 0
     assert not list(shared.store.glob("segments/.*"))
     for path in alone.store.rglob("*"):
         if path.is_file() and path.name != ".lock":
@@ -116,7 +114,7 @@ def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_hav
     ]
     for process in processes:
         assert process.finish() == 0, process.errors
-    assert run(trainer, "harvest", alone.run, *arguments).exit_code == 0
+    assert run("harvest", alone.run, *arguments).exit_code == 0
     one, parts = Store(alone.store), Store(shared.store)
     assert one.n_tokens == parts.n_tokens > 30_000
     assert {reader.folder.name[0] for reader in parts.segments} == {"0", "1"}
@@ -139,19 +137,19 @@ def test_hosts_write_their_parts_at_the_same_time_on_as_many_devices_as_they_hav
         (["--split", "train", "--source", "datasets-of-another"], "datasets-of-another"),
     ],
 )
-def test_harvest_refuses_in_one_line(trainer, harvested, arguments, words):
-    process = run(trainer, "harvest", harvested[0].run, *arguments)
+def test_harvest_refuses_in_one_line(harvested, arguments, words):
+    process = run("harvest", harvested[0].run, *arguments)
     assert process.exit_code == 2
     assert words in assert_one_line_error(process.errors)
 
 
-def test_text_other_than_before_is_refused(trainer, harvested, text):
-    process = run(trainer, "harvest", harvested[0].run, "--source", text)
+def test_text_other_than_before_is_refused(harvested, text):
+    process = run("harvest", harvested[0].run, "--source", text)
     assert process.exit_code == 2
     assert "holds activations of another source" in assert_one_line_error(process.errors)
 
 
-def test_measuring_needs_a_harvest(trainer, finished_run):
-    process = run(trainer, "measure", finished_run)
+def test_measuring_needs_a_harvest(finished_run):
+    process = run("measure", finished_run)
     assert process.exit_code == 2
     assert "run topklm neurons harvest" in assert_one_line_error(process.errors)

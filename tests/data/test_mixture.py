@@ -6,7 +6,8 @@ import json
 import shutil
 from types import SimpleNamespace
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 from making import rewrite_description
 import numpy as np
@@ -48,7 +49,7 @@ def test_no_dataset_is_ever_a_whole_window_off_for_all_small_weights(n_datasets)
         check_turns(weights[::-1], sum(weights))
 
 
-@settings(max_examples=40, deadline=None)
+@tries(60)
 @given(st.lists(st.one_of(st.integers(1, 5), st.integers(1, 150)), min_size=2, max_size=12))
 def test_no_dataset_is_ever_a_whole_window_off(weights):
     check_turns(weights, sum(weights))

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import zlib
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,7 +182,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 
 
 @pytest.mark.parametrize("ending", [*COMPRESS, ".parquet"])
-@settings(max_examples=40, deadline=None)
+@tries(60)
 @given(texts=st.lists(TEXTS, max_size=30))
 def test_what_was_written_is_read_whatever_the_format(tmp_path_factory, ending, texts):
     path = tmp_path_factory.mktemp("written") / f"a{ending}"

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from hypothesis import assume, given, settings
+from helpers import tries
+from hypothesis import assume, given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -265,7 +266,7 @@ def test_hosts_read_their_rows_of_the_same_batches(mixture, request):
         np.testing.assert_array_equal(ids, window_ids(mixture, **settings_)[3][rows])
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 9), st.integers(1, 40), st.just(300)), min_size=1, max_size=30),
     context_length=st.integers(1, 12),

@@ -8,7 +8,8 @@ import os
 import pickle
 import sys
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_hugging_face_files_give_their_tokens_and_nothing_added(tmp_path, kind):
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(text=TEXT)
 def test_no_text_becomes_the_separator(tokenizer, text):
     separator = tokenizer.token_strings([tokenizer.separator_id])[0]
@@ -305,7 +306,7 @@ def test_every_kind_is_saved_as_one_file_and_comes_back(tokenizer, tmp_path):
             np.testing.assert_array_equal(copy.encode(text), tokenizer.encode(text))
 
 
-@settings(max_examples=100, deadline=None)
+@tries(100)
 @given(text=TEXT)
 def test_cutting_a_long_text_changes_no_token(tokenizer, text):
     whole = tokenizer.encode(text)
@@ -317,7 +318,7 @@ def test_cutting_a_long_text_changes_no_token(tokenizer, text):
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-@settings(max_examples=100, deadline=None)
+@tries(100)
 @given(text=TEXT)
 def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizer, text):
     lengths = tokenizer.token_bytes_lengths()

@@ -4,7 +4,8 @@ import json
 from urllib.parse import urlencode
 
 import arbitrary
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -96,13 +97,13 @@ def values(names):
     path=st.sampled_from([*SHOWN, *(f"/api{path}" for path in TOLD)]),
     asked_for=values({*PARAMETERS, *NAMES}),
 )
-@settings(max_examples=300)
+@tries(300)
 def test_whatever_a_link_asks_for_it_is_answered(asked, path, asked_for):
     assert_answered(asked.ask(f"{path}?{urlencode(asked_for)}"))
 
 
 @given(path=st.sampled_from(["/", "/neurons/", "/api/neurons/0/", "/static/", "/api/"]), rest=arbitrary.PATHS)
-@settings(max_examples=150)
+@tries(150)
 @pytest.mark.parametrize("behind", ["", "/text"])
 def test_whatever_an_address_is_it_is_answered(asked, path, rest, behind):
     answer = asked.ask(path + rest + behind)
@@ -123,7 +124,7 @@ def test_numbers_of_any_length_are_read_or_refused(asked, place, digits):
 
 
 @given(path=st.sampled_from(CHANGED), form=values({"text", "label", *NAMES}), raw=st.binary(max_size=5))
-@settings(max_examples=150)
+@tries(150)
 def test_whatever_a_form_holds_it_is_answered(asked, path, form, raw):
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     assert_answered(asked.ask(path, "POST", headers, urlencode(form).encode() + raw))
@@ -137,7 +138,7 @@ def test_whatever_a_form_holds_it_is_answered(asked, path, form, raw):
     ),
     how=st.integers(0, 9),
 )
-@settings(max_examples=300)
+@tries(300)
 @pytest.mark.parametrize("api", ["", "/api"])
 def test_whatever_json_holds_it_is_answered(asked, api, path, sensible, other, how):
     content = {name: value.decode("utf-8", "surrogateescape") for name, value in sensible.items()} | other

@@ -17,7 +17,7 @@ import pytest
 from serve_site import serving
 from test_security import assert_harmless
 
-from topklm.commands import steering_arguments
+from topklm.commands import steer_args
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
@@ -392,9 +392,7 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
     assert stream(site, {**without_value, "mode": "subtract"})[0].status == 400
     # Command lines.
     parser = argparse.ArgumentParser()
-    steering_arguments.add_arguments(parser)
+    steer_args.add_arguments(parser)
     given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
-    assert steering_arguments.interventions(given, model.config.model) == [
-        Intervention(*PLACE, mode="saturate")
-    ]
+    assert steer_args.interventions(given, model.config.model) == [Intervention(*PLACE, mode="saturate")]
     assert "take the value off" in " ".join(parser.format_help().split())

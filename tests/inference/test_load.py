@@ -3,12 +3,11 @@ import functools
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
 from etils import epath
-from helpers import ROOT, STEPS, arrays, assert_same_bits, devices
+from helpers import ROOT, STEPS, arrays, assert_same_bits, coordinator_port, devices
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -332,12 +331,9 @@ with distributed.session():
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_what_many_processes_of_eight_devices_saved_is_loaded_onto_one(tmp_path, trainer, n_processes):
     saved_runs.describe(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         **devices(8 // n_processes),
-        "TOPKLM_COORDINATOR": f"127.0.0.1:{port}",
+        "TOPKLM_COORDINATOR": f"127.0.0.1:{coordinator_port()}",
         "TOPKLM_PROCESS_COUNT": str(n_processes),
     }
     processes = [

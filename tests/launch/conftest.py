@@ -12,7 +12,7 @@ from stand_ins import Stage
 
 @pytest.fixture
 def stage(tmp_path):
-    """The stand-ins."""
+    """Provides the stand-ins."""
     stage = Stage(tmp_path / "stage")
     yield stage
     stage.end_processes()
@@ -35,7 +35,7 @@ def original_tree(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tree(tmp_path, original_tree) -> Path:
-    """A working tree with a committed file that is deleted, a new one, and one that git ignores."""
+    """Makes a working tree with a committed file that is deleted, a new one, and one that git ignores."""
     tree = Path(shutil.copytree(original_tree, tmp_path / "tree"))
     (tree / "deleted.py").unlink()
     (tree / "new.py").write_text("# new\n")

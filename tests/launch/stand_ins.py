@@ -1,8 +1,8 @@
 """Programs that take the place of gcloud, kubectl, Slurm's commands and the trainer, first on the PATH.
 
 Each appends what it was called with to calls.jsonl, and does what scenario.json in the same folder says.
-`main` is all of them, called under the name of the program it stands for. What is behind them is simulated
-only as far as the launchers can see.
+`main` is all of them, called under the name of the program it stands for. Clouds are simulated only
+as far as the launchers can see.
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ class Stage:
         program.chmod(0o755)
 
     def set(self, **scenario: Any) -> None:
-        """What the programs shall do; see the functions below."""
+        """Sets what the programs shall do; see the functions below."""
         (self.folder / "scenario.json").write_text(json.dumps(scenario))
 
     @property
@@ -76,7 +76,7 @@ class Stage:
         }
 
     def calls(self, program: str) -> list[dict[str, Any]]:
-        """What a program was called with, in order."""
+        """Returns the arguments of a program's calls, in order."""
         path = self.folder / "calls.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [call for call in map(json.loads, lines) if call["program"] == program]
@@ -87,7 +87,7 @@ class Stage:
         return [c["argv"][n:] for c in self.calls("gcloud") if c["argv"][2:n] == command.split()]
 
     def workers(self) -> list[Path]:
-        """The homes of the workers that there are."""
+        """Returns the home folders of the workers."""
         return sorted((self.folder / "workers").glob("*/*"))
 
     def end_processes(self) -> None:
@@ -118,7 +118,7 @@ def _record(stage: Path, program: str, argv: list[str], **more: Any) -> None:
 
 
 def _next(stage: Path, name: str, values: list[Any]) -> Any:
-    """The values one after another, the last one for ever; across all programs."""
+    """Takes the values one after another, the last one for ever; across all programs."""
     counter = stage / f"{name}.count"
     with counter.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -133,7 +133,7 @@ def _next(stage: Path, name: str, values: list[Any]) -> Any:
 
 
 def _gcloud(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
-    """A project with one queued resource.
+    """Simulates a project with one queued resource.
 
     scenario: `creates`, for each request an error message, or the list of states it goes through (the last
     one stays); `workers`, how many a slice has; `ssh`, exit codes of the first ssh and scp calls.
@@ -217,7 +217,7 @@ def _delete(stage: Path) -> int:
 
 
 def _ssh(stage: Path, scenario: Mapping[str, Any], node: str, flags: Mapping[str, str]) -> int:
-    """Like gcloud: splits the command at spaces, has ssh join it again, and fails if any worker does."""
+    """Splits the command at spaces as gcloud does, has ssh join it again, and fails if any worker does."""
     if code := _connect(stage, scenario):
         return code
     command = " ".join(flags["--command"].split(" "))
@@ -257,7 +257,7 @@ def _environment_of(home: Path) -> dict[str, str]:
 
 
 def _kill_trainer(home: Path) -> None:
-    """As the machine is taken away."""
+    """Removes a worker as if its machine were taken away."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
         os.kill(int((home / "topklm-run/pid").read_text()), signal.SIGKILL)
 
@@ -281,7 +281,7 @@ _wget = _curl
 
 
 def _python(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
-    """The trainer: `trainer` in the scenario says what each start does, in words with ;; between them."""
+    """Plays the trainer: `trainer` in the scenario says what each start does, words between ;; marks."""
     variables = {name: os.environ.get(name) for name in scenario.get("variables", [])}
     host = os.environ.get("HOST", "laptop-0")
     _record(stage, "trainer", argv, host=host, cwd=str(Path.cwd()), pid=os.getpid(), variables=variables)
@@ -377,7 +377,7 @@ def _scontrol(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
 
 
 def _scancel(stage: Path, scenario: Mapping[str, Any], argv: list[str]) -> int:
-    """`scancel --signal=TERM JOB` reaches the tasks of all steps, not the batch shell."""
+    """Plays scancel: `--signal=TERM JOB` reaches the tasks of all steps, not the batch shell."""
     if re.match("--signal=TERM", argv[0]):
         os.kill(int((stage / "srun.pid").read_text()), signal.SIGUSR2)
     return 0

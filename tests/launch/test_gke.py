@@ -54,7 +54,7 @@ def trainer(manifest):
 
 
 def expanded_by_kubernetes(text: str, variables: dict[str, str]) -> str:
-    """What its reference says of `args`: $(NAME) of known variables is replaced, and $$ is one dollar."""
+    """Fills in `args` as Kubernetes does: $(NAME) of known variables is replaced, $$ is one dollar."""
     return re.sub(
         r"\$\$|\$\((\w+)\)",
         lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]),

@@ -58,7 +58,7 @@ def launch(tmp_path):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there, and no mere entry of one that nobody has waited for."""
+    """Returns whether a process is there, and no mere entry of one that nobody has waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

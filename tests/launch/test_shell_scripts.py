@@ -24,7 +24,7 @@ DOCS = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    """The words of every command in the docs that starts something from launch/."""
+    """Returns the words of every command in the docs that starts something from launch/."""
     blocks = re.findall(r"```bash\n(.*?)```", DOCS, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines += re.findall(r"`(launch/\S+\.sh [^`\n]+)`", DOCS)
@@ -36,7 +36,7 @@ COMMANDS = commands()
 
 
 def shell(code: str, text: str = "") -> str:
-    """What a shell prints that has the launchers' common functions."""
+    """Returns the output of a shell that has the launchers' common functions."""
     script = f". {shlex.quote(str(ROOT / 'launch/common.sh'))}; {code}"
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], input=text, capture_output=True, text=True, check=True
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_is_told_from_one_that_is_finished(capsys):
 def test_a_run_that_was_stopped_while_it_started_is_told_from_one_that_is_finished():
     code = (
         "import os, signal, time\n"
-        "from topklm.training.interruption import stop_on_signal\n"
+        "from topklm.runtime.signals import stop_on_signal\n"
         "with stop_on_signal():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(300)\n"

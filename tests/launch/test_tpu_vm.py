@@ -36,7 +36,7 @@ class Launcher:
         return process.output
 
     def prepare(self) -> None:
-        """A TPU that is set up."""
+        """Provides a TPU that is set up."""
         self.good("create", "pod", *CREATE)
         self.good("setup", "pod")
 

@@ -2,7 +2,8 @@
 
 import functools
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def arrays(draw):
 
 
 @given(arrays(), st.sampled_from(ACTIVATIONS), st.sampled_from(["one", "some", "d - 1", "d"]))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_every_backend_gives_the_reference_bit_for_bit(x, activation, how_many):
     d = x.shape[-1]
     k = {"one": 1, "some": max(1, d // 3), "d - 1": max(1, d - 1), "d": d}[how_many]

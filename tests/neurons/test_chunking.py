@@ -1,6 +1,7 @@
 """Every token is read once, with what stands before it in its document."""
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def all_windows(documents, length):
 
 
 @given(DOCUMENTS, st.integers(2, 20))
-@settings(max_examples=60)
+@tries(60)
 def test_windows_read_every_token_once_and_in_order(sizes, length):
     documents = documents_of(sizes)
     windows = all_windows(documents, length)
@@ -45,7 +46,7 @@ def test_a_new_token_can_look_back_a_quarter_of_a_window(length):
 
 
 @given(DOCUMENTS, st.integers(2, 20), st.integers(1, 5))
-@settings(max_examples=60)
+@tries(60)
 def test_rows_hold_every_window_as_it_is(sizes, length, multiple):
     windows = all_windows(documents_of(sizes), length)
     if not windows:

@@ -6,7 +6,8 @@ import json
 from urllib.parse import quote
 
 import arbitrary
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def assert_answered(answer):
     unknown=st.lists(st.tuples(arbitrary.TEXTS, arbitrary.VALUES), max_size=1),
     how=st.integers(0, 9),
 )
-@settings(max_examples=150)
+@tries(150)
 @pytest.mark.parametrize("path", FIELDS)
 def test_whatever_fields_hold_they_are_answered(client, path, content, known, unknown, how):
     content = {name: value for name, value in content.items() if name in FIELDS[path]}

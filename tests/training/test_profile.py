@@ -105,13 +105,13 @@ def test_a_range_counts_like_numpy():
 
 
 def test_the_command_writes_a_trace_into_the_run_folder(trainer, tmp_path):
-    run = trainer.run(tmp_path / "run", {"profile": "2:4", "train.steps": 5})
+    run = trainer.train(tmp_path / "run", {"profile": "2:4", "train.steps": 5})
     assert run.exit_code == 0, run.errors
     assert traced_steps(tmp_path / "run" / "profile") == [2, 3]
     assert "profile of steps 2 to 3 in" in run.output
 
 
 def test_the_command_refuses_a_wrong_range_in_one_line(trainer, tmp_path):
-    run = trainer.run(tmp_path / "run", {"profile": "3-5"})
+    run = trainer.train(tmp_path / "run", {"profile": "3-5"})
     assert run.exit_code == 2
     assert "profile = '3-5'" in assert_one_line_error(run.errors)

@@ -248,7 +248,7 @@ MESHES = {
 
 
 # Where nothing is split that is not split on the others too.
-AT_NIGHT = ("4x2", "context of 4")
+AT_NIGHT = ("8x1", "4x2", "context of 4")
 each_mesh = pytest.mark.parametrize(
     "mesh", [pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in MESHES]
 )
@@ -270,9 +270,14 @@ def compared(*names):
 
 
 @pytest.fixture
-def eight_devices(request):
-    """Returns the figures of the test's mesh, beside those of one device."""
-    mesh = request.node.callspec.params.get("mesh") if hasattr(request.node, "callspec") else None
+def mesh():
+    """Of a test that does not compare meshes: one that is compared by day."""
+    return "1x8"
+
+
+@pytest.fixture
+def eight_devices(mesh):
+    """The figures of the test's mesh, beside those of one device."""
     return compared(*(name for name in MESHES if (name in AT_NIGHT) == (mesh in AT_NIGHT)))
 
 
@@ -327,8 +332,10 @@ def test_fsdp_holds_one_eighth_of_every_block_matrix_and_of_its_moments_on_each_
     assert set(matrices.values()) == {1 / 8}
 
 
-def test_data_parallelism_repeats_every_parameter(eight_devices):
-    assert set(eight_devices["8x1"]["share_on_a_device"].values()) == {1.0}
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8x1"])
+def test_data_parallelism_repeats_every_parameter(eight_devices, mesh):
+    assert set(eight_devices[mesh]["share_on_a_device"].values()) == {1.0}
 
 
 def compare_meshes(names):

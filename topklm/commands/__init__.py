@@ -1,1 +1,53 @@
-"""The verbs of the `topklm` command, one module each; `topklm.cli` finds them."""
+"""The verbs of the `topklm` command, a module each, and how their command lines are read.
+
+A module has `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`; where flags that its
+parser does not know are those of a config, also `TAKES_CONFIG = True`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from topklm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as all errors are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line of a verb; flags of a config are in `config_flags` of what it returns.
+
+    A module without `add_arguments` reads its command line itself; it is in `words`.
+
+    Args:
+        verb: Its name.
+        command: Its module.
+        argv: The words after the name.
+
+    Raises:
+        UserError: For arguments that the verb does not have.
+    """
+    if not hasattr(command, "add_arguments"):
+        return argparse.Namespace(words=list(argv))
+    takes_config = getattr(command, "TAKES_CONFIG", False)
+    parser = Parser(
+        f"topklm {verb}",
+        description=command.DESCRIPTION,
+        epilog=f"example: {command.EXAMPLE}",
+        allow_abbrev=not takes_config,  # --config is a beginning of its fields
+    )
+    command.add_arguments(parser)
+    # argparse takes it for the mark after which all is positional, and gives an empty list.
+    if odd := next((part for part in argv if part.startswith("--") and part.endswith("=--")), None):
+        raise UserError(f"{odd!r}: -- is no value; see {parser.prog} --help")
+    arguments, others = parser.parse_known_args(argv)
+    if takes_config:
+        arguments.config_flags = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return arguments

@@ -1,6 +1,6 @@
 """`topklm bench`: hands over to the harness in `benchmarks/`, which lies beside the package in a clone."""
 
-from collections.abc import Sequence
+import argparse
 import importlib
 from pathlib import Path
 import sys
@@ -9,7 +9,7 @@ import topklm
 from topklm.errors import UserError
 
 
-def run(flags: Sequence[str]) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Runs a benchmark, see `benchmarks.command`.
 
     Raises:
@@ -22,4 +22,4 @@ def run(flags: Sequence[str]) -> None:
             "`python -m topklm bench ...` there"
         )
     sys.path.insert(0, str(root))  # before another folder of that name in the working directory
-    importlib.import_module("benchmarks.command").run(flags)
+    importlib.import_module("benchmarks.command").run(arguments.words)

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import math
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import shared, steer_args
 from topklm.errors import UserError
 
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
@@ -16,7 +15,7 @@ _OPTIONS = ("topk_k", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     parser.add_argument("prompt", help="text that begins a document")
     parser.add_argument("--max-new-tokens", type=int, default=50, help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default %(default)s")
@@ -50,33 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topk-k", type=int, metavar="K", help="neurons that each TopK keeps; default as in training"
     )
-    steering_arguments.add_arguments(parser)
+    steer_args.add_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print the text while it is made")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser)
+    shared.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    for flag in ("temperature", "max_new_tokens"):
-        value = getattr(arguments, flag)
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} = {value}: must be 0 or more")
+    shared.check_at_least(arguments, 0, "temperature", "max_new_tokens")
     if arguments.json and arguments.stream:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    options["steer"] = steering_arguments.interventions(arguments, model.config.model)
-    steering_arguments.warn_of_another_model(arguments, model)
+    options["steer"] = steer_args.interventions(arguments, model.config.model)
+    steer_args.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
-    try:
+    with shared.arguments_are_flags(arguments):
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)
-    except ValueError as e:
-        # It begins with the name of the setting, as Python has it.
-        name, behind, rest = str(e).partition(" ")
-        raise UserError(
-            f"--{name.replace('_', '-')}{behind}{rest}" if name in vars(arguments) else str(e)
-        ) from e
     if arguments.stream:
         print(arguments.prompt, end="", flush=True)
         for piece in text:

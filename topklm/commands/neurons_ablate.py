@@ -1,19 +1,18 @@
-"""`topklm neurons ablate-set`: what a model loses of one text, and of another, without some neurons."""
+"""`topklm neurons ablate-set`: measures the losses of two texts without some neurons."""
 
 import argparse
 from collections.abc import Sequence
 import dataclasses
-import json
 import re
 from typing import Any
 
 import jax
 import numpy as np
-import rich.console
 import rich.table
 
-from topklm.commands import steering_arguments, two_texts
-from topklm.commands.two_texts import Text
+from topklm.commands import shared, steer_args, text_pair
+from topklm.commands.shared import Output
+from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
@@ -21,7 +20,7 @@ from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
 from topklm.neurons.display import visible
-from topklm.progress import Progress, TerminalProgress
+from topklm.progress import Progress
 
 DESCRIPTION = (
     "Chooses the neurons that are active more often in one text than in another, on half of the documents, "
@@ -37,7 +36,7 @@ TOKENS = 50_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     what = zip(FLAGS, ("text to be forgotten", "text to be known as before"), strict=True)
-    two_texts.add_arguments(parser, list(what), TOKENS)
+    text_pair.add_arguments(parser, list(what), TOKENS)
     parser.add_argument(
         "--neurons",
         type=_numbers,
@@ -55,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    two_texts.check(arguments, FLAGS, ("tokens", "permutations", "random_sets", "keep"))
+    text_pair.check(arguments, FLAGS, ("tokens", "permutations", "random_sets", "keep"))
     if arguments.save is not None and len(arguments.neurons) > 1:
         given = ",".join(map(str, arguments.neurons))
         raise UserError(f"--save with --neurons = {given}: one set is saved; give one number")
-    console = rich.console.Console(stderr=arguments.json)
-    progress = TerminalProgress(console)
-    model, mesh = two_texts.load(arguments)
-    texts = two_texts.read(arguments, FLAGS, model)
+    output = Output(arguments.json)
+    progress = output.progress
+    model, mesh = text_pair.load(arguments)
+    texts = text_pair.read(arguments, FLAGS, model)
     for text in texts:
         if len(text.documents) < 2:
             raise UserError(
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         for half in (0, 1)
     )
     both = [ids for documents in chosen_on for ids in documents]
-    counts = two_texts.count(model, mesh, both, progress, arguments.keep)
+    counts = text_pair.count(model, mesh, both, progress, arguments.keep)
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -86,34 +85,34 @@ def run(arguments: argparse.Namespace) -> None:
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     # Both texts count alike, however long they are.
     density = found.frequency.mean(axis=0)
-    try:
+    with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
         scored, outcomes = _measure(model, mesh, scored_on, sets, density, counts.layers, arguments, progress)
-    except ValueError as e:
-        raise UserError(f"--{e}") from e
     q_values = {(r.layer, r.neuron): r.q_value for r in ranked}
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]
-        save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
-    if arguments.json:
-        documents = {"chosen_on": [len(d) for d in chosen_on], "scored_on": [len(d) for d in scored_on]}
-        facts = {
-            "run": arguments.run,
-            "step": model.step,
-            **{text.flag: text.facts() for text in texts},
-            "documents_of_forget_and_retain": documents,
-            "by": arguments.by,
-            "seed": arguments.seed,
-            "keep": arguments.keep,
-            "forget_loss": _mean(scored.forget_before, scored.forget),
-            "retain_loss": _mean(scored.retain_before, scored.retain),
-            "warnings": two_texts.warnings(texts),
-        }
-        print(json.dumps({**facts, "sets": [_as_json(one, q_values) for one in outcomes]}))
-        return
-    _print(console, texts, scored, outcomes, q_values)
-    if arguments.save is not None:
-        console.out(f"wrote {arguments.save}: {len(sets[0])} neurons, mode ablate", highlight=False)
+        save_interventions(arguments.save, entries, model=steer_args.name_of(model))
+    documents = {"chosen_on": [len(d) for d in chosen_on], "scored_on": [len(d) for d in scored_on]}
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        **{text.flag: text.facts() for text in texts},
+        "documents_of_forget_and_retain": documents,
+        "by": arguments.by,
+        "seed": arguments.seed,
+        "keep": arguments.keep,
+        "forget_loss": _mean(scored.forget_before, scored.forget),
+        "retain_loss": _mean(scored.retain_before, scored.retain),
+        "warnings": text_pair.warnings(texts),
+        "sets": [_as_json(one, q_values) for one in outcomes],
+    }
+
+    def show() -> None:
+        _print(output, texts, scored, outcomes, q_values)
+        if arguments.save is not None:
+            output.say(f"wrote {arguments.save}: {len(sets[0])} neurons, mode ablate")
+
+    output.give(facts, show)
 
 
 def _measure(
@@ -173,7 +172,7 @@ def _as_json(outcome: Outcome, q_values: dict[Neuron, float]) -> dict[str, Any]:
 
 
 def _print(
-    console: rich.console.Console,
+    output: Output,
     texts: Sequence[Text],
     scored: Scored,
     outcomes: Sequence[Outcome],
@@ -181,10 +180,9 @@ def _print(
 ) -> None:
     for text, part in zip(texts, (scored.forget, scored.retain), strict=True):
         n_chosen_on = len(text.documents) - len(part.n_tokens)
-        console.out(
+        output.say(
             f"{text.flag}: {visible(text.source)}: neurons are chosen on {n_chosen_on:,} documents, losses "
-            f"are of {len(part.n_tokens):,} others, {part.n_tokens.sum():,} tokens",
-            highlight=False,
+            f"are of {len(part.n_tokens):,} others, {part.n_tokens.sum():,} tokens"
         )
     before = _mean(scored.forget_before, scored.forget), _mean(scored.retain_before, scored.retain)
     table = rich.table.Table()
@@ -205,11 +203,10 @@ def _print(
         random = [dataclasses.astuple(s) for s in (outcome.random_forget, outcome.random_retain)]
         cells = [cell for loss, spread in zip(before, random, strict=True) for cell in _cells(loss, *spread)]
         table.add_row(f"{n} random, {len(outcome.random)} sets", f"{density:.2%}", *cells)
-    console.print(table)
-    console.out(
+    output.console.print(table)
+    output.say(
         "losses and changes in nats per token; density: mean share of tokens at which a neuron of the set is "
-        "active; 95 %: of chosen sets by bootstrap over documents, of random ones where 95 % of the sets lie",
-        highlight=False,
+        "active; 95 %: of chosen sets by bootstrap over documents, of random ones where 95 % of the sets lie"
     )
     for outcome in outcomes:
         chosen = outcome.chosen
@@ -217,14 +214,13 @@ def _print(
         n_by_layer = ", ".join(f"{layers.count(layer)} of layer {layer}" for layer in sorted(set(layers)))
         n_sure = sum(q_values[neuron] <= 0.05 for neuron in chosen.neurons)
         n_as_large = sum(one.gap >= chosen.gap for one in outcome.random)
-        console.out(
+        output.say(
             f"{len(layers)} chosen: {n_by_layer}; {n_sure} with q at most 0.05; forget less retain: "
             f"{chosen.gap:+.3f}, as large in {n_as_large} of {len(outcome.random)} random sets "
-            f"(p {outcome.p_value:.2g})",
-            highlight=False,
+            f"(p {outcome.p_value:.2g})"
         )
-    for line in two_texts.warnings(texts):
-        console.out(f"note: {line}", highlight=False)
+    for line in text_pair.warnings(texts):
+        output.say(f"note: {line}")
 
 
 def _cells(before: float, change: float, low: float, high: float) -> tuple[str, str, str]:
@@ -232,7 +228,7 @@ def _cells(before: float, change: float, low: float, high: float) -> tuple[str, 
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Of "8,32"."""
+    """Reads "8,32"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, 1 or more, with commas between")

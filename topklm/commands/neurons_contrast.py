@@ -5,18 +5,16 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
-import rich.console
-import rich.table
 import rich.text
 
-from topklm.commands import two_texts
-from topklm.commands.two_texts import Text
+from topklm.commands import shared, text_pair
+from topklm.commands.shared import Output
+from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.activation_counts import unit_sizes
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.neurons.display import visible
-from topklm.progress import TerminalProgress
 from topklm.storage.files import sealed_json
 
 DESCRIPTION = (
@@ -35,7 +33,7 @@ WINDOW = 64  # tokens
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     what = zip(FLAGS, ("text in which neurons are sought", "what it is compared with"), strict=True)
-    two_texts.add_arguments(parser, list(what), two_texts.TOKENS)
+    text_pair.add_arguments(parser, list(what), text_pair.TOKENS)
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="neurons of each layer; default %(default)s"
     )
@@ -53,17 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    two_texts.check(arguments, FLAGS, ("tokens", "top", "permutations", "window", "keep"))
-    console = rich.console.Console(stderr=arguments.json)
-    model, mesh = two_texts.load(arguments)
-    texts = two_texts.read(arguments, FLAGS, model)
+    text_pair.check(arguments, FLAGS, ("tokens", "top", "permutations", "window", "keep"))
+    output = Output(arguments.json)
+    model, mesh = text_pair.load(arguments)
+    texts = text_pair.read(arguments, FLAGS, model)
     unit = _unit(arguments.unit, texts)
     piece = arguments.window if unit == "window" else None
     n_units = tuple(len(unit_sizes([len(ids) for ids in text.documents], piece)) for text in texts)
     if min(n_units) < 2:
         raise UserError(_too_few(texts, n_units, unit, arguments.window))
     documents = [ids for text in texts for ids in text.documents]
-    counts = two_texts.count(model, mesh, documents, TerminalProgress(console), arguments.keep, piece)
+    counts = text_pair.count(model, mesh, documents, output.progress, arguments.keep, piece)
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -74,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
-    labels = two_texts.labels(arguments, model)
+    labels = text_pair.labels(arguments, model)
     if arguments.json:
         facts = {
             "run": arguments.run,
@@ -94,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Its digest is for `topklm neurons select --contrast-json`.
         print(sealed_json({**facts, "neurons": neurons}).decode(), end="")
         return
-    _print(console, texts, unit, found, ranked, labels)
+    _print(output, texts, unit, found, ranked, labels)
 
 
 def _unit(asked: str, texts: Sequence[Text]) -> str:
@@ -116,8 +114,8 @@ def _too_few(texts: Sequence[Text], n_units: Sequence[int], unit: str, window: i
 
 
 def _warnings(texts: Sequence[Text], unit: str, found: Contrast) -> list[str]:
-    """What a reader of the p-values has to know."""
-    lines = two_texts.warnings(texts)
+    """Lists the reasons to distrust the p-values."""
+    lines = text_pair.warnings(texts)
     if unit == "window":
         lines.append(
             "windows of one document are alike, and counted as if they were not: p-values are too low"
@@ -131,7 +129,7 @@ def _warnings(texts: Sequence[Text], unit: str, found: Contrast) -> list[str]:
 
 
 def _print(
-    console: rich.console.Console,
+    output: Output,
     texts: Sequence[Text],
     unit: str,
     found: Contrast,
@@ -139,12 +137,9 @@ def _print(
     labels: Mapping[tuple[int, int], str],
 ) -> None:
     for text, n_units, n_tokens in zip(texts, found.n_units, found.n_tokens, strict=True):
-        console.out(
-            f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens", highlight=False
-        )
-    table = rich.table.Table()
-    for column in ("layer", "neuron", *FLAGS, "difference", "score", "p", "q", "family-wise p"):
-        table.add_column(column, justify="right")
+        output.say(f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens")
+    heads = ("layer", "neuron", *FLAGS, "difference", "score", "p", "q", "family-wise p")
+    table = shared.table_of(heads)
     named = any((r.layer, r.neuron) in labels for r in ranked)
     if named:
         table.add_column("label")
@@ -155,15 +150,14 @@ def _print(
         corrected = [f"{r.score:+.1f}", *(f"{p:.2g}" for p in (r.p_value, r.q_value, r.family_p_value))]
         label = [rich.text.Text(visible(labels.get((r.layer, r.neuron), "")))] if named else []
         table.add_row(str(r.layer), str(r.neuron), *shares, f"{r.difference:+.2%}", *corrected, *label)
-    console.print(table)
+    output.console.print(table)
     how = "all" if found.is_exact else "drawn"
-    console.out(
+    output.say(
         "positive, negative: share of the tokens at which the neuron is active; score: the difference in "
         f"standard deviations; p: share of {found.n_permutations:,} ways ({how}) to deal the {unit}s to the "
         "two texts that are as extreme, of this neuron alone; q: false discovery rate over the "
         f"{found.n_tested:,} neurons that are active; family-wise p: share in which the score of any is "
-        "as extreme",
-        highlight=False,
+        "as extreme"
     )
     for line in _warnings(texts, unit, found):
-        console.out(f"note: {line}", highlight=False)
+        output.say(f"note: {line}")

@@ -3,17 +3,17 @@
 import argparse
 from collections.abc import Mapping
 import dataclasses
-import json
 from pathlib import Path
 import re
 
 import numpy as np
-import rich.console
 import rich.table
 import rich.text
 
 import topklm
 from topklm.checkpoint import run_folder
+from topklm.commands import shared
+from topklm.commands.shared import Output
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.neurons.display import SHOWN_PER_LAYER, Activation, visible
@@ -40,7 +40,7 @@ LabelOf = Mapping[tuple[int, int], str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="show the active neurons of each token of it")
     parser.add_argument("--regex", metavar="PATTERN", help="rank neurons by the tokens that match")
     parser.add_argument(
@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=20, metavar="N", help="neurons that are ranked; default %(default)s"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest (with activations)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser, "the newest (with activations)")
+    shared.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,11 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("give one of TEXT, --regex and --token; see topklm neurons find --help")
     if any("\ud800" <= character <= "\udfff" for character in asked[0]):
         raise UserError(f"{_quoted(asked[0])} is no valid UTF-8: give it in UTF-8")
-    for flag in ("top", "limit"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag} = {getattr(arguments, flag)}: must be 1 or more")
-    if arguments.regex is None and (arguments.case or arguments.ends):
-        raise UserError(f"--{'case' if arguments.case else 'ends'}: goes with --regex only; leave it out")
+    shared.check_at_least(arguments, 1, "top", "limit")
+    if arguments.regex is None:
+        shared.check_goes_with(arguments, "regex", "case", "ends")
     if arguments.text is not None:
         _find_in_text(arguments)
     else:
@@ -105,25 +103,22 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     labels = (
         {} if is_bucket(arguments.run) else Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
     )
-    if arguments.json:
-        tokens = [
-            {
-                "position": row.position,
-                "token": row.token,
-                "n_active": [{"layer": layer, "n_active": n} for layer, n in row.n_active.items()],
-                "neurons": [
-                    {**active._asdict(), "label": labels.get(active[:2], "")}
-                    for strongest in row.neurons.values()
-                    for active in strongest
-                ],
-            }
-            for row in rows
-        ]
-        print(
-            json.dumps({"run": arguments.run, "step": model.step, "text": arguments.text, "tokens": tokens})
-        )
-    else:
-        _print_rows(rows, labels)
+    tokens = [
+        {
+            "position": row.position,
+            "token": row.token,
+            "n_active": [{"layer": layer, "n_active": n} for layer, n in row.n_active.items()],
+            "neurons": [
+                {**active._asdict(), "label": labels.get(active[:2], "")}
+                for strongest in row.neurons.values()
+                for active in strongest
+            ],
+        }
+        for row in rows
+    ]
+    output = Output(arguments.json)
+    facts = {"run": arguments.run, "step": model.step, "text": arguments.text, "tokens": tokens}
+    output.give(facts, lambda: _print_rows(output, rows, labels))
 
 
 def _find_in_store(arguments: argparse.Namespace) -> None:
@@ -141,31 +136,24 @@ def _find_in_store(arguments: argparse.Namespace) -> None:
         what = {"token_ids": ids, "tokens": tokenizer.token_strings(ids)}
     matched = found.ends if arguments.ends else found.touched
     ranked = rank(store, matched, arguments.limit, None if arguments.layer is None else [arguments.layer])
-    if arguments.json:
-        facts = {
-            "run": arguments.run,
-            "step": folder.step,
-            **what,
-            "counted": "ends" if arguments.ends else "touched",
-            "n_tokens": store.n_tokens,
-            "n_matches": found.count,
-            "n_matched_tokens": int(matched.sum()),
-        }
-        neurons = [{**dataclasses.asdict(r), "label": labels.get((r.layer, r.neuron), "")} for r in ranked]
-        print(json.dumps({**facts, "neurons": neurons}))
-        return
-    name = (
-        _quoted(arguments.regex)
-        if arguments.regex is not None
-        else " and ".join(map(_quoted, what["tokens"]))
-    )
-    _print_ranked(name, found.count, matched, ranked, labels)
+    facts = {
+        "run": arguments.run,
+        "step": folder.step,
+        **what,
+        "counted": "ends" if arguments.ends else "touched",
+        "n_tokens": store.n_tokens,
+        "n_matches": found.count,
+        "n_matched_tokens": int(matched.sum()),
+        "neurons": [{**dataclasses.asdict(r), "label": labels.get((r.layer, r.neuron), "")} for r in ranked],
+    }
+    name = " and ".join(map(_quoted, what.get("tokens", [arguments.regex])))
+    output = Output(arguments.json)
+    output.give(facts, lambda: _print_ranked(output, name, found.count, matched, ranked, labels))
 
 
 def _folder(run: str, step: int | None) -> NeuronsFolder:
-    """Where the activations are: of a step, or of the newest that has some."""
-    if is_bucket(run):
-        raise UserError(f"RUN = {run}: activations are kept on a disk; copy the run folder to one")
+    """Finds the activations of a step, or of the newest that has some."""
+    shared.check_on_disk(run)
     folder = Path(as_path(run, "RUN"))
     if not folder.is_dir():
         raise UserError(f"RUN = {run}: there is no such folder; check the path")
@@ -194,7 +182,7 @@ def _open_store(folder: NeuronsFolder) -> Store:
 
 
 def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that are this text, with and without a space before it; or of this id."""
+    """Finds the tokens that are this text, with and without a space before it; or of this id."""
     if _ID.fullmatch(token):
         if len(token.lstrip("0")) > 9 or int(token) >= tokenizer.vocab_size:
             raise UserError(
@@ -217,7 +205,7 @@ def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _print_rows(rows: list[TokenNeurons], labels: LabelOf) -> None:
+def _print_rows(output: Output, rows: list[TokenNeurons], labels: LabelOf) -> None:
     table = rich.table.Table()
     table.add_column("token", style="cyan", no_wrap=True)
     for layer in rows[0].neurons:
@@ -229,9 +217,8 @@ def _print_rows(rows: list[TokenNeurons], labels: LabelOf) -> None:
             more = row.n_active[layer] - len(strongest)
             cells.append(", ".join([*shown, f"+{more}"] if more else shown))
         table.add_row(*(rich.text.Text(visible(cell)) for cell in (row.token, *cells)))
-    console = rich.console.Console()
-    console.print(table)
-    console.out("neuron:activation, the strongest first; +N: so many more are active", highlight=False)
+    output.console.print(table)
+    output.say("neuron:activation, the strongest first; +N: so many more are active")
 
 
 def _with_label(active: Activation, labels: LabelOf) -> str:
@@ -240,32 +227,33 @@ def _with_label(active: Activation, labels: LabelOf) -> str:
 
 
 def _print_ranked(
-    name: str, n_matches: int, matched: np.ndarray, ranked: list[RankedNeuron], labels: LabelOf
+    output: Output,
+    name: str,
+    n_matches: int,
+    matched: np.ndarray,
+    ranked: list[RankedNeuron],
+    labels: LabelOf,
 ) -> None:
-    console = rich.console.Console()
     n_matched, share = int(matched.sum()), matched.mean()
-    lines = [f"{name}: {n_matches:,} matches, {n_matched:,} of {len(matched):,} tokens ({share:.2%})"]
+    line = f"{name}: {n_matches:,} matches, {n_matched:,} of {len(matched):,} tokens ({share:.2%})"
     if not ranked:
         reason = "no neuron is active there" if n_matched else "nothing to rank neurons by"
-        console.out(f"{lines[0]}; {reason}", highlight=False)
+        output.say(f"{line}; {reason}")
         return
     named = any((r.layer, r.neuron) in labels for r in ranked)
-    table = rich.table.Table()
-    for column in ("layer", "neuron", "F1", "precision", "recall", "firing from", "active at"):
-        table.add_column(column, justify="right")
+    table = shared.table_of(("layer", "neuron", "F1", "precision", "recall", "firing from", "active at"))
     if named:
         table.add_column("label")
     for r in ranked:
         shares = (f"{figure:.3f}" for figure in (r.f1, r.precision, r.recall))
         label = [rich.text.Text(visible(labels.get((r.layer, r.neuron), "")))] if named else []
         table.add_row(str(r.layer), str(r.neuron), *shares, f"{r.threshold:.3g}", f"{r.n_active:,}", *label)
-    console.out(lines[0], highlight=False)
-    console.print(table)
-    console.out(
+    output.say(line)
+    output.console.print(table)
+    output.say(
         "a neuron fires where its activation reaches the threshold that makes its F1 highest here; "
         f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); "
-        "recall: of the tokens that match, the share at which it fires",
-        highlight=False,
+        "recall: of the tokens that match, the share at which it fires"
     )
 
 

@@ -2,15 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
-import rich.console
-import rich.table
 import rich.text
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import shared, steer_args
+from topklm.commands.shared import Output
 from topklm.errors import UserError
 from topklm.inference.interventions import DEFAULT_MODE, MODES, needs_value, save_interventions
 from topklm.inference.language_model import LanguageModel
@@ -21,7 +19,7 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import Selected
 from topklm.neurons.store import Store
 from topklm.neurons.text_search import StoredText
-from topklm.storage.files import is_bucket, local_path
+from topklm.storage.files import local_path
 
 DESCRIPTION = (
     "Chooses neurons by a pattern that they stand for in what was harvested, by their labels, or from a "
@@ -32,7 +30,7 @@ EXAMPLE = 'topklm neurons select runs/small --regex "sea|ocean" --top 3 --mode a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     parser.add_argument(
         "--regex", metavar="PATTERN", help="those that tell the tokens that match, best first"
     )
@@ -59,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default=DEFAULT_MODE,
-        help=f"{steering_arguments.modes_help()}; default %(default)s",
+        help=f"{steer_args.modes_help()}; default %(default)s",
     )
     parser.add_argument(
         "--value", type=float, metavar="X", help="for all of them; ablate and ban need none, others do"
     )
     parser.add_argument("--save", required=True, metavar="FILE", help="where to write, e.g. sea.json")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser)
+    shared.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -76,34 +74,34 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = _chosen(arguments, model)
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
-    config, entries = model.config.model, []
-    for one in chosen:
-        entry = steering_arguments.intervention(
-            one.layer, one.neuron, arguments.mode, arguments.value, f"--value = {arguments.value}"
-        )
+    done = arguments.mode, arguments.value, "--value", arguments.value
+    entries = [steer_args.intervention(one.layer, one.neuron, *done) for one in chosen]
+    for entry in entries:
         try:
-            entry.check(config)
+            entry.check(model.config.model)
         except ValueError as e:
-            raise UserError(f"neuron {one.layer}:{one.neuron}: {e}") from e
-        entries.append(entry)
-    save_interventions(arguments.save, entries, model=steering_arguments.name_of(model))
-    if arguments.json:
-        neurons = [dataclasses.asdict(one) for one in chosen]
-        facts = {"run": arguments.run, "step": model.step, "mode": arguments.mode, "value": arguments.value}
-        print(json.dumps({**facts, "file": arguments.save, "neurons": neurons}))
-        return
-    table = rich.table.Table()
-    for column in ("layer", "neuron"):
-        table.add_column(column, justify="right")
-    table.add_column("chosen for")
-    for one in chosen:
-        table.add_row(str(one.layer), str(one.neuron), rich.text.Text(visible(one.reason)))
-    console = rich.console.Console()
-    console.print(table)
-    value = "" if arguments.value is None else f", value {arguments.value:g}"
-    console.out(
-        f"wrote {arguments.save}: {len(chosen)} neurons, mode {arguments.mode}{value}", highlight=False
-    )
+            raise UserError(str(e), field=f"neuron {entry.layer}:{entry.neuron}") from e
+    save_interventions(arguments.save, entries, model=steer_args.name_of(model))
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        "mode": arguments.mode,
+        "value": arguments.value,
+        "file": arguments.save,
+        "neurons": [dataclasses.asdict(one) for one in chosen],
+    }
+    output = Output(arguments.json)
+
+    def show() -> None:
+        table = shared.table_of(("layer", "neuron"))
+        table.add_column("chosen for")
+        for one in chosen:
+            table.add_row(str(one.layer), str(one.neuron), rich.text.Text(visible(one.reason)))
+        output.console.print(table)
+        value = "" if arguments.value is None else f", value {arguments.value:g}"
+        output.say(f"wrote {arguments.save}: {len(chosen)} neurons, mode {arguments.mode}{value}")
+
+    output.give(facts, show)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -114,21 +112,16 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, to in {**belongs, "max_q": "contrast_json"}.items():
         value = getattr(arguments, name)
         if value not in (None, False) and by != [to]:
-            flag, goes_with = (f"--{n.replace('_', '-')}" for n in (name, to))
-            raise UserError(f"{flag}: goes with {goes_with} only; leave it out")
+            shared.check_goes_with(arguments, to, name)
         if value is not None and not 0 <= value <= 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}: must be from 0 to 1")
-    if arguments.top < 1:
-        raise UserError(f"--top = {arguments.top}: must be 1 or more")
+            raise shared.wrong(arguments, name, allowed="from 0 to 1")
+    shared.check_at_least(arguments, 1, "top")
     if arguments.label == "":
         raise UserError("--label is empty: give a part of a label")
     if (arguments.value is None) == needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
-        raise UserError(f"--mode = {arguments.mode}: {needs}")
-    if is_bucket(arguments.run):
-        raise UserError(
-            f"RUN = {arguments.run}: activations and labels are kept on a disk; copy the run to one"
-        )
+        raise shared.wrong(arguments, "mode", needs)
+    shared.check_on_disk(arguments.run, "activations and labels are kept on a disk")
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
@@ -139,10 +132,9 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     if arguments.contrast_json is not None:
         saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
-            raise UserError(
-                f"--contrast-json = {arguments.contrast_json}: is of step {saved.step}, this checkpoint of "
-                f"{model.step}; give --step {saved.step}, or contrast anew"
-            )
+            text = f"is of step {saved.step}, this checkpoint of {model.step}"
+            advice = f"give --step {saved.step}, or contrast again"
+            raise shared.wrong(arguments, "contrast_json", text, advice=advice)
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
         return search.by_contrast(saved, **narrowed, max_q=max_q)
     if not folder.store.exists():

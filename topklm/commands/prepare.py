@@ -2,16 +2,16 @@
 
 import argparse
 import importlib
-import json
 import logging
 import shlex
 import time
 from types import ModuleType
 from typing import Any
 
-import rich.console
 import rich.table
 
+from topklm.commands import shared
+from topklm.commands.shared import Output
 from topklm.data import formats
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
@@ -22,7 +22,7 @@ from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
-from topklm.progress import TerminalProgress
+from topklm.progress import Progress
 from topklm.storage.files import check_name
 
 DESCRIPTION = (
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-tokens", "tokens per shard, about", type=int, default=SHARD_TOKENS, metavar="N")
     add("--workers", "cores to use; default all", type=int, metavar="N")
     parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    shared.add_json(parser, "print one JSON object at the end")
     add(
         "--runner",
         "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner",
@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     settings = _settings(arguments)
     check_name(arguments.out, "--out")
-    console = rich.console.Console(stderr=arguments.json)
-    progress = TerminalProgress(console)
+    output = Output(arguments.json)
+    progress = output.progress
     heldout = find(arguments.heldout, flag="--heldout", say=progress.say) if arguments.heldout else ()
     sources = DatasetSources(find(arguments.sources, say=progress.say), heldout)
     out = Storage(arguments.out)
@@ -99,12 +99,13 @@ def run(arguments: argparse.Namespace) -> None:
     _build(arguments, sources, settings, out, progress)
     seconds = time.monotonic() - began
     description = parse_description(out.read(DESCRIPTION_FILE), f"{out.url}/{DESCRIPTION_FILE}")
-    if arguments.json:
-        print(json.dumps({"path": out.url, "seconds": seconds, **description}))
-    else:
-        console.print(_summary(out, description, seconds))
+
+    def show() -> None:
+        output.console.print(_summary(out, description, seconds))
         for example in description["problem_examples"]:
-            console.print(f"  {example}", markup=False, highlight=False, soft_wrap=True)
+            output.say(f"  {example}")
+
+    output.give({"path": out.url, "seconds": seconds, **description}, show)
 
 
 def _build(
@@ -112,7 +113,7 @@ def _build(
     sources: DatasetSources,
     settings: DatasetSettings,
     out: Storage,
-    progress: TerminalProgress,
+    progress: Progress,
 ) -> None:
     if arguments.runner:
         engine = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
@@ -122,12 +123,13 @@ def _build(
         raise UserError(
             f"--out = {arguments.out}: without --runner it must be a local folder; copy it afterwards"
         )
-    with LocalEngine(_cores(arguments.workers)) as engine:
+    shared.check_at_least(arguments, 1, "workers")
+    with LocalEngine(arguments.workers or all_cores()) as engine:
         build(sources, settings, out, engine, progress)
 
 
 def _beam() -> ModuleType:
-    """The module that needs the extra `beam`."""
+    """Imports the module that needs the extra `beam`."""
     logging.disable(logging.WARNING)  # as it is imported, Beam warns of the optional parts that it misses
     try:
         return importlib.import_module("topklm.data.building.beam")
@@ -142,11 +144,9 @@ def _settings(arguments: argparse.Namespace) -> DatasetSettings:
     if fraction is None:
         fraction = 0.0 if arguments.heldout else _HELDOUT_FRACTION
     if not 0 <= fraction < 1:
-        raise UserError(f"--heldout-fraction = {fraction}: must be at least 0 and below 1")
-    for flag, least in (("min_chars", 0), ("max_chars", 0), ("shard_tokens", 1)):
-        value = getattr(arguments, flag)
-        if value < least:
-            raise UserError(f"--{flag.replace('_', '-')} = {value}: must be {least} or more")
+        raise shared.wrong(arguments, "heldout_fraction", allowed="at least 0 and below 1")
+    shared.check_at_least(arguments, 0, "min_chars", "max_chars")
+    shared.check_at_least(arguments, 1, "shard_tokens")
     selection = Selection(
         text_field=arguments.text_field,
         heldout_fraction=fraction,
@@ -157,14 +157,6 @@ def _settings(arguments: argparse.Namespace) -> DatasetSettings:
     return DatasetSettings(
         selection, arguments.tokenizer, not arguments.keep_duplicates, arguments.shard_tokens
     )
-
-
-def _cores(workers: int | None) -> int:
-    if workers is None:
-        return all_cores()
-    if workers < 1:
-        raise UserError(f"--workers = {workers}: must be 1 or more")
-    return workers
 
 
 def _summary(out: Storage, description: dict[str, Any], seconds: float) -> rich.table.Table:

@@ -1,9 +1,8 @@
-"""`topklm serve`: a model behind OpenAI's interface for completions, with its neurons beside it."""
+"""`topklm serve`: serves a model by OpenAI's interface for completions, with its neurons beside it."""
 
 import argparse
 from collections.abc import Callable
 import contextlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ import secrets
 
 import rich.console
 
-from topklm.errors import UserError
+from topklm.commands import shared
 from topklm.progress import TerminalProgress
 from topklm.storage.files import is_bucket
 
@@ -28,17 +27,11 @@ _NEEDED = ("starlette", "uvicorn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
-    parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help="0: any that is free; default %(default)s"
+    shared.add_run(parser)
+    shared.add_address(
+        parser, PORT, f"beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one"
     )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help=f"where to listen; beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one",
-    )
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    shared.add_step(parser)
     parser.add_argument("--name", help="what clients call the model; default the folder's name")
     parser.add_argument(
         "--slots",
@@ -83,11 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"serve needs {', '.join(missing)}: run pip install 'topklm[explore]'")
-    # What follows needs packages of the extra, and JAX.
+    shared.check_installed("serve", _NEEDED)
+    # These need packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
-    from topklm import compilation_cache  # noqa: PLC0415
+    from topklm.runtime import compilation_cache  # noqa: PLC0415
     from topklm.server import app  # noqa: PLC0415
     from topklm.server.limits import Limits  # noqa: PLC0415
     from topklm.server.service import Service  # noqa: PLC0415
@@ -95,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     from topklm.web.server import listen  # noqa: PLC0415
 
     if arguments.slots is not None and not 1 <= arguments.slots <= 1024:
-        raise UserError(f"--slots = {arguments.slots}: must be from 1 to 1024")
+        raise shared.wrong(arguments, "slots", allowed="from 1 to 1024")
     limits = Limits(
         waiting=arguments.max_waiting,
         texts=arguments.max_texts,

@@ -1,10 +1,11 @@
-"""`topklm steer`: what setting a neuron does to the text, and how many of a model's neurons do anything."""
+"""`topklm steer`: measures the effect of setting a neuron on the text, and how many neurons have one."""
 
 import argparse
 import json
 
-from topklm.commands import steer_dose, steer_survey
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.commands import shared, steer_dose, steer_survey
+from topklm.commands.shared import Output
+from topklm.errors import disk_errors_are_user_errors
 from topklm.steering.survey import Settings
 from topklm.storage.files import local_path, write_atomically
 
@@ -19,7 +20,7 @@ EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--neuron", metavar="L:N", help="steer neuron N of layer L, e.g. 2:117")
     what.add_argument("--survey", action="store_true", help="steer all living neurons, without writing text")
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steer_dose.add_arguments(parser)
     steer_survey.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    shared.add_step(parser)
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="print one JSON object, or write it to a file"
     )
@@ -42,19 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
+    output = Output(arguments.json == "-")
     if arguments.survey:
-        given = [flag for flag in steer_dose.FLAGS if getattr(arguments, flag) is not None]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')}: goes with --neuron only; leave it out")
-        content = steer_survey.run(arguments)
+        shared.check_goes_with(arguments, "neuron", *steer_dose.FLAGS)
+        content, show = steer_survey.run(arguments, output)
     else:
-        given = [flag for flag in steer_survey.FLAGS if getattr(arguments, flag) is not None]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')}: goes with --survey only; leave it out")
-        content = steer_dose.run(arguments)
-    if arguments.json == "-":
-        print(json.dumps(content))
-    elif arguments.json is not None:
+        shared.check_goes_with(arguments, "survey", *steer_survey.FLAGS)
+        content, show = steer_dose.run(arguments, output)
+    output.give(content, show)
+    if arguments.json not in (None, "-"):
         with disk_errors_are_user_errors(f"writing {arguments.json}"):
             write_atomically(
                 local_path(arguments.json, "--json"), (json.dumps(content, indent=1) + "\n").encode()

@@ -1,25 +1,24 @@
-"""`topklm steer --neuron`: what one neuron does to the text at one value after another."""
+"""`topklm steer --neuron`: measures the text that one neuron makes at one value after another."""
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import dataclasses
-import math
 from pathlib import Path
 import re
 from typing import Any
 
 import numpy as np
-import rich.console
 import rich.table
 import rich.text
 
 import topklm
-from topklm.commands import steering_arguments
+from topklm.commands import shared, steer_args
+from topklm.commands.shared import Output
 from topklm.errors import UserError
-from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS
+from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS, needs_value
 from topklm.neurons.display import visible
 from topklm.neurons.paths import NeuronsFolder
-from topklm.progress import TerminalProgress
 from topklm.steering import concepts as concept_lib
 from topklm.steering import dose, neuron_facts
 from topklm.steering.concepts import Concept
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default=DEFAULT_MODE,
-        help=f"{steering_arguments.modes_help()}; default %(default)s",
+        help=f"{steer_args.modes_help()}; default %(default)s",
     )
     group.add_argument("--positions", choices=POSITIONS, default="all", help="default %(default)s")
     group.add_argument(
@@ -73,43 +72,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes and measures texts, prints them unless JSON is printed, and returns all of it."""
-    layer, neuron = steering_arguments.neuron(arguments.neuron)
+def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Writes and measures texts; returns all of it, and what shows it to a person."""
+    layer, neuron = steer_args.neuron(arguments.neuron)
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
-    there_is = steering_arguments.intervention(
-        layer, neuron, DEFAULT_MODE, 0.0, f"--neuron = {arguments.neuron}"
+    steer_args.intervention(
+        layer, neuron, DEFAULT_MODE, 0.0, "--neuron", arguments.neuron, config=model.config.model
     )
-    try:
-        there_is.check(model.config.model)
-    except ValueError as e:
-        raise UserError(f"--neuron = {arguments.neuron}: {e}") from e
     folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
     facts = None if folder is None else neuron_facts.read(folder, layer, neuron)
     values = _values(arguments, facts)
     concepts = asked or neuron_facts.own_concepts(model, folder, facts, layer, neuron)
-    console = rich.console.Console(stderr=arguments.json == "-")
     total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
-    try:
-        with TerminalProgress(console).phase("writing texts", total) as report:
-            found = dose.respond(
-                model,
-                (layer, neuron),
-                values,
-                concepts,
-                sampled,
-                mode=arguments.mode,
-                positions=arguments.positions,
-                report=lambda texts: report(texts, 0, 0),
-            )
-    except ValueError as e:
-        name, behind, rest = str(e).partition(" ")
-        flagged = f"--{name.replace('_', '-')}{behind}{rest}" if name in vars(arguments) else str(e)
-        raise UserError(flagged) from e
-    if arguments.json != "-":
-        _print(console, arguments, found, concepts, sampled, facts)
-    return without_nan(
+    with (
+        shared.arguments_are_flags(arguments),
+        output.progress.phase("writing texts", total) as report,
+    ):
+        found = dose.respond(
+            model,
+            (layer, neuron),
+            values,
+            concepts,
+            sampled,
+            mode=arguments.mode,
+            positions=arguments.positions,
+            report=lambda texts: report(texts, 0, 0),
+        )
+    content = without_nan(
         {
             "run": model.run,
             "step": model.step,
@@ -123,14 +113,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "responses": [dataclasses.asdict(response) for response in found],
         }
     )
+    return content, lambda: _print(output, arguments, found, concepts, sampled, facts)
 
 
 def _sampled(arguments: argparse.Namespace) -> Sampled:
-    if arguments.samples < 1 or arguments.max_new_tokens < 1:
-        flag = "samples" if arguments.samples < 1 else "max_new_tokens"
-        raise UserError(f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: must be 1 or more")
-    if not 0 <= arguments.temperature < math.inf:
-        raise UserError(f"--temperature = {arguments.temperature}: must be 0 or more")
+    shared.check_at_least(arguments, 1, "samples", "max_new_tokens")
+    shared.check_at_least(arguments, 0, "temperature")
     if arguments.prompt and arguments.prompts:
         raise UserError("--prompt with --prompts: leave one of the two out")
     prompts = tuple(arguments.prompt or dose.PROMPTS)
@@ -141,10 +129,10 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
 
 
 def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
-    """In units of the neuron's activation."""
-    if not steering_arguments.needs_value(arguments.mode):
+    """Reads --values, in units of the neuron's activation."""
+    if not needs_value(arguments.mode):
         if arguments.values is not None:
-            raise UserError(f"--values = {arguments.values}: mode {arguments.mode} has no use for values")
+            raise shared.wrong(arguments, "values", f"mode {arguments.mode} has no use for values")
         return [0.0]
     largest = facts.max_activation if facts else None
     default = DEFAULT_TIMES if largest is not None and arguments.mode != "scale" else DEFAULT_VALUES
@@ -163,8 +151,8 @@ def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[fl
             value = float(times[1]) * largest if times and largest is not None else float(part)
         except ValueError as e:
             raise UserError(f"--values = {text}: {part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
-        layer, neuron = steering_arguments.neuron(arguments.neuron)
-        steering_arguments.intervention(layer, neuron, arguments.mode, value, f"--values = {text}")
+        layer, neuron = steer_args.neuron(arguments.neuron)
+        steer_args.intervention(layer, neuron, arguments.mode, value, "--values", text)
         values.append(value)
     return values
 
@@ -195,41 +183,37 @@ def _lines(path: str, flag: str) -> list[str]:
 
 
 def _print(
-    console: rich.console.Console,
+    output: Output,
     arguments: argparse.Namespace,
     found: list[Response],
     concepts: list[Concept],
     sampled: Sampled,
     facts: NeuronFacts | None,
 ) -> None:
-    def say(line: str) -> None:
-        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
-
     if facts is not None:
         active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
-        say(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
+        output.say(
+            visible(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
+        )
     heads = [_head(response, arguments.mode) for response in found]
-    console.print(f"{arguments.mode} at {arguments.positions} positions", highlight=False)
+    output.say(f"{arguments.mode} at {arguments.positions} positions")
     for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
         texts = rich.table.Table(title=rich.text.Text(visible(prompt)), title_justify="left", show_lines=True)
         for head in heads:
             texts.add_column(head, ratio=1, overflow="fold")
         texts.add_row(*(rich.text.Text(visible(response.texts[number][0])) for response in found))
-        console.print(texts)
-    table = rich.table.Table()
-    for head in (arguments.mode, *(f"{one.name} %" for one in concepts), "perplexity"):
-        table.add_column(head, justify="right")
-    for n in dose.DISTINCT:
-        table.add_column(f"dist-{n}", justify="right")
+        output.console.print(texts)
+    rates = (f"{one.name} %" for one in concepts)
+    table = shared.table_of([arguments.mode, *rates, "perplexity", *(f"dist-{n}" for n in dose.DISTINCT)])
     for head, response in zip(heads, found, strict=True):
         rates = (_with_interval(response.rates[one.name], 100, "{:.1f}") for one in concepts)
         varied = (_number(response.distinct[n].value, "{:.2f}") for n in dose.DISTINCT)
         table.add_row(head, *rates, _with_interval(response.perplexity, 1, "{:.1f}"), *varied)
-    console.print(table)
+    output.console.print(table)
     for one in concepts:
-        say(f"{one.name}, hits in 100 tokens: {one.description}")
+        output.say(visible(f"{one.name}, hits in 100 tokens: {one.description}"))
     drawn = "prompts" if len(sampled.prompts) > 1 else "samples"
-    say(
+    output.say(
         "perplexity: of the text given its prompt, by the unsteered model; dist-n: distinct n-grams for each "
         f"token of a text; in brackets 95 % by bootstrap over {drawn}; {len(sampled.prompts)} prompts, "
         f"{sampled.samples} samples of each"
@@ -239,7 +223,7 @@ def _print(
 def _head(response: Response, mode: str) -> str:
     if response.value is None:
         return "unsteered"
-    return f"{response.value:.4g}" if steering_arguments.needs_value(mode) else mode
+    return f"{response.value:.4g}" if needs_value(mode) else mode
 
 
 def _with_interval(estimate: Estimate, factor: float, form: str) -> str:

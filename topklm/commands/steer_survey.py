@@ -1,25 +1,22 @@
 """`topklm steer --survey`: how many neurons of a model raise their concepts when they are steered."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
-import rich.console
-import rich.table
-
 import topklm
+from topklm.commands import shared
+from topklm.commands.shared import Output
 from topklm.errors import UserError
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
-from topklm.progress import TerminalProgress
 from topklm.steering import summary
 from topklm.steering.concepts import KINDS
 from topklm.steering.survey import Settings, survey
-from topklm.storage.files import is_bucket
 
 FLAGS = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
 _NOTHING = "-"
@@ -53,12 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Surveys one run or two, prints what was found unless JSON is printed, and returns it."""
+def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Surveys one run or two; returns what was found, and what shows it to a person."""
     settings = _settings(arguments)
     runs = [arguments.run] + ([arguments.against] if arguments.against is not None else [])
-    console = rich.console.Console(stderr=arguments.json == "-")
-    # What the second lacks is said before the first is surveyed.
+    # Both are opened before the first is surveyed, which takes long.
     opened = [_open(run, arguments.step if run == arguments.run else None) for run in runs]
     found = []
     for model, store in opened:
@@ -68,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             model.params,
             separator_id=model.tokenizer.separator_id,
             settings=settings,
-            progress=TerminalProgress(console),
+            progress=output.progress,
         )
         facts = {
             "run": Path(model.run).resolve().name,
@@ -79,9 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         neurons = summary.neurons(layers, settings, model.tokenizer)
         found.append({**facts, **summary.summarise(layers, settings), "neurons": neurons})
-    if arguments.json != "-":
-        _print(console, found, settings)
-    return {"surveys": found}
+    return {"surveys": found}, lambda: _print(output, found, settings)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -89,33 +83,27 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.values is not None:
         given["strengths"] = tuple(sorted(_numbers("values", arguments.values, float)))
         if not all(0 < value < math.inf for value in given["strengths"]):
-            raise UserError(f"--values = {arguments.values}: must be above 0 with --survey")
+            raise shared.wrong(arguments, "values", allowed="above 0 with --survey")
     if arguments.layers is not None:
         given["layers"] = tuple(sorted(set(_numbers("layers", arguments.layers, int))))
-    names = {"neurons": "neurons", "neutral_prompts": "prompts", "directions": "random_directions"}
-    for flag, name in names.items():
-        value = getattr(arguments, flag)
-        if value is not None:
-            if value < 1:
-                raise UserError(f"--{flag.replace('_', '-')} = {value}: must be 1 or more")
-            given[name] = value
-    if arguments.bound is not None:
-        if not 0 < arguments.bound < math.inf:
-            raise UserError(f"--bound = {arguments.bound}: must be above 0, nats")
-        given["bound"] = arguments.bound
-    return dataclasses.replace(Settings(), **given)
+    shared.check_at_least(arguments, 1, "neurons", "neutral_prompts", "directions")
+    if arguments.bound is not None and not 0 < arguments.bound < math.inf:
+        raise shared.wrong(arguments, "bound", allowed="above 0, nats")
+    names = {"neurons": "neurons", "prompts": "neutral_prompts", "random_directions": "directions"}
+    given |= {name: getattr(arguments, flag) for name, flag in {**names, "bound": "bound"}.items()}
+    return dataclasses.replace(Settings(), **{k: value for k, value in given.items() if value is not None})
 
 
 def _numbers(flag: str, text: str, kind: type) -> list:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as e:
-        raise UserError(f"--{flag} = {text}: must be numbers with commas between, e.g. 0,1,2") from e
+        allowed = "numbers with commas between, e.g. 0,1,2"
+        raise UserError(field=f"--{flag}", value=text, allowed=allowed) from e
 
 
 def _open(run_folder: str, step: int | None) -> tuple[topklm.LanguageModel, Store]:
-    if is_bucket(run_folder):
-        raise UserError(f"RUN = {run_folder}: activations are kept on a disk: copy the run folder to one")
+    shared.check_on_disk(run_folder)
     model = topklm.load(run_folder, step=step)
     folder = NeuronsFolder(Path(model.run), model.step)
     if not folder.store.exists():
@@ -130,16 +118,14 @@ def _open(run_folder: str, step: int | None) -> tuple[topklm.LanguageModel, Stor
     return model, store
 
 
-def _print(console: rich.console.Console, found: Sequence[dict[str, Any]], settings: Settings) -> None:
+def _print(output: Output, found: Sequence[dict[str, Any]], settings: Settings) -> None:
     for kind in KINDS:
-        table = rich.table.Table(title=f"concept: {kind} tokens", title_justify="left")
         heads = ("run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %")
-        for head in (*heads, "specific %", "prompting's"):
-            table.add_column(head, justify="right")
+        table = shared.table_of((*heads, "specific %", "prompting's"), f"concept: {kind} tokens")
         for one in found:
             for layer in one["layers"]:
                 table.add_row(one["run"], *_row(layer, kind))
-        console.print(table)
+        output.console.print(table)
     n = settings.prompts
     for line in (
         f"gain: median rise of ln P(the next token is of the concept) after {n} neutral prompts, nats, at "
@@ -151,7 +137,7 @@ def _print(console: rich.console.Console, found: Sequence[dict[str, Any]], setti
         "concepts: input, the tokens that make up most of the neuron's activation; distinct, those that do "
         "so more than in the text as a whole; next, the tokens that follow it more than they do elsewhere",
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        output.say(line)
 
 
 def _row(layer: dict[str, Any], kind: str) -> list[str]:

@@ -14,32 +14,50 @@ import re
 import sys
 import traceback
 import types
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 
-from topklm import allocator, compilation_cache, config, distributed
+from topklm import config, distributed
+from topklm.commands import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.runtime import allocator, compilation_cache
+from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
 from topklm.storage.gcs import check_usable
 from topklm.training import loop
-from topklm.training.interruption import stop_on_signal
 
 DESCRIPTION = (
     "Trains a model, or continues the run in --workdir from its newest checkpoint. Single settings are "
     "overridden like --config.model.topk_k=16."
 )
+TAKES_CONFIG = True
 EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
 
 _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
-def run(arguments: Sequence[str]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments, each field of the config among them."""
+    parser.usage = "topklm train --config=FILE[:VARIANT] [--workdir=FOLDER] [--config.FIELD=VALUE ...]"
+    parser.description = f"{DESCRIPTION}\n\nexample: {EXAMPLE}"
+    parser.epilog = _fields_help()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    absent = argparse.SUPPRESS
+    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config file with get_config(VARIANT)")
+    parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
+    for name, default in config.flatten(config.Config()).items():
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
+        kind = functools.partial(_value, name, type(default))
+        parser.add_argument(f"--config.{name}", dest=name, type=kind, default=absent, help=absent, **bare)
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Trains as the flags say."""
-    experiment, workdir = parse(arguments)
+    experiment, workdir = _read(arguments, arguments.config_flags, EXAMPLE)
     allocator_name = allocator.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.
-    with stop_on_signal(distributed.announce_stop) as stop, distributed.session():
+    with stop_on_signal(distributed.announce_stop) as stop, distributed.session(lambda: stop.heard):
         if distributed.is_primary():
             print(f"allocator: {allocator_name}", flush=True)
         compilation_cache.enable()
@@ -56,35 +74,23 @@ def parse(arguments: Sequence[str], example: str = EXAMPLE) -> tuple[config.Conf
     Raises:
         UserError: For a flag, a config file or a field that does not exist or does not fit.
     """
-    parser = _Parser(
-        "topklm train",
-        usage="topklm train --config=FILE[:VARIANT] [--workdir=FOLDER] [--config.FIELD=VALUE ...]",
-        description=f"{DESCRIPTION}\n\nexample: {EXAMPLE}",
-        epilog=_fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config file with get_config(VARIANT)")
-    parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
-    fields = config.flatten(config.Config())
-    for name, default in fields.items():
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
-        kind = functools.partial(_value, name, type(default))
-        parser.add_argument(f"--config.{name}", dest=name, type=kind, help=argparse.SUPPRESS, **bare)
-    known, unknown = parser.parse_known_args(list(arguments))
+    parser = Parser("topklm train", allow_abbrev=False)
+    add_arguments(parser)
+    return _read(*parser.parse_known_args(list(arguments)), example)
+
+
+def _read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tuple[config.Config, AnyPath]:
     if unknown:
         raise UserError(_explain(unknown[0], example))
-    given = vars(known)
-    if not given.get("config"):
+    if not known.config:
         raise UserError(f"--config is missing: name a config file; example: {example}")
-    experiment = load(given["config"], example)
-    for name in fields.keys() & given.keys():
+    given, experiment = vars(known), load(known.config, example)
+    for name in config.flatten(config.Config()).keys() & given.keys():
         section, _, field = name.rpartition(".")
         values = experiment.setdefault(section, {}) if section else experiment
         if isinstance(values, dict):  # else the file has put something else there, which `resolve` refuses
             values[field] = given[name]
-    workdir = given.get("workdir") or f"runs/{_run_name(given['config'])}"
+    workdir = known.workdir or f"runs/{_run_name(known.config)}"
     return config.resolve(experiment), as_path(workdir, "--workdir")
 
 
@@ -154,7 +160,7 @@ def _mistakes_of(file: str) -> Iterator[None]:
 
 
 def _run_name(config_file: str) -> str:
-    """configs/small.py:base -> small-base."""
+    """Makes a folder's name of a config's: small-base of configs/small.py:base."""
     path, _, variant = config_file.partition(":")
     return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (pathlib.Path(path).stem, variant) if part)
 
@@ -189,8 +195,3 @@ def _fields_help() -> str:
     defaults = config.flatten(config.Config())
     fields = [f"  {name} = {defaults[name]!r}\n      {s.meaning}" for name, s in config.settings().items()]
     return "\n".join(["Fields of --config, their defaults and meaning:", *fields])
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")

@@ -41,9 +41,10 @@ class Mixture:
         for other in self.datasets[1:]:
             if other.tokenizer.sha256 != first.tokenizer.sha256:
                 raise UserError(
-                    f"data.mixture: {other.path} was prepared with another tokenizer (sha256 "
+                    f"{other.path} was prepared with another tokenizer (sha256 "
                     f"{other.tokenizer.sha256[:12]}) than {first.path} ({first.tokenizer.sha256[:12]}): "
-                    "prepare it again with that one (topklm prepare --tokenizer)"
+                    "prepare it again with that one (topklm prepare --tokenizer)",
+                    field="data.mixture",
                 )
 
     @classmethod
@@ -119,7 +120,7 @@ def open_mixture(text: str) -> Mixture:
     try:
         return Mixture(tuple(load_dataset(folder) for folder in folders), weights)
     except UserError as e:
-        raise UserError(f"{said} {str(e).removeprefix('data.mixture: ')}") from e
+        raise e.within("data.mixture", repr(text)) from e
 
 
 def _parse(text: str, said: str) -> tuple[list[Path], tuple[int, ...]]:

@@ -1,29 +1,31 @@
 """The processes of one run: who they are, a few words between them, and how all end when one fails.
 
-Words go over plain connections to process 0, never through a device collective, so that they can time out.
-In a single process every function here is trivial.
+Words go through JAX's coordination service in process 0, never through a device collective, so that they can
+time out. In a single process every function here is trivial.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import os
 from typing import NoReturn
 
-from topklm.distributed import exits, patience, places, runtime
-from topklm.distributed.ending import Kind
-from topklm.distributed.ending import PeerLost as PeerLost
-from topklm.distributed.membership import Membership
+from topklm.distributed import cluster, timeouts
+from topklm.distributed.session import Session
+from topklm.distributed.shutdown import Ending, Kind, say_last_line
+from topklm.distributed.shutdown import PeerLost as PeerLost
+from topklm.errors import EXIT_TRY_AGAIN
 
 PATIENCE_S = 1800.0  # for the others to come to the same line: the slowest compilation or save
 
-_membership: Membership | None = None
+_session: Session | None = None
 
 
 @contextlib.contextmanager
-def session() -> Iterator[None]:
+def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Joins the run's other processes, if the environment names any, and leaves together with them.
 
-    Enter it before the first use of a device. `places.find` says how the environment is read. All must come
-    within TOPKLM_START_TIMEOUT seconds (300); one that is silent for TOPKLM_PEER_TIMEOUT seconds (30) counts
+    Enter it before the first use of a device. `cluster.find` says how the environment is read. All must come
+    within TOPKLM_START_TIMEOUT seconds (300); one that is silent for TOPKLM_PEER_TIMEOUT seconds (10) counts
     as gone.
 
     In a run of several processes, an exception inside does not get out: the usual last lines are printed,
@@ -31,46 +33,49 @@ def session() -> Iterator[None]:
     itself, whatever it is doing: with one line, and exit code 2 if a mistake of the user was the cause,
     else 75.
 
+    Args:
+        told_to_stop: Returns whether somebody has asked this process itself to stop. If so, it ends with
+            exit code 0 when another one ends the run by `announce_stop`.
+
     Raises:
         UserError: For an environment that does not fit.
     """
-    global _membership  # noqa: PLW0603 - a process is part of one run
-    place = places.find()
-    if place is None:
+    global _session  # noqa: PLW0603 - a process is part of one run
+    process = cluster.find()
+    if process is None:
         yield
         return
-    membership = Membership(
-        place,
-        start_timeout_s=patience.seconds("TOPKLM_START_TIMEOUT", 300),
-        peer_timeout_s=patience.seconds("TOPKLM_PEER_TIMEOUT", 30),
+    _session = Session(
+        process,
+        start_timeout_s=timeouts.seconds("TOPKLM_START_TIMEOUT", 300),
+        peer_timeout_s=timeouts.seconds("TOPKLM_PEER_TIMEOUT", 10),
+        told_to_stop=told_to_stop,
     )
-    _membership = membership  # from before it has joined, so that a request to stop can be passed on
     try:
-        address = membership.join()
-        runtime.start(place, address)
+        _session.join()
         yield
-        exits.leave_together(membership, PATIENCE_S)
+        _session.leave(PATIENCE_S)
     except BaseException as e:
-        exits.leave_because_of(e, membership)
+        _session.end_because_of(e)
 
 
 def process_index() -> int:
-    """This process's number, from 0."""
-    return _membership.place.index if _membership else 0
+    """Returns this process's number, from 0."""
+    return _session.process.index if _session else 0
 
 
 def process_count() -> int:
-    """How many processes the run has."""
-    return _membership.place.count if _membership else 1
+    """Returns how many processes the run has."""
+    return _session.process.count if _session else 1
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes logs and metrics."""
+    """Returns whether this is the process that writes logs and metrics."""
     return process_index() == 0
 
 
 def barrier(name: str, timeout_s: float = PATIENCE_S) -> None:
-    """Returns once all processes have come to the barrier of this name; names can be used again.
+    """Waits until all processes have come to the barrier of this name; names can be used again.
 
     Raises:
         PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
@@ -79,16 +84,16 @@ def barrier(name: str, timeout_s: float = PATIENCE_S) -> None:
 
 
 def gather(name: str, value: str, timeout_s: float = PATIENCE_S) -> list[str]:
-    """The values of all processes, in their order, in every process.
+    """Returns the values of all processes, in their order, in every process.
 
     Raises:
         PeerLost: Like `barrier`.
     """
-    return _membership.gather(name, value, timeout_s) if _membership else [value]
+    return _session.gather(name, value, timeout_s) if _session else [value]
 
 
 def broadcast(name: str, value: str | None, timeout_s: float = PATIENCE_S) -> str:
-    """Process 0's value, in every process; those of the others do not matter.
+    """Returns process 0's value, in every process; those of the others do not matter.
 
     Raises:
         PeerLost: Like `barrier`.
@@ -97,19 +102,23 @@ def broadcast(name: str, value: str | None, timeout_s: float = PATIENCE_S) -> st
 
 
 def announce_stop(text: str) -> None:
-    """Ends all other processes with exit code 0 and `text` as their last line; any thread may call it.
+    """Ends all other processes, with `text` as their last line; any thread may call it.
 
     For a request to stop that comes before there is anything to save. Returns when they know, in process 0
-    when they have gone; ending this process is left to the caller.
+    when they have gone; ending this process is left to the caller. Processes that were asked to stop too
+    end with exit code 0, others with 75.
     """
-    if _membership:
-        _membership.announce(Kind.STOP, text)
+    if _session:
+        _session.announce(Kind.STOP, text)
 
 
 def end_hung(text: str) -> NoReturn:
     """Ends all processes, this one included, with exit code 75 and the stacks of all their threads.
 
     Args:
-        text: What was noticed, like "no progress for 600 s".
+        text: The symptom, like "no progress for 600 s".
     """
-    exits.leave_hanging(text, _membership)
+    if _session:
+        _session.end_hung(text)
+    say_last_line(Ending(Kind.HANG, 0, text), 0)
+    os._exit(EXIT_TRY_AGAIN)

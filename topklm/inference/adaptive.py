@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.inference import kv_cache
 from topklm.inference.kv_cache import STEPS
 from topklm.inference.steps import CacheInputs, RequestBatch, hooks_of, n_extra_active
@@ -46,11 +47,15 @@ class AdaptiveK:
         """
         with_topk_k(config, self.high_k, name="adaptive.high_k")
         if self.high_k < config.topk_k:
-            raise ValueError(
-                f"adaptive.high_k = {self.high_k}: must be at least {config.topk_k}, the k of other tokens"
+            raise ArgumentError(
+                field="adaptive.high_k",
+                value=self.high_k,
+                allowed=f"at least {config.topk_k}, the k of other tokens",
             )
         if isinstance(self.entropy, bool | str) or not self.entropy >= 0:
-            raise ValueError(f"adaptive.entropy = {self.entropy!r}: must be a number of nats, 0 or more")
+            raise ArgumentError(
+                field="adaptive.entropy", value=repr(self.entropy), allowed="a number of nats, 0 or more"
+            )
         return self
 
     def token_step(self) -> dict[str, Any]:
@@ -95,10 +100,12 @@ def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -
     if topk_k is None:
         return config
     if not config.n_topk_layers:
-        raise ValueError(f"{name} = {topk_k!r}: the model has no layer with TopK; leave it out")
+        raise ArgumentError("the model has no layer with TopK; leave it out", field=name, value=repr(topk_k))
     whole = isinstance(topk_k, int | np.integer) and not isinstance(topk_k, bool)
     if not whole or not 1 <= topk_k <= config.d_model:
-        raise ValueError(f"{name} = {topk_k!r}: must be an integer from 1 to {config.d_model}, d_model")
+        raise ArgumentError(
+            field=name, value=repr(topk_k), allowed=f"an integer from 1 to {config.d_model}, d_model"
+        )
     return dataclasses.replace(config, topk_k=int(topk_k))
 
 
@@ -126,8 +133,9 @@ def token_losses(
     rows, _ = rows_of(tokens_BT, config.vocab_size, encode=None)
     tokens_BT, lengths = joined([row.ids for row in rows], fill=0)
     if (lengths < tokens_BT.shape[1]).any() or not 2 <= tokens_BT.shape[1] <= config.context_length:
-        raise ValueError(
-            f"tokens has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}"
+        raise ArgumentError(
+            f"has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}",
+            field="tokens",
         )
     layers = kv_cache.by_layer(config, params)
     losses, k = _token_losses(

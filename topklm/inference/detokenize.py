@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 from topklm.data.tokenizer import Tokenizer
+from topklm.errors import ArgumentError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character, or not one yet
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -121,7 +122,7 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     several: tuple[Any, ...] = tuple(stop or ()) if is_several else (stop,)
     for one in several:
         if not isinstance(one, str) or not one:
-            raise ValueError(f"stop = {one!r}: must be a text that is not empty, or several")
+            raise ArgumentError(field="stop", value=repr(one), allowed="a text that is not empty, or several")
     return several
 
 

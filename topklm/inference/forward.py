@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.token_rows import positions_in
 from topklm.model import transformer
@@ -204,11 +205,13 @@ def run_with_hooks(
 def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook]]:
     """Makes a pair for each name that is meant."""
     if isinstance(fwd_hooks, str | dict) or not hasattr(fwd_hooks, "__iter__"):
-        raise ValueError(f"fwd_hooks = {reprlib.repr(fwd_hooks)}: must be a list of (name, function)")
+        raise ArgumentError(
+            field="fwd_hooks", value=reprlib.repr(fwd_hooks), allowed="a list of (name, function)"
+        )
     found: list[tuple[str, Hook]] = []
     for pair in fwd_hooks:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
-            raise ValueError(f"fwd_hooks: {reprlib.repr(pair)} is no (name, function)")
+            raise ArgumentError(f"{reprlib.repr(pair)} is no (name, function)", field="fwd_hooks")
         meant, function = pair
         if not callable(meant):
             hook_names.check(config, meant, "fwd_hooks")
@@ -216,7 +219,9 @@ def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook
             continue
         several = [name for name in hook_names.all_names(config) if meant(name)]
         if not several:
-            raise ValueError("fwd_hooks: a function of names chooses none of those in model.hook_names")
+            raise ArgumentError(
+                "a function of names chooses none of those in model.hook_names", field="fwd_hooks"
+            )
         found += [(name, function) for name in several]
     return found
 
@@ -228,11 +233,12 @@ def _replaced(h_BTD: jax.Array, result: jax.Array | None, name: str) -> jax.Arra
     try:
         result = jnp.asarray(result, h_BTD.dtype)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"fwd_hooks: the function of {name} gave a {type(result).__name__}: must give an array, or None"
+        raise ArgumentError(
+            f"the function of {name} gave a {type(result).__name__}: must give an array, or None",
+            field="fwd_hooks",
         ) from None
     if result.shape != h_BTD.shape:
-        raise ValueError(
-            f"fwd_hooks: the function of {name} gave {result.shape}: must be {h_BTD.shape}, or None"
+        raise ArgumentError(
+            f"the function of {name} gave {result.shape}: must be {h_BTD.shape}, or None", field="fwd_hooks"
         )
     return result

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.inference.interventions import (
     DEFAULT_MODE,
     MODES,
@@ -89,7 +90,9 @@ class InterventionBatch:
         for entry in entries:
             entry.check(config)
             if n_rows is not None and entry.row is not None and entry.row >= n_rows:
-                raise ValueError(f"row = {entry.row}: must be from 0 to {n_rows - 1}, the texts of the batch")
+                raise ArgumentError(
+                    field="row", value=entry.row, allowed=f"from 0 to {n_rows - 1}, the texts of the batch"
+                )
         if isinstance(steer, InterventionBatch):
             return steer
         _refuse_overlap(entries)
@@ -234,9 +237,10 @@ def _refuse_overlap(entries: Sequence[Intervention]) -> None:
     for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
         for one, other in itertools.combinations(group, 2):
             if one.may_meet(other):
-                raise ValueError(
-                    f"steer: two interventions on neuron {number} of layer {layer} at the same place: "
-                    "keep one, or give them other positions"
+                raise ArgumentError(
+                    f"two interventions on neuron {number} of layer {layer} at the same place: keep "
+                    "one, or give them other positions",
+                    field="steer",
                 )
 
 
@@ -246,6 +250,6 @@ def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
     for layer, row in {(entry.layer, entry.row) for entry in forced}:
         number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
         if number > k:
-            raise ValueError(
-                f"steer: {number} neurons forced in layer {layer}: must be at most {k}, its places"
+            raise ArgumentError(
+                f"{number} neurons forced in layer {layer}: must be at most {k}, its places", field="steer"
             )

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.errors import UserError
+from topklm.errors import ArgumentError, UserError
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import as_path, parse_json, write_atomically
 
@@ -136,25 +136,25 @@ class Intervention:
         if self.row is not None:
             _check_index("row", self.row, _LARGEST, "rows")
         if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise ValueError(f"mode = {short(self.mode)}: must be one of {', '.join(MODES)}")
+            raise ArgumentError(field="mode", value=short(self.mode), allowed=f"one of {', '.join(MODES)}")
         if config and MODES[self.mode].competes and self.layer >= config.n_topk_layers:
             with_one = f"0 to {config.n_topk_layers - 1}" if config.n_topk_layers else "none"
-            raise ValueError(
-                f"mode = {short(self.mode)} of {self._name}: the layer has no TopK, layers with one: "
-                f"{with_one}; use 'clamp' or 'ablate'"
-            )
+            text = f"the layer has no TopK, layers with one: {with_one}; use 'clamp' or 'ablate'"
+            raise ArgumentError(text, field="mode", value=f"{short(self.mode)} of {self._name}")
         if not _is_number(self.value):
-            raise ValueError(f"value = {short(self.value)} of {self._name}: must be a finite number")
+            raise self._wrong_value("a finite number")
         if not _is_traced(self.value) and abs(float(self.value)) > _LARGEST_VALUE:
-            raise ValueError(
-                f"value = {short(self.value)} of {self._name}: must be at most {_LARGEST_VALUE:g}"
-            )
+            raise self._wrong_value(f"at most {_LARGEST_VALUE:g}")
         named = isinstance(self.positions, str) and self.positions in POSITIONS
         if not named and not _is_range(self.positions):
-            raise ValueError(
-                f"positions = {short(self.positions)}: must be one of {', '.join(POSITIONS)}, or "
-                "(begin, end) with 0 <= begin < end"
+            raise ArgumentError(
+                field="positions",
+                value=short(self.positions),
+                allowed=f"one of {', '.join(POSITIONS)}, or (begin, end) with 0 <= begin < end",
             )
+
+    def _wrong_value(self, allowed: str) -> ArgumentError:
+        return ArgumentError(field="value", value=f"{short(self.value)} of {self._name}", allowed=allowed)
 
     def may_meet(self, other: "Intervention") -> bool:
         """Returns whether both can act on one token, if they are of one neuron."""
@@ -197,12 +197,15 @@ def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
     if isinstance(steer, Mapping):
         return [_of_pair(pair, value, mode) for pair, value in steer.items()]
     if not hasattr(steer, "__iter__"):
-        raise ValueError(f"steer = {short(steer)}: must be {{(layer, neuron): value}} or Interventions")
+        raise ArgumentError(
+            field="steer", value=short(steer), allowed="{(layer, neuron): value} or Interventions"
+        )
     entries = list(steer)
     for entry in entries:
         if not isinstance(entry, Intervention):
-            raise ValueError(
-                f"steer: {short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}"
+            raise ArgumentError(
+                f"{short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}",
+                field="steer",
             )
     return entries
 
@@ -262,9 +265,11 @@ def _entries(content: bytes) -> list[Any]:
     if parts.get("format") != _FORMAT:
         raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
     if parts.get("version") != _VERSION:
-        raise ValueError(f"version = {parts.get('version')!r}: this program reads {_VERSION}")
+        raise ArgumentError(
+            f"this program reads {_VERSION}", field="version", value=repr(parts.get("version"))
+        )
     if not isinstance(parts.get("interventions"), list):
-        raise ValueError("interventions: must be a list")
+        raise ArgumentError(field="interventions", allowed="a list")
     return parts["interventions"]
 
 
@@ -298,7 +303,7 @@ def _to_json(one: Intervention) -> dict[str, Any]:
 def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
     """Makes one of an item of a mapping."""
     if not (isinstance(pair, tuple) and len(pair) == 2):
-        raise ValueError(f"steer: {short(pair)} names no neuron: must be (layer, neuron)")
+        raise ArgumentError(f"{short(pair)} names no neuron: must be (layer, neuron)", field="steer")
     return Intervention(*pair, value, mode)
 
 
@@ -322,7 +327,9 @@ def _is_index(value: Any) -> bool:
 
 def _check_index(name: str, value: Any, size: int, what: str) -> None:
     if not _is_index(value) or not 0 <= value < size:
-        raise ValueError(f"{name} = {short(value)}: must be an integer from 0 to {size - 1}, {what}")
+        raise ArgumentError(
+            field=name, value=short(value), allowed=f"an integer from 0 to {size - 1}, {what}"
+        )
 
 
 def _is_range(positions: Any) -> bool:

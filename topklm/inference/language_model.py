@@ -14,7 +14,7 @@ import numpy as np
 
 from topklm.config import DTYPES, Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
+from topklm.errors import ArgumentError, UserError
 from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.bucketing import bucket
@@ -137,7 +137,7 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids)
         if rows.lengths.max() < 2:
-            raise ValueError("tokens: no row has two tokens, so there is no loss")
+            raise ArgumentError("no row has two tokens, so there is no loss", field="tokens")
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
         mean, losses = forward.losses(config, self.params, given, rows.lengths, interventions)
         return forward.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
@@ -192,7 +192,7 @@ class LanguageModel:
         """
         rows, _ = self._rows(tokens)
         if len(rows) > 1:
-            raise ValueError(f"tokens: {len(rows)} texts; must be one, or its token ids")
+            raise ArgumentError(f"{len(rows)} texts; must be one, or its token ids", field="tokens")
         _, cache = self.run_with_cache(rows[0].ids)
         return ActiveNeurons.of(self.tokenizer.token_strings(rows[0].ids), cache.neurons)
 
@@ -284,16 +284,15 @@ class LanguageModel:
             ValueError: For a value that is not allowed, in one line: name, value, what is.
         """
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-            raise ValueError(f"n = {n!r}: must be an integer, 1 or more")
+            raise ArgumentError(field="n", value=repr(n), allowed="an integer, 1 or more")
         if isinstance(prompt, list | tuple) and not prompt:
             return []
         given, is_batch = self._rows(prompt, name="prompt")
         is_list = is_batch or n > 1
         if stream and (is_list or return_tokens):
-            raise ValueError(
-                "stream = True: must be False for a list of prompts, several samples, or their tokens; "
-                "stream one text at a time"
-            )
+            allowed = "False for a list of prompts, several samples, or their tokens"
+            advice = "stream one text at a time"
+            raise ArgumentError(field="stream", value=True, allowed=allowed, advice=advice)
         prompts = [row for row in given for _ in range(n)]
         sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed).check()
         config, interventions = self._asked(len(prompts), steer, steer_mode, topk_k)
@@ -374,7 +373,9 @@ class LanguageModel:
         (row, *more), is_batch = self._rows(text, separator=False)
         if is_batch or more or len(row.ids) != 1:
             pieces = self.tokenizer.token_strings(row.ids)
-            raise ValueError(f"text = {short(text)}: must be one token, not {len(pieces)}: {short(pieces)}")
+            raise ArgumentError(
+                field="text", value=short(text), allowed=f"one token, not {len(pieces)}: {short(pieces)}"
+            )
         return int(row.ids[0])
 
     def to_single_str_token(self, token: int) -> str:
@@ -455,8 +456,9 @@ class LanguageModel:
         rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
         length = rows.ids.shape[1]
         if length > context:
-            raise ValueError(
-                f"tokens: a row has {length} tokens: must be at most {context}, the model's context; cut it"
+            raise ArgumentError(
+                f"a row has {length} tokens: must be at most {context}, the model's context; cut it",
+                field="tokens",
             )
         given = forward.Input(
             rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)

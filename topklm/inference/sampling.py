@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topklm.errors import ArgumentError
 from topklm.model.topk_threshold import order_key
 
 _SEED_BITS = 64
@@ -206,10 +207,10 @@ def _number(name: str, value: Any, allowed: str, holds: Any) -> None:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     rounded = float(np.float32(value)) if real and abs(value) <= _LARGEST else math.inf
     if not (math.isfinite(rounded) and holds(rounded)):
-        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+        raise ArgumentError(field=name, value=repr(value), allowed=allowed)
 
 
 def _integer(name: str, value: Any, allowed: str, lowest: int, highest: int) -> None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not (whole and lowest <= value <= highest):
-        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+        raise ArgumentError(field=name, value=repr(value), allowed=allowed)

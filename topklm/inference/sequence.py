@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import Sampling
 from topklm.inference.token_rows import row_of
@@ -88,14 +89,19 @@ class Sequence:
         """
         tokens, context = row_of(prompt, config.vocab_size, "prompt").tolist(), config.context_length
         if when_full not in WHEN_FULL:
-            raise ValueError(f"when_full = {when_full!r}: must be one of {', '.join(WHEN_FULL)}")
+            raise ArgumentError(
+                field="when_full", value=repr(when_full), allowed=f"one of {', '.join(WHEN_FULL)}"
+            )
         whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
         if not whole or max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens = {max_new_tokens!r}: must be an integer, 0 or more")
+            raise ArgumentError(
+                field="max_new_tokens", value=repr(max_new_tokens), allowed="an integer, 0 or more"
+            )
         if when_full == "stop" and len(tokens) > context:
-            raise ValueError(
-                f"prompt has {len(tokens)} tokens: must be at most {context}, the model's context; shorten "
-                "it, or choose when_full = 'slide' or 'halve'"
+            raise ArgumentError(
+                f"has {len(tokens)} tokens: must be at most {context}, the model's context; "
+                "shorten it, or choose when_full = 'slide' or 'halve'",
+                field="prompt",
             )
         limit = len(tokens) + int(max_new_tokens)
         limit = min(limit, context) if when_full == "stop" else limit

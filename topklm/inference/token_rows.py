@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topklm.errors import ArgumentError
+
 _LARGEST = 2**31 - 1
 
 Encode = Callable[[str], np.ndarray]
 _IDS = "token ids [T] or [B, T], or a list of such rows"
 _ALLOWED = f"a text, several texts, {_IDS}"
 
-_EMPTY = "{name} is empty: every row must hold at least one token"
+_EMPTY = "is empty: every row must hold at least one token"
 
 
 class Row(NamedTuple):
@@ -67,7 +69,7 @@ def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "t
         return _of_jax(tokens, vocab_size, name)
     rows, _ = rows_of(tokens, vocab_size, encode, name)
     if not rows or not all(len(row.ids) for row in rows):
-        raise ValueError(_EMPTY.format(name=name))
+        raise ArgumentError(_EMPTY, field=name)
     return joined([row.ids for row in rows], fill)
 
 
@@ -98,21 +100,21 @@ def rows_of(
         ValueError: As `read`; rows may be empty here.
     """
     if is_traced(tokens):
-        raise ValueError(f"{name}: must be known here, and not be traced by jax.jit, vmap or grad")
+        raise ArgumentError(field=name, allowed="known here, and not be traced by jax.jit, vmap or grad")
     if isinstance(tokens, str):
         return [_row(tokens, vocab_size, encode, name)], False
     if hasattr(tokens, "__array__"):
         array = np.asarray(tokens)
         if array.dtype.kind not in "OUT":
             if array.ndim not in (1, 2):
-                raise ValueError(f"{name} has shape {array.shape}: must be [T] or [B, T]")
+                raise ArgumentError(f"has shape {array.shape}: must be [T] or [B, T]", field=name)
             tokens = [array] if array.ndim == 1 else list(array)
             return [_row(row, vocab_size, encode, name) for row in tokens], array.ndim == 2
         tokens = array.tolist()  # texts, or rows of different lengths
         if isinstance(tokens, str):
             return rows_of(tokens, vocab_size, encode, name)
     if not _is_list(tokens):
-        raise ValueError(f"{name} = {reprlib.repr(tokens)}: must be {_ALLOWED if encode else _IDS}")
+        raise ArgumentError(field=name, value=reprlib.repr(tokens), allowed=_ALLOWED if encode else _IDS)
     items = list(tokens)
     if all(map(_is_number, items)):
         return [_row(items, vocab_size, encode, name)], False
@@ -123,7 +125,7 @@ def row_of(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
     """Reads the ids [n] of one sequence, int32[n]; errors as `read`."""
     row = _row(ids, vocab_size, None, name).ids
     if row.size == 0:
-        raise ValueError(_EMPTY.format(name=name))
+        raise ArgumentError(_EMPTY, field=name)
     return row
 
 
@@ -133,26 +135,28 @@ def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
         try:
             item.encode()
         except UnicodeEncodeError:
-            raise ValueError(
-                f"{name}: half of a surrogate pair stands alone in the text; give whole characters"
+            raise ArgumentError(
+                "half of a surrogate pair stands alone in the text; give whole characters", field=name
             ) from None
         return Row(np.asarray(encode(item), np.int32), item)
     if hasattr(item, "__array__"):
         array = np.asarray(item)
         if array.dtype.kind not in "iuO":
-            raise ValueError(f"{name} has dtype {array.dtype}: must be integers")
+            raise ArgumentError(f"has dtype {array.dtype}: must be integers", field=name)
         if array.ndim != 1:
-            raise ValueError(f"{name}: a row has shape {array.shape}: must be [T]")
+            raise ArgumentError(f"a row has shape {array.shape}: must be [T]", field=name)
         ids = array if array.dtype.kind != "O" else [_id(one, name) for one in array.tolist()]
     elif _is_list(item):
         ids = [_id(one, name) for one in item]
     else:
         allowed = _ALLOWED if encode else _IDS
-        raise ValueError(f"{name}: {reprlib.repr(item)} is no row of token ids: {name} must be {allowed}")
+        raise ArgumentError(
+            f"{reprlib.repr(item)} is no row of token ids: {name} must be {allowed}", field=name
+        )
     least_and_most = [] if len(ids) == 0 else [np.min(ids), np.max(ids)]
     for token in map(int, least_and_most):
         if not 0 <= token < vocab_size:
-            raise ValueError(f"{name}: token {reprlib.repr(token)} must be from 0 to {vocab_size - 1}")
+            raise ArgumentError(f"token {reprlib.repr(token)} must be from 0 to {vocab_size - 1}", field=name)
     return Row(np.asarray(ids, np.int32))
 
 
@@ -160,7 +164,7 @@ def _id(value: Any, name: str) -> int:
     """Reads one id, which may be an array without axes."""
     value = np.asarray(value).item() if hasattr(value, "__array__") and np.shape(value) == () else value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: {reprlib.repr(value)} is no token id: must be an integer")
+        raise ArgumentError(f"{reprlib.repr(value)} is no token id: must be an integer", field=name)
     return value
 
 
@@ -178,11 +182,11 @@ def _is_list(value: Any) -> bool:
 def _of_jax(ids: jax.Array, vocab_size: int, name: str) -> Rows:
     """Reads an array that stays where it is."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {ids.dtype}: must be integers")
+        raise ArgumentError(f"has dtype {ids.dtype}: must be integers", field=name)
     if ids.ndim not in (1, 2):
-        raise ValueError(f"{name} has shape {ids.shape}: must be [T] or [B, T]")
+        raise ArgumentError(f"has shape {ids.shape}: must be [T] or [B, T]", field=name)
     if not ids.size:
-        raise ValueError(_EMPTY.format(name=name))
+        raise ArgumentError(_EMPTY, field=name)
     if not is_traced(ids) and ids.is_fully_addressable:
         rows_of(ids, vocab_size, None, name)
     ids = ids.astype(jnp.int32)
@@ -207,16 +211,18 @@ def documents(segment_ids: Any, shape: tuple[int, int]) -> Any:
     try:
         array = jnp.asarray(segment_ids) if traced else np.asarray(segment_ids)
     except ValueError:
-        raise ValueError("segment_ids: rows must have the same length") from None
+        raise ArgumentError("rows must have the same length", field="segment_ids") from None
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"segment_ids has dtype {array.dtype}: must be integers")
+        raise ArgumentError(f"has dtype {array.dtype}: must be integers", field="segment_ids")
     array = array[None] if array.ndim == 1 else array
     if array.shape != shape:
-        raise ValueError(f"segment_ids has shape {array.shape}: must be that of the tokens, {shape}")
+        raise ArgumentError(
+            f"has shape {array.shape}: must be that of the tokens, {shape}", field="segment_ids"
+        )
     if not traced and any(np.diff(row).astype(bool).sum() + 1 != len(np.unique(row)) for row in array):
-        raise ValueError("segment_ids: the tokens of a document must stand together, in one piece")
+        raise ArgumentError("the tokens of a document must stand together, in one piece", field="segment_ids")
     if not traced and array.size and not (abs(int(array.min())) <= _LARGEST >= abs(int(array.max()))):
-        raise ValueError(f"segment_ids: must be from {-_LARGEST} to {_LARGEST}")
+        raise ArgumentError(field="segment_ids", allowed=f"from {-_LARGEST} to {_LARGEST}")
     return array.astype(np.int32)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import TOPK_ACTIVATIONS, ModelConfig
+from topklm.errors import ArgumentError
 from topklm.model import backends, topk_pallas, topk_threshold
 from topklm.model.topk_threshold import keep, order_key
 
@@ -85,11 +86,15 @@ def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
 
 def _check(terms: Terms, k: int, activation: str, backend: str) -> None:
     if k < 1:
-        raise ValueError(f"k = {k}: must be 1 or more")
+        raise ArgumentError(field="k", value=k, allowed="1 or more")
     if activation not in TOPK_ACTIVATIONS:
-        raise ValueError(f"activation = {activation!r}: must be one of {', '.join(TOPK_ACTIVATIONS)}")
+        raise ArgumentError(
+            field="activation", value=repr(activation), allowed=f"one of {', '.join(TOPK_ACTIVATIONS)}"
+        )
     if backend not in backends.TOPK.names:
-        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(backends.TOPK.names)}")
+        raise ArgumentError(
+            field="backend", value=repr(backend), allowed=f"one of {', '.join(backends.TOPK.names)}"
+        )
     x = terms[0]
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"x is {x.dtype}: must be float32, bfloat16 or float16")
@@ -97,7 +102,7 @@ def _check(terms: Terms, k: int, activation: str, backend: str) -> None:
         if residual.dtype != x.dtype:
             raise TypeError(f"residual is {residual.dtype}: must be {x.dtype}, as x is")
         if residual.shape != x.shape:
-            raise ValueError(f"residual is of shape {residual.shape}: must be {x.shape}, as x is")
+            raise ArgumentError(f"is of shape {residual.shape}: must be {x.shape}, as x is", field="residual")
 
 
 # Custom JVPs, not VJPs: forward mode works too (Jacobian lenses need it), and its transpose is the VJP.

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
@@ -248,10 +249,8 @@ def strongest(
     more = [candidate for candidate in candidates if candidate.difference > 0]
     more.sort(key=lambda candidate: (-getattr(candidate, by), candidate.layer, candidate.neuron))
     if not 1 <= n_neurons <= len(more):
-        raise ValueError(
-            f"neurons = {n_neurons}: must be from 1 to {len(more)}, those that are more frequent in the text "
-            "to be forgotten"
-        )
+        allowed = f"from 1 to {len(more)}, those that are more frequent in the text to be forgotten"
+        raise ArgumentError(field="neurons", value=n_neurons, allowed=allowed)
     return tuple((candidate.layer, candidate.neuron) for candidate in more[:n_neurons])
 
 
@@ -282,7 +281,8 @@ def matched_set(
         others = np.flatnonzero(free[row])
         if not len(others):
             n = sum(of_set == layer for of_set, _ in chosen)
-            raise ValueError(f"neurons: layer {layer} has no {n} others besides the {n} chosen; choose fewer")
+            text = f"layer {layer} has no {n} others besides the {n} chosen; choose fewer"
+            raise ArgumentError(text, field="neurons")
         distance = np.abs(np.log(density[row, others]) - np.log(density[row, neuron]))
         other = int(rng.choice(others[np.argsort(distance, kind="stable")[:_NEAREST]]))
         free[row, other] = False

@@ -61,7 +61,11 @@ class SourceText(Documents, Protocol):
 
 
 def open_documents(
-    tokenizer: Tokenizer, data: DataConfig, source: str | None = None, split: str = "heldout"
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    source: str | None = None,
+    split: str = "heldout",
+    flag: str = "--source",
 ) -> SourceText:
     """Returns the text of a run, or another.
 
@@ -70,6 +74,7 @@ def open_documents(
         data: The run's; its data are opened, or prepared again, if no source is given.
         source: A prepared folder, or what `topklm prepare` takes: files, globs, URLs of text.
         split: Of prepared data, "train" or "heldout".
+        flag: With which the user named the source, for errors.
 
     Raises:
         UserError: For text that cannot be read, or data prepared with another tokenizer.
@@ -78,9 +83,9 @@ def open_documents(
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
     if (folder := as_folder(source)) and is_dataset(folder):
         mixture = Mixture.single(load_dataset(folder))
-        return _Prepared(mixture, split, tokenizer, f"--source = {source}")
+        return _Prepared(mixture, split, tokenizer, f"{flag} = {source}")
     names = [part.strip() for part in source.split(",") if part.strip()]
-    return _Files(find(names, flag="--source"), data.text_field, tokenizer)
+    return _Files(find(names, flag=flag), data.text_field, tokenizer)
 
 
 def as_folder(source: str) -> Path | None:

@@ -4,7 +4,7 @@ import math
 
 from starlette.responses import Response
 
-from topklm.errors import one_line
+from topklm.errors import ArgumentError, one_line
 from topklm.web.client import Json
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -51,9 +51,8 @@ def refused(status: int, message: str) -> Response:
 
 
 def of_field(error: ValueError) -> ApiError:
-    """Makes the error of a field that the library refuses; mostly, its message begins with the name."""
-    name = str(error).partition(" ")[0].removesuffix(":")
-    return ApiError(400, str(error), name if name.isidentifier() else None)
+    """Makes the error of a field that the library refuses."""
+    return ApiError(400, str(error), error.field if isinstance(error, ArgumentError) else None)
 
 
 def number(value: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.errors import ArgumentError
 from topklm.inference.detokenize import check_stop
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
@@ -120,7 +121,10 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
             for i in range(n)
         ]
     except ValueError as e:
-        raise _of_prompt(e) from e
+        refused = of_field(e)
+        if refused.param == "prompt" and max(map(len, prompts)) > model.config.model.context_length:
+            refused.code = "context_length_exceeded"
+        raise refused from e
     if max_tokens and (full := [one for one in sequences if one.limit <= one.n_prompt]):
         raise ApiError(
             400,
@@ -153,13 +157,6 @@ def _sampling(content: dict[str, Any]) -> Sampling:
         ).check()
     except ValueError as e:
         raise of_field(e) from e
-
-
-def _of_prompt(error: ValueError) -> ApiError:
-    answer = of_field(error)
-    if "the model's context" in str(error):
-        answer.code = "context_length_exceeded"
-    return answer
 
 
 def check_model(content: dict[str, Any], name: str) -> None:
@@ -265,8 +262,10 @@ def interventions_of(
         read = _of_pair if isinstance(steer, dict) else _of_entry
         parsed = [read(entry, mode or DEFAULT_MODE) for entry in entries]
         return InterventionBatch.of(config, parsed) if parsed else None
+    except ArgumentError as e:
+        raise ApiError(400, str(e.within("steer")), "steer") from e
     except (ValueError, OverflowError) as e:
-        raise ApiError(400, f"steer: {str(e).removeprefix('steer: ')}", "steer") from e
+        raise ApiError(400, f"steer: {e}", "steer") from e
 
 
 def _of_pair(pair: tuple[str, Any], mode: str) -> Intervention:

@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from topklm.errors import ArgumentError
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
@@ -100,16 +101,14 @@ def respond(
             context, or some of the text would not be seen when its perplexity is taken.
     """
     if not sampled.prompts or sampled.samples < 1:
-        raise ValueError(
-            f"samples = {sampled.samples} of {len(sampled.prompts)} prompts: must be 1 or more of 1 or more"
-        )
+        given = f"{sampled.samples} of {len(sampled.prompts)} prompts"
+        raise ArgumentError(field="samples", value=given, allowed="1 or more of 1 or more")
     ids = [np.asarray(model.to_tokens(text))[0].tolist() for text in sampled.prompts]
     longest, context = max(map(len, ids)), model.config.model.context_length
     if longest + sampled.max_new_tokens > context:
-        raise ValueError(
-            f"max_new_tokens = {sampled.max_new_tokens}: a prompt of {longest} tokens and its continuation "
-            f"must fit the model's context of {context}; ask for fewer, or shorten the prompt"
-        )
+        text = f"a prompt of {longest} tokens and its continuation must fit the model's context of {context}"
+        advice = "ask for fewer, or shorten the prompt"
+        raise ArgumentError(text, field="max_new_tokens", value=sampled.max_new_tokens, advice=advice)
     rows = [
         (value, prompt, sample)
         for value in (None, *values)

@@ -75,7 +75,7 @@ def store_errors_are_user_errors(flag: str, url: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as e:
-        raise UserError(f"{flag}: {_explain(e, url)}") from e
+        raise UserError(_explain(e, url), field=flag) from e
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def storage_problem(error: Exception, path: AnyPath) -> str | None:
         with storage_errors_are_user_errors("", path):
             raise error
     except UserError as e:
-        return str(e).partition(": ")[2]
+        return e.text
     except (OSError, ValueError, RuntimeError) as e:
         code = system_error(e)
         if code is None and not isinstance(e, OSError):

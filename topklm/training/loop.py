@@ -22,13 +22,14 @@ from topklm.data.stream import heldout_part, train_stream
 from topklm.imports import versions
 from topklm.inference.generate import generate_tokens
 from topklm.model import topk
+from topklm.runtime.signals import StopRequest, stop_on_signal
+from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
 from topklm.training import anomalies, throughput
 from topklm.training import metrics as metrics_lib
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate
-from topklm.training.interruption import StopRequest, stop_on_signal
 from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.prefetch import DeviceBatch, Feed, heldout_feed
 from topklm.training.profile import Profiler
@@ -44,7 +45,6 @@ from topklm.training.step import (
     make_train_step,
     release_seconds,
 )
-from topklm.training.watchdog import Watchdog
 
 
 def train(

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from topklm import allocator
 from topklm.config import Config, ModelConfig
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import backends, losses, transformer
 from topklm.model.block import CaptureFn
 from topklm.parallel import Parallel
+from topklm.runtime import allocator
+from topklm.runtime.signals import StopRequest
 from topklm.training import anomalies
 from topklm.training.evaluation import topk_health_tap
-from topklm.training.interruption import StopRequest
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]

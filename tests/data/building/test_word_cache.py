@@ -1,7 +1,8 @@
 import base64
 import functools
 
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def tokenizer(request, tmp_path_factory):
     return open_tokenizer(path)
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(texts=st.lists(TEXT, max_size=8), max_words=st.sampled_from([0, 3, 1000]))
 def test_remembered_words_give_the_librarys_tokens(tokenizer, texts, max_words):
     encoder = WordEncoder(

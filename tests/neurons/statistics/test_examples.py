@@ -3,7 +3,8 @@
 import itertools
 
 from activity_stores import block_of, random_dense
-from hypothesis import given, settings
+from helpers import tries
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def check(values, bounds, found):
             assert document != other_document or abs(token - other) >= 128
 
 
-@settings(max_examples=60)
+@tries(60)
 @given(
     st.lists(st.sampled_from([1, 5, 127, 128, 129, 600, 2500]), min_size=1, max_size=60),
     st.sampled_from([0.002, 0.05, 0.5]),

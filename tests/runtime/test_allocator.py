@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from topklm import allocator
+from topklm.runtime import allocator
 
 PROGRAM = """
 import os, pathlib, sys
-from topklm import allocator, errors
+from topklm import errors
+from topklm.runtime import allocator
 
 def main():
     print("started", os.getpid(), *sys.argv[1:], flush=True)
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is L
 
 @pytest.fixture
 def environment(tmp_path):
-    """With a tcmalloc to be found: another small library under its name."""
+    """Lets a tcmalloc be found: another small library under its name."""
     maps = Path("/proc/self/maps").read_text().split()
     library = next(word for word in maps if "/libm.so" in word or "/libm-" in word)
     (tmp_path / "lib").mkdir()

@@ -8,16 +8,16 @@ from helpers import ROOT, Process
 import jax
 import pytest
 
-from topklm import compilation_cache
-from topklm.compilation_cache import Programs
 from topklm.errors import UserError
+from topklm.runtime import compilation_cache
+from topklm.runtime.compilation_cache import Programs
 
 # Prints how many programs were found and how many were written, and the bits of a result.
 COMPILES = """
 import collections, os, resource
 import jax
 import jax.numpy as jnp
-from topklm import compilation_cache
+from topklm.runtime import compilation_cache
 
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.rsplit("/")[-1]]))

@@ -1,6 +1,6 @@
 """Compiled programs kept in the user's cache folder, so that the next start of a run compiles none of them.
 
-JAX's persistent compilation cache with another store under it: JAX's own leaves half a file behind when it is
+JAX's persistent compilation cache with another store under it: JAX's own leaves half a file when it is
 killed or the disk fills up, complains of that file at every later start, and has no bound that works.
 """
 
@@ -24,7 +24,7 @@ SWITCH = "TOPKLM_COMPILATION_CACHE"
 _FOLDER = "jax_compilation_cache_dir"  # JAX's setting
 _MOST_BYTES = 2 << 30  # a program of this project takes kilobytes on a CPU, up to some 100 MB for a pod
 _CPU_FACTS = Path("/proc/cpuinfo")
-# What the compiler looks at: on x86, then on ARM.
+# The compiler looks at these: on x86, then on ARM.
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -89,7 +89,7 @@ def _check_private(folder: Path) -> None:
 
 
 class Programs(CacheInterface):
-    """Files of one folder, each a program behind the SHA-256 of it; those used last are kept.
+    """Files of one folder, each the SHA-256 of a program and the program; those used last are kept.
 
     Nothing is locked: a file appears whole, and whatever else happens to it is noticed when it is read. A
     disk that refuses only means that a program is compiled again.
@@ -100,7 +100,7 @@ class Programs(CacheInterface):
         self._path, self._most_bytes = folder, most_bytes
 
     def get(self, key: str) -> bytes | None:
-        """The program, or None if it is missing or damaged."""
+        """Returns the program, or None if it is missing or damaged."""
         path = self._path / key
         try:
             content = path.read_bytes()
@@ -130,13 +130,13 @@ class Programs(CacheInterface):
 
 
 def _root() -> Path:
-    """Of the XDG base directory specification, which says to ignore a relative path."""
+    """Returns the cache folder of the XDG base directory specification, which ignores a relative path."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "topklm" / "xla"
 
 
 def _machine() -> str:
-    """Name of the folder for this kind of CPU and this JAX.
+    """Returns the name of the folder for this kind of CPU and this JAX.
 
     Programs for a CPU use all of its instructions, and a home is often shared by machines of several kinds:
     another one would die of an illegal instruction.

@@ -1,4 +1,4 @@
-"""Why a run of several processes ends early, in the words and with the exit codes that people see.
+"""Describes why a run of several processes ends early: the words and exit codes that people see.
 
 The first process in trouble describes it once; every other process ends on the same description.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 
-from topklm.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR
+from topklm.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, one_line
 
 _FLUSH_S = 2.0
 _STDERR = 2
@@ -18,14 +18,16 @@ AGAIN = "start the same command again to resume"
 
 
 class Kind(enum.StrEnum):
-    """What sort of end it is."""
+    """Sort of an end."""
 
     MISTAKE = "mistake"  # of the user; the text says what to do
     FAILURE = "failure"  # a bug
     HANG = "hang"  # no progress, somewhere
     GONE = "gone"  # a process that cannot speak for itself any more
     LATE = "late"  # somebody was waited for in vain
-    STOP = "stop"  # somebody asked for it, and nothing is lost
+    STOP = "stop"  # a process was asked to stop, and nothing is lost
+    STOPPED = "stopped"  # the same, for a process that was not asked itself
+    STRANGER = "stranger"  # somebody outside of the run used its coordination service
 
 
 class PeerLost(Exception):  # noqa: N818 - named for what happened
@@ -37,11 +39,11 @@ class PeerLost(Exception):  # noqa: N818 - named for what happened
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """The end of a run, as the processes tell it to each other.
+    """The end of a run, as its processes tell each other.
 
     Attributes:
-        kind: What sort of end.
-        process: Whose.
+        kind: Sort of the end.
+        process: Index of the process that caused it.
         text: One line: that process's last words, or what others saw of it.
     """
 
@@ -51,16 +53,29 @@ class Ending:
 
     @property
     def exit_code(self) -> int:
-        """Of the processes that end because of it."""
+        """Code of the processes that end because of it."""
         return {Kind.MISTAKE: EXIT_USER_ERROR, Kind.STOP: 0}.get(self.kind, EXIT_TRY_AGAIN)
 
+    def heard(self, *, told_to_stop: bool) -> "Ending":
+        """Returns the ending for a process that was told to stop itself, or was not.
+
+        Only the former may end with 0, which launchers read as finished.
+        """
+        if self.kind is Kind.STOP and not told_to_stop:
+            return dataclasses.replace(self, kind=Kind.STOPPED)
+        return self
+
     def last_line(self, reader: int) -> str:
-        """What the process `reader` prints before it ends."""
+        """Returns what the process with index `reader` prints before it ends."""
         match self.kind:
             case Kind.STOP:
                 return self.text
+            case Kind.STOPPED:
+                return f"error: process {self.process} was told to stop ({self.text}); {AGAIN}"
             case Kind.LATE:
                 return f"error: {self.text}"
+            case Kind.STRANGER:
+                return f"error: {self.text}: let only the run's own hosts reach that port; {AGAIN}"
             case Kind.MISTAKE:
                 return f"error: process {self.process} failed: {self.text}"
             case Kind.FAILURE:
@@ -74,14 +89,21 @@ class Ending:
                 return f"error: process {self.process} is gone ({self.text}): {cause}; {AGAIN}"
 
     def to_json(self) -> str:
-        """Read back by `from_json`."""
+        """Returns the text that `from_json` reads."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Ending":
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        return cls(**{**values, "kind": Kind(values["kind"])})
+        """Reads `to_json`'s text.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            values = json.loads(text)
+            return cls(Kind(values["kind"]), int(values["process"]), one_line(str(values["text"])))
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"not an ending: {one_line(text)}") from e
 
 
 def say_last_line(ending: Ending, reader: int) -> None:

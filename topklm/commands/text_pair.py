@@ -1,4 +1,4 @@
-"""What the commands that compare two texts share: the two flags, the documents, the model that reads them."""
+"""Flags, documents and model of the commands that compare two texts."""
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,18 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import topklm
-from topklm.config import DataConfig, MeshConfig
+from topklm.commands import shared
+from topklm.config import DataConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
-from topklm.layout import make_layout
 from topklm.neurons import activation_counts
 from topklm.neurons.activation_counts import UnitCounts
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.documents import COPY, described, no_text, open_documents
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.pipeline import check_keep
 from topklm.progress import Progress
 from topklm.storage.files import is_bucket
 
@@ -37,7 +37,7 @@ class Text:
         documents: Token ids of each, int32[n], none empty and no two the same.
         n_repeated: Documents left out because the same had come before.
         unreadable: How many were left out that cannot be read, by reason.
-        is_whole: Whether nothing was left out behind the limit of tokens.
+        is_whole: Whether nothing was left out after the limit of tokens.
     """
 
     flag: str
@@ -53,7 +53,7 @@ class Text:
         return sum(map(len, self.documents))
 
     def facts(self) -> dict[str, object]:
-        """For --json."""
+        """Returns the text in figures, for --json."""
         return {
             "source": self.source,
             "documents": len(self.documents),
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, flags: Sequence[tuple[str, st
         flags: Of each text, the flag without dashes, and what the text is.
         tokens: Default of --tokens.
     """
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+    shared.add_run(parser)
     for flag, what in flags:
         parser.add_argument(
             f"--{flag}",
@@ -109,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser, flags: Sequence[tuple[str, st
         help="ways to deal the documents to the two texts anew; default %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
-    parser.add_argument("--step", type=int, help="which checkpoint; default the newest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_step(parser)
+    shared.add_json(parser)
 
 
 def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[str]) -> None:
@@ -124,41 +124,30 @@ def check(arguments: argparse.Namespace, flags: Sequence[str], counts: Iterable[
     Raises:
         UserError: For what is wrong.
     """
-    for name in counts:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}: must be 1 or more")
-    if arguments.seed < 0:
-        raise UserError(f"--seed = {arguments.seed}: must be 0 or more")
+    shared.check_at_least(arguments, 1, *counts)
+    shared.check_at_least(arguments, 0, "seed")
     one, other = (getattr(arguments, flag) for flag in flags)
     if _resolved(one) == _resolved(other):
         raise UserError(f"--{flags[0]} and --{flags[1]} are both {one}: give two texts that differ")
 
 
 def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mesh]:
-    """The model, on all devices of this host.
+    """Loads the model onto all devices of this host.
 
     Raises:
         UserError: If there is none, or it does not have the layer that was asked for.
     """
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
-    model = topklm.load(arguments.run, step=arguments.step, mesh=mesh)
+    model, mesh = shared.load(arguments)
     layers = activation_counts.layers_of(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:
         what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
-        raise UserError(f"--layer = {arguments.layer}: must be {what}, from {layers[0]} to {layers[-1]}")
-    config = model.config.model
-    if arguments.keep is not None and config.n_topk_layers:
-        raise UserError(
-            f"--keep = {arguments.keep}: is for Base LMs; this model's layers keep {config.topk_k} already"
-        )
-    if arguments.keep is not None and arguments.keep > config.d_model:
-        raise UserError(f"--keep = {arguments.keep}: must be at most d_model = {config.d_model}")
+        raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
+    check_keep(model.config.model, arguments.keep)
     return model, mesh
 
 
 def read(arguments: argparse.Namespace, flags: Sequence[str], model: LanguageModel) -> tuple[Text, Text]:
-    """Both texts.
+    """Reads both texts.
 
     Raises:
         UserError: For text that cannot be read or is empty, or a document that both hold.
@@ -184,7 +173,7 @@ def count(
     keep: int | None = None,
     piece: int | None = None,
 ) -> UnitCounts:
-    """`activation_counts.count`, with progress."""
+    """Calls `activation_counts.count` with progress."""
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         done = 0
 
@@ -206,14 +195,14 @@ def count(
 
 
 def labels(arguments: argparse.Namespace, model: LanguageModel) -> dict[tuple[int, int], str]:
-    """What people call neurons of the run."""
+    """Reads the labels of the run's neurons."""
     if is_bucket(arguments.run):
         return {}
     return Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
 
 
 def warnings(texts: Sequence[Text]) -> list[str]:
-    """What of the texts was not taken, a line each."""
+    """Lists the parts of the texts that were not read, a line each."""
     lines = []
     for text in texts:
         if text.n_repeated:
@@ -235,25 +224,21 @@ def _resolved(source: str) -> str:
 def _read(flag: str, source: str, tokenizer: Tokenizer, data: DataConfig, n_tokens: int) -> Text:
     seen: set[bytes] = set()
     taken, left, n_repeated, is_whole = list[np.ndarray](), n_tokens, 0, True
-    try:
-        documents = open_documents(tokenizer, data, source)
-        for ids in documents:
-            if not len(ids):
-                continue
-            if not left:
-                is_whole = False
-                break
-            part = np.asarray(ids[:left], np.int32)
-            is_whole &= len(part) == len(ids)
-            if part.tobytes() in seen:
-                n_repeated += 1
-                continue
-            seen.add(part.tobytes())
-            taken.append(part)
-            left -= len(part)
-    except UserError as e:
-        # The reader knows the text by the flag of a harvest.
-        raise UserError(str(e).replace("--source", f"--{flag}", 1)) from e
+    documents = open_documents(tokenizer, data, source, flag=f"--{flag}")
+    for ids in documents:
+        if not len(ids):
+            continue
+        if not left:
+            is_whole = False
+            break
+        part = np.asarray(ids[:left], np.int32)
+        is_whole &= len(part) == len(ids)
+        if part.tobytes() in seen:
+            n_repeated += 1
+            continue
+        seen.add(part.tobytes())
+        taken.append(part)
+        left -= len(part)
     if not taken:
         raise no_text(documents, f"--{flag} = {source}")
     unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}

@@ -19,51 +19,65 @@ _NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
 
 
 def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
-    """Layer and neuron: (3, 117) of "3:117"; whether a model has it is for the caller to check.
+    """Returns layer and neuron: (3, 117) of "3:117"; whether a model has it is for the caller to check.
 
     Raises:
         UserError: For another form.
     """
     found = _NEURON.fullmatch(text)
     if not found:
-        raise UserError(f"{flag} = {text}: must be LAYER:NEURON, e.g. 3:117")
+        raise UserError(field=flag, value=text, allowed="LAYER:NEURON, e.g. 3:117")
     return int(found[1]), int(found[2])
 
 
-def steered_neuron(text: str, mode: str, flag: str = "--steer") -> Intervention:
-    """What is done to a neuron, from "3:117=4", or for a mode that needs no value "3:117".
+def steered_neuron(
+    text: str, mode: str, flag: str = "--steer", config: ModelConfig | None = None
+) -> Intervention:
+    """Reads what is done to a neuron, from "3:117=4", or for a mode that needs no value "3:117".
 
     Raises:
-        UserError: For another form, a mode that there is not, or a value that is no finite number.
+        UserError: As `intervention`, and for another form.
     """
     name, has_value, value = text.partition("=")
     layer, number = neuron(name, flag)
     if not has_value and needs_value(mode):
-        raise UserError(f"{flag} = {text}: must be LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4")
-    return intervention(layer, number, mode, value if has_value else None, f"{flag} = {text}")
+        allowed = f"LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4"
+        raise UserError(field=flag, value=text, allowed=allowed)
+    return intervention(layer, number, mode, value if has_value else None, flag, text, config)
 
 
-def intervention(layer: int, number: int, mode: str, value: str | float | None, said: str) -> Intervention:
-    """One on a neuron.
+def intervention(
+    layer: int,
+    number: int,
+    mode: str,
+    value: str | float | None,
+    flag: str,
+    said: Any,
+    config: ModelConfig | None = None,
+) -> Intervention:
+    """Makes one on a neuron.
 
     Args:
         layer: Of the model.
         number: Of the neuron.
         mode: One of `MODES`.
         value: As it was written; None where the mode needs none.
-        said: What the user gave; errors begin with it.
+        flag: By which the user gave it, for errors.
+        said: The value of the flag.
+        config: Of the model, if it is known.
 
     Raises:
-        UserError: As `steered_neuron`.
+        UserError: For a mode that there is not, a value that is no finite number, and a neuron that the
+            model does not have.
     """
     try:
         one = Intervention(layer, number, 0.0 if value is None else float(value), mode)
     except ValueError as e:
-        raise UserError(f"{said}: {value!r} is no number") from e
+        raise UserError(f"{value!r} is no number", field=flag, value=said) from e
     try:
-        one.check()
+        one.check(config)
     except ValueError as e:
-        raise UserError(f"{said}: {e}") from e
+        raise UserError(str(e), field=flag, value=said) from e
     return one
 
 
@@ -95,17 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:
-    """What these arguments say; None if they say nothing.
+    """Reads the interventions that the arguments name; None for none.
 
     Raises:
         UserError: For what is no intervention, or does not fit the model.
     """
-    given = [steered_neuron(text, arguments.steer_mode) for text in arguments.steer]
-    for text, one in zip(arguments.steer, given, strict=True):
-        try:
-            one.check(config)
-        except ValueError as e:
-            raise UserError(f"--steer = {text}: {e}") from e
+    given = [steered_neuron(text, arguments.steer_mode, config=config) for text in arguments.steer]
     if arguments.steer_file is not None:
         given += load_interventions(arguments.steer_file, config)
     return given or None

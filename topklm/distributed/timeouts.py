@@ -1,4 +1,4 @@
-"""How long to wait, as the environment says."""
+"""Reads how long to wait from the environment."""
 
 import os
 
@@ -6,7 +6,7 @@ from topklm.errors import UserError
 
 
 def seconds(name: str, default: float) -> float:
-    """The number of seconds in the environment variable `name`, or the default.
+    """Returns the number of seconds in the environment variable `name`, or the default.
 
     Raises:
         UserError: If it is not a number above 0.

@@ -10,11 +10,11 @@ from helpers import ROOT, Process
 import pytest
 
 from topklm.errors import UserError
-from topklm.training.watchdog import Watchdog
+from topklm.runtime.watchdog import Watchdog
 
 PROGRAM = """
 import pathlib, sys, time
-from topklm.training.watchdog import Watchdog
+from topklm.runtime.watchdog import Watchdog
 
 def waits_for_ever():
     time.sleep(1000)

@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP, heard at once whatever the main thread does: in a compilation of minutes, too.
+"""Hears Ctrl-C, SIGTERM and SIGHUP at once, also while the main thread compiles for minutes.
 
 Python runs signal handlers between bytecodes of the main thread only; here the interpreter passes each
-signal on to a thread (`signal.set_wakeup_fd`). How a run saves and processes agree is the loop's affair.
+signal on to a thread (`signal.set_wakeup_fd`). The training loop saves, and agrees with other processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,8 +38,13 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    @property
+    def heard(self) -> bool:
+        """Whether a signal has come to this process itself."""
+        return self._heard
+
     def begin_training(self) -> None:
-        """From here on there are steps to save; does not return if the process is ending already."""
+        """Notes that there will be steps to save; does not return if the process is already ending."""
         with self._lock:
             self._training = self._ending is None
         if self._ending:
@@ -128,7 +133,7 @@ _handlers_before: list[dict[signal.Signals, Any]] = []
 
 
 def _leave_to_watcher(number: int, frame: types.FrameType | None) -> None:
-    """Stands in the handler's place: only signals that have one are passed on."""
+    """Does nothing: Python passes on only signals that have a handler."""
 
 
 def _watch(received: int, request: StopRequest) -> None:
@@ -139,7 +144,7 @@ def _watch(received: int, request: StopRequest) -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked process shares the pipe: without this, a signal to it would stop its parent instead."""
+    """Restores the handlers in a forked process: a signal to it would go through the pipe to its parent."""
     if _handlers_before:
         signal.set_wakeup_fd(-1)
         for number, handler in _handlers_before[0].items():

@@ -1,8 +1,8 @@
 from jax._src.clusters import cloud_tpu_cluster
 import pytest
 
-from topklm.distributed import places
-from topklm.distributed.places import Place
+from topklm.distributed import cluster
+from topklm.distributed.cluster import ClusterProcess
 from topklm.errors import UserError
 
 SLURM = {
@@ -33,12 +33,12 @@ TPU_SLICES = {
 
 @pytest.fixture
 def find(monkeypatch):
-    """The place found in an environment with some more variables."""
+    """Finds a process in an environment with some more variables."""
 
-    def find_with(**variables: str) -> Place | None:
+    def find_with(**variables: str) -> ClusterProcess | None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return places.find()
+        return cluster.find()
 
     return find_with
 
@@ -53,8 +53,8 @@ def test_without_any_sign_of_others_a_process_is_alone(find):
 
 
 def test_three_variables_say_it_outright(find):
-    assert find(**explicit("10.0.0.2:8476", "3", "4")) == Place(3, 4, "10.0.0.2", 8476)
-    assert find(**explicit("[fd00::2]:9000", "0", "2")) == Place(0, 2, "fd00::2", 9000)
+    assert find(**explicit("10.0.0.2:8476", "3", "4")) == ClusterProcess(3, 4, "10.0.0.2", 8476)
+    assert find(**explicit("[fd00::2]:9000", "0", "2")) == ClusterProcess(0, 2, "fd00::2", 9000)
     assert find(**explicit("10.0.0.2:8476", "0", "1")) is None
 
 
@@ -74,16 +74,16 @@ def test_variables_that_do_not_fit_are_named(find, variables, message):
 
 
 def test_slurm_gives_each_process_its_gpu(find):
-    assert find(**SLURM) == Place(6, 9, "node007", 8476, local_device_ids=(2,))
+    assert find(**SLURM) == ClusterProcess(6, 9, "node007", 8476, local_device_ids=(2,))
 
 
 def test_slurm_leaves_all_gpus_to_a_process_that_is_alone_on_its_host(find):
     last = {"SLURM_PROCID": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}
-    assert find(**SLURM | last) == Place(8, 9, "node007", 8476)
+    assert find(**SLURM | last) == ClusterProcess(8, 9, "node007", 8476)
 
 
 def test_a_gpu_that_slurm_has_chosen_is_not_chosen_again(find):
-    assert find(**SLURM, CUDA_VISIBLE_DEVICES="2") == Place(6, 9, "node007", 8476)
+    assert find(**SLURM, CUDA_VISIBLE_DEVICES="2") == ClusterProcess(6, 9, "node007", 8476)
 
 
 def test_the_port_of_launched_runs_can_be_set(find):
@@ -91,12 +91,12 @@ def test_the_port_of_launched_runs_can_be_set(find):
 
 
 def test_open_mpi_is_read(find):
-    assert find(**OPEN_MPI) == Place(1, 2, "10.96.0.1", 8476)
+    assert find(**OPEN_MPI) == ClusterProcess(1, 2, "10.96.0.1", 8476)
 
 
 def test_hosts_of_several_tpu_slices_are_numbered_through(find, monkeypatch):
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    assert find(**TPU_SLICES) == Place(3, 4, "localhost", 8476)
+    assert find(**TPU_SLICES) == ClusterProcess(3, 4, "localhost", 8476)
 
 
 def test_a_lone_pod_of_kubernetes_is_alone(find, recwarn):
@@ -105,10 +105,10 @@ def test_a_lone_pod_of_kubernetes_is_alone(find, recwarn):
 
 
 def test_what_a_launcher_says_can_be_turned_off_and_overruled(find):
-    assert find(**SLURM, **explicit("a:1", "0", "2")) == Place(0, 2, "a", 1)
+    assert find(**SLURM, **explicit("a:1", "0", "2")) == ClusterProcess(0, 2, "a", 1)
     assert find(TOPKLM_DISTRIBUTED="off") is None
 
 
 def test_a_launcher_that_cannot_be_understood_is_a_users_matter(find):
-    with pytest.raises(UserError, match=r"its place cannot be read \(.*\): set TOPKLM_COORDINATOR"):
+    with pytest.raises(UserError, match=r"its index cannot be read \(.*\): set TOPKLM_COORDINATOR"):
         find(**SLURM | {"SLURM_NTASKS": "many"})

@@ -1,6 +1,6 @@
-"""Where this process stands among the processes of a run, as its environment says.
+"""Finds this process's index and the address of process 0 in the environment.
 
-Either three variables of ours name it, or the launcher's own (TPU pods, GKE, Slurm, Open MPI) are read the
+Either three variables of ours give them, or the launcher's own (TPU pods, GKE, Slurm, Open MPI), read the
 way JAX reads them. Nothing is started or connected here; on a laptop it costs a few look-ups.
 """
 
@@ -14,20 +14,20 @@ from topklm.errors import UserError
 
 # The port that Google's own firewall rules for TPU pods open; JAX's default moved away from it.
 PORT = 8476
-_NAME_TIMEOUT_S = 300  # until process 0's host name is known; that it answers is waited for elsewhere
+_NAME_TIMEOUT_S = 300  # until process 0's host name is known; `coordination` waits for its answer
 _EXPLICIT = ("TOPKLM_COORDINATOR", "TOPKLM_PROCESS_ID", "TOPKLM_PROCESS_COUNT")
 _BY_HAND = f"set {', '.join(_EXPLICIT)}, or TOPKLM_DISTRIBUTED=off for a single process"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One process of a run.
+class ClusterProcess:
+    """One process of a run of several.
 
     Attributes:
         index: From 0.
         count: Of all processes; at least 2.
-        host: Where process 0 listens.
-        port: And at which port.
+        host: Host name or address at which process 0 listens.
+        port: The port there.
         local_device_ids: The GPUs of its host that it may use; None for all.
     """
 
@@ -37,12 +37,17 @@ class Place:
     port: int = PORT
     local_device_ids: tuple[int, ...] | None = None
 
+    @property
+    def address(self) -> str:
+        """Host and port of process 0, as gRPC reads them."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-def find() -> Place | None:
-    """This process's place, or None where it is alone.
+
+def find() -> ClusterProcess | None:
+    """Reads this process's index and its run's size, or returns None where it is alone.
 
     TOPKLM_DISTRIBUTED=off turns the search off. TOPKLM_COORDINATOR=host:port, TOPKLM_PROCESS_ID and
-    TOPKLM_PROCESS_COUNT say it outright. JAX_COORDINATOR_PORT replaces port 8476 for the launchers.
+    TOPKLM_PROCESS_COUNT set all three by hand. JAX_COORDINATOR_PORT replaces port 8476 for the launchers.
 
     Raises:
         UserError: For variables that are missing or do not fit.
@@ -57,7 +62,7 @@ def find() -> Place | None:
     return _launched()
 
 
-def _explicit() -> Place | None:
+def _explicit() -> ClusterProcess | None:
     missing = [name for name in _EXPLICIT if name not in os.environ]
     if missing:
         given = [name for name in _EXPLICIT if name in os.environ]
@@ -70,7 +75,7 @@ def _explicit() -> Place | None:
         raise UserError(f"TOPKLM_COORDINATOR = {coordinator!r}: must be host:port, e.g. 10.0.0.2:{PORT}")
     count = _number("TOPKLM_PROCESS_COUNT", 1, None)
     index = _number("TOPKLM_PROCESS_ID", 0, count - 1)
-    return Place(index, count, host.strip("[]"), int(port)) if count > 1 else None
+    return ClusterProcess(index, count, host.strip("[]"), int(port)) if count > 1 else None
 
 
 def _number(name: str, lowest: int, highest: int | None) -> int:
@@ -81,8 +86,8 @@ def _number(name: str, lowest: int, highest: int | None) -> int:
     return int(text)
 
 
-def _launched() -> Place | None:
-    """The place given by the launcher that JAX recognizes, if any."""
+def _launched() -> ClusterProcess | None:
+    """Asks the launcher that JAX recognizes, if any."""
     try:
         launcher = next((kind for kind in _launchers() if kind.is_env_present()), None)
         if launcher is None or launcher.get_process_count() == 1:
@@ -93,10 +98,10 @@ def _launched() -> Place | None:
         )
         host, _, port = address.rpartition(":")
         index, count = launcher.get_process_id(), launcher.get_process_count()
-        return Place(index, count, host.strip("[]"), int(port), _own_gpus())
+        return ClusterProcess(index, count, host.strip("[]"), int(port), _own_gpus())
     except (RuntimeError, LookupError, ValueError, OSError, ImportError) as e:
         raise UserError(
-            f"this looks like one process of several, but its place cannot be read ({e}): {_BY_HAND}"
+            f"this looks like one process of several, but its index cannot be read ({e}): {_BY_HAND}"
         ) from e
 
 
@@ -111,7 +116,7 @@ def _launchers() -> list[type[clusters.ClusterEnv]]:
 
 
 def _own_gpus() -> tuple[int, ...] | None:
-    """One GPU for each process where several share a host and the launcher did not share them out."""
+    """Chooses one GPU for each process where several share a host and the launcher gave each all of them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if _processes_on_host() == 1 or (visible is not None and "," not in visible):
         return None

@@ -1,9 +1,9 @@
-"""Whose memory allocator a training process uses (Linux).
+"""Chooses the memory allocator of a training process (Linux).
 
-XLA on CPU allocates its temporaries anew each step. The C library's allocator maps and unmaps each large one,
-and the page faults cost a quarter of the step. tcmalloc keeps them; it must be there when the process starts,
-so a process that finds it installed starts itself again with it. Otherwise glibc is told to keep what is
-freed. Measured: docs/decisions.md.
+XLA on CPU allocates its temporaries again in each step. The C library's allocator maps and unmaps each large
+one, and the page faults cost a quarter of the step. tcmalloc keeps them; it must be there when the process
+starts, so a process that finds it installed starts itself again with it. Otherwise glibc is told to keep
+freed memory. Measured: docs/decisions.md.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ def keep_freed_memory() -> str:
     Threads that exist already keep heaps of their own.
 
     Returns:
-        What it is, for the log.
+        Its name, for the log.
     """
     if library := preloaded():
         return f"{library} ({VARIABLE}=system turns it off)"
@@ -79,7 +79,7 @@ def release_freed_memory() -> None:
 
 
 def find_tcmalloc() -> Path | None:
-    """The installed library, if there is one."""
+    """Finds the installed library, or returns None."""
     prefix = os.environ.get("CONDA_PREFIX")
     folders = [*_FOLDERS, f"{prefix}/lib"] if prefix else _FOLDERS
     for name in _LIBRARIES:
@@ -91,7 +91,7 @@ def find_tcmalloc() -> Path | None:
 
 
 def preloaded() -> str | None:
-    """The allocator that was put into this process when it started, as a file name."""
+    """Returns the file name of the allocator that was put into this process when it started."""
     names = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
     return next((Path(name).name for name in names if "malloc" in name), None)
 
@@ -104,7 +104,7 @@ def _choice() -> str | None:
 
 
 def _tell_glibc() -> bool:
-    """False where the C library has no mallopt."""
+    """Tells glibc to keep freed memory; returns False where the C library has no mallopt."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

@@ -1,0 +1,299 @@
+"""Connects to JAX's coordination service: a key-value store, barriers, and which processes are alive.
+
+Process 0 hosts the service. Heartbeats come from threads of XLA, which Python cannot delay. XLA aborts a
+process (SIGABRT) that loses process 0 or cannot join: `connect` takes a handler for that.
+This is the only module that uses private names of `jax.distributed`; Orbax uses the same client.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed
+
+from topklm.distributed.cluster import ClusterProcess
+from topklm.distributed.shutdown import PeerLost
+from topklm.errors import UserError
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# The service gives up the wait for all processes first, because only it can name those that are missing.
+_CLIENT_WAITS_LONGER_S = 30
+_LONGEST_WAIT_MS = 3_600_000
+_STDERR = 2
+# XLA's warning about a setting that `connect` makes on purpose.
+_EXPECTED_WARNING = b"Using experimental recoverable task feature"
+
+
+class CoordinationClient:
+    """This process's connection to the service; all methods may be called by any thread.
+
+    Raises:
+        jax.errors.JaxRuntimeError: By any method, where the service does not answer.
+    """
+
+    def __init__(self) -> None:
+        """Takes the connection that `jax.distributed.initialize` has made."""
+        self._client: Any = jax_distributed.global_state.client
+
+    def set(self, key: str, value: str, *, overwrite: bool = False) -> bool:
+        """Stores a value; returns False, and stores nothing, if the key has one that it may not overwrite."""
+        try:
+            self._client.key_value_set(key, value, allow_overwrite=overwrite)
+        except jax.errors.JaxRuntimeError as e:
+            if not str(e).startswith("ALREADY_EXISTS"):
+                raise
+            return False
+        return True
+
+    def get(self, key: str) -> str | None:
+        """Returns the value of a key, or None if it has none."""
+        try:
+            return self._client.key_value_try_get(key)
+        except jax.errors.JaxRuntimeError as e:
+            if not str(e).startswith("NOT_FOUND"):
+                raise
+            return None
+
+    def wait_for(self, key: str) -> str:
+        """Returns the value of a key, once it has one."""
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, _LONGEST_WAIT_MS)
+            except jax.errors.JaxRuntimeError as e:
+                if not str(e).startswith("DEADLINE_EXCEEDED"):
+                    raise
+
+    def values(self, folder: str) -> dict[str, str]:
+        """Returns the values of all keys `folder`/NAME, by NAME."""
+        found = self._client.key_value_dir_get(f"{folder}/")
+        return {key.rpartition("/")[2]: value for key, value in found}
+
+    def delete(self, key: str) -> None:
+        """Removes a key."""
+        self._client.key_value_delete(key)
+
+    def barrier(self, name: str, timeout_s: float) -> bool:
+        """Waits until all processes have called this with a name that was not used before.
+
+        Returns:
+            False if they have not within `timeout_s` seconds after the first.
+        """
+        try:
+            self._client.wait_at_barrier(name, max(1, round(timeout_s * 1000)))
+        except jax.errors.JaxRuntimeError as e:
+            if not str(e).startswith("DEADLINE_EXCEEDED"):
+                raise
+            return False
+        return True
+
+    def alive(self, count: int) -> dict[int, int]:
+        """Waits until every living process has called this.
+
+        Returns:
+            For each living process among 0 to count - 1, a number that it has from its start to its end.
+        """
+        return dict(self._client.get_live_nodes(list(range(count))))
+
+    def disconnect(self) -> None:
+        """Leaves the service, which ends calls of other threads with an error; in process 0, ends it."""
+        jax.distributed.shutdown()
+
+
+def connect(
+    process: ClusterProcess,
+    *,
+    start_timeout_s: float,
+    peer_timeout_s: float,
+    on_abort: Callable[[str], None],
+) -> CoordinationClient:
+    """Starts the service (in process 0) and waits until all processes have connected to it.
+
+    Args:
+        process: This process.
+        start_timeout_s: For all to connect.
+        peer_timeout_s: A process without heartbeats for so long counts as dead.
+        on_abort: Called when XLA aborts this process, now or later, in any thread, and must end it. Gets
+            what XLA printed, while this function waits; an empty text after that.
+
+    Raises:
+        PeerLost: If process 0 does not answer.
+        UserError: In process 0, if the port is taken.
+    """
+    if process.index == 0:
+        _check_port_is_free(process)
+    else:
+        _wait_for_port(process, start_timeout_s)
+    # It would take SIGTERM for itself; the training loop agrees with other processes on when to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Else XLA aborts all processes as soon as one is dead, without a name.
+    jax.config.update("jax_enable_recoverability", True)
+    # gRPC would look for the run's hosts through a proxy, and JAX would warn of that.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), process.host)))
+    jax.config.update("jax_check_proxy_envs", False)
+    patience_s = math.ceil(start_timeout_s)
+    with _standard_error_held_back() as held, _abort_handler(held, on_abort), _register_timeout(patience_s):
+        try:
+            jax.distributed.initialize(
+                coordinator_address=process.address,
+                # A run that stays on one machine need not be seen by others.
+                coordinator_bind_address=process.address if process.host in _LOOPBACK else None,
+                num_processes=process.count,
+                process_id=process.index,
+                local_device_ids=process.local_device_ids,
+                cluster_detection_method="deactivate",
+                initialization_timeout=patience_s + _CLIENT_WAITS_LONGER_S,
+                heartbeat_timeout_seconds=max(1, math.ceil(peer_timeout_s)),
+            )
+        except RuntimeError as e:
+            if process.index == 0 and "start RPC server" in str(e):
+                raise _port_is_taken(process, "address already in use") from e
+            raise
+    return CoordinationClient()
+
+
+def is_listening(process: ClusterProcess, timeout_s: float) -> bool:
+    """Returns whether anything accepts connections at process 0's port."""
+    try:
+        socket.create_connection((process.host, process.port), timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def missing_processes(said: str) -> tuple[int, str] | None:
+    """Reads from XLA's text how many processes connected and which did not.
+
+    Args:
+        said: As `connect`'s `on_abort` gets it.
+
+    Returns:
+        The count of those that did, and the others' indices, separated by commas; None for another text.
+    """
+    found = re.search(
+        r"tasks that reached the barrier: (\d+)/(\d+)\.\n.*Some timed out task names:\n((?:\S*\d+\n)+)", said
+    )
+    if not found:
+        return None
+    came, count = int(found[1]), int(found[2])
+    missing = sorted(int(re.findall(r"\d+", line)[-1]) for line in found[3].splitlines())
+    rest = ["..."] * (len(missing) < count - came)  # XLA does not list them all
+    return came, ", ".join([*map(str, missing), *rest])
+
+
+def _check_port_is_free(process: ClusterProcess) -> None:
+    """Refuses a taken port before jaxlib crashes on it, or shares it with a run that is using it."""
+    family = socket.AF_INET6 if ":" in process.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # connections of an earlier run may linger
+        try:
+            probe.bind((process.host if process.host in _LOOPBACK else "", process.port))
+        except OSError as e:
+            raise _port_is_taken(process, e.strerror or str(e)) from e
+
+
+def _port_is_taken(process: ClusterProcess, why: str) -> UserError:
+    return UserError(
+        f"process 0 cannot listen at port {process.port} ({why.lower()}): end the run that uses it on this "
+        "host, or choose another with TOPKLM_COORDINATOR or JAX_COORDINATOR_PORT"
+    )
+
+
+def _wait_for_port(process: ClusterProcess, timeout_s: float) -> None:
+    """Waits until process 0 accepts connections, or its host's name is known.
+
+    Raises:
+        PeerLost: If it does not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            wait_s = max(1.0, min(10.0, deadline - time.monotonic()))
+            socket.create_connection((process.host, process.port), wait_s).close()
+        except OSError as e:
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"waited {timeout_s:g} s for process 0 to answer at {process.address} "
+                    f"({e.strerror or e}): start the same command on every host, and let them reach that port"
+                ) from e
+            time.sleep(0.2)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _register_timeout(seconds: int) -> Iterator[None]:
+    """Has the service name the missing processes after so long; `initialize` cannot pass that on."""
+    make = jax_distributed._jax.get_distributed_runtime_service
+    with_timeout = functools.partial(make, cluster_register_timeout=seconds)
+    jax_distributed._jax.get_distributed_runtime_service = with_timeout
+    try:
+        yield
+    finally:
+        jax_distributed._jax.get_distributed_runtime_service = make
+
+
+@contextlib.contextmanager
+def _standard_error_held_back() -> Iterator[Callable[[], str]]:
+    """Keeps all that is printed to standard error in a file, and prints it at the end of the block.
+
+    Yields:
+        A function that restores standard error and returns what was printed until then.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        real: int | None = os.dup(_STDERR)
+        os.dup2(file.fileno(), _STDERR)
+
+        def restore() -> bytes:
+            nonlocal real
+            if real is None:
+                return b""
+            os.dup2(real, _STDERR)
+            os.close(real)
+            real = None
+            file.seek(0)
+            return file.read()
+
+        try:
+            yield lambda: restore().decode(errors="replace")
+        finally:
+            lines = restore().splitlines(keepends=True)
+            os.write(_STDERR, b"".join(line for line in lines if _EXPECTED_WARNING not in line))
+
+
+# A handler that ctypes has made must not be collected.
+_handlers: list[object] = []
+
+
+@contextlib.contextmanager
+def _abort_handler(held: Callable[[], str], on_abort: Callable[[str], None]) -> Iterator[None]:
+    """Installs a handler of SIGABRT for the rest of the process.
+
+    Python's own handlers run in the main thread, which may be waiting in native code.
+    """
+    connecting = True
+
+    def handle(_: int) -> None:
+        on_abort(held() if connecting else "")
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _handlers.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    try:
+        yield
+    finally:
+        connecting = False
