@@ -301,6 +301,7 @@ def test_arrays_are_stored_in_small_chunks_that_can_be_read_alone(tmp_path):
     array = jnp.arange(12 * 1024 * 1024, dtype=jnp.float32).reshape(3, 1024, 4096)  # 48 MiB
     writer = CheckpointWriter(folder, 1)
     writer.make_folders(["params", "facts"])
+    writer.start_record({"params": {"up": {"kernel": array}}})
     writer.copy({"params": {"up": {"kernel": array}}})
     writer.finish_part(timeout_s=300)
     writer.commit({"facts": {}})

@@ -82,8 +82,12 @@ def start(tree: Any) -> dict[str, jax.Array]:
         uint32 scalars, on every device.
     """
     arrays = by_name(tree)
+    mesh = _mesh(arrays)
+    if mesh is None:
+        # A program for each shape: those of a training state come in threes, and compile once.
+        return {name: _sums((array,), (PartitionSpec(),), None)[0] for name, array in arrays.items()}
     specs = tuple(_spec(array) for array in arrays.values())
-    return dict(zip(arrays, _sums(tuple(arrays.values()), specs, _mesh(arrays)), strict=True))
+    return dict(zip(arrays, _sums(tuple(arrays.values()), specs, mesh), strict=True))
 
 
 def fetch(sums: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -305,7 +305,9 @@ class _Save:
         made = self._primary(lambda: self._writer.make_folders([*trees, *values]))
         self._problem = _first_problem("begin a checkpoint", made, _MEETING_S)
         if not self._problem:
-            copied = self._attempt(lambda: self._writer.copy(jax.tree.map(jnp.asarray, trees)))
+            arrays = jax.tree.map(jnp.asarray, dict(trees))
+            self._writer.start_record(arrays)  # uses no storage
+            copied = self._attempt(lambda: self._writer.copy(arrays))
             self._thread = threading.Thread(target=self._run, args=(copied,), name="checkpoint")
             self._thread.start()
 

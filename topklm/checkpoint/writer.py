@@ -53,14 +53,21 @@ class CheckpointWriter:
         for item in items:
             (self._folder / item).mkdir(parents=True)
 
-    def copy(self, trees: Mapping[str, Any]) -> None:
-        """Copies this process's part of the arrays to the host, begins to write it and to compute checksums.
+    def start_record(self, trees: Mapping[str, Any]) -> None:
+        """Begins computing the record of the arrays, where they live; all processes of a mesh must call it.
 
         Args:
             trees: Nested dicts of arrays, by item. They may be donated once this returns.
         """
         self._shapes = describe_arrays(trees)
         self._sums = checksums.start(dict(trees))
+
+    def copy(self, trees: Mapping[str, Any]) -> None:
+        """Copies this process's part of the arrays to the host and begins to write it.
+
+        Args:
+            trees: As for `start_record`.
+        """
         self._items = tuple(trees)
         # In a thread, for the sake of notebooks, in which an event loop runs already.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
