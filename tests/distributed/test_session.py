@@ -259,6 +259,18 @@ def test_a_stopped_process_is_given_up_and_ends_when_it_wakes(start, stopped):
     assert last_line(job[stopped]).endswith("start the same command again to resume")
 
 
+@pytest.mark.slow
+def test_a_process_that_holds_the_interpreter_for_long_is_not_given_up(start):
+    job = start(
+        2,
+        IN_A_COLLECTIVE.format(
+            instead=f"import ctypes\nif me: ctypes.PyDLL(None).sleep({2 * PEER_TIMEOUT_SECONDS})"
+        ),
+    )
+    assert job.finish() == [0, 0]
+    assert [process.errors for process in job.processes.values()] == ["", ""]
+
+
 def test_a_process_that_never_starts_is_named(start):
     job = start(3, "pass", started=[0, 2], timeouts=(10, PEER_TIMEOUT_SECONDS))
     assert job.finish() == [75, 75]
