@@ -46,7 +46,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -60,7 +60,7 @@ TARGETS = {
 }
 
 _SILENT = Progress(lambda text: None)
-_WITHOUT_ABLATION = Settings(ablation_samples=0)
+_WITHOUT_ABLATION = MeasureSettings(ablation_samples=0)
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def _size(store: Store) -> dict[str, Any]:
 def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats: int) -> dict[str, Samples]:
     """Measures again and again; the table with all figures stays where it belongs."""
 
-    def side(settings: Settings, path: Path) -> Subject:
+    def side(settings: MeasureSettings, path: Path) -> Subject:
         return timing.timed(
             functools.partial(
                 measure,
@@ -147,7 +147,7 @@ def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats:
 
     subjects = {
         "without ablation": side(_WITHOUT_ABLATION, folder.path / "less.parquet"),
-        "all figures": side(Settings(), folder.table),
+        "all figures": side(MeasureSettings(), folder.table),
     }
     # A call before the first that counts, for what is compiled.
     return timing.alternate(subjects, repeats, warmup=1, label="statistics")

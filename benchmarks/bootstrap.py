@@ -24,7 +24,7 @@ import numpy as np
 import scipy.sparse
 
 from topklm.neurons.statistics.embeddings import Embeddings
-from topklm.neurons.store import Block, Store
+from topklm.neurons.store import NeuronBlock, Store
 
 FIGURES = ("token_entropy_corrected", "semantic_entropy_corrected", "monosemanticity")
 DRAWS = 1000
@@ -98,7 +98,7 @@ def resample(
     return found
 
 
-def of_neuron(block: Block, number: int, text: Text, weights: np.ndarray) -> dict[str, np.ndarray]:
+def of_neuron(block: NeuronBlock, number: int, text: Text, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Computes the figures of one neuron of a block from each draw, float64[R] each."""
     part = slice(block.offsets[number], block.offsets[number + 1])
     places, strengths = block.tokens[part], np.abs(block.values[part]).astype(np.float64)

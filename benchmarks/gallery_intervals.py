@@ -107,7 +107,7 @@ def _interval(values: np.ndarray) -> dict[str, float]:
     return {name: round(value, 5) for name, value in dataclasses.asdict(found).items()}
 
 
-def _text(folder: NeuronsFolder, store: Store, measured: table.Measured) -> bootstrap.Text:
+def _text(folder: NeuronsFolder, store: Store, measured: table.TableMetadata) -> bootstrap.Text:
     """Returns the text, with the clusters and contexts of the table."""
     model = topklm.load(str(folder.run), step=folder.step)
     columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())

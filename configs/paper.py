@@ -59,7 +59,7 @@ def get_config(variant: str = "130m") -> ml_collections.ConfigDict:
 
 
 def parameter_count(model: ml_collections.ConfigDict) -> int:
-    """Of a model with a vocabulary of `VOCABULARY`: two embeddings, attention, SwiGLU and norms."""
+    """Counts the parameters of a model whose vocabulary is `VOCABULARY`."""
     d, head = model.d_model, model.d_model // model.n_heads
     attention = 2 * d * model.n_heads * head + 2 * d * model.n_kv_heads * head
     return 2 * VOCABULARY * d + model.n_layers * (attention + 3 * d * model.d_mlp + 2 * d) + d

@@ -17,7 +17,7 @@ from topklm.data.prepare import prepare
 from topklm.errors import UserError
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import sentences, table
+from topklm.neurons.statistics import embeddings, table
 from topklm.neurons.store import Store
 
 STEP = 7
@@ -110,7 +110,7 @@ def test_the_table_says_which_dictionary_and_which_encoder(harvested, monkeypatc
         def encode(self, texts):
             return [[len(text), text.count("e"), 1] for text in texts]
 
-    monkeypatch.setattr(sentences, "load", lambda name: Lengths())
+    monkeypatch.setattr(embeddings, "load_encoder", lambda name: Lengths())
     options = ["--lens-contexts", "4", "--encoder", "models/lengths", "--json"]
     run("measure", harvested.run, *options)
     assert json.loads(capsys.readouterr().out)["table"] == str(harvested.table)

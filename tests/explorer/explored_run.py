@@ -18,7 +18,7 @@ from topklm.config import Config
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import activity, catalog, table
-from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Metadata, StoreWriter
 
 STEP = 5
@@ -101,7 +101,7 @@ def write_table(
         for layer in LAYERS
         for neuron in range(D)
     ]
-    measured = table.Measured(
+    measured = table.TableMetadata(
         run=place.run.name,
         step=STEP,
         tokenizer_sha256=saved_runs.tokenizer().sha256,

@@ -16,7 +16,7 @@ from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import activity, catalog, embeddings, examples, table
+from topklm.neurons.statistics import activity, catalog, embeddings, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress
 
@@ -167,7 +167,10 @@ def write_table(folder, store, rng):
     bounds = embeddings.document_bounds(store)
     for layer in LAYERS:
         block = store.block(layer, 0, D)
-        columns = {**activity.columns(block, store.n_tokens), **examples.columns(block, bounds, layer, 0)}
+        columns = {
+            **activity.columns(block, store.n_tokens),
+            **activity.example_columns(block, bounds, layer, 0),
+        }
         for j in range(D):
             row = dict.fromkeys(catalog.schema().names)
             row |= {name: column[j] for name, column in columns.items()}
@@ -180,7 +183,7 @@ def write_table(folder, store, rng):
                 row["coactive_similarity"] = rng.random(6).tolist()
             rows.append(row)
     metadata = store.metadata
-    measured = table.Measured(
+    measured = table.TableMetadata(
         run=metadata.run,
         step=metadata.step,
         tokenizer_sha256=metadata.tokenizer_sha256,

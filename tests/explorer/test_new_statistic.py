@@ -15,7 +15,7 @@ from topklm.errors import UserError
 from topklm.explorer import export
 from topklm.explorer.index import Index, Wanted
 from topklm.explorer.neuron_data import NeuronData
-from topklm.neurons.statistics import Settings, catalog, table
+from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.measure import extend, measure
 from topklm.neurons.store import Store
@@ -120,9 +120,10 @@ def test_json_of_the_command_describes_every_statistic(explored_copy, energy, mo
 
 
 def test_two_statistics_cannot_have_one_column(monkeypatch):
+    before = catalog.STATISTICS
     for name in ("density", "top_token_shares", "layer", "no name"):
         added = Statistic(name, "Another", "Another.", energies)
-        monkeypatch.setattr(catalog, "STATISTICS", (*catalog.STATISTICS, added))
+        monkeypatch.setattr(catalog, "STATISTICS", (*before, added))
         with pytest.raises(ValueError, match=f"statistic {name!r}"):
             catalog.schema()
 
@@ -136,15 +137,17 @@ def test_the_definitions_in_the_docs_are_those_of_the_catalog():
 
 def test_an_older_table_gets_what_it_lacks_with_the_bits_of_a_whole_measurement(explored_copy):
     model = topklm.load(explored_copy.run)
-    measured_anew(explored_copy, Settings(ablation_samples=4, lens_contexts=4, seed=3), model)
+    measured_anew(explored_copy, MeasureSettings(ablation_samples=4, lens_contexts=4, seed=3), model)
     whole, measured = table.read(explored_copy.table)
     removed = [s for s in catalog.STATISTICS if s.name not in ("n_active", "density", "max_activation")]
     without(explored_copy, [name for s in removed for name in s.columns])
+    assert not table.is_complete(explored_copy.table)
     missing, _ = table.read(explored_copy.table)
     assert missing["similar_effect"].null_count == missing.num_rows  # until it is measured
     assert missing["density"] == whole["density"]
     assert extended(explored_copy, model) == tuple(s.name for s in removed)
     assert table.read(explored_copy.table) == (whole, measured)
+    assert table.is_complete(explored_copy.table)
     assert extended(explored_copy, model) == ()
 
 
@@ -157,6 +160,13 @@ def test_a_statistic_that_has_lost_one_of_its_columns_is_measured_again(explored
     assert found.drop_columns(["coactive", "coactive_similarity"]) == before.drop_columns(
         ["coactive", "coactive_similarity"]
     )
+
+
+def test_a_damaged_table_is_not_taken_for_one_that_lacks_something(explored_copy):
+    explored_copy.table.write_bytes(explored_copy.table.read_bytes()[:-9])
+    assert table.is_complete(explored_copy.table)
+    with pytest.raises(UserError, match="is damaged"):
+        extended(explored_copy)
 
 
 def test_columns_of_a_later_version_stay_in_the_file(explored_copy):

@@ -19,7 +19,7 @@ from test_security import assert_harmless
 
 from topklm.commands import steer_args
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.steering import COLUMNS, Settings, Writing, spelled
+from topklm.explorer.steering import COLUMNS, SteerSettings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
 from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
@@ -63,7 +63,7 @@ def stream(site, asked, address=ADDRESS):
 def test_the_columns_are_what_the_model_writes_with_the_same_seed_and_alone(
     source, reader, mode, positions, seed, temperature
 ):
-    settings = Settings(PROMPT, mode, 3.5, positions, temperature, LENGTH, seed)
+    settings = SteerSettings(PROMPT, mode, 3.5, positions, temperature, LENGTH, seed)
     found = whole(Writing(source, reader, *PLACE, settings))
     options = {"max_new_tokens": LENGTH, "temperature": temperature, "seed": seed}
     steer = [Intervention(*PLACE, 3.5, mode, positions)]
@@ -82,7 +82,9 @@ def test_the_columns_are_what_the_model_writes_with_the_same_seed_and_alone(
 
 def test_the_unsteered_column_is_what_the_model_finds_most_likely_token_by_token(source, reader):
     found = whole(
-        Writing(source, reader, *PLACE, Settings(PROMPT, value=3.5, temperature=0, max_new_tokens=LENGTH))
+        Writing(
+            source, reader, *PLACE, SteerSettings(PROMPT, value=3.5, temperature=0, max_new_tokens=LENGTH)
+        )
     )
     prompt, _, _ = generated(reader.model, {})
     ids = list(prompt)
@@ -152,7 +154,7 @@ def test_the_stream_has_the_prompt_both_texts_and_what_became_of_them(site, sour
 
 def test_a_text_too_long_to_be_read_at_once_is_written_all_the_same(source, reader):
     short = dataclasses.replace(source.store.metadata, context_length=len(PROMPT) + 3)
-    writing = Writing(source, LiveModel(str(source.folder.run), short), *PLACE, Settings.of(ASKED))
+    writing = Writing(source, LiveModel(str(source.folder.run), short), *PLACE, SteerSettings.of(ASKED))
     assert all(whole(writing).values())
     assert [end.active for end in writing.ends().values()] == [None, None]
 
@@ -231,7 +233,7 @@ def test_the_form_leads_to_a_page_with_both_texts_that_can_be_reloaded(site, sou
     }
     assert answer.headers["location"] == f"/neurons/1/17?{urlencode(expected)}#steer"
     page = site.ask(answer.headers["location"].partition("#")[0]).text
-    texts = whole(Writing(source, reader, *PLACE, Settings.of(expected)))
+    texts = whole(Writing(source, reader, *PLACE, SteerSettings.of(expected)))
     for column in COLUMNS:
         found = re.search(f'data-column="{column}">(.*?)</p>', page, re.DOTALL)[1]
         shown = html.unescape(re.sub(r"</?(mark|span)[^>]*>", "", found))

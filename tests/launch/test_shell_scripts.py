@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_is_told_from_one_that_is_finished(capsys):
         config=types.SimpleNamespace(train=types.SimpleNamespace(steps=9000)),
         folder="runs/first",
     )
-    loop._Run._say_stopped(run, 1234)
+    loop._Loop._say_stopped(run, 1234)
     said = capsys.readouterr().out
     assert shell("outcome 0", f"step 1\n{said}") == "75"
     assert shell("outcome 0", f"  12: {said}") == "75"  # from Slurm

@@ -273,11 +273,13 @@ def test_an_edit_replaces_what_a_layer_hands_on(params, layer_stack, n_nontopk):
 
     @jax.jit
     def run(tokens, chosen):
-        def tap(h, u, h_next):
+        def capture(h, u, h_next):
             return h, h_next
 
         model = transformer.bind(config, params)
-        return model.hidden(tokens, capture=tap, hooks=LayerHooks(output=edit), hook_inputs=(chosen, given))
+        return model.hidden(
+            tokens, capture=capture, hooks=LayerHooks(output=edit), hook_inputs=(chosen, given)
+        )
 
     tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, config.vocab_size)
     h, (before, after) = run(tokens, chosen)

@@ -16,8 +16,8 @@ from test_bad_requests import LIMITS, MODEL, client_of
 import topklm
 from topklm.config import Config
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.scores import Scores
 from topklm.inference.sequence import SequenceUpdate, Token
+from topklm.inference.steps import Scores
 from topklm.server import neurons, requests
 from topklm.server.service import Service
 

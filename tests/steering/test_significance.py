@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from topklm.steering import significance
-from topklm.steering.significance import Measured
+from topklm.steering.significance import MeasuredLayer
 
 X, N, R, K = 3, 12, 40, 2
 OTHERS_AT = np.array([0, 3, 4, 9])
@@ -23,7 +23,7 @@ def measured():
     divergences[:, 5] = 3.0  # never within
     divergences[1, 6], divergences[2, 6] = 5.0, 0.2  # comes back
     random = rng.normal(0, 0.7, (X, R, N, K))
-    return Measured(own, divergences, divergences, random, divergences[:, :1], others, OTHERS_AT)
+    return MeasuredLayer(own, divergences, divergences, random, divergences[:, :1], others, OTHERS_AT)
 
 
 def quantile(values):
@@ -74,7 +74,7 @@ def test_mismatched_pairs_are_counted_one_by_one(measured):
 
 
 def test_a_gain_below_zero_is_none_whatever_random_directions_do(measured):
-    low = Measured(
+    low = MeasuredLayer(
         own=-0.1 * np.ones((X, N, K)),
         divergences=np.zeros((X, N)),
         losses=np.zeros((X, N)),
@@ -93,7 +93,7 @@ def test_random_numbers_are_steerable_in_five_of_a_hundred_cases():
     zeros = np.zeros((1, n))
     random = rng.normal(3, 1, (1, 200, n, 1))
     others = np.zeros((1, 0, n, 1))
-    chance = Measured(own, zeros, zeros, random, np.zeros((1, 200)), others, np.zeros(0, np.int64))
+    chance = MeasuredLayer(own, zeros, zeros, random, np.zeros((1, 200)), others, np.zeros(0, np.int64))
     found = significance.judge(chance, BOUND)
     assert 0.035 < found.steerable.mean() < 0.065
     assert not found.specific.any()  # there was nothing to compare with

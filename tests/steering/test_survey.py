@@ -16,10 +16,10 @@ from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
 from topklm.steering import summary, survey
 from topklm.steering.concepts import KINDS
-from topklm.steering.survey import Settings
+from topklm.steering.survey import SurveySettings
 
 DOCUMENTS = random_documents((30, 26, 11, 40, 17, 29), seed=4)
-SETTINGS = Settings(
+SETTINGS = SurveySettings(
     strengths=(0.5, 1.5), prompts=3, prompt_tokens=6, random_directions=5, neurons=6, bound=0.5, seed=2
 )
 PROGRESS = Progress(lambda line: None)

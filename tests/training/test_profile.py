@@ -7,7 +7,7 @@ import pytest
 
 from topklm.config import resolve
 from topklm.errors import UserError
-from topklm.training.profile import Profiler
+from topklm.training.throughput import Profiler
 
 
 def traced_steps(folder):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.training.evaluation import summarize_topk_health, topk_health_tap
+from topklm.training.evaluation import capture_topk_health, summarize_topk_health
 
 # Three tokens, the last of which does not count; four neurons; two TopK layers, then a dense one.
 WEIGHTS = jnp.array([[1.0, 1.0, 0.0]])
@@ -28,9 +28,9 @@ AFTER_TOPK = jnp.array(
 
 def measured(weights=WEIGHTS):
     """Returns the sums of all three layers, stacked as the model stacks them."""
-    tap = topk_health_tap(weights)
+    capture = capture_topk_health(weights)
     inputs = [EMBEDDED, AFTER_TOPK[0], AFTER_TOPK[1]]
-    layers = [tap(h, u, h_next) for h, u, h_next in zip(inputs, BEFORE_TOPK, AFTER_TOPK, strict=True)]
+    layers = [capture(h, u, h_next) for h, u, h_next in zip(inputs, BEFORE_TOPK, AFTER_TOPK, strict=True)]
     return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *layers)
 
 
@@ -64,13 +64,13 @@ def test_sums_of_two_batches_add_up():
 
 def test_a_token_whose_residual_is_zero_keeps_all_of_nothing():
     zeros = jnp.zeros((1, 3, 4))
-    sums = topk_health_tap(WEIGHTS)(zeros, zeros, zeros)
+    sums = capture_topk_health(WEIGHTS)(zeros, zeros, zeros)
     assert (float(sums["kept_square_share"]), float(sums["active"])) == (2.0, 0.0)
 
 
 def test_squares_are_summed_in_float32():
     u = jnp.full((1, 1, 1000), 1.0, jnp.bfloat16)
-    sums = topk_health_tap(jnp.ones((1, 1)))(u, u, u.at[..., 700:].set(0))
+    sums = capture_topk_health(jnp.ones((1, 1)))(u, u, u.at[..., 700:].set(0))
     assert float(sums["kept_square_share"]) == pytest.approx(0.7, abs=1e-6)
 
 

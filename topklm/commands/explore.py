@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_installed("explore", _NEEDED)
     shared.check_on_disk(arguments.run, "pages are made from a folder on a disk")
     # These need packages of the extra, which may not be there for those above.
+    from topklm.commands.neurons_pipeline import ensure_measured  # noqa: PLC0415
     from topklm.explorer import app, export, neuronpedia  # noqa: PLC0415
     from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
-    from topklm.neurons.pipeline import ensure_measured  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
 
     if out is None:

@@ -5,16 +5,23 @@ import dataclasses
 from pathlib import Path
 import re
 
-from topklm.commands import neurons_ablate, neurons_contrast, neurons_find, neurons_select, shared
+from topklm.commands import (
+    neurons_ablate,
+    neurons_contrast,
+    neurons_find,
+    neurons_pipeline,
+    neurons_select,
+    shared,
+)
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
 from topklm.neurons import dictionary as dictionary_lib
-from topklm.neurons import fit_dictionary, pipeline
+from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Store
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
@@ -57,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_harvest(parser: argparse.ArgumentParser) -> None:
     shared.add_run(parser)
     parser.add_argument(
-        "--tokens", type=_count, default=pipeline.DEFAULT_TOKENS, metavar="N", help="default %(default)s"
+        "--tokens",
+        type=_count,
+        default=neurons_pipeline.DEFAULT_TOKENS,
+        metavar="N",
+        help="default %(default)s",
     )
     parser.add_argument(
         "--source",
@@ -103,14 +114,14 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation-samples",
         type=int,
-        default=Settings.ablation_samples,
+        default=MeasureSettings.ablation_samples,
         metavar="N",
         help="tokens at which each neuron is set to 0; 0: none; default %(default)s",
     )
     parser.add_argument(
         "--lens-contexts",
         type=_count,
-        default=Settings.lens_contexts,
+        default=MeasureSettings.lens_contexts,
         metavar="N",
         help="over which the Jacobian is averaged; default %(default)s",
     )
@@ -137,7 +148,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     folder = NeuronsFolder(Path(model.run), model.step)
     place = cluster.find() if arguments.part is None else None
     share = arguments.part or (Share(place.index, place.count) if place else ALL)
-    pipeline.harvest_into(
+    neurons_pipeline.harvest_into(
         folder,
         model,
         mesh,
@@ -163,8 +174,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     model, _ = shared.load(arguments)
     folder = NeuronsFolder(Path(model.run), model.step)
-    settings = Settings(ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts)
-    pipeline.measure_into(folder, model, output.progress, settings, arguments.encoder)
+    settings = MeasureSettings(
+        ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts
+    )
+    neurons_pipeline.measure_into(folder, model, output.progress, settings, arguments.encoder)
     from topklm.neurons.statistics import catalog  # noqa: PLC0415 - its table needs a package of the extra
 
     described = [statistic.described() for statistic in catalog.STATISTICS]

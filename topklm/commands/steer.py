@@ -6,7 +6,7 @@ import json
 from topklm.commands import shared, steer_dose, steer_survey
 from topklm.commands.shared import Output
 from topklm.errors import disk_errors_are_user_errors
-from topklm.steering.survey import Settings
+from topklm.steering.survey import SurveySettings
 from topklm.storage.files import local_path, write_atomically
 
 DESCRIPTION = (
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
         f"default {steer_dose.DEFAULT_TIMES} if measured, else {steer_dose.DEFAULT_VALUES}. With --survey: "
         "lengths of the added vector, in units of the mean length of what the layer hands on; default "
-        f"{','.join(map(str, Settings.strengths))}",
+        f"{','.join(map(str, SurveySettings.strengths))}",
     )
     steer_dose.add_arguments(parser)
     steer_survey.add_arguments(parser)

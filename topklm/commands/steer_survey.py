@@ -16,7 +16,7 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.steering import summary
 from topklm.steering.concepts import KINDS
-from topklm.steering.survey import Settings, survey
+from topklm.steering.survey import SurveySettings, survey
 
 FLAGS = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
 _NOTHING = "-"
@@ -33,20 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="NATS",
         help="a neuron counts at the largest value at which the steered next-token distribution is within "
-        f"this KL divergence of the unsteered one; default {Settings.bound}",
+        f"this KL divergence of the unsteered one; default {SurveySettings.bound}",
     )
     group.add_argument(
         "--neutral-prompts",
         type=int,
         metavar="N",
         help="pieces of harvested text, of documents that no concept is read from; default "
-        f"{Settings.prompts}",
+        f"{SurveySettings.prompts}",
     )
     group.add_argument(
         "--directions",
         type=int,
         metavar="N",
-        help=f"random ones, of each layer; default {Settings.random_directions}",
+        help=f"random ones, of each layer; default {SurveySettings.random_directions}",
     )
 
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], 
     return {"surveys": found}, lambda: _print(output, found, settings)
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> SurveySettings:
     given: dict[str, Any] = {"seed": arguments.seed}
     if arguments.values is not None:
         given["strengths"] = tuple(sorted(_numbers("values", arguments.values, float)))
@@ -91,7 +91,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise shared.wrong(arguments, "bound", allowed="above 0, nats")
     names = {"neurons": "neurons", "prompts": "neutral_prompts", "random_directions": "directions"}
     given |= {name: getattr(arguments, flag) for name, flag in {**names, "bound": "bound"}.items()}
-    return dataclasses.replace(Settings(), **{k: value for k, value in given.items() if value is not None})
+    return dataclasses.replace(
+        SurveySettings(), **{k: value for k, value in given.items() if value is not None}
+    )
 
 
 def _numbers(flag: str, text: str, kind: type) -> list:
@@ -118,7 +120,7 @@ def _open(run_folder: str, step: int | None) -> tuple[topklm.LanguageModel, Stor
     return model, store
 
 
-def _print(output: Output, found: Sequence[dict[str, Any]], settings: Settings) -> None:
+def _print(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
     for kind in KINDS:
         heads = ("run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %")
         table = shared.table_of((*heads, "specific %", "prompting's"), f"concept: {kind} tokens")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from topklm.commands import shared
+from topklm.commands.neurons_pipeline import check_keep
 from topklm.config import DataConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -20,7 +21,6 @@ from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.documents import COPY, described, no_text, open_documents
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.pipeline import check_keep
 from topklm.progress import Progress
 from topklm.storage.files import is_bucket
 

@@ -38,7 +38,7 @@ class NotThereError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class StoreWindow:
     """A stretch of one document of the store.
 
     Attributes:
@@ -179,7 +179,7 @@ class NeuronData:
         """The text of the store, to be searched."""
         return StoredText(self.store, self.tokenizer)
 
-    def window(self, at: int, size: int) -> Window:
+    def window(self, at: int, size: int) -> StoreWindow:
         """Returns text of one document around a token, with the token as far inside as can be.
 
         Args:
@@ -191,7 +191,7 @@ class NeuronData:
         """
         return self.windows([at], size)[0]
 
-    def windows(self, places: Sequence[int], size: int) -> list[Window]:
+    def windows(self, places: Sequence[int], size: int) -> list[StoreWindow]:
         """Returns `window` around each of some tokens."""
         for place in places:
             if not 0 <= place < self.store.n_tokens:
@@ -203,7 +203,7 @@ class NeuronData:
         begins = np.maximum(first, np.minimum(at - size // 2, stop - size))
         ends = np.minimum(begins + size, stop)
         facts = zip(begins.tolist(), ends.tolist(), numbers[inside].tolist(), strict=True)
-        return [Window(begin, self.ids[begin:end], document) for begin, end, document in facts]
+        return [StoreWindow(begin, self.ids[begin:end], document) for begin, end, document in facts]
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns each token as a page shows it: unprintable characters are spelled out."""

@@ -25,7 +25,7 @@ import pyarrow as pa
 from topklm.checkpoint.run_folder import saved_config
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer.neuronpedia_rows import COLUMNS, Row, Rows, Windows, events
+from topklm.explorer.neuronpedia_rows import COLUMNS, ExampleWindows, NeuronpediaRows, Row, events
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
@@ -86,7 +86,7 @@ def export(
     with disk_errors_are_user_errors(f"writing {out}"), phase as report:
         try:
             for layer, numbers in _by_layer(measured, wanted):
-                of_layer = Rows(measured, layer, n_layers, tokenizer, model_id, creator_id)
+                of_layer = NeuronpediaRows(measured, layer, n_layers, tokenizer, model_id, creator_id)
                 path = temporary / model_id / of_layer.source_id
                 path.mkdir(parents=True)
                 for name, row in of_layer.headings().items():
@@ -108,8 +108,8 @@ def export(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _wanted(measured: table.Measured, neurons: Iterable[tuple[int, int]] | None) -> Sequence[int]:
-    """Rows of the table, rising."""
+def _wanted(measured: table.TableMetadata, neurons: Iterable[tuple[int, int]] | None) -> Sequence[int]:
+    """Returns numbers of rows of the table, rising."""
     layers, d = measured.layers, measured.d_model
     if neurons is None:
         return range(len(layers) * d)
@@ -125,19 +125,19 @@ def _wanted(measured: table.Measured, neurons: Iterable[tuple[int, int]] | None)
     return sorted(wanted)
 
 
-def _by_layer(measured: table.Measured, wanted: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def _by_layer(measured: table.TableMetadata, wanted: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     for place, numbers in itertools.groupby(wanted, lambda number: number // measured.d_model):
         yield measured.layers[place], list(numbers)
 
 
-def _by_batch(measured: table.Measured, numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+def _by_batch(measured: table.TableMetadata, numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """Yields the same neuron is always in the batch of the same number."""
     for batch, chosen in itertools.groupby(numbers, lambda number: number % measured.d_model // _BATCH):
         yield batch, list(chosen)
 
 
-def _activations(store: Store, layer: int, rows: Sequence[Row], made_by: Rows) -> Iterator[Row]:
-    windows = Windows(store, np.array([at for row in rows for at in row["examples"] or []], np.int64))
+def _activations(store: Store, layer: int, rows: Sequence[Row], made_by: NeuronpediaRows) -> Iterator[Row]:
+    windows = ExampleWindows(store, np.array([at for row in rows for at in row["examples"] or []], np.int64))
     first = 0
     for row, tokens, values in events(store, layer, rows):
         stop = first + len(row["examples"] or [])
@@ -161,7 +161,9 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 
-def _check_same(folder: NeuronsFolder, store: Store, measured: table.Measured, tokenizer: Tokenizer) -> None:
+def _check_same(
+    folder: NeuronsFolder, store: Store, measured: table.TableMetadata, tokenizer: Tokenizer
+) -> None:
     table.check_same(folder.table, measured, store)
     if store.n_tokens != measured.n_tokens:
         raise UserError(

@@ -34,7 +34,7 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.neurons import hook_names
 from topklm.neurons.statistics import table
-from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 
 WINDOW = 128  # tokens around an example
@@ -66,7 +66,7 @@ Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class ExampleWindow:
     """Text around an example.
 
     Attributes:
@@ -82,7 +82,7 @@ class Window:
     losses: list[float | None]
 
 
-class Windows:
+class ExampleWindows:
     """Text around M tokens of a store: of one document, `WINDOW` tokens or all it has, the token well inside.
 
     Args:
@@ -100,7 +100,7 @@ class Windows:
             if len(rows):
                 self._read(store, places[rows], rows)
 
-    def around(self, numbers: slice, tokens: np.ndarray, values: np.ndarray) -> Iterator[Window]:
+    def around(self, numbers: slice, tokens: np.ndarray, values: np.ndarray) -> Iterator[ExampleWindow]:
         """Yields some of them, with the activations of one neuron.
 
         Args:
@@ -119,7 +119,7 @@ class Windows:
             losses = self._losses[number, :n].tolist()
             if not np.isfinite(self._losses[number, :n]).all():
                 losses = [loss if np.isfinite(loss) else None for loss in losses]
-            yield Window(begin, self._ids[number, :n].tolist(), found.tolist(), losses)
+            yield ExampleWindow(begin, self._ids[number, :n].tolist(), found.tolist(), losses)
 
     def _read(self, store: Store, places: np.ndarray, rows: np.ndarray) -> None:
         """Reads those around rising places of one strip."""
@@ -140,7 +140,7 @@ class Windows:
 def events(
     store: Store, layer: int, rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Mapping[str, Any], np.ndarray, np.ndarray]]:
-    """Rows of the statistics with all events of their neurons.
+    """Yields rows of the statistics with all events of their neurons.
 
     Neighbours are read at once, as many as fit into memory.
 
@@ -166,7 +166,7 @@ def events(
         begin = end
 
 
-class Rows:
+class NeuronpediaRows:
     """Makes the rows of one source, which is a layer.
 
     Args:
@@ -180,7 +180,7 @@ class Rows:
 
     def __init__(
         self,
-        measured: table.Measured,
+        measured: table.TableMetadata,
         layer: int,
         n_layers: int,
         tokenizer: Tokenizer,
@@ -281,7 +281,7 @@ class Rows:
             "decoder_weights_dist": [],
         }
 
-    def activations(self, row: Row, windows: Iterator[Window]) -> Iterator[Row]:
+    def activations(self, row: Row, windows: Iterator[ExampleWindow]) -> Iterator[Row]:
         """Yields the examples of a neuron, in the table's order.
 
         Args:

@@ -25,7 +25,7 @@ _LONGEST_SHOWN = 60  # characters of a wrong value
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SteerSettings:
     """Settings of a Steer box; names and meanings are as in `Intervention` and `LanguageModel.generate`."""
 
     prompt: str
@@ -37,7 +37,7 @@ class Settings:
     seed: int = 0
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Settings":
+    def of(cls, content: Mapping[str, Any]) -> "SteerSettings":
         """Reads a form, where all values are texts, or JSON.
 
         Raises:
@@ -65,7 +65,7 @@ class Settings:
         return settings
 
 
-_FIELDS = dataclasses.fields(Settings)
+_FIELDS = dataclasses.fields(SteerSettings)
 NAMES = tuple(field.name for field in _FIELDS)
 
 
@@ -118,7 +118,9 @@ class Writing:
         UserError: If there is no such neuron, or the model cannot have these settings.
     """
 
-    def __init__(self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: Settings):
+    def __init__(
+        self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: SteerSettings
+    ):
         row = source.row(source.number(layer, neuron), ["top_tokens"])
         self._reader, self._neuron = reader, (layer, neuron)
         self._input_tokens = frozenset((row["top_tokens"] or ())[:LISTED_TOKENS])

@@ -21,7 +21,7 @@ from topklm.explorer.requests import (
     run_limited,
     taken,
 )
-from topklm.explorer.steering import COLUMNS, NAMES, Settings, Writing
+from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing
 from topklm.explorer.views.steering import box
 from topklm.web.client import Say, Stream, to_json
 from topklm.web.security import comes_from_elsewhere
@@ -52,7 +52,7 @@ class SteeringAnswers:
 
     async def stream(self, request: Request) -> Response:
         """Streams lines of JSON: the prompt, pieces of both columns as they come, at last the end of each."""
-        writing = await self._begin(request, Settings.of(await fields(request)))
+        writing = await self._begin(request, SteerSettings.of(await fields(request)))
 
         async def write(say: Say) -> None:
             async def say_line(line: Line) -> None:
@@ -80,12 +80,12 @@ class SteeringAnswers:
         shown["chosen"] |= chosen
         if not comes_from_elsewhere(request.headers):
             try:
-                shown["written"] = await self._whole(request, Settings.of(chosen))
+                shown["written"] = await self._whole(request, SteerSettings.of(chosen))
             except UserError as e:
                 shown["problem"] = str(e)
         return shown
 
-    async def _whole(self, request: Request, settings: Settings) -> Line:
+    async def _whole(self, request: Request, settings: SteerSettings) -> Line:
         lines: list[Line] = []
 
         async def keep(line: Line) -> None:
@@ -97,7 +97,7 @@ class SteeringAnswers:
         pieces = {name: [line for line in lines[1:-1] if line["column"] == name] for name in COLUMNS}
         return {"prompt": lines[0]["prompt"], "pieces": pieces, "ends": lines[-1]["ends"]}
 
-    async def _begin(self, request: Request, settings: Settings) -> Writing:
+    async def _begin(self, request: Request, settings: SteerSettings) -> Writing:
         check_not_busy(self._turn)
         at = request.path_params["layer"], request.path_params["neuron"]
         return await run_limited(self._model_turn, Writing, self._source, self._reader, *at, settings)

@@ -18,9 +18,8 @@ from topklm.inference import steps as steps_lib
 from topklm.inference.bucketing import BatchBuckets, Buckets, Row, ServingBuckets
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import RowSampling, Sampling, held
-from topklm.inference.scores import Scores, before_drawing, chosen
 from topklm.inference.sequence import Sequence, Token
-from topklm.inference.steps import NOTHING, STEPS, DecodeState, RequestBatch, StaticArgs, TokenStep
+from topklm.inference.steps import NOTHING, STEPS, DecodeState, RequestBatch, Scores, StaticArgs, TokenStep
 from topklm.model import transformer
 
 _NO_SAMPLING = Sampling(temperature=0.0)
@@ -134,7 +133,7 @@ class Scheduler:
             return []
         assert self._state is not None
         scored = any(one.n_alternatives is not None for one in self.sequences)
-        before = before_drawing(self._static, self._state.logits) if scored else None
+        before = steps_lib.log_probabilities(self._static, self._state.logits) if scored else None
         n_left = [0 if one is None else one.limit - len(one.tokens) for one in self._slots]
         if self._batch is None:
             self._batch = self._batch_of(self._slots)
@@ -147,7 +146,7 @@ class Scheduler:
             np.int32(1 if scored else min(steps, STEPS)),
         )
         new = np.asarray(new_BN)
-        scores = None if before is None else chosen(before, np.maximum(new[:, 0], 0))
+        scores = None if before is None else steps_lib.scores_of_drawn(before, np.maximum(new[:, 0], 0))
         return self._taken(new.tolist(), scores)
 
     def _all_layers(self) -> kv_cache.Layers:

@@ -195,8 +195,8 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
 def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:
     """Wraps a layer so that less is kept for its backward pass, and computed again (`config.remat`)."""
     policies = jax.checkpoint_policies
-    # The mask of a TopK that is not in halves is one byte an entry; without it the search, and the product
-    # before it, would run again.
+    # The mask of a TopK whose gradient the next layer does not mask is one byte an entry; without it the
+    # search, and the product before it, would run again.
     policy = {
         "none": _all_but_gathered,
         "minimal": policies.save_from_both_policies(

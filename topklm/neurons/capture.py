@@ -118,14 +118,14 @@ def capture(
     dense_hooks = {hook for _, hook in places.values()} - {hook_names.TOPK}
     k = min(model.config.topk_k + more_active, model.config.d_model)
 
-    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> tuple[SparseActivations | None, dict]:
+    def keep(h: jax.Array, u: jax.Array, h_next: jax.Array) -> tuple[SparseActivations | None, dict]:
         dense = {hook_names.RESID_PRE: h, hook_names.TOPK_PRE: u, hook_names.RESID_POST: h_next}
         neurons = SparseActivations.from_dense(h_next, k) if sparse_layers else None
         return neurons, {hook: dense[hook] for hook in dense_hooks}
 
     numbers = jnp.arange(model.config.n_layers)
     h_BTD, (neurons, dense) = model.hidden(
-        tokens_BT, segment_ids_BT, positions_BT, capture=tap, hooks=hooks, hook_inputs=numbers
+        tokens_BT, segment_ids_BT, positions_BT, capture=keep, hooks=hooks, hook_inputs=numbers
     )
     others = {name: dense[hook][layer] for name, (layer, hook) in places.items() if hook != hook_names.TOPK}
     if not sparse_layers:

@@ -166,7 +166,7 @@ _OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, a
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Window:
+class TokenWindow:
     """A stretch of a document.
 
     Attributes:
@@ -206,7 +206,7 @@ class Packed:
     documents: np.ndarray
 
 
-def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[Window]:
+def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[TokenWindow]:
     """Windows that together read every token of a document once.
 
     Args:
@@ -217,7 +217,7 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
     """
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
     for first, stop, known in chunk_bounds(len(inputs), length):
-        yield Window(document, inputs[first:stop], known - first)
+        yield TokenWindow(document, inputs[first:stop], known - first)
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -238,9 +238,9 @@ def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
         known, first = stop, stop - overlap
 
 
-def batches(windows: Iterable[Window], n_tokens: int) -> Iterator[list[Window]]:
+def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[TokenWindow]]:
     """Windows in lists that have at least so many tokens to read; the last may have fewer."""
-    stretch: list[Window] = []
+    stretch: list[TokenWindow] = []
     n = 0
     for window in windows:
         stretch.append(window)
@@ -252,7 +252,7 @@ def batches(windows: Iterable[Window], n_tokens: int) -> Iterator[list[Window]]:
         yield stretch
 
 
-def pack(windows: list[Window], length: int, multiple: int, separator_id: int) -> Packed:
+def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: int) -> Packed:
     """Puts windows into rows, the longest first, each into the first row that it fits into.
 
     Args:

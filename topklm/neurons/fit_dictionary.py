@@ -29,7 +29,7 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import sae
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
-from topklm.neurons.documents import Documents, Window, pack, windows_of
+from topklm.neurons.documents import Documents, TokenWindow, pack, windows_of
 from topklm.progress import Progress
 
 DEFAULT_TOKENS = 1_000_000
@@ -147,7 +147,7 @@ def explained_variance(
         n_tokens: How many, about.
     """
     rows = max(1, _BATCH_TOKENS // config.context_length) * mesh.size
-    windows: list[Window] = []
+    windows: list[TokenWindow] = []
     read = 0
     separator_id = config.vocab_size - 1  # any: padding does not count
     for number, ids in enumerate(documents):

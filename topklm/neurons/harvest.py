@@ -23,7 +23,7 @@ from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
-from topklm.neurons.documents import Documents, Packed, Window, batches, pack, windows_of
+from topklm.neurons.documents import Documents, Packed, TokenWindow, batches, pack, windows_of
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
 
@@ -125,13 +125,13 @@ def harvest(
     return writer.n_tokens
 
 
-def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[Window]:
+def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[TokenWindow]:
     for number, ids in enumerate(documents):
         if number % share.count == share.index:
             yield from windows_of(number, ids, separator_id, length)
 
 
-def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
+def _behind(windows: Iterator[TokenWindow], stored: int) -> Iterator[TokenWindow]:
     """Yields the windows after the first `stored` tokens; they are cut the same way every time."""
     skipped = 0
     while skipped < stored and (window := next(windows, None)):
@@ -144,7 +144,7 @@ def _behind(windows: Iterator[Window], stored: int) -> Iterator[Window]:
     yield from windows
 
 
-def _first(windows: Iterator[Window], before: int, n_tokens: int | None) -> Iterator[Window]:
+def _first(windows: Iterator[TokenWindow], before: int, n_tokens: int | None) -> Iterator[TokenWindow]:
     for window in windows:
         if n_tokens is not None and before >= n_tokens:
             return
@@ -235,13 +235,13 @@ def _forward(
         neurons = SparseActivations.from_dense(kept, keep if written_in else config.topk_k)
         return dataclasses.replace(neurons, values=neurons.values.astype(jnp.bfloat16))
 
-    def tap(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
+    def capture(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
         if written_in:  # a layer does not know its number: all of them are encoded together, below
             return h_next
         return stored(h_next if config.n_topk_layers else topk(h_next, keep))
 
     model = transformer.bind(config, params)
-    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=tap)
+    h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=capture)
     if written_in:
         seen = stored(encode(*written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)

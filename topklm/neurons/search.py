@@ -16,7 +16,7 @@ import numpy as np
 from topklm.errors import UserError
 from topklm.neurons.contrast import ORDERS
 from topklm.neurons.display import SHOWN_PER_LAYER, Activation, ActiveNeurons
-from topklm.neurons.store import Block, Store
+from topklm.neurons.store import NeuronBlock, Store
 from topklm.storage.files import DIGEST, read_json, unsealed
 
 _BLOCK_EVENTS = 2_000_000  # read at once, some 50 bytes each; a single neuron may have more
@@ -102,7 +102,7 @@ def _best_first(ranked: RankedNeuron) -> tuple:
     return -ranked.f1, -ranked.weighted_precision, ranked.layer, ranked.neuron
 
 
-def _rank_block(block: Block, matched: np.ndarray, layer: int, begin: int) -> list[RankedNeuron]:
+def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int) -> list[RankedNeuron]:
     n, n_matched = len(block.offsets) - 1, int(matched.sum())
     neuron, n_active = np.repeat(np.arange(n), np.diff(block.offsets)), np.diff(block.offsets)
     hit, size = matched[block.tokens], np.abs(block.values)

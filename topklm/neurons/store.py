@@ -95,7 +95,7 @@ class Events:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Block:
+class NeuronBlock:
     """All events of neighbouring neurons of a layer, neuron by neuron.
 
     Attributes:
@@ -319,7 +319,7 @@ class Store:
             np.concatenate(values) if values else np.zeros(0, np.float32),
         )
 
-    def block(self, layer: int, begin: int, end: int) -> Block:
+    def block(self, layer: int, begin: int, end: int) -> NeuronBlock:
         """Reads all events of a layer's neurons from `begin` to `end` - 1; memory grows with their number.
 
         Raises:
@@ -343,7 +343,7 @@ class Store:
             shift = offsets[:-1] + before[n] - (starts[n][:-1] - starts[n][0])
             at = np.arange(len(tokens[n])) + np.repeat(shift, counts[n])
             all_tokens[at], all_values[at] = tokens[n], values[n]
-        return Block(offsets, all_tokens, all_values)
+        return NeuronBlock(offsets, all_tokens, all_values)
 
     def active(self, begin: int, end: int) -> EventsByToken:
         """Reads all events of the tokens from `begin` to `end` - 1; takes whole segments."""

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.detokenize import BROKEN, TextStream
-from topklm.inference.scores import Scores
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import Token
+from topklm.inference.steps import Scores
 from topklm.server.errors import ApiError, number
 from topklm.server.requests import Completion
 from topklm.web.client import Json, Say, Stream, to_json, unless_gone

@@ -15,9 +15,9 @@ from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
-from topklm.inference.scores import MOST_ALTERNATIVES
 from topklm.inference.sequence import WHEN_FULL
 from topklm.inference.sequence import Sequence as TokenSequence
+from topklm.inference.steps import MOST_ALTERNATIVES
 from topklm.server import fields
 from topklm.server.errors import ApiError, of_field
 from topklm.server.limits import Limits

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from topklm.inference import scores
 from topklm.inference.bucketing import ServingBuckets
 from topklm.inference.engine import ClosedError, Engine, FullError
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.scores import Scores
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import SequenceUpdate
+from topklm.inference.steps import Scores, scores_of_prompt
 from topklm.server import neurons
 from topklm.server.answers import Choice
 from topklm.server.errors import ApiError
@@ -170,7 +169,7 @@ class Service:
     def _prompt_scores(self, sequence: TokenSequence) -> Scores:
         model = self.model
         size = self.buckets.prompt(sequence.n_prompt)
-        return scores.of_prompt(
+        return scores_of_prompt(
             model.config.model, model.params, sequence, model.tokenizer.separator_id, size
         )
 

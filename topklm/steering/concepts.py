@@ -30,7 +30,7 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.statistics import entropy
-from topklm.neurons.store import Block, Store
+from topklm.neurons.store import NeuronBlock, Store
 
 N_TOKENS = 10
 
@@ -199,11 +199,11 @@ class ConceptReader:
         tokens, shares = zip(*found, strict=True)
         return begin + alive, np.stack(tokens, axis=1), np.stack(shares, axis=1)
 
-    def _by_token(self, block: Block, token_ids: np.ndarray) -> np.ndarray:
+    def _by_token(self, block: NeuronBlock, token_ids: np.ndarray) -> np.ndarray:
         """Returns float64[n, V], as `entropy.by_group`, of the documents that are read."""
         kept = self._is_read[block.tokens] & (token_ids[block.tokens] != NO_TOKEN)
         before = np.concatenate([[0], np.cumsum(kept)])
-        part = Block(before[block.offsets], block.tokens[kept], block.values[kept])
+        part = NeuronBlock(before[block.offsets], block.tokens[kept], block.values[kept])
         return entropy.by_group(part, token_ids, self._vocab_size)
 
     def _distinctness(self, p_NV: np.ndarray) -> np.ndarray:

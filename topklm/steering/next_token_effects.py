@@ -39,7 +39,7 @@ class Unsteered(NamedTuple):
     norms: Any
 
 
-class Effects(NamedTuple):
+class TreatmentEffects(NamedTuple):
     """Effects of treatments, each a mean over the prompts, nats.
 
     Attributes:
@@ -67,7 +67,7 @@ def add_vectors(
     following_C: np.ndarray,
     concepts_NKM: np.ndarray,
     before: Unsteered,
-) -> Effects:
+) -> TreatmentEffects:
     """Measures the effects of R vectors, each added at every position of every prompt.
 
     Args:
@@ -94,7 +94,7 @@ def change_prompts(
     following_C: np.ndarray,
     concepts_NKM: np.ndarray,
     before: Unsteered,
-) -> Effects:
+) -> TreatmentEffects:
     """Measures the effects of R other ways to write the prompts, int32[R, C, T]; as `add_vectors`."""
     rest = following_C, concepts_NKM, before.log_p
     with jax.default_matmul_precision("float32"):
@@ -135,7 +135,7 @@ def _add_vectors(
     following_C: jax.Array,
     concepts_NKM: jax.Array,
     before_CV: jax.Array,
-) -> Effects:
+) -> TreatmentEffects:
     model = transformer.bind(config, params)
     r, (c, t, d) = len(vectors_RD), state_CTD.shape
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
@@ -159,7 +159,7 @@ def _change_prompts(
     following_C: jax.Array,
     concepts_NKM: jax.Array,
     before_CV: jax.Array,
-) -> Effects:
+) -> TreatmentEffects:
     model = transformer.bind(config, params)
     r, c, t = tokens_RCT.shape
     h_BTD, _ = model.hidden(tokens_RCT.reshape(r * c, t))
@@ -169,12 +169,12 @@ def _change_prompts(
 
 def _effects(
     logits_RCV: jax.Array, following_C: jax.Array, concepts_NKM: jax.Array, before_CV: jax.Array
-) -> Effects:
+) -> TreatmentEffects:
     after_RCV = jax.nn.log_softmax(logits_RCV)
     divergences_RC = jnp.sum(jnp.exp(after_RCV) * (after_RCV - before_CV), axis=-1)
     losses_RC = (before_CV - after_RCV)[:, jnp.arange(len(following_C)), following_C]
     gains_RCNK = of_concepts(after_RCV, concepts_NKM) - of_concepts(before_CV, concepts_NKM)
-    return Effects(gains_RCNK.mean(axis=1), divergences_RC.mean(axis=1), losses_RC.mean(axis=1))
+    return TreatmentEffects(gains_RCNK.mean(axis=1), divergences_RC.mean(axis=1), losses_RC.mean(axis=1))
 
 
 def of_concepts(log_p: jax.Array, concepts_NKM: jax.Array) -> jax.Array:

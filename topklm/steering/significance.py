@@ -30,7 +30,7 @@ NO_STRENGTH = -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredLayer:
     """The measurements in a layer, nats.
 
     Attributes:
@@ -75,7 +75,7 @@ class Verdicts:
     mismatched: np.ndarray
 
 
-def judge(measured: Measured, bound: float) -> Verdicts:
+def judge(measured: MeasuredLayer, bound: float) -> Verdicts:
     """Judges all neurons of a layer.
 
     Args:
@@ -124,7 +124,7 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _mismatched(measured: Measured, strength_N: np.ndarray, of_random_XNK: np.ndarray) -> np.ndarray:
+def _mismatched(measured: MeasuredLayer, strength_N: np.ndarray, of_random_XNK: np.ndarray) -> np.ndarray:
     n_concepts, k = measured.own.shape[1:]
     passed, pairs = np.zeros(k), 0
     for place, neuron in enumerate(measured.others_at):

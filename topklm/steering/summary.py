@@ -10,12 +10,12 @@ import numpy as np
 from topklm.data.tokenizer import Tokenizer
 from topklm.steering import significance
 from topklm.steering.concepts import KINDS, token_sets
-from topklm.steering.survey import PROMPTED, Layer, Settings
+from topklm.steering.survey import PROMPTED, Layer, SurveySettings
 
 ALL = "all"
 
 
-def summarise(layers: Mapping[int, Layer], settings: Settings) -> dict[str, Any]:
+def summarise(layers: Mapping[int, Layer], settings: SurveySettings) -> dict[str, Any]:
     """Shares of steerable neurons by layer and kind of concept, and what stands beside them.
 
     Args:
@@ -31,7 +31,9 @@ def summarise(layers: Mapping[int, Layer], settings: Settings) -> dict[str, Any]
     return without_nan({"settings": dataclasses.asdict(settings), "layers": by_layer + together})
 
 
-def neurons(layers: Mapping[int, Layer], settings: Settings, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def neurons(
+    layers: Mapping[int, Layer], settings: SurveySettings, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
     """Returns each neuron's concepts and verdicts, as JSON objects."""
     rows = []
     for number, layer in layers.items():
@@ -78,7 +80,7 @@ def _of_concept(layer: Layer, place: int, k: int, tokens: list[str]) -> dict[str
     return found
 
 
-def _of_layers(name: str, layers: list[Layer], settings: Settings) -> dict[str, Any]:
+def _of_layers(name: str, layers: list[Layer], settings: SurveySettings) -> dict[str, Any]:
     strength = np.concatenate([layer.verdicts.strength for layer in layers])
     steered = strength != significance.NO_STRENGTH
     values = np.asarray(settings.strengths)[strength[steered]]

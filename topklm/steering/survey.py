@@ -19,8 +19,8 @@ from topklm.neurons.store import Store
 from topklm.progress import Progress
 from topklm.steering import next_token_effects, significance
 from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
-from topklm.steering.next_token_effects import Effects, Unsteered
-from topklm.steering.significance import Measured, Verdicts
+from topklm.steering.next_token_effects import TreatmentEffects, Unsteered
+from topklm.steering.significance import MeasuredLayer, Verdicts
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.5)
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
@@ -77,7 +77,7 @@ def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SurveySettings:
     """How much is measured.
 
     Attributes:
@@ -125,15 +125,15 @@ class Layer:
         concepts: Of its N neurons.
         n_alive: Neurons with activations; N, or more if some were drawn.
         norm: Mean length of what it hands on, which strength 1 stands for.
-        measured: Effects of steering.
+        measured: TreatmentEffects of steering.
         verdicts: On them.
-        prompting: Effects of prompting.
+        prompting: TreatmentEffects of prompting.
     """
 
     concepts: Concepts
     n_alive: int
     norm: float
-    measured: Measured
+    measured: MeasuredLayer
     verdicts: Verdicts
     prompting: Prompting
 
@@ -144,7 +144,7 @@ def survey(
     params: transformer.Parameters,
     *,
     separator_id: int,
-    settings: Settings,
+    settings: SurveySettings,
     progress: Progress,
 ) -> dict[int, Layer]:
     """Surveys the layers of a model, by their numbers.
@@ -190,7 +190,7 @@ class _Work:
     prompts: Prompts
     before: Unsteered
     concepts: Concepts
-    settings: Settings
+    settings: SurveySettings
 
     def measure(self, n_alive: int, rng: np.random.Generator, progress: Progress) -> Layer:
         layer, neurons = self.concepts.layer, self.concepts.neurons
@@ -203,7 +203,7 @@ class _Work:
         parts = []
         with progress.phase(f"steering the neurons of layer {layer}", total) as report:
 
-            def add(vectors_RD: np.ndarray) -> Effects:
+            def add(vectors_RD: np.ndarray) -> TreatmentEffects:
                 effects = self._add(vectors_RD)
                 report(len(vectors_RD), 0, 0)
                 return effects
@@ -218,7 +218,7 @@ class _Work:
         own, divergences, losses, of_random, random_divergences, others = (
             np.stack(arrays) for arrays in zip(*parts, strict=True)
         )
-        measured = Measured(own, divergences, losses, of_random, random_divergences, others, others_at)
+        measured = MeasuredLayer(own, divergences, losses, of_random, random_divergences, others, others_at)
         verdicts = significance.judge(measured, self.settings.bound)
         return Layer(self.concepts, n_alive, norm, measured, verdicts, prompting)
 
@@ -228,7 +228,7 @@ class _Work:
             self.config, len(self.prompts.tokens), self.concepts.tokens
         )
 
-    def _add(self, vectors_RD: np.ndarray) -> Effects:
+    def _add(self, vectors_RD: np.ndarray) -> TreatmentEffects:
         # Filled up to one shape, so that nothing is compiled for what is left over.
         filled = np.zeros((self._at_once, self.config.d_model))
         filled[: len(vectors_RD)] = vectors_RD
@@ -236,7 +236,7 @@ class _Work:
         effects = next_token_effects.add_vectors(
             self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
         )
-        return Effects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
+        return TreatmentEffects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
 
     def _prompting(self, report: Callable[[int, int, int], None]) -> Prompting:
         gains, divergences = [], []
@@ -264,9 +264,9 @@ class _Work:
 
 
 def _of_strength(
-    own: Sequence[Effects], random: Sequence[Effects], others_at: np.ndarray
+    own: Sequence[TreatmentEffects], random: Sequence[TreatmentEffects], others_at: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Returns the fields of `Measured` but the last, without their first axis."""
+    """Returns the fields of `MeasuredLayer` but the last, without their first axis."""
     diagonal, others, first = [], [], 0
     for effects in own:
         rows = np.arange(len(effects.gains))

@@ -55,8 +55,8 @@ def evaluate(
     }
 
 
-def topk_health_tap(weights_BT: jax.Array) -> CaptureFn:
-    """Makes a tap that measures how the TopK of one layer does on held-out text.
+def capture_topk_health(weights_BT: jax.Array) -> CaptureFn:
+    """Makes a capture function that measures how the TopK of one layer does on held-out text.
 
     Only weighted tokens count: padding and separators that are never scored are left out.
 
@@ -64,7 +64,7 @@ def topk_health_tap(weights_BT: jax.Array) -> CaptureFn:
         weights_BT: float32[B, T]; tokens with weight 0 are left out.
 
     Returns:
-        A tap giving float32 sums over the batch: `active_tokens` [D], tokens on which the neuron is not
+        A function giving float32 sums over the batch: `active_tokens` [D], tokens on which the neuron is not
         zero; `kept_square_share`, sum over tokens of |h'|^2 / |u|^2; `active` and `also_active_below`,
         active neurons, and those of them that are active in the layer's input too.
     """
@@ -90,7 +90,7 @@ def summarize_topk_health(
     """Computes three figures per TopK layer, in layer order (empty lists for the Base LM).
 
     Args:
-        sums: Results of `topk_health_tap`, stacked to [L, ...] and added up over batches, float64.
+        sums: Results of `capture_topk_health`, stacked to [L, ...] and added up over batches, float64.
         n_tokens: Tokens counted.
         n_topk_layers: S.
 

@@ -26,13 +26,12 @@ from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies, throughput
+from topklm.training import anomalies
 from topklm.training import metrics as metrics_lib
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate
 from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.prefetch import DeviceBatch, Feed, heldout_feed
-from topklm.training.profile import Profiler
 from topklm.training.setup import PreparedRun, check_memory, prepare_run
 from topklm.training.step import (
     StopSync,
@@ -45,6 +44,7 @@ from topklm.training.step import (
     make_train_step,
     release_seconds,
 )
+from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 
 
 def train(
@@ -131,7 +131,7 @@ class _Loop:
     def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
         steps = self.config.train.steps
         rest_seconds = release_seconds(train_step)
-        self.log_rate = throughput.Rate(self.config, self.run.tokens_per_step, first, self.clock.total)
+        self.log_rate = Rate(self.config, self.run.tokens_per_step, first, self.clock.total)
         self.feed.wait_share(self.clock.total)
         self.console.start(first, steps)
         pending: tuple[int, Any] | None = None
@@ -189,9 +189,9 @@ class _Loop:
         self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
             state = init_state(self.config, self.optimizer, self.layout)
-            n = throughput.parameter_count(state.params)
+            n = parameter_count(state.params)
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
-            self.clock = throughput.Clock(total=0.0, began_at=time.time())
+            self.clock = Clock(total=0.0, began_at=time.time())
             return state
         with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
             state, data_state, facts = self.checkpoints.restore(
@@ -203,7 +203,7 @@ class _Loop:
             self.console.say(said)
         self.feed.set_state(data_state)
         began_at = facts.get("began_at", time.time() - facts["seconds_trained"])
-        self.clock = throughput.Clock(total=facts["seconds_trained"], began_at=began_at)
+        self.clock = Clock(total=facts["seconds_trained"], began_at=began_at)
         self.synced_metrics = facts.get("metrics")
         return state
 

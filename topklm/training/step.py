@@ -21,7 +21,7 @@ from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
 from topklm.training import anomalies
-from topklm.training.evaluation import topk_health_tap
+from topklm.training.evaluation import capture_topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
@@ -108,13 +108,13 @@ def make_eval_step(
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
-    int32[B], how many a row has, and `topk_health`, see `topk_health_tap`.
+    int32[B], how many a row has, and `topk_health`, see `capture_topk_health`.
     """
     specs, parallel, forward = _make_forward(config.model, layout)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        tap = topk_health_tap(parallel.residual_tokens(batch["loss_weights"]))
-        model, h, health = forward(params, batch, tap)
+        capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))
+        model, h, health = forward(params, batch, capture)
         nll = losses.token_losses(
             parallel.gather_tokens(h),
             model.unembedding(),
@@ -169,8 +169,8 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
     """Builds the forward pass of one device's program.
 
     Returns:
-        The specs of the parameters; the device's view of the mesh; and `(params, batch, tap) -> (model, h,
-        what the tap saw)`, whose parameters are this device's parts.
+        The specs of the parameters; the device's view of the mesh; and `(params, batch, capture) -> (model,
+        h, what was captured)`, whose parameters are this device's parts.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)
@@ -178,7 +178,7 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
     parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention.name)
 
     def forward(
-        params: transformer.Parameters, batch: Batch, tap: CaptureFn | None = None
+        params: transformer.Parameters, batch: Batch, capture: CaptureFn | None = None
     ) -> tuple[transformer.Transformer, jax.Array, Any]:
         def gathered() -> transformer.Transformer:
             # The blocks are gathered one at a time, where they are used.
@@ -187,7 +187,7 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
 
         model = gathered()
         h, seen = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], capture=tap, parallel=parallel
+            batch["inputs"], batch["segment_ids"], batch["positions"], capture=capture, parallel=parallel
         )
         # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
         # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.store import Block, Metadata, Store, StoreWriter
+from topklm.neurons.store import Metadata, NeuronBlock, Store, StoreWriter
 
 
 def metadata(n_layers, d_model):
@@ -50,4 +50,4 @@ def block_of(dense):
     """Returns the block of these neurons, float32[N, n]."""
     neurons, tokens = np.nonzero(dense.T)
     offsets = np.concatenate([[0], np.cumsum((dense != 0).sum(axis=0))])
-    return Block(offsets, tokens, dense[tokens, neurons].astype(np.float32))
+    return NeuronBlock(offsets, tokens, dense[tokens, neurons].astype(np.float32))

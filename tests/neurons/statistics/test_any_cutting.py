@@ -9,7 +9,6 @@ from topklm.neurons.statistics import (
     activity,
     embeddings,
     entropy,
-    examples,
     monosemanticity,
     similarity,
 )
@@ -46,7 +45,7 @@ def measured(folder, text, cuts, size):
                 **entropy.columns(block, ids, of_tokens),
                 **monosemanticity.columns(scores, layer, begin, end),
                 **similarity.coactive_columns(similarities, begin, end),
-                **examples.columns(block, bounds, layer, begin),
+                **activity.example_columns(block, bounds, layer, begin),
             }
             for name, column in columns.items():
                 found.setdefault((layer, name), []).extend(column)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import bootstrap
 from topklm.neurons.statistics import embeddings, entropy, monosemanticity
-from topklm.neurons.store import Block
+from topklm.neurons.store import NeuronBlock
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5
 BOUNDS = np.array([0, 3, 4, 20, 21, 40, 47, N])
@@ -114,7 +114,7 @@ def of_new_text(rng, n_documents=80, n_tokens=12):
     bounds = np.arange(0, n_documents * n_tokens + 1, n_tokens)
     embeddings = np.eye(V, WIDTH, dtype=np.float32)[ids]
     text = bootstrap.Text(ids, ids // 3, bounds, embeddings)
-    return Block(np.array([0, len(ids)]), np.arange(len(ids)), np.ones(len(ids), np.float32)), text
+    return NeuronBlock(np.array([0, len(ids)]), np.arange(len(ids)), np.ones(len(ids), np.float32)), text
 
 
 @pytest.mark.parametrize("name", bootstrap.FIGURES)

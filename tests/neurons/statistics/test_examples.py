@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.neurons.statistics import examples
+from topklm.neurons.statistics import activity
 
 
 def chosen(values, bounds, seed=0):
     """Returns (token, value, part) of every example of one neuron, [N]."""
-    found = examples.columns(block_of(values[:, None]), bounds, layer=0, begin=0, seed=seed)
+    found = activity.example_columns(block_of(values[:, None]), bounds, layer=0, begin=0, seed=seed)
     rows = (found["examples"][0], found["example_activations"][0], found["example_parts"][0])
     return list(zip(*rows, strict=True))
 
@@ -128,12 +128,12 @@ def test_what_is_drawn_depends_on_seed_layer_and_neuron_and_not_on_the_block():
     dense = random_dense(3, 1, 3000, 6, share=0.4)[0]
     dense[:, 4] = dense[:, 1]
     bounds = np.arange(0, 3001, 12)
-    whole = examples.columns(block_of(dense), bounds, layer=1, begin=0)
-    part = examples.columns(block_of(dense[:, 2:6]), bounds, layer=1, begin=2)
+    whole = activity.example_columns(block_of(dense), bounds, layer=1, begin=0)
+    part = activity.example_columns(block_of(dense[:, 2:6]), bounds, layer=1, begin=2)
     assert {name: column[2:] for name, column in whole.items()} == part
     others = [
-        examples.columns(block_of(dense), bounds, layer=1, begin=0, seed=1)["examples"][1],
-        examples.columns(block_of(dense), bounds, layer=2, begin=0)["examples"][1],
+        activity.example_columns(block_of(dense), bounds, layer=1, begin=0, seed=1)["examples"][1],
+        activity.example_columns(block_of(dense), bounds, layer=2, begin=0)["examples"][1],
         whole["examples"][4],
     ]
     for other in others:
@@ -155,5 +155,5 @@ def test_every_event_of_a_part_is_drawn_about_equally_often():
 
 @pytest.mark.parametrize("n_dead", [1, 3])
 def test_a_dead_neuron_has_none(n_dead):
-    found = examples.columns(block_of(np.zeros((30, n_dead), np.float32)), np.array([0, 30]), 0, 0)
+    found = activity.example_columns(block_of(np.zeros((30, n_dead), np.float32)), np.array([0, 30]), 0, 0)
     assert all(column == [None] * n_dead for column in found.values())

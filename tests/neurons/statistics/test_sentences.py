@@ -10,7 +10,7 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.neurons.statistics import entropy, monosemanticity, sentences
+from topklm.neurons.statistics import embeddings, entropy, monosemanticity
 
 N, D = 90, 5
 BOUNDS = np.array([0, 2, 40, N])
@@ -39,9 +39,9 @@ def filled(tmp_path_factory):
 
 @pytest.fixture
 def embedded(filled, monkeypatch):
-    monkeypatch.setattr(sentences, "_BATCH", 32)
+    monkeypatch.setattr(embeddings, "_BATCH", 32)
     encoder, done = Letters(), []
-    windows = sentences.embed(filled[0], saved_runs.tokenizer(), encoder, "letters", done.append)
+    windows = embeddings.embed_windows(filled[0], saved_runs.tokenizer(), encoder, "letters", done.append)
     assert sum(done) == N
     return windows, encoder.seen
 
@@ -92,9 +92,9 @@ def test_windows_that_k_means_has_not_seen_fall_to_the_nearest_cluster(monkeypat
     rng = np.random.default_rng(1)
     middles = np.eye(4)[rng.integers(0, 4, 200)]
     vectors = (middles + rng.normal(0, 0.01, middles.shape)).astype(np.float32)
-    monkeypatch.setattr(sentences, "_CLUSTERED", 20)
-    monkeypatch.setattr(sentences, "_STRETCH", 64)
-    found = sentences.Windows("e", vectors).clusters(4)
+    monkeypatch.setattr(embeddings, "_CLUSTERED", 20)
+    monkeypatch.setattr(embeddings, "_NEAREST_STRETCH", 64)
+    found = embeddings.EncodedWindows("e", vectors).clusters(4)
     pairs = set(zip(found.tolist(), middles.argmax(axis=1).tolist(), strict=True))
     assert len(pairs) == len(set(found.tolist())) == 4
 
@@ -115,13 +115,13 @@ def test_monosemanticity_takes_these_contexts(filled, embedded):
 def test_an_encoder_that_gives_something_else_is_refused(filled, gives):
     encoder = types.SimpleNamespace(encode=lambda texts: gives(len(texts)))
     with pytest.raises(UserError, match="--encoder = odd: must give a vector"):
-        sentences.embed(filled[0], saved_runs.tokenizer(), encoder, "odd")
+        embeddings.embed_windows(filled[0], saved_runs.tokenizer(), encoder, "odd")
 
 
 def test_without_the_package_a_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sentences.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--encoder = m: .*pip install sentence-transformers"):
-        sentences.load("m")
+        embeddings.load_encoder("m")
 
 
 def test_what_the_package_cannot_load_is_refused_in_a_line(monkeypatch):
@@ -130,20 +130,20 @@ def test_what_the_package_cannot_load_is_refused_in_a_line(monkeypatch):
 
     package = types.SimpleNamespace(SentenceTransformer=refuse)
     monkeypatch.setitem(sys.modules, "sentence_transformers", package)
-    monkeypatch.setattr(sentences.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: package)
     with pytest.raises(UserError, match=r"--encoder = m: .*\(no m\)") as refused:
-        sentences.load("m")
+        embeddings.load_encoder("m")
     assert "\n" not in str(refused.value)
     package.SentenceTransformer = lambda name: name.upper()
-    assert sentences.load("m") == "M"
+    assert embeddings.load_encoder("m") == "M"
 
 
 def test_a_revision_behind_the_name_is_passed_on_unless_there_is_such_a_folder(monkeypatch, tmp_path):
     package = types.SimpleNamespace(SentenceTransformer=lambda name, revision=None: (name, revision))
     monkeypatch.setitem(sys.modules, "sentence_transformers", package)
-    monkeypatch.setattr(sentences.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(embeddings.importlib.util, "find_spec", lambda name: package)
     folder = tmp_path / "mine@home"
     folder.mkdir()
-    assert sentences.load("org/m@1a2b3c") == ("org/m", "1a2b3c")
-    assert sentences.load("org/m") == ("org/m", None)
-    assert sentences.load(str(folder)) == (str(folder), None)
+    assert embeddings.load_encoder("org/m@1a2b3c") == ("org/m", "1a2b3c")
+    assert embeddings.load_encoder("org/m") == ("org/m", None)
+    assert embeddings.load_encoder(str(folder)) == (str(folder), None)

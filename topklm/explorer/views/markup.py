@@ -46,7 +46,7 @@ def level(value: float, strongest: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class ShadedPiece:
     """A stretch of text that is drawn alike.
 
     Attributes:
@@ -64,7 +64,7 @@ class Piece:
 
 def pieces(
     tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
-) -> list[Piece]:
+) -> list[ShadedPiece]:
     """Returns text in as few pieces as can be: tokens that are not active are joined.
 
     Args:
@@ -73,7 +73,7 @@ def pieces(
         strongest: The activation of the darkest shade.
         example: The token that all this is about.
     """
-    found, plain = list[Piece](), list[str]()
+    found, plain = list[ShadedPiece](), list[str]()
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
         if not value and place != example:
             plain.append(token)
@@ -82,15 +82,17 @@ def pieces(
         word = token.lstrip(" ") or token or UNFINISHED
         plain.append(token[: max(0, len(token) - len(word))])
         if before := "".join(plain):
-            found.append(Piece(before))
+            found.append(ShadedPiece(before))
         plain = []
-        found.append(Piece(word, level(value, strongest) or "p0", formatting.short(value), place == example))
+        found.append(
+            ShadedPiece(word, level(value, strongest) or "p0", formatting.short(value), place == example)
+        )
     if after := "".join(plain):
-        found.append(Piece(after))
+        found.append(ShadedPiece(after))
     return found
 
 
-def shaded(parts: Sequence[Piece]) -> Markup:
+def shaded(parts: Sequence[ShadedPiece]) -> Markup:
     """Pieces as HTML."""
     drawn = []
     for part in parts:

@@ -7,9 +7,9 @@ import numpy as np
 
 from topklm.explorer.formatting import effective_number
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, Window
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, StoreWindow
 from topklm.neurons.statistics import catalog
-from topklm.neurons.statistics.examples import RANGE_PARTS
+from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
@@ -181,7 +181,7 @@ def _examples(
 
 
 def _activations(
-    source: NeuronData, layer: int, neuron: int, windows: Sequence[Window], places: Sequence[int]
+    source: NeuronData, layer: int, neuron: int, windows: Sequence[StoreWindow], places: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Returns the neuron in each window, and which of its tokens it is about."""
     events = source.events(layer, neuron)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.steering import MOST_NEW_TOKENS, Settings
+from topklm.explorer.steering import MOST_NEW_TOKENS, SteerSettings
 from topklm.inference.interventions import DEFAULT_MODE, MODES
 
 _MULTIPLES = 4  # the slider ends at so many times the highest activation
@@ -69,7 +69,7 @@ def box(source: NeuronData, layer: int, neuron: int) -> dict[str, Any]:
         at for at, part in zip(row["examples"] or (), row["example_parts"] or (), strict=True) if part == 0
     ]
     prompts = (_before(source, at) for at in strongest[:_EXAMPLES])
-    settings = Settings(next(filter(None, prompts), ""), value=strengths.rounded(1))
+    settings = SteerSettings(next(filter(None, prompts), ""), value=strengths.rounded(1))
     has_topk = source.measured.kind == "topk"
     return {
         "strengths": strengths,

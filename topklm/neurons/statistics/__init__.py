@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class MeasureSettings:
     """How much of a measurement is sampled.
 
     Attributes:

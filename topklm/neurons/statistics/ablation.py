@@ -27,10 +27,10 @@ from topklm.model import losses, transformer
 from topklm.model.block import end_layer
 from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.documents import chunk_bounds
-from topklm.neurons.statistics import Settings, activity
+from topklm.neurons.statistics import MeasureSettings, activity
 from topklm.neurons.store import Store
 
-SAMPLES = Settings.ablation_samples
+SAMPLES = MeasureSettings.ablation_samples
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
 
 _GROUP_TOKENS = 2048  # windows that are run together
@@ -39,7 +39,7 @@ _GROUPS_PER_NEURON = 8  # over which the samples of a neuron are spread, so that
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Effects:
+class AblationEffects:
     """Of all neurons.
 
     Attributes:
@@ -74,7 +74,7 @@ class Samples:
     effects: np.ndarray
 
 
-def columns(effects: Effects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
+def columns(effects: AblationEffects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
     """Returns the columns `ablation_*` of `table.COLUMNS` for neurons `begin` to `end` - 1; null for None."""
     if effects is None:
         nothing = [None] * (end - begin)
@@ -98,7 +98,7 @@ def measure(
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
-) -> Effects:
+) -> AblationEffects:
     """Measures all neurons, on windows drawn from the text of a store.
 
     It is computed in float32, whatever the dtype of the model, for effects of single neurons are small.
@@ -136,7 +136,7 @@ def measure(
         mean = total / count
         variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
         error = np.where(count > 1, np.sqrt(variance / count), np.nan)
-    return Effects(layers, mean, error, count)
+    return AblationEffects(layers, mean, error, count)
 
 
 def measure_group(

@@ -16,7 +16,6 @@ from topklm.neurons.statistics import (
     ablation,
     activity,
     entropy,
-    examples,
     lenses,
     monosemanticity,
     similarity,
@@ -111,7 +110,9 @@ def _similar_effect(neurons: Neurons) -> Mapping[str, Any]:
 
 def _examples(neurons: Neurons) -> Mapping[str, Any]:
     inputs = neurons.inputs
-    return examples.columns(neurons.block, inputs.bounds, neurons.layer, neurons.begin, inputs.settings.seed)
+    return activity.example_columns(
+        neurons.block, inputs.bounds, neurons.layer, neurons.begin, inputs.settings.seed
+    )
 
 
 _PLUG_IN = "without the correction for few activations: too low where few were seen."
@@ -326,7 +327,7 @@ STATISTICS: Sequence[Statistic] = (
     Statistic(
         "examples",
         "Examples",
-        f"The {examples.STRONGEST} strongest activations, then {examples.FROM_EACH_PART} from each fifth of "
+        f"The {activity.STRONGEST} strongest activations, then {activity.FROM_EACH_PART} from each fifth of "
         "the range from 0 to the highest, from different documents where there are enough.",
         _examples,
         pa.list_(_I64),

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from topklm.neurons.statistics import activity
-from topklm.neurons.store import Block
+from topklm.neurons.store import NeuronBlock
 
 TOP_TOKENS = 10
 
 
 def columns(
-    block: Block, token_ids: np.ndarray, clusters: np.ndarray, of_places: np.ndarray | None = None
+    block: NeuronBlock, token_ids: np.ndarray, clusters: np.ndarray, of_places: np.ndarray | None = None
 ) -> Mapping[str, Any]:
     """Returns the columns of `table` that are about tokens and their clusters.
 
@@ -65,7 +65,7 @@ def columns(
     }
 
 
-def by_group(block: Block, token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+def by_group(block: NeuronBlock, token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Returns float64[n, V], the sum of each neuron's strengths over the places where each token stands.
 
     Args:

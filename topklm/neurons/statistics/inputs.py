@@ -10,16 +10,15 @@ from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import (
-    Settings,
+    MeasureSettings,
     ablation,
     embeddings,
     jacobian,
     lenses,
     monosemanticity,
-    sentences,
     similarity,
 )
-from topklm.neurons.store import Block, Store
+from topklm.neurons.store import NeuronBlock, Store
 from topklm.progress import Progress
 
 # The inputs that take long, in the order in which they are best computed: JAX averages the Jacobian while
@@ -50,10 +49,10 @@ class Inputs:
         params: transformer.Parameters,
         *,
         separator_id: int,
-        settings: Settings,
+        settings: MeasureSettings,
         progress: Progress,
         dictionary: Dictionary | None = None,
-        windows: sentences.Windows | None = None,
+        windows: embeddings.EncodedWindows | None = None,
     ):
         self.store, self.config, self.settings, self.windows = store, config, settings, windows
         self._params, self._separator_id = params, separator_id
@@ -103,7 +102,7 @@ class Inputs:
         return np.arange(vocab_size), self.windows.clusters(n_clusters, seed)
 
     @functools.cached_property
-    def monosemanticity(self) -> monosemanticity.Scores:
+    def monosemanticity(self) -> monosemanticity.MonosemanticityScores:
         """Scores of all neurons."""
         self._progress.say(f"comparing the contexts of {self.store.n_tokens:,} tokens")
         embedded: embeddings.Embeddings
@@ -125,7 +124,7 @@ class Inputs:
         return lenses.make(self.config, self._params, self.jacobians, directions)
 
     @functools.cached_property
-    def ablation(self) -> ablation.Effects | None:
+    def ablation(self) -> ablation.AblationEffects | None:
         """Ablation effects of all neurons; None where nothing is set to 0."""
         metadata = self.store.metadata
         # Of what was kept of a Base LM, the model does not know: it goes on with all of its hidden state.
@@ -175,6 +174,6 @@ class Neurons:
     end: int
 
     @functools.cached_property
-    def block(self) -> Block:
+    def block(self) -> NeuronBlock:
         """All their events."""
         return self.inputs.store.block(self.layer, self.begin, self.end)

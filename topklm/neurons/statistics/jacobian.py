@@ -25,10 +25,10 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.block import LayerHooks, end_layer
 from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Store
 
-N_CONTEXTS, CONTEXT_TOKENS, SEED = Settings.lens_contexts, 32, Settings.seed
+N_CONTEXTS, CONTEXT_TOKENS, SEED = MeasureSettings.lens_contexts, 32, MeasureSettings.seed
 
 _BATCH = 32  # contexts in one program, which holds D x D numbers for each
 NO_TOKEN = -1

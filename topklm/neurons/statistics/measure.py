@@ -16,12 +16,11 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.statistics import (
-    Settings,
+    MeasureSettings,
     ablation,
     catalog,
     embeddings,
     jacobian,
-    sentences,
     similarity,
     table,
 )
@@ -44,10 +43,10 @@ def measure(
     params: transformer.Parameters,
     *,
     separator_id: int,
-    settings: Settings,
+    settings: MeasureSettings,
     progress: Progress,
     dictionary: Dictionary | None = None,
-    windows: sentences.Windows | None = None,
+    windows: embeddings.EncodedWindows | None = None,
 ) -> None:
     """Measures all neurons of a store, and writes the table.
 
@@ -110,7 +109,7 @@ def extend(
         UserError: If the table is damaged, of another store, or needs the sentence encoder of that time.
     """
     rows, measured = table.read_stored(path)
-    missing = [s for s in catalog.STATISTICS if not s.columns.keys() <= set(rows.column_names)]
+    missing = table.missing(rows.column_names)
     if not missing:
         return ()
     names = tuple(statistic.name for statistic in missing)
@@ -123,8 +122,8 @@ def extend(
             f"{path} lacks {', '.join(names)}, and was measured with {measured.embedding}: run topklm "
             "neurons measure with the same --encoder"
         )
-    known = {field.name for field in dataclasses.fields(Settings)} & measured.details.keys()
-    settings = Settings(**{name: measured.details[name] for name in known})
+    known = {field.name for field in dataclasses.fields(MeasureSettings)} & measured.details.keys()
+    settings = MeasureSettings(**{name: measured.details[name] for name in known})
     progress.say(f"{path.name} lacks {', '.join(names)}: measuring")
     inputs = Inputs(
         store,
@@ -179,11 +178,11 @@ def _compute(inputs: Inputs, statistics: Sequence[Statistic], progress: Progress
     return pa.concat_tables(parts)
 
 
-def _described(inputs: Inputs) -> table.Measured:
+def _described(inputs: Inputs) -> table.TableMetadata:
     store, windows = inputs.store, inputs.windows
     metadata = store.metadata
     of_token, of_window = inputs.clusters
-    return table.Measured(
+    return table.TableMetadata(
         run=metadata.run,
         step=metadata.step,
         tokenizer_sha256=metadata.tokenizer_sha256,
@@ -200,7 +199,7 @@ def _described(inputs: Inputs) -> table.Measured:
         store=store.sha256,
         details={
             **dataclasses.asdict(inputs.settings),
-            "context_window": embeddings.WINDOW if windows is None else 2 * sentences.SIDE + 1,
+            "context_window": embeddings.WINDOW if windows is None else 2 * embeddings.SIDE + 1,
             "ablation_tokens": min(store.n_tokens, ablation.MAX_TOKENS),
             "lens_context_tokens": jacobian.CONTEXT_TOKENS,
             "coactivation_tokens": min(store.n_tokens, similarity.SAMPLE_TOKENS),

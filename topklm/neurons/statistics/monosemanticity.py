@@ -30,7 +30,7 @@ _DENSE = 1 / 4  # share of activations that are not 0 from which on a dense prod
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class MonosemanticityScores:
     """Scores of all neurons of a store.
 
     Attributes:
@@ -44,7 +44,7 @@ class Scores:
     shuffled: np.ndarray
 
 
-def columns(scores: Scores, layer: int, begin: int, end: int) -> Mapping[str, Any]:
+def columns(scores: MonosemanticityScores, layer: int, begin: int, end: int) -> Mapping[str, Any]:
     """Returns the columns about monosemanticity, for the neurons from `begin` to `end` - 1."""
     number = scores.layers.index(layer)
     return {
@@ -53,7 +53,7 @@ def columns(scores: Scores, layer: int, begin: int, end: int) -> Mapping[str, An
     }
 
 
-def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
+def measure(store: Store, contexts: Embeddings, seed: int = 0) -> MonosemanticityScores:
     """Returns the scores of all neurons, in one pass over the store, segment by segment.
 
     Memory is that of a segment, and 4 bytes for each token of the store: the permutation.
@@ -75,7 +75,7 @@ def measure(store: Store, contexts: Embeddings, seed: int = 0) -> Scores:
         pairs.add(strengths, segment.token_index, segment.offsets, np.stack([own, dealt], axis=1))
         begin = end
     scores = pairs.scores().reshape(len(layers), d_model, 2)
-    return Scores(layers, scores[..., 0], scores[..., 1])
+    return MonosemanticityScores(layers, scores[..., 0], scores[..., 1])
 
 
 class Pairs:

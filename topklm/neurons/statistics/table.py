@@ -1,14 +1,15 @@
 """The statistics of every neuron, one row each, as a Parquet file.
 
 Columns and their meaning are those of `catalog.STATISTICS`; the text that they were measured on is described
-by the file's own metadata, as `Measured`. A figure that cannot be given (of a dead neuron, say) is null, and
-so is a statistic that did not exist when the table was written, until `measure.extend` adds it.
+by the file's own metadata, as `TableMetadata`. A figure that cannot be given (of a dead neuron, say) is null,
+and so is a statistic that did not exist when the table was written, until `measure.extend` adds it.
 
 Before the file's footer stands the SHA-256 of all the rest of it, at a position that other readers of Parquet
 skip. Files of format 1 do not have it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from topklm.errors import UserError
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.store import Store
 from topklm.storage.files import parse_json, write_atomically
 
@@ -35,7 +37,7 @@ _AGAIN = "delete it, and run topklm neurons measure"
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class TableMetadata:
     """The text and the model that a table was measured on.
 
     Attributes:
@@ -75,7 +77,7 @@ class Measured:
     store: str = ""
 
 
-def write(path: Path, rows: pa.Table, measured: Measured) -> None:
+def write(path: Path, rows: pa.Table, measured: TableMetadata) -> None:
     """Writes a table, sorted by layer and neuron; it is there whole or not at all.
 
     Columns of `catalog.schema` come first, in their order and types; others are kept as they are.
@@ -90,7 +92,7 @@ def write(path: Path, rows: pa.Table, measured: Measured) -> None:
     write_atomically(path, _sealed(sink.getvalue().to_pybytes()))
 
 
-def read(path: Path) -> tuple[pa.Table, Measured]:
+def read(path: Path) -> tuple[pa.Table, TableMetadata]:
     """Reads a table: all columns of `catalog.schema`, those that it lacks as null.
 
     Raises:
@@ -104,7 +106,7 @@ def read(path: Path) -> tuple[pa.Table, Measured]:
         return rows.select(catalog.schema().names).cast(catalog.schema()), measured
 
 
-def read_stored(path: Path) -> tuple[pa.Table, Measured]:
+def read_stored(path: Path) -> tuple[pa.Table, TableMetadata]:
     """Reads a table with the columns that it was written with; raises as `read`."""
     with damage_is_a_user_error(path, _AGAIN, pa.ArrowException, TypeError, KeyError):
         try:
@@ -120,10 +122,22 @@ def read_stored(path: Path) -> tuple[pa.Table, Measured]:
         if not catalog.KEYS.keys() <= set(rows.column_names):
             raise ValueError("it does not say which neurons its rows are of")
         measured["layers"] = tuple(measured["layers"])
-        return rows, Measured(**measured)
+        return rows, TableMetadata(**measured)
 
 
-def check_same(path: Path, measured: Measured, store: Store) -> None:
+def missing(names: Collection[str]) -> list[Statistic]:
+    """Returns the statistics of which a table with columns of these names lacks some."""
+    return [statistic for statistic in catalog.STATISTICS if not statistic.columns.keys() <= set(names)]
+
+
+def is_complete(path: Path) -> bool:
+    """Returns whether a table has all statistics; a damaged one counts as complete, for reading says so."""
+    with contextlib.suppress(OSError, pa.ArrowException):
+        return not missing(pq.read_schema(path).names)
+    return True
+
+
+def check_same(path: Path, measured: TableMetadata, store: Store) -> None:
     """Refuses a table that was not measured on a store, or one with other tokens.
 
     Args:

@@ -15,7 +15,7 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import Settings
+from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
 
@@ -35,7 +35,7 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
         harvest_into(folder, model, mesh, progress)
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
-        measure_into(folder, model, progress, Settings())
+        measure_into(folder, model, progress, MeasureSettings())
     else:
         _extend(folder, model, progress)
     return folder
@@ -208,7 +208,7 @@ def measure_into(
     folder: NeuronsFolder,
     model: LanguageModel,
     progress: Progress,
-    settings: Settings,
+    settings: MeasureSettings,
     encoder: str | None = None,
 ) -> None:
     """Computes the statistics of all neurons from what was harvested, and writes the table.
@@ -225,15 +225,15 @@ def measure_into(
     """
     store = _store_of(folder, model)
     # Parquet needs a package of the extra, and the other one is slow to import.
-    from topklm.neurons.statistics import sentences  # noqa: PLC0415
+    from topklm.neurons.statistics import embeddings  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
 
     dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
     windows = None
     if encoder is not None:
-        loaded = sentences.load(encoder)
+        loaded = embeddings.load_encoder(encoder)
         with progress.phase("embedding the text around each token", store.n_tokens) as report:
-            windows = sentences.embed(
+            windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
     with disk_errors_are_user_errors(f"writing {folder.table}"):
@@ -251,10 +251,13 @@ def measure_into(
 
 
 def _extend(folder: NeuronsFolder, model: LanguageModel, progress: Progress) -> None:
-    """Adds to the table the statistics that an earlier version did not measure."""
-    store = _store_of(folder, model)
-    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415 - see `measure_into`
+    """Adds to the table the statistics that an earlier version did not measure, if there are any."""
+    from topklm.neurons.statistics import table  # noqa: PLC0415 - see `measure_into`
+    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415
 
+    if table.is_complete(folder.table):
+        return
+    store = _store_of(folder, model)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
         extend(
             folder.table,
