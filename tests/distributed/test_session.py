@@ -186,6 +186,27 @@ sum_over_processes(1)
         assert process.errors == f"error: {heard}\n"
 
 
+def test_threads_exchange_words_of_different_names_at_the_same_time(start):
+    """As training does while a checkpoint is being written."""
+    job = start(
+        3,
+        """
+import threading
+def exchange(name, pause):
+    for turn in range(40):
+        time.sleep(pause * (me + 1))
+        assert distributed.gather(name, f"{turn}{me}") == [f"{turn}{i}" for i in range(3)]
+
+saving = threading.Thread(target=exchange, args=("saving", 0.003))
+saving.start()
+exchange("training", 0.002)
+saving.join()
+""",
+    )
+    assert job.finish() == [0, 0, 0]
+    assert [process.errors for process in job.processes.values()] == ["", "", ""]
+
+
 def test_a_barrier_names_who_did_not_come_and_all_leave_together(start):
     job = start(
         2,

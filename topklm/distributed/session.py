@@ -78,7 +78,7 @@ class Session:
         self._told_to_stop = told_to_stop
         self._client: coordination.CoordinationClient | None = None  # once all have come
         self._uses: collections.Counter[str] = collections.Counter()
-        self._stale_key: str | None = None
+        self._stale_keys: dict[str, str] = {}
         # A word that ends the run carries its sender's secret, whose hash all have known since the start.
         self._secret = secrets.token_hex(16)
         self._hashes: dict[int, str] = {}
@@ -155,9 +155,11 @@ class Session:
         if not came_in_time:
             missing = _numbers(i for i in range(self.process.count) if str(i) not in values)
             raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {missing}; {AGAIN}")
-        if self._stale_key:
-            client.delete(self._stale_key)  # all have read it, because they came to this barrier
-        self._stale_key = key
+        # All have read the value before, because they came to this barrier; of the same name, for other names
+        # may be used by other threads at the same time.
+        if stale_key := self._stale_keys.get(name):
+            client.delete(stale_key)
+        self._stale_keys[name] = key
         return values
 
     def announce(self, kind: Kind, text: str) -> None:
