@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 import re
 
+from benchmarks.config_walk import config_climbs
+
 RESULTS = Path(__file__).parent / "results/design.json"
 # One entry of each table, as it is written wherever code must know it, in scripts and templates too.
 ENTRIES = {
@@ -72,6 +74,7 @@ def count(tree: Path) -> dict[str, object]:
     figures: dict[str, object] = {"modules": modules, "lines": lines}
     for kind, entry in ENTRIES.items():
         figures[f"files / lines that name a {kind} ({entry})"] = "{} / {}".format(*named(tree, entry))
+    figures["climbs of config through training"] = len(config_climbs(tree))
     figures["README, lines"] = len((tree / "README.md").read_text(encoding="utf-8").splitlines())
     return figures
 

@@ -54,7 +54,7 @@ class UserError(Exception):
             return self.text
         if self._value is _NONE:
             return self.field + ("" if self.text.startswith(_VERBS) else ":") + f" {self.text}"
-        return f"{self.field} = {self._value}: {self.text}"
+        return f"{self.field} = {one_line(str(self._value))}: {self.text}"
 
     def named(self, field: str) -> "UserError":
         """Returns the error under the name by which another reader knows the field, for a flag "--top-p"."""

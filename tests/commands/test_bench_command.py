@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.command import BENCHMARKS
 from benchmarks.harness import roofline
+from topklm import cli
 from topklm.commands import bench, train
 from topklm.errors import UserError
 from topklm.model import backends
@@ -22,7 +23,7 @@ HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transforme
 
 def measured(tmp_path, *flags):
     path = tmp_path / "found.json"
-    bench.run([*flags, "--repeats=2", f"--json={path}"])
+    cli.dispatch(["bench", *flags, "--repeats=2", f"--json={path}"])
     return json.loads(path.read_text())
 
 
@@ -118,14 +119,14 @@ def test_torch_runs_beside_ours_from_the_same_weights(tmp_path, capsys):
 )
 def test_mistakes_end_in_one_line(flags, words):
     with pytest.raises(UserError) as e:
-        bench.run(flags)
+        cli.dispatch(["bench", *flags])
     assert words in str(e.value)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_explains_itself_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as end:
-        bench.run([name, "--help"])
+        cli.dispatch(["bench", name, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"topklm bench {name}" in text and "--repeats" in text
@@ -134,7 +135,7 @@ def test_every_benchmark_explains_itself_with_an_example(name, capsys):
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.topklm, "__file__", str(tmp_path / "topklm" / "__init__.py"))
     with pytest.raises(UserError, match="not installed with the package; clone the repository and run"):
-        bench.run(["step"])
+        cli.dispatch(["bench", "step"])
 
 
 def test_the_benchmarks_are_found_from_any_folder(tmp_path):

@@ -8,7 +8,7 @@ import sys
 from helpers import CONFIG_FILE, ROOT, assert_one_line_error
 import pytest
 
-from topklm.commands import compile_check
+from topklm import cli
 from topklm.errors import UserError
 
 TINY = {
@@ -91,4 +91,4 @@ def test_what_training_would_refuse_is_refused():
 
 def test_a_missing_topology_is_asked_for():
     with pytest.raises(UserError, match="--topology; see topklm compile-check --help"):
-        compile_check.run([f"--config={CONFIG_FILE}"])
+        cli.dispatch(["compile-check", f"--config={CONFIG_FILE}"])

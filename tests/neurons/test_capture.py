@@ -12,6 +12,7 @@ import pytest
 import saved_runs
 
 from topklm.model import transformer
+from topklm.model.block import NO_HOOKS
 from topklm.neurons import capture as capture_lib
 from topklm.neurons import hook_names
 from topklm.neurons.capture import ActivationCache, SparseActivations
@@ -42,7 +43,7 @@ def params():
 def capture(model, tokens, *packing):
     """Returns the hidden state and what the TopK layers hand on, sparse."""
     wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
-    return capture_lib.capture(model, tokens, wanted, None, 0, *packing)[:2]
+    return capture_lib.capture(model, tokens, wanted, NO_HOOKS, 0, *packing)[:2]
 
 
 def captured(config):

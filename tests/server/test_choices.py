@@ -170,7 +170,7 @@ def test_alternatives_hold_the_token_itself():
 
 def test_an_echo_is_the_prompt_with_what_is_known_of_it():
     made = choice(prompt="the old")
-    n = made.text.n_prompt - 1
+    n = made.sequence.n_prompt - 1
     scores = Scores(np.arange(n, dtype=np.float32), np.full((n, 1), 7), np.full((n, 1), -0.25, np.float32))
     found = made.echo(scores)
     assert found["text"] == "the old"

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     shared.check_at_least(arguments, 1, "windows", "context_length")
     dataset, split = load_dataset(arguments.dataset), arguments.split
-    windows = sample_windows(dataset, split, arguments.windows, arguments.context_length, arguments.seed)
+    windows = [*sample_windows(dataset, split, arguments.windows, arguments.context_length, arguments.seed)]
     separator = dataset.tokenizer.token_strings([dataset.tokenizer.separator_id])[0]
     output = Output(arguments.json)
 

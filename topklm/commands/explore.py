@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     neurons = _neurons(arguments.neurons)
     out = None if arguments.export is None else local_path(arguments.export, "--export")
     shared.check_installed("explore", _NEEDED)
-    shared.check_on_disk(arguments.run, "pages are made from a folder on a disk")
+    shared.check_on_disk(arguments.run, "pages are made from a folder on a disk; copy the run to one")
     # These need packages of the extra, which may not be there for those above.
     from topklm.commands.neurons_pipeline import ensure_measured  # noqa: PLC0415
     from topklm.explorer import app, export, neuronpedia  # noqa: PLC0415

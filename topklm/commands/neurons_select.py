@@ -121,7 +121,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if (arguments.value is None) == needs_value(arguments.mode):
         needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
         raise shared.wrong(arguments, "mode", needs)
-    shared.check_on_disk(arguments.run, "activations and labels are kept on a disk")
+    shared.check_on_disk(arguments.run, "activations and labels are kept on a disk; copy the run to one")
 
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:

@@ -16,8 +16,8 @@ from topklm.data import formats
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
+from topklm.data.building.work_items import LocalEngine, all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find

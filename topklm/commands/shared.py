@@ -157,10 +157,10 @@ def check_installed(verb: str, packages: Sequence[str]) -> None:
         raise UserError(f"{verb} needs {', '.join(missing)}: run pip install 'topklm[explore]'")
 
 
-def check_on_disk(run: str, what: str = "activations are kept on a disk") -> None:
+def check_on_disk(run: str, text: str = "activations are kept on a disk; copy the run folder to one") -> None:
     """Raises UserError for a run folder in a bucket."""
     if is_bucket(run):
-        raise UserError(f"{what}; copy the run folder to one", field="RUN", value=run)
+        raise UserError(text, field="RUN", value=run)
 
 
 def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Mesh]":

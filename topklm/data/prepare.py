@@ -15,8 +15,8 @@ from topklm.config import DataConfig
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources, fingerprint
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine, all_cores
 from topklm.data.building.storage import Storage
+from topklm.data.building.work_items import LocalEngine, all_cores
 from topklm.data.dataset import is_dataset, load_dataset
 from topklm.data.mixture import Mixture, open_mixture
 from topklm.data.records import sha256_of_file

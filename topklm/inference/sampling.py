@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+from reprlib import repr as short
 from typing import Any
 
 import jax
@@ -207,10 +208,10 @@ def _number(name: str, value: Any, allowed: str, holds: Any) -> None:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     rounded = float(np.float32(value)) if real and abs(value) <= _LARGEST else math.inf
     if not (math.isfinite(rounded) and holds(rounded)):
-        raise ArgumentError(field=name, value=repr(value), allowed=allowed)
+        raise ArgumentError(field=name, value=short(value), allowed=allowed)
 
 
 def _integer(name: str, value: Any, allowed: str, lowest: int, highest: int) -> None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not (whole and lowest <= value <= highest):
-        raise ArgumentError(field=name, value=repr(value), allowed=allowed)
+        raise ArgumentError(field=name, value=short(value), allowed=allowed)

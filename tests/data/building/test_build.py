@@ -11,8 +11,8 @@ from topklm.data.building import encode
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import Selection
-from topklm.data.building.engines import LocalEngine
 from topklm.data.building.storage import Storage
+from topklm.data.building.work_items import LocalEngine
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find

@@ -10,7 +10,7 @@ from test_build import SETTINGS, Interruption, contents, make, write_lines
 
 from topklm.data.building import encode
 from topklm.data.building.description import DatasetSources
-from topklm.data.building.engines import LocalEngine
+from topklm.data.building.work_items import LocalEngine
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError

@@ -22,9 +22,8 @@ from topklm.data.building import encode, work_items
 from topklm.data.building.chunks import Chunk
 from topklm.data.building.description import DatasetSettings, DatasetSources
 from topklm.data.building.encode import FileJob, FileResult, Selection, chunks_of, fitted, training_text
-from topklm.data.building.engines import all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.work_items import plan_shards
+from topklm.data.building.work_items import all_cores, plan_shards
 from topklm.data.dataset import DESCRIPTION_FILE, TOKENIZER_FILE, description_to_bytes, parse_description
 from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
