@@ -334,7 +334,8 @@ def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled
 
         def advance(self, steps):
             time.sleep(0.02)
-            self.texts = [[*text, text[-1]] for text in self.texts]  # rrrr
+            for text in self.texts:
+                text.append(text[-1])  # rrrr
             return [text[-1:] for text in self.texts]
 
     monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
