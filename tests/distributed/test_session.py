@@ -186,6 +186,27 @@ sum_over_processes(1)
         assert process.errors == f"error: {heard}\n"
 
 
+def test_threads_exchange_words_of_different_names_at_the_same_time(start):
+    """As training does while a checkpoint is being written."""
+    job = start(
+        3,
+        """
+import threading
+def exchange(name, pause):
+    for turn in range(40):
+        time.sleep(pause * (me + 1))
+        assert distributed.gather(name, f"{turn}{me}") == [f"{turn}{i}" for i in range(3)]
+
+saving = threading.Thread(target=exchange, args=("saving", 0.003))
+saving.start()
+exchange("training", 0.002)
+saving.join()
+""",
+    )
+    assert job.finish() == [0, 0, 0]
+    assert [process.errors for process in job.processes.values()] == ["", "", ""]
+
+
 def test_a_barrier_names_who_did_not_come_and_all_leave_together(start):
     job = start(
         2,
@@ -257,6 +278,18 @@ def test_a_stopped_process_is_given_up_and_ends_when_it_wakes(start, stopped):
     job[stopped].signal(signal.SIGCONT)
     assert job[stopped].finish() == 75
     assert last_line(job[stopped]).endswith("start the same command again to resume")
+
+
+@pytest.mark.slow
+def test_a_process_that_holds_the_interpreter_for_long_is_not_given_up(start):
+    job = start(
+        2,
+        IN_A_COLLECTIVE.format(
+            instead=f"import ctypes\nif me: ctypes.PyDLL(None).sleep({2 * PEER_TIMEOUT_SECONDS})"
+        ),
+    )
+    assert job.finish() == [0, 0]
+    assert [process.errors for process in job.processes.values()] == ["", ""]
 
 
 def test_a_process_that_never_starts_is_named(start):

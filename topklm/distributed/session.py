@@ -51,6 +51,7 @@ _COMMUNICATION_ERRORS = (
 # Keys of the store, which JAX and Orbax use too.
 _ENDING = "topklm/ending"
 _BEGUN = "topklm/begun"
+_COUNT = "topklm/count"
 _HELLO = "hello"
 _GOODBYE = "the end of the run"
 
@@ -77,10 +78,11 @@ class Session:
         self._told_to_stop = told_to_stop
         self._client: coordination.CoordinationClient | None = None  # once all have come
         self._uses: collections.Counter[str] = collections.Counter()
-        self._stale_key: str | None = None
+        self._stale_keys: dict[str, str] = {}
         # A word that ends the run carries its sender's secret, whose hash all have known since the start.
         self._secret = secrets.token_hex(16)
         self._hashes: dict[int, str] = {}
+        self._count = process.count
         self._met = threading.Event()  # the hashes are known
         self._ending: Ending | None = None
         self._ending_known = threading.Event()
@@ -109,6 +111,9 @@ class Session:
         if client.get(_BEGUN) is not None:
             text = f"process {self.process.index} came when the run was under way"
             raise PeerLost(f"{text}: start the same command on every host")
+        if self.process.index == 0:
+            client.set(_COUNT, str(self.process.count))
+        self._count = int(client.wait_for(_COUNT))  # of the service, also where this process was told another
         self._client, self._last_tick = client, time.monotonic()
         for work in (self._watch, self._listen, self._tick):
             self._threads.append(threading.Thread(target=self._guarded, args=(work, client), daemon=True))
@@ -150,9 +155,11 @@ class Session:
         if not came_in_time:
             missing = _numbers(i for i in range(self.process.count) if str(i) not in values)
             raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {missing}; {AGAIN}")
-        if self._stale_key:
-            client.delete(self._stale_key)  # all have read it, because they came to this barrier
-        self._stale_key = key
+        # All have read the value before, because they came to this barrier; of the same name, for other names
+        # may be used by other threads at the same time.
+        if stale_key := self._stale_keys.get(name):
+            client.delete(stale_key)
+        self._stale_keys[name] = key
         return values
 
     def announce(self, kind: Kind, text: str) -> None:
@@ -265,7 +272,7 @@ class Session:
         interval_s = min(self._peer_timeout_s / 4, 5.0)
         first: dict[int, int] = {}
         while not (self._leaving and self.process.index):
-            now = client.alive(self.process.count)
+            now = client.alive(self._count)
             self._last_contact = time.monotonic()
             if now.keys() == {self.process.index}:
                 self._alone.set()
@@ -281,7 +288,7 @@ class Session:
         self, client: coordination.CoordinationClient, first: dict[int, int], now: dict[int, int]
     ) -> None:
         silent = f"no sign of life for {self._peer_timeout_s:g} s"
-        for index in range(self.process.count):
+        for index in range(self._count):
             if index in now and now[index] == first.get(index):
                 continue
             if str(index) in client.values(_folder(_GOODBYE, 1)):
