@@ -27,10 +27,16 @@ def config_climbs(tree: Path, *, into_objects: bool = False) -> list[str]:
 
     Returns:
         One line a climb, such as "data/stream.py:train_stream -> sharding.py:local_rows".
+
+    Raises:
+        ValueError: For a checkout without `train`.
     """
     package = _Package(tree)
     walk = _Walk(package, into_objects)
-    walk.enter(*package.named("topklm/training/loop.py", "train"))
+    entry = package.named("topklm/training/loop.py", "train")
+    if entry is None:
+        raise ValueError(f"{tree} has no topklm/training/loop.py with a function `train`")
+    walk.enter(*entry)
     floors = package.floors()
     return [
         f"{left.removeprefix('topklm/')} -> {entered.removeprefix('topklm/')}"
