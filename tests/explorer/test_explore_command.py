@@ -88,7 +88,7 @@ def test_a_taken_port_is_named_before_anything_is_done(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         cli.dispatch(["explore", str(tmp_path), "--port", "0"])
-    with pytest.raises(UserError, match="copy the run folder to one"):
+    with pytest.raises(UserError, match="copy the run to one"):
         cli.dispatch(["explore", "gs://bucket/run", "--port", "0"])
 
 

