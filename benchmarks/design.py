@@ -89,6 +89,9 @@ def main() -> None:
         "trees", nargs="*", type=Path, default=[here], metavar="TREE", help="default: this one"
     )
     arguments = parser.parse_args()
+    for tree in arguments.trees:
+        if not (tree / "topklm/training/loop.py").is_file() or not (tree / "README.md").is_file():
+            parser.error(f"TREE = {tree}: must be a checkout of the project, with topklm/ and README.md")
     counted = [count(tree) for tree in arguments.trees]
     for name in counted[0]:
         print(f"{name:70}", *(f"{figures[name]!s:>10}" for figures in counted))
