@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,39 @@ def test_the_two_commands_are_what_continuous_integration_runs(name, end):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     assert found in "".join(blocks("bash")[:2])
     assert found.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("train", "tests", "types", "exit_code"),
+    [(0, 0, 0, 0), (3, 0, 0, 3), (0, 1, 0, 1), (0, 2, 0, 2), (0, 0, 1, 1)],
+    ids=["all pass", "training fails", "a test fails", "the tests are interrupted", "types disagree"],
+)
+def test_continuous_integration_passes_exactly_if_each_of_its_steps_does(
+    tmp_path, train, tests, types, exit_code
+):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
+    # The test command makes an environment whose Python stands in for mypy's test.
+    python = tmp_path / ".venv-test/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nsleep 0.2\nexit {types}\n")
+    python.chmod(0o755)
+    steps = {
+        "run": f"sh -c 'exit {train}'",
+        "test": f"mkdir -p .venv-test && mv kept .venv-test/bin && exit {tests}",
+    }
+    (tmp_path / "README.md").write_text(
+        "".join(f"<!-- {name} command -->\n```bash\n{step}\n```\n" for name, step in steps.items())
+    )
+    for newer in ("python3.13", "python3.12"):  # as on a machine that has none
+        (python.parent / newer).symlink_to("/bin/false")
+    python.parent.rename(tmp_path / "kept")  # .venv-test goes first
+    environment = {"PATH": f"{tmp_path}/kept:/usr/bin:/bin", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    ended = subprocess.run(
+        [".ci/run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == exit_code, ended.stderr
+    assert not list(tmp_path.glob("tmp.*"))
 
 
 def test_every_field_that_the_pages_name_exists():
