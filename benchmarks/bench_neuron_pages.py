@@ -47,6 +47,7 @@ from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
+from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -133,15 +134,10 @@ def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats:
 
     def side(settings: MeasureSettings, path: Path) -> Subject:
         return timing.timed(
-            functools.partial(
-                measure,
+            # New inputs each time, for they keep what they have computed.
+            lambda: measure(
                 path,
-                store,
-                model.config.model,
-                model.params,
-                separator_id=model.tokenizer.separator_id,
-                settings=settings,
-                progress=_SILENT,
+                Inputs(store, model.cfg, model.params, model.tokenizer.separator_id, settings, _SILENT),
             )
         )
 

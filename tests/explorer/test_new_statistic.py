@@ -17,6 +17,7 @@ from topklm.explorer.index import Index, Wanted
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
+from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import extend, measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -47,28 +48,18 @@ def energy(monkeypatch):
     monkeypatch.setattr(catalog, "STATISTICS", (*catalog.STATISTICS, added))
 
 
+def inputs_of(folder, model, settings):
+    store, progress = Store(folder.store), Progress(lambda line: None)
+    return Inputs(store, model.cfg, model.params, model.tokenizer.separator_id, settings, progress)
+
+
 def extended(folder, model=None):
     model = model or topklm.load(folder.run)
-    return extend(
-        folder.table,
-        Store(folder.store),
-        model.config.model,
-        model.params,
-        separator_id=model.tokenizer.separator_id,
-        progress=Progress(lambda line: None),
-    )
+    return extend(folder.table, inputs_of(folder, model, MeasureSettings()))
 
 
 def measured_anew(folder, settings, model):
-    measure(
-        folder.table,
-        Store(folder.store),
-        model.config.model,
-        model.params,
-        separator_id=model.tokenizer.separator_id,
-        settings=settings,
-        progress=Progress(lambda line: None),
-    )
+    measure(folder.table, inputs_of(folder, model, settings))
 
 
 def without(folder, names):

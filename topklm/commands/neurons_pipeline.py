@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -18,6 +19,10 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
+
+if TYPE_CHECKING:
+    from topklm.neurons.statistics.embeddings import EncodedWindows
+    from topklm.neurons.statistics.inputs import Inputs
 
 DEFAULT_TOKENS = 500_000
 
@@ -224,11 +229,10 @@ def measure_into(
         UserError: For a store of another model, and without pyarrow.
     """
     store = _store_of(folder, model)
-    # Parquet needs a package of the extra, and the other one is slow to import.
+    # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
 
-    dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
     windows = None
     if encoder is not None:
         loaded = embeddings.load_encoder(encoder)
@@ -236,18 +240,9 @@ def measure_into(
             windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
+    inputs = _inputs(folder, store, model, progress, settings, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        measure(
-            folder.table,
-            store,
-            model.config.model,
-            model.params,
-            separator_id=model.tokenizer.separator_id,
-            settings=settings,
-            progress=progress,
-            dictionary=dictionary,
-            windows=windows,
-        )
+        measure(folder.table, inputs)
 
 
 def _extend(folder: NeuronsFolder, model: LanguageModel, progress: Progress) -> None:
@@ -257,17 +252,32 @@ def _extend(folder: NeuronsFolder, model: LanguageModel, progress: Progress) -> 
 
     if table.is_complete(folder.table):
         return
-    store = _store_of(folder, model)
+    inputs = _inputs(folder, _store_of(folder, model), model, progress, MeasureSettings())
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        extend(
-            folder.table,
-            store,
-            model.config.model,
-            model.params,
-            separator_id=model.tokenizer.separator_id,
-            progress=progress,
-            dictionary=Dictionary.load(folder.dictionary) if store.metadata.dictionary else None,
-        )
+        extend(folder.table, inputs)
+
+
+def _inputs(
+    folder: NeuronsFolder,
+    store: Store,
+    model: LanguageModel,
+    progress: Progress,
+    settings: MeasureSettings,
+    windows: "EncodedWindows | None" = None,
+) -> "Inputs":
+    """Gathers what statistics are computed from; see `Inputs`."""
+    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415 - see `measure_into`
+
+    return Inputs(
+        store,
+        model.config.model,
+        model.params,
+        model.tokenizer.separator_id,
+        settings,
+        progress,
+        Dictionary.load(folder.dictionary) if store.metadata.dictionary else None,
+        windows,
+    )
 
 
 def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:

@@ -20,12 +20,10 @@ from topklm.inference.interventions import DEFAULT_MODE, MODES, POSITIONS, needs
 from topklm.neurons.display import visible
 from topklm.neurons.paths import NeuronsFolder
 from topklm.steering import concepts as concept_lib
-from topklm.steering import dose, neuron_facts
-from topklm.steering.concepts import Concept
-from topklm.steering.dose import Response, Sampled
-from topklm.steering.neuron_facts import NeuronFacts
-from topklm.steering.summary import without_nan
-from topklm.steering.text_metrics import Estimate
+from topklm.steering import dose
+from topklm.steering.concepts import Concept, NeuronFacts
+from topklm.steering.dose import Estimate, Response, Sampled
+from topklm.steering.survey import without_nan
 from topklm.storage.files import is_bucket, local_path
 
 FLAGS = ("prompt", "prompts", "concept_regex", "concept_words")
@@ -81,9 +79,9 @@ def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], 
         layer, neuron, DEFAULT_MODE, 0.0, "--neuron", arguments.neuron, config=model.config.model
     )
     folder = None if is_bucket(arguments.run) else NeuronsFolder(Path(model.run), model.step)
-    facts = None if folder is None else neuron_facts.read(folder, layer, neuron)
+    facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
     values = _values(arguments, facts)
-    concepts = asked or neuron_facts.own_concepts(model, folder, facts, layer, neuron)
+    concepts = asked or concept_lib.own_concepts(model, folder, facts, layer, neuron)
     total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
     with (
         shared.arguments_are_flags(arguments),

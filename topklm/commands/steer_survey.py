@@ -14,9 +14,8 @@ from topklm.errors import UserError
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
-from topklm.steering import summary
 from topklm.steering.concepts import KINDS
-from topklm.steering.survey import SurveySettings, survey
+from topklm.steering.survey import SurveySettings, neuron_rows, summarise, survey
 
 FLAGS = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
 _NOTHING = "-"
@@ -73,8 +72,8 @@ def run(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], 
             "source": store.metadata.source,
             "n_tokens": store.n_tokens,
         }
-        neurons = summary.neurons(layers, settings, model.tokenizer)
-        found.append({**facts, **summary.summarise(layers, settings), "neurons": neurons})
+        neurons = neuron_rows(layers, settings, model.tokenizer)
+        found.append({**facts, **summarise(layers, settings), "neurons": neurons})
     return {"surveys": found}, lambda: _print(output, found, settings)
 
 

@@ -47,8 +47,8 @@ def test_nothing_of_another_document_matters(text):
     tokens, documents, vectors = text
     last = np.flatnonzero(documents == documents[-1])
     changed = np.concatenate([(tokens[: last[0]] + 1) % 40, tokens[last]])
-    own = Contexts(tokens, bounds_of(documents), vectors)._means(last)
-    np.testing.assert_array_equal(own, Contexts(changed, bounds_of(documents), vectors)._means(last))
+    own = Contexts(tokens, bounds_of(documents), vectors).rows(last)
+    np.testing.assert_array_equal(own, Contexts(changed, bounds_of(documents), vectors).rows(last))
 
 
 def test_what_equals_the_mean_of_all_stays_0():
