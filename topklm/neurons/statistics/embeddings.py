@@ -138,12 +138,10 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
 
 
 def document_bounds(store: Store) -> np.ndarray:
-    """Returns int64[documents + 1], where each document of a store begins, and its end; read in stretches."""
-    bounds = [np.zeros(1, np.int64)]
-    for begin in range(0, store.n_tokens, _STRETCH):
-        documents = store.documents(max(begin - 1, 0), begin + _STRETCH)
-        bounds.append(np.flatnonzero(np.diff(documents.astype(np.int64))) + max(begin - 1, 0) + 1)
-    return np.unique(np.concatenate([*bounds, [store.n_tokens]]))
+    """Returns int64[documents + 1], where each document of a store begins, and its end."""
+    documents = store.documents(0, store.n_tokens)
+    begins = np.flatnonzero(documents[1:] != documents[:-1]) + 1
+    return np.unique(np.concatenate([[0], begins, [store.n_tokens]]))
 
 
 def _unit_or_zero(rows: np.ndarray) -> np.ndarray:
