@@ -51,7 +51,8 @@ def harvest(model, tmp_path, monkeypatch):
     def call(source, **options):
         told = Told()
         mesh = make_layout(MeshConfig()).mesh
-        neurons.harvest_into(folder, model, mesh, told, source=str(source), **options)
+        settings = neurons.HarvestSettings(source=str(source), **options)
+        neurons.harvest_into(folder, model, mesh, told, settings)
         return told, Store(folder.store)
 
     return call

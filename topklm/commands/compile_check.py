@@ -5,7 +5,7 @@ import argparse
 import jax
 
 from topklm.commands import shared, train
-from topklm.commands.shared import Output, add
+from topklm.commands.shared import Output
 from topklm.compile_check import topology as topology_lib
 from topklm.compile_check.check import compile_check, does_not_fit
 from topklm.compile_check.report import show
@@ -23,10 +23,10 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments, those of `topklm train` among them."""
     train.add_config(parser)
+    add = shared.flags(parser, "json")
     text = "chips of a slice: v5e:4x4, v5p:4x4x4, v6e:16x16; cpu:8 for virtual CPU devices"
-    add(parser, "--topology T", text, required=True)
-    add(parser, "--slices N", "slices of that shape, which mesh.data spans", 1)
-    shared.add_common(parser, "json")
+    add("--topology T", text, required=True)
+    add("--slices N", "slices of that shape, which mesh.data spans", 1)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import rich.rule
 import rich.text
 
 from topklm.commands import shared
-from topklm.commands.shared import Output, Verb, add
+from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS, TextWindow, load_dataset, sample_windows
 from topklm.data.verify import VerifyReport, verify
 from topklm.errors import UserError
@@ -43,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    add(parser, "dataset DIR", "folder of a dataset, e.g. datasets/books")
-    shared.add_common(parser, "json")
+    shared.flags(parser, "json")("dataset DIR", "folder of a dataset, e.g. datasets/books")
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
-    add(parser, "--split", "", "train", choices=SPLITS)
-    add(parser, "--windows N", "", 3)
-    add(parser, "--context-length T", "tokens per window", 256)
-    add(parser, "--seed N", "of the choice of windows", 0)
+    add = shared.flags(parser)
+    add("--split", "", "train", choices=SPLITS)
+    add("--windows N", "", 3)
+    add("--context-length T", "tokens per window", 256)
+    add("--seed N", "of the choice of windows", 0)
 
 
 def run(arguments: argparse.Namespace) -> None:

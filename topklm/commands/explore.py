@@ -5,7 +5,7 @@ import re
 import webbrowser
 
 from topklm.commands import shared
-from topklm.commands.shared import Output, add
+from topklm.commands.shared import Output
 from topklm.errors import UserError
 from topklm.storage.files import local_path
 
@@ -22,19 +22,18 @@ _NEEDED = ("jinja2", "pyarrow", "starlette", "uvicorn", "regex")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_common(parser, "run")
-    add(parser, "--port N", "0: any that is free", PORT)
+    add = shared.flags(parser, "run", "step")
+    add("--port N", "0: any that is free", PORT)
     text = "where to listen; on others than the default a token is demanded"
-    add(parser, "--host ADDRESS", text, "127.0.0.1")
-    shared.add_common(parser, "step")
-    add(parser, "--export PATH", "write the pages as one HTML file, and end")
+    add("--host ADDRESS", text, "127.0.0.1")
+    add("--export PATH", "write the pages as one HTML file, and end")
     text = "--export: one page, or a folder of Neuronpedia's bulk import"
-    add(parser, "--format", text, "html", choices=FORMATS)
+    add("--format", text, "html", choices=FORMATS)
     text = "--format neuronpedia: what it calls the model; default the run's"
-    add(parser, "--model-id NAME", text)
-    add(parser, "--neurons L:N,...", "--export: pages of these, e.g. 0:17,2:5; default all")
+    add("--model-id NAME", text)
+    add("--neurons L:N,...", "--export: pages of these, e.g. 0:17,2:5; default all")
     text = "open the pages in a browser; default not"
-    add(parser, "--open", text, action=argparse.BooleanOptionalAction, default=False)
+    add("--open", text, action=argparse.BooleanOptionalAction, default=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 
 import topklm
 from topklm.commands import shared
-from topklm.commands.shared import add
 from topklm.errors import UserError
 
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
@@ -15,28 +14,27 @@ _OPTIONS = ("topk_k", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_common(parser, "run")
-    add(parser, "prompt", "text that begins a document")
-    add(parser, "--max-new-tokens N", "", 50)
-    add(parser, "--temperature T", "0 is greedy", 0.7)
-    add(parser, "--top-k K", "only the K most likely tokens; 0: all", 0)
-    add(parser, "--top-p P", "only the most likely tokens that make up P", 1.0)
-    add(parser, "--min-p P", "only tokens P times as likely as the likeliest", 0.0)
+    add = shared.flags(parser, "run")
+    add("prompt", "text that begins a document")
+    add("--max-new-tokens N", "", 50)
+    add("--temperature T", "0 is greedy", 0.7)
+    add("--top-k K", "only the K most likely tokens; 0: all", 0)
+    add("--top-p P", "only the most likely tokens that make up P", 1.0)
+    add("--min-p P", "only tokens P times as likely as the likeliest", 0.0)
     text = "above 1: tokens that the text holds already become less likely"
-    add(parser, "--repetition-penalty X", text, 1.0)
-    add(parser, "--stop TEXT", "end before this text; may be given several times", action="append")
+    add("--repetition-penalty X", text, 1.0)
+    add("--stop TEXT", "end before this text; may be given several times", action="append")
     add(
-        parser,
         "--when-full",
         "beyond the context: see its last tokens, run again for each (slide); forget half (halve, "
         "faster); end there, and refuse a longer prompt (stop)",
         "slide",
         choices=("slide", "halve", "stop"),
     )
-    add(parser, "--topk-k K", "neurons that each TopK keeps; default as in training", int)
+    add("--topk-k K", "neurons that each TopK keeps; default as in training", int)
     shared.add_steering(parser)
-    add(parser, "--stream", "print the text while it is made", False)
-    shared.add_common(parser, "seed", "step", "json")
+    add("--stream", "print the text while it is made", False)
+    shared.flags(parser, "seed", "step", "json")
 
 
 def run(arguments: argparse.Namespace) -> None:

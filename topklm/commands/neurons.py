@@ -15,7 +15,7 @@ import jax
 
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_compare, neurons_find, shared
-from topklm.commands.shared import Output, Verb, add
+from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -34,9 +34,22 @@ from topklm.progress import Progress
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
 
-DEFAULT_TOKENS = 500_000
 _MOST_DIGITS = 15  # of a count
 _MOST_SAMPLES = 2**31 - 1  # as the table can hold them
+
+
+@dataclasses.dataclass(frozen=True)
+class HarvestSettings:
+    """The flags of `harvest`, whose help says more."""
+
+    tokens: int = 500_000  # about, by all parts together
+    source: str | None = None
+    split: str = "heldout"
+    batch_size: int | None = None
+    keep: int | None = None
+    dictionary: str | None = None
+    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS
+    part: Share | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,41 +80,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_harvest(parser: argparse.ArgumentParser) -> None:
-    shared.add_common(parser, "run")
-    add(parser, "--tokens N", "", DEFAULT_TOKENS, type=_count)
-    add(parser, "--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
-    add(parser, "--split", "of prepared data", "heldout", choices=SPLITS)
+    add = shared.flags(parser, "run", "step", "json")
+    add("--tokens N", "", HarvestSettings.tokens, type=_count)
+    add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
+    add("--split", "of prepared data", "heldout", choices=SPLITS)
     text = (
         "of a Base LM, only the K largest entries of each token, to compare it with a TopK model; default "
         "all that are positive"
     )
-    add(parser, "--keep K", text, type=_count)
+    add("--keep K", text, type=_count)
     text = (
         "of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K largest "
         "are kept (default the config's topk_k); made first, from the run's training text"
     )
-    add(parser, "--dictionary", text, choices=dictionary_lib.KINDS)
+    add("--dictionary", text, choices=dictionary_lib.KINDS)
     text = "of training text, from which the dictionary is made"
-    add(parser, "--dictionary-tokens N", text, fit_dictionary.DEFAULT_TOKENS, type=_count)
-    add(parser, "--batch-size B", "rows; default by device", type=_count)
+    add("--dictionary-tokens N", text, fit_dictionary.DEFAULT_TOKENS, type=_count)
+    add("--batch-size B", "rows; default by device", type=_count)
     text = "every N-th document, from the I-th, 0/4 to 3/4 say; default by the launcher's environment"
-    add(parser, "--part I/N", text, type=_share)
-    shared.add_common(parser, "step", "json")
+    add("--part I/N", text, type=_share)
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    shared.add_common(parser, "run")
+    add = shared.flags(parser, "run", "step", "json")
     text = "tokens at which each neuron is set to 0; 0: none"
-    add(parser, "--ablation-samples N", text, MeasureSettings.ablation_samples)
+    add("--ablation-samples N", text, MeasureSettings.ablation_samples)
     text = "over which the Jacobian is averaged"
-    add(parser, "--lens-contexts N", text, MeasureSettings.lens_contexts, type=_count)
+    add("--lens-contexts N", text, MeasureSettings.lens_contexts, type=_count)
     text = (
         "folder, name or NAME@REVISION of a sentence encoder, for the package sentence-transformers: "
         "semantic entropy and monosemanticity compare tokens by the text around them, not by the model's own "
         "unembedding"
     )
-    add(parser, "--encoder MODEL", text)
-    shared.add_common(parser, "step", "json")
+    add("--encoder MODEL", text)
 
 
 def _count(text: str) -> int:
@@ -131,21 +142,11 @@ def _harvest(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     model, mesh = shared.load(arguments)
     folder = shared.folder_of(model)
-    process = cluster.find() if arguments.part is None else None
-    harvest_into(
-        folder,
-        model,
-        mesh,
-        output.progress,
-        n_tokens=arguments.tokens,
-        source=arguments.source,
-        split=arguments.split,
-        rows=arguments.batch_size,
-        keep=arguments.keep,
-        dictionary=arguments.dictionary,
-        dictionary_tokens=arguments.dictionary_tokens,
-        share=arguments.part or (Share(process.index, process.count) if process else ALL),
-    )
+    if arguments.part is None and (process := cluster.find()):
+        arguments.part = Share(process.index, process.count)
+    names = (field.name for field in dataclasses.fields(HarvestSettings))
+    settings = HarvestSettings(**{name: getattr(arguments, name) for name in names})
+    harvest_into(folder, model, mesh, output.progress, settings)
     store = Store(folder.store)
     facts = {"store": str(folder.store), "tokens": store.n_tokens, **dataclasses.asdict(store.metadata)}
     output.give(facts, lambda: output.say(_summary(store)))
@@ -190,7 +191,7 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
     """
     folder = shared.folder_of(model)
     if not folder.store.exists():
-        harvest_into(folder, model, mesh, progress)
+        harvest_into(folder, model, mesh, progress, HarvestSettings())
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
         measure_into(folder, model, progress, MeasureSettings())
@@ -208,58 +209,36 @@ def harvest_into(
     model: LanguageModel,
     mesh: jax.sharding.Mesh,
     progress: Progress,
-    *,
-    n_tokens: int = DEFAULT_TOKENS,
-    source: str | None = None,
-    split: str = "heldout",
-    rows: int | None = None,
-    keep: int | None = None,
-    dictionary: str | None = None,
-    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS,
-    share: Share = ALL,
+    settings: HarvestSettings,
 ) -> None:
-    """Runs text through a model and stores what its neurons do.
-
-    Args:
-        folder: Of the run and its step.
-        model: Of the run, its parameters on `mesh`.
-        mesh: Devices.
-        progress: Is told of the tokens.
-        n_tokens: To be stored, about, by all shares together.
-        source: Prepared folder, or text; None for the run's own data.
-        split: "heldout" or "train", of prepared data.
-        rows: Of a batch; None: by the device.
-        keep: Of a Base LM, the number of entries of a token; None: all that are positive.
-        dictionary: In which the hidden state of a Base LM is written, one of `dictionary.KINDS`.
-        dictionary_tokens: Of training text, from which that is made if there is none.
-        share: Which of the documents.
+    """Runs text through a model, whose parameters are on the mesh, and stores what its neurons do.
 
     Raises:
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
+    keep, share = settings.keep, settings.part or ALL
     config = model.config.model
-    rows = rows or harvest_lib.batch_rows(config, mesh)
+    rows = settings.batch_size or harvest_lib.batch_rows(config, mesh)
     if rows % mesh.size:
         raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {mesh.size} devices")
     shared.check_keep(config, keep)
-    if dictionary is not None and config.n_topk_layers:
-        raise UserError(
-            f"--dictionary = {dictionary}: is for Base LMs; this model's neurons are its coordinates"
-        )
-    documents = open_documents(model.tokenizer, model.config.data, source, split)
+    if settings.dictionary is not None and config.n_topk_layers:
+        text = "is for Base LMs; this model's neurons are its coordinates"
+        raise UserError(text, field="--dictionary", value=settings.dictionary)
+    documents = open_documents(model.tokenizer, model.config.data, settings.source, settings.split)
     kind, layers = harvest_lib.kind_and_layers(config)
-    written_in = None
-    if dictionary is not None:
-        kind, keep = dictionary, keep or min(config.topk_k, config.d_model)
+    dictionary: Dictionary | None = None
+    if settings.dictionary is not None:
+        kind, keep = settings.dictionary, keep or min(config.topk_k, config.d_model)
         if folder.store.exists() and (there := Store(folder.store).metadata.kind) != kind:
             raise UserError(
                 f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
                 f"{folder.path}, or harvest in a copy of the run folder"
             )
-        written_in = fit_dictionary.load_fitting(folder.dictionary, kind, keep, dictionary_tokens)
-        if written_in is None:
+        dictionary = fit_dictionary.load_fitting(folder.dictionary, kind, keep, settings.dictionary_tokens)
+        if dictionary is None:
             _check_can_fit(folder, model, documents, share)
-            written_in = fit_dictionary.fit(
+            dictionary = fit_dictionary.fit(
                 kind,
                 config,
                 model.params,
@@ -267,12 +246,12 @@ def harvest_into(
                 model.config.data,
                 documents,
                 keep=keep,
-                n_tokens=dictionary_tokens,
+                n_tokens=settings.dictionary_tokens,
                 progress=progress,
             )
             with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
-                written_in.save(folder.dictionary)
-            progress.say(f"{folder.dictionary}: {written_in.description}")
+                dictionary.save(folder.dictionary)
+            progress.say(f"{folder.dictionary}: {dictionary.description}")
     metadata = Metadata(
         run=folder.run.resolve().name,
         step=model.step,
@@ -285,7 +264,7 @@ def harvest_into(
         topk_activation=config.topk_activation,
         context_length=config.context_length,
         parts=share.count,
-        dictionary=written_in.description if written_in else "",
+        dictionary=dictionary.description if dictionary else "",
         parameters=fingerprint(model.params),
     )
 
@@ -299,7 +278,7 @@ def harvest_into(
         done, begun = writer.n_tokens, 0
         wanted = 0  # nobody knows
         if documents.n_tokens is not None:
-            wanted = max(min(n_tokens, documents.n_tokens) // share.count - done, 0)
+            wanted = max(min(settings.tokens, documents.n_tokens) // share.count - done, 0)
         with progress.phase(f"harvesting {documents.name}", wanted) as report:
 
             def tell(tokens: int, documents_begun: int) -> None:
@@ -314,15 +293,15 @@ def harvest_into(
                 documents,
                 writer,
                 separator_id=model.tokenizer.separator_id,
-                n_tokens=-(-n_tokens // share.count),
+                n_tokens=-(-settings.tokens // share.count),
                 rows=rows,
                 keep=keep,
-                dictionary=written_in,
+                dictionary=dictionary,
                 share=share,
                 report=tell,
             )
     if not writer.n_tokens and share.count == 1:
-        raise no_text(documents, f"--source = {source}")
+        raise no_text(documents, f"--source = {settings.source}")
     if documents.left_out:
         progress.say(f"left out of {documents.name}: {described(documents.left_out)}")
 
@@ -346,12 +325,7 @@ def measure_into(
 ) -> None:
     """Computes the statistics of all neurons from what was harvested, and writes the table.
 
-    Args:
-        folder: With a store of the model's activations.
-        model: Of the run.
-        progress: Is told of each phase.
-        settings: Of the statistics.
-        encoder: Of sentences, a name or folder; None: the model's own unembedding stands for tokens.
+    The encoder is one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
 
     Raises:
         UserError: For a store of another model, and without pyarrow.

@@ -1,7 +1,7 @@
 """`topklm neurons contrast` and `ablate-set`: two texts, the neurons that tell them apart, and their loss."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from topklm.commands import shared
-from topklm.commands.shared import LabelOf, Output, Verb, add
+from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.errors import UserError, visible
 from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
@@ -52,17 +52,15 @@ class ComparedText:
         return UserError(text, field=f"--{self.flag}", value=self.source)
 
 
-def _add_common(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> None:
-    """Declares RUN, the flags of both texts with what they are, and what goes with them."""
-    shared.add_common(parser, "run")
+def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
+    """Declares the flags of both texts, and those that go with them; returns a function for others."""
+    add = shared.flags(parser, "run", "layer", "seed", "step", "json")
     for flag, what in texts.items():
-        add(parser, f"--{flag} TEXT", f"{what}: {_TEXT}", required=True)
-    add(parser, "--tokens N", "read at most so many of each text", tokens)
-    shared.add_common(parser, "layer")
+        add(f"--{flag} TEXT", f"{what}: {_TEXT}", required=True)
+    add("--tokens N", "read at most so many of each text", tokens)
     text = "of a Base LM: a neuron counts as active where it is among the K largest; default: above 0"
-    add(parser, "--keep K", text, int)
+    add("--keep K", text, int)
     add(
-        parser,
         "--by",
         "which neurons come first: by the difference of frequencies, or by that in standard deviations "
         "(score), which puts rare neurons before those that are active everywhere",
@@ -70,8 +68,8 @@ def _add_common(parser: argparse.ArgumentParser, texts: Mapping[str, str], token
         choices=contrast_lib.ORDERS,
     )
     text = "ways to deal the documents to the two texts again"
-    add(parser, "--permutations N", text, contrast_lib.PERMUTATIONS)
-    shared.add_common(parser, "seed", "step", "json")
+    add("--permutations N", text, contrast_lib.PERMUTATIONS)
+    return add
 
 
 def _open(
@@ -79,10 +77,7 @@ def _open(
 ) -> tuple[LanguageModel, jax.sharding.Mesh, tuple[ComparedText, ComparedText]]:
     """Checks the flags, loads the model onto all devices of this host, and reads both texts.
 
-    Args:
-        arguments: Parsed.
-        flags: Of the two texts.
-        counts: Arguments that must be 1 or more, besides those of both verbs.
+    Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of both verbs.
 
     Raises:
         UserError: For what is wrong, text that cannot be read or is empty, or a document that both hold.
@@ -192,17 +187,16 @@ _CONTRASTED = ("positive", "negative")
 
 def _add_contrast(parser: argparse.ArgumentParser) -> None:
     texts = {"positive": "text in which neurons are sought", "negative": "what it is compared with"}
-    _add_common(parser, texts, 200_000)
-    add(parser, "--top N", "neurons of each layer", 10)
+    add = _flags(parser, texts, 200_000)
+    add("--top N", "neurons of each layer", 10)
     add(
-        parser,
         "--unit",
         "what is dealt again: documents, or windows of them where a text is one document (auto); "
         "neighbouring windows are alike, so their p-values are too low",
         "auto",
         choices=("auto", "document", "window"),
     )
-    add(parser, "--window N", "tokens of a window", WINDOW)
+    add("--window N", "tokens of a window", WINDOW)
 
 
 def _contrast(arguments: argparse.Namespace) -> None:
@@ -298,11 +292,11 @@ _ABLATED = ("forget", "retain")
 
 def _add_ablate_set(parser: argparse.ArgumentParser) -> None:
     texts = {"forget": "text to be forgotten", "retain": "text to be known as before"}
-    _add_common(parser, texts, 50_000)
+    add = _flags(parser, texts, 50_000)
     text = "how many are ablated, of all layers together; default 8,32"
-    add(parser, "--neurons N,...", text, type=_numbers, default=(8, 32))
-    add(parser, "--random-sets R", "for each number", 20)
-    add(parser, "--save FILE", "write the chosen set as interventions, for generate --steer-file")
+    add("--neurons N,...", text, type=_numbers, default=(8, 32))
+    add("--random-sets R", "for each number", 20)
+    add("--save FILE", "write the chosen set as interventions, for generate --steer-file")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from rich.text import Text
 import topklm
 from topklm.checkpoint import run_folder
 from topklm.commands import shared
-from topklm.commands.shared import LabelOf, Output, Verb, add
+from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
 from topklm.inference.interventions import Intervention, needs_value, save_interventions
@@ -33,19 +33,17 @@ _SHOWN_TEXT = 40  # characters of what was looked for, in a message
 
 
 def _add_find(parser: argparse.ArgumentParser) -> None:
-    shared.add_common(parser, "run")
-    add(parser, "text TEXT", "show the active neurons of each token of it", nargs="?")
-    add(parser, "--regex PATTERN", "rank neurons by the tokens that match")
+    add = shared.flags(parser, "run", "case", "ends", "layer", "json")
+    add("text TEXT", "show the active neurons of each token of it", nargs="?")
+    add("--regex PATTERN", "rank neurons by the tokens that match")
     text = (
         "rank neurons by this token, with or without a space before it; a number is an id, and a number in "
         "double quotes, '\"19\"', the text of one"
     )
-    add(parser, "--token TOKEN", text)
-    shared.add_common(parser, "case", "ends", "layer")
-    add(parser, "--top N", "TEXT: strongest neurons of a layer for each token", SHOWN_PER_LAYER)
-    add(parser, "--limit N", "neurons that are ranked", 20)
-    add(parser, "--step N", "which checkpoint; default the newest (with activations)", int)
-    shared.add_common(parser, "json")
+    add("--token TOKEN", text)
+    add("--top N", "TEXT: strongest neurons of a layer for each token", SHOWN_PER_LAYER)
+    add("--limit N", "neurons that are ranked", 20)
+    add("--step N", "which checkpoint; default the newest (with activations)", int)
 
 
 def _find(arguments: argparse.Namespace) -> None:
@@ -220,20 +218,17 @@ def _quoted(text: str) -> str:
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
-    shared.add_common(parser, "run")
-    add(parser, "--regex PATTERN", "those that tell the tokens that match, best first")
-    add(parser, "--label TEXT", "those whose label holds this")
-    add(parser, "--contrast-json FILE", "the output of contrast --json: those that came first there")
-    shared.add_common(parser, "layer")
-    add(parser, "--top N", "at most", 10)
-    add(parser, "--min-precision X", "--regex: only neurons of this precision, 0 to 1", float)
-    add(parser, "--min-recall X", "--regex: only neurons of this recall, 0 to 1", float)
-    add(parser, "--max-q Q", "--contrast-json: only q-values up to this", float)
-    shared.add_common(parser, "case", "ends")
-    shared.add_mode(parser)
-    add(parser, "--value X", "for all of them; ablate and ban need none, others do", float)
-    add(parser, "--save FILE", "where to write, e.g. sea.json", required=True)
-    shared.add_common(parser, "step", "json")
+    add = shared.flags(parser, "run", "layer", "case", "ends", "step", "json")
+    add("--regex PATTERN", "those that tell the tokens that match, best first")
+    add("--label TEXT", "those whose label holds this")
+    add("--contrast-json FILE", "the output of contrast --json: those that came first there")
+    add("--top N", "at most", 10)
+    add("--min-precision X", "--regex: only neurons of this precision, 0 to 1", float)
+    add("--min-recall X", "--regex: only neurons of this recall, 0 to 1", float)
+    add("--max-q Q", "--contrast-json: only q-values up to this", float)
+    shared.add_mode(add)
+    add("--value X", "for all of them; ablate and ban need none, others do", float)
+    add("--save FILE", "where to write, e.g. sea.json", required=True)
 
 
 def _select(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from topklm.commands import shared
-from topklm.commands.shared import Output, add
+from topklm.commands.shared import Output
 from topklm.data import formats
 from topklm.data.building.build import build
 from topklm.data.building.description import DatasetSettings, DatasetSources
@@ -35,34 +35,34 @@ _HELDOUT_FRACTION = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    add(parser, "sources SOURCE", "where the text is, see above", nargs="+")
-    add(parser, "--out DIR", "folder of the dataset, e.g. datasets/mine", required=True)
-    add(parser, "--text-field NAME", "key or column of the text; doc.text: inside another", "text")
+    add = shared.flags(parser)
+    add("sources SOURCE", "where the text is, see above", nargs="+")
+    add("--out DIR", "folder of the dataset, e.g. datasets/mine", required=True)
+    add("--text-field NAME", "key or column of the text; doc.text: inside another", "text")
     add(
-        parser,
         "--tokenizer T",
         "a tokenizer.json, a SentencePiece .model, a .tiktoken file, or train:VOCAB: a byte-level BPE "
         "trained on the training split",
         "train:16384",
     )
     text = "hold out all of this; may be repeated"
-    add(parser, "--heldout SOURCE", text, action="append", default=[])
+    add("--heldout SOURCE", text, action="append", default=[])
     text = (
         "share of the other documents held out, chosen by a hash of their text; default "
         f"{_HELDOUT_FRACTION}, or 0 with --heldout"
     )
-    add(parser, "--heldout-fraction F", text, float)
-    add(parser, "--min-chars N", "leave out shorter documents", 0)
-    add(parser, "--max-chars N", "leave out longer documents; 0: none", 0)
-    add(parser, "--keep-duplicates", "keep exact copies of documents", False)
-    add(parser, "--shard-tokens N", "tokens per shard, about", SHARD_TOKENS)
-    add(parser, "--workers N", "cores to use; default all", int)
-    add(parser, "--strict", "stop at the first thing that is wrong", False)
-    add(parser, "--json", "print one JSON object at the end", False)
+    add("--heldout-fraction F", text, float)
+    add("--min-chars N", "leave out shorter documents", 0)
+    add("--max-chars N", "leave out longer documents; 0: none", 0)
+    add("--keep-duplicates", "keep exact copies of documents", False)
+    add("--shard-tokens N", "tokens per shard, about", SHARD_TOKENS)
+    add("--workers N", "cores to use; default all", int)
+    add("--strict", "stop at the first thing that is wrong", False)
+    add("--json", "print one JSON object at the end", False)
     text = "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner"
-    add(parser, "--runner RUNNER", text)
+    add("--runner RUNNER", text)
     text = "for the pipeline, e.g. '--project=P --region=R --temp_location=gs://B/tmp'"
-    add(parser, "--beam-options O", text, default="")
+    add("--beam-options O", text, default="")
 
 
 def run(arguments: argparse.Namespace) -> None:

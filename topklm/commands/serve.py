@@ -9,7 +9,7 @@ from pathlib import Path
 import secrets
 
 from topklm.commands import shared
-from topklm.commands.shared import Output, add
+from topklm.commands.shared import Output
 from topklm.storage.files import is_bucket
 
 DESCRIPTION = (
@@ -25,23 +25,22 @@ _NEEDED = ("starlette", "uvicorn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_common(parser, "run")
-    add(parser, "--port N", "0: any that is free", PORT)
+    add = shared.flags(parser, "run", "step")
+    add("--port N", "0: any that is free", PORT)
     text = f"where to listen; beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one"
-    add(parser, "--host ADDRESS", text, "127.0.0.1")
-    shared.add_common(parser, "step")
-    add(parser, "--name NAME", "what clients call the model; default the folder's name")
+    add("--host ADDRESS", text, "127.0.0.1")
+    add("--name NAME", "what clients call the model; default the folder's name")
     text = "texts continued at once; default 64, or as many as need 1 GiB for keys and values"
-    add(parser, "--slots N", text, int)
-    add(parser, "--max-waiting N", "texts that may wait", 256)
-    add(parser, "--max-texts N", "prompts times n, of one request", 128)
-    add(parser, "--max-prompt-tokens N", "of one prompt", 16384)
-    add(parser, "--max-tokens N", "new ones of one text", 4096)
-    add(parser, "--timeout SECONDS", "for one answer", 300.0)
-    add(parser, "--grace SECONDS", "that texts may go on when the server is told to stop", 10.0)
+    add("--slots N", text, int)
+    add("--max-waiting N", "texts that may wait", 256)
+    add("--max-texts N", "prompts times n, of one request", 128)
+    add("--max-prompt-tokens N", "of one prompt", 16384)
+    add("--max-tokens N", "new ones of one text", 4096)
+    add("--timeout SECONDS", "for one answer", 300.0)
+    add("--grace SECONDS", "that texts may go on when the server is told to stop", 10.0)
     text = "compile first what most requests need, else when it is needed; default do"
-    add(parser, "--warm-up", text, action=argparse.BooleanOptionalAction, default=True)
-    add(parser, "--json", "print the address as one JSON object", False)
+    add("--warm-up", text, action=argparse.BooleanOptionalAction, default=True)
+    add("--json", "print the address as one JSON object", False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
 
-# Flags of several verbs, as arguments of `add`.
+# Flags of several verbs, as arguments of `_add`.
 _COMMON: dict[str, tuple] = {
     "run": ("run RUN", "run folder, e.g. runs/small"),
     "step": ("--step N", "which checkpoint; default the newest", int),
@@ -73,8 +74,16 @@ def add_verbs(parser: argparse.ArgumentParser, verbs: Mapping[str, Verb], metava
         added.set_defaults(call=verb.run)
 
 
-def add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = None, **options: Any) -> None:
-    """Declares an argument, for example `add(parser, "--top N", "neurons of each layer", 10)`.
+def flags(parser: argparse._ActionsContainer, *common: str) -> Callable[..., None]:
+    """Declares flags that several verbs have, by their names in `_COMMON`; returns `_add` for others."""
+    add = functools.partial(_add, parser)
+    for name in common:
+        add(*_COMMON[name])
+    return add
+
+
+def _add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = None, **options: Any) -> None:
+    """Declares an argument, for example `add("--top N", "neurons of each layer", 10)`.
 
     Args:
         parser: Of the verb, or a group of it.
@@ -96,38 +105,28 @@ def add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = N
     parser.add_argument(name, help=text, **options)
 
 
-def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Declares arguments that several verbs have, by their names in `_COMMON`."""
-    for name in names:
-        add(parser, *_COMMON[name])
-
-
-def add_mode(parser: argparse._ActionsContainer, flag: str = "--mode", text: str = "") -> None:
+def add_mode(add: Callable[..., None], flag: str = "--mode", text: str = "") -> None:
     """Declares a flag for the mode of interventions, with the effect of each."""
     modes = [f"{mode.name}: {mode.help.format(value='the value')}" for mode in MODES.values()]
-    add(parser, flag, text + "; ".join(modes), DEFAULT_MODE, choices=MODES)
+    add(flag, text + "; ".join(modes), DEFAULT_MODE, choices=MODES)
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Declares --steer, --steer-mode and --steer-file."""
+    add = flags(parser)
     text = "set neuron N of layer L to X, e.g. 3:117=4; may be given several times"
-    add(parser, "--steer L:N=X", text, action="append")
-    add_mode(parser, "--steer-mode", "of --steer; ")
+    add("--steer L:N=X", text, action="append")
+    add_mode(add, "--steer-mode", "of --steer; ")
     text = "interventions as JSON, of topklm neurons select or ablate-set; they come on top of --steer"
-    add(parser, "--steer-file FILE", text)
+    add("--steer-file FILE", text)
 
 
 class Output:
-    """Standard output of a verb: one JSON object, or tables and lines for a person.
-
-    Attributes:
-        console: For a person; standard error where standard output is JSON.
-        progress: On the console.
-    """
+    """Standard output of a verb: one JSON object, or tables and lines for a person."""
 
     def __init__(self, as_json: bool):
         self._as_json = as_json
-        self.console = rich.console.Console(stderr=as_json)
+        self.console = rich.console.Console(stderr=as_json)  # for a person
         self.progress = TerminalProgress(self.console)
 
     def give(self, facts: Mapping[str, Any], show: Callable[[], object]) -> None:
@@ -148,14 +147,7 @@ def table(
     title: str | None = None,
     left: Sequence[str] = (),
 ) -> rich.table.Table:
-    """Returns a table of numbers, which are aligned to the right.
-
-    Args:
-        heads: Of the columns.
-        rows: Their cells, text or `rich.text.Text`; those beyond the heads are left out. None is a line.
-        title: Of the table.
-        left: Columns that are aligned to the left.
-    """
+    """Returns a table; columns are aligned to the right but for those in `left`; a row of None is a line."""
     made = rich.table.Table(title=title, title_justify="left")
     for head in heads:
         made.add_column(head, justify="left" if head in left else "right")
@@ -163,7 +155,7 @@ def table(
         if row is None:
             made.add_section()
         else:
-            made.add_row(*row[: len(heads)])
+            made.add_row(*row)
     return made
 
 
@@ -175,27 +167,19 @@ def table_of_neurons(
     *,
     by_layer: bool = False,
 ) -> rich.table.Table:
-    """Returns a table of neurons with their figures, and with their labels if any has one.
-
-    Args:
-        heads: Of the figures.
-        neurons: With `layer` and `neuron`.
-        cells: The figures of each.
-        labels: Of the model's neurons.
-        by_layer: Whether there is a line between layers.
-    """
+    """Returns a table of neurons with their figures, and with their labels if any has one."""
+    is_named = any((n.layer, n.neuron) in labels for n in neurons)
     rows: list[Sequence[Any] | None] = []
     for before, n, figures in zip([None, *neurons], neurons, cells, strict=False):
         if by_layer and before is not None and before.layer != n.layer:
-            rows.append(None)
-        label = visible(labels.get((n.layer, n.neuron), ""))
-        rows.append([str(n.layer), str(n.neuron), *figures, rich.text.Text(label)])
-    named = any((n.layer, n.neuron) in labels for n in neurons)
-    return table(["layer", "neuron", *heads, *(["label"] if named else [])], rows, left=["label"])
+            rows.append(None)  # a line between layers
+        label = [rich.text.Text(visible(labels.get((n.layer, n.neuron), "")))] if is_named else []
+        rows.append([str(n.layer), str(n.neuron), *figures, *label])
+    return table(["layer", "neuron", *heads, *(["label"] if is_named else [])], rows, left=["label"])
 
 
 def with_labels(neurons: Sequence[Any], labels: LabelOf) -> list[dict[str, Any]]:
-    """Returns the fields of neurons, which are dataclasses, each with its label, for JSON."""
+    """Returns the fields of dataclasses of neurons, each with its label, for JSON."""
     return [{**dataclasses.asdict(n), "label": labels.get((n.layer, n.neuron), "")} for n in neurons]
 
 
@@ -288,12 +272,8 @@ def labels_of(model: "LanguageModel") -> LabelOf:
 def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "Store":
     """Opens the activations of a checkpoint.
 
-    Args:
-        folder: Of the run and the step.
-        model: Which they must be of, if it is loaded.
-
     Raises:
-        UserError: If there are none, or those of another checkpoint or model.
+        UserError: If there are none, or those of another checkpoint, or another model if one is given.
     """
     from topklm.neurons.store import Store  # noqa: PLC0415 - imports TensorStore
 

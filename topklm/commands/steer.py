@@ -16,7 +16,7 @@ from rich.text import Text
 
 import topklm
 from topklm.commands import shared
-from topklm.commands.shared import Output, add
+from topklm.commands.shared import Output
 from topklm.errors import UserError, disk_errors_are_user_errors, visible
 from topklm.inference.interventions import POSITIONS, Intervention, needs_value
 from topklm.inference.language_model import LanguageModel
@@ -48,47 +48,45 @@ _NOTHING = "-"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_common(parser, "run")
-    what = parser.add_mutually_exclusive_group(required=True)
-    add(what, "--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
-    add(what, "--survey", "steer all living neurons, without writing text", False)
+    add = shared.flags(parser, "run", "seed", "step")
+    either = shared.flags(parser.add_mutually_exclusive_group(required=True))
+    either("--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
+    either("--survey", "steer all living neurons, without writing text", False)
+    add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
     add(
-        parser,
         "--values X,Y,...",
         "in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
         f"default {_DEFAULT_TIMES} if measured, else {_DEFAULT_VALUES}. With --survey: lengths of the added "
         "vector, in units of the mean length of what the layer hands on; default "
         f"{','.join(map(str, SurveySettings.strengths))}",
     )
-    group = parser.add_argument_group("with --neuron")
-    shared.add_mode(group)
-    add(group, "--positions", "", "all", choices=POSITIONS)
-    add(group, "--prompt TEXT", "may be given several times; default eight of ours", action="append")
-    add(group, "--prompts FILE", "a prompt on each line")
-    add(group, "--samples N", "of each prompt", Sampled.samples)
-    add(group, "--max-new-tokens N", "", Sampled.max_new_tokens)
-    add(group, "--temperature T", "0 is greedy", Sampled.temperature)
-    add(group, "--concept-regex R", "count what matches, in any case")
-    add(group, "--concept-words WORDS", "count whole words: a,b,c; or a file with a word on each line")
-    add(group, "--show N", "prompts whose texts are shown", 2)
-    group = parser.add_argument_group("with --survey")
-    add(group, "--against RUN", "survey this run too, a Base LM say")
-    add(group, "--layers 0,1,...", "default all that were harvested")
-    add(group, "--neurons N", "of each layer, drawn; default all", int)
+    add = shared.flags(parser.add_argument_group("with --neuron"))
+    shared.add_mode(add)
+    add("--positions", "", "all", choices=POSITIONS)
+    add("--prompt TEXT", "may be given several times; default eight of ours", action="append")
+    add("--prompts FILE", "a prompt on each line")
+    add("--samples N", "of each prompt", Sampled.samples)
+    add("--max-new-tokens N", "", Sampled.max_new_tokens)
+    add("--temperature T", "0 is greedy", Sampled.temperature)
+    add("--concept-regex R", "count what matches, in any case")
+    add("--concept-words WORDS", "count whole words: a,b,c; or a file with a word on each line")
+    add("--show N", "prompts whose texts are shown", 2)
+    add = shared.flags(parser.add_argument_group("with --survey"))
+    add("--against RUN", "survey this run too, a Base LM say")
+    add("--layers 0,1,...", "default all that were harvested")
+    add("--neurons N", "of each layer, drawn; default all", int)
     text = (
         "a neuron counts at the largest value at which the steered next-token distribution is within this KL "
         f"divergence of the unsteered one; default {SurveySettings.bound}"
     )
-    add(group, "--bound NATS", text, float)
+    add("--bound NATS", text, float)
     text = (
         "pieces of harvested text, of documents that no concept is read from; default "
         f"{SurveySettings.prompts}"
     )
-    add(group, "--neutral-prompts N", text, int)
+    add("--neutral-prompts N", text, int)
     text = f"random ones, of each layer; default {SurveySettings.random_directions}"
-    add(group, "--directions N", text, int)
-    shared.add_common(parser, "seed", "step")
-    add(parser, "--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
+    add("--directions N", text, int)
 
 
 def run(arguments: argparse.Namespace) -> None:

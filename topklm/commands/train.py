@@ -101,11 +101,7 @@ def read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tup
 
 
 def load(file_and_variant: str, example: str = EXAMPLE) -> dict[str, Any]:
-    """Runs `get_config` of a config file.
-
-    Args:
-        file_and_variant: "configs/small.py", or "configs/small.py:base" to call `get_config("base")`.
-        example: Of a command, shown if there is no such file.
+    """Runs `get_config` of a file: "configs/small.py", or "configs/small.py:base" for the variant "base".
 
     Returns:
         The sections and fields as plain dicts, not checked.
