@@ -171,8 +171,8 @@ def explain(error: BaseException) -> str | None:
 
 def may_pass(error: BaseException) -> bool:
     """Tells whether the storage failed in a way that may be over when the same command is given again."""
-    chain = (error, error.__cause__)  # a UserError that was made of the system's
-    return any(isinstance(e, OSError) and e.errno in _PASSING for e in chain)
+    # The cause is the system's error of which a UserError was made.
+    return any(isinstance(e, OSError) and e.errno in _PASSING for e in (error, error.__cause__))
 
 
 def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> int:
@@ -210,7 +210,7 @@ class _ReaderGone(Exception):  # noqa: N818
 
 
 class _Output:
-    """A standard stream that never ends a command whose work is elsewhere, see `output_never_ends_it`."""
+    """A standard stream, see `output_never_ends_it`."""
 
     def __init__(self, stream: Any, ends_with_reader: bool):
         self._stream, self._ends_with_reader = stream, ends_with_reader
@@ -263,9 +263,7 @@ def output_never_ends_it(goes_on: bool) -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    streams = [
-        stream and _Output(stream, ends) for stream, ends in zip(before, (not goes_on, False), strict=True)
-    ]
+    streams = [before[0] and _Output(before[0], not goes_on), before[1] and _Output(before[1], False)]
     sys.stdout, sys.stderr = streams
     try:
         yield
@@ -291,16 +289,16 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def report_each_failure_once() -> None:
-    """Keeps libraries from printing, trace and all, what they also raise; for the rest of the process.
+    """Keeps libraries from printing, with a trace, errors that they also raise; for the rest of the process.
 
-    When a disk is full, Orbax logs the error of each of its threads, asyncio those that nobody waited for,
-    and TensorStore's threads complain that nobody listens to theirs any more.
+    On a full disk Orbax logs the error of each of its threads, asyncio those that nobody waited for, and
+    TensorStore's threads complain that nobody listens to theirs any more.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not record.exc_info)
-    sys.unraisablehook = _report_unraisable
 
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
 
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    sys.unraisablehook = report
