@@ -224,7 +224,7 @@ class Collective:
         return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
 
     def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-        """Returns the axes of the mesh, of sizes by name, along which its groups reach; over slices, the first."""
+        """Returns the axes of a mesh, sizes by name, along which its groups reach; over slices, the first."""
         names, sizes = list(mesh_shape), list(mesh_shape.values())
         if self.across_slices:
             return (names[0],)
