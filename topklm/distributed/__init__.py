@@ -9,7 +9,7 @@ import contextlib
 import os
 from typing import NoReturn
 
-from topklm.distributed import cluster, timeouts
+from topklm.distributed import cluster
 from topklm.distributed.session import Session
 from topklm.distributed.shutdown import Ending, Kind, say_last_line
 from topklm.distributed.shutdown import PeerLost as PeerLost
@@ -47,8 +47,8 @@ def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         return
     _session = Session(
         process,
-        start_timeout_s=timeouts.seconds("TOPKLM_START_TIMEOUT", 300),
-        peer_timeout_s=timeouts.seconds("TOPKLM_PEER_TIMEOUT", 10),
+        start_timeout_s=cluster.seconds("TOPKLM_START_TIMEOUT", 300),
+        peer_timeout_s=cluster.seconds("TOPKLM_PEER_TIMEOUT", 10),
         told_to_stop=told_to_stop,
     )
     try:

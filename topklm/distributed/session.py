@@ -7,6 +7,7 @@ longer alive. After an error nothing is unwound: threads may hang in a collectiv
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ _COMMUNICATION_ERRORS = (
     "CANCELLED: ",
     "FAILED_PRECONDITION: ",
 )
-# Keys of the store, which JAX and Orbax use too.
+# Keys of the store, which JAX and Orbax use too, and names of exchanges.
 _ENDING = "topklm/ending"
 _BEGUN = "topklm/begun"
 _COUNT = "topklm/count"
@@ -128,7 +129,7 @@ class Session:
         self._hashes = {index: hello["hash"] for index, hello in hellos.items()}
         self._met.set()
         _check_fit(hellos)
-        client.set(_BEGUN, "", overwrite=True)
+        client.set(_BEGUN, "")
 
     def gather(self, name: str, value: str, timeout_s: float) -> list[str]:
         """Returns the values of all processes, in their order; see `topklm.distributed.gather`."""
@@ -138,7 +139,7 @@ class Session:
             raise PeerLost(self._ending.last_line(self.process.index))
         values = self._exchange(client, name, value, timeout_s)
         if len(values) != self.process.count:
-            raise self._stranger()
+            raise PeerLost(self._stranger)
         return [values[str(index)] for index in range(self.process.count)]
 
     def _exchange(
@@ -146,15 +147,16 @@ class Session:
     ) -> dict[str, str]:
         """Returns the values of all processes by their indices, once all have called it."""
         self._uses[name] += 1
-        folder = _folder(name, self._uses[name])
+        folder = f"topklm/{name}#{self._uses[name]}"
         key = f"{folder}/{self.process.index}"
         if not client.set(key, value):
-            raise self._stranger()
+            raise PeerLost(self._stranger)
         came_in_time = client.barrier(folder, timeout_s)
         values = client.values(folder)
         if not came_in_time:
-            missing = _numbers(i for i in range(self.process.count) if str(i) not in values)
-            raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {missing}; {AGAIN}")
+            missing = [str(i) for i in range(self.process.count) if str(i) not in values]
+            named = f"process{'es' * (len(missing) > 1)} {', '.join(missing)}"
+            raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {named}; {AGAIN}")
         # All have read the value before, because they came to this barrier; of the same name, for other names
         # may be used by other threads at the same time.
         if stale_key := self._stale_keys.get(name):
@@ -223,7 +225,7 @@ class Session:
 
     def _declare(self, ending: Ending) -> None:
         """Tells all processes how the run ends; only the first ending counts."""
-        word = {"by": self.process.index, "secret": self._secret, "ending": ending.to_json()}
+        word = {"by": self.process.index, "secret": self._secret, **dataclasses.asdict(ending)}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: then XLA ends all
             if self._client and self._client.set(_ENDING, json.dumps(word)):
                 self._hear(ending)
@@ -247,7 +249,8 @@ class Session:
         """Reads a word that ends the run; one that no process of the run can have written is a stranger's."""
         try:
             values = json.loads(word)
-            by, hashed, ending = values["by"], _sha256(values["secret"]), Ending.from_json(values["ending"])
+            by, hashed = values["by"], _sha256(values["secret"])
+            ending = Ending(Kind(values["kind"]), int(values["process"]), errors.one_line(values["text"]))
             harmless = ending.heard(told_to_stop=False).exit_code == errors.EXIT_TRY_AGAIN
             if harmless and not self._met.is_set():
                 return ending  # a process may be gone before all have met
@@ -256,14 +259,13 @@ class Session:
                 return ending
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
-        return self._end_by_stranger()
+        return Ending(Kind.LATE, self.process.index, self._stranger)
 
-    def _end_by_stranger(self) -> Ending:
-        text = f"somebody outside of the run wrote to its coordination service at {self.process.address}"
-        return Ending(Kind.STRANGER, self.process.index, text)
-
-    def _stranger(self) -> PeerLost:
-        return PeerLost(self._end_by_stranger().last_line(self.process.index).removeprefix("error: "))
+    @property
+    def _stranger(self) -> str:
+        where = f"its coordination service at {self.process.address}"
+        advice = f"let only the run's own hosts reach that port; {AGAIN}"
+        return f"somebody outside of the run wrote to {where}: {advice}"
 
     # Processes that are gone.
 
@@ -291,7 +293,7 @@ class Session:
         for index in range(self._count):
             if index in now and now[index] == first.get(index):
                 continue
-            if str(index) in client.values(_folder(_GOODBYE, 1)):
+            if str(index) in client.values(f"topklm/{_GOODBYE}#1"):
                 continue  # it has done its part
             if self._was_stopped():
                 self._declare(Ending(Kind.GONE, self.process.index, silent))
@@ -316,12 +318,13 @@ class Session:
 
     # The end of this process.
 
-    def _end(self, ending: Ending) -> NoReturn:
+    def _end(self, ending: Ending, *, aborted: bool = False) -> NoReturn:
         """Ends this process because of another one; the caller holds `_exit`."""
         ending = ending.heard(told_to_stop=self._told_to_stop())
         say_last_line(ending, self.process.index)
         self._last_words = (ending, ending.exit_code)
-        self._let_others_leave()
+        if not aborted:  # else this thread may hold the client's lock
+            self._let_others_leave()
         os._exit(ending.exit_code)
 
     def _let_others_leave(self, timeout_s: float = _FAREWELL_S) -> None:
@@ -377,8 +380,7 @@ class Session:
         os._exit(code)
 
     def _end_aborted(self, said: str) -> None:
-        """Ends this process in place of XLA's abort; its thread may hold the client's lock."""
-        me = self.process.index
+        """Ends this process in place of XLA's abort."""
         if not self._exit.acquire(blocking=False):
             # Another thread is ending the process, and XLA's text may have come after its last line.
             deadline = time.monotonic() + _ECHO_S
@@ -386,12 +388,10 @@ class Session:
                 time.sleep(_LEAVING_POLL_S)
             ending, code = self._last_words or (None, errors.EXIT_TRY_AGAIN)
             if ending:
-                say_last_line(ending, me)
+                say_last_line(ending, self.process.index)
             os._exit(code)
-        ending = self._ending or (self._why_lost() if self._client else self._why_not_joined(said))
-        ending = ending.heard(told_to_stop=self._told_to_stop())
-        say_last_line(ending, me)
-        os._exit(ending.exit_code)
+        why = self._ending or (self._why_lost() if self._client else self._why_not_joined(said))
+        self._end(why, aborted=True)
 
     def _why_not_joined(self, said: str) -> Ending:
         """Reads from XLA's text why this process could not connect, or the others did not."""
@@ -429,17 +429,6 @@ def _check_fit(hellos: dict[int, dict[str, Any]]) -> None:
         if hello["versions"] != first["versions"]:
             theirs, ours = _listed(hello["versions"]), _listed(first["versions"])
             raise UserError(f"process {index} failed: runs {theirs}, process 0 {ours}: install the same")
-
-
-def _folder(name: str, use: int) -> str:
-    """Returns the store's folder for the values of one gather."""
-    return f"topklm/{name}#{use}"
-
-
-def _numbers(indices: Iterator[int]) -> str:
-    """Writes `process 2`, `processes 2, 3`."""
-    listed = list(indices)
-    return f"process{'es' * (len(listed) > 1)} {', '.join(map(str, listed))}"
 
 
 def _listed(packages: dict[str, str]) -> str:
