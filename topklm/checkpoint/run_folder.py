@@ -16,9 +16,8 @@ from topklm.checkpoint import format as checkpoint_format
 from topklm.checkpoint.format import FACTS, DamagedError
 from topklm.checkpoint.reader import CheckpointReader
 from topklm.errors import UserError
-from topklm.storage import locks
 from topklm.storage.errors import storage_errors_are_user_errors, store_errors
-from topklm.storage.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
+from topklm.storage.files import AnyPath, absolute, folder_lock, is_bucket, parse_json, write_atomically
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -62,7 +61,7 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
     with contextlib.ExitStack() as stack:
         with storage_errors_are_user_errors(f"opening the run folder {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(pathlib.Path(folder), refuse))
+            stack.enter_context(folder_lock(pathlib.Path(folder), refuse))
         yield folder
 
 
