@@ -75,29 +75,21 @@ def is_primary() -> bool:
 
 
 def barrier(name: str, timeout_s: float = PATIENCE_S) -> None:
-    """Waits until all processes have come to the barrier of this name; names can be used again.
-
-    Raises:
-        PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
-    """
+    """Waits until all processes have come to the barrier of this name; raises as `gather`."""
     gather(name, "", timeout_s)
 
 
 def gather(name: str, value: str, timeout_s: float = PATIENCE_S) -> list[str]:
-    """Returns the values of all processes, in their order, in every process.
+    """Returns the values of all processes, in their order, in every process; names can be used again.
 
     Raises:
-        PeerLost: Like `barrier`.
+        PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
     """
     return _session.gather(name, value, timeout_s) if _session else [value]
 
 
 def broadcast(name: str, value: str | None, timeout_s: float = PATIENCE_S) -> str:
-    """Returns process 0's value, in every process; those of the others do not matter.
-
-    Raises:
-        PeerLost: Like `barrier`.
-    """
+    """Returns process 0's value, in every process; those of the others do not matter. Raises as `gather`."""
     return gather(name, value or "" if is_primary() else "", timeout_s)[0]
 
 

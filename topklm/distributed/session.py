@@ -58,14 +58,7 @@ _GOODBYE = "the end of the run"
 
 
 class Session:
-    """This process's part in a run of several processes.
-
-    Args:
-        process: Which of them it is.
-        start_timeout_s: For all processes to come.
-        peer_timeout_s: After which a silent process counts as gone.
-        told_to_stop: Returns whether this process itself was asked to stop.
-    """
+    """This process's part in a run of several; `topklm.distributed.session` explains the arguments."""
 
     def __init__(
         self,
@@ -97,12 +90,7 @@ class Session:
         self._last_contact = self._last_tick = self._stopped_until = time.monotonic()
 
     def join(self) -> None:
-        """Waits until all processes have come.
-
-        Raises:
-            PeerLost: If they do not come in time.
-            UserError: If this process does not fit in.
-        """
+        """Waits until all processes have come, and refuses those that do not fit in."""
         client = coordination.connect(
             self.process,
             start_timeout_s=self._start_timeout_s,
@@ -172,11 +160,7 @@ class Session:
         self._let_others_leave()
 
     def leave(self, timeout_s: float) -> None:
-        """Ends this process's part after all others have done theirs; process 0 leaves last.
-
-        Raises:
-            PeerLost: If they have not within `timeout_s` seconds.
-        """
+        """Ends this process's part after all others have done theirs; process 0 leaves last."""
         self.gather(_GOODBYE, "", timeout_s)
         self._leaving = True
         self._hurry.set()
