@@ -7,6 +7,7 @@ freed memory. Measured: docs/decisions.md.
 """
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 import sys
@@ -82,11 +83,9 @@ def find_tcmalloc() -> Path | None:
     """Finds the installed library, or returns None."""
     prefix = os.environ.get("CONDA_PREFIX")
     folders = [*_FOLDERS, f"{prefix}/lib"] if prefix else _FOLDERS
-    for name in _LIBRARIES:
-        for pattern in folders:
-            found = sorted(Path("/").glob(f"{pattern}/{name}".lstrip("/")))
-            if found:
-                return found[0]
+    for name, pattern in itertools.product(_LIBRARIES, folders):
+        if found := sorted(Path("/").glob(f"{pattern}/{name}".lstrip("/"))):
+            return found[0]
     return None
 
 

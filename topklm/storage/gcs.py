@@ -84,15 +84,16 @@ class GcsMirror:
 
     Copies are made by a thread, one after the other, and always of whole files. A copy that fails is told
     about once and made again the next time; only the last one must succeed.
+
+    Attributes:
+        local: The folder, at first empty.
+
+    Args:
+        remote: Where the files belong, a folder in a bucket.
+        warn: Is told about the first of several failures in a row.
     """
 
     def __init__(self, remote: AnyPath, warn: Callable[[str], None]):
-        """Makes an empty local folder.
-
-        Args:
-            remote: Where the files belong, a folder in a bucket.
-            warn: Is told about the first of several failures in a row.
-        """
         self.local = pathlib.Path(tempfile.mkdtemp(prefix="topklm-spool-"))
         self._remote, self._warn = remote, warn
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="spool")
@@ -158,18 +159,17 @@ class GcsMirror:
 
     def _outcome(self) -> str:
         """Waits for the copy under way; returns what went wrong, or ""."""
-        if self._running is None:
-            return ""
-        try:
-            self._running.result(timeout=_PATIENCE_SECONDS)
-        except futures.TimeoutError:
-            return f"writing to {self._remote}: no answer for {_PATIENCE_SECONDS:.0f} s"
-        except UserError as e:
+        problem = ""
+        if self._running:
+            try:
+                self._running.result(timeout=_PATIENCE_SECONDS)
+                self._is_failing = False
+            except futures.TimeoutError:
+                return f"writing to {self._remote}: no answer for {_PATIENCE_SECONDS:.0f} s"
+            except UserError as e:
+                problem = str(e)
             self._running = None
-            return str(e)
-        self._running = None
-        self._is_failing = False
-        return ""
+        return problem
 
     def _report(self, problem: str) -> None:
         if problem and not self._is_failing:
