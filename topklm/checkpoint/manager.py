@@ -62,6 +62,12 @@ class CheckpointManager:
 
     Saving is asynchronous: training goes on while bytes are written. A training state is any pytree that Flax
     makes a nested dict of, with a `step` and `params` among its fields.
+
+    Args:
+        folder: Holds checkpoints and nothing else; is made if need be, and rid of half-written ones.
+        config: How many to keep.
+        say: Receives a line for each damaged checkpoint and each failure that is tried again.
+        patience: By default `PATIENCE`.
     """
 
     def __init__(
@@ -71,14 +77,6 @@ class CheckpointManager:
         say: Callable[[str], None] = print,
         patience: Patience | None = None,
     ):
-        """Opens the folder, makes it if need be, and removes what a killed process left half-written.
-
-        Args:
-            folder: Holds checkpoints and nothing else.
-            config: How many to keep.
-            say: Receives a line for each damaged checkpoint and each failure that is tried again.
-            patience: By default `PATIENCE`.
-        """
         self._folder = absolute(folder)
         self._keep, self._say, self._patience = config.keep, say, patience or PATIENCE
         steps: list[int] = []
@@ -130,10 +128,7 @@ class CheckpointManager:
         """Returns True if a failed save is to be retried after this step; to be asked after every step.
 
         The same in all processes, which exchange a word 1, 2, 4, 8 ... steps after a save began, until it has
-        ended.
-
-        Raises:
-            UserError: As `save`.
+        ended. Raises as `save`.
         """
         if self._save and step > self._save.step:
             self._asked = None  # its memory belongs to later steps now
@@ -146,11 +141,7 @@ class CheckpointManager:
         return self._retry_at is not None and step >= self._retry_at
 
     def wait(self) -> None:
-        """Returns when the last save is safely on disk; tries again until it is.
-
-        Raises:
-            UserError: If it cannot be written, and patience is over.
-        """
+        """Returns when the last save is safely on disk; tries again until it is. Raises as `save`."""
         self._finish()
         backoff = Backoff(self._patience.at_end_s if self._asked else 0.0)
         while self._failure:
@@ -275,11 +266,7 @@ class Backoff:
         return f"{self.failures} failure{'s' * (self.failures > 1)} so far"
 
     def failed(self) -> float | None:
-        """Counts a failure.
-
-        Returns:
-            Seconds until the next attempt; None once `patience_s` have passed since the first failure.
-        """
+        """Counts a failure; returns the seconds until the next attempt, None once patience is over."""
         now = time.monotonic()
         self._since = self._since if self.failures else now
         self.failures += 1

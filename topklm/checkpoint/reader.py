@@ -141,13 +141,9 @@ class CheckpointReader:
         return {item: read_arrays(self._stores[item], target) for item, target in targets.items()}
 
     def verify(self, trees: Mapping[str, Any]) -> None:
-        """Makes sure that the arrays read are those that were written; all processes of a mesh must call it.
+        """Raises DamagedError if the arrays read (nested dicts, by item) are not those that were written.
 
-        Args:
-            trees: Nested dicts of arrays, by item.
-
-        Raises:
-            DamagedError: If they are not.
+        All processes of a mesh must call it.
         """
         if self._record is None:
             return
@@ -217,9 +213,6 @@ def read_arrays(stores: Mapping[str, ts.TensorStore], target: Any) -> Any:
     Args:
         stores: From `open_arrays`.
         target: Nested dict of `jax.ShapeDtypeStruct` with shardings; shapes and dtypes as saved.
-
-    Returns:
-        The same dict, of arrays.
 
     Raises:
         ValueError: If what is stored is missing, damaged, or of another shape or dtype.

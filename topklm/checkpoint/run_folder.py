@@ -65,11 +65,7 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
 
 
 def check_owned(folder: AnyPath) -> None:
-    """Makes sure that no other process has taken over a folder in a bucket; to be called before each save.
-
-    Raises:
-        UserError: If one has.
-    """
+    """Raises UserError if another process has taken over a folder in a bucket; called before each save."""
     if not is_bucket(folder):
         return
     try:
@@ -86,7 +82,7 @@ def check_owned(folder: AnyPath) -> None:
 def saved_config(folder: AnyPath) -> config_lib.Config | None:
     """Returns the config that the run was started with, or None for a new folder.
 
-    Each checkpoint holds it too, for the case that config.json is missing.
+    Where config.json is missing, it is the newest checkpoint's.
     """
     path = folder / CONFIG_FILE
     with storage_errors_are_user_errors(f"reading {path}", path):
@@ -102,7 +98,7 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
 
 
 def _config_of_newest_checkpoint(folder: AnyPath) -> config_lib.Config | None:
-    """Reads the config from the facts of the newest checkpoint whose facts are undamaged."""
+    """Reads the config of the newest checkpoint whose facts are undamaged."""
     for step in reversed(complete_steps(folder)):
         checkpoint = absolute(folder / CHECKPOINTS_FOLDER / str(step))
         # The damage itself is reported where the arrays are read.
@@ -125,11 +121,7 @@ def has_checkpoint(folder: AnyPath) -> bool:
 
 
 def check_same_run(folder: AnyPath, asked: config_lib.Config) -> None:
-    """Refuses to continue a run under a config that would make it a different run.
-
-    Raises:
-        UserError: Naming each field that differs, its saved and its asked value.
-    """
+    """Refuses to continue a run under a config that would make it a different run; names what differs."""
     saved = saved_config(folder)
     if saved is not None:
         check_same_config(folder, saved, asked)

@@ -57,31 +57,22 @@ class CheckpointWriter:
             (self._folder / item).mkdir(parents=True)
 
     def start_record(self, trees: Mapping[str, Any]) -> None:
-        """Begins computing the record of the arrays, where they live; all processes of a mesh must call it.
+        """Begins computing the record of the arrays (nested dicts, by item), which may be donated afterwards.
 
-        Args:
-            trees: Nested dicts of arrays, by item. They may be donated once this returns.
+        All processes of a mesh must call it.
         """
         self._shapes = describe_arrays(trees)
         self._sums = checksums.start(dict(trees))
 
     def copy(self, trees: Mapping[str, Any]) -> None:
-        """Copies this process's part of the arrays to the host and begins to write it.
-
-        Args:
-            trees: As for `start_record`.
-        """
+        """Copies this process's part of the arrays to the host and begins to write it."""
         self._items = tuple(trees)
         # In a thread, for the sake of notebooks, in which an event loop runs already.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             self._futures = thread.submit(asyncio.run, self._begin(trees)).result()
 
     def finish_part(self, timeout_s: float) -> None:
-        """Returns when this process's part of the arrays is on the disk.
-
-        Raises:
-            TimeoutError: If that takes longer.
-        """
+        """Returns when this process's part of the arrays is on the disk, or raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         try:
             for future in self._futures:

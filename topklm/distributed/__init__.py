@@ -105,11 +105,7 @@ def announce_stop(text: str) -> None:
 
 
 def end_hung(text: str) -> NoReturn:
-    """Ends all processes, this one included, with exit code 75 and the stacks of all their threads.
-
-    Args:
-        text: The symptom, like "no progress for 600 s".
-    """
+    """Ends all processes with exit code 75, `text` for the symptom, and the stacks of all their threads."""
     if _session:
         _session.end_hung(text)
     say_last_line(Ending(Kind.HANG, 0, text), 0)

@@ -75,7 +75,7 @@ class CoordinationClient:
         self._client.key_value_delete(key)
 
     def barrier(self, name: str, timeout_s: float) -> bool:
-        """Waits until all processes have called this with a name that was not used before.
+        """Waits until all processes have called this with a new name.
 
         Returns:
             False if they have not within `timeout_s` seconds after the first.
@@ -86,11 +86,7 @@ class CoordinationClient:
         return False
 
     def alive(self, count: int) -> dict[int, int]:
-        """Waits until every living process has called this.
-
-        Returns:
-            For each living process among 0 to count - 1, a number that it has from its start to its end.
-        """
+        """Waits for all living processes; returns for each of them a number that it has until its end."""
         return dict(self._client.get_live_nodes(list(range(count))))
 
     def disconnect(self) -> None:

@@ -30,9 +30,6 @@ def restart_with_tcmalloc() -> None:
     """Starts this process's command again with tcmalloc in it; returns if there is no need or no tcmalloc.
 
     The process keeps its number. To be called before anything slow is imported.
-
-    Raises:
-        UserError: If TOPKLM_ALLOCATOR is none of `CHOICES`, or tcmalloc is asked for and not installed.
     """
     choice = _choice()
     if choice not in (None, "tcmalloc") or sys.platform != "linux" or preloaded():
@@ -53,12 +50,9 @@ def restart_with_tcmalloc() -> None:
 
 
 def keep_freed_memory() -> str:
-    """Sets up the allocator that the process has; to be called before jax first uses a device.
+    """Sets up the allocator that the process has, before jax first uses a device; returns its name.
 
     Threads that exist already keep heaps of their own.
-
-    Returns:
-        Its name, for the log.
     """
     if library := preloaded():
         return f"{library} ({VARIABLE}=system turns it off)"

@@ -55,11 +55,7 @@ def as_path(name: str | os.PathLike[str], flag: str = "path") -> AnyPath:
 
 
 def local_path(name: str, flag: str) -> Path:
-    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused.
-
-    Raises:
-        UserError: As `as_path`.
-    """
+    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused."""
     path = as_path(name, flag)
     if is_bucket(path):
         raise UserError(f"{flag} = {name!r}: must be a local path")
@@ -67,11 +63,7 @@ def local_path(name: str, flag: str) -> Path:
 
 
 def check_name(name: str, flag: str) -> None:
-    """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
-
-    Raises:
-        UserError: Naming `flag`, where the user wrote it.
-    """
+    """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it."""
     if not name:
         raise UserError(f"{flag} = {name!r}: must not be empty")
     if "\0" in name:
@@ -264,11 +256,7 @@ def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `sealed_json` was given.
-
-    Raises:
-        ValueError: If the digest is missing or another one.
-    """
+    """Returns what `sealed_json` was given; raises ValueError if the digest is missing or another one."""
     rest = {name: part for name, part in value.items() if name != DIGEST}
     if value.get(DIGEST) != _digest(rest):
         raise ValueError("its digest is missing" if DIGEST not in value else "its digest differs")

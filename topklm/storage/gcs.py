@@ -31,15 +31,12 @@ _PATIENCE_SECONDS = 60.0
 
 
 def check_usable(folder: AnyPath, flag: str, *, write: bool) -> None:
-    """Finds out whether a folder in a bucket can be used, before anything is begun; a local one always can.
+    """Refuses a folder in a bucket that cannot be used, before anything is begun; a local one passes.
 
     Args:
         folder: A path that `topklm.storage.files.as_path` gave.
         flag: Where the user named it; the message begins with it.
         write: Whether a run shall be kept there, and not only read.
-
-    Raises:
-        UserError: If the packages are not installed, the bucket does not exist, or access is refused.
     """
     if not is_bucket(folder):
         return
@@ -123,11 +120,7 @@ class GcsMirror:
         self._report(self._outcome())
 
     def close(self) -> None:
-        """Copies the rest, and deletes the local folder.
-
-        Raises:
-            UserError: If the bucket does not take it; the local folder stays, and is named.
-        """
+        """Copies the rest and deletes the local folder; if that fails, it stays, and the error names it."""
         self._outcome()
         self._start()
         problem = self._outcome()
