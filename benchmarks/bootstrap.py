@@ -46,19 +46,12 @@ _STRETCH = 65_536
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """The text on which neurons are compared.
+    """The text on which neurons are compared."""
 
-    Attributes:
-        token_ids: int[N], the store's tokens.
-        groups: int[N], the cluster of each, from 0.
-        bounds: int64[G + 1], as `embeddings.document_bounds` gives them.
-        embeddings: float32[N, d], of contexts; see `embed_all`.
-    """
-
-    token_ids: np.ndarray
-    groups: np.ndarray
-    bounds: np.ndarray
-    embeddings: np.ndarray
+    token_ids: np.ndarray  # int[N], the store's tokens
+    groups: np.ndarray  # int[N], the cluster of each, from 0
+    bounds: np.ndarray  # int64[G + 1], as `embeddings.document_bounds` gives them
+    embeddings: np.ndarray  # float32[N, d], of contexts; see `embed_all`
 
 
 def embed_all(contexts: Embeddings, n_tokens: int) -> np.ndarray:
@@ -128,19 +121,12 @@ def of_neuron(block: NeuronBlock, number: int, text: Text, weights: np.ndarray) 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Of a figure.
+    """Of a figure."""
 
-    Attributes:
-        figure: From the sample as it is.
-        low: Where the interval begins.
-        high: Where it ends.
-        shift: Mean of the draws less the figure, which was taken off the draws.
-    """
-
-    figure: float
+    figure: float  # from the sample as it is
     low: float
     high: float
-    shift: float
+    shift: float  # mean of the draws less the figure, which was taken off the draws
 
 
 def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
@@ -164,17 +150,11 @@ def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
-    """Of one run.
+    """Of one run."""
 
-    Attributes:
-        text: Read, and how much of it; runs with the same may be subtracted from each other.
-        layers: The model's.
-        values: float64[figures, layers, summaries, 1 + R]: from the sample as it is, then from each draw.
-    """
-
-    text: str
-    layers: tuple[int, ...]
-    values: np.ndarray
+    text: str  # read, and how much of it; runs with the same may be subtracted from each other
+    layers: tuple[int, ...]  # the model's
+    values: np.ndarray  # float64[figures, layers, summaries, 1 + R]: from the sample, then from each draw
 
     def of(self, figure: str, layer: int, summary: str) -> np.ndarray:
         """Returns one figure, float64[1 + R]."""
