@@ -105,14 +105,14 @@ class Session:
         self._count = int(client.wait_for(_COUNT))  # of the service, also where this process was told another
         self._client, self._last_tick = client, time.monotonic()
         for work in (self._watch, self._listen, self._tick):
-            self._threads.append(threading.Thread(target=self._guarded, args=(work, client), daemon=True))
+            self._threads.append(threading.Thread(target=self._guarded, args=(work,), daemon=True))
             self._threads[-1].start()
         hello = {
             "count": self.process.count,
             "versions": versions("topklm", "jax"),
             "hash": _sha256(self._secret),
         }
-        values = self._exchange(client, _HELLO, json.dumps(hello), self._start_timeout_s)
+        values = self._exchange(_HELLO, json.dumps(hello), self._start_timeout_s)
         hellos = {int(index): json.loads(value) for index, value in sorted(values.items())}
         self._hashes = {index: hello["hash"] for index, hello in hellos.items()}
         self._met.set()
@@ -121,26 +121,27 @@ class Session:
 
     def gather(self, name: str, value: str, timeout_s: float) -> list[str]:
         """Returns the values of all processes, in their order; see `topklm.distributed.gather`."""
-        client = self._client
-        assert client is not None
         if self._ending:
             raise PeerLost(self._ending.last_line(self.process.index))
-        values = self._exchange(client, name, value, timeout_s)
+        values = self._exchange(name, value, timeout_s)
         if len(values) != self.process.count:
             raise PeerLost(self._stranger)
         return [values[str(index)] for index in range(self.process.count)]
 
-    def _exchange(
-        self, client: coordination.CoordinationClient, name: str, value: str, timeout_s: float
-    ) -> dict[str, str]:
+    @property
+    def _service(self) -> coordination.CoordinationClient:
+        assert self._client is not None
+        return self._client
+
+    def _exchange(self, name: str, value: str, timeout_s: float) -> dict[str, str]:
         """Returns the values of all processes by their indices, once all have called it."""
         self._uses[name] += 1
         folder = f"topklm/{name}#{self._uses[name]}"
         key = f"{folder}/{self.process.index}"
-        if not client.set(key, value):
+        if not self._service.set(key, value):
             raise PeerLost(self._stranger)
-        came_in_time = client.barrier(folder, timeout_s)
-        values = client.values(folder)
+        came_in_time = self._service.barrier(folder, timeout_s)
+        values = self._service.values(folder)
         if not came_in_time:
             missing = [str(i) for i in range(self.process.count) if str(i) not in values]
             named = f"process{'es' * (len(missing) > 1)} {', '.join(missing)}"
@@ -148,7 +149,7 @@ class Session:
         # All have read the value before, because they came to this barrier; of the same name, for other names
         # may be used by other threads at the same time.
         if stale_key := self._stale_keys.get(name):
-            client.delete(stale_key)
+            self._service.delete(stale_key)
         self._stale_keys[name] = key
         return values
 
@@ -190,12 +191,10 @@ class Session:
         self.announce(ending.kind, ending.text)
         os._exit(errors.EXIT_TRY_AGAIN)
 
-    def _guarded(
-        self, work: Callable[[coordination.CoordinationClient], None], client: coordination.CoordinationClient
-    ) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         """Does a thread's work; a bug in it would leave the run unwatched, and so ends the process."""
         try:
-            work(client)
+            work()
         except jax.errors.JaxRuntimeError:
             # Mostly this process is leaving, or process 0 is gone, and XLA ends this one at any moment.
             if not self._hurry.wait(_FAREWELL_S):
@@ -219,9 +218,9 @@ class Session:
         self._ending_known.set()
         self._hurry.set()
 
-    def _listen(self, client: coordination.CoordinationClient) -> None:
+    def _listen(self) -> None:
         """Waits for the run's ending, and then ends this process unless its main thread is about to."""
-        ending = self._read(client.wait_for(_ENDING))
+        ending = self._read(self._service.wait_for(_ENDING))
         self._hear(ending)
         if ending.process == self.process.index and self._announced:
             return
@@ -253,12 +252,12 @@ class Session:
 
     # Processes that are gone.
 
-    def _watch(self, client: coordination.CoordinationClient) -> None:
+    def _watch(self) -> None:
         """Declares a process gone that has no heartbeats, or whose number another process has taken."""
         interval_s = min(self._peer_timeout_s / 4, 5.0)
         first: dict[int, int] = {}
         while not (self._leaving and self.process.index):
-            now = client.alive(self._count)
+            now = self._service.alive(self._count)
             self._last_contact = time.monotonic()
             if now.keys() == {self.process.index}:
                 self._alone.set()
@@ -266,18 +265,16 @@ class Session:
                     return
             first = first or now
             if not self._ending:
-                self._check_alive(client, first, now)
+                self._check_alive(first, now)
             if self._hurry.wait(interval_s):
                 time.sleep(_LEAVING_POLL_S)
 
-    def _check_alive(
-        self, client: coordination.CoordinationClient, first: dict[int, int], now: dict[int, int]
-    ) -> None:
+    def _check_alive(self, first: dict[int, int], now: dict[int, int]) -> None:
         silent = f"no sign of life for {self._peer_timeout_s:g} s"
         for index in range(self._count):
             if index in now and now[index] == first.get(index):
                 continue
-            if str(index) in client.values(f"topklm/{_GOODBYE}#1"):
+            if str(index) in self._service.values(f"topklm/{_GOODBYE}#1"):
                 continue  # it has done its part
             if self._was_stopped():
                 self._declare(Ending(Kind.GONE, self.process.index, silent))
@@ -286,7 +283,7 @@ class Session:
             else:
                 self._declare(Ending(Kind.GONE, index, f"another process came as process {index}"))
 
-    def _tick(self, _: coordination.CoordinationClient) -> None:
+    def _tick(self) -> None:
         """Notes when this whole process was stopped (SIGSTOP, a laptop's sleep)."""
         while True:
             time.sleep(_TICK_S)
