@@ -121,7 +121,7 @@ def _folder(place: Path, run: Path, step: int) -> NeuronsFolder:
 
 
 def _size(store: Store) -> dict[str, Any]:
-    n_bytes = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    n_bytes = _bytes_under(store.folder)
     return {
         "bytes": n_bytes,
         "activations": store.n_events,
@@ -174,18 +174,15 @@ def _write(
         samples = timing.alternate(subjects, repeats, warmup=1, label="pages")
         if peer_python:
             facts |= sae_dashboard_peer.check(handed, expected)
-    sizes = {
-        "HTML": _bytes_under(place / "neurons.html"),
-        "JSON": _bytes_under(place / "neurons.jsonl"),
-        "Neuronpedia": _bytes_under(place / "neuronpedia"),
-        "sae-dashboard": _bytes_under(place / "peer" / "pages"),
+    paths = {
+        "HTML": place / "neurons.html",
+        "JSON": place / "neurons.jsonl",
+        "Neuronpedia": place / "neuronpedia",
+        "sae-dashboard": place / "peer" / "pages",
     }
     n_examples = sum(map(len, filter(None, NeuronData(folder).rows["examples"].to_pylist())))
-    return samples, {
-        "n_examples": n_examples,
-        "peer": facts,
-        "bytes": {name: sizes[name] for name in subjects},
-    }
+    n_bytes = {name: _bytes_under(paths[name]) for name in subjects}
+    return samples, {"n_examples": n_examples, "peer": facts, "bytes": n_bytes}
 
 
 def _write_json(folder: NeuronsFolder, path: Path) -> None:
