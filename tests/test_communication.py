@@ -64,7 +64,7 @@ def found(platform, *meshes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -108,6 +108,7 @@ def test_a_damaged_run_is_continued_as_it_was_or_from_an_older_checkpoint(run, t
     assert damage.check(copies(run, tmp_path / "run"), restored, whole, ignore=is_of_step_5, share=0.07) > 5
 
 
+@pytest.mark.slow
 def test_a_run_that_may_not_be_read_is_not_continued_from_elsewhere(run, tmp_path):
     copy, whole = copies(run, tmp_path / "run"), restored(run)
     assert damage.check_unreadable(copy, restored, whole, ignore=is_of_step_5, share=0.4) > 3

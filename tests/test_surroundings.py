@@ -69,7 +69,12 @@ def in_a_shell(script, trainer, run, settings, environment):
     ("script", "environment", "said"),
     [
         (NOBODY_READS, {"PYTHONIOENCODING": "latin-1"}, ""),
-        (FULL_DISK, {"PYTHONIOENCODING": "ascii"}, "some of the output could not be written: No space left"),
+        pytest.param(
+            FULL_DISK,
+            {"PYTHONIOENCODING": "ascii"},
+            "some of the output could not be written: No space left",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_does_not_end_because_nobody_can_read_its_output(

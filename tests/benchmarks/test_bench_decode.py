@@ -48,6 +48,7 @@ def test_continuations_are_the_most_likely_tokens_of_a_plain_loop(params):
     assert decode.continuations(MODEL, params, prompts, 3) == want
 
 
+@pytest.mark.slow
 def test_pytorch_continues_with_the_same_tokens_from_the_same_weights(params):
     torch = pytest.importorskip("torch")
     llama, torch_decode = (

@@ -362,6 +362,7 @@ def test_a_stop_of_all_while_one_has_not_come_ends_those_that_have(start):
 
 
 @pytest.mark.parametrize("preempted", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_stop_of_one_while_another_has_not_come_leaves_the_rest_until_the_start_timeout(start, preempted):
     job = start(3, "", started=[0, 1], program=WAITING_PROGRAM, timeouts=(5, PEER_TIMEOUT_SECONDS))
     job.wait_for("waiting")

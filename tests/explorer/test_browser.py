@@ -84,6 +84,7 @@ def serious_faults(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_no_page_has_a_serious_fault_for_people_who_see_or_move_otherwise(open_page, scheme):
     page = open_page("/labels", color_scheme=scheme)
     for path in EVERY_PAGE:
@@ -436,7 +437,7 @@ def test_what_the_server_refuses_is_said_and_the_page_stays(open_page):
     assert page.locator("table.neurons tbody tr").count() == 50
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_file_opens_from_disk_and_is_walked_and_sorted(open_page, source, tmp_path, scheme):
     path = tmp_path / "neurons.html"
     export(source, path)

@@ -367,6 +367,7 @@ def added_modes(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
     source, reader, site, added_modes, tmp_path
 ):

@@ -71,6 +71,7 @@ def test_at_its_ends_the_rule_is_a_k_for_all_tokens(threshold, k):
     np.testing.assert_allclose(found.losses, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_text_is_made_by_the_same_rule_behind_a_prompt_with_the_models_k():
     prompts = [[3, 14, 15], [9, 2, 6]]
     generation = Generation(

@@ -29,7 +29,12 @@ B, T = 2, 11
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n_nontopk", "qk_norm"), [("float32", 1, False), ("float32", 1, True), ("bfloat16", 3, False)]
+    ("dtype", "n_nontopk", "qk_norm"),
+    [
+        ("float32", 1, True),
+        pytest.param("float32", 1, False, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 3, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk, qk_norm):
     config = dataclasses.replace(CONFIG, dtype=dtype, n_nontopk=n_nontopk, qk_norm=qk_norm)

@@ -39,7 +39,14 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS, ids=str, scope="module")
+AT_NIGHT = ("topk-abs-tied", "base-grouped-queries-tied")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in VARIANTS],
+    ids=str,
+    scope="module",
+)
 def config(request):
     return dataclasses.replace(CONFIG, **VARIANTS[request.param])
 

@@ -292,6 +292,7 @@ def test_where_it_does_not_apply_all_passes_and_so_does_the_gradient(backend, k)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "approx"])
+@pytest.mark.slow
 def test_the_second_derivative_sees_the_active_entries(backend):
     x = jnp.asarray([0.5, -1.0, 2.0, 1.5, 0.25])
 

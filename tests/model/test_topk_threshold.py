@@ -88,7 +88,11 @@ def test_a_row_wider_than_a_block_is_a_block(monkeypatch):
     assert_exact(np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32), 7)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda t: np.dtype(t).name)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16],
+    ids=lambda t: np.dtype(t).name,
+)
 def test_the_number_of_passes_is_bounded_by_the_bits_of_a_key(monkeypatch, dtype):
     count, passes = topk_threshold._count_at_least, []
 

@@ -46,7 +46,7 @@ def with_loud_padding(params, config):
     return params
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_padding_has_rows_of_its_own_and_no_logit(tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = transformer.create(config, seed=0)

@@ -132,10 +132,10 @@ def one_by_one(config, texts):
 @pytest.mark.parametrize(
     "config",
     [
-        TOPK,
+        pytest.param(TOPK, marks=pytest.mark.slow),
         BASE,
         dataclasses.replace(TOPK, topk_activation="abs", layer_stack="scanned"),
-        dataclasses.replace(TOPK, dtype="bfloat16"),
+        pytest.param(dataclasses.replace(TOPK, dtype="bfloat16"), marks=pytest.mark.slow),
     ],
     ids=["relu", "base", "abs", "bfloat16"],
 )

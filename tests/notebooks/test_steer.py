@@ -42,10 +42,12 @@ def model(finished_run):
     return topklm.load(finished_run)
 
 
+@pytest.mark.slow
 def test_every_cell_runs_from_top_to_bottom_without_an_error(executed):
     assert_all_ran(executed)
 
 
+@pytest.mark.slow
 def test_the_neuron_is_the_strongest_of_the_last_layer_with_topk(report, model):
     layer, neuron = report["neuron"]
     assert layer == model.config.model.n_topk_layers - 1
@@ -55,6 +57,7 @@ def test_the_neuron_is_the_strongest_of_the_last_layer_with_topk(report, model):
     assert report["strongest"] == pytest.approx(dense[:, neuron].max(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gain_is_that_of_a_hook_that_sets_the_neuron(report, model):
     layer, neuron = report["neuron"]
 
@@ -67,6 +70,7 @@ def test_the_gain_is_that_of_a_hook_that_sets_the_neuron(report, model):
     np.testing.assert_allclose(report["gain"], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_losing_the_neuron_changes_nothing_before_it_was_active(report, model):
     layer, neuron = report["neuron"]
     _, cache = model.run_with_cache(report["sentence"])
@@ -75,6 +79,7 @@ def test_losing_the_neuron_changes_nothing_before_it_was_active(report, model):
     assert len(report["change"]) == len(model.to_str_tokens(report["sentence"])) - 1
 
 
+@pytest.mark.slow
 def test_the_texts_and_the_picture_are_there(executed, model, report):
     assert len(outputs(executed["dose"], "image/png")) > 1000
     layer, neuron = report["neuron"]

@@ -49,6 +49,7 @@ def test_the_start_has_more_time(tmp_path):
     assert "error: no progress for 3 s before the first step" in process.errors
 
 
+@pytest.mark.slow
 def test_progress_pauses_and_a_stopped_process_are_no_hangs(tmp_path):
     process = run(
         tmp_path,

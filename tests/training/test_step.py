@@ -129,7 +129,7 @@ def assert_trees_close(got, want, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), path
 
 
-@pytest.mark.parametrize("layer_stack", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layer_stack", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_bfloat16_computes_nearly_the_same_over_float32_parameters(base_gradient, layer_stack):
     model = dataclasses.replace(BASE.model, dtype="bfloat16", layer_stack=layer_stack)
     gradient, metrics = gradient_and_metrics(dataclasses.replace(BASE, model=model), one_device())
@@ -248,7 +248,7 @@ MESHES = {
 
 
 # Where nothing is split that is not split on the others too.
-AT_NIGHT = ("8x1", "4x2", "context of 4")
+AT_NIGHT = ("8x1", "1x8", "4x2", "context of 4")
 each_mesh = pytest.mark.parametrize(
     "mesh", [pytest.param(name, marks=pytest.mark.slow) if name in AT_NIGHT else name for name in MESHES]
 )
@@ -272,7 +272,7 @@ def compared(*names):
 @pytest.fixture
 def mesh():
     """Of a test that does not compare meshes: one that is compared by day."""
-    return "1x8"
+    return "2x2x2"
 
 
 @pytest.fixture
