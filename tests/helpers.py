@@ -34,9 +34,9 @@ from topklm import cli, errors
 ROOT = Path(__file__).parents[1]
 CONFIG_FILE = ROOT / "configs" / "small.py"
 PATIENCE_SECONDS = 300  # other work may share the cores
-# Programs of tests are small and run few times. Without LLVM's optimisations, in one module, and with the older
-# emitters of loops where XLA still has them (JAX 0.10), compiling takes a third of the time; the nightly command
-# can be given XLA_FLAGS= to test what users run.
+# Programs of tests are small and run few times. Without LLVM's optimisations, in one module, and with the
+# older emitters of loops where XLA still has them (JAX 0.10), compiling takes a third of the time.
+# `XLA_FLAGS= pytest` tests what users run.
 FAST_COMPILATION = " ".join(
     [
         "--xla_backend_optimization_level=0",

@@ -113,9 +113,10 @@ def assert_falls_back_or_is_harmless(whole, folder, file, kind, layout):
     return step
 
 
-@pytest.mark.parametrize(
-    "kind", ["cut off", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("deleted", "emptied"))]
-)
+AT_NIGHT = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("deleted", "emptied")]
+
+
+@pytest.mark.parametrize("kind", ["cut off", *AT_NIGHT])
 def test_a_file_that_is_not_whole_is_noticed_or_not_needed(whole, folder, layout, kind):
     steps = [assert_falls_back_or_is_harmless(whole, folder, file, kind, layout) for file in files(whole, 3)]
     assert steps.count(2) >= 8
