@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import pytest
 
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.detokenize import (
+from topklm.inference.tokens import (
     TextStream,
     check_stop,
     first_stop,

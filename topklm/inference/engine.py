@@ -9,13 +9,12 @@ import concurrent.futures
 import dataclasses
 import logging
 import threading
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from topklm.config import ModelConfig
-from topklm.inference.bucketing import ServingBuckets
 from topklm.inference.scheduler import Scheduler
 from topklm.inference.scheduler import warm_up as compile_early
-from topklm.inference.sequence import OnUpdate, Sequence, SequenceUpdate, Token
+from topklm.inference.sequence import Sequence, ServingBuckets, Token
 from topklm.model import transformer
 
 MOST_WAITING = 256
@@ -26,6 +25,21 @@ _PATIENCE = 16  # rounds, before the batch is made smaller
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
+
+
+class SequenceUpdate(NamedTuple):
+    """New tokens of a sequence, or its end.
+
+    `finished` is "stop" (the last of `tokens` is the stop token), "length", "failed" (a fault of ours, which
+    is in the log), "closed"; None while the sequence goes on.
+    """
+
+    sequence: Sequence
+    tokens: list[Token]
+    finished: str | None
+
+
+OnUpdate = Callable[[list[SequenceUpdate]], None]
 
 
 class FullError(Exception):
@@ -54,20 +68,12 @@ class Engine:
         config: ModelConfig,
         params: transformer.Parameters,
         stop_token: int,
+        buckets: ServingBuckets,
         *,
-        buckets: ServingBuckets | None = None,
         most_waiting: int = MOST_WAITING,
     ):
-        """Takes a model; `start` begins.
-
-        Args:
-            config: The model's shape.
-            params: Its parameters, on one device or a mesh.
-            stop_token: A sequence ends when it is drawn; see `SequenceUpdate`.
-            buckets: Sizes of batches and so on; default `ServingBuckets.of(config)`.
-            most_waiting: Sequences that may wait for a slot.
-        """
-        self._buckets = buckets or ServingBuckets.of(config)
+        """Takes a model, see `Scheduler`, and how many sequences may wait for a slot; `start` begins."""
+        self._buckets = buckets
         self._config, self._most_waiting = config, most_waiting
         self._scheduler = Scheduler(config, params, stop_token, self._buckets)
         self._on_update: dict[Sequence, OnUpdate] = {}  # of those in slots; used by the engine's thread alone

@@ -18,7 +18,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.token_rows import positions_in
+from topklm.inference.tokens import positions_in
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses

@@ -17,15 +17,25 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import ArgumentError, UserError
 from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
-from topklm.inference.bucketing import bucket
-from topklm.inference.detokenize import TextStream, check_stop, split_at_character, until_stopped
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Steer
 from topklm.inference.kv_cache import Layers, by_layer
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import bucket
 from topklm.inference.steps import STEPS
-from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of
+from topklm.inference.tokens import (
+    Row,
+    Rows,
+    TextStream,
+    check_stop,
+    documents,
+    joined,
+    read,
+    rows_of,
+    split_at_character,
+    until_stopped,
+)
 from topklm.model import transformer
 from topklm.neurons import hook_names
 from topklm.neurons.capture import ActivationCache
@@ -37,10 +47,10 @@ Tokens = str | jax.Array | np.ndarray | Sequence
 
 
 class Generated(NamedTuple):
-    """A text that was made, and what it is made of; read again, the text may be cut into other tokens.
+    """A text that was made, as `generate` gives it, and its tokens; read again, it may be cut into others.
 
     Attributes:
-        text: As `generate` gives it.
+        text: The text.
         tokens: int32[n], prompt and new ones, those of a stop string included; the separator that stands
             before a text is the first, one that was drawn at its end is left out.
     """
@@ -58,6 +68,12 @@ class LanguageModel:
     their right, where nothing can change the tokens before; `lengths` says how long they are. All but
     `generate` works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions
     traced or not.
+
+    Of the arguments that several methods take, `steer` and `steer_mode` are interventions on neurons, see
+    `generate`, for which all tokens are the prompt. `topk_k` is the entries that each TopK keeps, as in
+    training by default; another k is another program. `segment_ids`, integers of the tokens' shape, say which
+    document each token belongs to: attention stays inside documents, and positions begin at 0 in each, as in
+    training; by default a row is one document. A value that is not allowed raises ValueError, in one line.
     """
 
     run: str
@@ -88,22 +104,9 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
-        """Gives next-token logits, float32[B, T, V].
+        """Gives next-token logits, float32[B, T, V], of at most `context_length` tokens a row.
 
         Programs are compiled for a few lengths, to which rows are padded.
-
-        Args:
-            tokens: A text, token ids, or a batch of either, see the class; for interventions, all of it is
-                the prompt.
-            steer: Interventions on neurons, see `generate`.
-            steer_mode: See `generate`.
-            topk_k: Entries that each TopK keeps; default as in training. Another k is another program.
-            segment_ids: Integers of the tokens' shape: which document each belongs to. Attention stays inside
-                documents, and positions begin at 0 in each, as in training; default: a row is one document.
-
-        Raises:
-            ValueError: For tokens that are something else, not in the vocabulary, or more in a row than the
-                model's context; segments of another shape; as `generate` for steer and topk_k.
         """
         given, rows = self._input(tokens, segment_ids)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
@@ -123,17 +126,9 @@ class LanguageModel:
     ) -> jax.Array:
         """Gives the mean next-token loss in nats, float32: of every token but the first of a document.
 
-        Args:
-            tokens: As in calling the model.
-            per_token: Give float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN where
-                there is none: after the end of a row, and at the first token of a document.
-            steer: As in calling the model.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model, and where no row has two tokens.
+        With `per_token` it gives float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN
+        where there is none: after the end of a row, and at the first token of a document. Raises ValueError
+        where no row has two tokens.
         """
         given, rows = self._input(tokens, segment_ids)
         if rows.lengths.max() < 2:
@@ -154,19 +149,10 @@ class LanguageModel:
         """Gives next-token logits, float32[B, T, V], and what the layers computed on the way.
 
         `cache.neurons` holds the TopK layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
-
-        Args:
-            tokens: As in calling the model.
-            names_filter: To be kept: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
-                several, or a function that says of each name whether it is wanted. By default what the TopK
-                layers keep, in sparse form; everything else takes B x T x D numbers for each name.
-            steer: As in calling the model; the outputs of layers are kept as they are then.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model, and for a name that the model does not have.
+        `names_filter` says what is kept: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
+        several, or a function that says of each name whether it is wanted. By default what the TopK layers
+        keep, in sparse form; everything else takes B x T x D numbers for each name. Outputs of layers are
+        kept as `steer` leaves them.
         """
         given, rows = self._input(tokens, segment_ids)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
@@ -182,14 +168,7 @@ class LanguageModel:
         return forward.cut(logits, length, axis=1), cache
 
     def active_neurons(self, tokens: Tokens) -> ActiveNeurons:
-        """Finds the active neurons of each token of a text; a notebook or a terminal shows them as a table.
-
-        Args:
-            tokens: One text, or its token ids.
-
-        Raises:
-            ValueError: As calling the model, and for several.
-        """
+        """Finds the active neurons of each token of one text; notebook and terminal show a table."""
         rows, _ = self._rows(tokens)
         if len(rows) > 1:
             raise ArgumentError(f"{len(rows)} texts; must be one, or its token ids", field="tokens")
@@ -210,19 +189,10 @@ class LanguageModel:
         Nothing is compiled as a whole, unless it is called inside `jax.jit`: the functions see arrays, not
         tracers, and may do anything. That is slow; use `steer` for everything that it can do.
 
-        Args:
-            tokens: As in calling the model.
-            fwd_hooks: (name, fn) each, the name one of `hook_names`, or a function that says of each whether
-                it is meant; fn(array [B, T, D], name) returns what takes the array's place, or None. The name
-                has also `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one
-                name, in this order.
-            steer: As in calling the model; of one array, before the functions see it.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model; for another name; for a result of another shape.
+        `fwd_hooks` are (name, fn) each, the name one of `hook_names`, or a function that says of each whether
+        it is meant; fn(array [B, T, D], name) returns what takes the array's place, or None. The name also
+        has `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one name, in this
+        order, and after `steer`. Raises ValueError for another name, and for a result of another shape.
         """
         given, rows = self._input(tokens, segment_ids, fill=False)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
@@ -328,15 +298,10 @@ class LanguageModel:
     def to_tokens(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> jax.Array:
-        """Makes token ids int32[B, T]; the separator stands before texts, as it does in training.
+        """Makes token ids int32[B, T], shorter rows padded with separators, see `lengths`.
 
-        Args:
-            tokens: See the class. Of a batch, shorter rows are padded with separators, see `lengths`.
-            prepend_separator: Whether one stands before each text.
-            prepend_bos: The same, as TransformerLens calls it.
-
-        Raises:
-            ValueError: For what is no text or token ids of the vocabulary.
+        A separator stands before texts, as it does in training, unless `prepend_separator`, or the same as
+        TransformerLens calls it, is False.
         """
         rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
         return jnp.asarray(joined([row.ids for row in rows], self.tokenizer.separator_id).ids)
@@ -365,11 +330,7 @@ class LanguageModel:
         return texts if is_batch else texts[0]
 
     def to_single_token(self, text: str) -> int:
-        """Gives the id of a text that is one token.
-
-        Raises:
-            ValueError: For another text.
-        """
+        """Gives the id of a text that is one token; raises ValueError for another text."""
         (row, *more), is_batch = self._rows(text, separator=False)
         if is_batch or more or len(row.ids) != 1:
             pieces = self.tokenizer.token_strings(row.ids)
@@ -403,11 +364,7 @@ class LanguageModel:
         return transformer.bind(self.cfg, self.params).unembedding()[:, : self.cfg.vocab_size]
 
     def astype(self, dtype: Any) -> "LanguageModel":
-        """Makes the same model in another dtype, of computation and of its matrices; norms stay float32.
-
-        Raises:
-            UserError: For another dtype than float32 and bfloat16.
-        """
+        """Makes the same model in float32 or bfloat16, computation and matrices; norms stay float32."""
         name = dtype_name(dtype)
 
         def cast(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -490,14 +447,7 @@ class LanguageModel:
 
 
 def dtype_name(dtype: Any) -> str:
-    """Gives the name of a dtype that models compute in.
-
-    Args:
-        dtype: A name, or one of NumPy's or JAX's.
-
-    Raises:
-        UserError: For another one.
-    """
+    """Gives the name of a dtype that models compute in, also of JAX's and NumPy's; UserError for another."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

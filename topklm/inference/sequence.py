@@ -1,21 +1,35 @@
-"""One sequence that is decoded beside others: its request, its tokens so far, and updates on it."""
+"""One sequence that is decoded beside others, and the sizes that batches of them are rounded up to.
 
-from collections.abc import Callable
+Programs are compiled for these sizes, of batches, prompts and KV caches. `ServingBuckets` are so few that all
+can be compiled before traffic comes; `BatchBuckets` are finer, for sequences that begin together.
+"""
+
+import bisect
+from collections.abc import Iterable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
-from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.sampling import Sampling
-from topklm.inference.token_rows import row_of
+from topklm.inference.tokens import row_of
 
 # The ways to go on in a full context. "slide": each further token is predicted from the last `context_length`
 # tokens, which are prefilled again for it. "halve": the last half of them is prefilled again, and the rest
 # forgotten, so many tokens follow before that happens again. "stop": the sequence ends.
 WHEN_FULL = ("slide", "halve", "stop")
+
+_SMALLEST = 16  # tokens
+_GROWTH = 4  # from one bucket to the next, when serving
+_SHORTEST_PROMPT, _SMALLEST_CACHE = 32, 256  # tokens, when serving
+_TOKENS_TOGETHER = 1024  # that are prefilled at a time while others wait for their next token
+_MOST_TOGETHER = 8
+_MOST_SLOTS = 64
+_CACHE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +89,7 @@ class Sequence:
     ) -> "Sequence":
         """Makes a sequence that has not begun.
 
-        Args:
-            config: The model's shape.
-            prompt: Token ids, at least one; the model sees the last `context_length` of them.
-            sampling: How tokens are drawn.
-            max_new_tokens: Upper bound on the new tokens.
-            steer: See `Sequence`.
-            when_full: See `WHEN_FULL`.
-            n_alternatives: See `Sequence`.
+        Of the prompt, token ids, at least one, the model sees the last `context_length`.
 
         Raises:
             ValueError: For a value that is not allowed, in one line.
@@ -97,24 +104,18 @@ class Sequence:
             raise ArgumentError(
                 field="max_new_tokens", value=repr(max_new_tokens), allowed="an integer, 0 or more"
             )
-        if when_full == "stop" and len(tokens) > context:
-            raise ArgumentError(
-                f"has {len(tokens)} tokens: must be at most {context}, the model's context; "
-                "shorten it, or choose when_full = 'slide' or 'halve'",
-                field="prompt",
-            )
-        limit = len(tokens) + int(max_new_tokens)
-        limit = min(limit, context) if when_full == "stop" else limit
+        limit, first = len(tokens) + int(max_new_tokens), max(0, len(tokens) - context)
+        if when_full == "stop":
+            limit = min(limit, context)
+            if first:
+                raise ArgumentError(
+                    f"has {len(tokens)} tokens: must be at most {context}, the model's context; "
+                    "shorten it, or choose when_full = 'slide' or 'halve'",
+                    field="prompt",
+                )
+        finished = "length" if limit <= len(tokens) else None
         return cls(
-            tokens,
-            len(tokens),
-            limit,
-            sampling.check(),
-            steer,
-            when_full,
-            n_alternatives,
-            first=max(0, len(tokens) - context),
-            finished="length" if limit <= len(tokens) else None,
+            tokens, len(tokens), limit, sampling.check(), steer, when_full, n_alternatives, first, finished
         )
 
     def visible(self, config: ModelConfig) -> list[int]:
@@ -135,16 +136,148 @@ class Sequence:
         return min(max(self.limit, len(self.tokens)) - self.first, config.context_length)
 
 
-class SequenceUpdate(NamedTuple):
-    """New tokens of a sequence, or its end.
+Row = Sequence | None  # None: a row of a batch that only fills up
 
-    `finished` is "stop" (the last of `tokens` is the stop token), "length", "failed" (a fault of ours, which
-    is in the log), "closed"; None while the sequence goes on.
+
+def bucket(length: int, context_length: int) -> int:
+    """Returns the power of two from 16 up that holds a length, but never more than the context."""
+    return min(max(_SMALLEST, 1 << (length - 1).bit_length()), context_length)
+
+
+def cache_bucket(length: int, context_length: int) -> int:
+    """Returns the power of two from 16 up, or 1.5 times one, that holds a length; at most the context.
+
+    Finer than `bucket`, for a cache takes memory, and some of it is read though no sequence has reached it.
+    """
+    size = bucket(length, context_length)
+    return size * 3 // 4 if size > _SMALLEST and length <= size * 3 // 4 else size
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchBuckets:
+    """For sequences that begin together: one slot for each, in their order, until the last one ends.
+
+    Attributes:
+        context_length: Of the model.
+        steer: On all rows or some, by their number.
     """
 
-    sequence: Sequence
-    tokens: list[Token]
-    finished: str | None
+    context_length: int
+    steer: InterventionBatch | None = None
+
+    def prompt(self, n: int) -> int:
+        """Returns the size of prompts of n tokens."""
+        return bucket(n, self.context_length)
+
+    def cache(self, n: int) -> int:
+        """Returns the size of a KV cache for n tokens of a sequence."""
+        return cache_bucket(n, self.context_length)
+
+    def groups(self, full: list[Sequence], sequences: list[Sequence]) -> Iterable[list[Sequence]]:
+        """Returns the groups that are prefilled again when some sequences are full: all as one."""
+        return [sequences] if full else []
+
+    def prefill_rows(self, _sequences: list[Sequence], slots: list[Row], _length: int) -> list[Row]:
+        """Returns a row for each slot, so that interventions find theirs."""
+        return slots
+
+    def interventions(self, _config: ModelConfig, _rows: list[Row]) -> InterventionBatch | None:
+        """Returns the ones that were given."""
+        return self.steer
 
 
-OnUpdate = Callable[[list[SequenceUpdate]], None]
+@dataclasses.dataclass(frozen=True)
+class ServingBuckets:
+    """For sequences that come and go.
+
+    Attributes:
+        slots: Slots of the batch, rising.
+        prompts: Tokens of prompts, rising; the last is the model's context.
+        caches: Tokens of a KV cache, rising; the last is the model's context.
+    """
+
+    slots: tuple[int, ...]
+    prompts: tuple[int, ...]
+    caches: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, n_slots: int | None = None) -> "ServingBuckets":
+        """Makes those of a model.
+
+        Args:
+            config: Its shape.
+            n_slots: Most slots of the batch; default 64, or fewer (a power of two) if the KV cache of that
+                many full sequences takes more than 1 GiB.
+        """
+        context = config.context_length
+        caches = _rising(_SMALLEST_CACHE, context)
+        short = [size for size in _rising(_SHORTEST_PROMPT, context) if size < caches[0]]
+        return cls(_rising(1, n_slots or default_slots(config)), (*short, *caches), caches)
+
+    @property
+    def most_slots(self) -> int:
+        """Sequences that are decoded together, at most."""
+        return self.slots[-1]
+
+    def batch(self, n: int) -> int:
+        """Returns the slots of a batch for n sequences."""
+        return _up(self.slots, n)
+
+    def prompt(self, n: int) -> int:
+        """Returns the size of prompts of n tokens."""
+        return _up(self.prompts, n)
+
+    def cache(self, n: int) -> int:
+        """Returns the size of a KV cache for n tokens of a sequence."""
+        return _up(self.caches, n)
+
+    def together(self, length: int) -> int:
+        """Returns how many sequences of a length are prefilled by one call, where there are several."""
+        fitting = max(1, _TOKENS_TOGETHER // self.prompt(length))
+        return min(_power_of_two(fitting), _MOST_TOGETHER, self.most_slots)
+
+    def prefill_batches(self, length: int) -> tuple[int, ...]:
+        """Returns the numbers of rows that sequences of a length are prefilled in."""
+        return tuple(sorted({1, self.together(length)}))
+
+    def groups(self, full: list[Sequence], _sequences: list[Sequence]) -> Iterable[list[Sequence]]:
+        """Returns the groups that are prefilled again when some sequences are full: only those."""
+        size = self.together(self.prompts[-1])
+        return (full[begin : begin + size] for begin in range(0, len(full), size))
+
+    def prefill_rows(self, sequences: list[Sequence], _slots: list[Row], length: int) -> list[Row]:
+        """Returns the sequences, filled up to one of `prefill_batches`."""
+        n = 1 if len(sequences) == 1 else self.together(length)
+        return [*sequences, *[None] * (n - len(sequences))]
+
+    def interventions(self, config: ModelConfig, rows: list[Row]) -> InterventionBatch | None:
+        """Returns those of the rows' sequences as one batch."""
+        steered = [(row, one.steer) for row, one in enumerate(rows) if one and one.steer is not None]
+        return on_rows(config, steered, len(rows))
+
+
+Buckets = BatchBuckets | ServingBuckets
+
+
+def default_slots(config: ModelConfig) -> int:
+    """Returns the most slots of a batch if nobody says how many."""
+    numbers = 2 * config.n_layers * config.context_length * config.n_kv_heads * config.head_dim
+    fitting = _CACHE_BYTES // (numbers * jnp.dtype(config.dtype).itemsize)
+    return min(_MOST_SLOTS, _power_of_two(max(1, fitting)))
+
+
+def _power_of_two(n: int) -> int:
+    """Returns the largest that is not above n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def _rising(smallest: int, largest: int) -> tuple[int, ...]:
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= _GROWTH
+    return (*sizes, largest)
+
+
+def _up(sizes: tuple[int, ...], n: int) -> int:
+    return sizes[bisect.bisect_left(sizes, n)]

@@ -15,13 +15,12 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.inference import kv_cache
-from topklm.inference.bucketing import on_rows
-from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.kv_cache import STEPS
 from topklm.inference.sampling import RowSampling, draw
 from topklm.inference.sequence import Sequence
 from topklm.model import transformer
-from topklm.model.block import LayerHooks
+from topklm.model.block import NO_HOOKS, LayerHooks
 
 MOST_ALTERNATIVES = 20  # A
 _PIECE = 32  # tokens of a prompt whose logits are computed at one time
@@ -66,7 +65,9 @@ def one_pass(
 ) -> tuple[jax.Array, Any]:
     """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
     model = transformer.bind(config, params)
-    n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
+    # Each intervention may make one neuron active beside those that TopK keeps.
+    n_extra = 0 if batch.interventions is None else len(batch.interventions.layer)
+    n_active = min(config.topk_k + n_extra, config.d_model)
     h_BD, buffer = kv_cache.step(model, *at, hooks_of(config, batch, positions_B1), n_active)
     return model.logits(h_BD), buffer
 
@@ -199,13 +200,8 @@ def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capaci
 def hooks_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
     """Returns the hooks that make a batch's interventions."""
     if batch.interventions is None:
-        return LayerHooks()
+        return NO_HOOKS
     return batch.interventions.layer_hooks(config, positions_BT, batch.prompt_lengths)
-
-
-def n_extra_active(batch: RequestBatch) -> int:
-    """Returns how many entries may be active beside those that TopK keeps: each intervention adds one."""
-    return 0 if batch.interventions is None else len(batch.interventions.layer)
 
 
 def _replicated(static: StaticArgs, tree: Any) -> Any:
@@ -235,10 +231,9 @@ class Scores(NamedTuple):
         return float(self.own[row]), tuple(alternatives)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def log_probabilities(static: StaticArgs, logits_BV: jax.Array) -> jax.Array:
+@jax.jit
+def log_probabilities(logits_BV: jax.Array) -> jax.Array:
     """Returns all log probabilities, float32[B, V], to keep while the state goes on to the next token."""
-    del static
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
 
@@ -252,12 +247,7 @@ def scores_of_prompt(
 ) -> Scores:
     """Returns those of the tokens of a sequence's prompt but the first, each given the ones before it.
 
-    Args:
-        config: Of the model.
-        params: Its parameters.
-        sequence: With its prompt and its interventions.
-        stop_token: As in `Scheduler`.
-        size: To which the prompt is filled up.
+    `size` is the number of tokens that the prompt is filled up to.
     """
     prompt = sequence.tokens[: sequence.n_prompt]
     tokens_1P = np.zeros((1, size), np.int32)

@@ -6,6 +6,7 @@ No longer made once the client has gone.
 import codecs
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from topklm.data.tokenizer import Tokenizer
-from topklm.inference.detokenize import BROKEN, TextStream
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import Token
 from topklm.inference.steps import Scores
-from topklm.server.errors import ApiError, number
+from topklm.inference.tokens import BROKEN, TextStream
+from topklm.server.fields import ApiError
 from topklm.server.requests import Completion
-from topklm.web.client import Json, Say, Stream, to_json, unless_gone
+from topklm.web.http import Json, Say, Stream, to_json, unless_gone
 
 _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before
 
@@ -46,18 +47,14 @@ class Choice:
         self._held: list[tuple[Token, int]] = []  # tokens that are not sent yet, and where they begin
 
     def echo(self, scores: Scores | None) -> dict[str, Any]:
-        """Returns the prompt as the first piece.
-
-        Args:
-            scores: Of its tokens but the first, where they are asked for.
-        """
+        """Returns the prompt as the first piece, with the scores of its tokens but the first if asked for."""
         prompt = self.sequence.tokens[: self.sequence.n_prompt]
         said = self._tokenizer.decode(prompt)
         if scores is not None:
             self._offsets = _Offsets(self._tokenizer)
             self._hold(Token(prompt[0]))
-            for place, token in enumerate(prompt[1:]):
-                self._hold(Token(token, *scores.row(place, self.sequence.n_alternatives or 0)))
+            for row, token in enumerate(prompt[1:]):
+                self._hold(Token(token, *scores.row(row, self.sequence.n_alternatives or 0)))
         self._sent = len(said)
         return self._piece(said, all_held=True)
 
@@ -102,7 +99,7 @@ class Choice:
         return {
             "tokens": names,
             "token_logprobs": [
-                None if token.log_probability is None else number(token.log_probability) for token, _ in told
+                None if token.log_probability is None else finite(token.log_probability) for token, _ in told
             ],
             "top_logprobs": [self._alternatives(token) for token, _ in told] if wanted else None,
             "text_offset": [begin for _, begin in told],
@@ -116,8 +113,13 @@ class Choice:
         names = self._tokenizer.token_strings([one for one, _ in pairs])
         found: dict[str, float] = {}
         for name, (_, value) in zip(names, pairs, strict=True):
-            found.setdefault(name, number(value))
+            found.setdefault(name, finite(value))
         return found
+
+
+def finite(value: float) -> float:
+    """Returns a log probability that JSON can hold; it is NaN where a model was steered out of all bounds."""
+    return max(value, -9999.0) if math.isfinite(value) else -9999.0
 
 
 class _Offsets:
@@ -176,11 +178,7 @@ def joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 async def whole_answer(
     about: dict[str, Any], asked: Completion, pieces: AsyncIterator[dict[str, Any]]
 ) -> Response:
-    """Returns all pieces as one JSON object.
-
-    Raises:
-        ApiError: As `pieces`.
-    """
+    """Returns all pieces as one JSON object; raises as `pieces` do."""
     found: list[list[dict[str, Any]]] = [[] for _ in asked.sequences]
     usage = None
     async for piece in pieces:

@@ -9,11 +9,11 @@ import dataclasses
 import numpy as np
 
 from topklm.errors import ArgumentError
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
 from topklm.steering import text_metrics
 from topklm.steering.concepts import Concept
 from topklm.steering.text_metrics import Estimate

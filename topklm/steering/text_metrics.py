@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import ModelConfig
-from topklm.inference.bucketing import bucket
+from topklm.inference.sequence import bucket
 from topklm.model import transformer
 
 RESAMPLES = 2000

@@ -18,7 +18,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from topklm.errors import UserError
 
 REQUEST_SECONDS = 10.0  # in which the head of a request has to arrive
-
 _SELDOM_SECONDS = 60.0  # between two equal lines of a log
 _READING_SECONDS = 30.0  # in which a client has to read some of what it is told
 _MOST_CONNECTIONS = 512
@@ -64,7 +63,7 @@ def names_of(host: str, port: int) -> frozenset[str]:
 
 def make_server(
     app: ASGIApp, closing_seconds: int = _CLOSING_SECONDS, closing: Callable[[], Any] = lambda: None
-) -> uvicorn.Server:
+) -> "_Server":
     """Returns a server that no slow or silent client can keep from answering the others.
 
     Args:
@@ -94,29 +93,17 @@ def make_server(
     return _Server(config, closing)
 
 
-def run(server: uvicorn.Server, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answers until Ctrl-C, or until the process is asked to end.
+def run(server: "_Server", listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Answers on a socket, which is closed in the end, until Ctrl-C, or until the process is asked to end.
 
     Args:
         server: From `make_server`.
-        listening: From `listen`; closed in the end.
+        listening: From `listen`.
         ready: Called once requests are answered.
     """
+    server.ready = ready
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(server, listening, ready))
-
-
-async def _run(server: uvicorn.Server, listening: socket.socket, ready: Callable[[], None]) -> None:
-    async def tell() -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        ready()
-
-    telling = asyncio.create_task(tell())
-    try:
-        await server.serve([listening])
-    finally:
-        telling.cancel()
+        asyncio.run(server.serve([listening]))
 
 
 class _Server(uvicorn.Server):
@@ -125,6 +112,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, closing: Callable[[], Any]):
         super().__init__(config)
         self._closing = closing
+        self.ready: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit  # a second signal: do not wait
@@ -186,8 +178,7 @@ class _Patient(H11Protocol):
             return
         self._stop_waiting()
         self._awaited = awaited
-        if awaited is not None:
-            self.since = time.monotonic()
+        self.since = None if awaited is None else time.monotonic()
         if awaited in ("request", "reading"):
             seconds = REQUEST_SECONDS if awaited == "request" else _READING_SECONDS
             self._deadline = self.loop.call_later(seconds, self._hang_up)
