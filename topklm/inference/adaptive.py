@@ -18,6 +18,7 @@ from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
 from topklm.inference import kv_cache
 from topklm.inference.kv_cache import STEPS
+from topklm.inference.sampling import check_integer
 from topklm.inference.steps import CacheInputs, RequestBatch, one_pass
 from topklm.inference.tokens import joined, rows_of
 from topklm.model import transformer
@@ -114,10 +115,7 @@ def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -
         return config
     if not config.n_topk_layers:
         raise ArgumentError("the model has no layer with TopK; leave it out", field=name, value=repr(topk_k))
-    whole = isinstance(topk_k, int | np.integer) and not isinstance(topk_k, bool)
-    if not whole or not 1 <= topk_k <= config.d_model:
-        allowed = f"an integer from 1 to {config.d_model}, d_model"
-        raise ArgumentError(field=name, value=repr(topk_k), allowed=allowed)
+    check_integer(name, topk_k, f"an integer from 1 to {config.d_model}, d_model", 1, config.d_model)
     return dataclasses.replace(config, topk_k=int(topk_k))
 
 

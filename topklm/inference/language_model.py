@@ -20,7 +20,7 @@ from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Steer
 from topklm.inference.kv_cache import Layers, by_layer
-from topklm.inference.sampling import Sampling
+from topklm.inference.sampling import Sampling, check_integer
 from topklm.inference.scheduler import Generation
 from topklm.inference.sequence import bucket
 from topklm.inference.steps import STEPS
@@ -108,11 +108,8 @@ class LanguageModel:
 
         Programs are compiled for a few lengths, to which rows are padded.
         """
-        given, rows = self._input(tokens, segment_ids)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        return forward.cut(
-            forward.logits(config, self.params, given, interventions), rows.ids.shape[1], axis=1
-        )
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
+        return forward.cut(forward.logits(config, self.params, given), rows.ids.shape[1], axis=1)
 
     def loss(
         self,
@@ -130,11 +127,10 @@ class LanguageModel:
         where there is none: after the end of a row, and at the first token of a document. Raises ValueError
         where no row has two tokens.
         """
-        given, rows = self._input(tokens, segment_ids)
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
         if rows.lengths.max() < 2:
             raise ArgumentError("no row has two tokens, so there is no loss", field="tokens")
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        mean, losses = forward.losses(config, self.params, given, rows.lengths, interventions)
+        mean, losses = forward.losses(config, self.params, given, rows.lengths)
         return forward.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
 
     def run_with_cache(
@@ -154,12 +150,9 @@ class LanguageModel:
         keep, in sparse form; everything else takes B x T x D numbers for each name. Outputs of layers are
         kept as `steer` leaves them.
         """
-        given, rows = self._input(tokens, segment_ids)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
         wanted = hook_names.matching(config, names_filter)
-        logits, neurons, others = forward.logits_and_activations(
-            config, wanted, self.params, given, interventions
-        )
+        logits, neurons, others = forward.logits_and_activations(config, wanted, self.params, given)
         length = rows.ids.shape[1]
         neurons = jax.tree.map(lambda x: forward.cut(x, length, axis=2), neurons)
         others = {name: forward.cut(x, length, axis=1) for name, x in others.items()}
@@ -194,12 +187,8 @@ class LanguageModel:
         has `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one name, in this
         order, and after `steer`. Raises ValueError for another name, and for a result of another shape.
         """
-        given, rows = self._input(tokens, segment_ids, fill=False)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        segments, positions, hooks = forward.inputs_of(config, given, interventions)
-        return forward.run_with_hooks(
-            config, self.params, given.tokens, fwd_hooks, hooks, segments, positions
-        )
+        config, given, _ = self._input(tokens, segment_ids, steer, steer_mode, topk_k, fill=False)
+        return forward.run_with_hooks(config, self.params, given, fwd_hooks)
 
     def generate(
         self,
@@ -253,8 +242,7 @@ class LanguageModel:
         Raises:
             ValueError: For a value that is not allowed, in one line: name, value, what is.
         """
-        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-            raise ArgumentError(field="n", value=repr(n), allowed="an integer, 1 or more")
+        check_integer("n", n, "an integer, 1 or more", 1)
         if isinstance(prompt, list | tuple) and not prompt:
             return []
         given, is_batch = self._rows(prompt, name="prompt")
@@ -407,23 +395,27 @@ class LanguageModel:
         encode = functools.partial(self._encode, separator=separator)
         return rows_of(tokens, self.cfg.vocab_size, encode, name)
 
-    def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[forward.Input, Rows]:
-        """Makes what a program runs of what was given, and tells both."""
+    def _input(
+        self,
+        tokens: Tokens,
+        segment_ids: Any,
+        steer: Steer | None,
+        steer_mode: str,
+        topk_k: int | None,
+        fill: bool = True,
+    ) -> tuple[ModelConfig, forward.Input, Rows]:
+        """Makes what a program runs of what was given, filled up to one of a few lengths, and tells both."""
         separator, context = self.tokenizer.separator_id, self.cfg.context_length
         rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
-        length = rows.ids.shape[1]
+        batch, length = rows.ids.shape
         if length > context:
-            raise ArgumentError(
-                f"a row has {length} tokens: must be at most {context}, the model's context; cut it",
-                field="tokens",
-            )
-        given = forward.Input(
-            rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)
-        )
-        if not fill:
-            return given, rows
-        added = bucket(length, context) - length
-        return jax.tree.map(lambda x: forward.padded(x, added, separator), given), rows
+            text = f"a row has {length} tokens: must be at most {context}, the model's context; cut it"
+            raise ArgumentError(text, field="tokens")
+        segments = None if segment_ids is None else documents(segment_ids, (batch, length))
+        added = bucket(length, context) - length if fill else 0
+        ids, segments = jax.tree.map(lambda x: forward.padded(x, added, separator), (rows.ids, segments))
+        config, interventions = self._asked(batch, steer, steer_mode, topk_k)
+        return config, forward.Input(ids, segments, interventions), rows
 
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None

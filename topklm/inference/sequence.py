@@ -10,12 +10,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
 from topklm.inference.intervention_batch import InterventionBatch, on_rows
-from topklm.inference.sampling import Sampling
+from topklm.inference.sampling import Sampling, check_integer
 from topklm.inference.tokens import row_of
 
 # The ways to go on in a full context. "slide": each further token is predicted from the last `context_length`
@@ -96,23 +95,16 @@ class Sequence:
         """
         tokens, context = row_of(prompt, config.vocab_size, "prompt").tolist(), config.context_length
         if when_full not in WHEN_FULL:
-            raise ArgumentError(
-                field="when_full", value=repr(when_full), allowed=f"one of {', '.join(WHEN_FULL)}"
-            )
-        whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
-        if not whole or max_new_tokens < 0:
-            raise ArgumentError(
-                field="max_new_tokens", value=repr(max_new_tokens), allowed="an integer, 0 or more"
-            )
+            allowed = f"one of {', '.join(WHEN_FULL)}"
+            raise ArgumentError(field="when_full", value=repr(when_full), allowed=allowed)
+        check_integer("max_new_tokens", max_new_tokens, "an integer, 0 or more", highest=2**63)
         limit, first = len(tokens) + int(max_new_tokens), max(0, len(tokens) - context)
         if when_full == "stop":
             limit = min(limit, context)
             if first:
-                raise ArgumentError(
-                    f"has {len(tokens)} tokens: must be at most {context}, the model's context; "
-                    "shorten it, or choose when_full = 'slide' or 'halve'",
-                    field="prompt",
-                )
+                text = f"has {len(tokens)} tokens: must be at most {context}, the model's context"
+                advice = "shorten it, or choose when_full = 'slide' or 'halve'"
+                raise ArgumentError(text, field="prompt", advice=advice)
         finished = "length" if limit <= len(tokens) else None
         return cls(
             tokens, len(tokens), limit, sampling.check(), steer, when_full, n_alternatives, first, finished
