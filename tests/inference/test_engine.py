@@ -187,7 +187,7 @@ def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_te
 def test_a_prompts_probabilities_are_those_of_the_model():
     tokens = np.random.default_rng(4).integers(0, 50, 30).tolist()
     sequence = Sequence.of(CONFIG, tokens, Sampling(), 2)
-    found = scores_of_prompt(CONFIG, params_of(CONFIG), sequence, STOP, 32)
+    found = scores_of_prompt(CONFIG, params_of(CONFIG), sequence, 32)
     reference = log_softmax(logits_of(tokens))
     assert len(found.own) == 29
     np.testing.assert_allclose(found.own, reference[np.arange(29), tokens[1:]], atol=1e-4)

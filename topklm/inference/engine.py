@@ -3,7 +3,6 @@
 Updates on sequences are delivered from that thread. A sequence's tokens do not depend on the others.
 """
 
-import collections
 from collections.abc import Callable, Iterable
 import concurrent.futures
 import dataclasses
@@ -80,30 +79,27 @@ class Engine:
         self._small_for = 0
         # The rest is shared, under the condition.
         self._changed = threading.Condition()
-        self._waiting: collections.deque[tuple[Sequence, OnUpdate]] = collections.deque()
+        self._waiting: list[tuple[Sequence, OnUpdate]] = []
         self._aborted: set[Sequence] = set()
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: list[Callable[[], None]] = []
         self._closed = False
         self._n_running = 0
         self._thread = threading.Thread(target=self._run, name="topklm-engine", daemon=True)
 
     def start(self, warm_up: Callable[[int, int], None] | None = None) -> None:
-        """Starts the thread.
+        """Starts the thread, after the programs that most traffic needs have been compiled.
 
-        Args:
-            warm_up: Called with how many of how many parts are done, while the programs that most traffic
-                needs are compiled first; None: programs are compiled when they are needed, while all wait.
+        `warm_up` is called with how many of how many parts are done; None: programs are compiled when they
+        are needed, while all wait.
         """
         if warm_up is not None:
             compile_early(self._scheduler, self._config, self._buckets, warm_up)
         self._thread.start()
 
     def submit(self, sequences: Iterable[Sequence], on_update: OnUpdate) -> None:
-        """Queues sequences, all or none.
+        """Queues sequences, all or none; they begin in this order.
 
-        Args:
-            sequences: In the order in which they begin.
-            on_update: Called in the engine's thread with updates on some of them; must not block.
+        `on_update` is called in the engine's thread with updates on some of them, and must not block.
 
         Raises:
             FullError: If too many wait.
@@ -115,7 +111,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._waiting) + len(going) > self._most_waiting + max(0, self._n_free()):
+            n_free = max(0, self._buckets.most_slots - self._n_running)
+            if len(self._waiting) + len(going) > self._most_waiting + n_free:
                 raise FullError
             self._waiting += going
             if ended:
@@ -126,11 +123,11 @@ class Engine:
         """Ends sequences that nobody wants any more, and frees their slots; no update on them will follow."""
         with self._changed:
             self._aborted |= set(sequences)
-            self._waiting = collections.deque(one for one in self._waiting if one[0] not in self._aborted)
+            self._waiting = [one for one in self._waiting if one[0] not in self._aborted]
             self._changed.notify()
 
     def call(self, function: Callable[[], _Result]) -> "concurrent.futures.Future[_Result]":
-        """Calls a function in the engine's thread, between tokens; for other work on the device.
+        """Calls a function in the engine's thread, between tokens, for other work on the device.
 
         Raises:
             ClosedError: If the engine has been closed.
@@ -166,31 +163,26 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _n_free(self) -> int:
-        return self._buckets.most_slots - self._n_running
-
     # In the engine's thread
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._has_work():
-                    self._changed.wait()
+                self._changed.wait_for(self._has_work)
                 if self._closed:
                     break
                 aborted, self._aborted = self._aborted, set()
-                calls, self._calls = list(self._calls), collections.deque()
+                calls, self._calls = self._calls, []
             try:
                 self._round(aborted, calls)
             except Exception:
                 _log.exception("the engine failed; the sequences that it was decoding are lost")
                 self._fail()
         with self._changed:
-            waiting, calls = list(self._waiting), list(self._calls)
-            self._waiting.clear()
+            waiting, self._waiting = self._waiting, []
         for one, on_update in [*self._on_update.items(), *waiting]:
             _deliver(on_update, [SequenceUpdate(one, [], "closed")])
-        for call in calls:
+        for call in self._calls:
             call()
 
     def _has_work(self) -> bool:
@@ -229,8 +221,7 @@ class Engine:
             size = self._prompt_bucket(self._waiting[0][0])
             most = min(n_free, self._buckets.together(size))
             group = [one for one in self._waiting if self._prompt_bucket(one[0]) == size][:most]
-            chosen = {one for one, _ in group}
-            self._waiting = collections.deque(one for one in self._waiting if one[0] not in chosen)
+            self._waiting = [one for one in self._waiting if one not in group]
             self._n_running += len(group)
             return group
 

@@ -221,9 +221,9 @@ class Scores(NamedTuple):
         values: float32[B, A], of those.
     """
 
-    own: np.ndarray
-    tokens: np.ndarray
-    values: np.ndarray
+    own: Any
+    tokens: Any
+    values: Any
 
     def row(self, row: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """Returns that of one token, and of so many alternatives."""
@@ -239,54 +239,50 @@ def log_probabilities(logits_BV: jax.Array) -> jax.Array:
 
 def scores_of_drawn(before_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
     """Returns those of tokens that were drawn, int32[B]."""
-    return Scores(*map(np.asarray, _picked(before_BV, tokens_B)))
+    return jax.tree.map(np.asarray, _scores_of_rows(before_BV, tokens_B))
 
 
 def scores_of_prompt(
-    config: ModelConfig, params: transformer.Parameters, sequence: Sequence, stop_token: int, size: int
+    config: ModelConfig, params: transformer.Parameters, sequence: Sequence, size: int
 ) -> Scores:
     """Returns those of the tokens of a sequence's prompt but the first, each given the ones before it.
 
     `size` is the number of tokens that the prompt is filled up to.
     """
-    prompt = sequence.tokens[: sequence.n_prompt]
+    n = sequence.n_prompt
     tokens_1P = np.zeros((1, size), np.int32)
-    tokens_1P[0, : len(prompt)] = prompt
-    batch = RequestBatch(
-        RowSampling.of([sequence.sampling]),
-        np.zeros(1, np.int32),
-        np.array([len(prompt)], np.int32),
-        np.int32(stop_token),
-        None if sequence.steer is None else on_rows(config, [(0, sequence.steer)], 1),
+    tokens_1P[0, :n] = sequence.tokens[:n]
+    steer = None if sequence.steer is None else on_rows(config, [(0, sequence.steer)], 1)
+    found = _scores_of_prompt(
+        StaticArgs.of(config, params), params, steer, tokens_1P, np.array([n], np.int32)
     )
-    found = _scores_of_prompt(StaticArgs.of(config, params), params, batch, tokens_1P)
-    return Scores(*(np.asarray(x)[: len(prompt) - 1] for x in found))
+    return jax.tree.map(lambda x: np.asarray(x)[: n - 1], found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores_of_prompt(
-    static: StaticArgs, params: transformer.Parameters, batch: RequestBatch, tokens_1P: jax.Array
-) -> Any:
+    static: StaticArgs,
+    params: transformer.Parameters,
+    steer: InterventionBatch | None,
+    tokens_1P: jax.Array,
+    lengths_1: jax.Array,
+) -> Scores:
     model = transformer.bind(static.config, params)
-    hooks = hooks_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
+    hooks = NO_HOOKS if steer is None else steer.layer_hooks(static.config, None, lengths_1)
     numbers = jnp.arange(static.config.n_layers)
     h_1PD, _ = model.hidden(tokens_1P, hooks=hooks, hook_inputs=numbers)
-    size, d = h_1PD.shape[1:]
-    filled = -size % _PIECE
-    pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)
-    following = jnp.pad(tokens_1P[0, 1:], (0, filled + 1)).reshape(-1, _PIECE)
 
-    def of_piece(piece: tuple[jax.Array, jax.Array]) -> Any:
-        h, tokens = piece
-        return _picked(jax.nn.log_softmax(model.logits(h), axis=-1), tokens)
+    def of_token(inputs: tuple[jax.Array, jax.Array]) -> Scores:
+        h_D, following = inputs
+        return _scores(jax.nn.log_softmax(model.logits(h_D)), following)
 
-    found = jax.lax.map(of_piece, (pieces, following))
-    found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
-    return _replicated(static, found)
+    following_P = jnp.roll(tokens_1P[0], -1)
+    return _replicated(static, jax.lax.map(of_token, (h_1PD[0], following_P), batch_size=_PIECE))
 
 
-@jax.jit
-def _picked(all_BV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    own_B = jnp.take_along_axis(all_BV, tokens_B[:, None], axis=-1)[:, 0]
-    values, tokens = jax.lax.top_k(all_BV, min(MOST_ALTERNATIVES, all_BV.shape[-1]))
-    return own_B, tokens, values
+def _scores(log_p_V: jax.Array, token: jax.Array) -> Scores:
+    values, tokens = jax.lax.top_k(log_p_V, min(MOST_ALTERNATIVES, len(log_p_V)))
+    return Scores(log_p_V[token], tokens, values)
+
+
+_scores_of_rows = jax.jit(jax.vmap(_scores))

@@ -167,9 +167,8 @@ class Service:
             yield choices[one].echo(found)
 
     def _prompt_scores(self, sequence: TokenSequence) -> Scores:
-        model, size = self.model, self.buckets.prompt(sequence.n_prompt)
-        stop_token = model.tokenizer.separator_id
-        return scores_of_prompt(model.config.model, model.params, sequence, stop_token, size)
+        size = self.buckets.prompt(sequence.n_prompt)
+        return scores_of_prompt(self.model.config.model, self.model.params, sequence, size)
 
 
 def _stopping() -> ApiError:
