@@ -65,30 +65,14 @@ class AdaptiveStep:
     high_k: int
 
     def __call__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        batch: RequestBatch,
-        at: CacheInputs,
-        positions_B1: jax.Array,
-    ) -> tuple[jax.Array, kv_cache.Buffer]:
-        """Returns logits of the next token, and the buffer."""
-        return self.with_uncertain(config, params, batch, at, positions_B1)[:2]
-
-    def with_uncertain(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        batch: RequestBatch,
-        at: CacheInputs,
-        positions_B1: jax.Array,
+        self, config: ModelConfig, params: transformer.Parameters, batch: RequestBatch, at: CacheInputs
     ) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
-        """Returns besides which rows were uncertain, bool[B]."""
-        once = one_pass(config, params, batch, at, positions_B1)
+        """Returns logits of the next token, the buffer, and which rows were uncertain, bool[B]."""
+        once = one_pass(config, params, batch, at)
         uncertain_B = entropy(once[0]) > batch.step_inputs
 
         def again() -> tuple[jax.Array, kv_cache.Buffer]:
-            high = one_pass(dataclasses.replace(config, topk_k=self.high_k), params, batch, at, positions_B1)
+            high = one_pass(dataclasses.replace(config, topk_k=self.high_k), params, batch, at)
             # A leaf of the buffer may have a layer axis before the rows, and always three after them.
             which_B111 = uncertain_B[:, None, None, None]
             buffer = jax.tree.map(functools.partial(jnp.where, which_B111), high[1], once[1])
@@ -159,7 +143,7 @@ def _token_losses(
     """Runs token by token; returns float32 and int32 [B, T rounded up]. Full buffers go into the cache."""
     model, rule = transformer.bind(config, params), AdaptiveStep(high_k)
     unused: Any = None
-    request = RequestBatch(unused, unused, unused, unused, interventions=None, step_inputs=threshold)
+    request = RequestBatch(unused, 0, unused, unused, interventions=None, step_inputs=threshold)
     batch, length = tokens_BT.shape
     n_parts = -(-length // STEPS)
     padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
@@ -175,7 +159,7 @@ def _token_losses(
             one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
             target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
             inputs = CacheInputs(layers, cache, new, one_B, lengths_B, number)
-            logits_BV, new, uncertain_B = rule.with_uncertain(config, params, request, inputs, unused)
+            logits_BV, new, uncertain_B = rule(config, params, request, inputs)
             log_p = jax.nn.log_softmax(logits_BV, axis=-1)
             loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
             return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))

@@ -138,14 +138,12 @@ class InterventionBatch(NamedTuple):
             return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
+            value = jnp.asarray(self.value, jnp.float32)
+            factor = self._by_mode(lambda mode: mode.factor(value))
+            term = self._by_mode(lambda mode: mode.term(value))
+            return _changed(h_BTD, self.neuron, factor, term, applies(h_BTD, layer))
 
         return LayerHooks(topk=select, output=edit)
-
-    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
-        """Returns float32[E] each: all modes are `h * factor + term`, after TopK."""
-        value = jnp.asarray(self.value, jnp.float32)
-        return self._by_mode(lambda mode: mode.factor(value)), self._by_mode(lambda mode: mode.term(value))
 
     def _by_mode(self, of_mode: Callable[[Mode], Any]) -> jax.Array:
         """Returns a number for each entry, float32[E], from one for each mode or float32[E] for each mode."""
@@ -227,19 +225,17 @@ def on_rows(
     """
     if not each:
         return None
-    parts = [_on_row(interventions, row) for row, interventions in each]
+    parts = []
+    for row, interventions in each:
+        used = np.asarray(interventions.layer) != _NO_LAYER
+        kept = InterventionBatch(*(np.asarray(column)[used] for column in interventions))
+        parts.append(kept._replace(row=np.full_like(kept.row, row)))
     size, n = _PER_BATCH[n_rows > 1], sum(len(part.layer) for part in parts)
     while size < n:
         size *= _MORE_ENTRIES
     empty = InterventionBatch.of(config, {})  # whose entries only fill up
-    filling = jax.tree.map(lambda x: np.resize(x, (size - n, *x.shape[1:])), empty)
+    filling = jax.tree.map(lambda column: np.resize(column, size - n), empty)
     return jax.tree.map(lambda *columns: np.concatenate(columns), *parts, filling)
-
-
-def _on_row(interventions: InterventionBatch, row: int) -> InterventionBatch:
-    used = np.asarray(interventions.layer) != _NO_LAYER
-    kept = jax.tree.map(lambda x: np.asarray(x)[used], interventions)
-    return kept._replace(row=np.full_like(kept.row, row))
 
 
 def _refuse_overlap(entries: Sequence[Intervention]) -> None:

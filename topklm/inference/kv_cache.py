@@ -64,12 +64,8 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """
     blocks = transformer.bind(config, params).blocks
     attention, mlp = blocks.attention, blocks.mlp
-    side_by_side = FusedWeights(
-        jnp.concatenate(
-            [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)], -1
-        ),
-        jnp.concatenate([mlp.gate.kernel[...], mlp.up.kernel[...]], -1),
-    )
+    linears = (attention.query, attention.key, attention.value), (mlp.gate, mlp.up)
+    side_by_side = [jnp.concatenate([linear.kernel[...] for linear in some], -1) for some in linears]
     leaves = [
         # Those in the joined ones are not kept twice. A path ends in the module and its parameter.
         jnp.zeros((config.n_layers, 0)) if path[-2].key in _JOINED else leaf
@@ -78,7 +74,9 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     dtype = jnp.dtype(config.dtype)
     # Norms have one axis besides that of the layers, and stay as they are: they multiply in float32.
     leaves = [leaf.astype(dtype) if leaf.ndim > 2 else leaf for leaf in (*leaves, *side_by_side)]
-    return leaves if _scans(config) else _unstack(leaves)
+    if _scans(config):
+        return leaves
+    return [list(of_layer) for of_layer in zip(*map(jnp.unstack, leaves), strict=True)]
 
 
 def prefill(
@@ -300,7 +298,3 @@ def _one_for_all_layers(tree: Any) -> bool:
 def _scans(config: ModelConfig) -> bool:
     """Returns whether layers are scanned, as `Transformer.hidden` decides it on one device."""
     return ALONE.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
-
-
-def _unstack(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-    return [list(of_layer) for of_layer in zip(*map(jnp.unstack, leaves), strict=True)]

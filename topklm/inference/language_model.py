@@ -89,10 +89,21 @@ class LanguageModel:
         return f"LanguageModel({self.run}, step {self.step:,}: {shape}, {topk})"
 
     def _repr_html_(self) -> str:
+        m, leaves = self.config.model, jax.tree.leaves(self.params)
+        devices = set().union(*(leaf.devices() for leaf in leaves))
+        where = f"{len(devices)} devices" if len(devices) > 1 else str(devices.pop())
+        kept = f"keeps {m.topk_k} of {m.d_model:,} neurons in the first {m.n_topk_layers} layers"
+        facts = {
+            "run": f"{self.run}, step {self.step:,}",
+            "parameters": f"{sum(leaf.size for leaf in leaves):,} on {where}",
+            "layers": f"{m.n_layers} of width {m.d_model:,}; {m.n_heads} heads, MLP {m.d_mlp:,} wide",
+            "TopK": f"{kept} ({m.topk_activation})" if m.n_topk_layers else "none: a Base LM",
+            "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
+        }
         rows = "".join(
             f'<tr><th scope="row" style="text-align:left">{name}</th>'
             f'<td style="text-align:left">{html.escape(fact)}</td></tr>'
-            for name, fact in self._facts().items()
+            for name, fact in facts.items()
         )
         return f"<table>{rows}</table>"
 
@@ -370,23 +381,8 @@ class LanguageModel:
         """Gives the copy of the blocks' parameters that decoding reads, see `by_layer`."""
         return by_layer(self.config.model, self.params)
 
-    def _facts(self) -> dict[str, str]:
-        """Lists the main facts of the model, for a notebook."""
-        m = self.config.model
-        leaves = jax.tree.leaves(self.params)
-        devices = set().union(*(leaf.devices() for leaf in leaves))
-        place = f"{len(devices)} devices" if len(devices) > 1 else str(devices.pop())
-        kept = f"keeps {m.topk_k} of {m.d_model:,} neurons in the first {m.n_topk_layers} layers"
-        return {
-            "run": f"{self.run}, step {self.step:,}",
-            "parameters": f"{sum(leaf.size for leaf in leaves):,} on {place}",
-            "layers": f"{m.n_layers} of width {m.d_model:,}; {m.n_heads} heads, MLP {m.d_mlp:,} wide",
-            "TopK": f"{kept} ({m.topk_activation})" if m.n_topk_layers else "none: a Base LM",
-            "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
-        }
-
     def _encode(self, text: str, separator: bool = True) -> np.ndarray:
-        """Gives the ids of a text, with a separator before them or not, int[n]."""
+        """Gives the ids of a text, int[n]."""
         ids = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.separator_id], ids]) if separator else ids
 
@@ -425,7 +421,7 @@ class LanguageModel:
         return config, None if steer is None else InterventionBatch.of(config, steer, steer_mode, n_rows)
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
-        """Gives the text of a prompt, and a stream that continues it."""
+        """Gives the text of a prompt, and the stream of its continuation."""
         ids = prompt.ids.tolist()
         shown, rest = split_at_character(self.tokenizer, ids) if prompt.text is None else (prompt.text, [])
         stream = TextStream(self.tokenizer, ids[: len(ids) - len(rest)], stop)

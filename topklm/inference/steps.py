@@ -49,26 +49,21 @@ class CacheInputs(NamedTuple):
     number: Any
 
 
-# Runs the last token of each row, given their positions [B, 1]: logits of the next token, float32[B, V],
-# and the buffer with this token in it. Hashable, for programs are compiled for it.
-TokenStep = Callable[
-    [ModelConfig, transformer.Parameters, RequestBatch, CacheInputs, jax.Array], tuple[jax.Array, Any]
-]
+# Runs the last token of each row: logits of the next token, float32[B, V], the buffer with this token in it,
+# and more, which is left out. Hashable, for programs are compiled for it.
+TokenStep = Callable[[ModelConfig, transformer.Parameters, RequestBatch, CacheInputs], tuple]
 
 
 def one_pass(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    batch: RequestBatch,
-    at: CacheInputs,
-    positions_B1: jax.Array,
-) -> tuple[jax.Array, Any]:
+    config: ModelConfig, params: transformer.Parameters, batch: RequestBatch, at: CacheInputs
+) -> tuple[jax.Array, kv_cache.Buffer]:
     """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
     model = transformer.bind(config, params)
+    hooks = hooks_of(config, batch, (batch.first + at.lengths + at.number)[:, None])
     # Each intervention may make one neuron active beside those that TopK keeps.
     n_extra = 0 if batch.interventions is None else len(batch.interventions.layer)
     n_active = min(config.topk_k + n_extra, config.d_model)
-    h_BD, buffer = kv_cache.step(model, *at, hooks_of(config, batch, positions_B1), n_active)
+    h_BD, buffer = kv_cache.step(model, *at, hooks, n_active)
     return model.logits(h_BD), buffer
 
 
@@ -152,10 +147,9 @@ def decode(
         number, new_BN, state = carry
         active_B = goes_on(state)
         new_B = draw(state.logits, state.present, batch.sampling, keys_B, state.n_drawn)
-        positions_B1 = (batch.first + lengths_B + number)[:, None]
         at = CacheInputs(layers, cache, state.cache, new_B, lengths_B, number)
         # The last token of all is run for nothing; to skip it would take a copy of the buffer.
-        logits_BV, buffer = static.token_step(static.config, params, batch, at, positions_B1)
+        logits_BV, buffer, *_ = static.token_step(static.config, params, batch, at)
         n_left_B = jnp.where(new_B == batch.stop_token, 0, state.n_left - 1)
         state = DecodeState(
             buffer,
