@@ -22,7 +22,6 @@ _LARGEST = 2**31 - 1
 Encode = Callable[[str], np.ndarray]
 _IDS = "token ids [T] or [B, T], or a list of such rows"
 _ALLOWED = f"a text, several texts, {_IDS}"
-
 _EMPTY = "is empty: every row must hold at least one token"
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character, or not one yet
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -56,7 +55,7 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "tokens") -> Rows:
+def read(tokens: Any, vocab_size: int, encode: Encode, fill: int) -> Rows:
     """Makes one array of what was given.
 
     Args:
@@ -64,16 +63,15 @@ def read(tokens: Any, vocab_size: int, encode: Encode, fill: int, name: str = "t
         vocab_size: V; of ids that are traced it is not checked that they are below it.
         encode: Ids of a text, int[n].
         fill: The id that shorter rows are padded with.
-        name: Of the argument, for messages.
 
     Raises:
         ValueError: In one line, for anything else, for rows without a token, and for ids out of range.
     """
     if is_traced(tokens) or (isinstance(tokens, jax.Array) and len(tokens.sharding.device_set) > 1):
-        return _of_jax(jnp.asarray(tokens), vocab_size, name)
-    rows, _ = rows_of(tokens, vocab_size, encode, name)
+        return _of_jax(jnp.asarray(tokens), vocab_size)
+    rows, _ = rows_of(tokens, vocab_size, encode)
     if not rows or not all(len(row.ids) for row in rows):
-        raise ArgumentError(_EMPTY, field=name)
+        raise ArgumentError(_EMPTY, field="tokens")
     return joined([row.ids for row in rows], fill)
 
 
@@ -168,18 +166,17 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
-def _of_jax(ids: jax.Array, vocab_size: int, name: str) -> Rows:
+def _of_jax(ids: jax.Array, vocab_size: int) -> Rows:
     """Reads an array that stays where it is."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ArgumentError(f"has dtype {ids.dtype}: must be integers", field=name)
+        raise ArgumentError(f"has dtype {ids.dtype}: must be integers", field="tokens")
     if ids.ndim not in (1, 2):
-        raise ArgumentError(f"has shape {ids.shape}: must be [T] or [B, T]", field=name)
+        raise ArgumentError(f"has shape {ids.shape}: must be [T] or [B, T]", field="tokens")
     if not ids.size:
-        raise ArgumentError(_EMPTY, field=name)
+        raise ArgumentError(_EMPTY, field="tokens")
     if not is_traced(ids) and ids.is_fully_addressable:
-        rows_of(ids, vocab_size, None, name)
-    ids = ids.astype(jnp.int32)
-    ids = ids[None] if ids.ndim == 1 else ids
+        rows_of(ids, vocab_size, None)
+    ids = jnp.atleast_2d(ids.astype(jnp.int32))
     return Rows(ids, np.full(ids.shape[0], ids.shape[1], np.int32))
 
 
@@ -200,9 +197,11 @@ def documents(segment_ids: Any, shape: tuple[int, int]) -> Any:
     if array.shape != shape:
         text = f"has shape {array.shape}: must be that of the tokens, {shape}"
         raise ArgumentError(text, field="segment_ids")
-    if not traced and any(np.diff(row).astype(bool).sum() + 1 != len(np.unique(row)) for row in array):
+    if traced:
+        return array.astype(np.int32)
+    if any(np.count_nonzero(np.diff(row)) + 1 != len(np.unique(row)) for row in array):
         raise ArgumentError("the tokens of a document must stand together, in one piece", field="segment_ids")
-    if not traced and array.size and not (abs(int(array.min())) <= _LARGEST >= abs(int(array.max()))):
+    if array.size and not (abs(int(array.min())) <= _LARGEST >= abs(int(array.max()))):
         raise ArgumentError(field="segment_ids", allowed=f"from {-_LARGEST} to {_LARGEST}")
     return array.astype(np.int32)
 

@@ -1,17 +1,13 @@
-"""Answers that take long, in the form that OpenAI gives to them: whole, or piece by piece.
-
-No longer made once the client has gone.
-"""
+"""Answers that take long, in the form that OpenAI gives to them: whole, or piece by piece."""
 
 import codecs
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 import contextlib
 import math
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.inference.sequence import Sequence as TokenSequence
@@ -20,7 +16,7 @@ from topklm.inference.steps import Scores
 from topklm.inference.tokens import BROKEN, TextStream
 from topklm.server.fields import ApiError
 from topklm.server.requests import Completion
-from topklm.web.http import Json, Say, Stream, to_json, unless_gone
+from topklm.web.http import Json, Say, Stream, to_json
 
 _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before
 
@@ -94,13 +90,10 @@ class Choice:
         }
 
     def _logprobs(self, told: list[tuple[Token, int]]) -> dict[str, Any]:
-        wanted = self.sequence.n_alternatives
-        names = self._tokenizer.token_strings(np.array([token.id for token, _ in told], int))
+        wanted, own = self.sequence.n_alternatives, [token.log_probability for token, _ in told]
         return {
-            "tokens": names,
-            "token_logprobs": [
-                None if token.log_probability is None else finite(token.log_probability) for token, _ in told
-            ],
+            "tokens": self._tokenizer.token_strings(np.array([token.id for token, _ in told], int)),
+            "token_logprobs": [None if value is None else finite(value) for value in own],
             "top_logprobs": [self._alternatives(token) for token, _ in told] if wanted else None,
             "text_offset": [begin for _, begin in told],
         }
@@ -187,20 +180,6 @@ async def whole_answer(
         else:
             found[piece["index"]].append(piece)
     return Json({**about, "choices": [joined(some) for some in found], "usage": usage})
-
-
-class WhileThere(Response):
-    """An answer that takes long, and is no longer made once the client has gone."""
-
-    def __init__(self, make: Callable[[], Awaitable[Response]]):
-        self._make = make
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Makes and sends it."""
-        answer = await unless_gone(self._make(), receive)
-        if answer is not None:
-            await answer(scope, receive, send)
 
 
 def events(

@@ -16,11 +16,11 @@ from starlette.routing import Route
 
 from topklm.inference.language_model import LanguageModel
 from topklm.server import fields, requests
-from topklm.server.answers import WhileThere, events, whole_answer
+from topklm.server.answers import events, whole_answer
 from topklm.server.fields import FAULT, ApiError
 from topklm.server.service import Service
 from topklm.web import server as web_server
-from topklm.web.http import Guard, Json
+from topklm.web.http import Guard, Json, unless_gone
 
 _LEAVING_SECONDS = 3  # for answers to be sent once the time of grace is over
 _SENDING_SECONDS = 30.0  # beyond its time, for a client that reads slowly
@@ -84,7 +84,8 @@ class _Api:
         }
         pieces = service.pieces(asked)
         if not asked.stream:
-            return WhileThere(lambda: whole_answer(about, asked, pieces))
+            answer = await unless_gone(whole_answer(about, asked, pieces), request.receive)
+            return answer or Response()  # to nobody
         return events(about, asked, pieces, service.limits.timeout + _SENDING_SECONDS)
 
     async def tokenize(self, request: Request) -> Response:
