@@ -75,7 +75,7 @@ class Engine:
         self._buckets = buckets
         self._config, self._most_waiting = config, most_waiting
         self._scheduler = Scheduler(config, params, stop_token, self._buckets)
-        self._on_update: dict[Sequence, OnUpdate] = {}  # of those in slots; used by the engine's thread alone
+        self._on_update: dict[Sequence, OnUpdate] = {}  # of those in slots; only its thread changes it
         self._small_for = 0
         # The rest is shared, under the condition.
         self._changed = threading.Condition()
@@ -83,7 +83,6 @@ class Engine:
         self._aborted: set[Sequence] = set()
         self._calls: list[Callable[[], None]] = []
         self._closed = False
-        self._n_running = 0
         self._thread = threading.Thread(target=self._run, name="topklm-engine", daemon=True)
 
     def start(self, warm_up: Callable[[int, int], None] | None = None) -> None:
@@ -111,7 +110,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            n_free = max(0, self._buckets.most_slots - self._n_running)
+            n_free = max(0, self._buckets.most_slots - len(self._on_update))
             if len(self._waiting) + len(going) > self._most_waiting + n_free:
                 raise FullError
             self._waiting += going
@@ -153,7 +152,7 @@ class Engine:
         """Returns how busy it is."""
         with self._changed:
             most = self._buckets.most_slots
-            return EngineLoad(self._n_running, len(self._waiting), most, self._most_waiting)
+            return EngineLoad(len(self._on_update), len(self._waiting), most, self._most_waiting)
 
     def close(self) -> None:
         """Ends all sequences, and the thread; waits for both."""
@@ -186,7 +185,7 @@ class Engine:
             call()
 
     def _has_work(self) -> bool:
-        return bool(self._closed or self._waiting or self._aborted or self._calls or self._n_running)
+        return bool(self._closed or self._waiting or self._aborted or self._calls or self._on_update)
 
     def _round(self, aborted: set[Sequence], calls: list[Callable[[], None]]) -> None:
         """Admits sequences that wait, decodes a few tokens of all, and delivers them."""
@@ -196,10 +195,7 @@ class Engine:
         for call in calls:
             call()
         came = self._admit()
-        new = self._scheduler.decode(1 if came else _STEPS)
-        with self._changed:  # before updates, on which a caller may look at once
-            self._n_running = len(self._scheduler.sequences)
-        self._report(new)
+        self._report(self._scheduler.decode(1 if came else _STEPS))
         self._shrink()
 
     def _admit(self) -> bool:
@@ -207,7 +203,6 @@ class Engine:
         left, came = _TOKENS_BETWEEN, False
         while left > 0 and (group := self._next_group()):
             came = True
-            self._on_update |= dict(group)
             self._scheduler.add([one for one, _ in group])
             left -= len(group) * self._prompt_bucket(group[0][0])
         return came
@@ -222,7 +217,7 @@ class Engine:
             most = min(n_free, self._buckets.together(size))
             group = [one for one in self._waiting if self._prompt_bucket(one[0]) == size][:most]
             self._waiting = [one for one in self._waiting if one not in group]
-            self._n_running += len(group)
+            self._on_update |= dict(group)
             return group
 
     def _prompt_bucket(self, one: Sequence) -> int:
@@ -252,8 +247,6 @@ class Engine:
         lost, self._on_update = self._on_update, {}
         self._scheduler.clear()
         self._small_for = 0
-        with self._changed:
-            self._n_running = 0
         for one, on_update in lost.items():
             _deliver(on_update, [SequenceUpdate(one, [], "failed")])
 
