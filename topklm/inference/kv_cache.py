@@ -100,7 +100,7 @@ def prefill(
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
 
-    # Once more those that attention makes of the same states: of unrolled layers XLA computes them once.
+    # Attention has made them of the same states, but hands nothing on.
     def of_layer(number: int | jax.Array) -> KeysAndValues:
         return keys_and_values(model.block(number), entering_LBPD[number], rotation)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 import itertools
 from typing import Any
 
+import jax
 import numpy as np
 
 from topklm.config import ModelConfig
@@ -125,16 +126,15 @@ class Scheduler:
 
         Sequences that have ended are removed; the stop token is the last token of one that it ended.
         """
-        full = [one for one in self.sequences if one.is_full(self._config)]
-        for one in full:
-            one.forget(self._config)
+        full = [one for one in self.sequences if one.forget(self._config)]
         for group in self._buckets.groups(full, self.sequences):
             self._prefill(group)
         if not self.sequences:
             return []
         assert self._state is not None
         scored = any(one.n_alternatives is not None for one in self.sequences)
-        before = steps_lib.log_probabilities(self._state.logits) if scored else None
+        # Kept while the state goes on to the next token.
+        before = jax.nn.log_softmax(self._state.logits, axis=-1) if scored else None
         n_left = [0 if one is None else one.limit - len(one.tokens) for one in self._slots]
         if self._batch is None:
             self._batch = self._batch_of(self._slots)

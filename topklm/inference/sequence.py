@@ -114,14 +114,13 @@ class Sequence:
         """Returns the tokens that the model sees."""
         return self.tokens[self.first :][: config.context_length]
 
-    def is_full(self, config: ModelConfig) -> bool:
-        """Returns whether there are more tokens than the context holds."""
-        return len(self.tokens) - self.first > config.context_length
-
-    def forget(self, config: ModelConfig) -> None:
-        """Drops tokens from the beginning of a full context, as `when_full` says."""
-        kept = max(1, config.context_length // 2) if self.when_full == "halve" else config.context_length
-        self.first = len(self.tokens) - kept
+    def forget(self, config: ModelConfig) -> bool:
+        """Drops the beginning of a full context, as `when_full` says; returns whether it was full."""
+        context = config.context_length
+        if len(self.tokens) - self.first <= context:
+            return False
+        self.first = len(self.tokens) - (max(1, context // 2) if self.when_full == "halve" else context)
+        return True
 
     def capacity(self, config: ModelConfig) -> int:
         """Returns how many tokens its KV cache may come to hold."""

@@ -225,15 +225,9 @@ class Scores(NamedTuple):
         return float(self.own[row]), tuple(alternatives)
 
 
-@jax.jit
-def log_probabilities(logits_BV: jax.Array) -> jax.Array:
-    """Returns all log probabilities, float32[B, V], to keep while the state goes on to the next token."""
-    return jax.nn.log_softmax(logits_BV, axis=-1)
-
-
-def scores_of_drawn(before_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
-    """Returns those of tokens that were drawn, int32[B]."""
-    return jax.tree.map(np.asarray, _scores_of_rows(before_BV, tokens_B))
+def scores_of_drawn(log_p_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
+    """Returns those of tokens that were drawn, int32[B], of all log probabilities before them."""
+    return jax.tree.map(np.asarray, _scores_of_rows(log_p_BV, tokens_B))
 
 
 def scores_of_prompt(
