@@ -80,6 +80,7 @@ class Guard:
         self._refuse, self._by_link, self._where_token_is = refuse, by_link, where_token_is
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or lets it through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -253,6 +254,7 @@ class Stream(Response):
         self._write, self._seconds = write, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Makes and sends it."""
         started = False
 
         async def say(piece: bytes, more: bool = True) -> None:
