@@ -292,18 +292,10 @@ class Generation:
     ):
         """Checks the arguments; nothing is computed yet.
 
-        Args:
-            config: The model's shape.
-            params: Its parameters, on one device or a mesh.
-            prompts: Token ids of each row, at least one; the model sees the last `context_length` of them.
-            sampling: Of each row.
-            max_new_tokens: Of each row.
-            stop_token: A row ends when it is drawn; it is not returned.
-            interventions: On the model's neurons, in all rows or some.
-            adaptive: More neurons at uncertain tokens; tokens that are prefilled, the prompt's and those of a
-                full context, have the model's k.
-            when_full: One of `sequence.WHEN_FULL`.
-            layers: See `Scheduler`.
+        Prompts, token ids, at least one, of which the model sees the last `context_length`, sampling and
+        numbers of new tokens are of each row, interventions of all or some. Of `adaptive`, tokens that are
+        prefilled, the prompt's and those of a full context, have the model's k. The stop token is not
+        returned. All else is as in `Scheduler` and `Sequence`.
 
         Raises:
             ValueError: For a value that is not allowed, in one line.

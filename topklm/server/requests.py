@@ -66,11 +66,11 @@ class Limits:
 
     def check(self) -> "Limits":
         """Returns itself; raises UserError for a bound that cannot be, named as the command's flag."""
-        flags = {"waiting": "max-waiting", "timeout": "timeout", "grace": "grace"}
         for name, value in dataclasses.asdict(self).items():
             lowest = 0 if name in ("waiting", "grace") else 1
             if not lowest <= value <= 1e9:
-                flag = flags.get(name, f"max-{name.removeprefix('max_').replace('_', '-')}")
+                flag = name if name in ("timeout", "grace") else f"max-{name.removeprefix('max_')}"
+                flag = flag.replace("_", "-")
                 raise UserError(f"--{flag} = {value}: must be {lowest} or more, and at most 1e9")
         return self
 
