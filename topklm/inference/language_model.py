@@ -34,7 +34,6 @@ from topklm.inference.tokens import (
     read,
     rows_of,
     split_at_character,
-    until_stopped,
 )
 from topklm.model import transformer
 from topklm.neurons import hook_names
@@ -289,8 +288,8 @@ class LanguageModel:
         if not return_tokens:
             return texts if is_list else texts[0]
         made = [
-            Generated(text, self._tokens_of(row, tokens, stop))
-            for text, row, tokens in zip(texts, prompts, generation.texts, strict=True)
+            Generated(text, np.array(tokens[: stream.n_tokens], np.int32))
+            for text, stream, tokens in zip(texts, streams, generation.texts, strict=True)
         ]
         return made if is_list else made[0]
 
@@ -426,12 +425,6 @@ class LanguageModel:
         shown, rest = split_at_character(self.tokenizer, ids) if prompt.text is None else (prompt.text, [])
         stream = TextStream(self.tokenizer, ids[: len(ids) - len(rest)], stop)
         return shown + stream.add(rest), stream
-
-    def _tokens_of(self, prompt: Row, tokens: Sequence[int], stop: Sequence[str]) -> np.ndarray:
-        """Cuts the tokens of a text after the one that completes a stop string."""
-        begin = len(prompt.ids)
-        n_new = until_stopped(self._begun(prompt, stop)[1], tokens[begin:]) if stop else None
-        return np.array(tokens[: begin + n_new if n_new is not None else None], np.int32)
 
 
 def dtype_name(dtype: Any) -> str:

@@ -221,11 +221,12 @@ class TextStream:
 
     Attributes:
         stopped: Whether a stop string has come; nothing follows.
+        n_tokens: Tokens so far, the prompt's included, up to the one that completed a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
         """Begins after a prompt, whose text is not returned and in which no stop string is looked for."""
-        self.stopped = False
+        self.stopped, self.n_tokens = False, len(prompt)
         self._tokenizer = tokenizer
         self._stop = check_stop(stop)
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
@@ -237,7 +238,9 @@ class TextStream:
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that some more tokens make certain; often longer or shorter than theirs."""
-        return self._next(tokens, last=False)
+        # One by one, where it matters which of them completes a stop string.
+        groups = [[token] for token in tokens] if self._stop else [tokens]
+        return "".join(self._next(some, last=False) for some in groups)
 
     def end(self) -> str:
         """Returns the text that was still waiting; no tokens may follow."""
@@ -247,6 +250,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._tried = len(self._ids)
+        self.n_tokens += len(tokens)
         self._ids += [int(token) for token in tokens]
         self._waiting += self._decoded(last)
         if (found := first_stop(self._waiting, self._stop)) is not None:
@@ -284,15 +288,6 @@ def split_at_character(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, S
             break
     # After bytes that are no text, nothing is whole; those of a character that goes on are among the last.
     return text, ids[len(ids) - n :]
-
-
-def until_stopped(stream: TextStream, tokens: Sequence[int]) -> int:
-    """Counts the tokens that it takes until a stop string is complete; all without one."""
-    for number, token in enumerate(tokens):
-        stream.add([token])
-        if stream.stopped:
-            return number + 1
-    return len(tokens)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -27,20 +27,24 @@ class Choice:
     Attributes:
         sequence: In the engine.
         finish_reason: "stop" or "length"; None while it goes on.
-        n_new: Tokens drawn so far, up to the one that completed a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, index: int, sequence: TokenSequence, stop: tuple[str, ...]):
         """Begins with nothing sent; `index` counts the completions of the answer."""
-        self.sequence, self.n_new = sequence, 0
+        self.sequence = sequence
         self.finish_reason: str | None = None
         prompt = sequence.tokens[: sequence.n_prompt]
-        self._tokenizer, self._index, self._stop = tokenizer, index, stop
+        self._tokenizer, self._index = tokenizer, index
         self._stream = TextStream(tokenizer, prompt, stop)
         self._wants_scores = sequence.n_alternatives is not None
         self._sent = 0  # characters
         self._offsets = _Offsets(tokenizer, prompt[-_CONTEXT:])
         self._held: list[tuple[Token, int]] = []  # tokens that are not sent yet, and where they begin
+
+    @property
+    def n_new(self) -> int:
+        """Tokens drawn so far, up to the one that completed a stop string."""
+        return self._stream.n_tokens - self.sequence.n_prompt
 
     def echo(self, scores: Scores | None) -> dict[str, Any]:
         """Returns the prompt as the first piece, with the scores of its tokens but the first if asked for."""
@@ -59,15 +63,10 @@ class Choice:
 
         A stop string that comes up ends the completion: see `finish_reason`.
         """
-        said = ""
-        # One by one, where it matters which of them completes a stop string.
-        for some in [[token] for token in tokens] if self._stop else [tokens]:
-            self.n_new += len(some)
-            for token in some if self._wants_scores else ():
-                self._hold(token)
-            said += self._stream.add([token.id for token in some])
-            if self._stream.stopped:
-                break
+        n_before = self.n_new
+        said = self._stream.add([token.id for token in tokens])
+        for token in tokens[: self.n_new - n_before] if self._wants_scores else ():
+            self._hold(token)
         if finished and not self._stream.stopped:
             said += self._stream.end()
         self.finish_reason = "stop" if self._stream.stopped else finished
