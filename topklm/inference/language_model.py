@@ -262,7 +262,7 @@ class LanguageModel:
             advice = "stream one text at a time"
             raise ArgumentError(field="stream", value=True, allowed=allowed, advice=advice)
         prompts = [row for row in given for _ in range(n)]
-        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed).check()
+        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed)
         config, interventions = self._asked(len(prompts), steer, steer_mode, topk_k)
         generation = Generation(
             config,

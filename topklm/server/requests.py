@@ -172,21 +172,18 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
 
 
 def _sampling(content: dict[str, Any]) -> Sampling:
-    """Reads the sampling of one prompt; without a seed, each has another."""
+    """Reads the sampling of one prompt, not checked; without a seed, each has another."""
     seed = content.get("seed")
-    try:
-        return Sampling(
-            temperature=fields.number(content, "temperature", 1.0),
-            # None, and vLLM's -1, are all tokens.
-            top_k=0 if content.get("top_k") in (None, -1) else content["top_k"],
-            # OpenAI allows 0, of which the most likely token alone is enough.
-            top_p=fields.number(content, "top_p", 1.0) or _SMALLEST_TOP_P,
-            min_p=fields.number(content, "min_p", 0.0),
-            repetition_penalty=fields.number(content, "repetition_penalty", 1.0),
-            seed=secrets.randbits(63) if seed is None else seed,
-        ).check()
-    except ValueError as e:
-        raise _of_field(e) from e
+    return Sampling(
+        temperature=fields.number(content, "temperature", 1.0),
+        # None, and vLLM's -1, are all tokens.
+        top_k=0 if content.get("top_k") in (None, -1) else content["top_k"],
+        # OpenAI allows 0, of which the most likely token alone is enough.
+        top_p=fields.number(content, "top_p", 1.0) or _SMALLEST_TOP_P,
+        min_p=fields.number(content, "min_p", 0.0),
+        repetition_penalty=fields.number(content, "repetition_penalty", 1.0),
+        seed=secrets.randbits(63) if seed is None else seed,
+    )
 
 
 def _of_field(error: ValueError) -> ApiError:
