@@ -5,6 +5,7 @@ from collections.abc import Callable
 import contextlib
 import logging
 import math
+import os
 import socket
 import time
 import traceback
@@ -32,23 +33,18 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: If there is none to be had.
     """
     if not 0 <= port <= 65535:
-        raise UserError(f"--port = {port}: must be from 0 to 65535")
+        raise UserError(field="--port", value=port, allowed="from 0 to 65535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as e:
         raise UserError(f"--host = {host}: is no address ({getattr(e, 'strerror', None) or e})") from e
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(socket.SOMAXCONN)
+        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both)
     except OSError as e:
-        listening.close()
-        raise UserError(
-            f"--port = {port}: cannot listen on {host}:{port} ({e.strerror or e}): choose another, or 0 for "
-            "any that is free"
-        ) from e
-    return listening
+        why = os.strerror(e.errno) if e.errno else e
+        text = f"cannot listen on {host}:{port} ({why}): choose another, or 0 for any that is free"
+        raise UserError(text, field="--port", value=port) from e
 
 
 def name_of(host: str) -> str:
