@@ -5,8 +5,9 @@ positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layer
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ _PER_BATCH = (8, 64)  # entries at least, of `on_rows`: of one row, and of sever
 _MORE_ENTRIES = 8  # times as many, where those are too few
 
 
-class InterventionBatch(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class InterventionBatch:
     """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
 
     Attributes:
@@ -103,7 +106,7 @@ class InterventionBatch(NamedTuple):
 
     def entries(self) -> list[Intervention]:
         """Returns the interventions one by one, as `of` takes them."""
-        columns = [np.asarray(column).tolist() for column in self]
+        columns = [np.asarray(column).tolist() for column in jax.tree.leaves(self)]
         return [_intervention(*numbers) for numbers in zip(*columns, strict=True) if numbers[0] != _NO_LAYER]
 
     def layer_hooks(
@@ -228,8 +231,8 @@ def on_rows(
     parts = []
     for row, interventions in each:
         used = np.asarray(interventions.layer) != _NO_LAYER
-        kept = InterventionBatch(*(np.asarray(column)[used] for column in interventions))
-        parts.append(kept._replace(row=np.full_like(kept.row, row)))
+        kept = InterventionBatch(*(np.asarray(column)[used] for column in jax.tree.leaves(interventions)))
+        parts.append(dataclasses.replace(kept, row=np.full_like(kept.row, row)))
     size, n = _PER_BATCH[n_rows > 1], sum(len(part.layer) for part in parts)
     while size < n:
         size *= _MORE_ENTRIES
