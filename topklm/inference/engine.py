@@ -5,7 +5,6 @@ Updates on sequences are delivered from that thread. A sequence's tokens do not 
 
 from collections.abc import Callable, Iterable
 import concurrent.futures
-import dataclasses
 import logging
 import threading
 from typing import NamedTuple, TypeVar
@@ -49,14 +48,12 @@ class ClosedError(Exception):
     """Raised by an engine that has been closed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineLoad:
+class EngineLoad(NamedTuple):
     """How busy an engine is, in sequences."""
 
     running: int
     waiting: int
     most_running: int
-    most_waiting: int
 
 
 class Engine:
@@ -151,8 +148,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how busy it is."""
         with self._changed:
-            most = self._buckets.most_slots
-            return EngineLoad(len(self._on_update), len(self._waiting), most, self._most_waiting)
+            return EngineLoad(len(self._on_update), len(self._waiting), self._buckets.most_slots)
 
     def close(self) -> None:
         """Ends all sequences, and the thread; waits for both."""

@@ -80,7 +80,6 @@ class Completion:
     """A request for completions.
 
     Attributes:
-        prompts: Token ids of each prompt.
         sequences: n of each prompt, one prompt after another.
         n: Completions of each prompt.
         stop: Texts before which a completion ends.
@@ -90,7 +89,6 @@ class Completion:
         include_usage: Whether the last piece counts the tokens.
     """
 
-    prompts: Sequence[list[int]]
     sequences: Sequence[TokenSequence]
     n: int
     stop: tuple[str, ...]
@@ -168,7 +166,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
     echo = fields.boolean(content, "echo", False)
     if echo and logprobs is not None and max(map(len, prompts)) > model.config.model.context_length:
         raise ApiError(400, "echo with logprobs: the prompt must fit the model's context; shorten it", "echo")
-    return Completion(prompts, sequences, n, stop, logprobs, echo, stream, include_usage)
+    return Completion(sequences, n, stop, logprobs, echo, stream, include_usage)
 
 
 def _sampling(content: dict[str, Any]) -> Sampling:

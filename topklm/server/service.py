@@ -119,7 +119,8 @@ class Service:
         finally:
             self._listening.discard(updates)
             self.engine.abort(list(going))
-        n_prompt, n_new = sum(map(len, asked.prompts)), sum(choice.n_new for choice in choices.values())
+        n_prompt = sum(one.n_prompt for one in asked.sequences[:: asked.n])
+        n_new = sum(choice.n_new for choice in choices.values())
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
         yield {"usage": usage}
 
