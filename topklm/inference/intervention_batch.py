@@ -41,27 +41,16 @@ _MORE_ENTRIES = 8  # times as many, where those are too few
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InterventionBatch:
-    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+    """Any number of interventions, as arrays int32[E] of one entry for each; differentiable in `value`."""
 
-    Attributes:
-        layer: int32[E]; -1 in entries that only fill up.
-        neuron: int32[E].
-        value: float32[E]; its meaning depends on the mode.
-        mode: int32[E], index into `MODES`.
-        where: int32[E], index into `POSITIONS`, and one more for a range.
-        begin: int32[E], first position of a range. The separator before a text has position 0.
-        end: int32[E], the position after its last.
-        row: int32[E], which row of a batch; -1: all.
-    """
-
-    layer: Any
+    layer: Any  # -1 in entries that only fill up
     neuron: Any
-    value: Any
-    mode: Any
-    where: Any
-    begin: Any
-    end: Any
-    row: Any
+    value: Any  # float32[E]; its meaning depends on the mode
+    mode: Any  # index into `MODES`
+    where: Any  # index into `POSITIONS`, and one more for a range
+    begin: Any  # first position of a range; the separator before a text has position 0
+    end: Any  # the position after its last
+    row: Any  # which row of a batch; -1: all
 
     @classmethod
     def of(

@@ -22,24 +22,16 @@ from topklm.storage.files import as_path, parse_json, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`.
+    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`."""
 
-    Attributes:
-        name: In Python, files, requests and on command lines.
-        needs_value: Whether an intervention has to say its value.
-        competes: For a mode that acts inside of TopK too, what becomes of the neuron there: it "wins" one of
-            the k entries, or "loses". None: it acts after TopK only, so in any layer.
-        help: Its effect, with {value} for the value.
-        factor: Of a value: a number, or an array with one axis.
-        term: Of a value, likewise.
-    """
-
-    name: str
-    needs_value: bool
+    name: str  # in Python, files, requests and on command lines
+    needs_value: bool  # whether an intervention has to say its value
+    # Of a mode that acts inside of TopK too: the neuron "wins" one of the k entries there, or "loses". None: it
+    # acts after TopK only, so in any layer.
     competes: Literal["wins", "loses"] | None
-    help: str
-    factor: Callable[[Any], Any]
-    term: Callable[[Any], Any]
+    help: str  # its effect, with {value} for the value
+    factor: Callable[[Any], Any]  # of a value: a number, or an array with one axis
+    term: Callable[[Any], Any]  # likewise
 
     @property
     def value_is_factor(self) -> bool:

@@ -29,11 +29,7 @@ _NO_SAMPLING = Sampling(temperature=0.0)
 
 
 class Scheduler:
-    """A batch of sequences.
-
-    Attributes:
-        sequences: The ones that are in slots now.
-    """
+    """A batch of sequences."""
 
     def __init__(
         self,
@@ -57,7 +53,7 @@ class Scheduler:
             token_step: Runs the newest tokens.
             step_inputs: Its data, if it needs some.
         """
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Sequence] = []  # that are in slots now
         self._config, self._params, self._stop = config, params, np.int32(stop_token)
         self._static = StaticArgs.of(config, params, token_step)
         self._step_inputs, self._buckets, self._layers = step_inputs, buckets, layers
@@ -105,9 +101,7 @@ class Scheduler:
     def resize(self, n_slots: int, capacity: int) -> None:
         """Makes the batch one of at least so many slots, with the sequences in the first of them.
 
-        Args:
-            n_slots: Rounded up to one of the buckets, and to the number of sequences.
-            capacity: Tokens of each sequence that the cache holds, at least; it shrinks only when empty.
+        The cache then holds at least `capacity` tokens of each; it shrinks only when empty.
         """
         assert isinstance(self._buckets, ServingBuckets)
         n_slots = self._buckets.batch(max(n_slots, len(self.sequences)))

@@ -33,46 +33,27 @@ _CACHE_BYTES = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One new token.
-
-    Attributes:
-        id: In the vocabulary.
-        log_probability: In nats, of the model's own distribution, before penalty, temperature and limits;
-            None if nobody asked for it.
-        alternatives: (token, its log probability) of the most likely ones, the likeliest first.
-    """
+    """One new token, with log probabilities (see `steps.Scores`) if they were asked for."""
 
     id: int
     log_probability: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()
+    alternatives: tuple[tuple[int, float], ...] = ()  # (token, log probability), the likeliest first
 
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A sequence; its scheduler changes it.
+    """A sequence; its scheduler changes it."""
 
-    Attributes:
-        tokens: Ids, prompt and new ones.
-        n_prompt: How many of them are the prompt.
-        limit: Ends at so many tokens.
-        sampling: How tokens are drawn.
-        steer: Interventions on it alone; their rows are ignored.
-        when_full: One of `WHEN_FULL`.
-        n_alternatives: Number of likely tokens whose probabilities are reported beside the one that was
-            drawn; None: report none at all.
-        first: Position of the first token that the model sees.
-        finished: Why it has ended: "stop" (the stop token), "length"; None while it goes on.
-    """
-
-    tokens: list[int]
-    n_prompt: int
-    limit: int
+    tokens: list[int]  # ids, prompt and new ones
+    n_prompt: int  # how many of them are the prompt
+    limit: int  # ends at so many tokens
     sampling: Sampling
-    steer: InterventionBatch | None = None
-    when_full: str = "stop"
+    steer: InterventionBatch | None = None  # on it alone; their rows are ignored
+    when_full: str = "stop"  # one of `WHEN_FULL`
+    # Likely tokens whose probabilities are reported beside the one that was drawn; None: report none at all.
     n_alternatives: int | None = None
-    first: int = 0
-    finished: str | None = None
+    first: int = 0  # position of the first token that the model sees
+    finished: str | None = None  # why it has ended: "stop" (the stop token), "length"
 
     @classmethod
     def of(
@@ -146,15 +127,10 @@ def cache_bucket(length: int, context_length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuckets:
-    """For sequences that begin together: one slot for each, in their order, until the last one ends.
-
-    Attributes:
-        context_length: Of the model.
-        steer: On all rows or some, by their number.
-    """
+    """For sequences that begin together: one slot for each, in their order, until the last one ends."""
 
     context_length: int
-    steer: InterventionBatch | None = None
+    steer: InterventionBatch | None = None  # on all rows or some, by their number
 
     def prompt(self, n: int) -> int:
         """Returns the size of prompts of n tokens."""
@@ -179,26 +155,18 @@ class BatchBuckets:
 
 @dataclasses.dataclass(frozen=True)
 class ServingBuckets:
-    """For sequences that come and go.
+    """For sequences that come and go; sizes rise, the last of prompts and caches is the model's context."""
 
-    Attributes:
-        slots: Slots of the batch, rising.
-        prompts: Tokens of prompts, rising; the last is the model's context.
-        caches: Tokens of a KV cache, rising; the last is the model's context.
-    """
-
-    slots: tuple[int, ...]
-    prompts: tuple[int, ...]
-    caches: tuple[int, ...]
+    slots: tuple[int, ...]  # of the batch
+    prompts: tuple[int, ...]  # tokens
+    caches: tuple[int, ...]  # tokens
 
     @classmethod
     def of(cls, config: ModelConfig, n_slots: int | None = None) -> "ServingBuckets":
         """Makes those of a model.
 
-        Args:
-            config: Its shape.
-            n_slots: Most slots of the batch; default 64, or fewer (a power of two) if the KV cache of that
-                many full sequences takes more than 1 GiB.
+        By default there are 64 slots at most, or fewer (a power of two) if the KV cache of that many full
+        sequences takes more than 1 GiB.
         """
         context = config.context_length
         caches = _rising(_SMALLEST_CACHE, context)

@@ -208,16 +208,11 @@ class Scores(NamedTuple):
 
     They are of the model's own distribution, the softmax of its logits: before repetition penalty,
     temperature and limits of sampling, after interventions.
-
-    Attributes:
-        own: float32[B], of the tokens themselves.
-        tokens: int32[B, A], the most likely ones, the likeliest first.
-        values: float32[B, A], of those.
     """
 
-    own: Any
-    tokens: Any
-    values: Any
+    own: Any  # float32[B], of the tokens themselves
+    tokens: Any  # int32[B, A], the most likely ones, the likeliest first
+    values: Any  # float32[B, A], of those
 
     def row(self, row: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """Returns that of one token, and of so many alternatives."""

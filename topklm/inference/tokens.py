@@ -36,16 +36,10 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Sequences as one array.
+    """Sequences as one array, of NumPy, or of JAX where it was traced or on several devices."""
 
-    Attributes:
-        ids: int32[B, T], shorter rows padded on their right: NumPy, or JAX where it was traced or on
-            several devices.
-        lengths: int32[B], tokens of each row.
-    """
-
-    ids: Any
-    lengths: np.ndarray
+    ids: Any  # int32[B, T], shorter rows padded on their right
+    lengths: np.ndarray  # int32[B], tokens of each row
 
 
 def is_traced(value: Any) -> bool:

@@ -22,17 +22,12 @@ _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to t
 
 
 class Choice:
-    """A completion that is being decoded, and the pieces that it is sent in.
-
-    Attributes:
-        sequence: In the engine.
-        finish_reason: "stop" or "length"; None while it goes on.
-    """
+    """A completion that is being decoded, and the pieces that it is sent in."""
 
     def __init__(self, tokenizer: Tokenizer, index: int, sequence: TokenSequence, stop: tuple[str, ...]):
         """Begins with nothing sent; `index` counts the completions of the answer."""
         self.sequence = sequence
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # "stop" or "length"
         prompt = sequence.tokens[: sequence.n_prompt]
         self._tokenizer, self._index = tokenizer, index
         self._stream = TextStream(tokenizer, prompt, stop)

@@ -17,13 +17,7 @@ _AGAIN_SECONDS = 1  # after which a client that was refused may try again
 
 
 class ApiError(Exception):
-    """A request that is not carried out.
-
-    Attributes:
-        status: Of HTTP.
-        param: The field that is wrong, if it is one.
-        code: For programs.
-    """
+    """A request that is not carried out: status of HTTP, the field that is wrong, and a code for programs."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(one_line(message))

@@ -42,27 +42,16 @@ _KNOWN = (*_OPENAI.split(), *_OURS.split(), *_WITHOUT_USE)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much one request may ask for, and all together; more is refused.
+    """How much one request may ask for, and all together; more is refused."""
 
-    Attributes:
-        waiting: Sequences that wait for a slot.
-        texts: Sequences of one request, prompts times n.
-        prompt_tokens: Of one prompt.
-        max_tokens: New tokens of one sequence.
-        interventions: Of one request.
-        body: Bytes of one request.
-        timeout: Seconds from a request to the end of its answer.
-        grace: Seconds that sequences may go on when the server is told to stop.
-    """
-
-    waiting: int = MOST_WAITING
-    texts: int = 128
-    prompt_tokens: int = 16384
-    max_tokens: int = 4096
-    interventions: int = 64
-    body: int = 1024 * 1024
-    timeout: float = 300.0
-    grace: float = 10.0
+    waiting: int = MOST_WAITING  # sequences that wait for a slot
+    texts: int = 128  # sequences of one request, prompts times n
+    prompt_tokens: int = 16384  # of one prompt
+    max_tokens: int = 4096  # new ones of one sequence
+    interventions: int = 64  # of one request
+    body: int = 1024 * 1024  # bytes of one request
+    timeout: float = 300.0  # seconds from a request to the end of its answer
+    grace: float = 10.0  # seconds that sequences may go on when the server is told to stop
 
     def check(self) -> "Limits":
         """Returns itself; raises UserError for a bound that cannot be, named as the command's flag."""
@@ -77,25 +66,15 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A request for completions.
+    """A request for completions."""
 
-    Attributes:
-        sequences: n of each prompt, one prompt after another.
-        n: Completions of each prompt.
-        stop: Texts before which a completion ends.
-        logprobs: How many alternatives to report beside each token; None: report no probabilities.
-        echo: Whether the prompt stands before its completion.
-        stream: Whether the answer comes in pieces.
-        include_usage: Whether the last piece counts the tokens.
-    """
-
-    sequences: Sequence[TokenSequence]
-    n: int
-    stop: tuple[str, ...]
-    logprobs: int | None
-    echo: bool
-    stream: bool
-    include_usage: bool
+    sequences: Sequence[TokenSequence]  # n of each prompt, one prompt after another
+    n: int  # completions of each prompt
+    stop: tuple[str, ...]  # texts before which a completion ends
+    logprobs: int | None  # alternatives to report beside each token; None: report no probabilities
+    echo: bool  # whether the prompt stands before its completion
+    stream: bool  # whether the answer comes in pieces
+    include_usage: bool  # whether the last piece counts the tokens
 
 
 def completion(model: LanguageModel, name: str, limits: Limits, content: dict[str, Any]) -> Completion:

@@ -22,19 +22,12 @@ _NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 1), np.int32), np.zero
 
 
 class Service:
-    """Answers the requests to a server's addresses.
-
-    Attributes:
-        model: It completes prompts.
-        name: Of the model, in requests.
-        limits: See `Limits`.
-        began: Seconds since 1970.
-    """
+    """Answers the requests to a server's addresses."""
 
     def __init__(self, model: LanguageModel, name: str, limits: Limits, n_slots: int | None = None):
-        """Makes an engine; `n_slots`: sequences decoded together, default as in `ServingBuckets.of`."""
+        """Makes an engine for a model, of this name in requests; `n_slots` as in `ServingBuckets.of`."""
         self.model, self.name, self.limits = model, name, limits
-        self.began = int(time.time())
+        self.began = int(time.time())  # seconds since 1970
         config = model.config.model
         self.buckets = ServingBuckets.of(config, n_slots)
         self.engine = Engine(
