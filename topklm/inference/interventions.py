@@ -26,8 +26,8 @@ class Mode:
 
     name: str  # in Python, files, requests and on command lines
     needs_value: bool  # whether an intervention has to say its value
-    # Of a mode that acts inside of TopK too: the neuron "wins" one of the k entries there, or "loses". None: it
-    # acts after TopK only, so in any layer.
+    # Of a mode that acts inside of TopK too: the neuron "wins" one of the k entries there, or "loses".
+    # None: it acts after TopK only, so in any layer.
     competes: Literal["wins", "loses"] | None
     help: str  # its effect, with {value} for the value
     factor: Callable[[Any], Any]  # of a value: a number, or an array with one axis
