@@ -18,7 +18,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.documents import Packed, batches, pack, windows_of
+from topklm.neurons.documents import Packed, all_windows, batch_rows, batches, pack
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 
@@ -51,7 +51,7 @@ def against_forward(
         Ratios and rates, for JSON.
     """
     config, separator_id = model.config.model, model.tokenizer.separator_id
-    rows = harvest_lib.batch_rows(config, mesh)
+    rows = batch_rows(config, mesh)
     kind, layers = harvest_lib.kind_and_layers(config)
     metadata = Metadata(
         run="benchmark",
@@ -124,11 +124,7 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
     """Packs the batches of a harvest, in its order; `Packed` of `rows` rows each."""
     length = config.context_length
-    windows = (
-        window
-        for number, ids in enumerate(documents)
-        for window in windows_of(number, ids, separator_id, length)
-    )
+    windows = all_windows(documents, separator_id, length)
     found = []
     for stretch in batches(windows, harvest_lib.segment_tokens(config)):
         packed = pack(stretch, length, rows, separator_id)

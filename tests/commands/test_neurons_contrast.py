@@ -14,9 +14,9 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
-from topklm.neurons import ablate_set, harvest
+from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses, halves
-from topklm.neurons.activation_counts import count
+from topklm.neurons.harvest import count
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 
@@ -33,8 +33,7 @@ def write(path, texts):
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harvest, ablate_set):
-            patch.setattr(module, "_BATCH_TOKENS", 256)
+        patch.setattr(documents, "_BATCH_TOKENS", 256)
         yield
 
 

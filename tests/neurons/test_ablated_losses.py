@@ -6,7 +6,7 @@ import pytest
 from test_activation_counts import DOCUMENTS, MESH, model_of
 
 from topklm.inference.interventions import Intervention
-from topklm.neurons import ablate_set
+from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses
 from topklm.neurons.documents import windows_of
 
@@ -21,7 +21,7 @@ def texts(model):
     """Makes documents of two batches."""
     separator_id = model.tokenizer.separator_id
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate_set, "_BATCH_TOKENS", 128)
+        patch.setattr(documents, "_BATCH_TOKENS", 128)
         return AblatedLosses(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id)
 
 

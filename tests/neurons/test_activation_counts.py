@@ -9,8 +9,8 @@ import saved_runs
 from topklm.config import Config
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import one_device
-from topklm.neurons.activation_counts import count, layers_of, unit_sizes
 from topklm.neurons.documents import windows_of
+from topklm.neurons.harvest import count, kind_and_layers, unit_sizes
 
 MESH = one_device().mesh
 DOCUMENTS = [np.random.default_rng(n).integers(0, 256, n).astype(np.int32) for n in (9, 1, 75, 31, 20)]
@@ -26,7 +26,7 @@ def model_of(**changes):
 def activations(model, ids):
     """Returns [S, n, D], what the layers hand on at the tokens of a document."""
     config, separator = model.config.model, model.tokenizer.separator_id
-    names = [f"blocks.{layer}.hook_resid_post" for layer in layers_of(config)]
+    names = [f"blocks.{layer}.hook_resid_post" for layer in kind_and_layers(config)[1]]
     parts = []
     for window in windows_of(0, ids, separator, config.context_length):
         padded = np.full((1, config.context_length), separator)
@@ -57,7 +57,7 @@ def test_every_token_is_counted_once_where_it_belongs():
 
 def test_of_a_base_model_the_largest_entries_of_every_layer_count():
     found = counted(model_of(n_nontopk=2), keep=5)
-    assert found.layers == layers_of(model_of(n_nontopk=2).config.model) == (0, 1)
+    assert found.layers == kind_and_layers(model_of(n_nontopk=2).config.model)[1] == (0, 1)
     # Of each token so many, for more than so many are above 0.
     np.testing.assert_array_equal(found.active.sum(axis=2), 5 * found.n_tokens[:, None].repeat(2, axis=1))
 

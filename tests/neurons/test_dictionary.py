@@ -19,7 +19,7 @@ from topklm.data.mixture import Mixture
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.neurons import fit_dictionary
+from topklm.neurons import documents, fit_dictionary
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance, check_coordinates
 from topklm.progress import Progress
 
@@ -167,7 +167,7 @@ def params():
 
 def fit(kind, params, mixture, monkeypatch):
     monkeypatch.setattr(fit_dictionary, "prepare", lambda data, announce: mixture)
-    monkeypatch.setattr(fit_dictionary, "_BATCH_TOKENS", 1024)
+    monkeypatch.setattr(documents, "_BATCH_TOKENS", 1024)
     mesh = one_device().mesh
     data = saved_runs.CONFIG.data
     progress = Progress(lambda line: None)

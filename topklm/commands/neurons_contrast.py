@@ -12,9 +12,9 @@ from topklm.commands.shared import Output
 from topklm.commands.text_pair import Text
 from topklm.errors import UserError
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons.activation_counts import unit_sizes
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.neurons.display import visible
+from topklm.neurons.harvest import unit_sizes
 from topklm.storage.files import sealed_json
 
 DESCRIPTION = (

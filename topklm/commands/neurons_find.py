@@ -19,9 +19,8 @@ from topklm.errors import UserError
 from topklm.neurons.display import SHOWN_PER_LAYER, Activation, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder, harvested_steps
-from topklm.neurons.search import RankedNeuron, TokenNeurons, neurons_of_text, rank
+from topklm.neurons.search import Matches, RankedNeuron, StoredText, TokenNeurons, neurons_of_text, rank
 from topklm.neurons.store import Store
-from topklm.neurons.text_search import Matches, StoredText
 from topklm.storage.files import as_path, is_bucket
 
 DESCRIPTION = (

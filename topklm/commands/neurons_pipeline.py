@@ -12,7 +12,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.documents import Documents, described, no_text, open_documents
+from topklm.neurons.documents import Documents, batch_rows, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
@@ -76,7 +76,7 @@ def harvest_into(
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
     config = model.config.model
-    rows = rows or harvest_lib.batch_rows(config, mesh)
+    rows = rows or batch_rows(config, mesh)
     if rows % mesh.size:
         raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {mesh.size} devices")
     check_keep(config, keep)

@@ -16,9 +16,8 @@ from topklm.neurons import search
 from topklm.neurons.display import visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.search import Selected
+from topklm.neurons.search import Selected, StoredText
 from topklm.neurons.store import Store
-from topklm.neurons.text_search import StoredText
 from topklm.storage.files import local_path
 
 DESCRIPTION = (

@@ -15,10 +15,10 @@ from topklm.config import DataConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons import activation_counts
-from topklm.neurons.activation_counts import UnitCounts
+from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.contrast import ORDERS, PERMUTATIONS
 from topklm.neurons.documents import COPY, described, no_text, open_documents
+from topklm.neurons.harvest import UnitCounts
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import Progress
@@ -138,7 +138,7 @@ def load(arguments: argparse.Namespace) -> tuple[LanguageModel, jax.sharding.Mes
         UserError: If there is none, or it does not have the layer that was asked for.
     """
     model, mesh = shared.load(arguments)
-    layers = activation_counts.layers_of(model.config.model)
+    _, layers = harvest_lib.kind_and_layers(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:
         what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
         raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
@@ -173,7 +173,7 @@ def count(
     keep: int | None = None,
     piece: int | None = None,
 ) -> UnitCounts:
-    """Calls `activation_counts.count` with progress."""
+    """Calls `harvest.count` with progress."""
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         done = 0
 
@@ -182,7 +182,7 @@ def count(
             report(tokens - done, 0, tokens - done)
             done = tokens
 
-        return activation_counts.count(
+        return harvest_lib.count(
             model.config.model,
             model.params,
             mesh,

@@ -26,12 +26,15 @@ from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.neurons.contrast import ContrastedNeuron
-from topklm.neurons.documents import batches, pack, windows_of
+from topklm.neurons.documents import all_windows, batch_rows, batches, pack
 
 Neuron = tuple[int, int]  # layer of the model, number in it
+Report = Callable[[int], None]  # told of the tokens that are done since the last time
 
-_BATCH_TOKENS = 8192  # of one device
 _STRETCH_TOKENS = 2**20  # that are packed together
+_NEAREST = 10  # neurons of a layer, by density, of which one is drawn for each chosen one
+_RESAMPLES = 2000
+_INTERVAL = (2.5, 97.5)  # percentiles
 
 
 class AblatedLosses:
@@ -58,50 +61,22 @@ class AblatedLosses:
         separator_id: int,
     ):
         self._config, self._params = dataclasses.replace(config, dtype="float32"), params
-        self._rows = max(1, _BATCH_TOKENS // config.context_length) * mesh.size
+        self._rows = batch_rows(config, mesh)
         self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._whole = NamedSharding(mesh, PartitionSpec())
         self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
-        windows = (
-            window
-            for number, ids in enumerate(documents)
-            for window in windows_of(number, ids, separator_id, config.context_length)
-        )
+        windows = all_windows(documents, separator_id, config.context_length)
         self._packed = [
             pack(stretch, config.context_length, self._rows, separator_id)
             for stretch in batches(windows, _STRETCH_TOKENS)
         ]
 
-    def sums(
-        self, ablated: Iterable[Neuron] = (), report: Callable[[int], None] = lambda tokens: None
-    ) -> np.ndarray:
+    def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
         """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
-
-        Args:
-            ablated: Neurons; none: the model as it is.
-            report: Told of the tokens that are done since the last time.
 
         Raises:
             ValueError: For a neuron that the model does not have.
         """
-        keep_LD = jax.device_put(self._keep(ablated), self._whole)
-        sums = np.zeros(len(self.n_tokens))
-        for packed in self._packed:
-            for start in range(0, len(packed.inputs), self._rows):
-                rows = slice(start, start + self._rows)
-                arrays = (packed.inputs[rows], packed.segment_ids[rows], packed.positions[rows])
-                with jax.default_matmul_precision("float32"):
-                    nll = _forward(self._config, self._params, keep_LD, *jax.device_put(arrays, self._batch))
-                places = packed.places[rows].reshape(-1)
-                wanted = np.flatnonzero(places >= 0)
-                # A token's own loss is found where the one before it stands; there always is one in its row.
-                losses = np.asarray(nll, np.float64).reshape(-1)[wanted - 1]
-                sums += np.bincount(packed.documents[places[wanted]], losses, len(sums))
-                report(len(wanted))
-        return sums
-
-    def _keep(self, ablated: Iterable[Neuron]) -> np.ndarray:
-        """Returns float32[L, D], 0 for neurons that are off."""
         keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
@@ -110,7 +85,16 @@ class AblatedLosses:
                     f"{keep.shape[1]} neurons"
                 )
             keep[layer, neuron] = 0
-        return keep
+        keep_LD = jax.device_put(keep, self._whole)
+        sums = np.zeros(len(self.n_tokens))
+        for packed in self._packed:
+            for arrays, read, tokens in packed.batches(self._rows):
+                with jax.default_matmul_precision("float32"):
+                    nll = _forward(self._config, self._params, keep_LD, *jax.device_put(arrays, self._batch))
+                losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]
+                sums += np.bincount(packed.documents[tokens], losses, len(sums))
+                report(len(read))
+        return sums
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -132,11 +116,6 @@ def _forward(
         tokens_BT, segment_ids_BT, positions_BT, hooks=LayerHooks(output=edit), hook_inputs=keep_LD
     )
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)
-
-
-_NEAREST = 10  # neurons of a layer, by density, of which one is drawn in the place of a chosen one
-_RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)  # percentiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +163,7 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Of one figure over random sets: the mean, and the 2.5th and 97.5th percentiles, between sets linear."""
+    """The mean of one figure over random sets, and its 2.5th and 97.5th percentiles, between sets linear."""
 
     mean: float
     low: float
@@ -221,7 +200,7 @@ class Outcome:
 
 
 def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to choose on, rising, and of those to score on; drawn, the first get one more.
+    """Returns numbers of the documents to choose on, rising, and to score on; drawn, the first get one more.
 
     Raises:
         ValueError: For fewer than two documents.
@@ -236,12 +215,7 @@ def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def strongest(
     candidates: Sequence[ContrastedNeuron], n_neurons: int, by: str = "difference"
 ) -> tuple[Neuron, ...]:
-    """Returns the neurons, of all layers together, that are most typical of the positive text, falling.
-
-    Args:
-        candidates: Of a contrast.
-        n_neurons: So many.
-        by: "difference" or "score", as in `contrast.ranked`.
+    """Returns the neurons of all layers that are most typical of the positive text; `by` as in `ranked`.
 
     Raises:
         ValueError: If fewer are more frequent in the positive text.
@@ -257,7 +231,7 @@ def strongest(
 def matched_set(
     chosen: Sequence[Neuron], density: np.ndarray, layers: Sequence[int], rng: np.random.Generator
 ) -> tuple[Neuron, ...]:
-    """As many other neurons: for each, in random order, one of the 10 of its layer nearest to it in density.
+    """Draws as many other neurons: for each, in random order, one of the 10 of its layer nearest in density.
 
     Density is compared by its logarithm. No neuron is drawn twice, and none that is chosen or never active.
 
@@ -290,37 +264,6 @@ def matched_set(
     return tuple(sorted(drawn))
 
 
-def mean_density(neurons: Sequence[Neuron], density: np.ndarray, layers: Sequence[int]) -> float:
-    """Returns the mean density of a set; arguments as in `matched_set`."""
-    return float(np.mean([density[list(layers).index(layer), neuron] for layer, neuron in neurons]))
-
-
-def change(
-    scored: Scored,
-    neurons: Sequence[Neuron],
-    density: float,
-    *,
-    seed: int = 0,
-    report: Callable[[int], None] = lambda tokens: None,
-) -> Change:
-    """Measures a set.
-
-    Args:
-        scored: Documents that had no part in choosing it.
-        neurons: The set.
-        density: Its mean density, to be told.
-        seed: Of the bootstrap.
-        report: Told of the tokens that are done since the last time.
-    """
-    figures = []
-    for text, before in ((scored.forget, scored.forget_before), (scored.retain, scored.retain_before)):
-        more = text.sums(neurons, report) - before
-        interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
-        figures.append((float(more.sum() / text.n_tokens.sum()), interval))
-    (forget, forget_interval), (retain, retain_interval) = figures
-    return Change(tuple(neurons), density, forget, retain, forget_interval, retain_interval)
-
-
 def measure(
     scored: Scored,
     sets: Sequence[Sequence[Neuron]],
@@ -329,7 +272,7 @@ def measure(
     *,
     n_random: int,
     seed: int = 0,
-    report: Callable[[int], None] = lambda tokens: None,
+    report: Report = lambda tokens: None,
 ) -> list[Outcome]:
     """Measures chosen sets, each with random ones beside it.
 
@@ -340,7 +283,7 @@ def measure(
         layers: Likewise.
         n_random: R, random sets for each chosen one.
         seed: Of random sets and the bootstrap.
-        report: Told of the tokens that are done since the last time.
+        report: Told how far it is.
 
     Raises:
         ValueError: As `matched_set`.
@@ -348,11 +291,23 @@ def measure(
     rng = np.random.default_rng(seed)
     # All are drawn before any is measured, so that an impossible set shows at once.
     drawn = [[matched_set(chosen, density, layers, rng) for _ in range(n_random)] for chosen in sets]
+    rows = {layer: number for number, layer in enumerate(layers)}
 
-    def one(neurons: Sequence[Neuron]) -> Change:
-        return change(scored, neurons, mean_density(neurons, density, layers), seed=seed, report=report)
+    def change(neurons: Sequence[Neuron]) -> Change:
+        def of_text(text: AblatedLosses, before: np.ndarray) -> tuple[float, tuple[float, float]]:
+            more = text.sums(neurons, report) - before
+            interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
+            return float(more.sum() / text.n_tokens.sum()), interval
 
-    return [Outcome(one(chosen), tuple(map(one, others))) for chosen, others in zip(sets, drawn, strict=True)]
+        forget, forget_interval = of_text(scored.forget, scored.forget_before)
+        retain, retain_interval = of_text(scored.retain, scored.retain_before)
+        of_set = float(np.mean([density[rows[layer], neuron] for layer, neuron in neurons]))
+        return Change(tuple(neurons), of_set, forget, retain, forget_interval, retain_interval)
+
+    return [
+        Outcome(change(chosen), tuple(map(change, others)))
+        for chosen, others in zip(sets, drawn, strict=True)
+    ]
 
 
 def bootstrap_interval(

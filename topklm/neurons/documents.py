@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from jax.sharding import Mesh
 import numpy as np
 
-from topklm.config import DataConfig
-from topklm.data.dataset import SPLITS, is_dataset, load_dataset
+from topklm.config import DataConfig, ModelConfig
+from topklm.data.dataset import is_dataset, load_dataset
 from topklm.data.documents import Document
 from topklm.data.mixture import Mixture
 from topklm.data.prepare import prepare
@@ -28,24 +30,24 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 
 _DIGEST_BYTES = 16  # of a text; tells it from others, as when data are prepared
+_BATCH_TOKENS = 8192  # of one device
+_OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
 
 COPY = "exact copy of a document before"
 
 
 class Documents(Protocol):
-    """Text in a fixed order, so that work on it can be taken up again.
+    """Text in a fixed order, so that work on it can be taken up again; iterated, int32[n] of each document.
 
     Attributes:
         name: In words and a fingerprint.
-        n_tokens: How many there are; None where only reading would tell.
+        n_tokens: How many there are, without separators; None where only reading would tell.
     """
 
     name: str
     n_tokens: int | None
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Returns token ids of each document, int32[n], without separators."""
-        ...
+    def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
 class SourceText(Documents, Protocol):
@@ -81,15 +83,13 @@ def open_documents(
     """
     if source is None:
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
-    if (folder := as_folder(source)) and is_dataset(folder):
-        mixture = Mixture.single(load_dataset(folder))
-        return _Prepared(mixture, split, tokenizer, f"{flag} = {source}")
+    if (folder := _as_folder(source)) and is_dataset(folder):
+        return _Prepared(Mixture.single(load_dataset(folder)), split, tokenizer, f"{flag} = {source}")
     names = [part.strip() for part in source.split(",") if part.strip()]
     return _Files(find(names, flag=flag), data.text_field, tokenizer)
 
 
-def as_folder(source: str) -> Path | None:
-    """Returns the folder that a source names; None if it names something else, such as several files."""
+def _as_folder(source: str) -> Path | None:
     with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
         folder = Path(source).expanduser()
         return folder if folder.is_dir() else None
@@ -108,9 +108,8 @@ def no_text(documents: SourceText, said: str) -> UserError:
         documents: Read to their end.
         said: The words of the user, e.g. "--source = notes.jsonl".
     """
-    reasons = described(documents.left_out)
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
-    why = "; ".join(part for part in (reasons, looked_for) if part)
+    why = "; ".join(filter(None, (described(documents.left_out), looked_for)))
     return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
 
 
@@ -121,7 +120,6 @@ class _Prepared(SourceText):
                 f"{said}: prepared with another tokenizer (sha256 {mixture.tokenizer.sha256[:12]}) than the "
                 f"model's ({tokenizer.sha256[:12]}): give text, or data prepared with the model's"
             )
-        assert split in SPLITS
         self._streams = [dataset.tokens(dataset.splits[split]) for dataset in mixture.datasets]
         self._separator_id = tokenizer.separator_id
         self.n_tokens: int | None = sum(dataset.splits[split].text_tokens for dataset in mixture.datasets)
@@ -149,20 +147,16 @@ class _Files(SourceText):
     def __iter__(self) -> Iterator[np.ndarray]:
         seen, left_out = set[bytes](), Counter[str]()
         self.left_out = left_out
-        for file in self._files:
-            for item in FileReader(file, self._text_field):
-                if not isinstance(item, Document):
-                    left_out[item.kind] += 1
-                    continue
-                digest = hashlib.sha256(item.text.encode()).digest()[:_DIGEST_BYTES]
-                if digest in seen:
-                    left_out[COPY] += 1
-                    continue
-                seen.add(digest)
-                yield self._tokenizer.encode(item.text)
-
-
-_OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
+        for item in itertools.chain.from_iterable(FileReader(file, self._text_field) for file in self._files):
+            if not isinstance(item, Document):
+                left_out[item.kind] += 1
+                continue
+            digest = hashlib.sha256(item.text.encode()).digest()[:_DIGEST_BYTES]
+            if digest in seen:
+                left_out[COPY] += 1
+                continue
+            seen.add(digest)
+            yield self._tokenizer.encode(item.text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,9 +199,28 @@ class Packed:
     tokens: np.ndarray
     documents: np.ndarray
 
+    def batches(self, rows: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
+        """Cuts R rows into batches of so many.
+
+        Yields:
+            Inputs, segment ids and positions, [rows, T] each; which of these inputs, flat, are to be read;
+            and which of the N tokens those are. Of next-token losses, a token's own is one before its
+            input, which always has another before it in its row.
+        """
+        for begin in range(0, len(self.inputs), rows):
+            part = slice(begin, begin + rows)
+            places = self.places[part].reshape(-1)
+            read = np.flatnonzero(places >= 0)
+            yield (self.inputs[part], self.segment_ids[part], self.positions[part]), read, places[read]
+
+
+def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
+    """Returns B: as many rows as suit the devices."""
+    return max(1, _BATCH_TOKENS // config.context_length) * mesh.size
+
 
 def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[TokenWindow]:
-    """Windows that together read every token of a document once.
+    """Yields windows that together read every token of a document once.
 
     Args:
         document: Its number.
@@ -218,6 +231,14 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
     for first, stop, known in chunk_bounds(len(inputs), length):
         yield TokenWindow(document, inputs[first:stop], known - first)
+
+
+def all_windows(
+    documents: Iterable[np.ndarray], separator_id: int, length: int, first: int = 0, step: int = 1
+) -> Iterator[TokenWindow]:
+    """Yields `windows_of` each document, or of each `step`-th from the one numbered `first`."""
+    for number, ids in itertools.islice(enumerate(documents), first, None, step):
+        yield from windows_of(number, ids, separator_id, length)
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -239,7 +260,7 @@ def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
 
 
 def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[TokenWindow]]:
-    """Windows in lists that have at least so many tokens to read; the last may have fewer."""
+    """Yields windows in lists that have at least so many tokens to read; the last may have fewer."""
     stretch: list[TokenWindow] = []
     n = 0
     for window in windows:
@@ -282,14 +303,14 @@ def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: i
     return Packed(inputs, segment_ids, positions, places, tokens, documents)
 
 
-def _first_fit(sizes: list[int], room: int) -> tuple[list[int], int]:
+def _first_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
     """Returns the row of each, and how many rows there are."""
     left: list[int] = []
     rows = [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((row for row, space in enumerate(left) if space >= sizes[i]), len(left))
         if row == len(left):
-            left.append(room)
+            left.append(capacity)
         left[row] -= sizes[i]
         rows[i] = row
     return rows, len(left)
