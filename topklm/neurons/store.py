@@ -94,23 +94,6 @@ class NeuronBlock:
         return NeuronBlock(np.array([0, end - begin]), self.tokens[begin:end], self.values[begin:end])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EventsByToken:
-    """The active neurons of a stretch of text, token by token.
-
-    Attributes:
-        tokens: int64[E], which tokens of the store, rising.
-        layers: int32[E], of the model.
-        neurons: int32[E], rising for each token and layer.
-        values: float32[E].
-    """
-
-    tokens: np.ndarray
-    layers: np.ndarray
-    neurons: np.ndarray
-    values: np.ndarray
-
-
 class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     """Appends segments of one part to a store, which it makes if there is none.
 
@@ -264,20 +247,6 @@ class Store:
             all_tokens[at], all_values[at] = tokens[n], values[n]
         return NeuronBlock(offsets, all_tokens, all_values)
 
-    def active(self, begin: int, end: int) -> EventsByToken:
-        """Reads all events of the tokens from `begin` to `end` - 1; takes whole segments."""
-        layers, d = np.asarray(self.metadata.layers, np.int32), self.metadata.d_model
-        parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
-        for start, reader in self._between(begin, end):
-            segment = reader.read()
-            index = segment.token_index
-            inside = np.flatnonzero((index >= begin - start) & (index < end - start))
-            found = inside[np.argsort(index[inside], kind="stable")]
-            numbers = np.searchsorted(segment.offsets, found, side="right") - 1
-            parts.append((start + index[found], numbers, segment.values[found].astype(np.float32)))
-        tokens, numbers, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return EventsByToken(tokens, layers[numbers // d], (numbers % d).astype(np.int32), values)
-
     def tokens(self, begin: int, end: int) -> np.ndarray:
         """Returns int[end - begin], ids of tokens; positions outside of the store are left out."""
         return self._stretch("tokens", begin, end)
@@ -289,22 +258,6 @@ class Store:
     def documents(self, begin: int, end: int) -> np.ndarray:
         """Returns int, as `tokens`: the document of each token."""
         return self._stretch("documents", begin, end)
-
-    def document(self, number: int) -> tuple[int, int]:
-        """Returns which tokens a document has: the first, and the one after its last.
-
-        Raises:
-            UserError: If the store does not hold it.
-        """
-        found = [
-            start + np.searchsorted(segment.result(segment.array("documents").read()), [number, number + 1])
-            for start, segment in self._between(0, self.n_tokens)
-            if segment.facts.first_document <= number <= segment.facts.last_document
-        ]
-        found = [(begin, end) for begin, end in found if begin < end]
-        if not found:
-            raise UserError(f"document {number}: {self.folder} does not hold it")
-        return int(found[0][0]), int(found[-1][1])
 
     def document_bounds(self) -> np.ndarray:
         """Returns int64[documents + 1], where each document begins, and the end of the last; in stretches."""
@@ -344,19 +297,15 @@ class Store:
             raise UserError(f"neuron {neuron}: must be from 0 to {d - 1}")
         return layers.index(layer) * d + neuron
 
-    def _between(self, begin: int, end: int) -> Iterator[tuple[int, SegmentReader]]:
-        """Yields the segments that hold some of these tokens, each with the number of its first token."""
-        first = max(int(np.searchsorted(self._starts, begin, side="right")) - 1, 0)
+    def _stretch(self, name: str, begin: int, end: int) -> np.ndarray:
+        begin, end = max(begin, 0), min(end, self.n_tokens)
+        first = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        reading = []
         for start, segment in zip(self._starts[first:].tolist(), self.segments[first:], strict=False):
             if start >= end:
-                return
-            yield start, segment
-
-    def _stretch(self, name: str, begin: int, end: int) -> np.ndarray:
-        reading = [
-            (segment, segment.array(name)[max(begin - start, 0) : min(end - start, segment.n_tokens)].read())
-            for start, segment in self._between(begin, end)
-        ]
+                break
+            inside = slice(max(begin - start, 0), min(end - start, segment.n_tokens))
+            reading.append((segment, segment.array(name)[inside].read()))
         arrays = [segment.result(part) for segment, part in reading]
         return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
