@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 import rich.text
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     _check(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
-    chosen = _chosen(arguments, model)
+    found = (one for one in _chosen(arguments, model) if arguments.layer in (None, one.layer))
+    chosen = list(itertools.islice(found, arguments.top))
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
     done = arguments.mode, arguments.value, "--value", arguments.value
@@ -125,9 +127,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
     folder = NeuronsFolder(Path(model.run), model.step)
-    narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
-        return search.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
+        return search.by_label(Labels(folder.labels).all(), arguments.label)
     if arguments.contrast_json is not None:
         saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
@@ -135,7 +136,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
             advice = f"give --step {saved.step}, or contrast again"
             raise shared.wrong(arguments, "contrast_json", text, advice=advice)
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
-        return search.by_contrast(saved, **narrowed, max_q=max_q)
+        return search.by_contrast(saved, max_q)
     if not folder.store.exists():
         raise UserError(
             f"{arguments.run} has no activations of step {model.step}: run topklm neurons harvest "
@@ -150,7 +151,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,
-        **narrowed,
-        min_precision=arguments.min_precision or 0.0,
-        min_recall=arguments.min_recall or 0.0,
+        None if arguments.layer is None else [arguments.layer],
+        arguments.min_precision or 0.0,
+        arguments.min_recall or 0.0,
     )

@@ -72,7 +72,7 @@ def harvest(
     dictionary: Dictionary | None = None,
     share: Share = ALL,
     report: Callable[[int, int], None] = lambda tokens, documents: None,
-) -> int:
+) -> None:
     """Appends to a store what follows the text that it already holds.
 
     Args:
@@ -89,9 +89,6 @@ def harvest(
             `keep` says nothing. None: the coordinates as they are.
         share: Which documents.
         report: Told from time to time of the tokens that are done so far, and the documents begun.
-
-    Returns:
-        How many tokens the part holds.
 
     Raises:
         UserError: If the store holds other text than this.
@@ -114,7 +111,6 @@ def harvest(
             report(done, stretch[-1].document + 1)
         if writing is not None:
             writing.result()
-    return writer.n_tokens
 
 
 def _without(windows: Iterator[TokenWindow], stored: int) -> Iterator[TokenWindow]:

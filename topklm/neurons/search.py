@@ -112,9 +112,8 @@ class StoredText:
         """Searches all documents for a regular expression of the package `regex`.
 
         A match lies within a document, at whose ends `^` and `$` match. Long documents are searched in
-        stretches, each with `OVERLAP` tokens before and after. A match within so many tokens,
-        including its looking ahead and back, is found once and whole; of a longer match, parts may
-        be found, or nothing.
+        stretches, each with `OVERLAP` tokens before and after. A match within so many tokens, including its
+        looking ahead and back, is found once and whole; of a longer match, parts may be found, or nothing.
 
         Args:
             pattern: At most `MAX_PATTERN` characters; may not match the empty text.
@@ -150,14 +149,12 @@ class StoredText:
         Raises:
             UserError: For an id that is not in the vocabulary.
         """
-        wanted = np.zeros(len(self._pieces), bool)
         for token_id in token_ids:
-            if not 0 <= token_id < len(wanted):
-                raise UserError(f"token {token_id}: must be from 0 to {len(wanted) - 1}")
-            wanted[token_id] = True
+            if not 0 <= token_id < len(self._pieces):
+                raise UserError(f"token {token_id}: must be from 0 to {len(self._pieces) - 1}")
         found = np.zeros(self._store.n_tokens, bool)
         for begin in range(0, len(found), _READ):
-            found[begin : begin + _READ] = wanted[self._store.tokens(begin, begin + _READ)]
+            found[begin : begin + _READ] = np.isin(self._store.tokens(begin, begin + _READ), token_ids)
         return found
 
     def _stretches(self) -> Iterator[_Stretch]:
@@ -245,12 +242,7 @@ class _Patience:
 
 
 def _spans(compiled: Any, stretch: _Stretch, searched: int, patience: _Patience) -> np.ndarray:
-    """Returns int64[m, 2], the bytes with which matches from byte `searched` on begin and end.
-
-    Raises:
-        TimeoutError: As `_Patience.spans`.
-        _EmptyMatchError: Likewise.
-    """
+    """Returns int64[m, 2], the bytes with which matches from byte `searched` on begin and end."""
     text, first, stop = stretch.text, 0, len(stretch.text)
     if stretch.inside != (0, stretch.begins[-1]):
         inside = [max(stretch.inside[0], searched), stretch.inside[1]]
@@ -467,52 +459,34 @@ class SavedContrast:
 def by_matches(
     store: Store,
     matched: np.ndarray,
-    *,
-    layer: int | None = None,
-    top: int,
+    layers: Sequence[int] | None = None,
     min_precision: float = 0.0,
     min_recall: float = 0.0,
 ) -> list[Selected]:
-    """Selects at most `top` neurons of those that `rank` puts first; arguments and errors as there."""
+    """Selects neurons that tell matched tokens from others, best first; arguments and errors as of `rank`."""
     everything = len(store.metadata.layers) * store.metadata.d_model
-    ranked = rank(store, matched, everything, None if layer is None else [layer])
-    wanted = [r for r in ranked if r.precision >= min_precision and r.recall >= min_recall]
     return [
         Selected(r.layer, r.neuron, f"F1 {r.f1:.3f}, precision {r.precision:.3f}, recall {r.recall:.3f}")
-        for r in wanted[:top]
+        for r in rank(store, matched, everything, layers)
+        if r.precision >= min_precision and r.recall >= min_recall
     ]
 
 
-def by_label(
-    labels: Mapping[tuple[int, int], str], text: str, *, layer: int | None = None, top: int
-) -> list[Selected]:
-    """Selects at most `top` neurons whose label holds a text, whatever the case, by layer and number."""
-    sought = text.casefold()
+def by_label(labels: Mapping[tuple[int, int], str], text: str) -> list[Selected]:
+    """Selects the neurons whose label holds a text, whatever the case, by layer and number."""
     return [
-        Selected(*place, f"label {label!r}")
-        for place, label in sorted(labels.items())
-        if sought in label.casefold() and layer in (None, place[0])
-    ][:top]
+        Selected(layer, neuron, f"label {label!r}")
+        for (layer, neuron), label in sorted(labels.items())
+        if text.casefold() in label.casefold()
+    ]
 
 
-def by_contrast(
-    saved: SavedContrast, *, layer: int | None = None, top: int, max_q: float = 1.0
-) -> list[Selected]:
-    """Selects at most `top` neurons that are more frequent in the positive text, in the contrast's order."""
-    wanted = [
-        n
-        for n in saved.neurons
-        if n["difference"] > 0 and n["q_value"] <= max_q and layer in (None, n["layer"])
-    ]
-    wanted.sort(key=lambda n: (-n[saved.by], n["layer"], n["neuron"]))
-    return [
-        Selected(
-            n["layer"],
-            n["neuron"],
-            f"difference {n['difference']:+.2%}, score {n['score']:+.1f}, q {n['q_value']:.2g}",
-        )
-        for n in wanted[:top]
-    ]
+def by_contrast(saved: SavedContrast, max_q: float = 1.0) -> list[Selected]:
+    """Selects neurons that are more frequent in the positive text, of all layers, in the contrast's order."""
+    more = [n for n in saved.neurons if n["difference"] > 0 and n["q_value"] <= max_q]
+    more.sort(key=lambda n: (-n[saved.by], n["layer"], n["neuron"]))
+    reason = "difference {difference:+.2%}, score {score:+.1f}, q {q_value:.2g}"
+    return [Selected(n["layer"], n["neuron"], reason.format_map(n)) for n in more]
 
 
 def read_contrast(path: Path) -> SavedContrast:

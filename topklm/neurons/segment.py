@@ -111,24 +111,6 @@ def _joined(
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
-    """An array of a segment, as far as it must be known before it is read."""
-
-    dtype: str
-    size: int
-
-    @property
-    def n_chunks(self) -> int:
-        """At least one."""
-        return max(-(-self.size // _CHUNK), 1)
-
-    @property
-    def index_bytes(self) -> int:
-        """Size of a shard's index: where each chunk begins and how long it is, and a CRC."""
-        return 16 * self.n_chunks + 4
-
-
-@dataclasses.dataclass(frozen=True)
 class Facts:
     """The figures of a segment that are known without opening its arrays.
 
@@ -141,7 +123,7 @@ class Facts:
         part: Whose it is.
         number: Which of the part's segments, from 0.
         begin: Tokens of the part that come before it.
-        arrays: By name; the fields of `Array`.
+        arrays: By name: "dtype" and "size".
     """
 
     n_tokens: int
@@ -152,7 +134,7 @@ class Facts:
     part: int = 0
     number: int = 0
     begin: int = 0
-    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def tag(self, kind: str) -> bytes:
         """Returns bytes that tell the file of one array from all others, of other stores too."""
@@ -173,19 +155,19 @@ def write(folder: Path, segment: Segment, store: str, part: int, number: int, be
         "gaps": _smallest(gaps),
         "values": segment.values.astype(ml_dtypes.bfloat16),
     }
-    known = {kind: Array(array.dtype.name, array.size) for kind, array in arrays.items()}
+    known = {kind: {"dtype": array.dtype.name, "size": array.size} for kind, array in arrays.items()}
     creating = {"create": True, "delete_existing": True, "store_data_equal_to_fill_value": True}
     writing = [
-        ts.open(_spec(folder / kind, known[kind], **creating)).result().write(array)
+        ts.open({**_spec(folder / kind, **known[kind]), **creating}).result().write(array)
         for kind, array in arrays.items()
     ]
     for written in writing:
         written.result()
     documents = int(segment.documents[0]), int(segment.documents[-1])
     facts = Facts(arrays["tokens"].size, gaps.size, *documents, store, part, number, begin, known)
-    for kind, about in known.items():
-        if about.size:
-            _put_tag(folder / kind / _SHARD, about, facts.tag(kind))
+    for kind, array in arrays.items():
+        if array.size:
+            _put_tag(folder / kind / _SHARD, array.size, facts.tag(kind))
     write_atomically(folder / _FACTS, sealed_json(dataclasses.asdict(facts)))
     return facts
 
@@ -231,7 +213,11 @@ class SegmentReader:
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """int64[S D + 1]."""
-        return self._checked_offsets(self.result(self.array("offsets").read()))
+        offsets = self.result(self.array("offsets").read()).astype(np.int64)
+        with damage_is_a_user_error(self.folder, self._advice):
+            if offsets[0] or offsets[-1] != self.n_events or (np.diff(offsets) < 0).any():
+                raise ValueError("offsets: they are not where events begin")
+        return offsets
 
     def array(self, kind: str) -> ts.TensorStore:
         """Opens one of `ARRAYS`; nothing is read yet."""
@@ -271,37 +257,32 @@ class SegmentReader:
 
     def read(self) -> Segment:
         """Reads all of it."""
-        reading = {kind: self.array(kind).read() for kind in ARRAYS}
+        reading = {kind: self.array(kind).read() for kind in ARRAYS if kind != "offsets"}
         arrays = {kind: self.result(future) for kind, future in reading.items()}
-        offsets = self._checked_offsets(arrays["offsets"])
-        index = self.token_index(arrays["gaps"], offsets)
-        return Segment(
-            arrays["tokens"], arrays["documents"], arrays["losses"], offsets, index, arrays["values"]
-        )
-
-    def _checked_offsets(self, stored: np.ndarray) -> np.ndarray:
-        offsets = stored.astype(np.int64)
-        with damage_is_a_user_error(self.folder, self._advice):
-            if offsets[0] or offsets[-1] != self.n_events or (np.diff(offsets) < 0).any():
-                raise ValueError("offsets: they are not where events begin")
-        return offsets
+        index = self.token_index(arrays.pop("gaps"), self.offsets)
+        return Segment(**arrays, offsets=self.offsets, token_index=index)
 
     def _opening(self, kind: str) -> dict[str, Any]:
-        path, facts = self.folder / kind, self.facts
-        if not facts.store:
+        path, size = self.folder / kind, self._lengths[kind]
+        if not self.facts.store:
             # Of format 1: arrays of which no chunk was written, for all of them is 0.
             zeros = {
                 "gaps": self.n_tokens == 1,
-                "documents": not facts.last_document,
+                "documents": not self.facts.last_document,
                 "offsets": not self.n_events,
             }
             fill = zeros.get(kind, False) or (path / _SHARD).is_file()
-            return _spec(path, open=True, fill_missing_data_reads=fill)
-        array = Array(**facts.arrays[kind])
-        if self._lengths[kind]:
-            _check_tag(path / _SHARD, array, facts.tag(kind))
+            return {
+                "driver": "zarr3",
+                "kvstore": _kvstore(path),
+                "open": True,
+                "fill_missing_data_reads": fill,
+            }
+        if size:
+            _check_tag(path / _SHARD, size, self.facts.tag(kind))
         # Without the last option, a chunk that is not there would read as zeros.
-        return _spec(path, array, open=True, assume_metadata=True, fill_missing_data_reads=False)
+        options = {"open": True, "assume_metadata": True, "fill_missing_data_reads": False}
+        return {**_spec(path, **self.facts.arrays[kind]), **options}
 
 
 def _is_not_zero(array: np.ndarray) -> np.ndarray:
@@ -316,47 +297,53 @@ def _smallest(array: np.ndarray) -> np.ndarray:
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
-def _spec(path: Path, array: Array | None = None, **options: bool) -> dict[str, Any]:
-    """Returns what TensorStore opens: an array whose metadata are known, or are read with it."""
-    kvstore = {"driver": "file", "path": f"{for_tensorstore(path)}/"}
-    spec = {"driver": "zarr3", "kvstore": kvstore, **options}
-    return spec if array is None else {**spec, "metadata": _metadata(array)}
+def _kvstore(path: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{for_tensorstore(path)}/"}
 
 
-def _metadata(array: Array) -> dict[str, Any]:
-    """Puts all chunks into one file, so that a segment is a few files whatever it holds."""
-    size = np.dtype(array.dtype).itemsize
-    shuffled = {"cname": "zstd", "clevel": _LEVEL, "shuffle": "shuffle", "typesize": size, "blocksize": 0}
+def _spec(path: Path, dtype: str, size: int) -> dict[str, Any]:
+    """Describes an array with all chunks in one file, so that a segment is a few files whatever it holds."""
+    item = np.dtype(dtype).itemsize
+    shuffled = {"cname": "zstd", "clevel": _LEVEL, "shuffle": "shuffle", "typesize": item, "blocksize": 0}
     inner = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "blosc", "configuration": shuffled},
         {"name": "crc32c"},
     ]
     sharded = {"chunk_shape": [_CHUNK], "codecs": inner}
-    return {
-        "shape": [array.size],
-        "data_type": array.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [array.n_chunks * _CHUNK]}},
+    metadata = {
+        "shape": [size],
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [_n_chunks(size) * _CHUNK]}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharded}],
     }
+    return {"driver": "zarr3", "kvstore": _kvstore(path), "metadata": metadata}
+
+
+def _n_chunks(size: int) -> int:
+    return max(-(-size // _CHUNK), 1)
 
 
 # Tags: between its chunks and their index, which is at its end, a shard may hold anything.
 
 
-def _put_tag(shard: Path, array: Array, tag: bytes) -> None:
+def _index_bytes(size: int) -> int:
+    return 16 * _n_chunks(size) + 4  # where each chunk begins and how long it is, and a CRC
+
+
+def _put_tag(shard: Path, size: int, tag: bytes) -> None:
     with shard.open("r+b") as file:
-        file.seek(-array.index_bytes, os.SEEK_END)
+        file.seek(-_index_bytes(size), os.SEEK_END)
         index = file.read()
         file.seek(-len(index), os.SEEK_END)
         file.write(tag + index)
     fsync(shard)
 
 
-def _check_tag(shard: Path, array: Array, tag: bytes) -> None:
-    n_bytes = len(tag) + array.index_bytes
+def _check_tag(shard: Path, size: int, tag: bytes) -> None:
+    n_bytes = len(tag) + _index_bytes(size)
     with shard.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(size - n_bytes, 0))
-        if size < n_bytes or file.read(len(tag)) != tag:
+        there = os.fstat(file.fileno()).st_size
+        file.seek(max(there - n_bytes, 0))
+        if there < n_bytes or file.read(len(tag)) != tag:
             raise ValueError(f"{shard.parent.parent.name}: the file of another array, or cut off")
