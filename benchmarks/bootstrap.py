@@ -41,7 +41,7 @@ class Text:
     Attributes:
         token_ids: int[N], the store's tokens.
         groups: int[N], the cluster of each, from 0.
-        bounds: int64[G + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[G + 1], as `Store.document_bounds` gives them.
         embeddings: float32[N, d], of contexts; see `embed_all`.
     """
 

@@ -112,7 +112,7 @@ def _text(folder: NeuronsFolder, store: Store, measured: table.TableMetadata) ->
     model = topklm.load(str(folder.run), step=folder.step)
     columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())
     unembedding = columns[:, : model.config.model.vocab_size]
-    token_ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    token_ids, bounds = store.tokens(0, store.n_tokens), store.document_bounds()
     of_token = embeddings.cluster_tokens(
         unembedding, measured.details["n_clusters"], measured.details["seed"]
     )

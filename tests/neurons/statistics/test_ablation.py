@@ -8,7 +8,7 @@ from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, 
 import pytest
 
 from topklm.neurons.documents import windows_of
-from topklm.neurons.statistics import ablation, catalog, embeddings
+from topklm.neurons.statistics import ablation, catalog
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
@@ -32,7 +32,7 @@ def small_groups(monkeypatch):
 
 def measured(model, **settings):
     config, store = model
-    bounds = embeddings.document_bounds(store)
+    bounds = store.document_bounds()
     return ablation.measure(store, bounds, config, params(), separator_id=SEPARATOR, **settings)
 
 

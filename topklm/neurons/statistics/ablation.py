@@ -105,7 +105,7 @@ def measure(
 
     Args:
         store: Of the text; activations are not read from it.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         config: The model.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.

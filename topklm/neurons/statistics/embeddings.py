@@ -131,15 +131,6 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
     return centred @ np.ascontiguousarray(directions[:, -DIRECTIONS:])
 
 
-def document_bounds(store: Store) -> np.ndarray:
-    """Returns int64[documents + 1], where each document of a store begins, and its end; read in stretches."""
-    bounds = [np.zeros(1, np.int64)]
-    for begin in range(0, store.n_tokens, _STRETCH):
-        documents = store.documents(max(begin - 1, 0), begin + _STRETCH)
-        bounds.append(np.flatnonzero(np.diff(documents.astype(np.int64))) + max(begin - 1, 0) + 1)
-    return np.unique(np.concatenate([*bounds, [store.n_tokens]]))
-
-
 class Embeddings(Protocol):
     """Of the text at any token of a store."""
 
@@ -165,7 +156,7 @@ class Contexts:
 
     Args:
         token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         vectors: float32[V, d], as `token_vectors` gives them.
     """
 
@@ -322,7 +313,7 @@ def embed_windows(
         UserError: If the encoder gives anything but one vector of finite numbers for each text.
     """
     token_ids = store.tokens(0, store.n_tokens)
-    bounds = document_bounds(store)
+    bounds = store.document_bounds()
     places = np.arange(len(token_ids))
     document = np.searchsorted(bounds, places, side="right")
     begins = np.maximum(places - SIDE, bounds[document - 1])
