@@ -18,7 +18,7 @@ from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
+from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored
 from topklm.neurons.display import visible
 from topklm.progress import Progress
 
@@ -163,9 +163,9 @@ def _as_json(outcome: Outcome, q_values: dict[Neuron, float]) -> dict[str, Any]:
         "q_values": [q_values[neuron] for neuron in chosen.neurons],
         "random": {
             "sets": len(outcome.random),
-            "density": Spread.of([one.density for one in outcome.random]).mean,
-            "forget": dataclasses.asdict(outcome.random_forget),
-            "retain": dataclasses.asdict(outcome.random_retain),
+            "density": outcome.spread("density").mean,
+            "forget": dataclasses.asdict(outcome.spread("forget")),
+            "retain": dataclasses.asdict(outcome.spread("retain")),
         },
         "p_value": outcome.p_value,
     }
@@ -199,8 +199,8 @@ def _print(
             *_cells(before[0], chosen.forget, *chosen.forget_interval),
             *_cells(before[1], chosen.retain, *chosen.retain_interval),
         )
-        density = Spread.of([one.density for one in outcome.random]).mean
-        random = [dataclasses.astuple(s) for s in (outcome.random_forget, outcome.random_retain)]
+        density = outcome.spread("density").mean
+        random = [dataclasses.astuple(outcome.spread(text)) for text in ("forget", "retain")]
         cells = [cell for loss, spread in zip(before, random, strict=True) for cell in _cells(loss, *spread)]
         table.add_row(f"{n} random, {len(outcome.random)} sets", f"{density:.2%}", *cells)
     output.console.print(table)

@@ -188,15 +188,9 @@ class Outcome:
         """How often chance does as well: (1 + random sets whose gap is as large) / (1 + R)."""
         return (1 + sum(one.gap >= self.chosen.gap for one in self.random)) / (1 + len(self.random))
 
-    @property
-    def random_forget(self) -> Spread:
-        """Change of the loss of the text to be forgotten."""
-        return Spread.of([one.forget for one in self.random])
-
-    @property
-    def random_retain(self) -> Spread:
-        """Likewise of the other text."""
-        return Spread.of([one.retain for one in self.random])
+    def spread(self, figure: str) -> Spread:
+        """Summarises a figure of the random sets: "density", "forget" or "retain"."""
+        return Spread.of([getattr(one, figure) for one in self.random])
 
 
 def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ B batch, T tokens, k kept entries, D d_model = neurons per layer.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
-import functools
 import operator
 from typing import Any
 
@@ -28,6 +27,7 @@ from topklm.model.transformer import Transformer
 RESID_PRE, TOPK_PRE, TOPK, RESID_POST = "hook_resid_pre", "hook_topk_pre", "hook_topk", "hook_resid_post"
 
 _CLOSE = 3  # names that an error message offers
+_STATIC = {"static": True}  # of a field: a part of the tree's structure
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -115,9 +115,7 @@ def check_hook_name(config: ModelConfig, given: object, field: str) -> None:
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["indices", "values"], meta_fields=["d_model"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SparseActivations:
     """The output of TopK layers: k entries for each token, the strongest first.
@@ -135,16 +133,11 @@ class SparseActivations:
 
     indices: jax.Array
     values: jax.Array
-    d_model: int
+    d_model: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_dense(cls, dense: jax.Array, k: int) -> "SparseActivations":
-        """Returns the k largest entries by magnitude of every row; nothing is lost where at most k are not 0.
-
-        Args:
-            dense: [..., D], e.g. the output of a TopK layer with any of its activations.
-            k: Entries kept, at most D.
-        """
+        """Returns the k largest entries by magnitude of rows [..., D]: all, if no more are not 0."""
         # In float32, in which XLA has a TopK for CPUs; other types it sorts.
         _, indices = jax.lax.top_k(jnp.abs(dense).astype(jnp.float32), k)
         return cls(indices, jnp.take_along_axis(dense, indices, axis=-1), dense.shape[-1])
@@ -232,11 +225,7 @@ def capture(
     return h_BTD, chosen, others
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["neurons", "others"],
-    meta_fields=["layers", "hook_names"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ActivationCache(Mapping[str, jax.Array]):
     """The captured arrays of a forward pass, by their names.
@@ -253,9 +242,9 @@ class ActivationCache(Mapping[str, jax.Array]):
     """
 
     neurons: SparseActivations
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     others: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-    hook_names: tuple[str, ...] = ()
+    hook_names: tuple[str, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
     def __getitem__(self, name: str | tuple[str, int]) -> jax.Array:
         found = self._name(name) if isinstance(name, tuple) else name

@@ -44,6 +44,7 @@ DEFAULT_TOKENS = 1_000_000
 LEARNING_RATE = 2e-3
 MINIBATCH = 1024  # tokens of a step of an autoencoder
 
+_SEED = 0  # of the order of the text and of what is drawn
 _SCALE_BATCHES = 8  # of which an autoencoder gets its start
 _EVALUATED = 32_768  # tokens
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 6.25e-10  # the paper's
@@ -64,7 +65,6 @@ def fit(
     *,
     keep: int,
     n_tokens: int = DEFAULT_TOKENS,
-    seed: int = 0,
     progress: Progress,
 ) -> Dictionary:
     """Makes a dictionary of the hidden state that each layer of a Base LM hands on.
@@ -78,7 +78,6 @@ def fit(
         documents: To be harvested; nothing is learned from them.
         keep: K.
         n_tokens: Of training text, about; more than there are are read again, in another order.
-        seed: Of the order of the text and of what is drawn.
         progress: Shows how far it is.
 
     Raises:
@@ -89,13 +88,13 @@ def fit(
     n_batches = max(1, round(n_tokens / (rows * config.context_length)))
 
     def batches(n: int) -> States:
-        stream = train_stream(mixture, context_length=config.context_length, batch_size=rows, seed=seed)
+        stream = train_stream(mixture, context_length=config.context_length, batch_size=rows, seed=_SEED)
         for batch in itertools.islice(stream, n):
             arrays = batch["inputs"], batch["segment_ids"], batch["positions"]
             is_text = (batch["inputs"] != mixture.tokenizer.separator_id).reshape(-1)
             yield _hidden(config, params, *_on(mesh, *arrays)), jnp.asarray(is_text)
 
-    facts: dict[str, Any] = {"tokens": n_tokens, "seed": seed}
+    facts: dict[str, Any] = {"tokens": n_tokens, "seed": _SEED}
     with progress.phase(f"making a dictionary ({kind})", n_batches) as report:
 
         def tell() -> None:
@@ -105,13 +104,13 @@ def fit(
             mean, scatter = _moments(batches(min(_SCALE_BATCHES, n_batches)))
             scale = np.sqrt(np.trace(scatter, axis1=1, axis2=2) / d)
             trained, dead = fit_autoencoders(
-                batches(n_batches), n_batches, mean, scale, keep=keep, width=d, seed=seed, report=tell
+                batches(n_batches), n_batches, mean, scale, keep=keep, width=d, seed=_SEED, report=tell
             )
             arrays = [np.asarray(array) for array in (trained.centre, trained.encoder, trained.decoder)]
             facts["dead_codes"] = dead.sum(axis=1).tolist()
         else:
             mean, scatter = _moments(batches(n_batches), tell)
-            rows_SMD = _random(len(mean), d, seed) if kind == "random" else _components(scatter)
+            rows_SMD = _random(len(mean), d, _SEED) if kind == "random" else _components(scatter)
             arrays = [mean, np.swapaxes(rows_SMD, 1, 2), rows_SMD]
     facts["text"] = f"training text of {', '.join(dataset.path.name for dataset in mixture.datasets)}"
     centre, encoder, decoder = (array.astype(np.float32) for array in arrays)
