@@ -1,7 +1,7 @@
 """`topklm neurons find`: which neurons are active in a text, or where a pattern or a token stands."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from pathlib import Path
 import re
@@ -19,7 +19,7 @@ from topklm.errors import UserError
 from topklm.neurons.display import SHOWN_PER_LAYER, Activation, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder, harvested_steps
-from topklm.neurons.search import Matches, RankedNeuron, StoredText, TokenNeurons, neurons_of_text, rank
+from topklm.neurons.search import Matches, RankedNeuron, StoredText, neurons_of_text, rank
 from topklm.neurons.store import Store
 from topklm.storage.files import as_path, is_bucket
 
@@ -98,26 +98,27 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
             f"{most - 1:,} and the separator; shorten it"
         )
     # The separator that stands before is no part of the text.
-    rows = neurons_of_text(model.active_neurons(arguments.text), arguments.top, arguments.layer, begin=1)
+    found = model.active_neurons(arguments.text)
+    names, rows = found.tokens[1:], neurons_of_text(found, arguments.layer)[1:]
     labels = (
         {} if is_bucket(arguments.run) else Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
     )
     tokens = [
         {
-            "position": row.position,
-            "token": row.token,
-            "n_active": [{"layer": layer, "n_active": n} for layer, n in row.n_active.items()],
+            "position": position,
+            "token": name,
+            "n_active": [{"layer": layer, "n_active": len(active)} for layer, active in row.items()],
             "neurons": [
-                {**active._asdict(), "label": labels.get(active[:2], "")}
-                for strongest in row.neurons.values()
-                for active in strongest
+                {**one._asdict(), "label": labels.get(one[:2], "")}
+                for active in row.values()
+                for one in active[: arguments.top]
             ],
         }
-        for row in rows
+        for position, (name, row) in enumerate(zip(names, rows, strict=True))
     ]
     output = Output(arguments.json)
     facts = {"run": arguments.run, "step": model.step, "text": arguments.text, "tokens": tokens}
-    output.give(facts, lambda: _print_rows(output, rows, labels))
+    output.give(facts, lambda: _print_rows(output, names, rows, arguments.top, labels))
 
 
 def _find_in_store(arguments: argparse.Namespace) -> None:
@@ -204,18 +205,23 @@ def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _print_rows(output: Output, rows: list[TokenNeurons], labels: LabelOf) -> None:
+def _print_rows(
+    output: Output,
+    names: Sequence[str],
+    rows: Sequence[Mapping[int, Sequence[Activation]]],
+    top: int,
+    labels: LabelOf,
+) -> None:
     table = rich.table.Table()
     table.add_column("token", style="cyan", no_wrap=True)
-    for layer in rows[0].neurons:
+    for layer in rows[0]:
         table.add_column(f"layer {layer}")
-    for row in rows:
+    for name, row in zip(names, rows, strict=True):
         cells = []
-        for layer, strongest in row.neurons.items():
-            shown = [_with_label(active, labels) for active in strongest]
-            more = row.n_active[layer] - len(strongest)
-            cells.append(", ".join([*shown, f"+{more}"] if more else shown))
-        table.add_row(*(rich.text.Text(visible(cell)) for cell in (row.token, *cells)))
+        for active in row.values():
+            more = [f"+{len(active) - top}"] if len(active) > top else []
+            cells.append(", ".join([*(_with_label(one, labels) for one in active[:top]), *more]))
+        table.add_row(*(rich.text.Text(visible(cell)) for cell in (name, *cells)))
     output.console.print(table)
     output.say("neuron:activation, the strongest first; +N: so many more are active")
 

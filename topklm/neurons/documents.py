@@ -102,12 +102,7 @@ def described(left_out: Mapping[str, int]) -> str:
 
 
 def no_text(documents: SourceText, said: str) -> UserError:
-    """Makes the error for text without a document.
-
-    Args:
-        documents: Read to their end.
-        said: The words of the user, e.g. "--source = notes.jsonl".
-    """
+    """Makes the error for text without a document, read to its end; `said` as in "--source = notes.jsonl"."""
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
     why = "; ".join(filter(None, (described(documents.left_out), looked_for)))
     return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
@@ -220,14 +215,7 @@ def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
 
 
 def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[TokenWindow]:
-    """Yields windows that together read every token of a document once.
-
-    Args:
-        document: Its number.
-        ids: int32[n], its tokens, without a separator.
-        separator_id: Of the token before a document.
-        length: T, at least 2.
-    """
+    """Yields windows that together read every token, `ids` int32[n], of the document of this number once."""
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
     for first, stop, known in chunk_bounds(len(inputs), length):
         yield TokenWindow(document, inputs[first:stop], known - first)
@@ -242,11 +230,7 @@ def all_windows(
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """Yields where windows begin and end among the inputs of a document, the separator counted.
-
-    Args:
-        n_inputs: How many there are.
-        length: T, at least 2.
+    """Yields where windows of T >= 2 tokens begin and end among a document's inputs, the separator counted.
 
     Yields:
         The first input of a window, the one after its last, and the first that is to be read.
@@ -274,10 +258,10 @@ def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[Toke
 
 
 def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: int) -> Packed:
-    """Puts windows into rows, the longest first, each into the first row that it fits into.
+    """Puts windows into rows of T tokens, the longest first, each into the first row that it fits into.
 
     Args:
-        windows: None longer than `length`.
+        windows: None longer than T.
         length: T.
         multiple: The number of rows R is one of this.
         separator_id: Fills up rows.

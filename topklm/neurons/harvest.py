@@ -251,13 +251,13 @@ def count(
     piece: int | None = None,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> UnitCounts:
-    """Reads documents as `harvest` does, and stores nothing; arguments that are not explained are as there.
+    """Reads documents as `harvest` does, none of them empty, and stores nothing.
 
     Args:
         config: The model.
         params: Its parameters.
-        mesh: Of devices.
-        documents: None is empty.
+        mesh: Of its devices.
+        documents: Token ids of each.
         separator_id: The token that stands before documents.
         keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
         piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.

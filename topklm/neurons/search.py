@@ -25,7 +25,7 @@ import numpy as np
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.neurons.contrast import ORDERS
-from topklm.neurons.display import SHOWN_PER_LAYER, Activation, ActiveNeurons, visible
+from topklm.neurons.display import Activation, ActiveNeurons, visible
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.storage.files import DIGEST, read_json, unsealed
 
@@ -326,23 +326,6 @@ class RankedNeuron:
     weighted_precision: float
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenNeurons:
-    """The active neurons of a token.
-
-    Attributes:
-        position: Of the token in its text, from 0.
-        token: Its text.
-        neurons: By layer, the strongest of it, falling by magnitude.
-        n_active: By layer, how many are active.
-    """
-
-    position: int
-    token: str
-    neurons: dict[int, list[Activation]]
-    n_active: dict[int, int]
-
-
 def rank(
     store: Store, matched: np.ndarray, limit: int = 20, layers: Sequence[int] | None = None
 ) -> list[RankedNeuron]:
@@ -409,17 +392,8 @@ def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int)
     ]
 
 
-def neurons_of_text(
-    found: ActiveNeurons, top: int = SHOWN_PER_LAYER, layer: int | None = None, begin: int = 0
-) -> list[TokenNeurons]:
-    """Returns the active neurons of a text as rows of a table, a token each.
-
-    Args:
-        found: As `LanguageModel.active_neurons` gives it.
-        top: Neurons of each layer at most.
-        layer: Leaves the others out.
-        begin: The first token that gets a row; 1 leaves out the separator before the text. Positions in the
-            rows are counted from it.
+def neurons_of_text(found: ActiveNeurons, layer: int | None = None) -> list[dict[int, list[Activation]]]:
+    """Returns the active neurons of each token by layer, of all or of one, the strongest first.
 
     Raises:
         UserError: For a layer without TopK.
@@ -429,13 +403,8 @@ def neurons_of_text(
         raise UserError("no layer of this model has TopK: its neurons are found in a store, by --regex")
     if layer is not None and layer not in layers:
         raise UserError(f"layer = {layer}: must be a TopK layer, from 0 to {layers[-1]}")
-    rows = []
-    for at in range(begin, len(found)):
-        active = {n: found.of_layer(at, n) for n in (layers if layer is None else (layer,))}
-        strongest = {n: neurons[:top] for n, neurons in active.items()}
-        n_active = {n: len(neurons) for n, neurons in active.items()}
-        rows.append(TokenNeurons(at - begin, found.tokens[at], strongest, n_active))
-    return rows
+    shown = layers if layer is None else (layer,)
+    return [{number: found.of_layer(at, number) for number in shown} for at in range(len(found))]
 
 
 @dataclasses.dataclass(frozen=True)

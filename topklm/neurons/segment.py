@@ -81,12 +81,12 @@ def from_sparse(
     values: np.ndarray,
     d_model: int,
 ) -> Segment:
-    """Sorts activations by neuron, like `from_dense`.
+    """Sorts sparse outputs of TopK layers by neuron.
 
     Args:
-        tokens: As in `Segment`, as the next two.
-        documents: int[N].
-        losses: float[N].
+        tokens: As in `Segment`.
+        documents: Likewise.
+        losses: Likewise.
         indices: int[S, N, k], neurons, distinct for each token.
         values: [S, N, k]; zeros are left out.
         d_model: D.
@@ -173,15 +173,10 @@ def write(folder: Path, segment: Segment, store: str, part: int, number: int, be
 
 
 def read_facts(folder: Path, advice: str, sealed: bool) -> Facts:
-    """Reads the facts of a segment.
-
-    Args:
-        folder: Of the segment.
-        advice: Ends the message for damage.
-        sealed: Whether they carry a digest, which those of format 1 do not.
+    """Reads the facts of a segment; unless of format 1, they are sealed by a digest.
 
     Raises:
-        UserError: If they are missing or damaged.
+        UserError: If they are missing or damaged; `advice` ends the message.
     """
     with damage_is_a_user_error(folder, advice, TypeError):
         facts = Facts(**read_json(folder / _FACTS, advice, sealed=sealed))

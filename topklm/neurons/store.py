@@ -269,15 +269,12 @@ class Store:
         return np.unique(np.concatenate([*bounds, [self.n_tokens]]))
 
     def blocks(self, layer: int, n_events: int, n_neurons: int) -> Iterator[tuple[int, int]]:
-        """Cuts a layer into blocks of neighbouring neurons.
+        """Yields the first neuron of a block, and the one after its last, for all neurons of a layer.
 
         Args:
             layer: One of `metadata.layers`.
             n_events: Of a block at most, but if a single neuron has more.
-            n_neurons: Likewise.
-
-        Yields:
-            The first neuron of a block, and the one after its last.
+            n_neurons: At most.
         """
         first, d = self._number(layer, 0), self.metadata.d_model
         counts = (np.diff(segment.offsets[first : first + d + 1]) for segment in self.segments)
