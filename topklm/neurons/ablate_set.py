@@ -120,40 +120,25 @@ def _forward(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """The documents that nothing was chosen on, and the losses of the model as it is.
+    """The documents that nothing was chosen on, and the losses of the model as it is."""
 
-    Attributes:
-        forget: Those of which the model shall know less.
-        retain: Those of which it shall know as much as before.
-        forget_before: float64[G], nats, the sum of each document's losses with all neurons on.
-        retain_before: Likewise.
-    """
-
-    forget: AblatedLosses
-    retain: AblatedLosses
-    forget_before: np.ndarray
-    retain_before: np.ndarray
+    forget: AblatedLosses  # those of which the model shall know less
+    retain: AblatedLosses  # those of which it shall know as much as before
+    forget_before: np.ndarray  # float64[G], nats, the sum of each document's losses with all neurons on
+    retain_before: np.ndarray  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The effect of ablating a set, in nats per token.
+    """The effect of ablating a set, in nats per token."""
 
-    Attributes:
-        neurons: The set.
-        density: Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
-        forget: Change of the mean loss of the text to be forgotten.
-        retain: Likewise of the other text.
-        forget_interval: 95 % by bootstrap over documents, percentiles.
-        retain_interval: Likewise.
-    """
-
-    neurons: tuple[Neuron, ...]
+    neurons: tuple[Neuron, ...]  # the set
+    # Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
     density: float
-    forget: float
-    retain: float
-    forget_interval: tuple[float, float]
-    retain_interval: tuple[float, float]
+    forget: float  # change of the mean loss of the text to be forgotten
+    retain: float  # likewise of the other text
+    forget_interval: tuple[float, float]  # 95 % by bootstrap over documents, percentiles
+    retain_interval: tuple[float, float]  # likewise
 
     @property
     def gap(self) -> float:

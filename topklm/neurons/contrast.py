@@ -41,30 +41,20 @@ _ROUNDING = 1e-9  # relative: two ways to deal the units that are equally extrem
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contrast:
-    """How the neurons of all layers differ between two texts; a neuron active in neither was not tested.
+    """How the neurons of all layers differ between two texts; a neuron active in neither was not tested."""
 
-    Attributes:
-        n_units: Of the positive text, and of the negative one.
-        n_tokens: Likewise.
-        n_permutations: Ways to deal the units that were looked at.
-        is_exact: Whether these are all there are.
-        n_active: int64[2, S, D], tokens at which a neuron is active in the positive and the negative text.
-        score: float64[S, D], in standard deviations; 0 where no permutation changes the difference, NaN where
-            a neuron was not tested.
-        p_value: float64[S, D], of one neuron alone, two-sided; NaN where it was not tested.
-        q_value: float64[S, D], likewise, corrected for the number of neurons: false discovery rate.
-        family_p_value: float64[S, D], likewise: family-wise error rate.
-    """
-
-    n_units: tuple[int, int]
-    n_tokens: tuple[int, int]
-    n_permutations: int
-    is_exact: bool
+    n_units: tuple[int, int]  # of the positive text, and of the negative one
+    n_tokens: tuple[int, int]  # likewise
+    n_permutations: int  # ways to deal the units that were looked at
+    is_exact: bool  # whether these are all there are
+    # int64[2, S, D], tokens at which a neuron is active in the positive and the negative text.
     n_active: np.ndarray
+    # float64[S, D], in standard deviations; 0 where no permutation changes the difference, NaN where a
+    # neuron was not tested.
     score: np.ndarray
-    p_value: np.ndarray
-    q_value: np.ndarray
-    family_p_value: np.ndarray
+    p_value: np.ndarray  # float64[S, D], of one neuron alone, two-sided; NaN where it was not tested
+    q_value: np.ndarray  # float64[S, D], likewise, corrected for the number of neurons: false discovery rate
+    family_p_value: np.ndarray  # float64[S, D], likewise: family-wise error rate
 
     @property
     def frequency(self) -> np.ndarray:

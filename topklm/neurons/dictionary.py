@@ -42,22 +42,14 @@ _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, Memor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictionary:
-    """One dictionary for each layer, of one kind.
+    """One dictionary for each layer, of one kind."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        keep: K, codes kept of each token.
-        centre: float32[S, D], what is taken off the hidden state.
-        encoder: float32[S, D, M].
-        decoder: float32[S, M, D], rows of unit length.
-        facts: How it was made, by name; values that JSON can hold.
-    """
-
-    kind: str
-    keep: int
-    centre: np.ndarray
-    encoder: np.ndarray
-    decoder: np.ndarray
+    kind: str  # one of `KINDS`
+    keep: int  # K, codes kept of each token
+    centre: np.ndarray  # float32[S, D], what is taken off the hidden state
+    encoder: np.ndarray  # float32[S, D, M]
+    decoder: np.ndarray  # float32[S, M, D], rows of unit length
+    # How it was made, by name; values that JSON can hold.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

@@ -156,17 +156,11 @@ class _Files(SourceText):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindow:
-    """A stretch of a document.
+    """A stretch of a document."""
 
-    Attributes:
-        document: Number of the document.
-        inputs: int32[n], n at most T; the document's first window begins with the separator.
-        n_known: Leading inputs that are not to be read: the separator, or tokens of the window before.
-    """
-
-    document: int
-    inputs: np.ndarray
-    n_known: int
+    document: int  # number of the document
+    inputs: np.ndarray  # int32[n], n at most T; the document's first window begins with the separator
+    n_known: int  # leading inputs that are not to be read: the separator, or tokens of the window before
 
     @property
     def n_new(self) -> int:
@@ -176,23 +170,15 @@ class TokenWindow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Windows in rows; N of their tokens are to be read.
+    """Windows in rows; N of their tokens are to be read."""
 
-    Attributes:
-        inputs: int32[R, T], filled up with separators.
-        segment_ids: int32[R, T]: 1, 2, ... for the windows of a row, 0 for padding.
-        positions: int32[R, T], from 0 in each window.
-        places: int32[R, T], which of the N tokens an input is, in the order of the windows; -1: none.
-        tokens: int32[N].
-        documents: int64[N].
-    """
-
-    inputs: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
+    inputs: np.ndarray  # int32[R, T], filled up with separators
+    segment_ids: np.ndarray  # int32[R, T]: 1, 2, ... for the windows of a row, 0 for padding
+    positions: np.ndarray  # int32[R, T], from 0 in each window
+    # int32[R, T], which of the N tokens an input is, in the order of the windows; -1: none.
     places: np.ndarray
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: np.ndarray  # int32[N]
+    documents: np.ndarray  # int64[N]
 
     def batches(self, rows: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
         """Cuts R rows into batches of so many.

@@ -239,17 +239,11 @@ def _components(covariance_SDD: np.ndarray) -> np.ndarray:
 
 
 class Autoencoders(NamedTuple):
-    """Sparse autoencoders of all layers; their parameters, gradients and updates alike.
+    """Sparse autoencoders of all layers; their parameters, gradients and updates alike."""
 
-    Attributes:
-        encoder: float32[S, D, M].
-        decoder: float32[S, M, D].
-        centre: float32[S, D], b_pre.
-    """
-
-    encoder: jax.Array
-    decoder: jax.Array
-    centre: jax.Array
+    encoder: jax.Array  # float32[S, D, M]
+    decoder: jax.Array  # float32[S, M, D]
+    centre: jax.Array  # float32[S, D], b_pre
 
 
 def initial_autoencoders(centre_SD: jax.Array, width: int, seed: int) -> Autoencoders:

@@ -227,17 +227,11 @@ def _forward(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitCounts:
-    """At how many tokens of each unit of a text, a document or a piece of one, neurons are active.
+    """At how many tokens of each unit of a text, a document or a piece of one, neurons are active."""
 
-    Attributes:
-        layers: The model's layers that were read, S of them.
-        active: int32[G, S, D], tokens of a unit at which a neuron is active.
-        n_tokens: int64[G], tokens of a unit.
-    """
-
-    layers: tuple[int, ...]
-    active: np.ndarray
-    n_tokens: np.ndarray
+    layers: tuple[int, ...]  # the model's layers that were read, S of them
+    active: np.ndarray  # int32[G, S, D], tokens of a unit at which a neuron is active
+    n_tokens: np.ndarray  # int64[G], tokens of a unit
 
 
 def count(

@@ -56,35 +56,23 @@ _NUMBERS = ("difference", "score", "p_value", "q_value", "family_p_value")  # of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matches:
-    """Where a pattern matches in the N tokens of a store.
+    """Where a pattern matches in the N tokens of a store."""
 
-    Attributes:
-        count: How often; matches do not overlap.
-        touched: bool[N], the tokens that hold a part of a match.
-        ends: bool[N], the last token of each match: a neuron of a causal model cannot know the match before.
-    """
-
-    count: int
-    touched: np.ndarray
+    count: int  # how often; matches do not overlap
+    touched: np.ndarray  # bool[N], the tokens that hold a part of a match
+    # bool[N], the last token of each match: a neuron of a causal model cannot know the match before.
     ends: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stretch:
-    """A part of a document, with some text before and after it.
+    """A part of a document, with some text before and after it."""
 
-    Attributes:
-        text: The spelling of its n tokens.
-        first_token: Which token of the store is the first of the n.
-        first_byte: Of the text, counted from the start of the store.
-        begins: int64[n + 1], the byte of the text with which each token begins.
-        inside: The bytes of the text from which on, and before which, a match of this stretch starts.
-    """
-
-    text: str
-    first_token: int
-    first_byte: int
-    begins: np.ndarray
+    text: str  # the spelling of its n tokens
+    first_token: int  # which token of the store is the first of the n
+    first_byte: int  # of the text, counted from the start of the store
+    begins: np.ndarray  # int64[n + 1], the byte of the text with which each token begins
+    # The bytes of the text from which on, and before which, a match of this stretch starts.
     inside: tuple[int, int]
 
 
@@ -299,31 +287,18 @@ def _name(pattern: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RankedNeuron:
-    """How well a neuron tells matched tokens from others.
+    """How well a neuron tells matched tokens from others."""
 
-    Attributes:
-        layer: Of the neuron.
-        neuron: Its number in the layer.
-        n_active: Tokens at which it is active.
-        threshold: The |activation| from which on it counts as firing.
-        n_firing: Tokens at which it does.
-        n_hits: Matched tokens among those.
-        precision: n_hits / n_firing.
-        recall: n_hits as a share of all matched tokens.
-        f1: Harmonic mean of precision and recall.
-        weighted_precision: Without a threshold: the share of matched tokens in the sum of |activation|.
-    """
-
-    layer: int
-    neuron: int
-    n_active: int
-    threshold: float
-    n_firing: int
-    n_hits: int
-    precision: float
-    recall: float
-    f1: float
-    weighted_precision: float
+    layer: int  # of the neuron
+    neuron: int  # its number in the layer
+    n_active: int  # tokens at which it is active
+    threshold: float  # the |activation| from which on it counts as firing
+    n_firing: int  # tokens at which it does
+    n_hits: int  # matched tokens among those
+    precision: float  # n_hits / n_firing
+    recall: float  # n_hits as a share of all matched tokens
+    f1: float  # harmonic mean of precision and recall
+    weighted_precision: float  # without a threshold: the share of matched tokens in the sum of |activation|
 
 
 def rank(

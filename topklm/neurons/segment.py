@@ -40,23 +40,15 @@ _SHARD = "c/0"  # the one file of all chunks, under an array's folder
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """The content of one segment.
+    """The content of one segment."""
 
-    Attributes:
-        tokens: int[N], ids.
-        documents: int[N], the document of each token, rising.
-        losses: float[N], of the token itself given those before it, in nats; NaN where nothing stands before.
-        offsets: int64[S D + 1], where the events of each neuron begin, layer by layer.
-        token_index: int[E], which of the N tokens, rising for each neuron.
-        values: [E], not 0.
-    """
-
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: np.ndarray  # int[N], ids
+    documents: np.ndarray  # int[N], the document of each token, rising
+    # float[N], of the token itself given those before it, in nats; NaN where nothing stands before.
     losses: np.ndarray
-    offsets: np.ndarray
-    token_index: np.ndarray
-    values: np.ndarray
+    offsets: np.ndarray  # int64[S D + 1], where the events of each neuron begin, layer by layer
+    token_index: np.ndarray  # int[E], which of the N tokens, rising for each neuron
+    values: np.ndarray  # [E], not 0
 
 
 def from_dense(
@@ -112,28 +104,17 @@ def _joined(
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """The figures of a segment that are known without opening its arrays.
+    """The figures of a segment that are known without opening its arrays."""
 
-    Attributes:
-        n_tokens: N.
-        n_events: E.
-        first_document: Of its first token.
-        last_document: Of its last.
-        store: `Store.sha256`; as the rest empty in stores of format 1.
-        part: Whose it is.
-        number: Which of the part's segments, from 0.
-        begin: Tokens of the part that come before it.
-        arrays: By name: "dtype" and "size".
-    """
-
-    n_tokens: int
-    n_events: int
-    first_document: int
-    last_document: int
-    store: str = ""
-    part: int = 0
-    number: int = 0
-    begin: int = 0
+    n_tokens: int  # N
+    n_events: int  # E
+    first_document: int  # of its first token
+    last_document: int  # of its last
+    store: str = ""  # `Store.sha256`; as the rest empty in stores of format 1
+    part: int = 0  # whose it is
+    number: int = 0  # which of the part's segments, from 0
+    begin: int = 0  # tokens of the part that come before it
+    # By name: "dtype" and "size".
     arrays: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def tag(self, kind: str) -> bytes:

@@ -40,53 +40,33 @@ _AGAIN = "run the same topklm neurons harvest again"
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """The origin of a store's activations; all segments share it.
+    """The origin of a store's activations; all segments share it."""
 
-    Attributes:
-        run: Name of the run folder.
-        step: Of the checkpoint.
-        tokenizer_sha256: Of the tokenizer that made the tokens.
-        source: Of the text, in words and fingerprints.
-        kind: "topk", what TopK layers hand on; "dense", the positive part of what a Base LM's layers do; or
-            one of `dictionary.KINDS`, what those do, written in a dictionary.
-        layers: The model's layers, rising; S of them.
-        d_model: D, neurons per layer.
-        topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
-        topk_activation: As in the config.
-        context_length: Tokens in a window.
-        parts: Into how many shares the documents were dealt.
-        dictionary: `Dictionary.description`; empty where there is none.
-        parameters: `verification.fingerprint` of the model; empty in stores of earlier versions.
-    """
-
-    run: str
-    step: int
-    tokenizer_sha256: str
-    source: str
+    run: str  # name of the run folder
+    step: int  # of the checkpoint
+    tokenizer_sha256: str  # of the tokenizer that made the tokens
+    source: str  # of the text, in words and fingerprints
+    # "topk", what TopK layers hand on; "dense", the positive part of what a Base LM's layers do; or one
+    # of `dictionary.KINDS`, what those do, written in a dictionary.
     kind: str
-    layers: tuple[int, ...]
-    d_model: int
-    topk_k: int
-    topk_activation: str
-    context_length: int
-    parts: int = 1
-    dictionary: str = ""
-    parameters: str = ""
+    layers: tuple[int, ...]  # the model's layers, rising; S of them
+    d_model: int  # D, neurons per layer
+    topk_k: int  # k; of a Base LM, how many entries or codes of each token were kept, D where all were
+    topk_activation: str  # as in the config
+    context_length: int  # tokens in a window
+    parts: int = 1  # into how many shares the documents were dealt
+    dictionary: str = ""  # `Dictionary.description`; empty where there is none
+    parameters: str = ""  # `checksums.fingerprint` of the model; empty in stores of earlier versions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NeuronBlock:
-    """All events of one neuron, or of neighbouring ones of a layer, neuron by neuron.
+    """All events of one neuron, or of neighbouring ones of a layer, neuron by neuron."""
 
-    Attributes:
-        offsets: int64[n + 1], where the events of each of the n neurons begin.
-        tokens: int64[E], which tokens of the store, rising for each neuron; `Store.tokens` reads around them.
-        values: float32[E].
-    """
-
-    offsets: np.ndarray
+    offsets: np.ndarray  # int64[n + 1], where the events of each of the n neurons begin
+    # int64[E], which tokens of the store, rising for each neuron; `Store.tokens` reads around them.
     tokens: np.ndarray
-    values: np.ndarray
+    values: np.ndarray  # float32[E]
 
     def one(self, number: int) -> "NeuronBlock":
         """Returns the events of one of the n neurons."""
