@@ -9,10 +9,9 @@ import saved_runs
 from topklm.config import Config
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import one_device
-from topklm.neurons.documents import windows_of
+from topklm.neurons.documents import TextModel, windows_of
 from topklm.neurons.harvest import count, kind_and_layers, unit_sizes
 
-MESH = one_device().mesh
 DOCUMENTS = [np.random.default_rng(n).integers(0, 256, n).astype(np.int32) for n in (9, 1, 75, 31, 20)]
 
 
@@ -21,6 +20,10 @@ def model_of(**changes):
     tokenizer = saved_runs.tokenizer()
     params = jax.tree.map(np.array, saved_runs.state(3, Config(model=config)).params)
     return LanguageModel("a run", 3, Config(model=config), tokenizer, params)
+
+
+def text_model(model):
+    return TextModel(model.config.model, model.params, one_device(), model.tokenizer.separator_id)
 
 
 def activations(model, ids):
@@ -38,8 +41,7 @@ def activations(model, ids):
 
 
 def counted(model, **arguments):
-    separator_id = model.tokenizer.separator_id
-    return count(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id, **arguments)
+    return count(text_model(model), DOCUMENTS, **arguments)
 
 
 def test_every_token_is_counted_once_where_it_belongs():

@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import ModelConfig
@@ -26,7 +25,7 @@ from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.neurons.contrast import ContrastedNeuron
-from topklm.neurons.documents import all_windows, batch_rows, batches, pack
+from topklm.neurons.documents import TextModel, batches
 
 Neuron = tuple[int, int]  # layer of the model, number in it
 Report = Callable[[int], None]  # told of the tokens that are done since the last time
@@ -44,32 +43,15 @@ class AblatedLosses:
     computed in float32, whatever the dtype of the model, for effects of few neurons are small.
 
     Args:
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
+        model: Reads the text.
         documents: Token ids of each, int[n], without separators; none is empty.
-        separator_id: The token that stands before documents.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        mesh: Mesh,
-        documents: Sequence[np.ndarray],
-        *,
-        separator_id: int,
-    ):
-        self._config, self._params = dataclasses.replace(config, dtype="float32"), params
-        self._rows = batch_rows(config, mesh)
-        self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._whole = NamedSharding(mesh, PartitionSpec())
+    def __init__(self, model: TextModel, documents: Sequence[np.ndarray]):
+        self._model, self._config = model, dataclasses.replace(model.config, dtype="float32")
         self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
-        windows = all_windows(documents, separator_id, config.context_length)
-        self._packed = [
-            pack(stretch, config.context_length, self._rows, separator_id)
-            for stretch in batches(windows, _STRETCH_TOKENS)
-        ]
+        stretches = batches(model.windows(documents), _STRETCH_TOKENS)
+        self._packed = [model.pack(stretch, model.rows) for stretch in stretches]
 
     def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
         """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
@@ -85,12 +67,12 @@ class AblatedLosses:
                     f"{keep.shape[1]} neurons"
                 )
             keep[layer, neuron] = 0
-        keep_LD = jax.device_put(keep, self._whole)
-        sums = np.zeros(len(self.n_tokens))
+        model, sums = self._model, np.zeros(len(self.n_tokens))
+        keep_LD = jax.device_put(keep, model.layout.replicated)
         for packed in self._packed:
-            for arrays, read, tokens in packed.batches(self._rows):
+            for arrays, read, tokens in packed.batches(model.rows):
                 with jax.default_matmul_precision("float32"):
-                    nll = _forward(self._config, self._params, keep_LD, *jax.device_put(arrays, self._batch))
+                    nll = _forward(self._config, model.params, keep_LD, *model.put(arrays))
                 losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]
                 sums += np.bincount(packed.documents[tokens], losses, len(sums))
                 report(len(read))

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from jax.sharding import Mesh
+import jax
 import numpy as np
 
 from topklm.config import DataConfig, ModelConfig
@@ -28,6 +28,8 @@ from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.layout import Layout
+from topklm.model import transformer
 
 _DIGEST_BYTES = 16  # of a text; tells it from others, as when data are prepared
 _BATCH_TOKENS = 8192  # of one device
@@ -195,9 +197,34 @@ class Packed:
             yield (self.inputs[part], self.segment_ids[part], self.positions[part]), read, places[read]
 
 
-def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
-    """Returns B: as many rows as suit the devices."""
-    return max(1, _BATCH_TOKENS // config.context_length) * mesh.size
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextModel:
+    """A model that text is run through, in windows that are packed into rows."""
+
+    config: ModelConfig
+    params: transformer.Parameters  # on the devices of `layout`
+    layout: Layout  # rows of a batch are split over its devices
+    separator_id: int  # of the token that stands before documents
+
+    @property
+    def rows(self) -> int:
+        """B: as many rows as suit the devices."""
+        return max(1, _BATCH_TOKENS // self.config.context_length) * self.layout.size
+
+    def windows(
+        self, documents: Iterable[np.ndarray], first: int = 0, step: int = 1
+    ) -> Iterator[TokenWindow]:
+        """Yields the windows of all documents, or of each `step`-th from the one numbered `first`."""
+        for number, ids in itertools.islice(enumerate(documents), first, None, step):
+            yield from windows_of(number, ids, self.separator_id, self.config.context_length)
+
+    def pack(self, windows: list[TokenWindow], rows: int) -> Packed:
+        """Puts windows into rows, as `pack` does: a multiple of so many."""
+        return pack(windows, self.config.context_length, rows, self.separator_id)
+
+    def put(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Puts the arrays of a batch on the devices."""
+        return jax.device_put(arrays, self.layout.batch)
 
 
 def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[TokenWindow]:
@@ -205,14 +232,6 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
     for first, stop, known in chunk_bounds(len(inputs), length):
         yield TokenWindow(document, inputs[first:stop], known - first)
-
-
-def all_windows(
-    documents: Iterable[np.ndarray], separator_id: int, length: int, first: int = 0, step: int = 1
-) -> Iterator[TokenWindow]:
-    """Yields `windows_of` each document, or of each `step`-th from the one numbered `first`."""
-    for number, ids in itertools.islice(enumerate(documents), first, None, step):
-        yield from windows_of(number, ids, separator_id, length)
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
@@ -37,7 +36,7 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.topk import topk
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
-from topklm.neurons.documents import Documents, TokenWindow, batch_rows, pack, windows_of
+from topklm.neurons.documents import Documents, TextModel
 from topklm.progress import Progress
 
 DEFAULT_TOKENS = 1_000_000
@@ -57,9 +56,7 @@ States = Iterable[tuple[jax.Array, jax.Array]]
 
 def fit(
     kind: str,
-    config: ModelConfig,
-    params: transformer.Parameters,
-    mesh: Mesh,
+    model: TextModel,
     data: DataConfig,
     documents: Documents,
     *,
@@ -71,9 +68,7 @@ def fit(
 
     Args:
         kind: One of `dictionary.KINDS`.
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
+        model: The Base LM.
         data: The run's; its training text is read.
         documents: To be harvested; nothing is learned from them.
         keep: K.
@@ -84,21 +79,21 @@ def fit(
         UserError: If the training text cannot be read.
     """
     mixture = prepare(data, lambda line: None)
-    rows, d = batch_rows(config, mesh), config.d_model
-    n_batches = max(1, round(n_tokens / (rows * config.context_length)))
+    rows, d, length = model.rows, model.config.d_model, model.config.context_length
+    n_batches = max(1, round(n_tokens / (rows * length)))
 
     def batches(n: int) -> States:
-        stream = train_stream(mixture, context_length=config.context_length, batch_size=rows, seed=_SEED)
+        stream = train_stream(mixture, context_length=length, batch_size=rows, seed=_SEED)
         for batch in itertools.islice(stream, n):
             arrays = batch["inputs"], batch["segment_ids"], batch["positions"]
-            is_text = (batch["inputs"] != mixture.tokenizer.separator_id).reshape(-1)
-            yield _hidden(config, params, *_on(mesh, *arrays)), jnp.asarray(is_text)
+            is_text = (batch["inputs"] != model.separator_id).reshape(-1)
+            yield _hidden(model.config, model.params, *model.put(arrays)), jnp.asarray(is_text)
 
     facts: dict[str, Any] = {"tokens": n_tokens, "seed": _SEED}
     with progress.phase(f"making a dictionary ({kind})", n_batches) as report:
 
         def tell() -> None:
-            report(1, 0, rows * config.context_length)
+            report(1, 0, rows * length)
 
         if kind == "sae":
             mean, scatter = _moments(batches(min(_SCALE_BATCHES, n_batches)))
@@ -115,7 +110,7 @@ def fit(
     facts["text"] = f"training text of {', '.join(dataset.path.name for dataset in mixture.datasets)}"
     centre, encoder, decoder = (array.astype(np.float32) for array in arrays)
     made = Dictionary(kind, keep, centre, encoder, decoder, facts)
-    facts["explained_variance"] = explained_variance(made, config, params, mesh, documents)
+    facts["explained_variance"] = explained_variance(made, model, documents)
     return made
 
 
@@ -142,44 +137,25 @@ def load_fitting(path: Path, kind: str, keep: int, n_tokens: int) -> Dictionary 
 
 
 def explained_variance(
-    dictionary: Dictionary,
-    config: ModelConfig,
-    params: transformer.Parameters,
-    mesh: Mesh,
-    documents: Documents,
+    dictionary: Dictionary, model: TextModel, documents: Iterable[np.ndarray]
 ) -> list[float]:
-    """Computes, layer by layer, the share of the hidden state's variance that the codes hold.
-
-    Args:
-        dictionary: Of the model.
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
-        documents: The text, of which the beginning is read, as it is harvested.
-    """
-    rows = batch_rows(config, mesh)
-    windows: list[TokenWindow] = []
-    read = 0
-    separator_id = config.vocab_size - 1  # any: padding does not count
-    for number, ids in enumerate(documents):
-        windows += windows_of(number, ids, separator_id, config.context_length)
+    """Computes the share of each layer's variance that codes hold, on the beginning of the documents."""
+    begun, read = list[np.ndarray](), 0
+    for ids in documents:
+        begun.append(ids)
         read += len(ids)
         if read >= _EVALUATED:
             break
-    found = [ExplainedVariance(config.d_model) for _ in range(len(dictionary.centre))]
+    found = [ExplainedVariance(model.config.d_model) for _ in range(len(dictionary.centre))]
     reconstruct = jax.jit(lambda h_SND: dictionary.decode(dictionary.encode(h_SND)))
-    batches = pack(windows, config.context_length, rows, separator_id).batches(rows) if windows else ()
-    for arrays, inside, _ in batches:
-        h_SND = _hidden(config, params, *_on(mesh, *arrays))
+    windows = list(model.windows(begun))
+    for arrays, inside, _ in model.pack(windows, model.rows).batches(model.rows) if windows else ():
+        h_SND = _hidden(model.config, model.params, *model.put(arrays))
         for variance, x, reconstructed in zip(
             found, np.asarray(h_SND), np.asarray(reconstruct(h_SND)), strict=True
         ):
             variance.add(x[inside], reconstructed[inside])
     return [variance.value for variance in found]
-
-
-def _on(mesh: Mesh, *arrays: np.ndarray) -> Any:
-    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import ModelConfig
@@ -24,7 +23,7 @@ from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
-from topklm.neurons.documents import Packed, TokenWindow, all_windows, batch_rows, batches, pack
+from topklm.neurons.documents import Packed, TextModel, TokenWindow, batches
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
 
@@ -59,13 +58,10 @@ def segment_tokens(config: ModelConfig) -> int:
 
 
 def harvest(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    mesh: Mesh,
+    model: TextModel,
     documents: Iterable[np.ndarray],
     writer: "StoreWriter | _Counter",
     *,
-    separator_id: int,
     n_tokens: int | None = None,
     rows: int | None = None,
     keep: int | None = None,
@@ -76,14 +72,11 @@ def harvest(
     """Appends to a store what follows the text that it already holds.
 
     Args:
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
+        model: Reads the text.
         documents: Token ids of each, int[n]; the same as before where the store is not empty.
         writer: Of the store, for this share's part.
-        separator_id: The token that stands before documents.
         n_tokens: How many the part shall hold, about; None: all there are.
-        rows: B, over all devices; default `batch_rows`.
+        rows: B, over all devices; default those of the model.
         keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
         dictionary: Of a Base LM, what its hidden state is written in: the K largest codes are stored, and
             `keep` says nothing. None: the coordinates as they are.
@@ -93,16 +86,13 @@ def harvest(
     Raises:
         UserError: If the store holds other text than this.
     """
-    rows = rows or batch_rows(config, mesh)
-    model = _Program(config, params, mesh, keep, dictionary)
-    length = config.context_length
-    windows = all_windows(documents, separator_id, length, share.index, share.count)
-    windows = _without(windows, writer.n_tokens)
+    rows, program = rows or model.rows, _Program(model, keep, dictionary)
+    windows = _without(model.windows(documents, share.index, share.count), writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
-        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
-            packed = pack(stretch, length, rows, separator_id)
-            segment = model.run(packed, rows)
+        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(model.config)):
+            packed = model.pack(stretch, rows)
+            segment = program.run(packed, rows)
             if writing is not None:
                 writing.result()
             # Sorting and compressing one stretch takes less time than to run the next.
@@ -137,21 +127,13 @@ def _first(windows: Iterator[TokenWindow], before: int, n_tokens: int | None) ->
 class _Program:
     """The compiled forward pass, and what is taken from it."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        mesh: Mesh,
-        keep: int | None,
-        dictionary: Dictionary | None,
-    ):
-        self._params, self._d = params, config.d_model
+    def __init__(self, model: TextModel, keep: int | None, dictionary: Dictionary | None):
+        self._model, config = model, model.config
         kind, layers = kind_and_layers(config)
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
         # faster than a TopK over them would; from other devices only k entries are fetched.
-        on_host = mesh.devices.flat[0].platform == "cpu"
+        on_host = model.layout.platform == "cpu"
         self._sparse = (kind == TOPK or dictionary is not None) and not on_host
-        self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         k = config.topk_k if dictionary is None else dictionary.keep
         self._shape = len(layers), -1, k if self._sparse else config.d_model
         kept = (keep or config.d_model) if dictionary is None else dictionary.keep
@@ -159,17 +141,17 @@ class _Program:
         self._written_in = None
         if dictionary is not None:
             arrays = (dictionary.centre, dictionary.encoder)
-            self._written_in = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+            self._written_in = jax.device_put(arrays, model.layout.replicated)
 
     def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
-        n = len(packed.tokens)
+        n, d, model = len(packed.tokens), self._model.config.d_model, self._model
         n_layers, _, width = self._shape
         losses = np.full(n, np.nan, np.float32)
         values = np.empty((n_layers, n, width), jnp.bfloat16)
-        indices = np.empty(values.shape, np.min_scalar_type(self._d - 1)) if self._sparse else None
+        indices = np.empty(values.shape, np.min_scalar_type(d - 1)) if self._sparse else None
         computed = (
-            (self._program(self._params, *jax.device_put(arrays, self._batch), self._written_in), read, to)
+            (self._program(model.params, *model.put(arrays), self._written_in), read, to)
             for arrays, read, to in packed.batches(rows)
         )
         # Each is taken apart while the next one is computed.
@@ -185,7 +167,7 @@ class _Program:
         text = packed.tokens, packed.documents, losses
         if indices is None:
             return lambda: segment_lib.from_dense(*text, values)
-        return lambda: segment_lib.from_sparse(*text, indices, values, self._d)
+        return lambda: segment_lib.from_sparse(*text, indices, values, d)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -235,12 +217,9 @@ class UnitCounts:
 
 
 def count(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    mesh: Mesh,
+    model: TextModel,
     documents: Sequence[np.ndarray],
     *,
-    separator_id: int,
     keep: int | None = None,
     piece: int | None = None,
     report: Callable[[int], None] = lambda tokens: None,
@@ -248,18 +227,15 @@ def count(
     """Reads documents as `harvest` does, none of them empty, and stores nothing.
 
     Args:
-        config: The model.
-        params: Its parameters.
-        mesh: Of its devices.
+        model: Reads the text.
         documents: Token ids of each.
-        separator_id: The token that stands before documents.
         keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
         piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.
         report: Told from time to time how many tokens are done.
     """
-    sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(config)[1]
-    counter = _Counter(sizes, len(layers), config.d_model, report)
-    harvest(config, params, mesh, documents, counter, separator_id=separator_id, keep=keep)
+    sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(model.config)[1]
+    counter = _Counter(sizes, len(layers), model.config.d_model, report)
+    harvest(model, documents, counter, keep=keep)
     return UnitCounts(layers, counter.active, sizes)
 
 
