@@ -73,7 +73,7 @@ def against_forward(
         for _ in range(calls):
             shutil.rmtree(folder.store, ignore_errors=True)
             writer = StoreWriter(folder.store, metadata)
-            whole = functools.partial(harvest_lib.harvest, text_model, documents, writer, rows=rows)
+            whole = functools.partial(harvest_lib.harvest, text_model, documents, writer)
             seconds += timing.timed(whole)(1)
         return seconds
 
@@ -127,7 +127,7 @@ def _batches(model: TextModel, documents: Held) -> list[tuple[np.ndarray, ...]]:
     return [
         arrays
         for stretch in batches(model.windows(documents), harvest_lib.segment_tokens(model.config))
-        for arrays, _, _ in model.pack(stretch, model.rows).batches(model.rows)
+        for arrays, _, _ in model.pack(stretch).batches()
     ]
 
 

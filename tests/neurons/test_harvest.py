@@ -73,8 +73,8 @@ def metadata_of(config, parts=1):
 
 def harvested(folder, config, texts=TEXTS, share=ALL, **options):
     writer = StoreWriter(folder, metadata_of(config, share.count), share.index)
-    model = TextModel(config, params_of(config), one_device(), SEPARATOR)
-    harvest(model, texts, writer, rows=3, share=share, **options)
+    model = TextModel(config, params_of(config), one_device(), SEPARATOR, batch_rows=3)
+    harvest(model, texts, writer, share=share, **options)
     return Store(folder)
 
 

@@ -51,7 +51,7 @@ class AblatedLosses:
         self._model, self._config = model, dataclasses.replace(model.config, dtype="float32")
         self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
         stretches = batches(model.windows(documents), _STRETCH_TOKENS)
-        self._packed = [model.pack(stretch, model.rows) for stretch in stretches]
+        self._packed = [model.pack(stretch) for stretch in stretches]
 
     def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
         """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
@@ -70,7 +70,7 @@ class AblatedLosses:
         model, sums = self._model, np.zeros(len(self.n_tokens))
         keep_LD = jax.device_put(keep, model.layout.replicated)
         for packed in self._packed:
-            for arrays, read, tokens in packed.batches(model.rows):
+            for arrays, read, tokens in packed.batches():
                 with jax.default_matmul_precision("float32"):
                     nll = _forward(self._config, model.params, keep_LD, *model.put(arrays))
                 losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]

@@ -172,7 +172,7 @@ class TokenWindow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Windows in rows; N of their tokens are to be read."""
+    """Windows in rows, a number of batches of B; N of their tokens are to be read."""
 
     inputs: np.ndarray  # int32[R, T], filled up with separators
     segment_ids: np.ndarray  # int32[R, T]: 1, 2, ... for the windows of a row, 0 for padding
@@ -181,17 +181,18 @@ class Packed:
     places: np.ndarray
     tokens: np.ndarray  # int32[N]
     documents: np.ndarray  # int64[N]
+    batch_rows: int  # B
 
-    def batches(self, rows: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
-        """Cuts R rows into batches of so many.
+    def batches(self) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
+        """Cuts rows into batches.
 
         Yields:
-            Inputs, segment ids and positions, [rows, T] each; which of these inputs, flat, are to be read;
+            Inputs, segment ids and positions, [B, T] each; which of these inputs, flat, are to be read;
             and which of the N tokens those are. Of next-token losses, a token's own is one before its
             input, which always has another before it in its row.
         """
-        for begin in range(0, len(self.inputs), rows):
-            part = slice(begin, begin + rows)
+        for begin in range(0, len(self.inputs), self.batch_rows):
+            part = slice(begin, begin + self.batch_rows)
             places = self.places[part].reshape(-1)
             read = np.flatnonzero(places >= 0)
             yield (self.inputs[part], self.segment_ids[part], self.positions[part]), read, places[read]
@@ -205,11 +206,13 @@ class TextModel:
     params: transformer.Parameters  # on the devices of `layout`
     layout: Layout  # rows of a batch are split over its devices
     separator_id: int  # of the token that stands before documents
+    batch_rows: int | None = None  # B, over all devices; None: as many as suit them
 
     @property
     def rows(self) -> int:
-        """B: as many rows as suit the devices."""
-        return max(1, _BATCH_TOKENS // self.config.context_length) * self.layout.size
+        """Returns B."""
+        suits = max(1, _BATCH_TOKENS // self.config.context_length) * self.layout.size
+        return self.batch_rows or suits
 
     def windows(
         self, documents: Iterable[np.ndarray], first: int = 0, step: int = 1
@@ -218,9 +221,9 @@ class TextModel:
         for number, ids in itertools.islice(enumerate(documents), first, None, step):
             yield from windows_of(number, ids, self.separator_id, self.config.context_length)
 
-    def pack(self, windows: list[TokenWindow], rows: int) -> Packed:
-        """Puts windows into rows, as `pack` does: a multiple of so many."""
-        return pack(windows, self.config.context_length, rows, self.separator_id)
+    def pack(self, windows: list[TokenWindow]) -> Packed:
+        """Puts windows into rows, as `pack` does."""
+        return pack(windows, self.config.context_length, self.rows, self.separator_id)
 
     def put(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         """Puts the arrays of a batch on the devices."""
@@ -262,17 +265,17 @@ def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[Toke
         yield stretch
 
 
-def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: int) -> Packed:
+def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id: int) -> Packed:
     """Puts windows into rows of T tokens, the longest first, each into the first row that it fits into.
 
     Args:
         windows: None longer than T.
         length: T.
-        multiple: The number of rows R is one of this.
+        batch_rows: B, of which the number of rows R is a multiple.
         separator_id: Fills up rows.
     """
     rows, n_rows = _first_fit([len(window.inputs) for window in windows], length)
-    shape = (-(-n_rows // multiple) * multiple, length)
+    shape = (-(-n_rows // batch_rows) * batch_rows, length)
     inputs = np.full(shape, separator_id, np.int32)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     places = np.full(shape, -1, np.int32)
@@ -289,7 +292,7 @@ def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: i
         done += window.n_new
     tokens = np.concatenate([window.inputs[window.n_known :] for window in windows])
     documents = np.repeat([window.document for window in windows], [window.n_new for window in windows])
-    return Packed(inputs, segment_ids, positions, places, tokens, documents)
+    return Packed(inputs, segment_ids, positions, places, tokens, documents, batch_rows)
 
 
 def _first_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:

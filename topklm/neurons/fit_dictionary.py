@@ -149,7 +149,7 @@ def explained_variance(
     found = [ExplainedVariance(model.config.d_model) for _ in range(len(dictionary.centre))]
     reconstruct = jax.jit(lambda h_SND: dictionary.decode(dictionary.encode(h_SND)))
     windows = list(model.windows(begun))
-    for arrays, inside, _ in model.pack(windows, model.rows).batches(model.rows) if windows else ():
+    for arrays, inside, _ in model.pack(windows).batches() if windows else ():
         h_SND = _hidden(model.config, model.params, *model.put(arrays))
         for variance, x, reconstructed in zip(
             found, np.asarray(h_SND), np.asarray(reconstruct(h_SND)), strict=True

@@ -63,7 +63,6 @@ def harvest(
     writer: "StoreWriter | _Counter",
     *,
     n_tokens: int | None = None,
-    rows: int | None = None,
     keep: int | None = None,
     dictionary: Dictionary | None = None,
     share: Share = ALL,
@@ -76,29 +75,29 @@ def harvest(
         documents: Token ids of each, int[n]; the same as before where the store is not empty.
         writer: Of the store, for this share's part.
         n_tokens: How many the part shall hold, about; None: all there are.
-        rows: B, over all devices; default those of the model.
         keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
         dictionary: Of a Base LM, what its hidden state is written in: the K largest codes are stored, and
             `keep` says nothing. None: the coordinates as they are.
         share: Which documents.
-        report: Told from time to time of the tokens that are done so far, and the documents begun.
+        report: Told of the tokens that are done, and the documents that are begun, since the last time.
 
     Raises:
         UserError: If the store holds other text than this.
     """
-    rows, program = rows or model.rows, _Program(model, keep, dictionary)
+    program = _Program(model, keep, dictionary)
     windows = _without(model.windows(documents, share.index, share.count), writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
+        begun = 0
         for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(model.config)):
-            packed = model.pack(stretch, rows)
-            segment = program.run(packed, rows)
+            packed = model.pack(stretch)
+            segment = program.run(packed)
             if writing is not None:
                 writing.result()
             # Sorting and compressing one stretch takes less time than to run the next.
-            done = writer.n_tokens + len(packed.tokens)
             writing = thread.submit(lambda make: writer.append(make()), segment)
-            report(done, stretch[-1].document + 1)
+            report(len(packed.tokens), stretch[-1].document + 1 - begun)
+            begun = stretch[-1].document + 1
         if writing is not None:
             writing.result()
 
@@ -143,7 +142,7 @@ class _Program:
             arrays = (dictionary.centre, dictionary.encoder)
             self._written_in = jax.device_put(arrays, model.layout.replicated)
 
-    def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
+    def run(self, packed: Packed) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
         n, d, model = len(packed.tokens), self._model.config.d_model, self._model
         n_layers, _, width = self._shape
@@ -152,7 +151,7 @@ class _Program:
         indices = np.empty(values.shape, np.min_scalar_type(d - 1)) if self._sparse else None
         computed = (
             (self._program(model.params, *model.put(arrays), self._written_in), read, to)
-            for arrays, read, to in packed.batches(rows)
+            for arrays, read, to in packed.batches()
         )
         # Each is taken apart while the next one is computed.
         ahead = next(computed)
@@ -231,7 +230,7 @@ def count(
         documents: Token ids of each.
         keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
         piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.
-        report: Told from time to time how many tokens are done.
+        report: Told of the tokens that are done since the last time.
     """
     sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(model.config)[1]
     counter = _Counter(sizes, len(layers), model.config.d_model, report)
@@ -264,4 +263,4 @@ class _Counter:
         counts = np.bincount(cells, minlength=n_units * n_neurons).astype(np.int32)
         self.active[first : first + n_units] += counts.reshape(n_units, *self.active.shape[1:])
         self.n_tokens += n
-        self._report(self.n_tokens)
+        self._report(n)
