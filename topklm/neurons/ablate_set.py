@@ -54,11 +54,7 @@ class AblatedLosses:
         self._packed = [model.pack(stretch) for stretch in stretches]
 
     def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
-        """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
-
-        Raises:
-            ValueError: For a neuron that the model does not have.
-        """
+        """Returns float64[G], nats, the sum over each document's tokens with these neurons off."""
         keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
@@ -161,11 +157,7 @@ class Outcome:
 
 
 def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns numbers of the documents to choose on, rising, and to score on; drawn, the first get one more.
-
-    Raises:
-        ValueError: For fewer than two documents.
-    """
+    """Draws the numbers of the documents to choose on, rising, and to score on; the first get one more."""
     if n_documents < 2:
         raise ValueError(f"n_documents = {n_documents}: must be 2 or more, some to choose on, some to score")
     order = np.random.default_rng(seed).permutation(n_documents)
@@ -240,14 +232,11 @@ def measure(
     Args:
         scored: Documents that had no part in choosing.
         sets: Chosen neurons.
-        density: As in `matched_set`.
+        density: As in `matched_set`, which raises ValueErrors.
         layers: Likewise.
         n_random: R, random sets for each chosen one.
         seed: Of random sets and the bootstrap.
         report: Told how far it is.
-
-    Raises:
-        ValueError: As `matched_set`.
     """
     rng = np.random.default_rng(seed)
     # All are drawn before any is measured, so that an impossible set shows at once.

@@ -18,14 +18,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 
 
 class NeuronsFolder:
-    """The paths for one checkpoint of a run; see the module's description.
-
-    Attributes:
-        run: The run folder.
-        step: Of the checkpoint.
-        path: Of all that belongs to the checkpoint.
-        labels: Of all checkpoints of the run.
-    """
+    """The paths for one checkpoint of a run, of which all share the labels."""
 
     def __init__(self, run: Path, step: int):
         self.run, self.step = run, step
@@ -35,11 +28,7 @@ class NeuronsFolder:
 
 
 def harvested_steps(run: Path) -> list[int]:
-    """Lists the checkpoints of a run of which there are activations, rising.
-
-    Raises:
-        OSError: If that cannot be looked at.
-    """
+    """Lists the checkpoints of a run of which there are activations, rising."""
     folder = run / "neurons"
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     steps = sorted(int(name) for name in names if name.isdecimal())

@@ -79,12 +79,8 @@ class _Stretch:
 class StoredText:
     """The text of a store's documents, decoded a stretch at a time: memory does not grow with their length.
 
-    Args:
-        store: Of activations.
-        tokenizer: The one that made its tokens.
-
     Raises:
-        UserError: If it is another one.
+        UserError: For a tokenizer that did not make the store's tokens.
     """
 
     def __init__(self, store: Store, tokenizer: Tokenizer):
@@ -132,11 +128,7 @@ class StoredText:
         return Matches(count, touched, ends)
 
     def tokens_equal(self, *token_ids: int) -> np.ndarray:
-        """Returns bool[N], the tokens that are one of these.
-
-        Raises:
-            UserError: For an id that is not in the vocabulary.
-        """
+        """Returns bool[N], the tokens that are one of these; raises UserError for one that is not there."""
         for token_id in token_ids:
             if not 0 <= token_id < len(self._pieces):
                 raise UserError(f"token {token_id}: must be from 0 to {len(self._pieces) - 1}")
@@ -202,7 +194,7 @@ class _Patience:
         self._try, self._rate = _FIRST_TRY_S, 1.0  # processor seconds; those per second of the clock
 
     def spans(self, compiled: Any, text: str, first: int, stop: int) -> list[tuple[int, int]]:
-        """Returns all matches that start from `first` on and before `stop`, as begin and end.
+        """Returns the matches that start from `first` on and before `stop`, as begin and end.
 
         Raises:
             TimeoutError: When the time is over.
@@ -271,9 +263,9 @@ def _bytes_of_characters(text: str) -> np.ndarray:
 
 
 def _written_out(pattern: str) -> int:
-    """Returns at most so many characters when every repetition is written as often as it has to match.
+    """Bounds the characters of a pattern with every repetition written out: all count as nested.
 
-    Counts all as nested, also in comments and sets; and once more without what `(?x)` skips, if that is more.
+    Also those in comments and sets; and once more without what `(?x)` skips, if that is more.
     """
     forms = pattern, re.sub(r"\s|#.*", "", pattern)
     counts = [[max(int(n), 1) for n in re.findall(r"\{\s*(\d+)", form)] for form in forms]
@@ -304,19 +296,13 @@ class RankedNeuron:
 def rank(
     store: Store, matched: np.ndarray, limit: int = 20, layers: Sequence[int] | None = None
 ) -> list[RankedNeuron]:
-    """Returns the neurons that best tell matched tokens from others, from all tokens of a store.
+    """Returns the neurons that best tell matched tokens, bool[N] of a store's, from others.
 
     Sorted by falling F1, then by falling weighted precision, then by layer and number. Neurons that are
     active at no matched token are left out.
 
-    Args:
-        store: Of activations.
-        matched: bool[N], for each token of the store.
-        limit: Neurons at most.
-        layers: Those to look at; default all of the store.
-
     Raises:
-        UserError: If the store does not have a layer.
+        UserError: If the store does not have a layer; None: all that it has.
         ValueError: If `matched` has another shape.
     """
     if matched.shape != (store.n_tokens,):
@@ -434,11 +420,7 @@ def by_contrast(saved: SavedContrast, max_q: float = 1.0) -> list[Selected]:
 
 
 def read_contrast(path: Path) -> SavedContrast:
-    """Reads what `topklm neurons contrast --json` printed.
-
-    Raises:
-        UserError: If there is no such file, or it is something else.
-    """
+    """Reads the output of `topklm neurons contrast --json`; raises UserError for any other file."""
     again = "run topklm neurons contrast --json, and give its output"
     try:
         content = read_json(path, again)

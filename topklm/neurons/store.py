@@ -129,11 +129,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._closing.close()
 
     def append(self, segment: Segment) -> None:
-        """Adds a segment; it is on the disk, whole, when this returns.
-
-        Raises:
-            UserError: If the store was made by an earlier version.
-        """
+        """Adds a segment; it is on the disk, whole, when this returns."""
         if not self._store:
             raise UserError(
                 f"{self._folder} was made by an earlier version of topklm: it can be read, but nothing can "
@@ -288,12 +284,7 @@ class Store:
 
 
 def wait_for_writers(folder: Path, say: Callable[[str], None]) -> None:
-    """Returns when nobody writes to a store any more.
-
-    Args:
-        folder: Of the store.
-        say: Told whom is waited for.
-    """
+    """Returns when nobody writes to a store any more; `say` is told of those that do."""
 
     def wait(owner: str) -> None:
         say(f"process {owner} is harvesting into {folder}: waiting for its end")
@@ -344,11 +335,7 @@ def _parts(folder: Path, store: str) -> dict[int, int]:
 
 
 def _facts_of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: str) -> list[Facts]:
-    """Reads the facts of the part's segments, of all that there are.
-
-    Raises:
-        UserError: If one of them is missing, damaged, or of another segment than its name says.
-    """
+    """Reads the facts of the part's segments; a UserError if one is missing, damaged or another's."""
     numbers = [number for of, number in names if of == part]
     found, n_tokens = list[Facts](), 0
     for number, there in enumerate(numbers):
