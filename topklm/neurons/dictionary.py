@@ -87,7 +87,7 @@ class Dictionary:
 
     @classmethod
     def load(cls, path: Path) -> "Dictionary":
-        """Reads a file that `save` has written; a UserError if it is missing, damaged, or of another version."""
+        """Reads what `save` has written; a UserError if it is missing, damaged, or of another version."""
         advice = "delete it and the store, and harvest again"
         with damage_is_a_user_error(path, advice, EOFError, KeyError, TypeError, *_NO_ARCHIVE):
             try:

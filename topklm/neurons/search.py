@@ -238,20 +238,16 @@ class _EmptyMatchError(Exception):
 @contextlib.contextmanager
 def _limits(pattern: str, timeout_s: float) -> Iterator[None]:
     """Tells the user, if what happens inside says that a pattern is of no use."""
-    name = _name(pattern)
+    problems: dict[type[Exception], str] = {
+        _EmptyMatchError: "matches the empty text, and so everywhere; have it match at least a character",
+        TimeoutError: f"not done within {timeout_s:g} s; make it simpler: repetitions within repetitions, as "
+        "in (a+)+, may take for ever",
+        MemoryError: "takes too much memory; make it simpler",
+    }
     try:
         yield
-    except _EmptyMatchError as e:
-        raise UserError(
-            f"{name}: matches the empty text, and so everywhere; have it match at least a character"
-        ) from e
-    except TimeoutError as e:
-        raise UserError(
-            f"{name}: not done within {timeout_s:g} s; make it simpler: repetitions within repetitions, as "
-            "in (a+)+, may take for ever"
-        ) from e
-    except MemoryError as e:
-        raise UserError(f"{name}: takes too much memory; make it simpler") from e
+    except tuple(problems) as e:
+        raise UserError(f"{_name(pattern)}: {problems[type(e)]}") from e
 
 
 def _bytes_of_characters(text: str) -> np.ndarray:
