@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
+from topklm.errors import UserError, visible
 from topklm.neurons.contrast import ORDERS
-from topklm.neurons.display import Activation, ActiveNeurons, visible
+from topklm.neurons.display import Activation, ActiveNeurons
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.storage.files import DIGEST, read_json, unsealed
 
