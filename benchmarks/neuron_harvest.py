@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 
 from benchmarks.harness import timing
@@ -37,13 +36,13 @@ class Held:
 
 
 def against_forward(
-    model: LanguageModel, mesh: Mesh, documents: Held, folder: NeuronsFolder, repeats: int
+    model: LanguageModel, layout: Layout, documents: Held, folder: NeuronsFolder, repeats: int
 ) -> dict[str, Any]:
     """Harvests again and again, in turns with the plain forward pass; the last store stays.
 
     Args:
-        model: On the devices of `mesh`.
-        mesh: Of all devices.
+        model: On the devices of `layout`.
+        layout: Of all devices.
         documents: The text.
         folder: Where the store goes.
         repeats: Rounds.
@@ -52,7 +51,7 @@ def against_forward(
         Ratios and rates, for JSON.
     """
     config, separator_id = model.config.model, model.tokenizer.separator_id
-    text_model = TextModel(config, model.params, Layout(mesh), separator_id)
+    text_model = TextModel(config, model.params, layout, separator_id)
     rows = text_model.rows
     kind, layers = harvest_lib.kind_and_layers(config)
     metadata = Metadata(
