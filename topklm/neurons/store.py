@@ -24,7 +24,7 @@ import numpy as np
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import damage_is_a_user_error
-from topklm.neurons.segment import Facts, Segment, SegmentReader
+from topklm.neurons.segment import Segment, SegmentReader
 from topklm.storage import locks
 from topklm.storage.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
 
@@ -115,8 +115,8 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
             self._store = _check_same(folder, metadata)
             for left in self._segments.glob(f".{part}-*"):  # by one that was killed
                 shutil.rmtree(left)
-            facts = _facts_of_part(folder, part, _segment_names(folder), self._store)
-            self._n_written, self.n_tokens = len(facts), sum(each.n_tokens for each in facts)
+            there = _segments_of(folder, part, _segment_names(folder), self._store, metadata)
+            self._n_written, self.n_tokens = len(there), sum(each.n_tokens for each in there)
             if self._store:
                 self._write_part()
             self._closing = stack.pop_all()
@@ -169,19 +169,16 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self.metadata, self.sha256 = _read_metadata(folder)
-        n_neurons = len(self.metadata.layers) * self.metadata.d_model
         self.segments: list[SegmentReader] = []
         wanted = _parts(folder, self.sha256)
         names = _segment_names(folder)  # later: somebody may be adding some
         for part, n_segments in wanted.items():
-            found = _facts_of_part(folder, part, names, self.sha256)
+            found = _segments_of(folder, part, names, self.sha256, self.metadata)
             if len(found) < n_segments:
                 raise UserError(
                     f"{folder}: of {n_segments} segments of part {part} only {len(found)} are there: {_AGAIN}"
                 )
-            for number, facts in enumerate(found):
-                path, advice = folder / _SEGMENTS / _name(part, number), _advice(part, number, len(found))
-                self.segments.append(SegmentReader(path, facts, n_neurons, advice))
+            self.segments += found
         self._starts = np.cumsum([0, *(segment.n_tokens for segment in self.segments)], dtype=np.int64)
 
     @property
@@ -334,31 +331,28 @@ def _parts(folder: Path, store: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _facts_of_part(folder: Path, part: int, names: Sequence[tuple[int, int]], store: str) -> list[Facts]:
-    """Reads the facts of the part's segments; a UserError if one is missing, damaged or another's."""
+def _segments_of(
+    folder: Path, part: int, names: Sequence[tuple[int, int]], store: str, metadata: Metadata
+) -> list[SegmentReader]:
+    """Opens the part's segments; a UserError if one is missing, damaged or another's."""
     numbers = [number for of, number in names if of == part]
-    found, n_tokens = list[Facts](), 0
+    found, n_tokens = list[SegmentReader](), 0
     for number, there in enumerate(numbers):
-        path = folder / _SEGMENTS / _name(part, number)
+        # Those harvested after a damaged one can only be harvested after it.
+        damaged = _name(part, there) + (f" to {_name(part, numbers[-1])}" if there < numbers[-1] else "")
+        path, advice = (
+            folder / _SEGMENTS / _name(part, number),
+            f"delete {damaged} in {_SEGMENTS}, and {_AGAIN}",
+        )
         if there != number:
-            advice = _advice(part, there, numbers[-1] + 1)
             raise UserError(f"{path} is missing, and there are segments after it: {advice}")
-        advice = _advice(part, number, numbers[-1] + 1)
         facts = segment_lib.read_facts(path, advice, sealed=bool(store))
         wanted = (store, part, number, n_tokens)
         if store and (facts.store, facts.part, facts.number, facts.begin) != wanted:
             raise UserError(f"{path} is of another store, or of another place in this one: {advice}")
-        found.append(facts)
+        found.append(SegmentReader(path, facts, len(metadata.layers) * metadata.d_model, advice))
         n_tokens += facts.n_tokens
     return found
-
-
-def _advice(part: int, number: int, stop: int) -> str:
-    """Advises on a damaged segment; those harvested after it can only be harvested after it."""
-    names = _name(part, number)
-    if number < stop - 1:
-        names += f" to {_name(part, stop - 1)}"
-    return f"delete {names} in {_SEGMENTS}, and {_AGAIN}"
 
 
 def _read_metadata(folder: Path) -> tuple[Metadata, str]:
