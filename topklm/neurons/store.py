@@ -340,10 +340,8 @@ def _segments_of(
     for number, there in enumerate(numbers):
         # Those harvested after a damaged one can only be harvested after it.
         damaged = _name(part, there) + (f" to {_name(part, numbers[-1])}" if there < numbers[-1] else "")
-        path, advice = (
-            folder / _SEGMENTS / _name(part, number),
-            f"delete {damaged} in {_SEGMENTS}, and {_AGAIN}",
-        )
+        advice = f"delete {damaged} in {_SEGMENTS}, and {_AGAIN}"
+        path = folder / _SEGMENTS / _name(part, number)
         if there != number:
             raise UserError(f"{path} is missing, and there are segments after it: {advice}")
         facts = segment_lib.read_facts(path, advice, sealed=bool(store))
