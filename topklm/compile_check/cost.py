@@ -224,11 +224,7 @@ class Collective:
         return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
 
     def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-        """Returns the mesh axes along which its groups reach; over slices, the first axis.
-
-        Args:
-            mesh_shape: Axis -> size, in the order of the mesh.
-        """
+        """Returns the axes of a mesh, sizes by name, along which its groups reach; over slices, the first."""
         names, sizes = list(mesh_shape), list(mesh_shape.values())
         if self.across_slices:
             return (names[0],)
@@ -255,11 +251,7 @@ def collectives(program: Program, unread: Unread | None = None) -> list[Collecti
         if (kind is None and instruction.opcode != "send") or _is_a_later_part(computation, instruction):
             continue
         with reading(instruction.name, runs, unread):
-            common: dict[str, Any] = {
-                "count": runs.count,
-                "is_exact": runs.is_exact,
-                "name": instruction.name,
-            }
+            common: dict[str, Any] = {**dataclasses.asdict(runs), "name": instruction.name}
             if kind is None:
                 found += _over_slices(computation, instruction, common)
                 continue
