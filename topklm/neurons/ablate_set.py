@@ -48,14 +48,16 @@ class AblatedLosses:
     """
 
     def __init__(self, model: TextModel, documents: Sequence[np.ndarray]):
-        self._model, self._config = model, dataclasses.replace(model.config, dtype="float32")
+        in_float32 = dataclasses.replace(model.config, dtype="float32")
+        self._model = dataclasses.replace(model, config=in_float32)
         self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
         stretches = batches(model.windows(documents), _STRETCH_TOKENS)
         self._packed = [model.pack(stretch) for stretch in stretches]
 
     def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
         """Returns float64[G], nats, the sum over each document's tokens with these neurons off."""
-        keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
+        model, sums = self._model, np.zeros(len(self.n_tokens))
+        keep = np.ones((model.config.n_layers, model.config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
                 raise ValueError(
@@ -63,12 +65,11 @@ class AblatedLosses:
                     f"{keep.shape[1]} neurons"
                 )
             keep[layer, neuron] = 0
-        model, sums = self._model, np.zeros(len(self.n_tokens))
         keep_LD = jax.device_put(keep, model.layout.replicated)
         for packed in self._packed:
             for arrays, read, tokens in packed.batches():
                 with jax.default_matmul_precision("float32"):
-                    nll = _forward(self._config, model.params, keep_LD, *model.put(arrays))
+                    nll = _forward(model.config, model.params, keep_LD, *model.put(arrays))
                 losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]
                 sums += np.bincount(packed.documents[tokens], losses, len(sums))
                 report(len(read))
