@@ -22,6 +22,8 @@ from topklm.neurons.documents import TextModel, batches
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 
+_Batch = tuple[np.ndarray, ...]  # inputs, segment ids, positions
+
 
 @dataclasses.dataclass
 class Held:
@@ -80,14 +82,11 @@ def against_forward(
     forward = timing.timed(functools.partial(_forward_all, text_model, batches))
     subjects = {"harvest": harvest, "forward": forward}
     samples = timing.alternate(subjects, repeats, label="harvest")
-    ratios = samples["forward"].speedup_over(samples["harvest"])
     n_tokens = sum(map(len, documents))
     return {
-        "over_forward": statistics.median(ratios),
-        "over_forward_of_rounds": ratios,
+        **_over_forward(samples, "harvest"),
         "tokens_per_second": n_tokens / samples["harvest"].median,
         "forward_tokens_per_second": n_tokens / samples["forward"].median,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
         "batch_rows": rows,
         "n_batches": len(batches),
     }
@@ -112,12 +111,16 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 
     subjects = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
     samples = timing.alternate(subjects, repeats, label="capture")
-    ratios = samples["forward"].speedup_over(samples["captured"])
+    return {**_over_forward(samples, "captured"), "tokens": list(shape)}
+
+
+def _over_forward(samples: dict[str, timing.Samples], name: str) -> dict[str, Any]:
+    ratios = samples["forward"].speedup_over(samples[name])
+    seconds = {name: of_side.seconds for name, of_side in samples.items()}
     return {
         "over_forward": statistics.median(ratios),
         "over_forward_of_rounds": ratios,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
-        "tokens": list(shape),
+        "seconds": seconds,
     }
 
 

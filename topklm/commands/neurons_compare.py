@@ -211,8 +211,8 @@ def _contrast(arguments: argparse.Namespace) -> None:
                 f"{len(text.documents):,} documents, {text.facts['tokens']:,} tokens: makes {n} windows of "
                 f"{piece} tokens, must be 2 or more: give more text, or a smaller --window"
             )
-    documents = [text.documents for text in texts]
-    counts, found = _contrast_of(arguments, text_model, *documents, output.progress, piece)
+    positive, negative = (text.documents for text in texts)
+    counts, found = _contrast_of(arguments, text_model, positive, negative, output.progress, piece)
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
@@ -320,19 +320,19 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
         for half in (0, 1)
     )
-    counts, found = _contrast_of(arguments, text_model, *chosen_on, output.progress)
+    counts, found = _contrast_of(arguments, text_model, chosen_on[0], chosen_on[1], output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
-        losses_of = [AblatedLosses(text_model, documents) for documents in scored_on]
-        n_tokens = sum(int(text.n_tokens.sum()) for text in losses_of)
+        forget, retain = (AblatedLosses(text_model, documents) for documents in scored_on)
+        n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
         total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
         with output.progress.phase("measuring losses", total) as tell:
 
             def report(tokens: int) -> None:
                 tell(tokens, 0, tokens)
 
-            scored = Scored(*losses_of, *(text.sums(report=report) for text in losses_of))
+            scored = Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
             outcomes = ablate_set.measure(
                 scored,
                 sets,

@@ -154,7 +154,7 @@ class _Program:
             for arrays, read, to in packed.batches()
         )
         # Each is taken apart while the next one is computed.
-        ahead = next(computed)
+        ahead = next(computed, None)
         while ahead is not None:
             ((nll, layers), read, to), ahead = ahead, next(computed, None)
             losses[to] = np.asarray(nll).reshape(-1)[read - 1]

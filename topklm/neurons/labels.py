@@ -13,8 +13,7 @@ from pathlib import Path
 import unicodedata
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage import locks
-from topklm.storage.files import parse_json, write_atomically
+from topklm.storage.files import folder_lock, parse_json, write_atomically
 
 FORMAT = 1
 MAX_CHARACTERS = 200
@@ -74,7 +73,7 @@ class Labels:
         with disk_errors_are_user_errors("writing a label"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Waits in silence: the lock is held for a moment only.
-            with locks.held(self._path.parent, lambda owner: None):
+            with folder_lock(self._path.parent, lambda owner: None):
                 labels = {**self.all(), (layer, neuron): text}
                 if not text:
                     del labels[layer, neuron]

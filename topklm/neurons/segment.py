@@ -139,7 +139,7 @@ def write(folder: Path, segment: Segment, store: str, part: int, number: int, be
     known = {kind: {"dtype": array.dtype.name, "size": array.size} for kind, array in arrays.items()}
     creating = {"create": True, "delete_existing": True, "store_data_equal_to_fill_value": True}
     writing = [
-        ts.open({**_spec(folder / kind, **known[kind]), **creating}).result().write(array)
+        ts.open({**_spec(folder / kind, array.dtype.name, array.size), **creating}).result().write(array)
         for kind, array in arrays.items()
     ]
     for written in writing:
