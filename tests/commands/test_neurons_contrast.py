@@ -9,14 +9,15 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.commands import neurons_ablate, neurons_contrast
+from topklm.commands.neurons_compare import ABLATE_SET, CONTRAST
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
-from topklm.neurons import ablate_set, harvest
+from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses, halves
-from topklm.neurons.activation_counts import count
+from topklm.neurons.documents import TextModel
+from topklm.neurons.harvest import count
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 
@@ -33,8 +34,7 @@ def write(path, texts):
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harvest, ablate_set):
-            patch.setattr(module, "_BATCH_TOKENS", 256)
+        patch.setattr(documents, "_BATCH_TOKENS", 256)
         yield
 
 
@@ -66,12 +66,12 @@ def call(capsys, monkeypatch):
 
 def contrast_of(place):
     names = "--positive", place / "vowels.jsonl", "--negative", place / "numbers.jsonl"
-    return neurons_contrast, place / "small", *names
+    return CONTRAST, place / "small", *names
 
 
 def ablate_of(place):
     names = "--forget", place / "vowels.jsonl", "--retain", place / "numbers.jsonl"
-    return neurons_ablate, place / "small", *names
+    return ABLATE_SET, place / "small", *names
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,16 @@ def model(place):
     return topklm.load(place / "small")
 
 
+def text_model(model):
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    return TextModel(model.config.model, model.params, layout, model.tokenizer.separator_id)
+
+
 @pytest.fixture(scope="module")
 def frequencies(model):
     """[2, D], the share of tokens at which neurons of layer 0 are active, text by text."""
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in (*VOWELS, *NUMBERS)]
-    separator_id = model.tokenizer.separator_id
-    counts = count(model.config.model, model.params, mesh, documents, separator_id=separator_id)
+    counts = count(text_model(model), documents)
     active, n_tokens = counts.active[:, 0].reshape(2, 6, 32).sum(axis=1), counts.n_tokens.reshape(2, 6)
     return active / n_tokens.sum(axis=1, keepdims=True)
 
@@ -151,11 +154,8 @@ def test_repeated_documents_and_those_behind_the_limit_are_left_out_and_that_is_
 
 
 def mean_loss(model, texts, neurons=()):
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in texts]
-    losses = AblatedLosses(
-        model.config.model, model.params, mesh, documents, separator_id=model.tokenizer.separator_id
-    )
+    losses = AblatedLosses(text_model(model), documents)
     return losses.sums(neurons).sum() / sum(map(len, documents))
 
 
@@ -179,7 +179,7 @@ def test_ablating_reports_the_losses_of_documents_that_nothing_was_chosen_on(cal
         for n, texts in enumerate((VOWELS, NUMBERS))
     ]
     contrasted = call(
-        neurons_contrast,
+        CONTRAST,
         place / "small",
         "--positive",
         halved[0],
