@@ -42,16 +42,11 @@ class Scheduler:
         token_step: TokenStep = steps_lib.one_pass,
         step_inputs: Any = None,
     ):
-        """Takes a model; nothing is computed yet.
+        """Takes a model, on one device or a mesh; nothing is computed yet.
 
-        Args:
-            config: The model's shape.
-            params: Its parameters, on one device or a mesh.
-            stop_token: A sequence ends when it is drawn; it is reported, and is no part of the sequence.
-            buckets: Sizes of the batch and so on.
-            layers: `kv_cache.by_layer` of the model, if it has been made already.
-            token_step: Runs the newest tokens.
-            step_inputs: Its data, if it needs some.
+        A sequence ends when the stop token is drawn, which is reported, and is no part of the sequence.
+        `layers` is `kv_cache.by_layer` of the model, if it has been made already. `token_step` runs the
+        newest tokens, with `step_inputs`.
         """
         self.sequences: list[Sequence] = []  # that are in slots now
         self._config, self._params, self._stop = config, params, np.int32(stop_token)

@@ -199,12 +199,8 @@ def serve(
 ) -> None:
     """Answers until Ctrl-C, or until the process is asked to end; then sequences have a time of grace.
 
-    Args:
-        service: It answers; its engine has been started, and is closed in the end.
-        listening: From `topklm.web.server.listen`.
-        host: Where it listens.
-        token: Has to be sent by clients as their API key; None: they need none.
-        ready: Called with the address, once it answers.
+    The engine of the service has been started, and is closed in the end. Clients have to send the token, if
+    there is one, as their API key. `ready` is called with the address, once it is answered there.
     """
     port = listening.getsockname()[1]
     guarded = Guard(

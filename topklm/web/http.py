@@ -53,27 +53,18 @@ def _refused(status: int, message: str) -> Response:
 
 
 class Guard:
-    """Refuses requests that should not be answered, and adds the headers that keep pages in their place.
-
-    Args:
-        app: The application that is guarded.
-        hosts: Names, with ports, under which the server is asked for; None: any, for then there is a token.
-        token: Has to be sent by clients, as a bearer; None: they need none.
-        max_body: Bytes that a request may carry.
-        refuse: Makes the answers that refuse.
-        by_link: Also take the token as `?token=` in a link, then by a cookie: for people with browsers.
-        where_token_is: Says to clients without one where to look for it.
-    """
+    """Refuses requests that should not be answered, and adds the headers that keep pages in their place."""
 
     def __init__(
         self,
         app: ASGIApp,
+        # Names, with ports, under which the server is asked for; None: any, for then there is a token.
         hosts: frozenset[str] | None,
-        token: str | None = None,
+        token: str | None = None,  # has to be sent by clients, as a bearer; None: they need none
         *,
-        max_body: int = MAX_BODY,
+        max_body: int = MAX_BODY,  # bytes that a request may carry
         refuse: Refuse = _refused,
-        by_link: bool = True,
+        by_link: bool = True,  # also take the token as `?token=` in a link, then by a cookie: for browsers
         where_token_is: str = "open the address that topklm explore printed",
     ):
         self._app, self._hosts, self._token, self._max_body = app, hosts, token, max_body
@@ -242,12 +233,9 @@ class Stream(Response):
     def __init__(
         self, write: Callable[[Say], Awaitable[None]], media_type: str, seconds: float | None = None
     ):
-        """Takes the function that makes the answer.
+        """Takes the function that makes the answer, called with one that sends a piece.
 
-        Args:
-            write: Called with a function that sends a piece.
-            media_type: Of all pieces together.
-            seconds: For the whole answer; a client that reads slower is hung up on. None: any time.
+        A client that takes more than so many seconds for the whole answer is hung up on.
         """
         super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
@@ -276,9 +264,7 @@ class Stream(Response):
 async def unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
     """Returns what a piece of work gives; None once the client has hung up, when the work is ended.
 
-    Args:
-        work: Makes the answer.
-        receive: Of the client's connection, when its request has been read; the rest is ignored.
+    Of the client's connection, whose request has been read, the rest is ignored.
     """
 
     async def gone() -> None:

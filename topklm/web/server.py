@@ -90,12 +90,9 @@ def make_server(
 
 
 def run(server: "_Server", listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answers on a socket, which is closed in the end, until Ctrl-C, or until the process is asked to end.
+    """Answers on a socket, closed in the end, until Ctrl-C, or until the process is asked to end.
 
-    Args:
-        server: From `make_server`.
-        listening: From `listen`.
-        ready: Called once requests are answered.
+    `ready` is called once requests are answered.
     """
     server.ready = ready
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
