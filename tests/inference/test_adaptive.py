@@ -62,6 +62,7 @@ def test_losses_and_k_are_those_of_whole_passes(layer_stack):
 
 
 @pytest.mark.parametrize(("threshold", "k"), [(0.0, HIGH), (float("inf"), CONFIG.topk_k)])
+@pytest.mark.slow
 def test_at_its_ends_the_rule_is_a_k_for_all_tokens(threshold, k):
     tokens = np.random.default_rng(1).integers(0, 50, (3, T))
     found = token_losses(CONFIG, params_of(CONFIG), tokens, AdaptiveK(HIGH, threshold))
