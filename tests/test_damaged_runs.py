@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 
 import damage
@@ -38,7 +39,7 @@ def loaded(run):
 
 
 def newest_state(run):
-    asked = config.from_json((run / "config.json").read_bytes())
+    asked = config.from_saved(json.loads((run / "config.json").read_bytes()))
     checkpoints = CheckpointManager(run / "checkpoints", asked.checkpoint)
     return [np.asarray(array) for array in jax.tree.leaves(checkpoints.restore(*onto_one_device(asked))[0])]
 

@@ -8,6 +8,7 @@ the typed, frozen `Config` that the library uses, or ends with one line that nam
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import re
@@ -18,7 +19,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model import backends
-from topklm.storage.files import check_name, parse_json
+from topklm.storage.files import check_name
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 DTYPES = ("float32", "bfloat16")
@@ -36,59 +37,41 @@ _LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Values that a number may take; a bound that is None does not hold.
+    """Values that a number may take."""
 
-    Attributes:
-        least: The smallest.
-        most: The largest.
-        above: All are larger.
-        below: All are smaller, in float32 too.
-        rest: -1 is allowed beside them and stands for all devices that are left.
-    """
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    rest: bool = False
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf  # all are larger
+    below: float = math.inf  # all are smaller, in float32 too
+    rest: bool = False  # -1 is allowed beside them and stands for all devices that are left
 
     def holds(self, value: float) -> bool:
         """Returns True if a value lies within all bounds."""
-        return (self.rest and value == -1) or (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or float(np.float32(value)) < self.below)
-        )
+        inside = self.least <= value <= self.most and value > self.above
+        return (self.rest and value == -1) or (inside and float(np.float32(value)) < self.below)
 
     def __str__(self) -> str:
         """Describes the values, as in "must be ..."."""
-        if self.below is not None:
-            low = f"above {self.above}" if self.above is not None else f"at least {self.least}"
+        is_open = math.isfinite(self.above)
+        if math.isfinite(self.below):
+            low = f"above {self.above}" if is_open else f"at least {self.least}"
             return f"{low} and below {self.below}, in float32 too"
-        if self.above is not None:
+        if is_open:
             return f"above {self.above}"
-        if self.most is not None and not isinstance(self.most, int):
+        if math.isfinite(self.most) and not isinstance(self.most, int):
             return f"from {self.least} to {self.most:g}"
-        low = f"{self.least} or more" if self.least is not None else ""
+        low = f"{self.least} or more" if math.isfinite(self.least) else ""
         return f"{low}, or -1 for all that are left" if self.rest else low
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Everything known of a field besides its name and type.
+    """Everything known of a field besides its name and type."""
 
-    Attributes:
-        meaning: With its unit or its symbol.
-        range: Of a number.
-        choices: Of a name.
-        allowed: Describes the values where they depend on other fields.
-    """
-
-    meaning: str
-    range: Range = Range()
-    choices: tuple[str, ...] = ()
-    allowed: str = ""
+    meaning: str  # with its unit or its symbol
+    range: Range = Range()  # of a number
+    choices: tuple[str, ...] = ()  # of a name
+    allowed: str = ""  # describes the values where they depend on other fields
 
 
 def _setting(default: Any, meaning: str, range_: Range | None = None, **more: Any) -> Any:
@@ -358,38 +341,22 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     return config
 
 
-def from_json(text: str | bytes) -> Config:
-    """Reads the config.json of a run folder.
-
-    Raises:
-        UserError: If it is no JSON object, and as `resolve`.
-    """
-    try:
-        values = parse_json(text)
-    except ValueError as e:
-        raise UserError(f"the saved config is not valid JSON ({e})") from e
-    return from_saved(values)
-
-
 def from_saved(values: Mapping[str, Any]) -> Config:
     """Returns a config that a run has saved, also one from before `vocab_multiple` or `layer_stack`.
 
     Raises:
         UserError: As `resolve`.
     """
-    config = resolve(_without_scan_layers(values))
+    saved = values.get("model") if isinstance(values, Mapping) else None
+    if isinstance(saved, Mapping):
+        # The former name of `layer_stack`; nothing that was saved depends on it.
+        saved = {name: value for name, value in saved.items() if name != "scan_layers"}
+        values = {**values, "model": saved}
+    config = resolve(values)
     model = config.model
-    if "vocab_multiple" in values.get("model", {}) or model.padded_vocab_size == model.vocab_size:
+    if "vocab_multiple" in (saved or {}) or model.padded_vocab_size == model.vocab_size:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(model, vocab_multiple=1))
-
-
-def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Drops `model.scan_layers`, the former name of `layer_stack`; nothing that was saved depends on it."""
-    model = values.get("model") if isinstance(values, Mapping) else None
-    if not isinstance(model, Mapping) or "scan_layers" not in model:
-        return values
-    return {**values, "model": {name: value for name, value in model.items() if name != "scan_layers"}}
 
 
 def nearest_field(name: str) -> str:
@@ -402,15 +369,12 @@ def nearest_field(name: str) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Returns all fields by dotted name: `{"model.d_model": 256, ..., "profile": ""}`."""
-    flat: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
-        fields = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{field}".rstrip("."): v for field, v in fields.items()}
-    return flat
+    return {name: functools.reduce(getattr, name.split("."), config) for name in settings()}
 
 
-def settings() -> dict[str, Setting]:
-    """Returns meaning and range of every field, by dotted name, in the order of `flatten`."""
+@functools.cache
+def settings() -> Mapping[str, Setting]:
+    """Returns meaning and range of every field, by dotted name."""
     found: dict[str, Setting] = {}
     for section in dataclasses.fields(Config):
         if "setting" in section.metadata:
@@ -559,48 +523,39 @@ def _check_ranges(config: Config) -> None:
     Raises:
         UserError: For the first that is out of range.
     """
+    flat = flatten(config)
 
     def require(field: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise UserError(f"{field} = {_shown(flat[field])}: must be {allowed}")
 
-    m, flat = config.model, flatten(config)
     for field, setting in settings().items():
-        value = flat[field]
+        value, most = flat[field], setting.range.most
         if isinstance(value, float):
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            _check_text(field, value)
-            require(field, not setting.choices or value in setting.choices, _one_of(setting))
-        elif isinstance(setting.range.most, int) and value > setting.range.most:
-            require(field, False, f"at most {setting.range.most}")
+            if value and field in ("data.dir", "data.source", "data.mixture"):
+                check_name(value, field)
+            is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
+            require(field, is_utf8, "text that UTF-8 can write")
+            allowed = f"one of {', '.join(setting.choices)}"
+            require(field, not setting.choices or value in setting.choices, allowed)
         else:
+            require(field, not isinstance(most, int) or value <= most, f"at most {most}")
             require(field, setting.range.holds(value), str(setting.range))
+    m, train = config.model, config.train
     require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
-    require(
-        "model.n_heads",
-        m.head_dim % 2 == 0,
-        f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE",
-    )
-    require(
-        "model.n_kv_heads",
-        m.n_heads % m.n_kv_heads == 0,
-        f"a divisor of model.n_heads ({m.n_heads})",
-    )
+    even = f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE"
+    require("model.n_heads", m.head_dim % 2 == 0, even)
+    require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
-    require(
-        "model.n_nontopk",
-        1 <= m.n_nontopk <= m.n_layers,
-        f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)",
-    )
+    layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"
+    require("model.n_nontopk", 1 <= m.n_nontopk <= m.n_layers, layers)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
-    require(
-        "train.batch_size",
-        config.train.batch_size % config.train.grad_accumulation == 0,
-        f"a multiple of train.grad_accumulation ({config.train.grad_accumulation})",
-    )
+    multiple = f"a multiple of train.grad_accumulation ({train.grad_accumulation})"
+    require("train.batch_size", train.batch_size % train.grad_accumulation == 0, multiple)
     for field in ["train.batch_size", "eval.batch_size"]:
         allowed = f"at most {_MAX_SIZE // m.context_length}: {_MAX_SIZE} tokens of model.context_length"
         require(field, flat[field] * m.context_length <= _MAX_SIZE, allowed)
@@ -609,27 +564,12 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
 
 
-def _one_of(setting: Setting) -> str:
-    return f"one of {', '.join(setting.choices)}"
-
-
-def _check_text(field: str, value: str) -> None:
-    if value and field in ("data.dir", "data.source", "data.mixture"):
-        check_name(value, field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{field} = {value!r}: must be text that UTF-8 can write") from e
-
-
 def _check_profile(config: Config) -> None:
-    steps = config.train.steps
     if not config.profile:
         return
-    if not re.fullmatch("[0-9]{1,10}:[0-9]{1,10}", config.profile) or not (
-        1 <= config.profiled_steps.start <= steps
-    ):
-        allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({steps})'
+    is_range = re.fullmatch("[0-9]{1,10}:[0-9]{1,10}", config.profile)
+    if not is_range or not 1 <= config.profiled_steps.start <= config.train.steps:
+        allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({config.train.steps})'
         raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
     if not config.profiled_steps:
         raise UserError(f"profile = {config.profile!r}: holds no step; B of A:B is the first not traced")

@@ -9,15 +9,9 @@ from topklm.config import OptimConfig
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Chains clipping by global norm, Adam, decoupled weight decay (Loshchilov and Hutter 2019), schedule.
-
-    Args:
-        config: Its settings.
-        steps: Length of the whole run, optimizer steps.
-    """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    """Chains clipping by global norm, AdamW (Loshchilov and Hutter 2019) and the schedule of a whole run."""
     return optax.chain(
-        clip,
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
@@ -41,16 +35,9 @@ def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def change_of_schedule(config: OptimConfig, before: int, steps: int, step: int) -> str | None:
-    """Describes the jump of the learning rate in a run that goes on with another length.
+    """Describes the jump of the learning rate in a run of `before` steps that goes on to `steps` at `step`.
 
-    Args:
-        config: Of the schedule.
-        before: Length that the run had, optimizer steps.
-        steps: Length that it has now.
-        step: Steps done.
-
-    Returns:
-        A sentence, or None if the rate goes on as it would have.
+    Returns None if the rate goes on as it would have.
     """
     last, planned = (float(learning_rate_schedule(config, before)(i)) for i in (step - 1, step))
     now = float(learning_rate_schedule(config, steps)(step))

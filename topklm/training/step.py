@@ -1,7 +1,7 @@
-"""The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh.
+"""The train step: a pure function of pytrees, one `jax.jit` over a mesh.
 
 Loss and gradient are one program for every device (`jax.shard_map`) whose communication is written out, here
-and in `topklm.parallel`; the optimizer works on each array as it lies.
+and in `topklm.parallel`; the optimizer (`make_optimizer`) works on each array as it lies.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,18 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from topklm.config import Config, ModelConfig
-from topklm.layout import REPLICATED, ROWS, Layout
+from topklm.layout import REPLICATED, Layout
 from topklm.model import backends, losses, transformer
 from topklm.model.block import CaptureFn
 from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
 from topklm.training import anomalies
-from topklm.training.evaluation import capture_topk_health
 from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
-
 
 # XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
 _RELEASE_SECONDS = 0.002
@@ -102,55 +100,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: Config, layout: Layout
-) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
-    """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
-
-    Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
-    int32[B], how many a row has, and `topk_health`, see `capture_topk_health`.
-    """
-    specs, parallel, forward = _make_forward(config.model, layout)
-
-    def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))
-        model, h, health = forward(params, batch, capture)
-        nll = losses.token_losses(
-            parallel.gather_tokens(h),
-            model.unembedding(),
-            batch["targets"],
-            config.model.vocab_size,
-            parallel.tensor,
-        )
-        sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
-        nll_nats, tokens = (layout.sum_over(x, keep=ROWS, leave_out="tensor") for x in sums)
-        return {
-            "nll_nats": nll_nats,
-            "tokens": tokens,
-            "topk_health": jax.tree.map(lambda x: layout.sum_over(x, keep=REPLICATED), health),
-        }
-
-    out = {"nll_nats": ROWS, "tokens": ROWS, "topk_health": REPLICATED}
-    eval_step = layout.on_every_device(of_device, specs, out)
-    # Every process reads the sums, those of other processes' rows too.
-    return jax.jit(eval_step, out_shardings=layout.replicated)
-
-
 def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel, forward = _make_forward(config.model, layout)
+    specs, parallel, forward = make_forward(config.model, layout)
 
     def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model, h, _ = forward(params, batch)
-        return losses.cross_entropy(
-            parallel.gather_tokens(h),
-            model.unembedding(),
-            batch["targets"],
-            batch["loss_weights"],
-            config.optim.z_loss,
-            config.model.vocab_size,
-            parallel.tensor,
-        )
+        h, w, targets = parallel.gather_tokens(h), model.unembedding(), batch["targets"]
+        z_loss, n_vocab = config.optim.z_loss, config.model.vocab_size
+        return losses.cross_entropy(h, w, targets, batch["loss_weights"], z_loss, n_vocab, parallel.tensor)
 
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
@@ -165,12 +123,12 @@ def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
+def make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
     """Builds the forward pass of one device's program.
 
     Returns:
         The specs of the parameters; the device's view of the mesh; and `(params, batch, capture) -> (model,
-        h, what was captured)`, whose parameters are this device's parts.
+        h, captured)`, whose parameters are this device's parts.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)
@@ -186,13 +144,12 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
             return transformer.bind(config, {**params, **outside_blocks})
 
         model = gathered()
-        h, seen = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], capture=capture, parallel=parallel
-        )
+        inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+        h, captured = model.hidden(*inputs, capture=capture, parallel=parallel)
         # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
         # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
         tied = config.tie_embeddings and config.dtype != "float32"
-        return gathered() if tied else model, h, seen
+        return gathered() if tied else model, h, captured
 
     return layout.specs(shapes), parallel, forward
 
@@ -236,32 +193,23 @@ def release_seconds(compiled: jax.stages.Compiled) -> float:
 class StopSync:
     """Truthy once all processes know that the run shall stop; the same in all of them after each step.
 
-    Each process puts its own signal into the step as an array over its devices, and reads the largest of all
-    among the step's results: a step later all know, without any message and whatever the network does.
+    Each process puts the signal of its own `StopRequest` into the step as an array over its devices, and
+    reads the largest of all among the step's results: a step later all know, without any message.
     """
 
     def __init__(self, layout: Layout, stop: StopRequest):
-        """Starts with no stop known.
-
-        Args:
-            layout: Of all devices of the run.
-            stop: Request to this process.
-        """
-        self._stop = stop
+        self._layout, self._stop = layout, stop
         self._alone = jax.process_count() == 1
         self._agreed = False
-        self._layout = layout
         self._flags: dict[int, jax.Array] = {}
 
     def __bool__(self) -> bool:
         return bool(self._stop) if self._alone else self._agreed
 
     def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        """Gives a step one more argument, this process's stop flag, if there are other processes.
+        """Gives a step, `(...) -> results` or `(...) -> (state, results)`, one more argument: the stop flag.
 
-        Args:
-            step: Jitted, `(...) -> results` or `(...) -> (state, results)`.
-            donate_argnums: Of the step.
+        Only if there are other processes.
         """
         if self._alone:
             return step
