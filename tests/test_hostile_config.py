@@ -465,7 +465,7 @@ def test_the_largest_seed_is_one():
     ],
 )
 def test_settings_that_nobody_means_are_named(values, words):
-    lines = config_lib.warnings(config_lib.resolve(values))
+    lines = list(config_lib.warnings(config_lib.resolve(values)))
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines, strict=True))
 
@@ -473,4 +473,4 @@ def test_settings_that_nobody_means_are_named(values, words):
 def test_no_recipe_is_warned_of():
     for recipes in (books, paper, small):
         for variant in recipes.VARIANTS:
-            assert config_lib.warnings(config_lib.resolve(recipes.get_config(variant))) == []
+            assert not list(config_lib.warnings(config_lib.resolve(recipes.get_config(variant))))

@@ -5,7 +5,7 @@ An experiment is a Python file with `get_config(arg)` that starts from `default(
 the typed, frozen `Config` that the library uses, or ends with one line that names the field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import difflib
 import functools
@@ -423,60 +423,50 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
     }
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config) -> Iterator[str]:
     """Describes settings that are allowed and that hardly anybody means, a line for each."""
     model, train, optim = config.model, config.train, config.optim
-    memory = max(1 / (1 - beta) for beta in (optim.beta1, optim.beta2))  # steps
-    found = [
-        (
-            optim.warmup_steps > train.steps,
+    if optim.warmup_steps > train.steps:
+        yield (
             f"optim.warmup_steps = {optim.warmup_steps} of train.steps = {train.steps}: the run ends before "
-            "the learning rate reaches its peak",
-        ),
-        (
-            config.checkpoint.every_steps > train.steps,
-            f"checkpoint.every_steps = {config.checkpoint.every_steps} of train.steps = {train.steps}: the "
-            "run is saved only at its end and on interruption",
-        ),
-        (
-            optim.learning_rate > model.d_model**-0.5,
+            "the learning rate reaches its peak"
+        )
+    if (every := config.checkpoint.every_steps) > train.steps:
+        yield (
+            f"checkpoint.every_steps = {every} of train.steps = {train.steps}: the run is saved only at its "
+            "end and on interruption"
+        )
+    if optim.learning_rate > (scale := model.d_model**-0.5):
+        yield (
             f"optim.learning_rate = {optim.learning_rate}: a step of AdamW moves a weight by about as much, "
-            f"and matrices begin at about 1 / sqrt(model.d_model) = {model.d_model**-0.5:.2g}",
-        ),
-        (
-            optim.weight_decay * optim.learning_rate >= 1,
+            f"and matrices begin at about 1 / sqrt(model.d_model) = {scale:.2g}"
+        )
+    if optim.weight_decay * optim.learning_rate >= 1:
+        yield (
             f"optim.weight_decay = {optim.weight_decay}: times the learning rate it is 1 or more, so each "
-            "step turns matrices round",
-        ),
-        (
-            memory > max(train.steps, 1000),
+            "step turns matrices round"
+        )
+    memory = max(1 / (1 - beta) for beta in (optim.beta1, optim.beta2))  # steps
+    if memory > max(train.steps, 1000):
+        yield (
             f"optim.beta1 = {optim.beta1}, optim.beta2 = {optim.beta2}: they average over {memory:,.0f} "
-            f"steps, and train.steps = {train.steps}",
-        ),
-        (
-            optim.epsilon > (optim.clip_norm or 1),
-            f"optim.epsilon = {optim.epsilon}: hides gradients, whose norm is at most optim.clip_norm",
-        ),
-        (
-            model.norm_eps > model.init_embed_std**2,
+            f"steps, and train.steps = {train.steps}"
+        )
+    if optim.epsilon > (optim.clip_norm or 1):
+        yield f"optim.epsilon = {optim.epsilon}: hides gradients, whose norm is at most optim.clip_norm"
+    if model.norm_eps > model.init_embed_std**2:
+        yield (
             f"model.norm_eps = {model.norm_eps}: more than the mean square of what it is added to, at first "
-            "model.init_embed_std^2",
-        ),
-        (
-            model.init_embed_std > 100,
-            f"model.init_embed_std = {model.init_embed_std}: beside it what the layers add vanishes",
-        ),
-        (
-            model.rope_theta <= 1,
-            f"model.rope_theta = {model.rope_theta}: wavelengths are to rise with the dims, so it is above 1",
-        ),
-        (model.context_length == 1, "model.context_length = 1: no token sees another"),
-        (
-            bool(config.data.mixture) and config.data.source != DataConfig.source,
-            f"data.source = {config.data.source}: is not read, data.mixture replaces it",
-        ),
-    ]
-    return [text for holds, text in found if holds]
+            "model.init_embed_std^2"
+        )
+    if (std := model.init_embed_std) > 100:
+        yield f"model.init_embed_std = {std}: beside it what the layers add vanishes"
+    if (theta := model.rope_theta) <= 1:
+        yield f"model.rope_theta = {theta}: wavelengths are to rise with the dims, so it is above 1"
+    if model.context_length == 1:
+        yield "model.context_length = 1: no token sees another"
+    if config.data.mixture and config.data.source != DataConfig.source:
+        yield f"data.source = {config.data.source}: is not read, data.mixture replaces it"
 
 
 def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
