@@ -146,8 +146,8 @@ def _attention_forward(
     key_segments: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> tuple:
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    scaled = _to_groups(q, k.shape[2]) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    queries, keys, values = _to_groups(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scaled = queries * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
         seen = stop if first is None else k.shape[1]
