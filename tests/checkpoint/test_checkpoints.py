@@ -19,8 +19,7 @@ from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.training import anomalies
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state, init_state, make_train_step
+from topklm.training.step import abstract_state, init_state, make_optimizer, make_train_step
 
 # Saves a trained state of 8 devices, then restores a checkpoint of one device onto its own layout:
 # `SCRIPT CONFIG_JSON FOLDER_OF_8 ARRAYS_OF_8 FOLDER_OF_1 ARRAYS_OF_1`.
@@ -29,7 +28,7 @@ import json, pathlib, sys
 import jax, numpy as np
 from topklm import config as config_lib
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.training.optimizer import make_optimizer
+from topklm.training.step import make_optimizer
 from topklm.layout import make_layout
 from topklm.training.step import abstract_state, init_state
 

@@ -30,7 +30,6 @@ from topklm.storage.files import AnyPath
 from topklm.training import anomalies, metrics
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
-from topklm.training.optimizer import change_of_schedule, make_optimizer
 from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.setup import PreparedRun, check_memory, prepare_run
 from topklm.training.step import (
@@ -38,8 +37,10 @@ from topklm.training.step import (
     TrainState,
     abstract_batch,
     abstract_state,
+    change_of_schedule,
     compile_step,
     init_state,
+    make_optimizer,
     make_train_step,
     release_seconds,
 )
