@@ -325,18 +325,7 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         raise UserError(
             f"config = {_shown(values)}: must be sections with fields, as topklm.config.default()"
         )
-    types = get_type_hints(Config)
-    built = {}
-    for name, value in values.items():
-        if name not in types:
-            raise UserError(f"config.{_name(name)} is not a section; {_nearest(name, types)}")
-        if not dataclasses.is_dataclass(types[name]):
-            built[name] = _typed(name, types[name], value)
-        elif isinstance(value, Mapping):
-            built[name] = _build_section(name, types[name], value)
-        else:
-            raise UserError(f"config.{name} = {_shown(value)}: must be a section with fields")
-    config = Config(**built)
+    config = _build(Config, values)
     _check_ranges(config)
     return config
 
@@ -469,14 +458,21 @@ def warnings(config: Config) -> Iterator[str]:
         yield f"data.source = {config.data.source}: is not read, data.mixture replaces it"
 
 
-def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
+def _build(cls: type, values: Mapping[str, Any], section: str = "") -> Any:
+    """Makes a `Config` or a section of it; `section` begins the names of its fields, such as "model."."""
     types = get_type_hints(cls)
-    typed = {}
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"config.{name}.{_name(key)} is not a field; {_nearest(key, types)}")
-        typed[key] = _typed(f"{name}.{key}", types[key], value)
-    return cls(**typed)
+    built = {}
+    for name, value in values.items():
+        if name not in types:
+            kind = "field" if section else "section"
+            raise UserError(f"config.{section}{_name(name)} is not a {kind}; {_nearest(name, types)}")
+        if not dataclasses.is_dataclass(types[name]):
+            built[name] = _typed(section + name, types[name], value)
+        elif isinstance(value, Mapping):
+            built[name] = _build(types[name], value, f"{name}.")
+        else:
+            raise UserError(f"config.{name} = {_shown(value)}: must be a section with fields")
+    return cls(**built)
 
 
 def _typed(field: str, want: type, value: Any) -> Any:
