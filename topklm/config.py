@@ -5,7 +5,7 @@ An experiment is a Python file with `get_config(arg)` that starts from `default(
 the typed, frozen `Config` that the library uses, or ends with one line that names the field.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import difflib
 import functools
@@ -39,29 +39,14 @@ _LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
 class Range:
     """Values that a number may take."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf  # all are larger
-    below: float = math.inf  # all are smaller, in float32 too
-    rest: bool = False  # -1 is allowed beside them and stands for all devices that are left
+    allowed: str  # describes them, as in "must be ..."
+    holds: Callable[[float], bool]
+    most: int | None = None  # of integers, the largest
 
-    def holds(self, value: float) -> bool:
-        """Returns True if a value lies within all bounds."""
-        inside = self.least <= value <= self.most and value > self.above
-        return (self.rest and value == -1) or (inside and float(np.float32(value)) < self.below)
-
-    def __str__(self) -> str:
-        """Describes the values, as in "must be ..."."""
-        is_open = math.isfinite(self.above)
-        if math.isfinite(self.below):
-            low = f"above {self.above}" if is_open else f"at least {self.least}"
-            return f"{low} and below {self.below}, in float32 too"
-        if is_open:
-            return f"above {self.above}"
-        if math.isfinite(self.most) and not isinstance(self.most, int):
-            return f"from {self.least} to {self.most:g}"
-        low = f"{self.least} or more" if math.isfinite(self.least) else ""
-        return f"{low}, or -1 for all that are left" if self.rest else low
+    @classmethod
+    def from_least(cls, least: int, most: int | None = None) -> "Range":
+        """Returns the range from the smallest number on."""
+        return cls(f"{least} or more", lambda value: value >= least, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +54,30 @@ class Setting:
     """Everything known of a field besides its name and type."""
 
     meaning: str  # with its unit or its symbol
-    range: Range = Range()  # of a number
+    range: Range | None = None  # of a number
     choices: tuple[str, ...] = ()  # of a name
     allowed: str = ""  # describes the values where they depend on other fields
 
 
+_SIZE = Range.from_least(1, _MAX_SIZE)
+_STEPS = Range.from_least(0, _MAX_SIZE)
+_FROM_0 = Range.from_least(0)
+_ABOVE_0 = Range("above 0", lambda value: value > 0)
+_SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+_AVERAGE = Range("at least 0 and below 1, in float32 too", lambda value: value >= 0 and np.float32(value) < 1)
+_AXIS = Range("1 or more, or -1 for all that are left", lambda value: value >= 1 or value == -1, _MAX_SIZE)
+
+
 def _setting(default: Any, meaning: str, range_: Range | None = None, **more: Any) -> Any:
-    """Declares a field of a section; an integer is from 1 to 2^31 - 1 where no range is given."""
-    if range_ is None:
-        is_size = isinstance(default, int) and not isinstance(default, bool) and "allowed" not in more
-        range_ = Range(1, _MAX_SIZE) if is_size else Range()
+    """Declares a field of a section; an integer is from 1 to 2^31 - 1 where nothing else is given."""
+    if (
+        range_ is None
+        and isinstance(default, int)
+        and not isinstance(default, bool)
+        and "allowed" not in more
+    ):
+        range_ = _SIZE
     return dataclasses.field(default=default, metadata={"setting": Setting(meaning, range_, **more)})
-
-
-_FROM_0 = Range(least=0)
-_ABOVE_0 = Range(above=0)
-_SHARE = Range(least=0, most=1.0)
-_AVERAGE = Range(least=0, below=1)
-_STEPS = Range(0, _MAX_SIZE)
-_AXIS = Range(1, _MAX_SIZE, rest=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +87,17 @@ class ModelConfig:
     d_model: int = _setting(256, "D, width of the residual stream = neurons of a TopK layer")
     n_layers: int = _setting(4, "L, transformer blocks")
     n_heads: int = _setting(4, "H, query heads; d_model / n_heads, the head width, is even (RoPE)")
-    n_kv_heads: int = _setting(4, "K, key and value heads", Range(1, _MAX_SIZE), allowed="divides n_heads")
+    n_kv_heads: int = _setting(4, "K, key and value heads", _SIZE, allowed="divides n_heads")
     d_mlp: int = _setting(688, "F, hidden width of the SwiGLU")
     vocab_size: int = _setting(
-        0, "V, tokens that can be predicted; 0: as many as the tokenizer has", Range(0, MAX_VOCABULARY)
+        0,
+        "V, tokens that can be predicted; 0: as many as the tokenizer has",
+        Range.from_least(0, MAX_VOCABULARY),
     )
     vocab_multiple: int = _setting(
-        128, "embedding rows: V rounded up to a multiple of this; 1: no padding", Range(1, MAX_VOCABULARY)
+        128,
+        "embedding rows: V rounded up to a multiple of this; 1: no padding",
+        Range.from_least(1, MAX_VOCABULARY),
     )
     context_length: int = _setting(256, "T, tokens of a training window")
     topk_k: int = _setting(
@@ -176,10 +170,12 @@ class DataConfig:
     vocab_size: int = _setting(
         4096,
         "tokens of the BPE that is trained on the training split, separator included",
-        Range(257, MAX_VOCABULARY),  # 256 bytes and a separator
+        Range.from_least(257, MAX_VOCABULARY),  # 256 bytes and a separator
     )
     heldout_fraction: float = _setting(
-        0.05, "share of documents held out, chosen by a hash of their text", Range(above=0, below=1)
+        0.05,
+        "share of documents held out, chosen by a hash of their text",
+        Range("above 0 and below 1, in float32 too", lambda value: value > 0 and np.float32(value) < 1),
     )
     dir: str = _setting("datasets", "folder that holds prepared datasets, one subfolder for each")
 
@@ -193,10 +189,10 @@ class TrainConfig:
     grad_accumulation: int = _setting(
         1,
         "microbatches that a step is split into; the gradient stays exact",
-        Range(1, _MAX_SIZE),
+        _SIZE,
         allowed="divides batch_size",
     )
-    seed: int = _setting(0, "of parameters, data order and samples", Range(0, _MAX_COUNT))
+    seed: int = _setting(0, "of parameters, data order and samples", Range.from_least(0, _MAX_COUNT))
     on_bad_step: str = _setting(
         "stop",
         "at a step that is not finite, or a spike: stop the run, or skip its update (at most ten in a row)",
@@ -256,11 +252,11 @@ class EvalConfig:
     every_steps: int = _setting(200, "steps between evaluations; 0: only at the end", _STEPS)
     batch_size: int = _setting(16, "sequences of one forward pass")
     sample_prompt: str = _setting("The", "prompt of the text sample")
-    sample_tokens: int = _setting(40, "length of the text sample, tokens", Range(0, 2**20))
+    sample_tokens: int = _setting(40, "length of the text sample, tokens", Range.from_least(0, 2**20))
     max_tokens: int = _setting(
         0,
         "text tokens to evaluate on, the first documents of each dataset; 0: all",
-        Range(0, _MAX_COUNT),
+        Range.from_least(0, _MAX_COUNT),
     )
 
 
@@ -391,7 +387,9 @@ def page() -> str:
         lines += ["| field | default | meaning | allowed |", "|---|---|---|---|"]
         for name in names:
             setting, default = known[name], flat[name]
-            allowed = setting.allowed or ", ".join(setting.choices) or str(setting.range)
+            allowed = setting.allowed or ", ".join(setting.choices)
+            if not allowed and setting.range:
+                allowed = setting.range.allowed
             if isinstance(default, bool):
                 allowed = "true, false"
             shown = f"`{default}`" if default != "" else "empty"
@@ -516,7 +514,7 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"{field} = {_shown(flat[field])}: must be {allowed}")
 
     for field, setting in settings().items():
-        value, most = flat[field], setting.range.most
+        value, range_ = flat[field], setting.range
         if isinstance(value, float):
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
@@ -527,9 +525,9 @@ def _check_ranges(config: Config) -> None:
             require(field, is_utf8, "text that UTF-8 can write")
             allowed = f"one of {', '.join(setting.choices)}"
             require(field, not setting.choices or value in setting.choices, allowed)
-        else:
-            require(field, not isinstance(most, int) or value <= most, f"at most {most}")
-            require(field, setting.range.holds(value), str(setting.range))
+        elif range_:
+            require(field, range_.most is None or value <= range_.most, f"at most {range_.most}")
+            require(field, range_.holds(value), range_.allowed)
     m, train = config.model, config.train
     require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
     even = f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE"

@@ -203,8 +203,7 @@ class Layout:
         Args:
             batch: Arrays [R, T].
             batch_size: B, rows of the whole batch.
-            rows: Where this process's rows (`process_rows`) are in `batch`: by default it holds just
-                those; where every process makes the whole batch, their numbers.
+            rows: Where `process_rows` are in `batch`, which by default holds just those.
 
         Returns:
             Global arrays [B, T], laid out as `self.batch`.

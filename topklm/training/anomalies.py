@@ -91,13 +91,7 @@ class Policy:
         self._skipped: list[_Step] = []  # in a row, up to the newest step
 
     def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
-        """Judges a step.
-
-        Args:
-            step: Its number, from 1.
-            loss: Its loss, nats per token.
-            gradient_norm: Before clipping.
-            bad: Result of `is_bad` in the train step.
+        """Judges a step that `is_bad` told bad or good in the train step.
 
         Returns:
             A line for the user, once bad steps that were skipped are over.
