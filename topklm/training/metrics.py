@@ -76,12 +76,12 @@ class MetricsWriter:
             self._synced = {"lines": self._synced["lines"] + 1, "crc32": crc32}
             for name, value in values.items():
                 if isinstance(value, str):
-                    self._board.add(step, summary.text(name, value))
+                    self._board.add(step, summary=summary.text(name, value))
                 elif isinstance(value, list):
                     for layer, x in enumerate(value):
-                        self._board.add(step, summary.scalar(f"{name}/{layer}", x))
+                        self._board.add(step, summary=summary.scalar(f"{name}/{layer}", x))
                 else:
-                    self._board.add(step, summary.scalar(name, value))
+                    self._board.add(step, summary=summary.scalar(name, value))
         if self._mirror:
             self._mirror.copy_soon()
 
@@ -131,7 +131,7 @@ def read(folder: AnyPath) -> list[dict[str, Any]]:
     return [values for _, values in _parsed(_content(folder / run_folder.METRICS_FILE))[0]]
 
 
-class _Board:
+class _Board(EventsWriter):
     """A TensorBoard file, written by the caller's own thread.
 
     tensorboardX would write from a thread that takes events from a short queue: on a full disk that thread
@@ -140,22 +140,12 @@ class _Board:
 
     def __init__(self, folder: pathlib.Path, first_step: int):
         folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        super().__init__(str(folder / "events"))
         # Tells TensorBoard to forget what an earlier process wrote of this step and later ones.
-        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self.add(first_step, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, step: int, values: Any) -> None:
-        self._write(Event(step=step, summary=values))
-
-    def flush(self) -> None:
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
+    def add(self, step: int, **values: Any) -> None:
+        self.write_event(Event(wall_time=time.time(), step=step, **values))
 
 
 def _content(path: AnyPath) -> bytes:

@@ -28,6 +28,7 @@ from topklm.model import backends
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.console import Console
+from topklm.training.throughput import parameter_count
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.
 _DATA_PATIENCE_SECONDS = 24 * 3600.0
@@ -127,11 +128,10 @@ def check_memory(state: Any, layout: Layout) -> None:
         stats = devices[0].memory_stats() or {}
         limit, whose = stats.get("bytes_limit", math.inf), f"the memory of {devices[0].device_kind}"
     if needed > limit:
-        n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         raise UserError(
-            f"config.model: {n:,} parameters with their optimizer and gradients take {_gib(needed)}, more "
-            f"than {whose}, {_gib(limit)}: make the model smaller, or split it over more devices with "
-            "--config.mesh.fsdp"
+            f"config.model: {parameter_count(state.params):,} parameters with their optimizer and gradients "
+            f"take {_gib(needed)}, more than {whose}, {_gib(limit)}: make the model smaller, or split it over "
+            "more devices with --config.mesh.fsdp"
         )
 
 
