@@ -130,8 +130,8 @@ def check_memory(state: Any, layout: Layout) -> None:
     if needed > limit:
         raise UserError(
             f"config.model: {parameter_count(state.params):,} parameters with their optimizer and gradients "
-            f"take {_gib(needed)}, more than {whose}, {_gib(limit)}: make the model smaller, or split it over "
-            "more devices with --config.mesh.fsdp"
+            f"take {_gib(needed)}, more than {whose}, {_gib(limit)}: make the model smaller, or split it "
+            "over more devices with --config.mesh.fsdp"
         )
 
 
