@@ -242,7 +242,7 @@ def _entries(content: bytes) -> list[Any]:
 def from_json(
     entry: Any, names: Sequence[str] = ("layer", "neuron", "value", "mode", "positions", "row")
 ) -> Intervention:
-    """Reads one of a file or a request, its values not checked; raises ValueError for missing or other names."""
+    """Reads one of a file or a request, values unchecked; raises ValueError for missing or other names."""
     if not isinstance(entry, dict) or not {"layer", "neuron"} <= set(entry):
         raise ValueError("must be an object with layer and neuron")
     if unknown := sorted(set(entry) - set(names)):

@@ -175,7 +175,7 @@ def _of_jax(ids: jax.Array, vocab_size: int) -> Rows:
 
 
 def documents(segment_ids: Any, shape: tuple[int, int]) -> Any:
-    """Returns the documents of tokens, integers [T] or [B, T], as int32[B, T]; raises ValueError for others."""
+    """Returns documents of tokens, integers [T] or [B, T], as int32[B, T]; raises ValueError for others."""
     traced = is_traced(segment_ids)
     try:
         array = jnp.asarray(segment_ids) if traced else np.asarray(segment_ids)
