@@ -146,19 +146,12 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Neurons:
-    """Neighbouring neurons of a layer, which are measured together.
+    """Neighbouring neurons of a layer, which are measured together."""
 
-    Attributes:
-        inputs: Of all neurons.
-        layer: Of the model.
-        begin: The first neuron.
-        end: One after the last.
-    """
-
-    inputs: Inputs
-    layer: int
-    begin: int
-    end: int
+    inputs: Inputs  # of all neurons
+    layer: int  # of the model
+    begin: int  # the first neuron
+    end: int  # one after the last
 
     @functools.cached_property
     def block(self) -> NeuronBlock:
