@@ -109,7 +109,7 @@ class NeuronFacts:
 
     n_active: int  # tokens at which it is active
     n_tokens: int  # on which it was measured
-    max_activation: float | None  # none for a dead neuron
+    max_activation: float | None  # None for a dead neuron
     input_tokens: tuple[int, ...]  # that make up most of its activation, the first most
     raised_tokens: tuple[int, ...]  # that it raises most by the averaged Jacobian lens
 

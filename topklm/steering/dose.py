@@ -60,7 +60,7 @@ class Response:
     n_tokens: int  # of all texts
     rates: dict[str, Estimate]  # hits for each token, of each concept
     perplexity: Estimate  # by the unsteered model
-    distinct: dict[int, Estimate]  # Distinct-n by n
+    distinct: dict[int, Estimate]  # distinct-n by n
 
 
 def respond(
