@@ -16,6 +16,7 @@ groups: all texts of a prompt are drawn together, for they have much in common.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def respond(
                 if value is not None
             ]
             asked = [np.array(prompt, np.int32) for _, prompt in part]
-            found = model.generate(
+            found: Any = model.generate(
                 asked, sampled.max_new_tokens, sampled.temperature, seed, steer=steer, return_tokens=True
             )
             part_written = written[first : first + size]
