@@ -53,8 +53,8 @@ class Inputs:
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
-        """int64[documents + 1], as `embeddings.document_bounds` gives them."""
-        return embeddings.document_bounds(self.store)
+        """int64[documents + 1], as `Store.document_bounds` gives them."""
+        return self.store.document_bounds()
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class Inputs:
 
     @functools.cached_property
     def jacobians(self) -> jax.Array:
-        """float32[L, D, D], from `jacobian.averaged_jacobians`."""
+        """float32[L, D, D], from `lenses.averaged_jacobians`."""
         n_contexts = self.settings.lens_contexts
         self.progress.say(f"averaging the Jacobian over {n_contexts:,} contexts")
         return lenses.averaged_jacobians(

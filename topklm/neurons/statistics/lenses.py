@@ -68,7 +68,7 @@ def averaged_jacobians(
         config: The model's shape.
         params: Its parameters, on one device or a mesh.
         token_ids: uint[N], of the whole store; one or more.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         separator_id: Of the tokenizer.
         n_contexts: At most one for each token of the store.
         context_tokens: Of each, at most.
