@@ -12,6 +12,10 @@ import rich.progress
 
 _LINE_SECONDS = 10  # between two lines of a long phase where there is no terminal
 
+Report = Callable[
+    [int, int, int], None
+]  # takes units of work, documents and tokens, each since the last time
+
 
 class Progress:
     """Shows whole lines, through `say`, and nothing else."""
@@ -20,7 +24,7 @@ class Progress:
         self.say = say
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Report]:
         """Begins one long piece of work.
 
         Args:
@@ -41,7 +45,7 @@ class TerminalProgress(Progress):
         self._console = console
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Report]:
         """Shows one long piece of work, see `Progress.phase`."""
         show = _Bar if self._console.is_terminal else _Lines
         with show(name, total, self._console) as report:
@@ -73,7 +77,7 @@ class _Figures:
 
 
 class _Lines(_Figures):
-    def __enter__(self) -> Callable[[int, int, int], None]:
+    def __enter__(self) -> Report:
         self._next_line = time.monotonic() + _LINE_SECONDS
         return self._report
 
@@ -89,7 +93,7 @@ class _Lines(_Figures):
 
 
 class _Bar(_Figures):
-    def __enter__(self) -> Callable[[int, int, int], None]:
+    def __enter__(self) -> Report:
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),

@@ -1,11 +1,8 @@
 """`topklm prepare`: turns text into a dataset of token shards."""
 
 import argparse
-import importlib
-import logging
 import shlex
 import time
-from types import ModuleType
 from typing import Any
 
 import rich.table
@@ -14,10 +11,9 @@ from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.data import formats
 from topklm.data.building.build import build
-from topklm.data.building.description import DatasetSettings, DatasetSources
-from topklm.data.building.encode import Selection
+from topklm.data.building.encode import DatasetSettings, DatasetSources, Selection
+from topklm.data.building.engines import BeamEngine, LocalEngine, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.work_items import LocalEngine, all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
@@ -116,7 +112,7 @@ def _build(
     progress: Progress,
 ) -> None:
     if arguments.runner:
-        engine = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
+        engine = BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
         build(sources, settings, out, engine, progress)
         return
     if not out.is_local:
@@ -126,17 +122,6 @@ def _build(
     shared.check_at_least(arguments, 1, "workers")
     with LocalEngine(arguments.workers or all_cores()) as engine:
         build(sources, settings, out, engine, progress)
-
-
-def _beam() -> ModuleType:
-    """Imports the module that needs the extra `beam`."""
-    logging.disable(logging.WARNING)  # as it is imported, Beam warns of the optional parts that it misses
-    try:
-        return importlib.import_module("topklm.data.building.beam")
-    except ModuleNotFoundError as e:
-        raise UserError(f"--runner needs {e.name}; run: pip install 'topklm[beam]'") from e
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _settings(arguments: argparse.Namespace) -> DatasetSettings:

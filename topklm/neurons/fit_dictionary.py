@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import DataConfig, ModelConfig
-from topklm.data.prepare import prepare
+from topklm.data.building.build import prepare
 from topklm.data.stream import train_stream
 from topklm.errors import UserError
 from topklm.model import transformer

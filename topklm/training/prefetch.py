@@ -12,7 +12,7 @@ import grain
 import jax
 
 from topklm.config import Config
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Mixture
 from topklm.data.stream import Batch, HeldoutPart, heldout_batches
 from topklm.layout import Layout
 
