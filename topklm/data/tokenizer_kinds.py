@@ -6,7 +6,6 @@ Each gives its library's own tokens. None lets text become the separator that st
 import base64
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-import importlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from tokenizers import models
 
 from topklm.config import MAX_VOCABULARY
 from topklm.errors import UserError
+from topklm.imports import optional_module
 from topklm.storage.files import parse_json
 
 SEPARATOR = "<|endoftext|>"
@@ -208,7 +208,7 @@ class _SentencePiece:
 
     def __init__(self, model: bytes):
         """Raises ValueError if it is no model, or has neither an end nor a beginning of text."""
-        library = _library("sentencepiece")
+        library = optional_module("sentencepiece", "sentencepiece", "this tokenizer")
         try:
             self._model = library.SentencePieceProcessor(model_proto=model)
         except RuntimeError as e:
@@ -222,8 +222,7 @@ class _SentencePiece:
         self.separator_id, self.vocab_size = ends[0], self._model.vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or -1
-        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=threads)]
+        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=_threads())]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
@@ -255,7 +254,7 @@ class _Tiktoken:
         self.separator_id = separator_id if whole else largest + 1
         self.vocab_size = max(largest, self.separator_id) + 1
         self._pieces = {rank: piece for piece, rank in ranks.items()}
-        self._encoding = _library("tiktoken").Encoding(
+        self._encoding = optional_module("tiktoken", "tiktoken", "this tokenizer").Encoding(
             encoding,
             pat_str=pattern,
             mergeable_ranks=ranks,
@@ -263,8 +262,7 @@ class _Tiktoken:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
-        with ThreadPoolExecutor(min(threads, max(len(texts), 1))) as pool:
+        with ThreadPoolExecutor(min(_threads(), max(len(texts), 1))) as pool:
             return list(pool.map(self._encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -281,6 +279,11 @@ class _Tiktoken:
                 f"tokenizer: tiktoken cannot split a text of {len(text):,} characters ({e}); shorten its "
                 "longest run of white space"
             ) from e
+
+
+def _threads() -> int:
+    """Returns how many threads an encoding may use: as many as the library tokenizers."""
+    return int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
 
 
 def looks_like_tiktoken(content: bytes) -> bool:
@@ -374,20 +377,10 @@ def _pre_tokenizers(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"this tokenizer needs {name}; run: pip install 'topklm[{name}]'") from e
-
-
-def _byte_of_char() -> dict[str, int]:
-    """Maps the printable characters of byte-level vocabularies to their bytes (from GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + rank): byte for rank, byte in enumerate(others)
-    }
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+# The printable characters of byte-level vocabularies, and the bytes that they stand for (from GPT-2).
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_OF_CHAR = {
+    **{chr(byte): byte for byte in _PRINTABLE},
+    **{chr(256 + rank): byte for rank, byte in enumerate(_OTHERS)},
+}

@@ -241,7 +241,7 @@ class _Build:
         """Reads the tokenizer from its file or an earlier attempt, or trains it on the training split."""
         vocab_size = self.settings.vocab_size
         if vocab_size is None:
-            return self.settings.open_tokenizer()
+            return self.settings.tokenizer_of_file
         files, work, say = self.sources.files, self.work, self.progress.say
         described = [[dataclasses.asdict(file), held] for file, held in files]
         identity = [described, self.settings.to_json(), tokenizers.__version__]

@@ -88,7 +88,7 @@ class DatasetSettings:
         content = dataclasses.asdict(self)
         del content["selection"]
         if self.vocab_size is None:
-            content["tokenizer"] = self.open_tokenizer().sha256
+            content["tokenizer"] = self.tokenizer_of_file.sha256
         return {**self.selection.to_json(), **content}
 
     @property
@@ -104,14 +104,10 @@ class DatasetSettings:
             )
         return int(size)
 
-    def open_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer of a file."""
-        return _opened(self.tokenizer)
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(path: str) -> Tokenizer:
-    return open_tokenizer(path)
+    @functools.cached_property
+    def tokenizer_of_file(self) -> Tokenizer:
+        """The tokenizer that is not to be trained."""
+        return open_tokenizer(self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)

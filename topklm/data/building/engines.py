@@ -122,8 +122,12 @@ class LocalEngine:
             processes = min(self._cores, len(tasks))
             arguments = (self._messages, -(-self._cores // processes), os.getpid())
             self._pool = ProcessPoolExecutor(processes, context, _begin_worker, arguments)
-        with _interrupts_held():
+        # Processes that begin here never hear of Ctrl-C.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             futures = {self._pool.submit(_run_here, task): i for i, task in tasks.items()}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         left = set(futures)
         while left:
             done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -133,16 +137,6 @@ class LocalEngine:
             for future in sorted(done, key=futures.__getitem__):
                 future.result()  # the first failure ends the work
         return {i: future.result() for future, i in futures.items()}
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Holds Ctrl-C back until the block ends; processes that begin in it never hear of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(reports: Any, threads: int, parent: int) -> None:

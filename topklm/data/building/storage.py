@@ -27,9 +27,6 @@ class Storage:
         self.path = Path(os.path.expanduser(str(url).removeprefix("file://"))).absolute()  # of a local folder
         self.url = str(self.path) if self.is_local else str(url).rstrip("/")
 
-    def __repr__(self) -> str:
-        return f"Storage({self.url!r})"
-
     @property
     def name(self) -> str:
         """The last part of its path."""
