@@ -92,9 +92,7 @@ def is_dataset(path: Path) -> bool:
 def load_dataset(path: str | Path) -> Dataset:
     """Opens a prepared folder; reads its description and tokenizer, no shard.
 
-    Raises:
-        UserError: If a file is missing, cannot be read, or is not the one that was written, or the format is
-            another.
+    A file that is missing, cannot be read, or is not the one that was written is a UserError.
     """
     check_name(os.fspath(path), "dataset")
     path = Path(os.path.expanduser(path)).absolute()
@@ -138,12 +136,9 @@ def read_description(path: Path, note: Callable[[str], None] | None = None) -> d
 def parse_description(
     content: bytes, file: str | Path, note: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Decodes the content of dataset.json.
+    """Decodes the content of dataset.json, which errors call `file`.
 
-    Args:
-        content: All of it.
-        file: Its name, for errors.
-        note: Told what is wrong if its digest is not its own, which then is no error.
+    With `note`, a digest that is not its own is told to that and is no error.
 
     Raises:
         UserError: If it is damaged, or of another format version.

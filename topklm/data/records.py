@@ -1,7 +1,6 @@
 """A stream of token ids on disk, cut into records so that any token is found by arithmetic.
 
-Shards are ArrayRecord files of fixed-length records. The meaning of tokens, and where
-documents begin, is not known here.
+Shards are ArrayRecord files of fixed-length records. The meaning of tokens is not known here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,11 +42,7 @@ class Shard:
 
 
 class ShardError(UserError):
-    """A shard is not the file that was written.
-
-    Attributes:
-        fault: Without the file, e.g. "is missing".
-    """
+    """A shard is not the file that was written; its `fault` names no file, e.g. "is missing"."""
 
     def __init__(self, message: str, fault: str = ""):
         super().__init__(message)
@@ -143,11 +138,7 @@ class TokenStream:
         return TokenStream, (self._folder, self._shards, self._vocab_size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads tokens start to stop - 1, int32[stop - start].
-
-        Raises:
-            ShardError: If a shard is missing, cut short, damaged, or not the one that was written.
-        """
+        """Reads tokens start to stop - 1, int32[stop - start]; ShardError if a shard is not as written."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         parts, dtype = [np.zeros(0, np.int32)], token_dtype(self._vocab_size)
@@ -218,8 +209,7 @@ def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
 def check_shards(folder: Path, shards: Sequence[Shard], *, contents: bool = False) -> None:
     """Checks that every shard is there in its full size, and with `contents` that no byte changed.
 
-    Raises:
-        ShardError: Naming the first file that is not as it was written.
+    ShardError names the first file that is not as it was written.
     """
     for shard in shards:
         path = folder / shard.name

