@@ -76,8 +76,7 @@ def is_known(run):
 
 def is_found(run):
     """Opens the files of `topklm neurons find`."""
-    folder = neurons_find._folder(str(run), None)
-    store = neurons_find._open_store(folder)
+    folder, store = neurons_find.open_run(str(run), None)
     return rank(store, store.tokens(0, store.n_tokens) == 33, limit=5), Labels(folder.labels).all()
 
 
