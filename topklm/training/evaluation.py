@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.config import Config
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Mixture
 from topklm.data.stream import HeldoutPart, heldout_batches
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import losses, transformer

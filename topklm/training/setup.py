@@ -20,8 +20,8 @@ import jax
 from topklm import distributed
 from topklm.checkpoint import run_folder
 from topklm.config import Config, from_saved, warnings
-from topklm.data.mixture import Mixture
-from topklm.data.prepare import prepare
+from topklm.data.building.build import prepare
+from topklm.data.dataset import Mixture
 from topklm.errors import UserError
 from topklm.layout import Layout, make_layout
 from topklm.model import backends
