@@ -47,6 +47,7 @@ from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
+from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -76,12 +77,12 @@ def main() -> None:
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
     parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
-    model = topklm.load(arguments.run, mesh=mesh)
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    model = topklm.load(arguments.run, mesh=layout.mesh)
     documents = _held(model, arguments.source, arguments.tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = _folder(Path(name), Path(arguments.run), model.step)
-        harvested = against_forward(model, mesh, documents, folder, arguments.repeats)
+        harvested = against_forward(model, layout, documents, folder, arguments.repeats)
         store = Store(folder.store)
         measured = _measure(model, store, folder, arguments.measure_repeats)
         written, facts = _write(model, store, folder, Path(name), arguments.repeats, arguments.peer_python)
@@ -133,15 +134,10 @@ def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats:
 
     def side(settings: MeasureSettings, path: Path) -> Subject:
         return timing.timed(
-            functools.partial(
-                measure,
+            # New inputs each time, for they keep what they have computed.
+            lambda: measure(
                 path,
-                store,
-                model.config.model,
-                model.params,
-                separator_id=model.tokenizer.separator_id,
-                settings=settings,
-                progress=_SILENT,
+                Inputs(store, model.cfg, model.params, model.tokenizer.separator_id, settings, _SILENT),
             )
         )
 
