@@ -13,7 +13,7 @@ import saved_runs
 from topklm.checkpoint import run_folder
 from topklm.commands import neurons
 from topklm.config import DataConfig
-from topklm.data.prepare import prepare
+from topklm.data.building.build import prepare
 from topklm.errors import UserError
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.paths import NeuronsFolder
@@ -89,7 +89,7 @@ def test_what_does_not_fit_to_the_store_is_refused(harvested, arguments, words):
 
 
 def test_training_text_is_not_harvested_with_a_dictionary_that_learned_from_it(tmp_path, harvested):
-    copy = dataclasses.replace(harvested, run=tmp_path / "village")
+    copy = NeuronsFolder(tmp_path / "village", harvested.step)
     copy.run.mkdir()
     for path in (run_folder.CONFIG_FILE, run_folder.TOKENIZER_FILE, run_folder.CHECKPOINTS_FOLDER):
         (copy.run / path).symlink_to(harvested.run / path)

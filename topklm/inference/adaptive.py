@@ -36,11 +36,7 @@ class AdaptiveK:
     entropy: float
 
     def check(self, config: ModelConfig) -> "AdaptiveK":
-        """Returns itself.
-
-        Raises:
-            ValueError: If it does not fit the model, in one line.
-        """
+        """Returns itself; raises ValueError if it does not fit the model."""
         with_topk_k(config, self.high_k, name="adaptive.high_k")
         if self.high_k < config.topk_k:
             allowed = f"at least {config.topk_k}, the k of other tokens"
@@ -80,11 +76,7 @@ class AdaptiveStep:
 
 
 def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -> ModelConfig:
-    """Returns the model with another k; itself for None.
-
-    Raises:
-        ValueError: For a k that its layers do not have, or a model without TopK.
-    """
+    """Returns the model with another k, itself for None; raises ValueError for one that it cannot have."""
     if topk_k is None:
         return config
     if not config.n_topk_layers:

@@ -123,11 +123,7 @@ class Engine:
             self._changed.notify()
 
     def call(self, function: Callable[[], _Result]) -> "concurrent.futures.Future[_Result]":
-        """Calls a function in the engine's thread, between tokens, for other work on the device.
-
-        Raises:
-            ClosedError: If the engine has been closed.
-        """
+        """Calls a function in the engine's thread, between tokens; raises ClosedError as `submit`."""
         future: concurrent.futures.Future[_Result] = concurrent.futures.Future()
 
         def work() -> None:

@@ -56,13 +56,7 @@ class InterventionBatch:
     def of(
         cls, config: ModelConfig, steer: Steer, mode: str = DEFAULT_MODE, n_rows: int | None = None
     ) -> "InterventionBatch":
-        """Makes one of any form in which people give interventions.
-
-        Args:
-            config: The model that they are for.
-            steer: See `entries_of`.
-            mode: Of the entries of a mapping.
-            n_rows: Sequences of the batch that they are for, where it is known.
+        """Makes one of any form in which people give interventions, see `entries_of`.
 
         Raises:
             ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
@@ -206,14 +200,10 @@ def _intervention(
 def on_rows(
     config: ModelConfig, each: list[tuple[int, InterventionBatch]], n_rows: int
 ) -> InterventionBatch | None:
-    """Joins interventions on rows of a batch, filled up to a few sizes; returns None without any.
+    """Joins interventions on rows of a batch, of (row, interventions on its sequence); None without any.
 
-    A single row has a smaller size, for there decoding is faster the fewer neurons may be active.
-
-    Args:
-        config: Of the model.
-        each: (row, interventions on its sequence).
-        n_rows: Of the batch.
+    They are filled up to a few sizes, a single row to a smaller one, for there decoding is faster the fewer
+    neurons may be active.
     """
     if not each:
         return None

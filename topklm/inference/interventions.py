@@ -189,17 +189,9 @@ def save_interventions(
     *,
     model: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a small JSON file, local or in a bucket, whole or not at all.
+    """Writes a small JSON file, local or in a bucket, whole or not at all; errors as `entries_of`.
 
-    Args:
-        path: Of the file.
-        steer: As in `entries_of`.
-        mode: Of the entries of a mapping.
-        model: Facts that identify the model whose neurons these are; None: the file names no model.
-
-    Raises:
-        UserError: If the file cannot be written.
-        ValueError: If something is no intervention.
+    `model` are facts that identify the model whose neurons these are; None: the file names no model.
     """
     entries = []
     for one in entries_of(steer, mode):
@@ -215,11 +207,7 @@ def save_interventions(
 
 
 def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None = None) -> list[Intervention]:
-    """Reads what `save_interventions` wrote, or a person; checks that they fit a model, if one is given.
-
-    Raises:
-        UserError: If the file is missing, is no such JSON, or an entry fails `Intervention.check`.
-    """
+    """Reads a file of interventions, for a model if one is given; raises UserError for what does not fit."""
     file = as_path(path)
     with storage_errors_are_user_errors(f"reading {path}", file):
         if not file.exists():
@@ -254,11 +242,7 @@ def _entries(content: bytes) -> list[Any]:
 def from_json(
     entry: Any, names: Sequence[str] = ("layer", "neuron", "value", "mode", "positions", "row")
 ) -> Intervention:
-    """Reads one intervention of a file or a request, with fields of these names; its values are not checked.
-
-    Raises:
-        ValueError: If it is no object with a layer, a neuron, and a value where its mode needs one.
-    """
+    """Reads one of a file or a request, values unchecked; raises ValueError for missing or other names."""
     if not isinstance(entry, dict) or not {"layer", "neuron"} <= set(entry):
         raise ValueError("must be an object with layer and neuron")
     if unknown := sorted(set(entry) - set(names)):

@@ -284,10 +284,7 @@ class Generation:
         Prompts, token ids, at least one, of which the model sees the last `context_length`, sampling and
         numbers of new tokens are of each row, interventions of all or some. Of `adaptive`, tokens that are
         prefilled, the prompt's and those of a full context, have the model's k. The stop token is not
-        returned. All else is as in `Scheduler` and `Sequence`.
-
-        Raises:
-            ValueError: For a value that is not allowed, in one line.
+        returned. All else, and errors, are as in `Scheduler` and `Sequence`.
         """
         self._sequences = [
             Sequence.of(config, prompt, one, n, when_full=when_full)

@@ -67,12 +67,9 @@ class Sequence:
         when_full: str = "stop",
         n_alternatives: int | None = None,
     ) -> "Sequence":
-        """Makes a sequence that has not begun.
+        """Makes a sequence that has not begun; raises ValueError for a value that is not allowed.
 
         Of the prompt, token ids, at least one, the model sees the last `context_length`.
-
-        Raises:
-            ValueError: For a value that is not allowed, in one line.
         """
         tokens, context = row_of(prompt, config.vocab_size, "prompt").tolist(), config.context_length
         if when_full not in WHEN_FULL:

@@ -175,11 +175,7 @@ def _of_jax(ids: jax.Array, vocab_size: int) -> Rows:
 
 
 def documents(segment_ids: Any, shape: tuple[int, int]) -> Any:
-    """Checks which document each token belongs to, integers [T] or [B, T]; returns int32[B, T].
-
-    Raises:
-        ValueError: For anything else than the tokens' shape, and for a document in several pieces.
-    """
+    """Returns documents of tokens, integers [T] or [B, T], as int32[B, T]; raises ValueError for others."""
     traced = is_traced(segment_ids)
     try:
         array = jnp.asarray(segment_ids) if traced else np.asarray(segment_ids)

@@ -78,11 +78,7 @@ class Completion:
 
 
 def completion(model: LanguageModel, name: str, limits: Limits, content: dict[str, Any]) -> Completion:
-    """Reads a request for a model of this name; takes time where a prompt is long.
-
-    Raises:
-        ApiError: For a value that is not allowed.
-    """
+    """Reads a request for a model of this name, or raises ApiError; takes time where a prompt is long."""
     fields.refuse_unknown(content, _KNOWN)
     check_model(content, name)
     for field, nothing in _WITHOUT_USE.items():
@@ -178,11 +174,7 @@ def check_model(content: dict[str, Any], name: str) -> None:
 
 
 def prompt_ids(model: LanguageModel, prompt: Any, most: int) -> list[int]:
-    """Returns the token ids of one prompt: a text, with a separator before it as in training, or ids.
-
-    Raises:
-        ApiError: For anything else, or more than `most` tokens.
-    """
+    """Returns the ids of a prompt, a text (after a separator, as in training) or ids, or raises ApiError."""
     if isinstance(prompt, str):
         ids = [model.tokenizer.separator_id, *model.tokenizer.encode(fields.text(prompt, "prompt")).tolist()]
     elif _is_ids(prompt):
@@ -223,11 +215,7 @@ def _is_ids(prompt: Any) -> bool:
 def _interventions_of(
     config: ModelConfig, content: dict[str, Any], limits: Limits
 ) -> InterventionBatch | None:
-    """Reads {"layer:neuron": value}, or a list as a file of interventions has it; returns None without any.
-
-    Raises:
-        ApiError: For anything else, or an intervention that the model cannot have.
-    """
+    """Reads {"layer:neuron": value}, or a list as in a file; None without any; raises ApiError for others."""
     steer, mode = content.get("steer"), content.get("steer_mode")
     if steer is None:
         if mode is not None:

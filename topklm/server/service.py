@@ -118,11 +118,7 @@ class Service:
         yield {"usage": usage}
 
     async def call(self, function: Callable[[], Any], deadline: float | None = None) -> Any:
-        """Calls a function that uses the model, between the engine's tokens, and returns its result.
-
-        Raises:
-            ApiError: If the time is up, or the server is being stopped.
-        """
+        """Returns the result of a function that is called between the engine's tokens; raises as `pieces`."""
 
         async def called() -> Any:
             with self._unless_stopping():

@@ -176,10 +176,9 @@ def _whole(body: bytes, receive: Receive) -> Receive:
 
 
 def from_json(body: bytes) -> dict[str, Any]:
-    """Reads a JSON object that somebody sent; whole numbers are integers, also 16.0.
+    """Reads a JSON object that somebody sent; raises ValueError with one line for the client if it is none.
 
-    Raises:
-        ValueError: If it is none, or is nested too deeply; one line for the client.
+    Whole numbers are integers, also 16.0.
     """
     try:
         content = json.loads(body, parse_float=_number)

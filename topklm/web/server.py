@@ -27,11 +27,7 @@ _CLOSING_SECONDS = 3  # that an answer has left when the server is told to stop
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens, before anything else is done, so that a taken port shows at once.
-
-    Raises:
-        UserError: If there is none to be had.
-    """
+    """Opens a socket that listens, or raises UserError; done first, so that a taken port shows at once."""
     if not 0 <= port <= 65535:
         raise UserError(field="--port", value=port, allowed="from 0 to 65535")
     try:
@@ -60,12 +56,10 @@ def names_of(host: str, port: int) -> frozenset[str]:
 def make_server(
     app: ASGIApp, closing_seconds: int = _CLOSING_SECONDS, closing: Callable[[], Any] = lambda: None
 ) -> "_Server":
-    """Returns a server that no slow or silent client can keep from answering the others.
+    """Returns a server of a guarded app that no slow or silent client can keep from answering the others.
 
-    Args:
-        app: It answers; a `Guard` around the application.
-        closing_seconds: That answers may take to leave when it is told to stop.
-        closing: Called when it is told to stop, and takes no new connections any more.
+    When it is told to stop, and takes no new connections any more, it calls `closing`, and answers may take
+    so many seconds to leave.
     """
     config = uvicorn.Config(
         app,
