@@ -21,7 +21,7 @@ import jax
 from benchmarks.harness import results
 from configs import paper
 from topklm.compile_check.check import with_vocabulary
-from topklm.compile_check.collectives import KINDS
+from topklm.compile_check.cost import KINDS
 from topklm.compile_check.report import Report, as_text, from_dict
 from topklm.compile_check.topology import GIB, Chip
 from topklm.config import Config, resolve

@@ -104,7 +104,9 @@ for module in pkgutil.iter_modules(topklm.commands.__path__):
 def test_every_verb_starts_without_the_extras(trainer):
     process = trainer.start_python("-c", WITHOUT_EXTRAS)
     assert process.finish() == 0, process.errors
-    assert {"generate", "steer", "serve", "explore", "neurons_select"} <= set(process.output.split())
+    assert {"generate", "steer", "serve", "explore", "neurons_find", "neurons_compare"} <= set(
+        process.output.split()
+    )
 
 
 def test_generate_refuses_in_one_line(finished_run):

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 import pytest
 
 import topklm
-from topklm.compile_check import collectives, hlo
+from topklm.compile_check import cost, hlo
 from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
 from topklm.layout import make_layout
 from topklm.training.optimizer import make_optimizer
@@ -112,7 +112,7 @@ def compiled_step(config, layout):
 def communication(text):
     """Runs and bytes of every kind of collective, by the devices that take part."""
     runs, n_bytes = Counter(), Counter()
-    for collective in collectives.collectives(hlo.parse(text)):
+    for collective in cost.collectives(hlo.parse(text)):
         key = f"{collective.kind} over {collective.groups}"
         runs[key] += collective.count
         n_bytes[key] += collective.count * collective.bytes

@@ -49,24 +49,16 @@ def _start(argv: Sequence[str]) -> None:
 def dispatch(argv: Sequence[str]) -> None:
     """Runs one verb with its arguments."""
     verb, *rest = argv or [""]
-    if verb not in VERBS:
-        _parser_of_verbs().parse_args(argv)  # shows the help, or says what is wrong
+    if verb in VERBS:
+        command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
+        command.run(commands.parse(verb, command, rest))
         return
-    command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
-    command.run(commands.parse(verb, command, rest))
-
-
-def _parser_of_verbs() -> commands.Parser:
     parser = commands.Parser(
         "topklm",
         description="Train TopK language models and read them.",
         epilog="topklm VERB --help explains a verb, with an example.",
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verb, summary in VERBS.items():
-        verbs.add_parser(verb, help=summary)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run())
+    for name, summary in VERBS.items():
+        verbs.add_parser(name, help=summary)
+    parser.parse_args(argv)  # shows the help, or says what is wrong

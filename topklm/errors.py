@@ -15,18 +15,15 @@ import traceback
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
-EXIT_TRY_AGAIN = (
-    75  # EX_TEMPFAIL of sysexits.h: another process of the run died, nothing moved, a disk failed
-)
+# EX_TEMPFAIL of sysexits.h: another process of the run died, nothing moved, a disk failed.
+EXIT_TRY_AGAIN = 75
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
 _LONGEST_LINE = 4000
 
-
 _NONE: Any = ...  # None is a value that users give; this stays the same in other processes
-_VERBS = ("is ", "has ")
 
 
 class UserError(Exception):
@@ -53,7 +50,7 @@ class UserError(Exception):
         if not self.field:
             return self.text
         if self._value is _NONE:
-            return self.field + ("" if self.text.startswith(_VERBS) else ":") + f" {self.text}"
+            return f"{self.field}{'' if self.text.startswith(('is ', 'has ')) else ':'} {self.text}"
         return f"{self.field} = {one_line(str(self._value))}: {self.text}"
 
     def named(self, field: str) -> "UserError":
@@ -75,7 +72,11 @@ def one_line(text: str) -> str:
     text = " ".join(text.split())
     for long_value in (rf"(?<=')[^']{{{_LONGEST_VALUE + 1},}}(?=')", rf"\S{{{2 * _LONGEST_VALUE},}}"):
         text = re.sub(long_value, lambda found: _cut(found[0], _LONGEST_VALUE), text)
-    text = _cut(text, _LONGEST_LINE)
+    return visible(_cut(text, _LONGEST_LINE))
+
+
+def visible(text: str) -> str:
+    r"""Returns the text with line breaks and other characters that are not printed spelled out, as `\n`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -103,18 +104,15 @@ _DISK_ERRORS = {
     errno.ESTALE: "the network file system has lost the file: mount it again, and try again",
     errno.EBUSY: "the file is in use: try again later",
 }
-
-
 # Of these a launcher that starts the same command again may be the cure.
 _PASSING = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENFILE, errno.ETIMEDOUT)
 
 
 @contextlib.contextmanager
 def disk_errors_are_user_errors(doing: str) -> Iterator[None]:
-    """Turns an operating-system refusal (full disk, no permission) inside the block into a UserError.
+    """Turns a refusal of the operating system (full disk, no permission) inside the block into a UserError.
 
-    Args:
-        doing: The attempt, for the message, e.g. "writing the checkpoint of step 400".
+    The line begins with `doing`, such as "writing the checkpoint of step 400".
     """
     try:
         yield
@@ -147,49 +145,38 @@ def system_error(error: Exception) -> int | None:
 
 def explain(error: BaseException) -> str | None:
     """Describes an error that is the system's and not a bug, in a phrase for a person; else None."""
+    text = str(error)
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, OSError):
-        place, text = _place(error).strip(" ()"), error.strerror or str(error)
+        place, reason = _place(error).strip(" ()"), error.strerror or text
         if error.errno in _DISK_ERRORS:
             return f"{place or 'input or output'}: {_DISK_ERRORS[error.errno]}"
-        return f"{place}: {text[:1].lower()}{text[1:]}" if place else None
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and str(error).startswith("RESOURCE_EXHAUSTED")
-        and "emory" in str(error)
-    ):
-        return (
-            f"out of memory ({str(error) or 'the system gives no more'}): make the model or the batch smaller"
-        )
-    return _missing_device(error)
-
-
-def _missing_device(error: BaseException) -> str | None:
-    """Describes the failure of JAX to find the devices that JAX_PLATFORMS names; else None.
-
-    JAX says it as a RuntimeError, or for "cuda" as an assertion without a text; whichever call of a command
-    is the first to need a device raises it.
-    """
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if not frames or not frames[-1].replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
+        return f"{place}: {reason[:1].lower()}{reason[1:]}" if place else None
+    of_xla = isinstance(error, RuntimeError) and text.startswith("RESOURCE_EXHAUSTED") and "emory" in text
+    if of_xla or isinstance(error, MemoryError):
+        return f"out of memory ({text or 'the system gives no more'}): make the model or the batch smaller"
+    # JAX finds no device of the kind that JAX_PLATFORMS names: a RuntimeError or, for "cuda", an assertion
+    # without a text, raised by whichever call of a command is the first to need a device.
+    *_, last = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
+    if not last.replace(os.sep, "/").endswith("jax/_src/xla_bridge.py"):
         return None
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+    reason = text.partition(" (set JAX_PLATFORMS")[0]
     return (
-        f"JAX_PLATFORMS={asked}: JAX finds no such device{f' ({reason})' if reason else ''}: unset it, or "
-        "install what the device needs, for NVIDIA's (JAX_PLATFORMS=cuda) pip install 'topklm[cuda]'"
+        f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device"
+        f"{f' ({reason})' if reason else ''}: unset it, or install what the device needs, for NVIDIA's "
+        "(JAX_PLATFORMS=cuda) pip install 'topklm[cuda]'"
     )
 
 
 def may_pass(error: BaseException) -> bool:
     """Tells whether the storage failed in a way that may be over when the same command is given again."""
-    chain = (error, error.__cause__)  # a UserError that was made of the system's
-    return any(isinstance(e, OSError) and e.errno in _PASSING for e in chain)
+    # The cause is the system's error of which a UserError was made.
+    return any(isinstance(e, OSError) and e.errno in _PASSING for e in (error, error.__cause__))
 
 
 def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> int:
-    """Runs a command to its exit code.
+    """Runs a command to its exit code, and says in one line why it is not 0.
 
     Args:
         command: Is run once.
@@ -197,8 +184,8 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
             again at 75, and not at 2.
 
     Returns:
-        0; 2 with one line for a mistake of the user, and for what the system refuses; 130 for Ctrl-C; 141 if
-        nobody reads what is the command's whole work.
+        0; 2 for a mistake of the user, and for what the system refuses; 130 for Ctrl-C; 141 if nobody reads
+        what is the command's whole work.
     """
     try:
         command()
@@ -218,12 +205,12 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
     return 0
 
 
-class _ReaderGone(Exception):  # noqa: N818 - named for what happened
+class _ReaderGone(Exception):  # noqa: N818
     """Nobody reads standard output any more, and there is nothing else to do than to write it."""
 
 
 class _Output:
-    """A standard stream that never ends a command whose work is elsewhere, see `output_never_ends_it`."""
+    """A standard stream, see `output_never_ends_it`."""
 
     def __init__(self, stream: Any, ends_with_reader: bool):
         self._stream, self._ends_with_reader = stream, ends_with_reader
@@ -233,33 +220,28 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes, or lets go of the text."""
-        with self._failing():
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Writes, or lets go of the lines."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flushes, or lets go of what is held."""
-        with self._failing():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
+    def _try(self, output: Callable[[], object]) -> None:
+        """Writes, or lets go of the text."""
         try:
-            yield
+            output()
         except OSError as e:
             self.failure = e
-            if isinstance(e, BrokenPipeError):
+            is_unread = isinstance(e, BrokenPipeError)
+            if is_unread or self._ends_with_reader:
                 self.let_go()
-                if self._ends_with_reader:
-                    raise _ReaderGone from e
-            elif self._ends_with_reader:
-                self.let_go()
+            if is_unread and self._ends_with_reader:
+                raise _ReaderGone from e
+            if self._ends_with_reader:
                 raise
 
     def let_go(self) -> None:
@@ -272,21 +254,16 @@ class _Output:
 
 @contextlib.contextmanager
 def output_never_ends_it(goes_on: bool) -> Iterator[None]:
-    """Makes standard output and standard error take whatever is written, inside the block.
+    """Makes standard output and standard error take any text, inside the block.
 
     Characters that their encoding lacks are escaped. A reader that goes away (`| head`) and a full disk end
-    nothing where the work goes on without them.
-
-    Args:
-        goes_on: Whether the command has more to do than to print: if not, it ends once nobody reads.
+    nothing if the command `goes_on`, having more to do than to print; if not, it ends once nobody reads.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    streams = [
-        stream and _Output(stream, ends) for stream, ends in zip(before, (not goes_on, False), strict=True)
-    ]
+    streams = [before[0] and _Output(before[0], not goes_on), before[1] and _Output(before[1], False)]
     sys.stdout, sys.stderr = streams
     try:
         yield
@@ -298,17 +275,13 @@ def output_never_ends_it(goes_on: bool) -> Iterator[None]:
         sys.stdout, sys.stderr = before
         failure = streams[0] and streams[0].failure
         if failure and not isinstance(failure, BrokenPipeError) and before[1] and goes_on:
+            line = f"some of the output could not be written: {failure.strerror}"
             with contextlib.suppress(OSError):
-                print(
-                    f"some of the output could not be written: {failure.strerror}", file=before[1], flush=True
-                )
+                print(line, file=before[1], flush=True)
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Ends the process, and does not wait for its threads.
-
-    An interpreter that ends while XLA compiles, or runs a program, waits for that or crashes.
-    """
+    """Ends the process without its threads: while XLA compiles or runs, an interpreter waits or crashes."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
             stream.flush()
@@ -316,20 +289,16 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def report_each_failure_once() -> None:
-    """Keeps libraries from printing, trace and all, what they also raise; for the rest of the process.
+    """Keeps libraries from printing, with a trace, errors that they also raise; for the rest of the process.
 
-    When a disk is full, Orbax logs the error of each of its threads, asyncio those that nobody waited for,
-    and TensorStore's threads complain that nobody listens to theirs any more.
+    On a full disk Orbax logs the error of each of its threads, asyncio those that nobody waited for, and
+    TensorStore's threads complain that nobody listens to theirs any more.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_has_no_trace)
-    sys.unraisablehook = _report_unraisable
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
 
-def _has_no_trace(record: logging.LogRecord) -> bool:
-    return not record.exc_info
-
-
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    sys.unraisablehook = report

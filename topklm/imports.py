@@ -14,13 +14,8 @@ VERSION = "0.1.0"  # of topklm
 def optional_module(name: str, extra: str, flag: str) -> ModuleType:
     """Imports a package that not every user needs.
 
-    Args:
-        name: The module.
-        extra: Of topklm, which installs it.
-        flag: Begins the message.
-
     Raises:
-        UserError: If it is not installed.
+        UserError: If it is not installed, with the user's `flag` and the extra of topklm that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -41,10 +36,7 @@ def without(*modules: str) -> Iterator[None]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Returns the version of each package, "unknown" where none is installed under that name.
-
-    Ours may be a clone on PYTHONPATH, and is known all the same.
-    """
+    """Returns the version of each package, "unknown" of one that is not installed; ours may be a clone."""
     import importlib.metadata  # noqa: PLC0415 - `import topklm` does without
 
     found = {}

@@ -1,7 +1,4 @@
-"""Trains a model: `python -m topklm.main --config=configs/small.py`; the same as `topklm train`.
-
-`commands.train` reads the flags, and `training.loop` trains.
-"""
+"""Trains a model: `python -m topklm.main --config=configs/small.py`; the same as `topklm train`."""
 
 import sys
 

@@ -43,68 +43,40 @@ class TerminalProgress(Progress):
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
         """Shows one long piece of work, see `Progress.phase`."""
-        show = _Bar if self._console.is_terminal else _Lines
-        with show(name, total, self._console) as report:
-            yield report
-
-
-class _Figures:
-    """Counts of a phase."""
-
-    def __init__(self, name: str, total: int, console: rich.console.Console):
-        self._name, self._total, self._console = name, total, console
-        self._units = self._documents = self._tokens = 0
-        self._began = time.monotonic()
-
-    def _add(self, units: int, documents: int, tokens: int) -> None:
-        self._units += units
-        self._documents += documents
-        self._tokens += tokens
-
-    def _text(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._began)
-        parts = [f"{self._documents:,} documents"] if self._documents else []
-        if self._tokens:
-            parts += [f"{self._tokens:,} tokens", f"{self._tokens / seconds:,.0f} tokens/s"]
-        if self._units and self._total:
-            left = seconds / self._units * max(0, self._total - self._units)
-            parts.append(f"{round(left // 60)}:{round(left % 60):02} left")
-        return ", ".join(parts)
-
-
-class _Lines(_Figures):
-    def __enter__(self) -> Callable[[int, int, int], None]:
-        self._next_line = time.monotonic() + _LINE_SECONDS
-        return self._report
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _report(self, units: int, documents: int, tokens: int) -> None:
-        self._add(units, documents, tokens)
-        if time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + _LINE_SECONDS
-            share = f"{min(1.0, self._units / self._total):.0%} | " if self._total else ""
-            self._console.print(f"{self._name}: {share}{self._text()}", highlight=False, soft_wrap=True)
-
-
-class _Bar(_Figures):
-    def __enter__(self) -> Callable[[int, int, int], None]:
-        self._bar = rich.progress.Progress(
+        done, began = (0, 0, 0), time.monotonic()
+        next_line = began + _LINE_SECONDS
+        bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("{task.fields[figures]}"),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(self._name, total=self._total or None, figures="")
-        self._bar.start()
-        return self._report
+        task = bar.add_task(name, total=total or None, figures="")
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        def report(units: int, documents: int, tokens: int) -> None:
+            nonlocal done, next_line
+            done = (done[0] + units, done[1] + documents, done[2] + tokens)
+            now = time.monotonic()
+            if not bar.disable:
+                bar.update(task, completed=done[0], figures=_figures(*done, total, now - began))
+            elif now >= next_line:
+                next_line = now + _LINE_SECONDS
+                share = f"{min(1.0, done[0] / total):.0%} | " if total else ""
+                figures = _figures(*done, total, now - began)
+                self._console.print(f"{name}: {share}{figures}", highlight=False, soft_wrap=True)
 
-    def _report(self, units: int, documents: int, tokens: int) -> None:
-        self._add(units, documents, tokens)
-        self._bar.update(self._task, completed=self._units, figures=self._text())
+        with bar:
+            yield report
+
+
+def _figures(units: int, documents: int, tokens: int, total: int, seconds: float) -> str:
+    parts = [f"{documents:,} documents"] if documents else []
+    if tokens:
+        parts += [f"{tokens:,} tokens", f"{tokens / max(1e-9, seconds):,.0f} tokens/s"]
+    if units and total:
+        left = seconds / units * max(0, total - units)
+        parts.append(f"{round(left // 60)}:{round(left % 60):02} left")
+    return ", ".join(parts)

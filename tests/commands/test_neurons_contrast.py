@@ -9,7 +9,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.commands import neurons_ablate, neurons_contrast
+from topklm.commands.neurons_compare import ABLATE_SET, CONTRAST
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
@@ -66,12 +66,12 @@ def call(capsys, monkeypatch):
 
 def contrast_of(place):
     names = "--positive", place / "vowels.jsonl", "--negative", place / "numbers.jsonl"
-    return neurons_contrast, place / "small", *names
+    return CONTRAST, place / "small", *names
 
 
 def ablate_of(place):
     names = "--forget", place / "vowels.jsonl", "--retain", place / "numbers.jsonl"
-    return neurons_ablate, place / "small", *names
+    return ABLATE_SET, place / "small", *names
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_ablating_reports_the_losses_of_documents_that_nothing_was_chosen_on(cal
         for n, texts in enumerate((VOWELS, NUMBERS))
     ]
     contrasted = call(
-        neurons_contrast,
+        CONTRAST,
         place / "small",
         "--positive",
         halved[0],

@@ -8,7 +8,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.commands import neurons_find
+from topklm.commands.neurons_find import FIND
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
@@ -68,9 +68,9 @@ def find(capsys, monkeypatch):
 
     def call(*arguments):
         parser = argparse.ArgumentParser()
-        neurons_find.add_arguments(parser)
+        FIND.add_arguments(parser)
         parsed = parser.parse_args([str(argument) for argument in arguments])
-        neurons_find.run(parsed)
+        FIND.run(parsed)
         output, errors = capsys.readouterr()
         assert errors == ""
         return json.loads(output) if parsed.json else output

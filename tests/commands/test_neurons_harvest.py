@@ -10,7 +10,7 @@ import saved_runs
 
 import topklm
 from topklm.checkpoint.checksums import fingerprint
-from topklm.commands import neurons, neurons_pipeline
+from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.layout import make_layout
@@ -51,7 +51,8 @@ def harvest(model, tmp_path, monkeypatch):
     def call(source, **options):
         told = Told()
         mesh = make_layout(MeshConfig()).mesh
-        neurons_pipeline.harvest_into(folder, model, mesh, told, source=str(source), **options)
+        settings = neurons.HarvestSettings(source=str(source), **options)
+        neurons.harvest_into(folder, model, mesh, told, settings)
         return told, Store(folder.store)
 
     return call

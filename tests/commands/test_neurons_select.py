@@ -10,7 +10,7 @@ from test_neurons_find import write_store
 
 import topklm
 from topklm.checkpoint.checksums import fingerprint
-from topklm.commands import neurons_select
+from topklm.commands.neurons_find import SELECT
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.neurons.labels import Labels
@@ -39,9 +39,9 @@ def select(capsys, tmp_path, run):
 
     def call(*arguments):
         parser = argparse.ArgumentParser()
-        neurons_select.add_arguments(parser)
+        SELECT.add_arguments(parser)
         file = tmp_path / "set.json"
-        neurons_select.run(parser.parse_args([str(a) for a in (run, "--save", file, *arguments)]))
+        SELECT.run(parser.parse_args([str(a) for a in (run, "--save", file, *arguments)]))
         return load_interventions(file), capsys.readouterr().out
 
     return call

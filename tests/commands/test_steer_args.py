@@ -9,7 +9,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.commands import steer_args
+from topklm.commands import shared
 from topklm.errors import UserError
 from topklm.inference.interventions import MODES, Intervention, save_interventions
 
@@ -18,15 +18,15 @@ CONFIG = saved_runs.MODEL  # two layers of 32 neurons, the first with TopK
 
 def parsed(*arguments, config=CONFIG):
     parser = argparse.ArgumentParser()
-    steer_args.add_arguments(parser)
-    return steer_args.interventions(parser.parse_args(list(arguments)), config)
+    shared.add_steering(parser)
+    return shared.interventions(parser.parse_args(list(arguments)), config)
 
 
 def test_a_neuron_is_layer_and_number():
-    assert steer_args.neuron("3:117") == steer_args.neuron(" 3 : 117 ") == (3, 117)
+    assert shared.neuron("3:117") == shared.neuron(" 3 : 117 ") == (3, 117)
     for text in ("3", "3:", ":1", "3:1:2", "-1:2", "3:x", "3:1=2", "", "3.0:1", "1:9999999999"):
         with pytest.raises(UserError, match=r"--neuron = .*: must be LAYER:NEURON, e\.g\. 3:117"):
-            steer_args.neuron(text)
+            shared.neuron(text)
 
 
 def test_flags_and_a_file_add_up(tmp_path):
@@ -85,7 +85,7 @@ def model_of(seed, run="runs/small"):
 
 
 def warned(file, model, capsys):
-    steer_args.warn_of_another_model(argparse.Namespace(steer_file=file and str(file)), model)
+    shared.warn_of_another_model(argparse.Namespace(steer_file=file and str(file)), model)
     output, errors = capsys.readouterr()
     assert output == ""
     return errors
@@ -93,7 +93,7 @@ def warned(file, model, capsys):
 
 def test_a_file_of_another_models_neurons_is_taken_with_a_warning(tmp_path, capsys):
     file, entries = tmp_path / "set.json", [Intervention(0, 9, mode="ablate")]
-    save_interventions(file, entries, model=steer_args.name_of(model_of(1)))
+    save_interventions(file, entries, model=shared.name_of(model_of(1)))
     assert parsed("--steer-file", str(file)) == entries
     assert warned(file, model_of(1, "elsewhere/small"), capsys) == ""
     said = warned(file, model_of(2, "runs/ot\x1bher"), capsys)

@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from topklm.compile_check import collectives, cost
+from topklm.compile_check import cost
 from topklm.compile_check.hlo import parse
 
 # By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
@@ -124,7 +124,7 @@ def test_products_that_cannot_be_read_are_named_and_the_others_counted():
 
 def test_collectives_that_cannot_be_read_are_named():
     unread = collections.Counter()
-    assert collectives.collectives(parse(UNREADABLE), unread) == []
+    assert cost.collectives(parse(UNREADABLE), unread) == []
     assert unread == {"odd": 1}
 
 

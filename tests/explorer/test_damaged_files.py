@@ -23,7 +23,7 @@ from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog, table
-from topklm.steering import neuron_facts
+from topklm.steering import concepts
 
 STEP = explored_run.STEP
 
@@ -71,13 +71,12 @@ def table_says(run):
 
 
 def is_known(run):
-    return neuron_facts.read(folder_of(run), 1, 17)
+    return concepts.read_facts(folder_of(run), 1, 17)
 
 
 def is_found(run):
     """Opens the files of `topklm neurons find`."""
-    folder = neurons_find._folder(str(run), None)
-    store = neurons_find._open_store(folder)
+    folder, store = neurons_find.open_run(str(run), None)
     return rank(store, store.tokens(0, store.n_tokens) == 33, limit=5), Labels(folder.labels).all()
 
 

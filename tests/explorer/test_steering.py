@@ -17,7 +17,7 @@ import pytest
 from serve_site import serving
 from test_security import assert_harmless
 
-from topklm.commands import steer_args
+from topklm.commands import shared
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, SteerSettings, Strengths, Writing, box, spelled
 from topklm.inference.generate import Generation
@@ -393,7 +393,7 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
     assert stream(site, {**without_value, "mode": "subtract"})[0].status == 400
     # Command lines.
     parser = argparse.ArgumentParser()
-    steer_args.add_arguments(parser)
+    shared.add_steering(parser)
     given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
-    assert steer_args.interventions(given, model.config.model) == [Intervention(*PLACE, mode="saturate")]
+    assert shared.interventions(given, model.config.model) == [Intervention(*PLACE, mode="saturate")]
     assert "take the value off" in " ".join(parser.format_help().split())

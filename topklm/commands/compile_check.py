@@ -1,7 +1,6 @@
 """`topklm compile-check`: compiles the train step of a config for a TPU slice that is not there."""
 
 import argparse
-from collections.abc import Sequence
 
 import jax
 
@@ -22,40 +21,22 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's own arguments; the others are those of `topklm train`."""
-    parser.add_argument(
-        "--topology",
-        required=True,
-        metavar="T",
-        help="chips of a slice: v5e:4x4, v5p:4x4x4, v6e:16x16; cpu:8 for virtual CPU devices",
-    )
-    parser.add_argument(
-        "--slices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="slices of that shape, which mesh.data spans; default 1",
-    )
-    shared.add_json(parser)
+    """Declares the verb's arguments, those of `topklm train` among them."""
+    train.add_config(parser)
+    add = shared.flags(parser, "json")
+    text = "chips of a slice: v5e:4x4, v5p:4x4x4, v6e:16x16; cpu:8 for virtual CPU devices"
+    add("--topology T", text, required=True)
+    add("--slices N", "slices of that shape, which mesh.data spans", 1)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    config, _ = train.parse(arguments.config_flags, EXAMPLE)
+    config, _ = train.read(arguments, arguments.config_flags, EXAMPLE)
     # Nothing runs here: leave the machine's accelerators to others.
     jax.config.update("jax_platforms", "cpu")
     topology = topology_lib.find(arguments.topology, arguments.slices)
-    report = compile_check(config, topology, _config_name(arguments.config_flags))
+    report = compile_check(config, topology, arguments.config)
     output = Output(arguments.json)
     output.give(report.to_dict(), lambda: show(report, output.console))
     if report.chip is not None and not report.fits:
         raise does_not_fit(report.memory.total, report.chip.hbm_bytes, report.chip.name)
-
-
-def _config_name(flags: Sequence[str]) -> str:
-    """As it was given: "configs/paper.py:1.4b"."""
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
-        name, _, value = flag.lstrip("-").partition("=")
-        if name == "config":
-            return value or following
-    return ""

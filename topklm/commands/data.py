@@ -6,7 +6,6 @@ import re
 
 import rich.console
 import rich.rule
-import rich.table
 import rich.text
 
 from topklm.commands import shared
@@ -36,28 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "read everything and compare it with dataset.json",
             "Reads every byte of a dataset and lists everything that is not as it was written.",
             EXAMPLE,
-            _add_common,
+            _add_folder,
             _verify,
         ),
     }
     shared.add_verbs(parser, verbs, "show|verify")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DIR", help="folder of a dataset, e.g. datasets/books")
-    shared.add_json(parser)
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    shared.flags(parser, "json")("dataset DIR", "folder of a dataset, e.g. datasets/books")
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="default %(default)s")
-    parser.add_argument("--windows", type=int, default=3, metavar="N", help="default %(default)s")
-    parser.add_argument(
-        "--context-length", type=int, default=256, metavar="T", help="tokens per window; default %(default)s"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the choice of windows; default %(default)s"
-    )
+    _add_folder(parser)
+    add = shared.flags(parser)
+    add("--split", "", "train", choices=SPLITS)
+    add("--windows N", "", 3)
+    add("--context-length T", "tokens per window", 256)
+    add("--seed N", "of the choice of windows", 0)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -108,17 +103,15 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _print_report(output: Output, report: VerifyReport) -> None:
-    table = rich.table.Table(title=str(report.path), title_justify="left")
-    for column in ("", "train", "held out"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     labels = ("shards read", "documents", "tokens", "bytes of text, recounted")
     for label, field in zip(labels, ("shards", "documents", "tokens", "utf8_bytes"), strict=True):
         counts = [getattr(report.splits[split], field) for split in SPLITS]
-        table.add_row(label, *("not counted" if count is None else f"{count:,}" for count in counts))
-    output.console.print(table)
-    lines = [f"{problem.file}: {problem.what}" for problem in report.problems]
-    lines += [f"{name}: not a file of this dataset" for name in report.other_files]
+        rows.append([label, *("not counted" if count is None else f"{count:,}" for count in counts)])
+    output.console.print(shared.table(("", "train", "held out"), rows, str(report.path), left=[""]))
+    for problem in report.problems:
+        output.say(f"{problem.file}: {problem.what}")
+    for name in report.other_files:
+        output.say(f"{name}: not a file of this dataset")
     if not report.problems:
-        lines.append("everything is as it was written")
-    for line in lines:
-        output.say(line)
+        output.say("everything is as it was written")

@@ -22,28 +22,18 @@ _NEEDED = ("jinja2", "pyarrow", "starlette", "uvicorn", "regex")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_run(parser)
-    shared.add_address(parser, PORT, "on others than the default a token is demanded")
-    shared.add_step(parser)
-    parser.add_argument("--export", metavar="PATH", help="write the pages as one HTML file, and end")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="html",
-        help="--export: one page, or a folder of Neuronpedia's bulk import; default %(default)s",
-    )
-    parser.add_argument(
-        "--model-id", metavar="NAME", help="--format neuronpedia: what it calls the model; default the run's"
-    )
-    parser.add_argument(
-        "--neurons", metavar="L:N,...", help="--export: pages of these, e.g. 0:17,2:5; default all"
-    )
-    parser.add_argument(
-        "--open",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="open the pages in a browser; default not",
-    )
+    add = shared.flags(parser, "run", "step")
+    add("--port N", "0: any that is free", PORT)
+    text = "where to listen; on others than the default a token is demanded"
+    add("--host ADDRESS", text, "127.0.0.1")
+    add("--export PATH", "write the pages as one HTML file, and end")
+    text = "--export: one page, or a folder of Neuronpedia's bulk import"
+    add("--format", text, "html", choices=FORMATS)
+    text = "--format neuronpedia: what it calls the model; default the run's"
+    add("--model-id NAME", text)
+    add("--neurons L:N,...", "--export: pages of these, e.g. 0:17,2:5; default all")
+    text = "open the pages in a browser; default not"
+    add("--open", text, action=argparse.BooleanOptionalAction, default=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_installed("explore", _NEEDED)
     shared.check_on_disk(arguments.run, "pages are made from a folder on a disk; copy the run to one")
     # These need packages of the extra, which may not be there for those above.
-    from topklm.commands.neurons_pipeline import ensure_measured  # noqa: PLC0415
+    from topklm.commands.neurons import ensure_measured  # noqa: PLC0415
     from topklm.explorer import app, export, neuronpedia  # noqa: PLC0415
     from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
@@ -66,31 +56,29 @@ def run(arguments: argparse.Namespace) -> None:
     progress = Output(as_json=False).progress
     folder = ensure_measured(*shared.load(arguments), progress)
     source = NeuronData(folder)
-    if out is not None and arguments.format == "neuronpedia":
+    if out is None:
+
+        def ready(address: str) -> None:
+            print(f"{arguments.run}: open {address}   (Ctrl-C ends it)", flush=True)
+            if arguments.open:
+                webbrowser.open(address)
+
+        app.serve(source, arguments.host, arguments.port, ready)
+    elif arguments.format == "neuronpedia":
         model_id = arguments.model_id or re.sub(r"[^a-z0-9_-]", "-", folder.run.resolve().name.lower())
         neuronpedia.export(source, out, model_id=model_id, neurons=neurons, progress=progress)
         print(f"{out}: Neuronpedia's bulk import of {model_id}")
-        return
-    if out is not None:
+    else:
         n = export.export(source, out, neurons)
-        size = out.stat().st_size / 2**20
-        print(f"{out}: {n:,} neurons, {size:.1f} MiB")
-        return
-
-    def ready(address: str) -> None:
-        print(f"{arguments.run}: open {address}   (Ctrl-C ends it)", flush=True)
-        if arguments.open:
-            webbrowser.open(address)
-
-    app.serve(source, arguments.host, arguments.port, ready)
+        print(f"{out}: {n:,} neurons, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 def _neurons(text: str | None) -> list[tuple[int, int]] | None:
     """Reads --neurons; None stands for all."""
     if text is None or text == "all":
         return None
-    found = [re.fullmatch(r"(\d{1,9}):(\d{1,9})", part.strip()) for part in text.split(",")]
-    if not all(found):
+    try:
+        return [shared.neuron(part) for part in text.split(",")]
+    except UserError as e:
         allowed = "all, or LAYER:NEURON with commas between, e.g. 0:17,2:5"
-        raise UserError(field="--neurons", value=text, allowed=allowed)
-    return [(int(place[1]), int(place[2])) for place in found if place]
+        raise UserError(field="--neurons", value=text, allowed=allowed) from e

@@ -1,10 +1,9 @@
 """`topklm generate`: continues a prompt with a trained model."""
 
 import argparse
-import json
 
 import topklm
-from topklm.commands import shared, steer_args
+from topklm.commands import shared
 from topklm.errors import UserError
 
 DESCRIPTION = "Continues a prompt with the newest checkpoint of a run."
@@ -15,44 +14,27 @@ _OPTIONS = ("topk_k", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_run(parser)
-    parser.add_argument("prompt", help="text that begins a document")
-    parser.add_argument("--max-new-tokens", type=int, default=50, help="default %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default %(default)s")
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens; 0: all"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens that make up P"
-    )
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the likeliest"
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: tokens that the text holds already become less likely",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
-    )
-    parser.add_argument(
+    add = shared.flags(parser, "run")
+    add("prompt", "text that begins a document")
+    add("--max-new-tokens N", "", 50)
+    add("--temperature T", "0 is greedy", 0.7)
+    add("--top-k K", "only the K most likely tokens; 0: all", 0)
+    add("--top-p P", "only the most likely tokens that make up P", 1.0)
+    add("--min-p P", "only tokens P times as likely as the likeliest", 0.0)
+    text = "above 1: tokens that the text holds already become less likely"
+    add("--repetition-penalty X", text, 1.0)
+    add("--stop TEXT", "end before this text; may be given several times", action="append")
+    add(
         "--when-full",
+        "beyond the context: see its last tokens, run again for each (slide); forget half (halve, "
+        "faster); end there, and refuse a longer prompt (stop)",
+        "slide",
         choices=("slide", "halve", "stop"),
-        default="slide",
-        help="beyond the context: see its last tokens, run anew for each (slide); forget half (halve, "
-        "faster); end there, and refuse a longer prompt (stop); default %(default)s",
     )
-    parser.add_argument(
-        "--topk-k", type=int, metavar="K", help="neurons that each TopK keeps; default as in training"
-    )
-    steer_args.add_arguments(parser)
-    parser.add_argument("--stream", action="store_true", help="print the text while it is made")
-    shared.add_step(parser)
-    shared.add_json(parser)
+    add("--topk-k K", "neurons that each TopK keeps; default as in training", int)
+    shared.add_steering(parser)
+    add("--stream", "print the text while it is made", False)
+    shared.flags(parser, "seed", "step", "json")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,17 +44,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    options["steer"] = steer_args.interventions(arguments, model.config.model)
-    steer_args.warn_of_another_model(arguments, model)
+    options["steer"] = shared.interventions(arguments, model.config.model)
+    shared.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     with shared.arguments_are_flags(arguments):
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)
     if arguments.stream:
-        print(arguments.prompt, end="", flush=True)
-        for piece in text:
+        for piece in (arguments.prompt, *text):
             print(piece, end="", flush=True)
         print()
-    elif arguments.json:
-        print(json.dumps({"run": model.run, "step": model.step, "text": text}))
     else:
-        print(text)
+        facts = {"run": model.run, "step": model.step, "text": text}
+        shared.Output(arguments.json).give(facts, lambda: print(text))

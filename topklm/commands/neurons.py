@@ -1,34 +1,59 @@
-"""`topklm neurons`: reads activations off a model, measures its neurons, and finds them."""
+"""`topklm neurons`: reads activations off a model, measures its neurons, and finds them.
+
+Here are `harvest` and `measure`, from a checkpoint to the statistics of its neurons in the run folder.
+"""
 
 import argparse
+from collections.abc import Callable
 import dataclasses
+import importlib.util
 from pathlib import Path
 import re
+from typing import TYPE_CHECKING
 
-from topklm.commands import (
-    neurons_ablate,
-    neurons_contrast,
-    neurons_find,
-    neurons_pipeline,
-    neurons_select,
-    shared,
-)
+import jax
+
+from topklm.checkpoint.checksums import fingerprint
+from topklm.commands import neurons_compare, neurons_find, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.inference.language_model import LanguageModel
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
+from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.documents import Documents, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
-from topklm.neurons.store import Store
+from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
+from topklm.progress import Progress
+
+if TYPE_CHECKING:
+    from topklm.neurons.statistics.embeddings import EncodedWindows
+    from topklm.neurons.statistics.inputs import Inputs
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
 
 _MOST_DIGITS = 15  # of a count
 _MOST_SAMPLES = 2**31 - 1  # as the table can hold them
+
+
+@dataclasses.dataclass(frozen=True)
+class HarvestSettings:
+    """The flags of `harvest`, whose help says more."""
+
+    tokens: int = 500_000  # about, by all parts together
+    source: str | None = None
+    split: str = "heldout"
+    batch_size: int | None = None
+    keep: int | None = None
+    dictionary: str | None = None
+    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS
+    part: Share | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,153 +75,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_measure,
             _measure,
         ),
+        "find": neurons_find.FIND,
+        "contrast": neurons_compare.CONTRAST,
+        "select": neurons_find.SELECT,
+        "ablate-set": neurons_compare.ABLATE_SET,
     }
-    for name, command, summary in (
-        ("find", neurons_find, "which neurons fire on a text, a token or a pattern"),
-        ("contrast", neurons_contrast, "which neurons are more often active in one text than in another"),
-        ("select", neurons_select, "write a set of neurons as interventions"),
-        ("ablate-set", neurons_ablate, "what a model loses of two texts without some neurons"),
-    ):
-        verbs[name] = Verb(summary, command.DESCRIPTION, command.EXAMPLE, command.add_arguments, command.run)
     shared.add_verbs(parser, verbs, "harvest|measure|find|...")
 
 
 def _add_harvest(parser: argparse.ArgumentParser) -> None:
-    shared.add_run(parser)
-    parser.add_argument(
-        "--tokens",
-        type=_count,
-        default=neurons_pipeline.DEFAULT_TOKENS,
-        metavar="N",
-        help="default %(default)s",
+    add = shared.flags(parser, "run", "step", "json")
+    add("--tokens N", "", HarvestSettings.tokens, type=_count)
+    add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
+    add("--split", "of prepared data", "heldout", choices=SPLITS)
+    text = (
+        "of a Base LM, only the K largest entries of each token, to compare it with a TopK model; default "
+        "all that are positive"
     )
-    parser.add_argument(
-        "--source",
-        metavar="TEXT",
-        help="prepared folder, or files, globs, URLs of text; default the run's data",
+    add("--keep K", text, type=_count)
+    text = (
+        "of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K largest "
+        "are kept (default the config's topk_k); made first, from the run's training text"
     )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="heldout", help="of prepared data; default %(default)s"
-    )
-    parser.add_argument(
-        "--keep",
-        type=_count,
-        metavar="K",
-        help="of a Base LM, only the K largest entries of each token, to compare it with a TopK model; "
-        "default all that are positive",
-    )
-    parser.add_argument(
-        "--dictionary",
-        choices=dictionary_lib.KINDS,
-        help="of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K "
-        "largest are kept (default the config's topk_k); made first, from the run's training text",
-    )
-    parser.add_argument(
-        "--dictionary-tokens",
-        type=_count,
-        default=fit_dictionary.DEFAULT_TOKENS,
-        metavar="N",
-        help="of training text, from which the dictionary is made; default %(default)s",
-    )
-    parser.add_argument("--batch-size", type=_count, metavar="B", help="rows; default by device")
-    parser.add_argument(
-        "--part",
-        type=_share,
-        metavar="I/N",
-        help="every N-th document, from the I-th, 0/4 to 3/4 say; default by the launcher's environment",
-    )
-    shared.add_step(parser)
-    shared.add_json(parser)
+    add("--dictionary", text, choices=dictionary_lib.KINDS)
+    text = "of training text, from which the dictionary is made"
+    add("--dictionary-tokens N", text, fit_dictionary.DEFAULT_TOKENS, type=_count)
+    add("--batch-size B", "rows; default by device", type=_count)
+    text = "every N-th document, from the I-th, 0/4 to 3/4 say; default by the launcher's environment"
+    add("--part I/N", text, type=_share)
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
-    shared.add_run(parser)
-    parser.add_argument(
-        "--ablation-samples",
-        type=int,
-        default=MeasureSettings.ablation_samples,
-        metavar="N",
-        help="tokens at which each neuron is set to 0; 0: none; default %(default)s",
-    )
-    parser.add_argument(
-        "--lens-contexts",
-        type=_count,
-        default=MeasureSettings.lens_contexts,
-        metavar="N",
-        help="over which the Jacobian is averaged; default %(default)s",
-    )
-    parser.add_argument(
-        "--encoder",
-        metavar="MODEL",
-        help="folder, name or NAME@REVISION of a sentence encoder, for the package sentence-transformers: "
+    add = shared.flags(parser, "run", "step", "json")
+    text = "tokens at which each neuron is set to 0; 0: none"
+    add("--ablation-samples N", text, MeasureSettings.ablation_samples)
+    text = "over which the Jacobian is averaged"
+    add("--lens-contexts N", text, MeasureSettings.lens_contexts, type=_count)
+    text = (
+        "folder, name or NAME@REVISION of a sentence encoder, for the package sentence-transformers: "
         "semantic entropy and monosemanticity compare tokens by the text around them, not by the model's own "
-        "unembedding",
+        "unembedding"
     )
-    shared.add_step(parser)
-    shared.add_json(parser)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
-    arguments.call(arguments)
-
-
-def _harvest(arguments: argparse.Namespace) -> None:
-    shared.check_on_disk(arguments.run)
-    output = Output(arguments.json)
-    model, mesh = shared.load(arguments)
-    folder = NeuronsFolder(Path(model.run), model.step)
-    place = cluster.find() if arguments.part is None else None
-    share = arguments.part or (Share(place.index, place.count) if place else ALL)
-    neurons_pipeline.harvest_into(
-        folder,
-        model,
-        mesh,
-        output.progress,
-        n_tokens=arguments.tokens,
-        source=arguments.source,
-        split=arguments.split,
-        rows=arguments.batch_size,
-        keep=arguments.keep,
-        dictionary=arguments.dictionary,
-        dictionary_tokens=arguments.dictionary_tokens,
-        share=share,
-    )
-    store = Store(folder.store)
-    facts = {"store": str(folder.store), "tokens": store.n_tokens, **dataclasses.asdict(store.metadata)}
-    output.give(facts, lambda: output.say(_summary(folder, store)))
-
-
-def _measure(arguments: argparse.Namespace) -> None:
-    if not 0 <= arguments.ablation_samples <= _MOST_SAMPLES:
-        raise shared.wrong(arguments, "ablation_samples", allowed=f"from 0 to {_MOST_SAMPLES}")
-    shared.check_on_disk(arguments.run)
-    output = Output(arguments.json)
-    model, _ = shared.load(arguments)
-    folder = NeuronsFolder(Path(model.run), model.step)
-    settings = MeasureSettings(
-        ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts
-    )
-    neurons_pipeline.measure_into(folder, model, output.progress, settings, arguments.encoder)
-    from topklm.neurons.statistics import catalog  # noqa: PLC0415 - its table needs a package of the extra
-
-    described = [statistic.described() for statistic in catalog.STATISTICS]
-    facts = {"table": str(folder.table), "statistics": described}
-    output.give(facts, lambda: output.say(f"wrote {folder.table}"))
-
-
-def _summary(folder: NeuronsFolder, store: Store) -> str:
-    metadata = store.metadata
-    size = sum(path.stat().st_size for path in folder.store.rglob("*") if path.is_file())
-    what = "positive entries of a Base LM's hidden state"
-    if metadata.kind == harvest_lib.TOPK:
-        what = "activations"
-    elif metadata.dictionary:
-        what = f"codes of a Base LM's hidden state ({dictionary_lib.TITLES[metadata.kind]})"
-    return (
-        f"{folder.store}: {store.n_events:,} {what} of {len(metadata.layers)} layers at {store.n_tokens:,} "
-        f"tokens, {size / 2**20:,.0f} MiB ({size / max(store.n_events, 1):.2f} bytes each)"
-    )
+    add("--encoder MODEL", text)
 
 
 def _count(text: str) -> int:
@@ -214,3 +134,243 @@ def _share(text: str) -> Share:
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 0 to N - 1, e.g. 0/4")
     return Share(int(found[1]), int(found[2]))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    arguments.call(arguments)
+
+
+def _harvest(arguments: argparse.Namespace) -> None:
+    shared.check_on_disk(arguments.run)
+    output = Output(arguments.json)
+    model, mesh = shared.load(arguments)
+    folder = shared.folder_of(model)
+    if arguments.part is None and (process := cluster.find()):
+        arguments.part = Share(process.index, process.count)
+    names = (field.name for field in dataclasses.fields(HarvestSettings))
+    settings = HarvestSettings(**{name: getattr(arguments, name) for name in names})
+    harvest_into(folder, model, mesh, output.progress, settings)
+    store = Store(folder.store)
+    facts = {"store": str(folder.store), "tokens": store.n_tokens, **dataclasses.asdict(store.metadata)}
+    output.give(facts, lambda: output.say(_summary(store)))
+
+
+def _summary(store: Store) -> str:
+    metadata = store.metadata
+    size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    what = "positive entries of a Base LM's hidden state"
+    if metadata.kind == harvest_lib.TOPK:
+        what = "activations"
+    elif metadata.dictionary:
+        what = f"codes of a Base LM's hidden state ({dictionary_lib.TITLES[metadata.kind]})"
+    return (
+        f"{store.folder}: {store.n_events:,} {what} of {len(metadata.layers)} layers at {store.n_tokens:,} "
+        f"tokens, {size / 2**20:,.0f} MiB ({size / max(store.n_events, 1):.2f} bytes each)"
+    )
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.ablation_samples <= _MOST_SAMPLES:
+        raise shared.wrong(arguments, "ablation_samples", allowed=f"from 0 to {_MOST_SAMPLES}")
+    shared.check_on_disk(arguments.run)
+    output = Output(arguments.json)
+    model, _ = shared.load(arguments)
+    folder = shared.folder_of(model)
+    settings = MeasureSettings(
+        ablation_samples=arguments.ablation_samples, lens_contexts=arguments.lens_contexts
+    )
+    measure_into(folder, model, output.progress, settings, arguments.encoder)
+    from topklm.neurons.statistics import catalog  # noqa: PLC0415 - its table needs a package of the extra
+
+    described = [statistic.described() for statistic in catalog.STATISTICS]
+    facts = {"table": str(folder.table), "statistics": described}
+    output.give(facts, lambda: output.say(f"wrote {folder.table}"))
+
+
+def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Progress) -> NeuronsFolder:
+    """Harvests and measures what has not been, so that there is something to look at.
+
+    Statistics that an earlier version did not measure are added to the table.
+    """
+    folder = shared.folder_of(model)
+    if not folder.store.exists():
+        harvest_into(folder, model, mesh, progress, HarvestSettings())
+    if not folder.table.exists():
+        wait_for_writers(folder.store, progress.say)
+        measure_into(folder, model, progress, MeasureSettings())
+        return folder
+    from topklm.neurons.statistics import table  # noqa: PLC0415 - see `measure_into`
+    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415
+
+    if not table.is_complete(folder.table):
+        _write_table(extend, folder, model, _store_of(folder, model), progress, MeasureSettings())
+    return folder
+
+
+def harvest_into(
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+    settings: HarvestSettings,
+) -> None:
+    """Runs text through a model, whose parameters are on the mesh, and stores what its neurons do.
+
+    Raises:
+        UserError: For what does not fit the model or the store, and text that cannot be read.
+    """
+    keep, share = settings.keep, settings.part or ALL
+    config = model.config.model
+    rows = settings.batch_size or harvest_lib.batch_rows(config, mesh)
+    if rows % mesh.size:
+        raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {mesh.size} devices")
+    shared.check_keep(config, keep)
+    if settings.dictionary is not None and config.n_topk_layers:
+        text = "is for Base LMs; this model's neurons are its coordinates"
+        raise UserError(text, field="--dictionary", value=settings.dictionary)
+    documents = open_documents(model.tokenizer, model.config.data, settings.source, settings.split)
+    kind, layers = harvest_lib.kind_and_layers(config)
+    dictionary: Dictionary | None = None
+    if settings.dictionary is not None:
+        kind, keep = settings.dictionary, keep or min(config.topk_k, config.d_model)
+        if folder.store.exists() and (there := Store(folder.store).metadata.kind) != kind:
+            raise UserError(
+                f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
+                f"{folder.path}, or harvest in a copy of the run folder"
+            )
+        dictionary = fit_dictionary.load_fitting(folder.dictionary, kind, keep, settings.dictionary_tokens)
+        if dictionary is None:
+            _check_can_fit(folder, model, documents, share)
+            dictionary = fit_dictionary.fit(
+                kind,
+                config,
+                model.params,
+                mesh,
+                model.config.data,
+                documents,
+                keep=keep,
+                n_tokens=settings.dictionary_tokens,
+                progress=progress,
+            )
+            with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
+                dictionary.save(folder.dictionary)
+            progress.say(f"{folder.dictionary}: {dictionary.description}")
+    metadata = Metadata(
+        run=folder.run.resolve().name,
+        step=model.step,
+        tokenizer_sha256=model.tokenizer.sha256,
+        source=documents.name,
+        kind=kind,
+        layers=layers,
+        d_model=config.d_model,
+        topk_k=config.topk_k if kind == harvest_lib.TOPK else keep or config.d_model,
+        topk_activation=config.topk_activation,
+        context_length=config.context_length,
+        parts=share.count,
+        dictionary=dictionary.description if dictionary else "",
+        parameters=fingerprint(model.params),
+    )
+
+    def wait(owner: str) -> None:
+        progress.say(f"process {owner} is harvesting into {folder.store}: waiting for its end")
+
+    with (
+        disk_errors_are_user_errors(f"writing {folder.store}"),
+        StoreWriter(folder.store, metadata, share.index, wait) as writer,
+    ):
+        done, begun = writer.n_tokens, 0
+        wanted = 0  # nobody knows
+        if documents.n_tokens is not None:
+            wanted = max(min(settings.tokens, documents.n_tokens) // share.count - done, 0)
+        with progress.phase(f"harvesting {documents.name}", wanted) as report:
+
+            def tell(tokens: int, documents_begun: int) -> None:
+                nonlocal done, begun
+                report(tokens - done, documents_begun - begun, tokens - done)
+                done, begun = tokens, documents_begun
+
+            harvest_lib.harvest(
+                config,
+                model.params,
+                mesh,
+                documents,
+                writer,
+                separator_id=model.tokenizer.separator_id,
+                n_tokens=-(-settings.tokens // share.count),
+                rows=rows,
+                keep=keep,
+                dictionary=dictionary,
+                share=share,
+                report=tell,
+            )
+    if not writer.n_tokens and share.count == 1:
+        raise no_text(documents, f"--source = {settings.source}")
+    if documents.left_out:
+        progress.say(f"left out of {documents.name}: {described(documents.left_out)}")
+
+
+def _check_can_fit(folder: NeuronsFolder, model: LanguageModel, documents: Documents, share: Share) -> None:
+    """Raises UserError if no dictionary may be made for this text, or not by this share."""
+    if documents.name == open_documents(model.tokenizer, model.config.data, split="train").name:
+        raise UserError(
+            "--split = train: a dictionary is made from the training text: harvest text that is held out"
+        )
+    if share.index:
+        raise UserError(f"{folder.dictionary} is missing: part 0 makes it; start the others when it is there")
+
+
+def measure_into(
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    progress: Progress,
+    settings: MeasureSettings,
+    encoder: str | None = None,
+) -> None:
+    """Computes the statistics of all neurons from what was harvested, and writes the table.
+
+    The encoder is one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
+
+    Raises:
+        UserError: For a store of another model, and without pyarrow.
+    """
+    store = _store_of(folder, model)
+    # Parquet needs a package of the extra, and the others are slow to import.
+    from topklm.neurons.statistics import embeddings  # noqa: PLC0415
+    from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
+
+    windows = None
+    if encoder is not None:
+        loaded = embeddings.load_encoder(encoder)
+        with progress.phase("embedding the text around each token", store.n_tokens) as report:
+            windows = embeddings.embed_windows(
+                store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
+            )
+    _write_table(measure, folder, model, store, progress, settings, windows)
+
+
+def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
+    """Opens the model's store, and makes sure that there is a package to write the table with."""
+    store = shared.open_store(folder, model)
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
+    return store
+
+
+def _write_table(
+    write: Callable[[Path, "Inputs"], object],
+    folder: NeuronsFolder,
+    model: LanguageModel,
+    store: Store,
+    progress: Progress,
+    settings: MeasureSettings,
+    windows: "EncodedWindows | None" = None,
+) -> None:
+    """Calls `measure` or `extend` of `statistics.measure`."""
+    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415 - see `measure_into`
+
+    dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
+    separator_id = model.tokenizer.separator_id
+    inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
+    with disk_errors_are_user_errors(f"writing {folder.table}"):
+        write(folder.table, inputs)

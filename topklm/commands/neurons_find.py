@@ -1,77 +1,52 @@
-"""`topklm neurons find`: which neurons are active in a text, or where a pattern or a token stands."""
+"""`topklm neurons find` and `select`: neurons that are active in a text, or where a pattern or a token is.
+
+`select` also takes those with a label, or of a contrast, and writes interventions on them.
+"""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 import re
 
-import numpy as np
 import rich.table
-import rich.text
+from rich.text import Text
 
 import topklm
 from topklm.checkpoint import run_folder
 from topklm.commands import shared
-from topklm.commands.shared import Output
+from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
-from topklm.neurons.display import SHOWN_PER_LAYER, Activation, visible
+from topklm.errors import UserError, visible
+from topklm.inference.interventions import Intervention, needs_value, save_interventions
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons import search
+from topklm.neurons.display import SHOWN_PER_LAYER
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder, harvested_steps
-from topklm.neurons.search import RankedNeuron, TokenNeurons, neurons_of_text, rank
+from topklm.neurons.search import RankedNeuron, Selected, TokenNeurons
 from topklm.neurons.store import Store
 from topklm.neurons.text_search import Matches, StoredText
-from topklm.storage.files import as_path, is_bucket
-
-DESCRIPTION = (
-    "Shows which neurons are active at each token of a text; or ranks neurons by how well they tell the "
-    "tokens that match a pattern, or are a token, from all others that were harvested."
-)
-EXAMPLE = 'topklm neurons find runs/small --regex "sea|ocean"'
-
-_ID = re.compile("[0-9]+")
-_QUOTED_NUMBER = re.compile('"[0-9]+"')
+from topklm.storage.files import as_path, local_path
 
 _SHOWN_TEXT = 40  # characters of what was looked for, in a message
 
-LabelOf = Mapping[tuple[int, int], str]
+
+def _add_find(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run", "case", "ends", "layer", "json")
+    add("text TEXT", "show the active neurons of each token of it", nargs="?")
+    add("--regex PATTERN", "rank neurons by the tokens that match")
+    text = (
+        "rank neurons by this token, with or without a space before it; a number is an id, and a number in "
+        "double quotes, '\"19\"', the text of one"
+    )
+    add("--token TOKEN", text)
+    add("--top N", "TEXT: strongest neurons of a layer for each token", SHOWN_PER_LAYER)
+    add("--limit N", "neurons that are ranked", 20)
+    add("--step N", "which checkpoint; default the newest (with activations)", int)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
-    shared.add_run(parser)
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="show the active neurons of each token of it")
-    parser.add_argument("--regex", metavar="PATTERN", help="rank neurons by the tokens that match")
-    parser.add_argument(
-        "--token",
-        metavar="TOKEN",
-        help="rank neurons by this token, with or without a space before it; a number is an id, and a number "
-        "in double quotes, '\"19\"', the text of one",
-    )
-    parser.add_argument("--case", action="store_true", help="--regex: capitals are not small letters")
-    parser.add_argument(
-        "--ends",
-        action="store_true",
-        help="--regex: count only the token at which a match ends, where a neuron can first know of it",
-    )
-    parser.add_argument("--layer", type=int, metavar="L", help="only this layer")
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=SHOWN_PER_LAYER,
-        metavar="N",
-        help="TEXT: strongest neurons of a layer for each token; default %(default)s",
-    )
-    parser.add_argument(
-        "--limit", type=int, default=20, metavar="N", help="neurons that are ranked; default %(default)s"
-    )
-    shared.add_step(parser, "the newest (with activations)")
-    shared.add_json(parser)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
+def _find(arguments: argparse.Namespace) -> None:
     asked = [a for a in (arguments.text, arguments.regex, arguments.token) if a is not None]
     if len(asked) != 1:
         raise UserError("give one of TEXT, --regex and --token; see topklm neurons find --help")
@@ -99,10 +74,9 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
             f"{most - 1:,} and the separator; shorten it"
         )
     # The separator that stands before is no part of the text.
-    rows = neurons_of_text(model.active_neurons(arguments.text), arguments.top, arguments.layer, begin=1)
-    labels = (
-        {} if is_bucket(arguments.run) else Labels(NeuronsFolder(Path(model.run), model.step).labels).all()
-    )
+    active = model.active_neurons(arguments.text)
+    rows = search.neurons_of_text(active, arguments.top, arguments.layer, begin=1)
+    labels = shared.labels_of(model)
     tokens = [
         {
             "position": row.position,
@@ -121,9 +95,27 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     output.give(facts, lambda: _print_rows(output, rows, labels))
 
 
+def _print_rows(output: Output, rows: Sequence[TokenNeurons], labels: LabelOf) -> None:
+    table = rich.table.Table()
+    table.add_column("token", style="cyan", no_wrap=True)
+    for layer in rows[0].neurons:
+        table.add_column(f"layer {layer}")
+    for row in rows:
+        cells = [row.token]
+        for layer, strongest in row.neurons.items():
+            shown = []
+            for active in strongest:
+                label = labels.get((active.layer, active.neuron), "")
+                shown.append(f"{active.neuron}:{active.value:.3g}" + (f" ({label})" if label else ""))
+            more = row.n_active[layer] - len(strongest)
+            cells.append(", ".join([*shown, f"+{more}"] if more else shown))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
+    output.console.print(table)
+    output.say("neuron:activation, the strongest first; +N: so many more are active")
+
+
 def _find_in_store(arguments: argparse.Namespace) -> None:
-    folder = _folder(arguments.run, arguments.step)
-    store = _open_store(folder)
+    folder, store = open_run(arguments.run, arguments.step)
     tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
     text, labels = StoredText(store, tokenizer), Labels(folder.labels).all()
     if arguments.regex is not None:
@@ -131,11 +123,13 @@ def _find_in_store(arguments: argparse.Namespace) -> None:
         what = {"regex": arguments.regex, "ignore_case": not arguments.case}
     else:
         ids = _ids_of(arguments.token, tokenizer)
-        matched = text.tokens_equal(*ids)
-        found = Matches(int(matched.sum()), matched, matched)
+        of_token = text.tokens_equal(*ids)
+        found = Matches(int(of_token.sum()), of_token, of_token)
         what = {"token_ids": ids, "tokens": tokenizer.token_strings(ids)}
     matched = found.ends if arguments.ends else found.touched
-    ranked = rank(store, matched, arguments.limit, None if arguments.layer is None else [arguments.layer])
+    n_matched = int(matched.sum())
+    layers = None if arguments.layer is None else [arguments.layer]
+    ranked = search.rank(store, matched, arguments.limit, layers)
     facts = {
         "run": arguments.run,
         "step": folder.step,
@@ -143,54 +137,68 @@ def _find_in_store(arguments: argparse.Namespace) -> None:
         "counted": "ends" if arguments.ends else "touched",
         "n_tokens": store.n_tokens,
         "n_matches": found.count,
-        "n_matched_tokens": int(matched.sum()),
-        "neurons": [{**dataclasses.asdict(r), "label": labels.get((r.layer, r.neuron), "")} for r in ranked],
+        "n_matched_tokens": n_matched,
+        "neurons": shared.with_labels(ranked, labels),
     }
     name = " and ".join(map(_quoted, what.get("tokens", [arguments.regex])))
+    share = n_matched / store.n_tokens
+    line = f"{name}: {found.count:,} matches, {n_matched:,} of {store.n_tokens:,} tokens ({share:.2%})"
+    if not ranked:
+        line += "; " + ("no neuron is active there" if n_matched else "nothing to rank neurons by")
     output = Output(arguments.json)
-    output.give(facts, lambda: _print_ranked(output, name, found.count, matched, ranked, labels))
+    output.give(facts, lambda: _print_ranked(output, line, share, ranked, labels))
 
 
-def _folder(run: str, step: int | None) -> NeuronsFolder:
-    """Finds the activations of a step, or of the newest that has some."""
+def _print_ranked(
+    output: Output, line: str, share: float, ranked: Sequence[RankedNeuron], labels: LabelOf
+) -> None:
+    output.say(line)
+    if not ranked:
+        return
+    cells = [
+        [f"{r.f1:.3f}", f"{r.precision:.3f}", f"{r.recall:.3f}", f"{r.threshold:.3g}", f"{r.n_active:,}"]
+        for r in ranked
+    ]
+    heads = ("F1", "precision", "recall", "firing from", "active at")
+    output.console.print(shared.table_of_neurons(heads, ranked, cells, labels))
+    output.say(
+        "a neuron fires where its activation reaches the threshold that makes its F1 highest here; "
+        f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); "
+        "recall: of the tokens that match, the share at which it fires"
+    )
+
+
+def open_run(run: str, step: int | None) -> tuple[NeuronsFolder, Store]:
+    """Opens the activations of a step of a run, or of the newest that has some.
+
+    Raises:
+        UserError: If there are none, or they are damaged.
+    """
     shared.check_on_disk(run)
-    folder = Path(as_path(run, "RUN"))
-    if not folder.is_dir():
+    path = Path(as_path(run, "RUN"))
+    if not path.is_dir():
         raise UserError(f"RUN = {run}: there is no such folder; check the path")
-    if step is not None:
-        return NeuronsFolder(folder, step)
-    steps = harvested_steps(folder)
-    if not steps:
-        raise UserError(f"{run}: there are no activations yet; run topklm neurons harvest {run}")
-    return NeuronsFolder(folder, steps[-1])
-
-
-def _open_store(folder: NeuronsFolder) -> Store:
-    if not folder.store.exists():
-        raise UserError(
-            f"step = {folder.step}: {folder.run} has no activations of this checkpoint; run topklm neurons "
-            f"harvest {folder.run} --step {folder.step}"
-        )
-    store = Store(folder.store)
-    if store.metadata.step != folder.step:
-        raise UserError(
-            f"{folder.store} holds activations of step {store.metadata.step}: delete it, and harvest again"
-        )
+    if step is None:
+        if not (steps := harvested_steps(path)):
+            raise UserError(f"{run}: there are no activations yet; run topklm neurons harvest {run}")
+        step = steps[-1]
+    folder = NeuronsFolder(path, step)
+    store = shared.open_store(folder)
     if not store.n_tokens:
-        raise UserError(f"{folder.store} is empty: run topklm neurons harvest {folder.run}")
-    return store
+        raise UserError(f"{folder.store} is empty: run topklm neurons harvest {run}")
+    return folder, store
 
 
 def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
     """Finds the tokens that are this text, with and without a space before it; or of this id."""
-    if _ID.fullmatch(token):
+    if re.fullmatch("[0-9]+", token):
         if len(token.lstrip("0")) > 9 or int(token) >= tokenizer.vocab_size:
             raise UserError(
                 f"--token = {token}: ids are from 0 to {tokenizer.vocab_size - 1}; for the text of a number, "
                 f"--token '\"{token}\"'"
             )
         return [int(token)]
-    if _QUOTED_NUMBER.fullmatch(token):
+    if re.fullmatch('"[0-9]+"', token):
         token = token[1:-1]
     if not token:
         raise UserError("--token is empty: give the text of a token, or its id")
@@ -205,57 +213,119 @@ def _ids_of(token: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _print_rows(output: Output, rows: list[TokenNeurons], labels: LabelOf) -> None:
-    table = rich.table.Table()
-    table.add_column("token", style="cyan", no_wrap=True)
-    for layer in rows[0].neurons:
-        table.add_column(f"layer {layer}")
-    for row in rows:
-        cells = []
-        for layer, strongest in row.neurons.items():
-            shown = [_with_label(active, labels) for active in strongest]
-            more = row.n_active[layer] - len(strongest)
-            cells.append(", ".join([*shown, f"+{more}"] if more else shown))
-        table.add_row(*(rich.text.Text(visible(cell)) for cell in (row.token, *cells)))
-    output.console.print(table)
-    output.say("neuron:activation, the strongest first; +N: so many more are active")
+def _quoted(text: str) -> str:
+    return f"'{visible(text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + '...')}'"
 
 
-def _with_label(active: Activation, labels: LabelOf) -> str:
-    label = labels.get((active.layer, active.neuron), "")
-    return f"{active.neuron}:{active.value:.3g}" + (f" ({label})" if label else "")
+def _add_select(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run", "layer", "case", "ends", "step", "json")
+    add("--regex PATTERN", "those that tell the tokens that match, best first")
+    add("--label TEXT", "those whose label holds this")
+    add("--contrast-json FILE", "the output of contrast --json: those that came first there")
+    add("--top N", "at most", 10)
+    add("--min-precision X", "--regex: only neurons of this precision, 0 to 1", float)
+    add("--min-recall X", "--regex: only neurons of this recall, 0 to 1", float)
+    add("--max-q Q", "--contrast-json: only q-values up to this", float)
+    shared.add_mode(add)
+    add("--value X", "for all of them; ablate and ban need none, others do", float)
+    add("--save FILE", "where to write, e.g. sea.json", required=True)
 
 
-def _print_ranked(
-    output: Output,
-    name: str,
-    n_matches: int,
-    matched: np.ndarray,
-    ranked: list[RankedNeuron],
-    labels: LabelOf,
-) -> None:
-    n_matched, share = int(matched.sum()), matched.mean()
-    line = f"{name}: {n_matches:,} matches, {n_matched:,} of {len(matched):,} tokens ({share:.2%})"
-    if not ranked:
-        reason = "no neuron is active there" if n_matched else "nothing to rank neurons by"
-        output.say(f"{line}; {reason}")
-        return
-    named = any((r.layer, r.neuron) in labels for r in ranked)
-    table = shared.table_of(("layer", "neuron", "F1", "precision", "recall", "firing from", "active at"))
-    if named:
-        table.add_column("label")
-    for r in ranked:
-        shares = (f"{figure:.3f}" for figure in (r.f1, r.precision, r.recall))
-        label = [rich.text.Text(visible(labels.get((r.layer, r.neuron), "")))] if named else []
-        table.add_row(str(r.layer), str(r.neuron), *shares, f"{r.threshold:.3g}", f"{r.n_active:,}", *label)
-    output.say(line)
-    output.console.print(table)
-    output.say(
-        "a neuron fires where its activation reaches the threshold that makes its F1 highest here; "
-        f"precision: of the tokens at which it fires, the share that matches (by chance {share:.2g}); "
-        "recall: of the tokens that match, the share at which it fires"
+def _select(arguments: argparse.Namespace) -> None:
+    _check_select(arguments)
+    mode, value = arguments.mode, arguments.value
+    model = topklm.load(arguments.run, step=arguments.step)
+    chosen = _chosen(arguments, model)
+    if not chosen:
+        raise UserError("no neuron is like that: nothing is written; ask for less")
+    entries = [Intervention(one.layer, one.neuron, value or 0.0, mode) for one in chosen]
+    for entry in entries:
+        with shared.refused_as("--value", value=value):
+            entry.check()
+        with shared.refused_as(f"neuron {entry.layer}:{entry.neuron}"):
+            entry.check(model.config.model)
+    save_interventions(arguments.save, entries, model=shared.name_of(model))
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        "mode": mode,
+        "value": value,
+        "file": arguments.save,
+        "neurons": [dataclasses.asdict(one) for one in chosen],
+    }
+    output = Output(arguments.json)
+
+    def show() -> None:
+        rows = [[str(one.layer), str(one.neuron), Text(visible(one.reason))] for one in chosen]
+        heads = ("layer", "neuron", "chosen for")
+        output.console.print(shared.table(heads, rows, left=["chosen for"]))
+        said = "" if value is None else f", value {value:g}"
+        output.say(f"wrote {arguments.save}: {len(chosen)} neurons, mode {mode}{said}")
+
+    output.give(facts, show)
+
+
+def _check_select(arguments: argparse.Namespace) -> None:
+    by = [name for name in ("regex", "label", "contrast_json") if getattr(arguments, name) is not None]
+    if len(by) != 1:
+        raise UserError("give one of --regex, --label and --contrast-json; see topklm neurons select --help")
+    if arguments.regex is None:
+        shared.check_goes_with(arguments, "regex", "min_precision", "min_recall", "case", "ends")
+    if arguments.contrast_json is None:
+        shared.check_goes_with(arguments, "contrast_json", "max_q")
+    for name in ("min_precision", "min_recall", "max_q"):
+        if (share := getattr(arguments, name)) is not None and not 0 <= share <= 1:
+            raise shared.wrong(arguments, name, allowed="from 0 to 1")
+    shared.check_at_least(arguments, 1, "top")
+    if arguments.label == "":
+        raise UserError("--label is empty: give a part of a label")
+    if (arguments.value is None) == needs_value(arguments.mode):
+        needs = "needs --value, a number" if arguments.value is None else "needs no --value; leave it out"
+        raise shared.wrong(arguments, "mode", needs)
+    shared.check_on_disk(arguments.run, "activations and labels are kept on a disk; copy the run to one")
+
+
+def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
+    folder = shared.folder_of(model)
+    narrowed = {"layer": arguments.layer, "top": arguments.top}
+    if arguments.label is not None:
+        return search.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
+    if arguments.contrast_json is not None:
+        saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
+        if saved.step != model.step:
+            text = f"is of step {saved.step}, this checkpoint of {model.step}"
+            advice = f"give --step {saved.step}, or contrast again"
+            raise shared.wrong(arguments, "contrast_json", text, advice=advice)
+        max_q = 1.0 if arguments.max_q is None else arguments.max_q
+        return search.by_contrast(saved, **narrowed, max_q=max_q)
+    store = shared.open_store(folder, model)
+    if store.metadata.kind not in ("topk", "dense"):
+        raise UserError(
+            f"{folder.store} holds codes of a dictionary, which no intervention can set: harvest without one"
+        )
+    matches = StoredText(store, model.tokenizer).matches(arguments.regex, ignore_case=not arguments.case)
+    return search.by_matches(
+        store,
+        matches.ends if arguments.ends else matches.touched,
+        **narrowed,
+        min_precision=arguments.min_precision or 0.0,
+        min_recall=arguments.min_recall or 0.0,
     )
 
 
-def _quoted(text: str) -> str:
-    return f"'{visible(text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + '...')}'"
+FIND = Verb(
+    "which neurons fire on a text, a token or a pattern",
+    "Shows which neurons are active at each token of a text; or ranks neurons by how well they tell the "
+    "tokens that match a pattern, or are a token, from all others that were harvested.",
+    'topklm neurons find runs/small --regex "sea|ocean"',
+    _add_find,
+    _find,
+)
+SELECT = Verb(
+    "write a set of neurons as interventions",
+    "Chooses neurons by a pattern that they stand for in what was harvested, by their labels, or from a "
+    "contrast of two texts, and writes what shall be done to them as a file for generate --steer-file.",
+    'topklm neurons select runs/small --regex "sea|ocean" --top 3 --mode add --value 2 --save sea.json',
+    _add_select,
+    _select,
+)

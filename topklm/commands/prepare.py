@@ -8,8 +8,6 @@ import time
 from types import ModuleType
 from typing import Any
 
-import rich.table
-
 from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.data import formats
@@ -22,7 +20,6 @@ from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
-from topklm.progress import Progress
 from topklm.storage.files import check_name
 
 DESCRIPTION = (
@@ -38,52 +35,34 @@ _HELDOUT_FRACTION = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-
-    def add(flag: str, text: str, **options: Any) -> None:
-        shown = "" if options.get("default") in (None, [], 0) else "; default %(default)s"
-        parser.add_argument(flag, help=text + shown, **options)
-
-    add("sources", "where the text is, see above", nargs="+", metavar="SOURCE")
-    add("--out", "folder of the dataset, e.g. datasets/mine", required=True, metavar="DIR")
+    add = shared.flags(parser)
+    add("sources SOURCE", "where the text is, see above", nargs="+")
+    add("--out DIR", "folder of the dataset, e.g. datasets/mine", required=True)
+    add("--text-field NAME", "key or column of the text; doc.text: inside another", "text")
     add(
-        "--text-field",
-        "key or column of the text; doc.text: inside another",
-        default="text",
-        metavar="NAME",
-    )
-    add(
-        "--tokenizer",
+        "--tokenizer T",
         "a tokenizer.json, a SentencePiece .model, a .tiktoken file, or train:VOCAB: a byte-level BPE "
         "trained on the training split",
-        default="train:16384",
-        metavar="T",
+        "train:16384",
     )
-    add("--heldout", "hold out all of this; may be repeated", action="append", default=[], metavar="SOURCE")
-    add(
-        "--heldout-fraction",
+    text = "hold out all of this; may be repeated"
+    add("--heldout SOURCE", text, action="append", default=[])
+    text = (
         "share of the other documents held out, chosen by a hash of their text; default "
-        f"{_HELDOUT_FRACTION}, or 0 with --heldout",
-        type=float,
-        metavar="F",
+        f"{_HELDOUT_FRACTION}, or 0 with --heldout"
     )
-    add("--min-chars", "leave out shorter documents", type=int, default=0, metavar="N")
-    add("--max-chars", "leave out longer documents; 0: none", type=int, default=0, metavar="N")
-    parser.add_argument("--keep-duplicates", action="store_true", help="keep exact copies of documents")
-    add("--shard-tokens", "tokens per shard, about", type=int, default=SHARD_TOKENS, metavar="N")
-    add("--workers", "cores to use; default all", type=int, metavar="N")
-    parser.add_argument("--strict", action="store_true", help="stop at the first thing that is wrong")
-    shared.add_json(parser, "print one JSON object at the end")
-    add(
-        "--runner",
-        "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner",
-        metavar="RUNNER",
-    )
-    add(
-        "--beam-options",
-        "for the pipeline, e.g. '--project=P --region=R --temp_location=gs://B/tmp'",
-        default="",
-        metavar="O",
-    )
+    add("--heldout-fraction F", text, float)
+    add("--min-chars N", "leave out shorter documents", 0)
+    add("--max-chars N", "leave out longer documents; 0: none", 0)
+    add("--keep-duplicates", "keep exact copies of documents", False)
+    add("--shard-tokens N", "tokens per shard, about", SHARD_TOKENS)
+    add("--workers N", "cores to use; default all", int)
+    add("--strict", "stop at the first thing that is wrong", False)
+    add("--json", "print one JSON object at the end", False)
+    text = "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner"
+    add("--runner RUNNER", text)
+    text = "for the pipeline, e.g. '--project=P --region=R --temp_location=gs://B/tmp'"
+    add("--beam-options O", text, default="")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,36 +75,28 @@ def run(arguments: argparse.Namespace) -> None:
     sources = DatasetSources(find(arguments.sources, say=progress.say), heldout)
     out = Storage(arguments.out)
     began = time.monotonic()
-    _build(arguments, sources, settings, out, progress)
+    if arguments.runner:
+        beam = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
+        build(sources, settings, out, beam, progress)
+    elif not out.is_local:
+        raise UserError(
+            f"--out = {arguments.out}: without --runner it must be a local folder; copy it afterwards"
+        )
+    else:
+        shared.check_at_least(arguments, 1, "workers")
+        with LocalEngine(arguments.workers or all_cores()) as engine:
+            build(sources, settings, out, engine, progress)
     seconds = time.monotonic() - began
     description = parse_description(out.read(DESCRIPTION_FILE), f"{out.url}/{DESCRIPTION_FILE}")
 
     def show() -> None:
-        output.console.print(_summary(out, description, seconds))
+        title = f"{out.url}, {seconds:,.1f} s"
+        rows = _summary(description)
+        output.console.print(shared.table(("", "train", "held out"), rows, title, left=[""]))
         for example in description["problem_examples"]:
             output.say(f"  {example}")
 
     output.give({"path": out.url, "seconds": seconds, **description}, show)
-
-
-def _build(
-    arguments: argparse.Namespace,
-    sources: DatasetSources,
-    settings: DatasetSettings,
-    out: Storage,
-    progress: Progress,
-) -> None:
-    if arguments.runner:
-        engine = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
-        build(sources, settings, out, engine, progress)
-        return
-    if not out.is_local:
-        raise UserError(
-            f"--out = {arguments.out}: without --runner it must be a local folder; copy it afterwards"
-        )
-    shared.check_at_least(arguments, 1, "workers")
-    with LocalEngine(arguments.workers or all_cores()) as engine:
-        build(sources, settings, out, engine, progress)
 
 
 def _beam() -> ModuleType:
@@ -159,19 +130,9 @@ def _settings(arguments: argparse.Namespace) -> DatasetSettings:
     )
 
 
-def _summary(out: Storage, description: dict[str, Any], seconds: float) -> rich.table.Table:
-    table = rich.table.Table(title=f"{out.url}, {seconds:,.1f} s", title_justify="left")
-    for column in ("", "train", "held out"):
-        table.add_column(column, justify="right" if column else "left")
-    splits = description["splits"].values()
-    for label, name in (("documents", "documents"), ("tokens", "tokens"), ("bytes of text", "utf8_bytes")):
-        table.add_row(label, *(f"{split[name]:,}" for split in splits))
-    table.add_row(
-        "bytes per token", *(f"{split['utf8_bytes'] / max(1, split['text_tokens']):.2f}" for split in splits)
-    )
-    table.add_row("shards", *(f"{len(split['shards']):,}" for split in splits))
-    table.add_section()
-    text = description["text"]
+def _summary(description: dict[str, Any]) -> list[list[str] | None]:
+    """Returns rows: a figure of both splits, then figures of all text."""
+    splits, text = description["splits"].values(), description["text"]
     counts = {
         "vocabulary": description["tokenizer"]["vocab_size"],
         "copies dropped": text["duplicates"],
@@ -180,6 +141,12 @@ def _summary(out: Storage, description: dict[str, Any], seconds: float) -> rich.
         "invalid UTF-8 replaced in": text["documents_with_replacements"],
         **{f"skipped: {kind}": n for kind, n in text["problems"].items()},
     }
-    for label, n in counts.items():
-        table.add_row(label, f"{n:,}", "")
-    return table
+    figures = {
+        "documents": [f"{split['documents']:,}" for split in splits],
+        "tokens": [f"{split['tokens']:,}" for split in splits],
+        "bytes of text": [f"{split['utf8_bytes']:,}" for split in splits],
+        "bytes per token": [f"{split['utf8_bytes'] / max(1, split['text_tokens']):.2f}" for split in splits],
+        "shards": [f"{len(split['shards']):,}" for split in splits],
+    }
+    of_splits = [[label, *cells] for label, cells in figures.items()]
+    return [*of_splits, None, *([label, f"{n:,}", ""] for label, n in counts.items())]

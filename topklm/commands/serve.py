@@ -1,17 +1,15 @@
 """`topklm serve`: serves a model by OpenAI's interface for completions, with its neurons beside it."""
 
 import argparse
-from collections.abc import Callable
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
 import secrets
 
-import rich.console
-
 from topklm.commands import shared
-from topklm.progress import TerminalProgress
+from topklm.commands.shared import Output
 from topklm.storage.files import is_bucket
 
 DESCRIPTION = (
@@ -27,51 +25,22 @@ _NEEDED = ("starlette", "uvicorn")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_run(parser)
-    shared.add_address(
-        parser, PORT, f"beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one"
-    )
-    shared.add_step(parser)
-    parser.add_argument("--name", help="what clients call the model; default the folder's name")
-    parser.add_argument(
-        "--slots",
-        type=int,
-        metavar="N",
-        help="texts continued at once; default 64, or as many as need 1 GiB for keys and values",
-    )
-    parser.add_argument(
-        "--max-waiting", type=int, default=256, metavar="N", help="texts that may wait; default %(default)s"
-    )
-    parser.add_argument(
-        "--max-texts",
-        type=int,
-        default=128,
-        metavar="N",
-        help="prompts times n, of one request; default %(default)s",
-    )
-    parser.add_argument(
-        "--max-prompt-tokens", type=int, default=16384, metavar="N", help="of one prompt; default %(default)s"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="new ones of one text; default %(default)s"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="for one answer; default %(default)g"
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="that texts may go on when the server is told to stop; default %(default)g",
-    )
-    parser.add_argument(
-        "--warm-up",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile first what most requests need, else when it is needed; default do",
-    )
-    parser.add_argument("--json", action="store_true", help="print the address as one JSON object")
+    add = shared.flags(parser, "run", "step")
+    add("--port N", "0: any that is free", PORT)
+    text = f"where to listen; beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one"
+    add("--host ADDRESS", text, "127.0.0.1")
+    add("--name NAME", "what clients call the model; default the folder's name")
+    text = "texts continued at once; default 64, or as many as need 1 GiB for keys and values"
+    add("--slots N", text, int)
+    add("--max-waiting N", "texts that may wait", 256)
+    add("--max-texts N", "prompts times n, of one request", 128)
+    add("--max-prompt-tokens N", "of one prompt", 16384)
+    add("--max-tokens N", "new ones of one text", 4096)
+    add("--timeout SECONDS", "for one answer", 300.0)
+    add("--grace SECONDS", "that texts may go on when the server is told to stop", 10.0)
+    text = "compile first what most requests need, else when it is needed; default do"
+    add("--warm-up", text, action=argparse.BooleanOptionalAction, default=True)
+    add("--json", "print the address as one JSON object", False)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -97,13 +66,20 @@ def run(arguments: argparse.Namespace) -> None:
         grace=arguments.grace,
     ).check()
     listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
-    console = rich.console.Console(stderr=True)
     compilation_cache.enable()
     model = topklm.load(arguments.run, step=arguments.step)
-    name = arguments.name or _name(arguments.run)
+    run = arguments.run.rstrip("/") if is_bucket(arguments.run) else Path(arguments.run).resolve()
+    name = arguments.name or os.path.basename(run)
     service = Service(model, name, limits, arguments.slots)
     with contextlib.ExitStack() as stack:
-        service.start(_compiling(console, stack) if arguments.warm_up else None)
+        if arguments.warm_up:
+            output = Output(as_json=True)  # this is shown on standard error
+            output.console.print("compiling programs; most are kept for the next start", highlight=False)
+            start = functools.partial(output.progress.phase, "compiling")
+            phase = functools.cache(lambda total: stack.enter_context(start(total)))
+            service.start(lambda done, total: phase(total)(min(done, 1), 0, 0))
+        else:
+            service.start(None)
     token = None
     if not is_loopback(arguments.host):
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
@@ -116,20 +92,3 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name}: answers at {address}{key}   (Ctrl-C ends it)", flush=True)
 
     app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)
-
-
-def _name(run: str) -> str:
-    return run.rstrip("/").rpartition("/")[2] if is_bucket(run) else Path(run).resolve().name
-
-
-def _compiling(console: rich.console.Console, stack: contextlib.ExitStack) -> Callable[[int, int], None]:
-    """Shows how far the compiling is, until the stack is closed."""
-    console.print("compiling programs; most are kept for the next start", highlight=False)
-    phases: list[Callable[[int, int, int], None]] = []
-
-    def report(done: int, total: int) -> None:
-        if not phases:
-            phases.append(stack.enter_context(TerminalProgress(console).phase("compiling", total)))
-        phases[0](min(done, 1), 0, 0)
-
-    return report

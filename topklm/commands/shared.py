@@ -1,44 +1,63 @@
-"""Arguments, output and checks that the verbs share: RUN, --step, --json, the console, errors of flags.
+"""Flags, checks and output that the verbs share: RUN, --step, --json, --steer, tables, errors of flags.
 
 Imports nothing slow, for `--help` imports it.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
+from pathlib import Path
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
+import rich.text
 
-from topklm.errors import ArgumentError, UserError
+from topklm.config import ModelConfig
+from topklm.errors import ArgumentError, UserError, one_line, visible
+from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
+from topklm.neurons.labels import Labels
+from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
-from topklm.storage.files import is_bucket
+from topklm.storage.files import as_path, is_bucket, parse_json
 
 if TYPE_CHECKING:
     import jax
 
     from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.store import Store
+
+LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
+
+# Flags of several verbs, as arguments of `_add`.
+_COMMON: dict[str, tuple] = {
+    "run": ("run RUN", "run folder, e.g. runs/small"),
+    "step": ("--step N", "which checkpoint; default the newest", int),
+    "json": ("--json", "print one JSON object", False),
+    "layer": ("--layer L", "only neurons of this layer", int),
+    "seed": ("--seed N", "of all that is drawn", 0),
+    "case": ("--case", "--regex: capitals are not small letters", False),
+    "ends": (
+        "--ends",
+        "--regex: count only the token at which a match ends, where a neuron can first know of it",
+        False,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A verb below another one, as `harvest` of `topklm neurons`.
+    """A verb below another one, as `harvest` of `topklm neurons`."""
 
-    Attributes:
-        summary: For the list of verbs.
-        description: For its --help.
-        example: A command.
-        add_arguments: Declares its arguments.
-        run: Carries it out.
-    """
-
-    summary: str
-    description: str
+    summary: str  # for the list of verbs
+    description: str  # for its --help
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
@@ -55,46 +74,59 @@ def add_verbs(parser: argparse.ArgumentParser, verbs: Mapping[str, Verb], metava
         added.set_defaults(call=verb.run)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Declares RUN."""
-    parser.add_argument("run", metavar="RUN", help="run folder, e.g. runs/small")
+def flags(parser: argparse._ActionsContainer, *common: str) -> Callable[..., None]:
+    """Declares flags that several verbs have, by their names in `_COMMON`; returns `_add` for others."""
+    add = functools.partial(_add, parser)
+    for name in common:
+        add(*_COMMON[name])
+    return add
 
 
-def add_step(parser: argparse.ArgumentParser, default: str = "the newest") -> None:
-    """Declares --step."""
-    parser.add_argument("--step", type=int, help=f"which checkpoint; default {default}")
-
-
-def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object") -> None:
-    """Declares --json."""
-    parser.add_argument("--json", action="store_true", help=what)
-
-
-def add_address(parser: argparse.ArgumentParser, port: int, beyond: str) -> None:
-    """Declares --port and --host of a server.
+def _add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = None, **options: Any) -> None:
+    """Declares an argument, for example `add("--top N", "neurons of each layer", 10)`.
 
     Args:
-        parser: Of the verb.
-        port: The default.
-        beyond: The demand on clients of other machines, for the help.
+        parser: Of the verb, or a group of it.
+        flag: With its metavar after a space.
+        text: Its help, which the default is added to.
+        value: Its default, or its type; False makes a switch.
+        options: As of `ArgumentParser.add_argument`.
     """
-    parser.add_argument(
-        "--port", type=int, default=port, metavar="N", help="0: any that is free; default %(default)s"
-    )
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=f"where to listen; {beyond}")
+    name, _, metavar = flag.partition(" ")
+    if metavar:
+        options["metavar"] = metavar
+    if value is False:
+        options["action"] = "store_true"
+    elif isinstance(value, type):
+        options["type"] = value
+    elif value is not None:
+        options = {"type": type(value), "default": value, **options}
+        text = f"{text}; default {f'{value:g}' if isinstance(value, float) else value}".removeprefix("; ")
+    parser.add_argument(name, help=text, **options)
+
+
+def add_mode(add: Callable[..., None], flag: str = "--mode", text: str = "") -> None:
+    """Declares a flag for the mode of interventions, with the effect of each."""
+    modes = [f"{mode.name}: {mode.help.format(value='the value')}" for mode in MODES.values()]
+    add(flag, text + "; ".join(modes), DEFAULT_MODE, choices=MODES)
+
+
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    """Declares --steer, --steer-mode and --steer-file."""
+    add = flags(parser)
+    text = "set neuron N of layer L to X, e.g. 3:117=4; may be given several times"
+    add("--steer L:N=X", text, action="append")
+    add_mode(add, "--steer-mode", "of --steer; ")
+    text = "interventions as JSON, of topklm neurons select or ablate-set; they come on top of --steer"
+    add("--steer-file FILE", text)
 
 
 class Output:
-    """Standard output of a verb: one JSON object, or tables and lines for a person.
-
-    Attributes:
-        console: For a person; standard error where standard output is JSON.
-        progress: On the console.
-    """
+    """Standard output of a verb: one JSON object, or tables and lines for a person."""
 
     def __init__(self, as_json: bool):
         self._as_json = as_json
-        self.console = rich.console.Console(stderr=as_json)
+        self.console = rich.console.Console(stderr=as_json)  # for a person
         self.progress = TerminalProgress(self.console)
 
     def give(self, facts: Mapping[str, Any], show: Callable[[], object]) -> None:
@@ -109,12 +141,46 @@ class Output:
         self.console.out(line, highlight=False)
 
 
-def table_of(columns: Sequence[str], title: str | None = None) -> rich.table.Table:
-    """Returns an empty table whose columns are numbers, aligned to the right."""
-    table = rich.table.Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+def table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[Any] | None],
+    title: str | None = None,
+    left: Sequence[str] = (),
+) -> rich.table.Table:
+    """Returns a table; columns are aligned to the right but for those in `left`; a row of None is a line."""
+    made = rich.table.Table(title=title, title_justify="left")
+    for head in heads:
+        made.add_column(head, justify="left" if head in left else "right")
+    for row in rows:
+        if row is None:
+            made.add_section()
+        else:
+            made.add_row(*row)
+    return made
+
+
+def table_of_neurons(
+    heads: Sequence[str],
+    neurons: Sequence[Any],
+    cells: Sequence[Sequence[str]],
+    labels: LabelOf,
+    *,
+    by_layer: bool = False,
+) -> rich.table.Table:
+    """Returns a table of neurons with their figures, and with their labels if any has one."""
+    is_named = any((n.layer, n.neuron) in labels for n in neurons)
+    rows: list[Sequence[Any] | None] = []
+    for before, n, figures in zip([None, *neurons], neurons, cells, strict=False):
+        if by_layer and before is not None and before.layer != n.layer:
+            rows.append(None)  # a line between layers
+        label = [rich.text.Text(visible(labels.get((n.layer, n.neuron), "")))] if is_named else []
+        rows.append([str(n.layer), str(n.neuron), *figures, *label])
+    return table(["layer", "neuron", *heads, *(["label"] if is_named else [])], rows, left=["label"])
+
+
+def with_labels(neurons: Sequence[Any], labels: LabelOf) -> list[dict[str, Any]]:
+    """Returns the fields of dataclasses of neurons, each with its label, for JSON."""
+    return [{**dataclasses.asdict(n), "label": labels.get((n.layer, n.neuron), "")} for n in neurons]
 
 
 def flag(name: str) -> str:
@@ -151,6 +217,15 @@ def arguments_are_flags(arguments: argparse.Namespace) -> Iterator[None]:
         raise (e.named(flag(e.field)) if e.field in vars(arguments) else e) from e
 
 
+@contextlib.contextmanager
+def refused_as(field: str, **value: Any) -> Iterator[None]:
+    """Turns a ValueError of the block into the error of a field, and of its value if one is given."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e), field=field, **value) from e
+
+
 def check_installed(verb: str, packages: Sequence[str]) -> None:
     """Raises UserError if a package of the extra `explore` is missing."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -163,6 +238,15 @@ def check_on_disk(run: str, text: str = "activations are kept on a disk; copy th
         raise UserError(text, field="RUN", value=run)
 
 
+def check_keep(config: ModelConfig, keep: int | None) -> None:
+    """Raises UserError for a --keep that the model's layers do not have."""
+    if keep is not None and config.n_topk_layers:
+        text = f"is for Base LMs; this model's layers keep {config.topk_k} already"
+        raise UserError(text, field="--keep", value=keep)
+    if keep is not None and keep > config.d_model:
+        raise UserError(field="--keep", value=keep, allowed=f"at most d_model = {config.d_model}")
+
+
 def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Mesh]":
     """Loads the model of RUN and --step onto all devices of this host."""
     import jax  # noqa: PLC0415 - slow, and --help does without
@@ -173,3 +257,123 @@ def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Me
 
     mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     return topklm.load(arguments.run, step=arguments.step, mesh=mesh), mesh
+
+
+def folder_of(model: "LanguageModel") -> NeuronsFolder:
+    """Returns the paths of what is known of the model's neurons."""
+    return NeuronsFolder(Path(model.run), model.step)
+
+
+def labels_of(model: "LanguageModel") -> LabelOf:
+    """Returns the labels of the model's neurons; a run in a bucket has none."""
+    return {} if is_bucket(model.run) else Labels(folder_of(model).labels).all()
+
+
+def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "Store":
+    """Opens the activations of a checkpoint.
+
+    Raises:
+        UserError: If there are none, or those of another checkpoint, or another model if one is given.
+    """
+    from topklm.neurons.store import Store  # noqa: PLC0415 - imports TensorStore
+
+    run, step = folder.run, folder.step
+    if not folder.store.exists():
+        text = f"{run} has no activations of step {step}: run topklm neurons harvest {run} --step {step}"
+        raise UserError(text, field="step", value=step)
+    store = Store(folder.store)
+    if store.metadata.step != step:
+        raise UserError(
+            f"{folder.store} holds activations of step {store.metadata.step}: delete it, and harvest again"
+        )
+    if model is not None:
+        from topklm.checkpoint.checksums import fingerprint  # noqa: PLC0415 - needs JAX
+
+        there = store.metadata.tokenizer_sha256, store.metadata.parameters
+        # Stores of earlier versions do not know of which parameters they are.
+        if there != (model.tokenizer.sha256, there[1] and fingerprint(model.params)):
+            raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+    return store
+
+
+# Neurons and interventions, as command lines name them: `3:117`, and `3:117=4`.
+
+_NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
+
+
+def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
+    """Returns layer and neuron: (3, 117) of "3:117"; whether a model has it is for the caller to check.
+
+    Raises:
+        UserError: For another form.
+    """
+    found = _NEURON.fullmatch(text)
+    if not found:
+        raise UserError(field=flag, value=text, allowed="LAYER:NEURON, e.g. 3:117")
+    return int(found[1]), int(found[2])
+
+
+def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:
+    """Reads the interventions of --steer and --steer-file; None for none.
+
+    Raises:
+        UserError: For what is no intervention, or does not fit the model.
+    """
+    given = [_steered(text, arguments.steer_mode, config) for text in arguments.steer or ()]
+    if arguments.steer_file is not None:
+        given += load_interventions(arguments.steer_file, config)
+    return given or None
+
+
+def _steered(text: str, mode: str, config: ModelConfig) -> Intervention:
+    """Reads what is done to a neuron, from "3:117=4", or for a mode that needs no value "3:117"."""
+    name, equals, value = text.partition("=")
+    layer, number = neuron(name, "--steer")
+    if not equals and needs_value(mode):
+        allowed = f"LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4"
+        raise UserError(field="--steer", value=text, allowed=allowed)
+    try:
+        one = Intervention(layer, number, float(value) if equals else 0.0, mode)
+    except ValueError as e:
+        raise UserError(f"{value!r} is no number", field="--steer", value=text) from e
+    with refused_as("--steer", value=text):
+        one.check(config)
+    return one
+
+
+def name_of(model: "LanguageModel") -> dict[str, Any]:
+    """Describes the model whose neurons interventions are on, for their file."""
+    from topklm.checkpoint.checksums import fingerprint  # noqa: PLC0415 - needs JAX, which --help does without
+
+    return {
+        "run": Path(model.run).name,
+        "step": model.step,
+        "n_layers": model.config.model.n_layers,
+        "d_model": model.config.model.d_model,
+        "parameters": fingerprint(model.params),
+    }
+
+
+def warn_of_another_model(arguments: argparse.Namespace, model: "LanguageModel") -> None:
+    """Prints a line to standard error if --steer-file was made for other parameters than these.
+
+    A neuron's number means something else in another model. Files that people write, and those of earlier
+    versions, name none.
+
+    Raises:
+        UserError: If the file names its model in another way than `name_of`.
+    """
+    if arguments.steer_file is None:
+        return
+    said = f"--steer-file = {arguments.steer_file}"
+    made_for = parse_json(as_path(arguments.steer_file, "--steer-file").read_bytes()).get("model")
+    if made_for is None:
+        return
+    needed = "run", "step", "parameters"
+    if not isinstance(made_for, dict) or not made_for.keys() >= set(needed):
+        raise UserError(f"{said}: model: must be an object with {', '.join(needed)}; or leave it out")
+    here = name_of(model)
+    if made_for["parameters"] != here["parameters"]:
+        there, this = (f"{one['run']}, step {one['step']}" for one in (made_for, here))
+        line = f"warning: {said}: its neurons are of {there}; in this model, {this}, they mean other things"
+        print(one_line(line), file=sys.stderr)

@@ -1,13 +1,33 @@
 """`topklm steer`: measures the effect of setting a neuron on the text, and how many neurons have one."""
 
 import argparse
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
 import json
+import math
+from pathlib import Path
+import re
+from typing import Any
 
-from topklm.commands import shared, steer_dose, steer_survey
+import numpy as np
+import rich.table
+from rich.text import Text
+
+import topklm
+from topklm.commands import shared
 from topklm.commands.shared import Output
-from topklm.errors import disk_errors_are_user_errors
-from topklm.steering.survey import SurveySettings
-from topklm.storage.files import local_path, write_atomically
+from topklm.errors import UserError, disk_errors_are_user_errors, visible
+from topklm.inference.interventions import POSITIONS, Intervention, needs_value
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons.dictionary import check_coordinates
+from topklm.neurons.store import Store
+from topklm.steering import concepts as concept_lib
+from topklm.steering import dose
+from topklm.steering.concepts import KINDS, Concept, NeuronFacts
+from topklm.steering.dose import Estimate, Response, Sampled
+from topklm.steering.survey import SurveySettings, neuron_rows, summarise, survey, without_nan
+from topklm.storage.files import is_bucket, local_path, write_atomically
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "
@@ -17,42 +37,340 @@ DESCRIPTION = (
 )
 EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
 
+_OF_NEURON = ("prompt", "prompts", "concept_regex", "concept_words")
+_OF_SURVEY = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
+_DEFAULT_TIMES, _DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
+_TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
+_NOTHING = "-"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    shared.add_run(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--neuron", metavar="L:N", help="steer neuron N of layer L, e.g. 2:117")
-    what.add_argument("--survey", action="store_true", help="steer all living neurons, without writing text")
-    parser.add_argument(
-        "--values",
-        metavar="X,Y,...",
-        help="in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
-        f"default {steer_dose.DEFAULT_TIMES} if measured, else {steer_dose.DEFAULT_VALUES}. With --survey: "
-        "lengths of the added vector, in units of the mean length of what the layer hands on; default "
+    add = shared.flags(parser, "run", "seed", "step")
+    either = shared.flags(parser.add_mutually_exclusive_group(required=True))
+    either("--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
+    either("--survey", "steer all living neurons, without writing text", False)
+    add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
+    add(
+        "--values X,Y,...",
+        "in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
+        f"default {_DEFAULT_TIMES} if measured, else {_DEFAULT_VALUES}. With --survey: lengths of the added "
+        "vector, in units of the mean length of what the layer hands on; default "
         f"{','.join(map(str, SurveySettings.strengths))}",
     )
-    steer_dose.add_arguments(parser)
-    steer_survey.add_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default %(default)s")
-    shared.add_step(parser)
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="print one JSON object, or write it to a file"
+    add = shared.flags(parser.add_argument_group("with --neuron"))
+    shared.add_mode(add)
+    add("--positions", "", "all", choices=POSITIONS)
+    add("--prompt TEXT", "may be given several times; default eight of ours", action="append")
+    add("--prompts FILE", "a prompt on each line")
+    add("--samples N", "of each prompt", Sampled.samples)
+    add("--max-new-tokens N", "", Sampled.max_new_tokens)
+    add("--temperature T", "0 is greedy", Sampled.temperature)
+    add("--concept-regex R", "count what matches, in any case")
+    add("--concept-words WORDS", "count whole words: a,b,c; or a file with a word on each line")
+    add("--show N", "prompts whose texts are shown", 2)
+    add = shared.flags(parser.add_argument_group("with --survey"))
+    add("--against RUN", "survey this run too, a Base LM say")
+    add("--layers 0,1,...", "default all that were harvested")
+    add("--neurons N", "of each layer, drawn; default all", int)
+    text = (
+        "a neuron counts at the largest value at which the steered next-token distribution is within this KL "
+        f"divergence of the unsteered one; default {SurveySettings.bound}"
     )
+    add("--bound NATS", text, float)
+    text = (
+        "pieces of harvested text, of documents that no concept is read from; default "
+        f"{SurveySettings.prompts}"
+    )
+    add("--neutral-prompts N", text, int)
+    text = f"random ones, of each layer; default {SurveySettings.random_directions}"
+    add("--directions N", text, int)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     output = Output(arguments.json == "-")
     if arguments.survey:
-        shared.check_goes_with(arguments, "neuron", *steer_dose.FLAGS)
-        content, show = steer_survey.run(arguments, output)
+        shared.check_goes_with(arguments, "neuron", *_OF_NEURON)
+        content, show = _survey(arguments, output)
     else:
-        shared.check_goes_with(arguments, "survey", *steer_survey.FLAGS)
-        content, show = steer_dose.run(arguments, output)
+        shared.check_goes_with(arguments, "survey", *_OF_SURVEY)
+        content, show = _steer(arguments, output)
     output.give(content, show)
     if arguments.json not in (None, "-"):
         with disk_errors_are_user_errors(f"writing {arguments.json}"):
             write_atomically(
                 local_path(arguments.json, "--json"), (json.dumps(content, indent=1) + "\n").encode()
             )
+
+
+def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Writes and measures texts; returns all of it, and the function that shows it to a person."""
+    layer, neuron = shared.neuron(arguments.neuron)
+    sampled, asked = _sampled(arguments), _asked(arguments)
+    model = topklm.load(arguments.run, step=arguments.step)
+    with shared.refused_as("--neuron", value=arguments.neuron):
+        Intervention(layer, neuron).check(model.config.model)
+    folder = None if is_bucket(arguments.run) else shared.folder_of(model)
+    facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
+    values = _values(arguments, facts)
+    concepts = asked or concept_lib.own_concepts(model, folder, facts, layer, neuron)
+    total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
+    with (
+        shared.arguments_are_flags(arguments),
+        output.progress.phase("writing texts", total) as report,
+    ):
+        found = dose.respond(
+            model,
+            (layer, neuron),
+            values,
+            concepts,
+            sampled,
+            mode=arguments.mode,
+            positions=arguments.positions,
+            report=lambda texts: report(texts, 0, 0),
+        )
+    content = without_nan(
+        {
+            "run": model.run,
+            "step": model.step,
+            "layer": layer,
+            "neuron": neuron,
+            "mode": arguments.mode,
+            "positions": arguments.positions,
+            "known": None if facts is None else dataclasses.asdict(facts),
+            "sampled": dataclasses.asdict(sampled),
+            "concepts": {one.name: one.description for one in concepts},
+            "responses": [dataclasses.asdict(response) for response in found],
+        }
+    )
+    return content, lambda: _print_responses(output, arguments, found, concepts, sampled, facts)
+
+
+def _sampled(arguments: argparse.Namespace) -> Sampled:
+    shared.check_at_least(arguments, 1, "samples", "max_new_tokens")
+    shared.check_at_least(arguments, 0, "temperature")
+    if arguments.prompt and arguments.prompts:
+        raise UserError("--prompt with --prompts: leave one of the two out")
+    prompts = _lines(arguments.prompts, "--prompts") if arguments.prompts else arguments.prompt
+    settings = arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed
+    return Sampled(tuple(prompts or dose.PROMPTS), *settings)
+
+
+def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
+    """Reads --values, in units of the neuron's activation."""
+    if not needs_value(arguments.mode):
+        if arguments.values is not None:
+            raise shared.wrong(arguments, "values", f"mode {arguments.mode} has no use for values")
+        return [0.0]
+    largest = facts.max_activation if facts else None
+    is_scale = arguments.mode == "scale"
+    text = arguments.values or (_DEFAULT_TIMES if largest is not None and not is_scale else _DEFAULT_VALUES)
+
+    def wrong(reason: str) -> UserError:
+        return UserError(reason, field="--values", value=text)
+
+    values = []
+    for part in (part.strip() for part in text.split(",")):
+        times = _TIMES.fullmatch(part)
+        if times and is_scale:
+            raise wrong("mode scale multiplies already; leave the x out")
+        if times and largest is None:
+            raise wrong(
+                f"the largest activation of {arguments.neuron} is not known: run topklm neurons harvest and "
+                f"measure {arguments.run}, or give values without x"
+            )
+        try:
+            value = float(times[1]) * largest if times and largest is not None else float(part)
+        except ValueError as e:
+            raise wrong(f"{part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
+        with shared.refused_as("--values", value=text):
+            Intervention(*shared.neuron(arguments.neuron), value, arguments.mode).check()
+        values.append(value)
+    return values
+
+
+def _asked(arguments: argparse.Namespace) -> list[Concept]:
+    asked = []
+    if arguments.concept_regex is not None:
+        asked.append(concept_lib.of_regex(arguments.concept_regex))
+    if arguments.concept_words is not None:
+        is_file = False
+        with contextlib.suppress(OSError, ValueError):  # words may be longer than a file's name
+            is_file = Path(arguments.concept_words).expanduser().is_file()
+        words = _lines(arguments.concept_words, "--concept-words") if is_file else None
+        asked.append(concept_lib.of_words(words or arguments.concept_words.split(",")))
+    return asked
+
+
+def _lines(path: str, flag: str) -> list[str]:
+    try:
+        text = local_path(path, flag).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} = {path}: cannot be read ({e}); give a text file in UTF-8") from e
+    if not (lines := [line for line in text.splitlines() if line.strip()]):
+        raise UserError(f"{flag} = {path}: is empty; give at least a line")
+    return lines
+
+
+def _print_responses(
+    output: Output,
+    arguments: argparse.Namespace,
+    found: list[Response],
+    concepts: list[Concept],
+    sampled: Sampled,
+    facts: NeuronFacts | None,
+) -> None:
+    if facts is not None:
+        active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
+        output.say(
+            visible(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
+        )
+    heads = [_head(response, arguments.mode) for response in found]
+    output.say(f"{arguments.mode} at {arguments.positions} positions")
+    for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
+        texts = rich.table.Table(title=Text(visible(prompt)), title_justify="left", show_lines=True)
+        for head in heads:
+            texts.add_column(head, ratio=1, overflow="fold")
+        texts.add_row(*(Text(visible(response.texts[number][0])) for response in found))
+        output.console.print(texts)
+    rows = [
+        [
+            head,
+            *(_with_interval(response.rates[one.name], 100) for one in concepts),
+            _with_interval(response.perplexity, 1),
+            *(_number(response.distinct[n].value, "{:.2f}") for n in dose.DISTINCT),
+        ]
+        for head, response in zip(heads, found, strict=True)
+    ]
+    rates, varied = (f"{one.name} %" for one in concepts), (f"dist-{n}" for n in dose.DISTINCT)
+    output.console.print(shared.table([arguments.mode, *rates, "perplexity", *varied], rows))
+    for one in concepts:
+        output.say(visible(f"{one.name}, hits in 100 tokens: {one.description}"))
+    drawn = "prompts" if len(sampled.prompts) > 1 else "samples"
+    output.say(
+        "perplexity: of the text given its prompt, by the unsteered model; dist-n: distinct n-grams for each "
+        f"token of a text; in brackets 95 % by bootstrap over {drawn}; {len(sampled.prompts)} prompts, "
+        f"{sampled.samples} samples of each"
+    )
+
+
+def _head(response: Response, mode: str) -> str:
+    if response.value is None:
+        return "unsteered"
+    return f"{response.value:.4g}" if needs_value(mode) else mode
+
+
+def _with_interval(estimate: Estimate, factor: float) -> str:
+    value, low, high = (_number(factor * figure, "{:.1f}") for figure in dataclasses.astuple(estimate))
+    return value if np.isnan(estimate.low) else f"{value} [{low}, {high}]"
+
+
+def _number(value: float | None, form: str = "{:.2f}") -> str:
+    return _NOTHING if value is None or math.isnan(value) else form.format(value)
+
+
+def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Surveys one run or two; returns the findings, and the function that shows them to a person."""
+    settings = _settings(arguments)
+    # Both are opened before the first is surveyed, which takes long.
+    opened = [_open(arguments.run, arguments.step)]
+    if arguments.against is not None:
+        # RUN itself is surveyed at the same step twice.
+        opened.append(
+            _open(arguments.against, arguments.step if arguments.against == arguments.run else None)
+        )
+    found = []
+    for model, store in opened:
+        layers = survey(
+            store,
+            model.config.model,
+            model.params,
+            separator_id=model.tokenizer.separator_id,
+            settings=settings,
+            progress=output.progress,
+        )
+        facts = {
+            "run": Path(model.run).resolve().name,
+            "step": model.step,
+            "kind": store.metadata.kind,
+            "source": store.metadata.source,
+            "n_tokens": store.n_tokens,
+        }
+        neurons = neuron_rows(layers, settings, model.tokenizer)
+        found.append({**facts, **summarise(layers, settings), "neurons": neurons})
+    return {"surveys": found}, lambda: _print_surveys(output, found, settings)
+
+
+def _settings(arguments: argparse.Namespace) -> SurveySettings:
+    given: dict[str, Any] = {"seed": arguments.seed}
+    if arguments.values is not None:
+        given["strengths"] = tuple(sorted(_numbers("values", arguments.values, float)))
+        if not all(0 < value < math.inf for value in given["strengths"]):
+            raise shared.wrong(arguments, "values", allowed="above 0 with --survey")
+    if arguments.layers is not None:
+        given["layers"] = tuple(sorted(set(_numbers("layers", arguments.layers, int))))
+    shared.check_at_least(arguments, 1, "neurons", "neutral_prompts", "directions")
+    if arguments.bound is not None and not 0 < arguments.bound < math.inf:
+        raise shared.wrong(arguments, "bound", allowed="above 0, nats")
+    given |= {"neurons": arguments.neurons, "bound": arguments.bound}
+    given |= {"prompts": arguments.neutral_prompts, "random_directions": arguments.directions}
+    return SurveySettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _numbers(flag: str, text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as e:
+        allowed = "numbers with commas between, e.g. 0,1,2"
+        raise UserError(field=f"--{flag}", value=text, allowed=allowed) from e
+
+
+def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:
+    shared.check_on_disk(run)
+    model = topklm.load(run, step=step)
+    store = shared.open_store(shared.folder_of(model), model)
+    check_coordinates(store.metadata.dictionary, "steer --survey")
+    return model, store
+
+
+def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
+    heads = ("run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %")
+    heads = (*heads, "specific %", "prompting's")
+    for kind in KINDS:
+        rows = [[one["run"], *_row(layer, kind)] for one in found for layer in one["layers"]]
+        output.console.print(shared.table(heads, rows, f"concept: {kind} tokens"))
+    n = settings.prompts
+    for line in (
+        f"gain: median rise of ln P(the next token is of the concept) after {n} neutral prompts, nats, at "
+        f"the largest value with a KL divergence of at most {settings.bound:g} nats from the unsteered model",
+        "random's: median over concepts of the 95th percentile of as long random directions; steerable: "
+        "above that; mismatched: the same share of neurons with another neuron's concept",
+        "specific: steerable, and above the 95th percentile of the other neurons of the layer; in brackets "
+        "95 %; prompting's: the gain with all tokens of the concept before the prompt",
+        "concepts: input, the tokens that make up most of the neuron's activation; distinct, those that do "
+        "so more than in the text as a whole; next, the tokens that follow it more than they do elsewhere",
+    ):
+        output.say(line)
+
+
+def _row(layer: dict[str, Any], kind: str) -> list[str]:
+    concept = layer["concepts"][kind]
+    prompting = concept.get("prompting")
+    return [
+        layer["layer"],
+        f"{layer['n_neurons']}",
+        _number(layer["median_strength"]),
+        _number(layer["median_divergence"]),
+        _number(concept["median_gain"]),
+        _number(concept["median_random"]),
+        _share(concept["steerable"]),
+        f"{100 * concept['mismatched']:.0f}",
+        _share(concept["specific"]),
+        _number(prompting["median_gain"]) if prompting else _NOTHING,
+    ]
+
+
+def _share(share: dict[str, float | None]) -> str:
+    value, low, high = (f"{100 * (share[name] or 0):.0f}" for name in ("share", "low", "high"))
+    return f"{value} [{low}, {high}]"

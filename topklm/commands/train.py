@@ -1,8 +1,4 @@
-"""`topklm train`, also `python -m topklm.main`: trains a model.
-
-Short on purpose: it reads the flags and hands over to `training.loop.train`, which can be called from
-anywhere. Single settings are overridden like `--config.model.topk_k=16`.
-"""
+"""`topklm train`, also `python -m topklm.main`: reads the flags, and hands over to `training.loop.train`."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,8 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments, each field of the config among them."""
     parser.usage = "topklm train --config=FILE[:VARIANT] [--workdir=FOLDER] [--config.FIELD=VALUE ...]"
     parser.description = f"{DESCRIPTION}\n\nexample: {EXAMPLE}"
-    parser.epilog = _fields_help()
+    defaults = config.flatten(config.Config())
+    fields = [f"  {name} = {defaults[name]!r}\n      {s.meaning}" for name, s in config.settings().items()]
+    parser.epilog = "\n".join(["Fields of --config, their defaults and meaning:", *fields])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_config(parser)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Declares --config, its fields and --workdir; `read` reads what is given."""
     absent = argparse.SUPPRESS
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config file with get_config(VARIANT)")
     parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
@@ -54,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains as the flags say."""
-    experiment, workdir = _read(arguments, arguments.config_flags, EXAMPLE)
+    experiment, workdir = read(arguments, arguments.config_flags, EXAMPLE)
     allocator_name = allocator.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.
     with stop_on_signal(distributed.announce_stop) as stop, distributed.session(lambda: stop.heard):
@@ -66,20 +69,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str], example: str = EXAMPLE) -> tuple[config.Config, AnyPath]:
-    """Reads the flags, without the program's name before them; `example` is shown when they do not fit.
+    """Reads flags, without the program's name before them, as `read`."""
+    parser = Parser("topklm train", allow_abbrev=False)
+    add_config(parser)
+    return read(*parser.parse_known_args(list(arguments)), example)
 
-    Returns:
-        The checked config, and the run folder.
+
+def read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tuple[config.Config, AnyPath]:
+    """Returns the checked config, and the run folder.
+
+    Args:
+        known: Arguments of `add_config`.
+        unknown: Words that the parser does not know.
+        example: Of a command, shown when they do not fit.
 
     Raises:
         UserError: For a flag, a config file or a field that does not exist or does not fit.
     """
-    parser = Parser("topklm train", allow_abbrev=False)
-    add_arguments(parser)
-    return _read(*parser.parse_known_args(list(arguments)), example)
-
-
-def _read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tuple[config.Config, AnyPath]:
     if unknown:
         raise UserError(_explain(unknown[0], example))
     if not known.config:
@@ -95,11 +101,7 @@ def _read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tu
 
 
 def load(file_and_variant: str, example: str = EXAMPLE) -> dict[str, Any]:
-    """Runs `get_config` of a config file.
-
-    Args:
-        file_and_variant: "configs/small.py", or "configs/small.py:base" to call `get_config("base")`.
-        example: Of a command, shown if there is no such file.
+    """Runs `get_config` of a file: "configs/small.py", or "configs/small.py:base" for the variant "base".
 
     Returns:
         The sections and fields as plain dicts, not checked.
@@ -188,10 +190,3 @@ def _explain(argument: str, example: str) -> str:
         )
     unknown = field if section in sections else section
     return f"config has no field {unknown!r}; {config.nearest_field(unknown)}"
-
-
-def _fields_help() -> str:
-    """Lists every field with its default and meaning, a line or two each."""
-    defaults = config.flatten(config.Config())
-    fields = [f"  {name} = {defaults[name]!r}\n      {s.meaning}" for name, s in config.settings().items()]
-    return "\n".join(["Fields of --config, their defaults and meaning:", *fields])

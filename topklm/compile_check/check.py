@@ -4,7 +4,6 @@ The step, its shardings and its refusals are those of training; only the devices
 """
 
 import collections
-from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -15,9 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from topklm.compile_check import collectives, cost, hlo
+from topklm.compile_check import cost, hlo
 from topklm.compile_check.report import Memory, Report, Traffic
-from topklm.compile_check.topology import GIB, Chip, Topology
+from topklm.compile_check.topology import GIB, Topology
 from topklm.config import Config
 from topklm.errors import UserError
 from topklm.layout import make_layout
@@ -55,7 +54,8 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
     compiled = _compile(lowered, topology)
     seconds = time.perf_counter() - began
     parsed = _parsed(compiled)
-    arithmetic, memory, traffic = (collections.Counter[str]() for _ in range(3))
+    stats: Any = compiled.memory_analysis()
+    unread = {what: collections.Counter[str]() for what in ("arithmetic", "memory traffic", "traffic")}
     tokens = config.train.batch_size * config.model.context_length
     return Report(
         config=name,
@@ -64,21 +64,18 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
         mesh=dict(layout.mesh.shape),
         parameters=throughput.parameter_count(state.params),
         tokens_per_device=tokens / layout.size,
-        memory=_memory(compiled),
+        memory=Memory(
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            program=stats.generated_code_size_in_bytes,
+        ),
         model_flops=throughput.flops_per_token(config.model) * tokens / layout.size,
-        compiled_flops=float(cost.matmul_flops(parsed, arithmetic)),
-        hbm_traffic=float(cost.main_memory_bytes(parsed, memory)),
-        traffic=_traffic(collectives.collectives(parsed, traffic), layout.mesh, topology, traffic),
+        compiled_flops=float(cost.matmul_flops(parsed, unread["arithmetic"])),
+        hbm_traffic=float(cost.main_memory_bytes(parsed, unread["memory traffic"])),
+        traffic=_traffic(parsed, layout.mesh, topology, unread["traffic"]),
         compile_seconds=seconds,
-        unread={
-            f"{what} of {name}": runs
-            for what, unread in {
-                "arithmetic": arithmetic,
-                "memory traffic": memory,
-                "traffic": traffic,
-            }.items()
-            for name, runs in unread.items()
-        },
+        unread={f"{what} of {name}": n for what, missed in unread.items() for name, n in missed.items()},
     )
 
 
@@ -123,47 +120,32 @@ def _parsed(compiled: jax.stages.Compiled) -> hlo.Program:
         ) from e
 
 
-def _memory(compiled: jax.stages.Compiled) -> Memory:
-    stats: Any = compiled.memory_analysis()
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        program=stats.generated_code_size_in_bytes,
-    )
-
-
-def _traffic(
-    found: Sequence[collectives.Collective], mesh: Mesh, topology: Topology, unread: hlo.Unread
-) -> tuple[Traffic, ...]:
+def _traffic(program: hlo.Program, mesh: Mesh, topology: Topology, unread: hlo.Unread) -> tuple[Traffic, ...]:
     """Sums over the collectives of one kind along the same axes."""
     rows: dict[tuple[str, tuple[str, ...], bool], Traffic] = {}
-    for collective in found:
-        with hlo.reading(collective.name, hlo.Runs(collective.count, is_exact=True), unread):
-            key = (collective.kind, collective.axes(mesh.shape), collective.across_slices)
+    for found in cost.collectives(program, unread):
+        with hlo.reading(found.name, hlo.Runs(found.count, is_exact=True), unread):
+            key = (found.kind, found.axes(mesh.shape), found.across_slices)
             before = rows.get(key, Traffic(*key, count=0, bytes=0, bytes_sent=0.0, seconds=0.0))
             rows[key] = Traffic(
                 *key,
-                count=before.count + collective.count,
-                bytes=before.bytes + collective.count * collective.bytes,
-                bytes_sent=before.bytes_sent + collective.count * collective.bytes_sent,
-                seconds=before.seconds + collective.count * _seconds(collective, mesh, topology),
+                count=before.count + found.count,
+                bytes=before.bytes + found.count * found.bytes,
+                bytes_sent=before.bytes_sent + found.count * found.bytes_sent,
+                seconds=before.seconds + found.count * _seconds(found, mesh, topology),
             )
     return tuple(sorted(rows.values(), key=lambda row: -row.bytes_sent))
 
 
-def _seconds(collective: collectives.Collective, mesh: Mesh, topology: Topology) -> float:
+def _seconds(collective: cost.Collective, mesh: Mesh, topology: Topology) -> float:
     """Returns the time of one run at the data sheet's bandwidth, without latency; 0 for unknown devices."""
     if topology.chip is None:
         return 0.0
     # Of what goes to every other device of a ring, a piece travels a quarter of the way round on average.
     hops = collective.group_size / 4 if collective.kind == "all-to-all" else 1
-    return collective.bytes_sent * max(hops, 1) / _bandwidth(collective, mesh, topology, topology.chip)
-
-
-def _bandwidth(collective: collectives.Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
     if collective.across_slices:
-        return chip.dcn_bytes_per_second
-    devices = mesh.devices.reshape(-1)
-    # The groups of one collective lie alike.
-    return topology.link_bandwidth(tuple(devices[place] for place in collective.groups[0]))
+        bandwidth = topology.chip.dcn_bytes_per_second
+    else:
+        devices = mesh.devices.reshape(-1)[list(collective.groups[0])]  # all groups lie alike
+        bandwidth = topology.link_bandwidth(tuple(devices))
+    return collective.bytes_sent * max(hops, 1) / bandwidth

@@ -1,12 +1,17 @@
-"""Arithmetic and memory traffic of a compiled program, with every loop counted as often as it runs.
+"""Arithmetic, memory traffic and collectives of a compiled program, as CPU and TPU compilers print it.
 
-XLA's own cost analysis counts the body of a loop once, which for a scan over layers is most of the program.
+Every loop is counted as often as it runs. XLA's own cost analysis counts its body once, which for a scan over
+layers is most of the program.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import itertools
 import math
 import re
+from typing import Any
+
+import numpy as np
 
 from topklm.compile_check.hlo import Computation, Instruction, Program, Shape, Unread, reading
 from topklm.model.attention import splash_block
@@ -85,25 +90,36 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     """Computes 2 x batch x output features x input features x valid pairs of output and kernel positions.
 
     A TPU writes every matrix product as a convolution; a batched one runs its batch through the positions
-    of a dilated window, most of which meet only padding and cost nothing.
+    of a dilated window, such as "{size=16x12 stride=15x11 pad=0_0x11_11 lhs_dilate=16x12}", most of which
+    meet only padding and cost nothing.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     if labels is None:
         raise ValueError(f"a convolution without dim_labels: {convolution.attributes[:200]}")
     data, kernel = (operand.shapes[0].dims for operand in computation.operands(convolution)[:2])
     result = convolution.shapes[0].dims
-    window = _Window(convolution.attributes, n_dims=sum(label.isdigit() for label in labels[1]))
-    pairs = math.prod(
-        window.valid_pairs(
-            dim,
-            n_data=data[labels[1].index(str(dim))],
-            n_kernel=kernel[labels[2].index(str(dim))],
-            n_result=result[labels[3].index(str(dim))],
+    text = re.search(r"window=\{([^}]*)\}", convolution.attributes)
+    window = dict(field.split("=") for field in text[1].split()) if text else {}
+
+    def of_dim(name: str, dim: int, default: int = 1) -> int:
+        return int(window[name].split("x")[dim].split("_")[0]) if name in window else default
+
+    flops = 2 * result[labels[3].index("b")] * kernel[labels[2].index("i")] * result[labels[3].index("f")]
+    for dim in range(sum(label.isdigit() for label in labels[1])):
+        n_data, n_kernel, n_result = (
+            dims[names.index(str(dim))]
+            for dims, names in zip((data, kernel, result), labels.groups(), strict=True)
         )
-        for dim in range(window.n_dims)
-    )
-    features = kernel[labels[2].index("i")] * result[labels[3].index("f")]
-    return 2 * result[labels[3].index("b")] * features * pairs
+        dilation, stride = of_dim("lhs_dilate", dim), of_dim("stride", dim)
+        first, last = -of_dim("pad", dim, 0), (n_data - 1) * dilation
+        step = of_dim("rhs_dilate", dim)
+        # Of the pairs of positions in result and kernel, those that meet a true element of the data.
+        flops *= sum(
+            0 <= start + offset <= last and (start + offset) % dilation == 0
+            for start in range(first, first + n_result * stride, stride)
+            for offset in range(0, n_kernel * step, step)
+        )
+    return flops
 
 
 def _splash_flops(computation: Computation, kernel: Instruction) -> int:
@@ -121,33 +137,6 @@ def _splash_flops(computation: Computation, kernel: Instruction) -> int:
     blocks = length // block
     pairs = math.prod(batch) * heads * blocks * (blocks + 1) // 2 * block**2
     return _SPLASH_PRODUCTS[role[1] if role else ""] * 2 * pairs * width
-
-
-class _Window:
-    """The window of a convolution, "{size=16x12 stride=15x11 pad=0_0x11_11 lhs_dilate=16x12}"."""
-
-    def __init__(self, attributes: str, n_dims: int):
-        text = re.search(r"window=\{([^}]*)\}", attributes)
-        fields = dict(field.split("=") for field in text[1].split()) if text else {}
-        ones, self.n_dims = "x".join("1" * n_dims), n_dims
-        self._stride, self._data_dilation, self._kernel_dilation = (
-            [int(size) for size in fields.get(name, ones).split("x")] if n_dims else []
-            for name in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        pads = fields.get("pad", "x".join(["0_0"] * n_dims)).split("x")
-        self._pad_low = [int(pad.split("_")[0]) for pad in pads if pad]
-
-    def valid_pairs(self, dim: int, *, n_data: int, n_kernel: int, n_result: int) -> int:
-        """Counts the pairs of result and kernel positions that meet a true element of the data."""
-        dilation = self._data_dilation[dim]
-        last = (n_data - 1) * dilation
-        starts = range(
-            -self._pad_low[dim], n_result * self._stride[dim] - self._pad_low[dim], self._stride[dim]
-        )
-        steps = range(0, n_kernel * self._kernel_dilation[dim], self._kernel_dilation[dim])
-        return sum(
-            0 <= start + step <= last and (start + step) % dilation == 0 for start in starts for step in steps
-        )
 
 
 def _traffic(program: Program, computation: Computation, instruction: Instruction) -> int:
@@ -206,3 +195,179 @@ def _bytes(shapes: Iterable[Shape]) -> int:
 
 def _size(shapes: Iterable[Shape]) -> int:
     return sum(shape.bytes for shape in shapes)
+
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_KIND_OF = {kind: kind for kind in KINDS}  # by opcode
+_KIND_OF |= {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction of one device's program."""
+
+    kind: str  # one of KINDS
+    bytes: int  # of the whole array, per run: the gathered one, the one to be reduced, the one sent
+    count: int  # runs in one run of the program
+    group_size: int  # devices, or slices, that take part together
+    groups: Groups  # devices by their place in the flattened mesh; of a permute its (source, target) pairs
+    across_slices: bool = False  # over the data-centre network; `groups` is empty then
+    is_exact: bool = True  # False: in a loop whose trip count depends on data, counted as one trip
+    name: str = ""  # of the instruction
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that each device sends in a run, with the ring algorithms (Thakur et al. 2005, section 4)."""
+        share = (self.group_size - 1) / self.group_size
+        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.bytes
+
+    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """Returns the axes of a mesh, sizes by name, along which its groups reach; over slices, the first."""
+        names, sizes = list(mesh_shape), list(mesh_shape.values())
+        if self.across_slices:
+            return (names[0],)
+        # Of several slices the program names the devices of one: the first axis is shorter then.
+        n_devices = 1 + max(itertools.chain.from_iterable(self.groups))
+        whole = math.prod(sizes)
+        sizes[0] //= max(1, whole // n_devices) if whole % n_devices == 0 else 1
+        varies = [np.ptp(np.unravel_index(group, sizes), axis=1) > 0 for group in self.groups]
+        return tuple(name for name, does in zip(names, np.any(varies, axis=0), strict=True) if does)
+
+
+def collectives(program: Program, unread: Unread | None = None) -> list[Collective]:
+    """Lists the collectives of a program that move anything, an entry per instruction; see its `count`.
+
+    Arguments as `matmul_flops`. A pair of start and done is one collective, also where a TPU spreads it over
+    several fused computations; between slices it is a `send` to the host.
+    """
+    # All-reduces fused with the slicing of their result: so a TPU may write a reduce-scatter.
+    fused = [c for name, c in program.computations.items() if name.startswith("all-reduce-scatter")]
+    scattered = {i.name for c in fused for i in c.instructions.values() if i.opcode == "all-reduce"}
+    found = []
+    for computation, instruction, runs in program.walk():
+        kind = _KIND_OF.get(instruction.opcode.removesuffix("-start"))
+        if (kind is None and instruction.opcode != "send") or _is_a_later_part(computation, instruction):
+            continue
+        with reading(instruction.name, runs, unread):
+            common: dict[str, Any] = {**dataclasses.asdict(runs), "name": instruction.name}
+            if kind is None:
+                found += _over_slices(computation, instruction, common)
+                continue
+            groups, size = _groups(instruction, program.n_partitions)
+            n_bytes = _whole_bytes(kind, size, computation, instruction)
+            kind = "reduce-scatter" if instruction.name in scattered else kind
+            found.append(Collective(kind, n_bytes, group_size=size, groups=groups, **common))
+    return [c for c in found if c.group_size > 1 and c.count > 0]
+
+
+def _whole_bytes(kind: str, size: int, computation: Computation, instruction: Instruction) -> int:
+    operands = computation.operands(instruction)
+    if kind == "collective-permute":
+        operands = operands[:1]  # after it come buffers and offsets of the in-place form
+    taken = sum(_size(operand.shapes) for operand in operands) * (size if kind == "all-gather" else 1)
+    if instruction.opcode.endswith("-start"):
+        return taken  # the result names the operands again
+    given = _size(instruction.shapes) * (size if kind == "reduce-scatter" else 1)
+    return max(taken, given)  # they differ where a TPU converts on the way: to be sure, the wider type
+
+
+def _over_slices(computation: Computation, send: Instruction, common: dict[str, Any]) -> list[Collective]:
+    """Reads a transfer through the host to the other slices; other sends are none."""
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', send.attributes)
+    if transfer is None or target is None:
+        return []
+    name = transfer[1].lower().replace("_", "-")
+    kind, n_slices = name if name in KINDS else "collective-permute", len(_numbers(target[1]))
+    n_bytes = _size(computation.operands(send)[0].shapes) * (n_slices if kind == "all-gather" else 1)
+    return [Collective(kind, n_bytes, group_size=n_slices, groups=(), across_slices=True, **common)]
+
+
+def _is_a_later_part(computation: Computation, instruction: Instruction) -> bool:
+    """Tells whether a collective that a TPU runs beside other work was counted at its first fusion."""
+    if "async_collective_fusion_config" not in instruction.attributes:
+        return False
+    return not any(
+        instruction.name in other.operands
+        for other in computation.instructions.values()
+        if 'custom_call_target="AsyncCollectiveStart"' in other.attributes
+    )
+
+
+def _groups(instruction: Instruction, n_partitions: int) -> tuple[Groups, int]:
+    """Reads the groups of devices that take part together, and their size.
+
+    Raises:
+        ValueError: For a notation that is not known.
+    """
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})?\}", text):
+        moves = [(a, b) for a, b in _braces(pairs[1] or "") if a != b]
+        return tuple(moves), 2 if moves else 1
+    groups = _replica_groups(text)
+    if groups == ((),):
+        groups = (tuple(range(n_partitions)),)
+    return groups, len(groups[0])
+
+
+def _replica_groups(text: str) -> Groups:
+    """Reads three notations: lists, an iota that is reshaped and transposed, and axes of a mesh.
+
+    `{{0,1},{2,3}}`; `[4,2]<=[2,2,2]T(0,2,1)`; `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(2)2,'b'}`.
+    An empty list, ((),), stands for one group of all.
+    """
+    if match := re.search(r"replica_groups=\{(\{.*?\})?\}", text):
+        return _braces(match[1]) if match[1] else ((),)
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _as_groups(_iota(match[2], match[3]).reshape(_numbers(match[1])))
+    if match := re.search(
+        r"replica_groups=@?mesh[\[<](.*?)[\]>](?:,? ?device_ids=\((.*?\)?)\))? \{(.*?)\}", text
+    ):
+        return _mesh_groups(match[1], match[2], match[3])
+    raise ValueError(f"replica groups in an unknown notation: {text[:200]}")
+
+
+def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> Groups:
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", mesh)}
+    dims: list[int] = []  # sub-axes have dims of their own
+    grouped: list[int] = []
+    wanted = [(n, pre, size) for n, pre, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", axes) if n]
+    for name, size in sizes.items():
+        parts = sorted((int(pre or 1), int(part or size)) for n, pre, part in wanted if n == name)
+        done = 1
+        for pre, part in parts:
+            dims += [pre // done, part]
+            grouped.append(len(dims) - 1)
+            done = pre * part
+        dims.append(size // done)
+    devices = _device_ids(device_ids, math.prod(dims)).reshape(dims)
+    others = [axis for axis in range(len(dims)) if axis not in grouped]
+    return _as_groups(devices.transpose(others + grouped).reshape(-1, math.prod(dims[g] for g in grouped)))
+
+
+def _device_ids(text: str | None, n: int) -> np.ndarray:
+    if text is None:
+        return np.arange(n)
+    if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(match[1], match[2]).reshape(-1)
+    return np.array(_numbers(text))
+
+
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    sizes = _numbers(dims)
+    array = np.arange(math.prod(sizes)).reshape(sizes)
+    return array.transpose(_numbers(permutation)) if permutation else array
+
+
+def _as_groups(rows: np.ndarray) -> Groups:
+    return tuple(map(tuple, rows.tolist()))
+
+
+def _braces(text: str) -> Groups:
+    return tuple(tuple(_numbers(inner)) for inner in re.findall(r"\{([\d,]*)\}", text))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]

@@ -5,11 +5,12 @@ where a backend leaves that out (TPU), from running the loop's counter.
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import re
 from typing import Any, TypeAlias
 
@@ -18,9 +19,20 @@ Unread: TypeAlias = collections.Counter[str]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _MAX_TRIPS = 1_000_000
+_ROLES = ("calls", "body", "condition", "true_computation", "false_computation", "branch_computations")
+_ROLES += ("called_computations",)
 _INTEGERS = ("pred", "s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
 
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+# Operations on integer scalars; a comparison has the name of its direction.
+_COMPUTE: dict[str, Callable[..., int]] = {
+    **{name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "EQ", "NE")},
+    **dict.fromkeys(("copy", "bitcast", "reshape", "convert", "broadcast"), int),
+    **{"add": operator.add, "subtract": operator.sub, "multiply": operator.mul},
+    **{"and": operator.and_, "or": operator.or_, "not": operator.not_, "maximum": max, "minimum": min},
+    "select": lambda condition, one, other: one if condition else other,
+}
+
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{(?:[^}]*?S\((\d+)\))?[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{\s*$")
 _END = re.compile(r"^\}(, execution_thread=.*)?$")  # a kernel's metadata has lines that only begin like it
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
@@ -39,7 +51,13 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Size without padding."""
-        return math.prod(self.dims) * _bits(self.dtype) // 8
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            number = re.match(r"[a-z]+(\d+)", self.dtype)  # s32, bf16, f8e4m3fn
+            if number is None:
+                raise ValueError(f"unknown element type {self.dtype!r}")
+            bits = int(number[1])
+        return math.prod(self.dims) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +72,11 @@ class Instruction:
     argument: str  # text between the parentheses, as printed: the value of a constant
 
     def called(self, *roles: str) -> list[str]:
-        """Names of the computations that it runs in these roles, e.g. "body"."""
-        return [name for role, name in self._calls if role in roles]
-
-    @functools.cached_property
-    def _calls(self) -> list[tuple[str, str]]:
+        """Returns the names of the computations that it runs in these roles, e.g. "body"."""
         calls = _CALLED.findall(self.attributes)
         for role, names in _CALLED_MANY.findall(self.attributes):
             calls += [(role, name.strip().lstrip("%")) for name in names.split(",") if name.strip()]
-        return calls
+        return [name for role, name in calls if role in roles]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +114,6 @@ class Program:
         The scalar functions of reductions, sorts and the like are left out. Each branch of a conditional
         counts as taken, so the sum over branches is an upper bound.
         """
-        for name, runs in self._runs().items():
-            computation = self.computations[name]
-            for instruction in computation.instructions.values():
-                yield computation, instruction, runs
-
-    def _runs(self) -> dict[str, Runs]:
         runs: dict[str, Runs] = {}
 
         def visit(name: str, count: int, is_exact: bool) -> None:
@@ -113,36 +121,72 @@ class Program:
             runs[name] = Runs(before.count + count, before.is_exact and is_exact)
             computation = self.computations[name]
             for instruction in computation.instructions.values():
-                times, exactly = 1, is_exact
-                if instruction.opcode == "while":
-                    trips = self._trip_count(computation, instruction)
-                    times, exactly = (1, False) if trips is None else (trips, is_exact)
-                for callee in _runs_in(instruction):
-                    visit(callee, count * times, exactly)
+                if instruction.opcode in ("async-done", "async-update"):
+                    continue  # its start has run it
+                trips = self._trip_count(computation, instruction) if instruction.opcode == "while" else 1
+                roles = (*_ROLES, "to_apply") if instruction.opcode == "call" else _ROLES
+                for callee in instruction.called(*roles):
+                    visit(callee, count * (1 if trips is None else trips), is_exact and trips is not None)
 
         visit(self.entry, 1, True)
-        return runs
+        for name, times in runs.items():
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, times
 
     def _trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-        if known:
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(known[1])
         try:
-            return self._count_trips(computation, loop)
+            [condition], [body] = loop.called("condition"), loop.called("body")
+            state = self._scalar(computation, loop.operands[0])
+            for trips in range(_MAX_TRIPS):
+                goes_on = self._result(condition, (state,))
+                if not goes_on:
+                    return None if goes_on is None else trips
+                state = self._result(body, (state,))
         except Exception:  # a counter in a notation that is not known here
             return None
-
-    def _count_trips(self, computation: Computation, loop: Instruction) -> int | None:
-        [condition], [body] = loop.called("condition"), loop.called("body")
-        state = _Evaluation(self, computation, None).value(loop.operands[0])
-        for trips in range(_MAX_TRIPS):
-            goes_on = _Evaluation(self, self.computations[condition], (state,)).result()
-            if goes_on is None:
-                return None
-            if not goes_on:
-                return trips
-            state = _Evaluation(self, self.computations[body], (state,)).result()
         return None
+
+    def _result(self, name: str, arguments: tuple) -> Any:
+        computation = self.computations[name]
+        return self._scalar(computation, computation.root, arguments)
+
+    def _scalar(self, computation: Computation, name: str, arguments: tuple | None = None) -> Any:
+        """Computes an integer scalar, or a tuple of these, of one run of a computation; None for all else."""
+
+        @functools.cache
+        def value(name: str) -> Any:
+            instruction = computation.instructions[name]
+            opcode, operands = instruction.opcode, instruction.operands
+            if opcode == "parameter":
+                return arguments[int(instruction.argument)] if arguments else None
+            if opcode == "tuple":
+                return tuple(map(value, operands))
+            if opcode == "get-tuple-element":
+                index = re.search(r"\bindex=(\d+)", instruction.attributes)
+                of = value(operands[0])
+                return of[int(index[1])] if isinstance(of, tuple) and index else None
+            if opcode in ("fusion", "call"):
+                [callee] = instruction.called("calls", "to_apply")
+                return self._result(callee, tuple(map(value, operands)))
+            if opcode == "opt-barrier":
+                return value(operands[0])
+            shape = instruction.shapes[0]
+            if len(instruction.shapes) != 1 or math.prod(shape.dims) != 1 or shape.dtype not in _INTEGERS:
+                return None
+            if opcode == "constant":
+                digits = instruction.argument.strip("{} ")
+                digits = {"true": "1", "false": "0"}.get(digits, digits)
+                return int(digits) if re.fullmatch(r"-?\d+", digits) else None
+            compared = re.search(r"direction=(\w+)", instruction.attributes)
+            compute = _COMPUTE.get(compared[1] if compared else opcode)
+            known = [value(operand) for operand in operands]
+            is_known = compute and known and all(isinstance(number, int) for number in known)
+            return int(compute(*known)) if compute and is_known else None
+
+        return value(name)
 
 
 @contextlib.contextmanager
@@ -196,7 +240,10 @@ def parse(text: str) -> Program:
 def _instruction(name: str, text: str) -> Instruction:
     """Reads "SHAPE opcode(operands), attributes"; a shape has spaces only inside a tuple's parentheses."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shapes = tuple(_shape(*groups) for groups in _SHAPE.findall(text[:end]))
+    shapes = tuple(
+        Shape(dtype, tuple(int(size.lstrip("<=")) for size in dims.split(",") if size), int(space or 0))
+        for dtype, dims, space in _SHAPE.findall(text[:end])
+    )
     opcode, _, rest = text[end:].strip().partition("(")
     close = _closing("(" + rest, 0) - 1
     argument = rest[:close]
@@ -218,95 +265,3 @@ def _closing(text: str, start: int) -> int:
             if depth == 0:
                 return i
     raise ValueError(f"unbalanced parentheses in {text[:200]!r}")
-
-
-def _shape(dtype: str, dims: str, layout: str) -> Shape:
-    space = re.search(r"S\((\d+)\)", layout)
-    sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-    return Shape(dtype, sizes, int(space[1]) if space else 0)
-
-
-def _bits(dtype: str) -> int:
-    if dtype in _BITS:
-        return _BITS[dtype]
-    number = re.match(r"[a-z]+(\d+)", dtype)  # s32, bf16, f8e4m3fn
-    if number is None:
-        raise ValueError(f"unknown element type {dtype!r}")
-    return int(number[1])
-
-
-def _runs_in(instruction: Instruction) -> list[str]:
-    if instruction.opcode in ("async-done", "async-update"):
-        return []  # its start has run it
-    roles = ["calls", "body", "condition", "true_computation", "false_computation"]
-    roles += ["branch_computations", "called_computations"]
-    return instruction.called(*roles, *(["to_apply"] if instruction.opcode == "call" else []))
-
-
-class _Evaluation:
-    """The integer scalars of one run of a computation; all else is None. Computes only what is asked for."""
-
-    def __init__(self, program: Program, computation: Computation, arguments: tuple | None):
-        self._program, self._computation, self._arguments = program, computation, arguments
-        self._values: dict[str, Any] = {}
-
-    def result(self) -> Any:
-        return self.value(self._computation.root)
-
-    def value(self, name: str) -> Any:
-        """Returns an int, a tuple of these or None, or None for an unknown value."""
-        if name not in self._values:
-            self._values[name] = self._evaluate(self._computation.instructions[name])
-        return self._values[name]
-
-    def _evaluate(self, instruction: Instruction) -> Any:
-        opcode, operands = instruction.opcode, instruction.operands
-        if opcode == "parameter":
-            return self._arguments[int(instruction.argument)] if self._arguments else None
-        if opcode == "tuple":
-            return tuple(self.value(name) for name in operands)
-        if opcode == "get-tuple-element":
-            index = re.search(r"\bindex=(\d+)", instruction.attributes)
-            of = self.value(operands[0])
-            return of[int(index[1])] if isinstance(of, tuple) and index else None
-        if opcode in ("fusion", "call"):
-            [callee] = instruction.called("calls", "to_apply")
-            arguments = tuple(self.value(name) for name in operands)
-            return _Evaluation(self._program, self._program.computations[callee], arguments).result()
-        if opcode == "opt-barrier":
-            return self.value(operands[0])
-        shape = instruction.shapes[0]
-        if len(instruction.shapes) != 1 or math.prod(shape.dims) != 1 or shape.dtype not in _INTEGERS:
-            return None
-        if opcode == "constant":
-            return _integer(instruction.argument)
-        return _arithmetic(instruction, [self.value(name) for name in operands])
-
-
-def _integer(text: str) -> int | None:
-    digits = text.strip("{} ")
-    if digits in ("true", "false"):
-        return int(digits == "true")
-    return int(digits) if re.fullmatch(r"-?\d+", digits) else None
-
-
-def _arithmetic(instruction: Instruction, values: list[Any]) -> int | None:
-    if not values or not all(isinstance(value, int) for value in values):
-        return None
-    opcode = instruction.opcode
-    if opcode in ("copy", "bitcast", "reshape", "convert", "broadcast"):
-        return values[0]
-    if opcode == "not":
-        return int(not values[0])
-    if opcode == "select":
-        return values[1] if values[0] else values[2]
-    if len(values) != 2:
-        return None
-    a, b = values
-    if opcode == "compare":
-        direction = re.search(r"direction=(\w+)", instruction.attributes)
-        results = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}
-        return int(results[direction[1]]) if direction else None
-    results = {"add": a + b, "subtract": a - b, "multiply": a * b, "and": a & b, "or": a | b}
-    results |= {"maximum": max(a, b), "minimum": min(a, b)}
-    return results.get(opcode)

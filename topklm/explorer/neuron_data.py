@@ -14,8 +14,7 @@ import pyarrow as pa
 
 from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
-from topklm.neurons.display import visible
+from topklm.errors import UserError, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table

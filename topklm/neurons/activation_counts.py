@@ -60,7 +60,7 @@ def count(
         separator_id: The token that stands before documents.
         keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
         piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.
-        report: Told from time to time how many tokens are done.
+        report: Told of the tokens that are done since the last time.
     """
     sizes = unit_sizes([len(ids) for ids in documents], piece)
     layers = layers_of(config)
@@ -115,4 +115,4 @@ class _Counter:
         counts = np.bincount(cells, minlength=n_units * n_neurons).astype(np.int32)
         self.active[first : first + n_units] += counts.reshape(n_units, *self.active.shape[1:])
         self.n_tokens += n
-        self._report(self.n_tokens)
+        self._report(n)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.cells import cell_len
 
+from topklm.errors import visible
 from topklm.neurons.capture import SparseActivations
 
 SHOWN_PER_LAYER = 5  # strongest neurons of a layer, for each token
@@ -188,11 +189,6 @@ class NeuronOnText:
         strongest = f", strongest {_short(max(self.values.tolist(), key=abs))}" if n_active else ""
         where = f"active at {n_active} of {len(self.tokens)} tokens"
         return f"layer {self.layer}, neuron {self.neuron}: {where}{strongest}"
-
-
-def visible(text: str) -> str:
-    r"""Returns the text with line breaks and other characters that are not printed spelled out, as `\n`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shade(value: float, strongest: float) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
-from topklm.errors import UserError
-from topklm.neurons.display import visible
+from topklm.errors import UserError, visible
 from topklm.neurons.store import Store
 
 try:

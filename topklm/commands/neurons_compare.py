@@ -1,0 +1,482 @@
+"""`topklm neurons contrast` and `ablate-set`: two texts, the neurons that tell them apart, and their loss."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from topklm.commands import shared
+from topklm.commands.shared import LabelOf, Output, Verb
+from topklm.errors import UserError, visible
+from topklm.inference.interventions import Intervention, save_interventions
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons import ablate_set, activation_counts
+from topklm.neurons import contrast as contrast_lib
+from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
+from topklm.neurons.activation_counts import UnitCounts
+from topklm.neurons.contrast import Contrast, ContrastedNeuron
+from topklm.neurons.documents import COPY, described, no_text, open_documents
+from topklm.progress import Progress
+from topklm.storage.files import sealed_json
+
+WINDOW = 64  # tokens
+_TEXT = "files, globs, URLs of text (.txt, .jsonl, .parquet, ...), or a prepared folder"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ComparedText:
+    """Documents that a user named.
+
+    Attributes:
+        flag: Which names them, without dashes.
+        source: As it was written.
+        documents: Token ids of each, int32[n], none empty and no two the same.
+        facts: For --json.
+        warnings: The parts that were not read, a line each.
+    """
+
+    flag: str
+    source: str
+    documents: Sequence[np.ndarray]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+    def wrong(self, text: str) -> UserError:
+        """Returns the error of its flag."""
+        return UserError(text, field=f"--{self.flag}", value=self.source)
+
+
+def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
+    """Declares the flags of both texts, and those that go with them; returns a function for others."""
+    add = shared.flags(parser, "run", "layer", "seed", "step", "json")
+    for flag, what in texts.items():
+        add(f"--{flag} TEXT", f"{what}: {_TEXT}", required=True)
+    add("--tokens N", "read at most so many of each text", tokens)
+    text = "of a Base LM: a neuron counts as active where it is among the K largest; default: above 0"
+    add("--keep K", text, int)
+    add(
+        "--by",
+        "which neurons come first: by the difference of frequencies, or by that in standard deviations "
+        "(score), which puts rare neurons before those that are active everywhere",
+        "difference",
+        choices=contrast_lib.ORDERS,
+    )
+    text = "ways to deal the documents to the two texts again"
+    add("--permutations N", text, contrast_lib.PERMUTATIONS)
+    return add
+
+
+def _open(
+    arguments: argparse.Namespace, flags: tuple[str, str], *counts: str
+) -> tuple[LanguageModel, jax.sharding.Mesh, tuple[ComparedText, ComparedText]]:
+    """Checks the flags, loads the model onto all devices of this host, and reads both texts.
+
+    Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of both verbs.
+
+    Raises:
+        UserError: For what is wrong, text that cannot be read or is empty, or a document that both hold.
+    """
+    shared.check_at_least(arguments, 1, "tokens", "permutations", "keep", *counts)
+    shared.check_at_least(arguments, 0, "seed")
+    one, other = (getattr(arguments, flag) for flag in flags)
+    both = f"--{flags[0]} and --{flags[1]}"
+    if _resolved(one) == _resolved(other):
+        raise UserError(f"{both} are both {one}: give two texts that differ")
+    model, mesh = shared.load(arguments)
+    layers = activation_counts.layers_of(model.config.model)
+    if arguments.layer is not None and arguments.layer not in layers:
+        what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
+        raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
+    shared.check_keep(model.config.model, arguments.keep)
+    texts = _read(flags[0], one, model, arguments.tokens), _read(flags[1], other, model, arguments.tokens)
+    known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
+    if common := known & again:
+        raise UserError(
+            f"{both} have {len(common):,} documents in common: each must be in one text only; leave them "
+            "out of the other"
+        )
+    return model, mesh, texts
+
+
+def _resolved(source: str) -> str:
+    with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
+        path = Path(source).expanduser()
+        return str(path.resolve()) if path.exists() else source
+    return source
+
+
+def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> ComparedText:
+    taken: dict[bytes, np.ndarray] = {}
+    left, n_repeated, is_whole = most_tokens, 0, True
+    documents = open_documents(model.tokenizer, model.config.data, source, flag=f"--{flag}")
+    for ids in filter(len, documents):
+        if not left:
+            is_whole = False
+            break
+        part = np.asarray(ids[:left], np.int32)
+        is_whole &= len(part) == len(ids)
+        if part.tobytes() in taken:
+            n_repeated += 1
+        else:
+            taken[part.tobytes()] = part
+            left -= len(part)
+    if not taken:
+        raise no_text(documents, f"--{flag} = {source}")
+    unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}
+    n_repeated += documents.left_out.get(COPY, 0)
+    n_tokens = most_tokens - left
+    facts = {
+        "source": source,
+        "documents": len(taken),
+        "tokens": n_tokens,
+        "repeated_documents_left_out": n_repeated,
+        "unreadable_documents_left_out": unreadable,
+        "is_whole": is_whole,
+    }
+    warnings = []
+    if n_repeated:
+        warnings.append(f"--{flag}: {n_repeated:,} repeated documents are left out")
+    if unreadable:
+        warnings.append(f"--{flag}: left out: {described(unreadable)}")
+    if not is_whole:
+        warnings.append(f"--{flag}: only the first {n_tokens:,} tokens are read (--tokens)")
+    return ComparedText(flag, source, [*taken.values()], facts, warnings)
+
+
+def _contrast_of(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    mesh: jax.sharding.Mesh,
+    positive: Sequence[np.ndarray],
+    negative: Sequence[np.ndarray],
+    progress: Progress,
+    piece: int | None = None,
+) -> tuple[UnitCounts, Contrast]:
+    """Reads the activations of documents, in pieces or whole, and compares the two texts."""
+    documents = [*positive, *negative]
+    with progress.phase("reading activations", sum(map(len, documents))) as report:
+        counts = activation_counts.count(
+            model.config.model,
+            model.params,
+            mesh,
+            documents,
+            separator_id=model.tokenizer.separator_id,
+            keep=arguments.keep,
+            piece=piece,
+            report=lambda tokens: report(tokens, 0, tokens),
+        )
+    n_positive = len(activation_counts.unit_sizes([len(ids) for ids in positive], piece))
+    found = contrast_lib.contrast(
+        counts.active,
+        counts.n_tokens,
+        np.arange(len(counts.n_tokens)) < n_positive,
+        permutations=arguments.permutations,
+        seed=arguments.seed,
+    )
+    return counts, found
+
+
+_CONTRASTED = ("positive", "negative")
+
+
+def _add_contrast(parser: argparse.ArgumentParser) -> None:
+    texts = {"positive": "text in which neurons are sought", "negative": "what it is compared with"}
+    add = _flags(parser, texts, 200_000)
+    add("--top N", "neurons of each layer", 10)
+    add(
+        "--unit",
+        "what is dealt again: documents, or windows of them where a text is one document (auto); "
+        "neighbouring windows are alike, so their p-values are too low",
+        "auto",
+        choices=("auto", "document", "window"),
+    )
+    add("--window N", "tokens of a window", WINDOW)
+
+
+def _contrast(arguments: argparse.Namespace) -> None:
+    model, mesh, texts = _open(arguments, _CONTRASTED, "top", "window")
+    output = Output(arguments.json)
+    unit = arguments.unit
+    if unit == "auto":
+        unit = "document" if min(len(text.documents) for text in texts) > 1 else "window"
+    piece = arguments.window if unit == "window" else None
+    for text in texts:
+        n = len(activation_counts.unit_sizes([len(ids) for ids in text.documents], piece))
+        if n < 2 and unit == "document":
+            raise text.wrong("is one document: give more documents, or --unit window")
+        if n < 2:
+            raise text.wrong(
+                f"{len(text.documents):,} documents, {text.facts['tokens']:,} tokens: makes {n} windows of "
+                f"{piece} tokens, must be 2 or more: give more text, or a smaller --window"
+            )
+    documents = [text.documents for text in texts]
+    counts, found = _contrast_of(arguments, model, mesh, *documents, output.progress, piece)
+    ranked = contrast_lib.ranked(
+        found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
+    )
+    labels = shared.labels_of(model)
+    warnings = [line for text in texts for line in text.warnings]
+    if unit == "window":
+        warnings.append(
+            "windows of one document are alike, and counted as if they were not: p-values are too low"
+        )
+    if found.lowest_p_value > 0.05:
+        warnings.append(
+            f"there are only {found.n_permutations:,} ways to deal {sum(found.n_units)} {unit}s: no p-value "
+            f"can be below {found.lowest_p_value:.2g}; give more"
+        )
+    if not arguments.json:
+        _print_contrast(output, texts, unit, found, ranked, labels)
+        for line in warnings:
+            output.say(f"note: {line}")
+        return
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        **{text.flag: {**text.facts, "units": n} for text, n in zip(texts, found.n_units, strict=True)},
+        "by": arguments.by,
+        "unit": unit,
+        "window": piece,
+        "keep": arguments.keep,
+        "permutations": found.n_permutations,
+        "is_exact": found.is_exact,
+        "lowest_p_value": found.lowest_p_value,
+        "n_tested": found.n_tested,
+        "warnings": warnings,
+        "neurons": shared.with_labels(ranked, labels),
+    }
+    # Its digest is for `topklm neurons select --contrast-json`.
+    print(sealed_json(facts).decode(), end="")
+
+
+def _print_contrast(
+    output: Output,
+    texts: Sequence[ComparedText],
+    unit: str,
+    found: Contrast,
+    ranked: Sequence[ContrastedNeuron],
+    labels: LabelOf,
+) -> None:
+    for text, n_units, n_tokens in zip(texts, found.n_units, found.n_tokens, strict=True):
+        output.say(f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens")
+    cells = [
+        [
+            f"{r.frequency_positive:.2%}",
+            f"{r.frequency_negative:.2%}",
+            f"{r.difference:+.2%}",
+            f"{r.score:+.1f}",
+            *(f"{p:.2g}" for p in (r.p_value, r.q_value, r.family_p_value)),
+        ]
+        for r in ranked
+    ]
+    heads = (*_CONTRASTED, "difference", "score", "p", "q", "family-wise p")
+    output.console.print(shared.table_of_neurons(heads, ranked, cells, labels, by_layer=True))
+    how = "all" if found.is_exact else "drawn"
+    output.say(
+        "positive, negative: share of the tokens at which the neuron is active; score: the difference in "
+        f"standard deviations; p: share of {found.n_permutations:,} ways ({how}) to deal the {unit}s to the "
+        "two texts that are as extreme, of this neuron alone; q: false discovery rate over the "
+        f"{found.n_tested:,} neurons that are active; family-wise p: share in which the score of any is "
+        "as extreme"
+    )
+
+
+_ABLATED = ("forget", "retain")
+
+
+def _add_ablate_set(parser: argparse.ArgumentParser) -> None:
+    texts = {"forget": "text to be forgotten", "retain": "text to be known as before"}
+    add = _flags(parser, texts, 50_000)
+    text = "how many are ablated, of all layers together; default 8,32"
+    add("--neurons N,...", text, type=_numbers, default=(8, 32))
+    add("--random-sets R", "for each number", 20)
+    add("--save FILE", "write the chosen set as interventions, for generate --steer-file")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Reads "8,32"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, 1 or more, with commas between")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _ablate_set(arguments: argparse.Namespace) -> None:
+    if arguments.save is not None and len(arguments.neurons) > 1:
+        given = ",".join(map(str, arguments.neurons))
+        raise UserError(f"--save with --neurons = {given}: one set is saved; give one number")
+    model, mesh, texts = _open(arguments, _ABLATED, "random_sets")
+    output = Output(arguments.json)
+    for text in texts:
+        if len(text.documents) < 2:
+            raise text.wrong(
+                "is one document: neurons are chosen on some and scored on others; give two or more, a line "
+                "each of a .jsonl file say"
+            )
+    parts = [ablate_set.halves(len(text.documents), arguments.seed) for text in texts]
+    chosen_on, scored_on = (
+        [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
+        for half in (0, 1)
+    )
+    counts, found = _contrast_of(arguments, model, mesh, *chosen_on, output.progress)
+    ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
+    with shared.arguments_are_flags(arguments):
+        sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
+        config, separator_id = model.config.model, model.tokenizer.separator_id
+        losses_of = [
+            AblatedLosses(config, model.params, mesh, documents, separator_id=separator_id)
+            for documents in scored_on
+        ]
+        n_tokens = sum(int(text.n_tokens.sum()) for text in losses_of)
+        total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
+        with output.progress.phase("measuring losses", total) as tell:
+
+            def report(tokens: int) -> None:
+                tell(tokens, 0, tokens)
+
+            scored = Scored(*losses_of, *(text.sums(report=report) for text in losses_of))
+            outcomes = ablate_set.measure(
+                scored,
+                sets,
+                found.frequency.mean(axis=0),  # both texts count alike, however long they are
+                counts.layers,
+                n_random=arguments.random_sets,
+                seed=arguments.seed,
+                report=report,
+            )
+    if arguments.save is not None:
+        entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]
+        save_interventions(arguments.save, entries, model=shared.name_of(model))
+    q_values = {(r.layer, r.neuron): r.q_value for r in ranked}
+    losses = _mean(scored.forget_before, scored.forget), _mean(scored.retain_before, scored.retain)
+    warnings = [line for text in texts for line in text.warnings]
+    facts = {
+        "run": arguments.run,
+        "step": model.step,
+        **{text.flag: text.facts for text in texts},
+        "documents_of_forget_and_retain": {
+            "chosen_on": [len(d) for d in chosen_on],
+            "scored_on": [len(d) for d in scored_on],
+        },
+        "by": arguments.by,
+        "seed": arguments.seed,
+        "keep": arguments.keep,
+        "forget_loss": losses[0],
+        "retain_loss": losses[1],
+        "warnings": warnings,
+        "sets": [_set_facts(one, q_values) for one in outcomes],
+    }
+
+    def show() -> None:
+        _print_outcomes(output, texts, scored, losses, outcomes, q_values)
+        for line in warnings:
+            output.say(f"note: {line}")
+        if arguments.save is not None:
+            output.say(f"wrote {arguments.save}: {len(sets[0])} neurons, mode ablate")
+
+    output.give(facts, show)
+
+
+def _mean(sums: np.ndarray, text: AblatedLosses) -> float:
+    return float(sums.sum() / text.n_tokens.sum())
+
+
+def _set_facts(outcome: Outcome, q_values: Mapping[Neuron, float]) -> dict[str, Any]:
+    chosen = outcome.chosen
+    return {
+        "n_neurons": len(chosen.neurons),
+        **dataclasses.asdict(chosen),
+        "q_values": [q_values[neuron] for neuron in chosen.neurons],
+        "random": {
+            "sets": len(outcome.random),
+            "density": Spread.of([one.density for one in outcome.random]).mean,
+            "forget": dataclasses.asdict(outcome.random_forget),
+            "retain": dataclasses.asdict(outcome.random_retain),
+        },
+        "p_value": outcome.p_value,
+    }
+
+
+def _print_outcomes(
+    output: Output,
+    texts: Sequence[ComparedText],
+    scored: Scored,
+    losses: tuple[float, float],
+    outcomes: Sequence[Outcome],
+    q_values: Mapping[Neuron, float],
+) -> None:
+    for text, part in zip(texts, (scored.forget, scored.retain), strict=True):
+        n_chosen_on = len(text.documents) - len(part.n_tokens)
+        output.say(
+            f"{text.flag}: {visible(text.source)}: neurons are chosen on {n_chosen_on:,} documents, losses "
+            f"are of {len(part.n_tokens):,} others, {part.n_tokens.sum():,} tokens"
+        )
+    forget, retain = losses
+    rows: list[Sequence[str] | None] = [("nothing", "", f"{forget:.3f}", "", "", f"{retain:.3f}")]
+    for outcome in outcomes:
+        chosen, n, n_random = outcome.chosen, len(outcome.chosen.neurons), len(outcome.random)
+        by_chance = [dataclasses.astuple(s) for s in (outcome.random_forget, outcome.random_retain)]
+        density = Spread.of([one.density for one in outcome.random]).mean
+        rows += [
+            None,
+            (
+                f"{n} chosen",
+                f"{chosen.density:.2%}",
+                *_cells(forget, chosen.forget, *chosen.forget_interval),
+                *_cells(retain, chosen.retain, *chosen.retain_interval),
+            ),
+            (
+                f"{n} random, {n_random} sets",
+                f"{density:.2%}",
+                *_cells(forget, *by_chance[0]),
+                *_cells(retain, *by_chance[1]),
+            ),
+        ]
+    heads = ("ablated", "density", "forget", "change", "95 %", "retain", "change", "95 %")
+    output.console.print(shared.table(heads, rows, left=["ablated"]))
+    output.say(
+        "losses and changes in nats per token; density: mean share of tokens at which a neuron of the set is "
+        "active; 95 %: of chosen sets by bootstrap over documents, of random ones where 95 % of the sets lie"
+    )
+    for outcome in outcomes:
+        chosen = outcome.chosen
+        layers = [layer for layer, _ in chosen.neurons]
+        n_by_layer = ", ".join(f"{layers.count(layer)} of layer {layer}" for layer in sorted(set(layers)))
+        n_sure = sum(q_values[neuron] <= 0.05 for neuron in chosen.neurons)
+        n_as_large = sum(one.gap >= chosen.gap for one in outcome.random)
+        output.say(
+            f"{len(layers)} chosen: {n_by_layer}; {n_sure} with q at most 0.05; forget less retain: "
+            f"{chosen.gap:+.3f}, as large in {n_as_large} of {len(outcome.random)} random sets "
+            f"(p {outcome.p_value:.2g})"
+        )
+
+
+def _cells(before: float, change: float, low: float, high: float) -> tuple[str, str, str]:
+    return f"{before + change:.3f}", f"{change:+.3f}", f"{low:+.3f} to {high:+.3f}"
+
+
+CONTRAST = Verb(
+    "which neurons are more often active in one text than in another",
+    "Ranks the neurons of each layer by how much more often they are active in one text than in another, and "
+    "says how often chance would come as far: whole documents are dealt to the two texts again. Swap the two "
+    "for neurons of the other text. A .txt file is cut into documents of some 16 KiB; where documents are "
+    "parts of one book, they are not independent, and p-values are too low.",
+    "topklm neurons contrast runs/books --positive sea.jsonl --negative house.jsonl",
+    _add_contrast,
+    _contrast,
+)
+ABLATE_SET = Verb(
+    "what a model loses of two texts without some neurons",
+    "Chooses the neurons that are active more often in one text than in another, on half of the documents, "
+    "ablates them, and reports the losses of the other half: of the text to be forgotten, and of the one to "
+    "be retained. Beside them stand random sets of as many neurons of the same layers and densities.",
+    "topklm neurons ablate-set runs/books --forget sea.jsonl --retain house.jsonl --neurons 8,32",
+    _add_ablate_set,
+    _ablate_set,
+)
