@@ -27,15 +27,12 @@ _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 
 
 def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
-    """Writes the file, whole or not at all.
+    """Writes the file, whole or not at all, and returns how many neurons have a page.
 
     Args:
         source: The run's neurons.
         path: Of the file.
         neurons: Layer and number of each that gets a page; default all of them.
-
-    Returns:
-        How many neurons have a page.
 
     Raises:
         UserError: If there is no such neuron, or the file cannot be written.

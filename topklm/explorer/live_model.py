@@ -35,11 +35,7 @@ class LiveModel:
 
     @functools.cached_property
     def model(self) -> LanguageModel:
-        """The model of the store's checkpoint.
-
-        Raises:
-            UserError: If it cannot be loaded.
-        """
+        """The model of the store's checkpoint; raises UserError if it cannot be loaded."""
         return load(self._run, step=self._metadata.step)
 
     @property
@@ -136,11 +132,7 @@ class LiveModel:
 
     @functools.cached_property
     def _dictionary(self) -> Dictionary | None:
-        """The dictionary that the store's activations are written in, if there is one.
-
-        Raises:
-            UserError: If it is missing, or another.
-        """
+        """The dictionary of the store's activations, if there is one; raises UserError if it is missing."""
         if not self._metadata.dictionary:
             return None
         found = Dictionary.load(NeuronsFolder(Path(self._run), self._metadata.step).dictionary)

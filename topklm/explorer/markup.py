@@ -70,19 +70,12 @@ def level(value: float, strongest: float) -> str:
 
 
 class ShadedPiece(NamedTuple):
-    """A stretch of text that is drawn alike.
-
-    Attributes:
-        text: As it is shown.
-        level: Class of its shade; empty where the neuron is not active.
-        value: The activation, written.
-        example: Whether it is the token that all this is about.
-    """
+    """A stretch of text that is drawn alike."""
 
     text: str
-    level: str = ""
-    value: str = ""
-    example: bool = False
+    level: str = ""  # class of its shade; empty where the neuron is not active
+    value: str = ""  # the activation, written
+    example: bool = False  # whether it is the token that all this is about
 
 
 def pieces(

@@ -37,16 +37,10 @@ class NotThereError(UserError):
 
 
 class StoreWindow(NamedTuple):
-    """A stretch of one document of the store.
+    """A stretch of one document of the store."""
 
-    Attributes:
-        begin: Its first token, counted through the store.
-        ids: int[n].
-        document: Its number.
-    """
-
-    begin: int
-    ids: np.ndarray
+    begin: int  # its first token, counted through the store
+    ids: np.ndarray  # int[n]
     document: int
 
 
@@ -92,10 +86,10 @@ class NeuronData:
         self.labels = Labels(folder.labels)
         self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
         self._ahead: dict[int, Events] = {}
-        self._columns: dict[str, _Column] = {}
-        self._texts: dict[int, str] = {}
-        self._parts: set[int] = set()  # tokens, of those in _texts, that may be a part of a character
-        self._characters: dict[tuple[int, ...], tuple[int, str | None]] = {}
+        self._values = functools.cache(lambda name: _Column(self.rows[name]))
+        self._text = functools.cache(self._shown)
+        self._parts: set[int] = set()  # tokens, of those shown, that may be a part of a character
+        self._characters = functools.cache(self._whole_characters)
 
     def _check(self) -> None:
         table.check_same(self.folder.table, self.measured, self.store)
@@ -158,11 +152,6 @@ class NeuronData:
         row = self.row(number, ["examples", "example_parts"])
         found = zip(row["examples"] or (), row["example_parts"] or (), strict=True)
         return [at for at, part in found if part == 0]
-
-    def _values(self, name: str) -> _Column:
-        if name not in self._columns:
-            self._columns[name] = _Column(self.rows[name])
-        return self._columns[name]
 
     def column(self, name: str) -> np.ndarray:
         """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""
@@ -253,16 +242,13 @@ class NeuronData:
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """Returns each token as a page shows it: unprintable characters are spelled out."""
-        known = self._texts
-        try:
-            return list(map(known.__getitem__, ids))
-        except KeyError:
-            unknown = list(set(ids) - known.keys())
-        for token_id, text in zip(unknown, self.tokenizer.token_strings(unknown), strict=True):
-            known[token_id] = shown(text)
-            if _PART.search(known[token_id]):
-                self._parts.add(token_id)
-        return list(map(known.__getitem__, ids))
+        return list(map(self._text, ids))
+
+    def _shown(self, token_id: int) -> str:
+        text = shown(self.tokenizer.token_strings([token_id])[0])
+        if _PART.search(text):
+            self._parts.add(token_id)
+        return text
 
     def running_texts(self, ids: np.ndarray) -> list[str]:
         """Returns the same for text in a row: a character of several tokens stands at the last of them."""
@@ -273,19 +259,19 @@ class NeuronData:
         while at < len(texts):
             n, whole = 1, None
             if wanted[at] in self._parts:
-                n, whole = self._character(tuple(wanted[at : at + _MOST_PARTS]))
+                n, whole = self._characters(tuple(wanted[at : at + _MOST_PARTS]))
             if whole is not None:
                 texts[at : at + n] = [*[""] * (n - 1), whole]
             at += n
         return texts
 
-    def _character(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
+    def _whole_characters(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
         """Returns how many of these tokens make whole characters, and those; (1, None) if none does."""
-        if ids not in self._characters:
-            decoded = ((n, self.tokenizer.decode(ids[:n])) for n in range(2, len(ids) + 1))
-            whole = ((n, shown(text)) for n, text in decoded if "\N{REPLACEMENT CHARACTER}" not in text)
-            self._characters[ids] = next(whole, (1, None))
-        return self._characters[ids]
+        for n in range(2, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:n])
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return n, shown(text)
+        return 1, None
 
 
 def document_starts(numbers: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ columns over there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
 import gzip
 import hashlib
 import itertools
@@ -79,7 +80,7 @@ def export(
         out: The folder to be made; there may be an empty one.
         model_id: Of the model, over there.
         neurons: Which, as (layer, neuron); None: all.
-        creator_id: Id of the user over there to whom all of it shall belong.
+        creator_id: Of the user over there to whom all of it shall belong.
         progress: Shows how far it is.
 
     Raises:
@@ -180,7 +181,7 @@ class _Rows:
         self._model_id, self._creator_id = model_id, creator_id
         self._set_name = f"res-{source.measured.kind}"
         self.source_id = f"{layer}-{self._set_name}"
-        self._texts = dict[int, str]()
+        self._string = functools.cache(lambda token_id: source.tokenizer.token_strings([token_id])[0])
 
     def headings(self) -> dict[str, Row]:
         """Makes the rows of the four files that describe what the neurons belong to."""
@@ -361,11 +362,7 @@ class _Rows:
         return "c" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def _strings(self, ids: Sequence[int]) -> list[str]:
-        """Returns each token as a reader would want it, made once."""
-        if unknown := [token_id for token_id in set(ids) if token_id not in self._texts]:
-            texts = self._source.tokenizer.token_strings(unknown)
-            self._texts.update(zip(unknown, texts, strict=True))
-        return [self._texts[token_id] for token_id in ids]
+        return list(map(self._string, ids))
 
 
 def _empty(names: str) -> Row:

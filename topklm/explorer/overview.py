@@ -20,23 +20,14 @@ READABLE = "readable"  # the default order
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The parameters of a link to the table; `query` is the way back.
+    """The parameters of a link to the table; `query` is the way back."""
 
-    Attributes:
-        sort: A figure, or `READABLE`.
-        falling: The largest first; neurons without the figure come last both ways.
-        layers: Only these; all if empty.
-        ranges: The least and the largest value of figures, either of which may be None.
-        labelled: Only neurons with a label.
-        all_columns: Every statistic.
-        page: From 1.
-    """
-
-    sort: str = READABLE
-    falling: bool = False
-    layers: tuple[int, ...] = ()
+    sort: str = READABLE  # or a figure
+    falling: bool = False  # the largest first; neurons without the figure come last both ways
+    layers: tuple[int, ...] = ()  # only these; all if empty
+    # The least and the largest value of figures, either of which may be None.
     ranges: Mapping[str, tuple[float | None, float | None]] = dataclasses.field(default_factory=dict)
-    labelled: bool = False
+    labelled: bool = False  # only neurons with a label
     all_columns: bool = False
     page: int = 1
 
@@ -100,11 +91,7 @@ class Asked:
 
 
 def overview(source: NeuronData, asked: Asked) -> dict[str, Any]:
-    """Returns all that the overview shows.
-
-    Raises:
-        UserError: For a page that is not there.
-    """
+    """Returns all that the overview shows; raises UserError as `table`."""
     names = "run step kind dictionary d_model topk_k source n_tokens n_documents embedding n_clusters"
     return {
         **{name: getattr(source.measured, name) for name in names.split()},

@@ -16,21 +16,13 @@ _BINS = 36  # of a violin
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis.
+    """An axis from its least to its largest value."""
 
-    Attributes:
-        title: With the unit.
-        low: Its least value.
-        high: Its largest.
-        logarithmic: Whether equal distances are equal ratios.
-        text: How a value is written at a tick.
-    """
-
-    title: str
+    title: str  # with the unit
     low: float
     high: float
     logarithmic: bool = False
-    text: Callable[[float], str] = "{:g}".format
+    text: Callable[[float], str] = "{:g}".format  # writes a value at a tick
 
     def share(self, value: float) -> float:
         """Returns the position of a value on the axis, from 0 to 1."""
@@ -75,10 +67,7 @@ def histogram(counts: Sequence[int], high: float, x_title: str, y_title: str, ab
 def violins(layers: Mapping[str, np.ndarray], y: Axis, about: str) -> Markup:
     """Draws how many neurons of each layer have which value, as a shape with a line at the middle one.
 
-    Args:
-        layers: float[n] by name, finite.
-        y: Of the values.
-        about: The plot in words.
+    Values are finite, float[n] of each layer by its name.
     """
 
     def draw(name: str, frame: _Frame, centre: float, slot: float) -> str:

@@ -34,11 +34,7 @@ register_url_convertor("number", _Number())
 
 
 async def run_limited(turn: anyio.CapacityLimiter, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns the result of a function that takes long; `turn` says how many may run at a time.
-
-    Raises:
-        BusyError: If too many wait already.
-    """
+    """Returns the result of a function that takes long, once there is a turn, see `taken`."""
     async with taken(turn):
         return await run_in_threadpool(function, *arguments)
 
@@ -69,11 +65,7 @@ def check_not_busy(turn: anyio.CapacityLimiter) -> None:
 
 
 async def field(request: Request, name: str) -> str:
-    """Returns a text that was sent, in a form or as JSON.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Returns a text that was sent, in a form or as JSON; raises UserError if there is none."""
     value = (await fields(request)).get(name)
     if not isinstance(value, str):
         raise UserError(f"{name} is missing: send it as text")
@@ -87,17 +79,13 @@ async def fields(request: Request) -> dict[str, Any]:
         UserError: If it is neither.
     """
     body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind == "application/json":
-        try:
-            content = from_json(body)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-    else:
-        text = body.decode("utf-8", "replace")
-        try:
-            content = dict(parse_qsl(text, keep_blank_values=True, max_num_fields=20))
-        except ValueError as e:
-            raise UserError("the request is no form of ours: send it from the page") from e
+    is_json, text = kind == "application/json", body.decode("utf-8", "replace")
+    try:
+        content = (
+            from_json(body) if is_json else dict(parse_qsl(text, keep_blank_values=True, max_num_fields=20))
+        )
+    except ValueError as e:
+        raise UserError(str(e) if is_json else "the request is no form of ours: send it from the page") from e
     # Browsers make the longer line break of any in a form.
     return {
         name: value.replace("\r\n", "\n") if isinstance(value, str) else value
@@ -111,11 +99,7 @@ def whole_number(text: str) -> int | None:
 
 
 def number(request: Request, name: str) -> int:
-    """Returns a whole number in a link.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Returns a whole number in a link; raises UserError if there is none."""
     text = request.query_params.get(name, "")
     if (found := whole_number(text)) is None:
         raise UserError(f"{name} = {text}: must be a whole number")

@@ -183,19 +183,12 @@ def _short(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Strengths:
-    """The scale of the slider, in units of the neuron's activation.
+    """The scale of the slider, in units of the neuron's activation."""
 
-    Attributes:
-        highest: The highest activation seen; of a dead neuron, the median of those of its layer.
-        mean: Over the tokens at which the neuron is active; None for a dead one.
-        step: Of the slider, a power of ten.
-        end: Where it ends, a multiple of the step.
-    """
-
-    highest: float
-    mean: float | None
-    step: float
-    end: float
+    highest: float  # activation seen; of a dead neuron, the median of those of its layer
+    mean: float | None  # over the tokens at which the neuron is active; None for a dead one
+    step: float  # a power of ten
+    end: float  # a multiple of the step
 
     @classmethod
     def of(cls, highest: float, mean: float | None) -> "Strengths":

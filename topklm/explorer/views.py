@@ -50,8 +50,8 @@ def neuron(
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
         "figures": {name: row[name] for name in catalog.numbers()},
-        "effective_tokens": _effective_number(row["token_entropy_corrected"]),
-        "effective_clusters": _effective_number(row["semantic_entropy_corrected"]),
+        "effective_tokens": _exp(row["token_entropy_corrected"]),
+        "effective_clusters": _exp(row["semantic_entropy_corrected"]),
         "histogram": {
             "width": (row["max_activation"] or 0) / len(counts) if counts else None,
             "counts": counts,
@@ -85,11 +85,7 @@ def neuron(
 
 
 def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
-    """Returns text of `size` tokens around a token of the store, with the neuron's activations.
-
-    Raises:
-        UserError: If there is no such neuron or token.
-    """
+    """Returns `size` tokens around one of the store, with activations; raises NotThereError without it."""
     window = source.window(at, max(1, min(size, MOST_CONTEXT)))
     return _activations(source, layer, neuron, [window], [at])[0]
 
@@ -128,11 +124,7 @@ def part_titles() -> list[str]:
 
 
 def words(source: NeuronData, index: Index, text: str) -> dict[str, Any]:
-    """Returns labels, neurons and passages of the store in which words are found.
-
-    Raises:
-        UserError: If there are no words.
-    """
+    """Returns labels, neurons and passages in which words are found; raises UserError without words."""
     if not text.strip():
         raise UserError("search is empty: type a few words")
     labels = source.named()
@@ -250,8 +242,8 @@ def _active_places(token: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(layer["layer"], item["neuron"]) for layer in token["layers"] for item in layer["neurons"]]
 
 
-def _effective_number(entropy: float | None) -> float | None:
-    """Returns exp(H), the number of equally likely things that have an entropy of H nats."""
+def _exp(entropy: float | None) -> float | None:
+    """Returns how many equally likely things have this entropy."""
     return None if entropy is None else math.exp(entropy)
 
 
