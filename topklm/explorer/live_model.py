@@ -16,8 +16,7 @@ from topklm.inference.interventions import Intervention
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
-from topklm.neurons import hook_names
-from topklm.neurons.capture import SparseActivations
+from topklm.neurons.capture import RESID_POST, SparseActivations, hook_name
 from topklm.neurons.dictionary import Dictionary, check_coordinates
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata
@@ -71,7 +70,7 @@ class LiveModel:
             if self._metadata.kind == "topk":
                 found = self.model.run_with_cache(self._after_separator(ids))[1].neurons
             else:
-                wanted = [hook_names.name(layer, hook_names.RESID_POST) for layer in self._metadata.layers]
+                wanted = [hook_name(layer, RESID_POST) for layer in self._metadata.layers]
                 _, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
                 hidden = jnp.stack([cache[name] for name in wanted])
                 if self._dictionary is None:
@@ -89,7 +88,7 @@ class LiveModel:
         if self._metadata.kind != "dense":
             indices, values = (array[self._metadata.layers.index(layer)] for array in self.active(ids))
             return np.where(indices == neuron, values, 0).sum(axis=-1, dtype=np.float32)
-        name = hook_names.name(layer, hook_names.RESID_POST)
+        name = hook_name(layer, RESID_POST)
         with self._lock:
             _, cache = self.model.run_with_cache(self._after_separator(ids), name)
             values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)

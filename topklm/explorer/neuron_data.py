@@ -17,9 +17,9 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import StoredText
 from topklm.neurons.statistics import table
-from topklm.neurons.store import Events, Store
-from topklm.neurons.text_search import StoredText
+from topklm.neurons.store import NeuronBlock, Store
 
 LISTED_TOKENS = 10  # of each kind on a page
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
@@ -85,7 +85,7 @@ class NeuronData:
         self._check()
         self.labels = Labels(folder.labels)
         self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
-        self._ahead: dict[int, Events] = {}
+        self._ahead: dict[int, NeuronBlock] = {}
         self._values = functools.cache(lambda name: _Column(self.rows[name]))
         self._text = functools.cache(self._shown)
         self._parts: set[int] = set()  # tokens, of those shown, that may be a part of a character
@@ -157,7 +157,7 @@ class NeuronData:
         """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""
         return self.rows[name].to_numpy().astype(np.float64)
 
-    def events(self, layer: int, neuron: int) -> Events:
+    def events(self, layer: int, neuron: int) -> NeuronBlock:
         """Returns all events of a neuron; those of the last few neurons are remembered."""
         found = self._ahead.get(self.number(layer, neuron))
         return self._events(layer, neuron) if found is None else found
@@ -184,8 +184,7 @@ class NeuronData:
         if group:
             layer, begin = self.place(group[0])
             block = self.store.block(layer, begin, begin + len(group))
-            bounds = zip(group, block.offsets[:-1], block.offsets[1:], strict=True)
-            self._ahead = {n: Events(block.tokens[a:b], block.values[a:b]) for n, a, b in bounds}
+            self._ahead = {number: block.one(at) for at, number in enumerate(group)}
         return group
 
     def activations(self, layer: int, neuron: int, bounds: Sequence[tuple[int, int]]) -> list[np.ndarray]:

@@ -44,7 +44,7 @@ import numpy as np
 from topklm.checkpoint.run_folder import saved_config
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer.neuron_data import NeuronData, document_starts, window_bounds
-from topklm.neurons import hook_names
+from topklm.neurons.capture import RESID_POST, TOPK, hook_name
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -248,7 +248,7 @@ class _Rows:
         """Returns a neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
-        hook = hook_names.TOPK if self._measured.kind == "topk" else hook_names.RESID_POST
+        hook = TOPK if self._measured.kind == "topk" else RESID_POST
         return {
             **self._place(row["neuron"]),
             "sourceSetName": self._set_name,
@@ -258,7 +258,7 @@ class _Rows:
             "vector": [],
             "vectorLabel": None,
             "vectorDefaultSteerStrength": None,
-            "hookName": hook_names.name(self._layer, hook),
+            "hookName": hook_name(self._layer, hook),
             **_empty("topkCosSimIndices topkCosSimValues"),
             **_empty("neuron_alignment_indices neuron_alignment_values neuron_alignment_l1"),
             **_empty("correlated_neurons_indices correlated_neurons_pearson correlated_neurons_l1"),

@@ -23,8 +23,18 @@ from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.model.topk import topk
-from topklm.neurons import hook_names
-from topklm.neurons.capture import SparseActivations, capture
+from topklm.neurons.capture import (
+    RESID_POST,
+    RESID_PRE,
+    TOPK,
+    TOPK_PRE,
+    HookName,
+    SparseActivations,
+    all_hook_names,
+    capture,
+    check_hook_name,
+    hook_name,
+)
 
 
 class Input(NamedTuple):
@@ -132,7 +142,7 @@ def _next(x_BP: jax.Array) -> jax.Array:
 
 
 # (array [B, T, D], name) -> the array to go on with, or None.
-Hook = Callable[[jax.Array, hook_names.HookName], jax.Array | None]
+Hook = Callable[[jax.Array, HookName], jax.Array | None]
 # Of each hook its name, or a function that says of each name whether it is meant.
 ForwardHooks = Sequence[tuple[str | Callable[[str], bool], Hook]]
 
@@ -170,7 +180,7 @@ def run_with_hooks(
     layer = -1
 
     def called(array_BTD: jax.Array, hook: str) -> jax.Array:
-        here = hook_names.HookName(hook_names.name(layer, hook))
+        here = HookName(hook_name(layer, hook))
         for name, function in pairs:
             if name == here:
                 array_BTD = _replaced(array_BTD, function(array_BTD, here), here)
@@ -179,17 +189,17 @@ def run_with_hooks(
     def enter(h_BTD: jax.Array, _: Any) -> jax.Array:
         nonlocal layer
         layer += 1
-        return called(h_BTD, hook_names.RESID_PRE)
+        return called(h_BTD, RESID_PRE)
 
     def select(u_BTD: jax.Array, number: jax.Array) -> jax.Array:
-        u_BTD = called(u_BTD, hook_names.TOPK_PRE)
+        u_BTD = called(u_BTD, TOPK_PRE)
         if hooks.topk is not None:
             return hooks.topk(u_BTD, number)
         return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
     def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
         h_BTD = h_BTD if hooks.output is None else hooks.output(h_BTD, number)
-        return called(called(h_BTD, hook_names.TOPK), hook_names.RESID_POST)
+        return called(called(h_BTD, TOPK), RESID_POST)
 
     model = transformer.bind(config, params)
     h_BTD, _ = model.hidden(
@@ -214,10 +224,10 @@ def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook
             raise ArgumentError(f"{reprlib.repr(pair)} is no (name, function)", field="fwd_hooks")
         meant, function = pair
         if not callable(meant):
-            hook_names.check(config, meant, "fwd_hooks")
+            check_hook_name(config, meant, "fwd_hooks")
             found.append((meant, function))
             continue
-        several = [name for name in hook_names.all_names(config) if meant(name)]
+        several = [name for name in all_hook_names(config) if meant(name)]
         if not several:
             raise ArgumentError(
                 "a function of names chooses none of those in model.hook_names", field="fwd_hooks"

@@ -27,8 +27,14 @@ from topklm.inference.sampling import Sampling
 from topklm.inference.steps import STEPS
 from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of
 from topklm.model import transformer
-from topklm.neurons import hook_names
-from topklm.neurons.capture import ActivationCache
+from topklm.neurons.capture import (
+    TOPK,
+    ActivationCache,
+    NamesFilter,
+    all_hook_names,
+    matching_hook_names,
+    parse_hook_name,
+)
 from topklm.neurons.display import ActiveNeurons
 
 _STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
@@ -145,7 +151,7 @@ class LanguageModel:
     def run_with_cache(
         self,
         tokens: Tokens,
-        names_filter: hook_names.NamesFilter = None,
+        names_filter: NamesFilter = None,
         steer: Steer | None = None,
         steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
@@ -170,14 +176,14 @@ class LanguageModel:
         """
         given, rows = self._input(tokens, segment_ids)
         config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        wanted = hook_names.matching(config, names_filter)
+        wanted = matching_hook_names(config, names_filter)
         logits, neurons, others = forward.logits_and_activations(
             config, wanted, self.params, given, interventions
         )
         length = rows.ids.shape[1]
         neurons = jax.tree.map(lambda x: forward.cut(x, length, axis=2), neurons)
         others = {name: forward.cut(x, length, axis=1) for name, x in others.items()}
-        layers = tuple(layer for layer, hook in map(hook_names.parse, wanted) if hook == hook_names.TOPK)
+        layers = tuple(layer for layer, hook in map(parse_hook_name, wanted) if hook == TOPK)
         cache = ActivationCache(neurons, layers, others, self.hook_names)
         return forward.cut(logits, length, axis=1), cache
 
@@ -389,8 +395,8 @@ class LanguageModel:
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Names what can be captured and hooked, in the order of computation; see `neurons.hook_names`."""
-        return hook_names.all_names(self.cfg)
+        """Names what can be captured and hooked, in the order of computation; see `neurons.capture`."""
+        return all_hook_names(self.cfg)
 
     @property
     def W_E(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
