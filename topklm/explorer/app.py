@@ -251,14 +251,13 @@ class _Explorer:
 
     async def _lines(self, writing: Writing) -> AsyncIterator[dict[str, Any]]:
         # Who has begun may wait for the model, however many others do.
-        with_model = functools.partial(anyio.to_thread.run_sync, limiter=self._model_turn)
         yield {"prompt": writing.prompt}
         while not writing.done:
             if self._closing:
                 return
-            for piece in await with_model(writing.more):
+            for piece in await anyio.to_thread.run_sync(writing.more, limiter=self._model_turn):
                 yield piece
-        yield {"ends": await with_model(writing.ends)}
+        yield {"ends": await anyio.to_thread.run_sync(writing.ends, limiter=self._model_turn)}
 
     # Shared
 

@@ -81,7 +81,7 @@ async def fields(request: Request) -> dict[str, Any]:
     body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip()
     is_json, text = kind == "application/json", body.decode("utf-8", "replace")
     try:
-        content = (
+        content: dict[str, Any] = (
             from_json(body) if is_json else dict(parse_qsl(text, keep_blank_values=True, max_num_fields=20))
         )
     except ValueError as e:

@@ -31,7 +31,11 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*\s+")
 _EXAMPLES = 5  # that are looked at for a prompt
 
 # Types in which a field may be sent, by its own: forms send texts.
-_ALLOWED = {str: (str, "text"), int: (int | str, "a whole number"), float: (int | float | str, "a number")}
+_ALLOWED: dict[type, tuple[Any, str]] = {
+    str: (str, "text"),
+    int: (int | str, "a whole number"),
+    float: (int | float | str, "a number"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
