@@ -39,8 +39,7 @@ from topklm.explorer.requests import (
 )
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
 from topklm.web import server
-from topklm.web.client import Json, Say, Stream, to_json
-from topklm.web.security import Guard, comes_from_elsewhere, is_loopback
+from topklm.web.http import Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
 
 # Not as the machine has it set: browsers run scripts of this kind only.
 _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}

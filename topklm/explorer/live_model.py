@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import Intervention
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
 from topklm.neurons.capture import RESID_POST, SparseActivations, hook_name
 from topklm.neurons.dictionary import Dictionary, check_coordinates
 from topklm.neurons.paths import NeuronsFolder
