@@ -153,13 +153,12 @@ def _contrast_of(
     arguments: argparse.Namespace,
     model: LanguageModel,
     mesh: jax.sharding.Mesh,
-    positive: Sequence[np.ndarray],
-    negative: Sequence[np.ndarray],
+    texts: Sequence[Sequence[np.ndarray]],
     progress: Progress,
     piece: int | None = None,
 ) -> tuple[UnitCounts, Contrast]:
     """Reads the activations of documents, in pieces or whole, and compares the two texts."""
-    documents = [*positive, *negative]
+    documents = [ids for text in texts for ids in text]
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         counts = activation_counts.count(
             model.config.model,
@@ -171,7 +170,7 @@ def _contrast_of(
             piece=piece,
             report=lambda tokens: report(tokens, 0, tokens),
         )
-    n_positive = len(activation_counts.unit_sizes([len(ids) for ids in positive], piece))
+    n_positive = len(activation_counts.unit_sizes([len(ids) for ids in texts[0]], piece))
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -216,7 +215,7 @@ def _contrast(arguments: argparse.Namespace) -> None:
                 f"{piece} tokens, must be 2 or more: give more text, or a smaller --window"
             )
     documents = [text.documents for text in texts]
-    counts, found = _contrast_of(arguments, model, mesh, *documents, output.progress, piece)
+    counts, found = _contrast_of(arguments, model, mesh, documents, output.progress, piece)
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
@@ -324,23 +323,23 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
         for half in (0, 1)
     )
-    counts, found = _contrast_of(arguments, model, mesh, *chosen_on, output.progress)
+    counts, found = _contrast_of(arguments, model, mesh, chosen_on, output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
         config, separator_id = model.config.model, model.tokenizer.separator_id
-        losses_of = [
+        forget, retain = (
             AblatedLosses(config, model.params, mesh, documents, separator_id=separator_id)
             for documents in scored_on
-        ]
-        n_tokens = sum(int(text.n_tokens.sum()) for text in losses_of)
+        )
+        n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
         total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
         with output.progress.phase("measuring losses", total) as tell:
 
             def report(tokens: int) -> None:
                 tell(tokens, 0, tokens)
 
-            scored = Scored(*losses_of, *(text.sums(report=report) for text in losses_of))
+            scored = Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
             outcomes = ablate_set.measure(
                 scored,
                 sets,

@@ -337,8 +337,8 @@ def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:
 
 
 def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
-    heads = ("run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %")
-    heads = (*heads, "specific %", "prompting's")
+    heads = ["run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %"]
+    heads += ["specific %", "prompting's"]
     for kind in KINDS:
         rows = [[one["run"], *_row(layer, kind)] for one in found for layer in one["layers"]]
         output.console.print(shared.table(heads, rows, f"concept: {kind} tokens"))

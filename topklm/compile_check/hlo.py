@@ -19,8 +19,10 @@ Unread: TypeAlias = collections.Counter[str]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _MAX_TRIPS = 1_000_000
-_ROLES = ("calls", "body", "condition", "true_computation", "false_computation", "branch_computations")
-_ROLES += ("called_computations",)
+_ROLES = (
+    *("calls", "body", "condition", "true_computation", "false_computation"),
+    *("branch_computations", "called_computations"),
+)
 _INTEGERS = ("pred", "s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
 
 # Operations on integer scalars; a comparison has the name of its direction.
