@@ -36,21 +36,13 @@ _BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One way to run the model.
+    """One way to run the model."""
 
-    Attributes:
-        k: Neurons kept at a token, on average.
-        loss: Nats per token, the mean over tokens.
-        low: End of the interval.
-        high: Its other end.
-        threshold: Of the rule, in nats; None for one k.
-    """
-
-    k: float
-    loss: float
-    low: float
+    k: float  # neurons kept at a token, on average
+    loss: float  # nats per token, the mean over tokens
+    low: float  # ends of the interval
     high: float
-    threshold: float | None = None
+    threshold: float | None = None  # of the rule, in nats; None for one k
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 import shutil
 import statistics
 from typing import Any
@@ -18,9 +19,11 @@ from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.documents import Packed, batches, pack, windows_of
+from topklm.neurons.documents import batches, pack, windows_of
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
+
+_Batch = tuple[np.ndarray, ...]  # inputs, segment ids, positions
 
 
 @dataclasses.dataclass
@@ -80,14 +83,11 @@ def against_forward(
     forward = timing.timed(functools.partial(_forward_all, config, model.params, mesh, batches))
     subjects = {"harvest": harvest, "forward": forward}
     samples = timing.alternate(subjects, repeats, label="harvest")
-    ratios = samples["forward"].speedup_over(samples["harvest"])
     n_tokens = sum(map(len, documents))
     return {
-        "over_forward": statistics.median(ratios),
-        "over_forward_of_rounds": ratios,
+        **_over_forward(samples, "harvest"),
         "tokens_per_second": n_tokens / samples["harvest"].median,
         "forward_tokens_per_second": n_tokens / samples["forward"].median,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
         "batch_rows": rows,
         "n_batches": len(batches),
     }
@@ -112,44 +112,41 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 
     subjects = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
     samples = timing.alternate(subjects, repeats, label="capture")
-    ratios = samples["forward"].speedup_over(samples["captured"])
+    return {**_over_forward(samples, "captured"), "tokens": list(shape)}
+
+
+def _over_forward(samples: dict[str, timing.Samples], name: str) -> dict[str, Any]:
+    ratios = samples["forward"].speedup_over(samples[name])
+    seconds = {name: of_side.seconds for name, of_side in samples.items()}
     return {
         "over_forward": statistics.median(ratios),
         "over_forward_of_rounds": ratios,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
-        "tokens": list(shape),
+        "seconds": seconds,
     }
 
 
-def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
-    """Packs the batches of a harvest, in its order; `Packed` of `rows` rows each."""
+def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[_Batch]:
+    """Packs the batches of a harvest, in its order, of `rows` rows each."""
     length = config.context_length
-    windows = (
-        window
-        for number, ids in enumerate(documents)
-        for window in windows_of(number, ids, separator_id, length)
-    )
+    of_documents = (windows_of(n, ids, separator_id, length) for n, ids in enumerate(documents))
+    windows = itertools.chain.from_iterable(of_documents)
     found = []
     for stretch in batches(windows, harvest_lib.segment_tokens(config)):
         packed = pack(stretch, length, rows, separator_id)
+        arrays = packed.inputs, packed.segment_ids, packed.positions
         for start in range(0, len(packed.inputs), rows):
-            some = {
-                name: getattr(packed, name)[start : start + rows]
-                for name in ("inputs", "segment_ids", "positions")
-            }
-            found.append(dataclasses.replace(packed, **some))
+            found.append(tuple(array[start : start + rows] for array in arrays))
     return found
 
 
 def _forward_all(
-    config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[Packed]
+    config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[_Batch]
 ) -> None:
     """Computes the losses of all batches, on the host; while one is fetched the next is computed."""
     batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ahead = None
-    for packed in batches:
-        arrays = jax.device_put((packed.inputs, packed.segment_ids, packed.positions), batch)
-        before, ahead = ahead, _forward(config, params, *arrays)
+    for arrays in batches:
+        before, ahead = ahead, _forward(config, params, *jax.device_put(arrays, batch))
         if before is not None:
             np.asarray(before)
     np.asarray(ahead)

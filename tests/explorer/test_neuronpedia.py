@@ -174,6 +174,7 @@ def write_table(folder, store, rng):
         for j in range(D):
             row = dict.fromkeys(catalog.schema().names)
             row |= {name: column[j] for name, column in columns.items()}
+            row |= {name: None for name, value in row.items() if value is not None and value != value}
             row |= {"layer": layer, "neuron": j, "n_active": int(row["n_active"])}
             for end in ("top", "bottom"):
                 row[f"identity_{end}"] = rng.integers(0, 257, 10).tolist()

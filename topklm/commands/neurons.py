@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -30,6 +30,10 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
+
+if TYPE_CHECKING:
+    from topklm.neurons.statistics.embeddings import EncodedWindows
+    from topklm.neurons.statistics.inputs import Inputs
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
@@ -200,7 +204,7 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
     from topklm.neurons.statistics.measure import extend  # noqa: PLC0415
 
     if not table.is_complete(folder.table):
-        _write_table(extend, folder, model, _store_of(folder, model), progress)
+        _write_table(extend, folder, model, _store_of(folder, model), progress, MeasureSettings())
     return folder
 
 
@@ -331,7 +335,7 @@ def measure_into(
         UserError: For a store of another model, and without pyarrow.
     """
     store = _store_of(folder, model)
-    # Parquet needs a package of the extra, and the other one is slow to import.
+    # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
 
@@ -342,7 +346,7 @@ def measure_into(
             windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
-    _write_table(measure, folder, model, store, progress, settings=settings, windows=windows)
+    _write_table(measure, folder, model, store, progress, settings, windows)
 
 
 def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
@@ -354,23 +358,19 @@ def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
 
 
 def _write_table(
-    write: Callable[..., object],
+    write: Callable[[Path, "Inputs"], object],
     folder: NeuronsFolder,
     model: LanguageModel,
     store: Store,
     progress: Progress,
-    **options: Any,
+    settings: MeasureSettings,
+    windows: "EncodedWindows | None" = None,
 ) -> None:
     """Calls `measure` or `extend` of `statistics.measure`."""
+    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415 - see `measure_into`
+
     dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
+    separator_id = model.tokenizer.separator_id
+    inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        write(
-            folder.table,
-            store,
-            model.config.model,
-            model.params,
-            separator_id=model.tokenizer.separator_id,
-            progress=progress,
-            dictionary=dictionary,
-            **options,
-        )
+        write(folder.table, inputs)

@@ -23,8 +23,7 @@ from topklm.data.records import sha256_of_file
 from topklm.data.sources import SourceFile, corpus_name, find
 from topklm.errors import disk_errors_are_user_errors
 from topklm.progress import Progress
-from topklm.storage import locks
-from topklm.storage.files import check_name
+from topklm.storage.files import check_name, is_locked
 
 _STALE_SECONDS = 24 * 3600  # unfinished work that nobody has touched for this long is given up
 
@@ -84,5 +83,5 @@ def _remove_stale(root: Path) -> None:
         # Another process may remove its folder while we look at it.
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-            if time.time() - newest > _STALE_SECONDS and not locks.is_held(folder):
+            if time.time() - newest > _STALE_SECONDS and not is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -10,8 +10,9 @@ is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V v
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from flax import nnx
 import jax
@@ -36,6 +37,8 @@ from topklm.model.topk import MASK_NAME, topk
 from topklm.parallel import ALONE, Parallel
 
 Parameters = dict[str, Any]
+
+_Function = TypeVar("_Function", bound=Callable)
 
 
 class _LayerInputs(NamedTuple):
@@ -190,6 +193,21 @@ def bind(config: ModelConfig, params: Parameters) -> Transformer:
 def _definition(config: ModelConfig) -> nnx.GraphDef:
     """Returns the static part of a model; its parameters are never allocated."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+
+
+def jit_in_float32(function: _Function) -> _Function:
+    """Compiles a function of (config, ...) so that models made of the config compute in float32.
+
+    For effects of single neurons, which are small, whatever the model's dtype and the device's precision.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.wraps(function)
+    def run(config: ModelConfig, *arguments: Any) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return function(dataclasses.replace(config, dtype="float32"), *arguments)
+
+    return cast(_Function, run)
 
 
 def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:

@@ -13,8 +13,7 @@ from pathlib import Path
 import unicodedata
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage import locks
-from topklm.storage.files import parse_json, write_atomically
+from topklm.storage.files import folder_lock, parse_json, write_atomically
 
 FORMAT = 1
 MAX_CHARACTERS = 200
@@ -82,7 +81,7 @@ class Labels:
             raise UserError(f"label = {text[:40]!a}: {problem}")
         with disk_errors_are_user_errors("writing a label"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with locks.held(self._path.parent, _wait):
+            with folder_lock(self._path.parent, _wait):
                 labels = {**self.all(), (layer, neuron): text}
                 if not text:
                     del labels[layer, neuron]

@@ -27,8 +27,16 @@ from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
-from topklm.storage import locks
-from topklm.storage.files import DIGEST, fsync, read_json, sealed_json, unsealed, write_atomically
+from topklm.storage.files import (
+    DIGEST,
+    folder_lock,
+    fsync,
+    is_locked,
+    read_json,
+    sealed_json,
+    unsealed,
+    write_atomically,
+)
 
 FORMAT = 2
 _WITHOUT_DIGESTS = 1
@@ -185,7 +193,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         with contextlib.ExitStack() as stack:
             self._about.mkdir(parents=True, exist_ok=True)
             self._segments.mkdir(exist_ok=True)
-            stack.enter_context(locks.held(self._about, wait or functools.partial(_refuse, folder, part)))
+            stack.enter_context(folder_lock(self._about, wait or functools.partial(_refuse, folder, part)))
             if not _is_there(folder / _METADATA):
                 content = {"format": FORMAT, **dataclasses.asdict(metadata)}
                 write_atomically(folder / _METADATA, sealed_json(content, indent=2))
@@ -426,8 +434,8 @@ def wait_for_writers(folder: Path, say: Callable[[str], None]) -> None:
         say(f"process {owner} is harvesting into {folder}: waiting for its end")
 
     for part in (folder / _PARTS).glob("*"):
-        if locks.is_held(part):
-            with locks.held(part, wait):
+        if is_locked(part):
+            with folder_lock(part, wait):
                 pass
 
 

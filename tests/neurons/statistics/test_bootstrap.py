@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bootstrap
-from topklm.neurons.statistics import embeddings, entropy, monosemanticity
+from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5
@@ -88,7 +88,7 @@ def test_without_drawing_the_figures_are_those_of_the_table(text, dense):
     clusters = np.zeros(V, np.int64)
     clusters[text.token_ids] = text.groups
     columns = entropy.columns(block, text.token_ids, clusters)
-    pairs = monosemanticity.Pairs(D, 1, WIDTH)
+    pairs = embeddings.Pairs(D, 1, WIDTH)
     pairs.add(block.values, block.tokens, block.offsets, text.embeddings[:, None])
     columns = {**columns, "monosemanticity": pairs.scores()[:, 0]}
     for neuron in range(D):

@@ -29,9 +29,8 @@ from topklm.data.sources import HF, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.progress import Progress
-from topklm.storage import locks
 from topklm.storage.errors import store_errors_are_user_errors
-from topklm.storage.files import fsync, parse_json, sealed_json, unsealed
+from topklm.storage.files import folder_lock, fsync, parse_json, sealed_json, unsealed
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28
@@ -68,7 +67,7 @@ def build(
         if work.is_local:
             work.path.mkdir(parents=True, exist_ok=True)
             busy = functools.partial(_busy, out.url, wait, progress)
-            stack.enter_context(locks.held(work.path, busy, warn=progress.say))
+            stack.enter_context(folder_lock(work.path, busy, warn=progress.say))
             if _is_made(out, sources, settings):  # by whom we waited for
                 work.remove()
                 return
