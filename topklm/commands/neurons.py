@@ -214,7 +214,7 @@ def harvest_into(
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
     keep, share = settings.keep, settings.part or ALL
-    config = model.config.model
+    config = model.cfg
     rows = settings.batch_size or harvest_lib.batch_rows(config, mesh)
     if rows % mesh.size:
         raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {mesh.size} devices")

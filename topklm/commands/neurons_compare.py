@@ -89,11 +89,11 @@ def _open(
     if _resolved(one) == _resolved(other):
         raise UserError(f"{both} are both {one}: give two texts that differ")
     model, mesh = shared.load(arguments)
-    layers = activation_counts.layers_of(model.config.model)
+    layers = activation_counts.layers_of(model.cfg)
     if arguments.layer is not None and arguments.layer not in layers:
-        what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
+        what = "a TopK layer" if model.cfg.n_topk_layers else "a layer"
         raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
-    shared.check_keep(model.config.model, arguments.keep)
+    shared.check_keep(model.cfg, arguments.keep)
     texts = _read(flags[0], one, model, arguments.tokens), _read(flags[1], other, model, arguments.tokens)
     known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
     if common := known & again:
@@ -161,7 +161,7 @@ def _contrast_of(
     documents = [ids for text in texts for ids in text]
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         counts = activation_counts.count(
-            model.config.model,
+            model.cfg,
             model.params,
             mesh,
             documents,
@@ -327,7 +327,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
-        config, separator_id = model.config.model, model.tokenizer.separator_id
+        config, separator_id = model.cfg, model.tokenizer.separator_id
         forget, retain = (
             AblatedLosses(config, model.params, mesh, documents, separator_id=separator_id)
             for documents in scored_on

@@ -110,7 +110,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
     with shared.refused_as("--neuron", value=arguments.neuron):
-        Intervention(layer, neuron).check(model.config.model)
+        Intervention(layer, neuron).check(model.cfg)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
     facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
     values = _values(arguments, facts)
@@ -284,7 +284,7 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
     for model, store in opened:
         layers = survey(
             store,
-            model.config.model,
+            model.cfg,
             model.params,
             separator_id=model.tokenizer.separator_id,
             settings=settings,
