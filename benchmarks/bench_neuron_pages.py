@@ -77,12 +77,12 @@ def main() -> None:
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
     parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
-    model = topklm.load(arguments.run, mesh=mesh)
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    model = topklm.load(arguments.run, mesh=layout.mesh)
     documents = _held(model, arguments.source, arguments.tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = _folder(Path(name), Path(arguments.run), model.step)
-        harvested = against_forward(model, mesh, documents, folder, arguments.repeats)
+        harvested = against_forward(model, layout, documents, folder, arguments.repeats)
         store = Store(folder.store)
         measured = _measure(model, store, folder, arguments.measure_repeats)
         written, facts = _write(model, store, folder, Path(name), arguments.repeats, arguments.peer_python)

@@ -50,7 +50,7 @@ class Text:
 
     token_ids: np.ndarray  # int[N], the store's tokens
     groups: np.ndarray  # int[N], the cluster of each, from 0
-    bounds: np.ndarray  # int64[G + 1], as `embeddings.document_bounds` gives them
+    bounds: np.ndarray  # int64[G + 1], as `Store.document_bounds` gives them
     embeddings: np.ndarray  # float32[N, d], of contexts; see `embed_all`
 
 
@@ -230,7 +230,7 @@ def _text(folder: NeuronsFolder, store: Store, measured: table.TableMetadata) ->
     model = topklm.load(str(folder.run), step=folder.step)
     columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())
     unembedding = columns[:, : model.config.model.vocab_size]
-    token_ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    token_ids, bounds = store.tokens(0, store.n_tokens), store.document_bounds()
     of_token = embeddings.cluster_tokens(
         unembedding, measured.details["n_clusters"], measured.details["seed"]
     )

@@ -154,9 +154,9 @@ def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
 def _neuron(row: Mapping[str, Any], tokenizer: Tokenizer, store: Store) -> dict[str, Any]:
     figures = {name: row[name] for name in SHOWN_FIGURES}
     shares = zip(tokenizer.token_strings(row["top_tokens"]), row["top_token_shares"], strict=True)
-    examples = []
+    examples, bounds = [], store.document_bounds()
     for at in row["examples"][:EXAMPLES]:
-        begin, end = store.document(int(store.documents(at, at + 1)[0]))
+        begin, end = bounds[np.searchsorted(bounds, at, side="right") - [1, 0]].tolist()
         before = tokenizer.decode(store.tokens(max(begin, at - BEFORE), at))
         behind = tokenizer.decode(store.tokens(at + 1, min(end, at + 1 + BEHIND)))
         examples.append([before, tokenizer.decode(store.tokens(at, at + 1)), behind])

@@ -19,10 +19,11 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from benchmarks.adaptive_losses import token_losses
 from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 import topklm
-from topklm.inference.adaptive import AdaptiveK, token_losses
+from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.documents import open_documents
 

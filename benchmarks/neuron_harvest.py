@@ -3,23 +3,22 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import itertools
 import shutil
 import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from benchmarks.harness import timing
 from topklm.config import ModelConfig
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.documents import batches, pack, windows_of
+from topklm.neurons.documents import TextModel, batches
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 
@@ -39,13 +38,13 @@ class Held:
 
 
 def against_forward(
-    model: LanguageModel, mesh: Mesh, documents: Held, folder: NeuronsFolder, repeats: int
+    model: LanguageModel, layout: Layout, documents: Held, folder: NeuronsFolder, repeats: int
 ) -> dict[str, Any]:
     """Harvests again and again, in turns with the plain forward pass; the last store stays.
 
     Args:
-        model: On the devices of `mesh`.
-        mesh: Of all devices.
+        model: On the devices of `layout`.
+        layout: Of all devices.
         documents: The text.
         folder: Where the store goes.
         repeats: Rounds.
@@ -54,7 +53,8 @@ def against_forward(
         Ratios and rates, for JSON.
     """
     config, separator_id = model.config.model, model.tokenizer.separator_id
-    rows = harvest_lib.batch_rows(config, mesh)
+    text_model = TextModel(config, model.params, layout, separator_id)
+    rows = text_model.rows
     kind, layers = harvest_lib.kind_and_layers(config)
     metadata = Metadata(
         run="benchmark",
@@ -74,13 +74,12 @@ def against_forward(
         for _ in range(calls):
             shutil.rmtree(folder.store, ignore_errors=True)
             writer = StoreWriter(folder.store, metadata)
-            arguments = config, model.params, mesh, documents, writer
-            whole = functools.partial(harvest_lib.harvest, *arguments, separator_id=separator_id, rows=rows)
+            whole = functools.partial(harvest_lib.harvest, text_model, documents, writer)
             seconds += timing.timed(whole)(1)
         return seconds
 
-    batches = _batches(config, documents, separator_id, rows)
-    forward = timing.timed(functools.partial(_forward_all, config, model.params, mesh, batches))
+    batches = _batches(text_model, documents)
+    forward = timing.timed(functools.partial(_forward_all, text_model, batches))
     subjects = {"harvest": harvest, "forward": forward}
     samples = timing.alternate(subjects, repeats, label="harvest")
     n_tokens = sum(map(len, documents))
@@ -125,28 +124,20 @@ def _over_forward(samples: dict[str, timing.Samples], name: str) -> dict[str, An
     }
 
 
-def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[_Batch]:
-    """Packs the batches of a harvest, in its order, of `rows` rows each."""
-    length = config.context_length
-    of_documents = (windows_of(n, ids, separator_id, length) for n, ids in enumerate(documents))
-    windows = itertools.chain.from_iterable(of_documents)
-    found = []
-    for stretch in batches(windows, harvest_lib.segment_tokens(config)):
-        packed = pack(stretch, length, rows, separator_id)
-        arrays = packed.inputs, packed.segment_ids, packed.positions
-        for start in range(0, len(packed.inputs), rows):
-            found.append(tuple(array[start : start + rows] for array in arrays))
-    return found
+def _batches(model: TextModel, documents: Held) -> list[tuple[np.ndarray, ...]]:
+    """Packs the batches of a harvest, in its order: inputs, segment ids and positions of each."""
+    return [
+        arrays
+        for stretch in batches(model.windows(documents), harvest_lib.segment_tokens(model.config))
+        for arrays, _, _ in model.pack(stretch).batches()
+    ]
 
 
-def _forward_all(
-    config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[_Batch]
-) -> None:
+def _forward_all(model: TextModel, batches: Sequence[tuple[np.ndarray, ...]]) -> None:
     """Computes the losses of all batches, on the host; while one is fetched the next is computed."""
-    batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ahead = None
     for arrays in batches:
-        before, ahead = ahead, _forward(config, params, *jax.device_put(arrays, batch))
+        before, ahead = ahead, _forward(model.config, model.params, *model.put(arrays))
         if before is not None:
             np.asarray(before)
     np.asarray(ahead)

@@ -17,7 +17,7 @@ from topklm.config import (
     resolve,
 )
 from topklm.errors import UserError
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.model.losses import cross_entropy, token_losses

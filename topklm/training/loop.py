@@ -20,7 +20,7 @@ from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
 from topklm.imports import versions
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 from topklm.model import topk
 from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog

@@ -8,7 +8,7 @@ from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, 
 import pytest
 
 from topklm.neurons.documents import windows_of
-from topklm.neurons.statistics import ablation, catalog, embeddings
+from topklm.neurons.statistics import ablation, catalog
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
@@ -33,7 +33,7 @@ def small_groups(monkeypatch):
 def measured(model, **settings):
     """Returns mean, standard error and number of samples, [S, D] each."""
     config, store = model
-    text = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    text = store.tokens(0, store.n_tokens), store.document_bounds()
     layers = store.metadata.layers
     found = ablation.measure(layers, *text, config, params(), separator_id=SEPARATOR, **settings)
     return tuple(found[name] for name in ablation.COLUMNS)

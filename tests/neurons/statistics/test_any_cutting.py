@@ -24,7 +24,7 @@ def measured(folder, text, cuts, size):
     """Returns all columns, by layer and name."""
     dense, tokens, documents, unembedding = text
     store = make_store(folder, dense, tokens, documents, cuts)
-    ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    ids, bounds = store.tokens(0, store.n_tokens), store.document_bounds()
     of_tokens = embeddings.cluster_tokens(unembedding)
     around = embeddings.Contexts(ids, bounds, embeddings.token_vectors(unembedding))
     scores = embeddings.monosemanticity(store, around)

@@ -64,7 +64,7 @@ def by_brute_force(text, strengths, drawn):
 def test_every_draw_is_what_its_documents_give_when_they_are_written_out(tmp_path, text, dense, monkeypatch):
     monkeypatch.setattr(bootstrap, "_BLOCK_NEURONS", 3)
     store = make_store(tmp_path, dense[None], text.token_ids, DOCUMENTS, cuts=(17, 41))
-    np.testing.assert_array_equal(embeddings.document_bounds(store), BOUNDS)
+    np.testing.assert_array_equal(store.document_bounds(), BOUNDS)
     draws = [[0, 1, 2, 3, 4, 5, 6], [2, 2, 2, 5, 0, 0, 6], [3] * 7, [4, 4, 1, 1, 1, 6, 6]]
     weights = np.stack([np.bincount(drawn, minlength=7) for drawn in draws], axis=1)
     done = []

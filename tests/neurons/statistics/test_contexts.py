@@ -69,7 +69,7 @@ def test_all_others_have_unit_length_and_no_embedding_is_asked_of_an_empty_store
 def test_bounds_of_documents_are_found_across_segments(text, tmp_path):
     tokens, documents, _ = (array[:150] for array in text)
     store = make_store(tmp_path / "store", np.zeros((1, 150, 3), np.float32), tokens, documents, (1, 20, 90))
-    np.testing.assert_array_equal(embeddings.document_bounds(store), bounds_of(documents))
+    np.testing.assert_array_equal(store.document_bounds(), bounds_of(documents))
 
 
 def test_directions_keep_as_much_of_the_distances_as_any_can():

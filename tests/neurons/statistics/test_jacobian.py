@@ -12,7 +12,7 @@ from references import attention_reference
 
 from topklm.model import attention, layers, transformer
 from topklm.model.block import LayerHooks
-from topklm.neurons.statistics import embeddings, lenses
+from topklm.neurons.statistics import lenses
 
 DOCUMENTS = random_documents((30, 4, 1, 17))
 SETTINGS = {"n_contexts": 5, "context_tokens": 9, "seed": 3}
@@ -24,7 +24,7 @@ def stored(tmp_path, config):
 
 
 def text_of(store):
-    return store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    return store.tokens(0, store.n_tokens), store.document_bounds()
 
 
 def measured(config, parameters, store, **settings):

@@ -71,7 +71,7 @@ def measure(
     Args:
         layers: S of the model's, rising.
         token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         config: The model; it is computed in float32, whatever its dtype.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.

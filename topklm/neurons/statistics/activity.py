@@ -147,7 +147,7 @@ def example_columns(
 
     Args:
         block: The neurons.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         layer: Of the model.
         begin: The first neuron of the block; with the layer it decides what is drawn, so that the examples
             of a neuron do not depend on how neurons are cut into blocks.

@@ -137,13 +137,6 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
     return centred @ np.ascontiguousarray(directions[:, -DIRECTIONS:])
 
 
-def document_bounds(store: Store) -> np.ndarray:
-    """Returns int64[documents + 1], where each document of a store begins, and its end."""
-    documents = store.documents(0, store.n_tokens)
-    begins = np.flatnonzero(documents[1:] != documents[:-1]) + 1
-    return np.unique(np.concatenate([[0], begins, [store.n_tokens]]))
-
-
 def _unit_or_zero(rows: np.ndarray) -> np.ndarray:
     """Scales rows to unit length; 0 where there is but what rounding leaves of nothing."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -184,7 +177,7 @@ class Contexts(Embeddings):
 
     Args:
         token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         vectors: float32[V, d], as `token_vectors` gives them.
     """
 
@@ -295,7 +288,7 @@ def embed_windows(
         UserError: If the encoder gives anything but one vector of finite numbers for each text.
     """
     token_ids = store.tokens(0, store.n_tokens)
-    bounds = document_bounds(store)
+    bounds = store.document_bounds()
     places = np.arange(len(token_ids))
     document = np.searchsorted(bounds, places, side="right")
     begins = np.maximum(places - SIDE, bounds[document - 1])

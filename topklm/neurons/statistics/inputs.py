@@ -53,8 +53,8 @@ class Inputs:
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
-        """int64[documents + 1], as `embeddings.document_bounds` gives them."""
-        return embeddings.document_bounds(self.store)
+        """int64[documents + 1], as `Store.document_bounds` gives them."""
+        return self.store.document_bounds()
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:

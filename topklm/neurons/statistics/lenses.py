@@ -74,7 +74,7 @@ def averaged_jacobians(
         config: The model's shape; it is computed in float32, whatever its dtype.
         params: Its parameters, on one device or a mesh.
         token_ids: uint[N], of the whole store; one or more.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         separator_id: Of the tokenizer.
         n_contexts: How many; fewer where the store has fewer tokens.
         context_tokens: Of each, at most.

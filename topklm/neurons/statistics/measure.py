@@ -4,18 +4,16 @@ Neurons are taken in blocks, whose events are read at once, so that memory does 
 a few bytes for each token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from topklm.errors import UserError
 from topklm.neurons.statistics import MeasureSettings, ablation, activity, catalog, embeddings, lenses, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import SLOW, Inputs, Neurons
-from topklm.neurons.store import Store
 
 EMBEDDING = "the model's own unembedding rows"
 
@@ -102,7 +100,8 @@ def _compute(inputs: Inputs, statistics: Sequence[Statistic]) -> pa.Table:
     metadata, parts = inputs.store.metadata, []
     with inputs.progress.phase("measuring neurons", len(metadata.layers) * metadata.d_model) as report:
         for layer in metadata.layers:
-            for begin, end in _blocks(inputs.store, inputs.config.vocab_size, layer):
+            n_neurons = max(1, _BLOCK_CELLS // inputs.config.vocab_size)
+            for begin, end in inputs.store.blocks(layer, _BLOCK_EVENTS, n_neurons):
                 neurons = Neurons(inputs, layer, begin, end)
                 found = {"layer": [layer] * (end - begin), "neuron": range(begin, end)}
                 for compute in together:
@@ -134,18 +133,3 @@ def _described(inputs: Inputs) -> table.TableMetadata:
             "topk_activation": of_store["topk_activation"],
         },
     )
-
-
-def _blocks(store: Store, vocab_size: int, layer: int) -> Iterator[tuple[int, int]]:
-    """Yields neighbouring neurons whose events, and counts by token, fit into memory."""
-    number = store.metadata.layers.index(layer) * store.metadata.d_model
-    counts = np.sum([np.diff(segment.offsets) for segment in store.segments], axis=0)
-    events = np.cumsum(counts[number : number + store.metadata.d_model])
-    most = max(1, _BLOCK_CELLS // vocab_size)
-    begin = 0
-    while begin < len(events):
-        before = events[begin - 1] if begin else 0
-        end = int(np.searchsorted(events, before + _BLOCK_EVENTS, side="right"))
-        end = min(max(end, begin + 1), begin + most, len(events))
-        yield begin, end
-        begin = end
