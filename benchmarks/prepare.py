@@ -25,8 +25,7 @@ import psutil
 
 from benchmarks.harness import results
 from topklm.data.documents import Problem
-from topklm.data.readers import FileReader
-from topklm.data.sources import find
+from topklm.data.sources import FileReader, find
 from topklm.data.tokenizer import train_bpe
 
 VOCAB_SIZE = 16_384

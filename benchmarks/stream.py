@@ -19,8 +19,7 @@ from typing import Any
 
 from benchmarks.cases.data import make_dataset
 from benchmarks.harness import results, worker
-from topklm.data.dataset import load_dataset
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Mixture, load_dataset
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.stream import train_stream
 

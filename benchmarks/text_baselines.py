@@ -22,8 +22,8 @@ import rich.table
 from benchmarks.harness import results
 from benchmarks.kneser_ney import KneserNey
 from topklm import config
+from topklm.data.building.build import prepare
 from topklm.data.dataset import Dataset, SplitInfo
-from topklm.data.prepare import prepare
 
 NGRAM_ORDER = 5
 PPMD_ORDER = 16

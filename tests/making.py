@@ -14,12 +14,12 @@ from topklm.data.dataset import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
     Dataset,
-    description_to_bytes,
     load_dataset,
     read_description,
 )
 from topklm.data.records import SHARD_TOKENS, Shard, shard_bounds, shard_name, write_shard
 from topklm.data.tokenizer import Tokenizer, train_bpe
+from topklm.storage.files import sealed_json
 
 
 def make_dataset(
@@ -64,7 +64,7 @@ def make_dataset(
         "problem_examples": [],
         "splits": splits,
     }
-    (folder / DESCRIPTION_FILE).write_bytes(description_to_bytes(description))
+    (folder / DESCRIPTION_FILE).write_bytes(sealed_json(description, indent=1))
     return load_dataset(folder)
 
 
@@ -72,7 +72,7 @@ def rewrite_description(folder: Path, edit: Callable[[dict], object]) -> None:
     """Changes what a dataset.json says as a program does that writes it: its digest of itself is right."""
     description = read_description(folder)
     edit(description)
-    (folder / DESCRIPTION_FILE).write_bytes(description_to_bytes(description))
+    (folder / DESCRIPTION_FILE).write_bytes(sealed_json(description, indent=1))
 
 
 def stream_of(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:

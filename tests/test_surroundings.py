@@ -27,8 +27,7 @@ from topklm import cli, config, errors, imports
 from topklm.layout import one_device
 from topklm.storage import files
 from topklm.training import setup
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state
+from topklm.training.step import abstract_state, make_optimizer
 
 # What a shell starts: `SCRIPT` reads the arguments of a Python program from "$@".
 NOBODY_READS = 'set -o pipefail; "$@" | head -n 1'

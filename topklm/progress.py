@@ -12,6 +12,9 @@ import rich.progress
 
 _LINE_SECONDS = 10  # between two lines of a long phase where there is no terminal
 
+# Takes units of work, documents and tokens, each since the last time.
+Report = Callable[[int, int, int], None]
+
 
 class Progress:
     """Shows whole lines, through `say`, and nothing else."""
@@ -20,7 +23,7 @@ class Progress:
         self.say = say
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Report]:
         """Begins one long piece of work.
 
         Args:
@@ -41,7 +44,7 @@ class TerminalProgress(Progress):
         self._console = console
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Report]:
         """Shows one long piece of work, see `Progress.phase`."""
         done, began = (0, 0, 0), time.monotonic()
         next_line = began + _LINE_SECONDS

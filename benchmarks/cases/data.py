@@ -27,9 +27,8 @@ from benchmarks.harness.timing import Samples, alternate
 from benchmarks.harness.worker import Prepared, Worker
 from topklm import config as config_lib
 from topklm.config import Config
-from topklm.data.dataset import Dataset, SplitInfo
-from topklm.data.mixture import Mixture
-from topklm.data.prepare import prepare as prepare_data
+from topklm.data.building.build import prepare as prepare_data
+from topklm.data.dataset import Dataset, Mixture, SplitInfo
 from topklm.data.records import shard_bounds, shard_name, token_dtype, write_shard
 from topklm.data.stream import Batch, train_stream, window_ids
 from topklm.data.tokenizer import train_bpe

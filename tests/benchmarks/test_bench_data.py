@@ -10,7 +10,7 @@ import pytest
 from benchmarks.cases import data
 from benchmarks.harness.timing import Samples
 from topklm.config import Config, DataConfig, ModelConfig, TrainConfig
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Mixture
 from topklm.data.stream import train_stream
 from topklm.errors import UserError
 

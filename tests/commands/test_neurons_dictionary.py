@@ -13,7 +13,7 @@ import saved_runs
 from topklm.checkpoint import run_folder
 from topklm.commands import neurons
 from topklm.config import DataConfig
-from topklm.data.prepare import prepare
+from topklm.data.building.build import prepare
 from topklm.errors import UserError
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.paths import NeuronsFolder

@@ -7,8 +7,7 @@ import pytest
 
 from topklm.data.documents import Document, Problem
 from topklm.data.formats import FORMATS, Format
-from topklm.data.readers import FileReader
-from topklm.data.sources import find
+from topklm.data.sources import FileReader, find
 from topklm.errors import UserError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"

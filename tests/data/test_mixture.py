@@ -13,8 +13,7 @@ from making import rewrite_description
 import numpy as np
 import pytest
 
-from topklm.data.dataset import Dataset, SplitInfo
-from topklm.data.mixture import MAX_PERIOD, Mixture, open_mixture
+from topklm.data.dataset import MAX_PERIOD, Dataset, Mixture, SplitInfo, open_mixture
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from topklm.config import DataConfig
+from topklm.data.building.build import prepare
 from topklm.data.dataset import load_dataset, read_description
-from topklm.data.prepare import prepare
 from topklm.data.verify import verify
 from topklm.errors import UserError
 

@@ -18,8 +18,7 @@ import zstandard
 from topklm.data import documents as documents_module
 from topklm.data.documents import PROBLEMS, Document, Problem
 from topklm.data.formats import QUICKSTART
-from topklm.data.readers import FileReader
-from topklm.data.sources import SourceFile, find
+from topklm.data.sources import FileReader, SourceFile, find
 from topklm.errors import UserError
 
 COMPRESS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
@@ -247,7 +246,7 @@ def test_a_line_that_is_too_long_is_a_problem_wherever_it_stands(tmp_path, monke
 
 MEMORY_OF_READING = """
 import resource, sys
-from topklm.data.readers import FileReader
+from topklm.data.sources import FileReader
 from topklm.data.sources import find
 file, = find([sys.argv[1]])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

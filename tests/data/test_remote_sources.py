@@ -18,8 +18,7 @@ import pytest
 import zstandard
 
 from topklm.data import sources
-from topklm.data.readers import FileReader
-from topklm.data.sources import SourceFile, find
+from topklm.data.sources import FileReader, SourceFile, find
 from topklm.errors import UserError
 
 TEXTS = [f"text {i}" for i in range(2000)]

@@ -13,8 +13,7 @@ import pytest
 from topklm.data import formats
 from topklm.data.documents import Document, Problem
 from topklm.data.formats import QUICKSTART
-from topklm.data.readers import FileReader
-from topklm.data.sources import SourceFile, corpus_name, find, is_remote
+from topklm.data.sources import FileReader, SourceFile, corpus_name, find, is_remote
 from topklm.errors import UserError
 
 

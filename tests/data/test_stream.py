@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from topklm.data import stream as stream_module
-from topklm.data.dataset import Dataset, SplitInfo
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Dataset, Mixture, SplitInfo
 from topklm.data.records import shard_bounds, shard_name, write_shard
 from topklm.data.stream import (
     WindowSource,

@@ -17,8 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from topklm.data.dataset import Dataset, SplitInfo
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Dataset, Mixture, SplitInfo
 from topklm.data.records import Shard, shard_bounds, shard_name, write_shard
 from topklm.data.stream import train_stream, window_ids
 from topklm.storage.files import write_atomically

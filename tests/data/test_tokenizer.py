@@ -12,8 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from topklm.data import tokenizer as tokenizer_module
-from topklm.data.building.word_cache import fastest
-from topklm.data.tokenizer import SEPARATOR, Tokenizer, train_bpe
+from topklm.data.tokenizer import SEPARATOR, Tokenizer, fast_encoder, train_bpe
 from topklm.errors import UserError
 
 TEXTS = [f"The sea, the sea! {n} ships sailed in 'twenty-{n}." for n in range(40)]
@@ -166,7 +165,7 @@ def test_no_token_is_learnt_from_more_than_a_thousand_bytes_of_an_unbroken_word(
     text = part * 20_000
     tokenizer = train_bpe([text], 400)
     assert 100 < max(tokenizer.token_bytes_lengths()) <= 1000
-    ids = fastest(tokenizer)([text])[0]
+    ids = fast_encoder(tokenizer)([text])[0]
     np.testing.assert_array_equal(ids, tokenizer.encode(text))
     assert tokenizer.decode(ids) == text
 

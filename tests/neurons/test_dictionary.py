@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import saved_runs
 
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Mixture
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.model import transformer

@@ -7,8 +7,8 @@ import pytest
 import saved_runs
 
 from topklm.config import DataConfig
+from topklm.data.building.build import prepare
 from topklm.data.dataset import load_dataset
-from topklm.data.prepare import prepare
 from topklm.neurons.documents import COPY, described, no_text, open_documents
 
 PARIS = "Paris is the capital of France, and has been for long."

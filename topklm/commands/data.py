@@ -10,8 +10,8 @@ import rich.text
 
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
-from topklm.data.dataset import SPLITS, TextWindow, load_dataset, sample_windows
-from topklm.data.verify import VerifyReport, verify
+from topklm.data.dataset import SPLITS, load_dataset
+from topklm.data.verify import TextWindow, VerifyReport, sample_windows, verify
 from topklm.errors import UserError
 
 DESCRIPTION = "Looks into a dataset that `topklm prepare` wrote, or checks all of it."

@@ -1,21 +1,17 @@
 """`topklm prepare`: turns text into a dataset of token shards."""
 
 import argparse
-import importlib
-import logging
 import shlex
 import time
-from types import ModuleType
 from typing import Any
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.data import formats
 from topklm.data.building.build import build
-from topklm.data.building.description import DatasetSettings, DatasetSources
-from topklm.data.building.encode import Selection
+from topklm.data.building.encode import DatasetSettings, DatasetSources, Selection
+from topklm.data.building.engines import BeamEngine, LocalEngine, all_cores
 from topklm.data.building.storage import Storage
-from topklm.data.building.work_items import LocalEngine, all_cores
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find
@@ -76,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = Storage(arguments.out)
     began = time.monotonic()
     if arguments.runner:
-        beam = _beam().BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
+        beam = BeamEngine(arguments.runner, shlex.split(arguments.beam_options))
         build(sources, settings, out, beam, progress)
     elif not out.is_local:
         raise UserError(
@@ -97,17 +93,6 @@ def run(arguments: argparse.Namespace) -> None:
             output.say(f"  {example}")
 
     output.give({"path": out.url, "seconds": seconds, **description}, show)
-
-
-def _beam() -> ModuleType:
-    """Imports the module that needs the extra `beam`."""
-    logging.disable(logging.WARNING)  # as it is imported, Beam warns of the optional parts that it misses
-    try:
-        return importlib.import_module("topklm.data.building.beam")
-    except ModuleNotFoundError as e:
-        raise UserError(f"--runner needs {e.name}; run: pip install 'topklm[beam]'") from e
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _settings(arguments: argparse.Namespace) -> DatasetSettings:

@@ -1,14 +1,20 @@
-"""A prepared dataset on disk: a tokenizer, two token streams, and the description of both.
+"""Prepared datasets: a tokenizer, two token streams, and the description of both; and mixtures of datasets.
 
-Opens and describes a folder that `topklm.data.build` wrote. A folder with a `dataset.json` is whole: that
-file is written last.
+A folder with a `dataset.json` is whole: that file is written last. A mixture decides whose window is next and
+nothing else: `topklm.data.stream` says which of its windows that is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 import dataclasses
+from fractions import Fraction
+import functools
+import hashlib
+import heapq
+import json
+import math
 import os
 from pathlib import Path
-import random
+import re
 from typing import Any
 
 import numpy as np
@@ -16,13 +22,19 @@ import numpy as np
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage.files import check_name, parse_json, sealed_json, unsealed
+from topklm.storage.files import check_name, parse_json, unsealed
 
 FORMAT_VERSION = 3
 _OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself
 DESCRIPTION_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
+
+MAX_PERIOD = (
+    1_000_000  # windows after which the turns of a mixture repeat; their table takes 12 bytes for each
+)
+_WEIGHT = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?|\.[0-9]{1,12}")
+_EXAMPLE = "write DIR:WEIGHT,DIR:WEIGHT with decimal weights above 0, such as books:0.7,wiki:0.3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +79,7 @@ class Dataset:
 
 
 def is_dataset(path: Path) -> bool:
-    """Tells whether a whole dataset is there.
-
-    Raises:
-        UserError: If the folder may not be looked into.
-    """
+    """Tells whether a whole dataset is there; UserError if the folder may not be looked into."""
     with disk_errors_are_user_errors(f"looking for a dataset in {path}"):
         try:
             return (path / DESCRIPTION_FILE).is_file()
@@ -84,9 +92,7 @@ def is_dataset(path: Path) -> bool:
 def load_dataset(path: str | Path) -> Dataset:
     """Opens a prepared folder; reads its description and tokenizer, no shard.
 
-    Raises:
-        UserError: If a file is missing, cannot be read, or is not the one that was written, or the format is
-            another.
+    A file that is missing, cannot be read, or is not the one that was written is a UserError.
     """
     check_name(os.fspath(path), "dataset")
     path = Path(os.path.expanduser(path)).absolute()
@@ -102,53 +108,37 @@ def load_dataset(path: str | Path) -> Dataset:
         except FileNotFoundError:
             found = "missing"
         missing = missing_shards(path, [shard for split in splits.values() for shard in split.shards])
+    advice = "put it back, or delete the folder and prepare the data again"
     if found != sha256:
         raise UserError(
             f"{path / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 {found[:12]}, not "
-            f"{sha256[:12]}); put it back, or delete the folder and prepare the data again"
+            f"{sha256[:12]}); {advice}"
         )
     if missing:
-        raise UserError(
-            f"{path / missing[0]} is missing ({len(missing)} of its shards are); put it back, or delete the "
-            "folder and prepare the data again"
-        )
+        raise UserError(f"{path / missing[0]} is missing ({len(missing)} of its shards are); {advice}")
     tokenizer = Tokenizer.load(path / TOKENIZER_FILE)
     return Dataset(path, tokenizer, fingerprint=fingerprint, **splits)
 
 
 def read_description(path: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Reads a folder's dataset.json; see `parse_description`.
-
-    Raises:
-        UserError: If it is missing, cannot be read, is damaged, or of another format version.
-    """
+    """Reads a folder's dataset.json, as `parse_description`; UserError if it is missing or cannot be read."""
     file = path / DESCRIPTION_FILE
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(
-            f"{file}: not there, so the folder is no prepared dataset; prepare the data again"
-        ) from e
-    except OSError as e:
-        with disk_errors_are_user_errors(f"reading {file}"):
-            raise e
+    with disk_errors_are_user_errors(f"reading {file}"):
+        try:
+            content = file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise UserError(
+                f"{file}: not there, so the folder is no prepared dataset; prepare the data again"
+            ) from e
     return parse_description(content, file, note)
-
-
-def description_to_bytes(description: dict[str, Any]) -> bytes:
-    """Encodes dataset.json, with a digest of itself; the same description gives the same bytes."""
-    return sealed_json(description, indent=1)
 
 
 def parse_description(
     content: bytes, file: str | Path, note: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Returns what `description_to_bytes` was given.
+    """Decodes the content of dataset.json, which errors call `file`.
 
-    Args:
-        content: Of dataset.json.
-        file: Its name, for errors.
-        note: Told what is wrong if its digest is not its own, which then is no error.
+    With `note`, a digest that is not its own is told to that and is no error.
 
     Raises:
         UserError: If it is damaged, or of another format version.
@@ -161,36 +151,29 @@ def parse_description(
                 f"{file}: format_version = {version!r}, this program reads {FORMAT_VERSION}; delete the "
                 "folder and prepare the data again"
             )
-        if version in _OLDER_VERSIONS and "sha256" not in description:
-            return description
-        try:
-            return unsealed(description)
-        except ValueError as e:
-            if note is None:
-                raise
-            note(f"is not as it was written: {e}")
-            return description
+        if version == FORMAT_VERSION or "sha256" in description:
+            try:
+                return unsealed(description)
+            except ValueError as e:
+                if note is None:
+                    raise
+                note(f"is not as it was written: {e}")
+        return description
     except ValueError as e:
         raise damaged(file, e) from e
 
 
 def split_from_json(content: dict[str, Any]) -> SplitInfo:
-    """Reads a split of the description.
-
-    Raises:
-        KeyError, TypeError, ValueError: If it is none.
-    """
+    """Reads a split of the description; KeyError, TypeError or ValueError if it is none."""
     shards = tuple(Shard(**shard) for shard in content["shards"])
+    counts = [content[name] for name in ("documents", "tokens", "utf8_bytes")]
     for shard in shards:
         if [type(value) for value in dataclasses.astuple(shard)] != [str, int, int, str, str]:
             raise TypeError(f"{shard}")
         if os.path.basename(shard.name) != shard.name:
             raise ValueError(f"{shard}")
-    counts = [content[name] for name in ("documents", "tokens", "utf8_bytes")]
-    for count in (*counts, *(shard.tokens for shard in shards), *(shard.size for shard in shards)):
-        if type(count) is not int:
-            raise TypeError(f"{count!r} is no count")
-        if not 0 <= count < 1 << 63:
+    for count in (*counts, *(n for shard in shards for n in (shard.tokens, shard.size))):
+        if type(count) is not int or not 0 <= count < 1 << 63:
             raise ValueError(f"{count!r} is no count")
     documents, tokens, utf8_bytes = counts
     return SplitInfo(documents, tokens, utf8_bytes, shards)
@@ -203,58 +186,143 @@ def damaged(file: str | Path, what: Exception) -> UserError:
 
 
 @dataclasses.dataclass(frozen=True)
-class DocumentPiece:
-    """The part of a window that belongs to one document."""
+class Mixture:
+    """Datasets that share a tokenizer, and the share of the training windows that each one gives."""
 
-    begins: bool  # a separator stands before it; otherwise the document began in an earlier window
-    text: str
+    datasets: tuple[Dataset, ...]
+    weights: tuple[int, ...]  # above 0, without a common divisor; dataset i gives weights[i] / period
 
+    def __post_init__(self) -> None:
+        """Raises UserError if the datasets were prepared with different tokenizers."""
+        first = self.datasets[0]
+        for other in self.datasets[1:]:
+            if other.tokenizer.sha256 != first.tokenizer.sha256:
+                raise UserError(
+                    f"{other.path} was prepared with another tokenizer (sha256 "
+                    f"{other.tokenizer.sha256[:12]}) than {first.path} ({first.tokenizer.sha256[:12]}): "
+                    "prepare it again with that one (topklm prepare --tokenizer)",
+                    field="data.mixture",
+                )
 
-@dataclasses.dataclass(frozen=True)
-class TextWindow:
-    """Tokens start to stop - 1 of a split."""
-
-    start: int
-    stop: int
-    pieces: tuple[DocumentPiece, ...]
+    @classmethod
+    def single(cls, dataset: Dataset) -> "Mixture":
+        """Makes the mixture of one dataset alone."""
+        return cls((dataset,), (1,))
 
     @property
-    def documents(self) -> int:
-        """Documents that the window holds something of."""
-        return len(self.pieces)
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all of them."""
+        return self.datasets[0].tokenizer
+
+    @property
+    def period(self) -> int:
+        """Windows after which the turns repeat."""
+        return sum(self.weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the datasets hold and their weights, not where they lie."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        parts = [[d.fingerprint, weight] for d, weight in zip(self.datasets, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def heldout_bytes(self) -> int:
+        """UTF-8 bytes of all held-out text."""
+        return sum(dataset.heldout.utf8_bytes for dataset in self.datasets)
+
+    @property
+    def heldout_text_tokens(self) -> int:
+        """Tokens of all held-out text, separators not counted."""
+        return sum(dataset.heldout.text_tokens for dataset in self.datasets)
+
+    def picks(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Picks the dataset whose turn it is, at any point of a run.
+
+        After any number n of windows, dataset i has given fewer than one window more or less than
+        n weights[i] / period.
+
+        Args:
+            windows: Numbers of windows, counted from the start of the run; int64[N], in any order.
+
+        Returns:
+            The dataset of each window, and how many windows that one has given before; int64[N] both.
+        """
+        order, earlier = self._table
+        periods, position = np.divmod(np.asarray(windows, np.int64), self.period)
+        datasets = order[position].astype(np.int64)
+        return datasets, periods * np.asarray(self.weights, np.int64)[datasets] + earlier[position]
+
+    @functools.cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each window of a period: its dataset, int32, and that one's windows before it, int64."""
+        order = _turns(self.weights)
+        earlier = np.zeros(order.size, np.int64)
+        for dataset, weight in enumerate(self.weights):
+            earlier[order == dataset] = np.arange(weight)
+        return order, earlier
 
 
-def sample_windows(
-    dataset: Dataset, split: str, n_windows: int, context_length: int, seed: int
-) -> Iterator[TextWindow]:
-    """Decodes random windows of a split, in the split's order; the same seed gives the same ones.
-
-    Window i begins at token i * context_length, as in training; the last is moved back to be full.
-
-    Args:
-        dataset: Only the shards that hold the windows are opened.
-        split: "train" or "heldout".
-        n_windows: Fewer are given where the split has fewer.
-        context_length: Tokens per window.
-        seed: Of the choice.
+def open_mixture(text: str) -> Mixture:
+    """Opens the datasets of `data.mixture`: "DIR:0.7,DIR:0.3"; the weights need not add up to 1.
 
     Raises:
-        UserError: For a split without tokens, or a shard that is not as it was written.
+        UserError: For a text of another form, a folder given twice or without a dataset, datasets of
+            different tokenizers, and weights that only repeat after more than a million windows.
     """
-    tokens = dataset.tokens(dataset.splits[split])
-    if not len(tokens):
-        raise UserError(f"split = {split}: {dataset.path} has no documents in it; choose the other one")
-    n_all = -(-len(tokens) // context_length)
-    for number in sorted(random.Random(seed).sample(range(n_all), min(n_windows, n_all))):
-        start = max(0, min(number * context_length, len(tokens) - context_length))
-        stop = min(start + context_length, len(tokens))
-        yield TextWindow(start, stop, tuple(_pieces(dataset, tokens.read(start, stop))))
+    said = f"data.mixture = {text!r}:"
+    parsed: dict[Path, Fraction] = {}
+    for part in text.split(","):
+        folder, _, weight = (word.strip() for word in part.rpartition(":"))
+        if not folder or not _WEIGHT.fullmatch(weight) or not Fraction(weight):
+            raise UserError(f"{said} {part.strip()!r} is not a folder and its weight: {_EXAMPLE}")
+        path = Path(os.path.realpath(os.path.expanduser(folder)))
+        if path in parsed:
+            raise UserError(f"{said} the folder {folder} is there twice: add its weights up")
+        parsed[path] = Fraction(weight)
+    unit = math.lcm(*(weight.denominator for weight in parsed.values()))
+    whole = [int(weight * unit) for weight in parsed.values()]
+    weights = tuple(weight // math.gcd(*whole) for weight in whole)
+    if sum(weights) > MAX_PERIOD:
+        raise UserError(
+            f"{said} the weights stand as {' : '.join(map(str, weights))}, so their turns repeat only after "
+            f"{sum(weights):,} windows; at most {MAX_PERIOD:,}: give weights of fewer digits"
+        )
+    try:
+        return Mixture(tuple(load_dataset(folder) for folder in parsed), weights)
+    except UserError as e:
+        raise e.within("data.mixture", repr(text)) from e
 
 
-def _pieces(dataset: Dataset, tokens: np.ndarray) -> Iterator[DocumentPiece]:
-    begins = np.flatnonzero(tokens == dataset.tokenizer.separator_id)
-    for part in np.split(tokens, begins):
-        # Before a separator that stands first there is nothing.
-        if part.size:
-            is_start = bool(part[0] == dataset.tokenizer.separator_id)
-            yield DocumentPiece(is_start, dataset.tokenizer.decode(part[is_start:]))
+def _turns(weights: Sequence[int]) -> np.ndarray:
+    """Returns the dataset of each window of one period, int32[sum(weights)].
+
+    The chairman assignment of R. Tijdeman (Discrete Mathematics 32, 1980): with k datasets, no count is
+    ever further than 1 - 1 / (2 k - 2) from its share. To stay that close, window x of dataset i must
+    stand in a certain stretch of the period; of all whose stretch has begun, the one whose stretch ends
+    first is taken, which meets all of them if anything does (the "pfair" view of S. Baruah et al.,
+    Algorithmica 15, 1996).
+    """
+    period, slack = sum(weights), 2 * (len(weights) - 1)
+    if not slack:
+        return np.zeros(period, np.int32)
+    dataset = np.repeat(np.arange(len(weights)), weights)
+    weight = np.asarray(weights, np.int64)[dataset]
+    x = np.concatenate([np.arange(n, dtype=np.int64) for n in weights])
+    # Positions from 1. Not before it would be too many: x + 1 - position weight / period <= 1 - 1 / slack.
+    begins = -(-period * (slack * x + 1) // (slack * weight))
+    # Not after it would be too few: (position - 1) weight / period - x <= 1 - 1 / slack.
+    ends = period * (slack * (x + 1) - 1) // (slack * weight) + 1
+    by_begin = np.argsort(begins, kind="stable")
+    # One integer sorts by the end of the stretch, then by dataset.
+    keys = (ends * len(weights) + dataset)[by_begin].tolist()
+    released = np.searchsorted(begins[by_begin], np.arange(1, period + 1), side="right").tolist()
+    order, taken = np.empty(period, np.int32), 0
+    waiting: list[int] = []
+    for position in range(period):
+        for key in keys[taken : released[position]]:
+            heapq.heappush(waiting, key)
+        taken = released[position]
+        order[position] = heapq.heappop(waiting) % len(weights)
+    return order

@@ -70,11 +70,6 @@ class OtherEncodingError(Exception):
     """A file begins as those of another encoding do."""
 
 
-def other_encoding() -> Problem:
-    """Returns what is wrong with a file that raised `OtherEncodingError`."""
-    return Problem("not UTF-8", "byte 0", f"a byte order mark {_UTF_16}")
-
-
 def without_mark_of_others(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """Yields the content in blocks of which none is empty; the first holds a byte order mark whole."""
     first = b""
@@ -83,7 +78,7 @@ def without_mark_of_others(blocks: Iterator[bytes]) -> Iterator[bytes]:
         if len(first) >= max(map(len, _OTHER_BYTE_ORDER_MARKS)):
             break
     if first.startswith(_OTHER_BYTE_ORDER_MARKS):
-        raise OtherEncodingError
+        raise OtherEncodingError(f"a byte order mark {_UTF_16}")
     yield from filter(None, itertools.chain([first], blocks))
 
 
@@ -270,17 +265,19 @@ _MISSING = object()
 
 def find_field(record: Any, text_field: str) -> Any:
     """Looks a key up, or the keys that it joins with dots; the longest literal one first."""
-    if not isinstance(record, dict):
-        return _MISSING
-    if text_field in record:
-        return record[text_field]
-    head, dot, rest = text_field.rpartition(".")
-    while dot:
-        if head in record and (value := find_field(record[head], rest)) is not _MISSING:
-            return value
-        head, dot, last = head.rpartition(".")
-        rest = f"{last}.{rest}"
+    for head, rest in field_cuts(text_field):
+        if isinstance(record, dict) and head in record:
+            value = record[head] if rest is None else find_field(record[head], rest)
+            if rest is None or value is not _MISSING:
+                return value
     return _MISSING
+
+
+def field_cuts(text_field: str) -> list[tuple[str, str | None]]:
+    """Returns the ways to read "a.b.c": as it is, with None, or as "c" in "a.b", or as "b.c" in "a"."""
+    parts = text_field.split(".")
+    cuts = ((".".join(parts[:n]), ".".join(parts[n:])) for n in range(len(parts) - 1, 0, -1))
+    return [(text_field, None), *cuts]
 
 
 def _document(text: str, replaced: int, where: str) -> Document | Problem:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import zlib
 
 from topklm.data import documents, tables
-from topklm.data.documents import BLOCK_BYTES, DamageError, Document, Items, OtherEncodingError, Problem
+from topklm.data.documents import BLOCK_BYTES, DamageError, Items, OtherEncodingError, Problem
 from topklm.errors import UserError
 from topklm.imports import optional_module
 
@@ -34,21 +34,14 @@ Read = Callable[..., bytes]  # read(size) -> bytes, fewer at the end only
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How files of one ending are read; either `read` or `read_table`.
+    """How files of one ending are read; either `read` or `read_table`."""
 
-    Attributes:
-        help: For docs: the text that is read.
-        read: From its start to its end: (content in blocks, text field) -> items; may be compressed.
-        read_table: By seeking: (file, url, text field) -> (row, number of rows, item).
-        extra: Of topklm, with the packages that it needs.
-    """
-
-    help: str
+    help: str  # for docs: the text that is read
+    # From its start to its end: (content in blocks, text field) -> items; may be compressed.
     read: Callable[[Iterator[bytes], str], Items] | None = None
-    read_table: Callable[[io.RawIOBase, str, str], Iterator[tuple[int, int, Document | Problem]]] | None = (
-        None
-    )
-    extra: str = ""
+    # By seeking: (file, url, text field) -> (row, number of rows, item).
+    read_table: Callable[[io.RawIOBase, str, str], tables.Rows] | None = None
+    extra: str = ""  # of topklm, with the packages that it needs
 
 
 FORMATS: dict[str, Format] = {
@@ -84,11 +77,7 @@ def ending_of(name: str) -> str:
 
 
 def checked_ending(name: str, flag: str) -> str:
-    """Returns the known ending of a path or URL, in lower case.
-
-    Raises:
-        UserError: If it has none; begins with `flag`.
-    """
+    """Returns the known ending of a path or URL, in lower case; UserError, with `flag`, if it has none."""
     ending = ending_of(name)
     if not ending:
         raise UserError(f"{flag}: cannot read {name!r}: files must end in {described()}")
@@ -108,8 +97,8 @@ def read_items(read: Read, ending: str, text_field: str) -> Items:
     try:
         blocks = documents.without_mark_of_others(COMPRESSIONS[compression](read))
         yield from reader(blocks, text_field)
-    except OtherEncodingError:
-        yield documents.other_encoding()
+    except OtherEncodingError as e:
+        yield Problem("not UTF-8", "byte 0", str(e))
     except DamageError as e:  # of a reader that does not say where
         yield Problem("damaged file", "after the last document", str(e))
 
@@ -118,12 +107,6 @@ def _parts(ending: str) -> tuple[str, str]:
     """Splits an ending into the format's and the compression's."""
     compression = next((c for c in COMPRESSIONS if c and ending.endswith(c)), "")
     return ending.removesuffix(compression), compression
-
-
-def _plain_blocks(read: Read) -> Iterator[bytes]:
-    """Yields the content of a file that is not compressed."""
-    while block := read(BLOCK_BYTES):
-        yield block
 
 
 def _gunzip(read: Read) -> Iterator[bytes]:
@@ -224,7 +207,7 @@ def _skip(read: Read, size: int) -> None:
 
 
 COMPRESSIONS: dict[str, Callable[[Read], Iterator[bytes]]] = {
-    "": _plain_blocks,
+    "": lambda read: iter(lambda: read(BLOCK_BYTES), b""),
     ".gz": _gunzip,
     ".zst": _unzstd,
 }

@@ -1,27 +1,25 @@
 """A stream of token ids on disk, cut into records so that any token is found by arithmetic.
 
-Shards are ArrayRecord files of fixed-length records. The meaning of tokens, and where
-documents begin, is not known here.
+Shards are ArrayRecord files of fixed-length records. The meaning of tokens is not known here.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import os
 from pathlib import Path
 import threading
 from typing import Any
-import uuid
 
 from array_record.python import array_record_module
 import numpy as np
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage.files import fsync
+from topklm.storage.files import replacing
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
 SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard at most, 16.8 M, unless asked otherwise
@@ -44,11 +42,7 @@ class Shard:
 
 
 class ShardError(UserError):
-    """A shard is not the file that was written.
-
-    Attributes:
-        fault: Without the file, e.g. "is missing".
-    """
+    """A shard is not the file that was written; its `fault` names no file, e.g. "is missing"."""
 
     def __init__(self, message: str, fault: str = ""):
         super().__init__(message)
@@ -61,15 +55,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def shard_bounds(n_tokens: int, shard_tokens: int = SHARD_TOKENS) -> list[tuple[int, int]]:
-    """Cuts a stream into shards of near-equal size.
+    """Cuts a stream into as few shards as possible, of near-equal size; returns (start, stop) of each.
 
-    Args:
-        n_tokens: Length of the stream.
-        shard_tokens: Tokens per shard at most, rounded down to whole records, one at least.
-
-    Returns:
-        (start, stop) of each shard, as few as possible. Their numbers of records differ by one at
-        most; only the stream's last record may be short. Nothing for an empty stream.
+    A shard has at most `shard_tokens`, rounded down to whole records, one at least. The numbers of records
+    differ by one at most; only the stream's last record may be short. An empty stream has no shard.
     """
     records = -(-n_tokens // RECORD_TOKENS)
     n_shards = -(-records // max(1, shard_tokens // RECORD_TOKENS))
@@ -94,9 +83,8 @@ def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Sh
         ValueError: For ids outside the vocabulary.
         OSError: If the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     dtype, tokens, first, last = token_dtype(vocab_size), 0, b"", b""
-    try:
+    with replacing(path) as temporary:
         with _write_errors_are_os_errors(path):
             writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
             try:
@@ -110,14 +98,8 @@ def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Sh
                     writer.close()
                 raise
             writer.close()
-        fsync(temporary)
         size, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
-        shard = Shard(path.name, tokens, size, sha256, _ends_digest([first, last]))
-        temporary.replace(path)
-        fsync(path.parent)
-        return shard
-    finally:
-        temporary.unlink(missing_ok=True)
+    return Shard(path.name, tokens, size, sha256, _ends_digest([first, last]))
 
 
 def _records(blocks: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
@@ -144,83 +126,55 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], vocab_size: int):
-        self._folder, self._shards = folder, tuple(shards)
-        self._dtype = token_dtype(vocab_size)
+        self._folder, self._shards, self._vocab_size = folder, tuple(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
-        self._prepare_to_open()
+        # A thread that reads from one that is dropped keeps it alive: the last reference closes the file.
+        self._shard = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_OpenShard, folder))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare_to_open()
+    def __reduce__(self) -> tuple:
+        return TokenStream, (self._folder, self._shards, self._vocab_size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads tokens start to stop - 1, int32[stop - start].
-
-        Raises:
-            ShardError: If a shard is missing, cut short, damaged, or not the one that was written.
-        """
+        """Reads tokens start to stop - 1, int32[stop - start]; ShardError if a shard is not as written."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
-        parts = [np.zeros(0, np.int32)]
+        parts, dtype = [np.zeros(0, np.int32)], token_dtype(self._vocab_size)
         while start < stop:
             number = int(np.searchsorted(self._starts, start, side="right")) - 1
             end = min(stop, int(self._starts[number + 1]))
             first = int(self._starts[number])
-            parts.append(self._read_shard(number, start - first, end - first))
+            parts.append(self._shard(self._shards[number]).read(start - first, end - first, dtype))
             start = end
         return np.concatenate(parts)
-
-    def _prepare_to_open(self) -> None:
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the least recently used one first
-        self._lock = threading.Lock()
-
-    def _read_shard(self, number: int, start: int, stop: int) -> np.ndarray:
-        first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
-        records = self._shard(number).read(first, last)
-        tokens = np.frombuffer(b"".join(records), self._dtype).astype(np.int32)
-        offset = first * RECORD_TOKENS
-        if tokens.size != min((last + 1) * RECORD_TOKENS, self._shards[number].tokens) - offset:
-            raise _bad_shard(
-                self._folder / self._shards[number].name, "holds other records than were written"
-            )
-        return tokens[start - offset : stop - offset]
-
-    def _shard(self, number: int) -> "_OpenShard":
-        with self._lock:
-            shard = self._open.pop(number, None)
-            if shard is None:
-                shard = _OpenShard(self._folder / self._shards[number].name, self._shards[number])
-            self._open[number] = shard
-            if len(self._open) > MAX_OPEN_SHARDS:
-                # A thread that still reads from it keeps it alive: the last reference closes the file.
-                self._open.popitem(last=False)
-            return shard
 
 
 class _OpenShard:
     """A shard's reader, for one thread at a time."""
 
-    def __init__(self, path: Path, shard: Shard):
-        self._path, self._shard = path, shard
+    def __init__(self, folder: Path, shard: Shard):
+        self._path, self._shard = folder / shard.name, shard
         self._lock = threading.Lock()
         self._reader: Any = None
 
-    def read(self, first: int, last: int) -> list[bytes]:
+    def read(self, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        """Reads tokens start to stop - 1 of the shard, int32."""
+        wanted = range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)
         with self._lock:
             if self._reader is None:
-                self._reader = _open_shard(self._path, self._shard)
-            wanted = list(range(first, last + 1))
+                self._reader = self._open()
             try:
-                return self._reader.read(wanted)
+                records = self._reader.read(list(wanted))
             except RuntimeError as e:
-                damaged = next((n for n in wanted if not self._is_readable(n)), first)
-                raise _bad_shard(self._path, f"is damaged: its record {damaged} cannot be read ({e})") from e
+                number = next((n for n in wanted if not self._is_readable(n)), wanted[0])
+                raise _bad_shard(self._path, f"is damaged: its record {number} cannot be read ({e})") from e
+        tokens = np.frombuffer(b"".join(records), dtype).astype(np.int32)
+        offset = wanted[0] * RECORD_TOKENS
+        if tokens.size != min(wanted.stop * RECORD_TOKENS, self._shard.tokens) - offset:
+            raise _bad_shard(self._path, "holds other records than were written")
+        return tokens[start - offset : stop - offset]
 
     def _is_readable(self, record: int) -> bool:
         try:
@@ -228,6 +182,22 @@ class _OpenShard:
         except RuntimeError:
             return False
         return True
+
+    def _open(self) -> Any:
+        path, shard = self._path, self._shard
+        _check_size(path, shard)
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+            records = reader.num_records()
+        except RuntimeError as e:
+            raise _bad_shard(path, f"cannot be read ({e})") from e
+        # A file that is not ArrayRecord opens without complaint and has no records.
+        if records != -(-shard.tokens // RECORD_TOKENS):
+            raise _bad_shard(path, f"holds {records} records, not what was written")
+        with contextlib.suppress(RuntimeError):  # a damaged record is refused when it is asked for
+            if shard.ends and _ends_digest(reader.read([0, records - 1])) != shard.ends:
+                raise _bad_shard(path, "is another shard than was written")
+        return reader
 
 
 def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
@@ -239,8 +209,7 @@ def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
 def check_shards(folder: Path, shards: Sequence[Shard], *, contents: bool = False) -> None:
     """Checks that every shard is there in its full size, and with `contents` that no byte changed.
 
-    Raises:
-        ShardError: Naming the first file that is not as it was written.
+    ShardError names the first file that is not as it was written.
     """
     for shard in shards:
         path = folder / shard.name
@@ -253,22 +222,6 @@ def sha256_of_file(path: Path) -> str:
     """Returns the hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open_shard(path: Path, shard: Shard) -> Any:
-    _check_size(path, shard)
-    try:
-        reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
-        records = reader.num_records()
-    except RuntimeError as e:
-        raise _bad_shard(path, f"cannot be read ({e})") from e
-    # A file that is not ArrayRecord opens without complaint and has no records.
-    if records != -(-shard.tokens // RECORD_TOKENS):
-        raise _bad_shard(path, f"holds {records} records, not what was written")
-    with contextlib.suppress(RuntimeError):  # a damaged record is refused when it is asked for
-        if shard.ends and _ends_digest(reader.read([0, records - 1])) != shard.ends:
-            raise _bad_shard(path, "is another shard than was written")
-    return reader
 
 
 def _check_size(path: Path, shard: Shard) -> None:

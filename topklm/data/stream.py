@@ -13,8 +13,7 @@ import grain
 from grain.experimental import index_shuffle
 import numpy as np
 
-from topklm.data.dataset import Dataset
-from topklm.data.mixture import Mixture
+from topklm.data.dataset import Dataset, Mixture
 from topklm.data.records import RECORD_TOKENS, TokenStream
 from topklm.errors import UserError
 
@@ -116,22 +115,13 @@ def window_ids(
     """Orders the windows of training: which stands in which row of which batch.
 
     Batch b holds windows b B to b B + B - 1 of the mixture's turns. A dataset gives each of its windows
-    once per epoch of its own, each in another order. The order follows from `seed` and its place
+    once per epoch of its own, each in another order. The order follows from `seed` and its position
     in the mixture alone, so that one more dataset at the end changes nothing about the others' order.
-
-    Args:
-        mixture: Whose turn it is.
-        context_length: T, tokens per window.
-        batch_size: B, windows per batch over all hosts.
-        seed: Of the order.
-        rows: The rows of each batch that are wanted, a slice or their numbers.
+    Arguments and errors are those of `train_stream`.
 
     Returns:
         An endless random-access dataset; element b is int64[R, 2], the number of the dataset and of its
-        window (see `WindowSource`) for each wanted row of batch b.
-
-    Raises:
-        UserError: If a split is shorter than one window, naming its folder.
+        window (see `WindowSource`) for each of the wanted rows of batch b.
     """
     n_windows = [len(WindowSource(dataset, context_length)) for dataset in mixture.datasets]
     seeds = [_shuffle_seed(seed, i) for i in range(len(mixture.datasets))]
@@ -157,8 +147,10 @@ def _shuffle_seed(seed: int, dataset: int) -> int:
 
 def _shuffled(n: int, n_windows: int, seed: int) -> int:
     """Finds window number n of an endless run through a dataset, as Grain's `shuffle().repeat()` does."""
-    epoch, place = divmod(n, n_windows)
-    return index_shuffle(place, max_index=n_windows - 1, seed=(seed + epoch) % 2**32, rounds=_SHUFFLE_ROUNDS)
+    epoch, position = divmod(n, n_windows)
+    return index_shuffle(
+        position, max_index=n_windows - 1, seed=(seed + epoch) % 2**32, rounds=_SHUFFLE_ROUNDS
+    )
 
 
 def windows_to_batch(windows: np.ndarray, separator_id: int) -> Batch:
@@ -193,13 +185,9 @@ class HeldoutPart:
 def heldout_part(mixture: Mixture, max_tokens: int) -> HeldoutPart:
     """Finds the part of the held-out text that an evaluation on few tokens scores.
 
-    Args:
-        mixture: The held-out splits of its datasets are read.
-        max_tokens: Text tokens over all datasets, each of which gives its share, rounded up; 0: all.
-
-    Returns:
-        The first documents of each dataset, the last one of them cut. Its bytes are those of its tokens;
-        where a token does not stand for the same bytes everywhere, those of the text that they decode to.
+    It is the first documents of each dataset, the last one cut, with `max_tokens` text tokens over all, of
+    which each gives its share, rounded up; 0: all. Its bytes are those of its tokens; where a token does not
+    stand for the same bytes everywhere, those of the text that they decode to.
     """
     total, tokenizer = mixture.heldout_text_tokens, mixture.tokenizer
     if not 0 < max_tokens < total:
@@ -209,7 +197,7 @@ def heldout_part(mixture: Mixture, max_tokens: int) -> HeldoutPart:
         stream = dataset.tokens(dataset.heldout)
         wanted = -(-max_tokens * dataset.heldout.text_tokens // total)
         stops.append(_end_of_text(stream, tokenizer.separator_id, wanted))
-        for start, stop in _documents(stream, tokenizer.separator_id, stops[-1]):
+        for start, stop in document_bounds(stream, tokenizer.separator_id, stops[-1]):
             tokens = stream.read(start + 1, stop)
             text = lengths[tokens].sum() if lengths is not None else len(tokenizer.decode(tokens).encode())
             utf8_bytes += int(text)
@@ -217,9 +205,9 @@ def heldout_part(mixture: Mixture, max_tokens: int) -> HeldoutPart:
 
 
 def _end_of_text(stream: TokenStream, separator_id: int, n: int) -> int:
-    """Returns the place where the first n tokens that are no separators end."""
-    for offset in range(0, len(stream), _SCAN_TOKENS):
-        text = np.flatnonzero(stream.read(offset, min(offset + _SCAN_TOKENS, len(stream))) != separator_id)
+    """Returns where the first n tokens that are no separators end."""
+    for offset, tokens in _scan(stream):
+        text = np.flatnonzero(tokens != separator_id)
         if n <= text.size:
             return offset + int(text[n - 1]) + 1 if n else offset
         n -= text.size
@@ -234,13 +222,8 @@ def heldout_batches(
     The datasets follow one another, whatever their weights. The first token of a document is predicted
     from the separator, which itself is never scored. A document of more than T tokens becomes
     overlapping pieces, T // 2 apart, so that every scored token but its first T sees at least T / 2
-    tokens before it. Pieces share rows; the last batch is filled up with rows of padding.
-
-    Args:
-        mixture: The held-out splits of its datasets are read.
-        context_length: T, tokens per row.
-        batch_size: B, rows per batch; the same for all batches.
-        part: Of the text; all of it if None.
+    tokens before it. Pieces share rows; the last batch is filled up with rows of padding. `part` is of the
+    text; all of it if None.
     """
     separator_id = mixture.tokenizer.separator_id
     stops = (part or heldout_part(mixture, max_tokens=0)).stops
@@ -248,14 +231,9 @@ def heldout_batches(
         _heldout_pieces(dataset.tokens(dataset.heldout), separator_id, context_length, end)
         for dataset, end in zip(mixture.datasets, stops, strict=True)
     )
-    rows: list[_Row] = []
-    for row in _pack(pieces, context_length):
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield _rows_to_batch(rows, batch_size, context_length, separator_id)
-            rows = []
-    if rows:
-        yield _rows_to_batch(rows, batch_size, context_length, separator_id)
+    rows = _pack(pieces, context_length)
+    while batch := list(itertools.islice(rows, batch_size)):
+        yield _rows_to_batch(batch, batch_size, context_length, separator_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +250,7 @@ class _Row:
 
 def _heldout_pieces(stream: TokenStream, separator_id: int, length: int, end: int) -> Iterator[_Piece]:
     stride = max(1, length // 2)
-    for start, stop in _documents(stream, separator_id, end):
+    for start, stop in document_bounds(stream, separator_id, end):
         scored = start + 1  # the first token not yet scored; tokens[start] is the separator
         first = start
         while scored < stop:
@@ -281,25 +259,23 @@ def _heldout_pieces(stream: TokenStream, separator_id: int, length: int, end: in
             scored, first = last + 1, first + stride
 
 
-def _documents(stream: TokenStream, separator_id: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields the bounds of the documents before `end`, the last one cut there."""
-    for start, stop in document_bounds(stream, separator_id):
+def document_bounds(
+    stream: TokenStream, separator_id: int, end: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yields of each document before `end` its separator and the next one; the last document is cut there."""
+    end = len(stream) if end is None else end
+    found = ((offset + np.flatnonzero(tokens == separator_id)).tolist() for offset, tokens in _scan(stream))
+    others = filter(None, itertools.chain.from_iterable(found))  # the stream's first token is a separator
+    for start, stop in itertools.pairwise(itertools.chain([0], others, [len(stream)])):
         if start >= end:
             return
         yield start, min(stop, end)
 
 
-def document_bounds(stream: TokenStream, separator_id: int) -> Iterator[tuple[int, int]]:
-    """Finds the separator of each document of a stream, and that of the next one."""
-    start = 0
+def _scan(stream: TokenStream) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the tokens of a stream in blocks, int32[n], each after its offset."""
     for offset in range(0, len(stream), _SCAN_TOKENS):
-        tokens = stream.read(offset, min(offset + _SCAN_TOKENS, len(stream)))
-        for position in offset + np.flatnonzero(tokens == separator_id):
-            if position:  # the stream's first token is a separator
-                yield start, int(position)
-            start = int(position)
-    if len(stream):
-        yield start, len(stream)
+        yield offset, stream.read(offset, min(offset + _SCAN_TOKENS, len(stream)))
 
 
 def _pack(pieces: Iterator[_Piece], length: int) -> Iterator[_Row]:

@@ -17,6 +17,7 @@ from topklm.data.documents import (
     BLOCK_BYTES,
     Document,
     Problem,
+    field_cuts,
     field_item,
     find_field,
     listing,
@@ -32,24 +33,17 @@ HF = "hf"
 
 _ROWS = 128  # of a Parquet file, decoded at a time
 
+Rows = Iterator[tuple[int, int, Document | Problem]]  # (row, counted from 1, number of rows, item)
+_arrow = functools.partial(optional_module, extra="parquet", flag="reading .parquet")
 
-def read_parquet(
-    stored: io.RawIOBase, url: str, text_field: str
-) -> Iterator[tuple[int, int, Document | Problem]]:
-    """Reads a Parquet file.
 
-    Args:
-        stored: Its bytes; can seek.
-        url: Names it in errors.
-        text_field: The column; "doc.text" is also the field "text" of the struct "doc".
-
-    Yields:
-        (row, number of rows, item), rows counted from 1.
+def read_parquet(stored: io.RawIOBase, url: str, text_field: str) -> Rows:
+    """Reads a Parquet file, whose `url` is for errors.
 
     Raises:
         UserError: If the table lacks the column, has it twice, or holds no text in it.
     """
-    parquet = optional_module("pyarrow.parquet", "parquet", "reading .parquet")
+    parquet = _arrow("pyarrow.parquet")
     row = n_rows = 0
     try:
         table = parquet.ParquetFile(stored, buffer_size=BLOCK_BYTES, page_checksum_verification=True)
@@ -66,11 +60,7 @@ def read_parquet(
 
 
 def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
-    """Names the column that holds the text, or those of the structs around it and its own.
-
-    Raises:
-        UserError: If there is no such column, if there are several, or if it holds something else.
-    """
+    """Names the column that holds the text, after the structs around it; UserError if there is not one."""
     paths = list(_paths_in(list(schema), text_field))
     if not paths:
         raise _no_column(url, text_field, schema.names)
@@ -91,26 +81,24 @@ def _column_path(schema: Any, url: str, text_field: str) -> list[str]:
 
 def _paths_in(fields: Sequence[Any], text_field: str) -> Iterator[tuple[list[str], Any]]:
     """Yields path and type of each field that a name may mean, in the order of `find_field`."""
-    yield from (([field.name], field.type) for field in fields if field.name == text_field)
-    head, dot, rest = text_field.rpartition(".")
-    while dot:
+    for head, rest in field_cuts(text_field):
         for field in fields:
-            if field.name == head:
+            if field.name == head and rest is not None:
                 inner = [field.type.field(i) for i in _fields_of(field.type)]
                 yield from (([head, *path], column_type) for path, column_type in _paths_in(inner, rest))
-        head, dot, last = head.rpartition(".")
-        rest = f"{last}.{rest}"
+            elif field.name == head:
+                yield [head], field.type
 
 
 def _fields_of(column_type: Any) -> range:
     """Counts the fields of a struct; none of another type."""
-    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
+    types = _arrow("pyarrow.types")
     return range(column_type.num_fields if types.is_struct(column_type) else 0)
 
 
 def _holds_text(column_type: Any) -> bool:
     """Tells whether a column's values are text, or bytes that may be, or null, all of them."""
-    types = optional_module("pyarrow.types", "parquet", "reading .parquet")
+    types = _arrow("pyarrow.types")
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     column_type = getattr(column_type, "storage_type", column_type)
@@ -139,8 +127,8 @@ def _parquet_column(table: Any, path: list[str], group: int) -> Iterator[bytes |
 
 
 def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> Iterator[list[bytes | None]]:
-    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
-    compute = optional_module("pyarrow.compute", "parquet", "reading .parquet")
+    pyarrow = _arrow("pyarrow")
+    compute = _arrow("pyarrow.compute")
     columns = [".".join(path)]
     for batch in table.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False):
         column = batch.column(path[0])
@@ -152,7 +140,7 @@ def _parquet_batches(table: Any, path: list[str], group: int, n_rows: int) -> It
 
 
 def _parquet_errors() -> tuple[type[Exception], ...]:
-    pyarrow = optional_module("pyarrow", "parquet", "reading .parquet")
+    pyarrow = _arrow("pyarrow")
     return (pyarrow.ArrowException, OSError, ValueError, OverflowError)
 
 
@@ -161,11 +149,7 @@ def _damaged_table(error: Exception, row: int) -> Problem:
 
 
 def find_hf(source: str, flag: str) -> list[tuple[str, str]]:
-    """Finds the shards of a Hugging Face dataset.
-
-    Args:
-        source: hf:NAME[:CONFIG][:SPLIT].
-        flag: Begins the message of an error.
+    """Finds the shards of a Hugging Face dataset, hf:NAME[:CONFIG][:SPLIT].
 
     Returns:
         Of each shard its URL, "hf:NAME:CONFIG:SPLIT#3/8" (shard 3 of 8, counted from 0), and its version.
@@ -207,12 +191,7 @@ def hf_parts(url: str) -> tuple[str, str, str, int, int]:
 
 
 def read_hf(url: str, version: str, text_field: str) -> Iterator[tuple[bytes | None, Document | Problem]]:
-    """Reads one shard of a Hugging Face dataset.
-
-    Args:
-        url: From `find_hf`.
-        version: Which it had then; "" for any.
-        text_field: As in `read_parquet`.
+    """Reads one shard of `find_hf`, in that version if it is not "".
 
     Yields:
         (text in UTF-8, item) of each row; None for a row that could not be read.
@@ -238,9 +217,7 @@ def _hf_rows(url: str, version: str, text_field: str) -> Iterator[dict[str, Any]
     name, config, split, shard, n_shards = hf_parts(url)
     dataset = _hf_dataset(name, config, split, version).shard(n_shards, shard)
     columns = dataset.column_names or list(next(iter(dataset), {text_field: ""}))
-    # A name with a dot may be inside of another.
-    roots = [text_field, *(text_field[:i] for i, char in enumerate(text_field) if char == ".")]
-    wanted = [name for name in columns if name in roots]
+    wanted = [name for name in columns if name in dict(field_cuts(text_field))]
     if not wanted:
         raise _no_column(url, text_field, columns)
     yield from dataset.select_columns(wanted)  # the others may be pictures to decode
@@ -255,11 +232,7 @@ def _hf_dataset(name: str, config: str, split: str, version: str) -> Any:
 
 
 def _open_hf(name: str, config: str, split: str, flag: str) -> tuple[Any, str]:
-    """Returns one split of a Hugging Face dataset, streaming, and its version.
-
-    Raises:
-        UserError: If there is no such dataset, configuration or split, or the package is not installed.
-    """
+    """Returns one split of a Hugging Face dataset, streaming, and its version; UserError as `find_hf`."""
     datasets = optional_module("datasets", "hf", flag)
     source = f"hf:{name}:{config}:{split}"
     with _hf_errors_are_user_errors(flag, source):

@@ -4,41 +4,32 @@ Whatever the kind, it is one file, tokenizer.json, and no text becomes the separ
 documents on disk, models or batches.
 """
 
-import base64
-from collections.abc import Iterable, Iterator, Sequence
-import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import hashlib
-import json
+import itertools
 import os
 from pathlib import Path
 import re
+import threading
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from topklm.data.tokenizer_kinds import (
-    ENCODINGS,
-    SEPARATOR,
-    Backend,
-    HuggingFace,
-    SentencePiece,
-    Tiktoken,
-    looks_like_tiktoken,
-)
+from topklm.data.tokenizer_kinds import ENCODINGS, SEPARATOR, container, looks_like_tiktoken, open_backend
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage.files import check_name, parse_json, write_atomically
-
-__all__ = ["SEPARATOR", "Tokenizer", "open_tokenizer", "train_bpe"]
+from topklm.storage.files import check_name, write_atomically
 
 # Characters per piece given to the library, which needs some 100 bytes for each token of a piece.
 _PIECE_CHARS = 1 << 16
 # The trainer takes time in the square of a word's length, and text without spaces (DNA, or a line of dashes)
 # is one word. Tokens of the few that are longer are learnt from parts of them.
 _TRAINED_WORD_BYTES = 1000
-_CONTAINER = "topklm-tokenizer"  # our file around a model that is no tokenizer.json
-_CONTAINER_VERSION = 1
+_MAX_WORDS = 1 << 15  # words remembered, some 250 bytes each; four times as many are no faster
+_JOINED_CHARS = 1 << 16  # new words are encoded together, in pieces of about this length
+
+Encode = Callable[[Sequence[str]], list[np.ndarray]]  # texts -> token ids of each, int32[n_i]
 
 
 class Tokenizer:
@@ -54,13 +45,9 @@ class Tokenizer:
     """
 
     def __init__(self, content: bytes):
-        """Builds from the bytes of a saved tokenizer.json; see `load`, `open_tokenizer` and `train_bpe`.
-
-        Raises:
-            ValueError: If they are none, saying why.
-        """
+        """Builds from the bytes of a saved tokenizer.json; ValueError, saying why, if they are none."""
         self._content = content
-        self._backend = _backend(content)
+        self._backend = open_backend(content)
         self.kind = self._backend.kind
         self.separator_id = int(self._backend.separator_id)
         self.vocab_size = int(self._backend.vocab_size)
@@ -96,16 +83,20 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, int32[n_i]; uses several threads, holds all in memory.
 
-        Where a vocabulary spells its separator so that text can become it, those tokens are left out.
-
-        Raises:
-            UserError: For a text that no UTF-8 can hold, or that the library cannot encode.
+        Where a vocabulary spells its separator so that text can become it, those tokens are left out. A text
+        that no UTF-8 can hold, or that the library cannot encode, is a UserError.
         """
         try:
             encoded = self._backend.encode_batch(texts)
         except Exception:
             for text in texts:
-                _check_utf8(text)
+                try:
+                    text.encode()
+                except UnicodeEncodeError as e:
+                    raise UserError(
+                        f"the text holds {text[e.start]!r} at character {e.start}, half of a character or a "
+                        "byte that is no UTF-8: give text in UTF-8"
+                    ) from e
             raise
         return [ids[ids != self.separator_id] if self.separator_id in ids else ids for ids in encoded]
 
@@ -119,18 +110,24 @@ class Tokenizer:
 
     def token_strings(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         r"""Writes each token for a reader: bytes that are no whole character as `\xe2`."""
-        return [self._token_string(int(i)) for i in ids]
+        return [
+            piece if isinstance(piece, str) else piece.decode("utf-8", "backslashreplace")
+            for piece in self._pieces_of(ids)
+        ]
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         """Returns the UTF-8 bytes of each token; a token may be a part of a character."""
-        return [self._token_bytes(int(i)) for i in ids]
+        return [
+            piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogateescape")
+            for piece in self._pieces_of(ids)
+        ]
 
     def token_bytes_lengths(self) -> np.ndarray | None:
         """Counts the UTF-8 bytes of text of each token, int64[vocab_size], special tokens 0.
 
         None where a token does not stand for the same bytes everywhere.
         """
-        if not self._backend.is_lossless():
+        if not self._backend.is_lossless:
             return None
         pieces = [self._backend.piece(token_id) for token_id in range(self.vocab_size)]
         return np.array([len(piece) if isinstance(piece, bytes) else 0 for piece in pieces], np.int64)
@@ -142,7 +139,7 @@ class Tokenizer:
         """
         start = 0
         while self.cut_before and len(text) - start > _PIECE_CHARS:
-            cut = _safe_cut(self.cut_before).search(text, start + _PIECE_CHARS)
+            cut = re.compile(rf"(?<=\S)(?=[{self.cut_before}])").search(text, start + _PIECE_CHARS)
             if cut is None:
                 break
             yield text[start : cut.start()]
@@ -156,11 +153,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            UserError: If it is missing or is no tokenizer.
-        """
+        """Reads a file that `save` wrote; UserError if it is missing or is no tokenizer."""
         try:
             with disk_errors_are_user_errors(f"reading {path}"):
                 return cls(Path(path).read_bytes())
@@ -169,17 +162,10 @@ class Tokenizer:
         except ValueError as e:
             raise UserError(f"{path}: not a tokenizer ({e}); prepare the data again") from e
 
-    def _token_string(self, token_id: int) -> str:
-        piece = self._piece(token_id)
-        return piece if isinstance(piece, str) else piece.decode("utf-8", "backslashreplace")
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        piece = self._piece(token_id)
-        return piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogateescape")
-
-    def _piece(self, token_id: int) -> str | bytes:
-        piece = self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
-        return f"<unused {token_id}>" if piece is None else piece
+    def _pieces_of(self, ids: Sequence[int] | np.ndarray) -> Iterator[str | bytes]:
+        for i in map(int, ids):
+            piece = self._backend.piece(i) if 0 <= i < self.vocab_size else None
+            yield f"<unused {i}>" if piece is None else piece
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
@@ -201,13 +187,13 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         ) from e
     try:
         if path.suffix == ".tiktoken":
-            return Tokenizer(_container("tiktoken", content, encoding=path.stem))
+            return Tokenizer(container("tiktoken", content, encoding=path.stem))
         if path.suffix == ".json":
             return Tokenizer(content)
         if looks_like_tiktoken(content):  # Llama 3 calls it tokenizer.model
             names = ", ".join(f"{name}.tiktoken" for name in ENCODINGS)
             raise ValueError(f"it is a tiktoken file, which must be called after its encoding: {names}")
-        return Tokenizer(_container("sentencepiece", content))
+        return Tokenizer(container("sentencepiece", content))
     except ValueError as e:
         raise UserError(
             f"tokenizer = {path}: {e}; give a tokenizer.json, a SentencePiece .model, or a .tiktoken file"
@@ -217,10 +203,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE; the same documents in the same order give the same tokenizer.
 
-    Args:
-        documents: Read once, never all in memory.
-        vocab_size: Tokens, of which 257 are the separator (id 0) and the bytes. A corpus too small
-            to fill it gives fewer.
+    The documents are read once, and never all in memory. Of the tokens 257 are the separator (id 0) and the
+    bytes; a corpus too small to fill the vocabulary gives fewer than `vocab_size`.
     """
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -234,55 +218,99 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     # An untrained tokenizer of the kind knows where its texts may be cut.
     tokenizer.train_from_iterator([], trainer)
-    untrained = Tokenizer(_to_bytes(tokenizer))
+    untrained = Tokenizer(tokenizer.to_str(pretty=True).encode())
     pieces = (piece for document in documents for piece in untrained.pieces(document))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.FixedLength(length=_TRAINED_WORD_BYTES)]
     )
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.pre_tokenizer = words
-    return Tokenizer(_to_bytes(tokenizer))
+    return Tokenizer(tokenizer.to_str(pretty=True).encode())
 
 
-def _to_bytes(tokenizer: tokenizers.Tokenizer) -> bytes:
-    return tokenizer.to_str(pretty=True).encode()
+def fast_encoder(tokenizer: Tokenizer) -> Encode:
+    """Returns the fastest encoder with the tokenizer's own tokens: it remembers words where it can."""
+    token_bytes = tokenizer.token_bytes_lengths()
+    if not tokenizer.cut_before or token_bytes is None:
+        return tokenizer.encode_batch
+    return WordEncoder(tokenizer.encode_batch, tokenizer.cut_before, token_bytes).encode
 
 
-def _check_utf8(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(
-            f"the text holds {text[e.start]!r} at character {e.start}, half of a character or a byte that is "
-            "no UTF-8: give text in UTF-8"
-        ) from e
+class WordEncoder:
+    """Remembers the tokens of words. Threads may share it; it serves one at a time.
+
+    Text is cut where no token can cross, mostly before spaces; the piece between, a word with its space and
+    punctuation, comes back again and again (Zipf's law).
+    """
+
+    def __init__(
+        self, encode_batch: Encode, cut_before: str, token_bytes: np.ndarray, max_words: int = _MAX_WORDS
+    ):
+        """Takes facts of a tokenizer, and how many words are remembered before all are forgotten."""
+        self._encode_batch, self._cut_before, self._token_bytes = encode_batch, cut_before, token_bytes
+        # White space, then everything up to the next place where a text may be cut.
+        self._word = re.compile(rf"\s*\S+(?:(?![{cut_before}])\s+(?:\S+|\Z))*|\s+")
+        self._max_words = max_words
+        self._lock = threading.Lock()
+        self._forget()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the token ids of each text, int32[n_i]; those of the library, to the last one."""
+        words = [self._word.findall(text) for text in texts]
+        counts = [len(part) for part in words]
+        with self._lock:
+            if len(self._numbers) > self._max_words:
+                self._forget()
+            numbers = np.fromiter(
+                map(self._numbers.__getitem__, itertools.chain.from_iterable(words)), np.int64, sum(counts)
+            )
+            self._learn()
+            lengths = self._lengths[numbers]
+            ends = np.cumsum(lengths)
+            # Of each token of the texts the index in the table: where its word begins, and how far into it.
+            begins = np.repeat(self._starts[numbers] - (ends - lengths), lengths)
+            tokens = self._tokens[begins + np.arange(begins.size)]
+        cuts = np.concatenate([[0], ends])[np.cumsum(counts, dtype=np.int64)]
+        return np.split(tokens, cuts)[: len(texts)]
+
+    def _forget(self) -> None:
+        self._numbers = _Numbers()
+        self._tokens = np.zeros(0, np.int32)  # of all words, one after another
+        self._starts = np.zeros(0, np.int64)
+        self._lengths = np.zeros(0, np.int64)
+
+    def _learn(self) -> None:
+        """Encodes the words that were met for the first time."""
+        words = list(itertools.islice(self._numbers, self._lengths.size, None))
+        if not words:
+            return
+        tokens = np.concatenate(self._encode_batch(self._joined(words)))
+        # Every token stands for a fixed number of bytes, and no token crosses from one word to the next.
+        byte_ends = np.cumsum(self._token_bytes[tokens])
+        word_ends = np.cumsum([len(word.encode()) for word in words])
+        ends = np.searchsorted(byte_ends, word_ends, side="left") + 1
+        lengths = np.diff(ends, prepend=0)
+        self._starts = np.concatenate([self._starts, self._tokens.size + ends - lengths])
+        self._lengths = np.concatenate([self._lengths, lengths])
+        self._tokens = np.concatenate([self._tokens, tokens])
+
+    def _joined(self, words: Sequence[str]) -> list[str]:
+        """Joins words to few texts; a word that could join the one before it begins a text."""
+        texts: list[list[str]] = []
+        size = 0
+        for word in words:
+            apart = texts and word[0] in self._cut_before and not texts[-1][-1][-1].isspace()
+            if not apart or size >= _JOINED_CHARS:
+                texts.append([])
+                size = 0
+            texts[-1].append(word)
+            size += len(word)
+        return ["".join(text) for text in texts]
 
 
-@functools.cache
-def _safe_cut(cut_before: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<=\S)(?=[{cut_before}])")
+class _Numbers(dict[str, int]):
+    """Numbers words in the order in which they are first asked for."""
 
-
-def _container(kind: str, model: bytes, **settings: str) -> bytes:
-    content = {"format": _CONTAINER, "version": _CONTAINER_VERSION, "kind": kind, **settings}
-    return json.dumps({**content, "model": base64.b64encode(model).decode()}).encode()
-
-
-def _backend(content: bytes) -> Backend:
-    try:
-        parts = parse_json(content)
-    except ValueError as e:
-        raise ValueError(f"it is no JSON object: {e}") from e
-    if parts.get("format") != _CONTAINER:
-        if not isinstance(parts.get("model"), dict):
-            raise ValueError("it is JSON, but no tokenizer.json")
-        return HuggingFace(content)
-    if parts.get("version") != _CONTAINER_VERSION:
-        raise ValueError(f"its version is {parts.get('version')!r}, this program reads {_CONTAINER_VERSION}")
-    try:
-        kind, model = parts["kind"], base64.b64decode(parts["model"], validate=True)
-        settings = {"encoding": parts["encoding"]} if kind == "tiktoken" else {}
-        backend = {"tiktoken": Tiktoken, "sentencepiece": SentencePiece}[kind]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"it is damaged ({e!r})") from e
-    return backend(model, **settings)
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number

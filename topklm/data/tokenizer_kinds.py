@@ -6,7 +6,6 @@ Each gives its library's own tokens. None lets text become the separator that st
 import base64
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-import importlib
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from tokenizers import models
 
 from topklm.config import MAX_VOCABULARY
 from topklm.errors import UserError
+from topklm.imports import optional_module
+from topklm.storage.files import parse_json
 
 SEPARATOR = "<|endoftext|>"
 
@@ -71,6 +72,8 @@ ENCODINGS = {
     "o200k_base": Encoding(_O200K_WORDS, 199999),
     "llama3": Encoding(_LLAMA3_WORDS, 128001, "<|end_of_text|>"),
 }
+_CONTAINER = "topklm-tokenizer"
+_CONTAINER_VERSION = 1
 _GAP = 2  # cl100k leaves one id unused between its ranks and its separator
 # In Hugging Face files: as above, and that of Qwen 2.
 _KNOWN_SPLITS = {
@@ -88,6 +91,7 @@ class Backend(Protocol):
     vocab_size: int  # largest id + 1
     # A character of this that follows one that is no white space begins a token, always; "": not known.
     cut_before: str
+    is_lossless: bool  # whether every token but special ones stands for fixed bytes of the text
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the int32 ids of each text; they may hold the separator's."""
@@ -98,11 +102,35 @@ class Backend(Protocol):
     def piece(self, token_id: int) -> str | bytes | None:
         """Returns the bytes or the text of a token; None for an id that is not in use."""
 
-    def is_lossless(self) -> bool:
-        """Tells whether every token but special ones stands for fixed bytes of the text."""
+
+def container(kind: str, model: bytes, **settings: str) -> bytes:
+    """Makes our file of a model that is no tokenizer.json; `encoding` is a setting of tiktoken's."""
+    content = {"format": _CONTAINER, "version": _CONTAINER_VERSION, "kind": kind, **settings}
+    return json.dumps({**content, "model": base64.b64encode(model).decode()}).encode()
 
 
-class HuggingFace:
+def open_backend(content: bytes) -> Backend:
+    """Opens a tokenizer.json, or a file of `container`; ValueError, saying why, if it is none."""
+    try:
+        parts = parse_json(content)
+    except ValueError as e:
+        raise ValueError(f"it is no JSON object: {e}") from e
+    if parts.get("format") != _CONTAINER:
+        if not isinstance(parts.get("model"), dict):
+            raise ValueError("it is JSON, but no tokenizer.json")
+        return _HuggingFace(content)
+    if parts.get("version") != _CONTAINER_VERSION:
+        raise ValueError(f"its version is {parts.get('version')!r}, this program reads {_CONTAINER_VERSION}")
+    try:
+        kind, model = parts["kind"], base64.b64decode(parts["model"], validate=True)
+        settings = {"encoding": parts["encoding"]} if kind == "tiktoken" else {}
+        backend = {"tiktoken": _Tiktoken, "sentencepiece": _SentencePiece}[kind]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"it is damaged ({e!r})") from e
+    return backend(model, **settings)
+
+
+class _HuggingFace:
     """A tokenizer.json, ours or anybody's."""
 
     kind = "huggingface"
@@ -132,11 +160,10 @@ class HuggingFace:
         # As the library understood it: old files leave out what newer ones say.
         parts = json.loads(self._tokenizer.to_str())
         self._speaks_bytes = any(step["type"] == "ByteLevel" for step in _pre_tokenizers(parts))
-        self._lossless = self.separator_id in self._added and _is_lossless(parts)
-        self.cut_before = _cut_before(parts) if self._lossless else ""
+        self.is_lossless = self.separator_id in self._added and _is_lossless(parts)
+        self.cut_before = _cut_before(parts) if self.is_lossless else ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts, see `Backend`."""
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as e:  # the library raises no narrower class
@@ -144,11 +171,9 @@ class HuggingFace:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids, see `Backend`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """Returns the text of a token, see `Backend`."""
         token = self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
         if token is None or token_id in self._added:
             return token
@@ -157,10 +182,6 @@ class HuggingFace:
             return bytes(_BYTE_OF_CHAR[char] for char in token) if known else token
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ")
-
-    def is_lossless(self) -> bool:
-        """Tells whether tokens stand for fixed bytes, see `Backend`."""
-        return self._lossless
 
     def _choose_separator(self, vocabulary: dict[str, int]) -> str:
         """Chooses the first name that is a special token; else one that is added; else any that is known.
@@ -175,7 +196,7 @@ class HuggingFace:
         raise ValueError(f"it has no separator of documents: add one of {', '.join(_SEPARATORS)}")
 
 
-class SentencePiece:
+class _SentencePiece:
     """A SentencePiece model; decoding gives the text as the model normalised it.
 
     Its end and beginning of text are control pieces: the library makes them from no text.
@@ -183,10 +204,11 @@ class SentencePiece:
 
     kind = "sentencepiece"
     cut_before = ""
+    is_lossless = False
 
     def __init__(self, model: bytes):
         """Raises ValueError if it is no model, or has neither an end nor a beginning of text."""
-        library = _library("sentencepiece")
+        library = optional_module("sentencepiece", "sentencepiece", "this tokenizer")
         try:
             self._model = library.SentencePieceProcessor(model_proto=model)
         except RuntimeError as e:
@@ -200,29 +222,22 @@ class SentencePiece:
         self.separator_id, self.vocab_size = ends[0], self._model.vocab_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts, see `Backend`."""
-        threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or -1
-        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=threads)]
+        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=_threads())]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids, see `Backend`."""
         return self._model.decode(list(ids))
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """Returns the text of a token, see `Backend`."""
         piece = self._model.id_to_piece(token_id)
         return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token_id) else piece.replace("\u2581", " ")
 
-    def is_lossless(self) -> bool:
-        """Tells whether tokens stand for fixed bytes, see `Backend`."""
-        return False
 
-
-class Tiktoken:
+class _Tiktoken:
     """A .tiktoken file: ranks, read with the pattern of a known encoding."""
 
     kind = "tiktoken"
     cut_before = " "  # see `_cut_before`
+    is_lossless = True
 
     def __init__(self, ranks_file: bytes, encoding: str):
         """Raises ValueError for a file that is damaged or an encoding that is not known."""
@@ -239,7 +254,7 @@ class Tiktoken:
         self.separator_id = separator_id if whole else largest + 1
         self.vocab_size = max(largest, self.separator_id) + 1
         self._pieces = {rank: piece for piece, rank in ranks.items()}
-        self._encoding = _library("tiktoken").Encoding(
+        self._encoding = optional_module("tiktoken", "tiktoken", "this tokenizer").Encoding(
             encoding,
             pat_str=pattern,
             mergeable_ranks=ranks,
@@ -247,22 +262,14 @@ class Tiktoken:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts, see `Backend`."""
-        threads = int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
-        with ThreadPoolExecutor(min(threads, max(len(texts), 1))) as pool:
+        with ThreadPoolExecutor(min(_threads(), max(len(texts), 1))) as pool:
             return list(pool.map(self._encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids, see `Backend`."""
         return b"".join(self._pieces.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """Returns the text of a token, see `Backend`."""
         return self._separator if token_id == self.separator_id else self._pieces.get(token_id)
-
-    def is_lossless(self) -> bool:
-        """Tells whether tokens stand for fixed bytes, see `Backend`."""
-        return True
 
     def _encode(self, text: str) -> np.ndarray:
         try:
@@ -272,6 +279,11 @@ class Tiktoken:
                 f"tokenizer: tiktoken cannot split a text of {len(text):,} characters ({e}); shorten its "
                 "longest run of white space"
             ) from e
+
+
+def _threads() -> int:
+    """Returns how many threads an encoding may use: as many as the library tokenizers."""
+    return int(os.environ.get("RAYON_NUM_THREADS", "0")) or os.cpu_count() or 1
 
 
 def looks_like_tiktoken(content: bytes) -> bool:
@@ -365,20 +377,10 @@ def _pre_tokenizers(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"this tokenizer needs {name}; run: pip install 'topklm[{name}]'") from e
-
-
-def _byte_of_char() -> dict[str, int]:
-    """Maps the printable characters of byte-level vocabularies to their bytes (from GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + rank): byte for rank, byte in enumerate(others)
-    }
-
-
-_BYTE_OF_CHAR = _byte_of_char()
+# The printable characters of byte-level vocabularies, and the bytes that they stand for (from GPT-2).
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_OF_CHAR = {
+    **{chr(byte): byte for byte in _PRINTABLE},
+    **{chr(256 + rank): byte for rank, byte in enumerate(_OTHERS)},
+}

@@ -1,13 +1,14 @@
-"""Reads all of a prepared dataset and lists what is not as it was written.
+"""Looks into a prepared dataset: decodes random windows, or reads all and lists each difference.
 
-Every byte of every file, every record, every token. Mends nothing, decodes no text, and needs the memory of
-a few records.
+Verification reads every byte of every file, every record, every token. It mends nothing, decodes no text, and
+needs the memory of a few records.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import os
 from pathlib import Path
+import random
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from topklm.data.dataset import (
     DESCRIPTION_FILE,
     SPLITS,
     TOKENIZER_FILE,
+    Dataset,
     SplitInfo,
     damaged,
     read_description,
@@ -24,9 +26,10 @@ from topklm.data.dataset import (
 from topklm.data.records import RECORD_TOKENS, Shard, ShardError, TokenStream, check_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.progress import Progress
+from topklm.progress import Progress, Report
 
 _BLOCK_TOKENS = 64 * RECORD_TOKENS  # read at a time
+_COUNTED = ("documents", "tokens", "utf8_bytes")
 _TOKENIZER_FIELDS = ("kind", "vocab_size", "separator_id")
 
 
@@ -63,11 +66,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
 
     Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
     records of every shard, and for each split documents, tokens and, where the tokenizer tells the bytes of
-    its tokens, the bytes of text.
-
-    Args:
-        path: The dataset's folder.
-        progress: Is told of the bytes, documents and tokens that were read.
+    its tokens, the bytes of text. `progress` is told of the bytes, documents and tokens that were read.
 
     Raises:
         UserError: If dataset.json cannot be read, so that there is nothing to compare with, or if another
@@ -99,37 +98,29 @@ class _Check:
 
     def __init__(self, path: Path, told: dict[str, Any], contradictions: list[str]):
         self._path = path
-        self._problems = {DatasetProblem(DESCRIPTION_FILE, what): None for what in contradictions}
+        # In the order in which they were found, none twice.
+        self.problems = {DatasetProblem(DESCRIPTION_FILE, what): None for what in contradictions}
         tokenizer = self._tokenizer(told)
-        if tokenizer is None:
-            self._vocab_size, self._separator_id = told["vocab_size"], told["separator_id"]
-            self._token_bytes = None
-        else:
-            self._vocab_size, self._separator_id = tokenizer.vocab_size, tokenizer.separator_id
-            self._token_bytes = tokenizer.token_bytes_lengths()
+        self._vocab_size = tokenizer.vocab_size if tokenizer else told["vocab_size"]
+        self._separator_id = tokenizer.separator_id if tokenizer else told["separator_id"]
+        self._token_bytes = tokenizer.token_bytes_lengths() if tokenizer else None
 
-    @property
-    def problems(self) -> list[DatasetProblem]:
-        """In the order in which they were found, none twice."""
-        return list(self._problems)
-
-    def split(self, name: str, split: SplitInfo, report: Callable[[int, int, int], None]) -> Counts:
+    def split(self, name: str, split: SplitInfo, report: Report) -> Counts:
         """Reads the shards of a split, and compares what they hold in all."""
         counts = [self._shard(shard, number == 0, report) for number, shard in enumerate(split.shards)]
         readable = [count for count in counts if count is not None]
-        documents, tokens = (sum(getattr(count, f) for count in readable) for f in ("documents", "tokens"))
-        utf8_bytes = None
-        if self._token_bytes is not None:
-            utf8_bytes = sum(count.utf8_bytes or 0 for count in readable)
-        found = Counts(len(readable), documents, tokens, utf8_bytes)
+        documents, tokens, utf8_bytes = (
+            sum(getattr(count, field) or 0 for count in readable) for field in _COUNTED
+        )
+        found = Counts(len(readable), documents, tokens, None if self._token_bytes is None else utf8_bytes)
         if found.shards == len(split.shards):
-            for field in ("documents", "tokens", "utf8_bytes"):
+            for field in _COUNTED:
                 told, counted = getattr(split, field), getattr(found, field)
                 if counted is not None and told != counted:
                     self._note(DESCRIPTION_FILE, f"{name}: {field} = {told:,}, its shards hold {counted:,}")
         return found
 
-    def _shard(self, shard: Shard, is_first: bool, report: Callable[[int, int, int], None]) -> Counts | None:
+    def _shard(self, shard: Shard, is_first: bool, report: Report) -> Counts | None:
         """Counts the content of a shard; None if it could not be read to its end."""
         try:
             check_shards(self._path, [shard], contents=True)
@@ -152,25 +143,21 @@ class _Check:
                 return None
             if is_first and start == 0 and tokens[0] != self._separator_id:
                 self._note(shard.name, f"begins with token {tokens[0]}, not with a separator")
-            inside = self._inside(tokens, start, shard)
-            begun = int(np.count_nonzero(inside == self._separator_id))
+            is_inside = (tokens >= 0) & (tokens < self._vocab_size)
+            if not is_inside.all():
+                first = int(np.argmin(is_inside))
+                self._note(
+                    shard.name,
+                    f"holds token id {tokens[first]} in record {(start + first) // RECORD_TOKENS}, "
+                    f"outside the vocabulary of {self._vocab_size:,}",
+                )
+            is_separator = tokens == self._separator_id
+            begun = int(np.count_nonzero(is_separator & is_inside))
             documents += begun
             if self._token_bytes is not None:
-                utf8_bytes += int(self._token_bytes[inside[inside != self._separator_id]].sum())
+                utf8_bytes += int(self._token_bytes[tokens[is_inside & ~is_separator]].sum())
             report(shard.size * stop // len(stream) - shard.size * start // len(stream), begun, stop - start)
         return Counts(1, documents, len(stream), utf8_bytes)
-
-    def _inside(self, tokens: np.ndarray, start: int, shard: Shard) -> np.ndarray:
-        """Returns the tokens that the vocabulary has."""
-        is_inside = (tokens >= 0) & (tokens < self._vocab_size)
-        if not is_inside.all():
-            first = int(np.argmin(is_inside))
-            self._note(
-                shard.name,
-                f"holds token id {tokens[first]} in record {(start + first) // RECORD_TOKENS}, "
-                f"outside the vocabulary of {self._vocab_size:,}",
-            )
-        return tokens[is_inside]
 
     def _tokenizer(self, told: dict[str, Any]) -> Tokenizer | None:
         """Returns the dataset's tokenizer; None if the file is another."""
@@ -178,13 +165,10 @@ class _Check:
         try:
             with disk_errors_are_user_errors(f"reading {file}"):
                 sha256 = sha256_of_file(file)
-        except UserError as e:
+        except (UserError, OSError) as e:
             if isinstance(e.__cause__, PermissionError):
                 raise
-            self._note(TOKENIZER_FILE, f"cannot be read ({e})")
-            return None
-        except OSError as e:
-            self._note(TOKENIZER_FILE, f"cannot be read ({e.strerror})")
+            self._note(TOKENIZER_FILE, f"cannot be read ({e.strerror if isinstance(e, OSError) else e})")
             return None
         if sha256 != told["sha256"]:
             self._note(TOKENIZER_FILE, f"has the sha256 {sha256[:12]}, not {told['sha256'][:12]}")
@@ -199,7 +183,7 @@ class _Check:
         return tokenizer
 
     def _note(self, file: str, what: str) -> None:
-        self._problems[DatasetProblem(file, what)] = None
+        self.problems[DatasetProblem(file, what)] = None
 
 
 def _contradictions(description: dict[str, Any]) -> list[str]:
@@ -218,3 +202,53 @@ def _contradictions(description: dict[str, Any]) -> list[str]:
         sums.append((f"{name}: text_tokens", split["text_tokens"], "tokens less documents", in_text))
         sums.append((f"{name}: tokens", split["tokens"], "its shards", in_shards))
     return [f"{what} = {told:,}, {other}: {count:,}" for what, told, other, count in sums if told != count]
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPiece:
+    """The part of a window that belongs to one document."""
+
+    begins: bool  # a separator stands before it; otherwise the document began in an earlier window
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWindow:
+    """Tokens start to stop - 1 of a split."""
+
+    start: int
+    stop: int
+    pieces: tuple[DocumentPiece, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents that the window holds something of."""
+        return len(self.pieces)
+
+
+def sample_windows(
+    dataset: Dataset, split: str, n_windows: int, context_length: int, seed: int
+) -> Iterator[TextWindow]:
+    """Decodes random windows of a split, in the split's order; the same seed gives the same ones.
+
+    Window i begins at token i * context_length, as in training; the last is moved back to be full. Fewer are
+    given where the split has fewer. Only the shards that hold the windows are opened.
+
+    Raises:
+        UserError: For a split without tokens, or a shard that is not as it was written.
+    """
+    stream, tokenizer = dataset.tokens(dataset.splits[split]), dataset.tokenizer
+    if not len(stream):
+        raise UserError(f"split = {split}: {dataset.path} has no documents in it; choose the other one")
+    n_all = -(-len(stream) // context_length)
+    for number in sorted(random.Random(seed).sample(range(n_all), min(n_windows, n_all))):
+        start = max(0, min(number * context_length, len(stream) - context_length))
+        stop = min(start + context_length, len(stream))
+        tokens = stream.read(start, stop)
+        parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.separator_id))
+        pieces = tuple(
+            DocumentPiece(bool(part[0] == tokenizer.separator_id), tokenizer.decode(part))
+            for part in parts
+            if part.size  # before a separator that stands first there is nothing
+        )
+        yield TextWindow(start, stop, pieces)

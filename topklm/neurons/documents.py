@@ -19,12 +19,10 @@ import jax
 import numpy as np
 
 from topklm.config import DataConfig, ModelConfig
-from topklm.data.dataset import is_dataset, load_dataset
+from topklm.data.building.build import prepare
+from topklm.data.dataset import Mixture, is_dataset, load_dataset
 from topklm.data.documents import Document
-from topklm.data.mixture import Mixture
-from topklm.data.prepare import prepare
-from topklm.data.readers import FileReader
-from topklm.data.sources import SourceFile, corpus_name, find
+from topklm.data.sources import FileReader, SourceFile, corpus_name, find
 from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError

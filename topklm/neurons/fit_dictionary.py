@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from topklm.config import DataConfig, ModelConfig
-from topklm.data.prepare import prepare
+from topklm.data.building.build import prepare
 from topklm.data.stream import train_stream
 from topklm.errors import UserError
 from topklm.model import transformer

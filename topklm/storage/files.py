@@ -116,12 +116,19 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
     if is_bucket(path):
         path.write_bytes(content)
         return
-    temporary = Path(path).with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside a local file, whose new content is flushed and renamed to it after the block."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
         fsync(temporary)
         temporary.replace(path)
-        fsync(temporary.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,10 +9,10 @@ import pytest
 
 from topklm.data.building import encode
 from topklm.data.building.build import build
-from topklm.data.building.description import DatasetSettings, DatasetSources
-from topklm.data.building.encode import Selection
+from topklm.data.building.chunks import ShardTask
+from topklm.data.building.encode import DatasetSettings, DatasetSources, Selection
+from topklm.data.building.engines import LocalEngine
 from topklm.data.building.storage import Storage
-from topklm.data.building.work_items import LocalEngine
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
@@ -452,14 +452,15 @@ def test_only_a_file_that_was_mended_is_read_again(sources, tmp_path, monkeypatc
 
 
 def test_what_a_killed_process_was_writing_does_not_stay(sources, tmp_path, monkeypatch):
-    write_shards = LocalEngine.write_shards
+    run = LocalEngine.run
 
-    def leaving_a_half_written_file(self, shard_tasks, *arguments):
-        folder = shard_tasks[0].folder.path
-        folder.mkdir(parents=True)
-        (folder / ".train-00000-of-00001.arrayrecord.0123.tmp").write_bytes(b"half")
-        return write_shards(self, shard_tasks, *arguments)
+    def leaving_a_half_written_file(self, tasks, *arguments):
+        if isinstance(tasks[0], ShardTask):
+            folder = tasks[0].folder.path
+            folder.mkdir(parents=True)
+            (folder / ".train-00000-of-00001.arrayrecord.0123.tmp").write_bytes(b"half")
+        return run(self, tasks, *arguments)
 
-    monkeypatch.setattr(LocalEngine, "write_shards", leaving_a_half_written_file)
+    monkeypatch.setattr(LocalEngine, "run", leaving_a_half_written_file)
     make(sources, tmp_path / "out")
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]

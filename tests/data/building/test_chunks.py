@@ -21,8 +21,8 @@ def test_every_range_of_kept_tokens_of_a_split_is_read_back(tmp_path_factory, do
     ids = iter(itertools.count(1))
     tokens = [[next(ids) for _ in range(n)] for n, _, _ in documents]
     rows = [((i, i), n, 1, heldout) for i, (n, heldout, _) in enumerate(documents)]
-    with chunk.create(U2) as writer:
-        writer.append(np.array(rows, INDEX_DTYPE), [np.array(t, np.int32) for t in tokens])
+    with chunk.create(U2) as append:
+        append(np.array(rows, INDEX_DTYPE), [np.array(t, np.int32) for t in tokens])
     chunk.drop(np.array([i for i, (_, _, dropped) in enumerate(documents) if dropped], np.int64))
     totals = chunk.totals()
     for heldout in (False, True):
@@ -40,8 +40,8 @@ def test_every_range_of_kept_tokens_of_a_split_is_read_back(tmp_path_factory, do
 
 def test_a_chunk_is_there_only_when_it_is_whole(tmp_path):
     chunk = Chunk(Storage(tmp_path), 3)
-    with pytest.raises(KeyboardInterrupt), chunk.create(U2) as writer:
-        writer.append(np.zeros(1, INDEX_DTYPE), [np.zeros(5, np.int32)])
+    with pytest.raises(KeyboardInterrupt), chunk.create(U2) as append:
+        append(np.zeros(1, INDEX_DTYPE), [np.zeros(5, np.int32)])
         raise KeyboardInterrupt
     assert not chunk.is_written
     assert list(tmp_path.iterdir()) == []

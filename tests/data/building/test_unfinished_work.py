@@ -9,8 +9,9 @@ import pytest
 from test_build import SETTINGS, Interruption, contents, make, write_lines
 
 from topklm.data.building import encode
-from topklm.data.building.description import DatasetSources
-from topklm.data.building.work_items import LocalEngine
+from topklm.data.building.chunks import ShardTask
+from topklm.data.building.encode import DatasetSources
+from topklm.data.building.engines import LocalEngine
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError
@@ -43,14 +44,16 @@ def undisturbed(sources, tmp_path_factory):
 def left_behind(sources, tmp_path_factory):
     """What an attempt leaves that ends after its last shard: every kind of piece."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
-    write_shards = LocalEngine.write_shards
+    run = LocalEngine.run
 
-    def ends(self, *arguments):
-        write_shards(self, *arguments)
-        raise Interruption
+    def ends(self, tasks, *arguments):
+        results = run(self, tasks, *arguments)
+        if isinstance(tasks[0], ShardTask):
+            raise Interruption
+        return results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalEngine, "write_shards", ends)
+        patch.setattr(LocalEngine, "run", ends)
         with pytest.raises(Interruption):
             make(sources, out, MANY_SHARDS)
     return out.with_name(".out.partial")

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.data.building.word_cache import WordEncoder, fastest
-from topklm.data.tokenizer import open_tokenizer, train_bpe
+from topklm.data.tokenizer import WordEncoder, fast_encoder, open_tokenizer, train_bpe
 
 TEXTS = [f"The sea, the sea! {n} ships sailed\n\n in 'twenty-{n};\tshe'd seen them." for n in range(60)]
 TEXT = st.text(alphabet="thes'd1.é漢🙂 \n\t\r\u00a0\x85\x1c\u2028/", max_size=60)
@@ -42,7 +41,7 @@ def test_remembered_words_give_the_librarys_tokens(tokenizer, texts, max_words):
 
 
 def test_real_text_gives_the_librarys_tokens(tokenizer):
-    encode = fastest(tokenizer)
+    encode = fast_encoder(tokenizer)
     for ours, text in zip(encode(TEXTS), TEXTS, strict=True):
         np.testing.assert_array_equal(ours, tokenizer.encode(text))
 
@@ -74,4 +73,4 @@ def test_a_tokenizer_that_normalises_is_asked_for_every_text(tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     other = open_tokenizer(tmp_path / "tokenizer.json")
     assert other.cut_before == ""
-    assert fastest(other) == other.encode_batch
+    assert fast_encoder(other) == other.encode_batch

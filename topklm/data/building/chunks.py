@@ -1,26 +1,37 @@
-"""Encoded text on its way to shards: chunks of documents, each a file of tokens and a file that indexes it.
+"""Encoded text on its way to shards: chunks of documents, and the shards that are cut from them.
 
-A chunk holds documents in source order, both splits mixed and copies not yet dropped. It is written once,
-when its text is encoded, and read to look for copies and to write shards. The index ends
-with digests of both files.
+A chunk is a file of tokens and a file that indexes it: documents in source order, both splits mixed and
+copies not yet dropped. It is written once, when its text is encoded, and read to look for copies and to write
+shards, each on its own. The index ends with digests of both files.
 
 Two documents are copies when the first 128 bits of their texts' SHA-256 agree: among 10^12 texts, two
 different ones do with a probability of 10^-15. Memory does not grow with the text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
 import tempfile
-from typing import Any, BinaryIO
+from typing import ClassVar
 
 import numpy as np
 
 from topklm.data.building.storage import Storage
-from topklm.data.records import sha256_of_file
+from topklm.data.dataset import SPLITS
+from topklm.data.records import (
+    Shard,
+    ShardError,
+    check_shards,
+    sha256_of_file,
+    shard_bounds,
+    shard_name,
+    token_dtype,
+    write_shard,
+)
 from topklm.errors import UserError
+from topklm.progress import Report
 
 # One row per document, in order.
 INDEX_DTYPE = np.dtype(
@@ -34,6 +45,9 @@ INDEX_DTYPE = np.dtype(
 
 # One row per document when copies are looked for.
 _ENTRY_DTYPE = np.dtype([("digest", "<u8", 2), ("heldout", "u1"), ("document", "<u8")])
+
+# Adds documents to a chunk: INDEX_DTYPE[n], and their tokens in pieces, separators included.
+Append = Callable[[np.ndarray, Sequence[np.ndarray]], None]
 
 _DIGEST_BYTES = 32
 _BUCKET_DOCUMENTS = 1 << 20  # documents sorted at a time
@@ -67,11 +81,7 @@ class Chunk:
             return (path.stat().st_size - 2 * _DIGEST_BYTES) // INDEX_DTYPE.itemsize
 
     def index(self) -> np.ndarray:
-        """Reads the index, INDEX_DTYPE[documents].
-
-        Raises:
-            UserError: If it is not as it was written.
-        """
+        """Reads the index, INDEX_DTYPE[documents]; UserError if it is not as it was written."""
         try:
             return self._read_index()[0]
         except ValueError as e:
@@ -136,13 +146,21 @@ class Chunk:
                 if passed >= stop:
                     return
 
-    def create(self, dtype: np.dtype) -> "ChunkWriter":
-        """Begins to write it; use the writer as a context manager."""
-        return ChunkWriter(self, dtype)
+    @contextlib.contextmanager
+    def create(self, dtype: np.dtype) -> Iterator[Append]:
+        """Yields a function that adds documents to the chunk, which is there once the block has ended."""
+        rows, digest = [np.zeros(0, INDEX_DTYPE)], hashlib.sha256()
+        with self.storage.create(self._name("tokens")) as path, path.open("wb") as file:
 
-    def write_index(self, rows: np.ndarray, tokens_digest: bytes) -> None:
-        """Writes the index and, after it, the digest of the tokens' file and one of all of this."""
-        content = rows.tobytes() + tokens_digest
+            def append(documents: np.ndarray, tokens: Sequence[np.ndarray]) -> None:
+                rows.append(documents)
+                for piece in tokens:
+                    content = piece.astype(dtype).tobytes()
+                    digest.update(content)
+                    file.write(content)
+
+            yield append
+        content = np.concatenate(rows).tobytes() + digest.digest()
         self.storage.write(self._name("index"), content + self._digest(content))
 
     def _read_index(self) -> tuple[np.ndarray, bytes]:
@@ -161,36 +179,6 @@ class Chunk:
         return f"{self.number:06d}.{kind}"
 
 
-class ChunkWriter:
-    """Appends documents to a chunk, which is there once the `with` block has ended."""
-
-    def __init__(self, chunk: Chunk, dtype: np.dtype):
-        self._chunk, self._dtype = chunk, dtype
-        self._rows: list[np.ndarray] = []
-        self._hash = hashlib.sha256()
-        self._stack = contextlib.ExitStack()
-        self._file: BinaryIO
-
-    def __enter__(self) -> "ChunkWriter":
-        path: Path = self._stack.enter_context(self._chunk.storage.create(self._chunk._name("tokens")))
-        self._file = self._stack.enter_context(path.open("wb"))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-        if error[0] is None:
-            index = np.concatenate([np.zeros(0, INDEX_DTYPE), *self._rows])
-            self._chunk.write_index(index, self._hash.digest())
-
-    def append(self, rows: np.ndarray, tokens: Sequence[np.ndarray]) -> None:
-        """Adds documents: INDEX_DTYPE[n], and their tokens in pieces, separators included."""
-        self._rows.append(rows)
-        for piece in tokens:
-            content = piece.astype(self._dtype).tobytes()
-            self._hash.update(content)
-            self._file.write(content)
-
-
 def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yields consecutive ranges of documents of about _COPY_TOKENS tokens, at least one document each."""
     first = 0
@@ -202,31 +190,22 @@ def _row_ranges(ends: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def drop_duplicates(chunks: Sequence[Chunk], scratch: Path) -> None:
-    """Marks copies in the chunks' files.
-
-    `scratch` is a folder on this machine for temporary files, 33 bytes a document.
+    """Marks copies in the chunks' files; `scratch` takes temporary files of 33 bytes a document.
 
     The copy that stays is the first in the held-out split, or else the first: no held-out text is ever
     trained on, whatever file it comes from.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as name:
-        folder = Path(name)
-        sizes = [chunk.documents() for chunk in chunks]
-        starts = np.cumsum([0, *sizes])
+        starts = np.cumsum([0, *(chunk.documents() for chunk in chunks)])
         total = int(starts[-1])
-        n_buckets = -(-total // _BUCKET_DOCUMENTS)
-        is_copy = np.memmap(folder / "copies", bool, "w+", shape=max(1, total))
-        for bucket in _fill_buckets(folder, chunks, starts, n_buckets):
+        is_copy = np.memmap(Path(name, "copies"), bool, "w+", shape=max(1, total))
+        buckets = [Path(name, f"{number}.entries") for number in range(-(-total // _BUCKET_DOCUMENTS))]
+        _fill_buckets(buckets, chunks, starts)
+        for bucket in buckets:
             is_copy[copies(np.fromfile(bucket, _ENTRY_DTYPE))] = True
             bucket.unlink()
         for chunk, start, stop in zip(chunks, starts[:-1], starts[1:], strict=True):
             chunk.drop(np.flatnonzero(is_copy[start:stop]))
-
-
-def keep_all(chunks: Sequence[Chunk]) -> None:
-    """Takes back what an earlier attempt may have marked."""
-    for chunk in chunks:
-        chunk.drop(np.zeros(0, np.int64))
 
 
 def copies(entries: np.ndarray) -> np.ndarray:
@@ -239,26 +218,98 @@ def copies(entries: np.ndarray) -> np.ndarray:
     return entries["document"][order[1:][repeats]]
 
 
-def _fill_buckets(scratch: Path, chunks: Sequence[Chunk], starts: np.ndarray, n_buckets: int) -> list[Path]:
+def _fill_buckets(buckets: Sequence[Path], chunks: Sequence[Chunk], starts: np.ndarray) -> None:
     """Writes files of entries; all copies of a text come into one."""
-    paths = [scratch / f"{number}.entries" for number in range(n_buckets)]
     pending: list[np.ndarray] = []
-    for chunk, start in zip(chunks, starts[:-1], strict=True):
+    for number, chunk in enumerate(chunks):
         index = chunk.index()
         entries = np.zeros(index.size, _ENTRY_DTYPE)
         entries["digest"], entries["heldout"] = index["digest"], index["heldout"]
-        entries["document"] = start + np.arange(index.size)
+        entries["document"] = starts[number] + np.arange(index.size)
         pending.append(entries)
-        if sum(part.size for part in pending) >= _BUCKET_DOCUMENTS:
-            _spread(np.concatenate(pending), paths)
-            pending = []
-    if pending and paths:
-        _spread(np.concatenate(pending), paths)
-    return paths
+        if sum(part.size for part in pending) < _BUCKET_DOCUMENTS and number < len(chunks) - 1:
+            continue
+        entries, pending = np.concatenate(pending), []
+        bucket_of = entries["digest"][:, 1] % max(1, len(buckets))
+        for n, path in enumerate(buckets):
+            with path.open("ab") as file:
+                entries[bucket_of == n].tofile(file)
 
 
-def _spread(entries: np.ndarray, paths: Sequence[Path]) -> None:
-    bucket = entries["digest"][:, 1] % len(paths)
-    for number, path in enumerate(paths):
-        with path.open("ab") as file:
-            entries[bucket == number].tofile(file)
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: all that decides it, and the folder that receives it."""
+
+    Result: ClassVar = Shard
+
+    name: str
+    split: str
+    size: int  # tokens
+    parts: tuple[tuple[Chunk, int, int], ...]  # chunk, and start and stop of the split's tokens in it
+    vocab_size: int
+    folder: Storage
+
+    def run(self, report: Report) -> Shard:
+        """Writes it; in a local folder, finds it when an attempt that was ended later has written it."""
+        folder, shard = self.folder, self._recorded() if self.folder.is_local else None
+        if shard is None and folder.is_local:
+            folder.discard(self.name)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            shard = write_shard(folder.path / self.name, self._blocks(), self.vocab_size)
+            folder.write_sealed(self._record, {"folder": folder.name, "shard": dataclasses.asdict(shard)})
+        elif shard is None:
+            with folder.create(self.name) as path:
+                shard = write_shard(path, self._blocks(), self.vocab_size)
+        report(self.size, 0, self.size)
+        return shard
+
+    def discard_damaged(self) -> list[str]:
+        """Deletes the shard in a local folder if it is not as it was written; returns its name if it did."""
+        if self._record not in self.folder.names():
+            return []
+        with contextlib.suppress(ShardError):
+            if (shard := self._recorded()) is not None:
+                check_shards(self.folder.path, [shard], contents=True)
+                return []
+        self.folder.discard(self.name)
+        self.folder.discard(self._record)
+        return [f"{self.folder.url}/{self.name}"]
+
+    @property
+    def _record(self) -> str:
+        """Names the file that says that the shard was written, and with which bytes; goes when all are."""
+        return f".{self.name}.json"
+
+    def _recorded(self) -> Shard | None:
+        """Reads the shard as it was written; None if it was not, or the record of that is damaged."""
+        content = self.folder.read_sealed(self._record)
+        if content is None or content.get("folder") != self.folder.name:
+            return None
+        shard = Shard(**content["shard"])
+        return shard if (shard.name, shard.tokens) == (self.name, self.size) else None
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        dtype = token_dtype(self.vocab_size)
+        for chunk, start, stop in self.parts:
+            yield from chunk.tokens(self.split == "heldout", start, stop, dtype)
+
+
+def plan_shards(
+    chunks: Sequence[Chunk], totals: Sequence[Totals], vocab_size: int, shard_tokens: int, folder: Storage
+) -> list[ShardTask]:
+    """Plans shards of near-equal size for both splits; each is one stream, the kept documents in order."""
+    tasks = []
+    for number, split in enumerate(SPLITS):
+        ends = np.cumsum([0, *(total.tokens[number] for total in totals)])
+        bounds = shard_bounds(int(ends[-1]), shard_tokens)
+        for i, (start, stop) in enumerate(bounds):
+            first = int(np.searchsorted(ends, start, side="right")) - 1
+            last = int(np.searchsorted(ends, stop, side="left"))
+            parts = tuple(
+                (chunks[c], max(0, start - int(ends[c])), min(stop, int(ends[c + 1])) - int(ends[c]))
+                for c in range(first, last)
+                if ends[c] < ends[c + 1]
+            )
+            name = shard_name(split, i, len(bounds))
+            tasks.append(ShardTask(name, split, stop - start, parts, vocab_size, folder))
+    return tasks

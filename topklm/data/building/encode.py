@@ -1,46 +1,48 @@
-"""One source file to chunks of tokens: filters, split, hash and tokens of each document.
+"""The sources and settings of a dataset, and how one source file becomes chunks of tokens.
 
-Every worker does this, whether a thread here or a machine of a pipeline. The result depends on the file and
-the settings alone, so work that is done is found again by its name.
+A dataset is decided by its sources and its settings. Every worker encodes files alike, whether a thread here
+or a machine of a pipeline; the result depends on the file and the settings alone, so work that is done is
+found again by its name.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import operator
 import re
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import tokenizers
 
+from topklm.config import MAX_VOCABULARY
 from topklm.data.building.chunks import INDEX_DTYPE, Chunk
 from topklm.data.building.storage import Storage
-from topklm.data.building.word_cache import Encode
 from topklm.data.documents import Problem
-from topklm.data.readers import FileReader
-from topklm.data.records import token_dtype
-from topklm.data.sources import SourceFile
-from topklm.data.tokenizer import Tokenizer
+from topklm.data.records import SHARD_TOKENS, token_dtype
+from topklm.data.sources import FileReader, SourceFile
+from topklm.data.tokenizer import Encode, Tokenizer, fast_encoder, open_tokenizer
 from topklm.errors import UserError
-from topklm.storage.files import parse_json, sealed_json, unsealed
+from topklm.progress import Report
 
 # A kill costs at most the encoding of one chunk; both bounds keep a chunk's index and tokens small.
 CHUNK_UTF8_BYTES = 32 << 20
 CHUNK_DOCUMENTS = 1 << 18
 MAX_EXAMPLES = 20  # problems of one file that are kept word for word
+_MIN_VOCAB = 257  # the bytes and the separator
 
+_IDENTITY_VERSION = 2  # of what a fingerprint is made of: datasets keep theirs as their format changes
 _FORMAT = 2  # of chunks; other code may not reuse this code's
 _BATCH_CHARS = 1 << 20  # characters encoded at a time
 _DONE_FILE = "done.json"
 
 T = TypeVar("T")
-# Takes stored bytes read, documents and tokens, each since the last time.
-ReportProgress = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +75,74 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileJob:
-    """One source file to encode; everything that decides the outcome."""
+class DatasetSettings:
+    """Everything but the sources that decides what a dataset holds."""
 
-    file: SourceFile
-    heldout: bool  # all of it
     selection: Selection
-    tokenizer_sha256: str
+    tokenizer: str = "train:4096"  # train:VOCAB, or a file that `open_tokenizer` reads
+    deduplicate: bool = True  # drop exact copies of documents
+    shard_tokens: int = SHARD_TOKENS  # per shard, about
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as in dataset.json; a tokenizer's file by the sha256 of its content."""
+        content = dataclasses.asdict(self)
+        del content["selection"]
+        if self.vocab_size is None:
+            content["tokenizer"] = self.tokenizer_of_file.sha256
+        return {**self.selection.to_json(), **content}
 
     @property
-    def folder(self) -> str:
-        """Name of the folder for its chunks: another for other contents or settings."""
-        choice = [self.selection.to_json(), self.selection.last_heldout]
-        identity = [_FORMAT, dataclasses.asdict(self.file), self.heldout, choice, self.tokenizer_sha256]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    def vocab_size(self) -> int | None:
+        """Tokens of a tokenizer that is to be trained; None for one from a file."""
+        if not self.tokenizer.startswith("train:"):
+            return None
+        size = self.tokenizer.removeprefix("train:")
+        if not re.fullmatch("[0-9]{1,9}", size) or not _MIN_VOCAB <= int(size) <= MAX_VOCABULARY:
+            raise UserError(
+                f"tokenizer = {self.tokenizer!r}: VOCAB in train:VOCAB must be a number, {_MIN_VOCAB} or "
+                f"more (256 bytes and a separator) and {MAX_VOCABULARY} or less"
+            )
+        return int(size)
+
+    @functools.cached_property
+    def tokenizer_of_file(self) -> Tokenizer:
+        """The tokenizer that is not to be trained."""
+        return open_tokenizer(self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSources:
+    """The files of a dataset."""
+
+    train: tuple[SourceFile, ...]
+    heldout: tuple[SourceFile, ...] = ()  # files whose documents are all held out
+
+    @property
+    def files(self) -> list[tuple[SourceFile, bool]]:
+        """(file, whether all of it is held out), in the order of the dataset's documents."""
+        heldout = {file.url for file in self.heldout}
+        train = [(file, False) for file in self.train if file.url not in heldout]
+        return train + [(file, True) for file in self.heldout]
+
+
+def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSettings) -> str:
+    """Computes the name of a dataset's content, a hex digest, wherever its sources lie.
+
+    `contents` are of each file its ending, the sha256 of its bytes, and whether all of it is held out.
+    """
+    return digest(
+        {
+            "format_version": _IDENTITY_VERSION,
+            "tokenizers_version": tokenizers.__version__ if settings.vocab_size is not None else None,
+            "settings": settings.to_json(),
+            "files": [list(content) for content in contents],
+        }
+    )
+
+
+def digest(identity: object) -> str:
+    """Returns the hex digest of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass
@@ -107,100 +163,128 @@ class FileResult:
     examples: list[str] = dataclasses.field(default_factory=list)
 
 
-def encode_file(
-    job: FileJob, tokenizer: Tokenizer, encode: Encode, work: Storage, report: ReportProgress
-) -> FileResult:
-    """Encodes a file, or what an earlier attempt has left of it.
+@dataclasses.dataclass(frozen=True)
+class FileTask:
+    """One source file to encode: all that decides the outcome, and the folder that receives it."""
 
-    Args:
-        job: The file and its settings.
-        tokenizer: The one that `job` names.
-        encode: How its tokens are found, see `word_cache.fastest`.
-        work: Its folder `job.folder` receives the chunks.
-        report: Told about progress.
+    Result: ClassVar = FileResult
 
-    Raises:
-        UserError: For a file that cannot be read at all; with `strict` for the first problem in it.
-    """
-    folder = work.child(job.folder)
-    if (result := _finished(job, folder)) is not None:
-        if job.selection.strict and result.examples:
-            raise _strict_stop(result.examples[0])
-        report(job.file.size, result.documents, 0)
-        return result
-    reader, result = FileReader(job.file, job.selection.text_field), FileResult(job.file.url, job.file.size)
-    bytes_told = 0
-    dtype = token_dtype(tokenizer.vocab_size)
-    with contextlib.ExitStack() as stack:
+    file: SourceFile
+    heldout: bool  # all of it
+    selection: Selection
+    tokenizer_sha256: str
+    work: Storage
+
+    @property
+    def size(self) -> int:
+        """Bytes as stored."""
+        return self.file.size
+
+    @property
+    def name(self) -> str:
+        """Name of the folder for its chunks: another for other contents or settings."""
+        choice = [self.selection.to_json(), self.selection.last_heldout]
+        identity = [_FORMAT, dataclasses.asdict(self.file), self.heldout, choice, self.tokenizer_sha256]
+        return digest(identity)[:24]
+
+    def run(self, report: Report) -> FileResult:
+        """Encodes the file, or what an earlier attempt has left of it.
+
+        UserError is for a file that cannot be read at all; with `strict` for the first problem in it.
+        """
+        folder = self.work.child(self.name)
+        if (result := self._finished(folder)) is not None:
+            if self.selection.strict and result.examples:
+                raise _strict_stop(result.examples[0])
+            report(self.size, result.documents, 0)
+            return result
+        tokenizer, encode = _encoder(self.work.url, self.tokenizer_sha256)
+        reader, result = (
+            FileReader(self.file, self.selection.text_field),
+            FileResult(self.file.url, self.size),
+        )
+        bytes_told = 0
         # One thread reads, one encodes, this one writes. Both are ended here, whatever happens: left to the
         # garbage collector, they would be waited for in any thread, even one of themselves.
-        batches = stack.enter_context(
-            contextlib.closing(_ahead(_batches(_select(reader, job, result), job, folder, result)))
-        )
-        encoded = stack.enter_context(
-            contextlib.closing(_ahead((b.chunk, *_encode(b, tokenizer, encode)) for b in batches))
-        )
-        for chunk, group in itertools.groupby(encoded, key=operator.itemgetter(0)):
-            with chunk.create(dtype) as writer:
-                for _, rows, tokens in group:
-                    writer.append(rows, tokens)
-                    report(reader.bytes_read - bytes_told, len(rows), sum(piece.size for piece in tokens))
-                    bytes_told = reader.bytes_read
-    report(reader.bytes_read - bytes_told, 0, 0)
-    result.sha256 = reader.sha256
-    folder.write(_DONE_FILE, sealed_json({"folder": job.folder, "result": dataclasses.asdict(result)}))
-    return result
+        with (
+            contextlib.closing(
+                _ahead(_batches(_select(reader, self, result), self, folder, result))
+            ) as batches,
+            contextlib.closing(_ahead((b.chunk, *_encode(b, tokenizer, encode)) for b in batches)) as encoded,
+        ):
+            for chunk, group in itertools.groupby(encoded, key=operator.itemgetter(0)):
+                with chunk.create(token_dtype(tokenizer.vocab_size)) as append:
+                    for _, rows, tokens in group:
+                        append(rows, tokens)
+                        report(reader.bytes_read - bytes_told, len(rows), sum(piece.size for piece in tokens))
+                        bytes_told = reader.bytes_read
+        report(reader.bytes_read - bytes_told, 0, 0)
+        result.sha256 = reader.sha256
+        folder.write_sealed(_DONE_FILE, {"folder": self.name, "result": dataclasses.asdict(result)})
+        return result
+
+    def chunks(self, result: FileResult) -> list[Chunk]:
+        """Returns the chunks of the encoded file, in order."""
+        return [Chunk(self.work.child(self.name), number) for number in range(result.chunks)]
+
+    def discard_damaged(self) -> list[str]:
+        """Deletes pieces of unfinished work on this machine that are not as they were written; names them."""
+        folder = self.work.child(self.name)
+        result, names = self._finished(folder), folder.names()
+        numbers = {int(found[1]) for name in names if (found := re.fullmatch(r"(\d{6,9})\.index", name))}
+        if result is not None:
+            numbers.update(range(result.chunks))
+        bad = [chunk for number in sorted(numbers) if not (chunk := Chunk(folder, number)).is_whole()]
+        for chunk in bad:
+            chunk.discard()
+        damaged = [f"{folder.url}/{chunk.number:06d}" for chunk in bad]
+        if _DONE_FILE in names and (bad or result is None):
+            folder.discard(_DONE_FILE)
+            damaged += [f"{folder.url}/{_DONE_FILE}"] if result is None else []
+        return damaged
+
+    def _finished(self, folder: Storage) -> FileResult | None:
+        """Reads what an earlier attempt found in a file; None if it did not end, or that is damaged."""
+        content = folder.read_sealed(_DONE_FILE)
+        return FileResult(**content["result"]) if content and content.get("folder") == self.name else None
 
 
-def discard_damaged(job: FileJob, work: Storage) -> list[str]:
-    """Deletes those pieces of a file's unfinished work that are not as they were written.
-
-    Args:
-        job: The file and its settings.
-        work: On this machine.
-
-    Returns:
-        Names of what was deleted.
-    """
-    folder = work.child(job.folder)
-    result, names = _finished(job, folder), folder.names()
-    numbers = {int(found[1]) for name in names if (found := re.fullmatch(r"(\d{6,9})\.index", name))}
-    if result is not None:
-        numbers.update(range(result.chunks))
-    bad = [chunk for number in sorted(numbers) if not (chunk := Chunk(folder, number)).is_whole()]
-    for chunk in bad:
-        chunk.discard()
-    if _DONE_FILE in names and (bad or result is None):
-        folder.discard(_DONE_FILE)
-    damaged = [f"{folder.url}/{chunk.number:06d}" for chunk in bad]
-    return damaged + [f"{folder.url}/{_DONE_FILE}" for _ in range(_DONE_FILE in names and result is None)]
+def share_tokenizer(tokenizer: Tokenizer, work: Storage) -> None:
+    """Puts the tokenizer where every task finds it."""
+    work.write(_tokenizer_file(tokenizer.sha256), tokenizer.to_bytes())
 
 
-def _finished(job: FileJob, folder: Storage) -> FileResult | None:
-    """Reads what an earlier attempt found in a file; None if it did not end, or that is damaged."""
+def shared_tokenizer(sha256: str, work: Storage) -> Tokenizer | None:
+    """Reads the tokenizer of this digest that was put there; None if it is not there, or damaged."""
     try:
-        content = unsealed(parse_json(folder.read(_DONE_FILE)))
-        return FileResult(**content["result"]) if content.get("folder") == job.folder else None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        content = work.read(_tokenizer_file(sha256))
+    except (FileNotFoundError, IsADirectoryError):
         return None
+    return Tokenizer(content) if hashlib.sha256(content).hexdigest() == sha256 else None
 
 
-def chunks_of(job: FileJob, result: FileResult, work: Storage) -> list[Chunk]:
-    """Returns the chunks of an encoded file, in order."""
-    return [Chunk(work.child(job.folder), number) for number in range(result.chunks)]
+def _tokenizer_file(sha256: str) -> str:
+    return f"tokenizer-{sha256[:24]}.json"
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(work: str, sha256: str) -> tuple[Tokenizer, Encode]:
+    """Returns the tokenizer, and the encoder that a process keeps for all of its files."""
+    tokenizer = shared_tokenizer(sha256, Storage(work))
+    if tokenizer is None:
+        raise UserError(
+            f"{work}/{_tokenizer_file(sha256)} is not as it was written: start the same command again"
+        )
+    return tokenizer, fast_encoder(tokenizer)
 
 
 def training_text(
-    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: ReportProgress
+    files: Sequence[tuple[SourceFile, bool]], selection: Selection, budget: int, report: Report
 ) -> Iterator[str]:
     """Yields documents of the training split to train a tokenizer on, in source order.
 
-    Args:
-        files: Files, and whether all of the file is held out.
-        selection: As for encoding.
-        budget: UTF-8 bytes at most, about; every file may give the same share, and what one does not
-            use goes to those after it.
-        report: Told about progress.
+    The `budget` is UTF-8 bytes at most, about; every file may give the same share, and what one does not use
+    goes to those after it. `files` tell of each whether all of it is held out.
     """
     readable = [file for file, heldout in files if not heldout]
     for number, file in enumerate(readable):
@@ -222,10 +306,6 @@ def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Se
     If it leaves none to hold out, that with the lowest hash is; if it leaves none to train on, the two with
     the highest hashes are trained on. A share that gives both splits a document, as the first documents of
     most corpora show, stays as it is, and so does one of fewer than three different documents.
-
-    Args:
-        files: Files, and whether all of the file is held out.
-        selection: With the share.
     """
     if not selection.heldout_fraction:
         return selection
@@ -233,14 +313,14 @@ def fitted(files: Sequence[tuple[SourceFile, bool]], selection: Selection) -> Se
     highest: list[bytes] = []
     for file, all_heldout in files:
         for _, raw in _selected(file, selection):
-            digest = hashlib.sha256(raw).digest()
-            is_heldout = all_heldout or selection.is_heldout(digest)
+            sha256 = hashlib.sha256(raw).digest()
+            is_heldout = all_heldout or selection.is_heldout(sha256)
             has_train, has_heldout = has_train or not is_heldout, has_heldout or is_heldout
             if has_train and has_heldout:
                 return selection
             if not all_heldout:
-                lowest = min(lowest or digest, digest)
-                highest = sorted({*highest, digest})[-3:]
+                lowest = min(lowest or sha256, sha256)
+                highest = sorted({*highest, sha256})[-3:]
     if len(highest) < 3:
         return selection
     return dataclasses.replace(selection, last_heldout=(highest[0] if has_heldout else lowest).hex())
@@ -253,6 +333,40 @@ def _selected(file: SourceFile, selection: Selection) -> Iterator[tuple[str, byt
             yield item.text, item.text.encode()
 
 
+def _select(reader: FileReader, task: FileTask, result: FileResult) -> Iterator[tuple[bytes, int, str]]:
+    """Yields (SHA-256, UTF-8 bytes, text) of documents that are taken; counts others in `result`."""
+
+    def note(what: str, done: str) -> None:
+        example = f"{task.file.url}, {what}"
+        if task.selection.strict:
+            raise _strict_stop(example)
+        if len(result.examples) < MAX_EXAMPLES:
+            result.examples.append(f"{example}: {done}")
+
+    for item in reader:
+        if isinstance(item, Problem):
+            result.problems[item.kind] = result.problems.get(item.kind, 0) + 1
+            note(f"{item.where}: {item.kind} ({item.what})", "skipped")
+            continue
+        if item.replaced:
+            result.documents_with_replacements += 1
+            result.replaced_sequences += item.replaced
+            note(f"{item.where}: invalid UTF-8 ({item.replaced} sequences)", "replaced by U+FFFD")
+        text = item.text
+        if not task.selection.has_length(text):
+            result.too_short += len(text) < task.selection.min_chars
+            result.too_long += len(text) >= task.selection.min_chars
+            continue
+        raw = text.encode()
+        result.documents += 1
+        result.utf8_bytes += len(raw)
+        yield hashlib.sha256(raw).digest(), len(raw), text
+
+
+def _strict_stop(example: str) -> UserError:
+    return UserError(f"strict: {example}; mend or remove it, or leave out --strict to have it counted")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batch:
     """Documents of one chunk that are encoded together."""
@@ -262,43 +376,8 @@ class _Batch:
     texts: list[str]
 
 
-def _select(reader: FileReader, job: FileJob, result: FileResult) -> Iterator[tuple[bytes, int, str]]:
-    """Yields (SHA-256, UTF-8 bytes, text) of documents that are taken; counts others in `result`."""
-    for item in reader:
-        if isinstance(item, Problem):
-            result.problems[item.kind] = result.problems.get(item.kind, 0) + 1
-            _note(result, job, f"{item.where}: {item.kind} ({item.what})", "skipped")
-            continue
-        if item.replaced:
-            result.documents_with_replacements += 1
-            result.replaced_sequences += item.replaced
-            what = f"{item.where}: invalid UTF-8 ({item.replaced} sequences)"
-            _note(result, job, what, "replaced by U+FFFD")
-        text = item.text
-        if not job.selection.has_length(text):
-            result.too_short += len(text) < job.selection.min_chars
-            result.too_long += len(text) >= job.selection.min_chars
-            continue
-        raw = text.encode()
-        result.documents += 1
-        result.utf8_bytes += len(raw)
-        yield hashlib.sha256(raw).digest(), len(raw), text
-
-
-def _note(result: FileResult, job: FileJob, what: str, done: str) -> None:
-    example = f"{job.file.url}, {what}"
-    if job.selection.strict:
-        raise _strict_stop(example)
-    if len(result.examples) < MAX_EXAMPLES:
-        result.examples.append(f"{example}: {done}")
-
-
-def _strict_stop(example: str) -> UserError:
-    return UserError(f"strict: {example}; mend or remove it, or leave out --strict to have it counted")
-
-
 def _batches(
-    documents: Iterable[tuple[bytes, int, str]], job: FileJob, folder: Storage, result: FileResult
+    documents: Iterable[tuple[bytes, int, str]], task: FileTask, folder: Storage, result: FileResult
 ) -> Iterator[_Batch]:
     """Cuts the documents into chunks, and these into batches; leaves out chunks that are written already."""
     chunk, chunk_bytes, chunk_documents = Chunk(folder, 0), 0, 0
@@ -308,8 +387,8 @@ def _batches(
     chars = 0
     for sha256, utf8_bytes, text in documents:
         if not written:
-            digest = np.frombuffer(sha256[:16], "<u8")
-            rows.append((digest, 0, utf8_bytes, job.heldout or job.selection.is_heldout(sha256)))
+            start = np.frombuffer(sha256[:16], "<u8")
+            rows.append((start, 0, utf8_bytes, task.heldout or task.selection.is_heldout(sha256)))
             texts.append(text)
         chars += len(text)
         chunk_bytes += utf8_bytes
@@ -333,7 +412,7 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encode: Encode) -> tuple[np.nda
     tokens: list[np.ndarray] = []
     cut = (tokenizer.pieces(text) for text in batch.texts)
     pieces = ((n, i == 0, piece) for n, text in enumerate(cut) for i, piece in enumerate(text))
-    for group in _groups(pieces, _BATCH_CHARS):
+    for group in _groups(pieces):
         arrays = encode([piece for _, _, piece in group])
         for (number, is_start, _), ids in zip(group, arrays, strict=True):
             if is_start:
@@ -343,14 +422,14 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, encode: Encode) -> tuple[np.nda
     return rows, tokens
 
 
-def _groups(pieces: Iterable[tuple[int, bool, str]], chars: int) -> Iterator[list[tuple[int, bool, str]]]:
+def _groups(pieces: Iterable[tuple[int, bool, str]]) -> Iterator[list[tuple[int, bool, str]]]:
     """Groups pieces to be encoded at once: the library needs some 100 bytes for each token of them."""
     group: list[tuple[int, bool, str]] = []
     size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece[2])
-        if size >= chars:
+        if size >= _BATCH_CHARS:
             yield group
             group, size = [], 0
     if group:

@@ -3,17 +3,16 @@
 Local work needs one folder; a pipeline on many machines needs one that they all reach. Both are this class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
 import shutil
 import tempfile
 from typing import Any
-import uuid
 
 from topklm.data.sources import file_system
-from topklm.storage.files import fsync, write_atomically
+from topklm.storage.files import parse_json, replacing, sealed_json, unsealed, write_atomically
 
 
 class Storage:
@@ -27,9 +26,6 @@ class Storage:
         # A relative path would mean something else to a worker elsewhere.
         self.path = Path(os.path.expanduser(str(url).removeprefix("file://"))).absolute()  # of a local folder
         self.url = str(self.path) if self.is_local else str(url).rstrip("/")
-
-    def __repr__(self) -> str:
-        return f"Storage({self.url!r})"
 
     @property
     def name(self) -> str:
@@ -61,19 +57,24 @@ class Storage:
         else:
             self._fs().pipe_file(f"{self.url}/{name}", content)
 
+    def read_sealed(self, name: str) -> dict[str, Any] | None:
+        """Reads a small file of `write_sealed`; None if it is not there, or not as it was written."""
+        try:
+            return unsealed(parse_json(self.read(name)))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+            return None
+
+    def write_sealed(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a small file of JSON with a digest of itself."""
+        self.write(name, sealed_json(content))
+
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """Yields a local path to write a file at, which becomes `name` at the end of the block."""
         if self.is_local:
             self._make_way_for(name)
-            temporary = self.path / f".{name}.{uuid.uuid4().hex}.tmp"
-            try:
+            with replacing(self.path / name) as temporary:
                 yield temporary
-                fsync(temporary)
-                temporary.replace(self.path / name)
-                fsync(self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / name
@@ -85,7 +86,7 @@ class Storage:
         return os.listdir(self.path) if self.path.is_dir() else []
 
     def discard(self, name: str) -> None:
-        """Deletes what lies under a name in a local folder, if anything does."""
+        """Deletes a file or folder in a local folder, if it is there."""
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
