@@ -202,13 +202,9 @@ def _paths_below(folder: str, flag: str) -> list[str]:
 
 def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], None]) -> list[str]:
     """Returns a folder's files whose ending is known; says how many others there are."""
-    others: Counter[str] = Counter()
-    known = []
-    for name in names:
-        if formats.ending_of(name):
-            known.append(name)
-        else:
-            others[_unknown_ending(name)] += 1
+    endings = {name: formats.ending_of(name) for name in names}
+    known = [name for name, ending in endings.items() if ending]
+    others = Counter(_unknown_ending(name) for name, ending in endings.items() if not ending)
     counts = [f"{ending} {n:,}" for ending, n in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     shown = ", ".join(counts[:_MAX_ENDINGS])
     shown += f" and {len(counts) - _MAX_ENDINGS} more endings" if len(counts) > _MAX_ENDINGS else ""
