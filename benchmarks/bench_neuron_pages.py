@@ -47,6 +47,7 @@ from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
+from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -76,12 +77,12 @@ def main() -> None:
     parser.add_argument("--peer-python", metavar="PATH", help="a Python that has sae-dashboard")
     parser.add_argument("--result", type=Path, default=RESULT, help="default %(default)s")
     arguments = parser.parse_args()
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
-    model = topklm.load(arguments.run, mesh=mesh)
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    model = topklm.load(arguments.run, mesh=layout.mesh)
     documents = _held(model, arguments.source, arguments.tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = _folder(Path(name), Path(arguments.run), model.step)
-        harvested = against_forward(model, mesh, documents, folder, arguments.repeats)
+        harvested = against_forward(model, layout, documents, folder, arguments.repeats)
         store = Store(folder.store)
         measured = _measure(model, store, folder, arguments.measure_repeats)
         written, facts = _write(model, store, folder, Path(name), arguments.repeats, arguments.peer_python)
@@ -120,7 +121,7 @@ def _folder(place: Path, run: Path, step: int) -> NeuronsFolder:
 
 
 def _size(store: Store) -> dict[str, Any]:
-    n_bytes = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    n_bytes = _bytes_under(store.folder)
     return {
         "bytes": n_bytes,
         "activations": store.n_events,
@@ -133,15 +134,10 @@ def _measure(model: LanguageModel, store: Store, folder: NeuronsFolder, repeats:
 
     def side(settings: MeasureSettings, path: Path) -> Subject:
         return timing.timed(
-            functools.partial(
-                measure,
+            # New inputs each time, for they keep what they have computed.
+            lambda: measure(
                 path,
-                store,
-                model.config.model,
-                model.params,
-                separator_id=model.tokenizer.separator_id,
-                settings=settings,
-                progress=_SILENT,
+                Inputs(store, model.cfg, model.params, model.tokenizer.separator_id, settings, _SILENT),
             )
         )
 
@@ -178,18 +174,15 @@ def _write(
         samples = timing.alternate(subjects, repeats, warmup=1, label="pages")
         if peer_python:
             facts |= sae_dashboard_peer.check(handed, expected)
-    sizes = {
-        "HTML": _bytes_under(place / "neurons.html"),
-        "JSON": _bytes_under(place / "neurons.jsonl"),
-        "Neuronpedia": _bytes_under(place / "neuronpedia"),
-        "sae-dashboard": _bytes_under(place / "peer" / "pages"),
+    paths = {
+        "HTML": place / "neurons.html",
+        "JSON": place / "neurons.jsonl",
+        "Neuronpedia": place / "neuronpedia",
+        "sae-dashboard": place / "peer" / "pages",
     }
     n_examples = sum(map(len, filter(None, NeuronData(folder).rows["examples"].to_pylist())))
-    return samples, {
-        "n_examples": n_examples,
-        "peer": facts,
-        "bytes": {name: sizes[name] for name in subjects},
-    }
+    n_bytes = {name: _bytes_under(paths[name]) for name in subjects}
+    return samples, {"n_examples": n_examples, "peer": facts, "bytes": n_bytes}
 
 
 def _write_json(folder: NeuronsFolder, path: Path) -> None:

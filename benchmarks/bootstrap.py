@@ -17,18 +17,28 @@ not how far a sample of this size is from endless text. With few documents (book
 are ours. Dims: N tokens, G documents, R draws, D neurons per layer, d width of an embedding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import rich.console
 import scipy.sparse
 
+import topklm
+from topklm.model import transformer
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.statistics import embeddings, table
 from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import NeuronBlock, Store
+from topklm.progress import TerminalProgress
 
 FIGURES = ("token_entropy_corrected", "semantic_entropy_corrected", "monosemanticity")
 DRAWS = 1000
 LEVEL = 0.95
+SUMMARIES = ("median", "mean")
 
 _BLOCK_NEURONS = 16
 _STRETCH = 65_536
@@ -36,19 +46,12 @@ _STRETCH = 65_536
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """The text on which neurons are compared.
+    """The text on which neurons are compared."""
 
-    Attributes:
-        token_ids: int[N], the store's tokens.
-        groups: int[N], the cluster of each, from 0.
-        bounds: int64[G + 1], as `embeddings.document_bounds` gives them.
-        embeddings: float32[N, d], of contexts; see `embed_all`.
-    """
-
-    token_ids: np.ndarray
-    groups: np.ndarray
-    bounds: np.ndarray
-    embeddings: np.ndarray
+    token_ids: np.ndarray  # int[N], the store's tokens
+    groups: np.ndarray  # int[N], the cluster of each, from 0
+    bounds: np.ndarray  # int64[G + 1], as `Store.document_bounds` gives them
+    embeddings: np.ndarray  # float32[N, d], of contexts; see `embed_all`
 
 
 def embed_all(contexts: Embeddings, n_tokens: int) -> np.ndarray:
@@ -118,19 +121,12 @@ def of_neuron(block: NeuronBlock, number: int, text: Text, weights: np.ndarray) 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Of a figure.
+    """Of a figure."""
 
-    Attributes:
-        figure: From the sample as it is.
-        low: Where the interval begins.
-        high: Where it ends.
-        shift: Mean of the draws less the figure, which was taken off the draws.
-    """
-
-    figure: float
+    figure: float  # from the sample as it is
     low: float
     high: float
-    shift: float
+    shift: float  # mean of the draws less the figure, which was taken off the draws
 
 
 def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
@@ -147,6 +143,100 @@ def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
     """Returns median and mean over neurons that have them, of figures float64[D, R]: float64[R] each."""
     with np.errstate(invalid="ignore"):
         return {"median": np.nanmedian(figures, axis=0), "mean": np.nanmean(figures, axis=0)}
+
+
+# Intervals of runs, for the gallery.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """Of one run."""
+
+    text: str  # read, and how much of it; runs with the same may be subtracted from each other
+    layers: tuple[int, ...]  # the model's
+    values: np.ndarray  # float64[figures, layers, summaries, 1 + R]: from the sample, then from each draw
+
+    def of(self, figure: str, layer: int, summary: str) -> np.ndarray:
+        """Returns one figure, float64[1 + R]."""
+        at = FIGURES.index(figure), self.layers.index(layer), SUMMARIES.index(summary)
+        return self.values[at]
+
+
+def draw(folder: NeuronsFolder, layers: Sequence[int], n_draws: int) -> Drawn:
+    """Resamples the documents of a run's store; kept beside it, for the next time.
+
+    Args:
+        folder: Of the run; its table was measured with the model's own unembedding.
+        layers: Those to look at.
+        n_draws: R.
+    """
+    store = Store(folder.store)
+    text = f"{store.metadata.source}, {store.n_tokens} tokens"
+    layers = tuple(layer for layer in layers if layer in store.metadata.layers)
+    kept = folder.path / f"bootstrap-{n_draws}-{'-'.join(map(str, layers))}.npy"
+    if kept.exists() and kept.stat().st_mtime > folder.table.stat().st_mtime:
+        return Drawn(text, layers, np.load(kept))
+    rows, measured = table.read(folder.table)
+    read = _text(folder, store, measured)
+    drawn = document_weights(len(read.bounds) - 1, n_draws)
+    weights = np.concatenate([np.ones((len(drawn), 1), drawn.dtype), drawn], axis=1)
+    values = np.empty((len(FIGURES), len(layers), len(SUMMARIES), 1 + n_draws))
+    progress = TerminalProgress(rich.console.Console())
+    with progress.phase(f"drawing documents of {folder.run.name}", len(layers) * measured.d_model) as report:
+        for at, layer in enumerate(layers):
+            found = resample(store, layer, read, weights, lambda n: report(n, 0, 0))
+            for number, name in enumerate(FIGURES):
+                in_table = rows.filter(pa.compute.equal(rows["layer"], layer))[name].to_numpy()
+                # The very figures of the table, or else these intervals would be of something else.
+                np.testing.assert_allclose(found[name][:, 0], in_table.astype(float), rtol=1e-3, atol=1e-5)
+                both = summaries(found[name])
+                values[number, at] = [both[summary] for summary in SUMMARIES]
+    np.save(kept, values)
+    return Drawn(text, layers, values)
+
+
+def of_run(drawn: Drawn) -> dict[int, Any]:
+    """Computes intervals by layer, figure and summary."""
+    return {
+        layer: {
+            figure: {summary: _interval(drawn.of(figure, layer, summary)) for summary in SUMMARIES}
+            for figure in FIGURES
+        }
+        for layer in drawn.layers
+    }
+
+
+def of_difference(drawn: Drawn, less: Drawn) -> dict[int, Any] | None:
+    """Returns the same of one run less another; None if they did not read the same text."""
+    if drawn.text != less.text:
+        return None
+    both = tuple(layer for layer in drawn.layers if layer in less.layers)
+    values = np.stack(
+        [
+            [[drawn.of(figure, layer, s) - less.of(figure, layer, s) for s in SUMMARIES] for layer in both]
+            for figure in FIGURES
+        ]
+    )
+    return of_run(Drawn(drawn.text, both, values))
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
+    found = interval(float(values[0]), values[1:])
+    return {name: round(value, 5) for name, value in dataclasses.asdict(found).items()}
+
+
+def _text(folder: NeuronsFolder, store: Store, measured: table.TableMetadata) -> Text:
+    """Returns the text, with the clusters and contexts of the table."""
+    model = topklm.load(str(folder.run), step=folder.step)
+    columns = np.asarray(transformer.bind(model.config.model, model.params).unembedding())
+    unembedding = columns[:, : model.config.model.vocab_size]
+    token_ids, bounds = store.tokens(0, store.n_tokens), store.document_bounds()
+    of_token = embeddings.cluster_tokens(
+        unembedding, measured.details["n_clusters"], measured.details["seed"]
+    )
+    around = embeddings.Contexts(token_ids, bounds, embeddings.token_vectors(unembedding))
+    vectors = embed_all(around, store.n_tokens)
+    return Text(token_ids, of_token[token_ids], bounds, vectors)
 
 
 def _entropy(

@@ -12,7 +12,7 @@ _ON_ITS_WAY = {"Mesh", "AbstractMesh", "Layout", "PreparedRun"}
 _Found = tuple[str, ast.FunctionDef, str]  # file, function, its class or ""
 
 
-def config_climbs(tree: Path, *, into_objects: bool = False) -> list[str]:
+def config_climbs(tree: Path) -> list[str]:
     """Lists the climbs of `config` from `training.loop.train` to the last step.
 
     Follows every call that takes a config, a section of it (`*Config`), a mesh or layout of it, in the order
@@ -22,8 +22,6 @@ def config_climbs(tree: Path, *, into_objects: bool = False) -> list[str]:
 
     Args:
         tree: Root of a checkout.
-        into_objects: Follow it, besides from function to function, where an object that keeps it calls its
-            own methods.
 
     Returns:
         One line a climb, such as "data/stream.py:train_stream -> sharding.py:local_rows".
@@ -32,7 +30,7 @@ def config_climbs(tree: Path, *, into_objects: bool = False) -> list[str]:
         ValueError: For a checkout without `train`.
     """
     package = _Package(tree)
-    walk = _Walk(package, into_objects)
+    walk = _Walk(package)
     entry = package.named("topklm/training/loop.py", "train")
     if entry is None:
         raise ValueError(f"{tree} has no topklm/training/loop.py with a function `train`")
@@ -126,7 +124,6 @@ class _Package:
 @dataclasses.dataclass
 class _Walk:
     package: _Package
-    into_objects: bool
     stays: list[str] = dataclasses.field(default_factory=list)  # "file:function"
     passed: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
@@ -147,21 +144,9 @@ class _Walk:
                 self._bind(file, node.optional_vars, node.context_expr, types)
             elif isinstance(node, ast.Call) and (found := self._target(file, node.func, types)):
                 _, called, of = found
-                own = self.into_objects and of == cls and ast.unparse(node.func).startswith("self.")
-                taken = [a.annotation for a in _parameters(called)]
-                if (
-                    own
-                    or of in _ON_ITS_WAY
-                    or of.endswith("Config")
-                    or any(map(_carries, taken))
-                    or (self.into_objects and self._made(node))
-                ):
+                carries = any(_carries(a.annotation) for a in _parameters(called))
+                if of in _ON_ITS_WAY or of.endswith("Config") or carries:
                     self.enter(*found)
-
-    @staticmethod
-    def _made(call: ast.Call) -> bool:
-        """Tells whether a method is called on an object in the statement that makes it."""
-        return isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call)
 
     def _attributes(self, file: str, cls: str) -> dict[str, str]:
         """Returns the classes of the attributes that a constructor sets."""

@@ -35,17 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     step = max(int(path.parent.name) for path in arguments.run.glob("neurons/*/neurons.parquet"))
     store = Store(NeuronsFolder(arguments.run, step).store)
-    command = [
-        sys.executable,
-        "-m",
-        "topklm",
-        "explore",
-        str(arguments.run),
-        "--step",
-        str(step),
-        "--port",
-        "0",
-    ]
+    flags = ["--step", str(step), "--port", "0"]
+    command = [sys.executable, "-m", "topklm", "explore", str(arguments.run), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = _address(process)

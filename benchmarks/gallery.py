@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from benchmarks import gallery_intervals
+from benchmarks import bootstrap
 from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
@@ -76,7 +76,7 @@ def main() -> None:
     runs = {kind: [_folder(run) for run in folders] for kind, folders in groups.items()}
     layers = table.read(runs[TOPK][0].table)[1].layers
     drawn = {
-        kind: [gallery_intervals.draw(folder, layers, arguments.draws) for folder in folders]
+        kind: [bootstrap.draw(folder, layers, arguments.draws) for folder in folders]
         for kind, folders in runs.items()
     }
     result = {
@@ -85,11 +85,11 @@ def main() -> None:
         "bootstrap": {
             "draws": arguments.draws,
             "intervals": {
-                kind: [gallery_intervals.of_run(run) for run in of_kind] for kind, of_kind in drawn.items()
+                kind: [bootstrap.of_run(run) for run in of_kind] for kind, of_kind in drawn.items()
             },
             "less_topk": {
                 kind: [
-                    gallery_intervals.of_difference(run, topk)
+                    bootstrap.of_difference(run, topk)
                     for run, topk in zip(of_kind, drawn[TOPK], strict=False)
                 ]
                 for kind, of_kind in drawn.items()
@@ -154,9 +154,9 @@ def _first(folder: NeuronsFolder) -> list[dict[str, Any]]:
 def _neuron(row: Mapping[str, Any], tokenizer: Tokenizer, store: Store) -> dict[str, Any]:
     figures = {name: row[name] for name in SHOWN_FIGURES}
     shares = zip(tokenizer.token_strings(row["top_tokens"]), row["top_token_shares"], strict=True)
-    examples = []
+    examples, bounds = [], store.document_bounds()
     for at in row["examples"][:EXAMPLES]:
-        begin, end = store.document(int(store.documents(at, at + 1)[0]))
+        begin, end = bounds[np.searchsorted(bounds, at, side="right") - [1, 0]].tolist()
         before = tokenizer.decode(store.tokens(max(begin, at - BEFORE), at))
         behind = tokenizer.decode(store.tokens(at + 1, min(end, at + 1 + BEHIND)))
         examples.append([before, tokenizer.decode(store.tokens(at, at + 1)), behind])

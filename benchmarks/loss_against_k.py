@@ -19,10 +19,11 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from benchmarks.adaptive_losses import token_losses
 from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 import topklm
-from topklm.inference.adaptive import AdaptiveK, token_losses
+from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.documents import open_documents
 
@@ -36,21 +37,13 @@ _BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One way to run the model.
+    """One way to run the model."""
 
-    Attributes:
-        k: Neurons kept at a token, on average.
-        loss: Nats per token, the mean over tokens.
-        low: End of the interval.
-        high: Its other end.
-        threshold: Of the rule, in nats; None for one k.
-    """
-
-    k: float
-    loss: float
-    low: float
+    k: float  # neurons kept at a token, on average
+    loss: float  # nats per token, the mean over tokens
+    low: float  # ends of the interval
     high: float
-    threshold: float | None = None
+    threshold: float | None = None  # of the rule, in nats; None for one k
 
 
 def main() -> None:

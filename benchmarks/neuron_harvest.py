@@ -9,18 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from benchmarks.harness import timing
 from topklm.config import ModelConfig
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.documents import Packed, batches, pack, windows_of
+from topklm.neurons.documents import TextModel, batches
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
+
+_Batch = tuple[np.ndarray, ...]  # inputs, segment ids, positions
 
 
 @dataclasses.dataclass
@@ -36,13 +38,13 @@ class Held:
 
 
 def against_forward(
-    model: LanguageModel, mesh: Mesh, documents: Held, folder: NeuronsFolder, repeats: int
+    model: LanguageModel, layout: Layout, documents: Held, folder: NeuronsFolder, repeats: int
 ) -> dict[str, Any]:
     """Harvests again and again, in turns with the plain forward pass; the last store stays.
 
     Args:
-        model: On the devices of `mesh`.
-        mesh: Of all devices.
+        model: On the devices of `layout`.
+        layout: Of all devices.
         documents: The text.
         folder: Where the store goes.
         repeats: Rounds.
@@ -51,7 +53,8 @@ def against_forward(
         Ratios and rates, for JSON.
     """
     config, separator_id = model.config.model, model.tokenizer.separator_id
-    rows = harvest_lib.batch_rows(config, mesh)
+    text_model = TextModel(config, model.params, layout, separator_id)
+    rows = text_model.rows
     kind, layers = harvest_lib.kind_and_layers(config)
     metadata = Metadata(
         run="benchmark",
@@ -71,23 +74,19 @@ def against_forward(
         for _ in range(calls):
             shutil.rmtree(folder.store, ignore_errors=True)
             writer = StoreWriter(folder.store, metadata)
-            arguments = config, model.params, mesh, documents, writer
-            whole = functools.partial(harvest_lib.harvest, *arguments, separator_id=separator_id, rows=rows)
+            whole = functools.partial(harvest_lib.harvest, text_model, documents, writer)
             seconds += timing.timed(whole)(1)
         return seconds
 
-    batches = _batches(config, documents, separator_id, rows)
-    forward = timing.timed(functools.partial(_forward_all, config, model.params, mesh, batches))
+    batches = _batches(text_model, documents)
+    forward = timing.timed(functools.partial(_forward_all, text_model, batches))
     subjects = {"harvest": harvest, "forward": forward}
     samples = timing.alternate(subjects, repeats, label="harvest")
-    ratios = samples["forward"].speedup_over(samples["harvest"])
     n_tokens = sum(map(len, documents))
     return {
-        "over_forward": statistics.median(ratios),
-        "over_forward_of_rounds": ratios,
+        **_over_forward(samples, "harvest"),
         "tokens_per_second": n_tokens / samples["harvest"].median,
         "forward_tokens_per_second": n_tokens / samples["forward"].median,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
         "batch_rows": rows,
         "n_batches": len(batches),
     }
@@ -112,44 +111,33 @@ def capture_against_forward(model: LanguageModel, repeats: int) -> dict[str, Any
 
     subjects = {"captured": timing.timed(captured), "forward": timing.timed(forward)}
     samples = timing.alternate(subjects, repeats, label="capture")
-    ratios = samples["forward"].speedup_over(samples["captured"])
+    return {**_over_forward(samples, "captured"), "tokens": list(shape)}
+
+
+def _over_forward(samples: dict[str, timing.Samples], name: str) -> dict[str, Any]:
+    ratios = samples["forward"].speedup_over(samples[name])
+    seconds = {name: of_side.seconds for name, of_side in samples.items()}
     return {
         "over_forward": statistics.median(ratios),
         "over_forward_of_rounds": ratios,
-        "seconds": {name: of_side.seconds for name, of_side in samples.items()},
-        "tokens": list(shape),
+        "seconds": seconds,
     }
 
 
-def _batches(config: ModelConfig, documents: Held, separator_id: int, rows: int) -> list[Packed]:
-    """Packs the batches of a harvest, in its order; `Packed` of `rows` rows each."""
-    length = config.context_length
-    windows = (
-        window
-        for number, ids in enumerate(documents)
-        for window in windows_of(number, ids, separator_id, length)
-    )
-    found = []
-    for stretch in batches(windows, harvest_lib.segment_tokens(config)):
-        packed = pack(stretch, length, rows, separator_id)
-        for start in range(0, len(packed.inputs), rows):
-            some = {
-                name: getattr(packed, name)[start : start + rows]
-                for name in ("inputs", "segment_ids", "positions")
-            }
-            found.append(dataclasses.replace(packed, **some))
-    return found
+def _batches(model: TextModel, documents: Held) -> list[tuple[np.ndarray, ...]]:
+    """Packs the batches of a harvest, in its order: inputs, segment ids and positions of each."""
+    return [
+        arrays
+        for stretch in batches(model.windows(documents), harvest_lib.segment_tokens(model.config))
+        for arrays, _, _ in model.pack(stretch).batches()
+    ]
 
 
-def _forward_all(
-    config: ModelConfig, params: transformer.Parameters, mesh: Mesh, batches: Sequence[Packed]
-) -> None:
+def _forward_all(model: TextModel, batches: Sequence[tuple[np.ndarray, ...]]) -> None:
     """Computes the losses of all batches, on the host; while one is fetched the next is computed."""
-    batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ahead = None
-    for packed in batches:
-        arrays = jax.device_put((packed.inputs, packed.segment_ids, packed.positions), batch)
-        before, ahead = ahead, _forward(config, params, *arrays)
+    for arrays in batches:
+        before, ahead = ahead, _forward(model.config, model.params, *model.put(arrays))
         if before is not None:
             np.asarray(before)
     np.asarray(ahead)

@@ -73,7 +73,7 @@ def hand_over(model: LanguageModel, store: Store, folder: Path) -> dict[int, np.
     (folder / "vocabulary.json").write_text(json.dumps(strings))
     d = metadata.d_model
     made = lenses.make(config, model.params, jnp.zeros((config.n_layers, d, d)))
-    effects = made.identity_rows(0, d) @ made.unembedding  # so that its logits are our identity lens
+    effects = made.identity_rows(0, 0, d) @ made.unembedding  # so that its logits are our identity lens
     np.save(folder / "unembedding.npy", np.asarray(effects, np.float32))
     expected = {}
     for layer in metadata.layers:

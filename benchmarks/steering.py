@@ -26,10 +26,11 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
 from topklm.progress import TerminalProgress
-from topklm.steering import dose, neuron_facts
+from topklm.steering import concepts as concepts_lib
+from topklm.steering import dose
 from topklm.steering.concepts import KINDS
 from topklm.steering.dose import Sampled
-from topklm.steering.summary import without_nan
+from topklm.steering.survey import without_nan
 
 SHOWN = 6
 TIMES = (0.0, 0.25, 0.5, 1.0, 2.0)  # of a neuron's largest activation
@@ -102,9 +103,9 @@ def chosen(folder: NeuronsFolder) -> list[tuple[int, int]]:
 def _neuron(
     model: LanguageModel, folder: NeuronsFolder, layer: int, neuron: int, sampled: Sampled, report: Any
 ) -> dict[str, Any]:
-    facts = neuron_facts.read(folder, layer, neuron)
+    facts = concepts_lib.read_facts(folder, layer, neuron)
     assert facts is not None and facts.max_activation is not None
-    concepts = neuron_facts.own_concepts(model, folder, facts, layer, neuron)
+    concepts = concepts_lib.own_concepts(model, folder, facts, layer, neuron)
     values = [times * facts.max_activation for times in TIMES]
     responses = dose.respond(
         model, (layer, neuron), values, concepts, sampled, report=lambda texts: report(texts, 0, 0)

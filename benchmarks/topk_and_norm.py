@@ -24,16 +24,7 @@ def select_and_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Computes TopK and `y * rsqrt(mean(y * y) + epsilon) * scale` of its result y, taken in float32.
 
-    Args:
-        x: As in `topk_pallas.select`.
-        k: As in `topk_pallas.select`.
-        activation: As in `topk_pallas.select`.
-        platform: As in `topk_pallas.select`.
-        scale_D: float32[D].
-        epsilon: Added to the mean square.
-        residual: As in `topk_pallas.select`.
-        with_mask: As in `topk_pallas.select`.
-        interpret: As in `topk_pallas.select`.
+    `scale_D` is float32[D]; the other arguments are those of `topk_pallas.select`.
 
     Returns:
         The result of TopK; its norm, in the dtype of x; the inverse root mean square, float32[..., 1]; the

@@ -34,4 +34,4 @@ def cross_entropy_reference(
 
 def active_mask(x: jax.Array, k: int, activation: str = "relu", backend: str = "auto") -> jax.Array:
     """Returns bool[..., D], which entries pass through `topk`: those where its gradient passes."""
-    return topk_lib._topk_and_mask((x,), None, k, activation, backend)[1]
+    return topk_lib._topk((x,), None, k, activation, backend, True)[1]

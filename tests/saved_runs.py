@@ -19,8 +19,7 @@ from topklm.config import CheckpointConfig, Config, ModelConfig
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.layout import Layout, one_device
 from topklm.storage.files import AnyPath, write_atomically
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, abstract_state
+from topklm.training.step import TrainState, abstract_state, make_optimizer
 
 MODEL = ModelConfig(
     d_model=32,

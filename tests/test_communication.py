@@ -21,8 +21,7 @@ import topklm
 from topklm.compile_check import cost, hlo
 from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
 from topklm.layout import make_layout
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_batch, abstract_state, make_train_step
+from topklm.training.step import abstract_batch, abstract_state, make_optimizer, make_train_step
 
 TOPK = Config(
     model=ModelConfig(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 
 import damage
@@ -16,8 +17,7 @@ from topklm import cli, config, errors
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.layout import one_device
 from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state
+from topklm.training.step import abstract_state, make_optimizer
 
 OTHER = saved_runs.CONFIG.to_dict() | {"train": {**saved_runs.CONFIG.to_dict()["train"], "seed": 7}}
 
@@ -38,7 +38,7 @@ def loaded(run):
 
 
 def newest_state(run):
-    asked = config.from_json((run / "config.json").read_bytes())
+    asked = config.from_saved(json.loads((run / "config.json").read_bytes()))
     checkpoints = CheckpointManager(run / "checkpoints", asked.checkpoint)
     return [np.asarray(array) for array in jax.tree.leaves(checkpoints.restore(*onto_one_device(asked))[0])]
 

@@ -25,10 +25,9 @@ import pytest
 
 from topklm import cli, config, errors, imports
 from topklm.layout import one_device
-from topklm.storage import files, locks
+from topklm.storage import files
 from topklm.training import setup
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state
+from topklm.training.step import abstract_state, make_optimizer
 
 # What a shell starts: `SCRIPT` reads the arguments of a Python program from "$@".
 NOBODY_READS = 'set -o pipefail; "$@" | head -n 1'
@@ -280,10 +279,10 @@ def test_a_file_system_without_locks_is_warned_of_and_used(monkeypatch, tmp_path
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("topklm.storage.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("topklm.storage.files.fcntl.flock", refuse)
     said = []
-    with locks.held(tmp_path, pytest.fail, said.append):
-        assert not locks.is_held(tmp_path)
+    with files.folder_lock(tmp_path, pytest.fail, said.append):
+        assert not files.is_locked(tmp_path)
     assert len(said) == 1
     assert "without locks" in said[0]
 

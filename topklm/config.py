@@ -5,9 +5,10 @@ An experiment is a Python file with `get_config(arg)` that starts from `default(
 the typed, frozen `Config` that the library uses, or ends with one line that names the field.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import re
@@ -18,7 +19,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model import backends
-from topklm.storage.files import check_name, parse_json
+from topklm.storage.files import check_name
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
 DTYPES = ("float32", "bfloat16")
@@ -36,75 +37,47 @@ _LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Values that a number may take; a bound that is None does not hold.
+    """Values that a number may take."""
 
-    Attributes:
-        least: The smallest.
-        most: The largest.
-        above: All are larger.
-        below: All are smaller, in float32 too.
-        rest: -1 is allowed beside them and stands for all devices that are left.
-    """
+    allowed: str  # describes them, as in "must be ..."
+    holds: Callable[[float], bool]
+    most: int | None = None  # of integers, the largest
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    rest: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Returns True if a value lies within all bounds."""
-        return (self.rest and value == -1) or (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or float(np.float32(value)) < self.below)
-        )
-
-    def __str__(self) -> str:
-        """Describes the values, as in "must be ..."."""
-        if self.below is not None:
-            low = f"above {self.above}" if self.above is not None else f"at least {self.least}"
-            return f"{low} and below {self.below}, in float32 too"
-        if self.above is not None:
-            return f"above {self.above}"
-        if self.most is not None and not isinstance(self.most, int):
-            return f"from {self.least} to {self.most:g}"
-        low = f"{self.least} or more" if self.least is not None else ""
-        return f"{low}, or -1 for all that are left" if self.rest else low
+    @classmethod
+    def from_least(cls, least: int, most: int | None = None) -> "Range":
+        """Returns the range from the smallest number on."""
+        return cls(f"{least} or more", lambda value: value >= least, most)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Everything known of a field besides its name and type.
+    """Everything known of a field besides its name and type."""
 
-    Attributes:
-        meaning: With its unit or its symbol.
-        range: Of a number.
-        choices: Of a name.
-        allowed: Describes the values where they depend on other fields.
-    """
+    meaning: str  # with its unit or its symbol
+    range: Range | None = None  # of a number
+    choices: tuple[str, ...] = ()  # of a name
+    allowed: str = ""  # describes the values where they depend on other fields
 
-    meaning: str
-    range: Range = Range()
-    choices: tuple[str, ...] = ()
-    allowed: str = ""
+
+_SIZE = Range.from_least(1, _MAX_SIZE)
+_STEPS = Range.from_least(0, _MAX_SIZE)
+_FROM_0 = Range.from_least(0)
+_ABOVE_0 = Range("above 0", lambda value: value > 0)
+_SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+_AVERAGE = Range("at least 0 and below 1, in float32 too", lambda value: value >= 0 and np.float32(value) < 1)
+_AXIS = Range("1 or more, or -1 for all that are left", lambda value: value >= 1 or value == -1, _MAX_SIZE)
 
 
 def _setting(default: Any, meaning: str, range_: Range | None = None, **more: Any) -> Any:
-    """Declares a field of a section; an integer is from 1 to 2^31 - 1 where no range is given."""
-    if range_ is None:
-        is_size = isinstance(default, int) and not isinstance(default, bool) and "allowed" not in more
-        range_ = Range(1, _MAX_SIZE) if is_size else Range()
+    """Declares a field of a section; an integer is from 1 to 2^31 - 1 where nothing else is given."""
+    if (
+        range_ is None
+        and isinstance(default, int)
+        and not isinstance(default, bool)
+        and "allowed" not in more
+    ):
+        range_ = _SIZE
     return dataclasses.field(default=default, metadata={"setting": Setting(meaning, range_, **more)})
-
-
-_FROM_0 = Range(least=0)
-_ABOVE_0 = Range(above=0)
-_SHARE = Range(least=0, most=1.0)
-_AVERAGE = Range(least=0, below=1)
-_STEPS = Range(0, _MAX_SIZE)
-_AXIS = Range(1, _MAX_SIZE, rest=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +87,17 @@ class ModelConfig:
     d_model: int = _setting(256, "D, width of the residual stream = neurons of a TopK layer")
     n_layers: int = _setting(4, "L, transformer blocks")
     n_heads: int = _setting(4, "H, query heads; d_model / n_heads, the head width, is even (RoPE)")
-    n_kv_heads: int = _setting(4, "K, key and value heads", Range(1, _MAX_SIZE), allowed="divides n_heads")
+    n_kv_heads: int = _setting(4, "K, key and value heads", _SIZE, allowed="divides n_heads")
     d_mlp: int = _setting(688, "F, hidden width of the SwiGLU")
     vocab_size: int = _setting(
-        0, "V, tokens that can be predicted; 0: as many as the tokenizer has", Range(0, MAX_VOCABULARY)
+        0,
+        "V, tokens that can be predicted; 0: as many as the tokenizer has",
+        Range.from_least(0, MAX_VOCABULARY),
     )
     vocab_multiple: int = _setting(
-        128, "embedding rows: V rounded up to a multiple of this; 1: no padding", Range(1, MAX_VOCABULARY)
+        128,
+        "embedding rows: V rounded up to a multiple of this; 1: no padding",
+        Range.from_least(1, MAX_VOCABULARY),
     )
     context_length: int = _setting(256, "T, tokens of a training window")
     topk_k: int = _setting(
@@ -193,10 +170,12 @@ class DataConfig:
     vocab_size: int = _setting(
         4096,
         "tokens of the BPE that is trained on the training split, separator included",
-        Range(257, MAX_VOCABULARY),  # 256 bytes and a separator
+        Range.from_least(257, MAX_VOCABULARY),  # 256 bytes and a separator
     )
     heldout_fraction: float = _setting(
-        0.05, "share of documents held out, chosen by a hash of their text", Range(above=0, below=1)
+        0.05,
+        "share of documents held out, chosen by a hash of their text",
+        Range("above 0 and below 1, in float32 too", lambda value: value > 0 and np.float32(value) < 1),
     )
     dir: str = _setting("datasets", "folder that holds prepared datasets, one subfolder for each")
 
@@ -210,10 +189,10 @@ class TrainConfig:
     grad_accumulation: int = _setting(
         1,
         "microbatches that a step is split into; the gradient stays exact",
-        Range(1, _MAX_SIZE),
+        _SIZE,
         allowed="divides batch_size",
     )
-    seed: int = _setting(0, "of parameters, data order and samples", Range(0, _MAX_COUNT))
+    seed: int = _setting(0, "of parameters, data order and samples", Range.from_least(0, _MAX_COUNT))
     on_bad_step: str = _setting(
         "stop",
         "at a step that is not finite, or a spike: stop the run, or skip its update (at most ten in a row)",
@@ -273,11 +252,11 @@ class EvalConfig:
     every_steps: int = _setting(200, "steps between evaluations; 0: only at the end", _STEPS)
     batch_size: int = _setting(16, "sequences of one forward pass")
     sample_prompt: str = _setting("The", "prompt of the text sample")
-    sample_tokens: int = _setting(40, "length of the text sample, tokens", Range(0, 2**20))
+    sample_tokens: int = _setting(40, "length of the text sample, tokens", Range.from_least(0, 2**20))
     max_tokens: int = _setting(
         0,
         "text tokens to evaluate on, the first documents of each dataset; 0: all",
-        Range(0, _MAX_COUNT),
+        Range.from_least(0, _MAX_COUNT),
     )
 
 
@@ -342,33 +321,9 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         raise UserError(
             f"config = {_shown(values)}: must be sections with fields, as topklm.config.default()"
         )
-    types = get_type_hints(Config)
-    built = {}
-    for name, value in values.items():
-        if name not in types:
-            raise UserError(f"config.{_name(name)} is not a section; {_nearest(name, types)}")
-        if not dataclasses.is_dataclass(types[name]):
-            built[name] = _typed(name, types[name], value)
-        elif isinstance(value, Mapping):
-            built[name] = _build_section(name, types[name], value)
-        else:
-            raise UserError(f"config.{name} = {_shown(value)}: must be a section with fields")
-    config = Config(**built)
+    config = _build(Config, values)
     _check_ranges(config)
     return config
-
-
-def from_json(text: str | bytes) -> Config:
-    """Reads the config.json of a run folder.
-
-    Raises:
-        UserError: If it is no JSON object, and as `resolve`.
-    """
-    try:
-        values = parse_json(text)
-    except ValueError as e:
-        raise UserError(f"the saved config is not valid JSON ({e})") from e
-    return from_saved(values)
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
@@ -377,19 +332,16 @@ def from_saved(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: As `resolve`.
     """
-    config = resolve(_without_scan_layers(values))
+    saved = values.get("model") if isinstance(values, Mapping) else None
+    if isinstance(saved, Mapping):
+        # The former name of `layer_stack`; nothing that was saved depends on it.
+        saved = {name: value for name, value in saved.items() if name != "scan_layers"}
+        values = {**values, "model": saved}
+    config = resolve(values)
     model = config.model
-    if "vocab_multiple" in values.get("model", {}) or model.padded_vocab_size == model.vocab_size:
+    if "vocab_multiple" in (saved or {}) or model.padded_vocab_size == model.vocab_size:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(model, vocab_multiple=1))
-
-
-def _without_scan_layers(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Drops `model.scan_layers`, the former name of `layer_stack`; nothing that was saved depends on it."""
-    model = values.get("model") if isinstance(values, Mapping) else None
-    if not isinstance(model, Mapping) or "scan_layers" not in model:
-        return values
-    return {**values, "model": {name: value for name, value in model.items() if name != "scan_layers"}}
 
 
 def nearest_field(name: str) -> str:
@@ -402,15 +354,12 @@ def nearest_field(name: str) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Returns all fields by dotted name: `{"model.d_model": 256, ..., "profile": ""}`."""
-    flat: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
-        fields = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{field}".rstrip("."): v for field, v in fields.items()}
-    return flat
+    return {name: functools.reduce(getattr, name.split("."), config) for name in settings()}
 
 
-def settings() -> dict[str, Setting]:
-    """Returns meaning and range of every field, by dotted name, in the order of `flatten`."""
+@functools.cache
+def settings() -> Mapping[str, Setting]:
+    """Returns meaning and range of every field, by dotted name."""
     found: dict[str, Setting] = {}
     for section in dataclasses.fields(Config):
         if "setting" in section.metadata:
@@ -438,7 +387,9 @@ def page() -> str:
         lines += ["| field | default | meaning | allowed |", "|---|---|---|---|"]
         for name in names:
             setting, default = known[name], flat[name]
-            allowed = setting.allowed or ", ".join(setting.choices) or str(setting.range)
+            allowed = setting.allowed or ", ".join(setting.choices)
+            if not allowed and setting.range:
+                allowed = setting.range.allowed
             if isinstance(default, bool):
                 allowed = "true, false"
             shown = f"`{default}`" if default != "" else "empty"
@@ -459,70 +410,67 @@ def differences_that_matter(saved: Config, asked: Config) -> dict[str, tuple[Any
     }
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config) -> Iterator[str]:
     """Describes settings that are allowed and that hardly anybody means, a line for each."""
     model, train, optim = config.model, config.train, config.optim
-    memory = max(1 / (1 - beta) for beta in (optim.beta1, optim.beta2))  # steps
-    found = [
-        (
-            optim.warmup_steps > train.steps,
+    if optim.warmup_steps > train.steps:
+        yield (
             f"optim.warmup_steps = {optim.warmup_steps} of train.steps = {train.steps}: the run ends before "
-            "the learning rate reaches its peak",
-        ),
-        (
-            config.checkpoint.every_steps > train.steps,
-            f"checkpoint.every_steps = {config.checkpoint.every_steps} of train.steps = {train.steps}: the "
-            "run is saved only at its end and on interruption",
-        ),
-        (
-            optim.learning_rate > model.d_model**-0.5,
+            "the learning rate reaches its peak"
+        )
+    if (every := config.checkpoint.every_steps) > train.steps:
+        yield (
+            f"checkpoint.every_steps = {every} of train.steps = {train.steps}: the run is saved only at its "
+            "end and on interruption"
+        )
+    if optim.learning_rate > (scale := model.d_model**-0.5):
+        yield (
             f"optim.learning_rate = {optim.learning_rate}: a step of AdamW moves a weight by about as much, "
-            f"and matrices begin at about 1 / sqrt(model.d_model) = {model.d_model**-0.5:.2g}",
-        ),
-        (
-            optim.weight_decay * optim.learning_rate >= 1,
+            f"and matrices begin at about 1 / sqrt(model.d_model) = {scale:.2g}"
+        )
+    if optim.weight_decay * optim.learning_rate >= 1:
+        yield (
             f"optim.weight_decay = {optim.weight_decay}: times the learning rate it is 1 or more, so each "
-            "step turns matrices round",
-        ),
-        (
-            memory > max(train.steps, 1000),
+            "step turns matrices round"
+        )
+    memory = max(1 / (1 - beta) for beta in (optim.beta1, optim.beta2))  # steps
+    if memory > max(train.steps, 1000):
+        yield (
             f"optim.beta1 = {optim.beta1}, optim.beta2 = {optim.beta2}: they average over {memory:,.0f} "
-            f"steps, and train.steps = {train.steps}",
-        ),
-        (
-            optim.epsilon > (optim.clip_norm or 1),
-            f"optim.epsilon = {optim.epsilon}: hides gradients, whose norm is at most optim.clip_norm",
-        ),
-        (
-            model.norm_eps > model.init_embed_std**2,
+            f"steps, and train.steps = {train.steps}"
+        )
+    if optim.epsilon > (optim.clip_norm or 1):
+        yield f"optim.epsilon = {optim.epsilon}: hides gradients, whose norm is at most optim.clip_norm"
+    if model.norm_eps > model.init_embed_std**2:
+        yield (
             f"model.norm_eps = {model.norm_eps}: more than the mean square of what it is added to, at first "
-            "model.init_embed_std^2",
-        ),
-        (
-            model.init_embed_std > 100,
-            f"model.init_embed_std = {model.init_embed_std}: beside it what the layers add vanishes",
-        ),
-        (
-            model.rope_theta <= 1,
-            f"model.rope_theta = {model.rope_theta}: wavelengths are to rise with the dims, so it is above 1",
-        ),
-        (model.context_length == 1, "model.context_length = 1: no token sees another"),
-        (
-            bool(config.data.mixture) and config.data.source != DataConfig.source,
-            f"data.source = {config.data.source}: is not read, data.mixture replaces it",
-        ),
-    ]
-    return [text for holds, text in found if holds]
+            "model.init_embed_std^2"
+        )
+    if (std := model.init_embed_std) > 100:
+        yield f"model.init_embed_std = {std}: beside it what the layers add vanishes"
+    if (theta := model.rope_theta) <= 1:
+        yield f"model.rope_theta = {theta}: wavelengths are to rise with the dims, so it is above 1"
+    if model.context_length == 1:
+        yield "model.context_length = 1: no token sees another"
+    if config.data.mixture and config.data.source != DataConfig.source:
+        yield f"data.source = {config.data.source}: is not read, data.mixture replaces it"
 
 
-def _build_section(name: str, cls: type, values: Mapping[str, Any]) -> Any:
+def _build(cls: type, values: Mapping[str, Any], section: str = "") -> Any:
+    """Makes a `Config` or a section of it; `section` begins the names of its fields, such as "model."."""
     types = get_type_hints(cls)
-    typed = {}
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"config.{name}.{_name(key)} is not a field; {_nearest(key, types)}")
-        typed[key] = _typed(f"{name}.{key}", types[key], value)
-    return cls(**typed)
+    built = {}
+    for name, value in values.items():
+        if name not in types:
+            kind = "field" if section else "section"
+            raise UserError(f"config.{section}{_name(name)} is not a {kind}; {_nearest(name, types)}")
+        if not dataclasses.is_dataclass(types[name]):
+            built[name] = _typed(section + name, types[name], value)
+        elif isinstance(value, Mapping):
+            built[name] = _build(types[name], value, f"{name}.")
+        else:
+            raise UserError(f"config.{name} = {_shown(value)}: must be a section with fields")
+    return cls(**built)
 
 
 def _typed(field: str, want: type, value: Any) -> Any:
@@ -559,48 +507,39 @@ def _check_ranges(config: Config) -> None:
     Raises:
         UserError: For the first that is out of range.
     """
+    flat = flatten(config)
 
     def require(field: str, ok: bool, allowed: str) -> None:
         if not ok:
             raise UserError(f"{field} = {_shown(flat[field])}: must be {allowed}")
 
-    m, flat = config.model, flatten(config)
     for field, setting in settings().items():
-        value = flat[field]
+        value, range_ = flat[field], setting.range
         if isinstance(value, float):
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            _check_text(field, value)
-            require(field, not setting.choices or value in setting.choices, _one_of(setting))
-        elif isinstance(setting.range.most, int) and value > setting.range.most:
-            require(field, False, f"at most {setting.range.most}")
-        else:
-            require(field, setting.range.holds(value), str(setting.range))
+            if value and field in ("data.dir", "data.source", "data.mixture"):
+                check_name(value, field)
+            is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
+            require(field, is_utf8, "text that UTF-8 can write")
+            allowed = f"one of {', '.join(setting.choices)}"
+            require(field, not setting.choices or value in setting.choices, allowed)
+        elif range_:
+            require(field, range_.most is None or value <= range_.most, f"at most {range_.most}")
+            require(field, range_.holds(value), range_.allowed)
+    m, train = config.model, config.train
     require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
-    require(
-        "model.n_heads",
-        m.head_dim % 2 == 0,
-        f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE",
-    )
-    require(
-        "model.n_kv_heads",
-        m.n_heads % m.n_kv_heads == 0,
-        f"a divisor of model.n_heads ({m.n_heads})",
-    )
+    even = f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE"
+    require("model.n_heads", m.head_dim % 2 == 0, even)
+    require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
-    require(
-        "model.n_nontopk",
-        1 <= m.n_nontopk <= m.n_layers,
-        f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)",
-    )
+    layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"
+    require("model.n_nontopk", 1 <= m.n_nontopk <= m.n_layers, layers)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
-    require(
-        "train.batch_size",
-        config.train.batch_size % config.train.grad_accumulation == 0,
-        f"a multiple of train.grad_accumulation ({config.train.grad_accumulation})",
-    )
+    multiple = f"a multiple of train.grad_accumulation ({train.grad_accumulation})"
+    require("train.batch_size", train.batch_size % train.grad_accumulation == 0, multiple)
     for field in ["train.batch_size", "eval.batch_size"]:
         allowed = f"at most {_MAX_SIZE // m.context_length}: {_MAX_SIZE} tokens of model.context_length"
         require(field, flat[field] * m.context_length <= _MAX_SIZE, allowed)
@@ -609,27 +548,12 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
 
 
-def _one_of(setting: Setting) -> str:
-    return f"one of {', '.join(setting.choices)}"
-
-
-def _check_text(field: str, value: str) -> None:
-    if value and field in ("data.dir", "data.source", "data.mixture"):
-        check_name(value, field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{field} = {value!r}: must be text that UTF-8 can write") from e
-
-
 def _check_profile(config: Config) -> None:
-    steps = config.train.steps
     if not config.profile:
         return
-    if not re.fullmatch("[0-9]{1,10}:[0-9]{1,10}", config.profile) or not (
-        1 <= config.profiled_steps.start <= steps
-    ):
-        allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({steps})'
+    is_range = re.fullmatch("[0-9]{1,10}:[0-9]{1,10}", config.profile)
+    if not is_range or not 1 <= config.profiled_steps.start <= config.train.steps:
+        allowed = f'"A:B" for steps A to B - 1, with A from 1 to train.steps ({config.train.steps})'
         raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
     if not config.profiled_steps:
         raise UserError(f"profile = {config.profile!r}: holds no step; B of A:B is the first not traced")

@@ -70,13 +70,9 @@ class ParameterLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the arrays of a run live; made once (`make_layout`) and handed on.
+    """Where the arrays of a run live; made once (`make_layout`) and handed on."""
 
-    Attributes:
-        mesh: All devices, by `AXES`.
-    """
-
-    mesh: Mesh
+    mesh: Mesh  # all devices, by `AXES`
 
     @property
     def size(self) -> int:
@@ -148,9 +144,6 @@ class Layout:
     def check_split(self, parameters: Any) -> None:
         """Refuses a mesh over which parameters stay whole that it is there to split.
 
-        Args:
-            parameters: Nested dict of arrays or ShapeDtypeStructs.
-
         Raises:
             UserError: If more than `MAX_REPLICATED_SHARE` of the bytes are repeated along fsdp or tensor.
         """
@@ -166,32 +159,27 @@ class Layout:
                 "model.d_mlp)"
             )
 
-    def shardings(self, tree: Any) -> Any:
-        """Returns the sharding of every leaf of a parameter tree, or of a tree that contains such trees.
+    def specs(self, tree: Any) -> Any:
+        """Returns the `PartitionSpec` of every leaf of parameters, or of a tree that contains parameters.
 
-        Args:
-            tree: Nested dict of arrays or ShapeDtypeStructs, or an optimizer state holding such dicts.
-                Scalars are replicated.
-
-        Returns:
-            The same tree of `NamedSharding`.
+        Leaves are arrays or ShapeDtypeStructs; scalars are replicated.
 
         Raises:
             KeyError: For an array that no rule names.
         """
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), self.specs(tree))
-
-    def specs(self, tree: Any) -> Any:
-        """Returns the same tree of `PartitionSpec`; arguments and errors as `shardings`."""
         return jax.tree_util.tree_map_with_path(self._spec, tree)
 
+    def shardings(self, tree: Any) -> Any:
+        """Returns the `NamedSharding` of every leaf, as `specs`."""
+        return jax.tree.map(functools.partial(NamedSharding, self.mesh), self.specs(tree))
+
     def with_shardings(self, abstract: Any) -> Any:
-        """Returns shapes and dtypes with the sharding of every leaf added; arguments as `shardings`."""
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            abstract,
-            self.shardings(abstract),
-        )
+        """Returns shapes and dtypes with the sharding of every leaf added."""
+
+        def add(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(add, abstract, self.shardings(abstract))
 
     def round_up(self, batch_size: int) -> int:
         """Returns the least batch size that is no smaller and that the mesh splits evenly."""
@@ -199,16 +187,10 @@ class Layout:
         return -(-batch_size // ways) * ways
 
     def process_rows(self, batch_size: int) -> np.ndarray:
-        """Returns the rows of a batch that this process must provide, as rising numbers.
+        """Returns int64[R], the rows of a batch that this process must provide, rising, each once.
 
         They need not be neighbours: where the devices of two processes take turns in the mesh, so do the
         rows. `jax.make_array_from_process_local_data` expects the rows of its local data in this order.
-
-        Args:
-            batch_size: B, rows over all processes; a multiple of the ways the mesh splits them.
-
-        Returns:
-            int64[R], the rows that the addressable devices hold, each once.
         """
         held = self.batch.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
@@ -221,11 +203,10 @@ class Layout:
         Args:
             batch: Arrays [R, T].
             batch_size: B, rows of the whole batch.
-            rows: Where this process's rows (`process_rows`) are in `batch`: by default it holds just
-                those; where every process makes the whole batch, their numbers.
+            rows: Where `process_rows` are in `batch`, which by default holds just those.
 
         Returns:
-            Global arrays [B, T], laid out as `batch`.
+            Global arrays [B, T], laid out as `self.batch`.
         """
         local = {name: np.asarray(array)[rows] for name, array in batch.items()}
         shapes = {name: (batch_size, *array.shape[1:]) for name, array in local.items()}
@@ -241,15 +222,10 @@ class Layout:
         )
 
     def device_view(self, parameters: Any, dtype: jnp.dtype, attention: str) -> Parallel:
-        """Returns one device's view of the mesh.
-
-        Args:
-            parameters: Shapes of the whole parameters, nested dict.
-            dtype: Compute dtype, in which parameters are gathered.
-            attention: As of `Parallel`.
-        """
+        """Returns one device's view of the mesh, which gathers `parameters` (shapes) in the compute dtype."""
+        scans = scans_layers(self.platform)
         if self.size == 1:
-            return dataclasses.replace(ALONE, attention=attention, scan_layers=scans_layers(self.platform))
+            return dataclasses.replace(ALONE, attention=attention, scan_layers=scans)
         split_dims = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
             spec = (*self._spec(path, leaf), *(None,) * leaf.ndim)[: leaf.ndim]
@@ -261,24 +237,14 @@ class Layout:
             dim = split_dims.get(_names(path)[-2:])
             return part if dim is None else gather_parameter(part, "fsdp", dim + part.ndim, dtype)
 
-        def axis(name: str) -> str | None:
-            return name if self.mesh.shape[name] > 1 else None
-
-        return Parallel(
-            axis("context"),
-            axis("tensor"),
-            lambda tree: jax.tree_util.tree_map_with_path(whole, tree),
-            attention,
-            scans_layers(self.platform),
-        )
+        context, tensor = (axis if self.mesh.shape[axis] > 1 else None for axis in ("context", "tensor"))
+        gather = functools.partial(jax.tree_util.tree_map_with_path, whole)
+        return Parallel(context, tensor, gather, attention, scans)
 
     def on_every_device(self, program: Callable, parameters: Any, out: Any) -> Callable:
         """Makes `program(parameters, batch)` of one device's parts a program of whole arrays.
 
-        Args:
-            program: Takes each device's parts; it is returned as it is where there is one device.
-            parameters: `specs` of the parameters.
-            out: Specs of its results.
+        `parameters` are the specs of the parameters, `out` those of its results.
         """
         if self.size == 1:
             return program
@@ -290,14 +256,12 @@ class Layout:
     def sum_over(self, x: jax.Array, *, keep: PartitionSpec, leave_out: str | None = None) -> jax.Array:
         """Sums over devices, in a program of `on_every_device`.
 
-        Args:
-            x: One device's value.
-            keep: Partition of the result: over its axes nothing is summed.
-            leave_out: An axis along which all devices have the same value already.
+        Nothing is summed over the axes of `keep`, the partition of the result, nor over `leave_out`, an axis
+        along which all devices have the same value already.
         """
-        named = {axis for entry in keep for axis in (entry if isinstance(entry, tuple) else (entry,))}
-        axes = (axis for axis in self.mesh.axis_names if self.mesh.shape[axis] > 1 and axis not in named)
-        summed = tuple(axis for axis in axes if axis != leave_out)
+        kept = {axis for entry in keep for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        kept |= {leave_out}
+        summed = tuple(axis for axis, size in self.mesh.shape.items() if size > 1 and axis not in kept)
         return jax.lax.psum(x, summed) if summed else x
 
     def _spec(self, path: tuple, leaf: Any) -> PartitionSpec:
@@ -307,15 +271,10 @@ class Layout:
         if (module, parameter) not in PARAMETER_RULES:
             name = ".".join(_names(path))
             raise KeyError(f"{name}: add ({module!r}, {parameter!r}) to layout.PARAMETER_RULES")
-        return self._drop_uneven(PARAMETER_RULES[module, parameter], leaf.shape)
-
-    def _drop_uneven(self, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-        """Drops the split of a dim that the axis does not divide (a vocabulary of 50,257, say)."""
+        rule = zip(PARAMETER_RULES[module, parameter], leaf.shape, strict=False)
+        # A dim that the axis does not divide (a vocabulary of 50,257, say) is not split.
         return PartitionSpec(
-            *(
-                axis if axis and size % self.mesh.shape[axis] == 0 else None
-                for axis, size in zip(spec, shape, strict=False)
-            )
+            *(axis if axis and size % self.mesh.shape[axis] == 0 else None for axis, size in rule)
         )
 
 
@@ -324,10 +283,6 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
 
     Neighbours along the later axes are neighbours in the machine. Where the devices are several slices of
     TPUs, whose links to each other are slower, only `data` spans slices.
-
-    Args:
-        config: Sizes of the axes.
-        devices: Default all of the run.
 
     Raises:
         UserError: If the axes do not multiply to the number of devices, or `data` does not to the slices.

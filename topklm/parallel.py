@@ -61,19 +61,10 @@ def all_gather(x: jax.Array, axis: str | None, dim: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_parameter(part: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """Gathers a whole parameter in the compute dtype; its gradient is summed over devices in float32.
+    """Joins the float32 parts of a parameter, split on `dim` along a mesh axis, in the compute dtype.
 
-    The gather moves `dtype`, the sum float32: hundreds of bfloat16 gradients added up one after another
-    would lose the small ones.
-
-    Args:
-        part: This device's part, float32.
-        axis: Mesh axis that splits it.
-        dim: Which dim is split.
-        dtype: Of the result.
-
-    Returns:
-        The parts of all devices, joined on `dim`.
+    The gather moves `dtype`, the sum of its gradient over devices float32: hundreds of bfloat16 gradients
+    added up one after another would lose the small ones.
     """
     return all_gather(part.astype(dtype), axis, dim)
 

@@ -33,8 +33,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.runtime import allocator
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, init_state
+from topklm.training.step import TrainState, init_state, make_optimizer
 
 DESCRIPTION = "Measures saving and loading the checkpoints of a config, in a temporary folder."
 EXAMPLE = "topklm bench checkpoint --config=configs/small.py:hour"

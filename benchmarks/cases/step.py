@@ -50,19 +50,9 @@ class Case:
     config: Config  # with its vocabulary
 
     @property
-    def dtype(self) -> str:
-        """Of activations."""
-        return self.config.model.dtype
-
-    @property
     def name(self) -> str:
         """As in the tables."""
-        return f"{self.shape} {self.dtype}"
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.config.train.batch_size * self.config.model.context_length
+        return f"{self.shape} {self.config.model.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +120,7 @@ def _measure(case: Case, arguments: argparse.Namespace) -> Report:
             if workers[ours].facts["devices"] > 1:
                 raise UserError("--peer = torch: runs on one device; make one visible, or leave it away")
             workers |= {name: stack.enter_context(w) for name, w in _peer_workers(case, notes)}
-        rates = roofline.measure_rates(case.dtype, arguments.repeats)
+        rates = roofline.measure_rates(case.config.model.dtype, arguments.repeats)
         subjects = {name: worker.subjects()["step"] for name, worker in workers.items()}
         found = timing.alternate(subjects, arguments.repeats, at_least=_SECONDS_PER_SAMPLE, label=case.name)
         peaks = {name: worker.peak_bytes() for name, worker in workers.items()}
@@ -188,12 +178,12 @@ def _results(
 ) -> Iterator[Result]:
     config = base(case.config) if name == BASE else case.config
     floor = roofline.step_seconds(roofline.parts_of_step(config), machine.rates)
-    rate = case.tokens / samples.median
+    rate = config.train.batch_size * config.model.context_length / samples.median
     mfu = rate * flops_per_token(config.model) / machine.peak_flops_per_second
     # Above 1 the peak, a rate measured in another moment, is not that of the machine.
     shown = f"{mfu:.1%}" if mfu <= 1 else "?"
     note = f"{rate:,.0f} tokens/s, MFU {shown}, compiled in {compile_seconds:.1f} s"
-    side = {"shape": case.shape, "dtype": case.dtype, "side": name}
+    side = {"shape": case.shape, "dtype": config.model.dtype, "side": name}
     facts = {**side, "tokens_per_second": rate, "mfu": mfu, "compile_seconds": compile_seconds}
     yield Result(f"{case.name}: step, {name}", "s", samples.seconds, floor, facts, note)
     yield Result(f"{case.name}: peak memory, {name}", "bytes", (float(peak_bytes),), facts=side)
@@ -210,7 +200,9 @@ def _comparisons(
     torch = [name for name in (EAGER, COMPILED) if name in found]
     if torch:
         better = min(torch, key=lambda name: found[name].median)
-        target = _CPU_TARGETS.get((case.shape, case.dtype)) if platform == "cpu" else _GPU_TARGET
+        target = _GPU_TARGET
+        if platform == "cpu":
+            target = _CPU_TARGETS.get((case.shape, case.config.model.dtype))
         speedup = found[ours].speedup_over(found[better])
         yield Comparison(f"{case.name}: tokens/s, {ours} / {better}", speedup, at_least=target)
         memory = peaks[ours] / peaks[better]

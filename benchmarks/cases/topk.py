@@ -5,18 +5,26 @@ the activations each, measured in the same rounds.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks import peers
 from benchmarks.harness import timing
 from benchmarks.harness.report import Comparison, Report, Result
-from benchmarks.harness.shapes import topk_side
+from benchmarks.harness.shapes import random_rows, topk_side
 from benchmarks.harness.timing import Samples
-from benchmarks.harness.worker import Worker
+from benchmarks.harness.worker import Prepared, Worker
+from benchmarks.subjects import blocking
 from topklm.config import DTYPES, Config
 from topklm.errors import UserError
+from topklm.model import backends
+from topklm.model.topk import topk
 
 DESCRIPTION = (
     "Times the TopK operation: every backend of this platform, jax.lax.top_k with a scatter, and an "
@@ -80,9 +88,56 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
     return Report("topk", parts[0].settings, results, comparisons)
 
 
+def prepare(spec: Mapping[str, Any]) -> Prepared:
+    """Prepares the subjects `topk_side` of every operation and k, and `COPY`; facts are their names.
+
+    Args:
+        spec: `rows`, `d`, `ks` and `dtype`; `only_auto`: of our backends only the one that training uses.
+    """
+    x, g = (jnp.asarray(values, spec["dtype"]) for values in random_rows(spec["rows"], spec["d"]))
+    ours = (AUTO,) if spec["only_auto"] else _backends()
+    subjects: dict[str, Callable[[], Any]] = {COPY: blocking(jax.jit(jnp.negative), x)}
+    for k in spec["ks"]:
+        operations = {name: functools.partial(topk, k=k, backend=name) for name in ours}
+        operations[SCATTER] = functools.partial(top_k_and_scatter, k=k)
+        for name, operation in operations.items():
+            subjects[topk_side(k, name, backward=False)] = blocking(jax.jit(operation), x)
+            subjects[topk_side(k, name, backward=True)] = blocking(_with_gradient(operation), x, g)
+    return Prepared(subjects, {"platform": jax.default_backend(), "operations": [*ours, SCATTER]})
+
+
+def top_k_and_scatter(x_ND: jax.Array, k: int) -> jax.Array:
+    """Computes TopK as one writes it in JAX: [N, D] -> [N, D], clipped at 0."""
+    values, index = jax.lax.top_k(x_ND, k)
+    rows = jnp.arange(x_ND.shape[0])[:, None]
+    return jnp.zeros_like(x_ND).at[rows, index].set(jax.nn.relu(values))
+
+
+def _backends() -> list[str]:
+    """Names the backends that this platform has."""
+    found = []
+    for name in backends.TOPK.names:
+        with contextlib.suppress(UserError):
+            backends.TOPK.check_platform(name, jax.default_backend())
+            found.append(name)
+    return found
+
+
+def _with_gradient(operation: Callable[[jax.Array], jax.Array]) -> Callable:
+    @jax.jit
+    def both(x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, gradient = jax.vjp(operation, x)
+        return y, gradient(g)[0]
+
+    return both
+
+
 def _measure(case: Case, arguments: argparse.Namespace) -> Report:
     growth = arguments.against == "k"
-    with _workers(case, only_auto=growth, torch=arguments.peer == "torch") as workers:
+    spec = {**dataclasses.asdict(case), "only_auto": growth}
+    modules = [__name__, *(["benchmarks.peers.torch_topk"] if arguments.peer else [])]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(module, spec)) for module in modules]
         label = f"{case.rows} x {case.d} {case.dtype}"
         subjects = {name: side for worker in workers for name, side in worker.subjects().items()}
         found = timing.alternate(subjects, arguments.repeats, at_least=_SECONDS_PER_SAMPLE, label=label)
@@ -106,7 +161,8 @@ def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
     for dtype in dtypes:
         if arguments.against == "k":
             d = sizes[0][0]
-            yield Case(arguments.rows, d, tuple(_powers_of_two(d // 2)), dtype)
+            powers_of_two = tuple(2**i for i in range(max(d // 2, 1).bit_length()))
+            yield Case(arguments.rows, d, powers_of_two, dtype)
         else:
             yield from (Case(arguments.rows, d, (k,), dtype) for d, k in sizes)
 
@@ -117,23 +173,6 @@ def _size(text: str) -> tuple[int, int]:
     if not (d.isdecimal() and k.isdecimal() and 1 <= int(k) <= int(d)):
         raise UserError(f"--sizes = {text!r}: must be D:K with K from 1 to D, several separated by commas")
     return int(d), int(k)
-
-
-def _powers_of_two(last: int) -> Iterator[int]:
-    k = 1
-    while k <= max(last, 1):
-        yield k
-        k *= 2
-
-
-@contextlib.contextmanager
-def _workers(case: Case, *, only_auto: bool, torch: bool) -> Iterator[list[Worker]]:
-    spec = {**dataclasses.asdict(case), "only_auto": only_auto}
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker("benchmarks.subjects.topk", spec))]
-        if torch:
-            workers.append(stack.enter_context(Worker("benchmarks.peers.torch_topk", spec)))
-        yield workers
 
 
 def _results(case: Case, operations: list[str], found: Mapping[str, Samples]) -> Iterator[Result]:

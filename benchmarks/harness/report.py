@@ -27,23 +27,14 @@ _SCALES = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")), "bytes": ((2**30, "GiB
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One figure.
+    """One figure."""
 
-    Attributes:
-        name: Of the measurement, unique in its report.
-        unit: "s", "tokens/s", "bytes", "share", ...
-        samples: One a round, or one only, in `unit`.
-        floor: The best that the machine could do, in `unit`, where there is such a thing.
-        facts: For plots: sizes, dtype, backend.
-        note: For a person.
-    """
-
-    name: str
-    unit: str
-    samples: tuple[float, ...]
-    floor: float | None = None
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
+    name: str  # unique in its report
+    unit: str  # "s", "tokens/s", "bytes", "share", ...
+    samples: tuple[float, ...]  # one a round, or one only, in `unit`
+    floor: float | None = None  # the best that the machine could do, in `unit`, where there is such a thing
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for plots: sizes, dtype, backend
+    note: str = ""  # for a person
 
     @property
     def median(self) -> float:
@@ -57,21 +48,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two figures of the same rounds as a ratio, and what it should come to.
+    """Two figures of the same rounds as a ratio, and its target."""
 
-    Attributes:
-        name: Says what is divided by what, unique in its report.
-        samples: The ratio, one a round.
-        at_least: The target, where more is better.
-        at_most: The target, where less is better.
-        note: For a person.
-    """
-
-    name: str
-    samples: tuple[float, ...]
-    at_least: float | None = None
-    at_most: float | None = None
-    note: str = ""
+    name: str  # says what is divided by what, unique in its report
+    samples: tuple[float, ...]  # the ratio, one a round
+    at_least: float | None = None  # the target, where more is better
+    at_most: float | None = None  # the target, where less is better
+    note: str = ""  # for a person
 
     @property
     def median(self) -> float:
@@ -93,21 +76,13 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that one call of `topklm bench` found.
+    """All that one call of `topklm bench` found."""
 
-    Attributes:
-        bench: The verb: "topk", "step", ...
-        settings: Flags, and how it ran, the allocator included.
-        results: Figures.
-        comparisons: Ratios with targets.
-        notes: Lines for a person, under the tables.
-    """
-
-    bench: str
-    settings: Mapping[str, Any]
+    bench: str  # the verb: "topk", "step", ...
+    settings: Mapping[str, Any]  # flags, and how it ran, the allocator included
     results: Sequence[Result]
     comparisons: Sequence[Comparison] = ()
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # lines for a person, under the tables
 
     def to_dict(self, command: Sequence[str] = ()) -> dict[str, Any]:
         """Returns it as JSON has it, with machine, versions, threads, flags, command and date."""
@@ -153,40 +128,34 @@ def show(report: Report, console: rich.console.Console) -> None:
 
 def formatted(value: float, unit: str) -> str:
     """Writes a figure with its unit for a person: 0.0012 "s" -> "1.20 ms"."""
-    for scale, name in _SCALES.get(unit, ()):
-        if abs(value) >= scale:
-            return f"{_digits(value / scale)} {name}"
     if unit in _SCALES:
-        scale, name = _SCALES[unit][-1]
+        scales = _SCALES[unit]
+        scale, name = next((each for each in scales if abs(value) >= each[0]), scales[-1])
         return f"{_digits(value / scale)} {name}"
     return f"{value:.1%}" if unit == "share" else f"{_digits(value)} {unit}".rstrip()
 
 
-def _figures(results: Sequence[Result]) -> rich.table.Table:
+def _table(first: str, *numbers: str) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE)
-    table.add_column("figure", overflow="fold")
-    for name in ("median", "spread", "floor", "of the floor"):
+    table.add_column(first, overflow="fold")
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    for result in results:
-        floor = "" if result.floor is None else formatted(result.floor, result.unit)
-        table.add_row(
-            result.name,
-            formatted(result.median, result.unit),
-            _spread(result.samples),
-            floor,
-            "" if not result.floor else f"{_digits(result.median / result.floor)} x",
-            result.note,
-        )
+    return table
+
+
+def _figures(results: Sequence[Result]) -> rich.table.Table:
+    table = _table("figure", "median", "spread", "floor", "of the floor")
+    for row in results:
+        floor = "" if row.floor is None else formatted(row.floor, row.unit)
+        times = f"{_digits(row.median / row.floor)} x" if row.floor else ""
+        median, spread = formatted(row.median, row.unit), _spread(row.samples)
+        table.add_row(row.name, median, spread, floor, times, row.note)
     return table
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE)
-    table.add_column("comparison", overflow="fold")
-    for name in ("median", "spread", "target", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = _table("comparison", "median", "spread", "target", "reached")
     for row in comparisons:
         target = "" if row.at_least is None else f">= {row.at_least:g}"
         target += "" if row.at_most is None else f"<= {row.at_most:g}"

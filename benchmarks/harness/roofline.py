@@ -4,11 +4,15 @@ A part cannot be faster than its matrix products at the measured rate of large o
 takes and writing what it gives at the measured rate of a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks.harness import timing
-from benchmarks.harness.worker import Worker
+from benchmarks.harness.worker import Prepared, Worker
 from topklm.config import Config
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -17,6 +21,8 @@ _MASK_BYTES = 1
 _INPUT_ARRAYS = 5  # inputs, targets, segments, positions, weights; 4 bytes an entry
 _FORWARD_AND_BACKWARD = 3  # a product's gradient is two products of its size
 _SECONDS_PER_SAMPLE = 0.2
+_PRODUCTS = {"cpu": (1024, 2048), "accelerator": (4096, 8192)}  # widths; which one is best differs
+_COPIED_BYTES = {"cpu": 2**28, "accelerator": 2**31}  # far larger than caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Part:
 
 def measure_rates(dtype: str, repeats: int) -> Rates:
     """Times large matrix products and a large copy in JAX, in a process of their own; the best counts."""
-    with Worker("benchmarks.subjects.rates", {"dtype": dtype}) as worker:
+    with Worker(__name__, {"dtype": dtype}) as worker:
         found = timing.alternate(
             worker.subjects(), repeats, at_least=_SECONDS_PER_SAMPLE, label=f"{dtype} rates of this machine"
         )
@@ -51,6 +57,30 @@ def measure_rates(dtype: str, repeats: int) -> Rates:
     rates = {name: work[name] / samples.minimum for name, samples in found.items()}
     copy = rates.pop("copy")
     return Rates(dtype, max(rates.values()), copy)
+
+
+def prepare(spec: Mapping[str, Any]) -> Prepared:
+    """Prepares "matmul N" and "copy"; `facts["work"]` is the FLOPs or bytes of a call.
+
+    Args:
+        spec: `dtype`.
+    """
+    kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    dtype = jnp.dtype(spec["dtype"])
+    product = jax.jit(jnp.matmul)
+    negative = jax.jit(jnp.negative, donate_argnums=0)  # in place, so that no new memory is mapped
+    held = [jnp.ones(_COPIED_BYTES[kind] // dtype.itemsize, dtype)]
+
+    def copy() -> None:
+        held[0] = negative(held[0]).block_until_ready()
+
+    subjects: dict[str, Callable[[], Any]] = {"copy": copy}
+    work = {"copy": 2.0 * _COPIED_BYTES[kind]}
+    for n in _PRODUCTS[kind]:
+        a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+        subjects[f"matmul {n}"] = lambda a=a: product(a, a).block_until_ready()  # type: ignore[misc]
+        work[f"matmul {n}"] = 2.0 * n**3
+    return Prepared(subjects, {"work": work, "platform": jax.default_backend()})
 
 
 def parts_of_step(config: Config) -> tuple[Part, ...]:

@@ -1,41 +1,24 @@
 """The shapes, the random data and the names that all subjects of a benchmark have in common."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from topklm.config import Config, ModelConfig, TrainConfig
 from topklm.errors import UserError
 
+
+def _shape(batch_size: int, heads: int, **model: Any) -> Config:
+    model |= {"n_heads": heads, "n_kv_heads": heads}
+    return Config(model=ModelConfig(**model), train=TrainConfig(batch_size=batch_size))
+
+
+_S1 = {"d_model": 256, "n_layers": 6, "d_mlp": 688, "topk_k": 32, "n_nontopk": 1}
+_S2 = {"d_model": 512, "n_layers": 8, "d_mlp": 1376, "topk_k": 64, "n_nontopk": 2}
 SHAPES = {
-    "s1": Config(
-        model=ModelConfig(
-            d_model=256,
-            n_layers=6,
-            n_heads=4,
-            n_kv_heads=4,
-            d_mlp=688,
-            vocab_size=4096,
-            context_length=256,
-            topk_k=32,
-            n_nontopk=1,
-        ),
-        train=TrainConfig(batch_size=16),
-    ),
-    "s2": Config(
-        model=ModelConfig(
-            d_model=512,
-            n_layers=8,
-            n_heads=8,
-            n_kv_heads=8,
-            d_mlp=1376,
-            vocab_size=8192,
-            context_length=512,
-            topk_k=64,
-            n_nontopk=2,
-        ),
-        train=TrainConfig(batch_size=8),
-    ),
+    "s1": _shape(16, 4, vocab_size=4096, context_length=256, **_S1),
+    "s2": _shape(8, 8, vocab_size=8192, context_length=512, **_S2),
 }
 
 

@@ -1,23 +1,30 @@
 """Runs subjects in processes of their own, kept alive: peak memory, allocators, PyTorch.
 
-All get the same number of threads and the same allocator. The process that asks imports neither JAX nor
-PyTorch, and is idle while a subject runs.
+All get the same number of threads and the same allocator. The process that asks uses no device, and is idle
+while a subject runs.
+
+The other process is `python -m benchmarks.harness.worker MODULE`: JSON lines come in on standard input and go
+out on what was standard output; lines that libraries print go to standard error. With FUNCTION ARGUMENTS, it
+calls that one function, prints its result, and ends.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import importlib
 import json
 import os
 from pathlib import Path
 import subprocess
 import sys
 import tempfile
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from benchmarks.harness.timing import Subject
-from topklm.errors import UserError
+from benchmarks.harness.timing import Subject, timed
+from topklm.errors import UserError, explain
+from topklm.runtime import allocator
 
-_PYTHON = (sys.executable, "-P", "-m")  # never a folder of the same name in the working directory
+# Never a folder of the same name in the working directory.
+_PYTHON = (sys.executable, "-P", "-m", "benchmarks.harness.worker")
 _ROOT = str(Path(__file__).parents[2])
 _PATIENCE_SECONDS = 60.0  # for a process that was told to end
 _SHOWN_CHARACTERS = 2000  # of what a process printed before it died
@@ -60,7 +67,7 @@ class Worker:
         """
         self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [*_PYTHON, "benchmarks.harness.worker_main", module],
+            [*_PYTHON, module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -143,7 +150,7 @@ def call(function: str, *arguments: Any) -> Any:
     Raises:
         CalledProcessError: If it fails.
     """
-    command = [*_PYTHON, "benchmarks.harness.worker_main", *function.split(":"), json.dumps(arguments)]
+    command = [*_PYTHON, *function.split(":"), json.dumps(arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=shared_environment())
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -172,3 +179,38 @@ def peak_resident_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise UserError("bench: /proc/self/status does not say how much memory a process has; use Linux")
+
+
+def _serve(module: str, answers: TextIO) -> None:
+    """Prepares a module's subjects and runs them as told, until standard input ends."""
+
+    def answer(message: Any) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    allocator_name = allocator.keep_freed_memory()  # before either framework has threads
+    try:
+        prepared: Prepared = importlib.import_module(module).prepare(json.loads(sys.stdin.readline()))
+    except Exception as e:
+        text = explain(e)
+        if text is None:
+            raise
+        answer({"user_error": text})
+        return
+    facts = {"allocator": allocator_name, **prepared.facts}
+    answer({"facts": facts, "subjects": list(prepared.subjects)})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "peak" in asked:
+            answer({"peak_bytes": prepared.device_peak_bytes() or peak_resident_bytes()})
+        else:
+            answer({"seconds": timed(prepared.subjects[asked["side"]])(asked["calls"])})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as standard_output:
+            os.dup2(2, 1)
+            _serve(sys.argv[1], standard_output)
+    else:
+        called = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+        print(json.dumps(called(*json.loads(sys.argv[3]))))

@@ -1,7 +1,7 @@
-"""Our model in Hugging Face's LlamaForCausalLM, with TopK as a forward hook on the layers that have it.
+"""Our model in Hugging Face's Llama (with QK-norm Qwen3), TopK a forward hook on the layers that have it.
 
 The same function of the same weights: no biases, RMSNorm, rotary positions, SwiGLU, and `torch.topk` with
-`scatter` on what a layer gives. Tests hold its loss to ours.
+`scatter` on a layer's output. Tests hold its logits, gradients and loss to ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,18 +27,26 @@ _BLOCK_NAMES = {
     ("attention_norm", "scale"): "input_layernorm",
     ("mlp_norm", "scale"): "post_attention_layernorm",
 }
+_QK_NORM_NAMES = {
+    ("attention", "query_norm", "scale"): "self_attn.q_norm",
+    ("attention", "key_norm", "scale"): "self_attn.k_norm",
+}
 
 
-def build(config: ModelConfig, attention: str = "sdpa") -> transformers.LlamaForCausalLM:
+def build(
+    config: ModelConfig, attention: str = "sdpa", masks: np.ndarray | None = None
+) -> transformers.PreTrainedModel:
     """Builds the model with weights of its own, float32, on the CPU, TopK in place.
 
     Args:
         config: The shape, with its vocabulary.
         attention: Hugging Face's name of the implementation.
+        masks: bool[S, B, T, D], which entries the TopK layers keep; None for the k largest.
     """
-    implementation: dict[str, Any] = {"attn_implementation": attention}
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    more: dict[str, Any] = {"head_dim": config.head_dim} if config.qk_norm else {"mlp_bias": False}
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
             intermediate_size=config.d_mlp,
@@ -50,13 +58,13 @@ def build(config: ModelConfig, attention: str = "sdpa") -> transformers.LlamaFor
             tie_word_embeddings=config.tie_embeddings,
             max_position_embeddings=config.context_length,
             attention_bias=False,
-            mlp_bias=False,
             use_cache=False,
-            **implementation,
+            attn_implementation=attention,
+            **more,
         )
     )
-    for layer in model.model.layers[: config.n_topk_layers]:
-        layer.register_forward_hook(_hook(config.topk_k, config.topk_activation))
+    for number, layer in enumerate(model.model.layers[: config.n_topk_layers]):
+        layer.register_forward_hook(_hook(config, None if masks is None else torch.tensor(masks[number])))
     return model
 
 
@@ -72,13 +80,13 @@ def load(model: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns our parameters under Hugging Face's names, matrices transposed, without rows of padding."""
+    """Returns parameters, or gradients of them, by Hugging Face's names, transposed, without padding."""
     size = config.vocab_size
     named = {"model.embed_tokens.weight": params["embed"]["embedding"][:size]}
     named["model.norm.weight"] = params["final_norm"]["scale"]
     if not config.tie_embeddings:
         named["lm_head.weight"] = params["unembed"]["kernel"].T[:size]
-    for path, name in _BLOCK_NAMES.items():
+    for path, name in (_BLOCK_NAMES | (_QK_NORM_NAMES if config.qk_norm else {})).items():
         stacked = params["blocks"]
         for key in path:
             stacked = stacked[key]
@@ -112,11 +120,11 @@ def topk(u: torch.Tensor, k: int, activation: str) -> torch.Tensor:
     return torch.zeros_like(u).scatter(-1, index, kept)
 
 
-def _hook(k: int, activation: str) -> Callable:
+def _hook(config: ModelConfig, mask: torch.Tensor | None) -> Callable:
     def replace(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
         del module, arguments
-        if isinstance(output, tuple):
-            return (topk(output[0], k, activation), *output[1:])
-        return topk(output, k, activation)
+        u = output[0] if isinstance(output, tuple) else output
+        h = topk(u, config.topk_k, config.topk_activation) if mask is None else u * mask
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
     return replace

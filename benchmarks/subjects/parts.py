@@ -21,8 +21,7 @@ from topklm.model.attention import Attention, rotation_angles
 from topklm.model.layers import RMSNorm, SwiGLU
 from topklm.model.topk import topk
 from topklm.parallel import Parallel
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import TrainState, init_state
+from topklm.training.step import TrainState, init_state, make_optimizer
 
 Subject = Callable[[], Any]
 

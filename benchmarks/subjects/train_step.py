@@ -12,13 +12,13 @@ from benchmarks.harness.worker import Prepared
 from topklm import config as config_lib
 from topklm.layout import make_layout
 from topklm.training import throughput
-from topklm.training.optimizer import make_optimizer
 from topklm.training.step import (
     Batch,
     TrainState,
     abstract_batch,
     compile_step,
     init_state,
+    make_optimizer,
     make_train_step,
     release_seconds,
 )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import peers
+from benchmarks.cases import topk as our_topk
 from benchmarks.harness.shapes import SHAPES, base, with_model
-from benchmarks.subjects import topk as our_topk
 from benchmarks.subjects import train_step
 from topklm.errors import UserError
 from topklm.model import transformer

@@ -19,21 +19,20 @@ from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.training import anomalies
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state, init_state, make_train_step
+from topklm.training.step import abstract_state, init_state, make_optimizer, make_train_step
 
 # Saves a trained state of 8 devices, then restores a checkpoint of one device onto its own layout:
 # `SCRIPT CONFIG_JSON FOLDER_OF_8 ARRAYS_OF_8 FOLDER_OF_1 ARRAYS_OF_1`.
 ON_EIGHT_DEVICES = """
-import pathlib, sys
+import json, pathlib, sys
 import jax, numpy as np
 from topklm import config as config_lib
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.training.optimizer import make_optimizer
+from topklm.training.step import make_optimizer
 from topklm.layout import make_layout
 from topklm.training.step import abstract_state, init_state
 
-config = config_lib.from_json(sys.argv[1])
+config = config_lib.from_saved(json.loads(sys.argv[1]))
 of_8, arrays_of_8, of_1, arrays_of_1 = map(pathlib.Path, sys.argv[2:])
 layout = make_layout(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
 optimizer = make_optimizer(config.optim, config.train.steps)

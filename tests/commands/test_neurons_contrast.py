@@ -14,9 +14,10 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
-from topklm.neurons import ablate_set, harvest
+from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses, halves
-from topklm.neurons.activation_counts import count
+from topklm.neurons.documents import TextModel
+from topklm.neurons.harvest import count
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 
@@ -33,8 +34,7 @@ def write(path, texts):
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (harvest, ablate_set):
-            patch.setattr(module, "_BATCH_TOKENS", 256)
+        patch.setattr(documents, "_BATCH_TOKENS", 256)
         yield
 
 
@@ -79,13 +79,16 @@ def model(place):
     return topklm.load(place / "small")
 
 
+def text_model(model):
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    return TextModel(model.config.model, model.params, layout, model.tokenizer.separator_id)
+
+
 @pytest.fixture(scope="module")
 def frequencies(model):
     """[2, D], the share of tokens at which neurons of layer 0 are active, text by text."""
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in (*VOWELS, *NUMBERS)]
-    separator_id = model.tokenizer.separator_id
-    counts = count(model.config.model, model.params, mesh, documents, separator_id=separator_id)
+    counts = count(text_model(model), documents)
     active, n_tokens = counts.active[:, 0].reshape(2, 6, 32).sum(axis=1), counts.n_tokens.reshape(2, 6)
     return active / n_tokens.sum(axis=1, keepdims=True)
 
@@ -151,11 +154,8 @@ def test_repeated_documents_and_those_behind_the_limit_are_left_out_and_that_is_
 
 
 def mean_loss(model, texts, neurons=()):
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
     documents = [model.tokenizer.encode(text) for text in texts]
-    losses = AblatedLosses(
-        model.config.model, model.params, mesh, documents, separator_id=model.tokenizer.separator_id
-    )
+    losses = AblatedLosses(text_model(model), documents)
     return losses.sums(neurons).sum() / sum(map(len, documents))
 
 

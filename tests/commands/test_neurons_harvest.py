@@ -14,7 +14,7 @@ from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.layout import make_layout
-from topklm.neurons import harvest as harvest_lib
+from topklm.neurons import documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
@@ -45,14 +45,14 @@ def model(tmp_path_factory):
 @pytest.fixture
 def harvest(model, tmp_path, monkeypatch):
     """Harvests a text into a folder of its own."""
-    monkeypatch.setattr(harvest_lib, "_BATCH_TOKENS", 256)
+    monkeypatch.setattr(documents, "_BATCH_TOKENS", 256)
     folder = NeuronsFolder(tmp_path / "run", STEP)
 
     def call(source, **options):
         told = Told()
-        mesh = make_layout(MeshConfig()).mesh
+        layout = make_layout(MeshConfig())
         settings = neurons.HarvestSettings(source=str(source), **options)
-        neurons.harvest_into(folder, model, mesh, told, settings)
+        neurons.harvest_into(folder, model, layout, told, settings)
         return told, Store(folder.store)
 
     return call

@@ -14,8 +14,7 @@ from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 from topklm.steering import dose
-from topklm.steering.dose import Response, Sampled
-from topklm.steering.text_metrics import Estimate
+from topklm.steering.dose import Estimate, Response, Sampled
 
 D, STEP = saved_runs.MODEL.d_model, 3
 

@@ -22,9 +22,8 @@ assert client.get("a/x") is None
 assert client.set("a/x", "1")
 assert not client.set("a/x", "2")
 assert client.get("a/x") == client.wait_for("a/x") == "1"
-assert client.set("a/x", "3", overwrite=True)
 assert client.set("a/y", "4")
-assert client.values("a") == {"x": "3", "y": "4"}
+assert client.values("a") == {"x": "1", "y": "4"}
 client.delete("a/x")
 assert client.values("a") == {"y": "4"}
 assert client.values("b") == {}

@@ -402,11 +402,10 @@ def test_another_process_of_the_same_number_does_not_let_the_run_go_on(start):
 @pytest.mark.parametrize("kind", ["stop", "mistake", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(start, kind):
     """Lets it end the run, as any process of a run can: launchers then start it again."""
-    ending = json.dumps({"kind": kind, "process": 1, "text": "trained"})
-    word = json.dumps({"by": 1, "secret": "?", "ending": ending}) if kind else "trained"
+    word = json.dumps({"by": 1, "secret": "?", "kind": kind, "process": 1, "text": "trained"})
     job = start(2, IN_A_COLLECTIVE.format(instead="time.sleep(1000)"))
     job.wait_for("ready")
-    stranger = job.start_stranger("1", "topklm/ending", word)
+    stranger = job.start_stranger("1", "topklm/ending", word if kind else "trained")
     stranger.wait_for_line("connected")
     assert job.finish() == [75, 75]
     for process in job.processes.values():
@@ -417,8 +416,7 @@ def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(star
 def test_a_stranger_that_comes_before_a_process_cannot_make_a_run_look_finished(start):
     job = start(2, "pass", started=[0])
     hello = {"count": 2, "versions": versions("topklm", "jax"), "hash": hashlib.sha256(b"s").hexdigest()}
-    ending = json.dumps({"kind": "stop", "process": 1, "text": "trained"})
-    word = {"by": 1, "secret": "s", "ending": ending}
+    word = {"by": 1, "secret": "s", "kind": "stop", "process": 1, "text": "trained"}
     job.start_stranger(
         "1", "topklm/hello#1/1", json.dumps(hello), "topklm/ending", json.dumps(word)
     ).wait_for_line("connected")

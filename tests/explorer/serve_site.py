@@ -17,7 +17,7 @@ import uvicorn
 from topklm.explorer import app
 from topklm.explorer.neuron_data import NeuronData
 from topklm.web import server
-from topklm.web.security import Guard
+from topklm.web.http import Guard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from topklm.explorer.export import export
-from topklm.inference.generate import Generation
 from topklm.inference.interventions import Intervention
+from topklm.inference.scheduler import Generation
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")

@@ -25,7 +25,7 @@ from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog, table
-from topklm.steering import neuron_facts
+from topklm.steering import concepts
 
 STEP = explored_run.STEP
 
@@ -71,7 +71,7 @@ def table_says(run):
 
 
 def is_known(run):
-    return neuron_facts.read(folder_of(run), 1, 17)
+    return concepts.read_facts(folder_of(run), 1, 17)
 
 
 def is_found(run):

@@ -16,7 +16,7 @@ from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.statistics import activity, catalog, embeddings, table
+from topklm.neurons.statistics import activity, catalog, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress
 
@@ -164,7 +164,7 @@ def make_case(place, *, signs=False, kind="topk", nan=False):
 def write_table(folder, store, rng):
     """Makes a table with activity and examples of the store, and drawn lenses and neighbours."""
     rows = []
-    bounds = embeddings.document_bounds(store)
+    bounds = store.document_bounds()
     for layer in LAYERS:
         block = store.block(layer, 0, D)
         columns = {
@@ -174,6 +174,7 @@ def write_table(folder, store, rng):
         for j in range(D):
             row = dict.fromkeys(catalog.schema().names)
             row |= {name: column[j] for name, column in columns.items()}
+            row |= {name: None for name, value in row.items() if value is not None and value != value}
             row |= {"layer": layer, "neuron": j, "n_active": int(row["n_active"])}
             for end in ("top", "bottom"):
                 row[f"identity_{end}"] = rng.integers(0, 257, 10).tolist()

@@ -17,8 +17,9 @@ from topklm.explorer.index import Index, Wanted
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
+from topklm.neurons.statistics.inputs import Inputs
 from topklm.neurons.statistics.measure import extend, measure
-from topklm.neurons.store import Store
+from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
 
 DOCS = Path(__file__).parents[2] / "docs" / "neurons.md"
@@ -47,28 +48,18 @@ def energy(monkeypatch):
     monkeypatch.setattr(catalog, "STATISTICS", (*catalog.STATISTICS, added))
 
 
+def inputs_of(folder, model, settings):
+    store, progress = Store(folder.store), Progress(lambda line: None)
+    return Inputs(store, model.cfg, model.params, model.tokenizer.separator_id, settings, progress)
+
+
 def extended(folder, model=None):
     model = model or topklm.load(folder.run)
-    return extend(
-        folder.table,
-        Store(folder.store),
-        model.config.model,
-        model.params,
-        separator_id=model.tokenizer.separator_id,
-        progress=Progress(lambda line: None),
-    )
+    return extend(folder.table, inputs_of(folder, model, MeasureSettings()))
 
 
 def measured_anew(folder, settings, model):
-    measure(
-        folder.table,
-        Store(folder.store),
-        model.config.model,
-        model.params,
-        separator_id=model.tokenizer.separator_id,
-        settings=settings,
-        progress=Progress(lambda line: None),
-    )
+    measure(folder.table, inputs_of(folder, model, settings))
 
 
 def without(folder, names):
@@ -200,3 +191,13 @@ def test_what_a_sentence_encoder_took_part_in_is_not_measured_without_it(explore
         extended(explored_copy)
     table.write(explored_copy.table, rows.drop_columns(["density"]), encoded)
     assert extended(explored_copy) == ("density",)
+
+
+def test_a_store_without_tokens_is_refused(explored_copy, tmp_path):
+    StoreWriter(tmp_path / "empty", Store(explored_copy.store).metadata)
+    empty = dataclasses.replace(
+        inputs_of(explored_copy, topklm.load(explored_copy.run), MeasureSettings()),
+        store=Store(tmp_path / "empty"),
+    )
+    with pytest.raises(UserError, match="empty holds no tokens: run topklm neurons harvest"):
+        measure(tmp_path / "table", empty)

@@ -12,8 +12,8 @@ import pytest
 from serve_site import serving
 
 from topklm.explorer.neuron_data import NeuronData
-from topklm.web import security, server
-from topklm.web.security import MAX_BODY, is_loopback
+from topklm.web import http, server
+from topklm.web.http import MAX_BODY, is_loopback
 
 HOSTILE_LABEL = "<script>alert('label')</script>\"'><img src=x onerror=alert(3)>"
 POSTS = ("/prompt", "/neurons/0/3/text", "/neurons/0/3/label", "/api/prompt", "/api/neurons/0/3/label")
@@ -215,7 +215,7 @@ def test_methods_that_a_page_does_not_have_are_refused(site):
 
 def test_slow_clients_are_hung_up_on_and_stop_nobody(site, monkeypatch):
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(security, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.5)
     head = f"POST /prompt HTTP/1.1\r\nHost: {site.host}\r\nContent-Length: 100\r\n\r\ntext="
     with contextlib.ExitStack() as stack:
         clients = [

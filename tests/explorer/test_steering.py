@@ -21,12 +21,12 @@ from topklm.commands import shared
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, SteerSettings, Writing, spelled
 from topklm.explorer.views.steering import Strengths, box
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
 from topklm.server import requests
-from topklm.server.limits import Limits
+from topklm.server.requests import Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
 PROMPT, LENGTH, SEED = "The baker", 22, 4

@@ -9,9 +9,10 @@ import numpy as np
 from plain_loop import CONFIG, params_of
 import pytest
 
-from topklm.inference.adaptive import AdaptiveK, entropy, token_losses, with_topk_k
-from topklm.inference.generate import Generation
+from benchmarks.adaptive_losses import token_losses
+from topklm.inference.adaptive import AdaptiveK, entropy, with_topk_k
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.topk import topk

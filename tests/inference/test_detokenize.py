@@ -5,12 +5,11 @@ from hypothesis import strategies as st
 import pytest
 
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.detokenize import (
+from topklm.inference.tokens import (
     TextStream,
     check_stop,
     first_stop,
     split_at_character,
-    until_stopped,
 )
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)
@@ -70,8 +69,11 @@ def test_only_a_character_that_is_not_whole_is_split_off(text, cut):
 @pytest.mark.parametrize("stop", [(), ("b",), ("zz", "\u00fc")])
 def test_the_token_that_completes_a_stop_string_is_the_last_one_that_counts(stop):
     ids = BYTES.encode("xa\u00fcb\u00fc").tolist()
-    n = until_stopped(TextStream(BYTES, ids[:1], stop), ids[1:])
-    assert BYTES.decode(ids[: 1 + n]) == {(): "xa\u00fcb\u00fc", ("b",): "xa\u00fcb"}.get(stop, "xa\u00fc")
+    stream = TextStream(BYTES, ids[:1], stop)
+    stream.add(ids[1:])
+    assert BYTES.decode(ids[: stream.n_tokens]) == {(): "xa\u00fcb\u00fc", ("b",): "xa\u00fcb"}.get(
+        stop, "xa\u00fc"
+    )
 
 
 def test_half_a_character_at_the_end_is_shown_as_broken():

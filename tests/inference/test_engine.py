@@ -12,13 +12,12 @@ import plain_loop
 from plain_loop import compilations, params_of
 import pytest
 
-from topklm.inference.bucketing import ServingBuckets, default_slots, on_rows
 from topklm.inference.engine import ClosedError, Engine, FullError
-from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.interventions import Intervention
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Scheduler, warm_up
-from topklm.inference.sequence import Sequence
+from topklm.inference.sequence import Sequence, ServingBuckets, default_slots
 from topklm.inference.steps import scores_of_prompt
 from topklm.model import transformer
 
@@ -188,7 +187,7 @@ def test_the_stop_token_is_told_of_with_its_probability_and_is_no_part_of_the_te
 def test_a_prompts_probabilities_are_those_of_the_model():
     tokens = np.random.default_rng(4).integers(0, 50, 30).tolist()
     sequence = Sequence.of(CONFIG, tokens, Sampling(), 2)
-    found = scores_of_prompt(CONFIG, params_of(CONFIG), sequence, STOP, 32)
+    found = scores_of_prompt(CONFIG, params_of(CONFIG), sequence, 32)
     reference = log_softmax(logits_of(tokens))
     assert len(found.own) == 29
     np.testing.assert_allclose(found.own, reference[np.arange(29), tokens[1:]], atol=1e-4)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import topklm
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 
 PROMPT = "The old baker"
 

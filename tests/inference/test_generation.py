@@ -10,9 +10,9 @@ import numpy as np
 from plain_loop import CONFIG, compilations, limited_logits, params_of, plain_loop
 import pytest
 
-from topklm.inference.bucketing import bucket, cache_bucket
-from topklm.inference.generate import Generation
 from topklm.inference.sampling import RowSampling, Sampling, draw, held
+from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import bucket, cache_bucket
 from topklm.inference.steps import STEPS
 
 PROMPT = [3, 14, 15, 9, 26]
@@ -148,7 +148,7 @@ ON_FOUR_DEVICES = """
 import jax
 from plain_loop import CONFIG, params_of
 from topklm.config import MeshConfig
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 from topklm.layout import make_layout
 from topklm.model.topk import for_gspmd
 

@@ -10,10 +10,10 @@ from plain_loop import CONFIG, compilations, params_of, plain_loop
 import pytest
 
 from topklm.errors import UserError
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import Intervention, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
+from topklm.inference.scheduler import Generation
 from topklm.model import transformer
 
 PARAMS = params_of(CONFIG)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import topklm
-from topklm.inference.bucketing import bucket
+from topklm.inference.sequence import bucket
 from topklm.model import transformer
 
 TEXT = "The old baker lost a kettle."

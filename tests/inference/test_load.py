@@ -15,7 +15,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.config import MeshConfig, from_json
+from topklm.config import MeshConfig, from_saved
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.layout import make_layout
@@ -30,7 +30,7 @@ def model(finished_run):
 def test_the_newest_checkpoint_is_loaded_with_its_config_and_tokenizer(model, finished_run):
     assert model.step == STEPS
     assert model.run == str(finished_run)
-    assert model.config == from_json((finished_run / "config.json").read_text())
+    assert model.config == from_saved(json.loads((finished_run / "config.json").read_text()))
     assert model.config.model.vocab_size == model.tokenizer.vocab_size == 320
 
 

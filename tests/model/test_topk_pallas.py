@@ -14,9 +14,8 @@ from references import active_mask
 
 from benchmarks.topk_and_norm import select_and_norm
 from topklm.compile_check import cost, hlo, topology
-from topklm.model import topk_pallas, topk_pallas_bits
+from topklm.model import topk_pallas
 from topklm.model.topk import topk
-from topklm.model.topk_pallas import make_tile
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 # Together every platform, dtype, activation and kind of D and k: each of them is a compilation.
@@ -197,14 +196,13 @@ def test_the_search_on_planes_finds_the_k_largest_for_every_d_and_k():
 
     @interpreted
     def search(planes, k, among):
-        tile = make_tile("gpu", 19, 32 * width, 2)
-        return topk_pallas_bits.select(list(planes.view(jnp.int32)), k, among.view(jnp.int32), tile.count)
+        return topk_pallas.largest(list(planes.view(jnp.int32)), k, among.view(jnp.int32))
 
     rng = np.random.default_rng(4)
     for d in (2, 5, 31, 32, 33, 100, 128):
         key = rng.integers(0, 2**16, (19, d)) >> rng.integers(0, 16, (19, 1))  # from no ties to all the same
         planes = np.stack([words_of(key >> b & 1, width) for b in reversed(range(16))])
-        valid = topk_pallas_bits.valid(d, (19, width))
+        valid = topk_pallas.valid(d, (19, width))
         np.testing.assert_array_equal(np.asarray(valid).view(np.uint32), words_of(np.ones((19, d)), width))
         for k in {1, 2, d // 2, d - 1, d}:
             want = np.zeros(key.shape, bool)
@@ -217,7 +215,7 @@ def test_the_search_on_planes_finds_the_k_largest_for_every_d_and_k():
 def test_plane_b_holds_bit_b_of_every_number(n_bits):
     rng = np.random.default_rng(3)
     numbers = rng.integers(0, 2**n_bits, (32, 2, 3), dtype=np.uint64)
-    planes = topk_pallas_bits.bit_planes(list(jnp.asarray(numbers.astype(np.uint32)).view(jnp.int32)), n_bits)
+    planes = topk_pallas.bit_planes(list(jnp.asarray(numbers.astype(np.uint32)).view(jnp.int32)), n_bits)
     got = np.stack(planes).view(np.uint32)
     for b in range(n_bits):
         want = sum(((numbers[c] >> np.uint64(b)) & np.uint64(1)) << np.uint64(c) for c in range(32))

@@ -33,9 +33,7 @@ def expected_mask(x, k):
 
 
 def assert_exact(x, k):
-    y, mask = jax.jit(select, static_argnums=(1, 2), static_argnames="with_mask")(
-        jnp.asarray(x), k, "identity", with_mask=True
-    )
+    y, mask = jax.jit(select, static_argnums=(1, 2, 3))(jnp.asarray(x), k, "identity", True)
     want = expected_mask(x, k)
     np.testing.assert_array_equal(mask, want)
     np.testing.assert_array_equal(
@@ -98,7 +96,7 @@ def test_the_number_of_passes_is_bounded_by_the_bits_of_a_key(monkeypatch, dtype
 
     monkeypatch.setattr(topk_threshold, "_count_at_least", counted)
     with jax.disable_jit():
-        select(jnp.asarray(hard_rows(dtype, 48, np.random.default_rng(1))), 11, "identity")
+        select(jnp.asarray(hard_rows(dtype, 48, np.random.default_rng(1))), 11, "identity", False)
     for_ties = 1 + (48).bit_length()
     assert len(passes) <= KEY_BITS[dtype] + 1 + for_ties
 

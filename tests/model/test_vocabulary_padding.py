@@ -17,12 +17,12 @@ from topklm.config import (
     resolve,
 )
 from topklm.errors import UserError
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.model.losses import cross_entropy, token_losses
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state, init_state, make_eval_step, make_train_step
+from topklm.training.evaluation import make_eval_step
+from topklm.training.step import abstract_state, init_state, make_optimizer, make_train_step
 
 CONFIG = ModelConfig(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab_size=41, context_length=8, topk_k=4

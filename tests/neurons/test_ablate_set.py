@@ -97,7 +97,7 @@ def test_changes_are_means_over_tokens_and_chance_is_counted():
     gaps = [0.25 if (0, 2) in other.neurons else 0.0 for other in one.random]
     assert [other.gap for other in one.random] == gaps
     assert one.p_value == 1 / 7
-    assert one.random_forget.mean == pytest.approx(np.mean(gaps))
+    assert one.spread("forget").mean == pytest.approx(np.mean(gaps))
     equal = Outcome(one.chosen, (one.chosen, *one.random))
     assert equal.p_value == 2 / 8
 

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from test_activation_counts import DOCUMENTS, MESH, model_of
+from test_activation_counts import DOCUMENTS, model_of, text_model
 
 from topklm.inference.interventions import Intervention
-from topklm.neurons import ablate_set
+from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses
 from topklm.neurons.documents import windows_of
 
@@ -19,10 +19,9 @@ def model():
 @pytest.fixture(scope="module")
 def texts(model):
     """Makes documents of two batches."""
-    separator_id = model.tokenizer.separator_id
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate_set, "_BATCH_TOKENS", 128)
-        return AblatedLosses(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id)
+        patch.setattr(documents, "_BATCH_TOKENS", 128)
+        return AblatedLosses(text_model(model), DOCUMENTS)
 
 
 def sum_by_hand(model, ids, neurons):

@@ -9,10 +9,9 @@ import saved_runs
 from topklm.config import Config
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import one_device
-from topklm.neurons.activation_counts import count, layers_of, unit_sizes
-from topklm.neurons.documents import windows_of
+from topklm.neurons.documents import TextModel, windows_of
+from topklm.neurons.harvest import count, kind_and_layers, unit_sizes
 
-MESH = one_device().mesh
 DOCUMENTS = [np.random.default_rng(n).integers(0, 256, n).astype(np.int32) for n in (9, 1, 75, 31, 20)]
 
 
@@ -23,10 +22,14 @@ def model_of(**changes):
     return LanguageModel("a run", 3, Config(model=config), tokenizer, params)
 
 
+def text_model(model):
+    return TextModel(model.config.model, model.params, one_device(), model.tokenizer.separator_id)
+
+
 def activations(model, ids):
     """Returns [S, n, D], what the layers hand on at the tokens of a document."""
     config, separator = model.config.model, model.tokenizer.separator_id
-    names = [f"blocks.{layer}.hook_resid_post" for layer in layers_of(config)]
+    names = [f"blocks.{layer}.hook_resid_post" for layer in kind_and_layers(config)[1]]
     parts = []
     for window in windows_of(0, ids, separator, config.context_length):
         padded = np.full((1, config.context_length), separator)
@@ -38,14 +41,13 @@ def activations(model, ids):
 
 
 def counted(model, **arguments):
-    separator_id = model.tokenizer.separator_id
-    return count(model.config.model, model.params, MESH, DOCUMENTS, separator_id=separator_id, **arguments)
+    return count(text_model(model), DOCUMENTS, **arguments)
 
 
 def test_every_token_is_counted_once_where_it_belongs():
     model, done = model_of(), []
     whole = counted(model, report=done.append)
-    assert (whole.layers, whole.n_tokens.tolist(), done[-1]) == ((0,), [9, 1, 75, 31, 20], 136)
+    assert (whole.layers, whole.n_tokens.tolist(), sum(done)) == ((0,), [9, 1, 75, 31, 20], 136)
     seen = [activations(model, ids) for ids in DOCUMENTS]
     np.testing.assert_array_equal(whole.active, [(states != 0).sum(axis=1) for states in seen])
     pieces = counted(model, piece=16)
@@ -57,7 +59,7 @@ def test_every_token_is_counted_once_where_it_belongs():
 
 def test_of_a_base_model_the_largest_entries_of_every_layer_count():
     found = counted(model_of(n_nontopk=2), keep=5)
-    assert found.layers == layers_of(model_of(n_nontopk=2).config.model) == (0, 1)
+    assert found.layers == kind_and_layers(model_of(n_nontopk=2).config.model)[1] == (0, 1)
     # Of each token so many, for more than so many are above 0.
     np.testing.assert_array_equal(found.active.sum(axis=2), 5 * found.n_tokens[:, None].repeat(2, axis=1))
 

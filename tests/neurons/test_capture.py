@@ -14,9 +14,7 @@ import saved_runs
 from topklm.model import transformer
 from topklm.model.block import NO_HOOKS
 from topklm.neurons import capture as capture_lib
-from topklm.neurons import hook_names
-from topklm.neurons.capture import ActivationCache, SparseActivations
-from topklm.neurons.hook_names import TOPK, all_names
+from topklm.neurons.capture import TOPK, ActivationCache, SparseActivations, all_hook_names, hook_name
 
 B, T, K = 2, 9, saved_runs.MODEL.topk_k
 S, L = 2, 3
@@ -42,7 +40,7 @@ def params():
 
 def capture(model, tokens, *packing):
     """Returns the hidden state and what the TopK layers hand on, sparse."""
-    wanted = [hook_names.name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
+    wanted = [hook_name(layer, TOPK) for layer in range(model.config.n_topk_layers)]
     return capture_lib.capture(model, tokens, wanted, NO_HOOKS, 0, *packing)[:2]
 
 
@@ -228,7 +226,7 @@ def cache():
 
 def test_what_was_kept_is_found_by_all_names_of_the_array_and_by_no_other(cache):
     config = configured()  # of which the third layer has no TopK
-    known = all_names(config)
+    known = all_hook_names(config)
     kept = dataclasses.replace(cache, others={"blocks.2.hook_resid_post": jnp.ones(3)}, hook_names=known)
     same = {
         0: ["blocks.0.hook_topk", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"],
@@ -245,7 +243,7 @@ def test_what_was_kept_is_found_by_all_names_of_the_array_and_by_no_other(cache)
 def test_layers_count_from_behind_among_those_that_have_the_hook(cache):
     last = jnp.ones(3)
     kept = dataclasses.replace(
-        cache, others={"blocks.2.hook_resid_post": last}, hook_names=all_names(configured())
+        cache, others={"blocks.2.hook_resid_post": last}, hook_names=all_hook_names(configured())
     )
     assert_same_bits(kept["topk", -1], cache["topk", 1])
     assert_same_bits(kept["topk", np.int64(-2)], cache["topk", 0])

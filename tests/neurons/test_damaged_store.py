@@ -59,9 +59,8 @@ def everything(folder):
         "counts": (store.n_tokens, store.n_events),
         "neurons": [store.neuron(number // D, number % D) for number in every],
         "blocks": [store.block(layer, 2, D) for layer in range(S)],
-        "active": [store.active(begin, begin + 50) for begin in range(0, n, 50)],
         "text": [read(0, n) for read in (store.tokens, store.losses, store.documents)],
-        "documents": [store.document(int(number)) for number in np.unique(store.documents(0, n))],
+        "documents": store.document_bounds(),
         "whole": [reader.read() for reader in store.segments],
     }
 

@@ -19,8 +19,9 @@ from topklm.data.dataset import Mixture
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.neurons import fit_dictionary
+from topklm.neurons import documents, fit_dictionary
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance, check_coordinates
+from topklm.neurons.documents import TextModel
 from topklm.progress import Progress
 
 S, D, M, K = 2, 6, 8, 3
@@ -167,24 +168,21 @@ def params():
 
 def fit(kind, params, mixture, monkeypatch):
     monkeypatch.setattr(fit_dictionary, "prepare", lambda data, announce: mixture)
-    monkeypatch.setattr(fit_dictionary, "_BATCH_TOKENS", 1024)
-    mesh = one_device().mesh
-    data = saved_runs.CONFIG.data
+    monkeypatch.setattr(documents, "_BATCH_TOKENS", 1024)
+    model = TextModel(BASE, params, one_device(), mixture.tokenizer.separator_id)
     progress = Progress(lambda line: None)
     settings = {"keep": 4, "n_tokens": 8000, "progress": progress}
-    return fit_dictionary.fit(kind, BASE, params, mesh, data, Texts(), **settings), mesh
+    return fit_dictionary.fit(kind, model, saved_runs.CONFIG.data, Texts(), **settings), model
 
 
 @pytest.mark.parametrize("kind", ["random", "pca"])
 def test_dictionaries_are_made_of_training_text_and_say_what_they_explain(kind, params, mixture, monkeypatch):
-    made, mesh = fit(kind, params, mixture, monkeypatch)
+    made, model = fit(kind, params, mixture, monkeypatch)
     assert (made.kind, made.keep, made.centre.shape) == (kind, 4, (2, 16))
     assert made.encoder.shape == made.decoder.shape == (2, 16, 16)
     np.testing.assert_allclose(np.linalg.norm(made.decoder, axis=-1), 1, rtol=1e-5)
     assert made.facts["text"] == "training text of letters"
-    assert made.facts["explained_variance"] == fit_dictionary.explained_variance(
-        made, BASE, params, mesh, Texts()
-    )
+    assert made.facts["explained_variance"] == fit_dictionary.explained_variance(made, model, Texts())
     assert all(0 < share < 1 for share in made.facts["explained_variance"])
 
 

@@ -18,7 +18,7 @@ from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.documents import windows_of
+from topklm.neurons.documents import TextModel, windows_of
 from topklm.neurons.harvest import ALL, Share, harvest
 from topklm.neurons.store import Metadata, Store, StoreWriter
 
@@ -49,10 +49,6 @@ def short_segments(monkeypatch):
     monkeypatch.setattr(harvest_lib, "_SEGMENT_EVENTS", 1)
 
 
-def mesh():
-    return one_device().mesh
-
-
 @functools.cache
 def params_of(config):
     return jax.jit(transformer.create, static_argnums=(0, 1))(config, 1)
@@ -77,17 +73,8 @@ def metadata_of(config, parts=1):
 
 def harvested(folder, config, texts=TEXTS, share=ALL, **options):
     writer = StoreWriter(folder, metadata_of(config, share.count), share.index)
-    harvest(
-        config,
-        params_of(config),
-        mesh(),
-        texts,
-        writer,
-        separator_id=SEPARATOR,
-        rows=3,
-        share=share,
-        **options,
-    )
+    model = TextModel(config, params_of(config), one_device(), SEPARATOR, batch_rows=3)
+    harvest(model, texts, writer, share=share, **options)
     return Store(folder)
 
 
@@ -110,6 +97,12 @@ def forward(config):
         return jax.nn.log_softmax(model.logits(h)), states
 
     return run
+
+
+def document(store, number):
+    """Returns where a document lies in a store."""
+    at = np.flatnonzero(store.documents(0, store.n_tokens) == number)
+    return slice(at[0], at[-1] + 1)
 
 
 def one_by_one(config, texts):
@@ -201,7 +194,7 @@ def test_shares_together_hold_all_documents(tmp_path):
     for number, ids in enumerate(TEXTS):
         if not len(ids):
             continue
-        a, b = slice(*whole.document(number)), slice(*shares.document(number))
+        a, b = document(whole, number), document(shares, number)
         np.testing.assert_array_equal(shares.tokens(b.start, b.stop), ids)
         for of_whole, of_shares in rows.values():
             np.testing.assert_array_equal(of_shares[b], of_whole[a])

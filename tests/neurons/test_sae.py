@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.neurons import sae
+from topklm.neurons import fit_dictionary
 from topklm.neurons.dictionary import ExplainedVariance
 
 S, D, M, K, N = 2, 8, 12, 2, 512
@@ -34,13 +34,13 @@ def fitted(x, counts=None, **options):
     mean = x[:, counts].mean(axis=1)
     scale = np.sqrt(np.square(x[:, counts] - mean[:, None]).mean(axis=(1, 2)))
     settings = {"keep": K, "width": M, "learning_rate": 0.02, **options}
-    return sae.fit(parts, n, mean, scale, **settings)
+    return fit_dictionary.fit_autoencoders(parts, n, mean, scale, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_minibatches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sae, "MINIBATCH", 64)
+        patch.setattr(fit_dictionary, "MINIBATCH", 64)
         yield
 
 
@@ -94,11 +94,11 @@ def test_a_code_that_is_never_the_strongest_is_dead(sparse_data):
 
 
 def test_the_start_is_tied_and_centred():
-    start = sae.initial(jnp.arange(S * D, dtype=jnp.float32).reshape(S, D), M, 3)
+    start = fit_dictionary.initial_autoencoders(jnp.arange(S * D, dtype=jnp.float32).reshape(S, D), M, 3)
     np.testing.assert_array_equal(start.encoder, np.swapaxes(start.decoder, 1, 2))
     np.testing.assert_allclose(np.linalg.norm(start.decoder, axis=-1), 1, rtol=1e-6)
     x = np.broadcast_to(np.asarray(start.centre)[:, None], (S, 5, D))
-    reconstructed, codes = sae.reconstruct(start, x, K)
+    reconstructed, codes = fit_dictionary.reconstruct(start, x, K)
     assert not codes.any()
     np.testing.assert_array_equal(reconstructed, x)
 
@@ -108,9 +108,10 @@ def test_the_first_step_is_that_of_adam_on_the_gradient_across_the_rows(sparse_d
     x = sparse_data[:1, :64].astype(np.float64)
     mean, rate, eps = x.mean(axis=1), 0.01, 1e-4
     scale = np.sqrt(np.square(x - mean[:, None]).mean())
-    optimizer = sae._optimizer(rate, 10)
+    optimizer = fit_dictionary._optimizer(rate, 10)
     start = jax.tree.map(
-        lambda leaf: np.asarray(leaf, np.float64), sae.initial(jnp.asarray(mean / scale), M, 0)
+        lambda leaf: np.asarray(leaf, np.float64),
+        fit_dictionary.initial_autoencoders(jnp.asarray(mean / scale), M, 0),
     )
     scaled = x[0] / scale
 
@@ -133,7 +134,7 @@ def test_the_first_step_is_that_of_adam_on_the_gradient_across_the_rows(sparse_d
     wanted = [a - rate * g / (np.abs(g) + 1e-8) for a, g in zip(arrays, gradients, strict=True)]
     wanted[1] /= np.linalg.norm(wanted[1], axis=1, keepdims=True)
     given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
-    found, _, _ = sae._train(
+    found, _, _ = fit_dictionary._train(
         optimizer,
         K,
         1,

@@ -172,22 +172,19 @@ def found():
     return ActiveNeurons.of(["<|endoftext|>", "The", " sea"], sparse)
 
 
-def test_each_token_of_a_text_has_the_strongest_neurons_of_each_layer_and_their_number(found):
-    rows = neurons_of_text(found, top=2, begin=1)
-    assert [(row.position, row.token) for row in rows] == [(0, "The"), (1, " sea")]
-    assert rows[0].neurons == {0: [(0, 2, 4.25), (0, 5, -3.0)], 1: [(1, 11, 0.125)]}
-    assert rows[0].n_active == {0: 3, 1: 1}
-    assert rows[1].neurons == {0: [], 1: [(1, 6, 7.0), (1, 5, 6.0)]}
-    assert rows[1].n_active == {0: 0, 1: 7}
+def test_each_token_of_a_text_has_the_neurons_of_each_layer_the_strongest_first(found):
+    rows = neurons_of_text(found)
+    assert rows[1] == {0: [(0, 2, 4.25), (0, 5, -3.0), (0, 7, 1.5)], 1: [(1, 11, 0.125)]}
+    assert rows[2] == {0: [], 1: [(1, neuron, neuron + 1.0) for neuron in range(6, -1, -1)]}
 
 
-def test_without_limits_the_rows_hold_every_active_neuron(found):
-    rows = neurons_of_text(found, top=100)
-    assert [[a for those in row.neurons.values() for a in those] for row in rows] == list(found)
+def test_the_rows_hold_every_active_neuron(found):
+    rows = neurons_of_text(found)
+    assert [[a for active in row.values() for a in active] for row in rows] == list(found)
 
 
 def test_one_layer_is_shown_alone_and_one_without_topk_is_refused(found):
-    assert [set(row.neurons) for row in neurons_of_text(found, layer=1)] == [{1}] * 3
+    assert [set(row) for row in neurons_of_text(found, layer=1)] == [{1}] * 3
     for layer in (-1, 2):
         with pytest.raises(UserError, match=f"layer = {layer}: must be a TopK layer, from 0 to 1"):
             neurons_of_text(found, layer=layer)

@@ -17,6 +17,7 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
+from topklm.neurons import store as store_lib
 from topklm.neurons.store import Metadata, Store, StoreWriter
 
 S, D, K = 2, 24, 5
@@ -76,18 +77,6 @@ def test_a_block_of_neurons_is_what_they_are_one_by_one(filled, begin, end):
             np.testing.assert_array_equal(block.values[part], events.values)
 
 
-@pytest.mark.parametrize(("begin", "end"), [(0, 5), (290, 320), (17, 17), (40_290, 50_000), (-3, 2)])
-def test_a_stretch_of_text_has_its_active_neurons(filled, begin, end):
-    folder, _, dense = filled
-    found = Store(folder).active(begin, end)
-    begin = max(begin, 0)
-    tokens, layers, neurons = np.nonzero(np.moveaxis(dense[:, begin:end].astype(np.float32), 0, 1))
-    np.testing.assert_array_equal(found.tokens, begin + tokens)
-    np.testing.assert_array_equal(found.layers, layers)
-    np.testing.assert_array_equal(found.neurons, neurons)
-    np.testing.assert_array_equal(found.values, dense[layers, begin + tokens, neurons].astype(np.float32))
-
-
 def joined(segments, name):
     return np.concatenate([getattr(segment, name) for segment in segments])
 
@@ -121,15 +110,13 @@ def test_stretches_of_text_are_read_across_segments(filled):
         np.testing.assert_array_equal(store.documents(begin, end), joined(segments, "documents")[wanted])
 
 
-def test_a_document_is_found_even_across_segments(filled):
+def test_documents_are_found_even_across_segments_and_reads(filled, monkeypatch):
     folder, segments, _ = filled
-    documents, store = joined(segments, "documents"), Store(folder)
-    across = int(segments[0].documents[-1])
-    for number in {0, across, int(documents[-1])}:
-        begin, end = store.document(number)
-        np.testing.assert_array_equal(np.arange(begin, end), np.flatnonzero(documents == number))
-    with pytest.raises(UserError, match=r"document 99999: .* does not hold it"):
-        store.document(99_999)
+    numbers = joined(segments, "documents")
+    wanted = [0, *np.flatnonzero(np.diff(numbers)) + 1, len(numbers)]
+    for stretch in (1 << 18, 300, 97):
+        monkeypatch.setattr(store_lib, "_READ", stretch)
+        np.testing.assert_array_equal(Store(folder).document_bounds(), wanted)
 
 
 def test_it_takes_less_than_four_bytes_an_activation(tmp_path):

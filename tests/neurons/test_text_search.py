@@ -9,10 +9,10 @@ import regex
 
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError
+from topklm.neurons import search as matches_lib
 from topklm.neurons import segment as segment_lib
-from topklm.neurons import text_search as matches_lib
+from topklm.neurons.search import StoredText
 from topklm.neurons.store import Metadata, Store, StoreWriter
-from topklm.neurons.text_search import StoredText
 
 TEXTS = [
     "The sea was calm, and the Sea was grey.",

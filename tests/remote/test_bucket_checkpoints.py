@@ -9,8 +9,7 @@ from topklm.checkpoint.manager import CheckpointManager
 from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.storage.files import as_path
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_state
+from topklm.training.step import abstract_state, make_optimizer
 
 RUN = "gs://bucket/runs/x"
 

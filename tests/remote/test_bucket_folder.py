@@ -211,6 +211,7 @@ def test_a_container_that_begins_anew_with_the_same_process_id_is_not_its_own_pr
 def test_a_marker_is_seen_by_those_who_share_the_bucket_and_leaves_nothing(bucket):
     token = run_folder.write_marker(FOLDER)
     run_folder.check_marker(FOLDER, token)
-    assert not run_folder.has_marker(FOLDER, "another")
+    with pytest.raises(UserError, match="does not see what the first process writes"):
+        run_folder.check_marker(FOLDER, "another", patience_seconds=0.0)
     run_folder.remove_marker(FOLDER, token)
     assert bucket.objects == {}

@@ -31,7 +31,7 @@ def no_pause(monkeypatch):
 
 
 def test_lines_and_tensorboard_files_are_there_after_a_sync(bucket):
-    writer = metrics.open_writer(FOLDER, resume_step=0)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0)
     write(writer, 1, 2)
     writer.sync()
     assert lines_in(bucket) == [1, 2]
@@ -43,17 +43,17 @@ def test_lines_and_tensorboard_files_are_there_after_a_sync(bucket):
 
 
 def test_another_machine_continues_where_the_checkpoint_is(bucket):
-    writer = metrics.open_writer(FOLDER, resume_step=0)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0)
     write(writer, 1, 2, 3, 4)
     writer.close()
-    resumed = metrics.open_writer(FOLDER, resume_step=2)
+    resumed = metrics.MetricsWriter(FOLDER, resume_step=2)
     write(resumed, 3)
     resumed.close()
     assert lines_in(bucket) == [1, 2, 3]
 
 
 def test_a_killed_process_loses_only_what_was_not_synced(bucket):
-    writer = metrics.open_writer(FOLDER, resume_step=0)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0)
     write(writer, 1)
     writer.sync()
     write(writer, 2)  # and no close
@@ -62,7 +62,7 @@ def test_a_killed_process_loses_only_what_was_not_synced(bucket):
 
 def test_evaluated_steps_are_found(bucket):
     assert not metrics.is_evaluated(FOLDER, 2)
-    writer = metrics.open_writer(FOLDER, resume_step=0)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0)
     writer.write(2, {"eval/loss": 0.2})
     writer.close()
     assert [metrics.is_evaluated(FOLDER, step) for step in (1, 2)] == [False, True]
@@ -78,7 +78,7 @@ def test_between_syncs_lines_arrive_by_themselves_without_training_waiting(bucke
         return False
 
     bucket.fail(503, is_held_up)
-    writer = metrics.open_writer(FOLDER, resume_step=0)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0)
     write(writer, 1)
     assert entered.wait(300)
     write(writer, 2, 3)  # while the first copy is still under way
@@ -89,7 +89,7 @@ def test_between_syncs_lines_arrive_by_themselves_without_training_waiting(bucke
 
 def test_a_bucket_that_fails_is_said_once_and_caught_up_with(bucket):
     warnings = []
-    writer = metrics.open_writer(FOLDER, resume_step=0, warn=warnings.append)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0, warn=warnings.append)
     bucket.fail(403, is_upload)
     for step in (1, 2, 3):
         write(writer, step)
@@ -110,7 +110,7 @@ def test_a_bucket_that_fails_is_said_once_and_caught_up_with(bucket):
 
 
 def test_a_bucket_that_fails_to_the_end_is_an_error_and_the_lines_are_kept(bucket):
-    writer = metrics.open_writer(FOLDER, resume_step=0, warn=lambda _: None)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0, warn=lambda _: None)
     write(writer, 1)
     bucket.fail(403, is_upload)
     with pytest.raises(UserError, match=r"no access to gs://bucket.* is kept in (\S+): copy it") as refused:
@@ -124,7 +124,7 @@ def test_a_bucket_that_gives_no_answer_holds_nobody_up_for_long(bucket, monkeypa
     go = threading.Event()
     bucket.fail(503, lambda request: is_upload(request) and not go.wait(300))
     warnings = []
-    writer = metrics.open_writer(FOLDER, resume_step=0, warn=warnings.append)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=0, warn=warnings.append)
     write(writer, 1)
     writer.sync()
     assert len(warnings) == 1
@@ -136,7 +136,7 @@ def test_a_bucket_that_gives_no_answer_holds_nobody_up_for_long(bucket, monkeypa
 
 def test_damaged_lines_that_another_process_left_do_not_stop_a_run(bucket):
     bucket.put("runs/x/metrics.jsonl", b'{"step": 1}\n{"step": 2, "tr')
-    writer = metrics.open_writer(FOLDER, resume_step=5)
+    writer = metrics.MetricsWriter(FOLDER, resume_step=5)
     write(writer, 6)
     writer.close()
     assert lines_in(bucket) == [1, 6]

@@ -155,7 +155,7 @@ with stop_on_signal() as stop:
     stop.request("SIGTERM")
     stop.request("SIGTERM")
     say("asked")
-    while not stop._heard: time.sleep(0.01)
+    while not stop.heard: time.sleep(0.01)
     say(f"saved after {stop.signal_name}")
 """
     )

@@ -16,9 +16,10 @@ from test_bad_requests import LIMITS, MODEL, client_of
 import topklm
 from topklm.config import Config
 from topklm.data.tokenizer import train_bpe
-from topklm.inference.sequence import SequenceUpdate, Token
+from topklm.inference.engine import SequenceUpdate
+from topklm.inference.sequence import Token
 from topklm.inference.steps import Scores
-from topklm.server import neurons, requests
+from topklm.server import requests
 from topklm.server.service import Service
 
 FIELDS = {
@@ -79,7 +80,7 @@ def client():
         patch.setattr(service.engine, "call", call)
         patch.setattr(service, "_prompt_scores", scored)
         shape = MODEL.n_topk_layers, LIMITS.prompt_tokens, MODEL.topk_k
-        patch.setattr(neurons, "active", lambda *_: (np.ones(shape, int), np.full(shape, 1.5)))
+        patch.setattr(service, "active_neurons", lambda *_: (np.ones(shape, int), np.full(shape, 1.5)))
         yield client_of(service)
 
 

@@ -14,10 +14,12 @@ from topklm.errors import UserError
 from topklm.inference.engine import ClosedError, Engine
 from topklm.inference.sampling import RowSampling, draw
 from topklm.server import app, fields, requests
-from topklm.server.errors import ApiError, number, refused
-from topklm.server.limits import Limits
+from topklm.server.answers import finite
+from topklm.server.app import refused
+from topklm.server.fields import ApiError
+from topklm.server.requests import Limits
 from topklm.server.service import Service
-from topklm.web.security import Guard
+from topklm.web.http import Guard
 
 MODEL = ModelConfig(
     d_model=32,
@@ -364,7 +366,7 @@ def test_errors_are_in_the_form_that_clients_expect():
 
 
 def test_a_probability_that_is_none_can_be_written_as_json():
-    assert [number(x) for x in (-1.5, float("nan"), float("-inf"), -1e30)] == [
+    assert [finite(x) for x in (-1.5, float("nan"), float("-inf"), -1e30)] == [
         -1.5,
         -9999.0,
         -9999.0,

@@ -8,10 +8,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from topklm.data.tokenizer import Tokenizer, train_bpe
-from topklm.inference.detokenize import first_stop
 from topklm.inference.sampling import Sampling
 from topklm.inference.sequence import Sequence, Token
 from topklm.inference.steps import Scores
+from topklm.inference.tokens import first_stop
 from topklm.server.answers import Choice, joined
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)

@@ -9,7 +9,7 @@ import saved_runs
 
 import topklm
 from topklm.steering import concepts as concepts_lib
-from topklm.steering import dose, text_metrics
+from topklm.steering import dose
 from topklm.steering.concepts import Concept
 from topklm.steering.dose import Sampled
 
@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_the_texts_one_by_one(model, concepts, response
         assert response.rates["input"].value == pytest.approx(thirds / n_tokens)
         assert response.rates["input"].low <= response.rates["input"].value <= response.rates["input"].high
         for n in dose.DISTINCT:
-            expected = np.mean([text_metrics.distinct(one, n) for one in of_value])
+            expected = np.mean([dose.distinct(one, n) for one in of_value])
             assert response.distinct[n].value == pytest.approx(expected)
         losses = []
         for number, one in enumerate(of_value):

@@ -14,7 +14,7 @@ from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
-from topklm.steering import summary, survey
+from topklm.steering import survey
 from topklm.steering.concepts import KINDS
 from topklm.steering.survey import SurveySettings
 
@@ -109,13 +109,13 @@ def test_prompting_puts_the_words_of_the_concept_before_the_prompt(done):
         written = np.resize(ids[ids >= 0], len(ids))
         tokens = [[row[0], *written, *row[1:]] for row in asked.tokens.tolist()]
         gains, divergence, _ = effects(before, log_p(tokens), layer.concepts.tokens[0], asked.following)
-        assert layer.prompting.gains[0, column] == pytest.approx(gains[k], rel=1e-3, abs=2e-5)
-        assert layer.prompting.divergences[0, column] == pytest.approx(divergence, rel=1e-3, abs=2e-5)
+        assert layer.prompting_gains[0, column] == pytest.approx(gains[k], rel=1e-3, abs=2e-5)
+        assert layer.prompting_divergences[0, column] == pytest.approx(divergence, rel=1e-3, abs=2e-5)
 
 
 def test_the_summary_counts_neurons_and_is_json(done):
     layers, _ = done
-    found = json.loads(json.dumps(summary.summarise(layers, SETTINGS), allow_nan=False))
+    found = json.loads(json.dumps(survey.summarise(layers, SETTINGS), allow_nan=False))
     *of_layers, together = found["layers"]
     assert [one["layer"] for one in of_layers] == [str(number) for number in layers]
     assert together["layer"] == "all"
@@ -126,7 +126,7 @@ def test_the_summary_counts_neurons_and_is_json(done):
         share = together["concepts"][kind]["steerable"]
         assert share["share"] == pytest.approx(np.mean(np.concatenate(passed)))
         assert share["low"] - 1e-9 <= share["share"] <= share["high"] + 1e-9
-    rows = summary.neurons(layers, SETTINGS, saved_runs.tokenizer())
+    rows = survey.neuron_rows(layers, SETTINGS, saved_runs.tokenizer())
     json.dumps(rows, allow_nan=False)
     assert [(row["layer"], row["neuron"]) for row in rows] == [
         (number, neuron) for number, layer in layers.items() for neuron in layer.concepts.neurons.tolist()

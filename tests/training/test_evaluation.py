@@ -10,8 +10,7 @@ import pytest
 from topklm.config import Config, ModelConfig
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.training.evaluation import evaluate
-from topklm.training.step import make_eval_step
+from topklm.training.evaluation import evaluate, make_eval_step
 
 MODEL = ModelConfig(
     d_model=16, n_layers=3, n_heads=2, n_kv_heads=2, d_mlp=16, vocab_size=30, topk_k=4, context_length=8

@@ -155,13 +155,14 @@ def test_only_a_step_with_a_held_out_loss_is_evaluated(tmp_path):
     assert [metrics.is_evaluated(tmp_path, step) for step in (1, 2, 3)] == [False, True, False]
 
 
-def test_only_the_first_process_writes(tmp_path):
-    bystander = metrics.open_writer(tmp_path, resume_step=0, primary=False)
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bystander = metrics.NoWriter()
     bystander.write(1, {"train/loss": 0.1})
     bystander.sync()
     bystander.close()
     assert list(tmp_path.iterdir()) == []
-    writer = metrics.open_writer(tmp_path, resume_step=0)
+    writer = MetricsWriter(tmp_path, resume_step=0)
     writer.write(1, {"train/loss": 0.1})
     writer.sync()
     writer.close()

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from topklm.config import OptimConfig
-from topklm.training.optimizer import change_of_schedule, decay_mask, learning_rate_schedule, make_optimizer
+from topklm.training.step import change_of_schedule, decay_mask, learning_rate_schedule, make_optimizer
 
 STEPS = 20
 CONFIG = OptimConfig(

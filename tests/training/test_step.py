@@ -22,8 +22,14 @@ from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainCon
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
 from topklm.training import anomalies
-from topklm.training.optimizer import learning_rate_schedule, make_optimizer
-from topklm.training.step import TrainState, abstract_state, init_state, make_train_step
+from topklm.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
 
 TOPK = Config(
     # The vocabulary is padded for the mesh; every dim of a block matrix is divided by all axes.

@@ -35,8 +35,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
     The sum is over the elements, the index that in the whole array, row by row; from 2^32 elements on it
     starts again, and then a swap of two elements that far apart goes unnoticed. `mix` is a bijection, so one
-    changed element always shows.
-    Every process of the mesh must call it.
+    changed element always shows. Every process of the mesh must call it.
 
     Args:
         tree: Nested dict of arrays whose elements have 1, 2 or 4 bytes, all on one device or one mesh.
@@ -55,31 +54,19 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
-    """Names the arrays whose checksum is not the saved one.
-
-    Args:
-        tree: As `checksums` takes it.
-        saved: The checksums from before the arrays were saved; it may hold others, too.
-    """
+    """Names the arrays whose checksum is not the one in `saved`, which may hold others, too."""
     return [name for name, found in checksums(tree).items() if found != saved.get(name)]
 
 
 def fingerprint(params: Any) -> str:
-    """Tells a model's parameters from others', in 64 hexadecimal digits; takes as long as `checksums`.
-
-    Args:
-        params: Nested dict of arrays.
-    """
+    """Tells a model's parameters (a nested dict) from others', in 64 digits; takes as long as `checksums`."""
     return hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()
 
 
 def start(tree: Any) -> dict[str, jax.Array]:
-    """Begins computing checksums by a program and does not wait; the arrays may be donated afterwards.
+    """Begins computing checksums, uint32 scalars on every device; the arrays may be donated afterwards.
 
     Every process of the mesh must call it, in the same order as other computations.
-
-    Returns:
-        uint32 scalars, on every device.
     """
     arrays = by_name(tree)
     mesh = _mesh(arrays)

@@ -2,14 +2,14 @@
 
 A save that fails is tried again while training goes on; a damaged checkpoint gives way to the one before.
 Orbax's own manager is not used: where one process fails, it leaves the others waiting, some of them in a
-collective that has no end. Here processes exchange their results. `format` describes the layout on disk.
+collective that has no end. Here processes exchange their results. `reader` describes the layout on disk.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent import futures
 import dataclasses
 import json
 import math
-import threading
 import time
 from typing import Any
 
@@ -19,23 +19,23 @@ import jax
 import jax.numpy as jnp
 
 from topklm import distributed
-from topklm.checkpoint.format import (
+from topklm.checkpoint.reader import (
     DATA,
     FACTS,
     OPTIMIZER,
     PARAMS,
+    READ_ERRORS,
+    CheckpointReader,
     DamagedError,
     complete_steps,
-    quarantine,
-    remove_old,
+    describe_damage,
 )
-from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage
-from topklm.checkpoint.writer import CheckpointWriter
+from topklm.checkpoint.writer import CheckpointWriter, remove_old
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.layout import Layout
 from topklm.storage.errors import storage_problem
-from topklm.storage.files import AnyPath, absolute
+from topklm.storage.files import AnyPath, absolute, beside
 
 _MEETING_S = 600.0  # for all processes to come to the same line
 _STORAGE_S = 1200.0  # for each to read or write its part; a save that takes longer has failed
@@ -62,6 +62,12 @@ class CheckpointManager:
 
     Saving is asynchronous: training goes on while bytes are written. A training state is any pytree that Flax
     makes a nested dict of, with a `step` and `params` among its fields.
+
+    Args:
+        folder: Holds checkpoints and nothing else; is made if need be, and rid of half-written ones.
+        config: How many to keep.
+        say: Receives a line for each damaged checkpoint and each failure that is tried again.
+        patience: By default `PATIENCE`.
     """
 
     def __init__(
@@ -71,14 +77,6 @@ class CheckpointManager:
         say: Callable[[str], None] = print,
         patience: Patience | None = None,
     ):
-        """Opens the folder, makes it if need be, and removes what a killed process left half-written.
-
-        Args:
-            folder: Holds checkpoints and nothing else.
-            config: How many to keep.
-            say: Receives a line for each damaged checkpoint and each failure that is tried again.
-            patience: By default `PATIENCE`.
-        """
         self._folder = absolute(folder)
         self._keep, self._say, self._patience = config.keep, say, patience or PATIENCE
         steps: list[int] = []
@@ -130,27 +128,20 @@ class CheckpointManager:
         """Returns True if a failed save is to be retried after this step; to be asked after every step.
 
         The same in all processes, which exchange a word 1, 2, 4, 8 ... steps after a save began, until it has
-        ended.
-
-        Raises:
-            UserError: As `save`.
+        ended. Raises as `save`.
         """
         if self._save and step > self._save.step:
             self._asked = None  # its memory belongs to later steps now
             n_steps = step - self._save.step
             if distributed.process_count() == 1 or n_steps.bit_count() == 1:
-                done = distributed.gather("is the save done", str(self._save.is_done()), _MEETING_S)
+                done = distributed.gather("is the save done", str(self._save.problem.done()), _MEETING_S)
                 seconds = (time.monotonic() - self._save.began) / n_steps
                 if all(answer == "True" for answer in done) and self._finish():
                     self._plan_retry(step, seconds)
         return self._retry_at is not None and step >= self._retry_at
 
     def wait(self) -> None:
-        """Returns when the last save is safely on disk; tries again until it is.
-
-        Raises:
-            UserError: If it cannot be written, and patience is over.
-        """
+        """Returns when the last save is safely on disk; tries again until it is. Raises as `save`."""
         self._finish()
         backoff = Backoff(self._patience.at_end_s if self._asked else 0.0)
         while self._failure:
@@ -213,7 +204,8 @@ class CheckpointManager:
     def _quarantine(self, steps: list[int]) -> None:
         if distributed.is_primary():
             for step in steps:
-                quarantine(self._folder / str(step))
+                folder = self._folder / str(step)
+                folder.rename(beside(folder, "damaged"))  # there it no longer counts as a checkpoint
         self._steps = [step for step in self._steps if step not in steps]
 
     def _begin(self) -> None:
@@ -228,7 +220,7 @@ class CheckpointManager:
         if not self._save:
             return False
         save, self._save = self._save, None
-        if problem := save.result():
+        if problem := save.problem.result():
             self._failure = f"checkpoint {save.step} could not be written ({problem})"
             return True
         if self._failure:
@@ -274,11 +266,7 @@ class Backoff:
         return f"{self.failures} failure{'s' * (self.failures > 1)} so far"
 
     def failed(self) -> float | None:
-        """Counts a failure.
-
-        Returns:
-            Seconds until the next attempt; None once `patience_s` have passed since the first failure.
-        """
+        """Counts a failure; returns the seconds until the next attempt, None once patience is over."""
         now = time.monotonic()
         self._since = self._since if self.failures else now
         self.failures += 1
@@ -292,42 +280,34 @@ class _Save:
 
     The processes meet when the folders are there, when all have written their parts, and when the first one
     has completed the checkpoint. A failure of one is a failure of all.
+
+    Attributes:
+        problem: Will be what went wrong with the storage, or "", the same in all processes; raises a bug.
+        not_removed: Says why older checkpoints could not be removed, or "".
     """
 
     def __init__(self, folder: epath.Path, trees: Mapping[str, Any], values: Mapping[str, Any], keep: int):
         self.step = int(trees[OPTIMIZER]["step"])
         self.began = time.monotonic()
-        self.not_removed = ""  # why older checkpoints could not be removed
+        self.not_removed = ""
         self._folder, self._values, self._keep = folder, values, keep
         self._writer = CheckpointWriter(folder, self.step)
-        self._bug: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._bug: Exception | None = None
         made = self._primary(lambda: self._writer.make_folders([*trees, *values]))
-        self._problem = _first_problem("begin a checkpoint", made, _MEETING_S)
-        if not self._problem:
+        problem = _first_problem("begin a checkpoint", made, _MEETING_S)
+        copied = ""
+        if not problem:
             arrays = jax.tree.map(jnp.asarray, dict(trees))
             self._writer.start_record(arrays)  # uses no storage
             copied = self._attempt(lambda: self._writer.copy(arrays))
-            self._thread = threading.Thread(target=self._run, args=(copied,), name="checkpoint")
-            self._thread.start()
+        thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.problem = thread.submit(lambda: self._end(problem or self._write(copied)))
+        thread.shutdown(wait=False)
 
-    def is_done(self) -> bool:
-        """Tells whether `result` need not wait."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def result(self) -> str:
-        """Waits; returns what went wrong with the storage, or nothing, the same in all processes."""
-        if self._thread:
-            self._thread.join()
+    def _end(self, problem: str) -> str:
         if self._bug:
             raise self._bug
-        return self._problem
-
-    def _run(self, copied: str) -> None:
-        try:
-            self._problem = self._write(copied)
-        except BaseException as e:
-            self._bug = e
+        return problem
 
     def _write(self, copied: str) -> str:
         written = copied or self._attempt(lambda: self._writer.finish_part(_STORAGE_S))
@@ -345,7 +325,7 @@ class _Save:
         return self._attempt(action) if distributed.is_primary() else ""
 
     def _attempt(self, action: Callable[[], None]) -> str:
-        """Returns what went wrong with the storage, or nothing; a bug too, which `result` raises here."""
+        """Returns what went wrong with the storage, or ""; a bug too, which is raised at the end."""
         try:
             action()
         except Exception as e:

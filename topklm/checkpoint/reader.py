@@ -1,4 +1,8 @@
-"""Reads a checkpoint: the one reader, of those that train on and those that only load the parameters.
+"""Reads a checkpoint, and says how one lies on the disk.
+
+A step's folder holds four items: `params` and `optimizer` (nested dicts of arrays; Orbax: OCDBT and Zarr),
+`data` and `facts` (JSON: config, tokenizer sha256, step, tokens seen, seconds trained, versions). Beside the
+facts lies the record of checksums, which checkpoints of earlier versions lack.
 
 Orbax's own restoring holds each array three times while it reads it: as stored, unpacked, and copied to the
 device. Here only a few chunks are held besides the arrays themselves.
@@ -10,10 +14,12 @@ from concurrent import futures
 import contextlib
 import ctypes
 import itertools
+import json
 import math
 import mmap
 import os
 from typing import Any
+import zlib
 
 from etils import epath
 import jax
@@ -21,22 +27,25 @@ import numpy as np
 import tensorstore as ts
 
 from topklm.checkpoint import checksums
-from topklm.checkpoint.format import (
-    DATA,
-    FACTS,
-    FORMAT,
-    HAS_RECORD,
-    JSON_FILE,
-    OPTIMIZER,
-    PARAMS,
-    RECORD_FILE,
-    DamagedError,
-    describe_arrays,
-    json_checksum,
-)
 from topklm.errors import UserError
 from topklm.storage.errors import says_nothing_of_content
 from topklm.storage.files import for_tensorstore, is_bucket, parse_json
+
+PARAMS, OPTIMIZER, DATA, FACTS = "params", "optimizer", "data", "facts"
+
+JSON_FILE = "metadata"  # as Orbax's JsonCheckpointHandler has it
+RECORD_FILE = "checksums.json"
+
+# A folder in a bucket cannot be renamed into place: a checkpoint is complete once this object is in it.
+COMMITTED_FILE = "commit_success.txt"
+
+# Of the facts, which say whether a checkpoint without a record was written by an earlier version.
+FORMAT, HAS_RECORD = "format", 2
+
+
+class DamagedError(Exception):
+    """A checkpoint is not as it was written; the message is a phrase that says where."""
+
 
 # Raised by reading, also by TensorStore, where a file is missing, cut off or changed, or where storage fails.
 READ_ERRORS = (DamagedError, OSError, ValueError, KeyError, TypeError)
@@ -55,6 +64,25 @@ _ARRAY_KEY = "/.zarray"  # of the object that describes an array (Zarr, version 
 _CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
 
 
+def complete_steps(checkpoints: epath.Path) -> list[int]:
+    """Returns the steps that were written to their end, rising; renamed damaged ones do not count."""
+    if not checkpoints.exists():
+        return []  # a folder in a bucket is there only while something is in it
+    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in steps if not is_bucket(path) or (path / COMMITTED_FILE).exists())
+
+
+def describe_arrays(trees: Mapping[str, Any]) -> dict[str, str]:
+    """Returns every array's dtype and shape by its name, as "float32[4, 8]"."""
+    arrays = checksums.by_name(dict(trees))
+    return {name: f"{array.dtype.name}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def json_checksum(value: Any) -> int:
+    """Returns the CRC-32 of a value that JSON can hold."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 class CheckpointReader:
     """A checkpoint that can be read: its JSON is read, its arrays are open, none is read yet.
 
@@ -64,8 +92,8 @@ class CheckpointReader:
 
     Args:
         folder: The checkpoint's.
-        arrays: Which items of arrays are to be read.
-        values: Which items of JSON are to be read.
+        arrays: Items of arrays to read.
+        values: Items of JSON to read.
 
     Raises:
         DamagedError: If the values are not those that were written, or the record does not fit the arrays.
@@ -92,12 +120,9 @@ class CheckpointReader:
             for item, stores in self._stores.items()
         }
         if self._record is not None:
-            recorded = {
-                name: shape
-                for name, (shape, _) in self._record["arrays"].items()
-                if name.partition(".")[0] in arrays
-            }
-            if recorded != describe_arrays(self.shapes):
+            recorded = {name: shape for name, (shape, _) in self._record["arrays"].items()}
+            wanted = {name: recorded[name] for name in recorded if name.partition(".")[0] in arrays}
+            if wanted != describe_arrays(self.shapes):
                 raise DamagedError("its arrays are not those that were written")
 
     def read(self, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,13 +141,9 @@ class CheckpointReader:
         return {item: read_arrays(self._stores[item], target) for item, target in targets.items()}
 
     def verify(self, trees: Mapping[str, Any]) -> None:
-        """Makes sure that the arrays read are those that were written; all processes of a mesh must call it.
+        """Raises DamagedError if the arrays read (nested dicts, by item) are not those that were written.
 
-        Args:
-            trees: Nested dicts of arrays, by item.
-
-        Raises:
-            DamagedError: If they are not.
+        All processes of a mesh must call it.
         """
         if self._record is None:
             return
@@ -152,8 +173,8 @@ def _mismatches(saved: Any, wanted: Any) -> list[str]:
     old, new = checksums.by_name(saved), checksums.by_name(wanted)
     problems = [f"{name} is missing" for name in new if name not in old]
     problems += [f"{name} is not part of this model" for name in old if name not in new]
-    for name in (name for name in new if name in old):
-        held, needed = old[name], new[name]
+    for name, needed in new.items():
+        held = old.get(name, needed)
         if tuple(held.shape) != tuple(needed.shape):
             problems.append(f"{name} is {list(held.shape)}, this model needs {list(needed.shape)}")
         elif held.dtype != needed.dtype:
@@ -186,16 +207,12 @@ def open_arrays(folder: epath.Path) -> dict[str, ts.TensorStore]:
 def read_arrays(stores: Mapping[str, ts.TensorStore], target: Any) -> Any:
     """Reads arrays onto devices, whatever devices they were saved from.
 
-    Host memory at its peak: the arrays that stay there, and a sixteenth of all, 32 MiB or two chunks on top,
-    whichever is most. On the CPU an array is the very memory that was read into; for other devices that is
-    given back one by one.
+    Host memory at its peak: the arrays that stay there, and on top a sixteenth of all, 32 MiB or two chunks,
+    whichever is most. On the CPU an array is the very memory that was read into.
 
     Args:
         stores: From `open_arrays`.
         target: Nested dict of `jax.ShapeDtypeStruct` with shardings; shapes and dtypes as saved.
-
-    Returns:
-        The same dict, of arrays.
 
     Raises:
         ValueError: If what is stored is missing, damaged, or of another shape or dtype.

@@ -12,13 +12,11 @@ from typing import Any
 import uuid
 
 from topklm import config as config_lib
-from topklm.checkpoint import format as checkpoint_format
-from topklm.checkpoint.format import FACTS, DamagedError
-from topklm.checkpoint.reader import CheckpointReader
+from topklm.checkpoint import reader
+from topklm.checkpoint.reader import FACTS, CheckpointReader, DamagedError
 from topklm.errors import UserError
-from topklm.storage import locks
 from topklm.storage.errors import storage_errors_are_user_errors, store_errors
-from topklm.storage.files import AnyPath, absolute, is_bucket, parse_json, write_atomically
+from topklm.storage.files import AnyPath, absolute, folder_lock, is_bucket, parse_json, write_atomically
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -62,16 +60,12 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
     with contextlib.ExitStack() as stack:
         with storage_errors_are_user_errors(f"opening the run folder {folder}", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(pathlib.Path(folder), refuse))
+            stack.enter_context(folder_lock(pathlib.Path(folder), refuse))
         yield folder
 
 
 def check_owned(folder: AnyPath) -> None:
-    """Makes sure that no other process has taken over a folder in a bucket; to be called before each save.
-
-    Raises:
-        UserError: If one has.
-    """
+    """Raises UserError if another process has taken over a folder in a bucket; called before each save."""
     if not is_bucket(folder):
         return
     try:
@@ -88,7 +82,7 @@ def check_owned(folder: AnyPath) -> None:
 def saved_config(folder: AnyPath) -> config_lib.Config | None:
     """Returns the config that the run was started with, or None for a new folder.
 
-    Each checkpoint holds it too, for the case that config.json is missing.
+    Where config.json is missing, it is the newest checkpoint's.
     """
     path = folder / CONFIG_FILE
     with storage_errors_are_user_errors(f"reading {path}", path):
@@ -104,7 +98,7 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
 
 
 def _config_of_newest_checkpoint(folder: AnyPath) -> config_lib.Config | None:
-    """Reads the config from the facts of the newest checkpoint whose facts are undamaged."""
+    """Reads the config of the newest checkpoint whose facts are undamaged."""
     for step in reversed(complete_steps(folder)):
         checkpoint = absolute(folder / CHECKPOINTS_FOLDER / str(step))
         # The damage itself is reported where the arrays are read.
@@ -118,7 +112,7 @@ def complete_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of the complete checkpoints, rising; renamed damaged ones do not count."""
     checkpoints = folder / CHECKPOINTS_FOLDER
     with storage_errors_are_user_errors(f"listing {checkpoints}", checkpoints):
-        return checkpoint_format.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
+        return reader.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
 
 
 def has_checkpoint(folder: AnyPath) -> bool:
@@ -127,11 +121,7 @@ def has_checkpoint(folder: AnyPath) -> bool:
 
 
 def check_same_run(folder: AnyPath, asked: config_lib.Config) -> None:
-    """Refuses to continue a run under a config that would make it a different run.
-
-    Raises:
-        UserError: Naming each field that differs, its saved and its asked value.
-    """
+    """Refuses to continue a run under a config that would make it a different run; names what differs."""
     saved = saved_config(folder)
     if saved is not None:
         check_same_config(folder, saved, asked)
@@ -153,45 +143,36 @@ def differing_fields(saved: config_lib.Config, asked: config_lib.Config) -> str:
 
 
 def write_marker(folder: AnyPath) -> str:
-    """Leaves a file in the folder that the run's other processes can look for; returns its token."""
-    token = uuid.uuid4().hex
+    """Leaves a file in the folder that the run's other processes can look for; returns its name."""
+    # A name that nobody has asked for before: file systems also remember what was not there.
+    name = f".shared-{uuid.uuid4().hex}"
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(_marker(folder, token), b"")
-    return token
+        write_atomically(folder / name, b"")
+    return name
 
 
-def check_marker(folder: AnyPath, token: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
+def check_marker(folder: AnyPath, name: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
     """Waits until this process sees the file of `write_marker`.
 
     Raises:
         UserError: If it does not: then the folder is not shared by all hosts, and checkpoints would be torn.
     """
     deadline = time.monotonic() + patience_seconds
-    while not has_marker(folder, token):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"--workdir = {folder}: host {socket.gethostname()} does not see what the first process "
-                "writes there: give gs://BUCKET/FOLDER, or a folder of a file system that all hosts share"
-            )
-        time.sleep(0.1)
-
-
-def has_marker(folder: AnyPath, token: str) -> bool:
-    """Tells whether this process sees the file of `write_marker`."""
     with storage_errors_are_user_errors(f"reading the run folder {folder}", folder):
-        return _marker(folder, token).exists()
+        while not (folder / name).exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--workdir = {folder}: host {socket.gethostname()} does not see what the first process "
+                    "writes there: give gs://BUCKET/FOLDER, or a folder of a file system that all hosts share"
+                )
+            time.sleep(0.1)
 
 
-def remove_marker(folder: AnyPath, token: str) -> None:
+def remove_marker(folder: AnyPath, name: str) -> None:
     """Removes the file of `write_marker`, once all have seen it."""
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
-        _marker(folder, token).unlink(missing_ok=True)
-
-
-def _marker(folder: AnyPath, token: str) -> AnyPath:
-    # A name that nobody has asked for before: file systems also remember what was not there.
-    return folder / f".shared-{token}"
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

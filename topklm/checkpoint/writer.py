@@ -1,4 +1,4 @@
-"""Writes a checkpoint; with `reader`, the one user of Orbax's and TensorStore's files."""
+"""Writes a checkpoint, and removes old ones; `reader` says how they lie on the disk."""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ import concurrent.futures
 import fnmatch
 import itertools
 import json
+import pathlib
 import time
 from typing import Any
 
@@ -14,18 +15,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from topklm.checkpoint import checksums
-from topklm.checkpoint.format import (
+from topklm.checkpoint.reader import (
     COMMITTED_FILE,
     FACTS,
     FORMAT,
     HAS_RECORD,
     JSON_FILE,
     RECORD_FILE,
-    TEMPORARY,
+    complete_steps,
     describe_arrays,
     json_checksum,
 )
 from topklm.storage.files import for_tensorstore, fsync, is_bucket, write_atomically
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
 
 # Small enough that a process reads little besides its shards, and that several are read at the same time;
 # large enough for the requests to a bucket to be few. Weights hardly shrink, and compressing them costs ten
@@ -42,7 +45,7 @@ class CheckpointWriter:
     def __init__(self, checkpoints: epath.Path, step: int):
         self._final = checkpoints / str(step)
         bucket = is_bucket(checkpoints)
-        self._folder = self._final if bucket else self._final.with_name(f"{step}{TEMPORARY}")
+        self._folder = self._final if bucket else self._final.with_name(f"{step}{_TEMPORARY}")
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         self._futures: list[Any] = []
 
@@ -54,31 +57,22 @@ class CheckpointWriter:
             (self._folder / item).mkdir(parents=True)
 
     def start_record(self, trees: Mapping[str, Any]) -> None:
-        """Begins computing the record of the arrays, where they live; all processes of a mesh must call it.
+        """Begins computing the record of the arrays (nested dicts, by item), which may be donated afterwards.
 
-        Args:
-            trees: Nested dicts of arrays, by item. They may be donated once this returns.
+        All processes of a mesh must call it.
         """
         self._shapes = describe_arrays(trees)
         self._sums = checksums.start(dict(trees))
 
     def copy(self, trees: Mapping[str, Any]) -> None:
-        """Copies this process's part of the arrays to the host and begins to write it.
-
-        Args:
-            trees: As for `start_record`.
-        """
+        """Copies this process's part of the arrays to the host and begins to write it."""
         self._items = tuple(trees)
         # In a thread, for the sake of notebooks, in which an event loop runs already.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             self._futures = thread.submit(asyncio.run, self._begin(trees)).result()
 
     def finish_part(self, timeout_s: float) -> None:
-        """Returns when this process's part of the arrays is on the disk.
-
-        Raises:
-            TimeoutError: If that takes longer.
-        """
+        """Returns when this process's part of the arrays is on the disk, or raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         try:
             for future in self._futures:
@@ -129,6 +123,42 @@ class CheckpointWriter:
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
         return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
+
+
+def remove_old(checkpoints: epath.Path, keep: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints, and what was left half-written or half-removed.
+
+    Args:
+        checkpoints: The folder of checkpoints; nothing may be written into it meanwhile.
+        keep: By default all that are complete.
+
+    Raises:
+        OSError: The first that came, after all removals have been tried.
+    """
+    kept = {str(step) for step in complete_steps(checkpoints)[-(keep or 0) :]}
+    failures = []
+    for path in list(checkpoints.iterdir()) if checkpoints.exists() else ():
+        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in kept):
+            try:
+                _remove(path)
+            except OSError as e:
+                failures.append(e)
+    if failures:
+        raise failures[0]
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a checkpoint or a part of one; meanwhile nobody takes the rest of it for a complete one."""
+    if is_bucket(path):
+        (path / COMMITTED_FILE).unlink(missing_ok=True)
+        path.rmtree()
+        return
+    if _TEMPORARY not in path.name:
+        path = path.rename(path.with_name(f"{path.name}.deleted{_TEMPORARY}"))
+    if pathlib.Path(path).is_symlink() or not path.is_dir():
+        path.unlink()  # not what the link leads to
+    else:
+        path.rmtree()
 
 
 class _LiteralPath(type(epath.Path())):  # type: ignore[misc]

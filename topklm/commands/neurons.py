@@ -9,9 +9,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 import re
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING
 
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_compare, neurons_find, shared
@@ -20,16 +18,21 @@ from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
+from topklm.layout import Layout
 from topklm.neurons import dictionary as dictionary_lib
 from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.documents import Documents, described, no_text, open_documents
+from topklm.neurons.documents import Documents, TextModel, described, no_text, open_documents
 from topklm.neurons.harvest import ALL, Share
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
+
+if TYPE_CHECKING:
+    from topklm.neurons.statistics.embeddings import EncodedWindows
+    from topklm.neurons.statistics.inputs import Inputs
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
@@ -140,13 +143,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _harvest(arguments: argparse.Namespace) -> None:
     shared.check_on_disk(arguments.run)
     output = Output(arguments.json)
-    model, mesh = shared.load(arguments)
+    model, layout = shared.load(arguments)
     folder = shared.folder_of(model)
     if arguments.part is None and (process := cluster.find()):
         arguments.part = Share(process.index, process.count)
     names = (field.name for field in dataclasses.fields(HarvestSettings))
     settings = HarvestSettings(**{name: getattr(arguments, name) for name in names})
-    harvest_into(folder, model, mesh, output.progress, settings)
+    harvest_into(folder, model, layout, output.progress, settings)
     store = Store(folder.store)
     facts = {"store": str(folder.store), "tokens": store.n_tokens, **dataclasses.asdict(store.metadata)}
     output.give(facts, lambda: output.say(_summary(store)))
@@ -184,14 +187,14 @@ def _measure(arguments: argparse.Namespace) -> None:
     output.give(facts, lambda: output.say(f"wrote {folder.table}"))
 
 
-def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Progress) -> NeuronsFolder:
+def ensure_measured(model: LanguageModel, layout: Layout, progress: Progress) -> NeuronsFolder:
     """Harvests and measures what has not been, so that there is something to look at.
 
     Statistics that an earlier version did not measure are added to the table.
     """
     folder = shared.folder_of(model)
     if not folder.store.exists():
-        harvest_into(folder, model, mesh, progress, HarvestSettings())
+        harvest_into(folder, model, layout, progress, HarvestSettings())
     if not folder.table.exists():
         wait_for_writers(folder.store, progress.say)
         measure_into(folder, model, progress, MeasureSettings())
@@ -200,27 +203,28 @@ def ensure_measured(model: LanguageModel, mesh: jax.sharding.Mesh, progress: Pro
     from topklm.neurons.statistics.measure import extend  # noqa: PLC0415
 
     if not table.is_complete(folder.table):
-        _write_table(extend, folder, model, _store_of(folder, model), progress)
+        _write_table(extend, folder, model, _store_of(folder, model), progress, MeasureSettings())
     return folder
 
 
 def harvest_into(
     folder: NeuronsFolder,
     model: LanguageModel,
-    mesh: jax.sharding.Mesh,
+    layout: Layout,
     progress: Progress,
     settings: HarvestSettings,
 ) -> None:
-    """Runs text through a model, whose parameters are on the mesh, and stores what its neurons do.
+    """Runs text through a model, whose parameters are on the devices, and stores what its neurons do.
 
     Raises:
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
     keep, share = settings.keep, settings.part or ALL
     config = model.config.model
-    rows = settings.batch_size or harvest_lib.batch_rows(config, mesh)
-    if rows % mesh.size:
-        raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {mesh.size} devices")
+    separator_id, rows = model.tokenizer.separator_id, settings.batch_size
+    if rows is not None and rows % layout.size:
+        raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {layout.size} devices")
+    text_model = TextModel(config, model.params, layout, separator_id, batch_rows=rows)
     shared.check_keep(config, keep)
     if settings.dictionary is not None and config.n_topk_layers:
         text = "is for Base LMs; this model's neurons are its coordinates"
@@ -240,9 +244,7 @@ def harvest_into(
             _check_can_fit(folder, model, documents, share)
             dictionary = fit_dictionary.fit(
                 kind,
-                config,
-                model.params,
-                mesh,
+                text_model,
                 model.config.data,
                 documents,
                 keep=keep,
@@ -275,30 +277,19 @@ def harvest_into(
         disk_errors_are_user_errors(f"writing {folder.store}"),
         StoreWriter(folder.store, metadata, share.index, wait) as writer,
     ):
-        done, begun = writer.n_tokens, 0
         wanted = 0  # nobody knows
         if documents.n_tokens is not None:
-            wanted = max(min(settings.tokens, documents.n_tokens) // share.count - done, 0)
+            wanted = max(min(settings.tokens, documents.n_tokens) // share.count - writer.n_tokens, 0)
         with progress.phase(f"harvesting {documents.name}", wanted) as report:
-
-            def tell(tokens: int, documents_begun: int) -> None:
-                nonlocal done, begun
-                report(tokens - done, documents_begun - begun, tokens - done)
-                done, begun = tokens, documents_begun
-
             harvest_lib.harvest(
-                config,
-                model.params,
-                mesh,
+                text_model,
                 documents,
                 writer,
-                separator_id=model.tokenizer.separator_id,
                 n_tokens=-(-settings.tokens // share.count),
-                rows=rows,
                 keep=keep,
                 dictionary=dictionary,
                 share=share,
-                report=tell,
+                report=lambda tokens, documents: report(tokens, documents, tokens),
             )
     if not writer.n_tokens and share.count == 1:
         raise no_text(documents, f"--source = {settings.source}")
@@ -331,7 +322,7 @@ def measure_into(
         UserError: For a store of another model, and without pyarrow.
     """
     store = _store_of(folder, model)
-    # Parquet needs a package of the extra, and the other one is slow to import.
+    # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
     from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
 
@@ -342,7 +333,7 @@ def measure_into(
             windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
-    _write_table(measure, folder, model, store, progress, settings=settings, windows=windows)
+    _write_table(measure, folder, model, store, progress, settings, windows)
 
 
 def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
@@ -354,23 +345,19 @@ def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
 
 
 def _write_table(
-    write: Callable[..., object],
+    write: Callable[[Path, "Inputs"], object],
     folder: NeuronsFolder,
     model: LanguageModel,
     store: Store,
     progress: Progress,
-    **options: Any,
+    settings: MeasureSettings,
+    windows: "EncodedWindows | None" = None,
 ) -> None:
     """Calls `measure` or `extend` of `statistics.measure`."""
+    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415 - see `measure_into`
+
     dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
+    separator_id = model.tokenizer.separator_id
+    inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        write(
-            folder.table,
-            store,
-            model.config.model,
-            model.params,
-            separator_id=model.tokenizer.separator_id,
-            progress=progress,
-            dictionary=dictionary,
-            **options,
-        )
+        write(folder.table, inputs)

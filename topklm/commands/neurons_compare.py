@@ -8,7 +8,6 @@ from pathlib import Path
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 from topklm.commands import shared
@@ -16,12 +15,13 @@ from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.errors import UserError, visible
 from topklm.inference.interventions import Intervention, save_interventions
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons import ablate_set, activation_counts
+from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored, Spread
-from topklm.neurons.activation_counts import UnitCounts
+from topklm.neurons import harvest as harvest_lib
+from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
-from topklm.neurons.documents import COPY, described, no_text, open_documents
+from topklm.neurons.documents import COPY, TextModel, described, no_text, open_documents
+from topklm.neurons.harvest import UnitCounts
 from topklm.progress import Progress
 from topklm.storage.files import sealed_json
 
@@ -74,7 +74,7 @@ def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: in
 
 def _open(
     arguments: argparse.Namespace, flags: tuple[str, str], *counts: str
-) -> tuple[LanguageModel, jax.sharding.Mesh, tuple[ComparedText, ComparedText]]:
+) -> tuple[LanguageModel, TextModel, tuple[ComparedText, ComparedText]]:
     """Checks the flags, loads the model onto all devices of this host, and reads both texts.
 
     Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of both verbs.
@@ -88,8 +88,8 @@ def _open(
     both = f"--{flags[0]} and --{flags[1]}"
     if _resolved(one) == _resolved(other):
         raise UserError(f"{both} are both {one}: give two texts that differ")
-    model, mesh = shared.load(arguments)
-    layers = activation_counts.layers_of(model.config.model)
+    model, layout = shared.load(arguments)
+    _, layers = harvest_lib.kind_and_layers(model.config.model)
     if arguments.layer is not None and arguments.layer not in layers:
         what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
         raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
@@ -101,7 +101,7 @@ def _open(
             f"{both} have {len(common):,} documents in common: each must be in one text only; leave them "
             "out of the other"
         )
-    return model, mesh, texts
+    return model, TextModel(model.config.model, model.params, layout, model.tokenizer.separator_id), texts
 
 
 def _resolved(source: str) -> str:
@@ -151,8 +151,7 @@ def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> Com
 
 def _contrast_of(
     arguments: argparse.Namespace,
-    model: LanguageModel,
-    mesh: jax.sharding.Mesh,
+    model: TextModel,
     positive: Sequence[np.ndarray],
     negative: Sequence[np.ndarray],
     progress: Progress,
@@ -161,17 +160,14 @@ def _contrast_of(
     """Reads the activations of documents, in pieces or whole, and compares the two texts."""
     documents = [*positive, *negative]
     with progress.phase("reading activations", sum(map(len, documents))) as report:
-        counts = activation_counts.count(
-            model.config.model,
-            model.params,
-            mesh,
+        counts = harvest_lib.count(
+            model,
             documents,
-            separator_id=model.tokenizer.separator_id,
             keep=arguments.keep,
             piece=piece,
             report=lambda tokens: report(tokens, 0, tokens),
         )
-    n_positive = len(activation_counts.unit_sizes([len(ids) for ids in positive], piece))
+    n_positive = len(harvest_lib.unit_sizes([len(ids) for ids in positive], piece))
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -200,14 +196,14 @@ def _add_contrast(parser: argparse.ArgumentParser) -> None:
 
 
 def _contrast(arguments: argparse.Namespace) -> None:
-    model, mesh, texts = _open(arguments, _CONTRASTED, "top", "window")
+    model, text_model, texts = _open(arguments, _CONTRASTED, "top", "window")
     output = Output(arguments.json)
     unit = arguments.unit
     if unit == "auto":
         unit = "document" if min(len(text.documents) for text in texts) > 1 else "window"
     piece = arguments.window if unit == "window" else None
     for text in texts:
-        n = len(activation_counts.unit_sizes([len(ids) for ids in text.documents], piece))
+        n = len(harvest_lib.unit_sizes([len(ids) for ids in text.documents], piece))
         if n < 2 and unit == "document":
             raise text.wrong("is one document: give more documents, or --unit window")
         if n < 2:
@@ -215,8 +211,8 @@ def _contrast(arguments: argparse.Namespace) -> None:
                 f"{len(text.documents):,} documents, {text.facts['tokens']:,} tokens: makes {n} windows of "
                 f"{piece} tokens, must be 2 or more: give more text, or a smaller --window"
             )
-    documents = [text.documents for text in texts]
-    counts, found = _contrast_of(arguments, model, mesh, *documents, output.progress, piece)
+    positive, negative = (text.documents for text in texts)
+    counts, found = _contrast_of(arguments, text_model, positive, negative, output.progress, piece)
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
@@ -311,7 +307,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     if arguments.save is not None and len(arguments.neurons) > 1:
         given = ",".join(map(str, arguments.neurons))
         raise UserError(f"--save with --neurons = {given}: one set is saved; give one number")
-    model, mesh, texts = _open(arguments, _ABLATED, "random_sets")
+    model, text_model, texts = _open(arguments, _ABLATED, "random_sets")
     output = Output(arguments.json)
     for text in texts:
         if len(text.documents) < 2:
@@ -324,23 +320,19 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
         for half in (0, 1)
     )
-    counts, found = _contrast_of(arguments, model, mesh, *chosen_on, output.progress)
+    counts, found = _contrast_of(arguments, text_model, chosen_on[0], chosen_on[1], output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
-        config, separator_id = model.config.model, model.tokenizer.separator_id
-        losses_of = [
-            AblatedLosses(config, model.params, mesh, documents, separator_id=separator_id)
-            for documents in scored_on
-        ]
-        n_tokens = sum(int(text.n_tokens.sum()) for text in losses_of)
+        forget, retain = (AblatedLosses(text_model, documents) for documents in scored_on)
+        n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
         total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
         with output.progress.phase("measuring losses", total) as tell:
 
             def report(tokens: int) -> None:
                 tell(tokens, 0, tokens)
 
-            scored = Scored(*losses_of, *(text.sums(report=report) for text in losses_of))
+            scored = Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
             outcomes = ablate_set.measure(
                 scored,
                 sets,
@@ -395,9 +387,9 @@ def _set_facts(outcome: Outcome, q_values: Mapping[Neuron, float]) -> dict[str, 
         "q_values": [q_values[neuron] for neuron in chosen.neurons],
         "random": {
             "sets": len(outcome.random),
-            "density": Spread.of([one.density for one in outcome.random]).mean,
-            "forget": dataclasses.asdict(outcome.random_forget),
-            "retain": dataclasses.asdict(outcome.random_retain),
+            "density": outcome.spread("density").mean,
+            "forget": dataclasses.asdict(outcome.spread("forget")),
+            "retain": dataclasses.asdict(outcome.spread("retain")),
         },
         "p_value": outcome.p_value,
     }
@@ -421,8 +413,8 @@ def _print_outcomes(
     rows: list[Sequence[str] | None] = [("nothing", "", f"{forget:.3f}", "", "", f"{retain:.3f}")]
     for outcome in outcomes:
         chosen, n, n_random = outcome.chosen, len(outcome.chosen.neurons), len(outcome.random)
-        by_chance = [dataclasses.astuple(s) for s in (outcome.random_forget, outcome.random_retain)]
-        density = Spread.of([one.density for one in outcome.random]).mean
+        by_chance = [dataclasses.astuple(outcome.spread(text)) for text in _ABLATED]
+        density = outcome.spread("density").mean
         rows += [
             None,
             (

@@ -4,8 +4,9 @@
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 from pathlib import Path
 import re
 
@@ -21,12 +22,11 @@ from topklm.errors import UserError, visible
 from topklm.inference.interventions import Intervention, needs_value, save_interventions
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons import search
-from topklm.neurons.display import SHOWN_PER_LAYER
+from topklm.neurons.display import SHOWN_PER_LAYER, Activation
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder, harvested_steps
-from topklm.neurons.search import RankedNeuron, Selected, TokenNeurons
+from topklm.neurons.search import Matches, RankedNeuron, Selected, StoredText
 from topklm.neurons.store import Store
-from topklm.neurons.text_search import Matches, StoredText
 from topklm.storage.files import as_path, local_path
 
 _SHOWN_TEXT = 40  # characters of what was looked for, in a message
@@ -74,40 +74,46 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
             f"{most - 1:,} and the separator; shorten it"
         )
     # The separator that stands before is no part of the text.
-    active = model.active_neurons(arguments.text)
-    rows = search.neurons_of_text(active, arguments.top, arguments.layer, begin=1)
+    found = model.active_neurons(arguments.text)
+    pieces, rows = found.tokens[1:], search.neurons_of_text(found, arguments.layer)[1:]
     labels = shared.labels_of(model)
     tokens = [
         {
-            "position": row.position,
-            "token": row.token,
-            "n_active": [{"layer": layer, "n_active": n} for layer, n in row.n_active.items()],
+            "position": position,
+            "token": piece,
+            "n_active": [{"layer": layer, "n_active": len(active)} for layer, active in row.items()],
             "neurons": [
-                {**active._asdict(), "label": labels.get(active[:2], "")}
-                for strongest in row.neurons.values()
-                for active in strongest
+                {**one._asdict(), "label": labels.get(one[:2], "")}
+                for active in row.values()
+                for one in active[: arguments.top]
             ],
         }
-        for row in rows
+        for position, (piece, row) in enumerate(zip(pieces, rows, strict=True))
     ]
     output = Output(arguments.json)
     facts = {"run": arguments.run, "step": model.step, "text": arguments.text, "tokens": tokens}
-    output.give(facts, lambda: _print_rows(output, rows, labels))
+    output.give(facts, lambda: _print_rows(output, pieces, rows, arguments.top, labels))
 
 
-def _print_rows(output: Output, rows: Sequence[TokenNeurons], labels: LabelOf) -> None:
+def _print_rows(
+    output: Output,
+    pieces: Sequence[str],
+    rows: Sequence[Mapping[int, Sequence[Activation]]],
+    top: int,
+    labels: LabelOf,
+) -> None:
     table = rich.table.Table()
     table.add_column("token", style="cyan", no_wrap=True)
-    for layer in rows[0].neurons:
+    for layer in rows[0]:
         table.add_column(f"layer {layer}")
-    for row in rows:
-        cells = [row.token]
-        for layer, strongest in row.neurons.items():
+    for piece, row in zip(pieces, rows, strict=True):
+        cells = [piece]
+        for active in row.values():
             shown = []
-            for active in strongest:
-                label = labels.get((active.layer, active.neuron), "")
-                shown.append(f"{active.neuron}:{active.value:.3g}" + (f" ({label})" if label else ""))
-            more = row.n_active[layer] - len(strongest)
+            for one in active[:top]:
+                label = labels.get((one.layer, one.neuron), "")
+                shown.append(f"{one.neuron}:{one.value:.3g}" + (f" ({label})" if label else ""))
+            more = len(active) - len(shown)
             cells.append(", ".join([*shown, f"+{more}"] if more else shown))
         table.add_row(*(Text(visible(cell)) for cell in cells))
     output.console.print(table)
@@ -235,7 +241,8 @@ def _select(arguments: argparse.Namespace) -> None:
     _check_select(arguments)
     mode, value = arguments.mode, arguments.value
     model = topklm.load(arguments.run, step=arguments.step)
-    chosen = _chosen(arguments, model)
+    found = (one for one in _chosen(arguments, model) if arguments.layer in (None, one.layer))
+    chosen = list(itertools.islice(found, arguments.top))
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
     entries = [Intervention(one.layer, one.neuron, value or 0.0, mode) for one in chosen]
@@ -287,9 +294,8 @@ def _check_select(arguments: argparse.Namespace) -> None:
 
 def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selected]:
     folder = shared.folder_of(model)
-    narrowed = {"layer": arguments.layer, "top": arguments.top}
     if arguments.label is not None:
-        return search.by_label(Labels(folder.labels).all(), arguments.label, **narrowed)
+        return search.by_label(Labels(folder.labels).all(), arguments.label)
     if arguments.contrast_json is not None:
         saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
         if saved.step != model.step:
@@ -297,7 +303,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
             advice = f"give --step {saved.step}, or contrast again"
             raise shared.wrong(arguments, "contrast_json", text, advice=advice)
         max_q = 1.0 if arguments.max_q is None else arguments.max_q
-        return search.by_contrast(saved, **narrowed, max_q=max_q)
+        return search.by_contrast(saved, max_q)
     store = shared.open_store(folder, model)
     if store.metadata.kind not in ("topk", "dense"):
         raise UserError(
@@ -307,9 +313,9 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,
-        **narrowed,
-        min_precision=arguments.min_precision or 0.0,
-        min_recall=arguments.min_recall or 0.0,
+        None if arguments.layer is None else [arguments.layer],
+        arguments.min_precision or 0.0,
+        arguments.min_recall or 0.0,
     )
 
 

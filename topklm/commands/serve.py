@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     import topklm  # noqa: PLC0415
     from topklm.runtime import compilation_cache  # noqa: PLC0415
     from topklm.server import app  # noqa: PLC0415
-    from topklm.server.limits import Limits  # noqa: PLC0415
+    from topklm.server.requests import Limits  # noqa: PLC0415
     from topklm.server.service import Service  # noqa: PLC0415
-    from topklm.web.security import is_loopback  # noqa: PLC0415
+    from topklm.web.http import is_loopback  # noqa: PLC0415
     from topklm.web.server import listen  # noqa: PLC0415
 
     if arguments.slots is not None and not 1 <= arguments.slots <= 1024:

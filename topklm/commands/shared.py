@@ -29,9 +29,8 @@ from topklm.progress import TerminalProgress
 from topklm.storage.files import as_path, is_bucket, parse_json
 
 if TYPE_CHECKING:
-    import jax
-
     from topklm.inference.language_model import LanguageModel
+    from topklm.layout import Layout
     from topklm.neurons.store import Store
 
 LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
@@ -247,7 +246,7 @@ def check_keep(config: ModelConfig, keep: int | None) -> None:
         raise UserError(field="--keep", value=keep, allowed=f"at most d_model = {config.d_model}")
 
 
-def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Mesh]":
+def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Layout]":
     """Loads the model of RUN and --step onto all devices of this host."""
     import jax  # noqa: PLC0415 - slow, and --help does without
 
@@ -255,8 +254,8 @@ def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, jax.sharding.Me
     from topklm.config import MeshConfig  # noqa: PLC0415
     from topklm.layout import make_layout  # noqa: PLC0415
 
-    mesh = make_layout(MeshConfig(), jax.local_devices()).mesh
-    return topklm.load(arguments.run, step=arguments.step, mesh=mesh), mesh
+    layout = make_layout(MeshConfig(), jax.local_devices())
+    return topklm.load(arguments.run, step=arguments.step, mesh=layout.mesh), layout
 
 
 def folder_of(model: "LanguageModel") -> NeuronsFolder:

@@ -23,12 +23,10 @@ from topklm.inference.language_model import LanguageModel
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.store import Store
 from topklm.steering import concepts as concept_lib
-from topklm.steering import dose, neuron_facts, summary
-from topklm.steering.concepts import KINDS, Concept
-from topklm.steering.dose import Response, Sampled
-from topklm.steering.neuron_facts import NeuronFacts
-from topklm.steering.survey import SurveySettings, survey
-from topklm.steering.text_metrics import Estimate
+from topklm.steering import dose
+from topklm.steering.concepts import KINDS, Concept, NeuronFacts
+from topklm.steering.dose import Estimate, Response, Sampled
+from topklm.steering.survey import SurveySettings, neuron_rows, summarise, survey, without_nan
 from topklm.storage.files import is_bucket, local_path, write_atomically
 
 DESCRIPTION = (
@@ -114,9 +112,9 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
     with shared.refused_as("--neuron", value=arguments.neuron):
         Intervention(layer, neuron).check(model.config.model)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
-    facts = None if folder is None else neuron_facts.read(folder, layer, neuron)
+    facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
     values = _values(arguments, facts)
-    concepts = asked or neuron_facts.own_concepts(model, folder, facts, layer, neuron)
+    concepts = asked or concept_lib.own_concepts(model, folder, facts, layer, neuron)
     total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
     with (
         shared.arguments_are_flags(arguments),
@@ -132,7 +130,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
             positions=arguments.positions,
             report=lambda texts: report(texts, 0, 0),
         )
-    content = summary.without_nan(
+    content = without_nan(
         {
             "run": model.run,
             "step": model.step,
@@ -299,8 +297,8 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
             "source": store.metadata.source,
             "n_tokens": store.n_tokens,
         }
-        neurons = summary.neurons(layers, settings, model.tokenizer)
-        found.append({**facts, **summary.summarise(layers, settings), "neurons": neurons})
+        neurons = neuron_rows(layers, settings, model.tokenizer)
+        found.append({**facts, **summarise(layers, settings), "neurons": neurons})
     return {"surveys": found}, lambda: _print_surveys(output, found, settings)
 
 

@@ -21,8 +21,7 @@ from topklm.config import Config
 from topklm.errors import UserError
 from topklm.layout import make_layout
 from topklm.training import throughput
-from topklm.training.optimizer import make_optimizer
-from topklm.training.step import abstract_batch, abstract_state, make_train_step
+from topklm.training.step import abstract_batch, abstract_state, make_optimizer, make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 from typing import NoReturn
 
-from topklm.distributed import cluster, timeouts
+from topklm.distributed import cluster
 from topklm.distributed.session import Session
 from topklm.distributed.shutdown import Ending, Kind, say_last_line
 from topklm.distributed.shutdown import PeerLost as PeerLost
@@ -47,8 +47,8 @@ def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         return
     _session = Session(
         process,
-        start_timeout_s=timeouts.seconds("TOPKLM_START_TIMEOUT", 300),
-        peer_timeout_s=timeouts.seconds("TOPKLM_PEER_TIMEOUT", 10),
+        start_timeout_s=cluster.seconds("TOPKLM_START_TIMEOUT", 300),
+        peer_timeout_s=cluster.seconds("TOPKLM_PEER_TIMEOUT", 10),
         told_to_stop=told_to_stop,
     )
     try:
@@ -75,29 +75,21 @@ def is_primary() -> bool:
 
 
 def barrier(name: str, timeout_s: float = PATIENCE_S) -> None:
-    """Waits until all processes have come to the barrier of this name; names can be used again.
-
-    Raises:
-        PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
-    """
+    """Waits until all processes have come to the barrier of this name; raises as `gather`."""
     gather(name, "", timeout_s)
 
 
 def gather(name: str, value: str, timeout_s: float = PATIENCE_S) -> list[str]:
-    """Returns the values of all processes, in their order, in every process.
+    """Returns the values of all processes, in their order, in every process; names can be used again.
 
     Raises:
-        PeerLost: Like `barrier`.
+        PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
     """
     return _session.gather(name, value, timeout_s) if _session else [value]
 
 
 def broadcast(name: str, value: str | None, timeout_s: float = PATIENCE_S) -> str:
-    """Returns process 0's value, in every process; those of the others do not matter.
-
-    Raises:
-        PeerLost: Like `barrier`.
-    """
+    """Returns process 0's value, in every process; those of the others do not matter. Raises as `gather`."""
     return gather(name, value or "" if is_primary() else "", timeout_s)[0]
 
 
@@ -113,11 +105,7 @@ def announce_stop(text: str) -> None:
 
 
 def end_hung(text: str) -> NoReturn:
-    """Ends all processes, this one included, with exit code 75 and the stacks of all their threads.
-
-    Args:
-        text: The symptom, like "no progress for 600 s".
-    """
+    """Ends all processes with exit code 75, `text` for the symptom, and the stacks of all their threads."""
     if _session:
         _session.end_hung(text)
     say_last_line(Ending(Kind.HANG, 0, text), 0)

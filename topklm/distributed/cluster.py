@@ -1,4 +1,4 @@
-"""Finds this process's index and the address of process 0 in the environment.
+"""Finds this process's index and the address of process 0 in the environment, and how long to wait.
 
 Either three variables of ours give them, or the launcher's own (TPU pods, GKE, Slurm, Open MPI), read the
 way JAX reads them. Nothing is started or connected here; on a laptop it costs a few look-ups.
@@ -21,21 +21,13 @@ _BY_HAND = f"set {', '.join(_EXPLICIT)}, or TOPKLM_DISTRIBUTED=off for a single 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterProcess:
-    """One process of a run of several.
-
-    Attributes:
-        index: From 0.
-        count: Of all processes; at least 2.
-        host: Host name or address at which process 0 listens.
-        port: The port there.
-        local_device_ids: The GPUs of its host that it may use; None for all.
-    """
+    """One process of a run of several."""
 
     index: int
-    count: int
-    host: str
+    count: int  # of all processes; at least 2
+    host: str  # name or address at which process 0 listens
     port: int = PORT
-    local_device_ids: tuple[int, ...] | None = None
+    local_device_ids: tuple[int, ...] | None = None  # GPUs of its host that it may use; None for all
 
     @property
     def address(self) -> str:
@@ -57,15 +49,28 @@ def find() -> ClusterProcess | None:
         raise UserError(f"TOPKLM_DISTRIBUTED = {switch!r}: must be auto or off; leave it away for auto")
     if switch == "off":
         return None
-    if any(name in os.environ for name in _EXPLICIT):
-        return _explicit()
-    return _launched()
+    given = [name for name in _EXPLICIT if name in os.environ]
+    return _explicit(given) if given else _launched()
 
 
-def _explicit() -> ClusterProcess | None:
-    missing = [name for name in _EXPLICIT if name not in os.environ]
-    if missing:
-        given = [name for name in _EXPLICIT if name in os.environ]
+def seconds(name: str, default: float) -> float:
+    """Returns the number of seconds in the environment variable `name`, or the default.
+
+    Raises:
+        UserError: If it is not a number above 0.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} = {text!r}: must be a number of seconds above 0")
+    return value
+
+
+def _explicit(given: list[str]) -> ClusterProcess | None:
+    if missing := [name for name in _EXPLICIT if name not in given]:
         raise UserError(
             f"{' and '.join(missing)}: missing, while {' and '.join(given)} is set; set all three or none"
         )
@@ -88,8 +93,11 @@ def _number(name: str, lowest: int, highest: int | None) -> int:
 
 def _launched() -> ClusterProcess | None:
     """Asks the launcher that JAX recognizes, if any."""
+    # Any pod looks like Kubernetes, also a lone notebook: only indexed jobs are runs of several processes.
+    ignored = () if "JOB_COMPLETION_INDEX" in os.environ else (clusters.K8sCluster,)
+    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if kind not in ignored]
     try:
-        launcher = next((kind for kind in _launchers() if kind.is_env_present()), None)
+        launcher = next((k for k in kinds if not k.opt_in_only_method and k.is_env_present()), None)
         if launcher is None or launcher.get_process_count() == 1:
             return None
         address = launcher.get_coordinator_address(
@@ -103,16 +111,6 @@ def _launched() -> ClusterProcess | None:
         raise UserError(
             f"this looks like one process of several, but its index cannot be read ({e}): {_BY_HAND}"
         ) from e
-
-
-def _launchers() -> list[type[clusters.ClusterEnv]]:
-    # Any pod looks like Kubernetes, also a lone notebook: only indexed jobs are runs of several processes.
-    in_job = "JOB_COMPLETION_INDEX" in os.environ
-    return [
-        kind
-        for kind in clusters.ClusterEnv._cluster_types
-        if not kind.opt_in_only_method and (in_job or kind is not clusters.K8sCluster)
-    ]
 
 
 def _own_gpus() -> tuple[int, ...] | None:

@@ -46,33 +46,24 @@ class CoordinationClient:
         """Takes the connection that `jax.distributed.initialize` has made."""
         self._client: Any = jax_distributed.global_state.client
 
-    def set(self, key: str, value: str, *, overwrite: bool = False) -> bool:
-        """Stores a value; returns False, and stores nothing, if the key has one that it may not overwrite."""
-        try:
-            self._client.key_value_set(key, value, allow_overwrite=overwrite)
-        except jax.errors.JaxRuntimeError as e:
-            if not str(e).startswith("ALREADY_EXISTS"):
-                raise
-            return False
-        return True
+    def set(self, key: str, value: str) -> bool:
+        """Stores a value; returns False, and stores nothing, if the key has one."""
+        with _expecting("ALREADY_EXISTS"):
+            self._client.key_value_set(key, value)
+            return True
+        return False
 
     def get(self, key: str) -> str | None:
         """Returns the value of a key, or None if it has none."""
-        try:
+        with _expecting("NOT_FOUND"):
             return self._client.key_value_try_get(key)
-        except jax.errors.JaxRuntimeError as e:
-            if not str(e).startswith("NOT_FOUND"):
-                raise
-            return None
+        return None
 
     def wait_for(self, key: str) -> str:
         """Returns the value of a key, once it has one."""
         while True:
-            try:
+            with _expecting("DEADLINE_EXCEEDED"):
                 return self._client.blocking_key_value_get(key, _LONGEST_WAIT_MS)
-            except jax.errors.JaxRuntimeError as e:
-                if not str(e).startswith("DEADLINE_EXCEEDED"):
-                    raise
 
     def values(self, folder: str) -> dict[str, str]:
         """Returns the values of all keys `folder`/NAME, by NAME."""
@@ -84,30 +75,33 @@ class CoordinationClient:
         self._client.key_value_delete(key)
 
     def barrier(self, name: str, timeout_s: float) -> bool:
-        """Waits until all processes have called this with a name that was not used before.
+        """Waits until all processes have called this with a new name.
 
         Returns:
             False if they have not within `timeout_s` seconds after the first.
         """
-        try:
+        with _expecting("DEADLINE_EXCEEDED"):
             self._client.wait_at_barrier(name, max(1, round(timeout_s * 1000)))
-        except jax.errors.JaxRuntimeError as e:
-            if not str(e).startswith("DEADLINE_EXCEEDED"):
-                raise
-            return False
-        return True
+            return True
+        return False
 
     def alive(self, count: int) -> dict[int, int]:
-        """Waits until every living process has called this.
-
-        Returns:
-            For each living process among 0 to count - 1, a number that it has from its start to its end.
-        """
+        """Waits for all living processes; returns for each of them a number that it has until its end."""
         return dict(self._client.get_live_nodes(list(range(count))))
 
     def disconnect(self) -> None:
         """Leaves the service, which ends calls of other threads with an error; in process 0, ends it."""
         jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _expecting(status: str) -> Iterator[None]:
+    """Suppresses the service's error of this status inside the block."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if not str(e).startswith(status):
+            raise
 
 
 def connect(
@@ -143,7 +137,8 @@ def connect(
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), process.host)))
     jax.config.update("jax_check_proxy_envs", False)
     patience_s = math.ceil(start_timeout_s)
-    with _standard_error_held_back() as held, _abort_handler(held, on_abort), _register_timeout(patience_s):
+    with _standard_error_held_back() as held, _register_timeout(patience_s):
+        _handle_abort(lambda: on_abort(held()))
         try:
             jax.distributed.initialize(
                 coordinator_address=process.address,
@@ -173,13 +168,10 @@ def is_listening(process: ClusterProcess, timeout_s: float) -> bool:
 
 
 def missing_processes(said: str) -> tuple[int, str] | None:
-    """Reads from XLA's text how many processes connected and which did not.
+    """Reads from XLA's text how many processes connected, and the indices of those that did not: (2, "1, 4").
 
     Args:
-        said: As `connect`'s `on_abort` gets it.
-
-    Returns:
-        The count of those that did, and the others' indices, separated by commas; None for another text.
+        said: As `connect`'s `on_abort` gets it; for another text, None is returned.
     """
     found = re.search(
         r"tasks that reached the barrier: (\d+)/(\d+)\.\n.*Some timed out task names:\n((?:\S*\d+\n)+)", said
@@ -196,9 +188,8 @@ def _check_port_is_free(process: ClusterProcess) -> None:
     """Refuses a taken port before jaxlib crashes on it, or shares it with a run that is using it."""
     family = socket.AF_INET6 if ":" in process.host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # connections of an earlier run may linger
+        # Connections of an earlier run may linger.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((process.host if process.host in _LOOPBACK else "", process.port))
         except OSError as e:
@@ -213,11 +204,7 @@ def _port_is_taken(process: ClusterProcess, why: str) -> UserError:
 
 
 def _wait_for_port(process: ClusterProcess, timeout_s: float) -> None:
-    """Waits until process 0 accepts connections, or its host's name is known.
-
-    Raises:
-        PeerLost: If it does not in time.
-    """
+    """Waits until process 0 accepts connections, which also means until its host's name is known."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -251,7 +238,7 @@ def _standard_error_held_back() -> Iterator[Callable[[], str]]:
     """Keeps all that is printed to standard error in a file, and prints it at the end of the block.
 
     Yields:
-        A function that restores standard error and returns what was printed until then.
+        A function that restores standard error and returns what was printed until then; "" after the block.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
@@ -260,11 +247,11 @@ def _standard_error_held_back() -> Iterator[Callable[[], str]]:
 
         def restore() -> bytes:
             nonlocal real
-            if real is None:
+            descriptor, real = real, None  # at once: XLA may abort in another thread
+            if descriptor is None:
                 return b""
-            os.dup2(real, _STDERR)
-            os.close(real)
-            real = None
+            os.dup2(descriptor, _STDERR)
+            os.close(descriptor)
             file.seek(0)
             return file.read()
 
@@ -275,25 +262,13 @@ def _standard_error_held_back() -> Iterator[Callable[[], str]]:
             os.write(_STDERR, b"".join(line for line in lines if _EXPECTED_WARNING not in line))
 
 
-# A handler that ctypes has made must not be collected.
-_handlers: list[object] = []
+_handlers: list[object] = []  # ctypes does not keep them
 
 
-@contextlib.contextmanager
-def _abort_handler(held: Callable[[], str], on_abort: Callable[[str], None]) -> Iterator[None]:
+def _handle_abort(on_abort: Callable[[], None]) -> None:
     """Installs a handler of SIGABRT for the rest of the process.
 
     Python's own handlers run in the main thread, which may be waiting in native code.
     """
-    connecting = True
-
-    def handle(_: int) -> None:
-        on_abort(held() if connecting else "")
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
-    _handlers.append(handler)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-    try:
-        yield
-    finally:
-        connecting = False
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: on_abort()))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])

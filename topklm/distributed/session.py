@@ -7,6 +7,7 @@ longer alive. After an error nothing is unwound: threads may hang in a collectiv
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ _COMMUNICATION_ERRORS = (
     "CANCELLED: ",
     "FAILED_PRECONDITION: ",
 )
-# Keys of the store, which JAX and Orbax use too.
+# Keys of the store, which JAX and Orbax use too, and names of exchanges.
 _ENDING = "topklm/ending"
 _BEGUN = "topklm/begun"
 _COUNT = "topklm/count"
@@ -57,14 +58,7 @@ _GOODBYE = "the end of the run"
 
 
 class Session:
-    """This process's part in a run of several processes.
-
-    Args:
-        process: Which of them it is.
-        start_timeout_s: For all processes to come.
-        peer_timeout_s: After which a silent process counts as gone.
-        told_to_stop: Returns whether this process itself was asked to stop.
-    """
+    """This process's part in a run of several; `topklm.distributed.session` explains the arguments."""
 
     def __init__(
         self,
@@ -96,12 +90,7 @@ class Session:
         self._last_contact = self._last_tick = self._stopped_until = time.monotonic()
 
     def join(self) -> None:
-        """Waits until all processes have come.
-
-        Raises:
-            PeerLost: If they do not come in time.
-            UserError: If this process does not fit in.
-        """
+        """Waits until all processes have come, and refuses those that do not fit in."""
         client = coordination.connect(
             self.process,
             start_timeout_s=self._start_timeout_s,
@@ -116,49 +105,51 @@ class Session:
         self._count = int(client.wait_for(_COUNT))  # of the service, also where this process was told another
         self._client, self._last_tick = client, time.monotonic()
         for work in (self._watch, self._listen, self._tick):
-            self._threads.append(threading.Thread(target=self._guarded, args=(work, client), daemon=True))
+            self._threads.append(threading.Thread(target=self._guarded, args=(work,), daemon=True))
             self._threads[-1].start()
         hello = {
             "count": self.process.count,
             "versions": versions("topklm", "jax"),
             "hash": _sha256(self._secret),
         }
-        values = self._exchange(client, _HELLO, json.dumps(hello), self._start_timeout_s)
+        values = self._exchange(_HELLO, json.dumps(hello), self._start_timeout_s)
         hellos = {int(index): json.loads(value) for index, value in sorted(values.items())}
         self._hashes = {index: hello["hash"] for index, hello in hellos.items()}
         self._met.set()
         _check_fit(hellos)
-        client.set(_BEGUN, "", overwrite=True)
+        client.set(_BEGUN, "")
 
     def gather(self, name: str, value: str, timeout_s: float) -> list[str]:
         """Returns the values of all processes, in their order; see `topklm.distributed.gather`."""
-        client = self._client
-        assert client is not None
         if self._ending:
             raise PeerLost(self._ending.last_line(self.process.index))
-        values = self._exchange(client, name, value, timeout_s)
+        values = self._exchange(name, value, timeout_s)
         if len(values) != self.process.count:
-            raise self._stranger()
+            raise PeerLost(self._stranger)
         return [values[str(index)] for index in range(self.process.count)]
 
-    def _exchange(
-        self, client: coordination.CoordinationClient, name: str, value: str, timeout_s: float
-    ) -> dict[str, str]:
+    @property
+    def _service(self) -> coordination.CoordinationClient:
+        assert self._client is not None
+        return self._client
+
+    def _exchange(self, name: str, value: str, timeout_s: float) -> dict[str, str]:
         """Returns the values of all processes by their indices, once all have called it."""
         self._uses[name] += 1
-        folder = _folder(name, self._uses[name])
+        folder = f"topklm/{name}#{self._uses[name]}"
         key = f"{folder}/{self.process.index}"
-        if not client.set(key, value):
-            raise self._stranger()
-        came_in_time = client.barrier(folder, timeout_s)
-        values = client.values(folder)
+        if not self._service.set(key, value):
+            raise PeerLost(self._stranger)
+        came_in_time = self._service.barrier(folder, timeout_s)
+        values = self._service.values(folder)
         if not came_in_time:
-            missing = _numbers(i for i in range(self.process.count) if str(i) not in values)
-            raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {missing}; {AGAIN}")
+            missing = [str(i) for i in range(self.process.count) if str(i) not in values]
+            named = f"process{'es' * (len(missing) > 1)} {', '.join(missing)}"
+            raise PeerLost(f"waited {timeout_s:g} s at {name!r} for {named}; {AGAIN}")
         # All have read the value before, because they came to this barrier; of the same name, for other names
         # may be used by other threads at the same time.
         if stale_key := self._stale_keys.get(name):
-            client.delete(stale_key)
+            self._service.delete(stale_key)
         self._stale_keys[name] = key
         return values
 
@@ -170,11 +161,7 @@ class Session:
         self._let_others_leave()
 
     def leave(self, timeout_s: float) -> None:
-        """Ends this process's part after all others have done theirs; process 0 leaves last.
-
-        Raises:
-            PeerLost: If they have not within `timeout_s` seconds.
-        """
+        """Ends this process's part after all others have done theirs; process 0 leaves last."""
         self.gather(_GOODBYE, "", timeout_s)
         self._leaving = True
         self._hurry.set()
@@ -204,12 +191,10 @@ class Session:
         self.announce(ending.kind, ending.text)
         os._exit(errors.EXIT_TRY_AGAIN)
 
-    def _guarded(
-        self, work: Callable[[coordination.CoordinationClient], None], client: coordination.CoordinationClient
-    ) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         """Does a thread's work; a bug in it would leave the run unwatched, and so ends the process."""
         try:
-            work(client)
+            work()
         except jax.errors.JaxRuntimeError:
             # Mostly this process is leaving, or process 0 is gone, and XLA ends this one at any moment.
             if not self._hurry.wait(_FAREWELL_S):
@@ -223,7 +208,7 @@ class Session:
 
     def _declare(self, ending: Ending) -> None:
         """Tells all processes how the run ends; only the first ending counts."""
-        word = {"by": self.process.index, "secret": self._secret, "ending": ending.to_json()}
+        word = {"by": self.process.index, "secret": self._secret, **dataclasses.asdict(ending)}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: then XLA ends all
             if self._client and self._client.set(_ENDING, json.dumps(word)):
                 self._hear(ending)
@@ -233,9 +218,9 @@ class Session:
         self._ending_known.set()
         self._hurry.set()
 
-    def _listen(self, client: coordination.CoordinationClient) -> None:
+    def _listen(self) -> None:
         """Waits for the run's ending, and then ends this process unless its main thread is about to."""
-        ending = self._read(client.wait_for(_ENDING))
+        ending = self._read(self._service.wait_for(_ENDING))
         self._hear(ending)
         if ending.process == self.process.index and self._announced:
             return
@@ -247,7 +232,8 @@ class Session:
         """Reads a word that ends the run; one that no process of the run can have written is a stranger's."""
         try:
             values = json.loads(word)
-            by, hashed, ending = values["by"], _sha256(values["secret"]), Ending.from_json(values["ending"])
+            by, hashed = values["by"], _sha256(values["secret"])
+            ending = Ending(Kind(values["kind"]), int(values["process"]), errors.one_line(values["text"]))
             harmless = ending.heard(told_to_stop=False).exit_code == errors.EXIT_TRY_AGAIN
             if harmless and not self._met.is_set():
                 return ending  # a process may be gone before all have met
@@ -256,23 +242,22 @@ class Session:
                 return ending
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
-        return self._end_by_stranger()
+        return Ending(Kind.LATE, self.process.index, self._stranger)
 
-    def _end_by_stranger(self) -> Ending:
-        text = f"somebody outside of the run wrote to its coordination service at {self.process.address}"
-        return Ending(Kind.STRANGER, self.process.index, text)
-
-    def _stranger(self) -> PeerLost:
-        return PeerLost(self._end_by_stranger().last_line(self.process.index).removeprefix("error: "))
+    @property
+    def _stranger(self) -> str:
+        where = f"its coordination service at {self.process.address}"
+        advice = f"let only the run's own hosts reach that port; {AGAIN}"
+        return f"somebody outside of the run wrote to {where}: {advice}"
 
     # Processes that are gone.
 
-    def _watch(self, client: coordination.CoordinationClient) -> None:
+    def _watch(self) -> None:
         """Declares a process gone that has no heartbeats, or whose number another process has taken."""
         interval_s = min(self._peer_timeout_s / 4, 5.0)
         first: dict[int, int] = {}
         while not (self._leaving and self.process.index):
-            now = client.alive(self._count)
+            now = self._service.alive(self._count)
             self._last_contact = time.monotonic()
             if now.keys() == {self.process.index}:
                 self._alone.set()
@@ -280,18 +265,16 @@ class Session:
                     return
             first = first or now
             if not self._ending:
-                self._check_alive(client, first, now)
+                self._check_alive(first, now)
             if self._hurry.wait(interval_s):
                 time.sleep(_LEAVING_POLL_S)
 
-    def _check_alive(
-        self, client: coordination.CoordinationClient, first: dict[int, int], now: dict[int, int]
-    ) -> None:
+    def _check_alive(self, first: dict[int, int], now: dict[int, int]) -> None:
         silent = f"no sign of life for {self._peer_timeout_s:g} s"
         for index in range(self._count):
             if index in now and now[index] == first.get(index):
                 continue
-            if str(index) in client.values(_folder(_GOODBYE, 1)):
+            if str(index) in self._service.values(f"topklm/{_GOODBYE}#1"):
                 continue  # it has done its part
             if self._was_stopped():
                 self._declare(Ending(Kind.GONE, self.process.index, silent))
@@ -300,7 +283,7 @@ class Session:
             else:
                 self._declare(Ending(Kind.GONE, index, f"another process came as process {index}"))
 
-    def _tick(self, _: coordination.CoordinationClient) -> None:
+    def _tick(self) -> None:
         """Notes when this whole process was stopped (SIGSTOP, a laptop's sleep)."""
         while True:
             time.sleep(_TICK_S)
@@ -316,12 +299,13 @@ class Session:
 
     # The end of this process.
 
-    def _end(self, ending: Ending) -> NoReturn:
+    def _end(self, ending: Ending, *, aborted: bool = False) -> NoReturn:
         """Ends this process because of another one; the caller holds `_exit`."""
         ending = ending.heard(told_to_stop=self._told_to_stop())
         say_last_line(ending, self.process.index)
         self._last_words = (ending, ending.exit_code)
-        self._let_others_leave()
+        if not aborted:  # else this thread may hold the client's lock
+            self._let_others_leave()
         os._exit(ending.exit_code)
 
     def _let_others_leave(self, timeout_s: float = _FAREWELL_S) -> None:
@@ -377,8 +361,7 @@ class Session:
         os._exit(code)
 
     def _end_aborted(self, said: str) -> None:
-        """Ends this process in place of XLA's abort; its thread may hold the client's lock."""
-        me = self.process.index
+        """Ends this process in place of XLA's abort."""
         if not self._exit.acquire(blocking=False):
             # Another thread is ending the process, and XLA's text may have come after its last line.
             deadline = time.monotonic() + _ECHO_S
@@ -386,12 +369,10 @@ class Session:
                 time.sleep(_LEAVING_POLL_S)
             ending, code = self._last_words or (None, errors.EXIT_TRY_AGAIN)
             if ending:
-                say_last_line(ending, me)
+                say_last_line(ending, self.process.index)
             os._exit(code)
-        ending = self._ending or (self._why_lost() if self._client else self._why_not_joined(said))
-        ending = ending.heard(told_to_stop=self._told_to_stop())
-        say_last_line(ending, me)
-        os._exit(ending.exit_code)
+        why = self._ending or (self._why_lost() if self._client else self._why_not_joined(said))
+        self._end(why, aborted=True)
 
     def _why_not_joined(self, said: str) -> Ending:
         """Reads from XLA's text why this process could not connect, or the others did not."""
@@ -429,17 +410,6 @@ def _check_fit(hellos: dict[int, dict[str, Any]]) -> None:
         if hello["versions"] != first["versions"]:
             theirs, ours = _listed(hello["versions"]), _listed(first["versions"])
             raise UserError(f"process {index} failed: runs {theirs}, process 0 {ours}: install the same")
-
-
-def _folder(name: str, use: int) -> str:
-    """Returns the store's folder for the values of one gather."""
-    return f"topklm/{name}#{use}"
-
-
-def _numbers(indices: Iterator[int]) -> str:
-    """Writes `process 2`, `processes 2, 3`."""
-    listed = list(indices)
-    return f"process{'es' * (len(listed) > 1)} {', '.join(map(str, listed))}"
 
 
 def _listed(packages: dict[str, str]) -> str:

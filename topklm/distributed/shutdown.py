@@ -6,11 +6,10 @@ The first process in trouble describes it once; every other process ends on the 
 import dataclasses
 import enum
 import faulthandler
-import json
 import sys
 import threading
 
-from topklm.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, one_line
+from topklm.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR
 
 _FLUSH_S = 2.0
 _STDERR = 2
@@ -24,32 +23,34 @@ class Kind(enum.StrEnum):
     FAILURE = "failure"  # a bug
     HANG = "hang"  # no progress, somewhere
     GONE = "gone"  # a process that cannot speak for itself any more
-    LATE = "late"  # somebody was waited for in vain
+    LATE = "late"  # somebody was waited for in vain, or does not belong to the run
     STOP = "stop"  # a process was asked to stop, and nothing is lost
     STOPPED = "stopped"  # the same, for a process that was not asked itself
-    STRANGER = "stranger"  # somebody outside of the run used its coordination service
+
+
+_LAST_LINES = {
+    Kind.MISTAKE: "error: process {process} failed: {text}",
+    Kind.FAILURE: "error: process {process} failed: {text}; {again}",
+    Kind.HANG: "error: {text}; stacks above; {again}",
+    Kind.GONE: "error: process {process} is gone ({text}): it was killed or its machine failed; {again}",
+    Kind.LATE: "error: {text}",
+    Kind.STOP: "{text}",
+    Kind.STOPPED: "error: process {process} was told to stop ({text}); {again}",
+}
+_GIVEN_UP = "error: the others gave up this process, {process} ({text}); {again}"
 
 
 class PeerLost(Exception):  # noqa: N818 - named for what happened
     """Another process of the run failed, is gone or did not come; its text is one line for a person."""
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
-
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """The end of a run, as its processes tell each other.
-
-    Attributes:
-        kind: Sort of the end.
-        process: Index of the process that caused it.
-        text: One line: that process's last words, or what others saw of it.
-    """
+    """The end of a run, as its processes tell each other."""
 
     kind: Kind
-    process: int
-    text: str
+    process: int  # index of the one that caused it
+    text: str  # one line: that process's last words, or what others saw of it
 
     @property
     def exit_code(self) -> int:
@@ -67,43 +68,9 @@ class Ending:
 
     def last_line(self, reader: int) -> str:
         """Returns what the process with index `reader` prints before it ends."""
-        match self.kind:
-            case Kind.STOP:
-                return self.text
-            case Kind.STOPPED:
-                return f"error: process {self.process} was told to stop ({self.text}); {AGAIN}"
-            case Kind.LATE:
-                return f"error: {self.text}"
-            case Kind.STRANGER:
-                return f"error: {self.text}: let only the run's own hosts reach that port; {AGAIN}"
-            case Kind.MISTAKE:
-                return f"error: process {self.process} failed: {self.text}"
-            case Kind.FAILURE:
-                return f"error: process {self.process} failed: {self.text}; {AGAIN}"
-            case Kind.HANG:
-                return f"error: {self.text}; stacks above; {AGAIN}"
-            case Kind.GONE if self.process == reader:
-                return f"error: the others gave up this process, {reader} ({self.text}); {AGAIN}"
-            case Kind.GONE:
-                cause = "it was killed or its machine failed"
-                return f"error: process {self.process} is gone ({self.text}): {cause}; {AGAIN}"
-
-    def to_json(self) -> str:
-        """Returns the text that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Ending":
-        """Reads `to_json`'s text.
-
-        Raises:
-            ValueError: If it is something else.
-        """
-        try:
-            values = json.loads(text)
-            return cls(Kind(values["kind"]), int(values["process"]), one_line(str(values["text"])))
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"not an ending: {one_line(text)}") from e
+        given_up = self.kind is Kind.GONE and self.process == reader
+        line = _GIVEN_UP if given_up else _LAST_LINES[self.kind]
+        return line.format(process=self.process, text=self.text, again=AGAIN)
 
 
 def say_last_line(ending: Ending, reader: int) -> None:

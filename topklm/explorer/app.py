@@ -32,8 +32,7 @@ from topklm.explorer.views import search as search_view
 from topklm.explorer.views.overview import Asked
 from topklm.neurons.labels import MAX_CHARACTERS
 from topklm.web import server
-from topklm.web.client import Json
-from topklm.web.security import Guard, comes_from_elsewhere, is_loopback
+from topklm.web.http import Guard, Json, comes_from_elsewhere, is_loopback
 
 
 def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlette:

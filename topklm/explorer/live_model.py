@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import Intervention
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
-from topklm.neurons import hook_names
-from topklm.neurons.capture import SparseActivations
+from topklm.inference.scheduler import Generation
+from topklm.neurons.capture import RESID_POST, SparseActivations, hook_name
 from topklm.neurons.dictionary import Dictionary, check_coordinates
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata
@@ -94,7 +93,7 @@ class LiveModel:
             place = reading.layers.index(layer)
             found = np.where(reading.indices[place] == neuron, reading.values[place], 0)
             return found.sum(axis=-1, dtype=np.float32)
-        name = hook_names.name(layer, hook_names.RESID_POST)
+        name = hook_name(layer, RESID_POST)
         with self._lock:
             _, cache = self.model.run_with_cache(self._after_separator(ids), name)
             values = np.asarray(cache[name][0, 1 : len(ids) + 1, neuron]).astype(np.float32)
@@ -188,7 +187,7 @@ class LiveModel:
                 _, cache = self.model.run_with_cache(self._after_separator(ids))
                 found = [cache.neurons]
             else:
-                wanted = [hook_names.name(layer, hook_names.RESID_POST) for layer in layers]
+                wanted = [hook_name(layer, RESID_POST) for layer in layers]
                 _, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
                 hidden = [cache[name][None] for name in wanted]
                 found = [_strongest(h) for h in hidden] if self._dictionary is None else [self._codes(hidden)]

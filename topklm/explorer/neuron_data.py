@@ -18,9 +18,9 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.search import StoredText
 from topklm.neurons.statistics import table
-from topklm.neurons.store import Events, Store
-from topklm.neurons.text_search import StoredText
+from topklm.neurons.store import NeuronBlock, Store
 
 LISTED_TOKENS = 10  # of each kind on a page
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
@@ -96,7 +96,7 @@ class NeuronData:
         self._check_complete()
         self.labels = Labels(folder.labels)
         self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
-        self._ahead: dict[tuple[int, int], Events] = {}
+        self._ahead: dict[tuple[int, int], NeuronBlock] = {}
         self._columns: dict[str, _Column] = {}
         self._texts: dict[int, str] = {}
         self._parts: set[int] = set()  # tokens, of those in _texts, that may be a part of a character
@@ -149,7 +149,7 @@ class NeuronData:
         """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""
         return self.rows[name].to_numpy().astype(np.float64)
 
-    def events(self, layer: int, neuron: int) -> Events:
+    def events(self, layer: int, neuron: int) -> NeuronBlock:
         """Returns all events of a neuron; those of the last few neurons are remembered."""
         found = self._ahead.get((layer, neuron))
         return self._events(layer, neuron) if found is None else found
@@ -157,9 +157,7 @@ class NeuronData:
     def read_ahead(self, layer: int, begin: int, end: int) -> None:
         """Reads the events of neighbouring neurons, which is faster than one by one; lets earlier ones go."""
         block = self.store.block(layer, begin, end)
-        parts = [slice(*bounds) for bounds in zip(block.offsets[:-1], block.offsets[1:], strict=True)]
-        found = [Events(block.tokens[part], block.values[part]) for part in parts]
-        self._ahead = {(layer, begin + place): events for place, events in enumerate(found)}
+        self._ahead = {(layer, begin + number): block.one(number) for number in range(end - begin)}
 
     @functools.cached_property
     def ids(self) -> np.ndarray:

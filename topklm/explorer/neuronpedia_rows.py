@@ -32,7 +32,7 @@ import numpy as np
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.neurons import hook_names
+from topklm.neurons.capture import RESID_POST, TOPK, hook_name
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
@@ -247,7 +247,7 @@ class NeuronpediaRows:
         """Returns a neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
-        hook = hook_names.TOPK if self._measured.kind == "topk" else hook_names.RESID_POST
+        hook = TOPK if self._measured.kind == "topk" else RESID_POST
         return {
             **self._place(row["neuron"]),
             "sourceSetName": self._set_name,
@@ -257,7 +257,7 @@ class NeuronpediaRows:
             "vector": [],
             "vectorLabel": None,
             "vectorDefaultSteerStrength": None,
-            "hookName": hook_names.name(self._layer, hook),
+            "hookName": hook_name(self._layer, hook),
             "topkCosSimIndices": [],
             "topkCosSimValues": [],
             "neuron_alignment_indices": [],

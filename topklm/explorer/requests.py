@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from topklm.errors import UserError
-from topklm.web.client import from_json
+from topklm.web.http import from_json
 
 _LONGEST_LINK = 60_000  # characters
 _MOST_WAITING = 16  # for the model, or for a regular expression

@@ -11,9 +11,9 @@ from topklm.errors import UserError, visible
 from topklm.explorer import formatting
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData
-from topklm.inference.detokenize import TextStream
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, needs_value
 from topklm.inference.sampling import Sampling
+from topklm.inference.tokens import TextStream
 
 COLUMNS = ("unsteered", "steered")  # in the order of the rows that are generated
 MOST_NEW_TOKENS = 200

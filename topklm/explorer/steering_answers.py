@@ -23,8 +23,7 @@ from topklm.explorer.requests import (
 )
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing
 from topklm.explorer.views.steering import box
-from topklm.web.client import Say, Stream, to_json
-from topklm.web.security import comes_from_elsewhere
+from topklm.web.http import Say, Stream, comes_from_elsewhere, to_json
 
 _ANCHOR = "#steer"  # of the box on its page
 

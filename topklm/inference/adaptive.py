@@ -3,12 +3,12 @@
 A token is run with the model's k. If the entropy of the next token's distribution is then above a threshold,
 it is run once more with a higher k, and that run counts: its logits, and the keys and values that later
 tokens see. The rule is ours. Everything of it is here; other generation only knows that there may be another
-`TokenStep`. Dims: B rows, T tokens, V vocabulary.
+`TokenStep`. Dims: B rows, V vocabulary.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,9 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
 from topklm.inference import kv_cache
-from topklm.inference.kv_cache import STEPS
-from topklm.inference.steps import CacheInputs, RequestBatch, hooks_of, n_extra_active
-from topklm.inference.token_rows import joined, rows_of
+from topklm.inference.sampling import check_integer
+from topklm.inference.steps import CacheInputs, RequestBatch, one_pass
 from topklm.model import transformer
-from topklm.model.block import LayerHooks
-
-_NO_HOOKS = LayerHooks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +36,14 @@ class AdaptiveK:
     entropy: float
 
     def check(self, config: ModelConfig) -> "AdaptiveK":
-        """Returns itself.
-
-        Raises:
-            ValueError: If it does not fit the model, in one line.
-        """
+        """Returns itself; raises ValueError if it does not fit the model."""
         with_topk_k(config, self.high_k, name="adaptive.high_k")
         if self.high_k < config.topk_k:
-            raise ArgumentError(
-                field="adaptive.high_k",
-                value=self.high_k,
-                allowed=f"at least {config.topk_k}, the k of other tokens",
-            )
+            allowed = f"at least {config.topk_k}, the k of other tokens"
+            raise ArgumentError(field="adaptive.high_k", value=self.high_k, allowed=allowed)
         if isinstance(self.entropy, bool | str) or not self.entropy >= 0:
-            raise ArgumentError(
-                field="adaptive.entropy", value=repr(self.entropy), allowed="a number of nats, 0 or more"
-            )
+            allowed = "a number of nats, 0 or more"
+            raise ArgumentError(field="adaptive.entropy", value=repr(self.entropy), allowed=allowed)
         return self
 
     def token_step(self) -> dict[str, Any]:
@@ -70,42 +58,30 @@ class AdaptiveStep:
     high_k: int
 
     def __call__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        batch: RequestBatch,
-        at: CacheInputs,
-        positions_B1: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """Returns logits of the next token, and the buffer; see `step`."""
-        high_config = dataclasses.replace(config, topk_k=self.high_k)
-        model, high = transformer.bind(config, params), transformer.bind(high_config, params)
-        both = hooks_of(config, batch, positions_B1), hooks_of(high_config, batch, positions_B1)
-        return step(model, high, batch.step_inputs, at, *both, n_extra_active(batch))[:2]
+        self, config: ModelConfig, params: transformer.Parameters, batch: RequestBatch, at: CacheInputs
+    ) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
+        """Returns logits of the next token, the buffer, and which rows were uncertain, bool[B]."""
+        once = one_pass(config, params, batch, at)
+        uncertain_B = entropy(once[0]) > batch.step_inputs
 
+        def again() -> tuple[jax.Array, kv_cache.Buffer]:
+            high = one_pass(dataclasses.replace(config, topk_k=self.high_k), params, batch, at)
+            # A leaf of the buffer may have a layer axis before the rows, and always three after them.
+            which_B111 = uncertain_B[:, None, None, None]
+            buffer = jax.tree.map(functools.partial(jnp.where, which_B111), high[1], once[1])
+            return jnp.where(uncertain_B[:, None], high[0], once[0]), buffer
 
-class TokenLosses(NamedTuple):
-    """Of texts run token by token, [B, T - 1]; entry t is of token t + 1, given those before."""
-
-    losses: Any  # float32, nats
-    k: Any  # int32, entries kept at token t
+        # Without an uncertain token the second run would be for nothing.
+        return *jax.lax.cond(jnp.any(uncertain_B), again, lambda: once), uncertain_B
 
 
 def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -> ModelConfig:
-    """Returns the model with another k; itself for None.
-
-    Raises:
-        ValueError: For a k that its layers do not have, or a model without TopK.
-    """
+    """Returns the model with another k, itself for None; raises ValueError for one that it cannot have."""
     if topk_k is None:
         return config
     if not config.n_topk_layers:
         raise ArgumentError("the model has no layer with TopK; leave it out", field=name, value=repr(topk_k))
-    whole = isinstance(topk_k, int | np.integer) and not isinstance(topk_k, bool)
-    if not whole or not 1 <= topk_k <= config.d_model:
-        raise ArgumentError(
-            field=name, value=repr(topk_k), allowed=f"an integer from 1 to {config.d_model}, d_model"
-        )
+    check_integer(name, topk_k, f"an integer from 1 to {config.d_model}, d_model", 1, config.d_model)
     return dataclasses.replace(config, topk_k=int(topk_k))
 
 
@@ -113,117 +89,3 @@ def entropy(logits_BV: jax.Array) -> jax.Array:
     """Returns the entropies of the distributions that logits make, in nats, float32[B]."""
     log_p = jax.nn.log_softmax(logits_BV, axis=-1)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
-def token_losses(
-    config: ModelConfig, params: transformer.Parameters, tokens_BT: Any, adaptive: AdaptiveK
-) -> TokenLosses:
-    """Computes losses of texts where each token's k depends on the model's uncertainty there.
-
-    Args:
-        config: The model's shape, with the k of tokens that are not uncertain.
-        params: Its parameters.
-        tokens_BT: int32[B, T], at least two tokens and at most the context.
-        adaptive: The rule.
-
-    Raises:
-        ValueError: For a rule that does not fit the model, or another number of tokens.
-    """
-    adaptive.check(config)
-    rows, _ = rows_of(tokens_BT, config.vocab_size, encode=None)
-    tokens_BT, lengths = joined([row.ids for row in rows], fill=0)
-    if (lengths < tokens_BT.shape[1]).any() or not 2 <= tokens_BT.shape[1] <= config.context_length:
-        raise ArgumentError(
-            f"has shape {tokens_BT.shape}: must be [B, T], T from 2 to {config.context_length}",
-            field="tokens",
-        )
-    layers = kv_cache.by_layer(config, params)
-    losses, k = _token_losses(
-        config, int(adaptive.high_k), params, layers, tokens_BT, np.float32(adaptive.entropy)
-    )
-    n = tokens_BT.shape[1] - 1
-    return TokenLosses(losses[:, :n], k[:, :n])
-
-
-def step(
-    model: transformer.Transformer,
-    high: transformer.Transformer,
-    threshold: jax.Array,
-    at: CacheInputs,
-    hooks: LayerHooks = _NO_HOOKS,
-    high_hooks: LayerHooks = _NO_HOOKS,
-    n_extra: int = 0,
-) -> tuple[jax.Array, kv_cache.Buffer, jax.Array]:
-    """Runs one token of each row as `kv_cache.step`, under the rule.
-
-    Args:
-        model: With the k of tokens that are not uncertain.
-        high: The same model with the k of those that are.
-        threshold: Entropy in nats, a scalar or [B].
-        at: The tokens, and the cache before them.
-        hooks: For the model with its k.
-        high_hooks: For the model with the higher one.
-        n_extra: Entries that `hooks` may add to those that TopK keeps.
-
-    Returns:
-        Logits float32[B, V]; the buffer; and which rows were uncertain, bool[B].
-    """
-    d = model.config.d_model
-    h_BD, with_token = kv_cache.step(model, *at, hooks, min(model.config.topk_k + n_extra, d))
-    logits_BV = model.logits(h_BD)
-    uncertain_B = entropy(logits_BV) > threshold
-
-    def again() -> tuple[jax.Array, kv_cache.Buffer]:
-        high_h_BD, high_with_token = kv_cache.step(
-            high, *at, high_hooks, min(high.config.topk_k + n_extra, d)
-        )
-        logits = jnp.where(uncertain_B[:, None], high.logits(high_h_BD), logits_BV)
-        return logits, jax.tree.map(functools.partial(_of_rows, uncertain_B), high_with_token, with_token)
-
-    # Without an uncertain token the second run would be for nothing.
-    logits_BV, new = jax.lax.cond(jnp.any(uncertain_B), again, lambda: (logits_BV, with_token))
-    return logits_BV, new, uncertain_B
-
-
-def _of_rows(uncertain_B: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """Returns `high` in uncertain rows, else `low`; [B, K, N, d], or with a layer axis before."""
-    return jnp.where(uncertain_B[:, None, None, None], high, low)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_losses(
-    config: ModelConfig,
-    high_k: int,
-    params: transformer.Parameters,
-    layers: kv_cache.Layers,
-    tokens_BT: jax.Array,
-    threshold: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs token by token; returns float32 and int32 [B, T rounded up]. Full buffers go into the cache."""
-    model = transformer.bind(config, params)
-    high = transformer.bind(dataclasses.replace(config, topk_k=high_k), params)
-    batch, length = tokens_BT.shape
-    n_parts = -(-length // STEPS)
-    padded_BP = jnp.pad(tokens_BT, ((0, 0), (0, n_parts * STEPS + 1 - length)))
-    empty = jax.eval_shape(lambda: kv_cache.prefill(model, tokens_BT, jnp.ones(batch, int), LayerHooks())[1])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-    cache = kv_cache.with_capacity(config, zeros, n_parts * STEPS)
-
-    def part(cache: kv_cache.Cache, begin: jax.Array) -> tuple[kv_cache.Cache, tuple[jax.Array, jax.Array]]:
-        lengths_B = jnp.full((batch,), begin)
-
-        def token(new: kv_cache.Buffer, number: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            at = begin + number
-            one_B = jax.lax.dynamic_index_in_dim(padded_BP, at, axis=1, keepdims=False)
-            target_B = jax.lax.dynamic_index_in_dim(padded_BP, at + 1, axis=1, keepdims=False)
-            inputs = CacheInputs(layers, cache, new, one_B, lengths_B, number)
-            logits_BV, new, uncertain_B = step(model, high, threshold, inputs)
-            log_p = jax.nn.log_softmax(logits_BV, axis=-1)
-            loss_B = -jnp.take_along_axis(log_p, target_B[:, None], axis=-1)[:, 0]
-            return new, (loss_B, jnp.where(uncertain_B, high_k, config.topk_k))
-
-        new, found = jax.lax.scan(token, kv_cache.empty_buffer(cache), jnp.arange(STEPS))
-        return kv_cache.append_buffer(cache, new, lengths_B), found
-
-    _, (losses, k) = jax.lax.scan(part, cache, jnp.arange(n_parts) * STEPS)
-    return losses.reshape(-1, batch).T, k.reshape(-1, batch).T

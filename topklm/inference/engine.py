@@ -3,19 +3,16 @@
 Updates on sequences are delivered from that thread. A sequence's tokens do not depend on the others.
 """
 
-import collections
 from collections.abc import Callable, Iterable
 import concurrent.futures
-import dataclasses
 import logging
 import threading
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from topklm.config import ModelConfig
-from topklm.inference.bucketing import ServingBuckets
 from topklm.inference.scheduler import Scheduler
 from topklm.inference.scheduler import warm_up as compile_early
-from topklm.inference.sequence import OnUpdate, Sequence, SequenceUpdate, Token
+from topklm.inference.sequence import Sequence, ServingBuckets, Token
 from topklm.model import transformer
 
 MOST_WAITING = 256
@@ -28,6 +25,21 @@ _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
+class SequenceUpdate(NamedTuple):
+    """New tokens of a sequence, or its end.
+
+    `finished` is "stop" (the last of `tokens` is the stop token), "length", "failed" (a fault of ours, which
+    is in the log), "closed"; None while the sequence goes on.
+    """
+
+    sequence: Sequence
+    tokens: list[Token]
+    finished: str | None
+
+
+OnUpdate = Callable[[list[SequenceUpdate]], None]
+
+
 class FullError(Exception):
     """Raised when too many sequences wait already."""
 
@@ -36,14 +48,12 @@ class ClosedError(Exception):
     """Raised by an engine that has been closed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineLoad:
+class EngineLoad(NamedTuple):
     """How busy an engine is, in sequences."""
 
     running: int
     waiting: int
     most_running: int
-    most_waiting: int
 
 
 class Engine:
@@ -54,50 +64,38 @@ class Engine:
         config: ModelConfig,
         params: transformer.Parameters,
         stop_token: int,
+        buckets: ServingBuckets,
         *,
-        buckets: ServingBuckets | None = None,
         most_waiting: int = MOST_WAITING,
     ):
-        """Takes a model; `start` begins.
-
-        Args:
-            config: The model's shape.
-            params: Its parameters, on one device or a mesh.
-            stop_token: A sequence ends when it is drawn; see `SequenceUpdate`.
-            buckets: Sizes of batches and so on; default `ServingBuckets.of(config)`.
-            most_waiting: Sequences that may wait for a slot.
-        """
-        self._buckets = buckets or ServingBuckets.of(config)
+        """Takes a model, see `Scheduler`, and how many sequences may wait for a slot; `start` begins."""
+        self._buckets = buckets
         self._config, self._most_waiting = config, most_waiting
         self._scheduler = Scheduler(config, params, stop_token, self._buckets)
-        self._on_update: dict[Sequence, OnUpdate] = {}  # of those in slots; used by the engine's thread alone
+        self._on_update: dict[Sequence, OnUpdate] = {}  # of those in slots; only its thread changes it
         self._small_for = 0
         # The rest is shared, under the condition.
         self._changed = threading.Condition()
-        self._waiting: collections.deque[tuple[Sequence, OnUpdate]] = collections.deque()
+        self._waiting: list[tuple[Sequence, OnUpdate]] = []
         self._aborted: set[Sequence] = set()
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: list[Callable[[], None]] = []
         self._closed = False
-        self._n_running = 0
         self._thread = threading.Thread(target=self._run, name="topklm-engine", daemon=True)
 
     def start(self, warm_up: Callable[[int, int], None] | None = None) -> None:
-        """Starts the thread.
+        """Starts the thread, after the programs that most traffic needs have been compiled.
 
-        Args:
-            warm_up: Called with how many of how many parts are done, while the programs that most traffic
-                needs are compiled first; None: programs are compiled when they are needed, while all wait.
+        `warm_up` is called with how many of how many parts are done; None: programs are compiled when they
+        are needed, while all wait.
         """
         if warm_up is not None:
             compile_early(self._scheduler, self._config, self._buckets, warm_up)
         self._thread.start()
 
     def submit(self, sequences: Iterable[Sequence], on_update: OnUpdate) -> None:
-        """Queues sequences, all or none.
+        """Queues sequences, all or none; they begin in this order.
 
-        Args:
-            sequences: In the order in which they begin.
-            on_update: Called in the engine's thread with updates on some of them; must not block.
+        `on_update` is called in the engine's thread with updates on some of them, and must not block.
 
         Raises:
             FullError: If too many wait.
@@ -109,7 +107,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._waiting) + len(going) > self._most_waiting + max(0, self._n_free()):
+            n_free = max(0, self._buckets.most_slots - len(self._on_update))
+            if len(self._waiting) + len(going) > self._most_waiting + n_free:
                 raise FullError
             self._waiting += going
             if ended:
@@ -120,15 +119,11 @@ class Engine:
         """Ends sequences that nobody wants any more, and frees their slots; no update on them will follow."""
         with self._changed:
             self._aborted |= set(sequences)
-            self._waiting = collections.deque(one for one in self._waiting if one[0] not in self._aborted)
+            self._waiting = [one for one in self._waiting if one[0] not in self._aborted]
             self._changed.notify()
 
     def call(self, function: Callable[[], _Result]) -> "concurrent.futures.Future[_Result]":
-        """Calls a function in the engine's thread, between tokens; for other work on the device.
-
-        Raises:
-            ClosedError: If the engine has been closed.
-        """
+        """Calls a function in the engine's thread, between tokens; raises ClosedError as `submit`."""
         future: concurrent.futures.Future[_Result] = concurrent.futures.Future()
 
         def work() -> None:
@@ -149,8 +144,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how busy it is."""
         with self._changed:
-            most = self._buckets.most_slots
-            return EngineLoad(self._n_running, len(self._waiting), most, self._most_waiting)
+            return EngineLoad(len(self._on_update), len(self._waiting), self._buckets.most_slots)
 
     def close(self) -> None:
         """Ends all sequences, and the thread; waits for both."""
@@ -160,35 +154,30 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _n_free(self) -> int:
-        return self._buckets.most_slots - self._n_running
-
     # In the engine's thread
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._has_work():
-                    self._changed.wait()
+                self._changed.wait_for(self._has_work)
                 if self._closed:
                     break
                 aborted, self._aborted = self._aborted, set()
-                calls, self._calls = list(self._calls), collections.deque()
+                calls, self._calls = self._calls, []
             try:
                 self._round(aborted, calls)
             except Exception:
                 _log.exception("the engine failed; the sequences that it was decoding are lost")
                 self._fail()
         with self._changed:
-            waiting, calls = list(self._waiting), list(self._calls)
-            self._waiting.clear()
+            waiting, self._waiting = self._waiting, []
         for one, on_update in [*self._on_update.items(), *waiting]:
             _deliver(on_update, [SequenceUpdate(one, [], "closed")])
-        for call in calls:
+        for call in self._calls:
             call()
 
     def _has_work(self) -> bool:
-        return bool(self._closed or self._waiting or self._aborted or self._calls or self._n_running)
+        return bool(self._closed or self._waiting or self._aborted or self._calls or self._on_update)
 
     def _round(self, aborted: set[Sequence], calls: list[Callable[[], None]]) -> None:
         """Admits sequences that wait, decodes a few tokens of all, and delivers them."""
@@ -198,10 +187,7 @@ class Engine:
         for call in calls:
             call()
         came = self._admit()
-        new = self._scheduler.decode(1 if came else _STEPS)
-        with self._changed:  # before updates, on which a caller may look at once
-            self._n_running = len(self._scheduler.sequences)
-        self._report(new)
+        self._report(self._scheduler.decode(1 if came else _STEPS))
         self._shrink()
 
     def _admit(self) -> bool:
@@ -209,7 +195,6 @@ class Engine:
         left, came = _TOKENS_BETWEEN, False
         while left > 0 and (group := self._next_group()):
             came = True
-            self._on_update |= dict(group)
             self._scheduler.add([one for one, _ in group])
             left -= len(group) * self._prompt_bucket(group[0][0])
         return came
@@ -223,9 +208,8 @@ class Engine:
             size = self._prompt_bucket(self._waiting[0][0])
             most = min(n_free, self._buckets.together(size))
             group = [one for one in self._waiting if self._prompt_bucket(one[0]) == size][:most]
-            chosen = {one for one, _ in group}
-            self._waiting = collections.deque(one for one in self._waiting if one[0] not in chosen)
-            self._n_running += len(group)
+            self._waiting = [one for one in self._waiting if one not in group]
+            self._on_update |= dict(group)
             return group
 
     def _prompt_bucket(self, one: Sequence) -> int:
@@ -255,8 +239,6 @@ class Engine:
         lost, self._on_update = self._on_update, {}
         self._scheduler.clear()
         self._small_for = 0
-        with self._changed:
-            self._n_running = 0
         for one, on_update in lost.items():
             _deliver(on_update, [SequenceUpdate(one, [], "failed")])
 

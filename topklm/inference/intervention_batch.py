@@ -6,7 +6,6 @@ positions compile nothing. Dims: E entries, B rows, T tokens, D d_model, L layer
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -25,7 +24,7 @@ from topklm.inference.interventions import (
     Steer,
     entries_of,
 )
-from topklm.inference.token_rows import is_traced
+from topklm.inference.tokens import is_traced
 from topklm.model.block import LayerHooks
 from topklm.model.topk import topk
 
@@ -35,48 +34,29 @@ _EVERY_ROW = -1
 _END = 2**31 - 1
 _RANGE = len(POSITIONS)
 _FEW = 8  # entries; of more, a table of all neurons is made
+_PER_BATCH = (8, 64)  # entries at least, of `on_rows`: of one row, and of several together
+_MORE_ENTRIES = 8  # times as many, where those are too few
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["layer", "neuron", "value", "mode", "where", "begin", "end", "row"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InterventionBatch:
-    """Any number of interventions, as arrays of one entry for each; differentiable in `value`.
+    """Any number of interventions, as arrays int32[E] of one entry for each; differentiable in `value`."""
 
-    Attributes:
-        layer: int32[E]; -1 in entries that only fill up.
-        neuron: int32[E].
-        value: float32[E]; its meaning depends on the mode.
-        mode: int32[E], index into `MODES`.
-        where: int32[E], index into `POSITIONS`, and one more for a range.
-        begin: int32[E], first position of a range. The separator before a text has position 0.
-        end: int32[E], the position after its last.
-        row: int32[E], which row of a batch; -1: all.
-    """
-
-    layer: Any
+    layer: Any  # -1 in entries that only fill up
     neuron: Any
-    value: Any
-    mode: Any
-    where: Any
-    begin: Any
-    end: Any
-    row: Any
+    value: Any  # float32[E]; its meaning depends on the mode
+    mode: Any  # index into `MODES`
+    where: Any  # index into `POSITIONS`, and one more for a range
+    begin: Any  # first position of a range; the separator before a text has position 0
+    end: Any  # the position after its last
+    row: Any  # which row of a batch; -1: all
 
     @classmethod
     def of(
         cls, config: ModelConfig, steer: Steer, mode: str = DEFAULT_MODE, n_rows: int | None = None
     ) -> "InterventionBatch":
-        """Makes one of the forms in which people give interventions.
-
-        Args:
-            config: The model that they are for.
-            steer: {(layer, neuron): value}; one or several `Intervention`; or an `InterventionBatch`.
-            mode: Of the entries of a mapping.
-            n_rows: Sequences of the batch that they are for, where it is known.
+        """Makes one of any form in which people give interventions, see `entries_of`.
 
         Raises:
             ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
@@ -90,34 +70,27 @@ class InterventionBatch:
         for entry in entries:
             entry.check(config)
             if n_rows is not None and entry.row is not None and entry.row >= n_rows:
-                raise ArgumentError(
-                    field="row", value=entry.row, allowed=f"from 0 to {n_rows - 1}, the texts of the batch"
-                )
+                allowed = f"from 0 to {n_rows - 1}, the texts of the batch"
+                raise ArgumentError(field="row", value=entry.row, allowed=allowed)
         if isinstance(steer, InterventionBatch):
             return steer
         _refuse_overlap(entries)
         _refuse_too_many(entries, config.topk_k)
-        size = _SMALLEST
-        while size < len(entries):
-            size *= 2
+        size = max(_SMALLEST, 1 << (len(entries) - 1).bit_length())
         empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
         rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
-        names = [field.name for field in dataclasses.fields(cls)]
-        columns = dict(zip(names, zip(*rows, strict=True), strict=True))
-        values = columns.pop("value")
-        indices = {name: np.array(column, np.int32) for name, column in columns.items()}
+        layers, neurons, values, *rest = zip(*rows, strict=True)
         if is_traced(values):  # numbers only when the program runs
-            return cls(value=jnp.stack([jnp.asarray(value, jnp.float32) for value in values]), **indices)
-        return cls(value=np.array([float(value) for value in values], np.float32), **indices)
+            value: Any = jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
+        else:
+            value = np.array([float(value) for value in values], np.float32)
+        layer, neuron, *others = (np.array(column, np.int32) for column in (layers, neurons, *rest))
+        return cls(layer, neuron, value, *others)
 
     def entries(self) -> list[Intervention]:
         """Returns the interventions one by one, as `of` takes them."""
-        columns = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return [
-            _intervention({name: column[i].item() for name, column in columns.items()})
-            for i in range(len(columns["layer"]))
-            if columns["layer"][i] != _NO_LAYER
-        ]
+        columns = [np.asarray(column).tolist() for column in jax.tree.leaves(self)]
+        return [_intervention(*numbers) for numbers in zip(*columns, strict=True) if numbers[0] != _NO_LAYER]
 
     def layer_hooks(
         self,
@@ -151,14 +124,12 @@ class InterventionBatch:
             return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
 
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
-            return _changed(h_BTD, self.neuron, *self._factor_and_term(), applies(h_BTD, layer))
+            value = jnp.asarray(self.value, jnp.float32)
+            factor = self._by_mode(lambda mode: mode.factor(value))
+            term = self._by_mode(lambda mode: mode.term(value))
+            return _changed(h_BTD, self.neuron, factor, term, applies(h_BTD, layer))
 
         return LayerHooks(topk=select, output=edit)
-
-    def _factor_and_term(self) -> tuple[jax.Array, jax.Array]:
-        """Returns float32[E] each: all modes are `h * factor + term`, after TopK."""
-        value = jnp.asarray(self.value, jnp.float32)
-        return self._by_mode(lambda mode: mode.factor(value)), self._by_mode(lambda mode: mode.term(value))
 
     def _by_mode(self, of_mode: Callable[[Mode], Any]) -> jax.Array:
         """Returns a number for each entry, float32[E], from one for each mode or float32[E] for each mode."""
@@ -216,16 +187,37 @@ def _numbers(entry: Intervention) -> tuple:
     return entry.layer, entry.neuron, entry.value, mode, where, begin, end, row
 
 
-def _intervention(numbers: dict[str, Any]) -> Intervention:
-    where = numbers["where"]
+def _intervention(
+    layer: int, neuron: int, value: float, mode: int, where: int, begin: int, end: int, row: int
+) -> Intervention:
+    """Returns the entry that has these elements of the arrays."""
+    positions = POSITIONS[where] if where != _RANGE else (begin, end)
     return Intervention(
-        numbers["layer"],
-        numbers["neuron"],
-        numbers["value"],
-        list(MODES)[numbers["mode"]],
-        POSITIONS[where] if where != _RANGE else (numbers["begin"], numbers["end"]),
-        None if numbers["row"] == _EVERY_ROW else numbers["row"],
+        layer, neuron, value, list(MODES)[mode], positions, None if row == _EVERY_ROW else row
     )
+
+
+def on_rows(
+    config: ModelConfig, each: list[tuple[int, InterventionBatch]], n_rows: int
+) -> InterventionBatch | None:
+    """Joins interventions on rows of a batch, of (row, interventions on its sequence); None without any.
+
+    They are filled up to a few sizes, a single row to a smaller one, for there decoding is faster the fewer
+    neurons may be active.
+    """
+    if not each:
+        return None
+    parts = []
+    for row, interventions in each:
+        used = np.asarray(interventions.layer) != _NO_LAYER
+        kept = InterventionBatch(*(np.asarray(column)[used] for column in jax.tree.leaves(interventions)))
+        parts.append(dataclasses.replace(kept, row=np.full_like(kept.row, row)))
+    size, n = _PER_BATCH[n_rows > 1], sum(len(part.layer) for part in parts)
+    while size < n:
+        size *= _MORE_ENTRIES
+    empty = InterventionBatch.of(config, {})  # whose entries only fill up
+    filling = jax.tree.map(lambda column: np.resize(column, size - n), empty)
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *parts, filling)
 
 
 def _refuse_overlap(entries: Sequence[Intervention]) -> None:
@@ -237,11 +229,9 @@ def _refuse_overlap(entries: Sequence[Intervention]) -> None:
     for (layer, number), group in itertools.groupby(sorted(entries, key=neuron), key=neuron):
         for one, other in itertools.combinations(group, 2):
             if one.may_meet(other):
-                raise ArgumentError(
-                    f"two interventions on neuron {number} of layer {layer} at the same place: keep "
-                    "one, or give them other positions",
-                    field="steer",
-                )
+                neuron_and_layer = f"neuron {number} of layer {layer}"
+                text = f"two interventions on {neuron_and_layer} at the same place: keep one, or give them "
+                raise ArgumentError(f"{text}other positions", field="steer")
 
 
 def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
@@ -250,6 +240,5 @@ def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
     for layer, row in {(entry.layer, entry.row) for entry in forced}:
         number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
         if number > k:
-            raise ArgumentError(
-                f"{number} neurons forced in layer {layer}: must be at most {k}, its places", field="steer"
-            )
+            text = f"{number} neurons forced in layer {layer}: must be at most {k}, its places"
+            raise ArgumentError(text, field="steer")

@@ -22,24 +22,16 @@ from topklm.storage.files import as_path, parse_json, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`.
+    """One way to steer a neuron; after TopK its activation h becomes `h * factor(value) + term(value)`."""
 
-    Attributes:
-        name: In Python, files, requests and on command lines.
-        needs_value: Whether an intervention has to say its value.
-        competes: For a mode that acts inside of TopK too, what becomes of the neuron there: it "wins" one of
-            the k entries, or "loses". None: it acts after TopK only, so in any layer.
-        help: Its effect, with {value} for the value.
-        factor: Of a value: a number, or an array with one axis.
-        term: Of a value, likewise.
-    """
-
-    name: str
-    needs_value: bool
+    name: str  # in Python, files, requests and on command lines
+    needs_value: bool  # whether an intervention has to say its value
+    # Of a mode that acts inside of TopK too: the neuron "wins" one of the k entries there, or "loses".
+    # None: it acts after TopK only, so in any layer.
     competes: Literal["wins", "loses"] | None
-    help: str
-    factor: Callable[[Any], Any]
-    term: Callable[[Any], Any]
+    help: str  # its effect, with {value} for the value
+    factor: Callable[[Any], Any]  # of a value: a number, or an array with one axis
+    term: Callable[[Any], Any]  # likewise
 
     @property
     def value_is_factor(self) -> bool:
@@ -47,41 +39,29 @@ class Mode:
         return self.factor(0.0) != self.factor(1.0)
 
 
-def _zero(_value: Any) -> float:
-    return 0.0
-
-
-def _one(_value: Any) -> float:
-    return 1.0
-
-
-def _value(value: Any) -> Any:
-    return value
-
-
 # Everything that reads or shows modes reads this table: the library, the server, the explorer, the commands.
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
-        Mode("clamp", True, None, "set its activation to {value}", _zero, _value),
-        Mode("add", True, None, "add {value} to its activation", _one, _value),
-        Mode("scale", True, None, "multiply its activation by {value}", _value, _zero),
-        Mode("ablate", False, None, "set its activation to 0", _zero, _zero),
+        Mode("clamp", True, None, "set its activation to {value}", lambda _: 0.0, lambda value: value),
+        Mode("add", True, None, "add {value} to its activation", lambda _: 1.0, lambda value: value),
+        Mode("scale", True, None, "multiply its activation by {value}", lambda value: value, lambda _: 0.0),
+        Mode("ablate", False, None, "set its activation to 0", lambda _: 0.0, lambda _: 0.0),
         Mode(
             "ban",
             False,
             "loses",
             "take it out of the competition; the next neuron is among the k instead",
-            _zero,
-            _zero,
+            lambda _: 0.0,
+            lambda _: 0.0,
         ),
         Mode(
             "force",
             True,
             "wins",
             "make it one of the k, with {value} for its activation; the weakest of the others is left out",
-            _zero,
-            _value,
+            lambda _: 0.0,
+            lambda value: value,
         ),
     )
 }
@@ -147,14 +127,15 @@ class Intervention:
             raise self._wrong_value(f"at most {_LARGEST_VALUE:g}")
         named = isinstance(self.positions, str) and self.positions in POSITIONS
         if not named and not _is_range(self.positions):
-            raise ArgumentError(
-                field="positions",
-                value=short(self.positions),
-                allowed=f"one of {', '.join(POSITIONS)}, or (begin, end) with 0 <= begin < end",
-            )
+            allowed = f"one of {', '.join(POSITIONS)}, or (begin, end) with 0 <= begin < end"
+            raise ArgumentError(field="positions", value=short(self.positions), allowed=allowed)
 
     def _wrong_value(self, allowed: str) -> ArgumentError:
         return ArgumentError(field="value", value=f"{short(self.value)} of {self._name}", allowed=allowed)
+
+    @property
+    def _name(self) -> str:
+        return f"layer {self.layer}, neuron {self.neuron}"
 
     def may_meet(self, other: "Intervention") -> bool:
         """Returns whether both can act on one token, if they are of one neuron."""
@@ -166,12 +147,8 @@ class Intervention:
             return True
         return max(self.positions[0], other.positions[0]) < min(self.positions[1], other.positions[1])
 
-    @property
-    def _name(self) -> str:
-        return f"layer {self.layer}, neuron {self.neuron}"
 
-
-# The forms in which people give interventions.
+# People give interventions as {(layer, neuron): value}, as one or several, or as an `InterventionBatch`.
 Steer = HasEntries | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
 
 
@@ -181,15 +158,7 @@ def needs_value(mode: Any) -> bool:
 
 
 def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
-    """Returns interventions one by one, from any form in which people give them.
-
-    Args:
-        steer: {(layer, neuron): value}; or one or several `Intervention`; or `InterventionBatch`.
-        mode: Of the entries of a mapping.
-
-    Raises:
-        ValueError: For anything else.
-    """
+    """Returns interventions one by one, those of a mapping with a mode; raises ValueError for no `Steer`."""
     if isinstance(steer, Intervention):
         return [steer]
     if hasattr(steer, "entries"):
@@ -197,17 +166,20 @@ def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
     if isinstance(steer, Mapping):
         return [_of_pair(pair, value, mode) for pair, value in steer.items()]
     if not hasattr(steer, "__iter__"):
-        raise ArgumentError(
-            field="steer", value=short(steer), allowed="{(layer, neuron): value} or Interventions"
-        )
+        allowed = "{(layer, neuron): value} or Interventions"
+        raise ArgumentError(field="steer", value=short(steer), allowed=allowed)
     entries = list(steer)
     for entry in entries:
         if not isinstance(entry, Intervention):
-            raise ArgumentError(
-                f"{short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}",
-                field="steer",
-            )
+            text = f"{short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}"
+            raise ArgumentError(text, field="steer")
     return entries
+
+
+def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise ArgumentError(f"{short(pair)} names no neuron: must be (layer, neuron)", field="steer")
+    return Intervention(*pair, value, mode)
 
 
 def save_interventions(
@@ -217,19 +189,17 @@ def save_interventions(
     *,
     model: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a small JSON file, whole or not at all.
+    """Writes a small JSON file, local or in a bucket, whole or not at all; errors as `entries_of`.
 
-    Args:
-        path: Local, or in a bucket.
-        steer: As in `entries_of`.
-        mode: Of the entries of a mapping.
-        model: Facts that identify the model whose neurons these are; None: the file names no model.
-
-    Raises:
-        UserError: If the file cannot be written.
-        ValueError: If something is no intervention.
+    `model` are facts that identify the model whose neurons these are; None: the file names no model.
     """
-    entries = [_to_json(one) for one in entries_of(steer, mode)]
+    entries = []
+    for one in entries_of(steer, mode):
+        one.check()
+        row = {} if one.row is None else {"row": int(one.row)}
+        positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
+        neuron = {"layer": int(one.layer), "neuron": int(one.neuron), "mode": one.mode}
+        entries.append({**neuron, "value": float(one.value), "positions": positions, **row})
     of = {} if model is None else {"model": dict(model)}
     content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
     with storage_errors_are_user_errors("writing interventions", as_path(path)):
@@ -237,24 +207,22 @@ def save_interventions(
 
 
 def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None = None) -> list[Intervention]:
-    """Reads what `save_interventions` wrote, or a person.
-
-    Args:
-        path: Local, or in a bucket.
-        config: The model that they are for, if it shall be checked that they fit.
-
-    Raises:
-        UserError: If the file is missing, is no such JSON, or an entry fails `Intervention.check`.
-    """
+    """Reads a file of interventions, for a model if one is given; raises UserError for what does not fit."""
     file = as_path(path)
     with storage_errors_are_user_errors(f"reading {path}", file):
         if not file.exists():
             raise UserError(f"{path}: there is no such file of interventions")
         content = file.read_bytes()
+    where = str(path)
     try:
-        return [_from_json(number, entry, config) for number, entry in enumerate(_entries(content))]
+        found = []
+        for number, entry in enumerate(_entries(content)):
+            where = f"{path}: interventions[{number}]"
+            found.append(from_json(entry))
+            found[-1].check(config)
+        return found
     except ValueError as e:
-        raise UserError(f"{path}: {e}") from e
+        raise UserError(f"{where}: {e}") from e
 
 
 def _entries(content: bytes) -> list[Any]:
@@ -264,47 +232,27 @@ def _entries(content: bytes) -> list[Any]:
         raise ValueError(f"it is no JSON object ({e})") from e
     if parts.get("format") != _FORMAT:
         raise ValueError(f"it is no file of interventions: must be an object with format = {_FORMAT!r}")
-    if parts.get("version") != _VERSION:
-        raise ArgumentError(
-            f"this program reads {_VERSION}", field="version", value=repr(parts.get("version"))
-        )
+    if (version := parts.get("version")) != _VERSION:
+        raise ArgumentError(f"this program reads {_VERSION}", field="version", value=repr(version))
     if not isinstance(parts.get("interventions"), list):
         raise ArgumentError(field="interventions", allowed="a list")
     return parts["interventions"]
 
 
-def _from_json(number: int, entry: Any, config: ModelConfig | None) -> Intervention:
-    names = [field.name for field in dataclasses.fields(Intervention)]
+def from_json(
+    entry: Any, names: Sequence[str] = ("layer", "neuron", "value", "mode", "positions", "row")
+) -> Intervention:
+    """Reads one of a file or a request, values unchecked; raises ValueError for missing or other names."""
     if not isinstance(entry, dict) or not {"layer", "neuron"} <= set(entry):
-        raise ValueError(f"interventions[{number}]: must be an object with layer and neuron")
+        raise ValueError("must be an object with layer and neuron")
     if unknown := sorted(set(entry) - set(names)):
-        raise ValueError(f"interventions[{number}]: {unknown[0]!r} is none of {', '.join(names)}")
+        raise ValueError(f"{unknown[0][:50]!r} is none of {', '.join(names)}")
+    if "value" not in entry and needs_value(entry.get("mode", DEFAULT_MODE)):
+        raise ValueError("value is missing")
     positions = entry.get("positions", "all")
-    entry = {**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
-    mode = entry.get("mode", DEFAULT_MODE)
-    if "value" not in entry and needs_value(mode):
-        raise ValueError(f"interventions[{number}]: value is missing")
-    one = Intervention(**entry)
-    try:
-        one.check(config)
-    except ValueError as e:
-        raise ValueError(f"interventions[{number}]: {e}") from e
-    return one
-
-
-def _to_json(one: Intervention) -> dict[str, Any]:
-    one.check()
-    row = {} if one.row is None else {"row": int(one.row)}
-    positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
-    neuron = {"layer": int(one.layer), "neuron": int(one.neuron)}
-    return {**neuron, "mode": one.mode, "value": float(one.value), "positions": positions, **row}
-
-
-def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
-    """Makes one of an item of a mapping."""
-    if not (isinstance(pair, tuple) and len(pair) == 2):
-        raise ArgumentError(f"{short(pair)} names no neuron: must be (layer, neuron)", field="steer")
-    return Intervention(*pair, value, mode)
+    return Intervention(
+        **{**entry, "positions": tuple(positions) if isinstance(positions, list) else positions}
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -320,16 +268,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_index(value: Any) -> bool:
-    """Tells whether it is an integer that is known."""
-    traced = _is_traced(value)  # which neuron it is must be known
-    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not traced
+    """Tells whether it is an integer that is known, as the number of a neuron must be."""
+    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_) and not _is_traced(value)
 
 
 def _check_index(name: str, value: Any, size: int, what: str) -> None:
     if not _is_index(value) or not 0 <= value < size:
-        raise ArgumentError(
-            field=name, value=short(value), allowed=f"an integer from 0 to {size - 1}, {what}"
-        )
+        allowed = f"an integer from 0 to {size - 1}, {what}"
+        raise ArgumentError(field=name, value=short(value), allowed=allowed)
 
 
 def _is_range(positions: Any) -> bool:

@@ -64,26 +64,19 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
     """
     blocks = transformer.bind(config, params).blocks
     attention, mlp = blocks.attention, blocks.mlp
-    side_by_side = FusedWeights(
-        jnp.concatenate(
-            [linear.kernel[...] for linear in (attention.query, attention.key, attention.value)], -1
-        ),
-        jnp.concatenate([mlp.gate.kernel[...], mlp.up.kernel[...]], -1),
-    )
+    linears = (attention.query, attention.key, attention.value), (mlp.gate, mlp.up)
+    side_by_side = [jnp.concatenate([linear.kernel[...] for linear in some], -1) for some in linears]
     leaves = [
-        # Those in the joined ones are not kept twice.
-        jnp.zeros((config.n_layers, 0)) if _module(path) in _JOINED else leaf
+        # Those in the joined ones are not kept twice. A path ends in the module and its parameter.
+        jnp.zeros((config.n_layers, 0)) if path[-2].key in _JOINED else leaf
         for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(blocks)))
     ]
     dtype = jnp.dtype(config.dtype)
     # Norms have one axis besides that of the layers, and stay as they are: they multiply in float32.
     leaves = [leaf.astype(dtype) if leaf.ndim > 2 else leaf for leaf in (*leaves, *side_by_side)]
-    return leaves if _scans(config) else _unstack(leaves)
-
-
-def _module(path: tuple) -> str:
-    """Returns the name of the module that a parameter belongs to."""
-    return path[-2].key
+    if _scans(config):
+        return leaves
+    return [list(of_layer) for of_layer in zip(*map(jnp.unstack, leaves), strict=True)]
 
 
 def prefill(
@@ -98,28 +91,22 @@ def prefill(
         hooks: As in `Transformer.hidden`, called with the number of the layer.
 
     Returns:
-        Of the last tokens the normed hidden state, [B, D]; and all keys and values for `with_capacity`.
+        The last tokens' normed hidden state, [B, D], and all keys and values for `with_capacity`.
     """
-    config = model.config
-
-    def keep(h: jax.Array, _u: jax.Array, _h_next: jax.Array) -> jax.Array:
-        return h
-
-    numbers = jnp.arange(config.n_layers)
-    h_BPD, entering_LBPD = model.hidden(tokens_BP, capture=keep, hooks=hooks, hook_inputs=numbers)
+    numbers = jnp.arange(model.config.n_layers)
+    h_BPD, entering_LBPD = model.hidden(
+        tokens_BP, capture=lambda h, _u, _h_next: h, hooks=hooks, hook_inputs=numbers
+    )
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    block_def, stacked = nnx.split(model.blocks)
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
 
-    def layer(carry: None, inputs: tuple) -> tuple[None, KeysAndValues]:
-        block_params, h_BPD = inputs
-        return carry, keys_and_values(nnx.merge(block_def, block_params), h_BPD, rotation)
+    # Attention has made them of the same states, but hands nothing on.
+    def of_layer(number: int | jax.Array) -> KeysAndValues:
+        return keys_and_values(model.block(number), entering_LBPD[number], rotation)
 
-    if _scans(config):
-        return h_BD, jax.lax.scan(layer, None, (stacked, entering_LBPD))[1]
-    leaves, treedef = jax.tree.flatten((stacked, entering_LBPD))
-    each = (jax.tree.unflatten(treedef, of_layer) for of_layer in _unstack(leaves))
-    return h_BD, tuple(layer(None, inputs)[1] for inputs in each)
+    if _scans(model.config):
+        return h_BD, jax.lax.map(of_layer, numbers)
+    return h_BD, tuple(map(of_layer, range(model.config.n_layers)))
 
 
 def with_capacity(config: ModelConfig, filled: Filled, capacity: int) -> Cache:
@@ -236,12 +223,7 @@ def block_size(block: KeysAndValues) -> int:
 
 
 def split_blocks(whole: KeysAndValues, sizes: Sequence[int]) -> Blocks:
-    """Splits keys and values into blocks; missing tokens are zeros, and those beyond are left out.
-
-    Args:
-        whole: [..., B, K, any number, d].
-        sizes: S of each.
-    """
+    """Splits keys and values [..., B, K, T, d] into blocks; missing tokens are zeros, more are left out."""
 
     def split(x: jax.Array) -> list[jax.Array]:
         widths = [(0, 0)] * x.ndim
@@ -259,9 +241,7 @@ def join_blocks(blocks: Blocks) -> KeysAndValues:
 def block_masks(blocks: Blocks, lengths_B: jax.Array) -> list[tuple[jax.Array, jax.Array | bool]]:
     """Returns for each block which of it are tokens, bool[B, 1, S], and whether any are; in the first always.
 
-    Args:
-        blocks: Of the cache.
-        lengths_B: int32[B], tokens of each row.
+    `lengths_B`, int32[B], are the tokens of each row.
     """
     longest = lengths_B.max()
 
@@ -273,13 +253,7 @@ def block_masks(blocks: Blocks, lengths_B: jax.Array) -> list[tuple[jax.Array, j
 
 
 def append_tokens(blocks: Blocks, new: KeysAndValues, lengths_B: jax.Array) -> Blocks:
-    """Writes new tokens after those of each row; tokens beyond the capacity are left out.
-
-    Args:
-        blocks: Of the cache.
-        new: [..., B, K, N, d].
-        lengths_B: int32[B], tokens of each row that are in the cache.
-    """
+    """Writes new tokens [..., B, K, N, d] after those of each row; those past the capacity are left out."""
     return tuple(
         jax.tree.map(lambda x, more, begin=begin: _append(x, more, lengths_B - begin), block, new)
         for begin, block in zip(_begins(blocks), blocks, strict=True)
@@ -324,7 +298,3 @@ def _one_for_all_layers(tree: Any) -> bool:
 def _scans(config: ModelConfig) -> bool:
     """Returns whether layers are scanned, as `Transformer.hidden` decides it on one device."""
     return ALONE.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
-
-
-def _unstack(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-    return [list(of_layer) for of_layer in zip(*map(jnp.unstack, leaves), strict=True)]

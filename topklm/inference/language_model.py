@@ -17,18 +17,33 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import ArgumentError, UserError
 from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
-from topklm.inference.bucketing import bucket
-from topklm.inference.detokenize import TextStream, check_stop, split_at_character, until_stopped
-from topklm.inference.generate import Generation
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Steer
 from topklm.inference.kv_cache import Layers, by_layer
-from topklm.inference.sampling import Sampling
+from topklm.inference.sampling import Sampling, check_integer
+from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import bucket
 from topklm.inference.steps import STEPS
-from topklm.inference.token_rows import Row, Rows, documents, joined, read, rows_of
+from topklm.inference.tokens import (
+    Row,
+    Rows,
+    TextStream,
+    check_stop,
+    documents,
+    joined,
+    read,
+    rows_of,
+    split_at_character,
+)
 from topklm.model import transformer
-from topklm.neurons import hook_names
-from topklm.neurons.capture import ActivationCache
+from topklm.neurons.capture import (
+    TOPK,
+    ActivationCache,
+    NamesFilter,
+    all_hook_names,
+    matching_hook_names,
+    parse_hook_name,
+)
 from topklm.neurons.display import ActiveNeurons
 
 _STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
@@ -37,10 +52,10 @@ Tokens = str | jax.Array | np.ndarray | Sequence
 
 
 class Generated(NamedTuple):
-    """A text that was made, and what it is made of; read again, the text may be cut into other tokens.
+    """A text that was made, as `generate` gives it, and its tokens; read again, it may be cut into others.
 
     Attributes:
-        text: As `generate` gives it.
+        text: The text.
         tokens: int32[n], prompt and new ones, those of a stop string included; the separator that stands
             before a text is the first, one that was drawn at its end is left out.
     """
@@ -58,6 +73,12 @@ class LanguageModel:
     their right, where nothing can change the tokens before; `lengths` says how long they are. All but
     `generate` works inside `jax.jit`, `jax.vmap` and `jax.grad`, with ids and the values of interventions
     traced or not.
+
+    Of the arguments that several methods take, `steer` and `steer_mode` are interventions on neurons, see
+    `generate`, for which all tokens are the prompt. `topk_k` is the entries that each TopK keeps, as in
+    training by default; another k is another program. `segment_ids`, integers of the tokens' shape, say which
+    document each token belongs to: attention stays inside documents, and positions begin at 0 in each, as in
+    training; by default a row is one document. A value that is not allowed raises ValueError, in one line.
     """
 
     run: str
@@ -73,10 +94,21 @@ class LanguageModel:
         return f"LanguageModel({self.run}, step {self.step:,}: {shape}, {topk})"
 
     def _repr_html_(self) -> str:
+        m, leaves = self.config.model, jax.tree.leaves(self.params)
+        devices = set().union(*(leaf.devices() for leaf in leaves))
+        where = f"{len(devices)} devices" if len(devices) > 1 else str(devices.pop())
+        kept = f"keeps {m.topk_k} of {m.d_model:,} neurons in the first {m.n_topk_layers} layers"
+        facts = {
+            "run": f"{self.run}, step {self.step:,}",
+            "parameters": f"{sum(leaf.size for leaf in leaves):,} on {where}",
+            "layers": f"{m.n_layers} of width {m.d_model:,}; {m.n_heads} heads, MLP {m.d_mlp:,} wide",
+            "TopK": f"{kept} ({m.topk_activation})" if m.n_topk_layers else "none: a Base LM",
+            "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
+        }
         rows = "".join(
             f'<tr><th scope="row" style="text-align:left">{name}</th>'
             f'<td style="text-align:left">{html.escape(fact)}</td></tr>'
-            for name, fact in self._facts().items()
+            for name, fact in facts.items()
         )
         return f"<table>{rows}</table>"
 
@@ -88,28 +120,12 @@ class LanguageModel:
         topk_k: int | None = None,
         segment_ids: Any = None,
     ) -> jax.Array:
-        """Gives next-token logits, float32[B, T, V].
+        """Gives next-token logits, float32[B, T, V], of at most `context_length` tokens a row.
 
         Programs are compiled for a few lengths, to which rows are padded.
-
-        Args:
-            tokens: A text, token ids, or a batch of either, see the class; for interventions, all of it is
-                the prompt.
-            steer: Interventions on neurons, see `generate`.
-            steer_mode: See `generate`.
-            topk_k: Entries that each TopK keeps; default as in training. Another k is another program.
-            segment_ids: Integers of the tokens' shape: which document each belongs to. Attention stays inside
-                documents, and positions begin at 0 in each, as in training; default: a row is one document.
-
-        Raises:
-            ValueError: For tokens that are something else, not in the vocabulary, or more in a row than the
-                model's context; segments of another shape; as `generate` for steer and topk_k.
         """
-        given, rows = self._input(tokens, segment_ids)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        return forward.cut(
-            forward.logits(config, self.params, given, interventions), rows.ids.shape[1], axis=1
-        )
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
+        return forward.cut(forward.logits(config, self.params, given), rows.ids.shape[1], axis=1)
 
     def loss(
         self,
@@ -123,29 +139,20 @@ class LanguageModel:
     ) -> jax.Array:
         """Gives the mean next-token loss in nats, float32: of every token but the first of a document.
 
-        Args:
-            tokens: As in calling the model.
-            per_token: Give float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN where
-                there is none: after the end of a row, and at the first token of a document.
-            steer: As in calling the model.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model, and where no row has two tokens.
+        With `per_token` it gives float32[B, T - 1], the loss of tokens 1 to T - 1 given those before; NaN
+        where there is none: after the end of a row, and at the first token of a document. Raises ValueError
+        where no row has two tokens.
         """
-        given, rows = self._input(tokens, segment_ids)
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
         if rows.lengths.max() < 2:
             raise ArgumentError("no row has two tokens, so there is no loss", field="tokens")
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        mean, losses = forward.losses(config, self.params, given, rows.lengths, interventions)
+        mean, losses = forward.losses(config, self.params, given, rows.lengths)
         return forward.cut(losses, rows.ids.shape[1] - 1, axis=1) if per_token else mean
 
     def run_with_cache(
         self,
         tokens: Tokens,
-        names_filter: hook_names.NamesFilter = None,
+        names_filter: NamesFilter = None,
         steer: Steer | None = None,
         steer_mode: str = DEFAULT_MODE,
         topk_k: int | None = None,
@@ -154,42 +161,23 @@ class LanguageModel:
         """Gives next-token logits, float32[B, T, V], and what the layers computed on the way.
 
         `cache.neurons` holds the TopK layers in sparse form, `cache["blocks.0.hook_topk"]` is one made dense.
-
-        Args:
-            tokens: As in calling the model.
-            names_filter: To be kept: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
-                several, or a function that says of each name whether it is wanted. By default what the TopK
-                layers keep, in sparse form; everything else takes B x T x D numbers for each name.
-            steer: As in calling the model; the outputs of layers are kept as they are then.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model, and for a name that the model does not have.
+        `names_filter` says what is kept: a name such as "blocks.2.hook_resid_post" (all: `hook_names`),
+        several, or a function that says of each name whether it is wanted. By default what the TopK layers
+        keep, in sparse form; everything else takes B x T x D numbers for each name. Outputs of layers are
+        kept as `steer` leaves them.
         """
-        given, rows = self._input(tokens, segment_ids)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        wanted = hook_names.matching(config, names_filter)
-        logits, neurons, others = forward.logits_and_activations(
-            config, wanted, self.params, given, interventions
-        )
+        config, given, rows = self._input(tokens, segment_ids, steer, steer_mode, topk_k)
+        wanted = matching_hook_names(config, names_filter)
+        logits, neurons, others = forward.logits_and_activations(config, wanted, self.params, given)
         length = rows.ids.shape[1]
         neurons = jax.tree.map(lambda x: forward.cut(x, length, axis=2), neurons)
         others = {name: forward.cut(x, length, axis=1) for name, x in others.items()}
-        layers = tuple(layer for layer, hook in map(hook_names.parse, wanted) if hook == hook_names.TOPK)
+        layers = tuple(layer for layer, hook in map(parse_hook_name, wanted) if hook == TOPK)
         cache = ActivationCache(neurons, layers, others, self.hook_names)
         return forward.cut(logits, length, axis=1), cache
 
     def active_neurons(self, tokens: Tokens) -> ActiveNeurons:
-        """Finds the active neurons of each token of a text; a notebook or a terminal shows them as a table.
-
-        Args:
-            tokens: One text, or its token ids.
-
-        Raises:
-            ValueError: As calling the model, and for several.
-        """
+        """Finds the active neurons of each token of one text; notebook and terminal show a table."""
         rows, _ = self._rows(tokens)
         if len(rows) > 1:
             raise ArgumentError(f"{len(rows)} texts; must be one, or its token ids", field="tokens")
@@ -210,26 +198,13 @@ class LanguageModel:
         Nothing is compiled as a whole, unless it is called inside `jax.jit`: the functions see arrays, not
         tracers, and may do anything. That is slow; use `steer` for everything that it can do.
 
-        Args:
-            tokens: As in calling the model.
-            fwd_hooks: (name, fn) each, the name one of `hook_names`, or a function that says of each whether
-                it is meant; fn(array [B, T, D], name) returns what takes the array's place, or None. The name
-                has also `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one
-                name, in this order.
-            steer: As in calling the model; of one array, before the functions see it.
-            steer_mode: See `generate`.
-            topk_k: As in calling the model.
-            segment_ids: As in calling the model.
-
-        Raises:
-            ValueError: As calling the model; for another name; for a result of another shape.
+        `fwd_hooks` are (name, fn) each, the name one of `hook_names`, or a function that says of each whether
+        it is meant; fn(array [B, T, D], name) returns what takes the array's place, or None. The name also
+        has `.name` and `.layer()`. Of a layer they come in the order of `hook_names`; of one name, in this
+        order, and after `steer`. Raises ValueError for another name, and for a result of another shape.
         """
-        given, rows = self._input(tokens, segment_ids, fill=False)
-        config, interventions = self._asked(len(rows.lengths), steer, steer_mode, topk_k)
-        segments, positions, hooks = forward.inputs_of(config, given, interventions)
-        return forward.run_with_hooks(
-            config, self.params, given.tokens, fwd_hooks, hooks, segments, positions
-        )
+        config, given, _ = self._input(tokens, segment_ids, steer, steer_mode, topk_k, fill=False)
+        return forward.run_with_hooks(config, self.params, given, fwd_hooks)
 
     def generate(
         self,
@@ -283,8 +258,7 @@ class LanguageModel:
         Raises:
             ValueError: For a value that is not allowed, in one line: name, value, what is.
         """
-        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-            raise ArgumentError(field="n", value=repr(n), allowed="an integer, 1 or more")
+        check_integer("n", n, "an integer, 1 or more", 1)
         if isinstance(prompt, list | tuple) and not prompt:
             return []
         given, is_batch = self._rows(prompt, name="prompt")
@@ -294,7 +268,7 @@ class LanguageModel:
             advice = "stream one text at a time"
             raise ArgumentError(field="stream", value=True, allowed=allowed, advice=advice)
         prompts = [row for row in given for _ in range(n)]
-        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed).check()
+        sampling = Sampling(temperature, top_k or 0, top_p, min_p, repetition_penalty, seed)
         config, interventions = self._asked(len(prompts), steer, steer_mode, topk_k)
         generation = Generation(
             config,
@@ -320,23 +294,18 @@ class LanguageModel:
         if not return_tokens:
             return texts if is_list else texts[0]
         made = [
-            Generated(text, self._tokens_of(row, tokens, stop))
-            for text, row, tokens in zip(texts, prompts, generation.texts, strict=True)
+            Generated(text, np.array(tokens[: stream.n_tokens], np.int32))
+            for text, stream, tokens in zip(texts, streams, generation.texts, strict=True)
         ]
         return made if is_list else made[0]
 
     def to_tokens(
         self, tokens: Tokens, prepend_separator: bool = True, *, prepend_bos: bool | None = None
     ) -> jax.Array:
-        """Makes token ids int32[B, T]; the separator stands before texts, as it does in training.
+        """Makes token ids int32[B, T], shorter rows padded with separators, see `lengths`.
 
-        Args:
-            tokens: See the class. Of a batch, shorter rows are padded with separators, see `lengths`.
-            prepend_separator: Whether one stands before each text.
-            prepend_bos: The same, as TransformerLens calls it.
-
-        Raises:
-            ValueError: For what is no text or token ids of the vocabulary.
+        A separator stands before texts, as it does in training, unless `prepend_separator`, or the same as
+        TransformerLens calls it, is False.
         """
         rows, _ = self._rows(tokens, prepend_separator if prepend_bos is None else prepend_bos)
         return jnp.asarray(joined([row.ids for row in rows], self.tokenizer.separator_id).ids)
@@ -365,11 +334,7 @@ class LanguageModel:
         return texts if is_batch else texts[0]
 
     def to_single_token(self, text: str) -> int:
-        """Gives the id of a text that is one token.
-
-        Raises:
-            ValueError: For another text.
-        """
+        """Gives the id of a text that is one token; raises ValueError for another text."""
         (row, *more), is_batch = self._rows(text, separator=False)
         if is_batch or more or len(row.ids) != 1:
             pieces = self.tokenizer.token_strings(row.ids)
@@ -389,8 +354,8 @@ class LanguageModel:
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Names what can be captured and hooked, in the order of computation; see `neurons.hook_names`."""
-        return hook_names.all_names(self.cfg)
+        """Names what can be captured and hooked, in the order of computation; see `neurons.capture`."""
+        return all_hook_names(self.cfg)
 
     @property
     def W_E(self) -> jax.Array:  # noqa: N802 - as in TransformerLens
@@ -403,11 +368,7 @@ class LanguageModel:
         return transformer.bind(self.cfg, self.params).unembedding()[:, : self.cfg.vocab_size]
 
     def astype(self, dtype: Any) -> "LanguageModel":
-        """Makes the same model in another dtype, of computation and of its matrices; norms stay float32.
-
-        Raises:
-            UserError: For another dtype than float32 and bfloat16.
-        """
+        """Makes the same model in float32 or bfloat16, computation and matrices; norms stay float32."""
         name = dtype_name(dtype)
 
         def cast(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -425,23 +386,8 @@ class LanguageModel:
         """Gives the copy of the blocks' parameters that decoding reads, see `by_layer`."""
         return by_layer(self.config.model, self.params)
 
-    def _facts(self) -> dict[str, str]:
-        """Lists the main facts of the model, for a notebook."""
-        m = self.config.model
-        leaves = jax.tree.leaves(self.params)
-        devices = set().union(*(leaf.devices() for leaf in leaves))
-        place = f"{len(devices)} devices" if len(devices) > 1 else str(devices.pop())
-        kept = f"keeps {m.topk_k} of {m.d_model:,} neurons in the first {m.n_topk_layers} layers"
-        return {
-            "run": f"{self.run}, step {self.step:,}",
-            "parameters": f"{sum(leaf.size for leaf in leaves):,} on {place}",
-            "layers": f"{m.n_layers} of width {m.d_model:,}; {m.n_heads} heads, MLP {m.d_mlp:,} wide",
-            "TopK": f"{kept} ({m.topk_activation})" if m.n_topk_layers else "none: a Base LM",
-            "tokens": f"vocabulary of {m.vocab_size:,}; trained on windows of {m.context_length:,}",
-        }
-
     def _encode(self, text: str, separator: bool = True) -> np.ndarray:
-        """Gives the ids of a text, with a separator before them or not, int[n]."""
+        """Gives the ids of a text, int[n]."""
         ids = self.tokenizer.encode(text)
         return np.concatenate([[self.tokenizer.separator_id], ids]) if separator else ids
 
@@ -450,23 +396,27 @@ class LanguageModel:
         encode = functools.partial(self._encode, separator=separator)
         return rows_of(tokens, self.cfg.vocab_size, encode, name)
 
-    def _input(self, tokens: Tokens, segment_ids: Any, fill: bool = True) -> tuple[forward.Input, Rows]:
-        """Makes what a program runs of what was given, and tells both."""
+    def _input(
+        self,
+        tokens: Tokens,
+        segment_ids: Any,
+        steer: Steer | None,
+        steer_mode: str,
+        topk_k: int | None,
+        fill: bool = True,
+    ) -> tuple[ModelConfig, forward.Input, Rows]:
+        """Makes what a program runs of what was given, filled up to one of a few lengths, and tells both."""
         separator, context = self.tokenizer.separator_id, self.cfg.context_length
         rows = read(tokens, self.cfg.vocab_size, self._encode, separator)
-        length = rows.ids.shape[1]
+        batch, length = rows.ids.shape
         if length > context:
-            raise ArgumentError(
-                f"a row has {length} tokens: must be at most {context}, the model's context; cut it",
-                field="tokens",
-            )
-        given = forward.Input(
-            rows.ids, None if segment_ids is None else documents(segment_ids, rows.ids.shape)
-        )
-        if not fill:
-            return given, rows
-        added = bucket(length, context) - length
-        return jax.tree.map(lambda x: forward.padded(x, added, separator), given), rows
+            text = f"a row has {length} tokens: must be at most {context}, the model's context; cut it"
+            raise ArgumentError(text, field="tokens")
+        segments = None if segment_ids is None else documents(segment_ids, (batch, length))
+        added = bucket(length, context) - length if fill else 0
+        ids, segments = jax.tree.map(lambda x: forward.padded(x, added, separator), (rows.ids, segments))
+        config, interventions = self._asked(batch, steer, steer_mode, topk_k)
+        return config, forward.Input(ids, segments, interventions), rows
 
     def _asked(
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
@@ -476,28 +426,15 @@ class LanguageModel:
         return config, None if steer is None else InterventionBatch.of(config, steer, steer_mode, n_rows)
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
-        """Gives the text of a prompt, and a stream that continues it."""
+        """Gives the text of a prompt, and the stream of its continuation."""
         ids = prompt.ids.tolist()
         shown, rest = split_at_character(self.tokenizer, ids) if prompt.text is None else (prompt.text, [])
         stream = TextStream(self.tokenizer, ids[: len(ids) - len(rest)], stop)
         return shown + stream.add(rest), stream
 
-    def _tokens_of(self, prompt: Row, tokens: Sequence[int], stop: Sequence[str]) -> np.ndarray:
-        """Cuts the tokens of a text after the one that completes a stop string."""
-        begin = len(prompt.ids)
-        n_new = until_stopped(self._begun(prompt, stop)[1], tokens[begin:]) if stop else None
-        return np.array(tokens[: begin + n_new if n_new is not None else None], np.int32)
-
 
 def dtype_name(dtype: Any) -> str:
-    """Gives the name of a dtype that models compute in.
-
-    Args:
-        dtype: A name, or one of NumPy's or JAX's.
-
-    Raises:
-        UserError: For another one.
-    """
+    """Gives the name of a dtype that models compute in, also of JAX's and NumPy's; UserError for another."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 
 from topklm.checkpoint import run_folder
-from topklm.checkpoint.format import FACTS, PARAMS
-from topklm.checkpoint.reader import READ_ERRORS, CheckpointReader, describe_damage
+from topklm.checkpoint.reader import FACTS, PARAMS, READ_ERRORS, CheckpointReader, describe_damage
 from topklm.config import from_saved
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError

@@ -4,12 +4,12 @@ The limits are data of the program, one set for each row, so changing them compi
 different ones share a program. Dims: B rows, V tokens of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,30 +52,19 @@ class Sampling:
     index: int = 0
 
     def check(self) -> "Sampling":
-        """Returns itself.
-
-        Raises:
-            ValueError: For a value that is not allowed, also once it is rounded to float32; one line with its
-                name and what is.
-        """
-        _number("temperature", self.temperature, "0 or more, and finite", lambda x: x >= 0)
-        _integer("top_k", self.top_k, "an integer, 1 or more, or 0 for all tokens", 0, 2**31 - 1)
-        _number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
-        _number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
-        _number("repetition_penalty", self.repetition_penalty, "above 0, and finite", lambda x: x > 0)
+        """Returns itself; raises ValueError for a value that is not allowed, also once rounded to float32."""
+        _check_number("temperature", self.temperature, "0 or more, and finite", lambda x: x >= 0)
+        check_integer("top_k", self.top_k, "an integer, 1 or more, or 0 for all tokens")
+        _check_number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        _check_number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+        _check_number("repetition_penalty", self.repetition_penalty, "above 0, and finite", lambda x: x > 0)
         limit = 2 ** (_SEED_BITS - 1)
-        _integer("seed", self.seed, "an integer of 64 bits", -limit, 2 * limit - 1)
-        _integer("index", self.index, "an integer, 0 or more", 0, 2**31 - 1)
+        check_integer("seed", self.seed, "an integer of 64 bits", -limit, 2 * limit - 1)
+        check_integer("index", self.index, "an integer, 0 or more")
         return self
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "index"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowSampling:
+class RowSampling(NamedTuple):
     """`Sampling` of each row as arrays [B], in float32 and int32; the seed as two words, uint32[B, 2]."""
 
     temperature: Any
@@ -84,22 +73,27 @@ class RowSampling:
     min_p: Any
     repetition_penalty: Any
     seed: Any
-    index: Any
+    sample: Any  # `Sampling.index`
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
         """Makes one of checked ones."""
 
-        def column(name: str, dtype: type) -> np.ndarray:
+        def column(name: str, dtype: type = np.float32) -> np.ndarray:
             return np.array([getattr(row, name) for row in rows], dtype)
 
-        floats = {
-            name: column(name, np.float32) for name in ("temperature", "top_p", "min_p", "repetition_penalty")
-        }
+        temperature = column("temperature")
+        temperature[temperature < _COLDEST] = 0
         words = [(row.seed & 0xFFFFFFFF, row.seed >> 32 & 0xFFFFFFFF) for row in rows]
-        seed = np.array(words, np.uint32).reshape(-1, 2)
-        floats["temperature"][floats["temperature"] < _COLDEST] = 0
-        return cls(top_k=column("top_k", np.int32), index=column("index", np.int32), seed=seed, **floats)
+        return cls(
+            temperature,
+            column("top_k", np.int32),
+            column("top_p"),
+            column("min_p"),
+            column("repetition_penalty"),
+            np.array(words, np.uint32).reshape(-1, 2),
+            column("index", np.int32),
+        )
 
     def keys(self) -> jax.Array:
         """Returns the random key of each row, [B]."""
@@ -108,7 +102,7 @@ class RowSampling:
             # Small seeds have no second word; folded in all the same, so that one rule holds for all.
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
 
-        return jax.vmap(key)(self.seed, self.index)
+        return jax.vmap(key)(self.seed, self.sample)
 
 
 def held(sequences: Sequence[Sequence[int]], vocab_size: int, separator: int) -> np.ndarray:
@@ -131,7 +125,7 @@ def draw(
 
     Args:
         logits_BV: float32[B, V].
-        present_BV: bool[B, V], which tokens the row holds already; see `held`.
+        present_BV: bool[B, V], which tokens the row holds already, from `held`.
         sampling: Of each row.
         keys_B: `sampling.keys()`.
         number_B: int32[B], how many tokens were drawn in the row before; each has a random number of its own.
@@ -204,14 +198,15 @@ def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.
     return jax.lax.fori_loop(0, 31, one_bit, limit_B)[:, None]
 
 
-def _number(name: str, value: Any, allowed: str, holds: Any) -> None:
+def _check_number(name: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> None:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     rounded = float(np.float32(value)) if real and abs(value) <= _LARGEST else math.inf
     if not (math.isfinite(rounded) and holds(rounded)):
         raise ArgumentError(field=name, value=short(value), allowed=allowed)
 
 
-def _integer(name: str, value: Any, allowed: str, lowest: int, highest: int) -> None:
+def check_integer(name: str, value: Any, allowed: str, lowest: int = 0, highest: int = 2**31 - 1) -> None:
+    """Raises ValueError for an argument that is no integer in a range."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not (whole and lowest <= value <= highest):
         raise ArgumentError(field=name, value=short(value), allowed=allowed)

@@ -2,23 +2,26 @@
 
 A sequence that comes is prefilled beside others that came with it, and its keys and values are written into
 a free slot; the other slots go on with theirs. Each gets the tokens that it would get alone. Programs are
-compiled for a few sizes, see `bucketing`; which sequences there are, and their requests, is data. Not to be
-used by two threads at once. Dims: B slots, R rows of a prefill, P tokens of prompts, V vocabulary.
+compiled for a few sizes, see `sequence`; which sequences there are, and their requests, is data. `Generation`
+is the scheduler with nobody arriving. Not to be used by two threads at once. Dims: B slots, R rows of a
+prefill, P tokens of prompts, V vocabulary.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 import itertools
 from typing import Any
 
+import jax
 import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.inference import kv_cache
 from topklm.inference import steps as steps_lib
-from topklm.inference.bucketing import BatchBuckets, Buckets, Row, ServingBuckets
+from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.sampling import RowSampling, Sampling, held
-from topklm.inference.sequence import Sequence, Token
+from topklm.inference.sequence import BatchBuckets, Buckets, Row, Sequence, ServingBuckets, Token
 from topklm.inference.steps import NOTHING, STEPS, DecodeState, RequestBatch, Scores, StaticArgs, TokenStep
 from topklm.model import transformer
 
@@ -26,11 +29,7 @@ _NO_SAMPLING = Sampling(temperature=0.0)
 
 
 class Scheduler:
-    """A batch of sequences.
-
-    Attributes:
-        sequences: The ones that are in slots now.
-    """
+    """A batch of sequences."""
 
     def __init__(
         self,
@@ -43,18 +42,13 @@ class Scheduler:
         token_step: TokenStep = steps_lib.one_pass,
         step_inputs: Any = None,
     ):
-        """Takes a model; nothing is computed yet.
+        """Takes a model, on one device or a mesh; nothing is computed yet.
 
-        Args:
-            config: The model's shape.
-            params: Its parameters, on one device or a mesh.
-            stop_token: A sequence ends when it is drawn; it is reported, and is no part of the sequence.
-            buckets: Sizes of the batch and so on.
-            layers: `kv_cache.by_layer` of the model, if it has been made already.
-            token_step: Runs the newest tokens.
-            step_inputs: Its data, if it needs some.
+        A sequence ends when the stop token is drawn, which is reported, and is no part of the sequence.
+        `layers` is `kv_cache.by_layer` of the model, if it has been made already. `token_step` runs the
+        newest tokens, with `step_inputs`.
         """
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Sequence] = []  # that are in slots now
         self._config, self._params, self._stop = config, params, np.int32(stop_token)
         self._static = StaticArgs.of(config, params, token_step)
         self._step_inputs, self._buckets, self._layers = step_inputs, buckets, layers
@@ -74,9 +68,8 @@ class Scheduler:
     def add(self, sequences: list[Sequence]) -> None:
         """Puts sequences into free slots and prefills them, so that `decode` continues them.
 
-        Args:
-            sequences: When serving, at most as many as slots are free, and as `ServingBuckets.together`
-                allows for the longest.
+        When serving, at most as many as slots are free, and as `ServingBuckets.together` allows for the
+        longest.
         """
         self.sequences += sequences
         if isinstance(self._buckets, ServingBuckets):
@@ -103,9 +96,7 @@ class Scheduler:
     def resize(self, n_slots: int, capacity: int) -> None:
         """Makes the batch one of at least so many slots, with the sequences in the first of them.
 
-        Args:
-            n_slots: Rounded up to one of the buckets, and to the number of sequences.
-            capacity: Tokens of each sequence that the cache holds, at least; it shrinks only when empty.
+        The cache then holds at least `capacity` tokens of each; it shrinks only when empty.
         """
         assert isinstance(self._buckets, ServingBuckets)
         n_slots = self._buckets.batch(max(n_slots, len(self.sequences)))
@@ -124,23 +115,24 @@ class Scheduler:
 
         Sequences that have ended are removed; the stop token is the last token of one that it ended.
         """
-        full = [one for one in self.sequences if one.is_full(self._config)]
-        for one in full:
-            one.forget(self._config)
+        full = [one for one in self.sequences if one.forget(self._config)]
         for group in self._buckets.groups(full, self.sequences):
             self._prefill(group)
         if not self.sequences:
             return []
         assert self._state is not None
         scored = any(one.n_alternatives is not None for one in self.sequences)
-        before = steps_lib.log_probabilities(self._static, self._state.logits) if scored else None
+        # Kept while the state goes on to the next token.
+        before = jax.nn.log_softmax(self._state.logits, axis=-1) if scored else None
         n_left = [0 if one is None else one.limit - len(one.tokens) for one in self._slots]
         if self._batch is None:
             self._batch = self._batch_of(self._slots)
+        if self._layers is None:
+            self._layers = kv_cache.by_layer(self._config, self._params)
         new_BN, self._state = steps_lib.decode(
             self._static,
             self._params,
-            self._all_layers(),
+            self._layers,
             self._batch,
             self._state._replace(n_left=np.array(n_left, np.int32)),
             np.int32(1 if scored else min(steps, STEPS)),
@@ -148,11 +140,6 @@ class Scheduler:
         new = np.asarray(new_BN)
         scores = None if before is None else steps_lib.scores_of_drawn(before, np.maximum(new[:, 0], 0))
         return self._taken(new.tolist(), scores)
-
-    def _all_layers(self) -> kv_cache.Layers:
-        if self._layers is None:
-            self._layers = kv_cache.by_layer(self._config, self._params)
-        return self._layers
 
     def _capacity(self) -> int:
         """Returns the bucket of a cache that holds each sequence until its end."""
@@ -194,15 +181,11 @@ class Scheduler:
         batch = self._batch_of(rows)
         filled, logits = steps_lib.prefill(self._static, self._params, batch, tokens, lengths)
         present = held([one.tokens if one else [] for one in rows], self._config.vocab_size, int(self._stop))
-        rest = logits, lengths, n_drawn, np.zeros(len(rows), np.int32), present
-        if isinstance(self._buckets, BatchBuckets):
-            capacity = max(self._capacity(), size)
-            self._state = DecodeState(steps_lib.with_capacity(self._static, filled, capacity), *rest)
-        else:
-            assert self._state is not None
-            capacity = kv_cache.capacity(self._state.cache)
-            new = DecodeState(steps_lib.with_capacity(self._static, filled, capacity), *rest)
-            self._state = steps_lib.insert(self._static, self._state, new, slots)
+        serving = self._state if isinstance(self._buckets, ServingBuckets) else None
+        capacity = max(self._capacity(), size) if serving is None else kv_cache.capacity(serving.cache)
+        cache = steps_lib.with_capacity(self._static, filled, capacity)
+        new = DecodeState(cache, logits, lengths, n_drawn, np.zeros(len(rows), np.int32), present)
+        self._state = new if serving is None else steps_lib.insert(self._static, serving, new, slots)
         self._batch = None
 
     def _batch_of(self, rows: list[Row]) -> RequestBatch:
@@ -245,13 +228,9 @@ class Scheduler:
 def warm_up(
     scheduler: Scheduler, config: ModelConfig, buckets: ServingBuckets, report: Callable[[int, int], None]
 ) -> None:
-    """Compiles the programs that most traffic needs, in an empty batch.
+    """Compiles the programs that most traffic needs, in an empty batch of these sizes.
 
-    Args:
-        scheduler: Of the batch.
-        config: Of its model.
-        buckets: Its sizes.
-        report: Called with how many of how many parts are done.
+    `report` is called with how many of how many parts are done.
     """
     steer = InterventionBatch.of(config, {(0, 0): 0.0})
     # Slots, sequences prefilled together, their length, capacity of the cache, whether steered.
@@ -281,3 +260,97 @@ def warm_up(
             scheduler.resize(other, capacity)
     scheduler.shrink()
     report(len(parts), len(parts))
+
+
+class Generation:
+    """Sequences being continued together; each gets the tokens that it would get alone."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: transformer.Parameters,
+        prompts: SequenceOf[Any],
+        sampling: SequenceOf[Sampling],
+        *,
+        max_new_tokens: SequenceOf[int],
+        stop_token: int,
+        interventions: InterventionBatch | None = None,
+        adaptive: AdaptiveK | None = None,
+        when_full: str = "slide",
+        layers: kv_cache.Layers = None,
+    ):
+        """Checks the arguments; nothing is computed yet.
+
+        Prompts, token ids, at least one, of which the model sees the last `context_length`, sampling and
+        numbers of new tokens are of each row, interventions of all or some. Of `adaptive`, tokens that are
+        prefilled, the prompt's and those of a full context, have the model's k. The stop token is not
+        returned. All else, and errors, are as in `Scheduler` and `Sequence`.
+        """
+        self._sequences = [
+            Sequence.of(config, prompt, one, n, when_full=when_full)
+            for prompt, one, n in zip(prompts, sampling, max_new_tokens, strict=True)
+        ]
+        buckets = BatchBuckets(config.context_length, interventions)
+        step = {} if adaptive is None else adaptive.check(config).token_step()
+        self._scheduler = Scheduler(config, params, stop_token, buckets, layers=layers, **step)
+        self._begun = False
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Token ids of each row so far, prompt and new ones."""
+        return [one.tokens for one in self._sequences]
+
+    @property
+    def finished(self) -> list[str | None]:
+        """Why each row has ended: "stop" (the stop token, or `end`), "length"; None while it goes on."""
+        return [one.finished for one in self._sequences]
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have ended."""
+        return all(self.finished)
+
+    def end(self, row: int) -> None:
+        """Ends a row from outside, e.g. at a stop string."""
+        one = self._sequences[row]
+        one.finished = one.finished or "stop"
+        self._scheduler.remove(one)
+
+    def advance(self, steps: int = STEPS) -> list[list[int]]:
+        """Returns up to so many new tokens of each row, at most `STEPS`; of a row that slides, one."""
+        if self.done:
+            return [[] for _ in self._sequences]
+        if not self._begun:
+            self._begun = True
+            # Also those that have ended: interventions count rows.
+            self._scheduler.add(self._sequences)
+            for one in self._sequences:
+                if one.finished:
+                    self._scheduler.remove(one)
+        found = dict(self._scheduler.decode(steps))
+        new = [[token.id for token in found.get(one, ())] for one in self._sequences]
+        # One that the stop token has ended just now has it for its last.
+        return [
+            tokens[:-1] if tokens and one.finished == "stop" else tokens
+            for tokens, one in zip(new, self._sequences, strict=True)
+        ]
+
+
+def generate_tokens(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    prompt: SequenceOf[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    stop_token: int,
+) -> list[int]:
+    """Returns the new token ids of one prompt; arguments and errors as of `Generation`, which slides."""
+    sampling = Sampling(temperature=temperature, seed=seed)
+    generation = Generation(
+        config, params, [prompt], [sampling], max_new_tokens=[max_new_tokens], stop_token=stop_token
+    )
+    while not generation.done:
+        generation.advance()
+    return generation.texts[0][len(prompt) :]

@@ -15,13 +15,12 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.inference import kv_cache
-from topklm.inference.bucketing import on_rows
-from topklm.inference.intervention_batch import InterventionBatch
+from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.kv_cache import STEPS
 from topklm.inference.sampling import RowSampling, draw
 from topklm.inference.sequence import Sequence
 from topklm.model import transformer
-from topklm.model.block import LayerHooks
+from topklm.model.block import NO_HOOKS, LayerHooks
 
 MOST_ALTERNATIVES = 20  # A
 _PIECE = 32  # tokens of a prompt whose logits are computed at one time
@@ -50,24 +49,21 @@ class CacheInputs(NamedTuple):
     number: Any
 
 
-# Runs the last token of each row, given their positions [B, 1]: logits of the next token, float32[B, V],
-# and the buffer with this token in it. Hashable, for programs are compiled for it.
-TokenStep = Callable[
-    [ModelConfig, transformer.Parameters, RequestBatch, CacheInputs, jax.Array], tuple[jax.Array, Any]
-]
+# Runs the last token of each row: logits of the next token, float32[B, V], the buffer with this token in it,
+# and more, which is left out. Hashable, for programs are compiled for it.
+TokenStep = Callable[[ModelConfig, transformer.Parameters, RequestBatch, CacheInputs], tuple]
 
 
 def one_pass(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    batch: RequestBatch,
-    at: CacheInputs,
-    positions_B1: jax.Array,
-) -> tuple[jax.Array, Any]:
+    config: ModelConfig, params: transformer.Parameters, batch: RequestBatch, at: CacheInputs
+) -> tuple[jax.Array, kv_cache.Buffer]:
     """Runs the model once, with its own k: the `TokenStep` of nearly all generation."""
     model = transformer.bind(config, params)
-    n_active = min(config.topk_k + n_extra_active(batch), config.d_model)
-    h_BD, buffer = kv_cache.step(model, *at, hooks_of(config, batch, positions_B1), n_active)
+    hooks = hooks_of(config, batch, (batch.first + at.lengths + at.number)[:, None])
+    # Each intervention may make one neuron active beside those that TopK keeps.
+    n_extra = 0 if batch.interventions is None else len(batch.interventions.layer)
+    n_active = min(config.topk_k + n_extra, config.d_model)
+    h_BD, buffer = kv_cache.step(model, *at, hooks, n_active)
     return model.logits(h_BD), buffer
 
 
@@ -151,10 +147,9 @@ def decode(
         number, new_BN, state = carry
         active_B = goes_on(state)
         new_B = draw(state.logits, state.present, batch.sampling, keys_B, state.n_drawn)
-        positions_B1 = (batch.first + lengths_B + number)[:, None]
         at = CacheInputs(layers, cache, state.cache, new_B, lengths_B, number)
         # The last token of all is run for nothing; to skip it would take a copy of the buffer.
-        logits_BV, buffer = static.token_step(static.config, params, batch, at, positions_B1)
+        logits_BV, buffer, *_ = static.token_step(static.config, params, batch, at)
         n_left_B = jnp.where(new_B == batch.stop_token, 0, state.n_left - 1)
         state = DecodeState(
             buffer,
@@ -199,13 +194,8 @@ def rearrange(static: StaticArgs, state: DecodeState, order_B: jax.Array, capaci
 def hooks_of(config: ModelConfig, batch: RequestBatch, positions_BT: jax.Array) -> LayerHooks:
     """Returns the hooks that make a batch's interventions."""
     if batch.interventions is None:
-        return LayerHooks()
+        return NO_HOOKS
     return batch.interventions.layer_hooks(config, positions_BT, batch.prompt_lengths)
-
-
-def n_extra_active(batch: RequestBatch) -> int:
-    """Returns how many entries may be active beside those that TopK keeps: each intervention adds one."""
-    return 0 if batch.interventions is None else len(batch.interventions.layer)
 
 
 def _replicated(static: StaticArgs, tree: Any) -> Any:
@@ -218,16 +208,11 @@ class Scores(NamedTuple):
 
     They are of the model's own distribution, the softmax of its logits: before repetition penalty,
     temperature and limits of sampling, after interventions.
-
-    Attributes:
-        own: float32[B], of the tokens themselves.
-        tokens: int32[B, A], the most likely ones, the likeliest first.
-        values: float32[B, A], of those.
     """
 
-    own: np.ndarray
-    tokens: np.ndarray
-    values: np.ndarray
+    own: Any  # float32[B], of the tokens themselves
+    tokens: Any  # int32[B, A], the most likely ones, the likeliest first
+    values: Any  # float32[B, A], of those
 
     def row(self, row: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """Returns that of one token, and of so many alternatives."""
@@ -235,68 +220,52 @@ class Scores(NamedTuple):
         return float(self.own[row]), tuple(alternatives)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def log_probabilities(static: StaticArgs, logits_BV: jax.Array) -> jax.Array:
-    """Returns all log probabilities, float32[B, V], to keep while the state goes on to the next token."""
-    del static
-    return jax.nn.log_softmax(logits_BV, axis=-1)
-
-
-def scores_of_drawn(before_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
-    """Returns those of tokens that were drawn, int32[B]."""
-    return Scores(*map(np.asarray, _picked(before_BV, tokens_B)))
+def scores_of_drawn(log_p_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
+    """Returns those of tokens that were drawn, int32[B], of all log probabilities before them."""
+    return jax.tree.map(np.asarray, _scores_of_rows(log_p_BV, tokens_B))
 
 
 def scores_of_prompt(
-    config: ModelConfig, params: transformer.Parameters, sequence: Sequence, stop_token: int, size: int
+    config: ModelConfig, params: transformer.Parameters, sequence: Sequence, size: int
 ) -> Scores:
     """Returns those of the tokens of a sequence's prompt but the first, each given the ones before it.
 
-    Args:
-        config: Of the model.
-        params: Its parameters.
-        sequence: With its prompt and its interventions.
-        stop_token: As in `Scheduler`.
-        size: To which the prompt is filled up.
+    `size` is the number of tokens that the prompt is filled up to.
     """
-    prompt = sequence.tokens[: sequence.n_prompt]
+    n = sequence.n_prompt
     tokens_1P = np.zeros((1, size), np.int32)
-    tokens_1P[0, : len(prompt)] = prompt
-    batch = RequestBatch(
-        RowSampling.of([sequence.sampling]),
-        np.zeros(1, np.int32),
-        np.array([len(prompt)], np.int32),
-        np.int32(stop_token),
-        None if sequence.steer is None else on_rows(config, [(0, sequence.steer)], 1),
+    tokens_1P[0, :n] = sequence.tokens[:n]
+    steer = None if sequence.steer is None else on_rows(config, [(0, sequence.steer)], 1)
+    found = _scores_of_prompt(
+        StaticArgs.of(config, params), params, steer, tokens_1P, np.array([n], np.int32)
     )
-    found = _scores_of_prompt(StaticArgs.of(config, params), params, batch, tokens_1P)
-    return Scores(*(np.asarray(x)[: len(prompt) - 1] for x in found))
+    return jax.tree.map(lambda x: np.asarray(x)[: n - 1], found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores_of_prompt(
-    static: StaticArgs, params: transformer.Parameters, batch: RequestBatch, tokens_1P: jax.Array
-) -> Any:
+    static: StaticArgs,
+    params: transformer.Parameters,
+    steer: InterventionBatch | None,
+    tokens_1P: jax.Array,
+    lengths_1: jax.Array,
+) -> Scores:
     model = transformer.bind(static.config, params)
-    hooks = hooks_of(static.config, batch, jnp.arange(tokens_1P.shape[1])[None])
+    hooks = NO_HOOKS if steer is None else steer.layer_hooks(static.config, None, lengths_1)
     numbers = jnp.arange(static.config.n_layers)
     h_1PD, _ = model.hidden(tokens_1P, hooks=hooks, hook_inputs=numbers)
-    size, d = h_1PD.shape[1:]
-    filled = -size % _PIECE
-    pieces = jnp.pad(h_1PD[0], ((0, filled), (0, 0))).reshape(-1, _PIECE, d)
-    following = jnp.pad(tokens_1P[0, 1:], (0, filled + 1)).reshape(-1, _PIECE)
 
-    def of_piece(piece: tuple[jax.Array, jax.Array]) -> Any:
-        h, tokens = piece
-        return _picked(jax.nn.log_softmax(model.logits(h), axis=-1), tokens)
+    def of_token(inputs: tuple[jax.Array, jax.Array]) -> Scores:
+        h_D, following = inputs
+        return _scores(jax.nn.log_softmax(model.logits(h_D)), following)
 
-    found = jax.lax.map(of_piece, (pieces, following))
-    found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], found)
-    return _replicated(static, found)
+    following_P = jnp.roll(tokens_1P[0], -1)
+    return _replicated(static, jax.lax.map(of_token, (h_1PD[0], following_P), batch_size=_PIECE))
 
 
-@jax.jit
-def _picked(all_BV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    own_B = jnp.take_along_axis(all_BV, tokens_B[:, None], axis=-1)[:, 0]
-    values, tokens = jax.lax.top_k(all_BV, min(MOST_ALTERNATIVES, all_BV.shape[-1]))
-    return own_B, tokens, values
+def _scores(log_p_V: jax.Array, token: jax.Array) -> Scores:
+    values, tokens = jax.lax.top_k(log_p_V, min(MOST_ALTERNATIVES, len(log_p_V)))
+    return Scores(log_p_V[token], tokens, values)
+
+
+_scores_of_rows = jax.jit(jax.vmap(_scores))

@@ -2,14 +2,14 @@
 
 `causal_attention` is the backend for CPUs. It walks the queries in blocks and never touches keys to the right
 of a block, so about half of the square is never computed. The kernels for accelerators, after it, never hold
-the scores. Which one a program runs is
-decided where the program is made for its devices (`backends.ATTENTION.choose`), not while it is lowered:
-cuDNN's cannot be traced without a GPU, and each keeps other arrays for its backward pass.
+the scores. Which one a program runs is decided where the program is made for its devices
+(`backends.ATTENTION.choose`), not while it is lowered: cuDNN's cannot be traced without a GPU, and each keeps
+other arrays for its backward pass.
 """
 
 import functools
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 import warnings
 
 from flax import nnx
@@ -33,22 +33,16 @@ _SPLASH_BLOCKS = (512, 256, _LANES)
 _TRITON_BLOCK = 64
 _CUDNN_MAX_HEAD_DIM = 128
 
-_SPLASH_KERNEL = "tpu.splash_attention.splash_attention_kernel"
-_SPLASH_MASK = "tpu.splash_attention.splash_attention_mask"
-_TRITON_KERNEL = "gpu.attention"
-
-
 Rotation = tuple[jax.Array, jax.Array]
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, T, H, d], keys and values [B, T, K, d]
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def rotation_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:
-    """Cosines and signed sines of rotary position embedding (Su et al. 2021, eq. 15; Llama's half layout).
+    """Computes rotary position embedding (Su et al. 2021, eq. 15; Llama's half layout) of int32[B, T].
 
-    Args:
-        positions_BT: int32[B, T].
-        head_dim: Width d of a head, even.
-        theta: Base wavelength.
-        dtype: Of the result; angles are computed in float32.
+    Angles are computed in float32.
 
     Returns:
         Two arrays [B, T, 1, 2, d / 2]: cos, and sin with the sign each half needs.
@@ -68,14 +62,6 @@ def rotate(x_BTHd: jax.Array, rotation: Rotation) -> jax.Array:
     return (halves * cos + jnp.flip(halves, axis=-2) * sin).reshape(x_BTHd.shape)
 
 
-class QueriesKeysValues(NamedTuple):
-    """Queries, keys and values of tokens, by head."""
-
-    queries: jax.Array  # [B, T, H, d]
-    keys: jax.Array  # [B, T, K, d]
-    values: jax.Array  # [B, T, K, d]
-
-
 class Attention(nnx.Module):
     """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
 
@@ -91,11 +77,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(width, epsilon=config.norm_eps) if config.qk_norm else None
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: Rotation,
-        segment_ids_BT: jax.Array,
-        parallel: Parallel = ALONE,
+        self, x_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array, parallel: Parallel = ALONE
     ) -> jax.Array:
         """Maps [B, T, D] -> [B, T, D]; tokens see the tokens of their own segment up to themselves.
 
@@ -115,18 +97,18 @@ class Attention(nnx.Module):
             mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
         return self.out(mixed.reshape(batch, length, -1))
 
-    def project(self, x_BTD: jax.Array, rotation: Rotation) -> QueriesKeysValues:
+    def project(self, x_BTD: jax.Array, rotation: Rotation) -> Heads:
         """Computes queries, keys and values of normed states [B, T, D]: by head, normed if asked, rotated."""
         return self.split_heads(self.query(x_BTD), self.key(x_BTD), self.value(x_BTD), rotation)
 
     def split_heads(
         self, query_BTE: jax.Array, key_BTE: jax.Array, value_BTE: jax.Array, rotation: Rotation
-    ) -> QueriesKeysValues:
+    ) -> Heads:
         """Does the part of `project` after its matrix products, of [B, T, H d] and twice [B, T, K d]."""
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in (query_BTE, key_BTE, value_BTE))
         q = q if self.query_norm is None else self.query_norm(q)
         k = k if self.key_norm is None else self.key_norm(k)
-        return QueriesKeysValues(rotate(q, rotation), rotate(k, rotation), v)
+        return rotate(q, rotation), rotate(k, rotation), v
 
 
 @jax.custom_vjp
@@ -164,16 +146,15 @@ def _attention_forward(
     key_segments: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> tuple:
-    grouped, keys, values = _to_groups(q, k.shape[2]), _heads_first(k), _heads_first(v)
-    scaled = grouped * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    queries, keys, values = _to_groups(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scaled = queries * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
         seen = stop if first is None else k.shape[1]
         scores = _product("bkgtd,bksd->bkgts", scaled[:, :, :, start:stop], keys[:, :, :seen])
         scores = jnp.where(_allowed(segments, key_segments, first, start, stop), scores, _MASKED)
         exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        p = exponentials / exponentials.sum(axis=-1, keepdims=True)
-        p = p.astype(q.dtype)
+        p = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype(q.dtype)
         outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :seen]).astype(q.dtype))
         probabilities.append(p)
     out = jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
@@ -201,20 +182,11 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
     assert dk is not None
     assert dv is not None
     dq = jnp.concatenate(dq_blocks[::-1], axis=3) * keys.shape[-1] ** -0.5
-    dtype = g_BTHd.dtype
-    return (
-        _from_groups(dq).astype(dtype),
-        _heads_first(dk).astype(dtype),
-        _heads_first(dv).astype(dtype),
-        None,
-        None,
-        None,
-    )
+    gradients = (x.astype(g_BTHd.dtype) for x in (_from_groups(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)))
+    return *gradients, None, None, None
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
@@ -236,10 +208,6 @@ def _allowed(
     return (same & (queries[:, None] >= np.arange(key_segments_BS.shape[1])))[:, None, None]
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 1, 2)
-
-
 def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
     """Reorders [B, T, H, d] -> [B, K, H/K, T, d]."""
     batch, length, _, width = x_BTHd.shape
@@ -259,28 +227,18 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes splash attention, by the Pallas kernel for TPUs that JAX comes with.
+    """Computes `causal_attention` of all tokens by the splash kernel for TPUs that JAX comes with.
 
-    Args:
-        q_BTHd: Queries [B, T, H, d].
-        k_BTKd: Keys [B, T, K, d]; K divides H.
-        v_BTKd: Values [B, T, K, d].
-        segment_ids_BT: int32[B, T]; a token attends to equal ids only.
-        interpret: Run it on any platform, slowly; for tests.
-
-    Returns:
-        [B, T, H, d] in the dtype of q; the backward pass keeps it and the logarithm of each row's sum.
+    The backward pass keeps the result and the logarithm of each row's sum. With `interpret` it runs on any
+    platform, slowly.
     """
-    length = q_BTHd.shape[1]
-    padded = _round_up(length, _LANES)
+    scaled = q_BTHd * q_BTHd.shape[-1] ** -0.5
     # Tokens past the end are hidden from all others by the mask, and their results are cut off.
-    q, k, v = (
-        jnp.swapaxes(_padded(x, padded), 1, 2) for x in (q_BTHd * q_BTHd.shape[-1] ** -0.5, k_BTKd, v_BTKd)
-    )
-    segments = _padded(segment_ids_BT, padded)
-    kernel = _splash_kernel(padded, q_BTHd.shape[2], interpret)
-    out = jax.vmap(kernel)(q, k, v, _jax_kernels(_SPLASH_KERNEL).SegmentIds(segments, segments))
-    return jnp.swapaxes(out, 1, 2)[:, :length]
+    q, k, v = (jnp.swapaxes(_padded(x, _LANES), 1, 2) for x in (scaled, k_BTKd, v_BTKd))
+    segments = _padded(segment_ids_BT, _LANES)
+    kernel = _splash_kernel(q.shape[2], q.shape[1], interpret)
+    ids = _jax_kernels("tpu.splash_attention.splash_attention_kernel").SegmentIds(segments, segments)
+    return jnp.swapaxes(jax.vmap(kernel)(q, k, v, ids), 1, 2)[:, : q_BTHd.shape[1]]
 
 
 def triton(
@@ -291,20 +249,18 @@ def triton(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Runs the Pallas kernel for GPUs that JAX comes with; arguments and result as `splash`."""
-    kernels = _jax_kernels(_TRITON_KERNEL)
-    length, width = q_BTHd.shape[1], q_BTHd.shape[-1]
-    padded = _round_up(length, _TRITON_BLOCK)
+    """Computes the same by the Pallas kernel for GPUs that JAX comes with."""
+    kernels = _jax_kernels("gpu.attention")
     group = q_BTHd.shape[2] // k_BTKd.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k_BTKd, v_BTKd))  # it knows no grouped queries
     out = kernels.mha(
-        *(_padded(x, padded) for x in (q_BTHd, k, v, segment_ids_BT)),
-        sm_scale=width**-0.5,
+        *(_padded(x, _TRITON_BLOCK) for x in (q_BTHd, k, v, segment_ids_BT)),
+        sm_scale=q_BTHd.shape[-1] ** -0.5,
         causal=True,
         block_sizes=kernels.BlockSizes(*[_TRITON_BLOCK] * 6),
         interpret=interpret,
     )
-    return out[:, :length]
+    return out[:, : q_BTHd.shape[1]]
 
 
 def cudnn(
@@ -315,10 +271,7 @@ def cudnn(
     *,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """Runs attention of cuDNN, with a mask bool[B, 1, T, T]; arguments and result as `splash`.
-
-    `implementation="xla"` computes the same without a GPU; for tests.
-    """
+    """Computes the same by cuDNN, or without a GPU (`implementation="xla"`), with a mask bool[B, 1, T, T]."""
     same = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BTHd, k_BTKd, v_BTKd, mask=same, is_causal=True, implementation=implementation
@@ -345,7 +298,8 @@ def splash_block(length: int) -> int:
 @functools.lru_cache(maxsize=16)
 def _splash_kernel(length: int, n_heads: int, interpret: bool) -> Any:
     """Makes the kernel for a causal mask; the cache shares it between layers."""
-    kernels, masks = _jax_kernels(_SPLASH_KERNEL), _jax_kernels(_SPLASH_MASK)
+    kernels = _jax_kernels("tpu.splash_attention.splash_attention_kernel")
+    masks = _jax_kernels("tpu.splash_attention.splash_attention_mask")
     block = splash_block(length)
     names = ["block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"]
     names += ["block_kv_dkv_compute", "block_q_dq", "block_kv_dq"]
@@ -369,10 +323,6 @@ def _jax_kernels(module: str) -> Any:
         return importlib.import_module(f"jax.experimental.pallas.ops.{module}")
 
 
-def _padded(x: jax.Array, length: int) -> jax.Array:
-    """Pads [B, T, ...] -> [B, length, ...] with zeros at the end."""
-    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _padded(x: jax.Array, multiple: int) -> jax.Array:
+    """Pads [B, T, ...] with zeros at the end, to a multiple of T."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))

@@ -16,31 +16,22 @@ _ANY_DTYPE = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation.
+    """One way to compute an operation."""
 
-    Attributes:
-        name: In the settings.
-        function: "module:function" that computes it.
-        platform: The only one it runs on, as `jax.Device.platform` has it; None: any.
-        auto: Dtypes of activations at which "auto" takes it on its platform, or, without a platform,
-            wherever no other backend is taken.
-        limits: "module:function" that returns what keeps the backend from a case, or "".
-        is_exact: Whether it gives the bits of the others.
-    """
-
-    name: str
-    function: str
-    platform: str | None = None
+    name: str  # in the settings
+    function: str  # "module:function" that computes it
+    platform: str | None = None  # the only one it runs on, as `jax.Device.platform` has it; None: any
+    # Dtypes of activations at which "auto" takes it on its platform; without one, where it takes no other.
     auto: Sequence[str] = ()
-    limits: str = ""
-    is_exact: bool = True
+    limits: str = ""  # "module:function" that returns why the backend does not take a case, or ""
+    is_exact: bool = True  # whether it gives the bits of the others
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the operation."""
         return _imported(self.function)(*args, **kwargs)
 
     def obstacle(self, *case: Any) -> str:
-        """Returns what keeps it from a case, which is given as its `limits` take it, or ""."""
+        """Returns why it does not take a case, which is given as its `limits` take it, or ""."""
         return _imported(self.limits)(*case) if self.limits else ""
 
 
@@ -62,20 +53,12 @@ class Backends:
         own = [entry for entry in taken if entry.platform == platform]
         return (own or [entry for entry in taken if entry.platform is None])[0]
 
-    def needs_one_device(self, name: str) -> bool:
-        """Returns True if a kernel may run, which XLA cannot split over devices by itself."""
-        return name == AUTO or self[name].platform is not None
-
     def all_exact(self, *names: str) -> bool:
         """Returns True if these give the same bits."""
         return all(name == AUTO or self[name].is_exact for name in names)
 
     def check_platform(self, name: str, platform: str) -> None:
-        """Refuses a backend that was asked for by name and is for another platform than that of the devices.
-
-        Raises:
-            UserError: Naming both.
-        """
+        """Refuses with a `UserError` a backend that was asked for by name and is for other devices."""
         wanted = None if name == AUTO else self[name].platform
         if wanted not in (None, platform):
             raise UserError(
@@ -105,13 +88,14 @@ def _imported(name: str) -> Callable[..., Any]:
 _TOPK, _PALLAS = "topklm.model.topk", "topklm.model.topk_pallas"
 _ATTENTION = "topklm.model.attention"
 
-# Functions are `topk.Select`s; limits are called with (shape, dtype, platform).
+# Functions are called with (x, k, activation, with_mask), and those of one platform, which are kernels, as
+# `topk_pallas.select`; limits with (shape, dtype, platform).
 TOPK = Backends(
     "model.topk_backend",
     Backend("lax", f"{_TOPK}:select_lax"),
-    Backend("threshold", f"{_TOPK}:select_threshold", auto=_ANY_DTYPE),
-    Backend("pallas_gpu", f"{_TOPK}:select_on_gpu", "gpu", _ANY_DTYPE, limits=f"{_PALLAS}:limits"),
-    Backend("pallas_tpu", f"{_TOPK}:select_on_tpu", "tpu", _ANY_DTYPE, limits=f"{_PALLAS}:limits"),
+    Backend("threshold", "topklm.model.topk_threshold:select", auto=_ANY_DTYPE),
+    Backend("pallas_gpu", f"{_PALLAS}:select", "gpu", _ANY_DTYPE, limits=f"{_PALLAS}:limits"),
+    Backend("pallas_tpu", f"{_PALLAS}:select", "tpu", _ANY_DTYPE, limits=f"{_PALLAS}:limits"),
     Backend("approx", f"{_TOPK}:select_approx", is_exact=False),
 )
 

@@ -9,7 +9,6 @@ Training, prefill, decoding, the steering survey, ablation and the Jacobian all 
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -69,17 +68,7 @@ class Block(nnx.Module):
         parallel: Parallel = ALONE,
         gate_up: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Does the part of a call that follows attention.
-
-        Args:
-            h_BTD: The residual state that entered the layer.
-            mixed_BTD: The output of attention, its last matrix included.
-            parallel: As in a call.
-            gate_up: As in `SwiGLU.__call__`.
-
-        Returns:
-            As a call.
-        """
+        """Does the part of a call that follows attention, whose output is `mixed_BTD`."""
         a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
         x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
         return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
@@ -99,12 +88,12 @@ def end_layer(
     """Ends a layer: the residual sum, TopK or its override, and the output hook.
 
     Args:
-        config: The model's shape.
+        config: The model's.
         a: [..., D], the residual state after attention.
-        written: [..., D], what the MLP writes; u is their sum.
+        written: [..., D], the output of the MLP; u is their sum.
         ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
             program runs.
-        hooks: Of the model; `input` has been called before the layer.
+        hooks: `input` has been called before the layer.
         hook_input: Passed to them.
         topk: The model's TopK, or one of the same result with another gradient (`topk_masked_by_next`).
         sum_first: Form u before the search. Fused into a search over few tokens, as XLA for CPUs does it, the
@@ -113,75 +102,52 @@ def end_layer(
     Returns:
         h', [..., D].
     """
+    how = config.topk_k, config.topk_activation, config.topk_backend
     is_known = isinstance(ends_in_topk, bool)
     if is_known and not ends_in_topk:
         h_next = a + written
     elif hooks.topk is not None or sum_first:
         u = a + written
         u = jax.lax.optimization_barrier(u) if sum_first else u
-        kept = _topk(config, topk, u) if hooks.topk is None else hooks.topk(u, hook_input)
+        kept = topk(u, *how) if hooks.topk is None else hooks.topk(u, hook_input)
         h_next = kept if is_known else jnp.where(ends_in_topk, kept, u)
     else:
         # A TopK kernel adds the two up by itself.
         applies = None if is_known else jnp.asarray(ends_in_topk)
-        h_next = _topk(config, topk, written, residual=a, applies=applies)
+        h_next = topk(written, *how, residual=a, applies=applies)
     return h_next if hooks.output is None else hooks.output(h_next, hook_input)
 
 
-def _topk(config: ModelConfig, topk: Callable[..., jax.Array], x: jax.Array, **how: Any) -> jax.Array:
-    return topk(x, config.topk_k, config.topk_activation, config.topk_backend, **how)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def topk_masked_by_next(
     x: jax.Array, k: int, activation: str, backend: str, residual: jax.Array, applies: jax.Array | None
 ) -> jax.Array:
-    """Computes `topk` with "relu" whose gradient is left to the next layer: `mask_gradient_by_output`.
+    """Computes `topk` with "relu", but with the gradient of `x + residual`.
 
-    With "relu" the entries that a TopK lets through are those above 0 in its result. Where layers are
-    computed again in the backward pass, the next layer keeps that result in any case: so no mask is saved,
-    and no search is done twice.
-
-    Args:
-        x: [..., D].
-        k: As in `topk`.
-        activation: "relu".
-        backend: As in `topk`.
-        residual: [..., D], same dtype.
-        applies: As in `topk`.
-
-    Returns:
-        [..., D]. Its gradient is that of `x + residual`; `mask_gradient_by_output` of the result must follow.
+    `mask_gradient_by_output` of the result must follow. With "relu" the entries that a TopK lets through are
+    those above 0 in its result. Where layers are computed again in the backward pass, the next layer keeps
+    that result in any case: so no mask is saved, and no search is done twice.
     """
     assert activation == "relu"
-    return topk(x, k, activation, backend, residual=residual, applies=applies)
+    x_alone, residual_alone = jax.lax.stop_gradient((x, residual))
+    kept = topk(x_alone, k, activation, backend, residual=residual_alone, applies=applies)
+    return _with_gradient_of(kept, x + residual)
 
 
-def _topk_forward(*arguments: Any) -> tuple[jax.Array, None]:
-    return topk_masked_by_next(*arguments), None
+@jax.custom_vjp
+def _with_gradient_of(value: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns the value, and hands its gradient to the other array."""
+    del other
+    return value
 
 
-def _topk_backward(
-    k: int, activation: str, backend: str, saved: None, g: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    del k, activation, backend, saved
-    return g, g, None
-
-
-topk_masked_by_next.defvjp(_topk_forward, _topk_backward)
+_with_gradient_of.defvjp(lambda value, _: (value, None), lambda _, g: (None, g))
 
 
 @jax.custom_vjp
 def mask_gradient_by_output(h: jax.Array, is_sparse: jax.Array) -> jax.Array:
-    """Returns its input; its gradient passes through the entries that the `topk_masked_by_next` before kept.
+    """Returns h; its gradient passes through the entries that the `topk_masked_by_next` before kept.
 
-    Args:
-        h: [..., D].
-        is_sparse: bool scalar, whether a `topk_masked_by_next` made it that applied; False: all gradient
-            passes.
-
-    Returns:
-        [..., D].
+    If that did not apply, `is_sparse` (bool scalar) is False, and all gradient passes.
     """
     del is_sparse
     return h

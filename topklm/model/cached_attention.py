@@ -31,7 +31,7 @@ Attend = Callable[[jax.Array, KeysAndValues], tuple[jax.Array, Any]]
 
 
 class FusedWeights(NamedTuple):
-    """Matrices of a block side by side, for one product instead of several."""
+    """Matrices of a block side by side, for one product in place of several."""
 
     query_key_value: jax.Array  # [D, (H + 2 K) d]
     gate_up: jax.Array  # [D, 2 F]
@@ -56,11 +56,11 @@ def decode_step(
     Args:
         block: The layer.
         h_BMD: The residual states that enter it.
-        rotation: Of the tokens' positions, [B, M, ...].
+        rotation: Of the tokens' positions.
         attend: Their attention, e.g. `attend_to_past(...)`.
-        n_active: If given, the most entries of a state that are not zero. Queries, keys and values are then
+        n_active: The most entries of a state that are not zero, if known. Queries, keys and values are then
             made of those rows of the weights alone: the same to rounding, and faster for few tokens.
-        fused: The block's matrices, which are then not read in the block.
+        fused: The block's matrices, read in place of the block's own.
 
     Returns:
         The two terms whose sum is u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
@@ -79,24 +79,21 @@ def decode_step(
 
 
 def attend_to_past(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
-    """Makes attention in which each token sees its past and itself, and no other token of the step.
+    """Makes attention in which each token sees itself and some of its row's T positions, `seen_BMT`.
 
-    Args:
-        past: Of each row's T positions.
-        seen_BMT: bool[B, M, T], which of them a token sees besides itself.
-
-    Returns:
-        The attention, which hands the tokens' own keys and values on.
+    It hands the tokens' own keys and values on.
     """
 
     def attend(q_BKGMd: jax.Array, own: KeysAndValues) -> tuple[jax.Array, KeysAndValues]:
+        # One softmax, in float32, over the past and the token itself.
         scores = _scores(q_BKGMd, past, seen_BMT)
-        own_scores = jnp.einsum("bkgmd,bkmd->bkgm", q_BKGMd, own.keys, preferred_element_type=jnp.float32)
-        weights, own_weights = _joint_softmax([scores, own_scores[..., None]])
-        dtype = own.values.dtype
-        mixed = _mix(weights, past)
-        mixed += jnp.einsum("bkgm,bkmd->bkgmd", own_weights[..., 0].astype(dtype), own.values)
-        return mixed, own
+        own_score = jnp.einsum("bkgmd,bkmd->bkgm", q_BKGMd, own.keys, preferred_element_type=jnp.float32)
+        highest = jnp.maximum(scores.max(axis=-1), own_score)
+        weights, own_weight = jnp.exp(scores - highest[..., None]), jnp.exp(own_score - highest)
+        total = weights.sum(axis=-1) + own_weight
+        mixed = _mix(weights / total[..., None], past)
+        own_weight = (own_weight / total).astype(own.values.dtype)
+        return mixed + jnp.einsum("bkgm,bkmd->bkgmd", own_weight, own.values), own
 
     return attend
 
@@ -110,45 +107,31 @@ class KVBlock(NamedTuple):
 
 
 def attend_over(q_BKGMd: jax.Array, blocks: Sequence[KVBlock]) -> jax.Array:
-    """Computes attention over keys and values in several blocks.
+    """Computes attention [B, K, G, M, d] of scaled queries over keys and values in several blocks.
 
     Each block has a softmax of its own, and they are joined as in online softmax (Milakov and Gimelshein,
-    arXiv:1805.02867).
-
-    Args:
-        q_BKGMd: Queries, scaled.
-        blocks: Of which each token sees something in one at least.
-
-    Returns:
-        The mixed values, [B, K, G, M, d].
+    arXiv:1805.02867). Each token sees something in one block at least.
     """
-    partials = [_attend_to_block(q_BKGMd, block) for block in blocks]
-    highest_BKGM = functools.reduce(jnp.maximum, [partial.highest for partial in partials])
-    factors = [jnp.exp(partial.highest - highest_BKGM) for partial in partials]
-    total_BKGM = sum(f * partial.total for f, partial in zip(factors, partials, strict=True))
-    mixed_BKGMd = sum(f[..., None] * partial.mixed for f, partial in zip(factors, partials, strict=True))
+    highest, totals, mixed = zip(*[_attend_to_block(q_BKGMd, block) for block in blocks], strict=True)
+    highest_BKGM = functools.reduce(jnp.maximum, highest)
+    factors = [jnp.exp(each - highest_BKGM) for each in highest]
+    total_BKGM = sum(factor * total for factor, total in zip(factors, totals, strict=True))
+    mixed_BKGMd = sum(factor[..., None] * part for factor, part in zip(factors, mixed, strict=True))
     return (mixed_BKGMd / jnp.expand_dims(total_BKGM, -1)).astype(q_BKGMd.dtype)
 
 
-class _Partial(NamedTuple):
-    """Attention over one block, float32: the highest score, and sums of exponentials below it."""
+def _attend_to_block(q_BKGMd: jax.Array, block: KVBlock) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the highest score, the sum of exponentials below it, and of values times these, float32."""
 
-    highest: jax.Array  # [B, K, G, M]
-    total: jax.Array  # [B, K, G, M]
-    mixed: jax.Array  # [B, K, G, M, d], of the values, each times its exponential
-
-
-def _attend_to_block(q_BKGMd: jax.Array, block: KVBlock) -> _Partial:
-    def read() -> _Partial:
+    def read() -> tuple[jax.Array, jax.Array, jax.Array]:
         scores = _scores(q_BKGMd, block.kept, block.seen)
         highest = scores.max(axis=-1)
         exponentials = jnp.exp(scores - highest[..., None])
-        mixed = _mix(exponentials, block.kept, jnp.float32)
-        return _Partial(highest, exponentials.sum(axis=-1), mixed)
+        return highest, exponentials.sum(axis=-1), _mix(exponentials, block.kept, jnp.float32)
 
-    def leave() -> _Partial:
+    def leave() -> tuple[jax.Array, jax.Array, jax.Array]:
         nothing = jnp.zeros(q_BKGMd.shape, jnp.float32)
-        return _Partial(nothing[..., 0] + _MASKED, nothing[..., 0], nothing)
+        return nothing[..., 0] + _MASKED, nothing[..., 0], nothing
 
     return read() if block.is_used is True else jax.lax.cond(block.is_used, read, leave)
 
@@ -179,16 +162,6 @@ def _projections(
 def _scores(q_BKGMd: jax.Array, kept: KeysAndValues, seen_BMT: jax.Array) -> jax.Array:
     scores = jnp.einsum("bkgmd,bktd->bkgmt", q_BKGMd, kept.keys, preferred_element_type=jnp.float32)
     return jnp.where(seen_BMT[:, None, None], scores, _MASKED)
-
-
-def _joint_softmax(scores: Sequence[jax.Array]) -> list[jax.Array]:
-    """Computes the softmax, in float32, of scores in several arrays that differ in their last axis only."""
-    highest = scores[0].max(axis=-1, keepdims=True)
-    for more in scores[1:]:
-        highest = jnp.maximum(highest, more.max(axis=-1, keepdims=True))
-    exponentials = [jnp.exp(one - highest) for one in scores]
-    total = sum(one.sum(axis=-1, keepdims=True) for one in exponentials)
-    return [one / total for one in exponentials]
 
 
 def _mix(weights_BKGMT: jax.Array, kept: KeysAndValues, dtype: Any = None) -> jax.Array:

@@ -15,15 +15,7 @@ from topklm.parallel import ALONE, Parallel
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Computes `a @ b` in the dtype of a, sums in float32.
-
-    Args:
-        a: [..., N, K].
-        b: [..., K, M], same dtype.
-
-    Returns:
-        [..., N, M].
-    """
+    """Computes `a @ b` of one dtype, [..., N, K] and [..., K, M], in that dtype, with sums in float32."""
     if a.dtype != jnp.bfloat16:
         return a @ b
     return jax.lax.platform_dependent(a, b, cpu=_rounded_product, default=jnp.matmul)
@@ -50,13 +42,6 @@ def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
     """Computes `x @ w` whose weight gradient is formed as `x.T @ g`.
 
     JAX's own rule forms `(g.T @ x).T`, which costs a transposed copy of the gradient.
-
-    Args:
-        x_NI: [N, I].
-        w_IO: [I, O], same dtype.
-
-    Returns:
-        [N, O].
     """
     return product(x_NI, w_IO)
 
@@ -91,15 +76,12 @@ class Linear(nnx.Module):
 
 
 def sparse_matmul(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
-    """Computes `x @ w`, to rounding, where x is zero but for some entries: only their rows of w are read.
+    """Computes `x @ w`, to rounding, of rows that are zero but for k entries: only their rows of w are read.
 
     Args:
         x: Those entries, [..., k].
         w_IO: [I, O].
         indices: int32[..., k], where they stand, each once.
-
-    Returns:
-        [..., O] in the dtype of x.
     """
     rows = w_IO[indices].astype(x.dtype)
     return jnp.einsum("...k,...ko->...o", x, rows, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -121,15 +103,7 @@ class RMSNorm(nnx.Module):
 
 @jax.custom_vjp
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Computes `silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6), and the sigmoid again for its gradient.
-
-    Args:
-        gate: [..., F].
-        up: [..., F], same dtype.
-
-    Returns:
-        [..., F].
-    """
+    """Computes `silu(gate) * up` (SwiGLU, Shazeer 2020, eq. 6), and the sigmoid again for its gradient."""
     return jax.nn.silu(gate) * up
 
 

@@ -44,16 +44,8 @@ def cross_entropy(
         float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
         sum of weights * nll in nats, which carries none.
     """
-    chunks = _split(h_BTD, targets_BT, weights_BT, w_DV.shape[1])
-    w = w_DV.astype(h_BTD.dtype)
-
-    def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, None]:
-        h, targets, weights = chunk
-        nll, log_z, _ = _losses(h, w, targets, n_vocab, vocab_axis)
-        loss = total[0] + jnp.sum(weights * (nll + z_loss * log_z**2))
-        return (loss, total[1] + jnp.sum(weights * nll)), None
-
-    return jax.lax.scan(add_chunk, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
+    # XLA drops the gradient where it is not used.
+    return _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, n_vocab, vocab_axis)[0]
 
 
 def token_losses(
@@ -110,20 +102,15 @@ def _backward(
     z_loss: float, n_vocab: int | None, vocab_axis: str | None, saved: tuple, cotangents: tuple
 ) -> tuple:
     del z_loss, n_vocab, vocab_axis
-    dh, dw = saved
-    g = cotangents[0]
-    return (dh * g.astype(dh.dtype), dw * g, None, None)
+    (dh, dw), g = saved, cotangents[0]
+    return dh * g.astype(dh.dtype), dw * g, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
 def _losses(
-    h_BSD: jax.Array,
-    w_DV: jax.Array,
-    targets_BS: jax.Array,
-    n_vocab: int | None,
-    vocab_axis: str | None,
+    h_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array, n_vocab: int | None, vocab_axis: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes nll [B, S], logsumexp [B, S] and probabilities [B, S, V] of one chunk, float32."""
     logits = jnp.matmul(h_BSD, w_DV, preferred_element_type=jnp.float32)
@@ -135,19 +122,15 @@ def _losses(
         highest = jax.lax.pmax(highest, vocab_axis)
     exponentials = jnp.exp(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
-    target_logits = _target_logits(logits, targets_BS, vocab_axis)
-    if vocab_axis is not None:
-        total, target_logits = jax.lax.psum((total, target_logits), vocab_axis)
+    if vocab_axis is None:
+        target_logits = jnp.take_along_axis(logits, targets_BS[..., None], axis=-1)[..., 0]
+    else:
+        # Another device may have the target's column.
+        is_target = _vocabulary(w_DV.shape[1], vocab_axis) == targets_BS[..., None]
+        own = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+        total, target_logits = jax.lax.psum((total, own), vocab_axis)
     log_z = (highest + jnp.log(total))[..., 0]
     return log_z - target_logits, log_z, exponentials / total
-
-
-def _target_logits(logits_BSV: jax.Array, targets_BS: jax.Array, vocab_axis: str | None) -> jax.Array:
-    """Picks the targets' logits, [B, S]; 0 for a target whose column another device has."""
-    if vocab_axis is None:
-        return jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    is_target = _vocabulary(logits_BSV.shape[-1], vocab_axis) == targets_BS[..., None]
-    return jnp.where(is_target, logits_BSV, 0.0).sum(axis=-1)
 
 
 def _vocabulary(n_columns: int, vocab_axis: str | None) -> jax.Array:

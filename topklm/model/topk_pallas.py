@@ -1,7 +1,9 @@
 """The TopK activation as one Pallas kernel for GPU (through Triton) and TPU (through Mosaic).
 
 It reads the activations once and writes the result once; between, a row stays on the chip while its winners
-are found on bit planes (`topk_pallas_bits`). Bit for bit the same as `jax.lax.top_k`.
+are found on bit planes: 32 entries of a row share a word (bit c of word j stands for entry `c * width + j`),
+and a plane holds one bit of all of a row's numbers, so that one AND and one population count judge 32
+entries. Bit for bit the same as `jax.lax.top_k`.
 
 Its cost on an H200, [65,536, 2048] bfloat16, by counting instructions: the copy moves 4 bytes an entry,
 134 us at 4 TB/s. A pass over every entry for every bit of the key, a comparison and an addition at least,
@@ -12,8 +14,11 @@ where enough rows are under way. A row of 2048 is one warp's: 64 entries a threa
 and 32 of planes, about 100 in all, so 20 rows are under way on an SM, and no count leaves its warp.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, TypeAlias
 
 import jax
@@ -22,11 +27,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from topklm.model import topk_pallas_bits as bits
-
 Ref: TypeAlias = Any  # an argument of a kernel; Pallas takes several types for it
-_WARP = 32
-_WORDS_PER_THREAD = 2  # 64 entries; see the module's text
+
+_WORD = 32  # entries in a word
+_ALL = -1  # a word with all bits set
+# For s = 16 ... 1: the bits of a word whose position has bit s unset.
+_EVEN = {16: 0x0000FFFF, 8: 0x00FF00FF, 4: 0x0F0F0F0F, 2: 0x33333333, 1: 0x55555555}
+
+_WORDS_PER_WARP = 64  # two a thread; see the module's text
 _LEAST_WIDTH = 4  # on a GPU; less would cut a short row into pieces too small to load well
 _LANES = 128
 _SUBLANES = 16  # rows of a TPU register of 16-bit numbers
@@ -44,10 +52,10 @@ _OPERATIONS_PER_ENTRY = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The rows that one program of a kernel works on, and how it reads, writes and counts them.
+    """The rows that one program of a kernel works on, and how it reads and writes them.
 
     Tile i holds the rows from `i * rows` on; the last one may reach past the array. It is cut along D into up
-    to 32 chunks of one width: chunk c is bit c of the words (`topk_pallas_bits`).
+    to 32 chunks of one width: chunk c is bit c of the words.
     """
 
     n_rows: int  # of the whole array
@@ -97,10 +105,6 @@ class Tile:
         else:
             ref[...] = value
 
-    def count(self, words: jax.Array) -> jax.Array:
-        """Counts the bits set in a row, int32[rows, width] -> int32[rows, 1]."""
-        return jnp.sum(jax.lax.population_count(words), axis=1, keepdims=True, dtype=jnp.int32)
-
     @property
     def _on_gpu(self) -> bool:
         return isinstance(self.compiler_params, plgpu.CompilerParams)
@@ -111,11 +115,11 @@ class Tile:
     def _inside(self, chunk: int, rows: int) -> jax.Array | None:
         """Returns bool[rows, width], the entries of a chunk in the array; None if all, or all that matter."""
         shape, left = (rows, self.width), self.d - chunk * self.width
-        in_row = None if left >= self.width else jax.lax.broadcasted_iota(jnp.int32, shape, 1) < left
         in_array = self._in_array(shape)
-        if in_row is None or in_array is None:
-            return in_array if in_row is None else in_row
-        return in_row & in_array
+        if left >= self.width:
+            return in_array
+        in_row = _position(shape) < left
+        return in_row if in_array is None else in_row & in_array
 
     def _in_array(self, shape: tuple[int, ...]) -> jax.Array | None:
         """Does the same for rows. On a TPU rows past the end may hold anything: no row looks at another."""
@@ -123,6 +127,21 @@ class Tile:
             return None
         left = self.n_rows - pl.program_id(0) * self.rows
         return jax.lax.broadcasted_iota(jnp.int32, shape, 0) < left
+
+
+def make_tile(platform: str, n_rows: int, d: int, itemsize: int) -> Tile:
+    """Returns the tile for n_rows rows of d entries of itemsize bytes on platform "gpu" or "tpu"."""
+    if platform == "gpu":
+        # Sizes are powers of two, as Triton wants them; up to D = 2048 a program is one warp.
+        width = max(_LEAST_WIDTH, pl.next_power_of_2(d) // _WORD)
+        rows = max(1, _WORDS_PER_WARP // width)
+        n_warps = rows * width // _WORDS_PER_WARP
+        return Tile(n_rows, d, rows, width, plgpu.CompilerParams(num_warps=n_warps, num_stages=1))
+    width = pl.cdiv(d, _LANES * _WORD) * _LANES  # chunks are whole registers
+    block_d = pl.cdiv(d, width) * width
+    rows = min(_TPU_BLOCK_BYTES // (block_d * itemsize), _TPU_MAX_ROWS, n_rows + _SUBLANES - 1)
+    rows = max(rows // _SUBLANES, 1) * _SUBLANES
+    return Tile(n_rows, d, rows, width, pltpu.CompilerParams(dimension_semantics=("parallel",)))
 
 
 def limits(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> str:
@@ -149,17 +168,17 @@ def select(
 
     Args:
         x: [..., D], as `limits` allows.
-        k: Entries kept per row, 1 or more.
-        activation: "relu", "identity" or "abs", as in `topk.topk`.
+        k: As in `topk.topk`.
+        activation: As in `topk.topk`.
         platform: "gpu" or "tpu".
-        residual: [..., D] in the dtype of x; added first, the sum rounded to that dtype.
-        applies: bool scalar, as in `topk.topk`; if False, the kernel copies and searches for nothing.
+        residual: As in `topk.topk`; the sum is rounded to the dtype of x.
+        applies: As in `topk.topk`; if False, the kernel copies and searches for nothing.
         with_mask: Return which entries are active, too.
         interpret: Run the kernel as ordinary JAX operations, on any platform.
 
     Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
-        entries, or None. The kernel writes the mask as one bit an entry.
+        The result, [..., D] in the dtype of x; and bool[..., D], its active entries, or None. The kernel
+        writes the mask as one bit an entry.
     """
     n_rows, d = x.size // x.shape[-1], x.shape[-1]
     tile = make_tile(platform, n_rows, d, x.dtype.itemsize)
@@ -176,6 +195,9 @@ def select(
     def kernel(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
         topk_of_tile(inputs, outputs, tile=tile, k=k, activation=activation)
 
+    # For XLA's scheduler, which does not look into a kernel.
+    n_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*inputs.values(), *outputs.values()))
+    cost = pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * x.size, bytes_accessed=n_bytes, transcendentals=0)
     out = pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -183,41 +205,24 @@ def select(
         in_specs=(in_specs,),
         out_specs=out_specs,
         compiler_params=tile.compiler_params,
-        cost_estimate=_cost(x.size, *inputs.values(), *outputs.values()),
+        cost_estimate=cost,
         interpret=interpret,
         name="topk",
     )(inputs)
     return out["y"].reshape(x.shape), unpacked(out["mask"], x.shape) if with_mask else None
 
 
-def _cost(n_entries: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> pl.CostEstimate:
-    """Estimates the cost for XLA's scheduler, which does not look into a kernel."""
-    n_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-    return pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * n_entries, bytes_accessed=n_bytes, transcendentals=0)
-
-
 def unpacked(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns a mask of this shape, bool[..., D], from its words, int32[N, width]."""
-    entries = (words[:, None] >> jnp.arange(bits.WORD, dtype=jnp.int32)[:, None]) & 1
+    entries = (words[:, None] >> jnp.arange(_WORD, dtype=jnp.int32)[:, None]) & 1
     return entries.reshape(len(words), -1)[:, : shape[-1]].reshape(shape) != 0
 
 
 def topk_of_tile(
     inputs: dict[str, Ref], outputs: dict[str, Ref], *, tile: Tile, k: int, activation: str
 ) -> list[jax.Array]:
-    """Writes the TopK of a tile, inside of a kernel.
-
-    Args:
-        inputs: References, by name.
-        outputs: References, by name.
-        tile: Of `make_tile`.
-        k: As in `select`.
-        activation: As in `select`.
-
-    Returns:
-        The written entries, by chunk, [rows, width] each.
-    """
-    u = [_load_sum(inputs, tile, chunk) for chunk in range(bits.WORD)]
+    """Writes the TopK of a tile, inside of a kernel; returns its entries by chunk, [rows, width] each."""
+    u = [_load_sum(inputs, tile, chunk) for chunk in range(_WORD)]
     active, has_nan_R1 = _active_if_it_applies(inputs, u, tile, k, activation)
     if "mask" in outputs:
         tile.store_whole(outputs["mask"], active)
@@ -252,7 +257,7 @@ def _active_if_it_applies(
         return active, has_nan_R1.astype(jnp.int32)  # a branch of a TPU kernel cannot return a mask
 
     def pass_all() -> tuple[jax.Array, jax.Array]:
-        return bits.valid(tile.d, u[0].shape), jnp.zeros((tile.rows, 1), jnp.int32)
+        return valid(tile.d, u[0].shape), jnp.zeros((tile.rows, 1), jnp.int32)
 
     active, has_nan_R1 = jax.lax.cond(inputs["applies"][0] != 0, search, pass_all)
     return active, has_nan_R1 != 0
@@ -261,14 +266,14 @@ def _active_if_it_applies(
 def _active(u: list[jax.Array], tile: Tile, k: int, activation: str) -> tuple[jax.Array, jax.Array]:
     """Returns the active entries of chunks as bits, int32[R, width]; and the rows with a NaN, bool[R, 1]."""
     dtype = u[0].dtype
-    planes = bits.bit_planes([_as_integer(each) for each in u], 8 * dtype.itemsize)
-    winners = bits.valid(tile.d, u[0].shape)
+    planes = bit_planes([_as_integer(each) for each in u], 8 * dtype.itemsize)
+    winners = valid(tile.d, u[0].shape)
     # Before the search, which overwrites the planes: they need not stay in registers for this.
-    eligible = bits.positive(planes) if activation == "relu" else winners
-    has_nan_R1 = tile.count(bits.is_nan(planes, jnp.finfo(dtype).nmant)) > 0
+    eligible = _positive(planes) if activation == "relu" else winners
+    has_nan_R1 = _count(_is_nan(planes, jnp.finfo(dtype).nmant)) > 0
     if k < tile.d:
-        order = bits.order_planes(planes, by_magnitude=activation == "abs")
-        winners = bits.select(order, k, winners, tile.count)
+        order = _order_planes(planes, by_magnitude=activation == "abs")
+        winners = largest(order, k, winners)
     return winners & eligible, has_nan_R1
 
 
@@ -281,26 +286,118 @@ def _as_integer(x: jax.Array) -> jax.Array:
 
 def _bit(position: int) -> int:
     """Returns an int32 with one bit set."""
-    return 1 << position if position < bits.WORD - 1 else -(1 << position)
+    return 1 << position if position < _WORD - 1 else -(1 << position)
 
 
-def make_tile(platform: str, n_rows: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile for n_rows rows of d entries of itemsize bytes on platform "gpu" or "tpu"."""
-    return _gpu_tile(n_rows, d) if platform == "gpu" else _tpu_tile(n_rows, d, itemsize)
+def bit_planes(numbers: Sequence[jax.Array], n_bits: int) -> list[jax.Array]:
+    """Transposes 32 numbers of 16 or 32 bits at every position, int32[...] with zeros above.
+
+    Swaps ever smaller blocks of the bit matrix (Warren 2013, Hacker's Delight, section 7-3); 16-bit numbers
+    go through it two to a word.
+
+    Returns:
+        n_bits of int32[...], from the lowest bit up: bit c of plane b is bit b of numbers[c].
+    """
+    words = list(numbers)
+    if n_bits == 16:
+        words = [low | (high << 16) for low, high in zip(words[:16], words[16:], strict=True)]
+    for shift, even in _EVEN.items():
+        if shift >= n_bits:
+            continue
+        for i in range(n_bits):
+            if i & shift == 0:
+                a, b = words[i], words[i + shift]
+                words[i] = (a & even) | ((b & even) << shift)
+                words[i + shift] = (jax.lax.shift_right_logical(a, shift) & even) | (b & ~even)
+    return words
 
 
-def _gpu_tile(n_rows: int, d: int) -> Tile:
-    """Sizes are powers of two, as Triton wants them; up to D = 2048 a program is one warp."""
-    width = max(_LEAST_WIDTH, pl.next_power_of_2(d) // bits.WORD)
-    rows = max(1, _WARP * _WORDS_PER_THREAD // width)
-    n_warps = rows * width // (_WARP * _WORDS_PER_THREAD)
-    return Tile(n_rows, d, rows, width, plgpu.CompilerParams(num_warps=n_warps, num_stages=1))
+def _order_planes(planes: Sequence[jax.Array], *, by_magnitude: bool) -> list[jax.Array]:
+    """Returns planes of an unsigned key in the total order of the floats, or of their absolute values.
+
+    From the highest bit down, of planes of the floats from the lowest up; the last of these is the sign.
+    """
+    *magnitude, sign = planes
+    if by_magnitude:
+        return magnitude[::-1]
+    return [~sign, *(plane ^ sign for plane in magnitude[::-1])]
 
 
-def _tpu_tile(n_rows: int, d: int, itemsize: int) -> Tile:
-    """Chunks are whole registers."""
-    width = pl.cdiv(d, _LANES * bits.WORD) * _LANES
-    block_d = pl.cdiv(d, width) * width
-    rows = min(_TPU_BLOCK_BYTES // (block_d * itemsize), _TPU_MAX_ROWS, n_rows + _SUBLANES - 1)
-    rows = max(rows // _SUBLANES, 1) * _SUBLANES
-    return Tile(n_rows, d, rows, width, pltpu.CompilerParams(dimension_semantics=("parallel",)))
+def _positive(planes: Sequence[jax.Array]) -> jax.Array:
+    """Finds the floats above 0 in total order, as bits of words; a NaN without sign is one."""
+    *magnitude, sign = planes
+    return functools.reduce(operator.or_, magnitude) & ~sign
+
+
+def _is_nan(planes: Sequence[jax.Array], n_mantissa_bits: int) -> jax.Array:
+    """Finds the floats that are NaN, as bits of words: exponent all ones, mantissa not 0."""
+    mantissa, exponent = planes[:n_mantissa_bits], planes[n_mantissa_bits:-1]
+    return functools.reduce(operator.and_, exponent) & functools.reduce(operator.or_, mantissa)
+
+
+def valid(d: int, shape: tuple[int, ...]) -> jax.Array:
+    """Sets the bits that stand for one of the d entries of a row, int32[shape], shape = (R, width)."""
+    full, rest = divmod(d, shape[1])
+    return jnp.where(_position(shape) < rest, _lowest(full + 1), _lowest(full))
+
+
+def largest(planes: Sequence[jax.Array], k: int, among: jax.Array) -> jax.Array:
+    """Finds the k largest keys of every row, the lowest index first among equals.
+
+    Fixes the bits of the k-th largest key from the highest down. Where more entries tie at it than are
+    wanted, the search goes on over the bits of their index, inverted so that a lower one ranks higher: with
+    these, no two keys are equal.
+
+    Args:
+        planes: Of the keys, from the highest bit down, int32[R, width].
+        k: 1 or more, and no more than any row of `among` has bits set.
+        among: int32[R, width], the entries to choose from.
+
+    Returns:
+        int32[R, width] with exactly k bits set a row.
+    """
+    state = (jnp.zeros_like(among), among, jnp.full((among.shape[0], 1), k, jnp.int32))
+    chosen, candidates, places = _descend(planes, state)
+
+    def break_ties() -> jax.Array:
+        first, last, _ = _descend(_index_planes(among.shape), (chosen, candidates, places))
+        return first | last
+
+    has_ties = jnp.max(_count(candidates) - places) > 0
+    return jax.lax.cond(has_ties, break_ties, lambda: chosen | candidates)
+
+
+def _descend(planes: Sequence[jax.Array], state: tuple) -> tuple:
+    """Fixes one bit at a time. State: entries sure to be among the k, those still equal, and how many."""
+    chosen, candidates, places = state
+    for plane in planes:
+        hits = candidates & plane
+        n_hits = _count(hits)
+        too_few = n_hits < places
+        keep = jnp.where(too_few, _ALL, 0)  # then all hits are in, and the k-th has this bit unset
+        chosen = chosen | (hits & keep)
+        candidates = candidates & (plane ^ keep)
+        places = jnp.where(too_few, places - n_hits, places)
+    return chosen, candidates, places
+
+
+def _index_planes(shape: tuple[int, ...]) -> list[jax.Array]:
+    """Makes planes of the inverted index c * width + j, from the highest bit that can differ down."""
+    j = _position(shape)
+    of_c = [jnp.full(shape, even, jnp.int32) for even in _EVEN.values()]
+    of_j = [jnp.where(j & (1 << b) == 0, _ALL, 0) for b in reversed(range((shape[1] - 1).bit_length()))]
+    return of_c + of_j
+
+
+def _count(words: jax.Array) -> jax.Array:
+    """Counts the bits set in a row, int32[R, width] -> int32[R, 1]."""
+    return jnp.sum(jax.lax.population_count(words), axis=1, keepdims=True, dtype=jnp.int32)
+
+
+def _position(shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _lowest(n: int) -> int:
+    """Returns a word with its n lowest bits set."""
+    return _ALL if n >= _WORD else (1 << n) - 1

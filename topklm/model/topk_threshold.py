@@ -5,7 +5,6 @@ done when all of its rows are settled, after at most as many passes as a key has
 Dims: N rows, R rows of a block, D entries of a row.
 """
 
-from collections.abc import Callable, Iterable
 import functools
 import operator
 
@@ -17,6 +16,8 @@ _BLOCK_ENTRIES = 2**18
 # A reduction along the row is scalar code; one over this many slices of a row is vector code.
 _SLICES = 16
 
+Selected = tuple[jax.Array, jax.Array | None]  # the result of `topk`, and which entries are active, if asked
+
 
 def order_key(x: jax.Array) -> jax.Array:
     """Integers as wide as x, in the IEEE total order of x: 0 for +0.0, above 0 exactly where x is."""
@@ -25,27 +26,14 @@ def order_key(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ magnitude, bits)
 
 
-def keep(x: jax.Array, active: jax.Array) -> jax.Array:
+def keep(x: jax.Array, active: jax.Array, with_mask: bool) -> Selected:
     """Returns the active entries of x, 0 elsewhere; NaN throughout a row that holds a NaN."""
     has_nan = jnp.any(jnp.isnan(x), axis=-1, keepdims=True)
-    return _keep(x, active, has_nan)
+    return _fill(x, active, has_nan), active if with_mask else None
 
 
-def select(
-    x: jax.Array, k: int, activation: str, *, with_mask: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
-    """Computes TopK of every row; not differentiable by itself.
-
-    Args:
-        x: [..., D], float32, bfloat16 or float16.
-        k: Entries kept per row, from 1 to D - 1.
-        activation: "relu", "identity" or "abs", as in `topk.topk`.
-        with_mask: Also return which entries are active.
-
-    Returns:
-        The result as of `topk.topk`, [..., D] in the dtype of x; and bool[..., D], its active
-        entries, or None.
-    """
+def select(x: jax.Array, k: int, activation: str, with_mask: bool) -> Selected:
+    """Computes `topk.topk` of [..., D] for k from 1 to D - 1; not differentiable by itself."""
     x_ND = x.reshape(-1, x.shape[-1])
     n_rows, d = x_ND.shape
     n_blocks = max(1, -(-n_rows * d // _BLOCK_ENTRIES))
@@ -62,14 +50,14 @@ def select(
         )
 
     if n_blocks == 1:
-        y, active = _select_block(x_ND, k, activation)
+        y, *mask = _select_block(x_ND, k, activation)
     else:
         wholes = (jnp.zeros_like(x_ND),) + ((jnp.zeros(x_ND.shape, bool),) if with_mask else ())
-        y, active = (*jax.lax.fori_loop(0, n_blocks, one_block, wholes), None)[:2]
-    return y.reshape(x.shape), active.reshape(x.shape) if with_mask else None
+        y, *mask = jax.lax.fori_loop(0, n_blocks, one_block, wholes)
+    return y.reshape(x.shape), mask[0].reshape(x.shape) if with_mask else None
 
 
-def _keep(x: jax.Array, active: jax.Array, has_nan: jax.Array) -> jax.Array:
+def _fill(x: jax.Array, active: jax.Array, has_nan: jax.Array) -> jax.Array:
     kept = jnp.where(active, x, jnp.zeros_like(x))
     return jnp.where(has_nan, jnp.full_like(x, jnp.nan), kept)
 
@@ -82,7 +70,7 @@ def _select_block(x_RD: jax.Array, k: int, activation: str) -> tuple[jax.Array, 
     active = winners & (own_key > 0) if activation == "relu" else winners
     magnitude = jnp.maximum(own_key, ~own_key)
     infinity = order_key(jnp.array(jnp.inf, x_RD.dtype))
-    return _keep(x_RD, active, _max(magnitude) > infinity), active
+    return _fill(x_RD, active, _max(magnitude) > infinity), active
 
 
 def _winners(key_RD: jax.Array, k: int) -> jax.Array:
@@ -99,7 +87,12 @@ def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Bisection. Invariant: count(key >= low) = count >= k and count(key > high) < k. A row is settled when
     count = k, or when low = high, which is a tie at the k-th place.
     """
-    low, high = _lower_bound(key_RD, k), _max(key_RD).astype(jnp.int32)
+    # At least k entries reach the least of the largest entries of k groups, or more.
+    width = key_RD.shape[1]
+    while width % 2 == 0 and width // 2 >= k:
+        width //= 2
+    low = functools.reduce(jnp.maximum, _slices(key_RD, width)).min(axis=-1, keepdims=True).astype(jnp.int32)
+    high = _max(key_RD).astype(jnp.int32)
     count = _count_at_least(key_RD, low)
 
     def unsettled(low: jax.Array, high: jax.Array, count: jax.Array) -> jax.Array:
@@ -121,14 +114,6 @@ def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return low.astype(key_RD.dtype), count
 
 
-def _lower_bound(key_RD: jax.Array, k: int) -> jax.Array:
-    """Returns int32[R, 1] that at least k entries reach: of k groups, each largest reaches the least."""
-    width = key_RD.shape[1]
-    while width % 2 == 0 and width // 2 >= k:
-        width //= 2
-    return _fold(jnp.maximum, _slices(key_RD, width)).min(axis=-1, keepdims=True).astype(jnp.int32)
-
-
 def _count_at_least(key_RD: jax.Array, bound_R1: jax.Array) -> jax.Array:
     bound_R1 = bound_R1.astype(key_RD.dtype)
 
@@ -139,7 +124,7 @@ def _count_at_least(key_RD: jax.Array, bound_R1: jax.Array) -> jax.Array:
     whole, rest = key_RD[:, : width * _SLICES], key_RD[:, width * _SLICES :]
     total = count(rest).sum(axis=-1, keepdims=True, dtype=jnp.int32)
     if width:
-        partial = _fold(operator.add, map(count, _slices(whole, width)))
+        partial = functools.reduce(operator.add, map(count, _slices(whole, width)))
         total += partial.sum(axis=-1, keepdims=True, dtype=jnp.int32)
     return total
 
@@ -148,16 +133,12 @@ def _max(key_RD: jax.Array) -> jax.Array:
     width = key_RD.shape[1] // _SLICES
     if width == 0:
         return key_RD.max(axis=-1, keepdims=True)
-    parts = _fold(jnp.maximum, _slices(key_RD[:, : width * _SLICES], width))
+    parts = functools.reduce(jnp.maximum, _slices(key_RD[:, : width * _SLICES], width))
     return jnp.concatenate([parts, key_RD[:, width * _SLICES :]], axis=-1).max(axis=-1, keepdims=True)
 
 
 def _slices(x_RD: jax.Array, width: int) -> list[jax.Array]:
     return [x_RD[:, i : i + width] for i in range(0, x_RD.shape[1], width)]
-
-
-def _fold(combine: Callable[[jax.Array, jax.Array], jax.Array], parts: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(combine, parts)
 
 
 def _break_ties(key_RD: jax.Array, kth_R1: jax.Array, k: int) -> jax.Array:

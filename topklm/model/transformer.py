@@ -1,17 +1,13 @@
-"""The TopK language model: a Llama-style stack whose residual stream passes through TopK.
-
-    a  = h + Attention(Norm(h))
-    u  = a + MLP(Norm(a))
-    h' = TopK_k(u)   in the first L - n_nontopk layers
-    h' = u           in the last n_nontopk layers
+"""The TopK language model: a Llama-style stack of `Block`s whose residual stream passes through TopK.
 
 Nothing bypasses the sparse vector and no norm stands before it. With `n_nontopk = n_layers` the same code
 is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V vocabulary.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from flax import nnx
 import jax
@@ -36,6 +32,8 @@ from topklm.model.topk import MASK_NAME, topk
 from topklm.parallel import ALONE, Parallel
 
 Parameters = dict[str, Any]
+
+_Function = TypeVar("_Function", bound=Callable)
 
 
 class _LayerInputs(NamedTuple):
@@ -103,22 +101,20 @@ class Transformer(nnx.Module):
         """Runs the stack, up to and with the final norm.
 
         Args:
-            tokens_BT: int32[B, T].
+            tokens_BT: As in `__call__`.
             segment_ids_BT: As in `__call__`.
             positions_BT: As in `__call__`.
-            capture: Called in every layer with (h, u, h'); see `CaptureFn`. It sees h and h' as the hooks
-                leave them.
-            hooks: Called in every layer; see `LayerHooks`.
+            capture: Called in every layer; it sees h and h' as the hooks leave them.
+            hooks: Called in every layer.
             hook_inputs: Passed to them: any pytree of arrays with a leading layer axis [L, ...]. Other values
                 of the same shapes need no other program.
             parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
 
         Returns:
             The normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`, of the residual
-            tokens (`Parallel`); and what `capture` returned, each leaf stacked to [L, ...] (or None).
+            tokens (`Parallel`); and the results of `capture`, each leaf stacked to [L, ...] (or None).
         """
         config = self.config
-        dtype = jnp.dtype(config.dtype)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
@@ -152,7 +148,7 @@ class Transformer(nnx.Module):
         def layer_of_kind(sparse: bool | None) -> Callable:
             return _rematerialized(functools.partial(layer, sparse), config, parallel, scanned)
 
-        h_BTD = self.embed(tokens_BT, dtype, parallel)
+        h_BTD = self.embed(tokens_BT, jnp.dtype(config.dtype), parallel)
         h_BTD, captured = run(layer_of_kind, h_BTD, inputs)
         return self.final_norm(h_BTD), captured
 
@@ -190,6 +186,21 @@ def bind(config: ModelConfig, params: Parameters) -> Transformer:
 def _definition(config: ModelConfig) -> nnx.GraphDef:
     """Returns the static part of a model; its parameters are never allocated."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+
+
+def jit_in_float32(function: _Function) -> _Function:
+    """Compiles a function of (config, ...) so that models made of the config compute in float32.
+
+    For effects of single neurons, which are small, whatever the model's dtype and the device's precision.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.wraps(function)
+    def run(config: ModelConfig, *arguments: Any) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return function(dataclasses.replace(config, dtype="float32"), *arguments)
+
+    return cast(_Function, run)
 
 
 def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:

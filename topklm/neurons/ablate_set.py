@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import ModelConfig
@@ -26,12 +25,15 @@ from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.neurons.contrast import ContrastedNeuron
-from topklm.neurons.documents import batches, pack, windows_of
+from topklm.neurons.documents import TextModel, batches
 
 Neuron = tuple[int, int]  # layer of the model, number in it
+Report = Callable[[int], None]  # told of the tokens that are done since the last time
 
-_BATCH_TOKENS = 8192  # of one device
 _STRETCH_TOKENS = 2**20  # that are packed together
+_NEAREST = 10  # neurons of a layer, by density, of which one is drawn for each chosen one
+_RESAMPLES = 2000
+_INTERVAL = (2.5, 97.5)  # percentiles
 
 
 class AblatedLosses:
@@ -41,68 +43,21 @@ class AblatedLosses:
     computed in float32, whatever the dtype of the model, for effects of few neurons are small.
 
     Args:
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
+        model: Reads the text.
         documents: Token ids of each, int[n], without separators; none is empty.
-        separator_id: The token that stands before documents.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        mesh: Mesh,
-        documents: Sequence[np.ndarray],
-        *,
-        separator_id: int,
-    ):
-        self._config, self._params = dataclasses.replace(config, dtype="float32"), params
-        self._rows = max(1, _BATCH_TOKENS // config.context_length) * mesh.size
-        self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._whole = NamedSharding(mesh, PartitionSpec())
+    def __init__(self, model: TextModel, documents: Sequence[np.ndarray]):
+        in_float32 = dataclasses.replace(model.config, dtype="float32")
+        self._model = dataclasses.replace(model, config=in_float32)
         self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
-        windows = (
-            window
-            for number, ids in enumerate(documents)
-            for window in windows_of(number, ids, separator_id, config.context_length)
-        )
-        self._packed = [
-            pack(stretch, config.context_length, self._rows, separator_id)
-            for stretch in batches(windows, _STRETCH_TOKENS)
-        ]
+        stretches = batches(model.windows(documents), _STRETCH_TOKENS)
+        self._packed = [model.pack(stretch) for stretch in stretches]
 
-    def sums(
-        self, ablated: Iterable[Neuron] = (), report: Callable[[int], None] = lambda tokens: None
-    ) -> np.ndarray:
-        """Returns float64[G], nats, the sum over each document's tokens with these neurons off.
-
-        Args:
-            ablated: Neurons; none: the model as it is.
-            report: Told of the tokens that are done since the last time.
-
-        Raises:
-            ValueError: For a neuron that the model does not have.
-        """
-        keep_LD = jax.device_put(self._keep(ablated), self._whole)
-        sums = np.zeros(len(self.n_tokens))
-        for packed in self._packed:
-            for start in range(0, len(packed.inputs), self._rows):
-                rows = slice(start, start + self._rows)
-                arrays = (packed.inputs[rows], packed.segment_ids[rows], packed.positions[rows])
-                with jax.default_matmul_precision("float32"):
-                    nll = _forward(self._config, self._params, keep_LD, *jax.device_put(arrays, self._batch))
-                places = packed.places[rows].reshape(-1)
-                wanted = np.flatnonzero(places >= 0)
-                # A token's own loss is found where the one before it stands; there always is one in its row.
-                losses = np.asarray(nll, np.float64).reshape(-1)[wanted - 1]
-                sums += np.bincount(packed.documents[places[wanted]], losses, len(sums))
-                report(len(wanted))
-        return sums
-
-    def _keep(self, ablated: Iterable[Neuron]) -> np.ndarray:
-        """Returns float32[L, D], 0 for neurons that are off."""
-        keep = np.ones((self._config.n_layers, self._config.d_model), np.float32)
+    def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
+        """Returns float64[G], nats, the sum over each document's tokens with these neurons off."""
+        model, sums = self._model, np.zeros(len(self.n_tokens))
+        keep = np.ones((model.config.n_layers, model.config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
                 raise ValueError(
@@ -110,7 +65,15 @@ class AblatedLosses:
                     f"{keep.shape[1]} neurons"
                 )
             keep[layer, neuron] = 0
-        return keep
+        keep_LD = jax.device_put(keep, model.layout.replicated)
+        for packed in self._packed:
+            for arrays, read, tokens in packed.batches():
+                with jax.default_matmul_precision("float32"):
+                    nll = _forward(model.config, model.params, keep_LD, *model.put(arrays))
+                losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]
+                sums += np.bincount(packed.documents[tokens], losses, len(sums))
+                report(len(read))
+        return sums
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,47 +97,27 @@ def _forward(
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)
 
 
-_NEAREST = 10  # neurons of a layer, by density, of which one is drawn in the place of a chosen one
-_RESAMPLES = 2000
-_INTERVAL = (2.5, 97.5)  # percentiles
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """The documents that nothing was chosen on, and the losses of the model as it is.
+    """The documents that nothing was chosen on, and the losses of the model as it is."""
 
-    Attributes:
-        forget: Those of which the model shall know less.
-        retain: Those of which it shall know as much as before.
-        forget_before: float64[G], nats, the sum of each document's losses with all neurons on.
-        retain_before: Likewise.
-    """
-
-    forget: AblatedLosses
-    retain: AblatedLosses
-    forget_before: np.ndarray
-    retain_before: np.ndarray
+    forget: AblatedLosses  # those of which the model shall know less
+    retain: AblatedLosses  # those of which it shall know as much as before
+    forget_before: np.ndarray  # float64[G], nats, the sum of each document's losses with all neurons on
+    retain_before: np.ndarray  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The effect of ablating a set, in nats per token.
+    """The effect of ablating a set, in nats per token."""
 
-    Attributes:
-        neurons: The set.
-        density: Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
-        forget: Change of the mean loss of the text to be forgotten.
-        retain: Likewise of the other text.
-        forget_interval: 95 % by bootstrap over documents, percentiles.
-        retain_interval: Likewise.
-    """
-
-    neurons: tuple[Neuron, ...]
+    neurons: tuple[Neuron, ...]  # the set
+    # Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
     density: float
-    forget: float
-    retain: float
-    forget_interval: tuple[float, float]
-    retain_interval: tuple[float, float]
+    forget: float  # change of the mean loss of the text to be forgotten
+    retain: float  # likewise of the other text
+    forget_interval: tuple[float, float]  # 95 % by bootstrap over documents, percentiles
+    retain_interval: tuple[float, float]  # likewise
 
     @property
     def gap(self) -> float:
@@ -184,7 +127,7 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Of one figure over random sets: the mean, and the 2.5th and 97.5th percentiles, between sets linear."""
+    """The mean of one figure over random sets, and its 2.5th and 97.5th percentiles, between sets linear."""
 
     mean: float
     low: float
@@ -209,23 +152,13 @@ class Outcome:
         """How often chance does as well: (1 + random sets whose gap is as large) / (1 + R)."""
         return (1 + sum(one.gap >= self.chosen.gap for one in self.random)) / (1 + len(self.random))
 
-    @property
-    def random_forget(self) -> Spread:
-        """Change of the loss of the text to be forgotten."""
-        return Spread.of([one.forget for one in self.random])
-
-    @property
-    def random_retain(self) -> Spread:
-        """Likewise of the other text."""
-        return Spread.of([one.retain for one in self.random])
+    def spread(self, figure: str) -> Spread:
+        """Summarises a figure of the random sets: "density", "forget" or "retain"."""
+        return Spread.of([getattr(one, figure) for one in self.random])
 
 
 def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to choose on, rising, and of those to score on; drawn, the first get one more.
-
-    Raises:
-        ValueError: For fewer than two documents.
-    """
+    """Draws the numbers of the documents to choose on, rising, and to score on; the first get one more."""
     if n_documents < 2:
         raise ValueError(f"n_documents = {n_documents}: must be 2 or more, some to choose on, some to score")
     order = np.random.default_rng(seed).permutation(n_documents)
@@ -236,12 +169,7 @@ def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def strongest(
     candidates: Sequence[ContrastedNeuron], n_neurons: int, by: str = "difference"
 ) -> tuple[Neuron, ...]:
-    """Returns the neurons, of all layers together, that are most typical of the positive text, falling.
-
-    Args:
-        candidates: Of a contrast.
-        n_neurons: So many.
-        by: "difference" or "score", as in `contrast.ranked`.
+    """Returns the neurons of all layers that are most typical of the positive text; `by` as in `ranked`.
 
     Raises:
         ValueError: If fewer are more frequent in the positive text.
@@ -257,7 +185,7 @@ def strongest(
 def matched_set(
     chosen: Sequence[Neuron], density: np.ndarray, layers: Sequence[int], rng: np.random.Generator
 ) -> tuple[Neuron, ...]:
-    """As many other neurons: for each, in random order, one of the 10 of its layer nearest to it in density.
+    """Draws as many other neurons: for each, in random order, one of the 10 of its layer nearest in density.
 
     Density is compared by its logarithm. No neuron is drawn twice, and none that is chosen or never active.
 
@@ -290,37 +218,6 @@ def matched_set(
     return tuple(sorted(drawn))
 
 
-def mean_density(neurons: Sequence[Neuron], density: np.ndarray, layers: Sequence[int]) -> float:
-    """Returns the mean density of a set; arguments as in `matched_set`."""
-    return float(np.mean([density[list(layers).index(layer), neuron] for layer, neuron in neurons]))
-
-
-def change(
-    scored: Scored,
-    neurons: Sequence[Neuron],
-    density: float,
-    *,
-    seed: int = 0,
-    report: Callable[[int], None] = lambda tokens: None,
-) -> Change:
-    """Measures a set.
-
-    Args:
-        scored: Documents that had no part in choosing it.
-        neurons: The set.
-        density: Its mean density, to be told.
-        seed: Of the bootstrap.
-        report: Told of the tokens that are done since the last time.
-    """
-    figures = []
-    for text, before in ((scored.forget, scored.forget_before), (scored.retain, scored.retain_before)):
-        more = text.sums(neurons, report) - before
-        interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
-        figures.append((float(more.sum() / text.n_tokens.sum()), interval))
-    (forget, forget_interval), (retain, retain_interval) = figures
-    return Change(tuple(neurons), density, forget, retain, forget_interval, retain_interval)
-
-
 def measure(
     scored: Scored,
     sets: Sequence[Sequence[Neuron]],
@@ -329,30 +226,39 @@ def measure(
     *,
     n_random: int,
     seed: int = 0,
-    report: Callable[[int], None] = lambda tokens: None,
+    report: Report = lambda tokens: None,
 ) -> list[Outcome]:
     """Measures chosen sets, each with random ones beside it.
 
     Args:
         scored: Documents that had no part in choosing.
         sets: Chosen neurons.
-        density: As in `matched_set`.
+        density: As in `matched_set`, which raises ValueErrors.
         layers: Likewise.
         n_random: R, random sets for each chosen one.
         seed: Of random sets and the bootstrap.
-        report: Told of the tokens that are done since the last time.
-
-    Raises:
-        ValueError: As `matched_set`.
+        report: Told how far it is.
     """
     rng = np.random.default_rng(seed)
     # All are drawn before any is measured, so that an impossible set shows at once.
     drawn = [[matched_set(chosen, density, layers, rng) for _ in range(n_random)] for chosen in sets]
+    rows = {layer: number for number, layer in enumerate(layers)}
 
-    def one(neurons: Sequence[Neuron]) -> Change:
-        return change(scored, neurons, mean_density(neurons, density, layers), seed=seed, report=report)
+    def change(neurons: Sequence[Neuron]) -> Change:
+        def of_text(text: AblatedLosses, before: np.ndarray) -> tuple[float, tuple[float, float]]:
+            more = text.sums(neurons, report) - before
+            interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
+            return float(more.sum() / text.n_tokens.sum()), interval
 
-    return [Outcome(one(chosen), tuple(map(one, others))) for chosen, others in zip(sets, drawn, strict=True)]
+        forget, forget_interval = of_text(scored.forget, scored.forget_before)
+        retain, retain_interval = of_text(scored.retain, scored.retain_before)
+        of_set = float(np.mean([density[rows[layer], neuron] for layer, neuron in neurons]))
+        return Change(tuple(neurons), of_set, forget, retain, forget_interval, retain_interval)
+
+    return [
+        Outcome(change(chosen), tuple(map(change, others)))
+        for chosen, others in zip(sets, drawn, strict=True)
+    ]
 
 
 def bootstrap_interval(

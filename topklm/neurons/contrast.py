@@ -41,37 +41,30 @@ _ROUNDING = 1e-9  # relative: two ways to deal the units that are equally extrem
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contrast:
-    """How the neurons of all layers differ between two texts; a neuron active in neither was not tested.
+    """How the neurons of all layers differ between two texts; a neuron active in neither was not tested."""
 
-    Attributes:
-        n_units: Of the positive text, and of the negative one.
-        n_tokens: Likewise.
-        n_permutations: Ways to deal the units that were looked at.
-        is_exact: Whether these are all there are.
-        n_active: int64[2, S, D], tokens at which a neuron is active in the positive and the negative text.
-        difference: float64[S, D], frequency in the positive text less that in the negative one.
-        score: float64[S, D], in standard deviations; 0 where no permutation changes the difference, NaN where
-            a neuron was not tested.
-        p_value: float64[S, D], of one neuron alone, two-sided; NaN where it was not tested.
-        q_value: float64[S, D], likewise, corrected for the number of neurons: false discovery rate.
-        family_p_value: float64[S, D], likewise: family-wise error rate.
-    """
-
-    n_units: tuple[int, int]
-    n_tokens: tuple[int, int]
-    n_permutations: int
-    is_exact: bool
+    n_units: tuple[int, int]  # of the positive text, and of the negative one
+    n_tokens: tuple[int, int]  # likewise
+    n_permutations: int  # ways to deal the units that were looked at
+    is_exact: bool  # whether these are all there are
+    # int64[2, S, D], tokens at which a neuron is active in the positive and the negative text.
     n_active: np.ndarray
-    difference: np.ndarray
+    # float64[S, D], in standard deviations; 0 where no permutation changes the difference, NaN where a
+    # neuron was not tested.
     score: np.ndarray
-    p_value: np.ndarray
-    q_value: np.ndarray
-    family_p_value: np.ndarray
+    p_value: np.ndarray  # float64[S, D], of one neuron alone, two-sided; NaN where it was not tested
+    q_value: np.ndarray  # float64[S, D], likewise, corrected for the number of neurons: false discovery rate
+    family_p_value: np.ndarray  # float64[S, D], likewise: family-wise error rate
 
     @property
     def frequency(self) -> np.ndarray:
         """float64[2, S, D], in the positive and the negative text."""
         return self.n_active / np.array(self.n_tokens)[:, None, None]
+
+    @property
+    def difference(self) -> np.ndarray:
+        """float64[S, D], frequency in the positive text less that in the negative one."""
+        return np.subtract(*self.frequency)
 
     @property
     def n_tested(self) -> int:
@@ -89,19 +82,7 @@ class Contrast:
 
 @dataclasses.dataclass(frozen=True)
 class ContrastedNeuron:
-    """A neuron in a ranking; see `Contrast`.
-
-    Attributes:
-        layer: Of the model.
-        neuron: Its number in the layer.
-        frequency_positive: Share of the positive text's tokens at which it is active.
-        frequency_negative: Likewise of the negative text's.
-        difference: The former less the latter.
-        score: It in standard deviations under permutation.
-        p_value: Of this neuron alone.
-        q_value: Corrected: false discovery rate.
-        family_p_value: Corrected: family-wise.
-    """
+    """A neuron in a ranking, and its figures of a `Contrast`."""
 
     layer: int
     neuron: int
@@ -177,14 +158,12 @@ def contrast(
 
     positive_tokens = int(np.sum(n_tokens, where=is_positive))
     both_tokens = positive_tokens, int(np.sum(n_tokens)) - positive_tokens
-    frequency = n_active / np.array(both_tokens)[:, None, None]
     return Contrast(
         n_units=(n_positive, n_units - n_positive),
         n_tokens=both_tokens,
         n_permutations=n_looked_at,
         is_exact=is_exact,
         n_active=n_active,
-        difference=frequency[0] - frequency[1],
         score=everywhere(observed / scale / _spread(n_positive, n_units, both_tokens)),
         p_value=everywhere(p_value),
         q_value=everywhere(scipy.stats.false_discovery_control(p_value)),
@@ -218,17 +197,16 @@ def ranked(
         raise ValueError(f"by = {by!r}: must be one of {', '.join(ORDERS)}")
     if layer is not None and layer not in layers:
         raise ValueError(f"layer = {layer}: must be one of {', '.join(map(str, layers))}")
-    frequency, order_by, rows = found.frequency, getattr(found, by), []
+    of_texts = (found.difference, found.score, found.p_value, found.q_value, found.family_p_value)
+    figures = np.stack([*found.frequency, *of_texts])
+    rows = []
     for number, of_model in enumerate(layers):
         if layer not in (None, of_model):
             continue
         tested = np.flatnonzero(np.isfinite(found.p_value[number]))
-        order = tested[np.argsort(-order_by[number, tested], kind="stable")]
+        order = tested[np.argsort(-getattr(found, by)[number, tested], kind="stable")]
         for neuron in order[:top].tolist():
-            at = number, neuron
-            shares = float(frequency[0][at]), float(frequency[1][at]), float(found.difference[at])
-            corrected = (found.score, found.p_value, found.q_value, found.family_p_value)
-            rows.append(ContrastedNeuron(of_model, neuron, *shares, *(float(p[at]) for p in corrected)))
+            rows.append(ContrastedNeuron(of_model, neuron, *figures[:, number, neuron].tolist()))
     return rows
 
 

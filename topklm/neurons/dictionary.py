@@ -42,31 +42,20 @@ _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, Memor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictionary:
-    """One dictionary for each layer, of one kind.
+    """One dictionary for each layer, of one kind."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        keep: K, codes kept of each token.
-        centre: float32[S, D], what is taken off the hidden state.
-        encoder: float32[S, D, M].
-        decoder: float32[S, M, D], rows of unit length.
-        facts: How it was made, by name; values that JSON can hold.
-    """
-
-    kind: str
-    keep: int
-    centre: np.ndarray
-    encoder: np.ndarray
-    decoder: np.ndarray
+    kind: str  # one of `KINDS`
+    keep: int  # K, codes kept of each token
+    centre: np.ndarray  # float32[S, D], what is taken off the hidden state
+    encoder: np.ndarray  # float32[S, D, M]
+    decoder: np.ndarray  # float32[S, M, D], rows of unit length
+    # How it was made, by name; values that JSON can hold.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of its arrays."""
-        found = hashlib.sha256()
-        for name in _ARRAYS:
-            found.update(np.ascontiguousarray(getattr(self, name)).tobytes())
-        return found.hexdigest()
+        return hashlib.sha256(b"".join(getattr(self, name).tobytes() for name in _ARRAYS)).hexdigest()
 
     @property
     def description(self) -> str:
@@ -76,7 +65,7 @@ class Dictionary:
         return f"{TITLES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
 
     def encode(self, h_SND: jax.Array) -> jax.Array:
-        """Codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""
+        """Returns codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""
         return encode(jnp.asarray(self.centre), jnp.asarray(self.encoder), h_SND, self.keep)
 
     def decode(self, codes_SNM: jax.Array) -> jax.Array:
@@ -85,10 +74,7 @@ class Dictionary:
         return decoded + _per_layer(jnp.asarray(self.centre), decoded)
 
     def save(self, path: Path) -> None:
-        """Writes it; it is there whole or not at all.
-
-        The file is a NumPy archive whose comment, its end, is the SHA-256 of all before it.
-        """
+        """Writes a NumPy archive whose comment, its end, is the SHA-256 of all before it."""
         content = {"format": FORMAT, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         to = io.BytesIO()
@@ -101,11 +87,7 @@ class Dictionary:
 
     @classmethod
     def load(cls, path: Path) -> "Dictionary":
-        """Reads a file that `save` has written.
-
-        Raises:
-            UserError: If it is missing, damaged, or of another version.
-        """
+        """Reads what `save` has written; a UserError if it is missing, damaged, or of another version."""
         advice = "delete it and the store, and harvest again"
         with damage_is_a_user_error(path, advice, EOFError, KeyError, TypeError, *_NO_ARCHIVE):
             try:
@@ -130,14 +112,11 @@ def _digest(content: bytes) -> bytes:
 
 
 def check_coordinates(description: str, action: str) -> None:
-    """Refuses what acts on neurons as coordinates of the hidden state, if they are codes of a dictionary.
+    """Raises UserError for an action on coordinates of the hidden state if neurons are codes of a dictionary.
 
     Args:
-        description: `Metadata.dictionary` of a store, or `Measured.dictionary` of a table.
+        description: `Metadata.dictionary` of a store or a table.
         action: The one that is refused, e.g. "steering".
-
-    Raises:
-        UserError: If the neurons are codes of a dictionary.
     """
     if description:
         raise UserError(
@@ -148,14 +127,7 @@ def check_coordinates(description: str, action: str) -> None:
 
 
 def encode(centre_SD: jax.Array, encoder_SDM: jax.Array, h_SND: jax.Array, keep: int) -> jax.Array:
-    """As `Dictionary.encode`, for inside `jax.jit`.
-
-    Args:
-        centre_SD: float32.
-        encoder_SDM: float32.
-        h_SND: [S, ..., D], any float dtype.
-        keep: K.
-    """
+    """Computes `Dictionary.encode` inside `jax.jit`, of h [S, ..., D] of any float dtype."""
     h_SND = h_SND.astype(jnp.float32)
     centred_SND = h_SND - _per_layer(centre_SD, h_SND)
     codes_SNM = jnp.einsum("s...d,sdm->s...m", centred_SND, encoder_SDM, precision=jax.lax.Precision.HIGHEST)
@@ -167,15 +139,12 @@ def _per_layer(x_SD: jax.Array, like_SND: jax.Array) -> jax.Array:
 
 
 class ExplainedVariance:
-    """Which share of the variance of vectors their reconstructions hold; filled stretch by stretch.
+    """The share of the variance of vectors that their reconstructions hold; filled stretch by stretch.
 
         1 - sum of |x - its reconstruction|^2 / sum of |x - mean of all x|^2
 
-    so that to predict the mean gives 0, and what is perfect 1; worse than the mean is below 0. Both sums run
-    over all vectors that were added, in float64, so the number does not depend on how they were cut up.
-
-    Args:
-        width: D.
+    so that to predict the mean gives 0, and what is perfect 1. Both sums run over all vectors added, in
+    float64, so the number does not depend on how they were cut up.
     """
 
     def __init__(self, width: int):

@@ -3,7 +3,7 @@
 Whatever a text holds, it is shown and never executed: HTML is escaped, control characters are spelled out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import html
 import operator
@@ -54,12 +54,7 @@ class ActiveNeurons(Sequence[list[Activation]]):
 
     @classmethod
     def of(cls, tokens: Sequence[str], neurons: SparseActivations) -> "ActiveNeurons":
-        """Takes the active neurons of one text.
-
-        Args:
-            tokens: T strings.
-            neurons: Of this text: [S, 1, T, k].
-        """
+        """Takes the active neurons of one text, [S, 1, T, k]."""
         values = np.asarray(neurons.values[:, 0]).astype(np.float32)
         return cls(tuple(tokens), np.asarray(neurons.indices[:, 0]), values, neurons.d_model)
 
@@ -68,7 +63,14 @@ class ActiveNeurons(Sequence[list[Activation]]):
 
     def __getitem__(self, position: int) -> list[Activation]:  # type: ignore[override]
         at = range(len(self))[operator.index(position)]
-        return [found for layer in range(len(self.values)) for found in self._at(at, layer)]
+        return [found for layer in range(len(self.values)) for found in self.of_layer(at, layer)]
+
+    def of_layer(self, position: int, layer: int) -> list[Activation]:
+        """Returns the active neurons of a token in one layer, the strongest first."""
+        pairs = zip(
+            self.indices[layer, position].tolist(), self.values[layer, position].tolist(), strict=True
+        )
+        return [Activation(layer, neuron, value) for neuron, value in pairs if value]
 
     def neuron(self, layer: int, neuron: int) -> "NeuronOnText":
         """Returns one neuron from token to token.
@@ -87,15 +89,17 @@ class ActiveNeurons(Sequence[list[Activation]]):
     def __str__(self) -> str:
         rows = [["token", *self._layer_names()]]
         for at, token in enumerate(self.tokens[:SHOWN_TOKENS]):
-            rows.append([visible(token), *(self._cell_text(at, layer) for layer in range(len(self.values)))])
+            layers = (self.of_layer(at, layer) for layer in range(len(self.values)))
+            cells = (_strongest(found, lambda f: f"{f.neuron}:{_short(f.value)}", ", ") for found in layers)
+            rows.append([visible(token), *cells])
         return "\n".join([_aligned(rows), *self._notes()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         head = [f'<th scope="col" style="{_CELL}">{name}</th>' for name in ["token", *self._layer_names()]]
-        strongest = self._strongest_of_layers()
-        rows = [self._row_html(at, strongest) for at in range(min(len(self), SHOWN_TOKENS))]
+        scales = [_largest(layer) for layer in self.values]
+        rows = [self._row_html(at, scales) for at in range(min(len(self), SHOWN_TOKENS))]
         caption = (
             f"Active neurons of each token: number and activation, the {SHOWN_PER_LAYER} strongest of each "
             "layer and how many more there are. The darker, the nearer to the layer's strongest in this text."
@@ -107,41 +111,24 @@ class ActiveNeurons(Sequence[list[Activation]]):
             f"{'<br>'.join(self._notes())}</div>"
         )
 
-    def _at(self, position: int, layer: int) -> Iterator[Activation]:
-        for neuron, value in zip(self.indices[layer, position], self.values[layer, position], strict=True):
-            if value != 0:
-                yield Activation(layer, int(neuron), float(value))
-
     def _layer_names(self) -> list[str]:
         return [f"layer {layer}" for layer in range(len(self.values))]
 
     def _notes(self) -> list[str]:
         return _left_out(len(self)) + ([] if len(self.values) else ["no layer of this model has TopK"])
 
-    def _strongest_of_layers(self) -> list[float]:
-        # The first token is the separator in most texts, with activations far from all others.
-        scored = self.values[:, 1:] if len(self) > 1 else self.values
-        return [_largest(layer) for layer in scored]
+    def _row_html(self, position: int, scales: Sequence[float]) -> str:
+        def chip(f: Activation) -> str:
+            return (
+                f'<span title="layer {f.layer}, neuron {f.neuron}: {f.value:.6g}" '
+                f'style="{_CHIP};{_shade(f.value, scales[f.layer])}"><b>{f.neuron}</b> {_short(f.value)}'
+                "</span>"
+            )
 
-    def _cell_text(self, position: int, layer: int) -> str:
-        found = list(self._at(position, layer))
-        shown = [f"{f.neuron}:{_short(f.value)}" for f in found[:SHOWN_PER_LAYER]]
-        return ", ".join(shown + _more(found))
-
-    def _row_html(self, position: int, strongest: Sequence[float]) -> str:
-        cells = [self._cell_html(position, layer, scale) for layer, scale in enumerate(strongest)]
         label = f'<span style="{_TOKEN}">{html.escape(visible(self.tokens[position]))}</span>'
-        columns = "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells)
-        return f'<tr><th scope="row" style="{_CELL}">{label}</th>{columns}</tr>'
-
-    def _cell_html(self, position: int, layer: int, strongest: float) -> str:
-        found = list(self._at(position, layer))
-        chips = [
-            f'<span title="layer {layer}, neuron {f.neuron}: {f.value:.6g}" '
-            f'style="{_CHIP};{_shade(f.value, strongest)}"><b>{f.neuron}</b> {_short(f.value)}</span>'
-            for f in found[:SHOWN_PER_LAYER]
-        ]
-        return " ".join(chips + _more(found))
+        layers = (self.of_layer(position, layer) for layer in range(len(self.values)))
+        cells = (f'<td style="{_CELL}">{_strongest(found, chip, " ")}</td>' for found in layers)
+        return f'<tr><th scope="row" style="{_CELL}">{label}</th>{"".join(cells)}</tr>'
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -170,10 +157,10 @@ class NeuronOnText:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        strongest = _largest(self.values[1:] if len(self.values) > 1 else self.values)
+        scale = _largest(self.values)
         tokens = []
         for token, value in zip(self.tokens[:SHOWN_TOKENS], self.values.tolist(), strict=False):
-            shade = _shade(value, strongest) if value else "background:#f4f4f4"
+            shade = _shade(value, scale) if value else "background:#f4f4f4"
             tokens.append(
                 f'<span title="{value:.6g}" style="{_CHIP};text-align:center;{shade}">'
                 f'<span style="font-family:monospace;white-space:pre">{html.escape(visible(token))}</span>'
@@ -197,15 +184,17 @@ def _shade(value: float, strongest: float) -> str:
 
 
 def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max(initial=0.0))
+    # The first token is the separator in most texts, with activations far from all others.
+    return float(np.abs(values[1:] if len(values) > 1 else values).max(initial=0.0))
 
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _more(found: Sequence[Activation]) -> list[str]:
-    return [f"+{len(found) - SHOWN_PER_LAYER}"] if len(found) > SHOWN_PER_LAYER else []
+def _strongest(found: Sequence[Activation], shown: Callable[[Activation], str], between: str) -> str:
+    more = [f"+{len(found) - SHOWN_PER_LAYER}"] if len(found) > SHOWN_PER_LAYER else []
+    return between.join([*map(shown, found[:SHOWN_PER_LAYER]), *more])
 
 
 def _left_out(n_tokens: int) -> list[str]:
@@ -213,7 +202,7 @@ def _left_out(n_tokens: int) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width in a terminal."""
+    """Joins cells to columns of equal width in a terminal."""
     widths = [max(cell_len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell + " " * (w - cell_len(cell)) for cell, w in zip(row, widths, strict=True)).rstrip()

@@ -9,41 +9,45 @@ from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+import jax
 import numpy as np
 
-from topklm.config import DataConfig
+from topklm.config import DataConfig, ModelConfig
 from topklm.data.building.build import prepare
-from topklm.data.dataset import SPLITS, Mixture, is_dataset, load_dataset
+from topklm.data.dataset import Mixture, is_dataset, load_dataset
 from topklm.data.documents import Document
 from topklm.data.sources import FileReader, SourceFile, corpus_name, find
 from topklm.data.stream import document_bounds
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.layout import Layout
+from topklm.model import transformer
 
 _DIGEST_BYTES = 16  # of a text; tells it from others, as when data are prepared
+_BATCH_TOKENS = 8192  # of one device
+_OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
 
 COPY = "exact copy of a document before"
 
 
 class Documents(Protocol):
-    """Text in a fixed order, so that work on it can be taken up again.
+    """Text in a fixed order, so that work on it can be taken up again; iterated, int32[n] of each document.
 
     Attributes:
         name: In words and a fingerprint.
-        n_tokens: How many there are; None where only reading would tell.
+        n_tokens: How many there are, without separators; None where only reading would tell.
     """
 
     name: str
     n_tokens: int | None
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Returns token ids of each document, int32[n], without separators."""
-        ...
+    def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
 class SourceText(Documents, Protocol):
@@ -79,15 +83,13 @@ def open_documents(
     """
     if source is None:
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
-    if (folder := as_folder(source)) and is_dataset(folder):
-        mixture = Mixture.single(load_dataset(folder))
-        return _Prepared(mixture, split, tokenizer, f"{flag} = {source}")
+    if (folder := _as_folder(source)) and is_dataset(folder):
+        return _Prepared(Mixture.single(load_dataset(folder)), split, tokenizer, f"{flag} = {source}")
     names = [part.strip() for part in source.split(",") if part.strip()]
     return _Files(find(names, flag=flag), data.text_field, tokenizer)
 
 
-def as_folder(source: str) -> Path | None:
-    """Returns the folder that a source names; None if it names something else, such as several files."""
+def _as_folder(source: str) -> Path | None:
     with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
         folder = Path(source).expanduser()
         return folder if folder.is_dir() else None
@@ -100,15 +102,9 @@ def described(left_out: Mapping[str, int]) -> str:
 
 
 def no_text(documents: SourceText, said: str) -> UserError:
-    """Makes the error for text without a document.
-
-    Args:
-        documents: Read to their end.
-        said: The words of the user, e.g. "--source = notes.jsonl".
-    """
-    reasons = described(documents.left_out)
+    """Makes the error for text without a document, read to its end; `said` as in "--source = notes.jsonl"."""
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
-    why = "; ".join(part for part in (reasons, looked_for) if part)
+    why = "; ".join(filter(None, (described(documents.left_out), looked_for)))
     return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
 
 
@@ -119,7 +115,6 @@ class _Prepared(SourceText):
                 f"{said}: prepared with another tokenizer (sha256 {mixture.tokenizer.sha256[:12]}) than the "
                 f"model's ({tokenizer.sha256[:12]}): give text, or data prepared with the model's"
             )
-        assert split in SPLITS
         self._streams = [dataset.tokens(dataset.splits[split]) for dataset in mixture.datasets]
         self._separator_id = tokenizer.separator_id
         self.n_tokens: int | None = sum(dataset.splits[split].text_tokens for dataset in mixture.datasets)
@@ -147,35 +142,25 @@ class _Files(SourceText):
     def __iter__(self) -> Iterator[np.ndarray]:
         seen, left_out = set[bytes](), Counter[str]()
         self.left_out = left_out
-        for file in self._files:
-            for item in FileReader(file, self._text_field):
-                if not isinstance(item, Document):
-                    left_out[item.kind] += 1
-                    continue
-                digest = hashlib.sha256(item.text.encode()).digest()[:_DIGEST_BYTES]
-                if digest in seen:
-                    left_out[COPY] += 1
-                    continue
-                seen.add(digest)
-                yield self._tokenizer.encode(item.text)
-
-
-_OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
+        for item in itertools.chain.from_iterable(FileReader(file, self._text_field) for file in self._files):
+            if not isinstance(item, Document):
+                left_out[item.kind] += 1
+                continue
+            digest = hashlib.sha256(item.text.encode()).digest()[:_DIGEST_BYTES]
+            if digest in seen:
+                left_out[COPY] += 1
+                continue
+            seen.add(digest)
+            yield self._tokenizer.encode(item.text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenWindow:
-    """A stretch of a document.
+    """A stretch of a document."""
 
-    Attributes:
-        document: Number of the document.
-        inputs: int32[n], n at most T; the document's first window begins with the separator.
-        n_known: Leading inputs that are not to be read: the separator, or tokens of the window before.
-    """
-
-    document: int
-    inputs: np.ndarray
-    n_known: int
+    document: int  # number of the document
+    inputs: np.ndarray  # int32[n], n at most T; the document's first window begins with the separator
+    n_known: int  # leading inputs that are not to be read: the separator, or tokens of the window before
 
     @property
     def n_new(self) -> int:
@@ -185,45 +170,73 @@ class TokenWindow:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Windows in rows; N of their tokens are to be read.
+    """Windows in rows, a number of batches of B; N of their tokens are to be read."""
 
-    Attributes:
-        inputs: int32[R, T], filled up with separators.
-        segment_ids: int32[R, T]: 1, 2, ... for the windows of a row, 0 for padding.
-        positions: int32[R, T], from 0 in each window.
-        places: int32[R, T], which of the N tokens an input is, in the order of the windows; -1: none.
-        tokens: int32[N].
-        documents: int64[N].
-    """
-
-    inputs: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
+    inputs: np.ndarray  # int32[R, T], filled up with separators
+    segment_ids: np.ndarray  # int32[R, T]: 1, 2, ... for the windows of a row, 0 for padding
+    positions: np.ndarray  # int32[R, T], from 0 in each window
+    # int32[R, T], which of the N tokens an input is, in the order of the windows; -1: none.
     places: np.ndarray
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: np.ndarray  # int32[N]
+    documents: np.ndarray  # int64[N]
+    batch_rows: int  # B
+
+    def batches(self) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
+        """Cuts rows into batches.
+
+        Yields:
+            Inputs, segment ids and positions, [B, T] each; which of these inputs, flat, are to be read;
+            and which of the N tokens those are. Of next-token losses, a token's own is one before its
+            input, which always has another before it in its row.
+        """
+        for begin in range(0, len(self.inputs), self.batch_rows):
+            part = slice(begin, begin + self.batch_rows)
+            places = self.places[part].reshape(-1)
+            read = np.flatnonzero(places >= 0)
+            yield (self.inputs[part], self.segment_ids[part], self.positions[part]), read, places[read]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextModel:
+    """A model that text is run through, in windows that are packed into rows."""
+
+    config: ModelConfig
+    params: transformer.Parameters  # on the devices of `layout`
+    layout: Layout  # rows of a batch are split over its devices
+    separator_id: int  # of the token that stands before documents
+    batch_rows: int | None = None  # B, over all devices; None: as many as suit them
+
+    @property
+    def rows(self) -> int:
+        """Returns B."""
+        suits = max(1, _BATCH_TOKENS // self.config.context_length) * self.layout.size
+        return self.batch_rows or suits
+
+    def windows(
+        self, documents: Iterable[np.ndarray], first: int = 0, step: int = 1
+    ) -> Iterator[TokenWindow]:
+        """Yields the windows of all documents, or of each `step`-th from the one numbered `first`."""
+        for number, ids in itertools.islice(enumerate(documents), first, None, step):
+            yield from windows_of(number, ids, self.separator_id, self.config.context_length)
+
+    def pack(self, windows: list[TokenWindow]) -> Packed:
+        """Puts windows into rows, as `pack` does."""
+        return pack(windows, self.config.context_length, self.rows, self.separator_id)
+
+    def put(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Puts the arrays of a batch on the devices."""
+        return jax.device_put(arrays, self.layout.batch)
 
 
 def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -> Iterator[TokenWindow]:
-    """Windows that together read every token of a document once.
-
-    Args:
-        document: Its number.
-        ids: int32[n], its tokens, without a separator.
-        separator_id: Of the token before a document.
-        length: T, at least 2.
-    """
+    """Yields windows that together read every token, `ids` int32[n], of the document of this number once."""
     inputs = np.concatenate([[separator_id], ids]).astype(np.int32)
     for first, stop, known in chunk_bounds(len(inputs), length):
         yield TokenWindow(document, inputs[first:stop], known - first)
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """Yields where windows begin and end among the inputs of a document, the separator counted.
-
-    Args:
-        n_inputs: How many there are.
-        length: T, at least 2.
+    """Yields where windows of T >= 2 tokens begin and end among a document's inputs, the separator counted.
 
     Yields:
         The first input of a window, the one after its last, and the first that is to be read.
@@ -237,7 +250,7 @@ def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
 
 
 def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[TokenWindow]]:
-    """Windows in lists that have at least so many tokens to read; the last may have fewer."""
+    """Yields windows in lists that have at least so many tokens to read; the last may have fewer."""
     stretch: list[TokenWindow] = []
     n = 0
     for window in windows:
@@ -250,17 +263,17 @@ def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[Toke
         yield stretch
 
 
-def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: int) -> Packed:
-    """Puts windows into rows, the longest first, each into the first row that it fits into.
+def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id: int) -> Packed:
+    """Puts windows into rows of T tokens, the longest first, each into the first row that it fits into.
 
     Args:
-        windows: None longer than `length`.
+        windows: None longer than T.
         length: T.
-        multiple: The number of rows R is one of this.
+        batch_rows: B, of which the number of rows R is a multiple.
         separator_id: Fills up rows.
     """
     rows, n_rows = _first_fit([len(window.inputs) for window in windows], length)
-    shape = (-(-n_rows // multiple) * multiple, length)
+    shape = (-(-n_rows // batch_rows) * batch_rows, length)
     inputs = np.full(shape, separator_id, np.int32)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     places = np.full(shape, -1, np.int32)
@@ -277,17 +290,17 @@ def pack(windows: list[TokenWindow], length: int, multiple: int, separator_id: i
         done += window.n_new
     tokens = np.concatenate([window.inputs[window.n_known :] for window in windows])
     documents = np.repeat([window.document for window in windows], [window.n_new for window in windows])
-    return Packed(inputs, segment_ids, positions, places, tokens, documents)
+    return Packed(inputs, segment_ids, positions, places, tokens, documents, batch_rows)
 
 
-def _first_fit(sizes: list[int], room: int) -> tuple[list[int], int]:
+def _first_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
     """Returns the row of each, and how many rows there are."""
     left: list[int] = []
     rows = [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         row = next((row for row, space in enumerate(left) if space >= sizes[i]), len(left))
         if row == len(left):
-            left.append(room)
+            left.append(capacity)
         left[row] -= sizes[i]
         rows[i] = row
     return rows, len(left)

@@ -1,10 +1,11 @@
-"""Runs a model over text and stores what its neurons do.
+"""Runs a model over text, and stores or counts what its neurons do.
 
 Every token of every document is read once, in a window that begins with the separator or with tokens before
-it. Separators and padding are not stored. Dims: S layers, B batch, T tokens, D neurons per layer, k kept.
+it. Separators and padding do not count. Dims: S layers, B batch, T tokens, D neurons per layer, k kept,
+G units of text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from topklm.config import ModelConfig
@@ -23,18 +23,14 @@ from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, encode
-from topklm.neurons.documents import Documents, Packed, TokenWindow, batches, pack, windows_of
+from topklm.neurons.documents import Packed, TextModel, TokenWindow, batches
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
 
 TOPK, DENSE = "topk", "dense"
 
-_BATCH_TOKENS = 8192  # of one device, where nobody asks for something else
 _SEGMENT_TOKENS = 16_384
 _SEGMENT_EVENTS = 2**24  # at most, unless four windows have more
-
-# (tokens done so far, documents begun so far)
-Report = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +45,9 @@ ALL = Share()
 
 
 def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
-    """Returns the kind and the layers that are harvested: those with TopK or, of a Base LM, all."""
+    """Returns the kind and the layers that are read: those with TopK or, of a Base LM, all."""
     n_layers = config.n_topk_layers or config.n_layers
     return (TOPK if config.n_topk_layers else DENSE), tuple(range(n_layers))
-
-
-def batch_rows(config: ModelConfig, mesh: Mesh) -> int:
-    """Returns B: as many rows as suit the devices."""
-    return max(1, _BATCH_TOKENS // config.context_length) * mesh.size
 
 
 def segment_tokens(config: ModelConfig) -> int:
@@ -67,71 +58,51 @@ def segment_tokens(config: ModelConfig) -> int:
 
 
 def harvest(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    mesh: Mesh,
-    documents: Documents,
-    writer: StoreWriter,
+    model: TextModel,
+    documents: Iterable[np.ndarray],
+    writer: "StoreWriter | _Counter",
     *,
-    separator_id: int,
     n_tokens: int | None = None,
-    rows: int | None = None,
     keep: int | None = None,
     dictionary: Dictionary | None = None,
     share: Share = ALL,
-    report: Report = lambda tokens, documents: None,
-) -> int:
+    report: Callable[[int, int], None] = lambda tokens, documents: None,
+) -> None:
     """Appends to a store what follows the text that it already holds.
 
     Args:
-        config: The model.
-        params: Its parameters, on the devices of `mesh`.
-        mesh: Rows of a batch are split over all its devices.
-        documents: The text; the same as before where the store is not empty.
+        model: Reads the text.
+        documents: Token ids of each, int[n]; the same as before where the store is not empty.
         writer: Of the store, for this share's part.
-        separator_id: The token that stands before documents.
         n_tokens: How many the part shall hold, about; None: all there are.
-        rows: B, over all devices; default `batch_rows`.
         keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
         dictionary: Of a Base LM, what its hidden state is written in: the K largest codes are stored, and
             `keep` says nothing. None: the coordinates as they are.
         share: Which documents.
-        report: Told from time to time how far it is.
-
-    Returns:
-        How many tokens the part holds.
+        report: Told of the tokens that are done, and the documents that are begun, since the last time.
 
     Raises:
         UserError: If the store holds other text than this.
     """
-    rows = rows or batch_rows(config, mesh)
-    model = _Program(config, params, mesh, keep, dictionary)
-    length = config.context_length
-    windows = _windows(documents, separator_id, length, share)
-    windows = _behind(windows, writer.n_tokens)
+    program = _Program(model, keep, dictionary)
+    windows = _without(model.windows(documents, share.index, share.count), writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
-        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(config)):
-            packed = pack(stretch, length, rows, separator_id)
-            segment = model.run(packed, rows)
+        begun = 0
+        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(model.config)):
+            packed = model.pack(stretch)
+            segment = program.run(packed)
             if writing is not None:
                 writing.result()
             # Sorting and compressing one stretch takes less time than to run the next.
-            done = writer.n_tokens + len(packed.tokens)
             writing = thread.submit(lambda make: writer.append(make()), segment)
-            report(done, stretch[-1].document + 1)
+            report(len(packed.tokens), stretch[-1].document + 1 - begun)
+            begun = stretch[-1].document + 1
         if writing is not None:
             writing.result()
-    return writer.n_tokens
 
 
-def _windows(documents: Documents, separator_id: int, length: int, share: Share) -> Iterator[TokenWindow]:
-    for number, ids in enumerate(documents):
-        if number % share.count == share.index:
-            yield from windows_of(number, ids, separator_id, length)
-
-
-def _behind(windows: Iterator[TokenWindow], stored: int) -> Iterator[TokenWindow]:
+def _without(windows: Iterator[TokenWindow], stored: int) -> Iterator[TokenWindow]:
     """Yields the windows after the first `stored` tokens; they are cut the same way every time."""
     skipped = 0
     while skipped < stored and (window := next(windows, None)):
@@ -155,61 +126,47 @@ def _first(windows: Iterator[TokenWindow], before: int, n_tokens: int | None) ->
 class _Program:
     """The compiled forward pass, and what is taken from it."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        mesh: Mesh,
-        keep: int | None,
-        dictionary: Dictionary | None,
-    ):
-        self._config, self._params = config, params
-        kind, self._layers = kind_and_layers(config)
+    def __init__(self, model: TextModel, keep: int | None, dictionary: Dictionary | None):
+        self._model, config = model, model.config
+        kind, layers = kind_and_layers(config)
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
         # faster than a TopK over them would; from other devices only k entries are fetched.
-        on_host = mesh.devices.flat[0].platform == "cpu"
+        on_host = model.layout.platform == "cpu"
         self._sparse = (kind == TOPK or dictionary is not None) and not on_host
-        self._batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._k = config.topk_k if dictionary is None else dictionary.keep
+        k = config.topk_k if dictionary is None else dictionary.keep
+        self._shape = len(layers), -1, k if self._sparse else config.d_model
         kept = (keep or config.d_model) if dictionary is None else dictionary.keep
         self._program = functools.partial(_forward, config, self._sparse, kept)
         self._written_in = None
         if dictionary is not None:
             arrays = (dictionary.centre, dictionary.encoder)
-            self._written_in = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+            self._written_in = jax.device_put(arrays, model.layout.replicated)
 
-    def run(self, packed: Packed, rows: int) -> Callable[[], Segment]:
+    def run(self, packed: Packed) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
-        n, d = len(packed.tokens), self._config.d_model
+        n, d, model = len(packed.tokens), self._model.config.d_model, self._model
+        n_layers, _, width = self._shape
         losses = np.full(n, np.nan, np.float32)
-        shape = (len(self._layers), n, self._k if self._sparse else d)
-        values = np.empty(shape, jnp.bfloat16)
-        indices = np.empty(shape, np.min_scalar_type(d - 1)) if self._sparse else None
-        starts = range(0, len(packed.inputs), rows)
-        computed = (self._start(packed, slice(start, start + rows)) for start in starts)
+        values = np.empty((n_layers, n, width), jnp.bfloat16)
+        indices = np.empty(values.shape, np.min_scalar_type(d - 1)) if self._sparse else None
+        computed = (
+            (self._program(model.params, *model.put(arrays), self._written_in), read, to)
+            for arrays, read, to in packed.batches()
+        )
         # Each is taken apart while the next one is computed.
-        ahead = next(computed)
-        for start in starts:
-            (nll, layers), ahead = ahead, next(computed, ahead)
-            places = packed.places[start : start + rows].reshape(-1)
-            wanted = np.flatnonzero(places >= 0)
-            to = places[wanted]
-            # A token's own loss is found where the one before it stands; there always is one in its row.
-            losses[to] = np.asarray(nll).reshape(-1)[wanted - 1]
-            flat = (len(self._layers), -1, shape[-1])
-            taken = np.asarray(layers.values if self._sparse else layers).reshape(flat)
-            for number in range(len(self._layers)):
-                values[number, to] = taken[number, wanted]
+        ahead = next(computed, None)
+        while ahead is not None:
+            ((nll, layers), read, to), ahead = ahead, next(computed, None)
+            losses[to] = np.asarray(nll).reshape(-1)[read - 1]
+            taken = np.asarray(layers.values if self._sparse else layers).reshape(self._shape)
+            for number in range(n_layers):
+                values[number, to] = taken[number, read]
             if indices is not None:
-                indices[:, to] = np.asarray(layers.indices).reshape(flat)[:, wanted]
+                indices[:, to] = np.asarray(layers.indices).reshape(self._shape)[:, read]
         text = packed.tokens, packed.documents, losses
         if indices is None:
             return lambda: segment_lib.from_dense(*text, values)
         return lambda: segment_lib.from_sparse(*text, indices, values, d)
-
-    def _start(self, packed: Packed, rows: slice) -> tuple[jax.Array, Any]:
-        arrays = (packed.inputs[rows], packed.segment_ids[rows], packed.positions[rows])
-        return self._program(self._params, *jax.device_put(arrays, self._batch), self._written_in)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -247,3 +204,63 @@ def _forward(
     targets = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
     return nll_BT, jax.tree.map(lambda x: x[:n_layers], seen)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitCounts:
+    """At how many tokens of each unit of a text, a document or a piece of one, neurons are active."""
+
+    layers: tuple[int, ...]  # the model's layers that were read, S of them
+    active: np.ndarray  # int32[G, S, D], tokens of a unit at which a neuron is active
+    n_tokens: np.ndarray  # int64[G], tokens of a unit
+
+
+def count(
+    model: TextModel,
+    documents: Sequence[np.ndarray],
+    *,
+    keep: int | None = None,
+    piece: int | None = None,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> UnitCounts:
+    """Reads documents as `harvest` does, none of them empty, and stores nothing.
+
+    Args:
+        model: Reads the text.
+        documents: Token ids of each.
+        keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
+        piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.
+        report: Told of the tokens that are done since the last time.
+    """
+    sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(model.config)[1]
+    counter = _Counter(sizes, len(layers), model.config.d_model, report)
+    harvest(model, documents, counter, keep=keep)
+    return UnitCounts(layers, counter.active, sizes)
+
+
+def unit_sizes(lengths: Sequence[int], piece: int | None) -> np.ndarray:
+    """Returns int64[G], the tokens of each unit of documents of these lengths; see `count`."""
+    if piece is None:
+        return np.asarray(lengths, np.int64)
+    return np.array([min(piece, n - begin) for n in lengths for begin in range(0, n, piece)], np.int64)
+
+
+class _Counter:
+    """Adds up segments, which come in the order of the text, where a store would be written."""
+
+    def __init__(self, sizes: np.ndarray, n_layers: int, d_model: int, report: Callable[[int], None]):
+        self.n_tokens, self._report = 0, report
+        self.active = np.zeros((len(sizes), n_layers, d_model), np.int32)
+        self._unit_of_token = np.repeat(np.arange(len(sizes)), sizes)
+
+    def append(self, segment: Segment) -> None:
+        n = len(segment.tokens)
+        units = self._unit_of_token[self.n_tokens : self.n_tokens + n]
+        first, n_units = int(units[0]), int(units[-1] - units[0]) + 1
+        n_neurons = len(segment.offsets) - 1
+        neurons = np.repeat(np.arange(n_neurons), np.diff(segment.offsets))
+        cells = (units[segment.token_index] - first) * n_neurons + neurons
+        counts = np.bincount(cells, minlength=n_units * n_neurons).astype(np.int32)
+        self.active[first : first + n_units] += counts.reshape(n_units, *self.active.shape[1:])
+        self.n_tokens += n
+        self._report(n)

@@ -13,8 +13,7 @@ from pathlib import Path
 import unicodedata
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage import locks
-from topklm.storage.files import parse_json, write_atomically
+from topklm.storage.files import folder_lock, parse_json, write_atomically
 
 FORMAT = 1
 MAX_CHARACTERS = 200
@@ -38,19 +37,11 @@ class Labels:
         self._path = path
 
     def get(self, layer: int, neuron: int) -> str:
-        """Returns a neuron's label; "" if it has none.
-
-        Raises:
-            UserError: If the file is damaged.
-        """
+        """Returns a neuron's label, "" if it has none; raises as `all`."""
         return self.all().get((layer, neuron), "")
 
     def all(self) -> dict[tuple[int, int], str]:
-        """Returns all labels by (layer, neuron), rising.
-
-        Raises:
-            UserError: If the file is damaged or cannot be read.
-        """
+        """Returns all labels by (layer, neuron), rising; raises UserError for a file that cannot be read."""
         try:
             return _parse(self._path.read_bytes())
         except FileNotFoundError:
@@ -72,8 +63,7 @@ class Labels:
                 the neuron has no label any more.
 
         Raises:
-            UserError: For a text that is none of this, if the file is damaged, which is left as it is, or if
-                it cannot be written.
+            UserError: For other text, or if the file is damaged, and left as it is, or cannot be written.
         """
         if layer < 0 or neuron < 0:
             raise UserError(f"layer {layer}, neuron {neuron}: both must be 0 or more")
@@ -82,7 +72,8 @@ class Labels:
             raise UserError(f"label = {text[:40]!a}: {problem}")
         with disk_errors_are_user_errors("writing a label"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with locks.held(self._path.parent, _wait):
+            # Waits in silence: the lock is held for a moment only.
+            with folder_lock(self._path.parent, lambda owner: None):
                 labels = {**self.all(), (layer, neuron): text}
                 if not text:
                     del labels[layer, neuron]
@@ -93,20 +84,13 @@ class Labels:
         return _content(self.all())
 
     def as_csv(self) -> bytes:
-        """Returns all labels as CSV in UTF-8, with the columns layer, neuron and label.
-
-        A label that a spreadsheet would take for a formula gets a ' in front; JSON has all as they are.
-        """
+        """Returns all labels as CSV in UTF-8; one that a spreadsheet would take for a formula, after a '."""
         lines = io.StringIO()
         writer = csv.writer(lines)
         writer.writerow(["layer", "neuron", "label"])
         for (layer, neuron), label in self.all().items():
             writer.writerow([layer, neuron, f"'{label}" if label.startswith(_FORMULA) else label])
         return lines.getvalue().encode()
-
-
-def _wait(_owner: str) -> None:
-    """Waits in silence: the lock is held for a moment only."""
 
 
 def _problem(text: str) -> str:
@@ -135,12 +119,12 @@ def _parse(content: bytes) -> dict[tuple[int, int], str]:
     for number, entry in enumerate(parts["labels"], start=1):
         if not isinstance(entry, dict) or entry.keys() != {"layer", "neuron", "label"}:
             raise ValueError(f"entry {number} does not have layer, neuron and label")
-        place, text = (entry["layer"], entry["neuron"]), entry["label"]
-        if not all(type(part) is int and part >= 0 for part in place) or not isinstance(text, str):
+        layer, neuron, text = entry["layer"], entry["neuron"], entry["label"]
+        if not all(type(n) is int and n >= 0 for n in (layer, neuron)) or not isinstance(text, str):
             raise ValueError(f"entry {number}: layer and neuron must be numbers from 0, label a text")
         if problem := _problem(text) or ("" if text else "is empty"):
             raise ValueError(f"entry {number}: label {problem}")
-        if place in labels:
-            raise ValueError(f"entry {number} is the second for layer {place[0]}, neuron {place[1]}")
-        labels[place] = text
+        if (layer, neuron) in labels:
+            raise ValueError(f"entry {number} is the second for layer {layer}, neuron {neuron}")
+        labels[layer, neuron] = text
     return dict(sorted(labels.items()))

@@ -11,62 +11,24 @@ All in the run folder.
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import os
 from pathlib import Path
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 
 
-@dataclasses.dataclass(frozen=True)
 class NeuronsFolder:
-    """The paths for one checkpoint of a run.
+    """The paths for one checkpoint of a run, of which all share the labels."""
 
-    Attributes:
-        run: The run folder.
-        step: Of the checkpoint.
-    """
-
-    run: Path
-    step: int
-
-    @property
-    def path(self) -> Path:
-        """Of all that belongs to the checkpoint."""
-        return self.run / "neurons" / str(self.step)
-
-    @property
-    def store(self) -> Path:
-        """Of the activations."""
-        return self.path / "store"
-
-    @property
-    def dictionary(self) -> Path:
-        """Of the dictionary that the activations are written in, where there is one."""
-        return self.path / "dictionary.npz"
-
-    @property
-    def table(self) -> Path:
-        """Of the statistics."""
-        return self.path / "neurons.parquet"
-
-    @property
-    def index(self) -> Path:
-        """Of the explorer's index."""
-        return self.path / "index.sqlite"
-
-    @property
-    def labels(self) -> Path:
-        """Of the labels, which all checkpoints of a run share."""
-        return self.run / "neurons" / "labels.json"
+    def __init__(self, run: Path, step: int):
+        self.run, self.step = run, step
+        self.path, self.labels = run / "neurons" / str(step), run / "neurons" / "labels.json"
+        self.store, self.dictionary = self.path / "store", self.path / "dictionary.npz"
+        self.table, self.index = self.path / "neurons.parquet", self.path / "index.sqlite"
 
 
 def harvested_steps(run: Path) -> list[int]:
-    """Checkpoints of a run of which there are activations, rising.
-
-    Raises:
-        OSError: If that cannot be looked at.
-    """
+    """Lists the checkpoints of a run of which there are activations, rising."""
     folder = run / "neurons"
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     steps = sorted(int(name) for name in names if name.isdecimal())

@@ -1,105 +1,319 @@
-"""Which neurons stand for something: those active in a text, or where something matches in a store.
+"""Text found in a store, and the neurons that stand for it; neurons chosen by label, or by a contrast.
+
+The text of a document is what its tokens spell, byte by byte, so a character may be of several tokens and a
+token may end within one. A byte that is of no character counts as a character of its own. Tokens of a
+tokenizer that changes its text spell what `Tokenizer.token_strings` shows, byte tokens apart.
 
 Precision and recall are ours: a neuron whose activation reaches a threshold at a token says "there is a match
 here". It is right if the token is marked as matched. The threshold is the neuron's own, the one with the
 highest F1 on these very tokens, so a neuron that reaches it seldom looks better than it is. Which tokens of a
-match are marked is for the caller to say (`topklm.neurons.text_search`).
+match are marked is for the caller to say.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import itertools
+import math
 from pathlib import Path
+import re
+import time
 from typing import Any
 
 import numpy as np
 
-from topklm.errors import UserError
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError, visible
 from topklm.neurons.contrast import ORDERS
-from topklm.neurons.display import SHOWN_PER_LAYER, Activation, ActiveNeurons
+from topklm.neurons.display import Activation, ActiveNeurons
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.storage.files import DIGEST, read_json, unsealed
+
+try:
+    import regex
+except ImportError:  # it comes with an extra, and only patterns need it
+    regex = None
+
+OVERLAP = 1024  # tokens before and after a stretch that a match in it may look at
+MAX_PATTERN = 1000  # characters
+
+_STRETCH = 16_384  # tokens of a document that are searched at once
+_READ = 1 << 18  # tokens read from the store at once
+# Characters of a pattern once its repetitions are written out, as the library does: it takes 0.5 kB for each.
+_MAX_WRITTEN_OUT = 200_000
+# (?R), (?1), (?&name) and the like: without an end, the library takes a gigabyte to find out.
+_CALLS = re.compile(r"\(\?(?:R|[+-]?\d|&|P>)")
+_SHOWN = 60  # characters of a pattern in a message
+_FIRST_TRY_S = 0.05
+_SHORTEST_TRY_S = 0.01
 
 _BLOCK_EVENTS = 2_000_000  # read at once, some 50 bytes each; a single neuron may have more
 _BLOCK_NEURONS = 64
 _SIZES = 2**15  # magnitudes that a bfloat16 can have
 
+_NUMBERS = ("difference", "score", "p_value", "q_value", "family_p_value")  # of a saved contrast
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matches:
+    """Where a pattern matches in the N tokens of a store."""
+
+    count: int  # how often; matches do not overlap
+    touched: np.ndarray  # bool[N], the tokens that hold a part of a match
+    # bool[N], the last token of each match: a neuron of a causal model cannot know the match before.
+    ends: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stretch:
+    """A part of a document, with some text before and after it."""
+
+    text: str  # the spelling of its n tokens
+    first_token: int  # which token of the store is the first of the n
+    first_byte: int  # of the text, counted from the start of the store
+    begins: np.ndarray  # int64[n + 1], the byte of the text with which each token begins
+    # The bytes of the text from which on, and before which, a match of this stretch starts.
+    inside: tuple[int, int]
+
+
+class StoredText:
+    """The text of a store's documents, decoded a stretch at a time: memory does not grow with their length.
+
+    Raises:
+        UserError: For a tokenizer that did not make the store's tokens.
+    """
+
+    def __init__(self, store: Store, tokenizer: Tokenizer):
+        if tokenizer.sha256 != store.metadata.tokenizer_sha256:
+            raise UserError(
+                f"{store.folder} holds tokens of another tokenizer: delete it, and run topklm neurons harvest"
+            )
+        self._store = store
+        self._pieces = tokenizer.token_bytes(range(tokenizer.vocab_size))
+        self._lengths = np.array([len(piece) for piece in self._pieces], np.int64)
+
+    def matches(self, pattern: str, *, ignore_case: bool = True, timeout_s: float = 10.0) -> Matches:
+        """Searches all documents for a regular expression of the package `regex`.
+
+        A match lies within a document, at whose ends `^` and `$` match. Long documents are searched in
+        stretches, each with `OVERLAP` tokens before and after. A match within so many tokens, including its
+        looking ahead and back, is found once and whole; of a longer match, parts may be found, or nothing.
+
+        Args:
+            pattern: At most `MAX_PATTERN` characters; may not match the empty text.
+            ignore_case: Whether "sea" also finds "Sea".
+            timeout_s: For the whole search, seconds by the clock.
+
+        Raises:
+            UserError: For a pattern that is none, calls itself, matches the empty text, or takes too much
+                time or memory.
+        """
+        compiled = _compile(pattern, ignore_case)
+        patience = _Patience(timeout_s)
+        touched, ends = np.zeros((2, self._store.n_tokens), bool)
+        count, searched = 0, 0  # bytes of the store up to the end of the last match
+        for stretch in self._stretches():
+            with _limits(pattern, timeout_s):
+                spans = _spans(compiled, stretch, searched - stretch.first_byte, patience)
+            if not len(spans):
+                continue
+            count += len(spans)
+            first = np.searchsorted(stretch.begins[1:], spans[:, 0], side="right")
+            last = np.searchsorted(stretch.begins[:-1], spans[:, 1], side="left") - 1
+            n = len(stretch.begins) - 1
+            depth = np.cumsum(np.bincount(first, minlength=n + 1) - np.bincount(last + 1, minlength=n + 1))
+            touched[stretch.first_token :][:n] |= depth[:n] > 0
+            ends[stretch.first_token + last] = True
+            searched = stretch.first_byte + int(spans[-1, 1])
+        return Matches(count, touched, ends)
+
+    def tokens_equal(self, *token_ids: int) -> np.ndarray:
+        """Returns bool[N], the tokens that are one of these; raises UserError for one that is not there."""
+        for token_id in token_ids:
+            if not 0 <= token_id < len(self._pieces):
+                raise UserError(f"token {token_id}: must be from 0 to {len(self._pieces) - 1}")
+        found = np.zeros(self._store.n_tokens, bool)
+        for begin in range(0, len(found), _READ):
+            found[begin : begin + _READ] = np.isin(self._store.tokens(begin, begin + _READ), token_ids)
+        return found
+
+    def _stretches(self) -> Iterator[_Stretch]:
+        n_bytes = 0  # of what came before
+        read, ids = 0, np.zeros(0, np.int64)  # tokens that are in memory, and the place of the first
+        for begin, end in itertools.pairwise(self._store.document_bounds().tolist()):
+            for first in range(begin, end, _STRETCH):
+                stop = min(first + _STRETCH, end)
+                seen = max(first - OVERLAP, begin), min(stop + OVERLAP, end)
+                if seen[1] > read + len(ids):
+                    read, ids = seen[0], self._store.tokens(seen[0], max(seen[1], seen[0] + _READ))
+                tokens = ids[seen[0] - read : seen[1] - read]
+                begins = np.concatenate([[0], np.cumsum(self._lengths[tokens])])
+                inside = int(begins[first - seen[0]]), int(begins[stop - seen[0]])
+                text = b"".join([self._pieces[i] for i in tokens.tolist()]).decode("utf-8", "surrogateescape")
+                yield _Stretch(text, seen[0], n_bytes - inside[0], begins, inside)
+                n_bytes += inside[1] - inside[0]
+
+
+def _compile(pattern: str, ignore_case: bool) -> Any:
+    if regex is None:
+        raise UserError("regular expressions need the package regex; run: pip install 'topklm[explore]'")
+    if not pattern:
+        raise UserError("regex is empty: give a pattern such as 'sea|ocean'")
+    if len(pattern) > MAX_PATTERN:
+        raise UserError(f"regex has {len(pattern):,} characters: at most {MAX_PATTERN:,}; shorten it")
+    name = _name(pattern)
+    # The library would take minutes and all memory, and does not listen to a timeout yet.
+    if _written_out(pattern) > _MAX_WRITTEN_OUT:
+        raise UserError(f"{name}: repeats too much, as {{1000}} within {{1000}} does; lower the counts")
+    if _CALLS.search(pattern):
+        raise UserError(f"{name}: calls itself or a group of it, which is not supported; write it out")
+    try:
+        compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+    except RecursionError as e:
+        raise UserError(f"{name}: nested too deeply; use fewer groups") from e
+    except Exception as e:  # the library raises its own error, and others for patterns that it stumbles over
+        raise UserError(f"{name}: is no regular expression ({visible(str(e))}); mend it") from e
+    if compiled.flags & regex.REVERSE:
+        raise UserError(f"{name}: (?r) searches backwards, which is not supported; leave it out")
+    with _limits(pattern, timeout := 1.0):
+        if compiled.search("", timeout=timeout):
+            raise _EmptyMatchError
+    return compiled
+
+
+class _Patience:
+    """How long a search may go on by the clock; the library knows processor time of the whole process only.
+
+    Of that, a search may get much less than goes by on the clock, or be charged for that of other threads. So
+    it is tried for a short time, and for longer ones from where it came to, each in proportion to what the
+    clock showed before.
+    """
+
+    def __init__(self, seconds: float):
+        self._end = time.monotonic() + seconds
+        self._try, self._rate = _FIRST_TRY_S, 1.0  # processor seconds; those per second of the clock
+
+    def spans(self, compiled: Any, text: str, first: int, stop: int) -> list[tuple[int, int]]:
+        """Returns the matches that start from `first` on and before `stop`, as begin and end.
+
+        Raises:
+            TimeoutError: When the time is over.
+            _EmptyMatchError: For a match of no characters.
+        """
+        spans: list[tuple[int, int]] = []
+        while True:
+            began, used = time.monotonic(), time.process_time()
+            if began >= self._end:
+                raise TimeoutError
+            seconds = max(min(self._try, (self._end - began) * self._rate), _SHORTEST_TRY_S)
+            try:
+                for match in compiled.finditer(text, first, timeout=seconds, concurrent=True):
+                    span = match.span()
+                    if span[0] >= stop:
+                        break
+                    if span[0] == span[1]:
+                        raise _EmptyMatchError
+                    spans.append(span)
+                return spans
+            except TimeoutError:
+                first = spans[-1][1] if spans else first
+                self._rate = (time.process_time() - used) / max(time.monotonic() - began, 1e-9)
+                self._try *= 2
+
+
+def _spans(compiled: Any, stretch: _Stretch, searched: int, patience: _Patience) -> np.ndarray:
+    """Returns int64[m, 2], the bytes with which matches from byte `searched` on begin and end."""
+    text, first, stop = stretch.text, 0, len(stretch.text)
+    if stretch.inside != (0, stretch.begins[-1]):
+        inside = [max(stretch.inside[0], searched), stretch.inside[1]]
+        first, stop = np.searchsorted(_bytes_of_characters(text), inside).tolist()
+    spans = patience.spans(compiled, text, first, stop)
+    return _bytes_of_characters(text)[np.array(spans)] if spans else np.zeros((0, 2), np.int64)
+
+
+class _EmptyMatchError(Exception):
+    """A match of no characters."""
+
+
+@contextlib.contextmanager
+def _limits(pattern: str, timeout_s: float) -> Iterator[None]:
+    """Tells the user, if what happens inside says that a pattern is of no use."""
+    problems: dict[type[Exception], str] = {
+        _EmptyMatchError: "matches the empty text, and so everywhere; have it match at least a character",
+        TimeoutError: f"not done within {timeout_s:g} s; make it simpler: repetitions within repetitions, as "
+        "in (a+)+, may take for ever",
+        MemoryError: "takes too much memory; make it simpler",
+    }
+    try:
+        yield
+    except tuple(problems) as e:
+        raise UserError(f"{_name(pattern)}: {problems[type(e)]}") from e
+
+
+def _bytes_of_characters(text: str) -> np.ndarray:
+    """Returns int64[n + 1], the byte with which each character begins, and the number of bytes."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    lengths[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # a byte that is of no character
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _written_out(pattern: str) -> int:
+    """Bounds the characters of a pattern with every repetition written out: all count as nested.
+
+    Also those in comments and sets; and once more without what `(?x)` skips, if that is more.
+    """
+    forms = pattern, re.sub(r"\s|#.*", "", pattern)
+    counts = [[max(int(n), 1) for n in re.findall(r"\{\s*(\d+)", form)] for form in forms]
+    return len(pattern) * max(math.prod(some) for some in counts)
+
+
+def _name(pattern: str) -> str:
+    shown = pattern if len(pattern) <= _SHOWN else pattern[:_SHOWN] + "..."
+    return f"regex = {visible(shown)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class RankedNeuron:
-    """How well a neuron tells matched tokens from others.
+    """How well a neuron tells matched tokens from others."""
 
-    Attributes:
-        layer: Of the neuron.
-        neuron: Its number in the layer.
-        n_active: Tokens at which it is active.
-        threshold: The |activation| from which on it counts as firing.
-        n_firing: Tokens at which it does.
-        n_hits: Matched tokens among those.
-        precision: n_hits / n_firing.
-        recall: n_hits as a share of all matched tokens.
-        f1: Harmonic mean of precision and recall.
-        weighted_precision: Without a threshold: the share of matched tokens in the sum of |activation|.
-    """
-
-    layer: int
-    neuron: int
-    n_active: int
-    threshold: float
-    n_firing: int
-    n_hits: int
-    precision: float
-    recall: float
-    f1: float
-    weighted_precision: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenNeurons:
-    """The active neurons of a token.
-
-    Attributes:
-        position: Of the token in its text, from 0.
-        token: Its text.
-        neurons: By layer, the strongest of it, falling by magnitude.
-        n_active: By layer, how many are active.
-    """
-
-    position: int
-    token: str
-    neurons: dict[int, list[Activation]]
-    n_active: dict[int, int]
+    layer: int  # of the neuron
+    neuron: int  # its number in the layer
+    n_active: int  # tokens at which it is active
+    threshold: float  # the |activation| from which on it counts as firing
+    n_firing: int  # tokens at which it does
+    n_hits: int  # matched tokens among those
+    precision: float  # n_hits / n_firing
+    recall: float  # n_hits as a share of all matched tokens
+    f1: float  # harmonic mean of precision and recall
+    weighted_precision: float  # without a threshold: the share of matched tokens in the sum of |activation|
 
 
 def rank(
     store: Store, matched: np.ndarray, limit: int = 20, layers: Sequence[int] | None = None
 ) -> list[RankedNeuron]:
-    """Returns the neurons that best tell matched tokens from others, from all tokens of a store.
+    """Returns the neurons that best tell matched tokens, bool[N] of a store's, from others.
 
     Sorted by falling F1, then by falling weighted precision, then by layer and number. Neurons that are
     active at no matched token are left out.
 
-    Args:
-        store: Of activations.
-        matched: bool[N], for each token of the store.
-        limit: Neurons at most.
-        layers: Those to look at; default all of the store.
-
     Raises:
-        UserError: If the store does not have a layer.
+        UserError: If the store does not have a layer; None: all that it has.
         ValueError: If `matched` has another shape.
     """
     if matched.shape != (store.n_tokens,):
         raise ValueError(f"matched has shape {matched.shape}: must be [{store.n_tokens}], the store's tokens")
-    found = []
-    for layer in store.metadata.layers if layers is None else layers:
-        for begin, end in _blocks(_events_of_neurons(store, layer)):
+    there, found = store.metadata.layers, list[RankedNeuron]()
+    for layer in there if layers is None else layers:
+        if layer not in there:
+            raise UserError(
+                f"layer = {layer}: must be one of {', '.join(map(str, there))}, which {store.folder} has"
+            )
+        for begin, end in store.blocks(layer, _BLOCK_EVENTS, _BLOCK_NEURONS):
             found += _rank_block(store.block(layer, begin, end), matched, layer, begin)
-        found = sorted(found, key=_best_first)[:limit]
+        found.sort(key=lambda ranked: (-ranked.f1, -ranked.weighted_precision, ranked.layer, ranked.neuron))
+        del found[limit:]
     return found
-
-
-def _best_first(ranked: RankedNeuron) -> tuple:
-    return -ranked.f1, -ranked.weighted_precision, ranked.layer, ranked.neuron
 
 
 def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int) -> list[RankedNeuron]:
@@ -135,64 +349,19 @@ def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int)
     ]
 
 
-def neurons_of_text(
-    found: ActiveNeurons, top: int = SHOWN_PER_LAYER, layer: int | None = None, begin: int = 0
-) -> list[TokenNeurons]:
-    """Returns the active neurons of a text as rows of a table, a token each.
-
-    Args:
-        found: As `LanguageModel.active_neurons` gives it.
-        top: Neurons of each layer at most.
-        layer: Leaves the others out.
-        begin: The first token that gets a row; 1 leaves out the separator before the text. Positions in the
-            rows are counted from it.
+def neurons_of_text(found: ActiveNeurons, layer: int | None = None) -> list[dict[int, list[Activation]]]:
+    """Returns the active neurons of each token by layer, of all or of one, the strongest first.
 
     Raises:
         UserError: For a layer without TopK.
     """
-    layers = list(range(len(found.values)))
+    layers = range(len(found.values))
     if not layers:
         raise UserError("no layer of this model has TopK: its neurons are found in a store, by --regex")
     if layer is not None and layer not in layers:
         raise UserError(f"layer = {layer}: must be a TopK layer, from 0 to {layers[-1]}")
-    rows = []
-    for at in range(begin, len(found)):
-        active: dict[int, list[Activation]] = {number: [] for number in layers if layer in (None, number)}
-        for neuron in found[at]:
-            if neuron.layer in active:
-                active[neuron.layer].append(neuron)
-        strongest = {number: those[:top] for number, those in active.items()}
-        n_active = {number: len(those) for number, those in active.items()}
-        rows.append(TokenNeurons(at - begin, found.tokens[at], strongest, n_active))
-    return rows
-
-
-def _events_of_neurons(store: Store, layer: int) -> np.ndarray:
-    """Returns int64[D], how many events each neuron of a layer has."""
-    there, d = store.metadata.layers, store.metadata.d_model
-    if layer not in there:
-        raise UserError(
-            f"layer = {layer}: must be one of {', '.join(map(str, there))}, which {store.folder} has"
-        )
-    first = there.index(layer) * d
-    counts = np.zeros(d, np.int64)
-    for segment in store.segments:
-        counts += np.diff(segment.offsets[first : first + d + 1])
-    return counts
-
-
-def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cuts neighbouring neurons into blocks with about so many events as are to be read at once."""
-    stops, begin = np.cumsum(counts), 0
-    while begin < len(counts):
-        most = stops[begin] - counts[begin] + _BLOCK_EVENTS
-        end = max(int(np.searchsorted(stops, most, side="right")), begin + 1)
-        end = min(end, begin + _BLOCK_NEURONS)
-        yield begin, end
-        begin = end
-
-
-_NUMBERS = ("difference", "score", "p_value", "q_value", "family_p_value")
+    shown = layers if layer is None else (layer,)
+    return [{number: found.of_layer(at, number) for number in shown} for at in range(len(found))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,92 +375,48 @@ class Selected:
 
 @dataclasses.dataclass(frozen=True)
 class SavedContrast:
-    """The output of `topklm neurons contrast --json`, as far as it is needed here.
-
-    Attributes:
-        step: Of the checkpoint.
-        by: The order of the neurons, one of `contrast.ORDERS`.
-        neurons: Each with layer, neuron, difference, score and p-values.
-    """
+    """The output of `topklm neurons contrast --json`, as far as it is needed here."""
 
     step: int
-    by: str
-    neurons: Sequence[Mapping[str, Any]]
+    by: str  # one of `contrast.ORDERS`
+    neurons: Sequence[Mapping[str, Any]]  # each with layer, neuron and `_NUMBERS`
 
 
 def by_matches(
     store: Store,
     matched: np.ndarray,
-    *,
-    layer: int | None = None,
-    top: int,
+    layers: Sequence[int] | None = None,
     min_precision: float = 0.0,
     min_recall: float = 0.0,
 ) -> list[Selected]:
-    """Selects the neurons that best tell matched tokens from others; see `rank`.
-
-    Args:
-        store: Of activations.
-        matched: bool[N], for each token of the store.
-        layer: Only this one.
-        top: At most so many.
-        min_precision: At least, from 0 to 1.
-        min_recall: Likewise.
-
-    Raises:
-        UserError: If the store does not have the layer.
-    """
+    """Selects neurons that tell matched tokens from others, best first; arguments and errors as of `rank`."""
     everything = len(store.metadata.layers) * store.metadata.d_model
-    ranked = rank(store, matched, everything, None if layer is None else [layer])
-    wanted = [r for r in ranked if r.precision >= min_precision and r.recall >= min_recall]
-    return [Selected(r.layer, r.neuron, _found(r)) for r in wanted[:top]]
-
-
-def by_label(
-    labels: Mapping[tuple[int, int], str], text: str, *, layer: int | None = None, top: int
-) -> list[Selected]:
-    """Selects the neurons with a label that holds a text, whatever the case; by layer and number.
-
-    Args:
-        labels: By layer and number.
-        text: Not empty.
-        layer: Only this one.
-        top: At most so many.
-    """
-    sought = text.casefold()
     return [
-        Selected(*place, f"label {label!r}")
-        for place, label in sorted(labels.items())
-        if sought in label.casefold() and layer in (None, place[0])
-    ][:top]
-
-
-def by_contrast(
-    saved: SavedContrast, *, layer: int | None = None, top: int, max_q: float = 1.0
-) -> list[Selected]:
-    """Selects neurons that are more frequent in the positive text, of all layers, in the contrast's order.
-
-    Args:
-        saved: A contrast, with as many neurons as were asked for there.
-        layer: Only this one.
-        top: At most so many.
-        max_q: Only q-values up to this.
-    """
-    wanted = [
-        n
-        for n in saved.neurons
-        if n["difference"] > 0 and n["q_value"] <= max_q and layer in (None, n["layer"])
+        Selected(r.layer, r.neuron, f"F1 {r.f1:.3f}, precision {r.precision:.3f}, recall {r.recall:.3f}")
+        for r in rank(store, matched, everything, layers)
+        if r.precision >= min_precision and r.recall >= min_recall
     ]
-    wanted.sort(key=lambda n: (-n[saved.by], n["layer"], n["neuron"]))
-    return [Selected(n["layer"], n["neuron"], _differs(n)) for n in wanted[:top]]
+
+
+def by_label(labels: Mapping[tuple[int, int], str], text: str) -> list[Selected]:
+    """Selects the neurons whose label holds a text, whatever the case, by layer and number."""
+    return [
+        Selected(layer, neuron, f"label {label!r}")
+        for (layer, neuron), label in sorted(labels.items())
+        if text.casefold() in label.casefold()
+    ]
+
+
+def by_contrast(saved: SavedContrast, max_q: float = 1.0) -> list[Selected]:
+    """Selects neurons that are more frequent in the positive text, of all layers, in the contrast's order."""
+    more = [n for n in saved.neurons if n["difference"] > 0 and n["q_value"] <= max_q]
+    more.sort(key=lambda n: (-n[saved.by], n["layer"], n["neuron"]))
+    reason = "difference {difference:+.2%}, score {score:+.1f}, q {q_value:.2g}"
+    return [Selected(n["layer"], n["neuron"], reason.format_map(n)) for n in more]
 
 
 def read_contrast(path: Path) -> SavedContrast:
-    """Reads what `topklm neurons contrast --json` printed.
-
-    Raises:
-        UserError: If there is no such file, or it is something else.
-    """
+    """Reads the output of `topklm neurons contrast --json`; raises UserError for any other file."""
     again = "run topklm neurons contrast --json, and give its output"
     try:
         content = read_json(path, again)
@@ -320,11 +445,3 @@ def _is_neuron(entry: Any) -> bool:
         and all(type(entry.get(name)) is int for name in ("layer", "neuron"))
         and all(isinstance(entry.get(name), int | float) for name in _NUMBERS)
     )
-
-
-def _differs(neuron: Mapping[str, Any]) -> str:
-    return f"difference {neuron['difference']:+.2%}, score {neuron['score']:+.1f}, q {neuron['q_value']:.2g}"
-
-
-def _found(ranked: RankedNeuron) -> str:
-    return f"F1 {ranked.f1:.3f}, precision {ranked.precision:.3f}, recall {ranked.recall:.3f}"

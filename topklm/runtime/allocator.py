@@ -7,6 +7,7 @@ freed memory. Measured: docs/decisions.md.
 """
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 import sys
@@ -29,9 +30,6 @@ def restart_with_tcmalloc() -> None:
     """Starts this process's command again with tcmalloc in it; returns if there is no need or no tcmalloc.
 
     The process keeps its number. To be called before anything slow is imported.
-
-    Raises:
-        UserError: If TOPKLM_ALLOCATOR is none of `CHOICES`, or tcmalloc is asked for and not installed.
     """
     choice = _choice()
     if choice not in (None, "tcmalloc") or sys.platform != "linux" or preloaded():
@@ -52,12 +50,9 @@ def restart_with_tcmalloc() -> None:
 
 
 def keep_freed_memory() -> str:
-    """Sets up the allocator that the process has; to be called before jax first uses a device.
+    """Sets up the allocator that the process has, before jax first uses a device; returns its name.
 
     Threads that exist already keep heaps of their own.
-
-    Returns:
-        Its name, for the log.
     """
     if library := preloaded():
         return f"{library} ({VARIABLE}=system turns it off)"
@@ -82,11 +77,9 @@ def find_tcmalloc() -> Path | None:
     """Finds the installed library, or returns None."""
     prefix = os.environ.get("CONDA_PREFIX")
     folders = [*_FOLDERS, f"{prefix}/lib"] if prefix else _FOLDERS
-    for name in _LIBRARIES:
-        for pattern in folders:
-            found = sorted(Path("/").glob(f"{pattern}/{name}".lstrip("/")))
-            if found:
-                return found[0]
+    for name, pattern in itertools.product(_LIBRARIES, folders):
+        if found := sorted(Path("/").glob(f"{pattern}/{name}".lstrip("/"))):
+            return found[0]
     return None
 
 

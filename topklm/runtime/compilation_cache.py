@@ -39,9 +39,7 @@ def enable() -> None:
         one finds its program and the others do not, they wait for it for ever. They need one folder that all
         of them see, which only the user can name.
     """
-    if os.environ.get(SWITCH) == "off" or jax.config.values[_FOLDER]:
-        return
-    if jax.distributed.is_initialized():
+    if os.environ.get(SWITCH) == "off" or jax.config.values[_FOLDER] or jax.distributed.is_initialized():
         return
     try:
         use(_root() / _machine())

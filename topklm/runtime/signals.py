@@ -20,7 +20,7 @@ _BYTES_AT_ONCE = 64  # a signal is one byte
 
 
 class StopRequest:
-    """Truthy once somebody has asked a training run to stop; `signal_name` says by what.
+    """Truthy once somebody has asked a training run to stop; `signal_name` says by what, `heard` if here.
 
     While the run is starting, nothing is lost by ending: the first signal ends the process. Once it trains,
     the first signal only makes this truthy, so that the loop finishes its step and saves. A second signal
@@ -31,17 +31,12 @@ class StopRequest:
         self.signal_name: str | None = None
         self._on_stop_while_starting = on_stop_while_starting
         self._training = False
-        self._heard = False  # a signal to this process itself
+        self.heard = False  # a signal to this process itself
         self._ending: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
-
-    @property
-    def heard(self) -> bool:
-        """Whether a signal has come to this process itself."""
-        return self._heard
 
     def begin_training(self) -> None:
         """Notes that there will be steps to save; does not return if the process is already ending."""
@@ -53,21 +48,17 @@ class StopRequest:
             signal.signal(number, _leave_to_watcher)  # libtpu has SIGHUP ignored once JAX looks for devices
 
     def request(self, signal_name: str) -> None:
-        """Stops this process because another one of the run was asked to; it never counts as a second signal.
-
-        Args:
-            signal_name: "SIGTERM", "SIGINT" or "SIGHUP", what the other process got.
-        """
+        """Stops this process because another one got that signal; it never counts as a second one."""
         with self._lock:
             self._stop(signal_name, tell_others=False)
 
     def _receive(self, number: int) -> None:
         with self._lock:
-            if self._heard and number == signal.SIGHUP:
+            if self.heard and number == signal.SIGHUP:
                 return  # a terminal that closes sends two: one by the shell, one by the kernel
-            if self._heard:
+            if self.heard:
                 os._exit(128 + number)
-            self._heard = True
+            self.heard = True
             self._stop(signal.Signals(number).name, tell_others=True)
 
     def _stop(self, signal_name: str, *, tell_others: bool) -> None:

@@ -1,63 +1,55 @@
-"""Answers that take long, in the form that OpenAI gives to them: whole, or piece by piece.
-
-No longer made once the client has gone.
-"""
+"""Answers that take long, in the form that OpenAI gives to them: whole, or piece by piece."""
 
 import codecs
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from topklm.data.tokenizer import Tokenizer
-from topklm.inference.detokenize import BROKEN, TextStream
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import Token
 from topklm.inference.steps import Scores
-from topklm.server.errors import ApiError, number
+from topklm.inference.tokens import BROKEN, TextStream
+from topklm.server.fields import ApiError
 from topklm.server.requests import Completion
-from topklm.web.client import Json, Say, Stream, to_json, unless_gone
+from topklm.web.http import Json, Say, Stream, to_json
 
 _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before
 
 
 class Choice:
-    """A completion that is being decoded, and the pieces that it is sent in.
-
-    Attributes:
-        sequence: In the engine.
-        finish_reason: "stop" or "length"; None while it goes on.
-        n_new: Tokens drawn so far, up to the one that completed a stop string.
-    """
+    """A completion that is being decoded, and the pieces that it is sent in."""
 
     def __init__(self, tokenizer: Tokenizer, index: int, sequence: TokenSequence, stop: tuple[str, ...]):
         """Begins with nothing sent; `index` counts the completions of the answer."""
-        self.sequence, self.n_new = sequence, 0
-        self.finish_reason: str | None = None
+        self.sequence = sequence
+        self.finish_reason: str | None = None  # "stop" or "length"
         prompt = sequence.tokens[: sequence.n_prompt]
-        self._tokenizer, self._index, self._stop = tokenizer, index, stop
+        self._tokenizer, self._index = tokenizer, index
         self._stream = TextStream(tokenizer, prompt, stop)
         self._wants_scores = sequence.n_alternatives is not None
         self._sent = 0  # characters
         self._offsets = _Offsets(tokenizer, prompt[-_CONTEXT:])
         self._held: list[tuple[Token, int]] = []  # tokens that are not sent yet, and where they begin
 
-    def echo(self, scores: Scores | None) -> dict[str, Any]:
-        """Returns the prompt as the first piece.
+    @property
+    def n_new(self) -> int:
+        """Tokens drawn so far, up to the one that completed a stop string."""
+        return self._stream.n_tokens - self.sequence.n_prompt
 
-        Args:
-            scores: Of its tokens but the first, where they are asked for.
-        """
+    def echo(self, scores: Scores | None) -> dict[str, Any]:
+        """Returns the prompt as the first piece, with the scores of its tokens but the first if asked for."""
         prompt = self.sequence.tokens[: self.sequence.n_prompt]
         said = self._tokenizer.decode(prompt)
         if scores is not None:
             self._offsets = _Offsets(self._tokenizer)
             self._hold(Token(prompt[0]))
-            for place, token in enumerate(prompt[1:]):
-                self._hold(Token(token, *scores.row(place, self.sequence.n_alternatives or 0)))
+            for row, token in enumerate(prompt[1:]):
+                self._hold(Token(token, *scores.row(row, self.sequence.n_alternatives or 0)))
         self._sent = len(said)
         return self._piece(said, all_held=True)
 
@@ -66,15 +58,10 @@ class Choice:
 
         A stop string that comes up ends the completion: see `finish_reason`.
         """
-        said = ""
-        # One by one, where it matters which of them completes a stop string.
-        for some in [[token] for token in tokens] if self._stop else [tokens]:
-            self.n_new += len(some)
-            for token in some if self._wants_scores else ():
-                self._hold(token)
-            said += self._stream.add([token.id for token in some])
-            if self._stream.stopped:
-                break
+        n_before = self.n_new
+        said = self._stream.add([token.id for token in tokens])
+        for token in tokens[: self.n_new - n_before] if self._wants_scores else ():
+            self._hold(token)
         if finished and not self._stream.stopped:
             said += self._stream.end()
         self.finish_reason = "stop" if self._stream.stopped else finished
@@ -97,13 +84,10 @@ class Choice:
         }
 
     def _logprobs(self, told: list[tuple[Token, int]]) -> dict[str, Any]:
-        wanted = self.sequence.n_alternatives
-        names = self._tokenizer.token_strings(np.array([token.id for token, _ in told], int))
+        wanted, own = self.sequence.n_alternatives, [token.log_probability for token, _ in told]
         return {
-            "tokens": names,
-            "token_logprobs": [
-                None if token.log_probability is None else number(token.log_probability) for token, _ in told
-            ],
+            "tokens": self._tokenizer.token_strings(np.array([token.id for token, _ in told], int)),
+            "token_logprobs": [None if value is None else finite(value) for value in own],
             "top_logprobs": [self._alternatives(token) for token, _ in told] if wanted else None,
             "text_offset": [begin for _, begin in told],
         }
@@ -116,8 +100,13 @@ class Choice:
         names = self._tokenizer.token_strings([one for one, _ in pairs])
         found: dict[str, float] = {}
         for name, (_, value) in zip(names, pairs, strict=True):
-            found.setdefault(name, number(value))
+            found.setdefault(name, finite(value))
         return found
+
+
+def finite(value: float) -> float:
+    """Returns a log probability that JSON can hold; it is NaN where a model was steered out of all bounds."""
+    return max(value, -9999.0) if math.isfinite(value) else -9999.0
 
 
 class _Offsets:
@@ -176,11 +165,7 @@ def joined(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 async def whole_answer(
     about: dict[str, Any], asked: Completion, pieces: AsyncIterator[dict[str, Any]]
 ) -> Response:
-    """Returns all pieces as one JSON object.
-
-    Raises:
-        ApiError: As `pieces`.
-    """
+    """Returns all pieces as one JSON object; raises as `pieces` do."""
     found: list[list[dict[str, Any]]] = [[] for _ in asked.sequences]
     usage = None
     async for piece in pieces:
@@ -189,20 +174,6 @@ async def whole_answer(
         else:
             found[piece["index"]].append(piece)
     return Json({**about, "choices": [joined(some) for some in found], "usage": usage})
-
-
-class WhileThere(Response):
-    """An answer that takes long, and is no longer made once the client has gone."""
-
-    def __init__(self, make: Callable[[], Awaitable[Response]]):
-        self._make = make
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Makes and sends it."""
-        answer = await unless_gone(self._make(), receive)
-        if answer is not None:
-            await answer(scope, receive, send)
 
 
 def events(

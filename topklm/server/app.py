@@ -1,25 +1,26 @@
 """The server's addresses: JSON, or a stream of it, for each request; served on one port."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import socket
 import time
 from typing import Any
 import uuid
 
 import anyio.to_thread
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from topklm.server import fields, neurons, requests
-from topklm.server.answers import WhileThere, events, whole_answer
-from topklm.server.errors import ApiError, refused
+from topklm.inference.language_model import LanguageModel
+from topklm.server import fields, requests
+from topklm.server.answers import events, whole_answer
+from topklm.server.fields import FAULT, ApiError
 from topklm.server.service import Service
 from topklm.web import server as web_server
-from topklm.web.client import Json
-from topklm.web.security import Guard
+from topklm.web.http import Guard, Json, unless_gone
 
 _LEAVING_SECONDS = 3  # for answers to be sent once the time of grace is over
 _SENDING_SECONDS = 30.0  # beyond its time, for a client that reads slowly
@@ -41,7 +42,11 @@ def create(service: Service) -> Starlette:
         Route("/tokenizer_info", here.tokenizer_info),
         Route("/v1/neurons", here.neurons, methods=["POST"]),
     ]
-    errors: dict[Any, Any] = {ApiError: _mistake, HTTPException: _http_error, Exception: _bug}
+    errors: dict[Any, Any] = {
+        ApiError: lambda _, error: error.response(),
+        HTTPException: _http_error,
+        Exception: lambda _, error: ApiError(500, FAULT).response(),
+    }
     return Starlette(routes=routes, exception_handlers=errors)
 
 
@@ -79,29 +84,27 @@ class _Api:
         }
         pieces = service.pieces(asked)
         if not asked.stream:
-            return WhileThere(lambda: whole_answer(about, asked, pieces))
+            answer = await unless_gone(whole_answer(about, asked, pieces), request.receive)
+            return answer or Response()  # to nobody
         return events(about, asked, pieces, service.limits.timeout + _SENDING_SECONDS)
 
     async def tokenize(self, request: Request) -> Response:
-        content, model = fields.json_object(await request.body()), self._service.model
-        fields.refuse_unknown(content, ("model", "prompt", "add_special_tokens", "return_token_strs"))
-        requests.check_model(content, self._service.name)
-        text, separator = fields.text(content, "prompt"), model.tokenizer.separator_id
-        ids = (await anyio.to_thread.run_sync(model.tokenizer.encode, text)).tolist()
+        known = ("model", "prompt", "add_special_tokens", "return_token_strs")
+        content, tokenizer = await self._content(request, known), self._service.model.tokenizer
+        text = fields.text(fields.required(content, "prompt", "a text"), "prompt")
+        ids = (await anyio.to_thread.run_sync(tokenizer.encode, text)).tolist()
         # Elsewhere its name is text like any other. Alone it is how clients ask for its id.
-        if [text] == model.tokenizer.token_strings([separator]):
-            ids = [separator]
+        if [text] == tokenizer.token_strings([tokenizer.separator_id]):
+            ids = [tokenizer.separator_id]
         if fields.boolean(content, "add_special_tokens", True):
-            ids = [separator, *ids]
-        names = model.tokenizer.token_strings(ids)
-        context = model.config.model.context_length
+            ids = [tokenizer.separator_id, *ids]
+        context = self._service.model.config.model.context_length
+        names = tokenizer.token_strings(ids)
         return Json({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": names})
 
     async def detokenize(self, request: Request) -> Response:
-        content, model = fields.json_object(await request.body()), self._service.model
-        fields.refuse_unknown(content, ("model", "tokens"))
-        requests.check_model(content, self._service.name)
-        ids = requests.token_ids(content, "tokens", model.config.model.vocab_size)
+        content, model = await self._content(request, ("model", "tokens")), self._service.model
+        ids = requests.token_ids(model, content, "tokens")
         return Json({"prompt": await anyio.to_thread.run_sync(model.tokenizer.decode, ids)})
 
     def tokenizer_info(self, _request: Request) -> Response:
@@ -109,21 +112,13 @@ class _Api:
         return Json(model.tokenizer.config(model.config.model.context_length))
 
     async def neurons(self, request: Request) -> Response:
-        content, service = fields.json_object(await request.body()), self._service
-        fields.refuse_unknown(content, ("model", "prompt", "layers", "top"))
-        requests.check_model(content, service.name)
+        content, service = await self._content(request, ("model", "prompt", "layers", "top")), self._service
         config = service.model.config.model
         if not config.n_topk_layers:
             raise ApiError(400, f"{service.name} has no layer with TopK: its neurons are all active")
-        if content.get("prompt") is None:
-            raise fields.missing("prompt", "a text, or token ids")
-        prompt = content["prompt"]
-        ids = await anyio.to_thread.run_sync(requests.prompt_ids, service.model, prompt, service.limits)
-        if len(ids) > config.context_length:
-            message = (
-                f"prompt has {len(ids)} tokens: must be at most {config.context_length}, the model's context"
-            )
-            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        prompt = fields.required(content, "prompt", "a text, or token ids")
+        most = min(service.limits.prompt_tokens, config.context_length)
+        ids = await anyio.to_thread.run_sync(requests.prompt_ids, service.model, prompt, most)
         layers = content.get("layers")
         layers = list(range(config.n_topk_layers)) if layers is None else layers
         if not isinstance(layers, list) or any(
@@ -131,11 +126,17 @@ class _Api:
         ):
             allowed = f"an array of integers from 0 to {config.n_topk_layers - 1}, layers with TopK"
             raise fields.wrong("layers", layers, allowed)
-        most = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
-        found = await service.call(lambda: neurons.active(service.model, service.buckets, ids))
+        top = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
+        found = await service.call(lambda: service.active_neurons(ids))
         first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
-        tokens = neurons.described(service.model, ids, found, first=first, layers=layers, most=most)
+        tokens = _described(service.model, ids, found, layers, top)[first:]
         return Json({"object": "neurons", "model": service.name, "tokens": tokens})
+
+    async def _content(self, request: Request, known: Sequence[str]) -> dict[str, Any]:
+        content = fields.json_object(await request.body())
+        fields.refuse_unknown(content, known)
+        requests.check_model(content, self._service.name)
+        return content
 
     def _model(self) -> dict[str, Any]:
         service = self._service
@@ -149,28 +150,44 @@ class _Api:
         }
 
 
-def _mistake(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
+def _described(
+    model: LanguageModel,
+    ids: Sequence[int],
+    found: tuple[np.ndarray, np.ndarray],
+    layers: Sequence[int],
+    most: int,
+) -> list[dict[str, Any]]:
+    """Lists the strongest neurons of some layers, from `Service.active_neurons`, for each token."""
+    indices, values = (array.tolist() for array in found)
+
+    def of_layer(layer: int, position: int) -> dict[str, Any]:
+        pairs = zip(indices[layer][position], values[layer][position], strict=True)
+        kept = [(neuron, value) for neuron, value in pairs if value != 0][:most]
+        return {"layer": layer, "neurons": [n for n, _ in kept], "values": [value for _, value in kept]}
+
+    names = model.tokenizer.token_strings(ids)
+    return [
+        {"position": at, "id": ids[at], "token": names[at], "layers": [of_layer(i, at) for i in layers]}
+        for at in range(len(ids))
+    ]
 
 
-def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _http_error(request: Request, error: HTTPException) -> Response:
+    path, text = request.scope["path"], error.detail
     if error.status_code == 404:
-        return ApiError(
-            404, f"there is nothing at {request.scope['path']}: see /v1/models, /v1/completions"
-        ).response()
+        text = f"there is nothing at {path}: see /v1/models, /v1/completions"
     if error.status_code == 405:
-        answer = ApiError(
-            405, f"{request.method} is not for {request.scope['path']}: use another method"
-        ).response()
-        answer.headers.update(error.headers or {})
-        return answer
-    return ApiError(error.status_code, error.detail).response()
+        text = f"{request.method} is not for {path}: use another method"
+    answer = ApiError(error.status_code, text).response()
+    answer.headers.update(error.headers or {})
+    return answer
 
 
-def _bug(_request: Request, _error: Exception) -> Response:
-    return ApiError(500, "a fault of the server, which its terminal tells of").response()
+def refused(status: int, message: str) -> Response:
+    """Returns the answer with which `Guard` refuses a request."""
+    answer = ApiError(status, message).response()
+    answer.headers["connection"] = "close"
+    return answer
 
 
 def serve(
@@ -182,12 +199,8 @@ def serve(
 ) -> None:
     """Answers until Ctrl-C, or until the process is asked to end; then sequences have a time of grace.
 
-    Args:
-        service: It answers; its engine has been started, and is closed in the end.
-        listening: From `topklm.web.server.listen`.
-        host: Where it listens.
-        token: Has to be sent by clients as their API key; None: they need none.
-        ready: Called with the address, once it answers.
+    The engine of the service has been started, and is closed in the end. Clients have to send the token, if
+    there is one, as their API key. `ready` is called with the address, once it is answered there.
     """
     port = listening.getsockname()[1]
     guarded = Guard(

@@ -1,19 +1,41 @@
-"""Fields of a JSON object that somebody sent, read with care."""
+"""Fields of a JSON object that somebody sent, read with care, and errors as OpenAI's clients expect them."""
 
 from collections.abc import Collection
 import json
 from typing import Any
 
-from topklm.server.errors import ApiError
-from topklm.web.client import from_json, kind_of
+from starlette.responses import Response
+
+from topklm.errors import one_line
+from topklm.web.http import Json, from_json, kind_of
+
+FAULT = "a fault of the server, which its terminal tells of"
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
+_AGAIN_SECONDS = 1  # after which a client that was refused may try again
+
+
+class ApiError(Exception):
+    """A request that is not carried out: status of HTTP, the field that is wrong, and a code for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(one_line(message))
+        self.status, self.param, self.code = status, param, code or _CODES.get(status)
+
+    def content(self) -> dict:
+        """Returns {"error": {"message", "type", "param", "code"}}."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """Returns the answer."""
+        headers = {"retry-after": str(_AGAIN_SECONDS)} if self.status in (429, 503) else None
+        return Json(self.content(), self.status, headers)
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Parses the body of a request.
-
-    Raises:
-        ApiError: If it is no JSON object.
-    """
+    """Parses the body of a request; raises ApiError if it is no JSON object."""
     try:
         return from_json(body)
     except ValueError as e:
@@ -22,11 +44,9 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 def refuse_unknown(content: dict[str, Any], known: Collection[str]) -> None:
     """Raises ApiError for a field that there is not; a name that is mistyped must not pass for nothing."""
-    for name in content:
-        if name not in known:
-            raise ApiError(
-                400, f"there is no field {name[:50]!r}: there are {', '.join(sorted(known))}", name[:50]
-            )
+    if unknown := [name[:50] for name in content if name not in known]:
+        message = f"there is no field {unknown[0]!r}: there are {', '.join(sorted(known))}"
+        raise ApiError(400, message, unknown[0])
 
 
 def boolean(content: dict[str, Any], name: str, default: bool) -> bool:
@@ -62,16 +82,17 @@ def number(content: dict[str, Any], name: str, default: float) -> float:
         raise wrong(name, value, "a number") from e
 
 
-def text(content: dict[str, Any], name: str) -> str:
-    """Returns a text; raises ApiError if there is none."""
-    value = content.get(name)
+def required(content: dict[str, Any], name: str, allowed: str) -> Any:
+    """Returns the value of a field that must be there."""
+    if content.get(name) is None:
+        raise ApiError(400, f"{name} is missing: send {allowed}", name)
+    return content[name]
+
+
+def text(value: Any, name: str) -> str:
+    """Returns the value of a field, a text that can be written as UTF-8; raises ApiError for another."""
     if not isinstance(value, str):
-        raise wrong(name, value, "a text") if name in content else missing(name, "a text")
-    return checked_text(value, name)
-
-
-def checked_text(value: str, name: str) -> str:
-    """Returns a text if it can be written as UTF-8; raises ApiError if not."""
+        raise wrong(name, value, "a text")
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -79,11 +100,6 @@ def checked_text(value: str, name: str) -> str:
             400, f"{name}: half of a surrogate pair stands alone in it; send whole characters", name
         ) from e
     return value
-
-
-def missing(name: str, allowed: str) -> ApiError:
-    """Makes the error of a field that must be there."""
-    return ApiError(400, f"{name} is missing: send {allowed}", name)
 
 
 def wrong(name: str, value: Any, allowed: str) -> ApiError:

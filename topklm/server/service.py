@@ -1,7 +1,7 @@
 """A model, the engine that decodes with it, and their answer to one request."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 import contextlib
 import functools
 import time
@@ -9,42 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from topklm.inference.bucketing import ServingBuckets
-from topklm.inference.engine import ClosedError, Engine, FullError
+from topklm.inference.engine import ClosedError, Engine, FullError, SequenceUpdate
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sequence import Sequence as TokenSequence
-from topklm.inference.sequence import SequenceUpdate
+from topklm.inference.sequence import ServingBuckets
 from topklm.inference.steps import Scores, scores_of_prompt
-from topklm.server import neurons
 from topklm.server.answers import Choice
-from topklm.server.errors import ApiError
-from topklm.server.limits import Limits
-from topklm.server.requests import Completion
+from topklm.server.fields import FAULT, ApiError
+from topklm.server.requests import Completion, Limits
 
-_FAULT = "a fault of the server, which its terminal tells of"
+_NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32))
 
 
 class Service:
-    """Answers the requests to a server's addresses.
-
-    Attributes:
-        model: It completes prompts.
-        name: Of the model, in requests.
-        limits: See `Limits`.
-        began: Seconds since 1970.
-    """
+    """Answers the requests to a server's addresses."""
 
     def __init__(self, model: LanguageModel, name: str, limits: Limits, n_slots: int | None = None):
-        """Makes an engine; `n_slots`: sequences decoded together, default as in `ServingBuckets.of`."""
+        """Makes an engine for a model, of this name in requests; `n_slots` as in `ServingBuckets.of`."""
         self.model, self.name, self.limits = model, name, limits
-        self.began = int(time.time())
-        self.buckets = ServingBuckets.of(model.config.model, n_slots)
+        self.began = int(time.time())  # seconds since 1970
+        config = model.config.model
+        self.buckets = ServingBuckets.of(config, n_slots)
         self.engine = Engine(
-            model.config.model,
-            model.params,
-            model.tokenizer.separator_id,
-            buckets=self.buckets,
-            most_waiting=limits.waiting,
+            config, model.params, model.tokenizer.separator_id, self.buckets, most_waiting=limits.waiting
         )
         self.closing = False
         self._listening: set[asyncio.Queue[list[SequenceUpdate] | None]] = set()  # None: grace is over
@@ -53,7 +40,7 @@ class Service:
         """Starts the engine, see `Engine.start`; the programs for neurons are compiled too."""
         if warm_up is not None and self.model.config.model.n_topk_layers:
             for length in self.buckets.prompts:
-                neurons.active(self.model, self.buckets, [0] * length)
+                self.active_neurons([0] * length)
         self.engine.start(warm_up)
 
     def stop(self) -> None:
@@ -65,6 +52,18 @@ class Service:
                 updates.put_nowait(None)
 
         asyncio.get_running_loop().call_later(self.limits.grace, end)
+
+    def active_neurons(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the neurons int32[S, T, k] of the TopK layers on one text, the strongest first.
+
+        With them their activations, float32[S, T, k], 0 where none is active. Lengths are rounded up to those
+        that `start` has compiled programs for.
+        """
+        padded = np.zeros((1, self.buckets.prompt(len(ids))), np.int32)
+        padded[0, : len(ids)] = ids
+        found = self.model.run_with_cache(padded)[1].neurons
+        values = np.asarray(found.values)[:, 0, : len(ids)].astype(np.float32)
+        return np.asarray(found.indices)[:, 0, : len(ids)], values
 
     async def pieces(self, asked: Completion) -> AsyncIterator[dict[str, Any]]:
         """Yields pieces of the choices of an answer as they come, each as OpenAI has it; then {"usage": ...}.
@@ -84,7 +83,12 @@ class Service:
             for index, one in enumerate(asked.sequences)
         }
         going = set(choices)
-        self._submit(asked.sequences, on_update)
+        try:
+            with self._unless_stopping():
+                self.engine.submit(asked.sequences, on_update)
+        except FullError as e:
+            text = f"too many texts wait already (at most {self.limits.waiting} do): try again in a moment"
+            raise ApiError(429, text) from e
         self._listening.add(updates)
         try:
             if asked.echo:
@@ -96,7 +100,7 @@ class Service:
                     raise _stopping()
                 for one, tokens, finished in some:
                     if finished == "failed":
-                        raise ApiError(500, _FAULT)
+                        raise ApiError(500, FAULT)
                     if finished == "closed":
                         raise _stopping()
                     piece = choices[one].add(tokens, finished) if one in going else None
@@ -108,40 +112,28 @@ class Service:
         finally:
             self._listening.discard(updates)
             self.engine.abort(list(going))
-        n_prompt, n_new = sum(map(len, asked.prompts)), sum(choice.n_new for choice in choices.values())
+        n_prompt = sum(one.n_prompt for one in asked.sequences[:: asked.n])
+        n_new = sum(choice.n_new for choice in choices.values())
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
         yield {"usage": usage}
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """Calls a function that uses the model, between the engine's tokens, and returns its result.
+    async def call(self, function: Callable[[], Any], deadline: float | None = None) -> Any:
+        """Returns the result of a function that is called between the engine's tokens; raises as `pieces`."""
 
-        Raises:
-            ApiError: If the time is up, or the server is being stopped.
-        """
+        async def called() -> Any:
+            with self._unless_stopping():
+                return await asyncio.wrap_future(self.engine.call(function))
+
         return await self._in_time(
-            self._called(function), asyncio.get_running_loop().time() + self.limits.timeout
+            called(), deadline or asyncio.get_running_loop().time() + self.limits.timeout
         )
 
-    async def _called(self, function: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _unless_stopping(self) -> Iterator[None]:
         if self.closing:
             raise _stopping()
         try:
-            return await asyncio.wrap_future(self.engine.call(function))
-        except ClosedError as e:
-            raise _stopping() from e
-
-    def _submit(
-        self, sequences: Sequence[TokenSequence], on_update: Callable[[list[SequenceUpdate]], None]
-    ) -> None:
-        if self.closing:
-            raise _stopping()
-        try:
-            self.engine.submit(sequences, on_update)
-        except FullError as e:
-            most = self.limits.waiting
-            raise ApiError(
-                429, f"too many texts wait already (at most {most} do): try again in a moment"
-            ) from e
+            yield
         except ClosedError as e:
             raise _stopping() from e
 
@@ -158,23 +150,15 @@ class Service:
     ) -> AsyncIterator[dict[str, Any]]:
         found: Scores | None = None
         for number, one in enumerate(asked.sequences):
-            if asked.logprobs is not None and number % asked.n == 0 and one.n_prompt > 1:
-                found = await self._in_time(
-                    self._called(functools.partial(self._prompt_scores, one)), deadline
-                )
-            elif asked.logprobs is not None and one.n_prompt == 1:
+            if asked.logprobs is not None and one.n_prompt == 1:
                 found = _NO_SCORES
+            elif asked.logprobs is not None and number % asked.n == 0:
+                found = await self.call(functools.partial(self._prompt_scores, one), deadline)
             yield choices[one].echo(found)
 
     def _prompt_scores(self, sequence: TokenSequence) -> Scores:
-        model = self.model
         size = self.buckets.prompt(sequence.n_prompt)
-        return scores_of_prompt(
-            model.config.model, model.params, sequence, model.tokenizer.separator_id, size
-        )
-
-
-_NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32))
+        return scores_of_prompt(self.model.config.model, self.model.params, sequence, size)
 
 
 def _stopping() -> ApiError:

@@ -18,7 +18,7 @@ text is used twice. Dims: N neurons, M tokens of a concept, V vocabulary.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
+import importlib.util
 import re
 
 import jax
@@ -28,7 +28,10 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
+from topklm.neurons.dictionary import check_coordinates
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import entropy
 from topklm.neurons.store import NeuronBlock, Store
 
@@ -102,14 +105,100 @@ def raised_tokens(config: ModelConfig, params: transformer.Parameters, neuron: i
     That lens is row `neuron` of diag(scale of the final norm) @ unembedding; see `statistics.lenses`, which
     needs no measuring. It is the same for all layers.
     """
-    return np.asarray(_raised(config, params, np.int32(neuron), min(N_TOKENS, config.vocab_size)), np.int64)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _raised(config: ModelConfig, params: transformer.Parameters, neuron: jax.Array, n: int) -> jax.Array:
     model = transformer.bind(config, params)
     effects_V = model.final_norm.scale[...][neuron] * model.unembedding()[neuron, : config.vocab_size]
-    return jax.lax.top_k(effects_V.astype(jnp.float32), n)[1]
+    tokens = jax.lax.top_k(effects_V.astype(jnp.float32), min(N_TOKENS, config.vocab_size))[1]
+    return np.asarray(tokens, np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronFacts:
+    """Facts of one neuron from a run's folder, where it has been harvested and measured.
+
+    Attributes:
+        n_active: Tokens at which it is active.
+        n_tokens: On which it was measured.
+        max_activation: None for a dead neuron.
+        input_tokens: That make up most of its activation, the first most.
+        raised_tokens: That it raises most by the averaged Jacobian lens.
+    """
+
+    n_active: int
+    n_tokens: int
+    max_activation: float | None
+    input_tokens: tuple[int, ...]
+    raised_tokens: tuple[int, ...]
+
+
+def read_facts(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
+    """Reads what is known; None if the layer was not measured, or the extra that reads it is not installed.
+
+    Raises:
+        UserError: If the file is damaged, or was measured on another store than lies beside it.
+    """
+    if not folder.table.exists() or importlib.util.find_spec("pyarrow") is None:
+        return None
+    # Parquet needs a package of the extra.
+    from topklm.neurons.statistics import table  # noqa: PLC0415
+
+    rows, measured = table.read(folder.table)
+    if folder.store.exists():
+        table.check_same(folder.table, measured, Store(folder.store))
+    check_coordinates(measured.dictionary, "steer")
+    if layer not in measured.layers:
+        return None
+    # Sorted by layer and neuron.
+    row = rows.slice(measured.layers.index(layer) * measured.d_model + neuron, 1).to_pylist()[0]
+    return NeuronFacts(
+        row["n_active"],
+        measured.n_tokens,
+        row["max_activation"],
+        tuple(row["top_tokens"] or ()),
+        tuple(row["jacobian_top"] or ()),
+    )
+
+
+def own_concepts(
+    model: LanguageModel, folder: NeuronsFolder | None, facts: NeuronFacts | None, layer: int, neuron: int
+) -> list[Concept]:
+    """Returns the neuron's own tokens, of each kind that there is something to read from.
+
+    "input", its top input tokens, if it has been measured; "next", the tokens that follow it more than they
+    do elsewhere, if it has been harvested; "raised", those that it raises most, by the averaged Jacobian lens
+    if it has been measured, else by the identity lens, which the parameters suffice for. Only the last kind
+    says what the neuron does by construction: it is no evidence that steering works.
+
+    Args:
+        model: The model.
+        folder: Where its activations are; None: nowhere.
+        facts: From `read_facts`.
+        layer: Of the neuron.
+        neuron: Its number.
+    """
+    kinds: list[tuple[str, str, Sequence[int]]] = []
+    if facts and facts.input_tokens:
+        source = f"its top input tokens on {facts.n_tokens:,} measured tokens"
+        kinds.append(("input", source, facts.input_tokens))
+    if following := _following(model, folder, layer, neuron):
+        source = "the tokens that follow it more than they do elsewhere in the harvested text"
+        kinds.append(("next", source, following))
+    if facts and facts.raised_tokens:
+        lens, raised = "averaged Jacobian lens", facts.raised_tokens
+    else:
+        lens = "identity lens (it has not been measured)"
+        raised = tuple(raised_tokens(model.cfg, model.params, neuron).tolist())
+    kinds.append(("raised", f"the tokens that it raises most by the {lens}", raised))
+    return [of_tokens(*kind, model.tokenizer) for kind in kinds]
+
+
+def _following(model: LanguageModel, folder: NeuronsFolder | None, layer: int, neuron: int) -> Sequence[int]:
+    if folder is None or not folder.store.exists():
+        return ()
+    store = Store(folder.store)
+    if store.metadata.tokenizer_sha256 != model.tokenizer.sha256 or layer not in store.metadata.layers:
+        return []
+    found = ConceptReader(store, model.cfg.vocab_size).read(layer, [neuron])
+    return token_sets(found, "next")[0].tolist() if len(found.neurons) else []
 
 
 SIZE = entropy.TOP_TOKENS
@@ -127,18 +216,15 @@ class Concepts:
         layer: Of the model.
         neurons: int64[N], those that are active in the text read, rising.
         tokens: int32[N, 3, M], ids by falling score, one set for each of `KINDS`; `NO_TOKEN` after the last.
-        shares: float64[N, 3], the part of the neuron's strength that the tokens of a set make up; for "next",
-            of the strength at tokens that another follows.
     """
 
     layer: int
     neurons: np.ndarray
     tokens: np.ndarray
-    shares: np.ndarray
 
     def __getitem__(self, rows: np.ndarray) -> "Concepts":
         """Returns those of some neurons, by a mask or their rows."""
-        return Concepts(self.layer, self.neurons[rows], self.tokens[rows], self.shares[rows])
+        return Concepts(self.layer, self.neurons[rows], self.tokens[rows])
 
 
 class ConceptReader:
@@ -183,21 +269,15 @@ class ConceptReader:
         if neurons is not None:
             bounds = [(neuron, neuron + 1) for neuron in neurons]
         parts = [self._of_block(layer, begin, end) for begin, end in bounds]
-        alive, tokens, shares = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Concepts(layer, alive, tokens, shares)
+        return Concepts(layer, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _of_block(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _of_block(self, layer: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         block = self._store.block(layer, begin, end)
-        here = self._by_token(block, self._tokens)
-        following = self._by_token(block, self._next)
+        here, following = (self._by_token(block, ids) for ids in (self._tokens, self._next))
         alive = np.flatnonzero(here.sum(axis=1) > 0)
-        here, following = here[alive], following[alive]
-        p_here = _normalised(here)
-        scores = (p_here, self._distinctness(p_here), self._distinctness(_normalised(following)))
-        strengths = here, here, following
-        found = [_largest(*of_kind) for of_kind in zip(scores, strengths, strict=True)]
-        tokens, shares = zip(*found, strict=True)
-        return begin + alive, np.stack(tokens, axis=1), np.stack(shares, axis=1)
+        p_here, p_next = _normalised(here[alive]), _normalised(following[alive])
+        scores = (p_here, self._distinctness(p_here), self._distinctness(p_next))
+        return begin + alive, np.stack([_largest(of_kind) for of_kind in scores], axis=1)
 
     def _by_token(self, block: NeuronBlock, token_ids: np.ndarray) -> np.ndarray:
         """Returns float64[n, V], as `entropy.by_group`, of the documents that are read."""
@@ -224,13 +304,9 @@ def _normalised(strengths_NV: np.ndarray) -> np.ndarray:
     return strengths_NV / np.where(totals > 0, totals, 1.0)
 
 
-def _largest(scores_NV: np.ndarray, strengths_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens with the largest scores, int32[N, M], and their share of strength, float64[N]."""
+def _largest(scores_NV: np.ndarray) -> np.ndarray:
+    """Returns the tokens with the largest scores above 0, int32[N, M], then `NO_TOKEN`."""
     tokens = np.full((len(scores_NV), SIZE), NO_TOKEN, np.int32)
     for row, (ids, _) in enumerate(entropy.top_tokens(np.maximum(scores_NV, 0.0), SIZE)):
         tokens[row, : len(ids)] = ids
-    of_tokens = np.take_along_axis(strengths_NV, np.maximum(tokens, 0), axis=1)
-    totals = strengths_NV.sum(axis=1)
-    return tokens, np.where(tokens != NO_TOKEN, of_tokens, 0.0).sum(axis=1) / np.where(
-        totals > 0, totals, 1.0
-    )
+    return tokens

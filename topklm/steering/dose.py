@@ -1,6 +1,17 @@
 """The dose-response of a neuron: the same prompts continued with it set to one value after another.
 
 A sample has the same seed at every value, so texts that lie side by side differ by the neuron alone.
+
+    rate           hits of a concept (`concepts.Concept`) for each generated token
+    perplexity     exp of the unsteered model's mean loss, nats, of the generated tokens, each given the
+                   prompt and those before; low is not always good: a text that repeats itself has little
+    distinct-n     distinct n-grams of a text's tokens for each of its tokens (Li et al. 2016,
+                   arXiv:1510.03055), of each text by itself, since steering may make one repeat itself;
+                   n-grams do not reach into the prompt
+
+Each figure of many texts is a ratio of sums over texts (for distinct-n, the mean over texts). Intervals are
+the middle 95 % of `RESAMPLES` ratios of texts drawn with replacement (percentile bootstrap), in whole
+groups: all texts of a prompt are drawn together, for they have much in common.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +20,9 @@ import dataclasses
 import numpy as np
 
 from topklm.errors import ArgumentError
-from topklm.inference.generate import Generation
-from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.sampling import Sampling
-from topklm.steering import text_metrics
 from topklm.steering.concepts import Concept
-from topklm.steering.text_metrics import Estimate
 
 DISTINCT = (1, 2, 3)
 PROMPTS = (
@@ -29,8 +35,9 @@ PROMPTS = (
     "After that,",
     "She said that",
 )
+RESAMPLES = 2000
 
-_MAX_ROWS = 64  # texts that are generated together
+_MAX_ROWS = 64  # texts that are run together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,21 @@ class Sampled:
     max_new_tokens: int = 40
     temperature: float = 0.7
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval.
+
+    Attributes:
+        value: NaN where there is nothing to take it of.
+        low: NaN, as `high`, where there are fewer than two groups to draw from.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,97 +125,116 @@ def respond(
     if not sampled.prompts or sampled.samples < 1:
         given = f"{sampled.samples} of {len(sampled.prompts)} prompts"
         raise ArgumentError(field="samples", value=given, allowed="1 or more of 1 or more")
-    ids = [np.asarray(model.to_tokens(text))[0].tolist() for text in sampled.prompts]
-    longest, context = max(map(len, ids)), model.config.model.context_length
+    prompts = [np.asarray(model.to_tokens(text))[0].tolist() for text in sampled.prompts]
+    longest, context = max(map(len, prompts)), model.cfg.context_length
     if longest + sampled.max_new_tokens > context:
         text = f"a prompt of {longest} tokens and its continuation must fit the model's context of {context}"
         advice = "ask for fewer, or shorten the prompt"
         raise ArgumentError(text, field="max_new_tokens", value=sampled.max_new_tokens, advice=advice)
-    rows = [
-        (value, prompt, sample)
-        for value in (None, *values)
-        for prompt in range(len(ids))
-        for sample in range(sampled.samples)
-    ]
-    done: list[list[int]] = []
-    for first in range(0, len(rows), _MAX_ROWS):
-        part = rows[first : first + _MAX_ROWS]
-        # Filled up to one number of rows, so that nothing is compiled for the last ones.
-        filled = part + part[-1:] * (min(_MAX_ROWS, len(rows)) - len(part))
-        done += _generate(model, neuron, filled, ids, sampled, mode, positions)[: len(part)]
-        report(len(part))
-    each = len(ids) * sampled.samples
-    prompts = [ids[prompt] for _, prompt, _ in rows[:each]]
+    rows = [(value, prompt) for value in (None, *values) for prompt in prompts]
+    size = min(_MAX_ROWS, len(rows))
+    written: list[list[list[int]]] = [[] for _ in rows]  # of each row its samples
+    for seed in range(sampled.seed, sampled.seed + sampled.samples):
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            # Filled up to one number of rows, so that nothing is compiled for the last ones.
+            part += part[-1:] * (size - len(part))
+            steer = [
+                Intervention(*neuron, value, mode, positions, row)
+                for row, (value, _) in enumerate(part)
+                if value is not None
+            ]
+            asked = [np.array(prompt, np.int32) for _, prompt in part]
+            found = model.generate(
+                asked, sampled.max_new_tokens, sampled.temperature, seed, steer=steer, return_tokens=True
+            )
+            part_written = written[first : first + size]
+            for samples, prompt, text in zip(part_written, asked, found, strict=False):
+                samples.append(text.tokens[len(prompt) :].tolist())
+            report(len(part_written))
+    n = len(prompts)
     return [
-        _measure(model, value, prompts, done[number * each : (number + 1) * each], concepts, sampled)
+        _measure(model, value, prompts, written[number * n : (number + 1) * n], concepts)
         for number, value in enumerate((None, *values))
     ]
-
-
-def _generate(
-    model: LanguageModel,
-    neuron: tuple[int, int],
-    rows: Sequence[tuple[float | None, int, int]],
-    prompts: Sequence[list[int]],
-    sampled: Sampled,
-    mode: str,
-    positions: Positions,
-) -> list[list[int]]:
-    """Returns token ids of each row's continuation."""
-    steer = [
-        Intervention(*neuron, value, mode, positions, row)
-        for row, (value, _, _) in enumerate(rows)
-        if value is not None
-    ]
-    generation = Generation(
-        model.config.model,
-        model.params,
-        [prompts[prompt] for _, prompt, _ in rows],
-        [
-            Sampling(temperature=sampled.temperature, seed=sampled.seed + sample).check()
-            for _, _, sample in rows
-        ],
-        max_new_tokens=[sampled.max_new_tokens] * len(rows),
-        stop_token=model.tokenizer.separator_id,
-        interventions=InterventionBatch.of(model.config.model, steer),
-    )
-    while not generation.done:
-        generation.advance()
-    return [text[len(prompts[prompt]) :] for text, (_, prompt, _) in zip(generation.texts, rows, strict=True)]
 
 
 def _measure(
     model: LanguageModel,
     value: float | None,
     prompts: Sequence[list[int]],
-    continuations: Sequence[list[int]],
+    written: Sequence[list[list[int]]],
     concepts: Sequence[Concept],
-    sampled: Sampled,
 ) -> Response:
-    texts = [model.tokenizer.decode(tokens) for tokens in continuations]
-    lengths = np.array([len(tokens) for tokens in continuations], np.float64)
+    """Takes the figures of the samples of each prompt."""
+    rows = [(prompt, tokens) for prompt, samples in zip(prompts, written, strict=True) for tokens in samples]
+    texts = [model.tokenizer.decode(tokens) for _, tokens in rows]
+    samples = len(written[0])
+    lengths = np.array([len(tokens) for _, tokens in rows], np.float64)
     # With one prompt there is nothing but its samples to draw from.
-    by_prompt = np.repeat(np.arange(len(sampled.prompts)), sampled.samples)
-    groups = by_prompt if len(sampled.prompts) > 1 else np.arange(len(texts))
-    hits = {
-        concept.name: np.array([concept.count(*one) for one in zip(continuations, texts, strict=True)])
-        for concept in concepts
-    }
-    whole = [prompt + tokens for prompt, tokens in zip(prompts, continuations, strict=True)]
-    found = text_metrics.losses(model.config.model, model.params, whole, [len(prompt) for prompt in prompts])
-    total_losses = np.array([of_text.sum() for of_text in found])
-    varied = {n: np.array([text_metrics.distinct(tokens, n) for tokens in continuations]) for n in DISTINCT}
-    there_is = lengths > 0
+    groups = np.arange(len(rows)) // (samples if len(prompts) > 1 else 1)
+
+    def figure(numerators: Sequence[float], denominators: np.ndarray = lengths) -> Estimate:
+        return ratio(np.array(numerators, np.float64), denominators, groups)
+
+    loss = figure(
+        [
+            sum_
+            for first in range(0, len(rows), _MAX_ROWS)
+            for sum_ in _losses(model, rows[first : first + _MAX_ROWS])
+        ]
+    )
+    has_tokens = (lengths > 0).astype(np.float64)
     return Response(
         value=value,
-        texts=[texts[first : first + sampled.samples] for first in range(0, len(texts), sampled.samples)],
+        texts=[texts[first : first + samples] for first in range(0, len(texts), samples)],
         n_tokens=int(lengths.sum()),
         rates={
-            name: text_metrics.ratio(counts.astype(float), lengths, groups) for name, counts in hits.items()
+            concept.name: figure(
+                [concept.count(tokens, text) for (_, tokens), text in zip(rows, texts, strict=True)]
+            )
+            for concept in concepts
         },
-        perplexity=text_metrics.exp(text_metrics.ratio(total_losses, lengths, groups)),
-        distinct={
-            n: text_metrics.ratio(np.where(there_is, figures, 0.0), there_is.astype(float), groups)
-            for n, figures in varied.items()
-        },
+        perplexity=Estimate(*np.exp(dataclasses.astuple(loss)).tolist()),
+        distinct={n: figure([distinct(tokens, n) for _, tokens in rows], has_tokens) for n in DISTINCT},
     )
+
+
+def _losses(model: LanguageModel, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """Returns the sum of the unsteered model's losses of each text after its prompt, nats."""
+    if not any(tokens for _, tokens in rows):
+        return [0.0] * len(rows)
+    whole = [np.array(prompt + tokens, np.int32) for prompt, tokens in rows]
+    losses = np.asarray(model.loss(whole, per_token=True), np.float64)
+    return [
+        float(of_row[len(prompt) - 1 : len(prompt) + len(tokens) - 1].sum())
+        for of_row, (prompt, tokens) in zip(losses, rows, strict=True)
+    ]
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Returns distinct-n of one text; 0 without tokens."""
+    grams = {tuple(tokens[first : first + n]) for first in range(len(tokens) - n + 1)}
+    return len(grams) / max(len(tokens), 1)
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray) -> Estimate:
+    """Returns the sum of numerators over that of denominators, with its interval.
+
+    Args:
+        numerators: float64[n], one for each text.
+        denominators: float64[n].
+        groups: int[n], from 0: texts that are drawn together.
+    """
+    total = denominators.sum()
+    value = float(numerators.sum() / total) if total else float("nan")
+    count = int(groups.max()) + 1 if len(groups) else 0
+    if count < 2 or not total:
+        return Estimate(value, float("nan"), float("nan"))
+    above = np.bincount(groups, numerators, count)
+    below = np.bincount(groups, denominators, count)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = (drawn @ above) / (drawn @ below)
+    low, high = np.nanquantile(ratios, (0.025, 0.975))
+    return Estimate(value, float(low), float(high))

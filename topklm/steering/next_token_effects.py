@@ -6,8 +6,6 @@ program. Computed in float32, whatever the dtype of the model. Dims: R treatment
 R x C rows, V vocabulary, D d_model, L layers, N concepts of K kinds with M tokens each.
 """
 
-import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,19 +51,24 @@ class TreatmentEffects(NamedTuple):
     losses: Any
 
 
-def unsteered(config: ModelConfig, params: transformer.Parameters, tokens_CT: np.ndarray) -> Unsteered:
+@transformer.jit_in_float32
+def unsteered(config: ModelConfig, params: transformer.Parameters, tokens_CT: jax.Array) -> Unsteered:
     """Runs the model as it is, on prompts int32[C, T]."""
-    with jax.default_matmul_precision("float32"):
-        return Unsteered(*_unsteered(_in_float32(config), params, tokens_CT))
+    model = transformer.bind(config, params)
+    h_CTD, states_LCTD = model.hidden(tokens_CT, capture=lambda _h, _u, h_next: h_next)
+    norms_LCT = jnp.linalg.norm(states_LCTD, axis=-1)
+    log_p_CV = jax.nn.log_softmax(model.logits(h_CTD[:, -1]))
+    return Unsteered(states_LCTD, log_p_CV, norms_LCT[:, :, 1:].mean(axis=(1, 2)))
 
 
+@transformer.jit_in_float32
 def add_vectors(
     config: ModelConfig,
     params: transformer.Parameters,
-    layer: int,
-    vectors_RD: np.ndarray,
-    following_C: np.ndarray,
-    concepts_NKM: np.ndarray,
+    layer: int | jax.Array,
+    vectors_RD: jax.Array,
+    following_C: jax.Array,
+    concepts_NKM: jax.Array,
     before: Unsteered,
 ) -> TreatmentEffects:
     """Measures the effects of R vectors, each added at every position of every prompt.
@@ -79,26 +82,36 @@ def add_vectors(
         concepts_NKM: int32, ids, `NO_TOKEN` where there is none.
         before: Of the prompts, from `unsteered`.
     """
-    vectors_RD = vectors_RD.astype(np.float32)
-    rest = following_C, concepts_NKM, before.log_p
-    with jax.default_matmul_precision("float32"):
-        return _add_vectors(
-            _in_float32(config), params, np.int32(layer), before.states[layer], vectors_RD, *rest
-        )
+    model, state_CTD = transformer.bind(config, params), before.states[layer]
+    r, (c, t, d) = len(vectors_RD), state_CTD.shape
+    rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
+
+    def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
+        return end_layer(config, a_BTD, written_BTD, number < config.n_topk_layers)
+
+    h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)
+    # The layers up to the one that is changed are the same for all.
+    h_BTD = jax.lax.fori_loop(layer + 1, config.n_layers, run_layer, h_BTD)
+    logits_RCV = model.logits(model.final_norm(h_BTD[:, -1])).reshape(r, c, -1)
+    return _effects(logits_RCV, following_C, concepts_NKM, before.log_p)
 
 
+@transformer.jit_in_float32
 def change_prompts(
     config: ModelConfig,
     params: transformer.Parameters,
-    tokens_RCT: np.ndarray,
-    following_C: np.ndarray,
-    concepts_NKM: np.ndarray,
+    tokens_RCT: jax.Array,
+    following_C: jax.Array,
+    concepts_NKM: jax.Array,
     before: Unsteered,
 ) -> TreatmentEffects:
     """Measures the effects of R other ways to write the prompts, int32[R, C, T]; as `add_vectors`."""
-    rest = following_C, concepts_NKM, before.log_p
-    with jax.default_matmul_precision("float32"):
-        return _change_prompts(_in_float32(config), params, tokens_RCT, *rest)
+    model = transformer.bind(config, params)
+    r, c, t = tokens_RCT.shape
+    h_BTD, _ = model.hidden(tokens_RCT.reshape(r * c, t))
+    logits_RCV = model.logits(h_BTD[:, -1]).reshape(r, c, -1)
+    return _effects(logits_RCV, following_C, concepts_NKM, before.log_p)
 
 
 def treatments_at_once(config: ModelConfig, n_prompts: int, concepts_NKM: np.ndarray) -> int:
@@ -111,73 +124,17 @@ def treatments_at_once(config: ModelConfig, n_prompts: int, concepts_NKM: np.nda
     return max(1, int(1 / of_one))
 
 
-def _in_float32(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, dtype="float32")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unsteered(
-    config: ModelConfig, params: transformer.Parameters, tokens_CT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = transformer.bind(config, params)
-    h_CTD, states_LCTD = model.hidden(tokens_CT, capture=lambda _h, _u, h_next: h_next)
-    norms_LCT = jnp.linalg.norm(states_LCTD, axis=-1)
-    return states_LCTD, jax.nn.log_softmax(model.logits(h_CTD[:, -1])), norms_LCT[:, :, 1:].mean(axis=(1, 2))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _add_vectors(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    layer: jax.Array,
-    state_CTD: jax.Array,
-    vectors_RD: jax.Array,
-    following_C: jax.Array,
-    concepts_NKM: jax.Array,
-    before_CV: jax.Array,
-) -> TreatmentEffects:
-    model = transformer.bind(config, params)
-    r, (c, t, d) = len(vectors_RD), state_CTD.shape
-    rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
-
-    def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
-        return end_layer(config, a_BTD, written_BTD, number < config.n_topk_layers)
-
-    h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)
-    # The layers up to the one that is changed are the same for all.
-    h_BTD = jax.lax.fori_loop(layer + 1, config.n_layers, run_layer, h_BTD)
-    logits_RCV = model.logits(model.final_norm(h_BTD[:, -1])).reshape(r, c, -1)
-    return _effects(logits_RCV, following_C, concepts_NKM, before_CV)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _change_prompts(
-    config: ModelConfig,
-    params: transformer.Parameters,
-    tokens_RCT: jax.Array,
-    following_C: jax.Array,
-    concepts_NKM: jax.Array,
-    before_CV: jax.Array,
-) -> TreatmentEffects:
-    model = transformer.bind(config, params)
-    r, c, t = tokens_RCT.shape
-    h_BTD, _ = model.hidden(tokens_RCT.reshape(r * c, t))
-    logits_RCV = model.logits(h_BTD[:, -1]).reshape(r, c, -1)
-    return _effects(logits_RCV, following_C, concepts_NKM, before_CV)
-
-
 def _effects(
     logits_RCV: jax.Array, following_C: jax.Array, concepts_NKM: jax.Array, before_CV: jax.Array
 ) -> TreatmentEffects:
     after_RCV = jax.nn.log_softmax(logits_RCV)
     divergences_RC = jnp.sum(jnp.exp(after_RCV) * (after_RCV - before_CV), axis=-1)
     losses_RC = (before_CV - after_RCV)[:, jnp.arange(len(following_C)), following_C]
-    gains_RCNK = of_concepts(after_RCV, concepts_NKM) - of_concepts(before_CV, concepts_NKM)
+    gains_RCNK = _of_concepts(after_RCV, concepts_NKM) - _of_concepts(before_CV, concepts_NKM)
     return TreatmentEffects(gains_RCNK.mean(axis=1), divergences_RC.mean(axis=1), losses_RC.mean(axis=1))
 
 
-def of_concepts(log_p: jax.Array, concepts_NKM: jax.Array) -> jax.Array:
+def _of_concepts(log_p: jax.Array, concepts_NKM: jax.Array) -> jax.Array:
     """Computes ln P(the token is one of a concept's), float32[..., N, K], from log-probabilities [..., V].
 
     A concept without tokens has 0: nothing changes for it.

@@ -7,18 +7,23 @@ next token after each prompt is measured. Definitions of verdicts: `significance
 both are ours. Memory does not grow with the text beyond a few bytes for each token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
+import math
+from typing import Any
 
 import numpy as np
 
 from topklm.config import ModelConfig
+from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.model import transformer
+from topklm.neurons.statistics.lenses import spread_ends
 from topklm.neurons.store import Store
 from topklm.progress import Progress
 from topklm.steering import next_token_effects, significance
-from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts
+from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts, token_sets
 from topklm.steering.next_token_effects import TreatmentEffects, Unsteered
 from topklm.steering.significance import MeasuredLayer, Verdicts
 
@@ -68,8 +73,7 @@ def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: 
             f"{store.folder} has {len(starts):,} places for a prompt of {last} tokens in its documents of "
             f"odd number, {n} are needed: harvest more text"
         )
-    shares = (np.arange(n) + np.random.default_rng(seed).random(n)) / n
-    chosen = starts[(shares * len(starts)).astype(np.int64)]
+    chosen = starts[spread_ends(len(starts), n, seed)]
     stored = store.tokens(0, store.n_tokens)
     text = stored[chosen[:, None] + np.arange(length)].astype(np.int32)
     separators = np.full((n, 1), separator_id, np.int32)
@@ -102,32 +106,20 @@ class SurveySettings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prompting:
-    """The effect of prompting with a concept: the control beside steering.
-
-    All tokens of a concept, one after another, stand between the separator and the prompt. Concepts of each
-    kind are prompted with their own tokens.
-
-    Attributes:
-        gains: float32[N, P], of a neuron's concepts of the kinds `PROMPTED`, nats.
-        divergences: float32[N, P], from the prompt alone, nats.
-    """
-
-    gains: np.ndarray
-    divergences: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """All that is known of a layer.
+    """Results of a layer.
+
+    The control beside steering is to prompt with a concept: all its tokens, one after another, stand between
+    the separator and the prompt. Concepts of each kind are prompted with their own tokens.
 
     Attributes:
         concepts: Of its N neurons.
         n_alive: Neurons with activations; N, or more if some were drawn.
-        norm: Mean length of what it hands on, which strength 1 stands for.
-        measured: TreatmentEffects of steering.
+        norm: Mean length of its output, which strength 1 stands for.
+        measured: Effects of steering.
         verdicts: On them.
-        prompting: TreatmentEffects of prompting.
+        prompting_gains: float32[N, P], of a neuron's concepts of the kinds `PROMPTED`, nats.
+        prompting_divergences: float32[N, P], from the prompt alone, nats.
     """
 
     concepts: Concepts
@@ -135,7 +127,8 @@ class Layer:
     norm: float
     measured: MeasuredLayer
     verdicts: Verdicts
-    prompting: Prompting
+    prompting_gains: np.ndarray
+    prompting_divergences: np.ndarray
 
 
 def survey(
@@ -176,116 +169,66 @@ def survey(
         n_alive = len(concepts.neurons)
         if settings.neurons is not None and settings.neurons < n_alive:
             concepts = concepts[np.sort(rng.permutation(n_alive)[: settings.neurons])]
-        work = _Work(config, params, chosen, before, concepts, settings)
-        found[layer] = work.measure(n_alive, rng, progress)
+        found[layer] = _survey_layer(
+            config, params, chosen, before, concepts, n_alive, settings, rng, progress
+        )
     return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Work:
-    """One layer's."""
+def _survey_layer(
+    config: ModelConfig,
+    params: transformer.Parameters,
+    prompts: Prompts,
+    before: Unsteered,
+    concepts: Concepts,
+    n_alive: int,
+    settings: SurveySettings,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> Layer:
+    layer, neurons = concepts.layer, concepts.neurons
+    norm, d, rows = float(before.norms[layer]), config.d_model, np.arange(len(neurons))
+    random = rng.standard_normal((settings.random_directions, d))
+    random /= np.linalg.norm(random, axis=1, keepdims=True)
+    others_at = np.sort(rng.permutation(len(neurons))[:_OTHERS])
+    at_once = next_token_effects.treatments_at_once(config, len(prompts.tokens), concepts.tokens)
+    rest = prompts.following, concepts.tokens, before
 
-    config: ModelConfig
-    params: transformer.Parameters
-    prompts: Prompts
-    before: Unsteered
-    concepts: Concepts
-    settings: SurveySettings
+    def add(length: float, directions: np.ndarray) -> TreatmentEffects:
+        """Adds vectors of this length along directions, [R, D], or neurons, [R]."""
+        if directions.ndim == 1:
+            directions = (directions[:, None] == np.arange(d)).astype(np.float64)
+        return next_token_effects.add_vectors(config, params, layer, directions * length, *rest)
 
-    def measure(self, n_alive: int, rng: np.random.Generator, progress: Progress) -> Layer:
-        layer, neurons = self.concepts.layer, self.concepts.neurons
-        norm, d = float(self.before.norms[layer]), self.config.d_model
-        random = rng.standard_normal((self.settings.random_directions, d))
-        random /= np.linalg.norm(random, axis=1, keepdims=True)
-        others_at = np.sort(rng.permutation(len(neurons))[:_OTHERS])
-        strengths = self.settings.strengths
-        total = len(strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
+    def prompt(tokens_RM: np.ndarray) -> TreatmentEffects:
+        tokens = np.stack([prompts.with_prefix(_prefix(ids)) for ids in tokens_RM])
+        return next_token_effects.change_prompts(config, params, tokens, *rest)
+
+    def treat(run: Callable[[np.ndarray], TreatmentEffects], treatments: np.ndarray) -> TreatmentEffects:
         parts = []
-        with progress.phase(f"steering the neurons of layer {layer}", total) as report:
+        for first in range(0, len(treatments), at_once):
+            part = treatments[first : first + at_once]
+            # Filled up to one shape, so that nothing is compiled for what is left over.
+            effects = run(np.resize(part, (at_once, *part.shape[1:])))
+            parts.append([np.asarray(figures)[: len(part)] for figures in effects])
+            report(len(part), 0, 0)
+        return TreatmentEffects(*map(np.concatenate, zip(*parts, strict=True)))
 
-            def add(vectors_RD: np.ndarray) -> TreatmentEffects:
-                effects = self._add(vectors_RD)
-                report(len(vectors_RD), 0, 0)
-                return effects
-
-            for strength in strengths:
-                length = strength * norm
-                one_by_one = (_unit_vectors(part, d) * length for part in _parts(neurons, self._at_once))
-                of_neurons = [add(vectors) for vectors in one_by_one]
-                of_directions = [add(part * length) for part in _parts(random, self._at_once)]
-                parts.append(_of_strength(of_neurons, of_directions, others_at))
-            prompting = self._prompting(report)
-        own, divergences, losses, of_random, random_divergences, others = (
-            np.stack(arrays) for arrays in zip(*parts, strict=True)
-        )
-        measured = MeasuredLayer(own, divergences, losses, of_random, random_divergences, others, others_at)
-        verdicts = significance.judge(measured, self.settings.bound)
-        return Layer(self.concepts, n_alive, norm, measured, verdicts, prompting)
-
-    @property
-    def _at_once(self) -> int:
-        return next_token_effects.treatments_at_once(
-            self.config, len(self.prompts.tokens), self.concepts.tokens
-        )
-
-    def _add(self, vectors_RD: np.ndarray) -> TreatmentEffects:
-        # Filled up to one shape, so that nothing is compiled for what is left over.
-        filled = np.zeros((self._at_once, self.config.d_model))
-        filled[: len(vectors_RD)] = vectors_RD
-        following, concepts = self.prompts.following, self.concepts.tokens
-        effects = next_token_effects.add_vectors(
-            self.config, self.params, self.concepts.layer, filled, following, concepts, self.before
-        )
-        return TreatmentEffects(*(np.asarray(figures)[: len(vectors_RD)] for figures in effects))
-
-    def _prompting(self, report: Callable[[int, int, int], None]) -> Prompting:
-        gains, divergences = [], []
-        for kind in PROMPTED:
-            number = KINDS.index(kind)
-            places = np.arange(len(self.concepts.neurons))
-            found = [self._prompt(part, number, report) for part in _parts(places, self._at_once)]
-            own, of_prompts = zip(*found, strict=True)
-            gains.append(np.concatenate(own))
-            divergences.append(np.concatenate(of_prompts))
-        return Prompting(np.stack(gains, axis=1), np.stack(divergences, axis=1))
-
-    def _prompt(
-        self, places: np.ndarray, kind: int, report: Callable[[int, int, int], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        filled = np.resize(places, self._at_once)
-        tokens = [self.prompts.with_prefix(_prefix(self.concepts.tokens[place, kind])) for place in filled]
-        following, concepts = self.prompts.following, self.concepts.tokens
-        effects = next_token_effects.change_prompts(
-            self.config, self.params, np.stack(tokens), following, concepts, self.before
-        )
-        report(len(places), 0, 0)
-        own = np.asarray(effects.gains)[np.arange(len(places)), places, kind]
-        return own, np.asarray(effects.divergences)[: len(places)]
-
-
-def _of_strength(
-    own: Sequence[TreatmentEffects], random: Sequence[TreatmentEffects], others_at: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Returns the fields of `MeasuredLayer` but the last, without their first axis."""
-    diagonal, others, first = [], [], 0
-    for effects in own:
-        rows = np.arange(len(effects.gains))
-        diagonal.append(effects.gains[rows, first + rows])
-        others.append(effects.gains[np.isin(first + rows, others_at)])
-        first += len(rows)
-    return (
-        np.concatenate(diagonal),
-        np.concatenate([effects.divergences for effects in own]),
-        np.concatenate([effects.losses for effects in own]),
-        np.concatenate([effects.gains for effects in random]),
-        np.concatenate([effects.divergences for effects in random]),
-        np.concatenate(others),
-    )
-
-
-def _unit_vectors(neurons: np.ndarray, d: int) -> np.ndarray:
-    """Returns float64[n, D]."""
-    return (neurons[:, None] == np.arange(d)).astype(np.float64)
+    total = len(settings.strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
+    steered, prompted = [], []
+    with progress.phase(f"steering the neurons of layer {layer}", total) as report:
+        for strength in settings.strengths:
+            of_length = functools.partial(add, strength * norm)
+            own, of_random = treat(of_length, neurons), treat(of_length, random)
+            figures = own.gains[rows, rows], own.divergences, own.losses
+            steered.append((*figures, of_random.gains, of_random.divergences, own.gains[others_at]))
+        for kind in map(KINDS.index, PROMPTED):
+            effects = treat(prompt, concepts.tokens[:, kind])
+            prompted.append((effects.gains[rows, rows, kind], effects.divergences))
+    measured = MeasuredLayer(*map(np.stack, zip(*steered, strict=True)), others_at)
+    verdicts = significance.judge(measured, settings.bound)
+    gains, divergences = (np.stack(figures, axis=1) for figures in zip(*prompted, strict=True))
+    return Layer(concepts, n_alive, norm, measured, verdicts, gains, divergences)
 
 
 def _prefix(concept: np.ndarray) -> np.ndarray:
@@ -295,6 +238,134 @@ def _prefix(concept: np.ndarray) -> np.ndarray:
     return np.resize(there_are if len(there_are) else np.zeros(1, np.int32), len(concept))
 
 
-def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]
+def summarise(layers: Mapping[int, Layer], settings: SurveySettings) -> dict[str, Any]:
+    """Counts steerable neurons by layer and kind of concept.
+
+    Args:
+        layers: From `survey`.
+        settings: It was made with.
+
+    Returns:
+        A JSON object: "settings", and "layers", a list of one object for each layer and one, of layer "all",
+        for all together. NaN is null.
+    """
+    by_layer = [_of_layers(str(number), [layer], settings) for number, layer in layers.items()]
+    together = [_of_layers("all", list(layers.values()), settings)] if len(layers) > 1 else []
+    return without_nan({"settings": dataclasses.asdict(settings), "layers": by_layer + together})
+
+
+def neuron_rows(
+    layers: Mapping[int, Layer], settings: SurveySettings, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Returns each neuron's concepts and verdicts, as JSON objects."""
+    rows = []
+    for number, layer in layers.items():
+        words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
+        for place, neuron in enumerate(layer.concepts.neurons):
+            x = int(layer.verdicts.strength[place])
+            there_is = x != significance.NO_STRENGTH
+            rows.append(
+                {
+                    "layer": number,
+                    "neuron": int(neuron),
+                    "strength": settings.strengths[x] if there_is else None,
+                    "divergence": float(layer.measured.divergences[x, place]) if there_is else None,
+                    "concepts": {
+                        kind: {
+                            "tokens": tokenizer.token_strings(words[kind][place]),
+                            **{
+                                name: getattr(layer.verdicts, name)[place, k].item()
+                                for name in ("gain", "random", "others", "steerable", "specific")
+                            },
+                        }
+                        for k, kind in enumerate(KINDS)
+                    },
+                }
+            )
+            for kind, gain in zip(PROMPTED, layer.prompting_gains[place].tolist(), strict=True):
+                rows[-1]["concepts"][kind]["prompting_gain"] = gain
+    return without_nan(rows)
+
+
+def without_nan(tree: Any) -> Any:
+    """Returns the same with None for numbers that JSON does not have."""
+    if isinstance(tree, dict):
+        return {name: without_nan(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _of_layers(name: str, layers: list[Layer], settings: SurveySettings) -> dict[str, Any]:
+    strength = _joined(layers, lambda layer: layer.verdicts.strength)
+    steered = strength != significance.NO_STRENGTH
+    divergences = _joined(
+        layers,
+        lambda layer: layer.measured.divergences[
+            np.maximum(layer.verdicts.strength, 0), np.arange(len(layer.verdicts.strength))
+        ],
+    )
+    return {
+        "layer": name,
+        "n_alive": sum(layer.n_alive for layer in layers),
+        "n_neurons": len(strength),
+        "norm": layers[0].norm if len(layers) == 1 else None,
+        "within_bound": int(steered.sum()),
+        "median_strength": _median(np.asarray(settings.strengths)[strength[steered]]),
+        "median_divergence": _median(divergences[steered]),
+        "concepts": {kind: _of_kind(layers, k, steered) for k, kind in enumerate(KINDS)},
+        "by_strength": [_at_strength(layers, x, value) for x, value in enumerate(settings.strengths)],
+    }
+
+
+def _of_kind(layers: list[Layer], k: int, steered: np.ndarray) -> dict[str, Any]:
+    gain, random, steerable, specific = (
+        _joined(layers, lambda layer, name=name: getattr(layer.verdicts, name)[:, k])
+        for name in ("gain", "random", "steerable", "specific")
+    )
+    n_pairs = [len(layer.measured.others_at) * (len(layer.concepts.neurons) - 1) for layer in layers]
+    passed = sum(n * layer.verdicts.mismatched[k] for n, layer in zip(n_pairs, layers, strict=True) if n)
+    found = {
+        "steerable": _share(steerable),
+        "specific": _share(specific),
+        "mismatched": float(passed / max(1, sum(n_pairs))),
+        "median_gain": _median(gain[steered]),
+        "median_random": _median(random[steered]),
+    }
+    if KINDS[k] in PROMPTED:
+        number = PROMPTED.index(KINDS[k])
+        prompting = _joined(layers, lambda layer: layer.prompting_gains[:, number])
+        found["prompting"] = {
+            "median_gain": _median(prompting),
+            "median_divergence": _median(
+                _joined(layers, lambda layer: layer.prompting_divergences[:, number])
+            ),
+            "steering_gains_more": _share(np.nan_to_num(gain, nan=-np.inf) > prompting),
+        }
+    return found
+
+
+def _at_strength(layers: list[Layer], x: int, value: float) -> dict[str, Any]:
+    def median(name: str, *at: Any) -> float:
+        return _median(_joined(layers, lambda layer: getattr(layer.measured, name)[x, *at]))
+
+    return {
+        "strength": value,
+        "median_divergence": median("divergences"),
+        "median_random_divergence": median("random_divergences"),
+        "median_loss": median("losses"),
+        "median_gain": {kind: median("own", slice(None), k) for k, kind in enumerate(KINDS)},
+    }
+
+
+def _joined(layers: list[Layer], get: Callable[[Layer], np.ndarray]) -> np.ndarray:
+    return np.concatenate([get(layer) for layer in layers])
+
+
+def _share(passed: np.ndarray) -> dict[str, float]:
+    low, high = significance.wilson(int(passed.sum()), len(passed))
+    return {"share": float(passed.mean()) if len(passed) else math.nan, "low": low, "high": high}
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values)) if len(values) else math.nan

@@ -65,12 +65,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def store_errors_are_user_errors(flag: str, url: str) -> Iterator[None]:
-    """Turns the errors of a store's library inside the block into a UserError that says what to do.
-
-    Args:
-        flag: Begins the message.
-        url: Remote URL that the block is about.
-    """
+    """Turns the errors of a store's library inside the block into a UserError about `flag` and `url`."""
     logging.getLogger("gcsfs").addFilter(_has_no_trace)
     try:
         yield
@@ -83,10 +78,6 @@ def storage_errors_are_user_errors(doing: str, path: AnyPath) -> Iterator[None]:
     """Acts as `disk_errors_are_user_errors`, for a block that uses `path`, on a disk or in a bucket.
 
     Only for blocks that do little else: a bucket's libraries raise ValueErrors too.
-
-    Args:
-        doing: Names the attempt in the message, e.g. "writing the checkpoint of step 400".
-        path: A file or folder.
     """
     if not is_bucket(path):
         with disk_errors_are_user_errors(doing):

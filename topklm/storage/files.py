@@ -1,9 +1,10 @@
-"""Paths to a local disk or into a bucket; files that are never half-written, nor read if damaged."""
+"""Paths to a local disk or into a bucket; files that are never half-written, nor read if damaged; locks."""
 
 import atexit
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 import uuid
 
 from etils import epath
@@ -54,11 +55,7 @@ def as_path(name: str | os.PathLike[str], flag: str = "path") -> AnyPath:
 
 
 def local_path(name: str, flag: str) -> Path:
-    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused.
-
-    Raises:
-        UserError: As `as_path`.
-    """
+    """Returns what a user wrote as a path on this machine's disk, as `as_path`; a bucket is refused."""
     path = as_path(name, flag)
     if is_bucket(path):
         raise UserError(f"{flag} = {name!r}: must be a local path")
@@ -66,11 +63,7 @@ def local_path(name: str, flag: str) -> Path:
 
 
 def check_name(name: str, flag: str) -> None:
-    """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it.
-
-    Raises:
-        UserError: Naming `flag`, where the user wrote it.
-    """
+    """Refuses a path that is empty, holds a NUL, or is not UTF-8 as the system's locale reads it."""
     if not name:
         raise UserError(f"{flag} = {name!r}: must not be empty")
     if "\0" in name:
@@ -167,7 +160,57 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-# JSON
+LOCK_FILE = ".lock"
+
+# How file systems say that they have no locks: NFS with nolock, or opened to read; Lustre without flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path, busy: Callable[[str], None], warn: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Holds a folder that exists for this process; the kernel lets go when it ends, however it ends.
+
+    Args:
+        folder: Gets a lock file.
+        busy: Called with the process id of the owner when there is another one. It may raise; if it
+            returns, the owner's end is waited for.
+        warn: Is told if the file system has no locks; then nobody is kept out.
+    """
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as lock:
+        try:
+            if not _lock(lock, fcntl.LOCK_NB):
+                lock.seek(0)
+                busy(lock.read().strip() or "unknown")
+                _lock(lock)
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
+            warn(f"warning: {folder} is on a file system without locks: nothing keeps another process out")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Tells whether some process is known to hold the folder now."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as lock:
+            return not _lock(lock, fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno != errno.ENOENT and e.errno not in _NO_LOCKS:
+            raise
+        return False
+
+
+def _lock(file: IO[Any], flags: int = 0) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+    except BlockingIOError:
+        return False
+    return True
 
 
 DIGEST = "sha256"  # the field of a JSON object that holds that of the others
@@ -220,11 +263,7 @@ def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `sealed_json` was given.
-
-    Raises:
-        ValueError: If the digest is missing or another one.
-    """
+    """Returns what `sealed_json` was given; raises ValueError if the digest is missing or another one."""
     rest = {name: part for name, part in value.items() if name != DIGEST}
     if value.get(DIGEST) != _digest(rest):
         raise ValueError("its digest is missing" if DIGEST not in value else "its digest differs")

@@ -31,15 +31,12 @@ _PATIENCE_SECONDS = 60.0
 
 
 def check_usable(folder: AnyPath, flag: str, *, write: bool) -> None:
-    """Finds out whether a folder in a bucket can be used, before anything is begun; a local one always can.
+    """Refuses a folder in a bucket that cannot be used, before anything is begun; a local one passes.
 
     Args:
         folder: A path that `topklm.storage.files.as_path` gave.
         flag: Where the user named it; the message begins with it.
         write: Whether a run shall be kept there, and not only read.
-
-    Raises:
-        UserError: If the packages are not installed, the bucket does not exist, or access is refused.
     """
     if not is_bucket(folder):
         return
@@ -84,15 +81,16 @@ class GcsMirror:
 
     Copies are made by a thread, one after the other, and always of whole files. A copy that fails is told
     about once and made again the next time; only the last one must succeed.
+
+    Attributes:
+        local: The folder, at first empty.
+
+    Args:
+        remote: Where the files belong, a folder in a bucket.
+        warn: Is told about the first of several failures in a row.
     """
 
     def __init__(self, remote: AnyPath, warn: Callable[[str], None]):
-        """Makes an empty local folder.
-
-        Args:
-            remote: Where the files belong, a folder in a bucket.
-            warn: Is told about the first of several failures in a row.
-        """
         self.local = pathlib.Path(tempfile.mkdtemp(prefix="topklm-spool-"))
         self._remote, self._warn = remote, warn
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="spool")
@@ -122,11 +120,7 @@ class GcsMirror:
         self._report(self._outcome())
 
     def close(self) -> None:
-        """Copies the rest, and deletes the local folder.
-
-        Raises:
-            UserError: If the bucket does not take it; the local folder stays, and is named.
-        """
+        """Copies the rest and deletes the local folder; if that fails, it stays, and the error names it."""
         self._outcome()
         self._start()
         problem = self._outcome()
@@ -158,18 +152,17 @@ class GcsMirror:
 
     def _outcome(self) -> str:
         """Waits for the copy under way; returns what went wrong, or ""."""
-        if self._running is None:
-            return ""
-        try:
-            self._running.result(timeout=_PATIENCE_SECONDS)
-        except futures.TimeoutError:
-            return f"writing to {self._remote}: no answer for {_PATIENCE_SECONDS:.0f} s"
-        except UserError as e:
+        problem = ""
+        if self._running:
+            try:
+                self._running.result(timeout=_PATIENCE_SECONDS)
+                self._is_failing = False
+            except futures.TimeoutError:
+                return f"writing to {self._remote}: no answer for {_PATIENCE_SECONDS:.0f} s"
+            except UserError as e:
+                problem = str(e)
             self._running = None
-            return str(e)
-        self._running = None
-        self._is_failing = False
-        return ""
+        return problem
 
     def _report(self, problem: str) -> None:
         if problem and not self._is_failing:

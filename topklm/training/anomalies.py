@@ -5,8 +5,8 @@ The train step leaves out the update of a bad step.
 """
 
 from collections.abc import Callable
-import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +35,10 @@ def empty() -> StepWindow:
 
 
 def is_bad(recent: StepWindow, loss: jax.Array, gradient_norm: jax.Array, sigmas: float) -> jax.Array:
-    """Tells whether a step is not finite, or its loss or gradient norm a spike.
+    """Tells, as a bool scalar, whether a step is not finite, or its loss or gradient norm a spike.
 
     A spike lies above mean + sigmas * standard deviation (n - 1 in the denominator) of the last good steps,
-    once there have been LEAST_STEPS of them.
-
-    Args:
-        recent: The good steps before.
-        loss: float32 scalar.
-        gradient_norm: float32 scalar.
-        sigmas: 0 looks for no spikes.
-
-    Returns:
-        bool scalar.
+    once there have been LEAST_STEPS of them; with 0 sigmas, nothing is one.
     """
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if sigmas > 0:
@@ -81,35 +72,6 @@ def _highest(recent: StepWindow, name: str, sigmas: float) -> jax.Array:
     return mean + sigmas * jnp.sqrt(variance)
 
 
-@dataclasses.dataclass
-class _Skipped:
-    """Steps skipped one after another."""
-
-    first: int
-    last: int
-    loss: float = -math.inf  # highest finite one
-    gradient_norm: float = -math.inf
-    not_finite: int = 0
-
-    def add(self, step: int, loss: float, gradient_norm: float) -> None:
-        self.last = step
-        if math.isfinite(loss) and math.isfinite(gradient_norm):
-            self.loss, self.gradient_norm = max(self.loss, loss), max(self.gradient_norm, gradient_norm)
-        else:
-            self.not_finite += 1
-
-    @property
-    def count(self) -> int:
-        return self.last - self.first + 1
-
-    def __str__(self) -> str:
-        steps = f"step {self.first:,}" if self.count == 1 else f"steps {self.first:,} to {self.last:,}"
-        finite = f"loss up to {self.loss:.4g}, gradient norm up to {self.gradient_norm:.4g}"
-        parts = [finite] if self.count > self.not_finite else []
-        parts += [f"not finite in {self.not_finite}"] if self.not_finite else []
-        return f"{steps} ({self.count}): {', '.join(parts)}"
-
-
 class Policy:
     """Stops a run at bad steps, or counts those that it skips; sees every step once, in order."""
 
@@ -126,16 +88,10 @@ class Policy:
         """
         self._stops, self._sigmas, self._advice = on_bad_step == "stop", sigmas, advice
         self._last_checkpoint = last_checkpoint
-        self._skipped: _Skipped | None = None
+        self._skipped: list[_Step] = []  # in a row, up to the newest step
 
     def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
-        """Judges a step.
-
-        Args:
-            step: Its number, from 1.
-            loss: Its loss, nats per token.
-            gradient_norm: Before clipping.
-            bad: Result of `is_bad` in the train step.
+        """Judges a step that `is_bad` told bad or good in the train step.
 
         Returns:
             A line for the user, once bad steps that were skipped are over.
@@ -145,27 +101,47 @@ class Policy:
         """
         if not bad:
             return self.finish()
+        this = _Step(step, loss, gradient_norm)
         if self._stops:
-            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-            why = f"a spike, over {self._sigmas:g} standard deviations above recent steps"
-            raise self._error(
-                step,
-                f"step {step}: loss {loss}, gradient norm {gradient_norm}: "
-                f"{why if finite else 'no longer finite'}",
-            )
-        self._skipped = self._skipped or _Skipped(step, step)
-        self._skipped.add(step, loss, gradient_norm)
-        if self._skipped.count >= MOST_SKIPPED_IN_A_ROW:
-            raise self._error(step, f"skipped {self._skipped}; to skip more would not help")
+            spike = f"a spike, over {self._sigmas:g} standard deviations above recent steps"
+            why = spike if this.is_finite else "no longer finite"
+            raise self._error(step, f"step {step}: loss {loss}, gradient norm {gradient_norm}: {why}")
+        self._skipped.append(this)
+        if len(self._skipped) >= MOST_SKIPPED_IN_A_ROW:
+            raise self._error(step, f"skipped {_describe(self._skipped)}; to skip more would not help")
         return None
 
     def finish(self) -> str | None:
         """Returns the line on steps skipped just before, if there are any."""
-        skipped, self._skipped = self._skipped, None
-        return f"skipped {skipped}" if skipped else None
+        skipped, self._skipped = self._skipped, []
+        return f"skipped {_describe(skipped)}" if skipped else None
 
     def _error(self, step: int, what: str) -> UserError:
         good = self._last_checkpoint()
         last = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
         suspects = f"the data of steps {(good or 0) + 1} to {step}"
         return UserError(f"{what}; {last}; look at {suspects}. {self._advice}")
+
+
+class _Step(NamedTuple):
+    number: int
+    loss: float
+    gradient_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+def _describe(skipped: list[_Step]) -> str:
+    """Describes steps skipped one after another, such as "steps 3 to 5 (3): not finite in 3"."""
+    first, last, n = skipped[0].number, skipped[-1].number, len(skipped)
+    finite = [step for step in skipped if step.is_finite]
+    parts = []
+    if finite:
+        loss, norm = max(step.loss for step in finite), max(step.gradient_norm for step in finite)
+        parts.append(f"loss up to {loss:.4g}, gradient norm up to {norm:.4g}")
+    if len(finite) < n:
+        parts.append(f"not finite in {n - len(finite)}")
+    steps = f"step {first:,}" if n == 1 else f"steps {first:,} to {last:,}"
+    return f"{steps} ({n}): {', '.join(parts)}"

@@ -50,10 +50,9 @@ class Console:
     def report(self, step: int, *, loss: float, tokens_per_second: float, mfu: float) -> None:
         """Shows the figures of a step: loss in nats per token, throughput, MFU (NaN: unknown), time left."""
         share = "?" if math.isnan(mfu) else f"{mfu:.0%}"
-        figures = (
-            f"loss {loss:.3f} | {tokens_per_second:,.0f} tokens/s | MFU {share} | "
-            f"{self._time_left(step)} left"
-        )
+        seconds, done = time.monotonic() - self._began, step - self._first
+        left = duration(seconds / done * (self._steps - step)) if done else "?"
+        figures = f"loss {loss:.3f} | {tokens_per_second:,.0f} tokens/s | MFU {share} | {left} left"
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)
         elif not self._quiet:
@@ -74,27 +73,19 @@ class Console:
 
     def layout(self, mesh: str, rows: Sequence[ParameterLayout]) -> None:
         """Prints how the parameters lie over the devices."""
-        table = rich.table.Table(title=f"parameters on a mesh of {mesh}", title_justify="left")
-        for column, justify in {"parameter": "left", "shape": "left", "split over": "left"}.items():
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table = rich.table.Table(
+            "parameter", "shape", "split over", title=f"parameters on a mesh of {mesh}", title_justify="left"
+        )
         table.add_column("MiB", justify="right")
         table.add_column("MiB on a device", justify="right")
         for row in rows:
-            shape = " x ".join(map(str, row.shape))
-            split = ", ".join(
-                str(axis or "-") for axis in (*row.spec, *(None,) * len(row.shape))[: len(row.shape)]
-            )
+            shape, unsplit = " x ".join(map(str, row.shape)), len(row.shape) - len(row.spec)
+            split = ", ".join([axis or "-" for axis in row.spec] + ["-"] * unsplit)
             table.add_row(row.name, shape, split, _mib(row.n_bytes), _mib(row.n_bytes_on_device))
         table.add_section()
-        total = [sum(getattr(row, name) for row in rows) for name in ("n_bytes", "n_bytes_on_device")]
-        table.add_row("all", "", "", *map(_mib, total))
+        total, on_device = sum(row.n_bytes for row in rows), sum(row.n_bytes_on_device for row in rows)
+        table.add_row("all", "", "", _mib(total), _mib(on_device))
         self._rich.print(table)
-
-    def _time_left(self, step: int) -> str:
-        done = step - self._first
-        if not done:
-            return "?"
-        return duration((time.monotonic() - self._began) / done * (self._steps - step))
 
 
 def _mib(n_bytes: int) -> str:
@@ -115,11 +106,9 @@ def percentages(shares: Sequence[float]) -> str:
 
 def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
     """Formats a held-out evaluation as one line."""
-    part = (
-        f" (the first {result['tokens']:,} of {result['of_tokens']:,} tokens)"
-        if "of_tokens" in result
-        else ""
-    )
+    part = ""
+    if "of_tokens" in result:
+        part = f" (the first {result['tokens']:,} of {result['of_tokens']:,} tokens)"
     line = (
         f"held-out at step {step:,}{part}: {result['bits_per_byte']:.4f} bits/byte | "
         f"loss {result['loss']:.4f} nats/token | perplexity {result['perplexity']:.2f}"
@@ -134,16 +123,11 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
 
 
 def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
-    """Returns the rows of the table that is printed at the end of a run, label to text.
+    """Returns the rows, label to text, of the table that is printed at the end of a run.
 
-    Args:
-        folder: Of the run.
-        lines: Of its metrics, oldest first.
-        step: Of its newest checkpoint.
+    `lines` are its metrics, oldest first, and `step` is that of its newest checkpoint.
     """
-    newest: dict[str, Any] = {}
-    for line in lines:
-        newest |= line
+    newest = {name: value for line in lines for name, value in line.items()}
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {
         "tokens_seen": ("tokens seen", "{:,}".format),
         "seconds_trained": ("time in training steps", duration),

@@ -1,6 +1,6 @@
 """Held-out evaluation: every text token of every held-out document, once, and how the TopK layers do."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import math
 from typing import Any
 
@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topklm.config import Config
+from topklm.data.dataset import Mixture
+from topklm.data.stream import HeldoutPart, heldout_batches
+from topklm.layout import REPLICATED, ROWS, Layout
+from topklm.model import losses, transformer
 from topklm.model.block import CaptureFn
+from topklm.training.prefetch import DeviceBatch
+from topklm.training.step import Batch, make_forward
 
 
 def evaluate(
@@ -23,7 +30,7 @@ def evaluate(
     """Runs the model over the held-out batches.
 
     Args:
-        eval_step: From `step.make_eval_step`.
+        eval_step: From `make_eval_step`.
         params: The parameters.
         batches: Held-out batches that together score every text token once.
         n_bytes: UTF-8 bytes of the held-out text.
@@ -55,13 +62,49 @@ def evaluate(
     }
 
 
+def heldout_feed(
+    config: Config, mixture: Mixture, layout: Layout, part: HeldoutPart
+) -> Iterator[DeviceBatch]:
+    """Yields the held-out batches on the devices, for one evaluation."""
+    batch_size = layout.round_up(config.eval.batch_size)
+    # Documents are packed one after another, so every process makes whole batches.
+    rows = layout.process_rows(batch_size)
+    for batch in heldout_batches(
+        mixture, context_length=config.model.context_length, batch_size=batch_size, part=part
+    ):
+        yield layout.put_batch(batch, batch_size, rows)
+
+
+def make_eval_step(
+    config: Config, layout: Layout
+) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
+    """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
+
+    Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
+    int32[B], how many a row has, and `topk_health`, see `capture_topk_health`.
+    """
+    specs, parallel, forward = make_forward(config.model, layout)
+
+    def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
+        capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))
+        model, h, health = forward(params, batch, capture)
+        h, w, targets = parallel.gather_tokens(h), model.unembedding(), batch["targets"]
+        nll = losses.token_losses(h, w, targets, config.model.vocab_size, parallel.tensor)
+        sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
+        nll_nats, tokens = (layout.sum_over(x, keep=ROWS, leave_out="tensor") for x in sums)
+        topk_health = jax.tree.map(lambda x: layout.sum_over(x, keep=REPLICATED), health)
+        return {"nll_nats": nll_nats, "tokens": tokens, "topk_health": topk_health}
+
+    out = {"nll_nats": ROWS, "tokens": ROWS, "topk_health": REPLICATED}
+    eval_step = layout.on_every_device(of_device, specs, out)
+    # Every process reads the sums, those of other processes' rows too.
+    return jax.jit(eval_step, out_shardings=layout.replicated)
+
+
 def capture_topk_health(weights_BT: jax.Array) -> CaptureFn:
     """Makes a capture function that measures how the TopK of one layer does on held-out text.
 
-    Only weighted tokens count: padding and separators that are never scored are left out.
-
-    Args:
-        weights_BT: float32[B, T]; tokens with weight 0 are left out.
+    Tokens of weight 0, padding and separators that are never scored, are left out.
 
     Returns:
         A function giving float32 sums over the batch: `active_tokens` [D], tokens on which the neuron is not
@@ -89,21 +132,17 @@ def summarize_topk_health(
 ) -> dict[str, list[float]]:
     """Computes three figures per TopK layer, in layer order (empty lists for the Base LM).
 
-    Args:
-        sums: Results of `capture_topk_health`, stacked to [L, ...] and added up over batches, float64.
-        n_tokens: Tokens counted.
-        n_topk_layers: S.
+    `sums` are the results of `capture_topk_health`, stacked to [L, ...] and added up over batches, float64.
 
     Returns:
         `dead_neurons`: share of neurons never active on these tokens. `norm_kept`: mean over tokens of
         the share of the squared norm that TopK keeps. `overlap_below`: share of active neurons that are
         active in the layer below too; from the second layer on, so it has S - 1 entries.
     """
-    s = slice(0, n_topk_layers)
-    active_tokens = np.asarray(sums["active_tokens"])[s]
-    active, below = np.asarray(sums["active"])[s], np.asarray(sums["also_active_below"])[s]
+    found = {name: np.asarray(x)[:n_topk_layers] for name, x in sums.items()}
+    overlap = found["also_active_below"] / np.maximum(found["active"], 1)
     return {
-        "dead_neurons": (active_tokens == 0).mean(axis=-1).tolist(),
-        "norm_kept": (np.asarray(sums["kept_square_share"])[s] / max(n_tokens, 1)).tolist(),
-        "overlap_below": (below / np.maximum(active, 1))[1:].tolist(),
+        "dead_neurons": (found["active_tokens"] == 0).mean(axis=-1).tolist(),
+        "norm_kept": (found["kept_square_share"] / max(n_tokens, 1)).tolist(),
+        "overlap_below": overlap[1:].tolist(),
     }

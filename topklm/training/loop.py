@@ -7,6 +7,7 @@ again. Every process of a run takes the same turns: all agree first on anything 
 signal, a damaged file).
 """
 
+from collections.abc import Mapping
 import contextlib
 import math
 import time
@@ -20,48 +21,44 @@ from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
 from topklm.imports import versions
-from topklm.inference.generate import generate_tokens
+from topklm.inference.scheduler import generate_tokens
 from topklm.model import topk
 from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies
-from topklm.training import metrics as metrics_lib
+from topklm.training import anomalies, metrics
 from topklm.training.console import Console, describe_model, evaluation_line, summary
-from topklm.training.evaluation import evaluate
-from topklm.training.optimizer import change_of_schedule, make_optimizer
-from topklm.training.prefetch import DeviceBatch, Feed, heldout_feed
+from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
+from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.setup import PreparedRun, check_memory, prepare_run
 from topklm.training.step import (
     StopSync,
     TrainState,
     abstract_batch,
     abstract_state,
+    change_of_schedule,
     compile_step,
     init_state,
-    make_eval_step,
+    make_optimizer,
     make_train_step,
     release_seconds,
 )
 from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 
 
-def train(
-    config: Config, workdir: AnyPath, console: Console | None = None, stop: StopRequest | None = None
-) -> None:
+def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> None:
     """Trains the run in `workdir`, from its newest checkpoint if it has one, to `config.train.steps`.
 
     Args:
         config: The experiment.
         workdir: The run folder, local or in a bucket; created if missing.
-        console: Where progress is shown; by default standard output, of the first process.
         stop: Asks the run to stop; by default Ctrl-C, SIGTERM and SIGHUP do, from now on.
 
     Raises:
         UserError: For anything the user can mend, and for a loss that is no longer finite.
     """
-    console = console or Console(quiet=not distributed.is_primary())
+    console = Console(quiet=not distributed.is_primary())
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
         _Loop(run, console, request).train()
@@ -76,7 +73,7 @@ class _Loop:
         self.stop_sync = StopSync(layout, stop)
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.optimizer = make_optimizer(config.optim, config.train.steps)
-        with storage_errors_are_user_errors(f"opening the checkpoints of {folder}", folder):
+        with self._storage("opening the checkpoints of"):
             self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
@@ -104,20 +101,22 @@ class _Loop:
                 state = self._restore_or_start()
                 first = int(state.step)
                 if first >= self.config.train.steps and not self._owes_evaluation(first):
-                    self._say_finished(first)
+                    self.console.say(
+                        f"{self.folder} is finished at step {first:,}: nothing to train. Go on with a larger "
+                        "--config.train.steps, or start a new run with --workdir"
+                    )
+                    self._show_summary(str(self.folder), first)
                     return
                 if first:
                     self.console.say(f"continuing {self.folder} from its checkpoint of step {first:,}")
-                writer = metrics_lib.open_writer(
-                    self.folder,
-                    first,
-                    synced=self.synced_metrics,
-                    primary=distributed.is_primary(),
-                    warn=self.console.say,
-                )
-                self.writer = stack.enter_context(contextlib.closing(writer))
-                profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
-                self.profiler = stack.enter_context(contextlib.closing(profiler))
+                self.writer: metrics.MetricsWriter | metrics.NoWriter = metrics.NoWriter()
+                if distributed.is_primary():
+                    self.writer = metrics.MetricsWriter(
+                        self.folder, first, self.synced_metrics, self.console.say
+                    )
+                stack.callback(self.writer.close)
+                self.profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
+                stack.callback(self.profiler.close)
                 train_step = self._make_steps(state)
                 self.stop.begin_training()
                 if self._owes_evaluation(first):
@@ -125,7 +124,7 @@ class _Loop:
                 self._steps(train_step, state, first)
         finally:
             self.console.finish()
-            with storage_errors_are_user_errors(f"saving a checkpoint in {self.folder}", self.folder):
+            with self._storage("saving a checkpoint in"):
                 self.checkpoints.close()
 
     def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
@@ -168,7 +167,8 @@ class _Loop:
             if stopping:
                 self._say_stopped(step)
                 return
-        self._say_trained(steps)
+        self._wait_for_checkpoint(steps)
+        self._show_summary(f"{self.folder}: trained", steps)
 
     def _make_steps(self, state: TrainState) -> jax.stages.Compiled:
         """Makes the evaluation step, and compiles and returns the train step."""
@@ -184,7 +184,10 @@ class _Loop:
     def _restore_or_start(self) -> TrainState:
         """Returns the state, sets the clock, and moves the data stream to its position."""
         abstract = abstract_state(self.config, self.optimizer)
-        self._check_layout(abstract.params)
+        if self.layout.size > 1:
+            sizes = " x ".join(f"{axis} {size}" for axis, size in self.layout.mesh.shape.items())
+            self.console.layout(sizes, self.layout.describe_parameters(abstract.params))
+            self.layout.check_split(abstract.params)
         check_memory(abstract, self.layout)
         self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
@@ -193,7 +196,7 @@ class _Loop:
             self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
             self.clock = Clock(total=0.0, began_at=time.time())
             return state
-        with storage_errors_are_user_errors(f"reading the checkpoints of {self.folder}", self.folder):
+        with self._storage("reading the checkpoints of"):
             state, data_state, facts = self.checkpoints.restore(
                 abstract, self.layout, fresh={"recent": anomalies.empty()}
             )
@@ -207,14 +210,6 @@ class _Loop:
         self.synced_metrics = facts.get("metrics")
         return state
 
-    def _check_layout(self, params: Any) -> None:
-        """Shows how parameters are split, and refuses a mesh that fails to split them."""
-        if self.layout.size == 1:
-            return
-        sizes = " x ".join(f"{axis} {size}" for axis, size in self.layout.mesh.shape.items())
-        self.console.layout(sizes, self.layout.describe_parameters(params))
-        self.layout.check_split(params)
-
     def _log(self, step: int, step_metrics: Any) -> None:
         results = self.stop_sync.read_stop_flag(jax.device_get(step_metrics))
         self.watchdog.tick(step)
@@ -227,20 +222,22 @@ class _Loop:
         seconds = self.clock.now()
         rate, mfu = self.log_rate.at(step, seconds)
         self.console.report(step, loss=values["loss"], tokens_per_second=rate, mfu=mfu)
-        # JSON has no way to write what is not finite.
-        line = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
+        line = {f"train/{name}": value for name, value in values.items()}
         line |= {"train/skipped": 1.0} if bad else {}
-        timing = {"tokens_per_second": rate, "seconds_trained": seconds}
-        timing |= {"mfu": mfu} if math.isfinite(mfu) else {}
-        timing |= {"input_wait": self.feed.wait_share(seconds), "goodput": self.clock.goodput()}
-        self.writer.write(step, {"tokens_seen": step * self.run.tokens_per_step, **line, **timing})
+        line |= {"tokens_per_second": rate, "seconds_trained": seconds, "mfu": mfu}
+        line |= {"input_wait": self.feed.wait_share(seconds), "goodput": self.clock.goodput()}
+        # JSON has no way to write a number that is not finite.
+        self._write(step, {name: value for name, value in line.items() if math.isfinite(value)})
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.writer.write(step, {"tokens_seen": step * self.run.tokens_per_step, **values})
 
     def _owes_evaluation(self, step: int) -> bool:
         """Tells whether the run was stopped between this step and the evaluation that was due after it."""
         due = step > 0 and _is_due(step, self.config.eval.every_steps, self.config.train.steps)
         if not due:
             return False
-        owes = distributed.is_primary() and not metrics_lib.is_evaluated(self.folder, step)
+        owes = distributed.is_primary() and not metrics.is_evaluated(self.folder, step)
         return distributed.broadcast("owes evaluation", str(owes)) == "True"
 
     def _evaluate(self, step: int, state: TrainState) -> None:
@@ -260,9 +257,7 @@ class _Loop:
             result["of_tokens"] = self.run.mixture.heldout_text_tokens
         self.console.say(evaluation_line(step, result))
         self.console.say(f"sample: {sample}")
-        line = {f"eval/{name}": value for name, value in result.items()}
-        tokens_seen = step * self.run.tokens_per_step
-        self.writer.write(step, {"tokens_seen": tokens_seen, **line, "eval/sample": sample})
+        self._write(step, {f"eval/{name}": value for name, value in {**result, "sample": sample}.items()})
 
     def _eval_step(self, params: Any, batch: DeviceBatch) -> dict[str, Any]:
         sums = jax.device_get(self.eval_step(params, batch, *self.stop_sync.stop_flag()))
@@ -298,7 +293,7 @@ class _Loop:
             if distributed.is_primary():
                 run_folder.check_owned(self.folder)
             facts["metrics"] = self.writer.sync()
-            with storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder):
+            with self._storage(f"saving checkpoint {step} in"):
                 self.checkpoints.save(state, self.feed.state(), facts)
 
     def _say_stopped(self, step: int) -> None:
@@ -308,27 +303,19 @@ class _Loop:
             f"{self.folder}. Resume with the same command"
         )
 
-    def _say_trained(self, steps: int) -> None:
-        self._wait_for_checkpoint(steps)
-        self._show_summary(f"{self.folder}: trained", steps)
-
-    def _say_finished(self, step: int) -> None:
-        self.console.say(
-            f"{self.folder} is finished at step {step:,}: nothing to train. Go on with a larger "
-            "--config.train.steps, or start a new run with --workdir"
-        )
-        self._show_summary(str(self.folder), step)
-
     def _show_summary(self, title: str, step: int) -> None:
-        self.console.table(title, summary(self.folder, metrics_lib.read(self.folder), step))
+        self.console.table(title, summary(self.folder, metrics.read(self.folder), step))
 
     def _wait_for_checkpoint(self, step: int) -> None:
-        saving = storage_errors_are_user_errors(f"saving checkpoint {step} in {self.folder}", self.folder)
-        with self.watchdog.paused(), saving:
+        with self.watchdog.paused(), self._storage(f"saving checkpoint {step} in"):
             self.checkpoints.wait()
         if said := self.policy.finish():
             self.console.say(said)
         self.console.finish()
+
+    def _storage(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Turns a refusal of the disk or bucket into a UserError; `doing` is followed by the folder."""
+        return storage_errors_are_user_errors(f"{doing} {self.folder}", self.folder)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import time
-from typing import Any, Protocol
+from typing import Any
 import zlib
 
 from topklm.checkpoint import run_folder
@@ -23,70 +23,40 @@ with without("torch", "boto3", "google.cloud.storage"):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
-class Writer(Protocol):
-    """Takes a run's numbers."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line; numbers, lists of numbers (one per layer) and text are understood."""
-
-    def sync(self) -> dict[str, int]:
-        """Returns when the lines are where the checkpoints are; called before one refers to them.
-
-        Returns:
-            Their number and their CRC-32, which `open_writer` compares when the run is continued.
-        """
-
-    def close(self) -> None:
-        """Brings everything to its place and lets go."""
-
-
-def open_writer(
-    folder: AnyPath,
-    resume_step: int,
-    *,
-    synced: Mapping[str, int] | None = None,
-    primary: bool = True,
-    warn: Callable[[str], None] = print,
-) -> Writer:
-    """Opens a run's metrics; lines of steps after `resume_step`, which will be done again, are dropped.
-
-    Metrics are no state: lines that do not parse never keep a run from going on. They are left out, `warn` is
-    told, and the file as it was found stays beside the new one.
-
-    Args:
-        folder: The run folder, on a disk or in a bucket.
-        resume_step: The last step that is done.
-        synced: Result of `Writer.sync` after that step, if it is known.
-        primary: Whether this is the process that writes them; the writer of any other does nothing.
-        warn: Is told, a line each, what became of lines that are not as they were written; and, once in a
-            row, when a bucket does not take them: training goes on; `close` raises.
-    """
-    if not primary:
-        return _Nobody()
-    if is_bucket(folder):
-        return _BucketWriter(folder, resume_step, synced, warn)
-    return MetricsWriter(pathlib.Path(folder), resume_step, synced, warn)
-
-
 class MetricsWriter:
-    """Appends one JSON line a call, and the same numbers to TensorBoard files, in a local folder."""
+    """Appends one JSON line a call, and the same numbers to TensorBoard files.
+
+    Of a run in a bucket the files are local and are copied: every minute, at every `sync`, and at the end.
+    """
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: AnyPath,
         resume_step: int,
         synced: Mapping[str, int] | None = None,
         warn: Callable[[str], None] = print,
     ):
-        """Opens the files, as `open_writer` says."""
-        path = folder / run_folder.METRICS_FILE
-        self._path = path
+        """Opens a run's metrics; lines of steps after `resume_step`, which will be done again, are dropped.
+
+        Metrics are no state: lines that do not parse never keep a run from going on. They are left out, and
+        the file as it was found stays beside the new one.
+
+        Args:
+            folder: The run folder, on a disk or in a bucket.
+            resume_step: The last step that is done.
+            synced: Result of `sync` after that step, if it is known.
+            warn: Is told, a line each, what became of lines that are not as they were written; and, once in a
+                row, when a bucket does not take them: training goes on; `close` raises.
+        """
+        self._mirror = GcsMirror(folder, warn) if is_bucket(folder) else None
+        if self._mirror:
+            self._mirror.fetch(run_folder.METRICS_FILE)
+            folder = self._mirror.local
+        path = self._path = pathlib.Path(folder) / run_folder.METRICS_FILE
         found = _content(path)
         kept, n_unreadable = _parsed(found)
         lines = [line for line, values in kept if values["step"] <= resume_step]
-        self._synced = {"lines": 0, "crc32": 0}
-        for line in lines:
-            self._count(line)
+        self._synced = {"lines": len(lines), "crc32": zlib.crc32(b"".join(lines))}
         with disk_errors_are_user_errors(f"writing {path}"):
             if problem := _problem(n_unreadable, self._synced, synced, kept):
                 aside = files.beside(path, "damaged")
@@ -94,7 +64,7 @@ class MetricsWriter:
                 warn(f"warning: {path}: {problem}. Training goes on; the file as it was is {aside.name}")
             write_atomically(path, b"".join(lines))
             self._file = path.open("ab")
-            self._board = _Board(folder / "tensorboard", first_step=resume_step + 1)
+            self._board = _Board(path.parent / "tensorboard", first_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line; numbers, lists of numbers (one per layer) and text are understood."""
@@ -102,34 +72,53 @@ class MetricsWriter:
             line = (json.dumps({"step": step, **values}) + "\n").encode()
             self._file.write(line)
             self._file.flush()
-            self._count(line)
+            crc32 = zlib.crc32(line, self._synced["crc32"])
+            self._synced = {"lines": self._synced["lines"] + 1, "crc32": crc32}
             for name, value in values.items():
                 if isinstance(value, str):
-                    self._board.add(step, summary.text(name, value))
+                    self._board.add(step, summary=summary.text(name, value))
                 elif isinstance(value, list):
                     for layer, x in enumerate(value):
-                        self._board.add(step, summary.scalar(f"{name}/{layer}", x))
+                        self._board.add(step, summary=summary.scalar(f"{name}/{layer}", x))
                 else:
-                    self._board.add(step, summary.scalar(name, value))
+                    self._board.add(step, summary=summary.scalar(name, value))
+        if self._mirror:
+            self._mirror.copy_soon()
 
     def sync(self) -> dict[str, int]:
-        """Returns the number and CRC-32 of the lines when they are on the disk itself."""
+        """Returns when the lines are where the checkpoints are; called before one refers to them.
+
+        Returns:
+            Their number and their CRC-32, which are compared when the run is continued.
+        """
         with disk_errors_are_user_errors(f"writing {self._path}"):
             os.fsync(self._file.fileno())
             self._board.flush()
+        if self._mirror:
+            self._mirror.copy()
         return dict(self._synced)
 
     def close(self) -> None:
-        """Closes both files."""
+        """Brings everything to its place and closes the files."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
             self._file.close()
             self._board.close()
+        if self._mirror:
+            self._mirror.close()
 
-    def _count(self, line: bytes) -> None:
-        self._synced = {
-            "lines": self._synced["lines"] + 1,
-            "crc32": zlib.crc32(line, self._synced["crc32"]),
-        }
+
+class NoWriter:
+    """The writer of a process that has nothing to write; methods as of `MetricsWriter`."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> dict[str, int]:
+        """Returns nothing to compare."""
+        return {}
+
+    def close(self) -> None:
+        """Has nothing to close."""
 
 
 def is_evaluated(folder: AnyPath, step: int) -> bool:
@@ -142,48 +131,7 @@ def read(folder: AnyPath) -> list[dict[str, Any]]:
     return [values for _, values in _parsed(_content(folder / run_folder.METRICS_FILE))[0]]
 
 
-class _BucketWriter:
-    """Writes to a local folder whose files are copied: every minute, at every `sync`, and at the end."""
-
-    def __init__(
-        self,
-        folder: AnyPath,
-        resume_step: int,
-        synced: Mapping[str, int] | None,
-        warn: Callable[[str], None],
-    ):
-        self._spool = GcsMirror(folder, warn)
-        self._spool.fetch(run_folder.METRICS_FILE)
-        self._writer = MetricsWriter(self._spool.local, resume_step, synced, warn)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._writer.write(step, values)
-        self._spool.copy_soon()
-
-    def sync(self) -> dict[str, int]:
-        synced = self._writer.sync()
-        self._spool.copy()
-        return synced
-
-    def close(self) -> None:
-        self._writer.close()
-        self._spool.close()
-
-
-class _Nobody:
-    """The writer of a process that has nothing to write."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
-
-    def sync(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
-class _Board:
+class _Board(EventsWriter):
     """A TensorBoard file, written by the caller's own thread.
 
     tensorboardX would write from a thread that takes events from a short queue: on a full disk that thread
@@ -192,22 +140,12 @@ class _Board:
 
     def __init__(self, folder: pathlib.Path, first_step: int):
         folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
+        super().__init__(str(folder / "events"))
         # Tells TensorBoard to forget what an earlier process wrote of this step and later ones.
-        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self.add(first_step, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, step: int, values: Any) -> None:
-        self._write(Event(step=step, summary=values))
-
-    def flush(self) -> None:
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
+    def add(self, step: int, **values: Any) -> None:
+        self.write_event(Event(wall_time=time.time(), step=step, **values))
 
 
 def _content(path: AnyPath) -> bytes:

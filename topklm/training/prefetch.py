@@ -4,17 +4,14 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import time
 from typing import Any
 
 import grain
 import jax
 
-from topklm.config import Config
-from topklm.data.dataset import Mixture
-from topklm.data.stream import Batch, HeldoutPart, heldout_batches
-from topklm.layout import Layout
+from topklm.data.stream import Batch
 
 DeviceBatch = dict[str, jax.Array]  # a Batch of global arrays [B, T]
 
@@ -28,13 +25,7 @@ class Feed:
     """
 
     def __init__(self, stream: grain.DatasetIterator, put: Callable[[Batch], DeviceBatch], ahead: int = 2):
-        """Reads nothing yet.
-
-        Args:
-            stream: Of batches; it may end.
-            put: Starts a batch's transfer.
-            ahead: Batches under way besides the one given out; they take device memory.
-        """
+        """Reads nothing yet; `put` starts a batch's transfer, of `ahead` besides the one given out."""
         self.waited = 0.0  # seconds the caller has waited for the stream; sending is not waiting
         self._stream, self._put, self._ahead = stream, put, ahead
         self._under_way: deque[tuple[DeviceBatch, Any]] = deque()  # batch, the stream's state after it
@@ -63,11 +54,7 @@ class Feed:
         self._state = state
 
     def wait_share(self, seconds: float) -> float:
-        """Returns the share of the training time since the last call that was spent waiting for the stream.
-
-        Args:
-            seconds: Spent in training so far.
-        """
+        """Returns the share of the training time since the last call, in seconds, that went into waiting."""
         (before, waited_before), self._seen = self._seen, (seconds, self.waited)
         return (self.waited - waited_before) / max(seconds - before, 1e-9)
 
@@ -81,16 +68,3 @@ class Feed:
             self.waited += time.perf_counter() - began
         self._under_way.append((self._put(batch), self._stream.get_state()))
         return True
-
-
-def heldout_feed(
-    config: Config, mixture: Mixture, layout: Layout, part: HeldoutPart
-) -> Iterator[DeviceBatch]:
-    """Yields the held-out batches on the devices, for one evaluation."""
-    batch_size = layout.round_up(config.eval.batch_size)
-    # Documents are packed one after another, so every process makes whole batches.
-    rows = layout.process_rows(batch_size)
-    for batch in heldout_batches(
-        mixture, context_length=config.model.context_length, batch_size=batch_size, part=part
-    ):
-        yield layout.put_batch(batch, batch_size, rows)

@@ -28,6 +28,7 @@ from topklm.model import backends
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, write_atomically
 from topklm.training.console import Console
+from topklm.training.throughput import parameter_count
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.
 _DATA_PATIENCE_SECONDS = 24 * 3600.0
@@ -57,14 +58,10 @@ class PreparedRun:
         }
 
     def check_facts(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of another run.
-
-        Args:
-            step: Of the checkpoint.
-            facts: Its facts.
+        """Refuses the checkpoint of a step if its config, tokenizer or data are not this run's.
 
         Raises:
-            UserError: If its config, tokenizer or data are not this run's.
+            UserError: Naming what differs.
         """
         run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
@@ -109,19 +106,21 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
 
 
 def check_memory(state: Any, layout: Layout) -> None:
-    """Refuses a training state that does not fit, before any of it is made: XLA on CPUs would wait for ever.
+    """Refuses a `TrainState` (shapes) that does not fit, before it is made: XLA on CPUs would wait for ever.
 
     Counts parameters, optimizer and gradients; activations come on top.
-
-    Args:
-        state: `TrainState` of `jax.ShapeDtypeStruct`.
-        layout: Of the run.
 
     Raises:
         UserError: If one of this process's devices, or the host whose memory they are, is too small.
     """
+
+    def n_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    needed = 0
+    for tree in (state, state.params):
+        needed += sum(jax.tree.leaves(jax.tree.map(n_bytes, tree, layout.shardings(tree))))
     devices = layout.mesh.local_devices
-    needed = _bytes_on_a_device(state, layout) + _bytes_on_a_device(state.params, layout)
     if devices[0].platform == "cpu":
         needed *= len(devices)
         limit, whose = min(_host_limits())
@@ -129,11 +128,10 @@ def check_memory(state: Any, layout: Layout) -> None:
         stats = devices[0].memory_stats() or {}
         limit, whose = stats.get("bytes_limit", math.inf), f"the memory of {devices[0].device_kind}"
     if needed > limit:
-        n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         raise UserError(
-            f"config.model: {n:,} parameters with their optimizer and gradients take {_gib(needed)}, more "
-            f"than {whose}, {_gib(limit)}: make the model smaller, or split it over more devices with "
-            "--config.mesh.fsdp"
+            f"config.model: {parameter_count(state.params):,} parameters with their optimizer and gradients "
+            f"take {_gib(needed)}, more than {whose}, {_gib(limit)}: make the model smaller, or split it "
+            "over more devices with --config.mesh.fsdp"
         )
 
 
@@ -172,8 +170,7 @@ def _check_shared(folder: AnyPath) -> None:
 def _prepare_data(config: Config, console: Console) -> tuple[Config, Mixture]:
     """Prepares in the first process; the others then find it done, or do the same on a disk of their own.
 
-    Returns:
-        The config with model.vocab_size of the tokenizer, and the data.
+    Returns the config with model.vocab_size of the tokenizer, and the data.
     """
     if not distributed.is_primary():
         distributed.barrier("data of the first process", _DATA_PATIENCE_SECONDS)
@@ -201,13 +198,6 @@ def _prepare_data(config: Config, console: Console) -> tuple[Config, Mixture]:
 
 def _pretty(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def _bytes_on_a_device(tree: Any, layout: Layout) -> int:
-    parts = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, layout.shardings(tree)
-    )
-    return sum(jax.tree.leaves(parts))
 
 
 def _host_limits() -> list[tuple[float, str]]:

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions of pytrees, each one `jax.jit` over a mesh.
+"""The train step, a pure function of pytrees, one `jax.jit` over a mesh: loss, gradient, AdamW.
 
 Loss and gradient are one program for every device (`jax.shard_map`) whose communication is written out, here
 and in `topklm.parallel`; the optimizer works on each array as it lies.
@@ -13,19 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from topklm.config import Config, ModelConfig
-from topklm.layout import REPLICATED, ROWS, Layout
+from topklm.config import Config, ModelConfig, OptimConfig
+from topklm.layout import REPLICATED, Layout
 from topklm.model import backends, losses, transformer
 from topklm.model.block import CaptureFn
 from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
 from topklm.training import anomalies
-from topklm.training.evaluation import capture_topk_health
-from topklm.training.optimizer import learning_rate_schedule
 
 Batch = Mapping[str, jax.Array]
-
 
 # XLA says that a step is done slightly before it frees the step's temporaries: some 0.3 ms.
 _RELEASE_SECONDS = 0.002
@@ -102,55 +99,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: Config, layout: Layout
-) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
-    """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
-
-    Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
-    int32[B], how many a row has, and `topk_health`, see `capture_topk_health`.
-    """
-    specs, parallel, forward = _make_forward(config.model, layout)
-
-    def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
-        capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))
-        model, h, health = forward(params, batch, capture)
-        nll = losses.token_losses(
-            parallel.gather_tokens(h),
-            model.unembedding(),
-            batch["targets"],
-            config.model.vocab_size,
-            parallel.tensor,
-        )
-        sums = (nll * batch["loss_weights"]).sum(axis=-1), (batch["loss_weights"] > 0).sum(axis=-1)
-        nll_nats, tokens = (layout.sum_over(x, keep=ROWS, leave_out="tensor") for x in sums)
-        return {
-            "nll_nats": nll_nats,
-            "tokens": tokens,
-            "topk_health": jax.tree.map(lambda x: layout.sum_over(x, keep=REPLICATED), health),
-        }
-
-    out = {"nll_nats": ROWS, "tokens": ROWS, "topk_health": REPLICATED}
-    eval_step = layout.on_every_device(of_device, specs, out)
-    # Every process reads the sums, those of other processes' rows too.
-    return jax.jit(eval_step, out_shardings=layout.replicated)
-
-
 def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
-    specs, parallel, forward = _make_forward(config.model, layout)
+    specs, parallel, forward = make_forward(config.model, layout)
 
     def loss_of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model, h, _ = forward(params, batch)
-        return losses.cross_entropy(
-            parallel.gather_tokens(h),
-            model.unembedding(),
-            batch["targets"],
-            batch["loss_weights"],
-            config.optim.z_loss,
-            config.model.vocab_size,
-            parallel.tensor,
-        )
+        h, w, targets = parallel.gather_tokens(h), model.unembedding(), batch["targets"]
+        z_loss, n_vocab = config.optim.z_loss, config.model.vocab_size
+        return losses.cross_entropy(h, w, targets, batch["loss_weights"], z_loss, n_vocab, parallel.tensor)
 
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
@@ -165,12 +122,12 @@ def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
+def make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
     """Builds the forward pass of one device's program.
 
     Returns:
         The specs of the parameters; the device's view of the mesh; and `(params, batch, capture) -> (model,
-        h, what was captured)`, whose parameters are this device's parts.
+        h, captured)`, whose parameters are this device's parts.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)
@@ -186,13 +143,12 @@ def _make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, C
             return transformer.bind(config, {**params, **outside_blocks})
 
         model = gathered()
-        h, seen = model.hidden(
-            batch["inputs"], batch["segment_ids"], batch["positions"], capture=capture, parallel=parallel
-        )
+        inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+        h, captured = model.hidden(*inputs, capture=capture, parallel=parallel)
         # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
         # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
         tied = config.tie_embeddings and config.dtype != "float32"
-        return gathered() if tied else model, h, seen
+        return gathered() if tied else model, h, captured
 
     return layout.specs(shapes), parallel, forward
 
@@ -211,6 +167,52 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, n: int) -> Any:
     shape = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[: x.shape[0] // n], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     return jax.lax.scan(add, zeros, jax.tree.map(microbatches, batch))[0]
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Chains clipping by global norm, AdamW (Loshchilov and Hutter 2019) and the schedule of a whole run."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
+    )
+
+
+def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Maps step to learning rate: linear warm-up, then a cosine, or a plateau with a linear end (WSD)."""
+    peak = config.learning_rate
+    final = peak * config.final_learning_rate_fraction
+    # The first step already moves: the ramp starts at peak / warmup_steps, not at 0.
+    warmup = min(config.warmup_steps, steps)
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        decay_steps = max(steps - warmup, 1)
+        tail = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_learning_rate_fraction)
+        return optax.join_schedules([ramp, tail], [warmup])
+    decay = min(round(config.decay_fraction * steps), steps - warmup)
+    tail = optax.linear_schedule(peak, final, max(decay, 1))
+    return optax.join_schedules([ramp, optax.constant_schedule(peak), tail], [warmup, steps - decay])
+
+
+def change_of_schedule(config: OptimConfig, before: int, steps: int, step: int) -> str | None:
+    """Describes the jump of the learning rate in a run of `before` steps that goes on to `steps` at `step`.
+
+    Returns None if the rate goes on as it would have.
+    """
+    last, planned = (float(learning_rate_schedule(config, before)(i)) for i in (step - 1, step))
+    now = float(learning_rate_schedule(config, steps)(step))
+    if steps == before or abs(now - planned) <= 0.01 * config.learning_rate:
+        return None
+    return (
+        f"train.steps was {before:,} and is {steps:,}: the learning rate goes from {last:.3g} to {now:.3g}, "
+        f"where {config.schedule} over {steps:,} steps is after step {step:,}"
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """Marks matrices True, norm scales False (they carry a layer axis, so the name decides)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def compile_step(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -236,32 +238,23 @@ def release_seconds(compiled: jax.stages.Compiled) -> float:
 class StopSync:
     """Truthy once all processes know that the run shall stop; the same in all of them after each step.
 
-    Each process puts its own signal into the step as an array over its devices, and reads the largest of all
-    among the step's results: a step later all know, without any message and whatever the network does.
+    Each process puts the signal of its own `StopRequest` into the step as an array over its devices, and
+    reads the largest of all among the step's results: a step later all know, without any message.
     """
 
     def __init__(self, layout: Layout, stop: StopRequest):
-        """Starts with no stop known.
-
-        Args:
-            layout: Of all devices of the run.
-            stop: Request to this process.
-        """
-        self._stop = stop
+        self._layout, self._stop = layout, stop
         self._alone = jax.process_count() == 1
         self._agreed = False
-        self._layout = layout
         self._flags: dict[int, jax.Array] = {}
 
     def __bool__(self) -> bool:
         return bool(self._stop) if self._alone else self._agreed
 
     def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        """Gives a step one more argument, this process's stop flag, if there are other processes.
+        """Gives a step, `(...) -> results` or `(...) -> (state, results)`, one more argument: the stop flag.
 
-        Args:
-            step: Jitted, `(...) -> results` or `(...) -> (state, results)`.
-            donate_argnums: Of the step.
+        Only if there are other processes.
         """
         if self._alone:
             return step

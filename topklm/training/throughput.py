@@ -40,11 +40,9 @@ _PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
     "(NVIDIA|Tesla) T4": 65e12,
 }
-_LEAST_SECONDS = (
-    1.0  # that a rate is taken over: a step's own end is seen only when the next one is under way
-)
+# That a rate is taken over: a step's own end is seen only when the next one is under way.
+_LEAST_SECONDS = 1.0
 _PROFILE_FOLDER = "profile"  # of a run
-_TRACED_STEP = "train"  # name of a step in the trace
 
 
 @dataclasses.dataclass
@@ -115,15 +113,10 @@ class Profiler:
 
     The run's first process traces its own devices and its own host. The trace is written beside and copied
     into the run folder, local or in a bucket, when it is whole.
-
-    Args:
-        steps: To trace, by number; empty: none.
-        folder: Of the run.
-        first: Steps that the run has done already.
-        say: Tells a person a line.
     """
 
     def __init__(self, steps: range, folder: AnyPath, first: int, say: Callable[[str], None]):
+        """Traces `steps` by number, none if empty, of a run that has done `first` steps already."""
         self._steps, self._folder, self._say = steps, folder / _PROFILE_FOLDER, say
         self._traced: list[int] = []
         self._session = contextlib.ExitStack()
@@ -137,9 +130,14 @@ class Profiler:
             yield
             return
         if not self._traced:
-            self._start()
+            folder = self._session.enter_context(tempfile.TemporaryDirectory(prefix="topklm-profile-"))
+            self._local = Path(folder)
+            options = jax.profiler.ProfileOptions()
+            # Not every call of every function, which slows the host and hides the rest.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._local, profiler_options=options)
         self._traced.append(number)
-        with jax.profiler.StepTraceAnnotation(_TRACED_STEP, step_num=number):
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
     def ends_with(self, step: int) -> bool:
@@ -154,7 +152,10 @@ class Profiler:
         try:
             with self._session, storage_errors_are_user_errors("writing the profile", self._folder):
                 jax.profiler.stop_trace()
-                self._publish()
+                for file in sorted(path for path in self._local.rglob("*") if path.is_file()):
+                    target = self._folder / file.relative_to(self._local).as_posix()
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(target, file.read_bytes())
         except UserError as e:
             self._say(f"no profile was written: {e}")
             return
@@ -162,20 +163,6 @@ class Profiler:
             f"profile of steps {traced[0]:,} to {traced[-1]:,} in {self._folder}; to open it: pip install "
             f"xprof, then: xprof --logdir={self._folder}"
         )
-
-    def _start(self) -> None:
-        self._local = Path(self._session.enter_context(tempfile.TemporaryDirectory(prefix="topklm-profile-")))
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = (
-            0  # every call of every function, which slows the host and hides the rest
-        )
-        jax.profiler.start_trace(self._local, profiler_options=options)
-
-    def _publish(self) -> None:
-        for file in sorted(path for path in self._local.rglob("*") if path.is_file()):
-            target = self._folder / file.relative_to(self._local).as_posix()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, file.read_bytes())
 
 
 def parameter_count(params: Any) -> int:

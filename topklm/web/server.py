@@ -5,6 +5,7 @@ from collections.abc import Callable
 import contextlib
 import logging
 import math
+import os
 import socket
 import time
 import traceback
@@ -18,7 +19,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from topklm.errors import UserError
 
 REQUEST_SECONDS = 10.0  # in which the head of a request has to arrive
-
 _SELDOM_SECONDS = 60.0  # between two equal lines of a log
 _READING_SECONDS = 30.0  # in which a client has to read some of what it is told
 _MOST_CONNECTIONS = 512
@@ -27,29 +27,20 @@ _CLOSING_SECONDS = 3  # that an answer has left when the server is told to stop
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens, before anything else is done, so that a taken port shows at once.
-
-    Raises:
-        UserError: If there is none to be had.
-    """
+    """Opens a socket that listens, or raises UserError; done first, so that a taken port shows at once."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port = {port}: must be from 0 to 65535")
+        raise UserError(field="--port", value=port, allowed="from 0 to 65535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as e:
         raise UserError(f"--host = {host}: is no address ({getattr(e, 'strerror', None) or e})") from e
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(socket.SOMAXCONN)
+        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=both)
     except OSError as e:
-        listening.close()
-        raise UserError(
-            f"--port = {port}: cannot listen on {host}:{port} ({e.strerror or e}): choose another, or 0 for "
-            "any that is free"
-        ) from e
-    return listening
+        why = os.strerror(e.errno) if e.errno else e
+        text = f"cannot listen on {host}:{port} ({why}): choose another, or 0 for any that is free"
+        raise UserError(text, field="--port", value=port) from e
 
 
 def name_of(host: str) -> str:
@@ -64,13 +55,11 @@ def names_of(host: str, port: int) -> frozenset[str]:
 
 def make_server(
     app: ASGIApp, closing_seconds: int = _CLOSING_SECONDS, closing: Callable[[], Any] = lambda: None
-) -> uvicorn.Server:
-    """Returns a server that no slow or silent client can keep from answering the others.
+) -> "_Server":
+    """Returns a server of a guarded app that no slow or silent client can keep from answering the others.
 
-    Args:
-        app: It answers; a `Guard` around the application.
-        closing_seconds: That answers may take to leave when it is told to stop.
-        closing: Called when it is told to stop, and takes no new connections any more.
+    When it is told to stop, and takes no new connections any more, it calls `closing`, and answers may take
+    so many seconds to leave.
     """
     config = uvicorn.Config(
         app,
@@ -94,29 +83,14 @@ def make_server(
     return _Server(config, closing)
 
 
-def run(server: uvicorn.Server, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answers until Ctrl-C, or until the process is asked to end.
+def run(server: "_Server", listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Answers on a socket, closed in the end, until Ctrl-C, or until the process is asked to end.
 
-    Args:
-        server: From `make_server`.
-        listening: From `listen`; closed in the end.
-        ready: Called once requests are answered.
+    `ready` is called once requests are answered.
     """
+    server.ready = ready
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(server, listening, ready))
-
-
-async def _run(server: uvicorn.Server, listening: socket.socket, ready: Callable[[], None]) -> None:
-    async def tell() -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        ready()
-
-    telling = asyncio.create_task(tell())
-    try:
-        await server.serve([listening])
-    finally:
-        telling.cancel()
+        asyncio.run(server.serve([listening]))
 
 
 class _Server(uvicorn.Server):
@@ -125,6 +99,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, closing: Callable[[], Any]):
         super().__init__(config)
         self._closing = closing
+        self.ready: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit  # a second signal: do not wait
@@ -186,8 +165,7 @@ class _Patient(H11Protocol):
             return
         self._stop_waiting()
         self._awaited = awaited
-        if awaited is not None:
-            self.since = time.monotonic()
+        self.since = None if awaited is None else time.monotonic()
         if awaited in ("request", "reading"):
             seconds = REQUEST_SECONDS if awaited == "request" else _READING_SECONDS
             self._deadline = self.loop.call_later(seconds, self._hang_up)

@@ -8,7 +8,7 @@ from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, 
 import pytest
 
 from topklm.neurons.documents import windows_of
-from topklm.neurons.statistics import ablation, catalog, embeddings
+from topklm.neurons.statistics import ablation, catalog
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
@@ -31,9 +31,12 @@ def small_groups(monkeypatch):
 
 
 def measured(model, **settings):
+    """Returns mean, standard error and number of samples, [S, D] each."""
     config, store = model
-    bounds = embeddings.document_bounds(store)
-    return ablation.measure(store, bounds, config, params(), separator_id=SEPARATOR, **settings)
+    text = store.tokens(0, store.n_tokens), store.document_bounds()
+    layers = store.metadata.layers
+    found = ablation.measure(layers, *text, config, params(), separator_id=SEPARATOR, **settings)
+    return tuple(found[name] for name in ablation.COLUMNS)
 
 
 def by_hand(config, inputs, layer, neuron, place):
@@ -52,21 +55,21 @@ def by_hand(config, inputs, layer, neuron, place):
 
 def test_with_all_samples_it_is_the_mean_of_effects_by_hand(model):
     config, store = model
-    found = measured(model, samples=10_000)
-    assert found.layers == store.metadata.layers
+    layers = store.metadata.layers
+    mean, standard_error, n_samples = measured(model, samples=10_000)
     windows = [w for i, ids in enumerate(DOCUMENTS) for w in windows_of(i, ids, SEPARATOR, T)]
-    for layer, neuron in ((0, 0), (0, 7), (1, 3), (1, 12), (found.layers[-1], 5)):
+    for layer, neuron in ((0, 0), (0, 7), (1, 3), (1, 12), (layers[-1], 5)):
         effects = []
         for window in windows:
             states = handed_on(config, window.inputs)[layer]
             for place in range(window.n_known, len(window.inputs) - 1):
                 if states[place, neuron] > 0 or (config.n_topk_layers and states[place, neuron] != 0):
                     effects.append(by_hand(config, window.inputs, layer, neuron, place))
-        number = found.layers.index(layer)
-        assert found.n_samples[number, neuron] == len(effects) > 3
-        assert found.mean[number, neuron] == pytest.approx(np.mean(effects), abs=1e-5)
+        number = layers.index(layer)
+        assert n_samples[number, neuron] == len(effects) > 3
+        assert mean[number, neuron] == pytest.approx(np.mean(effects), abs=1e-5)
         error = np.std(effects, ddof=1) / len(effects) ** 0.5
-        assert found.standard_error[number, neuron] == pytest.approx(error, abs=1e-5)
+        assert standard_error[number, neuron] == pytest.approx(error, abs=1e-5)
 
 
 def test_every_sample_is_an_active_neuron_and_has_the_effect_by_hand(model):
@@ -130,27 +133,23 @@ def test_samples_are_drawn_from_all_active_places_alike():
 
 
 def test_no_more_than_asked_for_are_taken_and_they_are_of_many_windows(model):
-    found = measured(model, samples=4)
-    assert found.n_samples.max() == 4
-    assert (measured(model, samples=4).mean == found.mean)[found.n_samples > 0].all()
-    assert not np.array_equal(measured(model, samples=4, seed=1).mean, found.mean)
+    mean, _, n_samples = measured(model, samples=4)
+    assert n_samples.max() == 4
+    np.testing.assert_array_equal(measured(model, samples=4)[0], mean)
+    assert not np.array_equal(measured(model, samples=4, seed=1)[0], mean)
 
 
 def test_the_windows_looked_at_are_limited(model):
-    few = measured(model, samples=10_000, max_tokens=2 * T).n_samples.sum()
-    assert 0 < few < measured(model, samples=10_000).n_samples.sum() / 3
+    few, many = (measured(model, samples=10_000, **asked)[2].sum() for asked in ({"max_tokens": 2 * T}, {}))
+    assert 0 < few < many / 3
 
 
-def test_columns_fit_the_table_and_are_null_without_a_sample(model):
-    _, store = model
-    found = measured(model, samples=2)
-    found.n_samples[0, 1], found.mean[0, 1], found.standard_error[0, 1] = 0, np.nan, np.nan
-    layer = store.metadata.layers[0]
-    for columns in (ablation.columns(found, layer, 0, 3), ablation.columns(None, layer, 0, 3)):
-        for name, values in columns.items():
-            assert name in catalog.schema().names
-            assert len(values) == 3
-            assert name == "ablation_samples" or values[1] is None
+def test_columns_fit_the_table_and_there_is_none_without_a_sample(model):
+    mean, standard_error, n_samples = measured(model, samples=1)
+    assert set(ablation.COLUMNS) <= set(catalog.schema().names)
+    assert (n_samples == 0).any() or not model[0].n_topk_layers
+    np.testing.assert_array_equal(np.isnan(mean), n_samples == 0)
+    assert np.isnan(standard_error).all()
 
 
 def test_what_is_done_is_told(model):

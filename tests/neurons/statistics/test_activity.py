@@ -46,14 +46,15 @@ def test_a_dead_neuron_has_no_mean_maximum_or_histogram():
     found = activity.columns(block_of(dense), 50)
     assert found["n_active"].tolist() == [0, 2, 0, 0]
     assert found["density"].tolist() == [0, 0.04, 0, 0]
-    assert found["mean_activation"] == [None, 3.0, None, None]
-    assert found["max_activation"] == [None, 4.0, None, None]
+    np.testing.assert_array_equal(found["mean_activation"], [np.nan, 3.0, np.nan, np.nan])
+    np.testing.assert_array_equal(found["max_activation"], [np.nan, 4.0, np.nan, np.nan])
     assert [row if row is None else sum(row) for row in found["histogram"]] == [None, 2, None, None]
 
 
 def test_a_block_of_dead_neurons_has_nothing():
     found = activity.columns(block_of(np.zeros((50, 2), np.float32)), 50)
-    assert found["max_activation"] == found["histogram"] == [None, None]
+    assert np.isnan(found["max_activation"]).tolist() == [True, True]
+    assert found["histogram"] == [None, None]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -5,13 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from topklm.neurons.statistics import (
-    activity,
-    embeddings,
-    entropy,
-    monosemanticity,
-    similarity,
-)
+from topklm.neurons.statistics import activity, embeddings, entropy
 from topklm.neurons.statistics.catalog import schema
 
 N, D, V = 3000, 12, 60
@@ -30,21 +24,21 @@ def measured(folder, text, cuts, size):
     """Returns all columns, by layer and name."""
     dense, tokens, documents, unembedding = text
     store = make_store(folder, dense, tokens, documents, cuts)
-    ids, bounds = store.tokens(0, store.n_tokens), embeddings.document_bounds(store)
+    ids, bounds = store.tokens(0, store.n_tokens), store.document_bounds()
     of_tokens = embeddings.cluster_tokens(unembedding)
     around = embeddings.Contexts(ids, bounds, embeddings.token_vectors(unembedding))
-    scores = monosemanticity.measure(store, around)
+    scores = embeddings.monosemanticity(store, around)
     found = {}
-    for layer in store.metadata.layers:
-        similarities = similarity.measure(store, layer)
+    for number, layer in enumerate(store.metadata.layers):
+        similarities = activity.coactivation(store, layer)
         for begin in range(0, D, size):
             end = min(begin + size, D)
             block = store.block(layer, begin, end)
             columns = {
                 **activity.columns(block, store.n_tokens),
                 **entropy.columns(block, ids, of_tokens),
-                **monosemanticity.columns(scores, layer, begin, end),
-                **similarity.coactive_columns(similarities, begin, end),
+                **{name: of_all[number, begin:end] for name, of_all in scores.items()},
+                **activity.coactive_columns(similarities, begin, end),
                 **activity.example_columns(block, bounds, layer, begin),
             }
             for name, column in columns.items():
@@ -64,12 +58,12 @@ def test_figures_do_not_depend_on_how_things_are_cut(tmp_path, text, cuts, size)
                 assert (one is None) == (other is None)
                 np.testing.assert_allclose(one or 0, other or 0, atol=2e-6)
         else:
-            assert column == wanted[layer, name]
+            np.testing.assert_equal(column, wanted[layer, name])
 
 
 def test_columns_have_the_names_and_types_of_the_table(tmp_path, text):
     for (_, name), column in measured(tmp_path / "store", text, (), 5).items():
-        array = pa.array(column, schema().field(name).type)
+        array = pa.array(column, schema().field(name).type, from_pandas=True)
         assert len(array) == D
         # Only the last neuron is dead.
         figures_of_the_dead = {"n_active", "density", "n_distinct_tokens"}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bootstrap
-from topklm.neurons.statistics import embeddings, entropy, monosemanticity
+from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5
@@ -64,7 +64,7 @@ def by_brute_force(text, strengths, drawn):
 def test_every_draw_is_what_its_documents_give_when_they_are_written_out(tmp_path, text, dense, monkeypatch):
     monkeypatch.setattr(bootstrap, "_BLOCK_NEURONS", 3)
     store = make_store(tmp_path, dense[None], text.token_ids, DOCUMENTS, cuts=(17, 41))
-    np.testing.assert_array_equal(embeddings.document_bounds(store), BOUNDS)
+    np.testing.assert_array_equal(store.document_bounds(), BOUNDS)
     draws = [[0, 1, 2, 3, 4, 5, 6], [2, 2, 2, 5, 0, 0, 6], [3] * 7, [4, 4, 1, 1, 1, 6, 6]]
     weights = np.stack([np.bincount(drawn, minlength=7) for drawn in draws], axis=1)
     done = []
@@ -88,7 +88,7 @@ def test_without_drawing_the_figures_are_those_of_the_table(text, dense):
     clusters = np.zeros(V, np.int64)
     clusters[text.token_ids] = text.groups
     columns = entropy.columns(block, text.token_ids, clusters)
-    pairs = monosemanticity.Pairs(D, 1, WIDTH)
+    pairs = embeddings.Pairs(D, 1, WIDTH)
     pairs.add(block.values, block.tokens, block.offsets, text.embeddings[:, None])
     columns = {**columns, "monosemanticity": pairs.scores()[:, 0]}
     for neuron in range(D):

@@ -47,8 +47,8 @@ def test_nothing_of_another_document_matters(text):
     tokens, documents, vectors = text
     last = np.flatnonzero(documents == documents[-1])
     changed = np.concatenate([(tokens[: last[0]] + 1) % 40, tokens[last]])
-    own = Contexts(tokens, bounds_of(documents), vectors)._means(last)
-    np.testing.assert_array_equal(own, Contexts(changed, bounds_of(documents), vectors)._means(last))
+    own = Contexts(tokens, bounds_of(documents), vectors).rows(last)
+    np.testing.assert_array_equal(own, Contexts(changed, bounds_of(documents), vectors).rows(last))
 
 
 def test_what_equals_the_mean_of_all_stays_0():
@@ -66,12 +66,10 @@ def test_all_others_have_unit_length_and_no_embedding_is_asked_of_an_empty_store
     assert empty.at(np.zeros(0, np.int64)).shape == (0, 9)
 
 
-@pytest.mark.parametrize("stretch", [1, 5, 100_000])
-def test_bounds_of_documents_are_found_across_segments_and_stretches(text, stretch, tmp_path, monkeypatch):
-    monkeypatch.setattr(embeddings, "_STRETCH", stretch)
+def test_bounds_of_documents_are_found_across_segments(text, tmp_path):
     tokens, documents, _ = (array[:150] for array in text)
     store = make_store(tmp_path / "store", np.zeros((1, 150, 3), np.float32), tokens, documents, (1, 20, 90))
-    np.testing.assert_array_equal(embeddings.document_bounds(store), bounds_of(documents))
+    np.testing.assert_array_equal(store.document_bounds(), bounds_of(documents))
 
 
 def test_directions_keep_as_much_of_the_distances_as_any_can():

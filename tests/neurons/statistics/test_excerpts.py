@@ -5,21 +5,16 @@ import functools
 from hypothesis import given
 import hypothesis.strategies as st
 import numpy as np
-import plain_model
 from plain_model import SEPARATOR, random_documents
-import pytest
 
-from topklm.neurons.statistics import jacobian
+from topklm.neurons.statistics import lenses
 
 LENGTHS = (1, 3, 40, 7, 1, 1, 12)
 TOTAL = sum(LENGTHS)
 DOCUMENTS = random_documents(LENGTHS)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("excerpts")
-    return plain_model.make_store(folder / "store", plain_model.configured(n_layers=2), DOCUMENTS)
+TOKENS, BOUNDS = np.concatenate(DOCUMENTS).astype(np.uint16), np.cumsum([0, *LENGTHS])
 
 
 @functools.cache
@@ -28,13 +23,9 @@ def places():
     return [(ids, place) for ids in DOCUMENTS for place in range(len(ids))]
 
 
-@given(
-    st.integers(1, 45), st.lists(st.integers(0, TOTAL - 1), max_size=30), st.sampled_from([1, 5, 16, 1 << 20])
-)
-def test_an_excerpt_is_the_end_of_separator_and_document(store, length, ends, strip):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jacobian, "_STRIP", strip)
-        found = jacobian.ending_at(store, np.array(ends, np.int64), length, SEPARATOR)
+@given(st.integers(1, 45), st.lists(st.integers(0, TOTAL - 1), max_size=30))
+def test_an_excerpt_is_the_end_of_separator_and_document(length, ends):
+    found = lenses.excerpts(TOKENS, BOUNDS, np.array(ends, np.int64), length, SEPARATOR)
     assert found.tokens.shape == found.segments.shape == found.positions.shape == (len(ends), length)
     for row, end in enumerate(ends):
         document, place = places()[end]
@@ -43,23 +34,14 @@ def test_an_excerpt_is_the_end_of_separator_and_document(store, length, ends, st
         assert stands.tolist() == [False] * (length - len(expected)) + [True] * len(expected)
         assert found.tokens[row][stands].tolist() == expected
         assert found.positions[row][stands].tolist() == list(range(len(expected)))
-        follows = document[place + 1] if place + 1 < len(document) else jacobian.NO_TOKEN
-        assert found.following[row] == follows
-
-
-def test_some_of_them_are_chosen_by_number(store):
-    found = jacobian.ending_at(store, np.arange(10), 4, SEPARATOR)
-    chosen = found[np.array([7, 2])]
-    assert len(chosen) == 2
-    np.testing.assert_array_equal(chosen.tokens, found.tokens[[7, 2]])
-    np.testing.assert_array_equal(chosen.following, found.following[[7, 2]])
+        assert (found.positions[row][~stands] == 0).all()
 
 
 @given(st.integers(1, 300), st.integers(0, 80), st.integers(0, 9))
 def test_tokens_are_drawn_one_from_each_part_of_the_store(n_tokens, n, seed):
-    ends = jacobian.spread_ends(n_tokens, n, seed)
+    ends = lenses.spread_ends(n_tokens, n, seed)
     assert len(ends) == min(n, n_tokens)
     share = n_tokens / max(len(ends), 1)
     for part, end in enumerate(ends):
         assert int(part * share) <= end <= min((part + 1) * share, n_tokens - 1)
-    np.testing.assert_array_equal(ends, jacobian.spread_ends(n_tokens, n, seed))
+    np.testing.assert_array_equal(ends, lenses.spread_ends(n_tokens, n, seed))

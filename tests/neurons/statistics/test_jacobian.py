@@ -10,11 +10,9 @@ from plain_model import SEPARATOR, configured, final_hidden, handed_on, params, 
 import pytest
 from references import attention_reference
 
-from topklm.errors import UserError
 from topklm.model import attention, layers, transformer
 from topklm.model.block import LayerHooks
-from topklm.neurons.statistics import jacobian
-from topklm.neurons.store import Store, StoreWriter
+from topklm.neurons.statistics import lenses
 
 DOCUMENTS = random_documents((30, 4, 1, 17))
 SETTINGS = {"n_contexts": 5, "context_tokens": 9, "seed": 3}
@@ -25,10 +23,23 @@ def stored(tmp_path, config):
     return plain_model.make_store(tmp_path / "store", config, DOCUMENTS)
 
 
+def text_of(store):
+    return store.tokens(0, store.n_tokens), store.document_bounds()
+
+
+def measured(config, parameters, store, **settings):
+    settings = {"separator_id": SEPARATOR, **SETTINGS, **settings}
+    return lenses.averaged_jacobians(config, parameters, *text_of(store), **settings)
+
+
+def contexts(store, n=SETTINGS["n_contexts"]):
+    ends = lenses.spread_ends(store.n_tokens, n, SETTINGS["seed"])
+    return lenses.excerpts(*text_of(store), ends, SETTINGS["context_tokens"], SEPARATOR)
+
+
 def texts(store):
     """Returns the contexts as lists of ids."""
-    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    found = contexts(store)
     return [row[there == 1] for row, there in zip(found.tokens, found.segments, strict=True)]
 
 
@@ -67,7 +78,7 @@ def differences(config, tokens, layer):
 def test_they_are_the_mean_of_differences_in_every_layer(tmp_path, fields):
     config = configured(**fields)
     store = stored(tmp_path, config)
-    found = jacobian.averaged_jacobians(config, params(), SEPARATOR, store, **SETTINGS)
+    found = measured(config, params(), store)
     assert found.shape == (config.n_layers, config.d_model, config.d_model)
     assert found.dtype == np.float32
     for layer in range(config.n_layers):
@@ -78,8 +89,7 @@ def test_they_are_the_mean_of_differences_in_every_layer(tmp_path, fields):
 def mean_of_last(config, store, change):
     """Returns the mean over contexts of the normed final state, [D], as a function of `change`, [L, D], which
     is added to what the layers hand on at the last position."""
-    ends = jacobian.spread_ends(store.n_tokens, SETTINGS["n_contexts"], SETTINGS["seed"])
-    found = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    found = contexts(store)
     hooks = LayerHooks(output=lambda h, e: h.at[:, -1].add(e))
     hidden, _ = transformer.bind(config, params()).hidden(
         found.tokens, found.segments, found.positions, hooks=hooks, hook_inputs=change
@@ -90,7 +100,7 @@ def mean_of_last(config, store, change):
 def test_they_are_what_forward_mode_gives_for_single_neurons(tmp_path, monkeypatch):
     config = configured()
     store = stored(tmp_path, config)
-    found = jacobian.averaged_jacobians(config, params(), SEPARATOR, store, **SETTINGS)
+    found = measured(config, params(), store)
     # Rules written out for the backward pass know no forward mode: the same by plain formulas.
     monkeypatch.setattr(layers, "matmul", jnp.matmul)
     monkeypatch.setattr(layers, "gated_silu", lambda gate, up: jax.nn.silu(gate) * up)
@@ -110,40 +120,29 @@ def test_they_are_what_forward_mode_gives_for_single_neurons(tmp_path, monkeypat
 def test_they_do_not_depend_on_how_much_is_done_at_once(tmp_path, monkeypatch):
     config = configured()
     store = stored(tmp_path, config)
-    found = jacobian.averaged_jacobians(config, params(), SEPARATOR, store, **SETTINGS)
-    monkeypatch.setattr(jacobian, "_BATCH", 2)
-    few = jacobian.averaged_jacobians(config, params(), SEPARATOR, store, **SETTINGS)
+    found = measured(config, params(), store)
+    monkeypatch.setattr(lenses, "_BATCH", 2)
+    few = measured(config, params(), store)
     np.testing.assert_allclose(few, found, atol=1e-6)
 
 
 def test_the_last_layers_is_that_of_the_norm_at_shapes_that_xla_gets_wrong_vectorised(tmp_path, monkeypatch):
     # [256, 16, 256], in XLA 0.10.2 for CPUs.
-    monkeypatch.setattr(jacobian, "_BATCH", 16)
+    monkeypatch.setattr(lenses, "_BATCH", 16)
     config = configured(d_model=256, n_layers=1, n_nontopk=1)
     store = stored(tmp_path, configured())
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: transformer.create(config, 0))
     parameters = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
-    settings = {**SETTINGS, "n_contexts": 16}
-    found = jacobian.averaged_jacobians(config, parameters, SEPARATOR, store, **settings)
-    ends = jacobian.spread_ends(store.n_tokens, 16, SETTINGS["seed"])
-    texts = jacobian.ending_at(store, ends, SETTINGS["context_tokens"], SEPARATOR)
+    found = measured(config, parameters, store, n_contexts=16)
 
     @jax.jit
     def last(p):
         model = transformer.bind(config, p)
-        found = texts.tokens, texts.segments, texts.positions
-        return model.hidden(*found, capture=lambda _h, _u, h: h[:, -1])[1][0]
+        return model.hidden(*contexts(store, 16), capture=lambda _h, _u, h: h[:, -1])[1][0]
 
     h = np.asarray(last(parameters), np.float64)
     rms = np.sqrt((h**2).mean(axis=1) + config.norm_eps)
     scale = parameters["final_norm"]["scale"][:, None]
     each = [scale * (np.eye(256) / r - np.outer(x, x) / (256 * r**3)) for x, r in zip(h, rms, strict=True)]
     np.testing.assert_allclose(found[0], np.mean(each, axis=0), atol=1e-6)
-
-
-def test_an_empty_store_is_refused(tmp_path):
-    metadata = stored(tmp_path, configured()).metadata
-    StoreWriter(tmp_path / "empty", metadata)
-    with pytest.raises(UserError, match="empty holds no tokens: run topklm neurons harvest"):
-        jacobian.averaged_jacobians(configured(), params(), SEPARATOR, Store(tmp_path / "empty"))

@@ -5,7 +5,7 @@ import plain_model
 from plain_model import V, configured, params
 import pytest
 
-from topklm.neurons.statistics import catalog, lenses, similarity
+from topklm.neurons.statistics import activity, catalog, lenses
 
 L, D = plain_model.MODEL.n_layers, plain_model.MODEL.d_model
 JACOBIANS = np.random.default_rng(5).standard_normal((L, D, D)).astype(np.float32)
@@ -79,12 +79,12 @@ def test_tied_embeddings_are_the_unembedding():
 
 @pytest.mark.parametrize(("begin", "end"), [(0, D), (9, 11)])
 def test_similar_neurons_are_those_of_the_largest_cosine(made, begin, end):
-    found = similarity.effect_columns(made, 2, begin, end)
+    found = lenses.similar_columns(made, 2, begin, end)
     whole = effects(JACOBIANS[2].T)
     unit = whole / np.linalg.norm(whole, axis=1, keepdims=True)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -np.inf)
-    expected = np.argsort(-cosines[begin:end], axis=1)[:, : similarity.NEAREST]
+    expected = np.argsort(-cosines[begin:end], axis=1)[:, : activity.NEAREST]
     assert found["similar_effect"] == expected.tolist()
     wanted = np.take_along_axis(cosines[begin:end], expected, axis=1)
     np.testing.assert_allclose(found["similar_effect_similarity"], wanted, atol=1e-5)
@@ -95,7 +95,7 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
     changed[0, :, 3] = 0
     changed[0, :, 7] = 2 * changed[0, :, 1]
     changed[0, :, 8] = -changed[0, :, 1]
-    found = similarity.effect_columns(lenses.make(configured(), params(), changed), 0, 0, D)
+    found = lenses.similar_columns(lenses.make(configured(), params(), changed), 0, 0, D)
     assert found["similar_effect_similarity"][3] == [0.0] * 10
     assert found["similar_effect"][1][0] == 7
     assert found["similar_effect_similarity"][1][0] == pytest.approx(1.0, abs=1e-5)
@@ -104,7 +104,7 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
 
 
 def test_the_columns_are_those_of_the_table(made):
-    found = lenses.columns(made, 0, 0, 4) | similarity.effect_columns(made, 0, 0, 4)
+    found = lenses.columns(made, 0, 0, 4) | lenses.similar_columns(made, 0, 0, 4)
     prefixes = ("identity_", "jacobian_", "similar_effect")
     assert set(found) == {name for name in catalog.schema().names if name.startswith(prefixes)}
     for name, entries in found.items():
@@ -128,9 +128,9 @@ def test_the_neurons_of_a_dictionary_are_directions_and_not_coordinates():
             assert found[f"{name}_top"] == order[:, : -lenses.N_TOKENS - 1 : -1].tolist()
             wanted = np.take_along_axis(whole, order[:, :10], axis=1)
             np.testing.assert_allclose(found[f"{name}_bottom_effects"], wanted, rtol=1e-4, atol=1e-4)
-        nearest = similarity.effect_columns(made, layer, 3, 4)
+        nearest = lenses.similar_columns(made, layer, 3, 4)
         unit = effects(rows["jacobian"])
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         cosines = unit @ unit[3]
         cosines[3] = -2
-        assert nearest["similar_effect"][0] == np.argsort(-cosines)[: similarity.NEAREST].tolist()
+        assert nearest["similar_effect"][0] == np.argsort(-cosines)[: activity.NEAREST].tolist()

@@ -53,9 +53,8 @@ from topklm.data.sources import HF, corpus_name, find, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.progress import Progress
-from topklm.storage import locks
 from topklm.storage.errors import store_errors_are_user_errors
-from topklm.storage.files import check_name, fsync, sealed_json
+from topklm.storage.files import check_name, folder_lock, fsync, is_locked, sealed_json
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28
@@ -119,7 +118,7 @@ def _remove_stale(root: Path) -> None:
         # Another process may remove its folder while we look at it.
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-            if time.time() - newest > _STALE_SECONDS and not locks.is_held(folder):
+            if time.time() - newest > _STALE_SECONDS and not is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,7 +161,7 @@ def build(
             return
         if work.is_local:
             work.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.held(work.path, busy, warn=progress.say))
+            stack.enter_context(folder_lock(work.path, busy, warn=progress.say))
         if not (work.is_local and _is_made(out, sources, settings)):  # by the process that was waited for
             _Build(sources, settings, work, out, engine, progress).run()
         work.remove()

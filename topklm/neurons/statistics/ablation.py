@@ -11,11 +11,9 @@ min(h, 0). The definition is ours. Dims: L layers, W windows of T tokens, D neur
 samples, each row of one window.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import itertools
-from typing import Any
 
 from flax import nnx
 import jax
@@ -27,32 +25,13 @@ from topklm.model import losses, transformer
 from topklm.model.block import end_layer
 from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.documents import chunk_bounds
-from topklm.neurons.statistics import MeasureSettings, activity
-from topklm.neurons.store import Store
 
-SAMPLES = MeasureSettings.ablation_samples
+COLUMNS = ("ablation_effect", "ablation_standard_error", "ablation_samples")
 MAX_TOKENS = 2**17  # of the windows that are looked at; a neuron that is active seldom has fewer samples
 
 _GROUP_TOKENS = 2048  # windows that are run together
 _ROWS, _PER_ROW = 16, 64  # R and M: samples in one program
 _GROUPS_PER_NEURON = 8  # over which the samples of a neuron are spread, so that they are not of one text
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AblationEffects:
-    """Of all neurons.
-
-    Attributes:
-        layers: The model's layers, S of them.
-        mean: float64[S, D], nats; NaN without a sample.
-        standard_error: float64[S, D], as if samples were independent; NaN below two.
-        n_samples: int64[S, D].
-    """
-
-    layers: tuple[int, ...]
-    mean: np.ndarray
-    standard_error: np.ndarray
-    n_samples: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,58 +53,46 @@ class Samples:
     effects: np.ndarray
 
 
-def columns(effects: AblationEffects | None, layer: int, begin: int, end: int) -> Mapping[str, Any]:
-    """Returns the columns `ablation_*` of `table.COLUMNS` for neurons `begin` to `end` - 1; null for None."""
-    if effects is None:
-        nothing = [None] * (end - begin)
-        return {"ablation_effect": nothing, "ablation_standard_error": nothing, "ablation_samples": nothing}
-    number = effects.layers.index(layer)
-    return {
-        "ablation_effect": activity.or_null(effects.mean[number, begin:end]),
-        "ablation_standard_error": activity.or_null(effects.standard_error[number, begin:end]),
-        "ablation_samples": effects.n_samples[number, begin:end],
-    }
-
-
 def measure(
-    store: Store,
+    layers: tuple[int, ...],
+    token_ids: np.ndarray,
     bounds: np.ndarray,
     config: ModelConfig,
     params: transformer.Parameters,
     *,
     separator_id: int,
-    samples: int = SAMPLES,
+    samples: int,
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
-) -> AblationEffects:
-    """Measures all neurons, on windows drawn from the text of a store.
-
-    It is computed in float32, whatever the dtype of the model, for effects of single neurons are small.
+) -> dict[str, np.ndarray]:
+    """Measures all neurons of some layers, on windows drawn from the text of a store.
 
     Args:
-        store: Of the text; activations are not read from it.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
-        config: The model.
+        layers: S of the model's, rising.
+        token_ids: uint[N], of the whole store.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
+        config: The model; it is computed in float32, whatever its dtype.
         params: Its parameters, on one device or a mesh.
         separator_id: Of the tokenizer.
         samples: For each neuron, at most.
         max_tokens: Of the windows, at most.
         seed: Of what is drawn.
         report: Told which share of the work is done.
+
+    Returns:
+        `COLUMNS`, [S, D] each: the mean in nats, NaN without a sample; its standard error, as
+        if samples were independent, NaN below two; and int64, the number of samples.
     """
-    config = dataclasses.replace(config, dtype="float32")
-    layers, d = store.metadata.layers, config.d_model
-    count = np.zeros((len(layers), d), np.int64)
+    count = np.zeros((len(layers), config.d_model), np.int64)
     total, squares = np.zeros(count.shape), np.zeros(count.shape)
     rng = np.random.default_rng(seed)
-    groups = _groups(store, bounds, config.context_length, max_tokens, rng)
+    groups = _groups(token_ids, bounds, config.context_length, separator_id, max_tokens, rng)
     each = max(1, -(-samples // min(_GROUPS_PER_NEURON, max(len(groups), 1))))
-    for number, group in enumerate(groups):
+    for number, (inputs, usable) in enumerate(groups):
         wanted = np.minimum(each, samples - count)
         if not wanted.any():
             break
-        inputs, usable = _inputs(store, group, config.context_length, separator_id)
         for found in measure_group(config, params, layers, inputs, usable, wanted, rng):
             at = np.searchsorted(layers, found.layers), found.neurons
             np.add.at(count, at, 1)
@@ -136,7 +103,7 @@ def measure(
         mean = total / count
         variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
         error = np.where(count > 1, np.sqrt(variance / count), np.nan)
-    return AblationEffects(layers, mean, error, count)
+    return dict(zip(COLUMNS, (mean, error, count), strict=True))
 
 
 def measure_group(
@@ -159,8 +126,7 @@ def measure_group(
         wanted: int[S, D], how many samples of each neuron, at most.
         rng: Draws.
     """
-    with jax.default_matmul_precision("float32"):
-        states_LWTD, past, losses_WT = _forward(config, params, inputs)
+    states_LWTD, past, losses_WT = _forward(config, params, inputs)
     with_neuron = np.asarray(losses_WT, np.float64)
     rows, places = np.nonzero(usable)
     drawn = [
@@ -174,8 +140,7 @@ def measure_group(
         # Chunks have one shape, [R, M]: free entries are filled up with any sample, and not looked at.
         of_chunk = (x[chunk].astype(np.int32) for x in (of_layer, places, neurons))
         windows = rows[chunk[:, 0]].astype(np.int32)
-        with jax.default_matmul_precision("float32"):
-            without_RM = _losses_without(config, params, states_LWTD, past, inputs, windows, *of_chunk)
+        without_RM = _losses_without(config, params, states_LWTD, past, inputs, windows, *of_chunk)
         row, column = np.nonzero(chunk >= 0)
         at = chunk[row, column]
         effects = np.asarray(without_RM, np.float64)[row, column] - with_neuron[rows[at], places[at]]
@@ -219,11 +184,17 @@ def _draw(
 
 
 def _groups(
-    store: Store, bounds: np.ndarray, length: int, max_tokens: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Windows in random order, as many together as are run together: int64[W, 4] each.
+    token_ids: np.ndarray,
+    bounds: np.ndarray,
+    length: int,
+    separator_id: int,
+    max_tokens: int,
+    rng: np.random.Generator,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Draws windows in random order, as many together as are run together.
 
-    A row holds where the window's document begins in the store, and what `documents.chunk_bounds` gives.
+    Returns:
+        Of each group int32[W, T], filled up with separators, and bool[W, T], where samples may be taken.
     """
     windows = [
         (begin, *window)
@@ -233,26 +204,21 @@ def _groups(
     together = max(1, _GROUP_TOKENS // length)
     n_windows = min(len(windows), max(1, max_tokens // length))
     chosen = rng.permutation(len(windows))[:n_windows]
-    return [
-        np.array([windows[i] for i in part])
-        for part in np.split(chosen, range(together, n_windows, together))
-    ]
+    groups = []
+    for part in np.split(chosen, range(together, n_windows, together)):
+        inputs = np.full((together, length), separator_id, np.int32)
+        usable = np.zeros(inputs.shape, bool)
+        for row, number in enumerate(part):
+            begin, first, stop, known = windows[number]
+            # A document's first input is the separator, which the store does not hold.
+            ids = token_ids[begin + max(first - 1, 0) : begin + stop - 1]
+            inputs[row, max(0, 1 - first) : stop - first] = ids
+            usable[row, known - first : stop - first - 1] = True
+        groups.append((inputs, usable))
+    return groups
 
 
-def _inputs(store: Store, group: np.ndarray, length: int, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens of windows, int32[W, T], filled up with separators; and where samples may be taken."""
-    inputs = np.full((max(1, _GROUP_TOKENS // length), length), separator_id, np.int32)
-    usable = np.zeros(inputs.shape, bool)
-    for row, (document, first, stop, known) in enumerate(group):
-        # The document's own first input is the separator, which the store does not hold.
-        inputs[row, max(0, 1 - first) : stop - first] = store.tokens(
-            document + max(first - 1, 0), document + stop - 1
-        )
-        usable[row, known - first : stop - first - 1] = True
-    return inputs, usable
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@transformer.jit_in_float32
 def _forward(
     config: ModelConfig, params: transformer.Parameters, inputs_WT: jax.Array
 ) -> tuple[jax.Array, KeysAndValues, jax.Array]:
@@ -277,7 +243,7 @@ def _forward(
     return states_LWTD, past, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@transformer.jit_in_float32
 def _losses_without(
     config: ModelConfig,
     params: transformer.Parameters,

@@ -16,22 +16,42 @@ Where there are not enough such documents, books for instance, the rest of the 2
 documents that do hold examples, at least 128 tokens away from each of them, so that windows of 128 tokens
 around them need not overlap. There are fewer where there are no such places either. The choice is ours.
 
-Dims: n neurons of a block, E events.
+*Co-activation* of two neurons is the cosine of their activations over tokens, values with their signs:
+
+    sum of a[n, i] a[n, j] / sqrt(sum of a[n, i]^2 * sum of a[n, j]^2)
+
+over at most 262,144 tokens: all of a store that has no more, else 64 stretches of 4,096 tokens, spread over
+it evenly. Nothing is centred. The definition is ours.
+
+Dims: n neurons of a block, E events, D neurons of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 
 from topklm.errors import UserError
-from topklm.neurons.store import NeuronBlock
+from topklm.neurons.store import NeuronBlock, Store
 
 HISTOGRAM_BINS = 40
+STRONGEST = 20
+FROM_EACH_PART = 5
+RANGE_PARTS = 5  # into which the range of a neuron's activations is cut
+APART = 128  # tokens
+SAMPLE_TOKENS = 2**18
+NEAREST = 10
+
+_STRETCH = 4096
 
 
 def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
-    """Returns the columns of `table` that are about activity.
+    """Returns the columns that are about activity; for each one value for each neuron, NaN or None for none.
 
     `density` is the share of all tokens at which a neuron is active: n_active / N. Of a layer, densities add
     up to the mean number of active neurons per token, which is k where none of the k kept values is 0.
@@ -41,9 +61,6 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     Args:
         block: The neurons.
         n_tokens: N, of the whole store.
-
-    Returns:
-        For each column one value for each neuron; None where there is none.
 
     Raises:
         UserError: If an activation is NaN or infinite.
@@ -61,8 +78,8 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     return {
         "n_active": counts,
         "density": counts / n_tokens,
-        "mean_activation": or_null(means),
-        "max_activation": or_null(np.where(counts > 0, maxima, np.nan)),
+        "mean_activation": means,
+        "max_activation": np.where(counts > 0, maxima, np.nan),
         "histogram": [row.tolist() if count else None for row, count in zip(histograms, counts, strict=True)],
     }
 
@@ -113,11 +130,6 @@ def largest(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return _reduced(np.maximum, x, offsets)
 
 
-def or_null(figures: np.ndarray) -> list[float | None]:
-    """Figures for a table: NaN, which stands for none, becomes None."""
-    return [None if np.isnan(x) else x for x in figures.tolist()]
-
-
 def _reduced(function: np.ufunc, x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     result = np.zeros(len(offsets) - 1)
     there = np.diff(offsets) > 0  # of an empty range, reduceat would take the element after it
@@ -126,44 +138,32 @@ def _reduced(function: np.ufunc, x: np.ndarray, offsets: np.ndarray) -> np.ndarr
     return result
 
 
-STRONGEST = 20
-FROM_EACH_PART = 5
-RANGE_PARTS = 5  # into which the range of a neuron's activations is cut
-APART = 128  # tokens
-
-
 def example_columns(
     block: NeuronBlock, bounds: np.ndarray, layer: int, begin: int, seed: int = 0
 ) -> Mapping[str, Any]:
-    """Returns the columns of `table` that are about examples; a dead neuron has none.
+    """Returns the columns that are about examples; a dead neuron has none.
+
+    The strongest come first, then the parts, rising; falling strength in each.
 
     Args:
         block: The neurons.
-        bounds: int64[documents + 1], as `embeddings.document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         layer: Of the model.
         begin: The first neuron of the block; with the layer it decides what is drawn, so that the examples
             of a neuron do not depend on how neurons are cut into blocks.
         seed: Of what is drawn.
-
-    Returns:
-        For each column one value for each neuron. The strongest come first, then the parts, rising; falling
-        strength in each.
     """
-    places: list[list[int] | None] = []
-    values: list[list[float] | None] = []
-    parts: list[list[int] | None] = []
-    for number, (a, b) in enumerate(zip(block.offsets[:-1], block.offsets[1:], strict=True)):
+    rows: list[tuple[list | None, ...]] = []
+    for number, (a, b) in enumerate(itertools.pairwise(block.offsets)):
         if a == b:
-            places.append(None)
-            values.append(None)
-            parts.append(None)
+            rows.append((None, None, None))
             continue
         rng = np.random.default_rng([seed, layer, begin + number])
         events, part = choose_examples(block.tokens[a:b], block.values[a:b], bounds, rng)
-        places.append(block.tokens[a + events].tolist())
-        values.append(block.values[a + events].tolist())
-        parts.append(part.tolist())
-    return {"examples": places, "example_activations": values, "example_parts": parts}
+        chosen = a + events
+        rows.append((block.tokens[chosen].tolist(), block.values[chosen].tolist(), part.tolist()))
+    names = ("examples", "example_activations", "example_parts")
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
 def choose_examples(
@@ -236,3 +236,85 @@ class _Chooser:
         for free, out in zip(self._free, gone, strict=True):
             free[out] = False
         return gone
+
+
+def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[str, Any]:
+    """Returns the columns about co-activation, for the neurons from `begin` to `end` - 1.
+
+    The `NEAREST` others, by falling cosine, on a tie by rising index; only those with a cosine above 0. A
+    neuron that is active nowhere in the sample has no neighbours, and is nobody's.
+
+    Args:
+        similarities: float[D, D], as `coactivation` gives them.
+        begin: The first neuron.
+        end: One after the last.
+    """
+    neurons: list[list[int] | None] = []
+    cosines: list[list[float] | None] = []
+    for neuron in range(begin, end):
+        row = similarities[neuron]
+        others = np.flatnonzero(row > 0)
+        others = others[others != neuron]
+        nearest = others[np.argsort(-row[others], kind="stable")][:NEAREST]
+        is_dead = row[neuron] == 0
+        neurons.append(None if is_dead else nearest.tolist())
+        cosines.append(None if is_dead else row[nearest].tolist())
+    return {"coactive": neurons, "coactive_similarity": cosines}
+
+
+def sample(n_tokens: int) -> Sequence[tuple[int, int]]:
+    """Returns which stretches of a store of so many tokens are compared: (first, one after the last)."""
+    if n_tokens <= SAMPLE_TOKENS:
+        return [(begin, min(begin + _STRETCH, n_tokens)) for begin in range(0, n_tokens, _STRETCH)]
+    begins = np.linspace(0, n_tokens - _STRETCH, SAMPLE_TOKENS // _STRETCH).astype(np.int64)
+    return [(begin, begin + _STRETCH) for begin in begins.tolist()]
+
+
+def coactivation(store: Store, layer: int) -> np.ndarray:
+    """Returns float32[D, D], the cosine of every two neurons of a layer; rows and columns of dead ones are 0.
+
+    Runs on the accelerator where there is one; takes three times D^2 * 4 bytes.
+
+    Args:
+        store: Of activations.
+        layer: One of its layers.
+    """
+    d_model = store.metadata.d_model
+    gram = jnp.zeros((d_model, d_model), jnp.float32)
+    for piece in _pieces(store, layer):
+        gram = _add(gram, piece)
+    products = np.array(gram)
+    lengths = np.sqrt(np.diagonal(products))
+    scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    return products * scale * scale[:, None]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(gram: jax.Array, piece: np.ndarray) -> jax.Array:
+    return gram + jnp.matmul(piece, piece.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
+    """Yields the sample as float32[D, 4096]; a shorter piece is filled up with zeros.
+
+    Of one shape, so that one program does for all.
+    """
+    d_model = store.metadata.d_model
+    first = store.metadata.layers.index(layer) * d_model
+    stretches = sample(store.n_tokens)
+    start = 0
+    for reader in store.segments:
+        n_tokens = reader.n_tokens
+        inside = [(max(a - start, 0), min(b - start, n_tokens)) for a, b in stretches]
+        inside = [(a, b) for a, b in inside if a < b]
+        start += n_tokens
+        if not inside:
+            continue
+        gaps, values = map(reader.result, reader.start_reading(first, first + d_model))
+        offsets = reader.offsets[first : first + d_model + 1] - reader.offsets[first]
+        places = reader.token_index(gaps, offsets).astype(np.int32)
+        events = scipy.sparse.csr_array((values.astype(np.float32), places, offsets), (d_model, n_tokens))
+        for a, b in inside:
+            piece = np.zeros((d_model, _STRETCH), np.float32)
+            piece[:, : b - a] = events[:, a:b].toarray()
+            yield piece

@@ -12,14 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from topklm.neurons.statistics import (
-    ablation,
-    activity,
-    entropy,
-    lenses,
-    monosemanticity,
-    similarity,
-)
+from topklm.neurons.statistics import activity, entropy, lenses
 from topklm.neurons.statistics.inputs import Neurons
 
 _F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
@@ -37,8 +30,8 @@ class Statistic:
         name: Its column in the table.
         title: Its name on pages.
         definition: A few sentences.
-        compute: Computes columns of neighbouring neurons, by name, one value for each neuron or None where
-            there is none. Statistics that share this function share one call of it.
+        compute: Computes columns of neighbouring neurons, by name, one value for each neuron; None or NaN
+            where there is none. Statistics that share this function share one call of it.
         type: Of its column.
         more: Further columns that belong to it, and their types.
         needs: Which of `inputs.SLOW` it reads, so that they are computed first and in their order.
@@ -88,31 +81,29 @@ def _entropy(neurons: Neurons) -> Mapping[str, Any]:
 
 
 def _monosemanticity(neurons: Neurons) -> Mapping[str, Any]:
-    return monosemanticity.columns(neurons.inputs.monosemanticity, neurons.layer, neurons.begin, neurons.end)
+    return neurons.of_all(neurons.inputs.monosemanticity)
 
 
 def _ablation(neurons: Neurons) -> Mapping[str, Any]:
-    return ablation.columns(neurons.inputs.ablation, neurons.layer, neurons.begin, neurons.end)
+    return neurons.of_all(neurons.inputs.ablation)
 
 
 def _lenses(neurons: Neurons) -> Mapping[str, Any]:
     return lenses.columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
 
 
-def _coactivation(neurons: Neurons) -> Mapping[str, Any]:
-    similarities = neurons.inputs.similarities(neurons.layer)
-    return similarity.coactive_columns(similarities, neurons.begin, neurons.end)
-
-
 def _similar_effect(neurons: Neurons) -> Mapping[str, Any]:
-    return similarity.effect_columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
+    return lenses.similar_columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
+
+
+def _coactivation(neurons: Neurons) -> Mapping[str, Any]:
+    similarities = neurons.inputs.coactivation(neurons.layer)
+    return activity.coactive_columns(similarities, neurons.begin, neurons.end)
 
 
 def _examples(neurons: Neurons) -> Mapping[str, Any]:
-    inputs = neurons.inputs
-    return activity.example_columns(
-        neurons.block, inputs.bounds, neurons.layer, neurons.begin, inputs.settings.seed
-    )
+    bounds, seed = neurons.inputs.bounds, neurons.inputs.settings.seed
+    return activity.example_columns(neurons.block, bounds, neurons.layer, neurons.begin, seed)
 
 
 _PLUG_IN = "without the correction for few activations: too low where few were seen."

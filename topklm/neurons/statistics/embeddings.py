@@ -1,4 +1,4 @@
-"""Embeddings of tokens and of their contexts, from the model's own unembedding, and clusters of tokens.
+"""Embeddings of tokens and of their contexts, clusters of tokens, and monosemanticity.
 
 The embedding of a token is its row of the unembedding, scaled to unit length. Clusters, for semantic entropy,
 are those of k-means: its start is k-means++, its steps SciPy's `kmeans2`.
@@ -7,20 +7,28 @@ The embedding of a context, for monosemanticity, is the mean of the unit unembed
 first 64 principal directions, of the last 16 tokens of its document up to and including a token; then the
 mean over the store is taken off, and the rest is scaled to unit length.
 
-Nothing has to be downloaded for either. They are our choices, not the paper's, whose formulas are unknown to
-us.
-
-Where a sentence encoder is installed, it may stand for both. The window of a token is its text with up to 8
+Where a sentence encoder is given, it stands for both. The window of a token is its text with up to 8
 tokens on either side, of its document; its embedding is the encoder's of that, scaled to unit length.
-Semantic entropy then merges *places* whose windows fall into one cluster (k-means, fixed seed), and not
-tokens whose unembedding does: the same word may count as several things, and several words as one. A window
-holds the text after the token, too, which the model did not see. The definition is ours.
+Semantic entropy then merges *tokens of the text* whose windows fall into one cluster (k-means, fixed seed),
+not tokens of the vocabulary: the same word may count as several things, and several words as one. A window
+holds the text after the token, too, which the model did not see.
 
-Dims: N tokens of the store, V of the vocabulary, D width, d width of an embedding.
+*Monosemanticity*, how alike the contexts are in which neuron j is active, is the mean cosine of the contexts
+of all pairs of different tokens, each pair weighed by the product of the neuron's activations there:
+
+    MS(j) = (||A^T e||^2 - sum of a^2 |e|^2) / ((sum of a)^2 - sum of a^2)
+
+where a[n] is the neuron's strength (`activity`) at token n, and e[n] the context embedding of that token. It
+is exact, over all pairs, without going through them, and does not depend on the scale of activations. Beside
+it stands the score with the contexts permuted over the whole store: the value of the same activations by
+chance.
+
+The paper names the scores, its formulas are unknown to us: the definitions are ours. Dims: N tokens of the
+store, V of the vocabulary, D width, d width of an embedding, S layers, E events.
 """
 
+import abc
 from collections.abc import Callable
-import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -33,10 +41,21 @@ import scipy.sparse
 
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
+from topklm.neurons.statistics import activity
 from topklm.neurons.store import Store
+
+WINDOW = 16  # tokens
+DIRECTIONS = 64
+SIDE = 8  # tokens of a window on either side
 
 _STEPS = 25
 _SAME = 1e-6  # squared distance of unit rows that rounding alone can make
+_STRETCH = 65_536  # tokens at a time
+_NOTHING = 1e-6  # length of what rounding leaves where there is nothing
+_BATCH = 512  # windows given to the encoder at once
+_CLUSTERED = 65_536  # windows that k-means sees; the others fall to the nearest cluster
+_NEAREST_STRETCH = 16_384  # windows whose nearest cluster is found at once
+_DENSE = 1 / 4  # share of activations that are not 0 from which on a dense product is the faster one
 
 
 def default_count(vocab_size: int) -> int:
@@ -45,16 +64,13 @@ def default_count(vocab_size: int) -> int:
 
 
 def cluster_tokens(unembedding_DV: np.ndarray, n_clusters: int | None = None, seed: int = 0) -> np.ndarray:
-    """Groups the tokens of a vocabulary by k-means.
+    """Groups the tokens of a vocabulary by k-means: int32[V], from 0 to C - 1, each of which has a token.
 
     Args:
         unembedding_DV: float32[D, V], the model's.
         n_clusters: At most how many; None: `default_count`. There are fewer where tokens have fewer distinct
             embeddings, or where k-means leaves one empty.
         seed: The same seed gives the same clusters.
-
-    Returns:
-        int32[V], from 0 to C - 1; each of the C clusters has a token.
 
     Raises:
         UserError: If there cannot be as many.
@@ -68,12 +84,9 @@ def cluster_tokens(unembedding_DV: np.ndarray, n_clusters: int | None = None, se
 
 
 def k_means(rows: np.ndarray, n_clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Centroids float32[C, D] and the nearest one of each row, int[V]; some may be nearest to none.
+    """Returns centroids float32[C, D], C at most `n_clusters`, and the nearest of each row, int[V].
 
-    Args:
-        rows: float32[V, D].
-        n_clusters: C, at most; fewer where fewer rows differ.
-        seed: The same seed gives the same clusters.
+    There are fewer where fewer rows differ, and some may be nearest to none.
     """
     start = _spread(rows, n_clusters, np.random.default_rng(seed))
     with warnings.catch_warnings():
@@ -108,13 +121,6 @@ def _spread(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
     return rows[chosen]
 
 
-WINDOW = 16  # tokens
-DIRECTIONS = 64
-
-_STRETCH = 65_536  # tokens at a time
-_NOTHING = 1e-6  # length of what rounding leaves where there is nothing
-
-
 def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
     """Returns float32[V, min(D, 64)], the unit unembedding rows along their first principal directions.
 
@@ -131,71 +137,56 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
     return centred @ np.ascontiguousarray(directions[:, -DIRECTIONS:])
 
 
-def document_bounds(store: Store) -> np.ndarray:
-    """Returns int64[documents + 1], where each document of a store begins, and its end; read in stretches."""
-    bounds = [np.zeros(1, np.int64)]
-    for begin in range(0, store.n_tokens, _STRETCH):
-        documents = store.documents(max(begin - 1, 0), begin + _STRETCH)
-        bounds.append(np.flatnonzero(np.diff(documents.astype(np.int64))) + max(begin - 1, 0) + 1)
-    return np.unique(np.concatenate([*bounds, [store.n_tokens]]))
-
-
-class Embeddings(Protocol):
-    """Of the text at any token of a store."""
-
-    @property
-    def width(self) -> int:
-        """d, numbers in an embedding."""
-        ...
-
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """Returns float32[n, d], mean-centred and of unit length or 0, for int[n] tokens of the store."""
-        ...
-
-
-def unit_or_zero(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length; 0 where there is but what rounding leaves of nothing."""
+def _unit_or_zero(rows: np.ndarray) -> np.ndarray:
+    """Scales rows to unit length; 0 where there is but what rounding leaves of nothing."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     there = lengths > _NOTHING
     return np.where(there, rows, 0) / np.where(there, lengths, 1)
 
 
-class Contexts:
+class Embeddings(abc.ABC):
+    """Embeddings of the text at any token of a store.
+
+    Args:
+        n_tokens: N.
+        width: d, numbers in an embedding.
+    """
+
+    def __init__(self, n_tokens: int, width: int):
+        self.n_tokens, self.width = n_tokens, width
+
+    @abc.abstractmethod
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Returns embeddings float32[n, d] of int[n] tokens of the store, in any order."""
+
+    @functools.cached_property
+    def _centre(self) -> np.ndarray:
+        total = np.zeros(self.width)
+        for begin in range(0, self.n_tokens, _STRETCH):
+            places = np.arange(begin, min(begin + _STRETCH, self.n_tokens))
+            total += self.rows(places).sum(axis=0, dtype=np.float64)
+        return (total / max(self.n_tokens, 1)).astype(np.float32)
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Returns `rows` less the mean over the store, of unit length; 0 where one is the mean of all."""
+        return _unit_or_zero(self.rows(places) - self._centre)
+
+
+class Contexts(Embeddings):
     """The context embedding of any token of a store, computed when asked for: none is kept.
 
     Args:
         token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `document_bounds` gives them.
+        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         vectors: float32[V, d], as `token_vectors` gives them.
     """
 
     def __init__(self, token_ids: np.ndarray, bounds: np.ndarray, vectors: np.ndarray):
+        super().__init__(len(token_ids), vectors.shape[1])
         self._token_ids, self._bounds, self._vectors = token_ids, bounds, vectors
-        total = np.zeros(vectors.shape[1])
-        for begin in range(0, self.n_tokens, _STRETCH):
-            places = np.arange(begin, min(begin + _STRETCH, self.n_tokens))
-            total += self._means(places).sum(axis=0, dtype=np.float64)
-        self._centre = (total / max(self.n_tokens, 1)).astype(np.float32)
 
-    @property
-    def n_tokens(self) -> int:
-        """N."""
-        return len(self._token_ids)
-
-    @property
-    def width(self) -> int:
-        """d, numbers in an embedding."""
-        return self._vectors.shape[1]
-
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """Returns float32[n, d], embeddings of unit length; 0 where a context is the mean of all.
-
-        Args:
-            places: int[n], tokens of the store, in any order.
-        """
-        return unit_or_zero(self._means(places) - self._centre)
-
-    def _means(self, places: np.ndarray) -> np.ndarray:
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Returns the mean of the tokens' vectors in the window that ends at each."""
         places = places.astype(np.int64)
         first = self._bounds[np.searchsorted(self._bounds, places, side="right") - 1]
         lengths = np.minimum(places - first + 1, WINDOW)
@@ -208,13 +199,6 @@ class Contexts:
         return rows @ self._vectors
 
 
-SIDE = 8  # tokens of a window on either side
-
-_BATCH = 512  # windows given to the encoder at once
-_CLUSTERED = 65_536  # windows that k-means sees; the others fall to the nearest cluster
-_NEAREST_STRETCH = 16_384  # windows whose nearest cluster is found at once
-
-
 class SentenceEncoder(Protocol):
     """The interface of an encoder: the `encode` of the package sentence-transformers, among others."""
 
@@ -223,43 +207,25 @@ class SentenceEncoder(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EncodedWindows:
+class EncodedWindows(Embeddings):
     """Embeddings of all windows of a store.
 
-    Attributes:
+    Args:
         name: Of the encoder.
         vectors: float32[N, d], of unit length; 0 where the encoder gives nothing.
     """
 
-    name: str
-    vectors: np.ndarray
+    def __init__(self, name: str, vectors: np.ndarray):
+        super().__init__(*vectors.shape)
+        self.vectors = vectors
+        self.embedding = f"the sentence encoder {name}, on each token with up to {SIDE} tokens on either side"
 
-    @property
-    def embedding(self) -> str:
-        """Which embedding it is, in words."""
-        return f"the sentence encoder {self.name}, on each token with up to {SIDE} tokens on either side"
-
-    @property
-    def width(self) -> int:
-        """Numbers in an embedding, d."""
-        return self.vectors.shape[1]
-
-    @functools.cached_property
-    def _centre(self) -> np.ndarray:
-        return self.vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """As `Contexts.at`: float32[n, d], less the mean over the store and scaled to unit length."""
-        return unit_or_zero(self.vectors[places] - self._centre)
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Returns the vectors of these tokens."""
+        return self.vectors[places]
 
     def clusters(self, n_clusters: int, seed: int = 0) -> np.ndarray:
-        """Returns int32[N], the cluster of each window, from 0 to C - 1; each of the C clusters has one.
-
-        Args:
-            n_clusters: At most how many.
-            seed: The same seed gives the same clusters.
-        """
+        """Returns the cluster of each window, int32[N], from 0 to C - 1, C at most `n_clusters`."""
         n = len(self.vectors)
         seen = np.unique(np.linspace(0, n - 1, min(n, _CLUSTERED)).astype(np.int64))
         centroids, _ = k_means(self.vectors[seen], min(n_clusters, len(seen)), seed)
@@ -322,7 +288,7 @@ def embed_windows(
         UserError: If the encoder gives anything but one vector of finite numbers for each text.
     """
     token_ids = store.tokens(0, store.n_tokens)
-    bounds = document_bounds(store)
+    bounds = store.document_bounds()
     places = np.arange(len(token_ids))
     document = np.searchsorted(bounds, places, side="right")
     begins = np.maximum(places - SIDE, bounds[document - 1])
@@ -337,6 +303,78 @@ def embed_windows(
                 f"--encoder = {name}: must give a vector of finite numbers for each text, not an array of "
                 f"{found.shape} for {len(texts)}"
             )
-        parts.append(unit_or_zero(found))
+        parts.append(_unit_or_zero(found))
         report(len(texts))
     return EncodedWindows(name, np.concatenate(parts))
+
+
+def monosemanticity(store: Store, contexts: Embeddings, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns the columns `monosemanticity*` of all neurons, float64[S, D] each.
+
+    NaN for a neuron that is active at fewer than two tokens. Reads the store once, segment by segment; takes
+    the memory of a segment, and 4 bytes for each token of the store: the permutation.
+
+    Args:
+        store: Of activations.
+        contexts: Of the same store's tokens.
+        seed: Of the permutation.
+    """
+    layers, d_model, n_tokens = store.metadata.layers, store.metadata.d_model, store.n_tokens
+    numbers = np.arange(n_tokens, dtype=np.min_scalar_type(max(n_tokens - 1, 0)))
+    order = np.random.default_rng(seed).permutation(numbers)
+    pairs = Pairs(len(layers) * d_model, 2, contexts.width)
+    begin = 0
+    for reader in store.segments:
+        segment = reader.read()
+        end = begin + len(segment.tokens)
+        own, dealt = contexts.at(np.arange(begin, end)), contexts.at(order[begin:end])
+        strengths = np.abs(segment.values.astype(np.float32))
+        pairs.add(strengths, segment.token_index, segment.offsets, np.stack([own, dealt], axis=1))
+        begin = end
+    scores = pairs.scores().reshape(len(layers), d_model, 2)
+    return {"monosemanticity": scores[..., 0], "monosemanticity_shuffled": scores[..., 1]}
+
+
+class Pairs:
+    """Sums over all pairs of tokens for each neuron; filled stretch by stretch.
+
+    Args:
+        n_neurons: However many.
+        n_kinds: Of embeddings, side by side.
+        width: d.
+    """
+
+    def __init__(self, n_neurons: int, n_kinds: int, width: int):
+        self._vectors = np.zeros((n_neurons, n_kinds, width))  # A^T e
+        self._own = np.zeros((n_neurons, n_kinds))  # a^2 |e|^2
+        self._total, self._squares = np.zeros(n_neurons), np.zeros(n_neurons)
+        self._counts = np.zeros(n_neurons, np.int64)
+
+    def add(
+        self, strengths: np.ndarray, places: np.ndarray, offsets: np.ndarray, embeddings: np.ndarray
+    ) -> None:
+        """Adds the events of a stretch of text.
+
+        Args:
+            strengths: float32[E], neuron by neuron.
+            places: int[E], tokens of the stretch.
+            offsets: int64[n_neurons + 1], where each neuron's events begin.
+            embeddings: float32[N, n_kinds, d], of the stretch's tokens.
+        """
+        shape = len(offsets) - 1, len(embeddings)
+        events = scipy.sparse.csr_array((strengths, places.astype(np.int32), offsets), shape)
+        is_dense = len(strengths) >= _DENSE * shape[0] * shape[1]
+        vectors = (events.toarray() if is_dense else events) @ embeddings.reshape(len(embeddings), -1)
+        self._vectors += vectors.reshape(self._vectors.shape)
+        events.data = np.square(strengths, dtype=np.float64)
+        self._own += events @ np.square(embeddings, dtype=np.float64).sum(axis=-1)
+        self._squares += activity.sums(events.data, offsets)
+        self._total += activity.sums(strengths, offsets)
+        self._counts += np.diff(offsets)
+
+    def scores(self) -> np.ndarray:
+        """Returns float64[n_neurons, n_kinds]; NaN where there are no pairs."""
+        pairs = np.square(self._vectors).sum(axis=-1) - self._own
+        weights = np.square(self._total) - self._squares
+        weights[(self._counts < 2) | (weights <= 0)] = np.nan
+        return pairs / weights[:, None]

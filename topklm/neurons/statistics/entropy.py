@@ -32,19 +32,16 @@ TOP_TOKENS = 10
 def columns(
     block: NeuronBlock, token_ids: np.ndarray, clusters: np.ndarray, of_places: np.ndarray | None = None
 ) -> Mapping[str, Any]:
-    """Returns the columns of `table` that are about tokens and their clusters.
+    """Returns the columns about tokens and their clusters, one value for each neuron.
 
-    Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies and no top tokens.
+    Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies (NaN) and no top tokens.
 
     Args:
         block: The neurons.
         token_ids: uint[N], of the whole store.
         clusters: int[V], the cluster of each token.
-        of_places: int[N], the cluster of each place in the store, where those of the tokens are not to count
-            (`sentences`).
-
-    Returns:
-        For each column one value for each neuron; None where there is none.
+        of_places: int[N], the cluster of each token of the store, where those of the vocabulary are not to
+            count.
     """
     n_active = activity.n_active(block)
     by_token = by_group(block, token_ids, len(clusters))
@@ -56,23 +53,17 @@ def columns(
     top = top_tokens(by_token)
     return {
         "n_distinct_tokens": np.count_nonzero(by_token, axis=1),
-        "token_entropy": activity.or_null(token),
-        "token_entropy_corrected": activity.or_null(token + miller_madow(by_token, n_active)),
-        "semantic_entropy": activity.or_null(semantic),
-        "semantic_entropy_corrected": activity.or_null(semantic + miller_madow(by_cluster, n_active)),
+        "token_entropy": token,
+        "token_entropy_corrected": token + miller_madow(by_token, n_active),
+        "semantic_entropy": semantic,
+        "semantic_entropy_corrected": semantic + miller_madow(by_cluster, n_active),
         "top_tokens": [ids.tolist() if len(ids) else None for ids, _ in top],
         "top_token_shares": [shares.tolist() if len(shares) else None for _, shares in top],
     }
 
 
 def by_group(block: NeuronBlock, token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns float64[n, V], the sum of each neuron's strengths over the places where each token stands.
-
-    Args:
-        block: The neurons.
-        token_ids: uint[N], of the whole store, below V.
-        vocab_size: V.
-    """
+    """Returns float64[n, V], the sum of each neuron's strengths where each of the uint[N] tokens stands."""
     n = len(block.offsets) - 1
     cells = activity.owners(block)
     cells *= vocab_size
@@ -82,26 +73,15 @@ def by_group(block: NeuronBlock, token_ids: np.ndarray, vocab_size: int) -> np.n
 
 
 def merged(strengths: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Returns float64[n, C], the strengths of `by_group` added up over the tokens of each cluster.
-
-    Args:
-        strengths: float64[n, V].
-        clusters: int[V], from 0 to C - 1.
-    """
+    """Returns float64[n, C], strengths [n, V] added up over the tokens of each of the int[V] clusters."""
     n, n_clusters = len(strengths), int(clusters.max()) + 1
     neurons, ids = np.nonzero(strengths)
-    summed = np.bincount(
-        neurons * n_clusters + clusters[ids], weights=strengths[neurons, ids], minlength=n * n_clusters
-    )
-    return summed.reshape(n, n_clusters)
+    cells = neurons * n_clusters + clusters[ids]
+    return np.bincount(cells, strengths[neurons, ids], n * n_clusters).reshape(n, n_clusters)
 
 
 def plug_in(strengths: np.ndarray) -> np.ndarray:
-    """Returns float64[n], the entropy of each row's shares, nats; NaN for a row of zeros.
-
-    Args:
-        strengths: float64[n, V], not negative.
-    """
+    """Returns float64[n], the entropy of the shares of each row of [n, V], nats; NaN for a row of zeros."""
     totals = strengths.sum(axis=1)
     rows, ids = np.nonzero(strengths)
     shares = strengths[rows, ids] / totals[rows]
@@ -110,10 +90,10 @@ def plug_in(strengths: np.ndarray) -> np.ndarray:
 
 
 def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
-    """Returns float64[n], the correction to add to `plug_in`: (m - 1) / (2 n), nats; NaN for a row of zeros.
+    """Returns float64[n], the correction to add to `plug_in`, nats; NaN for a row of zeros.
 
     Args:
-        strengths: float64[n, V], of which m are not 0.
+        strengths: float64[n, V].
         n_active: int64[n], the activations that went into a row.
     """
     m = np.count_nonzero(strengths, axis=1)
@@ -122,14 +102,9 @@ def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
 
 
 def top_tokens(strengths: np.ndarray, count: int = TOP_TOKENS) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens of each row with the largest shares, falling, and the shares; ties by rising id.
+    """Returns the tokens of each row of [n, V] with the largest shares, falling, ties by rising id.
 
-    Args:
-        strengths: float64[n, V].
-        count: How many; fewer where fewer are above 0.
-
-    Returns:
-        n pairs of int64[m] and float64[m], m at most `count`.
+    n pairs of int64[m] and their shares float64[m], m at most `count`; fewer where fewer are above 0.
     """
     n, vocab_size = strengths.shape
     at = max(vocab_size - count, 0)

@@ -1,5 +1,6 @@
 """The inputs of statistics. Each is computed once, when a statistic first asks for it."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -9,15 +10,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.statistics import (
-    MeasureSettings,
-    ablation,
-    embeddings,
-    jacobian,
-    lenses,
-    monosemanticity,
-    similarity,
-)
+from topklm.neurons.statistics import MeasureSettings, ablation, activity, embeddings, lenses
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.progress import Progress
 
@@ -26,10 +19,11 @@ from topklm.progress import Progress
 SLOW = ("jacobians", "clusters", "monosemanticity", "lenses", "ablation")
 
 
+@dataclasses.dataclass(eq=False)
 class Inputs:
     """The store, the model, and everything that several neurons' statistics share.
 
-    Args:
+    Attributes:
         store: Of activations of this model.
         config: The model.
         params: Its parameters, on one device or a mesh.
@@ -42,22 +36,15 @@ class Inputs:
             monosemanticity; None: the model's own unembedding rows.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        config: ModelConfig,
-        params: transformer.Parameters,
-        *,
-        separator_id: int,
-        settings: MeasureSettings,
-        progress: Progress,
-        dictionary: Dictionary | None = None,
-        windows: embeddings.EncodedWindows | None = None,
-    ):
-        self.store, self.config, self.settings, self.windows = store, config, settings, windows
-        self._params, self._separator_id = params, separator_id
-        self._progress, self._dictionary = progress, dictionary
-        self._similarities: tuple[int, np.ndarray] | None = None
+    store: Store
+    config: ModelConfig
+    params: transformer.Parameters
+    separator_id: int
+    settings: MeasureSettings
+    progress: Progress
+    dictionary: Dictionary | None = None
+    windows: embeddings.EncodedWindows | None = None
+    _coactivation: tuple[int, np.ndarray] | None = dataclasses.field(default=None, init=False)
 
     @functools.cached_property
     def token_ids(self) -> np.ndarray:
@@ -66,26 +53,27 @@ class Inputs:
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
-        """int64[documents + 1], as `embeddings.document_bounds` gives them."""
-        return embeddings.document_bounds(self.store)
+        """int64[documents + 1], as `Store.document_bounds` gives them."""
+        return self.store.document_bounds()
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:
         """float32[D, V], without padding."""
         config = self.config
-        columns = jax.jit(lambda params: transformer.bind(config, params).unembedding())(self._params)
+        columns = jax.jit(lambda params: transformer.bind(config, params).unembedding())(self.params)
         return np.asarray(columns)[:, : config.vocab_size]
 
     @functools.cached_property
     def jacobians(self) -> jax.Array:
         """float32[L, D, D], from `jacobian.averaged_jacobians`."""
         n_contexts = self.settings.lens_contexts
-        self._progress.say(f"averaging the Jacobian over {n_contexts:,} contexts")
-        return jacobian.averaged_jacobians(
+        self.progress.say(f"averaging the Jacobian over {n_contexts:,} contexts")
+        return lenses.averaged_jacobians(
             self.config,
-            self._params,
-            self._separator_id,
-            self.store,
+            self.params,
+            self.token_ids,
+            self.bounds,
+            separator_id=self.separator_id,
             n_contexts=n_contexts,
             seed=self.settings.seed,
         )
@@ -95,43 +83,41 @@ class Inputs:
         """int[V], the cluster of each token; and int[N], that of each window, where windows are clustered."""
         vocab_size, n_clusters, seed = self.config.vocab_size, self.settings.n_clusters, self.settings.seed
         if self.windows is None:
-            self._progress.say(f"clustering {vocab_size:,} tokens")
+            self.progress.say(f"clustering {vocab_size:,} tokens")
             return embeddings.cluster_tokens(self.unembedding, n_clusters, seed), None
-        self._progress.say(f"clustering {self.store.n_tokens:,} windows")
+        self.progress.say(f"clustering {self.store.n_tokens:,} windows")
         n_clusters = n_clusters or embeddings.default_count(vocab_size)
         return np.arange(vocab_size), self.windows.clusters(n_clusters, seed)
 
     @functools.cached_property
-    def monosemanticity(self) -> monosemanticity.MonosemanticityScores:
-        """Scores of all neurons."""
-        self._progress.say(f"comparing the contexts of {self.store.n_tokens:,} tokens")
-        embedded: embeddings.Embeddings
-        if self.windows is not None:
-            embedded = self.windows
-        else:
+    def monosemanticity(self) -> Mapping[str, np.ndarray]:
+        """Columns of all neurons, from `embeddings.monosemanticity`."""
+        self.progress.say(f"comparing the contexts of {self.store.n_tokens:,} tokens")
+        contexts: embeddings.Embeddings | None = self.windows
+        if contexts is None:
             vectors = embeddings.token_vectors(self.unembedding)
-            embedded = embeddings.Contexts(self.token_ids, self.bounds, vectors)
-        return monosemanticity.measure(self.store, embedded, self.settings.seed)
+            contexts = embeddings.Contexts(self.token_ids, self.bounds, vectors)
+        return embeddings.monosemanticity(self.store, contexts, self.settings.seed)
 
     @functools.cached_property
     def lenses(self) -> lenses.Lenses:
         """Both lenses."""
         directions = None
-        if self._dictionary is not None:
+        if self.dictionary is not None:
             d = self.config.d_model
             directions = np.zeros((self.config.n_layers, d, d), np.float32)
-            directions[list(self.store.metadata.layers)] = self._dictionary.decoder
-        return lenses.make(self.config, self._params, self.jacobians, directions)
+            directions[list(self.store.metadata.layers)] = self.dictionary.decoder
+        return lenses.make(self.config, self.params, self.jacobians, directions)
 
     @functools.cached_property
-    def ablation(self) -> ablation.AblationEffects | None:
-        """Ablation effects of all neurons; None where nothing is set to 0."""
-        metadata = self.store.metadata
+    def ablation(self) -> Mapping[str, np.ndarray]:
+        """Columns of all neurons, from `ablation.measure`; NaN where nothing is set to 0."""
+        metadata, samples = self.store.metadata, self.settings.ablation_samples
         # Of what was kept of a Base LM, the model does not know: it goes on with all of its hidden state.
         is_part = metadata.kind != "topk" and metadata.topk_k < metadata.d_model
-        if not self.settings.ablation_samples or is_part or self._dictionary is not None:
-            return None
-        with self._progress.phase("setting neurons to 0", 1000) as report:
+        if not samples or is_part or self.dictionary is not None:
+            return dict.fromkeys(ablation.COLUMNS, np.full((len(metadata.layers), metadata.d_model), np.nan))
+        with self.progress.phase("setting neurons to 0", 1000) as report:
             done = 0
 
             def tell(share: float) -> None:
@@ -140,21 +126,22 @@ class Inputs:
                 done = round(1000 * share)
 
             return ablation.measure(
-                self.store,
+                metadata.layers,
+                self.token_ids,
                 self.bounds,
                 self.config,
-                self._params,
-                separator_id=self._separator_id,
-                samples=self.settings.ablation_samples,
+                self.params,
+                separator_id=self.separator_id,
+                samples=samples,
                 seed=self.settings.seed,
                 report=tell,
             )
 
-    def similarities(self, layer: int) -> np.ndarray:
+    def coactivation(self, layer: int) -> np.ndarray:
         """Computes the co-activations of a layer, float32[D, D]; those of the last layer are kept."""
-        if self._similarities is None or self._similarities[0] != layer:
-            self._similarities = layer, similarity.measure(self.store, layer)
-        return self._similarities[1]
+        if self._coactivation is None or self._coactivation[0] != layer:
+            self._coactivation = layer, activity.coactivation(self.store, layer)
+        return self._coactivation[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,3 +164,8 @@ class Neurons:
     def block(self) -> NeuronBlock:
         """All their events."""
         return self.inputs.store.block(self.layer, self.begin, self.end)
+
+    def of_all(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes their part out of columns of all neurons, [S, D] each."""
+        number = self.inputs.store.metadata.layers.index(self.layer)
+        return {name: figures[number, self.begin : self.end] for name, figures in columns.items()}

@@ -4,30 +4,16 @@ Neurons are taken in blocks, whose events are read at once, so that memory does 
 a few bytes for each token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
-from topklm.config import ModelConfig
 from topklm.errors import UserError
-from topklm.model import transformer
-from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.statistics import (
-    MeasureSettings,
-    ablation,
-    catalog,
-    embeddings,
-    jacobian,
-    similarity,
-    table,
-)
+from topklm.neurons.statistics import MeasureSettings, ablation, activity, catalog, embeddings, lenses, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import SLOW, Inputs, Neurons
-from topklm.neurons.store import Store
-from topklm.progress import Progress
 
 EMBEDDING = "the model's own unembedding rows"
 
@@ -36,71 +22,25 @@ _BLOCK_EVENTS = 2**22  # some 200 MB with all that is made of them
 _BLOCK_CELLS = 2**22  # neurons x vocabulary
 
 
-def measure(
-    path: Path,
-    store: Store,
-    config: ModelConfig,
-    params: transformer.Parameters,
-    *,
-    separator_id: int,
-    settings: MeasureSettings,
-    progress: Progress,
-    dictionary: Dictionary | None = None,
-    windows: embeddings.EncodedWindows | None = None,
-) -> None:
+def measure(path: Path, inputs: Inputs) -> None:
     """Measures all neurons of a store, and writes the table.
-
-    Args:
-        path: Of the table.
-        store: Of activations of this model.
-        config: The model.
-        params: Its parameters, on one device or a mesh.
-        separator_id: Of the tokenizer.
-        settings: How much is sampled.
-        progress: Shows how far it is.
-        dictionary: See `Inputs`.
-        windows: See `Inputs`.
 
     Raises:
         UserError: If the store is empty or damaged, or of another dictionary.
     """
-    _check(store, dictionary)
-    inputs = Inputs(
-        store,
-        config,
-        params,
-        separator_id=separator_id,
-        settings=settings,
-        progress=progress,
-        dictionary=dictionary,
-        windows=windows,
-    )
-    rows = _compute(inputs, catalog.STATISTICS, progress)
+    _check(inputs)
+    rows = _compute(inputs, catalog.STATISTICS)
     table.write(path, rows, _described(inputs))
 
 
-def extend(
-    path: Path,
-    store: Store,
-    config: ModelConfig,
-    params: transformer.Parameters,
-    *,
-    separator_id: int,
-    progress: Progress,
-    dictionary: Dictionary | None = None,
-) -> tuple[str, ...]:
+def extend(path: Path, inputs: Inputs) -> tuple[str, ...]:
     """Adds to a table the statistics that it lacks, computed with the settings that it was measured with.
 
     If the store has grown since, everything is measured again, for all figures of a table are of one text.
 
     Args:
         path: Of the table.
-        store: That it was measured on.
-        config: The model.
-        params: Its parameters, on one device or a mesh.
-        separator_id: Of the tokenizer.
-        progress: Shows how far it is.
-        dictionary: See `Inputs`.
+        inputs: Of the store that it was measured on; their settings are not used.
 
     Returns:
         Names of the statistics that were missing; none: the table is left as it is.
@@ -113,9 +53,9 @@ def extend(
     if not missing:
         return ()
     names = tuple(statistic.name for statistic in missing)
-    table.check_same(path, measured, store)
-    _check(store, dictionary)
-    has_grown = store.n_tokens > measured.n_tokens
+    table.check_same(path, measured, inputs.store)
+    _check(inputs)
+    has_grown = inputs.store.n_tokens > measured.n_tokens
     wanted = catalog.STATISTICS if has_grown else missing
     if measured.embedding != EMBEDDING and any(_ENCODED & {*s.needs} for s in wanted):
         raise UserError(
@@ -124,29 +64,22 @@ def extend(
         )
     known = {field.name for field in dataclasses.fields(MeasureSettings)} & measured.details.keys()
     settings = MeasureSettings(**{name: measured.details[name] for name in known})
-    progress.say(f"{path.name} lacks {', '.join(names)}: measuring")
-    inputs = Inputs(
-        store,
-        config,
-        params,
-        separator_id=separator_id,
-        settings=settings,
-        progress=progress,
-        dictionary=dictionary,
-    )
-    found = _compute(inputs, wanted, progress)
+    inputs = dataclasses.replace(inputs, settings=settings)
+    inputs.progress.say(f"{path.name} lacks {', '.join(names)}: measuring")
+    found = _compute(inputs, wanted)
     if has_grown:
         rows, measured = found, _described(inputs)
     else:
-        for statistic in missing:
-            for name in statistic.columns:
-                rows = rows.drop_columns([name]) if name in rows.column_names else rows
-                rows = rows.append_column(name, found[name])
+        added = [name for statistic in missing for name in statistic.columns]
+        rows = rows.drop_columns([name for name in added if name in rows.column_names])
+        for name in added:
+            rows = rows.append_column(name, found[name])
     table.write(path, rows, measured)
     return names
 
 
-def _check(store: Store, dictionary: Dictionary | None) -> None:
+def _check(inputs: Inputs) -> None:
+    store, dictionary = inputs.store, inputs.dictionary
     if store.n_tokens == 0:
         raise UserError(f"{store.folder} holds no tokens: run topklm neurons harvest")
     if store.metadata.dictionary != (dictionary.description if dictionary else ""):
@@ -155,7 +88,7 @@ def _check(store: Store, dictionary: Dictionary | None) -> None:
         )
 
 
-def _compute(inputs: Inputs, statistics: Sequence[Statistic], progress: Progress) -> pa.Table:
+def _compute(inputs: Inputs, statistics: Sequence[Statistic]) -> pa.Table:
     """Computes columns of all neurons, sorted by layer and neuron."""
     for name in SLOW:
         if any(name in statistic.needs for statistic in statistics):
@@ -165,14 +98,16 @@ def _compute(inputs: Inputs, statistics: Sequence[Statistic], progress: Progress
     )
     together = list(dict.fromkeys(statistic.compute for statistic in statistics))
     metadata, parts = inputs.store.metadata, []
-    with progress.phase("measuring neurons", len(metadata.layers) * metadata.d_model) as report:
+    with inputs.progress.phase("measuring neurons", len(metadata.layers) * metadata.d_model) as report:
         for layer in metadata.layers:
-            for begin, end in _blocks(inputs.store, inputs.config.vocab_size, layer):
+            n_neurons = max(1, _BLOCK_CELLS // inputs.config.vocab_size)
+            for begin, end in inputs.store.blocks(layer, _BLOCK_EVENTS, n_neurons):
                 neurons = Neurons(inputs, layer, begin, end)
                 found = {"layer": [layer] * (end - begin), "neuron": range(begin, end)}
                 for compute in together:
                     found |= compute(neurons)
-                arrays = [pa.array(found[field.name], field.type) for field in schema]
+                # NaN becomes null.
+                arrays = [pa.array(found[field.name], field.type, from_pandas=True) for field in schema]
                 parts.append(pa.table(arrays, schema=schema))
                 report(end - begin, 0, 0)
     return pa.concat_tables(parts)
@@ -180,44 +115,21 @@ def _compute(inputs: Inputs, statistics: Sequence[Statistic], progress: Progress
 
 def _described(inputs: Inputs) -> table.TableMetadata:
     store, windows = inputs.store, inputs.windows
-    metadata = store.metadata
+    of_store = dataclasses.asdict(store.metadata)
     of_token, of_window = inputs.clusters
     return table.TableMetadata(
-        run=metadata.run,
-        step=metadata.step,
-        tokenizer_sha256=metadata.tokenizer_sha256,
-        kind=metadata.kind,
-        layers=metadata.layers,
-        d_model=metadata.d_model,
-        topk_k=metadata.topk_k,
-        source=metadata.source,
+        **{name: of_store[name] for name in table.OF_STORE},
         n_tokens=store.n_tokens,
         n_documents=len(inputs.bounds) - 1,
         embedding=EMBEDDING if windows is None else windows.embedding,
         n_clusters=int((of_token if of_window is None else of_window).max()) + 1,
-        dictionary=metadata.dictionary,
         store=store.sha256,
         details={
             **dataclasses.asdict(inputs.settings),
             "context_window": embeddings.WINDOW if windows is None else 2 * embeddings.SIDE + 1,
             "ablation_tokens": min(store.n_tokens, ablation.MAX_TOKENS),
-            "lens_context_tokens": jacobian.CONTEXT_TOKENS,
-            "coactivation_tokens": min(store.n_tokens, similarity.SAMPLE_TOKENS),
-            "topk_activation": metadata.topk_activation,
+            "lens_context_tokens": lenses.CONTEXT_TOKENS,
+            "coactivation_tokens": min(store.n_tokens, activity.SAMPLE_TOKENS),
+            "topk_activation": of_store["topk_activation"],
         },
     )
-
-
-def _blocks(store: Store, vocab_size: int, layer: int) -> Iterator[tuple[int, int]]:
-    """Yields neighbouring neurons whose events, and counts by token, fit into memory."""
-    number = store.metadata.layers.index(layer) * store.metadata.d_model
-    counts = np.sum([np.diff(segment.offsets) for segment in store.segments], axis=0)
-    events = np.cumsum(counts[number : number + store.metadata.d_model])
-    most = max(1, _BLOCK_CELLS // vocab_size)
-    begin = 0
-    while begin < len(events):
-        before = events[begin - 1] if begin else 0
-        end = int(np.searchsorted(events, before + _BLOCK_EVENTS, side="right"))
-        end = min(max(end, begin + 1), begin + most, len(events))
-        yield begin, end
-        begin = end

@@ -29,6 +29,14 @@ from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 2
 
+_IDENTITY = ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k", "dictionary")
+OF_STORE = ("run", "source", *_IDENTITY)  # fields of a table's metadata that are those of its store
+
+# Below, a neuron was seen too seldom to say what it stands for; above, it is active nearly everywhere.
+FAIR_DENSITY = (1e-4, 0.05)
+FAIR_ACTIVE = 30  # from fewer activations an entropy says little, however it is corrected
+SEVERAL_TOKENS = 3.0  # a neuron for one token needs no page to be named, and every model has many
+
 _METADATA_KEY = b"topklm"
 _OF_FORMAT_1 = b'"format": 1'  # stands in the footer, as it is
 _DIGEST_BYTES = 64
@@ -41,22 +49,13 @@ class TableMetadata:
     """The text and the model that a table was measured on.
 
     Attributes:
-        run: Name of the run folder.
-        step: Of the checkpoint.
-        tokenizer_sha256: Of the tokenizer.
-        kind: "topk"; "dense", the positive part of a Base LM's hidden state; or that of a dictionary which it
-            is written in: "random", "pca" or "sae".
-        layers: The model's layers that have rows.
-        d_model: D, neurons per layer.
-        topk_k: k; of a Base LM, how many entries or codes of each token were kept, D where all were.
-        source: Of the text, in words.
+        run: Of the store, as all of `OF_STORE`. With a dictionary, logit effects are those of the decoder's
+            directions, and ablation effects are null.
         n_tokens: Tokens of text; separators and padding are not among them.
         n_documents: Of which those are.
         embedding: By which semantic entropy and monosemanticity compare tokens.
         n_clusters: Of tokens, for semantic entropy.
         details: Sample sizes, seeds and the like, by name.
-        dictionary: How the dictionary was made; empty where there is none. Its logit effects are those of the
-            decoder's directions, and ablation effects are null.
         store: `Store.sha256`; empty where that, or the table, is of format 1.
     """
 
@@ -138,18 +137,8 @@ def is_complete(path: Path) -> bool:
 
 
 def check_same(path: Path, measured: TableMetadata, store: Store) -> None:
-    """Refuses a table that was not measured on a store, or one with other tokens.
-
-    Args:
-        path: Of the table, for the message.
-        measured: Of the table.
-        store: Of activations; it may hold more tokens than were measured.
-
-    Raises:
-        UserError: If they differ.
-    """
-    names = ("step", "tokenizer_sha256", "kind", "layers", "d_model", "topk_k", "dictionary")
-    pairs = {name: (getattr(measured, name), getattr(store.metadata, name)) for name in names}
+    """Raises UserError for a table that was not measured on a store; the store may hold more tokens since."""
+    pairs = {name: (getattr(measured, name), getattr(store.metadata, name)) for name in _IDENTITY}
     if measured.store and store.sha256:
         pairs["store"] = measured.store[:12], store.sha256[:12]
     for name, (here, there) in pairs.items():
@@ -185,27 +174,13 @@ def _footer(content: bytes) -> int:
     return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
 
 
-# Below, a neuron was seen too seldom to say what it stands for; above, it is active nearly everywhere.
-FAIR_DENSITY = (1e-4, 0.05)
-# From fewer activations an entropy says little, however it is corrected.
-FAIR_ACTIVE = 30
-# A neuron for one token needs no page to be named, and every model has many.
-SEVERAL_TOKENS = 3.0
-
-
 def readable_first(rows: pa.Table) -> np.ndarray:
-    """Neurons by how likely it is that a person can name them.
+    """Returns places in rows of a table, int64[n], by how likely it is that a person can name the neuron.
 
     First those of fair density that were seen often enough and whose activation is spread over several
     tokens (exp of the corrected token entropy), by rising corrected semantic entropy, and where that is equal
     by falling number of distinct tokens. Then, in the same order, those of fair density for a token or two,
     then the other living ones, then the dead ones.
-
-    Args:
-        rows: Of `topklm.neurons.statistics.table`.
-
-    Returns:
-        int64[n], places in `rows`.
     """
     with np.errstate(invalid="ignore"):  # NaN is not above anything
         several = np.exp(_numbers(rows, "token_entropy_corrected")) >= SEVERAL_TOKENS

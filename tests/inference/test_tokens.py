@@ -8,9 +8,10 @@ import numpy as np
 from plain_loop import CONFIG, byte_model, params_of, whole
 import pytest
 
-from topklm.inference.adaptive import AdaptiveK, token_losses
-from topklm.inference.generate import generate_tokens
-from topklm.inference.token_rows import documents, positions_in, read
+from benchmarks.adaptive_losses import token_losses
+from topklm.inference.adaptive import AdaptiveK
+from topklm.inference.scheduler import generate_tokens
+from topklm.inference.tokens import documents, positions_in, read
 
 TEXT = "The sea"
 

@@ -1,0 +1,280 @@
+"""HTTP that both servers share: which requests are answered, JSON both ways, and answers in pieces.
+
+A browser that runs somebody else's page can be made to send requests to this machine. Hence: only the names
+under which the server was started are answered (else another site's name could be pointed here), what
+changes anything has to come from our own pages, and on other addresses than the loopback a token is needed.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import hmac
+import ipaddress
+import json
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY = 64 * 1024  # bytes
+BODY_SECONDS = 10.0  # in which a body has to arrive
+COOKIE = "topklm_token"
+
+_DEEPEST = 16  # arrays and objects within each other that a request may hold
+_TOO_DEEP = "the request is nested too deeply: send an object of few levels"
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+HEADERS: Mapping[str, str] = {
+    "content-security-policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    # Not no-referrer: browsers would then send "Origin: null" with our own forms.
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+Refuse = Callable[[int, str], Response]  # (status, one line) -> the answer
+Say = Callable[[bytes], Awaitable[None]]
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refused(status: int, message: str) -> Response:
+    return PlainTextResponse(message + "\n", status, {"connection": "close"})
+
+
+class Guard:
+    """Refuses requests that should not be answered, and adds the headers that keep pages in their place."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        # Names, with ports, under which the server is asked for; None: any, for then there is a token.
+        hosts: frozenset[str] | None,
+        token: str | None = None,  # has to be sent by clients, as a bearer; None: they need none
+        *,
+        max_body: int = MAX_BODY,  # bytes that a request may carry
+        refuse: Refuse = _refused,
+        by_link: bool = True,  # also take the token as `?token=` in a link, then by a cookie: for browsers
+        where_token_is: str = "open the address that topklm explore printed",
+    ):
+        self._app, self._hosts, self._token, self._max_body = app, hosts, token, max_body
+        self._refuse, self._by_link, self._where_token_is = refuse, by_link, where_token_is
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or lets it through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    added.setdefault(name, value)
+            await send(message)
+
+        answer: ASGIApp = self._refusal(scope, Headers(scope=scope)) or self._app
+        if answer is self._app and scope["method"] not in _SAFE_METHODS:
+            try:
+                body = await asyncio.wait_for(_read(receive, self._max_body), BODY_SECONDS)
+            except TimeoutError:
+                answer = self._refuse(408, "the request came too slowly")
+            else:
+                answer = self._too_large() if len(body) > self._max_body else self._app
+                receive = _whole(body, receive)
+        await answer(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        host = headers.get("host", "").lower()
+        if self._hosts is not None and host not in self._hosts:
+            return self._refuse(
+                421, "this server does not answer under that name: open the address it printed"
+            )
+        if self._token is not None and (answer := self._without_token(scope, headers, self._token)):
+            return answer
+        # A link on another site's page may be followed; for pictures, scripts and the like it need not be.
+        followed = not comes_from_elsewhere(headers) or headers.get("sec-fetch-mode") == "navigate"
+        if scope["method"] in _SAFE_METHODS and followed:
+            return None
+        if not followed or not _from_own_page(headers, host):
+            return self._refuse(403, "this request came from another site's page, and is not carried out")
+        length = headers.get("content-length", "0")
+        # Python refuses to read a number of thousands of digits.
+        said = int(length[:18]) if length.isascii() and length.isdigit() else 0
+        return self._too_large() if said > self._max_body else None
+
+    def _without_token(self, scope: Scope, headers: Headers, token: str) -> Response | None:
+        """Returns None for a client with the token; gives a browser with it in its link the cookie."""
+        if _same(headers.get("authorization", "").removeprefix("Bearer "), token):
+            return None
+        if self._by_link:
+            parameters = parse_qsl(scope["query_string"].decode("latin-1"))
+            if _same(dict(parameters).get("token", ""), token):
+                return _with_cookie(scope["path"], parameters, token)
+            if _same(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""), token):
+                return None
+        return self._refuse(401, f"a token is needed: {self._where_token_is}")
+
+    def _too_large(self) -> Response:
+        size = f"{self._max_body // 1024} kB"
+        return self._refuse(413, f"the request is larger than {size}: shorten the text")
+
+
+def comes_from_elsewhere(headers: Mapping[str, str]) -> bool:
+    """Returns whether another site's page, not a person, asks for a page that takes long to make."""
+    return headers.get("sec-fetch-site") == "cross-site"
+
+
+def _with_cookie(path: str, parameters: list[tuple[str, str]], token: str) -> Response:
+    rest = urlencode([(name, value) for name, value in parameters if name != "token"])
+    path = "/" + path.lstrip("/")  # "//host" would lead elsewhere
+    answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
+    answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
+    return answer
+
+
+def _from_own_page(headers: Headers, host: str) -> bool:
+    origin = headers.get("origin")
+    if origin is not None:
+        return origin.lower() in (f"http://{host}", f"https://{host}")
+    # Every browser of today says where a request that changes something comes from; programs need not.
+    return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+
+
+def _same(shown: str, token: str) -> bool:
+    return hmac.compare_digest(shown.encode(), token.encode())
+
+
+async def _read(receive: Receive, max_body: int) -> bytes:
+    """Reads the body, or as much of it as shows that it is too large."""
+    body = b""
+    while len(body) <= max_body:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            break
+    return body
+
+
+def _whole(body: bytes, receive: Receive) -> Receive:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return give
+
+
+def from_json(body: bytes) -> dict[str, Any]:
+    """Reads a JSON object that somebody sent; raises ValueError with one line for the client if it is none.
+
+    Whole numbers are integers, also 16.0.
+    """
+    try:
+        content = json.loads(body, parse_float=_number)
+    except RecursionError as e:
+        raise ValueError(_TOO_DEEP) from e
+    except ValueError as e:
+        said = f" ({e})" if isinstance(e, json.JSONDecodeError) else ""
+        raise ValueError(f"the request is no JSON{said}: send an object") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"the request is a JSON {kind_of(content)}: send an object")
+    if _deeper_than(_DEEPEST, content):
+        raise ValueError(_TOO_DEEP)
+    return content
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    inside = value.values() if isinstance(value, dict) else value
+    return levels < 1 or any(_deeper_than(levels - 1, one) for one in inside if isinstance(one, dict | list))
+
+
+def kind_of(value: Any) -> str:
+    """Returns what JSON calls the kind of a value."""
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")
+
+
+def to_json(content: Any) -> bytes:
+    """Writes JSON in ASCII: it holds any text, halves of surrogate pairs and all kinds of line ends too."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class Json(JSONResponse):
+    """An answer in JSON, see `to_json`."""
+
+    def render(self, content: Any) -> bytes:
+        """Returns its bytes."""
+        return to_json(content)
+
+
+class Stream(Response):
+    """An answer that is sent in pieces, as they are made; ended once the client has gone.
+
+    Nothing is sent before the first piece, so an error before that can be answered otherwise.
+    """
+
+    def __init__(
+        self, write: Callable[[Say], Awaitable[None]], media_type: str, seconds: float | None = None
+    ):
+        """Takes the function that makes the answer, called with one that sends a piece.
+
+        A client that takes more than so many seconds for the whole answer is hung up on.
+        """
+        super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._write, self._seconds = write, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Makes and sends it."""
+        started = False
+
+        async def say(piece: bytes, more: bool = True) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+
+        async def say_all() -> None:
+            await self._write(say)
+            await say(b"", more=False)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await unless_gone(say_all(), receive)
+
+
+async def unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
+    """Returns what a piece of work gives; None once the client has hung up, when the work is ended.
+
+    Of the client's connection, whose request has been read, the rest is ignored.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
