@@ -89,7 +89,7 @@ def test_what_does_not_fit_to_the_store_is_refused(harvested, arguments, words):
 
 
 def test_training_text_is_not_harvested_with_a_dictionary_that_learned_from_it(tmp_path, harvested):
-    copy = dataclasses.replace(harvested, run=tmp_path / "village")
+    copy = NeuronsFolder(tmp_path / "village", harvested.step)
     copy.run.mkdir()
     for path in (run_folder.CONFIG_FILE, run_folder.TOKENIZER_FILE, run_folder.CHECKPOINTS_FOLDER):
         (copy.run / path).symlink_to(harvested.run / path)

@@ -65,7 +65,7 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     if not arguments.text:
         raise UserError("TEXT is empty: give at least a character")
     model = topklm.load(arguments.run, step=arguments.step)
-    n_tokens, most = len(model.to_str_tokens(arguments.text)), model.config.model.context_length
+    n_tokens, most = len(model.to_str_tokens(arguments.text)), model.cfg.context_length
     if n_tokens < 2:
         raise UserError(f"TEXT = {_quoted(arguments.text)}: has no tokens; give other text")
     if n_tokens > most:
@@ -250,7 +250,7 @@ def _select(arguments: argparse.Namespace) -> None:
         with shared.refused_as("--value", value=value):
             entry.check()
         with shared.refused_as(f"neuron {entry.layer}:{entry.neuron}"):
-            entry.check(model.config.model)
+            entry.check(model.cfg)
     save_interventions(arguments.save, entries, model=shared.name_of(model))
     facts = {
         "run": arguments.run,

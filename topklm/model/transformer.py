@@ -7,7 +7,7 @@ is the Base LM. Dims: B batch, T tokens, D d_model, L layers, S TopK layers, V v
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 import jax
@@ -33,7 +33,7 @@ from topklm.parallel import ALONE, Parallel
 
 Parameters = dict[str, Any]
 
-_Function = TypeVar("_Function", bound=Callable)
+_Result = TypeVar("_Result")
 
 
 class _LayerInputs(NamedTuple):
@@ -188,7 +188,7 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
 
 
-def jit_in_float32(function: _Function) -> _Function:
+def jit_in_float32(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Compiles a function of (config, ...) so that models made of the config compute in float32.
 
     For effects of single neurons, which are small, whatever the model's dtype and the device's precision.
@@ -196,11 +196,11 @@ def jit_in_float32(function: _Function) -> _Function:
 
     @functools.partial(jax.jit, static_argnums=0)
     @functools.wraps(function)
-    def run(config: ModelConfig, *arguments: Any) -> Any:
+    def run(config: ModelConfig, *arguments: Any) -> _Result:
         with jax.default_matmul_precision("float32"):
             return function(dataclasses.replace(config, dtype="float32"), *arguments)
 
-    return cast(_Function, run)
+    return run
 
 
 def _rematerialized(layer: Callable, config: ModelConfig, parallel: Parallel, scanned: bool) -> Callable:

@@ -35,32 +35,25 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import entropy
 from topklm.neurons.store import NeuronBlock, Store
 
-N_TOKENS = 10
+SIZE = entropy.TOP_TOKENS
+KINDS = ("input", "distinct", "next")
+NO_TOKEN = -1
+
+_CELLS = 1 << 22  # neurons x V that are held at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """A definition of hits; one of `token_ids` and `pattern` is given.
+    """A definition of hits; one of `token_ids` and `pattern` is given."""
 
-    Attributes:
-        name: Short, for the head of a column.
-        description: Its content and origin, in words.
-        token_ids: Each token of a text that is one of these is a hit.
-        pattern: Each place of the text that matches is a hit; matches do not overlap.
-    """
-
-    name: str
-    description: str
-    token_ids: tuple[int, ...] = ()
+    name: str  # short, for the head of a column
+    description: str  # its content and origin, in words
+    token_ids: tuple[int, ...] = ()  # each token of a text that is one of these is a hit
+    # each place of the text that matches is a hit; matches do not overlap
     pattern: re.Pattern[str] | None = None
 
     def count(self, tokens: Sequence[int], text: str) -> int:
-        """Returns how many hits a text has.
-
-        Args:
-            tokens: Its token ids.
-            text: Decoded from them.
-        """
+        """Returns how many hits a text has, given its token ids and the text decoded from them."""
         if self.pattern is not None:
             return sum(1 for found in self.pattern.finditer(text) if found.group())
         return int(np.isin(np.asarray(tokens, np.int64), self.token_ids).sum())
@@ -100,34 +93,25 @@ def of_words(words: Sequence[str]) -> Concept:
 
 
 def raised_tokens(config: ModelConfig, params: transformer.Parameters, neuron: int) -> np.ndarray:
-    """Returns the tokens that a neuron raises most by the identity lens, int64[`N_TOKENS`], falling.
+    """Returns the tokens that a neuron raises most by the identity lens, int64[`SIZE`], falling.
 
-    That lens is row `neuron` of diag(scale of the final norm) @ unembedding; see `statistics.lenses`, which
-    needs no measuring. It is the same for all layers.
+    That lens (`statistics.lenses`) needs no measuring, and is the same for all layers.
     """
     model = transformer.bind(config, params)
     effects_V = model.final_norm.scale[...][neuron] * model.unembedding()[neuron, : config.vocab_size]
-    tokens = jax.lax.top_k(effects_V.astype(jnp.float32), min(N_TOKENS, config.vocab_size))[1]
+    tokens = jax.lax.top_k(effects_V.astype(jnp.float32), min(SIZE, config.vocab_size))[1]
     return np.asarray(tokens, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class NeuronFacts:
-    """Facts of one neuron from a run's folder, where it has been harvested and measured.
+    """Facts of one neuron from a run's folder, where it has been harvested and measured."""
 
-    Attributes:
-        n_active: Tokens at which it is active.
-        n_tokens: On which it was measured.
-        max_activation: None for a dead neuron.
-        input_tokens: That make up most of its activation, the first most.
-        raised_tokens: That it raises most by the averaged Jacobian lens.
-    """
-
-    n_active: int
-    n_tokens: int
-    max_activation: float | None
-    input_tokens: tuple[int, ...]
-    raised_tokens: tuple[int, ...]
+    n_active: int  # tokens at which it is active
+    n_tokens: int  # on which it was measured
+    max_activation: float | None  # None for a dead neuron
+    input_tokens: tuple[int, ...]  # that make up most of its activation, the first most
+    raised_tokens: tuple[int, ...]  # that it raises most by the averaged Jacobian lens
 
 
 def read_facts(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
@@ -164,16 +148,10 @@ def own_concepts(
     """Returns the neuron's own tokens, of each kind that there is something to read from.
 
     "input", its top input tokens, if it has been measured; "next", the tokens that follow it more than they
-    do elsewhere, if it has been harvested; "raised", those that it raises most, by the averaged Jacobian lens
-    if it has been measured, else by the identity lens, which the parameters suffice for. Only the last kind
-    says what the neuron does by construction: it is no evidence that steering works.
-
-    Args:
-        model: The model.
-        folder: Where its activations are; None: nowhere.
-        facts: From `read_facts`.
-        layer: Of the neuron.
-        neuron: Its number.
+    do elsewhere, if it has been harvested (into the folder, if there is one); "raised", those that it raises
+    most, by the averaged Jacobian lens if it has been measured, else by the identity lens, which the
+    parameters suffice for. Only the last kind says what the neuron does by construction: it is no evidence
+    that steering works.
     """
     kinds: list[tuple[str, str, Sequence[int]]] = []
     if facts and facts.input_tokens:
@@ -201,30 +179,14 @@ def _following(model: LanguageModel, folder: NeuronsFolder | None, layer: int, n
     return token_sets(found, "next")[0].tolist() if len(found.neurons) else []
 
 
-SIZE = entropy.TOP_TOKENS
-KINDS = ("input", "distinct", "next")
-NO_TOKEN = -1
-
-_CELLS = 1 << 22  # neurons x V that are held at once
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Concepts:
-    """The concepts of the living neurons of a layer.
+    """The concepts of the living neurons of a layer."""
 
-    Attributes:
-        layer: Of the model.
-        neurons: int64[N], those that are active in the text read, rising.
-        tokens: int32[N, 3, M], ids by falling score, one set for each of `KINDS`; `NO_TOKEN` after the last.
-    """
-
-    layer: int
-    neurons: np.ndarray
+    layer: int  # its number
+    neurons: np.ndarray  # int64[N], those that are active in the text read, rising
+    # int32[N, 3, M], ids by falling score, one set for each of `KINDS`; `NO_TOKEN` after the last
     tokens: np.ndarray
-
-    def __getitem__(self, rows: np.ndarray) -> "Concepts":
-        """Returns those of some neurons, by a mask or their rows."""
-        return Concepts(self.layer, self.neurons[rows], self.tokens[rows])
 
 
 class ConceptReader:
@@ -254,11 +216,7 @@ class ConceptReader:
         self._shares = counts / counts.sum()
 
     def read(self, layer: int, neurons: Sequence[int] | None = None) -> Concepts:
-        """Returns the concepts of a layer's neurons that are active in the text read.
-
-        Args:
-            layer: Of the model.
-            neurons: Which of them; None: all.
+        """Returns the concepts of those of a layer's neurons (None: of all) that are active in the text read.
 
         Raises:
             UserError: If the store does not have the layer, or the neuron.

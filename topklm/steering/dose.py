@@ -16,6 +16,7 @@ groups: all texts of a prompt are drawn together, for they have much in common.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -25,16 +26,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.steering.concepts import Concept
 
 DISTINCT = (1, 2, 3)
-PROMPTS = (
-    "The",
-    "It was",
-    "In the",
-    "There is",
-    "When he",
-    "One of the",
-    "After that,",
-    "She said that",
-)
+PROMPTS = ("The", "It was", "In the", "There is", "When he", "One of the", "After that,", "She said that")
 RESAMPLES = 2000
 
 _MAX_ROWS = 64  # texts that are run together
@@ -42,57 +34,34 @@ _MAX_ROWS = 64  # texts that are run together
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """How texts are generated.
+    """How texts are generated."""
 
-    Attributes:
-        prompts: At least one.
-        samples: Of each prompt.
-        max_new_tokens: Of each text.
-        temperature: 0 takes the most likely token each time.
-        seed: Of a prompt's first sample; its others have the numbers that follow.
-    """
-
-    prompts: tuple[str, ...] = PROMPTS
-    samples: int = 4
-    max_new_tokens: int = 40
-    temperature: float = 0.7
-    seed: int = 0
+    prompts: tuple[str, ...] = PROMPTS  # at least one
+    samples: int = 4  # of each prompt
+    max_new_tokens: int = 40  # of each text
+    temperature: float = 0.7  # 0 takes the most likely token each time
+    seed: int = 0  # of a prompt's first sample; its others have the numbers that follow
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval.
+    """A figure with its 95 % interval."""
 
-    Attributes:
-        value: NaN where there is nothing to take it of.
-        low: NaN, as `high`, where there are fewer than two groups to draw from.
-        high: Upper end.
-    """
-
-    value: float
-    low: float
-    high: float
+    value: float  # NaN where there is nothing to take it of
+    low: float  # NaN, as `high`, where there are fewer than two groups to draw from
+    high: float  # upper end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Response:
-    """The text of a model at one value.
+    """The text of a model at one value."""
 
-    Attributes:
-        value: Of the neuron, in units of its activation; None: nothing was done.
-        texts: Continuations, without the prompt: for each prompt its samples.
-        n_tokens: Of all texts.
-        rates: Hits for each token, of each concept.
-        perplexity: By the unsteered model.
-        distinct: Distinct-n by n.
-    """
-
-    value: float | None
-    texts: list[list[str]]
-    n_tokens: int
-    rates: dict[str, Estimate]
-    perplexity: Estimate
-    distinct: dict[int, Estimate]
+    value: float | None  # of the neuron, in units of its activation; None: nothing was done
+    texts: list[list[str]]  # continuations, without the prompt: for each prompt its samples
+    n_tokens: int  # of all texts
+    rates: dict[str, Estimate]  # hits for each token, of each concept
+    perplexity: Estimate  # by the unsteered model
+    distinct: dict[int, Estimate]  # distinct-n by n
 
 
 def respond(
@@ -114,8 +83,8 @@ def respond(
         values: In units of the neuron's activation; their meaning depends on the mode.
         concepts: To be counted; their names differ.
         sampled: How texts are generated.
-        mode: As in `Intervention`.
-        positions: As in `Intervention`.
+        mode: As in `Intervention`, as `positions`.
+        positions: Which tokens are steered.
         report: Told how many texts have been finished since the last time.
 
     Raises:
@@ -145,7 +114,7 @@ def respond(
                 if value is not None
             ]
             asked = [np.array(prompt, np.int32) for _, prompt in part]
-            found = model.generate(
+            found: Any = model.generate(
                 asked, sampled.max_new_tokens, sampled.temperature, seed, steer=steer, return_tokens=True
             )
             part_written = written[first : first + size]

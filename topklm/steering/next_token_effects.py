@@ -23,32 +23,21 @@ _MAX_PICKED = 1 << 23  # probabilities of concepts' tokens that are held at once
 
 
 class Unsteered(NamedTuple):
-    """The model's own run of the prompts.
+    """The model's own run of the prompts."""
 
-    Attributes:
-        states: float32[L, C, T, D], the output of each layer.
-        log_p: float32[C, V], log-probabilities of the next token.
-        norms: float32[L], mean over tokens of the length of each layer's output; the first position of the
-            prompts, that of the separator, is left out.
-    """
-
-    states: Any
-    log_p: Any
+    states: Any  # float32[L, C, T, D], the output of each layer
+    log_p: Any  # float32[C, V], log-probabilities of the next token
+    # float32[L], mean over tokens of the length of each layer's output; the first position of the prompts,
+    # that of the separator, is left out
     norms: Any
 
 
 class TreatmentEffects(NamedTuple):
-    """Effects of treatments, each a mean over the prompts, nats.
+    """Effects of treatments, each a mean over the prompts, nats."""
 
-    Attributes:
-        gains: float32[R, N, K], rise of ln P(the next token is one of the concept's).
-        divergences: float32[R], KL of the treated next-token distribution from the untreated one.
-        losses: float32[R], rise of the loss of the token that follows in the text.
-    """
-
-    gains: Any
-    divergences: Any
-    losses: Any
+    gains: Any  # float32[R, N, K], rise of ln P(the next token is one of the concept's)
+    divergences: Any  # float32[R], KL of the treated next-token distribution from the untreated one
+    losses: Any  # float32[R], rise of the loss of the token that follows in the text
 
 
 @transformer.jit_in_float32
@@ -79,8 +68,8 @@ def add_vectors(
         layer: They are added to its output; only the layers after it are run.
         vectors_RD: float32.
         following_C: int32, the token that follows each prompt in the text.
-        concepts_NKM: int32, ids, `NO_TOKEN` where there is none.
-        before: Of the prompts, from `unsteered`.
+        concepts_NKM: int32, ids, `NO_TOKEN` after the last.
+        before: `unsteered` of the prompts.
     """
     model, state_CTD = transformer.bind(config, params), before.states[layer]
     r, (c, t, d) = len(vectors_RD), state_CTD.shape

@@ -31,57 +31,32 @@ NO_STRENGTH = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeasuredLayer:
-    """The measurements in a layer, nats.
+    """The measurements in a layer, nats."""
 
-    Attributes:
-        own: float32[X, N, K], gains of each neuron's own concepts.
-        divergences: float32[X, N].
-        losses: float32[X, N], rise of the loss of the text's own next token.
-        random: float32[X, R, N, K], gains of all concepts by random directions.
-        random_divergences: float32[X, R].
-        others: float32[X, S, N, K], gains of all concepts by some of the neurons.
-        others_at: int64[S], which of the N neurons those are.
-    """
-
-    own: np.ndarray
-    divergences: np.ndarray
-    losses: np.ndarray
-    random: np.ndarray
-    random_divergences: np.ndarray
-    others: np.ndarray
-    others_at: np.ndarray
+    own: np.ndarray  # float32[X, N, K], gains of each neuron's own concepts
+    divergences: np.ndarray  # float32[X, N]
+    losses: np.ndarray  # float32[X, N], rise of the loss of the text's own next token
+    random: np.ndarray  # float32[X, R, N, K], gains of all concepts by random directions
+    random_divergences: np.ndarray  # float32[X, R]
+    others: np.ndarray  # float32[X, S, N, K], gains of all concepts by some of the neurons
+    others_at: np.ndarray  # int64[S], which of the N neurons those are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Verdicts:
-    """Of each neuron.
+    """Of each neuron."""
 
-    Attributes:
-        strength: int64[N], which of the strengths; `NO_STRENGTH` where none is within the bound.
-        gain: float64[N, K], nats, at that strength; NaN without one, as in the next two.
-        random: float64[N, K], the quantile of random directions' gains.
-        others: float64[N, K], that of the other neurons' gains.
-        steerable: bool[N, K].
-        specific: bool[N, K].
-        mismatched: float64[K], share of pairs; NaN without any.
-    """
-
-    strength: np.ndarray
-    gain: np.ndarray
-    random: np.ndarray
-    others: np.ndarray
-    steerable: np.ndarray
-    specific: np.ndarray
-    mismatched: np.ndarray
+    strength: np.ndarray  # int64[N], which of the strengths; `NO_STRENGTH` where none is within the bound
+    gain: np.ndarray  # float64[N, K], nats, at that strength; NaN without one, as in the next two
+    random: np.ndarray  # float64[N, K], the quantile of random directions' gains
+    others: np.ndarray  # float64[N, K], that of the other neurons' gains
+    steerable: np.ndarray  # bool[N, K]
+    specific: np.ndarray  # bool[N, K]
+    mismatched: np.ndarray  # float64[K], share of pairs; NaN without any
 
 
 def judge(measured: MeasuredLayer, bound: float) -> Verdicts:
-    """Judges all neurons of a layer.
-
-    Args:
-        measured: Strengths rising along X.
-        bound: Of the divergence, nats.
-    """
+    """Judges all neurons of a layer; strengths rise along X, the bound is of the divergence, nats."""
     n, k = measured.own.shape[1:]
     strength = largest_within(measured.divergences, bound)
     of_random = np.quantile(measured.random.astype(np.float64), QUANTILE, axis=1)
@@ -96,6 +71,11 @@ def judge(measured: MeasuredLayer, bound: float) -> Verdicts:
         if len(others):
             above_others[j] = np.quantile(others.astype(np.float64), QUANTILE, axis=0)
     steerable = there_is & (gain > 0) & (gain > above_random)
+    at = measured.others_at
+    gains_SNK = measured.others[chosen[at], np.arange(len(at))]
+    passed = there_is[at, None] & (gains_SNK > 0) & (gains_SNK > of_random[chosen[at]])
+    passed[np.arange(len(at)), at] = False  # its own concept is none of the pairs
+    n_pairs = len(at) * (n - 1)
     return Verdicts(
         strength,
         np.where(there_is, gain, np.nan),
@@ -103,7 +83,7 @@ def judge(measured: MeasuredLayer, bound: float) -> Verdicts:
         np.where(there_is, above_others, np.nan),
         steerable,
         steerable & (gain > above_others),
-        _mismatched(measured, strength, of_random),
+        passed.sum(axis=(0, 1)) / n_pairs if n_pairs else np.full(k, np.nan),
     )
 
 
@@ -122,16 +102,3 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
     found = binomtest(count, n).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
-
-
-def _mismatched(measured: MeasuredLayer, strength_N: np.ndarray, of_random_XNK: np.ndarray) -> np.ndarray:
-    n_concepts, k = measured.own.shape[1:]
-    passed, pairs = np.zeros(k), 0
-    for place, neuron in enumerate(measured.others_at):
-        x = strength_N[neuron]
-        others = np.arange(n_concepts) != neuron
-        pairs += int(others.sum())
-        if x != NO_STRENGTH:
-            gains_NK = measured.others[x, place]
-            passed += ((gains_NK > 0) & (gains_NK > of_random_XNK[x]))[others].sum(axis=0)
-    return passed / pairs if pairs else np.full(k, np.nan)

@@ -34,15 +34,10 @@ _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """C prompts of T tokens.
+    """C prompts of T tokens."""
 
-    Attributes:
-        tokens: int32[C, T], the separator first, as before every prompt of `generate`.
-        following: int32[C], the token that follows in the text.
-    """
-
-    tokens: np.ndarray
-    following: np.ndarray
+    tokens: np.ndarray  # int32[C, T], the separator first, as before every prompt of `generate`
+    following: np.ndarray  # int32[C], the token that follows in the text
 
     def with_prefix(self, prefix: np.ndarray) -> np.ndarray:
         """Returns int32[C, T + m], with m token ids between the separator and the text."""
@@ -51,14 +46,7 @@ class Prompts:
 
 
 def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: int) -> Prompts:
-    """Pieces of the documents of odd number, drawn evenly over them.
-
-    Args:
-        store: Of the text.
-        n: C.
-        length: T, the separator counted; 2 or more.
-        separator_id: Of the tokenizer.
-        seed: Of the draw.
+    """Draws n pieces of the documents of odd number evenly, each `length` tokens, the separator counted.
 
     Raises:
         UserError: If there are not so many pieces.
@@ -82,27 +70,17 @@ def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: 
 
 @dataclasses.dataclass(frozen=True)
 class SurveySettings:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        strengths: In units of the mean length of what the layer hands on, rising.
-        bound: Of the divergence from the unsteered model, nats a token, within which fluency counts as kept.
-        prompts: C.
-        prompt_tokens: T, the separator counted.
-        random_directions: R, of each layer.
-        neurons: N, drawn from each layer's living ones; None: all.
-        layers: Of the model; None: all that the store has.
-        seed: Of prompts, directions and neurons.
-    """
-
-    strengths: tuple[float, ...] = STRENGTHS
+    strengths: tuple[float, ...] = STRENGTHS  # in units of the mean length of what the layer hands on, rising
+    # of the divergence from the unsteered model, nats a token, within which fluency counts as kept
     bound: float = 1.0
-    prompts: int = 24
-    prompt_tokens: int = 16
-    random_directions: int = 128
-    neurons: int | None = None
-    layers: tuple[int, ...] | None = None
-    seed: int = 0
+    prompts: int = 24  # C
+    prompt_tokens: int = 16  # T, the separator counted
+    random_directions: int = 128  # R, of each layer
+    neurons: int | None = None  # N, drawn from each layer's living ones; None: all
+    layers: tuple[int, ...] | None = None  # None: all that the store has
+    seed: int = 0  # of prompts, directions and neurons
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,24 +89,15 @@ class Layer:
 
     The control beside steering is to prompt with a concept: all its tokens, one after another, stand between
     the separator and the prompt. Concepts of each kind are prompted with their own tokens.
-
-    Attributes:
-        concepts: Of its N neurons.
-        n_alive: Neurons with activations; N, or more if some were drawn.
-        norm: Mean length of its output, which strength 1 stands for.
-        measured: Effects of steering.
-        verdicts: On them.
-        prompting_gains: float32[N, P], of a neuron's concepts of the kinds `PROMPTED`, nats.
-        prompting_divergences: float32[N, P], from the prompt alone, nats.
     """
 
-    concepts: Concepts
-    n_alive: int
-    norm: float
-    measured: MeasuredLayer
-    verdicts: Verdicts
-    prompting_gains: np.ndarray
-    prompting_divergences: np.ndarray
+    concepts: Concepts  # of its N neurons
+    n_alive: int  # neurons with activations; N, or more if some were drawn
+    norm: float  # mean length of its output, which strength 1 stands for
+    measured: MeasuredLayer  # effects of steering
+    verdicts: Verdicts  # on them
+    prompting_gains: np.ndarray  # float32[N, P], of a neuron's concepts of the kinds `PROMPTED`, nats
+    prompting_divergences: np.ndarray  # float32[N, P], from the prompt alone, nats
 
 
 def survey(
@@ -140,15 +109,7 @@ def survey(
     settings: SurveySettings,
     progress: Progress,
 ) -> dict[int, Layer]:
-    """Surveys the layers of a model, by their numbers.
-
-    Args:
-        store: Of activations of the model.
-        config: Its shape.
-        params: Its parameters, on one device.
-        separator_id: Of the tokenizer.
-        settings: How much is measured.
-        progress: Shows how far it is.
+    """Surveys the layers of a model, whose parameters are on one device, by their numbers.
 
     Raises:
         UserError: If the store is too small, or a layer is asked for that it does not have.
@@ -168,7 +129,8 @@ def survey(
         concepts = reader.read(layer)
         n_alive = len(concepts.neurons)
         if settings.neurons is not None and settings.neurons < n_alive:
-            concepts = concepts[np.sort(rng.permutation(n_alive)[: settings.neurons])]
+            drawn = np.sort(rng.permutation(n_alive)[: settings.neurons])
+            concepts = Concepts(layer, concepts.neurons[drawn], concepts.tokens[drawn])
         found[layer] = _survey_layer(
             config, params, chosen, before, concepts, n_alive, settings, rng, progress
         )
@@ -239,11 +201,7 @@ def _prefix(concept: np.ndarray) -> np.ndarray:
 
 
 def summarise(layers: Mapping[int, Layer], settings: SurveySettings) -> dict[str, Any]:
-    """Counts steerable neurons by layer and kind of concept.
-
-    Args:
-        layers: From `survey`.
-        settings: It was made with.
+    """Counts steerable neurons of a survey by layer and kind of concept.
 
     Returns:
         A JSON object: "settings", and "layers", a list of one object for each layer and one, of layer "all",

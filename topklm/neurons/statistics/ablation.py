@@ -36,21 +36,13 @@ _GROUPS_PER_NEURON = 8  # over which the samples of a neuron are spread, so that
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """Measured samples; each array has one entry for each.
+    """Measured samples; each array has one entry for each."""
 
-    Attributes:
-        layers: int, of the model.
-        neurons: int.
-        rows: int, which window of the group.
-        places: int, positions in the window.
-        effects: float64, nats.
-    """
-
-    layers: np.ndarray
-    neurons: np.ndarray
-    rows: np.ndarray
-    places: np.ndarray
-    effects: np.ndarray
+    layers: np.ndarray  # int, of the model
+    neurons: np.ndarray  # int
+    rows: np.ndarray  # int, which window of the group
+    places: np.ndarray  # int, positions in the window
+    effects: np.ndarray  # float64, nats
 
 
 def measure(
@@ -115,16 +107,10 @@ def measure_group(
     wanted: np.ndarray,
     rng: np.random.Generator,
 ) -> Iterator[Samples]:
-    """Samples of some windows.
+    """Yields samples of windows int32[W, T].
 
-    Args:
-        config: The model.
-        params: Its parameters.
-        layers: S of its layers, rising.
-        inputs: int32[W, T].
-        usable: bool[W, T], where samples may be taken; never at the last place.
-        wanted: int[S, D], how many samples of each neuron, at most.
-        rng: Draws.
+    They are taken where `usable` is True, bool[W, T], never at the last position; of each neuron of the S
+    layers, at most as many as are wanted, int[S, D].
     """
     states_LWTD, past, losses_WT = _forward(config, params, inputs)
     with_neuron = np.asarray(losses_WT, np.float64)

@@ -58,22 +58,18 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     `mean_activation` and `max_activation` are of strengths, over the active tokens. A dead neuron, one that
     is active nowhere in the store, has density 0 and no mean, maximum or histogram.
 
-    Args:
-        block: The neurons.
-        n_tokens: N, of the whole store.
-
     Raises:
         UserError: If an activation is NaN or infinite.
     """
     counts, strengths = n_active(block), np.abs(block.values)
-    maxima = largest(strengths, block.offsets)
+    maxima = reduced(np.maximum, strengths, block.offsets)
     if not np.all(np.isfinite(maxima)):
         raise UserError(
             "the store holds activations that are NaN or infinite: training diverged before this checkpoint; "
             "harvest an earlier step"
         )
     with np.errstate(invalid="ignore"):  # 0 / 0 of dead neurons
-        means = sums(strengths, block.offsets) / counts
+        means = reduced(np.add, strengths, block.offsets) / counts
     histograms = histogram(block)
     return {
         "n_active": counts,
@@ -100,7 +96,7 @@ def histogram(block: NeuronBlock, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
     A part holds its upper end and not its lower one. A dead neuron has zeros.
     """
     strengths = np.abs(block.values)
-    bins = parts(strengths, np.repeat(largest(strengths, block.offsets), n_active(block)), n_bins)
+    bins = parts(strengths, np.repeat(reduced(np.maximum, strengths, block.offsets), n_active(block)), n_bins)
     n = len(block.offsets) - 1
     return np.bincount(owners(block) * n_bins + bins, minlength=n * n_bins).reshape(n, n_bins)
 
@@ -108,33 +104,19 @@ def histogram(block: NeuronBlock, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
 def parts(strengths: np.ndarray, maximum: np.ndarray | float, n_parts: int) -> np.ndarray:
     """Returns int64[E], in which of `n_parts` parts of equal width of (0, maximum] strengths lie, from 0.
 
-    Part p is (p / n_parts, (p + 1) / n_parts] of the maximum.
-
-    Args:
-        strengths: float32[E], above 0.
-        maximum: One, or float32[E].
-        n_parts: Into how many parts.
+    Part p is (p / n_parts, (p + 1) / n_parts] of the maximum, which is one, or float32[E].
     """
     # In float64 the product is exact, so that what lies on an edge falls on the right side of it.
     shares = strengths.astype(np.float64) * n_parts / maximum
     return np.minimum(np.ceil(shares).astype(np.int64) - 1, n_parts - 1)
 
 
-def sums(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Returns float64[n], the sum of x[offsets[j] : offsets[j + 1]] for each j; 0 where that is empty."""
-    return _reduced(np.add, x.astype(np.float64), offsets)
-
-
-def largest(x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Returns float64[n], as `sums`, the largest; 0 where there is none."""
-    return _reduced(np.maximum, x, offsets)
-
-
-def _reduced(function: np.ufunc, x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def reduced(function: np.ufunc, x: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Returns float64[n], the sum (`np.add`) or the like of x[offsets[j] : offsets[j + 1]], 0 of nothing."""
     result = np.zeros(len(offsets) - 1)
     there = np.diff(offsets) > 0  # of an empty range, reduceat would take the element after it
     if there.any():
-        result[there] = function.reduceat(x, offsets[:-1][there])
+        result[there] = function.reduceat(x.astype(np.float64), offsets[:-1][there])
     return result
 
 
@@ -143,15 +125,9 @@ def example_columns(
 ) -> Mapping[str, Any]:
     """Returns the columns that are about examples; a dead neuron has none.
 
-    The strongest come first, then the parts, rising; falling strength in each.
-
-    Args:
-        block: The neurons.
-        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
-        layer: Of the model.
-        begin: The first neuron of the block; with the layer it decides what is drawn, so that the examples
-            of a neuron do not depend on how neurons are cut into blocks.
-        seed: Of what is drawn.
+    The strongest come first, then the parts, rising; falling strength in each. The layer and the number of a
+    neuron (`begin` is that of the block's first) decide what is drawn, so that the examples do not depend on
+    how neurons are cut into blocks. Documents begin at bounds, int64[documents + 1].
     """
     rows: list[tuple[list | None, ...]] = []
     for number, (a, b) in enumerate(itertools.pairwise(block.offsets)):
@@ -169,13 +145,7 @@ def example_columns(
 def choose_examples(
     tokens: np.ndarray, values: np.ndarray, bounds: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the examples of one neuron.
-
-    Args:
-        tokens: int64[E], where it is active, rising; E is at least 1.
-        values: float32[E].
-        bounds: int64[documents + 1], where documents begin.
-        rng: Draws.
+    """Chooses the examples of one neuron, which is active at tokens int64[E], rising, E at least 1.
 
     Returns:
         int64[m], which of the E events; and int8[m], 0 for the strongest, then 1 to RANGE_PARTS.
@@ -243,11 +213,6 @@ def coactive_columns(similarities: np.ndarray, begin: int, end: int) -> Mapping[
 
     The `NEAREST` others, by falling cosine, on a tie by rising index; only those with a cosine above 0. A
     neuron that is active nowhere in the sample has no neighbours, and is nobody's.
-
-    Args:
-        similarities: float[D, D], as `coactivation` gives them.
-        begin: The first neuron.
-        end: One after the last.
     """
     neurons: list[list[int] | None] = []
     cosines: list[list[float] | None] = []
@@ -274,10 +239,6 @@ def coactivation(store: Store, layer: int) -> np.ndarray:
     """Returns float32[D, D], the cosine of every two neurons of a layer; rows and columns of dead ones are 0.
 
     Runs on the accelerator where there is one; takes three times D^2 * 4 bytes.
-
-    Args:
-        store: Of activations.
-        layer: One of its layers.
     """
     d_model = store.metadata.d_model
     gram = jnp.zeros((d_model, d_model), jnp.float32)

@@ -7,6 +7,7 @@ paper names its entropies without giving formulas.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -109,192 +110,159 @@ def _examples(neurons: Neurons) -> Mapping[str, Any]:
 _PLUG_IN = "without the correction for few activations: too low where few were seen."
 _CONTEXT = "a context is the mean unembedding of the last 16 tokens, unless a sentence encoder was given"
 
+# One computation each, with the slow inputs that it reads.
+_of_activity = functools.partial(Statistic, compute=_activity)
+_of_tokens = functools.partial(Statistic, compute=_entropy, needs=("clusters",))
+_of_contexts = functools.partial(Statistic, compute=_monosemanticity, needs=("monosemanticity",))
+_of_ablation = functools.partial(Statistic, compute=_ablation, needs=("ablation",))
+_of_lenses = functools.partial(Statistic, compute=_lenses, type=pa.list_(_I32), needs=("jacobians", "lenses"))
+
 STATISTICS: Sequence[Statistic] = (
-    Statistic(
+    _of_activity(
         "density",
         "Density",
         "Share of the tokens at which the neuron is active. Over the neurons of a layer these add up to k at "
         "most.",
-        _activity,
         kind="share",
         unit="of tokens",
         first=True,
         note="active at {n_active} of {n_tokens} tokens",
     ),
-    Statistic(
+    _of_activity(
         "n_active",
         "Active tokens",
         "Number of tokens at which the neuron is active.",
-        _activity,
-        _I64,
+        type=_I64,
         kind="count",
         unit="tokens",
     ),
-    Statistic(
+    _of_tokens(
         "token_entropy_corrected",
         "Token entropy",
         "Entropy of the input tokens, each weighted by its share of the neuron's whole activation. exp of it "
         "is an effective number of tokens; 0: one token only. Plug-in entropies are biased low where few "
         "activations were seen; the Miller-Madow correction adds (m - 1) / 2n for m tokens seen in n "
         "activations.",
-        _entropy,
-        needs=("clusters",),
         kind="number",
         unit="nats",
         first=True,
         note="≈ {effective_tokens} tokens · plug-in {token_entropy}",
     ),
-    Statistic(
+    _of_tokens(
         "semantic_entropy_corrected",
         "Semantic entropy",
         "The same entropy after tokens with similar meaning are merged into clusters of an embedding, with "
         "the same correction; by default clusters are k-means of the model's own unembedding rows, V / 16 of "
         "them. High token entropy with low semantic entropy: many words, one idea.",
-        _entropy,
-        needs=("clusters",),
         kind="number",
         unit="nats",
         first=True,
         note="≈ {effective_clusters} of {n_clusters} clusters · plug-in {semantic_entropy}",
     ),
-    Statistic(
+    _of_contexts(
         "monosemanticity",
         "Monosemanticity",
         "Mean cosine of the contexts of all pairs of tokens, weighted by the activations at both; "
         f"{_CONTEXT}. To be read beside the shuffled value, which chance gives.",
-        _monosemanticity,
-        needs=("monosemanticity",),
         kind="number",
         first=True,
         note="shuffled contexts: {monosemanticity_shuffled}",
     ),
-    Statistic(
+    _of_contexts(
         "monosemanticity_shuffled",
         "Monosemanticity, shuffled",
         "The same score with the contexts permuted over the text: the value by chance.",
-        _monosemanticity,
-        needs=("monosemanticity",),
         kind="number",
     ),
-    Statistic(
+    _of_ablation(
         "ablation_effect",
         "Ablation effect",
         "Measured mean change of the next token's loss when the neuron is set to 0 at one token at which it "
         "is active, over a sample of such tokens. Above 0: the model is worse without it.",
-        _ablation,
-        needs=("ablation",),
         kind="effect",
         unit="nats",
         first=True,
         note="± {ablation_standard_error} standard error, {ablation_samples} tokens",
     ),
-    Statistic(
+    _of_ablation(
         "ablation_standard_error",
         "Ablation effect, standard error",
         "Standard error of the mean of the ablation effect.",
-        _ablation,
-        needs=("ablation",),
         kind="number",
         unit="nats",
     ),
-    Statistic(
+    _of_ablation(
         "ablation_samples",
         "Ablation samples",
         "At how many tokens the ablation effect was measured.",
-        _ablation,
-        _I32,
-        needs=("ablation",),
+        type=_I32,
         kind="count",
         unit="tokens",
     ),
-    Statistic(
+    _of_activity(
         "max_activation",
         "Highest activation",
         "The largest activation seen, in units of the hidden state.",
-        _activity,
         kind="number",
         first=True,
         note="mean {mean_activation}",
     ),
-    Statistic(
-        "mean_activation",
-        "Mean activation",
-        "Mean over the tokens at which it is active.",
-        _activity,
-        kind="number",
+    _of_activity(
+        "mean_activation", "Mean activation", "Mean over the tokens at which it is active.", kind="number"
     ),
-    Statistic(
+    _of_tokens(
         "n_distinct_tokens",
         "Distinct tokens",
         "How many different input tokens it is active at.",
-        _entropy,
-        _I64,
-        needs=("clusters",),
+        type=_I64,
         kind="count",
         unit="tokens",
     ),
-    Statistic(
-        "token_entropy",
-        "Token entropy, plug-in",
-        f"Token entropy {_PLUG_IN}",
-        _entropy,
-        needs=("clusters",),
-        kind="number",
-        unit="nats",
+    _of_tokens(
+        "token_entropy", "Token entropy, plug-in", f"Token entropy {_PLUG_IN}", kind="number", unit="nats"
     ),
-    Statistic(
+    _of_tokens(
         "semantic_entropy",
         "Semantic entropy, plug-in",
         f"Semantic entropy {_PLUG_IN}",
-        _entropy,
-        needs=("clusters",),
         kind="number",
         unit="nats",
     ),
-    Statistic(
+    _of_activity(
         "histogram",
         "Activation histogram",
         "Tokens at which the neuron is active, by activation: "
         f"{activity.HISTOGRAM_BINS} parts of equal width from 0 to the highest.",
-        _activity,
-        pa.list_(_I64),
+        type=pa.list_(_I64),
     ),
-    Statistic(
+    _of_tokens(
         "top_tokens",
         "Input tokens",
         "Tokens at which it is active, by their share of its whole activation.",
-        _entropy,
-        pa.list_(_I32),
-        {"top_token_shares": pa.list_(_F64)},
-        needs=("clusters",),
+        type=pa.list_(_I32),
+        more={"top_token_shares": pa.list_(_F64)},
     ),
-    Statistic(
+    _of_lenses(
         "identity_top",
         "Identity lens",
         "The output tokens that it raises and lowers most if what it writes went straight to the output: its "
         "row of the unembedding after the final norm's scale, per unit of activation.",
-        _lenses,
-        pa.list_(_I32),
-        {
+        more={
             "identity_top_effects": pa.list_(_F64),
             "identity_bottom": pa.list_(_I32),
             "identity_bottom_effects": pa.list_(_F64),
         },
-        needs=("jacobians", "lenses"),
     ),
-    Statistic(
+    _of_lenses(
         "jacobian_top",
         "Jacobian lens",
         "The same through the layers in between, linearised and averaged over contexts of the sample (64 by "
         "default).",
-        _lenses,
-        pa.list_(_I32),
-        {
+        more={
             "jacobian_top_effects": pa.list_(_F64),
             "jacobian_bottom": pa.list_(_I32),
             "jacobian_bottom_effects": pa.list_(_F64),
         },
-        needs=("jacobians", "lenses"),
     ),
     Statistic(
         "coactive",

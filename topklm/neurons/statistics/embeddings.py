@@ -125,9 +125,6 @@ def token_vectors(unembedding_DV: np.ndarray) -> np.ndarray:
     """Returns float32[V, min(D, 64)], the unit unembedding rows along their first principal directions.
 
     Up to a vector that all share, which is taken off later anyway. With D of 64 or less, the rows themselves.
-
-    Args:
-        unembedding_DV: float32[D, V].
     """
     rows = unit_rows(unembedding_DV)
     if rows.shape[1] <= DIRECTIONS:
@@ -277,12 +274,7 @@ def embed_windows(
 ) -> EncodedWindows:
     """Embeds the window of every token of a store; takes 4 N d bytes.
 
-    Args:
-        store: Of activations.
-        tokenizer: That made its tokens.
-        encoder: Gives the embeddings.
-        name: Of the encoder, in tables and on pages.
-        report: Told how many more are done.
+    The name is that of the encoder in tables and on pages; `report` is told how many more are done.
 
     Raises:
         UserError: If the encoder gives anything but one vector of finite numbers for each text.
@@ -314,10 +306,7 @@ def monosemanticity(store: Store, contexts: Embeddings, seed: int = 0) -> dict[s
     NaN for a neuron that is active at fewer than two tokens. Reads the store once, segment by segment; takes
     the memory of a segment, and 4 bytes for each token of the store: the permutation.
 
-    Args:
-        store: Of activations.
-        contexts: Of the same store's tokens.
-        seed: Of the permutation.
+    The contexts are those of the store's tokens, and the seed is that of the permutation.
     """
     layers, d_model, n_tokens = store.metadata.layers, store.metadata.d_model, store.n_tokens
     numbers = np.arange(n_tokens, dtype=np.min_scalar_type(max(n_tokens - 1, 0)))
@@ -339,7 +328,7 @@ class Pairs:
     """Sums over all pairs of tokens for each neuron; filled stretch by stretch.
 
     Args:
-        n_neurons: However many.
+        n_neurons: How many.
         n_kinds: Of embeddings, side by side.
         width: d.
     """
@@ -368,8 +357,8 @@ class Pairs:
         self._vectors += vectors.reshape(self._vectors.shape)
         events.data = np.square(strengths, dtype=np.float64)
         self._own += events @ np.square(embeddings, dtype=np.float64).sum(axis=-1)
-        self._squares += activity.sums(events.data, offsets)
-        self._total += activity.sums(strengths, offsets)
+        self._squares += activity.reduced(np.add, events.data, offsets)
+        self._total += activity.reduced(np.add, strengths, offsets)
         self._counts += np.diff(offsets)
 
     def scores(self) -> np.ndarray:

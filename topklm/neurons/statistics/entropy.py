@@ -40,8 +40,7 @@ def columns(
         block: The neurons.
         token_ids: uint[N], of the whole store.
         clusters: int[V], the cluster of each token.
-        of_places: int[N], the cluster of each token of the store, where those of the vocabulary are not to
-            count.
+        of_places: int[N], of each token of the store, if those of the vocabulary are not to count.
     """
     n_active = activity.n_active(block)
     by_token = by_group(block, token_ids, len(clusters))
@@ -92,9 +91,7 @@ def plug_in(strengths: np.ndarray) -> np.ndarray:
 def miller_madow(strengths: np.ndarray, n_active: np.ndarray) -> np.ndarray:
     """Returns float64[n], the correction to add to `plug_in`, nats; NaN for a row of zeros.
 
-    Args:
-        strengths: float64[n, V].
-        n_active: int64[n], the activations that went into a row.
+    Strengths are [n, V], and n_active int64[n], the activations that went into a row.
     """
     m = np.count_nonzero(strengths, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

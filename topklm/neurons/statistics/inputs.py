@@ -65,7 +65,7 @@ class Inputs:
 
     @functools.cached_property
     def jacobians(self) -> jax.Array:
-        """float32[L, D, D], from `jacobian.averaged_jacobians`."""
+        """float32[L, D, D], from `lenses.averaged_jacobians`."""
         n_contexts = self.settings.lens_contexts
         self.progress.say(f"averaging the Jacobian over {n_contexts:,} contexts")
         return lenses.averaged_jacobians(
@@ -146,19 +146,12 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Neurons:
-    """Neighbouring neurons of a layer, which are measured together.
+    """Neighbouring neurons of a layer, which are measured together."""
 
-    Attributes:
-        inputs: Of all neurons.
-        layer: Of the model.
-        begin: The first neuron.
-        end: One after the last.
-    """
-
-    inputs: Inputs
-    layer: int
-    begin: int
-    end: int
+    inputs: Inputs  # of all neurons
+    layer: int  # of the model
+    begin: int  # the first neuron
+    end: int  # one after the last
 
     @functools.cached_property
     def block(self) -> NeuronBlock:

@@ -44,17 +44,11 @@ _MAX_EFFECTS = 1 << 24  # neurons x V that are held at once
 
 
 class Excerpts(NamedTuple):
-    """N excerpts of T tokens. A shorter one stands to the right, so all of them end in the last column.
+    """N excerpts of T tokens. A shorter one stands to the right, so all of them end in the last column."""
 
-    Attributes:
-        tokens: int32[N, T].
-        segments: int32[N, T], 1; 0 where nothing stands, which no token of the excerpt attends to.
-        positions: int32[N, T], 0 for an excerpt's first token.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
+    tokens: np.ndarray  # int32[N, T]
+    segments: np.ndarray  # int32[N, T], 1; 0 where nothing stands, which no token of the excerpt attends to
+    positions: np.ndarray  # int32[N, T], 0 for an excerpt's first token
 
 
 def averaged_jacobians(
@@ -71,12 +65,12 @@ def averaged_jacobians(
     """Computes J_l of every layer, over contexts that end at tokens drawn evenly over a store.
 
     Args:
-        config: The model's shape; it is computed in float32, whatever its dtype.
+        config: The model's shape.
         params: Its parameters, on one device or a mesh.
         token_ids: uint[N], of the whole store; one or more.
         bounds: int64[documents + 1], as `Store.document_bounds` gives them.
         separator_id: Of the tokenizer.
-        n_contexts: How many; fewer where the store has fewer tokens.
+        n_contexts: At most one for each token of the store.
         context_tokens: Of each, at most.
         seed: Of the draw.
 
@@ -105,7 +99,7 @@ def excerpts(
         token_ids: uint[N], of the whole store.
         bounds: int64[documents + 1], where documents begin.
         ends: int64[n], tokens of the store, in any order.
-        length: T, 1 or more.
+        length: T.
         separator_id: Of the tokenizer.
     """
     begins = bounds[np.searchsorted(bounds, ends, side="right") - 1][:, None]
@@ -118,11 +112,7 @@ def excerpts(
 
 
 def spread_ends(n_tokens: int, n: int, seed: int) -> np.ndarray:
-    """Tokens drawn evenly over a store, one from each n-th of it.
-
-    Returns:
-        int64[min(n, n_tokens)], rising.
-    """
+    """Returns numbers of tokens, int64[min(n, n_tokens)], rising: one drawn from each n-th of a store."""
     n = min(n, n_tokens)
     shares = np.arange(n) + np.random.default_rng(seed).random(n)
     return np.minimum((shares * n_tokens / max(n, 1)).astype(np.int64), n_tokens - 1)
@@ -184,21 +174,14 @@ def _one_by_one(back: Callable[[jax.Array], tuple[jax.Array]], g_DBD: jax.Array)
 
 
 class Lenses(NamedTuple):
-    """Both lenses of a model; from `make`.
+    """Both lenses of a model; from `make`."""
 
-    Attributes:
-        scale: float32[D], of the final norm.
-        jacobians: float32[L, D, D], from `averaged_jacobians`.
-        unembedding: float32[D, V], each row less its mean; no padding.
-        gram: float32[D, D], unembedding @ unembedding.T: inner products of effects without the effects.
-        directions: float32[L, D, D], which direction of the hidden state each neuron is, row by row; None:
-            the coordinates.
-    """
-
-    scale: jax.Array
-    jacobians: jax.Array
-    unembedding: jax.Array
+    scale: jax.Array  # float32[D], of the final norm
+    jacobians: jax.Array  # float32[L, D, D], from `averaged_jacobians`
+    unembedding: jax.Array  # float32[D, V], each row less its mean; no padding
+    # float32[D, D], unembedding @ unembedding.T: inner products of effects without the effects
     gram: jax.Array
+    # float32[L, D, D], which direction of the hidden state each neuron is, row by row; None: the coordinates
     directions: jax.Array | None = None
 
     def jacobian_rows(self, layer: int, begin: int, end: int) -> jax.Array:
