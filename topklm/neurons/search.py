@@ -419,9 +419,13 @@ def read_contrast(path: Path, max_q: float = 1.0) -> tuple[int, list[Selected]]:
             raise UserError(
                 f"{path} is not as it was written ({e}): {again}; if you have edited it, remove {DIGEST!r}"
             ) from e
-    step, by, neurons = (content.get(name) for name in ("step", "by", "neurons"))
-    is_list = isinstance(neurons, list) and all(map(_is_neuron, neurons))
-    if type(step) is not int or by not in ORDERS or not is_list:
+    step, by, neurons = content.get("step"), content.get("by"), content.get("neurons")
+    if (
+        type(step) is not int
+        or by not in ORDERS
+        or not isinstance(neurons, list)
+        or not all(map(_is_neuron, neurons))
+    ):
         raise UserError(f"{path} is not what topklm neurons contrast --json prints: {again}")
     more = [n for n in neurons if n["difference"] > 0 and n["q_value"] <= max_q]
     more.sort(key=lambda n: (-n[by], n["layer"], n["neuron"]))
