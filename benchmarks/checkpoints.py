@@ -77,7 +77,7 @@ def _loading() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run:
         worker.call("benchmarks.checkpoints:write", run)
         seconds = worker.call("benchmarks.checkpoints:seconds_to_load", run)
-        memory = [worker.call("benchmarks.checkpoints:memory_to_load", run) for _ in range(3)]
+        memory = [worker.call("benchmarks.cases.checkpoint:load_memory", run) for _ in range(3)]
     load_s, read_s = (statistics.median(seconds[what]) for what in ("load", "read_into_memory"))
     return {
         "parameters": memory[0]["parameters"],
@@ -102,11 +102,6 @@ def seconds_to_load(run: str) -> dict[str, list[float]]:
         seconds[way].append(time.perf_counter() - began)
         del held
     return {way: measured[1:] for way, measured in seconds.items()}  # the first time, files may not be cached
-
-
-def memory_to_load(run: str) -> dict[str, float]:
-    """Measures the peak memory, see `checkpoint.load_memory`."""
-    return checkpoint.load_memory(Path(run))
 
 
 if __name__ == "__main__":

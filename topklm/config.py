@@ -64,7 +64,9 @@ _STEPS = Range.from_least(0, _MAX_SIZE)
 _FROM_0 = Range.from_least(0)
 _ABOVE_0 = Range("above 0", lambda value: value > 0)
 _SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
-_AVERAGE = Range("at least 0 and below 1, in float32 too", lambda value: value >= 0 and np.float32(value) < 1)
+_AVERAGE = Range(
+    "at least 0 and below 1, in float32 too", lambda value: value >= 0 and float(np.float32(value)) < 1
+)
 _AXIS = Range("1 or more, or -1 for all that are left", lambda value: value >= 1 or value == -1, _MAX_SIZE)
 
 
@@ -175,7 +177,9 @@ class DataConfig:
     heldout_fraction: float = _setting(
         0.05,
         "share of documents held out, chosen by a hash of their text",
-        Range("above 0 and below 1, in float32 too", lambda value: value > 0 and np.float32(value) < 1),
+        Range(
+            "above 0 and below 1, in float32 too", lambda value: value > 0 and float(np.float32(value)) < 1
+        ),
     )
     dir: str = _setting("datasets", "folder that holds prepared datasets, one subfolder for each")
 

@@ -113,7 +113,7 @@ def ways_to_load(folder: Path, step: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def load_memory(folder: Path) -> dict[str, float]:
+def load_memory(folder: str | Path) -> dict[str, float]:
     """Loads a run in this process, which must have done nothing big before.
 
     Returns:

@@ -9,8 +9,6 @@ to load, so that NumPy computes those of small arrays in host memory.
 from collections.abc import Mapping
 from concurrent import futures
 import functools
-import hashlib
-import json
 import math
 from typing import Any
 
@@ -18,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+
+from topklm.storage.files import json_digest
 
 INDEX_STRIDE = 0x9E3779B1  # a prime near 2^32 / golden ratio: spreads neighbouring indices over all bits
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by the bytes of an element
@@ -60,7 +60,7 @@ def changed(tree: Any, saved: Mapping[str, int]) -> list[str]:
 
 def fingerprint(params: Any) -> str:
     """Tells a model's parameters (a nested dict) from others', in 64 digits; takes as long as `checksums`."""
-    return hashlib.sha256(json.dumps(checksums(params), sort_keys=True).encode()).hexdigest()
+    return json_digest(checksums(params))
 
 
 def start(tree: Any) -> dict[str, jax.Array]:

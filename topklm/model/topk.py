@@ -9,6 +9,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -132,7 +133,7 @@ def _topk_jvp(
 def _select(
     terms: Terms, applies: jax.Array | None, k: int, activation: str, backend: str, *, with_mask: bool
 ) -> Selected:
-    settings = {"k": k, "activation": activation, "with_mask": with_mask}
+    settings: dict[str, Any] = {"k": k, "activation": activation, "with_mask": with_mask}
     if k >= terms[0].shape[-1]:
         return _search(_select_all, terms, applies, **settings)
     branches = {

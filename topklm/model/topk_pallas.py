@@ -196,7 +196,8 @@ def select(
         topk_of_tile(inputs, outputs, tile=tile, k=k, activation=activation)
 
     # For XLA's scheduler, which does not look into a kernel.
-    n_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*inputs.values(), *outputs.values()))
+    arrays: list[jax.Array | jax.ShapeDtypeStruct] = [*inputs.values(), *outputs.values()]
+    n_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     cost = pl.CostEstimate(flops=_OPERATIONS_PER_ENTRY * x.size, bytes_accessed=n_bytes, transcendentals=0)
     out = pl.pallas_call(
         kernel,

@@ -259,18 +259,19 @@ def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, 
 def sealed_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
     """Encodes a JSON object, which has no field `sha256`, with a digest of the rest of it under that name."""
     assert DIGEST not in value
-    return (json.dumps({**value, DIGEST: _digest(value)}, indent=indent) + "\n").encode()
+    return (json.dumps({**value, DIGEST: json_digest(value)}, indent=indent) + "\n").encode()
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what `sealed_json` was given; raises ValueError if the digest is missing or another one."""
     rest = {name: part for name, part in value.items() if name != DIGEST}
-    if value.get(DIGEST) != _digest(rest):
+    if value.get(DIGEST) != json_digest(rest):
         raise ValueError("its digest is missing" if DIGEST not in value else "its digest differs")
     return rest
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def json_digest(value: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a JSON object, in 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
