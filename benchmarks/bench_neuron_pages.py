@@ -39,9 +39,8 @@ import topklm
 from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
 from topklm.explorer import export as html
-from topklm.explorer import neuronpedia
+from topklm.explorer import neuronpedia, views
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.views import neuron as neuron_view
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
 from topklm.neurons.documents import open_documents
@@ -161,7 +160,7 @@ def _write(
     subjects: dict[str, Subject] = {
         "HTML": timing.timed(lambda: html.export(NeuronData(folder), place / "neurons.html")),
         "JSON": timing.timed(functools.partial(_write_json, folder, place / "neurons.jsonl")),
-        "Neuronpedia": functools.partial(_write_neuronpedia, folder, model, place / "neuronpedia"),
+        "Neuronpedia": functools.partial(_write_neuronpedia, folder, place / "neuronpedia"),
     }
     with contextlib.ExitStack() as stack:
         facts: dict[str, Any] = {}
@@ -190,14 +189,16 @@ def _write_json(folder: NeuronsFolder, path: Path) -> None:
     source = NeuronData(folder)
     with path.open("w", encoding="utf-8") as file:
         for number in range(source.n_neurons):
-            file.write(json.dumps(neuron_view.neuron(source, *source.place(number))) + "\n")
+            file.write(json.dumps(views.neuron(source, *source.place(number))) + "\n")
 
 
-def _write_neuronpedia(folder: NeuronsFolder, model: LanguageModel, out: Path, calls: int) -> float:
+def _write_neuronpedia(folder: NeuronsFolder, out: Path, calls: int) -> float:
+    def write() -> None:
+        neuronpedia.export(NeuronData(folder), out, model_id="benchmark")
+
     seconds = 0.0
     for _ in range(calls):
         shutil.rmtree(out, ignore_errors=True)
-        write = functools.partial(neuronpedia.export, folder, model.tokenizer, out, model_id="benchmark")
         seconds += timing.timed(write)(1)
     return seconds
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer.live_model import Activations, LiveModel
+from topklm.explorer import views
+from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import NAMES
-from topklm.explorer.views import search
 
 SHOWN = ("/", "/go", "/prompt", "/search", "/labels", "/neurons/0/3")
 TOLD = ("/overview", "/search", "/neurons/0/3", "/neurons/0/3/context", "/labels.json", "/labels.csv")
@@ -51,9 +51,9 @@ MAKING_SENSE = {
 def asked(site):
     """Yields the site, whose model computes nothing: activations and tokens are made up."""
 
-    def reading(self, ids):
+    def active(self, ids):
         shape = len(self._metadata.layers), len(ids), 2
-        return Activations(ids, self._metadata.layers, np.ones(shape, np.int32), np.ones(shape, np.float32))
+        return np.ones(shape, np.int32), np.ones(shape, np.float32)
 
     def advance(_self, generation, _steps):
         for row, text in enumerate(generation.texts):
@@ -62,9 +62,9 @@ def asked(site):
         return [[5, 0xE6] for _ in generation.texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiveModel, "_reading", reading)
+        patch.setattr(LiveModel, "active", active)
         patch.setattr(LiveModel, "advance", advance)
-        patch.setattr(search, "REGEX_SECONDS", 0.2)
+        patch.setattr(views, "REGEX_SECONDS", 0.2)
         yield site
     for place in ("0/3", "1/9"):
         site.ask(f"/neurons/{place}/label", form={"label": ""})

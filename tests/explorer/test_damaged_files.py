@@ -13,14 +13,12 @@ import explored_run
 import pyarrow.parquet as pq
 import pytest
 
-from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.commands import neurons_find
-from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.explorer import export, neuronpedia
-from topklm.explorer.index import Index, Wanted
+from topklm.explorer import export, neuronpedia, views
+from topklm.explorer.index import Index
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.views import neuron as neuron_view
+from topklm.explorer.overview import Asked, select
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import rank
@@ -35,19 +33,21 @@ def folder_of(run):
 
 
 def index_says(run):
-    """Returns all that the index can be asked for."""
-    with contextlib.closing(Index(NeuronData(folder_of(run)), lambda line: None)) as index:
-        orders = [index.neurons(Wanted(name), 0, 1000) for name in catalog.numbers()]
-        ranged = [index.neurons(Wanted(ranges={"density": (None, bound)}), 0, 1000) for bound in (0.1, 0.3)]
+    """Returns all that tables and the index can be asked for."""
+    source = NeuronData(folder_of(run))
+    with contextlib.closing(Index(source, lambda line: None)) as index:
+        asked = [Asked(name) for name in catalog.numbers()]
+        asked += [Asked(ranges={"density": (None, bound)}) for bound in (0.1, 0.3)]
+        orders = [select(source, one, {}).tolist() for one in asked]
         words = [(index.passages(word, 1000), index.active_at(word, 100)) for word in ("lantern", "the", "a")]
-        return orders, ranged, words
+        return orders, words
 
 
 def pages_say(run):
     source = NeuronData(folder_of(run))
     return (
         [
-            neuron_view.neuron(source, layer, neuron, example_tokens=64, labels=source.named())
+            views.neuron(source, layer, neuron, example_tokens=64, labels=source.named())
             for layer, neuron in ((0, 3), (1, 17))
         ],
         source.row(5),
@@ -59,9 +59,9 @@ def exports_hold(run):
     """Returns the bytes of both kinds of export, of two neurons."""
     out, neurons = run.with_name(f"{run.name}-out"), [(0, 3), (1, 17)]
     out.mkdir()
-    export.export(NeuronData(folder_of(run)), out / "page.html", neurons)
-    tokenizer = Tokenizer.load(run / TOKENIZER_FILE)
-    neuronpedia.export(folder_of(run), tokenizer, out / "pedia", model_id="m", neurons=neurons)
+    source = NeuronData(folder_of(run))
+    export.export(source, out / "page.html", neurons)
+    neuronpedia.export(source, out / "pedia", model_id="m", neurons=neurons)
     return [(str(p.relative_to(out)), p.read_bytes()) for p in sorted(out.rglob("*")) if p.is_file()]
 
 

@@ -8,8 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from topklm.explorer.index import Index, Wanted
+from topklm.explorer.index import Index
 from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.overview import Asked, select
+from topklm.explorer.overview import table as page_of
 from topklm.neurons.statistics import catalog, table
 from topklm.neurons.statistics.table import readable_first
 
@@ -20,39 +22,47 @@ def opened(folder, said):
         yield index
 
 
-def numbers(index, wanted=None):
-    return index.neurons(wanted or Wanted(), 0, 1000)[1]
+def numbers(source, asked=None, labels=()):
+    return select(source, asked or Asked(), labels).tolist()
+
+
+def found_words(index):
+    return [index.passages("lantern", 50), index.active_at("the", 50)]
 
 
 @pytest.mark.parametrize("name", catalog.numbers())
 @pytest.mark.parametrize("falling", [False, True])
-def test_neurons_are_sorted_by_every_figure_with_those_without_it_last(source, index, name, falling):
-    found = source.column(name)[numbers(index, Wanted(name, falling))]
+def test_neurons_are_sorted_by_every_figure_with_those_without_it_last(source, name, falling):
+    found = source.column(name)[numbers(source, Asked(name, falling))]
     there = found[np.isfinite(found)]
     assert np.isnan(found[len(there) :]).all()
     np.testing.assert_array_equal(there, np.sort(there)[::-1] if falling else np.sort(there))
 
 
-def test_without_a_wish_the_readable_come_first(source, index):
-    assert numbers(index) == readable_first(source.rows).tolist()
+def test_without_a_wish_the_readable_come_first(source):
+    assert numbers(source) == readable_first(source.rows).tolist()
+    assert numbers(source, Asked(falling=True)) == numbers(source)[::-1]
 
 
-def test_neurons_are_filtered_by_layer_range_and_number(source, index):
+def test_neurons_are_filtered_by_layer_range_and_label(source):
     density = source.column("density")
     low, high = np.quantile(density, [0.3, 0.6])
-    wanted = Wanted(layers=(1,), ranges={"density": (low, high)}, numbers=range(0, 64, 2))
+    asked = Asked(layers=(1,), ranges={"density": (low, high)}, labelled=True)
     expected = {n for n in range(32, 64, 2) if low <= density[n] <= high}
     assert expected
-    count, found = index.neurons(wanted, 0, 1000)
-    assert (count, set(found)) == (len(expected), expected)
-    assert numbers(index, Wanted(ranges={"density": (None, low)})) == [
-        n for n in numbers(index) if density[n] <= low
+    found = numbers(source, asked, [source.place(n) for n in range(0, 64, 2)])
+    assert (len(found), set(found)) == (len(expected), expected)
+    assert numbers(source, Asked(ranges={"density": (None, low)})) == [
+        n for n in numbers(source) if density[n] <= low
     ]
 
 
-def test_a_page_is_a_part_of_the_whole(index):
-    everything = numbers(index)
-    assert index.neurons(Wanted(), 20, 10) == (64, everything[20:30])
+def test_a_page_is_a_part_of_the_whole(source):
+    page = page_of(source, Asked(page=2))
+    assert page["count"] == 64
+    assert [(n["layer"], n["neuron"]) for n in page["neurons"]] == [
+        source.place(n) for n in numbers(source)[50:]
+    ]
 
 
 def test_words_are_found_in_the_text_of_the_store(source, index):
@@ -86,7 +96,7 @@ def test_it_is_made_once_and_opened_after_that(explored_copy):
     said = []
     for _ in range(3):
         with opened(explored_copy, said) as index:
-            assert len(numbers(index)) == 64
+            assert index.active_at("the", 50)
     assert len(said) == 1
 
 
@@ -110,13 +120,13 @@ DAMAGE = {
 def test_a_damaged_index_is_made_anew(explored_copy, damage):
     said = []
     with opened(explored_copy, said) as index:
-        expected = [numbers(index), index.passages("lantern", 50), index.active_at("the", 50)]
+        expected = found_words(index)
     DAMAGE[damage](explored_copy.index)
     with opened(explored_copy, said) as index:
-        assert [numbers(index), index.passages("lantern", 50), index.active_at("the", 50)] == expected
+        assert found_words(index) == expected
     assert len(said) == 2
     with opened(explored_copy, said) as index:
-        assert numbers(index) == expected[0]
+        assert found_words(index) == expected
     assert len(said) == 2
 
 
@@ -135,7 +145,7 @@ def test_where_nothing_can_be_written_it_is_held_in_memory(explored_copy):
     explored_copy.index.mkdir()  # root may write everywhere, but not over a folder
     said = []
     with opened(explored_copy, said) as index:
-        assert len(numbers(index)) == 64
+        assert index.active_at("the", 50)
     assert list(explored_copy.path.glob(".index*")) == []
 
 
@@ -145,7 +155,7 @@ def test_two_explorers_of_one_run_do_not_disturb_each_other(explored_copy):
     def explore():
         try:
             with opened(explored_copy, []) as index:
-                results.append(numbers(index))
+                results.append(found_words(index))
         except Exception as e:
             errors.append(e)
 

@@ -5,15 +5,25 @@ from xml.etree import ElementTree
 
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 import pytest
 
-from topklm.explorer import formatting
-from topklm.explorer.views import markup
+from topklm.explorer import markup
 
 TOKENS = st.lists(
     st.tuples(st.text(max_size=6), st.one_of(st.just(0.0), st.floats(-100, 100, allow_subnormal=False))),
     min_size=1,
 )
+
+
+def drawn(pieces):
+    """Returns the HTML of pieces as the page's script makes it of their JSON."""
+    html = ""
+    for piece in pieces:
+        shade = f"{piece.level} here" if piece.example else piece.level
+        text = str(escape(piece.text))
+        html += f'<mark class="{shade}" data-v="{piece.value}">{text}</mark>' if piece.level else text
+    return html
 
 
 @given(TOKENS)
@@ -28,7 +38,9 @@ def test_every_active_token_is_a_piece_of_its_own_and_no_other_is_shaded(tokens)
     texts, values = zip(*tokens, strict=True)
     shaded = [piece for piece in markup.pieces(texts, values, 100.0) if piece.level]
     active = [(text.lstrip(" ") or text or markup.UNFINISHED, value) for text, value in tokens if value]
-    assert [(piece.text, piece.value) for piece in shaded] == [(t, formatting.short(v)) for t, v in active]
+    assert [(piece.text, piece.value) for piece in shaded] == [
+        (t, markup.write_as("number", v)) for t, v in active
+    ]
     assert all(
         piece.level[0] == ("p" if value > 0 else "n")
         for piece, (_, value) in zip(shaded, active, strict=True)
@@ -55,7 +67,8 @@ def test_an_example_is_whole_and_its_token_stands_in_the_part_that_is_shown():
 
 @given(st.text())
 def test_no_text_leaves_its_place_in_the_page(text):
-    html = str(markup.shaded(markup.pieces([text, text], [1.0, 0.0], 1.0)))
+    html = str(markup.shaded([text, text], [1.0, 0.0], 1.0))
+    assert html == drawn(markup.pieces([text, text], [1.0, 0.0], 1.0))
     found = ElementTree.fromstring(f"<p>{re.sub(r'[^ -~]', '?', html)}</p>")
     assert {element.tag for element in found.iter()} <= {"p", "mark"}
 
@@ -75,7 +88,7 @@ def test_each_part_of_an_example_is_what_its_pieces_are_drawn_as(tokens, data):
     html = str(markup.example_text({"tokens": texts, "values": values, "example": at}, 50.0))
     begin, end = max(0, at - 28), min(len(texts), at + 15)
     before, near, behind = (
-        str(markup.shaded(markup.pieces(texts[a:b], values[a:b], 50.0, at - a)))
+        drawn(markup.pieces(texts[a:b], values[a:b], 50.0, at - a))
         for a, b in ((0, begin), (begin, end), (end, len(texts)))
     )
     far = '<span class="far">'
@@ -92,7 +105,7 @@ def parsed(html):
 def test_hostile_tokens_and_labels_stay_text_wherever_they_stand(token, label):
     other = {"layer": 1, "neuron": 2, "label": label, "input_tokens": [token], "similarity": 0.5}
     example = {"at": 7, "document": 1, "activation": 1.0, "example": 0, "tokens": [token] * 2}
-    drawn = [
+    made = [
         markup.chips([token, token]),
         markup.shares([{"token": token, "share": 0.5}]),
         markup.effects([{"token": token, "effect": -0.5}], "up"),
@@ -101,7 +114,7 @@ def test_hostile_tokens_and_labels_stay_text_wherever_they_stand(token, label):
         markup.examples([{**example, "values": [1.0, 0.0]}], 1.0, True),
     ]
     allowed = {"p", "li", "span", "svg", "path", "a", "b", "mark", "div", "small", "button"}
-    for html in drawn:
+    for html in made:
         elements = list(parsed(html).iter())
         assert {element.tag for element in elements} <= allowed
         assert not any(name.startswith("on") for element in elements for name in element.attrib)

@@ -11,7 +11,8 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.explorer import neuronpedia, neuronpedia_rows
+from topklm.explorer import neuron_data, neuronpedia
+from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.neuronpedia import export
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
@@ -211,7 +212,7 @@ def case(tmp_path_factory):
 
 
 def run_export(case, out, **changes):
-    export(case.folder, saved_runs.tokenizer(), out, **{"model_id": "village-24", **changes})
+    export(NeuronData(case.folder), out, **{"model_id": "village-24", **changes})
     return out
 
 
@@ -408,8 +409,8 @@ def test_a_label_becomes_an_explanation(written):
 
 
 def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 1000)
+    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
+    monkeypatch.setattr(neuron_data, "_AHEAD_EVENTS", 1000)
     monkeypatch.setattr(neuronpedia, "_BATCH", 5)
     out = run_export(case, tmp_path / "out")
     for layer in LAYERS:
@@ -423,8 +424,8 @@ def test_small_strips_blocks_and_batches_write_the_same_lines(case, written, tmp
 
 
 def test_little_of_the_store_is_read_at_once(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(neuronpedia_rows, "_STRIP", 100)
-    monkeypatch.setattr(neuronpedia_rows, "_BLOCK_EVENTS", 500)
+    monkeypatch.setattr(neuronpedia, "_STRIP", 100)
+    monkeypatch.setattr(neuron_data, "_AHEAD_EVENTS", 500)
     texts, blocks = [], []
     stretch, block = Store._stretch, Store.block
 
@@ -592,13 +593,13 @@ def test_examples_that_the_store_does_not_hold_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_tokenizer_is_refused(case, tmp_path):
-    @dataclasses.dataclass
-    class Other:
-        sha256: str = "0" * 64
-
+def test_another_tokenizer_is_refused(tmp_path):
+    case = make_case(tmp_path)
+    tokenizer = case.folder.run / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     with pytest.raises(UserError, match="another tokenizer"):
-        export(case.folder, Other(), tmp_path / "out", model_id="village")
+        run_export(case, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_that_are_not_there_are_missed(tmp_path):

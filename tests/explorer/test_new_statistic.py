@@ -13,8 +13,8 @@ import topklm
 from topklm.commands.neurons import _measure
 from topklm.errors import UserError
 from topklm.explorer import export
-from topklm.explorer.index import Index, Wanted
 from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.overview import Asked, select
 from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import Inputs
@@ -77,7 +77,7 @@ def test_a_statistic_that_is_added_is_seen_in_table_page_export_json_and_definit
     expected = float((values**2).sum())
     assert rows["energy"].to_pylist()[32 + 17] == pytest.approx(expected)
     source = NeuronData(explored_copy)
-    _, found = Index(source, lambda line: None).neurons(Wanted("energy", True), 0, 3)
+    found = select(source, Asked("energy", True), {})[:3].tolist()
     assert found == np.argsort(-source.column("energy"))[:3].tolist()
     with serving(source) as site:
         page = site.ask("/neurons/1/17").text

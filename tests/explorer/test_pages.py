@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import formatting, plots
+from topklm.explorer import markup, plots
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ from topklm.explorer import formatting, plots
         ("number", 1234.5, "1,234"),
         ("effect", 0.01, "+0.0100"),
         ("effect", -0.01, "\u22120.0100"),
-        ("number", None, formatting.MISSING),
-        ("number", math.nan, formatting.MISSING),
+        ("number", None, markup.MISSING),
+        ("number", math.nan, markup.MISSING),
     ],
 )
 def test_numbers_are_written_for_people(kind, value, text):
-    assert formatting.write_as(kind, value) == text
+    assert markup.write_as(kind, value) == text
 
 
 def bars(svg, kind="rect"):
@@ -50,7 +50,7 @@ def test_a_histograms_bars_are_as_high_as_the_roots_of_their_counts():
 
 def test_the_line_of_a_violin_stands_at_the_median():
     axis = plots.Axis("density", 0.001, 1, True)
-    _, lines = bars(plots.violins([plots.Group("0", np.array([0.01, 0.1, 1.0]))], axis, "layer", "x"), "line")
+    _, lines = bars(plots.violins({"0": np.array([0.01, 0.1, 1.0])}, axis, "x"), "line")
     ticks = {float(line["y1"]) for line in lines if line["class"] == "grid"}
     middle = next(float(line["y1"]) for line in lines if line["class"] == "median")
     assert any(abs(tick - middle) < 0.11 for tick in ticks)  # of 0.1
@@ -58,8 +58,8 @@ def test_the_line_of_a_violin_stands_at_the_median():
 
 
 def test_layers_without_any_value_leave_their_place_empty():
-    groups = [plots.Group("0", np.zeros(0)), plots.Group("1", np.array([1.0]))]
-    root, _ = bars(plots.violins(groups, plots.Axis("x", 0, 2), "layer", "x"))
+    layers = {"0": np.zeros(0), "1": np.array([1.0])}
+    root, _ = bars(plots.violins(layers, plots.Axis("x", 0, 2), "x"))
     assert len([e for e in root.iter("path") if e.attrib["class"] == "violin"]) == 1
 
 

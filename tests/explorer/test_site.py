@@ -176,7 +176,7 @@ def test_a_run_without_its_checkpoint_has_pages_but_takes_no_prompt(explored_cop
 
 
 def test_a_bug_is_a_page_too_and_no_trace(site, monkeypatch, caplog):
-    monkeypatch.setattr("topklm.explorer.views.search.labelled", lambda source: 1 / 0)
+    monkeypatch.setattr("topklm.explorer.views.labelled", lambda source: 1 / 0)
     answer = site.ask("/labels")
     assert answer.status == 500
     assert "ZeroDivisionError" not in answer.text

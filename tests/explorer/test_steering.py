@@ -19,8 +19,7 @@ from test_security import assert_harmless
 
 from topklm.commands import shared
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.steering import COLUMNS, SteerSettings, Writing, spelled
-from topklm.explorer.views.steering import Strengths, box
+from topklm.explorer.steering import COLUMNS, SteerSettings, Strengths, Writing, box, spelled
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
@@ -44,7 +43,7 @@ def whole(writing):
     texts = dict.fromkeys(COLUMNS, "")
     while not writing.done:
         for piece in writing.more():
-            texts[piece.column] += piece.text
+            texts[piece["column"]] += piece["text"]
     return texts
 
 
@@ -156,7 +155,7 @@ def test_a_text_too_long_to_be_read_at_once_is_written_all_the_same(source, read
     short = dataclasses.replace(source.store.metadata, context_length=len(PROMPT) + 3)
     writing = Writing(source, LiveModel(str(source.folder.run), short), *PLACE, SteerSettings.of(ASKED))
     assert all(whole(writing).values())
-    assert [end.active for end in writing.ends().values()] == [None, None]
+    assert [end["active"] for end in writing.ends().values()] == [None, None]
 
 
 WRONG = [

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
+from topklm.explorer import overview, views
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NotThereError, shown
-from topklm.explorer.views import neuron as neuron_view
-from topklm.explorer.views import overview as overview_view
-from topklm.explorer.views import search as search_view
-from topklm.explorer.views.overview import Asked
+from topklm.explorer.overview import Asked
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog
 
@@ -37,7 +35,7 @@ def dense(source):
 def test_examples_hold_the_tokens_and_activations_of_the_store(source, dense):
     store = source.store
     for layer, neuron in ((0, 3), (1, 17)):
-        data = neuron_view.neuron(source, layer, neuron)
+        data = views.neuron(source, layer, neuron)
         assert {example["part"] for example in data["examples"]} >= {0, 1, 5}
         for example in data["examples"]:
             begin, n = example["begin"], len(example["tokens"])
@@ -71,7 +69,7 @@ def test_a_window_is_as_large_as_its_document_lets_it_be_and_holds_its_token(sou
 
 
 def test_a_neurons_page_says_what_the_table_says(source):
-    data, row = neuron_view.neuron(source, 1, 4), source.row(explored_run.D + 4)
+    data, row = views.neuron(source, 1, 4), source.row(explored_run.D + 4)
     assert data["figures"] == {name: row[name] for name in catalog.numbers()}
     assert data["effective_tokens"] == pytest.approx(math.exp(row["token_entropy_corrected"]))
     assert data["histogram"]["counts"] == row["histogram"]
@@ -88,13 +86,13 @@ def test_a_neurons_page_says_what_the_table_says(source):
 
 
 def test_neighbours_go_on_from_layer_to_layer_and_round(source):
-    assert neuron_view.neuron(source, 0, 31)["next"] == {"layer": 1, "neuron": 0}
-    assert neuron_view.neuron(source, 1, 31)["next"] == {"layer": 0, "neuron": 0}
-    assert neuron_view.neuron(source, 0, 0)["previous"] == {"layer": 1, "neuron": 31}
+    assert views.neuron(source, 0, 31)["next"] == {"layer": 1, "neuron": 0}
+    assert views.neuron(source, 1, 31)["next"] == {"layer": 0, "neuron": 0}
+    assert views.neuron(source, 0, 0)["previous"] == {"layer": 1, "neuron": 31}
 
 
 def test_a_dead_neuron_has_a_page_too(source):
-    data = neuron_view.neuron(source, *explored_run.DEAD)
+    data = views.neuron(source, *explored_run.DEAD)
     assert data["dead"]
     assert data["examples"] == []
     assert data["figures"]["token_entropy"] is None
@@ -104,9 +102,9 @@ def test_a_dead_neuron_has_a_page_too(source):
 @pytest.mark.parametrize(("layer", "neuron"), [(2, 0), (-1, 0), (0, 32), (0, -1)])
 def test_neurons_that_there_are_not_are_said_to_be_none(source, reader, layer, neuron):
     for view in (
-        lambda: neuron_view.neuron(source, layer, neuron),
-        lambda: neuron_view.context(source, layer, neuron, 0, 10),
-        lambda: neuron_view.on_text(source, reader, layer, neuron, "text"),
+        lambda: views.neuron(source, layer, neuron),
+        lambda: views.context(source, layer, neuron, 0, 10),
+        lambda: views.on_text(source, reader, layer, neuron, "text"),
     ):
         with pytest.raises(NotThereError, match="must be"):
             view()
@@ -115,22 +113,26 @@ def test_neurons_that_there_are_not_are_said_to_be_none(source, reader, layer, n
 @pytest.mark.parametrize("at", [-1, 10**9])
 def test_tokens_that_there_are_not_are_said_to_be_none(source, at):
     with pytest.raises(NotThereError, match="token"):
-        neuron_view.context(source, 0, 0, at, 10)
+        views.context(source, 0, 0, at, 10)
 
 
 def test_what_is_read_ahead_is_what_is_read_singly(source, dense):
-    source.read_ahead(1, 5, 20)
-    for neuron in (4, 5, 19, 20):
-        events = source.events(1, neuron)
-        np.testing.assert_array_equal(events.tokens, np.flatnonzero(dense[1, :, neuron]))
-        np.testing.assert_array_equal(events.values, dense[1, events.tokens, neuron])
+    numbers = [3, 4, *range(20, 45), 60]  # the second layer begins at 32
+    found = []
+    for number in source.reading_ahead(numbers):
+        layer, neuron = source.place(number)
+        events = source.events(layer, neuron)
+        np.testing.assert_array_equal(events.tokens, np.flatnonzero(dense[layer, :, neuron]))
+        np.testing.assert_array_equal(events.values, dense[layer, events.tokens, neuron])
+        found.append(number)
+    assert found == numbers
 
 
 def test_a_text_of_ones_own_gives_what_the_store_holds_of_the_same_text(source, reader, dense):
     text = explored_run.DOCUMENTS[2][:100]
     begin = int(source.documents[0][2])
     for layer, neuron in ((0, 3), (1, 17)):
-        data = neuron_view.on_text(source, reader, layer, neuron, text)
+        data = views.on_text(source, reader, layer, neuron, text)
         expected = dense[layer, begin : begin + len(data["tokens"]), neuron]
         # The store keeps bfloat16.
         np.testing.assert_allclose(data["values"], expected, rtol=2**-8, atol=1e-3)
@@ -139,7 +141,7 @@ def test_a_text_of_ones_own_gives_what_the_store_holds_of_the_same_text(source, 
 def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(source, reader, dense):
     text = explored_run.DOCUMENTS[4][:90]
     begin = int(source.documents[0][4])
-    data = search_view.prompt(source, reader, text)
+    data = views.prompt(source, reader, text)
     assert len(data["tokens"]) == len(source.tokenizer.encode(text))
     for place, token in enumerate(data["tokens"]):
         for layer in token["layers"]:
@@ -156,23 +158,23 @@ def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(s
 def test_texts_of_all_lengths_up_to_the_limit_are_read(source, reader):
     assert reader.most_tokens == 127
     for n in (1, 31, 32, 33, 127):
-        assert len(search_view.prompt(source, reader, "a" * n)["tokens"]) == n
+        assert len(views.prompt(source, reader, "a" * n)["tokens"]) == n
     with pytest.raises(UserError, match="text has 128 tokens: at most 127"):
-        search_view.prompt(source, reader, "a" * 128)
+        views.prompt(source, reader, "a" * 128)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_prompt_is_refused(source, reader, text):
     with pytest.raises(UserError, match="text is empty"):
-        search_view.prompt(source, reader, text)
+        views.prompt(source, reader, text)
 
 
 def test_half_a_character_is_read_as_a_sign_for_it(source, reader):
-    assert search_view.prompt(source, reader, "a\ud800b")["tokens"]
+    assert views.prompt(source, reader, "a\ud800b")["tokens"]
 
 
-def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source, index):
-    data = overview_view.overview(source, index, Asked())
+def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source):
+    data = overview.overview(source, Asked())
     assert [layer["n_dead"] for layer in data["layers"]] == [1, 0]
     alive = source.column("density")[:32][source.column("n_active")[:32] > 0]
     assert data["layers"][0]["median"]["density"] == pytest.approx(np.median(alive))
@@ -216,28 +218,28 @@ def test_a_link_without_sense_is_refused_by_name(wrong):
         Asked.of(wrong, (0, 1))
 
 
-def test_a_page_that_is_not_there_is_refused(source, index):
+def test_a_page_that_is_not_there_is_refused(source):
     with pytest.raises(UserError, match="page 3: must be from 1 to 2"):
-        overview_view.overview(source, index, Asked(page=3))
+        overview.overview(source, Asked(page=3))
 
 
 def test_a_random_neuron_is_alive_and_not_always_the_same(source):
-    found = {overview_view.random_neuron(source, seed) for seed in range(300)}
+    found = {overview.random_neuron(source, seed) for seed in range(300)}
     assert explored_run.DEAD not in found
     assert len(found) > 50
 
 
 def test_words_find_passages_neurons_and_labels(source, index):
-    data = search_view.words(source, index, "lantern")
+    data = views.words(source, index, "lantern")
     assert data["passages"]
     assert data["neurons"]
     assert data["labelled"] == []
     with pytest.raises(UserError, match="empty"):
-        search_view.words(source, index, " ")
+        views.words(source, index, " ")
 
 
 def test_a_pattern_ranks_neurons_as_find_does(source):
-    data = search_view.regex(source, "lan?tern|boat")
+    data = views.regex(source, "lan?tern|boat")
     text = source.plain_text(0, source.store.n_tokens)
     assert data["n_matches"] == text.count("lantern") + text.count("latern") + text.count("boat")
     found = rank(source.store, source.stored_text.matches("lan?tern|boat").touched, 50)
@@ -249,7 +251,7 @@ def test_a_pattern_ranks_neurons_as_find_does(source):
 @pytest.mark.parametrize("pattern", ["(", "", "a" * 1001, "x*"])
 def test_a_pattern_of_no_use_is_refused(source, pattern):
     with pytest.raises(UserError, match="regex"):
-        search_view.regex(source, pattern)
+        views.regex(source, pattern)
 
 
 def test_a_character_of_several_tokens_stands_whole_at_its_last(source):

@@ -66,9 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         app.serve(source, arguments.host, arguments.port, ready)
     elif arguments.format == "neuronpedia":
         model_id = arguments.model_id or re.sub(r"[^a-z0-9_-]", "-", folder.run.resolve().name.lower())
-        neuronpedia.export(
-            folder, source.tokenizer, out, model_id=model_id, neurons=neurons, progress=progress
-        )
+        neuronpedia.export(source, out, model_id=model_id, neurons=neurons, progress=progress)
         print(f"{out}: Neuronpedia's bulk import of {model_id}")
     else:
         n = export.export(source, out, neurons)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    options["steer"] = shared.interventions(arguments, model.config.model)
+    options["steer"] = shared.interventions(arguments, model.cfg)
     shared.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     with shared.arguments_are_flags(arguments):

@@ -4,12 +4,10 @@ Here are `harvest` and `measure`, from a checkpoint to the statistics of its neu
 """
 
 import argparse
-from collections.abc import Callable
 import dataclasses
 import importlib.util
 from pathlib import Path
 import re
-from typing import TYPE_CHECKING
 
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_compare, neurons_find, shared
@@ -29,10 +27,6 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
-
-if TYPE_CHECKING:
-    from topklm.neurons.statistics.embeddings import EncodedWindows
-    from topklm.neurons.statistics.inputs import Inputs
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
@@ -200,10 +194,9 @@ def ensure_measured(model: LanguageModel, layout: Layout, progress: Progress) ->
         measure_into(folder, model, progress, MeasureSettings())
         return folder
     from topklm.neurons.statistics import table  # noqa: PLC0415 - see `measure_into`
-    from topklm.neurons.statistics.measure import extend  # noqa: PLC0415
 
     if not table.is_complete(folder.table):
-        _write_table(extend, folder, model, _store_of(folder, model), progress, MeasureSettings())
+        measure_into(folder, model, progress, MeasureSettings(), only_missing=True)
     return folder
 
 
@@ -220,7 +213,7 @@ def harvest_into(
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
     keep, share = settings.keep, settings.part or ALL
-    config = model.config.model
+    config = model.cfg
     separator_id, rows = model.tokenizer.separator_id, settings.batch_size
     if rows is not None and rows % layout.size:
         raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {layout.size} devices")
@@ -313,18 +306,23 @@ def measure_into(
     progress: Progress,
     settings: MeasureSettings,
     encoder: str | None = None,
+    *,
+    only_missing: bool = False,
 ) -> None:
-    """Computes the statistics of all neurons from what was harvested, and writes the table.
+    """Computes statistics of all neurons from what was harvested, and writes the table, or what it lacks.
 
     The encoder is one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
 
     Raises:
         UserError: For a store of another model, and without pyarrow.
     """
-    store = _store_of(folder, model)
+    store = shared.open_store(folder, model)
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
     # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
-    from topklm.neurons.statistics.measure import measure  # noqa: PLC0415
+    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415
+    from topklm.neurons.statistics.measure import extend, measure  # noqa: PLC0415
 
     windows = None
     if encoder is not None:
@@ -333,31 +331,8 @@ def measure_into(
             windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
-    _write_table(measure, folder, model, store, progress, settings, windows)
-
-
-def _store_of(folder: NeuronsFolder, model: LanguageModel) -> Store:
-    """Opens the model's store, and makes sure that there is a package to write the table with."""
-    store = shared.open_store(folder, model)
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
-    return store
-
-
-def _write_table(
-    write: Callable[[Path, "Inputs"], object],
-    folder: NeuronsFolder,
-    model: LanguageModel,
-    store: Store,
-    progress: Progress,
-    settings: MeasureSettings,
-    windows: "EncodedWindows | None" = None,
-) -> None:
-    """Calls `measure` or `extend` of `statistics.measure`."""
-    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415 - see `measure_into`
-
     dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
     separator_id = model.tokenizer.separator_id
     inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        write(folder.table, inputs)
+        (extend if only_missing else measure)(folder.table, inputs)

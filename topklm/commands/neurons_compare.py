@@ -89,11 +89,11 @@ def _open(
     if _resolved(one) == _resolved(other):
         raise UserError(f"{both} are both {one}: give two texts that differ")
     model, layout = shared.load(arguments)
-    _, layers = harvest_lib.kind_and_layers(model.config.model)
+    _, layers = harvest_lib.kind_and_layers(model.cfg)
     if arguments.layer is not None and arguments.layer not in layers:
-        what = "a TopK layer" if model.config.model.n_topk_layers else "a layer"
+        what = "a TopK layer" if model.cfg.n_topk_layers else "a layer"
         raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
-    shared.check_keep(model.config.model, arguments.keep)
+    shared.check_keep(model.cfg, arguments.keep)
     texts = _read(flags[0], one, model, arguments.tokens), _read(flags[1], other, model, arguments.tokens)
     known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
     if common := known & again:
@@ -101,7 +101,7 @@ def _open(
             f"{both} have {len(common):,} documents in common: each must be in one text only; leave them "
             "out of the other"
         )
-    return model, TextModel(model.config.model, model.params, layout, model.tokenizer.separator_id), texts
+    return model, TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id), texts
 
 
 def _resolved(source: str) -> str:
@@ -152,13 +152,12 @@ def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> Com
 def _contrast_of(
     arguments: argparse.Namespace,
     model: TextModel,
-    positive: Sequence[np.ndarray],
-    negative: Sequence[np.ndarray],
+    texts: Sequence[Sequence[np.ndarray]],
     progress: Progress,
     piece: int | None = None,
 ) -> tuple[UnitCounts, Contrast]:
     """Reads the activations of documents, in pieces or whole, and compares the two texts."""
-    documents = [*positive, *negative]
+    documents = [ids for text in texts for ids in text]
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         counts = harvest_lib.count(
             model,
@@ -167,7 +166,7 @@ def _contrast_of(
             piece=piece,
             report=lambda tokens: report(tokens, 0, tokens),
         )
-    n_positive = len(harvest_lib.unit_sizes([len(ids) for ids in positive], piece))
+    n_positive = len(harvest_lib.unit_sizes([len(ids) for ids in texts[0]], piece))
     found = contrast_lib.contrast(
         counts.active,
         counts.n_tokens,
@@ -211,8 +210,8 @@ def _contrast(arguments: argparse.Namespace) -> None:
                 f"{len(text.documents):,} documents, {text.facts['tokens']:,} tokens: makes {n} windows of "
                 f"{piece} tokens, must be 2 or more: give more text, or a smaller --window"
             )
-    positive, negative = (text.documents for text in texts)
-    counts, found = _contrast_of(arguments, text_model, positive, negative, output.progress, piece)
+    documents = [text.documents for text in texts]
+    counts, found = _contrast_of(arguments, text_model, documents, output.progress, piece)
     ranked = contrast_lib.ranked(
         found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
     )
@@ -320,7 +319,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
         for half in (0, 1)
     )
-    counts, found = _contrast_of(arguments, text_model, chosen_on[0], chosen_on[1], output.progress)
+    counts, found = _contrast_of(arguments, text_model, chosen_on, output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]

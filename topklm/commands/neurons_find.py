@@ -65,7 +65,7 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
     if not arguments.text:
         raise UserError("TEXT is empty: give at least a character")
     model = topklm.load(arguments.run, step=arguments.step)
-    n_tokens, most = len(model.to_str_tokens(arguments.text)), model.config.model.context_length
+    n_tokens, most = len(model.to_str_tokens(arguments.text)), model.cfg.context_length
     if n_tokens < 2:
         raise UserError(f"TEXT = {_quoted(arguments.text)}: has no tokens; give other text")
     if n_tokens > most:
@@ -250,7 +250,7 @@ def _select(arguments: argparse.Namespace) -> None:
         with shared.refused_as("--value", value=value):
             entry.check()
         with shared.refused_as(f"neuron {entry.layer}:{entry.neuron}"):
-            entry.check(model.config.model)
+            entry.check(model.cfg)
     save_interventions(arguments.save, entries, model=shared.name_of(model))
     facts = {
         "run": arguments.run,
@@ -297,13 +297,13 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     if arguments.label is not None:
         return search.by_label(Labels(folder.labels).all(), arguments.label)
     if arguments.contrast_json is not None:
-        saved = search.read_contrast(local_path(arguments.contrast_json, "--contrast-json"))
-        if saved.step != model.step:
-            text = f"is of step {saved.step}, this checkpoint of {model.step}"
-            advice = f"give --step {saved.step}, or contrast again"
+        path, max_q = local_path(arguments.contrast_json, "--contrast-json"), arguments.max_q
+        step, found = search.read_contrast(path, 1.0 if max_q is None else max_q)
+        if step != model.step:
+            text = f"is of step {step}, this checkpoint of {model.step}"
+            advice = f"give --step {step}, or contrast again"
             raise shared.wrong(arguments, "contrast_json", text, advice=advice)
-        max_q = 1.0 if arguments.max_q is None else arguments.max_q
-        return search.by_contrast(saved, max_q)
+        return found
     store = shared.open_store(folder, model)
     if store.metadata.kind not in ("topk", "dense"):
         raise UserError(

@@ -347,8 +347,8 @@ def name_of(model: "LanguageModel") -> dict[str, Any]:
     return {
         "run": Path(model.run).name,
         "step": model.step,
-        "n_layers": model.config.model.n_layers,
-        "d_model": model.config.model.d_model,
+        "n_layers": model.cfg.n_layers,
+        "d_model": model.cfg.d_model,
         "parameters": fingerprint(model.params),
     }
 

@@ -110,7 +110,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
     sampled, asked = _sampled(arguments), _asked(arguments)
     model = topklm.load(arguments.run, step=arguments.step)
     with shared.refused_as("--neuron", value=arguments.neuron):
-        Intervention(layer, neuron).check(model.config.model)
+        Intervention(layer, neuron).check(model.cfg)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
     facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
     values = _values(arguments, facts)
@@ -284,7 +284,7 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
     for model, store in opened:
         layers = survey(
             store,
-            model.config.model,
+            model.cfg,
             model.params,
             separator_id=model.tokenizer.separator_id,
             settings=settings,
@@ -335,8 +335,8 @@ def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:
 
 
 def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
-    heads = ("run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %")
-    heads = (*heads, "specific %", "prompting's")
+    heads = ["run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %"]
+    heads += ["specific %", "prompting's"]
     for kind in KINDS:
         rows = [[one["run"], *_row(layer, kind)] for one in found for layer in one["layers"]]
         output.console.print(shared.table(heads, rows, f"concept: {kind} tokens"))

@@ -19,8 +19,10 @@ Unread: TypeAlias = collections.Counter[str]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _MAX_TRIPS = 1_000_000
-_ROLES = ("calls", "body", "condition", "true_computation", "false_computation", "branch_computations")
-_ROLES += ("called_computations",)
+_ROLES = (
+    *("calls", "body", "condition", "true_computation", "false_computation"),
+    *("branch_computations", "called_computations"),
+)
 _INTEGERS = ("pred", "s8", "s16", "s32", "s64", "u8", "u16", "u32", "u64")
 
 # Operations on integer scalars; a comparison has the name of its direction.
@@ -33,6 +35,7 @@ _COMPUTE: dict[str, Callable[..., int]] = {
 }
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{(?:[^}]*?S\((\d+)\))?[^}]*\})?")
+_QUOTED_OR_PARENTHESIS = re.compile(r'"(?:\\.|[^"\\])*"|[()]')
 _HEADER = re.compile(r"^(ENTRY )?%?(\S+) \(.*\) -> .*\{\s*$")
 _END = re.compile(r"^\}(, execution_thread=.*)?$")  # a kernel's metadata has lines that only begin like it
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = (.*)$")
@@ -239,29 +242,23 @@ def parse(text: str) -> Program:
 
 def _instruction(name: str, text: str) -> Instruction:
     """Reads "SHAPE opcode(operands), attributes"; a shape has spaces only inside a tuple's parentheses."""
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
     shapes = tuple(
         Shape(dtype, tuple(int(size.lstrip("<=")) for size in dims.split(",") if size), int(space or 0))
         for dtype, dims, space in _SHAPE.findall(text[:end])
     )
     opcode, _, rest = text[end:].strip().partition("(")
-    close = _closing("(" + rest, 0) - 1
+    close = _closing("(" + rest) - 1
     argument = rest[:close]
     operands = tuple(re.findall(r"%([\w.-]+)", argument)) if opcode != "constant" else ()
     return Instruction(name, shapes, opcode.strip(), operands, rest[close + 1 :], argument)
 
 
-def _closing(text: str, start: int) -> int:
-    """Finds the parenthesis that closes the one at `start`; those in quotes do not count."""
-    depth, quoted = 0, False
-    for i in range(start, len(text)):
-        character = text[i]
-        if character == '"' and text[i - 1] != "\\":
-            quoted = not quoted
-        elif not quoted and character == "(":
-            depth += 1
-        elif not quoted and character == ")":
-            depth -= 1
-            if depth == 0:
-                return i
+def _closing(text: str) -> int:
+    """Finds the parenthesis that closes the first one; those in quotes do not count."""
+    depth = 0
+    for found in _QUOTED_OR_PARENTHESIS.finditer(text):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if not depth:
+            return found.start()
     raise ValueError(f"unbalanced parentheses in {text[:200]!r}")

@@ -114,14 +114,12 @@ class Report:
         """Returns values for JSON; `from_dict` reads the fields back and derives the rest again."""
         derived = ("compute_seconds", "hbm_seconds", "communication_seconds", "communication_share")
         values = {name: getattr(self, name) for name in (*derived, "critical_tokens")}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        available = self.chip.hbm_bytes if self.chip else None
         return {
             **dataclasses.asdict(self),
             "fits": self.fits,
             "memory_total": self.memory.total,
-            "memory_available": available,
-            **finite,
+            "memory_available": self.chip.hbm_bytes if self.chip else None,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
         }
 
 
@@ -164,31 +162,24 @@ def _sizes(report: Report) -> rich.table.Table:
     table.add_row("temporaries", _gib(memory.temporaries))
     table.add_row("new outputs", _gib(memory.outputs))
     table.add_row("program", _gib(memory.program))
-    left = (
-        f"{_gib(report.chip.hbm_bytes - memory.total)} left of {report.chip.hbm_bytes / GIB:.2f}"
-        if report.chip
-        else ""
-    )
+    chip = report.chip
+    left = f"{_gib(chip.hbm_bytes - memory.total)} left of {chip.hbm_bytes / GIB:.2f}" if chip else ""
     table.add_row("memory", _gib(memory.total), left)
     table.add_section()
     ratio = f"{report.compiled_flops / report.model_flops:.2f} of the model's"
     table.add_row("arithmetic of the model", f"{report.model_flops / 1e12:,.3f} TFLOP")
     table.add_row("matrix products compiled", f"{report.compiled_flops / 1e12:,.3f} TFLOP", ratio)
     table.add_row("memory traffic", f"{report.hbm_traffic / 1e9:,.2f} GB")
-    if report.chip:
+    if chip:
         table.add_section()
-        _add_times(table, report)
+        table.add_row("matrix products at peak", _ms(report.compute_seconds))
+        table.add_row("memory traffic at peak", _ms(report.hbm_seconds))
+        share = f"{report.communication_share:.1%} if none overlaps"
+        table.add_row("communication at peak", _ms(report.communication_seconds), share)
+        bound = f"below {report.critical_tokens:,.0f} tokens" if report.critical_tokens else "never"
+        bound = "always" if math.isinf(report.critical_tokens) else bound
+        table.add_row("bound by communication", bound, f"now {report.tokens_per_device:,.0f} tokens")
     return table
-
-
-def _add_times(table: rich.table.Table, report: Report) -> None:
-    table.add_row("matrix products at peak", _ms(report.compute_seconds))
-    table.add_row("memory traffic at peak", _ms(report.hbm_seconds))
-    share = f"{report.communication_share:.1%} if none overlaps"
-    table.add_row("communication at peak", _ms(report.communication_seconds), share)
-    bound = f"below {report.critical_tokens:,.0f} tokens" if report.critical_tokens else "never"
-    bound = "always" if math.isinf(report.critical_tokens) else bound
-    table.add_row("bound by communication", bound, f"now {report.tokens_per_device:,.0f} tokens")
 
 
 def _collectives(report: Report) -> rich.table.Table:

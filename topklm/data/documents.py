@@ -7,6 +7,7 @@ Knows broken bytes; memory stays bounded whatever a file holds. Which file is re
 import codecs
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -273,11 +274,12 @@ def find_field(record: Any, text_field: str) -> Any:
     return _MISSING
 
 
-def field_cuts(text_field: str) -> list[tuple[str, str | None]]:
+@functools.cache
+def field_cuts(text_field: str) -> tuple[tuple[str, str | None], ...]:
     """Returns the ways to read "a.b.c": as it is, with None, or as "c" in "a.b", or as "b.c" in "a"."""
     parts = text_field.split(".")
     cuts = ((".".join(parts[:n]), ".".join(parts[n:])) for n in range(len(parts) - 1, 0, -1))
-    return [(text_field, None), *cuts]
+    return (text_field, None), *cuts
 
 
 def _document(text: str, replaced: int, where: str) -> Document | Problem:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
-import functools
 import glob
 import hashlib
 from importlib import metadata
@@ -203,13 +202,9 @@ def _paths_below(folder: str, flag: str) -> list[str]:
 
 def _known(names: Iterable[str], folder: str, flag: str, say: Callable[[str], None]) -> list[str]:
     """Returns a folder's files whose ending is known; says how many others there are."""
-    others: Counter[str] = Counter()
-    known = []
-    for name in names:
-        if formats.ending_of(name):
-            known.append(name)
-        else:
-            others[_unknown_ending(name)] += 1
+    endings = {name: formats.ending_of(name) for name in names}
+    known = [name for name, ending in endings.items() if ending]
+    others = Counter(_unknown_ending(name) for name, ending in endings.items() if not ending)
     counts = [f"{ending} {n:,}" for ending, n in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     shown = ", ".join(counts[:_MAX_ENDINGS])
     shown += f" and {len(counts) - _MAX_ENDINGS} more endings" if len(counts) > _MAX_ENDINGS else ""
@@ -350,7 +345,12 @@ class FileReader:
         self.sha256 = self._hash.hexdigest()
 
     def _read_stored(self, stored: "_StoredFile") -> Items:
-        read = functools.partial(self._next_bytes, stored)
+        def read(size: int) -> bytes:
+            block = stored.read(size)
+            self._hash.update(block)
+            self.bytes_read += len(block)
+            return block
+
         if read_table := formats.of(self._file.ending).read_table:
             for row, n_rows, item in read_table(stored, self._file.url, self._text_field):
                 # The size of a single row is not to be had.
@@ -362,12 +362,6 @@ class FileReader:
             yield from formats.read_items(read, self._file.ending, self._text_field)
         while read(BLOCK_BYTES):  # bytes after a damage count for the hash
             pass
-
-    def _next_bytes(self, stored: "_StoredFile", size: int) -> bytes:
-        block = stored.read(size)
-        self._hash.update(block)
-        self.bytes_read += len(block)
-        return block
 
     def _read_hf(self) -> Items:
         for raw, item in tables.read_hf(self._file.url, self._file.version, self._text_field):

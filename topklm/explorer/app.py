@@ -4,77 +4,82 @@ Slow work is done in threads of its own, one at a time for the model and one for
 other requests do not wait for it.
 """
 
-from collections.abc import Callable
-import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
 import functools
+import hashlib
+import re
 import secrets
 from typing import Any
-from urllib.parse import urlencode
 
 import anyio
+import anyio.to_thread
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from topklm.errors import UserError
-from topklm.explorer import pages
+from topklm.explorer import markup, overview, pages, views
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError
-from topklm.explorer.pages import StaticFiles
-from topklm.explorer.requests import BusyError, field, file, number, redirect_with, run_in_thread, run_limited
-from topklm.explorer.steering_answers import SteeringAnswers
-from topklm.explorer.views import neuron as neuron_view
-from topklm.explorer.views import overview as overview_view
-from topklm.explorer.views import search as search_view
-from topklm.explorer.views.overview import Asked
-from topklm.neurons.labels import MAX_CHARACTERS
+from topklm.explorer.overview import Asked
+from topklm.explorer.requests import (
+    BusyError,
+    check_not_busy,
+    field,
+    fields,
+    file,
+    number,
+    redirect_with,
+    run_limited,
+    taken,
+)
+from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
 from topklm.web import server
-from topklm.web.http import Guard, Json, comes_from_elsewhere, is_loopback
+from topklm.web.http import Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
+
+# Not as the machine has it set: browsers run scripts of this kind only.
+_MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_FOR_EVER = "public, max-age=31536000, immutable"
 
 
 def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlette:
     """Returns the application; its `state.closing` is to be called when the server is told to stop.
 
-    Args:
-        source: The run's neurons.
-        report: Is told when the index is made.
+    `report` is told when the index is made.
     """
     here = _Explorer(source, Index(source, report))
+    neuron = "/neurons/{layer:number}/{neuron:number}"
     routes = [
         Route("/", here.overview),
         Route("/random", here.random),
-        Route("/neurons/{layer:number}/{neuron:number}", here.neuron),
-        Route("/neurons/{layer:number}/{neuron:number}/text", here.to_text, methods=["POST"]),
-        Route("/neurons/{layer:number}/{neuron:number}/steer", here.steering.to_page, methods=["POST"]),
-        Route("/neurons/{layer:number}/{neuron:number}/label", here.label, methods=["POST"]),
+        Route(neuron, here.neuron),
+        Route(f"{neuron}/text", here.to_text, methods=["POST"]),
+        Route(f"{neuron}/steer", here.to_steer, methods=["POST"]),
+        Route(f"{neuron}/label", here.label, methods=["POST"]),
         Route("/go", here.go),
         Route("/prompt", here.prompt),
         Route("/prompt", here.to_prompt, methods=["POST"]),
         Route("/search", here.search),
         Route("/labels", here.labels),
         Route("/api/overview", here.overview_json),
-        Route("/api/neurons/{layer:number}/{neuron:number}", here.neuron_json),
-        Route("/api/neurons/{layer:number}/{neuron:number}/context", here.context_json),
-        Route("/api/neurons/{layer:number}/{neuron:number}/text", here.text_json, methods=["POST"]),
-        Route("/api/neurons/{layer:number}/{neuron:number}/steer", here.steering.stream, methods=["POST"]),
-        Route("/api/neurons/{layer:number}/{neuron:number}/label", here.label_json, methods=["POST"]),
+        Route(f"/api{neuron}", here.neuron_json),
+        Route(f"/api{neuron}/context", here.context_json),
+        Route(f"/api{neuron}/text", here.text_json, methods=["POST"]),
+        Route(f"/api{neuron}/steer", here.steer_json, methods=["POST"]),
+        Route(f"/api{neuron}/label", here.label_json, methods=["POST"]),
         Route("/api/prompt", here.prompt_json, methods=["POST"]),
         Route("/api/search", here.search_json),
         Route("/api/labels.json", here.labels_json),
         Route("/api/labels.csv", here.labels_csv),
-        Route("/static/{version}/{name}", here.files.answer),
+        Route("/static/{version}/{name}", here.static),
     ]
-    errors: dict[Any, Any] = {
-        UserError: here.mistake,
-        BusyError: here.busy,
-        HTTPException: here.http_error,
-        Exception: here.bug,
-    }
-    application = Starlette(routes=routes, exception_handlers=errors)
-    application.state.closing = here.steering.close
+    kinds = UserError, BusyError, HTTPException, Exception
+    application = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, here.error))
+    application.state.closing = here.close
     return application
 
 
@@ -84,130 +89,102 @@ class _Explorer:
     def __init__(self, source: NeuronData, index: Index):
         self._source, self._index = source, index
         self._reader = LiveModel(str(source.folder.run), source.store.metadata)
-        self.files = StaticFiles()
-        self._templates = pages.environment()
-        self._templates.globals["static"] = f"/static/{self.files.version}"
+        self._static = pages.static_files()
+        self._version = hashlib.sha256(
+            b"".join(name.encode() + content for name, content in sorted(self._static.items()))
+        ).hexdigest()[:12]
+        self._templates = pages.environment(source)
+        self._templates.globals["static"] = f"/static/{self._version}"
         self._model_turn = anyio.CapacityLimiter(1)
         self._regex_turn = anyio.CapacityLimiter(1)
-        self.steering = SteeringAnswers(source, self._reader, self._model_turn)
+        self._writing_turn = anyio.CapacityLimiter(1)
+        self._closing = False
 
     # Pages
 
     def overview(self, request: Request) -> Response:
         asked = self._asked(request)
-        data = overview_view.overview(self._source, self._index, asked)
-        return self._page(
-            request, "overview.html", data=data, asked=asked, sorting=pages.Sorting(asked), drawn=self._plots
-        )
+        data = overview.overview(self._source, asked)
+        return self._page(request, "overview.html", data=data, asked=asked, drawn=self._plots)
 
     def random(self, _request: Request) -> Response:
-        layer, neuron = overview_view.random_neuron(self._source)
-        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+        return _to_neuron(*overview.random_neuron(self._source))
 
     def go(self, request: Request) -> Response:
         """Redirects to the neuron that was typed as 1:137 or 1/137."""
         text = request.query_params.get("neuron", "").strip()
-        parts = text.replace("/", ":").split(":")
-        if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+        found = re.fullmatch(r"([0-9]{1,9})\s*[:/]\s*([0-9]{1,9})", text)
+        if not found:
             raise UserError(
                 f"neuron = {text}: must be LAYER:NEURON, e.g. {self._source.measured.layers[0]}:17"
             )
-        layer, neuron = map(int, parts)
+        layer, neuron = int(found[1]), int(found[2])
         self._source.number(layer, neuron)
-        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+        return _to_neuron(layer, neuron)
 
     async def neuron(self, request: Request) -> Response:
-        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
-        data = await run_in_thread(neuron_view.neuron, self._source, layer, neuron)
-        text, own, problem = request.query_params.get("text", ""), None, ""
-        if text and not comes_from_elsewhere(request.headers):
-            try:
-                own = await self._with_model(neuron_view.on_text, layer, neuron, text)
-            except UserError as e:
-                problem = str(e)
+        place, text = self._place(request), request.query_params.get("text", "")
+        data = await run_in_threadpool(views.neuron, self._source, *place)
+        own, problem = await _tried(request, text, self._with_model, views.on_text, *place, text)
         about = {"data": data, "text": text, "own": own, "problem": problem}
-        steer = await self.steering.box(request)
-        return await run_in_thread(self._page, request, "neuron.html", **about, steer=steer)
+        about["steer"] = await self._box(request)
+        return await run_in_threadpool(self._page, request, "neuron.html", **about)
 
     async def to_text(self, request: Request) -> Response:
-        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
-        self._source.number(layer, neuron)
-        text = await field(request, "text")
-        return redirect_with(f"/neurons/{layer}/{neuron}", {"text": text}, "#own-text")
+        address = pages.neuron_address(*self._place(request))
+        return redirect_with(address, {"text": await field(request, "text")}, "#own-text")
 
     async def label(self, request: Request) -> Response:
-        layer, neuron = await self._set_label(request)
-        return RedirectResponse(f"/neurons/{layer}/{neuron}", 303)
+        return _to_neuron(*await self._set_label(request))
 
     async def prompt(self, request: Request) -> Response:
-        text, data, problem = request.query_params.get("text", ""), None, ""
-        if text and not comes_from_elsewhere(request.headers):
-            try:
-                data = await self._with_model(search_view.prompt, text)
-            except UserError as e:
-                problem = str(e)
-        chosen = number(request, "token") if data and "token" in request.query_params else None
-        if data and chosen is not None and chosen >= len(data["tokens"]):
-            raise NotThereError(f"token {chosen}: the text has {len(data['tokens'])}, counted from 0")
-
-        def at_link(token: int | None) -> str:
-            return "/prompt?" + urlencode({"text": text} | ({} if token is None else {"token": token}))
-
-        answer = {"text": text, "data": data, "problem": problem, "chosen": chosen, "at_link": at_link}
-        token = data["tokens"][chosen] if data and chosen is not None else None
-        limits = {
-            "most_tokens": self._reader.most_tokens,
-            "highest": search_view.highest(data) if data else {},
-            "usual": search_view.usual_tokens(self._source, token) if token else {},
-        }
-        return await run_in_thread(
-            self._page, request, "prompt.html", 400 if problem else 200, **answer, **limits
-        )
+        text = request.query_params.get("text", "")
+        data, problem = await _tried(request, text, self._with_model, views.prompt, text)
+        about = {"text": text, "data": data, "problem": problem, "most_tokens": self._reader.most_tokens}
+        if data:
+            chosen = number(request, "token") if "token" in request.query_params else None
+            if chosen is not None and chosen >= len(data["tokens"]):
+                raise NotThereError(f"token {chosen}: the text has {len(data['tokens'])}, counted from 0")
+            about |= {"chosen": chosen, **views.prompt_page(self._source, data, chosen)}
+        return await run_in_threadpool(self._page, request, "prompt.html", 400 if problem else 200, **about)
 
     async def to_prompt(self, request: Request) -> Response:
         return redirect_with("/prompt", {"text": await field(request, "text")})
 
     async def search(self, request: Request) -> Response:
-        asked, data, problem = request.query_params, None, ""
-        if asked.get("q") and not comes_from_elsewhere(request.headers):
-            try:
-                data = await self._found(request)
-            except UserError as e:
-                problem = str(e)
-        answer = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
-        return await run_in_thread(self._page, request, "search.html", 400 if problem else 200, **answer)
+        asked = request.query_params
+        data, problem = await _tried(request, asked.get("q", ""), self._found, request)
+        about = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
+        return await run_in_threadpool(self._page, request, "search.html", 400 if problem else 200, **about)
 
     def labels(self, request: Request) -> Response:
-        return self._page(request, "labels.html", neurons=search_view.labelled(self._source))
+        return self._page(request, "labels.html", neurons=views.labelled(self._source))
 
     # Data
 
     def overview_json(self, request: Request) -> Response:
-        return Json(overview_view.overview(self._source, self._index, self._asked(request)))
+        return Json(overview.overview(self._source, self._asked(request)))
 
     def neuron_json(self, request: Request) -> Response:
-        place = request.path_params
-        return Json(neuron_view.neuron(self._source, place["layer"], place["neuron"]))
+        return Json(views.neuron(self._source, *self._place(request)))
 
     def context_json(self, request: Request) -> Response:
-        place = request.path_params
-        at, size = (number(request, name) for name in ("at", "size"))
-        data = neuron_view.context(self._source, place["layer"], place["neuron"], at, size)
-        strongest = self._source.row(self._source.number(place["layer"], place["neuron"]), ["max_activation"])
-        shaded = pages.pieces(data["tokens"], data["values"], strongest["max_activation"], data["example"])
-        return Json({**data, "pieces": [dataclasses.asdict(piece) for piece in shaded]})
+        place = self._place(request)
+        data = views.context(self._source, *place, number(request, "at"), number(request, "size"))
+        strongest = self._source.row(self._source.number(*place), ["max_activation"])["max_activation"]
+        shaded = markup.pieces(data["tokens"], data["values"], strongest, data["example"])
+        return Json({**data, "pieces": [piece._asdict() for piece in shaded]})
 
     async def text_json(self, request: Request) -> Response:
-        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
         text = await field(request, "text")
-        return Json(await self._with_model(neuron_view.on_text, layer, neuron, text))
+        return Json(await self._with_model(views.on_text, *self._place(request), text))
 
     async def label_json(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
         return Json({"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)})
 
     async def prompt_json(self, request: Request) -> Response:
-        return Json(await self._with_model(search_view.prompt, await field(request, "text")))
+        return Json(await self._with_model(views.prompt, await field(request, "text")))
 
     async def search_json(self, request: Request) -> Response:
         return Json(await self._found(request))
@@ -218,43 +195,92 @@ class _Explorer:
     def labels_csv(self, _request: Request) -> Response:
         return file(self._source.labels.as_csv(), "text/csv; charset=utf-8", "labels.csv")
 
-    # Errors
+    async def static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._static or request.path_params["version"] != self._version:
+            raise HTTPException(404)
+        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+        return Response(self._static[name], media_type=media_type, headers={"cache-control": _FOR_EVER})
 
-    def mistake(self, request: Request, error: Exception) -> Response:
-        return self._error(request, 404 if isinstance(error, NotThereError) else 400, str(error))
+    # Steer boxes: one pair of texts is written at a time; between its tokens others have the model
 
-    def busy(self, request: Request, _error: Exception) -> Response:
-        return self._error(request, 503, "too many are waiting for this already: try again in a moment")
+    def close(self) -> None:
+        """Ends what is being written, for a server that is told to stop; the last line is then missing."""
+        self._closing = True
 
-    def http_error(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        said = "there is no such page" if error.status_code == 404 else error.detail
-        return self._error(request, error.status_code, said, dict(error.headers or {}))
+    async def steer_json(self, request: Request) -> Response:
+        """Streams lines of JSON: the prompt, pieces of both columns as they come, at last the end of each."""
+        writing = await self._begin(request, SteerSettings.of(await fields(request)))
 
-    def bug(self, request: Request, _error: Exception) -> Response:
-        return self._error(request, 500, "this page could not be made; the terminal says why")
+        async def write(say: Say) -> None:
+            async with taken(self._writing_turn):
+                async for line in self._lines(writing):
+                    await say(to_json(line) + b"\n")
 
-    def _error(
-        self, request: Request, status: int, message: str, headers: dict[str, str] | None = None
-    ) -> Response:
-        if request.scope["path"].startswith("/api/"):
-            return Json({"error": message}, status, headers)
-        answer = self._page(request, "error.html", status, message=message, code=status)
-        answer.headers.update(headers or {})
-        return answer
+        return Stream(write, "application/x-ndjson")
+
+    async def to_steer(self, request: Request) -> Response:
+        """Sends on to the page with both texts, which has all settings in its link."""
+        address, content = pages.neuron_address(*self._place(request)), await fields(request)
+        chosen = {name: str(content[name]) for name in NAMES if name in content}
+        return redirect_with(address, chosen, "#steer")
+
+    async def _box(self, request: Request) -> dict[str, Any]:
+        """Returns the content of a page's box, with both texts if the link asks for them."""
+        asked = request.query_params
+        shown = await run_in_threadpool(box, self._source, *self._place(request))
+        chosen = {name: asked[name] for name in NAMES if name in asked} if "prompt" in asked else {}
+        shown["chosen"] |= chosen
+        shown["written"], shown["problem"] = await _tried(request, chosen, self._whole, request, chosen)
+        return shown
+
+    async def _whole(self, request: Request, chosen: dict[str, str]) -> dict[str, Any]:
+        writing = await self._begin(request, SteerSettings.of(chosen))
+        async with taken(self._writing_turn):
+            lines = [line async for line in self._lines(writing)]
+        if "ends" not in lines[-1]:
+            raise BusyError
+        pieces = {name: [line for line in lines[1:-1] if line["column"] == name] for name in COLUMNS}
+        return {**lines[0], "pieces": pieces, **lines[-1]}
+
+    async def _begin(self, request: Request, settings: SteerSettings) -> Writing:
+        check_not_busy(self._writing_turn)
+        place = self._place(request)
+        return await run_limited(self._model_turn, Writing, self._source, self._reader, *place, settings)
+
+    async def _lines(self, writing: Writing) -> AsyncIterator[dict[str, Any]]:
+        # Who has begun may wait for the model, however many others do.
+        yield {"prompt": writing.prompt}
+        while not writing.done:
+            if self._closing:
+                return
+            for piece in await anyio.to_thread.run_sync(writing.more, limiter=self._model_turn):
+                yield piece
+        yield {"ends": await anyio.to_thread.run_sync(writing.ends, limiter=self._model_turn)}
 
     # Shared
 
+    def error(self, request: Request, error: Exception) -> Response:
+        """Answers with what is wrong, in the form that was asked for."""
+        headers: dict[str, str] = {}
+        if isinstance(error, UserError):
+            status, message = 404 if isinstance(error, NotThereError) else 400, str(error)
+        elif isinstance(error, BusyError):
+            status, message = 503, "too many are waiting for this already: try again in a moment"
+        elif isinstance(error, HTTPException):
+            status, headers = error.status_code, dict(error.headers or {})
+            message = "there is no such page" if status == 404 else error.detail
+        else:
+            status, message = 500, "this page could not be made; the terminal says why"
+        if request.scope["path"].startswith("/api/"):
+            return Json({"error": message}, status, headers)
+        answer = self._page(request, "error.html", status, message=message, code=status)
+        answer.headers.update(headers)
+        return answer
+
     def _page(self, request: Request, template: str, status: int = 200, **content: Any) -> Response:
-        measured = self._source.measured
         theme = request.cookies.get("topklm_theme")
-        theme = theme if theme in ("light", "dark") else ""
-        about = {
-            "measured": measured,
-            "theme": theme,
-            "page": template.removesuffix(".html"),
-            "max_label": MAX_CHARACTERS,
-        }
+        about = {"theme": theme if theme in ("light", "dark") else "", "page": template.removesuffix(".html")}
         text = self._templates.get_template(template).render({**about, **content})
         return HTMLResponse(text, status, {"cache-control": "no-store"})
 
@@ -270,21 +296,45 @@ class _Explorer:
     async def _found(self, request: Request) -> dict[str, Any]:
         asked = request.query_params
         text, kind = asked.get("q", ""), asked.get("kind", "words")
-        if kind not in search_view.KINDS:
-            raise UserError(f"kind = {kind}: must be one of {', '.join(search_view.KINDS)}")
+        if kind not in views.SEARCH_KINDS:
+            raise UserError(f"kind = {kind}: must be one of {', '.join(views.SEARCH_KINDS)}")
         if kind == "words":
-            return await run_in_thread(search_view.words, self._source, self._index, text)
+            return await run_in_threadpool(views.words, self._source, self._index, text)
         options = (asked.get("case") != "1", asked.get("ends") == "1")
-        return await run_limited(self._regex_turn, search_view.regex, self._source, text, *options)
+        return await run_limited(self._regex_turn, views.regex, self._source, text, *options)
 
     async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
         return await run_limited(self._model_turn, view, self._source, self._reader, *arguments)
 
     async def _set_label(self, request: Request) -> tuple[int, int]:
-        layer, neuron = request.path_params["layer"], request.path_params["neuron"]
-        self._source.number(layer, neuron)
-        await run_in_thread(self._source.labels.set, layer, neuron, await field(request, "label"))
-        return layer, neuron
+        place = self._place(request)
+        await run_in_threadpool(self._source.labels.set, *place, await field(request, "label"))
+        return place
+
+    def _place(self, request: Request) -> tuple[int, int]:
+        """Returns the layer and the neuron of an address; raises NotThereError if there is no such neuron."""
+        place = request.path_params["layer"], request.path_params["neuron"]
+        self._source.number(*place)
+        return place
+
+
+async def _tried(
+    request: Request, asked: Any, make: Callable[..., Awaitable[Any]], *arguments: Any
+) -> tuple[Any, str]:
+    """Returns what a page was asked for, which takes long to make, and the problem if it cannot be made.
+
+    Nothing is made where nothing was asked for, or by another site's page.
+    """
+    if not asked or comes_from_elsewhere(request.headers):
+        return None, ""
+    try:
+        return await make(*arguments), ""
+    except UserError as e:
+        return None, str(e)
+
+
+def _to_neuron(layer: int, neuron: int) -> Response:
+    return RedirectResponse(pages.neuron_address(layer, neuron), 303)
 
 
 def serve(source: NeuronData, host: str, port: int, ready: Callable[[str], None] = print) -> None:
@@ -292,7 +342,7 @@ def serve(source: NeuronData, host: str, port: int, ready: Callable[[str], None]
 
     Args:
         source: The run's neurons.
-        host: Address to listen on; on others than the loopback a token is needed.
+        host: On others than the loopback a token is needed.
         port: 0 takes a free one.
         ready: Is told the address to open, once it can be opened.
 

@@ -9,7 +9,6 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import hashlib
-import importlib.resources
 from pathlib import Path
 from typing import Any
 import zlib
@@ -17,47 +16,42 @@ import zlib
 import jinja2
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer import pages
+from topklm.explorer import pages, views
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.views import neuron as neuron_view
-from topklm.explorer.views import overview as overview_view
-from topklm.neurons.statistics.table import readable_first
 from topklm.storage.files import write_atomically
 
 EXAMPLE_TOKENS = 64  # of a window; a file with all neurons is to stay one that browsers like
 _LEVEL = 6  # of compression
-_AHEAD = 32  # neurons whose events are read at once
 
 _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 
 
 def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
-    """Writes the file, whole or not at all.
+    """Writes the file, whole or not at all, and returns how many neurons have a page.
 
     Args:
         source: The run's neurons.
         path: Of the file.
         neurons: Layer and number of each that gets a page; default all of them.
 
-    Returns:
-        How many neurons have a page.
-
     Raises:
         UserError: If there is no such neuron, or the file cannot be written.
     """
-    numbers = chosen(source, neurons)
+    numbers = source.readable.tolist()
+    if neurons is not None:
+        wanted = {source.number(layer, neuron) for layer, neuron in neurons}
+        numbers = [number for number in numbers if number in wanted]
     held = {source.place(number) for number in numbers}
-    templates = pages.environment()
+    templates = pages.environment(source)
     templates.globals["link"] = lambda layer, neuron: (
         f"#/neurons/{layer}/{neuron}" if (layer, neuron) in held else None
     )
     labels = source.named()
-    script, style = _script(), _static("style.css")
+    files = {name: content.decode() for name, content in pages.static_files().items()}
+    script, style = _script(files), files["style.css"]
     text = templates.get_template("export.html").render(
-        measured=source.measured,
-        layers=overview_view.layers(source),
         drawn=pages.layer_plots(source),
-        neurons=[neuron_view.summary(source, number, labels) for number in numbers],
+        neurons=[views.summary(source, number, labels) for number in numbers],
         pages=list(_pages(source, templates, numbers, labels)),
         script=script,
         style=style,
@@ -72,39 +66,20 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     return len(numbers)
 
 
-def chosen(source: NeuronData, neurons: Sequence[tuple[int, int]] | None) -> list[int]:
-    """Numbers of the neurons, the most readable first.
-
-    Raises:
-        UserError: If there is no such neuron.
-    """
-    order = readable_first(source.rows).tolist()
-    if neurons is None:
-        return order
-    wanted = {source.number(layer, neuron) for layer, neuron in neurons}
-    return [number for number in order if number in wanted]
-
-
 def _pages(
     source: NeuronData,
     templates: jinja2.Environment,
     numbers: Sequence[int],
     labels: Mapping[tuple[int, int], str],
 ) -> Iterator[dict[str, Any]]:
-    """Pages by layer and neuron; their content is a future."""
+    """Yields pages by layer and neuron; their content is a future."""
     body = templates.get_template("export_neuron.html")
-    d, held = source.measured.d_model, set[tuple[int, int]]()
     # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
     with futures.ThreadPoolExecutor(1) as packing:
-        for number in sorted(numbers):
+        for number in source.reading_ahead(sorted(numbers)):
             layer, neuron = source.place(number)
-            if (layer, neuron) not in held:
-                begin = neuron - neuron % _AHEAD
-                end = min(begin + _AHEAD, d)
-                source.read_ahead(layer, begin, end)
-                held = {(layer, other) for other in range(begin, end)}
-            data = neuron_view.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
-            text = body.render(data=data, prefix="", own_text=False, example_tokens=EXAMPLE_TOKENS)
+            data = views.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
+            text = body.render(data=data, own_text=False, example_tokens=EXAMPLE_TOKENS)
             yield {
                 "id": f"n-{layer}-{neuron}",
                 "title": f"{layer}:{neuron} {data['label']}".strip(),
@@ -116,15 +91,11 @@ def _packed(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode()
 
 
-def _script() -> str:
+def _script(files: Mapping[str, str]) -> str:
     """Returns our modules as one script: exports and imports have one name everywhere."""
-    lines = "\n".join(_static(name) for name in _SCRIPTS).splitlines()
+    lines = "\n".join(files[name] for name in _SCRIPTS).splitlines()
     kept = [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
     return "(() => {\n" + "\n".join(kept) + "\n})();\n"
-
-
-def _static(name: str) -> str:
-    return importlib.resources.files("topklm.explorer").joinpath("static", name).read_text("utf-8")
 
 
 def _hash(content: str) -> str:

@@ -1,14 +1,13 @@
 """The statistics, the text and the activations of one checkpoint of a run, for pages.
 
-The token ids of the whole store are held in memory, 2 bytes each in most vocabularies; everything else stays
-on the disk until a page asks for it.
+The token ids of the whole store are held in memory once a page shows text, 2 bytes each in most vocabularies;
+everything else stays on the disk until a page asks for it.
 """
 
-from collections.abc import Sequence
-import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +23,12 @@ from topklm.neurons.store import NeuronBlock, Store
 
 LISTED_TOKENS = 10  # of each kind on a page
 _KEPT_EVENTS = 8  # neurons whose events are remembered: a page, and the contexts opened on it
+_AHEAD_EVENTS = 2**21  # read at once, some 80 MB with all that is made of them
 
-# How what is not printed is shown inside of a token.
 # A token that is only a part of a character is shown by its bytes.
 _PART = re.compile(r"\\x[0-9a-f]{2}")
 _MOST_PARTS = 4  # bytes of a character in UTF-8
+# How what is not printed is shown inside of a token.
 _SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "←"})
 
 
@@ -36,18 +36,11 @@ class NotThereError(UserError):
     """The requested neuron or token does not exist."""
 
 
-@dataclasses.dataclass(frozen=True)
-class StoreWindow:
-    """A stretch of one document of the store.
+class StoreWindow(NamedTuple):
+    """A stretch of one document of the store."""
 
-    Attributes:
-        begin: Its first token, counted through the store.
-        ids: int[n].
-        document: Its number.
-    """
-
-    begin: int
-    ids: np.ndarray
+    begin: int  # its first token, counted through the store
+    ids: np.ndarray  # int[n]
     document: int
 
 
@@ -79,9 +72,6 @@ class _Column:
 class NeuronData:
     """Opens a checkpoint's store and statistics.
 
-    Args:
-        folder: Where they are.
-
     Raises:
         UserError: If they are missing, damaged, or not of one another.
     """
@@ -91,21 +81,40 @@ class NeuronData:
         rows, self.measured = table.read(folder.table)
         self.store = Store(folder.store)
         self.tokenizer = Tokenizer.load(folder.run / TOKENIZER_FILE)
-        self._check_same()
         self.rows: pa.Table = rows.combine_chunks()
-        self._check_complete()
+        self._check()
         self.labels = Labels(folder.labels)
         self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
-        self._ahead: dict[tuple[int, int], NeuronBlock] = {}
-        self._columns: dict[str, _Column] = {}
-        self._texts: dict[int, str] = {}
-        self._parts: set[int] = set()  # tokens, of those in _texts, that may be a part of a character
-        self._characters: dict[tuple[int, ...], tuple[int, str | None]] = {}
+        self._ahead: dict[int, NeuronBlock] = {}
+        self._values = functools.cache(lambda name: _Column(self.rows[name]))
+        self._text = functools.cache(self._shown)
+        self._parts: set[int] = set()  # tokens, of those shown, that may be a part of a character
+        self._characters = functools.cache(self._whole_characters)
+
+    def _check(self) -> None:
+        table.check_same(self.folder.table, self.measured, self.store)
+        if self.tokenizer.sha256 != self.store.metadata.tokenizer_sha256:
+            raise UserError(
+                f"{self.folder.store} was made with another tokenizer than "
+                f"{self.folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"
+            )
+        layers, d = self.measured.layers, self.measured.d_model
+        wanted = {"layer": np.repeat(layers, d), "neuron": np.tile(np.arange(d), len(layers))}
+        if not all(np.array_equal(self.rows[name].to_numpy(), values) for name, values in wanted.items()):
+            raise UserError(
+                f"{self.folder.table} does not hold every neuron once: delete it, and run topklm "
+                "neurons measure"
+            )
 
     @property
     def n_neurons(self) -> int:
         """Of all layers together."""
-        return len(self.measured.layers) * self.measured.d_model
+        return self.rows.num_rows
+
+    @functools.cached_property
+    def readable(self) -> np.ndarray:
+        """int64[n_neurons], numbers of all neurons, see `table.readable_first`."""
+        return table.readable_first(self.rows)
 
     def named(self) -> dict[tuple[int, int], str]:
         """Returns the labels of neurons that there are, by layer and number.
@@ -114,9 +123,7 @@ class NeuronData:
             UserError: If the file of labels is damaged.
         """
         layers, d = self.measured.layers, self.measured.d_model
-        return {
-            place: text for place, text in self.labels.all().items() if place[0] in layers and place[1] < d
-        }
+        return {at: text for at, text in self.labels.all().items() if at[0] in layers and at[1] < d}
 
     def number(self, layer: int, neuron: int) -> int:
         """Returns which row a neuron has.
@@ -137,13 +144,14 @@ class NeuronData:
         return self.measured.layers[layer], neuron
 
     def row(self, number: int, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Columns of one row as plain Python values; all of them if none are named."""
+        """Returns columns of one row as plain Python values; all of them if none are named."""
         return {name: self._values(name)[number] for name in names or self.rows.schema.names}
 
-    def _values(self, name: str) -> _Column:
-        if name not in self._columns:
-            self._columns[name] = _Column(self.rows[name])
-        return self._columns[name]
+    def strongest_examples(self, number: int) -> list[int]:
+        """Returns where in the store the strongest examples of a neuron are, the strongest first."""
+        row = self.row(number, ["examples", "example_parts"])
+        found = zip(row["examples"] or (), row["example_parts"] or (), strict=True)
+        return [at for at, part in found if part == 0]
 
     def column(self, name: str) -> np.ndarray:
         """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""
@@ -151,13 +159,46 @@ class NeuronData:
 
     def events(self, layer: int, neuron: int) -> NeuronBlock:
         """Returns all events of a neuron; those of the last few neurons are remembered."""
-        found = self._ahead.get((layer, neuron))
+        found = self._ahead.get(self.number(layer, neuron))
         return self._events(layer, neuron) if found is None else found
 
-    def read_ahead(self, layer: int, begin: int, end: int) -> None:
-        """Reads the events of neighbouring neurons, which is faster than one by one; lets earlier ones go."""
-        block = self.store.block(layer, begin, end)
-        self._ahead = {(layer, begin + number): block.one(number) for number in range(end - begin)}
+    def reading_ahead(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Yields rising numbers of neurons, whose `events` are read together with those of their neighbours.
+
+        That is faster than one by one; as many are read at once as fit into memory.
+        """
+        group: list[int] = []
+        n_events = 0
+        for number in numbers:
+            n_active = self.row(number, ["n_active"])["n_active"] or 0
+            follows = group and number == group[-1] + 1 and number % self.measured.d_model
+            if not follows or n_events + n_active > _AHEAD_EVENTS:
+                yield from self._read(group)
+                group, n_events = [], 0
+            group.append(number)
+            n_events += n_active
+        yield from self._read(group)
+        self._ahead = {}
+
+    def _read(self, group: list[int]) -> list[int]:
+        if group:
+            layer, begin = self.place(group[0])
+            block = self.store.block(layer, begin, begin + len(group))
+            self._ahead = {number: block.one(at) for at, number in enumerate(group)}
+        return group
+
+    def activations(self, layer: int, neuron: int, bounds: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Returns a neuron's activations on stretches of the store, float32[n] of each.
+
+        `bounds` are the first token of each stretch, counted through the store, and the one after its last.
+        """
+        events, found = self.events(layer, neuron), []
+        inside = np.searchsorted(events.tokens, np.reshape(bounds, (-1, 2))).tolist()
+        for (begin, end), (first, stop) in zip(bounds, inside, strict=True):
+            values = np.zeros(end - begin, np.float32)
+            values[events.tokens[first:stop] - begin] = events.values[first:stop]
+            found.append(values)
+        return found
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -168,8 +209,8 @@ class NeuronData:
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each document begins, int64[n + 1] with the end of the last; and their numbers, int[n]."""
         numbers = self.store.documents(0, self.store.n_tokens)
-        starts = np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=-1))
-        return np.append(starts, len(numbers)), numbers[starts]
+        starts = document_starts(numbers)
+        return starts, numbers[starts[:-1]]
 
     @functools.cached_property
     def stored_text(self) -> StoredText:
@@ -177,100 +218,73 @@ class NeuronData:
         return StoredText(self.store, self.tokenizer)
 
     def window(self, at: int, size: int) -> StoreWindow:
-        """Returns text of one document around a token, with the token as far inside as can be.
-
-        Args:
-            at: The token, counted through the store.
-            size: At most so many tokens.
+        """Returns at most `size` tokens of one document around a token, which stands as far inside as can be.
 
         Raises:
             UserError: If the store has no such token.
         """
         return self.windows([at], size)[0]
 
-    def windows(self, places: Sequence[int], size: int) -> list[StoreWindow]:
+    def windows(self, positions: Sequence[int], size: int) -> list[StoreWindow]:
         """Returns `window` around each of some tokens."""
-        for place in places:
-            if not 0 <= place < self.store.n_tokens:
-                raise NotThereError(f"token {place}: must be from 0 to {self.store.n_tokens - 1}")
-        at = np.array(places, np.int64)
+        for position in positions:
+            if not 0 <= position < self.store.n_tokens:
+                raise NotThereError(f"token {position}: must be from 0 to {self.store.n_tokens - 1}")
         starts, numbers = self.documents
-        inside = np.searchsorted(starts, at, side="right") - 1
-        first, stop = starts[inside], starts[inside + 1]
-        begins = np.maximum(first, np.minimum(at - size // 2, stop - size))
-        ends = np.minimum(begins + size, stop)
-        facts = zip(begins.tolist(), ends.tolist(), numbers[inside].tolist(), strict=True)
+        documents, begins, ends = window_bounds(starts, np.array(positions, np.int64), size)
+        facts = zip(begins.tolist(), ends.tolist(), numbers[documents].tolist(), strict=True)
         return [StoreWindow(begin, self.ids[begin:end], document) for begin, end, document in facts]
-
-    def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Returns each token as a page shows it: unprintable characters are spelled out."""
-        wanted, known = _as_list(ids), self._texts
-        try:
-            return list(map(known.__getitem__, wanted))
-        except KeyError:
-            self._learn([i for i in set(wanted) if i not in known])
-        return list(map(known.__getitem__, wanted))
-
-    def running_texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Returns the same for text in a row: a character of several tokens stands at the last of them."""
-        wanted = _as_list(ids)
-        texts, at = self.texts(wanted), 0
-        if self._parts.isdisjoint(wanted):
-            return texts
-        while at < len(texts):
-            n, whole = 1, None
-            if wanted[at] in self._parts:
-                n, whole = self._character(tuple(wanted[at : at + _MOST_PARTS]))
-            if whole is not None:
-                texts[at : at + n] = [*[""] * (n - 1), whole]
-            at += n
-        return texts
-
-    def _learn(self, ids: Sequence[int]) -> None:
-        for token_id, text in zip(ids, self.tokenizer.token_strings(ids), strict=True):
-            seen = shown(text)
-            if _PART.search(seen):
-                self._parts.add(token_id)
-            self._texts[token_id] = seen
-
-    def _character(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
-        """Returns how many of these tokens make whole characters, and those; (1, None) if none does."""
-        if ids not in self._characters:
-            found: tuple[int, str | None] = (1, None)
-            for n in range(2, len(ids) + 1):
-                whole = self.tokenizer.decode(ids[:n])
-                if "\N{REPLACEMENT CHARACTER}" not in whole:
-                    found = n, shown(whole)
-                    break
-            self._characters[ids] = found
-        return self._characters[ids]
 
     def plain_text(self, begin: int, end: int) -> str:
         """Returns the text of a stretch of the store."""
         return self.tokenizer.decode(self.ids[begin:end])
 
-    def _check_same(self) -> None:
-        table.check_same(self.folder.table, self.measured, self.store)
-        if self.tokenizer.sha256 != self.store.metadata.tokenizer_sha256:
-            raise UserError(
-                f"{self.folder.store} was made with another tokenizer than "
-                f"{self.folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"
-            )
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Returns each token as a page shows it: unprintable characters are spelled out."""
+        return list(map(self._text, ids))
 
-    def _check_complete(self) -> None:
-        d = self.measured.d_model
-        layers = np.repeat(self.measured.layers, d)
-        neurons = np.tile(np.arange(d), len(self.measured.layers))
-        found = [self.rows[name].to_numpy() for name in ("layer", "neuron")]
-        if not (np.array_equal(found[0], layers) and np.array_equal(found[1], neurons)):
-            raise UserError(
-                f"{self.folder.table} does not hold every neuron once: delete it, and run topklm "
-                "neurons measure"
-            )
+    def _shown(self, token_id: int) -> str:
+        text = shown(self.tokenizer.token_strings([token_id])[0])
+        if _PART.search(text):
+            self._parts.add(token_id)
+        return text
+
+    def running_texts(self, ids: np.ndarray) -> list[str]:
+        """Returns the same for text in a row: a character of several tokens stands at the last of them."""
+        wanted, at = ids.tolist(), 0
+        texts = self.texts(wanted)
+        if self._parts.isdisjoint(wanted):
+            return texts
+        while at < len(texts):
+            n, whole = 1, None
+            if wanted[at] in self._parts:
+                n, whole = self._characters(tuple(wanted[at : at + _MOST_PARTS]))
+            if whole is not None:
+                texts[at : at + n] = [*[""] * (n - 1), whole]
+            at += n
+        return texts
+
+    def _whole_characters(self, ids: tuple[int, ...]) -> tuple[int, str | None]:
+        """Returns how many of these tokens make whole characters, and those; (1, None) if none does."""
+        for n in range(2, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:n])
+            if "\N{REPLACEMENT CHARACTER}" not in text:
+                return n, shown(text)
+        return 1, None
 
 
-def _as_list(ids: Sequence[int] | np.ndarray) -> list[int]:
-    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+def document_starts(numbers: np.ndarray) -> np.ndarray:
+    """Returns where documents begin, given that of each of N tokens, int64[n + 1] with N at the end."""
+    starts = np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=-1))
+    return np.append(starts, len(numbers))
+
+
+def window_bounds(starts: np.ndarray, at: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each token at[M] its document, and the bounds of `NeuronData.window` around it."""
+    documents = np.searchsorted(starts, at, side="right") - 1
+    first, stop = starts[documents], starts[documents + 1]
+    begins = np.maximum(first, np.minimum(at - size // 2, stop - size))
+    return documents, begins, np.minimum(begins + size, stop)
 
 
 def shown(text: str) -> str:

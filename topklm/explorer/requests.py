@@ -1,14 +1,14 @@
-"""Parses requests, and runs blocking work for them in threads."""
+"""Parses requests, and gives them turns with what only a few can use at a time."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 import contextlib
-import functools
+import re
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import anyio
-import anyio.to_thread
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.concurrency import run_in_threadpool
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -24,34 +24,19 @@ class BusyError(Exception):
     """Too many wait for the same thing, or they have waited for too long."""
 
 
-class _Number(Convertor[int]):
+class _Number(IntegerConvertor):
     """A number in a path. Python refuses to read one of thousands of digits, so starlette's own may fail."""
 
     regex = "[0-9]{1,9}"
-
-    def convert(self, value: str) -> int:
-        return int(value)
-
-    def to_string(self, value: int) -> str:
-        return str(value)
 
 
 register_url_convertor("number", _Number())
 
 
-async def run_in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Returns the result of a function that may block, without others having to wait."""
-    return await anyio.to_thread.run_sync(functools.partial(function, *arguments, **named))
-
-
 async def run_limited(turn: anyio.CapacityLimiter, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns the result of a function that takes long; `turn` says how many may run at a time.
-
-    Raises:
-        BusyError: If too many wait already.
-    """
+    """Returns the result of a function that takes long, once there is a turn, see `taken`."""
     async with taken(turn):
-        return await run_in_thread(function, *arguments)
+        return await run_in_threadpool(function, *arguments)
 
 
 @contextlib.asynccontextmanager
@@ -80,11 +65,7 @@ def check_not_busy(turn: anyio.CapacityLimiter) -> None:
 
 
 async def field(request: Request, name: str) -> str:
-    """Returns a text that was sent, in a form or as JSON.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Returns a text that was sent, in a form or as JSON; raises UserError if there is none."""
     value = (await fields(request)).get(name)
     if not isinstance(value, str):
         raise UserError(f"{name} is missing: send it as text")
@@ -97,14 +78,14 @@ async def fields(request: Request) -> dict[str, Any]:
     Raises:
         UserError: If it is neither.
     """
-    body = await request.body()
+    body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip()
+    is_json, text = kind == "application/json", body.decode("utf-8", "replace")
     try:
-        if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-            content = from_json(body)
-        else:
-            content = _form(body)
+        content: dict[str, Any] = (
+            from_json(body) if is_json else dict(parse_qsl(text, keep_blank_values=True, max_num_fields=20))
+        )
     except ValueError as e:
-        raise UserError(str(e)) from e
+        raise UserError(str(e) if is_json else "the request is no form of ours: send it from the page") from e
     # Browsers make the longer line break of any in a form.
     return {
         name: value.replace("\r\n", "\n") if isinstance(value, str) else value
@@ -112,35 +93,24 @@ async def fields(request: Request) -> dict[str, Any]:
     }
 
 
-def _form(body: bytes) -> dict[str, Any]:
-    try:
-        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20))
-    except ValueError as e:
-        raise ValueError("the request is no form of ours: send it from the page") from e
+def whole_number(text: str) -> int | None:
+    """Returns the number that a text writes in at most 15 digits; None if it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def number(request: Request, name: str) -> int:
-    """Returns a whole number in a link.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Returns a whole number in a link; raises UserError if there is none."""
     text = request.query_params.get(name, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
+    if (found := whole_number(text)) is None:
         raise UserError(f"{name} = {text}: must be a whole number")
-    return int(text)
+    return found
 
 
 def redirect_with(path: str, values: Mapping[str, str], anchor: str = "") -> Response:
-    """Redirects to a page whose link holds the typed text, so that it can be reloaded and sent on.
-
-    Args:
-        path: Of the page.
-        values: The fields that were typed, the text first.
-        anchor: On the page, as "#own-text".
+    """Redirects to a page whose link holds the typed fields, so that it can be reloaded and sent on.
 
     Raises:
-        UserError: If it is too long for a link.
+        UserError: If that is too long for a link; the first field is then named.
     """
     address = f"{path}?{urlencode(values, errors='replace')}{anchor}"
     if len(address) > _LONGEST_LINK:

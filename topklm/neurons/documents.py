@@ -42,24 +42,16 @@ class Documents(Protocol):
     Attributes:
         name: In words and a fingerprint.
         n_tokens: How many there are, without separators; None where only reading would tell.
-    """
-
-    name: str
-    n_tokens: int | None
-
-    def __iter__(self) -> Iterator[np.ndarray]: ...
-
-
-class SourceText(Documents, Protocol):
-    """Documents that a user named.
-
-    Attributes:
         field: Where the text is looked for in lines and rows that have fields; "" where there are none.
         left_out: How many documents were left out of what was read last, by reason.
     """
 
+    name: str
+    n_tokens: int | None = None
     field: str = ""
     left_out: Mapping[str, int] = MappingProxyType({})
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
 def open_documents(
@@ -68,7 +60,7 @@ def open_documents(
     source: str | None = None,
     split: str = "heldout",
     flag: str = "--source",
-) -> SourceText:
+) -> Documents:
     """Returns the text of a run, or another.
 
     Args:
@@ -101,14 +93,14 @@ def described(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} x {reason}" for reason, n in sorted(left_out.items()))
 
 
-def no_text(documents: SourceText, said: str) -> UserError:
+def no_text(documents: Documents, said: str) -> UserError:
     """Makes the error for text without a document, read to its end; `said` as in "--source = notes.jsonl"."""
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
     why = "; ".join(filter(None, (described(documents.left_out), looked_for)))
     return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
 
 
-class _Prepared(SourceText):
+class _Prepared(Documents):
     def __init__(self, mixture: Mixture, split: str, tokenizer: Tokenizer, said: str):
         if mixture.tokenizer.sha256 != tokenizer.sha256:
             raise UserError(
@@ -117,7 +109,7 @@ class _Prepared(SourceText):
             )
         self._streams = [dataset.tokens(dataset.splits[split]) for dataset in mixture.datasets]
         self._separator_id = tokenizer.separator_id
-        self.n_tokens: int | None = sum(dataset.splits[split].text_tokens for dataset in mixture.datasets)
+        self.n_tokens = sum(dataset.splits[split].text_tokens for dataset in mixture.datasets)
         names = ", ".join(dataset.path.name for dataset in mixture.datasets)
         what = {"heldout": "held-out text", "train": "training text"}[split]
         self.name = f"{what} of {names} ({mixture.fingerprint[:12]})"
@@ -128,11 +120,10 @@ class _Prepared(SourceText):
                 yield stream.read(begin + 1, end)
 
 
-class _Files(SourceText):
+class _Files(Documents):
     """Documents of files, without unreadable ones and exact copies, as `topklm prepare` leaves them out."""
 
     def __init__(self, files: tuple[SourceFile, ...], text_field: str, tokenizer: Tokenizer):
-        self.n_tokens: int | None = None
         self.field = text_field if any(file.ending != ".txt" for file in files) else ""
         self._files, self._text_field, self._tokenizer = files, text_field, tokenizer
         facts = [dataclasses.asdict(file) for file in files]

@@ -36,7 +36,7 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.topk import topk
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
-from topklm.neurons.documents import Documents, TextModel
+from topklm.neurons.documents import TextModel
 from topklm.progress import Progress
 
 DEFAULT_TOKENS = 1_000_000
@@ -58,7 +58,7 @@ def fit(
     kind: str,
     model: TextModel,
     data: DataConfig,
-    documents: Documents,
+    documents: Iterable[np.ndarray],
     *,
     keep: int,
     n_tokens: int = DEFAULT_TOKENS,

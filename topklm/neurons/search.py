@@ -373,15 +373,6 @@ class Selected:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedContrast:
-    """The output of `topklm neurons contrast --json`, as far as it is needed here."""
-
-    step: int
-    by: str  # one of `contrast.ORDERS`
-    neurons: Sequence[Mapping[str, Any]]  # each with layer, neuron and `_NUMBERS`
-
-
 def by_matches(
     store: Store,
     matched: np.ndarray,
@@ -407,16 +398,15 @@ def by_label(labels: Mapping[tuple[int, int], str], text: str) -> list[Selected]
     ]
 
 
-def by_contrast(saved: SavedContrast, max_q: float = 1.0) -> list[Selected]:
-    """Selects neurons that are more frequent in the positive text, of all layers, in the contrast's order."""
-    more = [n for n in saved.neurons if n["difference"] > 0 and n["q_value"] <= max_q]
-    more.sort(key=lambda n: (-n[saved.by], n["layer"], n["neuron"]))
-    reason = "difference {difference:+.2%}, score {score:+.1f}, q {q_value:.2g}"
-    return [Selected(n["layer"], n["neuron"], reason.format_map(n)) for n in more]
+def read_contrast(path: Path, max_q: float = 1.0) -> tuple[int, list[Selected]]:
+    """Selects neurons of `topklm neurons contrast --json` that are more frequent in the positive text.
 
+    Returns:
+        The step of the checkpoint; and the neurons, of all layers, in the order of the contrast.
 
-def read_contrast(path: Path) -> SavedContrast:
-    """Reads the output of `topklm neurons contrast --json`; raises UserError for any other file."""
+    Raises:
+        UserError: For any other file, and one that was changed.
+    """
     again = "run topklm neurons contrast --json, and give its output"
     try:
         content = read_json(path, again)
@@ -429,14 +419,18 @@ def read_contrast(path: Path) -> SavedContrast:
             raise UserError(
                 f"{path} is not as it was written ({e}): {again}; if you have edited it, remove {DIGEST!r}"
             ) from e
+    step, by, neurons = content.get("step"), content.get("by"), content.get("neurons")
     if (
-        type(content.get("step")) is not int
-        or content.get("by") not in ORDERS
-        or not isinstance(content.get("neurons"), list)
-        or not all(map(_is_neuron, content["neurons"]))
+        type(step) is not int
+        or by not in ORDERS
+        or not isinstance(neurons, list)
+        or not all(map(_is_neuron, neurons))
     ):
         raise UserError(f"{path} is not what topklm neurons contrast --json prints: {again}")
-    return SavedContrast(content["step"], content["by"], content["neurons"])
+    more = [n for n in neurons if n["difference"] > 0 and n["q_value"] <= max_q]
+    more.sort(key=lambda n: (-n[by], n["layer"], n["neuron"]))
+    reason = "difference {difference:+.2%}, score {score:+.1f}, q {q_value:.2g}"
+    return step, [Selected(n["layer"], n["neuron"], reason.format_map(n)) for n in more]
 
 
 def _is_neuron(entry: Any) -> bool:

@@ -187,7 +187,7 @@ def _survey_layer(
         for kind in map(KINDS.index, PROMPTED):
             effects = treat(prompt, concepts.tokens[:, kind])
             prompted.append((effects.gains[rows, rows, kind], effects.divergences))
-    measured = MeasuredLayer(*map(np.stack, zip(*steered, strict=True)), others_at)
+    measured = MeasuredLayer(*map(np.stack, zip(*steered, strict=True)), others_at=others_at)
     verdicts = significance.judge(measured, settings.bound)
     gains, divergences = (np.stack(figures, axis=1) for figures in zip(*prompted, strict=True))
     return Layer(concepts, n_alive, norm, measured, verdicts, gains, divergences)
@@ -216,7 +216,7 @@ def neuron_rows(
     layers: Mapping[int, Layer], settings: SurveySettings, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Returns each neuron's concepts and verdicts, as JSON objects."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, layer in layers.items():
         words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
         for place, neuron in enumerate(layer.concepts.neurons):
@@ -278,7 +278,7 @@ def _of_layers(name: str, layers: list[Layer], settings: SurveySettings) -> dict
 
 def _of_kind(layers: list[Layer], k: int, steered: np.ndarray) -> dict[str, Any]:
     gain, random, steerable, specific = (
-        _joined(layers, lambda layer, name=name: getattr(layer.verdicts, name)[:, k])
+        np.concatenate([getattr(layer.verdicts, name)[:, k] for layer in layers])
         for name in ("gain", "random", "steerable", "specific")
     )
     n_pairs = [len(layer.measured.others_at) * (len(layer.concepts.neurons) - 1) for layer in layers]

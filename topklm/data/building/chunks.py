@@ -240,7 +240,7 @@ def _fill_buckets(buckets: Sequence[Path], chunks: Sequence[Chunk], starts: np.n
 class ShardTask:
     """One shard to write: all that decides it, and the folder that receives it."""
 
-    Result: ClassVar = Shard
+    Result: ClassVar[type] = Shard
 
     name: str
     split: str

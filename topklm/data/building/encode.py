@@ -167,7 +167,7 @@ class FileResult:
 class FileTask:
     """One source file to encode: all that decides the outcome, and the folder that receives it."""
 
-    Result: ClassVar = FileResult
+    Result: ClassVar[type] = FileResult
 
     file: SourceFile
     heldout: bool  # all of it

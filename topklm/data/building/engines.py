@@ -177,7 +177,7 @@ class BeamEngine:
 
     def run(self, tasks: Sequence[Task], work: Storage, report: Report) -> list[Any]:
         """Does the tasks, see `Engine`."""
-        results = self._map(_run, tasks, work)
+        results = self._map(lambda task: task.run(lambda *_: None), tasks, work)
         for task, result in zip(tasks, results, strict=True):
             report(task.size, result.get("documents", 0), result.get("tokens", 0))
         return [task.Result(**result) for task, result in zip(tasks, results, strict=True)]
@@ -198,21 +198,25 @@ class BeamEngine:
 
     def totals(self, chunks: Sequence[Chunk], work: Storage) -> list[Totals]:
         """Counts what is kept, see `Engine`."""
-        return [Totals(**total) for total in self._map(_totals, chunks, work)]
+        return [Totals(**total) for total in self._map(Chunk.totals, chunks, work)]
 
     def _map(
-        self, function: Callable[[Any], dict[str, Any]], items: Sequence[Any], work: Storage
+        self, function: Callable[[Any], Any], items: Sequence[Any], work: Storage
     ) -> list[dict[str, Any]]:
-        """Returns `[function(item) for item in items]`; results must be JSON."""
+        """Returns the fields of `function(item)`, a dataclass of JSON values, for each item."""
+
+        def write(results: list[tuple[int, dict[str, Any]]]) -> None:
+            work.write(_RESULTS_FILE, json.dumps(results).encode())
+
         beam = self._beam
         with self._pipeline() as pipeline:
             _ = (
                 pipeline
                 | "items" >> beam.Create(list(enumerate(items)))
                 | beam.Reshuffle()
-                | "run" >> beam.MapTuple(lambda number, item: (number, function(item)))
+                | "run" >> beam.MapTuple(lambda number, item: (number, dataclasses.asdict(function(item))))
                 | "gather" >> beam.combiners.ToList()
-                | "write" >> beam.Map(_write_results, work)
+                | "write" >> beam.Map(write)
             )
         results = json.loads(work.read(_RESULTS_FILE))
         return [result for _, result in sorted(results, key=operator.itemgetter(0))]
@@ -223,18 +227,6 @@ class BeamEngine:
             return self._beam.Pipeline(options=options)
         except (ValueError, ImportError) as e:
             raise UserError(f"--runner, --beam-options = {' '.join(self._options)}: {e}") from e
-
-
-def _run(task: Task) -> dict[str, Any]:
-    return dataclasses.asdict(task.run(lambda *_: None))
-
-
-def _totals(chunk: Chunk) -> dict[str, Any]:
-    return dataclasses.asdict(chunk.totals())
-
-
-def _write_results(results: list[tuple[int, dict[str, Any]]], work: Storage) -> None:
-    work.write(_RESULTS_FILE, json.dumps(results).encode())
 
 
 def _ranked(number: int, chunk: Chunk) -> Iterator[tuple[bytes, tuple[int, int, int]]]:

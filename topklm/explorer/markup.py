@@ -1,0 +1,244 @@
+"""Numbers, tokens, examples, effects and similar neurons as pages show them.
+
+HTML of the things that pages show by the hundreds is written here, and not in templates, because a template
+takes ten times as long for it. Whatever text comes from a corpus or a person goes through `_escaped`; numbers
+that become text elsewhere do not need to.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+from markupsafe import Markup, escape
+
+MISSING = "\N{EN DASH}"
+
+# In the place of a token that only begins a character.
+UNFINISHED = "◌"
+
+SHADES = 10  # steps of the shading of tokens
+
+# By the size of a number: three digits, so that columns of such numbers can be compared by eye.
+_DIGITS = ((100, ",.0f"), (10, ".1f"), (1, ".2f"), (0.01, ".3f"), (0.001, ".4f"), (0, ".1e"))
+# Tokens before and after an example's own that are shown until a reader asks for more.
+_NEAR_BEFORE, _NEAR_AFTER = 28, 14
+_PARTS = (0, 5, 4, 3, 2, 1)  # of the examples, as they are shown
+_REMEMBERED = 2**15  # tokens as HTML, and shades: a page has the same few again and again
+
+Link = Callable[[int, int], str | None]  # the address of a neuron, or None where it has no page
+
+
+def write_as(kind: str, value: float | None) -> str:
+    """Returns a value as text, a share in percent; a dash for one that there is not.
+
+    Args:
+        kind: As in `catalog.Statistic`.
+        value: A number or None.
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if kind == "count":
+        return f"{int(value):,}"
+    if kind == "share":
+        return f"{_three_digits(100 * value)}\N{NO-BREAK SPACE}%"
+    text = f"{value:+.{4 if abs(value) < 1 else 2}f}" if kind == "effect" else _three_digits(value)
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _three_digits(value: float) -> str:
+    return format(value, next(form for least, form in _DIGITS if abs(value) >= least)) if value else "0"
+
+
+# A store has few values: they are bfloat16.
+_number = functools.lru_cache(_REMEMBERED)(functools.partial(write_as, "number"))
+
+
+def chip(token: str) -> str:
+    """Returns a token by itself: a space at its ends would not be seen."""
+    return re.sub(r"^ +| +\Z", lambda spaces: "␣" * len(spaces[0]), token) or UNFINISHED
+
+
+def level(value: float, strongest: float) -> str:
+    """Returns the class of a shade: p1 to p10 for positive activations, n1 to n10 for negative ones."""
+    if not value or not strongest:
+        return ""
+    step = min(SHADES, max(1, math.ceil(SHADES * abs(value) / strongest)))
+    return f"{'p' if value > 0 else 'n'}{step}"
+
+
+class ShadedPiece(NamedTuple):
+    """A stretch of text that is drawn alike."""
+
+    text: str
+    level: str = ""  # class of its shade; empty where the neuron is not active
+    value: str = ""  # the activation, written
+    example: bool = False  # whether it is the token that all this is about
+
+
+def pieces(
+    tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
+) -> list[ShadedPiece]:
+    """Returns text in as few pieces as can be: tokens that are not active are joined.
+
+    The activation `strongest` has the darkest shade; `example` is the token that all this is about.
+    """
+    found, plain = list[ShadedPiece](), ""
+    for position, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        if not value and position != example:
+            plain += token
+            continue
+        space, word = _word(token)
+        shade = level(value, strongest) or "p0"
+        found += ShadedPiece(plain + space), ShadedPiece(word, shade, _number(value), position == example)
+        plain = ""
+    return [piece for piece in (*found, ShadedPiece(plain)) if piece.text]
+
+
+def shaded(tokens: Sequence[str], values: Sequence[float], strongest: float) -> Markup:
+    """Draws text with the neuron's activations, as `pieces` has it."""
+    return Markup("".join(_drawn(tokens, values, strongest)))
+
+
+def _drawn(
+    tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
+) -> list[str]:
+    """Returns the HTML of each token; all together is that of the `pieces`, in a fraction of the time."""
+    drawn = list(map(_escaped, tokens))
+    active = itertools.compress(range(len(values)), values)
+    for position in {*active, *(() if example is None else (example,))}:
+        space, word = _word(tokens[position])
+        mark = _mark(values[position], strongest, position == example)
+        drawn[position] = f"{space}{mark}{_escaped(word)}</mark>"
+    return drawn
+
+
+def example_text(example: Mapping[str, Any], strongest: float) -> str:
+    """Draws an example's text; tokens far from its own are hidden until a reader asks for more."""
+    at = example["example"]
+    drawn = _drawn(example["tokens"], example["values"], strongest, at)
+    begin, end = max(0, at - _NEAR_BEFORE), min(len(drawn), at + _NEAR_AFTER + 1)
+    text = "".join(drawn[begin:end])
+    if begin:
+        text = f'<span class="far">{"".join(drawn[:begin])}</span>{text}'
+    if end < len(drawn):
+        text = f'{text}<span class="far">{"".join(drawn[end:])}</span>'
+    return text
+
+
+def by_part(found: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
+    """Returns the examples of each part that has any, in the order in which they are shown."""
+    parts = [(part, [example for example in found if example["part"] == part]) for part in _PARTS]
+    return [(part, some) for part, some in parts if some]
+
+
+def examples(found: Iterable[Mapping[str, Any]], strongest: float, more: bool) -> Markup:
+    """Draws examples, as the view of a neuron has them, as items of a list; `more`: with a button each."""
+    drawn = []
+    for example in found:
+        at, document = example["at"], write_as("count", example["document"])
+        drawn.append(
+            f'<li class="example" data-at="{at}">\n<div class="strength">'
+            f"<b>{_number(example['activation'])}</b>{bar(example['activation'] / strongest)}"
+            f'<small title="Number of the document in the store">doc {document}</small></div>\n'
+            f'<p class="text">{example_text(example, strongest)}</p>\n'
+        )
+        if more:
+            drawn.append(
+                '<button type="button" class="more" data-more aria-label="Show more context of the example '
+                f'in document {example["document"]} at token {at}" title="Show more context">more</button>'
+            )
+        drawn.append("</li>\n")
+    return Markup("".join(drawn))
+
+
+def chips(tokens: Iterable[str]) -> Markup:
+    """Draws tokens by themselves, in a row."""
+    return Markup(" ".join(map(_chip, tokens)))
+
+
+def shares(items: Iterable[Mapping[str, Any]]) -> Markup:
+    """Draws input tokens and their shares as items of a list."""
+    return Markup("".join(_weighed(i["token"], i["share"], write_as("share", i["share"])) for i in items))
+
+
+def effects(items: Sequence[Mapping[str, Any]], kind: str) -> Markup:
+    """Draws output tokens and the effects on them as items of a list; the largest has the longest bar."""
+    largest = max((abs(item["effect"]) for item in items), default=0) or 1
+    return Markup(
+        "".join(
+            _weighed(item["token"], abs(item["effect"]) / largest, write_as("effect", item["effect"]), kind)
+            + "\n"
+            for item in items
+        )
+    )
+
+
+def similar(items: Iterable[Mapping[str, Any]], link: Link) -> Markup:
+    """Draws other neurons as items of a list, each with its label or its strongest tokens."""
+    drawn = []
+    for item in items:
+        tokens = "" if item["label"] else chips(item["input_tokens"])
+        drawn.append(
+            f"<li>{name(item['layer'], item['neuron'], item['label'], link)}"
+            f'<span class="tokens">{tokens}</span>'
+            f'<span class="number" title="cosine similarity">{_number(item["similarity"])}</span></li>'
+        )
+    return Markup("".join(drawn))
+
+
+def name(layer: int, neuron: int, label: str, link: Link) -> Markup:
+    """Draws a neuron's number and label, as a link if it has a page."""
+    inside = f"<b>{layer}:{neuron}</b>"
+    if label:
+        inside += f' <span class="label">{_escaped(label)}</span>'
+    if address := link(layer, neuron):
+        return Markup(f'<a class="neuron-name" href="{_escaped(address)}">{inside}</a>')
+    return Markup(f'<span class="neuron-name">{inside}</span>')
+
+
+def found(pieces: Iterable[Mapping[str, Any]], key: str) -> Markup:
+    """Draws pieces of text, and marks those whose `key` is true."""
+    drawn = (
+        f'<mark class="found">{escape(one["text"])}</mark>' if one[key] else escape(one["text"])
+        for one in pieces
+    )
+    return Markup("".join(drawn))
+
+
+def bar(share: float, kind: str = "") -> Markup:
+    """Draws a bar beside a number, from 0 to 1."""
+    width = 60 * min(max(share, 0), 1)
+    return Markup(
+        f'<svg class="share {kind}" viewBox="0 0 60 8" aria-hidden="true"><path class="track" '
+        f'd="M0 0h60v8h-60z"/><path class="fill" d="M0 0h{width:.0f}v8h-{width:.0f}z"/></svg>'
+    )
+
+
+def _weighed(token: str, share: float, written: str, kind: str = "") -> str:
+    return f'<li>{_chip(token)}{bar(share, kind)}<span class="number">{written}</span></li>'
+
+
+@functools.lru_cache(_REMEMBERED)
+def _mark(value: float, strongest: float, example: bool) -> str:
+    shade = level(value, strongest) or "p0"
+    return f'<mark class="{shade}{" here" if example else ""}" data-v="{_number(value)}">'
+
+
+@functools.lru_cache(_REMEMBERED)
+def _word(token: str) -> tuple[str, str]:
+    """Returns the space before a word, which is not shaded as lines break there, and the word."""
+    word = token.lstrip(" ") or token or UNFINISHED
+    return token[: max(0, len(token) - len(word))], word
+
+
+@functools.lru_cache(_REMEMBERED)
+def _chip(token: str) -> str:
+    return f'<span class="chip">{_escaped(chip(token))}</span>'
+
+
+@functools.lru_cache(_REMEMBERED)
+def _escaped(text: str) -> str:
+    return str(escape(text))

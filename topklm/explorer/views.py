@@ -1,0 +1,297 @@
+"""The data of each page but the overview as plain values, for templates and for the JSON API."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+from topklm.errors import UserError
+from topklm.explorer.index import Index
+from topklm.explorer.live_model import LiveModel
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, StoreWindow, shown
+from topklm.neurons.search import rank
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.activity import RANGE_PARTS
+
+EXAMPLE_TOKENS = 128
+MOST_CONTEXT = 1024  # tokens that can be asked for around one
+SEARCH_KINDS = ("words", "regex")
+MOST_FOUND = 50
+MOST_PASSAGES = 20
+REGEX_SECONDS = 10.0
+
+LabelOf = Mapping[tuple[int, int], str]
+
+
+def neuron(
+    source: NeuronData,
+    layer: int,
+    neuron: int,
+    example_tokens: int = EXAMPLE_TOKENS,
+    labels: LabelOf | None = None,
+) -> dict[str, Any]:
+    """Returns all that the page of a neuron shows, with examples of at most `example_tokens` tokens.
+
+    Labels are those of `source.named()`, which is called where they are not given.
+
+    Raises:
+        UserError: If there is no such neuron.
+    """
+    number = source.number(layer, neuron)
+    row, measured = source.row(number), source.measured
+    labels = source.named() if labels is None else labels
+    counts = row["histogram"] or []
+    before, after = (source.place((number + step) % source.n_neurons) for step in (-1, 1))
+    return {
+        **{name: getattr(measured, name) for name in ("run", "step", "kind", "dictionary")},
+        "layer": layer,
+        "neuron": neuron,
+        "label": labels.get((layer, neuron), ""),
+        "dead": not row["n_active"],
+        "n_tokens": measured.n_tokens,
+        "figures": {name: row[name] for name in catalog.numbers()},
+        "effective_tokens": _exp(row["token_entropy_corrected"]),
+        "effective_clusters": _exp(row["semantic_entropy_corrected"]),
+        "histogram": {
+            "width": (row["max_activation"] or 0) / len(counts) if counts else None,
+            "counts": counts,
+        },
+        "input_tokens": _input_tokens(source, row),
+        "output_tokens": {
+            lens: {
+                end: _weighed(source, row[f"{lens}_{end}"], "effect", row[f"{lens}_{end}_effects"])
+                for end in ("top", "bottom")
+            }
+            for lens in ("identity", "jacobian")
+        },
+        "similar": {
+            kind: [
+                {
+                    "layer": layer,
+                    "neuron": other,
+                    "label": labels.get((layer, other), ""),
+                    "input_tokens": _strongest_tokens(source, layer, other),
+                    "similarity": similarity,
+                }
+                for other, similarity in zip(row[name] or (), row[f"{name}_similarity"] or (), strict=True)
+            ]
+            for kind, name in (("coactive", "coactive"), ("effect", "similar_effect"))
+        },
+        "examples": _examples(source, layer, neuron, row, example_tokens),
+        "previous": {"layer": before[0], "neuron": before[1]},
+        "next": {"layer": after[0], "neuron": after[1]},
+        **{name: getattr(measured, name) for name in ("embedding", "n_clusters", "source")},
+    }
+
+
+def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
+    """Returns `size` tokens around one of the store, with activations; raises NotThereError without it."""
+    window = source.window(at, max(1, min(size, MOST_CONTEXT)))
+    return _activations(source, layer, neuron, [window], [at])[0]
+
+
+def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
+    """Returns the neuron on a text of one's own.
+
+    Raises:
+        UserError: If there is no such neuron, or the text is empty or too long.
+    """
+    source.number(layer, neuron)
+    ids = reader.ids(text)
+    values = reader.activations(ids, layer, neuron).tolist()
+    return {"layer": layer, "neuron": neuron, "tokens": source.running_texts(ids), "values": values}
+
+
+def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
+    """Returns a neuron as a line of a table: its figures, label and strongest input tokens."""
+    layer, neuron = source.place(number)
+    row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
+    return {
+        "layer": layer,
+        "neuron": neuron,
+        "label": labels.get((layer, neuron), ""),
+        "dead": not row["n_active"],
+        "figures": {name: row[name] for name in catalog.numbers()},
+        "input_tokens": _input_tokens(source, row)[:5],
+    }
+
+
+def part_titles() -> list[str]:
+    """Returns the titles of the parts of the examples: the strongest, then rising parts of the range."""
+    step = 100 // RANGE_PARTS
+    parts = [f"{step * n}\N{EN DASH}{step * (n + 1)}\N{NO-BREAK SPACE}%" for n in range(RANGE_PARTS)]
+    return ["Strongest", *parts]
+
+
+def words(source: NeuronData, index: Index, text: str) -> dict[str, Any]:
+    """Returns labels, neurons and passages in which words are found; raises UserError without words."""
+    if not text.strip():
+        raise UserError("search is empty: type a few words")
+    labels = source.named()
+    wanted = text.casefold().split()
+    found = [at for at, label in labels.items() if all(word in label.casefold() for word in wanted)]
+    return {
+        "kind": "words",
+        "text": text,
+        "labelled": [summary(source, source.number(*at), labels) for at in found[:MOST_FOUND]],
+        "neurons": [summary(source, number, labels) for number in index.active_at(text, MOST_FOUND)],
+        "passages": [
+            {
+                "begin": passage.begin,
+                "document": passage.document,
+                "pieces": [{"text": shown(piece), "matched": matched} for piece, matched in passage.pieces],
+                "text": source.plain_text(passage.begin, passage.begin + 64),
+            }
+            for passage in index.passages(text, MOST_PASSAGES)
+        ],
+    }
+
+
+def regex(
+    source: NeuronData, pattern: str, ignore_case: bool = True, only_ends: bool = False
+) -> dict[str, Any]:
+    """Returns neurons by how well they tell the tokens of matches from others, see `topklm.neurons.search`.
+
+    With `only_ends`, of a match only the last token counts, where a neuron can first know of it.
+
+    Raises:
+        UserError: For a pattern that is none, or takes longer than `REGEX_SECONDS`.
+    """
+    found = source.stored_text.matches(pattern, ignore_case=ignore_case, timeout_s=REGEX_SECONDS)
+    matched = found.ends if only_ends else found.touched
+    labels = source.named()
+    return {
+        "kind": "regex",
+        "text": pattern,
+        "n_matches": found.count,
+        "n_matched": int(matched.sum()),
+        "n_tokens": len(matched),
+        "neurons": [
+            summary(source, source.number(ranked.layer, ranked.neuron), labels) | dataclasses.asdict(ranked)
+            for ranked in rank(source.store, matched, MOST_FOUND)
+        ],
+    }
+
+
+def labelled(source: NeuronData) -> list[dict[str, Any]]:
+    """Returns all neurons that have a label."""
+    labels = source.named()
+    return [summary(source, source.number(*at), labels) for at in labels]
+
+
+def prompt(source: NeuronData, reader: LiveModel, text: str) -> dict[str, Any]:
+    """Returns the active neurons of each token of a text, the strongest first.
+
+    Raises:
+        UserError: If the text is empty or too long.
+    """
+    ids, labels, layers = reader.ids(text), source.named(), source.measured.layers
+    indices, values = (array.tolist() for array in reader.active(ids))
+    tokens = [
+        {
+            "token": token,
+            "id": token_id,
+            "layers": [
+                {
+                    "layer": layer,
+                    "neurons": [
+                        {"neuron": neuron, "activation": value}
+                        for neuron, value in zip(indices[place][at], values[place][at], strict=True)
+                        if value
+                    ],
+                }
+                for place, layer in enumerate(layers)
+            ],
+        }
+        for at, (token, token_id) in enumerate(zip(source.running_texts(ids), ids.tolist(), strict=True))
+    ]
+    seen = {place for token in tokens for place in _active_places(token)}
+    return {
+        "text": text,
+        "layers": list(layers),
+        "tokens": tokens,
+        "labels": [
+            {"layer": layer, "neuron": neuron, "label": labels[layer, neuron]}
+            for layer, neuron in sorted(seen & labels.keys())
+        ],
+    }
+
+
+def prompt_page(source: NeuronData, data: Mapping[str, Any], chosen: int | None) -> dict[str, Any]:
+    """Returns what the page shows besides the data of `prompt`, of all tokens or the chosen one.
+
+    Returns:
+        `named`: the labels of neurons by layer and number. `highest`: the largest activation of each layer,
+        leaving out the first token, whose activations are far from all others in most models. `usual`: the
+        tokens that the chosen token's active neurons are most active at.
+    """
+    highest = dict.fromkeys(data["layers"], 1e-9)
+    for token in data["tokens"][1:] or data["tokens"]:
+        for layer in token["layers"]:
+            sizes = (abs(neuron["activation"]) for neuron in layer["neurons"])
+            highest[layer["layer"]] = max(highest[layer["layer"]], *sizes, 0)
+    places = [] if chosen is None else _active_places(data["tokens"][chosen])
+    return {
+        "named": {(item["layer"], item["neuron"]): item["label"] for item in data["labels"]},
+        "highest": highest,
+        "usual": {place: _strongest_tokens(source, *place) for place in places},
+    }
+
+
+def _active_places(token: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return [(layer["layer"], item["neuron"]) for layer in token["layers"] for item in layer["neurons"]]
+
+
+def _exp(entropy: float | None) -> float | None:
+    """Returns how many equally likely things have this entropy."""
+    return None if entropy is None else math.exp(entropy)
+
+
+def _weighed(
+    source: NeuronData, ids: Iterable[int] | None, name: str, weights: Iterable[float] | None
+) -> list[dict[str, Any]]:
+    found = list(zip(ids or (), weights or (), strict=True))[:LISTED_TOKENS]
+    texts = source.texts([token for token, _ in found])
+    return [
+        {"id": token, "token": text, name: weight} for (token, weight), text in zip(found, texts, strict=True)
+    ]
+
+
+def _input_tokens(source: NeuronData, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return _weighed(source, row["top_tokens"], "share", row["top_token_shares"])
+
+
+def _strongest_tokens(source: NeuronData, layer: int, neuron: int) -> list[str]:
+    row = source.row(source.number(layer, neuron), ["top_tokens"])
+    return source.texts((row["top_tokens"] or [])[:3])
+
+
+def _examples(
+    source: NeuronData, layer: int, neuron: int, row: Mapping[str, Any], size: int
+) -> list[dict[str, Any]]:
+    names = ("examples", "example_activations", "example_parts")
+    positions, strengths, parts = (row[name] or [] for name in names)
+    found = _activations(source, layer, neuron, source.windows(positions, size), positions)
+    return [
+        {"part": part, "activation": activation, **shown}
+        for part, activation, shown in zip(parts, strengths, found, strict=True)
+    ]
+
+
+def _activations(
+    source: NeuronData, layer: int, neuron: int, windows: Sequence[StoreWindow], positions: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Returns the neuron in each window, and which of its tokens it is about."""
+    bounds = [(window.begin, window.begin + len(window.ids)) for window in windows]
+    values = source.activations(layer, neuron, bounds)
+    return [
+        {
+            "at": at,
+            "document": window.document,
+            "begin": window.begin,
+            "example": at - window.begin,
+            "tokens": source.running_texts(window.ids),
+            "values": of_neuron.tolist(),
+        }
+        for window, at, of_neuron in zip(windows, positions, values, strict=True)
+    ]
