@@ -187,7 +187,7 @@ def _survey_layer(
         for kind in map(KINDS.index, PROMPTED):
             effects = treat(prompt, concepts.tokens[:, kind])
             prompted.append((effects.gains[rows, rows, kind], effects.divergences))
-    measured = MeasuredLayer(*map(np.stack, zip(*steered, strict=True)), others_at)
+    measured = MeasuredLayer(*[*map(np.stack, zip(*steered, strict=True)), others_at])
     verdicts = significance.judge(measured, settings.bound)
     gains, divergences = (np.stack(figures, axis=1) for figures in zip(*prompted, strict=True))
     return Layer(concepts, n_alive, norm, measured, verdicts, gains, divergences)
