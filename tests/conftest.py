@@ -48,6 +48,11 @@ def pytest_configure(config):
         config.pluginmanager.register(DurationsRecorder(config.rootpath))
 
 
+def pytest_xdist_auto_num_workers():
+    """Starts one worker more than there are cores with `-n auto`: tests of processes wait for them."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 class DurationsRecorder:
     """Sums up what the tests of each file took; files that did not run keep what they had."""
 

@@ -94,6 +94,7 @@ def test_a_run_does_not_end_because_nobody_can_read_its_output(
     assert max(checkpoint_steps(run)) == STEPS + 2
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_stops_a_run_which_saves(trainer, finished_run, tmp_path):
     run, settings = tmp_path / "run", {"data.dir": finished_run.parent / "datasets"}
     process = trainer.start_python("-c", TERMINAL_CLOSES, *trainer.arguments(run, settings))

@@ -47,6 +47,7 @@ def test_a_plain_file_holds_the_bytes_of_the_state(tmp_path):
     assert (tmp_path / "plain").stat().st_size == checkpoint.n_bytes(saved.state)
 
 
+@pytest.mark.slow
 def test_the_ways_to_load_read_the_same_files(tmp_path):
     n_bytes = checkpoint.write_run(tmp_path, CONFIG)
     ways = checkpoint.ways_to_load(tmp_path, 1)

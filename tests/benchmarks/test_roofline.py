@@ -60,6 +60,7 @@ def test_the_floor_is_what_takes_longer():
     assert roofline.step_seconds(parts, rates) == 3
 
 
+@pytest.mark.slow
 def test_rates_of_this_machine_are_measured():
     rates = roofline.measure_rates("float32", repeats=1)
     assert rates.flops_per_second > 1e8 and rates.bytes_per_second > 1e8

@@ -62,6 +62,7 @@ def test_step_explains_where_its_time_goes(tmp_path, capsys):
     assert "of the step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_topk_measures_every_backend_beside_a_copy(tmp_path):
     found = measured(tmp_path, "topk", "--sizes=16:4", "--rows=256", "--dtype=float32")
     operations = {row["facts"]["operation"] for row in found["results"]}

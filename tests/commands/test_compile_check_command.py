@@ -45,6 +45,7 @@ def bytes_by_kind(report, axis):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_step_is_compiled_for_a_tpu_slice_without_one():
     # Splash attention would compute the scores once more for each of its two gradients.
     done = run("--topology=v5e:2x4", "--json", model__attention="blocked")

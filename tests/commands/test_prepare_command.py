@@ -141,6 +141,7 @@ def test_two_at_once_do_not_disturb_each_other(text, tmp_path):
         first.kill()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it_in_one_line_and_space_lets_it_continue(text, undisturbed, tmp_path):
     arguments = (text, "--out", tmp_path / "out", "--tokenizer", "train:600", "--shard-tokens", "300000")
 

@@ -292,6 +292,7 @@ def test_a_process_that_holds_the_interpreter_for_long_is_not_given_up(start):
     assert [process.errors for process in job.processes.values()] == ["", ""]
 
 
+@pytest.mark.slow
 def test_a_process_that_never_starts_is_named(start):
     job = start(3, "pass", started=[0, 2], timeouts=(10, PEER_TIMEOUT_SECONDS))
     assert job.finish() == [75, 75]

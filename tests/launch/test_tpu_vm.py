@@ -336,6 +336,7 @@ def test_babysit_starts_again_what_is_not_finished(tpu_vm, stage, first):
     assert len(stage.gcloud_calls("queued-resources create")) == 1
 
 
+@pytest.mark.slow
 def test_babysit_gives_up_when_nothing_moves(tpu_vm, stage):
     stage.set(trainer=["step 5 ;; exit 75", "step 6 ;; exit 75", "step 6 ;; exit 75"])
     process = tpu_vm("babysit", "pod", *CREATE, "--max-failures=2", "--", *FLAGS)
@@ -381,12 +382,14 @@ def test_babysit_survives_a_cloud_that_does_not_answer_for_a_while(tpu_vm, stage
     assert len(stage.gcloud_calls("queued-resources create")) == 1
 
 
+@pytest.mark.slow
 def test_babysit_ends_workers_that_outlive_the_others(tpu_vm, stage):
     stage.set(trainer=[{"0": "exit 1", "others": "train"}, "finish"])
     output = tpu_vm.good("babysit", "pod", *CREATE, "--", *FLAGS)
     assert "some workers ended and others did not" in output
 
 
+@pytest.mark.slow
 def test_babysit_says_when_the_first_request_is_refused_and_repeats_a_later_one(tpu_vm, stage):
     stage.set(creates=["PERMISSION_DENIED"])
     assert tpu_vm("babysit", "pod", *CREATE, "--", *FLAGS).exit_code == 1

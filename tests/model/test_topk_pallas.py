@@ -123,6 +123,7 @@ def test_the_kernel_gives_the_bits_of_a_stable_sort_and_of_the_lax_backend(platf
 @pytest.mark.parametrize(
     ("platform", "dtype"), named([("gpu", F32)]) + named([("gpu", BF16), ("tpu", F32)], slow=True)
 )
+@pytest.mark.slow
 def test_residual_topk_and_norm_in_one_are_the_three_one_after_the_other(platform, dtype):
     rng = np.random.default_rng(2)
     x, residual = (rng.normal(size=(5, 200)).astype(dtype) for _ in range(2))

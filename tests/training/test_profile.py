@@ -104,6 +104,7 @@ def test_a_range_counts_like_numpy():
     assert not resolve({}).profiled_steps
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_trace_into_the_run_folder(trainer, tmp_path):
     run = trainer.train(tmp_path / "run", {"profile": "2:4", "train.steps": 5})
     assert run.exit_code == 0, run.errors

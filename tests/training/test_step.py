@@ -331,11 +331,15 @@ def test_a_step_leaves_every_array_where_the_rules_put_it(eight_devices, mesh):
     assert eight_devices[mesh]["misplaced"] == []
 
 
-def test_fsdp_holds_one_eighth_of_every_block_matrix_and_of_its_moments_on_each_device(eight_devices):
-    shares = eight_devices["1x8"]["share_on_a_device"]
-    matrices = {name: share for name, share in shares.items() if ".blocks." in name and "kernel" in name}
-    assert len(matrices) == 7 * 3
-    assert set(matrices.values()) == {1 / 8}
+@pytest.mark.parametrize(
+    ("mesh", "share"),
+    [("2x2x2", 1 / 4), pytest.param("1x8", 1 / 8, marks=pytest.mark.slow)],  # fsdp 2 and tensor 2; fsdp 8
+)
+def test_a_device_holds_its_share_of_every_block_matrix_and_of_its_moments(eight_devices, mesh, share):
+    shares = eight_devices[mesh]["share_on_a_device"]
+    of_matrices = [held for name, held in shares.items() if ".blocks." in name and "kernel" in name]
+    assert len(of_matrices) == 7 * 3
+    assert set(of_matrices) == {share}
 
 
 @pytest.mark.slow

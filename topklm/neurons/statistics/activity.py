@@ -34,7 +34,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 
 from topklm.errors import UserError
 from topklm.neurons.store import NeuronBlock, Store
@@ -260,6 +259,8 @@ def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
 
     Of one shape, so that one program does for all.
     """
+    import scipy.sparse  # noqa: PLC0415  (of the extra, and half a second)
+
     d_model = store.metadata.d_model
     first = store.metadata.layers.index(layer) * d_model
     stretches = sample(store.n_tokens)
