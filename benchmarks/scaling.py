@@ -209,7 +209,7 @@ def _share(n: int) -> float:
 def _matrices(config: Config) -> tuple[int, int]:
     """Counts the parameters of all blocks, and of embedding and unembedding, without norms."""
     m = config.model
-    attention = 2 * m.d_model * m.head_dim * (m.n_heads + m.n_kv_heads)
+    attention = 2 * m.d_model * m.head_width * (m.n_heads + m.n_kv_heads)
     return m.n_layers * (attention + 3 * m.d_model * m.d_mlp), 2 * m.padded_vocab_size * m.d_model
 
 

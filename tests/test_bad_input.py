@@ -68,6 +68,7 @@ def refusal(capsys, monkeypatch):
         ("--config.model.n_nontopk=3", ["model.n_nontopk = 3", "from 1 to model.n_layers (2"]),
         ("--config.model.n_heads=3", ["model.n_heads = 3", "divisor of model.d_model (32)"]),
         ("--config.model.n_heads=32", ["model.n_heads = 32", "is even"]),
+        ("--config.model.head_dim=3", ["model.head_dim = 3", "even"]),
         ("--config.model.n_kv_heads=3", ["model.n_kv_heads = 3", "divisor of model.n_heads (2)"]),
         ("--config.model.topk_activation=gelu", ["model.topk_activation = 'gelu'", "relu, identity, abs"]),
         ("--config.train.grad_accumulation=3", ["train.batch_size = 4", "train.grad_accumulation (3)"]),

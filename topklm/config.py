@@ -88,7 +88,10 @@ class ModelConfig:
 
     d_model: int = _setting(256, "D, width of the residual stream = neurons of a TopK layer")
     n_layers: int = _setting(4, "L, transformer blocks")
-    n_heads: int = _setting(4, "H, query heads; d_model / n_heads, the head width, is even (RoPE)")
+    n_heads: int = _setting(4, "H, query heads", allowed="divides d_model, unless head_dim is given")
+    head_dim: int = _setting(
+        0, "width of a head, even (RoPE); 0: d_model / n_heads", Range.from_least(0, _MAX_SIZE)
+    )
     n_kv_heads: int = _setting(4, "K, key and value heads", _SIZE, allowed="divides n_heads")
     d_mlp: int = _setting(688, "F, hidden width of the SwiGLU")
     vocab_size: int = _setting(
@@ -143,9 +146,9 @@ class ModelConfig:
     )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.d_model // self.n_heads
+    def head_width(self) -> int:
+        """Width of one attention head, with the default filled in."""
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -533,9 +536,11 @@ def _check_ranges(config: Config) -> None:
             require(field, range_.most is None or value <= range_.most, f"at most {range_.most}")
             require(field, range_.holds(value), range_.allowed)
     m, train = config.model, config.train
-    require("model.n_heads", m.d_model % m.n_heads == 0, f"a divisor of model.d_model ({m.d_model})")
-    even = f"such that the head width d_model / n_heads (now {m.head_dim}) is even, for RoPE"
-    require("model.n_heads", m.head_dim % 2 == 0, even)
+    divisor = f"a divisor of model.d_model ({m.d_model}), or model.head_dim must be given"
+    require("model.n_heads", m.head_dim > 0 or m.d_model % m.n_heads == 0, divisor)
+    require("model.head_dim", m.head_dim % 2 == 0, "even, for RoPE")
+    even = f"such that the head width d_model / n_heads (now {m.head_width}) is even, for RoPE"
+    require("model.n_heads", m.head_width % 2 == 0, even)
     require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
     layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"

@@ -93,7 +93,7 @@ def parts_of_step(config: Config) -> tuple[Part, ...]:
     tokens = config.train.batch_size * model.context_length
     item = ITEM_BYTES[model.dtype]
     stream = tokens * model.d_model * item
-    heads, kv_heads = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    heads, kv_heads = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
     attention_weights = model.d_model * (2 * heads + 2 * kv_heads)
     mlp_weights = 3 * model.d_model * model.d_mlp
     pairs = config.train.batch_size * model.context_length * (model.context_length + 1) / 2

@@ -44,7 +44,7 @@ def build(
         masks: bool[S, B, T, D], which entries the TopK layers keep; None for the k largest.
     """
     kind = "Qwen3" if config.qk_norm else "Llama"
-    more: dict[str, Any] = {"head_dim": config.head_dim} if config.qk_norm else {"mlp_bias": False}
+    more: dict[str, Any] = {} if config.qk_norm else {"mlp_bias": False}
     model = getattr(transformers, f"{kind}ForCausalLM")(
         getattr(transformers, f"{kind}Config")(
             vocab_size=config.vocab_size,
@@ -53,6 +53,7 @@ def build(
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads,
+            head_dim=config.head_width,
             rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tie_embeddings,

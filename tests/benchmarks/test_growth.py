@@ -31,7 +31,7 @@ def test_only_what_belongs_to_an_axis_differs_from_the_centre():
         old, new = (dataclasses.asdict(c.model) | dataclasses.asdict(c.train) for c in (CENTRE, config))
         differing = {name for name in old if old[name] != new[name]}
         assert differing <= allowed[axes[0]]
-        assert config.model.head_dim == growth.HEAD_DIM
+        assert config.model.head_width == growth.HEAD_DIM
 
 
 def test_the_work_is_that_of_loops_over_the_products_and_arrays():

@@ -19,7 +19,7 @@ GROUPED = with_model(S1, n_kv_heads=2, dtype="bfloat16", tie_embeddings=True)
 def test_products_are_those_of_the_usual_formula_with_half_of_the_scores(config):
     model = config.model
     tokens = config.train.batch_size * model.context_length
-    square = 12 * model.n_layers * model.n_heads * model.head_dim * model.context_length
+    square = 12 * model.n_layers * model.n_heads * model.head_width * model.context_length
     triangle = square * (model.context_length + 1) / (2 * model.context_length)
     want = tokens * (throughput.flops_per_token(model) - square + triangle)
     assert sum(part.flops for part in roofline.parts_of_step(config)) == pytest.approx(want, rel=1e-12)

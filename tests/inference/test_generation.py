@@ -36,7 +36,7 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"layer_stack": "unrolled", "qk_norm": True}, marks=pytest.mark.slow),
+        pytest.param({"layer_stack": "unrolled", "qk_norm": True, "head_dim": 6}, marks=pytest.mark.slow),
         {"layer_stack": "scanned"},
         pytest.param({"layer_stack": "unrolled", "n_nontopk": 2}, marks=pytest.mark.slow),
     ],

@@ -36,6 +36,7 @@ VARIANTS = {
     "base": {"n_nontopk": 3},
     "base-grouped-queries-tied": {"n_nontopk": 3, "n_kv_heads": 1, **TIED},
     "topk-qk-norm-grouped-queries": {"qk_norm": True, "n_kv_heads": 2},
+    "topk-narrow-heads": {"d_model": 36, "n_heads": 2, "n_kv_heads": 1, "head_dim": 10},
 }
 
 

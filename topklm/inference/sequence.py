@@ -217,7 +217,7 @@ Buckets = BatchBuckets | ServingBuckets
 
 def default_slots(config: ModelConfig) -> int:
     """Returns the most slots of a batch if nobody says how many."""
-    numbers = 2 * config.n_layers * config.context_length * config.n_kv_heads * config.head_dim
+    numbers = 2 * config.n_layers * config.context_length * config.n_kv_heads * config.head_width
     fitting = _CACHE_BYTES // (numbers * jnp.dtype(config.dtype).itemsize)
     return min(_MOST_SLOTS, _power_of_two(max(1, fitting)))
 

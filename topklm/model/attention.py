@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     """Llama-style attention: no biases, rotary positions, `n_kv_heads` shared by groups of query heads."""
 
     def __init__(self, config: ModelConfig, *, out_std: float, rngs: nnx.Rngs):
-        d, width = config.d_model, config.head_dim
+        d, width = config.d_model, config.head_width
         self.query = Linear(d, config.n_heads * width, std=d**-0.5, rngs=rngs)
         self.key = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
         self.value = Linear(d, config.n_kv_heads * width, std=d**-0.5, rngs=rngs)
@@ -280,7 +280,7 @@ def cudnn(
 
 def cudnn_limits(config: ModelConfig) -> str:
     """Returns what a model needs for `cudnn` and does not have, or ""."""
-    width = config.head_dim
+    width = config.head_width
     fits = width % 8 == 0 and width <= _CUDNN_MAX_HEAD_DIM
     if fits and config.dtype == "bfloat16" and config.context_length % 2 == 0:
         return ""

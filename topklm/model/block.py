@@ -48,7 +48,8 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         write_scale = config.init_residual_scale * (2 * config.n_layers) ** -0.5
         self.attention_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
-        self.attention = Attention(config, out_std=write_scale * config.d_model**-0.5, rngs=rngs)
+        heads_width = config.n_heads * config.head_width
+        self.attention = Attention(config, out_std=write_scale * heads_width**-0.5, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs)
 

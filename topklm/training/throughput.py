@@ -177,8 +177,8 @@ def flops_per_token(config: ModelConfig) -> float:
     the width of all heads together. TopK, padding of the vocabulary and recomputation count as nothing, so
     MFU is never flattered.
     """
-    d, heads = config.d_model, config.n_heads * config.head_dim
-    attention = d * heads * 2 + d * config.n_kv_heads * config.head_dim * 2
+    d, heads = config.d_model, config.n_heads * config.head_width
+    attention = d * heads * 2 + d * config.n_kv_heads * config.head_width * 2
     n = config.n_layers * (attention + 3 * d * config.d_mlp) + d * config.vocab_size
     return 6.0 * n + 12.0 * config.n_layers * heads * config.context_length
 

@@ -118,7 +118,7 @@ def _norm(config, parameters, x):
 
 
 def _attention(config, parameters, x):
-    length, width = len(x), config.head_dim
+    length, width = len(x), config.head_width
     q, k, v = (
         (x @ parameters[name]["kernel"]).reshape(length, -1, width) for name in ("query", "key", "value")
     )
@@ -133,7 +133,7 @@ def _attention(config, parameters, x):
 
 
 def _rotated(config, x):
-    half = config.head_dim // 2
+    half = config.head_width // 2
     angles = np.arange(len(x))[:, None] * config.rope_theta ** (-np.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
     return np.concatenate([turned.real, turned.imag], axis=-1)
