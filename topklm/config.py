@@ -22,6 +22,7 @@ from topklm.model import backends
 from topklm.storage.files import check_name
 
 TOPK_ACTIVATIONS = ("relu", "identity", "abs")
+TOKEN_INPUTS = ("first", "every")
 DTYPES = ("float32", "bfloat16")
 
 # The largest values of integers: XLA counts with 32 bits, `jax.random` seeds with 64. A table of 2^24 tokens
@@ -119,6 +120,12 @@ class ModelConfig:
     )
     topk_backend: str = _setting(
         "auto", "implementation of TopK; all give the same bits except approx", choices=backends.TOPK.names
+    )
+    token_input: str = _setting(
+        "first",
+        "layers that read the token's embedding: first (the residual stream carries it on), every (TopK "
+        "layers read it beside the stream, which does not carry it: neurons need not repeat the token)",
+        choices=TOKEN_INPUTS,
     )
     qk_norm: bool = _setting(False, "RMSNorm of each head's queries and keys before RoPE, as in Qwen3")
     attention: str = _setting(

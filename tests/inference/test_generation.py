@@ -38,6 +38,8 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
     [
         pytest.param({"layer_stack": "unrolled", "qk_norm": True, "head_dim": 6}, marks=pytest.mark.slow),
         {"layer_stack": "scanned"},
+        {"layer_stack": "unrolled", "token_input": "every"},
+        pytest.param({"layer_stack": "scanned", "token_input": "every"}, marks=pytest.mark.slow),
         pytest.param({"layer_stack": "unrolled", "n_nontopk": 2}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -12,6 +12,7 @@ import pytest
 from topklm.config import ModelConfig
 from topklm.layout import scans_layers
 from topklm.model import transformer
+from topklm.model.attention import rotation_angles
 from topklm.model.block import LayerHooks
 from topklm.parallel import ALONE
 
@@ -291,3 +292,34 @@ def test_an_edit_replaces_what_a_layer_hands_on(params, layer_stack, n_nontopk):
     untouched, _ = run(tokens, jnp.zeros(3, bool))
     plain, _ = jax.jit(lambda tokens: transformer.bind(config, params).hidden(tokens))(tokens)
     np.testing.assert_allclose(untouched, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer_stack", ["scanned", "unrolled"])
+def test_a_token_that_every_layer_reads_is_no_part_of_what_topk_layers_carry(layer_stack):
+    config = variant(token_input="every", layer_stack=layer_stack, n_layers=4, n_nontopk=2)
+    params = create(config, 0)
+    entering, before_topk, leaving = layer_states(config, params)
+    block = jax.jit(
+        lambda params, layer, h, beside: transformer.bind(config, params).block(layer)(
+            h, rotation(config), jnp.ones_like(TOKENS), beside_BTD=beside
+        )
+    )
+    token = params["embed"]["embedding"][TOKENS]
+    for layer, (carried, beside) in enumerate(
+        [(0 * token, token), (leaving[0], token), (leaving[1] + token, 0 * token), (leaving[2], 0 * token)]
+    ):
+        expected = sum(block(params, layer, carried, beside))
+        np.testing.assert_allclose(before_topk[layer], expected, rtol=1e-5, atol=1e-5)
+    assert not entering[0].any()
+    assert ((leaving[:2] != 0).sum(axis=-1) <= config.topk_k).all()
+
+
+def rotation(config):
+    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
+    return rotation_angles(positions, config.head_width, config.rope_theta, jnp.dtype(config.dtype))
+
+
+def test_without_topk_layers_it_does_not_matter_which_layers_read_the_token():
+    first, every = (variant(n_nontopk=3, token_input=which) for which in ("first", "every"))
+    params = create(first, 0)
+    np.testing.assert_array_equal(final_hidden(first, params), final_hidden(every, params))

@@ -23,7 +23,8 @@ SETTINGS = SurveySettings(
     strengths=(0.5, 1.5), prompts=3, prompt_tokens=6, random_directions=5, neurons=6, bound=0.5, seed=2
 )
 PROGRESS = Progress(lambda line: None)
-CONFIG = configured(dtype="bfloat16")  # what is measured, in float32 all the same; its last layer has no TopK
+# Measured in float32 all the same; its last layer has no TopK.
+CONFIG = configured(dtype="bfloat16", token_input="every")
 
 
 def surveyed(store, config, parameters, settings=SETTINGS):

@@ -43,6 +43,7 @@ TOPK = Config(
         context_length=8,
         topk_k=4,
         qk_norm=True,
+        token_input="every",
         vocab_multiple=16,
     ),
     train=TrainConfig(batch_size=8, steps=20),

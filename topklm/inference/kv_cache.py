@@ -28,7 +28,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import LayerHooks, end_layer
+from topklm.model.block import LayerHooks, end_layer, enter_layer
 from topklm.model.cached_attention import (
     FusedWeights,
     KeysAndValues,
@@ -100,9 +100,12 @@ def prefill(
     h_BD = jnp.take_along_axis(h_BPD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(tokens_BP.shape[1]), tokens_BP.shape))
 
+    _, token_BPD = model.embedded(tokens_BP)
+
     # Attention has made them of the same states, but hands nothing on.
     def of_layer(number: int | jax.Array) -> KeysAndValues:
-        return keys_and_values(model.block(number), entering_LBPD[number], rotation)
+        carried, beside = enter_layer(entering_LBPD[number], token_BPD, *model.topk_around(number))
+        return keys_and_values(model.block(number), carried, rotation, beside)
 
     if _scans(model.config):
         return h_BD, jax.lax.map(of_layer, numbers)
@@ -183,14 +186,15 @@ def step(
 
         *parameters, query_key_value, gate_up = leaves
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
-        after_topk = few and 0 < layer <= config.n_topk_layers
+        after_topk = few and token_B1D is None and 0 < layer <= config.n_topk_layers
         entries = n_active if after_topk else None
+        h_B1D, beside_B1D = enter_layer(h_B1D, token_B1D, *model.topk_around(layer))
         a_B1D, written_B1D, with_own = decode_step(
-            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up)
+            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up), beside_B1D
         )
         return end_layer(config, a_B1D, written_B1D, sparse, hooks, layer, sum_first=True), with_own
 
-    h_B1D = model.embed(tokens_B[:, None], jnp.dtype(config.dtype))
+    h_B1D, token_B1D = model.embedded(tokens_B[:, None])
     if _scans(config):
         numbers = np.arange(config.n_layers)
         inputs = layers, cache, new, numbers, numbers < config.n_topk_layers

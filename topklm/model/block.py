@@ -4,6 +4,13 @@
     u  = a + MLP(Norm(a))
     h' = TopK_k(u), or u in the last n_nontopk layers
 
+With `token_input = "every"` the token's embedding e is not in h, and TopK layers read it beside h and a:
+
+    a  = h + Attention(Norm(h + e))        h = 0 in the first layer
+    u  = a + MLP(Norm(a + e))
+
+and the first dense layer begins with h + e. Without a TopK layer, both are the same Base LM.
+
 Training, prefill, decoding, the steering survey, ablation and the Jacobian all run layers through `Block` and
 `end_layer`. Dims: B batch, T tokens, D d_model.
 """
@@ -54,13 +61,21 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config.d_model, config.d_mlp, down_std=write_scale * config.d_mlp**-0.5, rngs=rngs)
 
     def __call__(
-        self, h_BTD: jax.Array, rotation: Rotation, segment_ids_BT: jax.Array, parallel: Parallel = ALONE
+        self,
+        h_BTD: jax.Array,
+        rotation: Rotation,
+        segment_ids_BT: jax.Array,
+        parallel: Parallel = ALONE,
+        beside_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up."""
-        x_BTD = parallel.gather_tokens(self.attention_norm(h_BTD))
-        return self.after_attention(
-            h_BTD, self.attention(x_BTD, rotation, segment_ids_BT, parallel), parallel
-        )
+        """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up; the inputs from `enter_layer`."""
+        x_BTD = parallel.gather_tokens(self.normed_input(h_BTD, beside_BTD))
+        mixed_BTD = self.attention(x_BTD, rotation, segment_ids_BT, parallel)
+        return self.after_attention(h_BTD, mixed_BTD, parallel, beside_BTD=beside_BTD)
+
+    def normed_input(self, h_BTD: jax.Array, beside_BTD: jax.Array | None = None) -> jax.Array:
+        """Returns the states that attention reads, [B, T, D]."""
+        return self.attention_norm(_sum(h_BTD, beside_BTD))
 
     def after_attention(
         self,
@@ -68,11 +83,42 @@ class Block(nnx.Module):
         mixed_BTD: jax.Array,
         parallel: Parallel = ALONE,
         gate_up: jax.Array | None = None,
+        beside_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Does the part of a call that follows attention, whose output is `mixed_BTD`."""
         a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
-        x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
+        x_BTD = parallel.gather_tokens(self.mlp_norm(_sum(a_BTD, beside_BTD)))
         return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
+
+
+def enter_layer(
+    h: jax.Array,
+    token: jax.Array | None,
+    ends_in_topk: bool | jax.Array | np.ndarray,
+    follows_topk: bool | jax.Array | np.ndarray,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Begins a layer of a model with `token_input = "every"`; of another, does nothing.
+
+    Args:
+        h: [..., D], the residual stream that enters the layer.
+        token: [..., D], the token's embedding (`Transformer.embedded`); None in models with "first".
+        ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
+            program runs.
+        follows_topk: Whether the layer before has one.
+
+    Returns:
+        The stream that the layer carries on, and the array that it reads beside it, None for none.
+    """
+    if token is None:
+        return h, None
+    if isinstance(ends_in_topk, bool):
+        return (h, token) if ends_in_topk else (h + jnp.where(follows_topk, token, 0), None)
+    ends_in_topk = jnp.asarray(ends_in_topk)
+    return h + jnp.where(follows_topk & ~ends_in_topk, token, 0), jnp.where(ends_in_topk, token, 0)
+
+
+def _sum(x: jax.Array, beside: jax.Array | None) -> jax.Array:
+    return x if beside is None else x + beside
 
 
 def end_layer(

@@ -37,9 +37,11 @@ class FusedWeights(NamedTuple):
     gate_up: jax.Array  # [D, 2 F]
 
 
-def keys_and_values(block: Block, h_BTD: jax.Array, rotation: Rotation) -> KeysAndValues:
+def keys_and_values(
+    block: Block, h_BTD: jax.Array, rotation: Rotation, beside_BTD: jax.Array | None = None
+) -> KeysAndValues:
     """Computes the KV cache of residual states [B, T, D] that enter a block, given their rotation."""
-    _, keys, values = block.attention.project(block.attention_norm(h_BTD), rotation)
+    _, keys, values = block.attention.project(block.normed_input(h_BTD, beside_BTD), rotation)
     return _heads_first(keys, values)
 
 
@@ -50,6 +52,7 @@ def decode_step(
     attend: Attend,
     n_active: int | None = None,
     fused: FusedWeights | None = None,
+    beside_BMD: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Runs tokens through a block as `Block.__call__` does, with attention of their own.
 
@@ -58,15 +61,18 @@ def decode_step(
         h_BMD: The residual states that enter it.
         rotation: Of the tokens' positions.
         attend: Their attention, e.g. `attend_to_past(...)`.
-        n_active: The most entries of a state that are not zero, if known. Queries, keys and values are then
-            made of those rows of the weights alone: the same to rounding, and faster for few tokens.
+        n_active: The most entries of a state that are not zero, if known and nothing is read beside it.
+            Queries, keys and values are then made of those rows of the weights alone: the same to rounding,
+            and faster for few tokens.
         fused: The block's matrices, read in place of the block's own.
+        beside_BMD: From `enter_layer`.
 
     Returns:
         The two terms whose sum is u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
     """
     attention = block.attention
-    query, key, value = _projections(block, h_BMD, n_active, fused)
+    x_BMD = block.normed_input(h_BMD, beside_BMD)
+    query, key, value = _projections(block, h_BMD, x_BMD, n_active, fused)
     q_BMHd, *key_value = attention.split_heads(query, key, value, rotation)
     own = _heads_first(*key_value)
     batch, n_tokens, _ = h_BMD.shape
@@ -75,7 +81,8 @@ def decode_step(
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
     gate_up = None if fused is None else fused.gate_up
-    return *block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up), handed_on
+    ends = block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up, beside_BTD=beside_BMD)
+    return *ends, handed_on
 
 
 def attend_to_past(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:
@@ -137,9 +144,9 @@ def _attend_to_block(q_BKGMd: jax.Array, block: KVBlock) -> tuple[jax.Array, jax
 
 
 def _projections(
-    block: Block, h_BMD: jax.Array, n_active: int | None, fused: FusedWeights | None
+    block: Block, h_BMD: jax.Array, x_BMD: jax.Array, n_active: int | None, fused: FusedWeights | None
 ) -> Sequence[jax.Array]:
-    x_BMD, attention = block.attention_norm(h_BMD), block.attention
+    attention = block.attention
     if n_active is not None:
         # The norm leaves zeros zero. By magnitude, for interventions and other activations than relu.
         _, indices_BMk = jax.lax.top_k(jnp.abs(h_BMD), n_active)

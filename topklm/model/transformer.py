@@ -24,6 +24,7 @@ from topklm.model.block import (
     CaptureFn,
     LayerHooks,
     end_layer,
+    enter_layer,
     mask_gradient_by_output,
     topk_masked_by_next,
 )
@@ -121,6 +122,7 @@ class Transformer(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         rotation = self.rotation(positions_BT)
         block_def, stacked = nnx.split(self.blocks)
+        h_BTD, token_BTD = self.embedded(tokens_BT, parallel)
 
         # Only where the input of a layer is kept in any case, and nobody looks between two layers.
         masked_by_next = config.remat != "none" and config.topk_activation == "relu"
@@ -134,28 +136,41 @@ class Transformer(nnx.Module):
             if masked_by_next:
                 h = mask_gradient_by_output(h, inputs.follows_topk)
             block = nnx.merge(block_def, parallel.gather(inputs.params))
-            a, written = block(h, rotation, segment_ids_BT, parallel)
             ends_in_topk = inputs.ends_in_topk if sparse is None else sparse
+            carried, beside = enter_layer(h, token_BTD, ends_in_topk, inputs.follows_topk)
+            a, written = block(carried, rotation, segment_ids_BT, parallel, beside)
             h_next = end_layer(config, a, written, ends_in_topk, hooks, inputs.hook_inputs, topk=topk_fn)
             return h_next, capture(h, a + written, h_next) if capture else None
 
         scanned = parallel.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
         run = _scan_layers if scanned else _unroll_layers
-        index = np.arange(config.n_layers)
-        follows_topk = (index > 0) & (index <= config.n_topk_layers)
-        inputs = _LayerInputs(stacked, follows_topk, index < config.n_topk_layers, hook_inputs)
+        ends_in_topk, follows_topk = self.topk_around(np.arange(config.n_layers))
+        inputs = _LayerInputs(stacked, follows_topk, ends_in_topk, hook_inputs)
 
         def layer_of_kind(sparse: bool | None) -> Callable:
             return _rematerialized(functools.partial(layer, sparse), config, parallel, scanned)
 
-        h_BTD = self.embed(tokens_BT, jnp.dtype(config.dtype), parallel)
         h_BTD, captured = run(layer_of_kind, h_BTD, inputs)
         return self.final_norm(h_BTD), captured
+
+    def embedded(
+        self, tokens_BT: jax.Array, parallel: Parallel = ALONE
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the stream that enters the first layer, [B, T, D], and the `token` of `enter_layer`."""
+        token_BTD = self.embed(tokens_BT, jnp.dtype(self.config.dtype), parallel)
+        if self.config.token_input == "first" or not self.config.n_topk_layers:
+            return token_BTD, None
+        return jnp.zeros_like(token_BTD), token_BTD
 
     def block(self, layer: int | jax.Array) -> Block:
         """Returns one layer of the stack; its number may be known only when the program runs."""
         definition, stacked = nnx.split(self.blocks)
         return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[layer], stacked))
+
+    def topk_around(self, layer: int | jax.Array) -> tuple[Any, Any]:
+        """Tells whether a layer ends in a TopK, and whether the layer before does; of numbers, arrays."""
+        s = self.config.n_topk_layers
+        return layer < s, (layer > 0) & (layer <= s)
 
     def rotation(self, positions_BT: jax.Array) -> Rotation:
         """Returns the rotary embedding of positions int32[B, T], in the compute dtype."""

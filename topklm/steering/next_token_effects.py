@@ -14,7 +14,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import end_layer
+from topklm.model.block import end_layer, enter_layer
 from topklm.steering.concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
@@ -25,6 +25,7 @@ _MAX_PICKED = 1 << 23  # probabilities of concepts' tokens that are held at once
 class Unsteered(NamedTuple):
     """The model's own run of the prompts."""
 
+    tokens: Any  # int32[C, T]
     states: Any  # float32[L, C, T, D], the output of each layer
     log_p: Any  # float32[C, V], log-probabilities of the next token
     # float32[L], mean over tokens of the length of each layer's output; the first position of the prompts,
@@ -47,7 +48,7 @@ def unsteered(config: ModelConfig, params: transformer.Parameters, tokens_CT: ja
     h_CTD, states_LCTD = model.hidden(tokens_CT, capture=lambda _h, _u, h_next: h_next)
     norms_LCT = jnp.linalg.norm(states_LCTD, axis=-1)
     log_p_CV = jax.nn.log_softmax(model.logits(h_CTD[:, -1]))
-    return Unsteered(states_LCTD, log_p_CV, norms_LCT[:, :, 1:].mean(axis=(1, 2)))
+    return Unsteered(tokens_CT, states_LCTD, log_p_CV, norms_LCT[:, :, 1:].mean(axis=(1, 2)))
 
 
 @transformer.jit_in_float32
@@ -74,10 +75,14 @@ def add_vectors(
     model, state_CTD = transformer.bind(config, params), before.states[layer]
     r, (c, t, d) = len(vectors_RD), state_CTD.shape
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(t), (r * c, t)))
+    _, token_BTD = model.embedded(jnp.tile(before.tokens, (r, 1)))
 
     def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, jnp.ones((r * c, t), jnp.int32))
-        return end_layer(config, a_BTD, written_BTD, number < config.n_topk_layers)
+        ends_in_topk, follows_topk = model.topk_around(number)
+        carried, beside = enter_layer(h_BTD, token_BTD, ends_in_topk, follows_topk)
+        segment_ids_BT = jnp.ones((r * c, t), jnp.int32)
+        a_BTD, written_BTD = model.block(number)(carried, rotation, segment_ids_BT, beside_BTD=beside)
+        return end_layer(config, a_BTD, written_BTD, ends_in_topk)
 
     h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)
     # The layers up to the one that is changed are the same for all.

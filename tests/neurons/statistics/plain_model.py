@@ -54,11 +54,15 @@ def unembedding():
 def final_hidden(config, tokens, change=lambda layer, h: h):
     """Returns the normed hidden state, [T, D]."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params())
-    h = p["embed"]["embedding"][tokens]
+    token = p["embed"]["embedding"][tokens]
+    h = 0 * token if config.token_input == "every" else token
     for layer in range(config.n_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
-        a = h + _attention(config, block["attention"], _norm(config, block["attention_norm"], h))
-        x, mlp = _norm(config, block["mlp_norm"], a), block["mlp"]
+        read_by_all = config.token_input == "every"
+        h = h + token if read_by_all and layer == config.n_topk_layers else h
+        beside = token if read_by_all and layer < config.n_topk_layers else 0
+        a = h + _attention(config, block["attention"], _norm(config, block["attention_norm"], h + beside))
+        x, mlp = _norm(config, block["mlp_norm"], a + beside), block["mlp"]
         gate = x @ mlp["gate"]["kernel"]
         u = a + (gate / (1 + np.exp(-gate)) * (x @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
         h = change(layer, _topk(config, u) if layer < config.n_topk_layers else u)

@@ -12,10 +12,14 @@ from topklm.neurons.statistics import ablation, catalog
 
 T = 12
 DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
-KINDS = [{}, {"n_nontopk": 3, "dtype": "bfloat16", "layer_stack": "unrolled"}]
+KINDS = {
+    "topk": {},
+    "dense": {"n_nontopk": 3, "dtype": "bfloat16", "layer_stack": "unrolled"},
+    "token-in-every-layer": {"token_input": "every"},
+}
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=["topk", "dense"])
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def model(request, tmp_path_factory):
     config = configured(context_length=T, **request.param)
     folder = tmp_path_factory.mktemp("ablation")

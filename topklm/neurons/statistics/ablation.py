@@ -22,7 +22,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import losses, transformer
-from topklm.model.block import end_layer
+from topklm.model.block import end_layer, enter_layer
 from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.documents import chunk_bounds
 
@@ -219,13 +219,16 @@ def _forward(
     block_def, stacked = nnx.split(model.blocks)
     rotation = model.rotation(jnp.broadcast_to(jnp.arange(inputs_WT.shape[1]), inputs_WT.shape))
 
+    _, token_WTD = model.embedded(inputs_WT)
+
     def keep(layer: tuple) -> KeysAndValues:
-        block_params, entering_WTD = layer
-        return keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation)
+        number, block_params, entering_WTD = layer
+        carried, beside = enter_layer(entering_WTD, token_WTD, *model.topk_around(number))
+        return keys_and_values(nnx.merge(block_def, block_params), carried, rotation, beside)
 
     # The input of a layer is the output of the one before.
     later = jax.tree.map(lambda leaf: leaf[1:], stacked)
-    past = jax.lax.map(keep, (later, states_LWTD[:-1]))
+    past = jax.lax.map(keep, (jnp.arange(1, config.n_layers), later, states_LWTD[:-1]))
     return states_LWTD, past, _losses(model, h_WTD, jnp.roll(inputs_WT, -1, axis=1))
 
 
@@ -255,12 +258,15 @@ def _losses_without(
     is_neuron_RMD = jnp.arange(config.d_model) == neurons_RM[..., None]
     without_RMD = jnp.zeros_like(h_RMD) if config.n_topk_layers else jnp.minimum(h_RMD, 0.0)
     h_RMD = jnp.where(is_neuron_RMD, without_RMD, h_RMD)
+    _, token_RMD = model.embedded(inputs_WT[windows_R1, places_RM])
 
     def layer(number: jax.Array, h_RMD: jax.Array) -> jax.Array:
         own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
         attend = attend_to_past(own_past, seen_RMT)
-        a_RMD, written_RMD, _ = decode_step(model.block(number), h_RMD, rotation, attend)
-        next_RMD = end_layer(config, a_RMD, written_RMD, number < config.n_topk_layers)
+        ends_in_topk, follows_topk = model.topk_around(number)
+        carried, beside = enter_layer(h_RMD, token_RMD, ends_in_topk, follows_topk)
+        a_RMD, written_RMD, _ = decode_step(model.block(number), carried, rotation, attend, beside_BMD=beside)
+        next_RMD = end_layer(config, a_RMD, written_RMD, ends_in_topk)
         return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 
     if config.n_layers > 1:

@@ -32,7 +32,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import LayerHooks, end_layer
+from topklm.model.block import LayerHooks, end_layer, enter_layer
 from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics.activity import NEAREST
 
@@ -137,21 +137,23 @@ def _weighted_jacobians(
     of_last = rotation[0][:, -1:], rotation[1][:, -1:]
     seen_BT = (segment_ids_BT == segment_ids_BT[:, -1:]).at[:, -1].set(False)
     block_def, stacked = nnx.split(model.blocks)
-    ends_in_topk_L = np.arange(config.n_layers) < config.n_topk_layers
+    (_, token_BTD), (_, token_B1D) = model.embedded(tokens_BT), model.embedded(tokens_BT[:, -1:])
     # The winners of each TopK are held where they are, so it is linear.
     hooks = LayerHooks(topk=lambda u_BD, active_BD: jnp.where(active_BD, u_BD, 0.0))
     _, back_through_norm = jax.vjp(model.final_norm, leaving_LBD[-1])
 
     def back_through_layer(g_DBD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
         """Goes back from the output of the layer to its input."""
-        block_params, entering_BTD, leaving_BD, ends_in_topk = layer
+        block_params, entering_BTD, leaving_BD, ends_in_topk, follows_topk = layer
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            past = keys_and_values(block, entering_BTD, rotation)
-            a_B1D, written_B1D, _ = decode_step(
-                block, h_BD[:, None], of_last, attend_to_past(past, seen_BT[:, None])
-            )
+            topk_around = ends_in_topk, follows_topk
+            carried_BTD, beside_BTD = enter_layer(entering_BTD, token_BTD, *topk_around)
+            past = keys_and_values(block, carried_BTD, rotation, beside_BTD)
+            attend = attend_to_past(past, seen_BT[:, None])
+            carried_B1D, beside_B1D = enter_layer(h_BD[:, None], token_B1D, *topk_around)
+            a_B1D, written_B1D, _ = decode_step(block, carried_B1D, of_last, attend, beside_BMD=beside_B1D)
             return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])
@@ -160,7 +162,7 @@ def _weighted_jacobians(
     # The first axis is the coordinate of the final state, each with its weight in all contexts.
     one_hot_DBD = jnp.eye(config.d_model)[:, None] * weights_B[:, None]
     g_DBD = _one_by_one(back_through_norm, one_hot_DBD)
-    layers = stacked, entering_LBTD, leaving_LBD, ends_in_topk_L
+    layers = stacked, entering_LBTD, leaving_LBD, *model.topk_around(np.arange(config.n_layers))
     return jax.lax.scan(back_through_layer, g_DBD, layers, reverse=True)[1]
 
 
