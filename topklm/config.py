@@ -109,6 +109,11 @@ class ModelConfig:
     topk_k: int = _setting(
         32, "k, residual entries that a TopK layer keeps of a token", allowed="from 1 to d_model"
     )
+    topk_groups: str = _setting(
+        "",
+        'groups of neurons that compete among themselves, "WIDTH:K,WIDTH:K", such as 16:4,112:12; the widths '
+        "add up to d_model and the k to topk_k; empty: all compete",
+    )
     n_nontopk: int = _setting(
         1, "final layers left dense; n_layers gives the Base LM", allowed="from 1 to n_layers"
     )
@@ -156,6 +161,14 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one attention head, with the default filled in."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """Neighbouring neurons that compete with each other: how many, and how many of them are kept."""
+        if not self.topk_groups:
+            return ((self.d_model, self.topk_k),)
+        widths_and_k = (group.split(":") for group in self.topk_groups.split(","))
+        return tuple((int(width), int(k)) for width, k in widths_and_k)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -550,6 +563,7 @@ def _check_ranges(config: Config) -> None:
     require("model.n_heads", m.head_width % 2 == 0, even)
     require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
+    _check_groups(m)
     layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"
     require("model.n_nontopk", 1 <= m.n_nontopk <= m.n_layers, layers)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
@@ -562,6 +576,22 @@ def _check_ranges(config: Config) -> None:
     axes = [f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)]
     if sum(flat[field] == -1 for field in axes) > 1:
         raise UserError(f"mesh: only one of {', '.join(axes)} may be -1")
+
+
+def _check_groups(m: ModelConfig) -> None:
+    if not m.topk_groups:
+        return
+    field = f"model.topk_groups = {m.topk_groups!r}"
+    if not re.fullmatch("[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", m.topk_groups):
+        raise UserError(f'{field}: must be "WIDTH:K,WIDTH:K", e.g. 16:4,112:12, or empty')
+    for width, k in m.groups:
+        if not 1 <= k <= width:
+            raise UserError(f"{field}: of {width} neurons {k} cannot be kept; k is from 1 to the width")
+    n_neurons, n_kept = (sum(numbers) for numbers in zip(*m.groups, strict=True))
+    if n_neurons != m.d_model:
+        raise UserError(f"{field}: holds {n_neurons} neurons, and must hold model.d_model ({m.d_model})")
+    if n_kept != m.topk_k:
+        raise UserError(f"{field}: keeps {n_kept} neurons, and must keep model.topk_k ({m.topk_k})")
 
 
 def _check_profile(config: Config) -> None:

@@ -249,6 +249,14 @@ def test_what_cannot_be_is_refused_in_one_line(steer, mode, message):
     assert "\n" not in str(refused.value)
 
 
+def test_no_more_neurons_of_a_group_are_forced_than_it_keeps():
+    config = dataclasses.replace(CONFIG, topk_groups="4:1,20:5")
+    forced = [Intervention(0, neuron, 1.0, "force") for neuron in (2, 4, 5)]
+    InterventionBatch.of(config, forced)
+    with pytest.raises(ValueError, match="2 neurons forced in neurons 0 to 3 of layer 0: must be at most 1"):
+        InterventionBatch.of(config, [*forced, Intervention(0, 3, 1.0, "force")])
+
+
 def test_interventions_survive_a_file(tmp_path):
     save_interventions(tmp_path / "a.json", SETS)
     assert load_interventions(tmp_path / "a.json", CONFIG) == SETS

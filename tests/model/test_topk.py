@@ -1,5 +1,6 @@
 """The TopK activation against an independent NumPy reference, bit for bit."""
 
+import dataclasses
 import functools
 
 from helpers import tries
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 from references import active_mask
 
+from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model.backends import TOPK
-from topklm.model.topk import APPROX_RECALL, topk
+from topklm.model.topk import APPROX_RECALL, model_topk, topk
 
 BACKENDS = ("lax", "threshold")  # on CPUs "auto" is the second: see the test of that
 ACTIVATIONS = ("relu", "identity", "abs")
@@ -349,3 +351,15 @@ def test_a_kernel_for_other_devices_is_refused():
         TOPK.check_platform("pallas_tpu", "cpu")
     with pytest.raises(NotImplementedError, match="cpu"):
         jax.jit(topk, static_argnums=(1, 2, 3)).lower(jnp.ones((2, 4)), 1, "relu", "pallas_tpu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_neurons_of_each_group_compete_among_themselves(activation):
+    config = ModelConfig(d_model=20, topk_k=7, topk_groups="3:1,12:2,5:4", topk_activation=activation)
+    x = np.random.default_rng(0).standard_normal((6, 20)).astype(np.float32)
+    expected = [reference(x[:, a:b], k, activation)[1] for a, b, k in [(0, 3, 1), (3, 15, 2), (15, 20, 4)]]
+    assert_same_bits(model_topk(config, x), np.concatenate(expected, axis=-1))
+    half, other = x / 4, x - x / 4
+    assert_same_bits(model_topk(config, half, residual=other), model_topk(config, half + other))
+    together = dataclasses.replace(config, topk_groups="")
+    assert_same_bits(model_topk(together, x), reference(x, 7, activation)[1])

@@ -25,6 +25,7 @@ SETTINGS = SurveySettings(
 PROGRESS = Progress(lambda line: None)
 # Measured in float32 all the same; its last layer has no TopK.
 CONFIG = configured(dtype="bfloat16", token_input="every")
+STREAM = configured(dtype="bfloat16")  # carries the embedding
 
 
 def surveyed(store, config, parameters, settings=SETTINGS):
@@ -158,14 +159,14 @@ def planted():
 
 def test_a_planted_neuron_is_steerable_an_idle_one_is_not_and_a_dead_one_is_not_listed(tmp_path):
     documents = [np.concatenate([ids, MEANT, OTHERS]) for ids in DOCUMENTS]
-    metadata = plain_model.make_store(tmp_path / "other", CONFIG, DOCUMENTS).metadata
+    metadata = plain_model.make_store(tmp_path / "other", STREAM, DOCUMENTS).metadata
     writer, parameters = StoreWriter(tmp_path / "store", metadata), planted()
     for number, ids in enumerate(documents):
         h = np.maximum(parameters["embed"]["embedding"][ids], 0)
         numbers = np.full(len(ids), number)
         writer.append(segment_lib.from_dense(ids, numbers, np.zeros(len(ids)), [h, h]))
     settings = dataclasses.replace(SETTINGS, neurons=None, layers=(1,), random_directions=40, bound=2.0)
-    layer = surveyed(Store(tmp_path / "store"), CONFIG, parameters, settings)[1]
+    layer = surveyed(Store(tmp_path / "store"), STREAM, parameters, settings)[1]
     assert tuple(layer.concepts.neurons) == LIVING
     assert DEAD not in LIVING
     k, at, idle = KINDS.index("input"), LIVING.index(PLANTED), LIVING.index(IDLE)
@@ -189,12 +190,12 @@ def log_p_of(parameters, tokens, length):
     h = np.asarray(parameters["embed"]["embedding"], np.float64)[tokens[:, -1]]
     h = np.maximum(h, 0)  # at most k are positive, and there is no TopK behind layer 1
     h[:, PLANTED] += length
-    h /= np.sqrt((h**2).mean(axis=1, keepdims=True) + CONFIG.norm_eps)
-    logits = h @ np.asarray(parameters["unembed"]["kernel"], np.float64)[:, : CONFIG.vocab_size]
+    h /= np.sqrt((h**2).mean(axis=1, keepdims=True) + STREAM.norm_eps)
+    logits = h @ np.asarray(parameters["unembed"]["kernel"], np.float64)[:, : STREAM.vocab_size]
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def test_a_layer_that_was_not_harvested_is_refused(tmp_path):
-    store = plain_model.make_store(tmp_path / "store", CONFIG, DOCUMENTS)
+    store = plain_model.make_store(tmp_path / "store", STREAM, DOCUMENTS)
     with pytest.raises(UserError, match=r"layer 2: .* has activations of the layers 0, 1;"):
-        surveyed(store, CONFIG, params(), dataclasses.replace(SETTINGS, layers=(0, 2)))
+        surveyed(store, STREAM, params(), dataclasses.replace(SETTINGS, layers=(0, 2)))

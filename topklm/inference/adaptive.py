@@ -81,6 +81,9 @@ def with_topk_k(config: ModelConfig, topk_k: int | None, name: str = "topk_k") -
         return config
     if not config.n_topk_layers:
         raise ArgumentError("the model has no layer with TopK; leave it out", field=name, value=repr(topk_k))
+    if config.topk_groups:
+        text = "the model's neurons compete in groups (model.topk_groups), each with its k; leave it out"
+        raise ArgumentError(text, field=name, value=repr(topk_k))
     check_integer(name, topk_k, f"an integer from 1 to {config.d_model}, d_model", 1, config.d_model)
     return dataclasses.replace(config, topk_k=int(topk_k))
 

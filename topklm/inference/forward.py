@@ -22,7 +22,7 @@ from topklm.inference.tokens import positions_in
 from topklm.model import transformer
 from topklm.model.block import NO_HOOKS, LayerHooks
 from topklm.model.losses import token_losses
-from topklm.model.topk import topk
+from topklm.model.topk import model_topk
 from topklm.neurons.capture import (
     RESID_POST,
     RESID_PRE,
@@ -155,7 +155,7 @@ def run_with_hooks(
         u_BTD = called(u_BTD, TOPK_PRE)
         if hooks.topk is not None:
             return hooks.topk(u_BTD, number)
-        return topk(u_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+        return model_topk(config, u_BTD)
 
     def edit(h_BTD: jax.Array, number: jax.Array) -> jax.Array:
         h_BTD = h_BTD if hooks.output is None else hooks.output(h_BTD, number)

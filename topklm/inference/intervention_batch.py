@@ -26,7 +26,7 @@ from topklm.inference.interventions import (
 )
 from topklm.inference.tokens import is_traced
 from topklm.model.block import LayerHooks
-from topklm.model.topk import topk
+from topklm.model.topk import model_topk
 
 _SMALLEST = 4  # entries; more are filled up to the next power of two
 _NO_LAYER = -1
@@ -75,7 +75,7 @@ class InterventionBatch:
         if isinstance(steer, InterventionBatch):
             return steer
         _refuse_overlap(entries)
-        _refuse_too_many(entries, config.topk_k)
+        _refuse_too_many(entries, config)
         size = max(_SMALLEST, 1 << (len(entries) - 1).bit_length())
         empty = (_NO_LAYER, 0, 0.0, 0, 0, 0, 0, _EVERY_ROW)
         rows = [_numbers(entry) for entry in entries] + [empty] * (size - len(entries))
@@ -121,7 +121,7 @@ class InterventionBatch:
             bid = self._by_mode(lambda mode: {"wins": highest, "loses": lowest}.get(str(mode.competes), 0.0))
             factor = self._by_mode(lambda mode: 0.0 if mode.competes else 1.0)
             bids_BTD = _changed(u_BTD, self.neuron, factor, bid, applies(u_BTD, layer))
-            return topk(bids_BTD, config.topk_k, config.topk_activation, config.topk_backend)
+            return model_topk(config, bids_BTD)
 
         def edit(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
             value = jnp.asarray(self.value, jnp.float32)
@@ -234,11 +234,21 @@ def _refuse_overlap(entries: Sequence[Intervention]) -> None:
                 raise ArgumentError(f"{text}other positions", field="steer")
 
 
-def _refuse_too_many(entries: Sequence[Intervention], k: int) -> None:
-    """Raises ValueError for more winners in a layer than TopK keeps there."""
+def _refuse_too_many(entries: Sequence[Intervention], config: ModelConfig) -> None:
+    """Raises ValueError for more winners in a layer, or in a group of its neurons, than TopK keeps there."""
     forced = [entry for entry in entries if MODES[entry.mode].competes == "wins"]
     for layer, row in {(entry.layer, entry.row) for entry in forced}:
-        number = sum(entry.layer == layer and entry.row in (None, row) for entry in forced)
-        if number > k:
-            text = f"{number} neurons forced in layer {layer}: must be at most {k}, its places"
-            raise ArgumentError(text, field="steer")
+        neurons = [entry.neuron for entry in forced if entry.layer == layer and entry.row in (None, row)]
+        begin = 0
+        for width, k in config.groups:
+            end = begin + width
+            number = sum(begin <= neuron < end for neuron in neurons)
+            if number > k:
+                where = (
+                    f"layer {layer}"
+                    if len(config.groups) == 1
+                    else f"neurons {begin} to {end - 1} of layer {layer}"
+                )
+                text = f"{number} neurons forced in {where}: must be at most {k}, its places"
+                raise ArgumentError(text, field="steer")
+            begin = end

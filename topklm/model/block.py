@@ -26,7 +26,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model.attention import Attention, Rotation
 from topklm.model.layers import RMSNorm, SwiGLU
-from topklm.model.topk import topk
+from topklm.model.topk import model_topk, topk
 from topklm.model.topk_threshold import order_key
 from topklm.parallel import ALONE, Parallel
 
@@ -149,19 +149,18 @@ def end_layer(
     Returns:
         h', [..., D].
     """
-    how = config.topk_k, config.topk_activation, config.topk_backend
     is_known = isinstance(ends_in_topk, bool)
     if is_known and not ends_in_topk:
         h_next = a + written
     elif hooks.topk is not None or sum_first:
         u = a + written
         u = jax.lax.optimization_barrier(u) if sum_first else u
-        kept = topk(u, *how) if hooks.topk is None else hooks.topk(u, hook_input)
+        kept = model_topk(config, u, topk=topk) if hooks.topk is None else hooks.topk(u, hook_input)
         h_next = kept if is_known else jnp.where(ends_in_topk, kept, u)
     else:
         # A TopK kernel adds the two up by itself.
         applies = None if is_known else jnp.asarray(ends_in_topk)
-        h_next = topk(written, *how, residual=a, applies=applies)
+        h_next = model_topk(config, written, residual=a, applies=applies, topk=topk)
     return h_next if hooks.output is None else hooks.output(h_next, hook_input)
 
 

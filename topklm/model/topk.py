@@ -70,6 +70,28 @@ def topk(
     return _topk(terms, applies, k, activation, backend, False)[0]
 
 
+def model_topk(
+    config: ModelConfig,
+    x: jax.Array,
+    residual: jax.Array | None = None,
+    applies: jax.Array | None = None,
+    topk: Callable[..., jax.Array] = topk,
+) -> jax.Array:
+    """Applies a model's TopK to rows [..., D]: each group of neurons keeps its own k largest entries.
+
+    `topk` is the function above, or one with its arguments and another gradient.
+    """
+    how = config.topk_activation, config.topk_backend
+    if len(config.groups) == 1:
+        return topk(x, config.topk_k, *how, residual=residual, applies=applies)
+    kept, begin = [], 0
+    for width, k in config.groups:
+        group = slice(begin, begin := begin + width)
+        beside = None if residual is None else residual[..., group]
+        kept.append(topk(x[..., group], k, *how, residual=beside, applies=applies))
+    return jnp.concatenate(kept, axis=-1)
+
+
 def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
     """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
 

@@ -143,8 +143,20 @@ def _rotated(config, x):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
+def groups_of(config):
+    """Returns the first neuron of each group, the one after its last, and its k."""
+    found, begin = [], 0
+    for group in (config.topk_groups or f"{config.d_model}:{config.topk_k}").split(","):
+        width, k = map(int, group.split(":"))
+        found.append((begin, begin + width, k))
+        begin += width
+    return found
+
+
 def _topk(config, u):
     score = np.abs(u) if config.topk_activation == "abs" else u
-    threshold = -np.sort(-score, axis=-1)[:, config.topk_k - 1, None]
-    kept = np.where(score >= threshold, u, 0)
+    kept = np.zeros_like(u)
+    for begin, end, k in groups_of(config):
+        threshold = -np.sort(-score[:, begin:end], axis=-1)[:, k - 1, None]
+        kept[:, begin:end] = np.where(score[:, begin:end] >= threshold, u[:, begin:end], 0)
     return np.maximum(kept, 0) if config.topk_activation == "relu" else kept

@@ -72,7 +72,7 @@ def differences(config, tokens, layer):
         {"topk_activation": "relu"},
         {"topk_activation": "abs", "n_nontopk": 0, "dtype": "bfloat16"},
         {"n_nontopk": 3, "remat": "full", "layer_stack": "unrolled"},
-        {"token_input": "every", "n_nontopk": 2},
+        {"token_input": "every", "topk_groups": "4:1,12:4", "n_nontopk": 2},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
