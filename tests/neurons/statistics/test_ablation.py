@@ -15,7 +15,7 @@ DOCUMENTS = random_documents((30, 6, 1, 2, 17, 50), seed=2)
 KINDS = {
     "topk": {},
     "dense": {"n_nontopk": 3, "dtype": "bfloat16", "layer_stack": "unrolled"},
-    "token-in-every-layer": {"token_input": "every", "topk_groups": "8:2,8:3"},
+    "token-in-every-layer": {"token_input": "every"},
 }
 
 
