@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import escape
 
 from topklm.explorer.plots import Axis
+from topklm.neurons.bases import TITLES
 
 # Of the colour-blind-safe palette of Okabe and Ito.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#000000")
@@ -18,6 +19,7 @@ _MEASURES = {
     "by_token": "share of variance explained by the token",
     "by_context": "share of variance explained by the token before",
 }
+_LONGEST_NAME = 20  # of a run; its end is shown
 _WIDTH, _LEFT, _RIGHT = 860, 250, 24
 _ROW, _DOT, _GAP, _HEAD = 13, 3.2, 10, 26  # heights, in pixels
 
@@ -29,8 +31,8 @@ class _Dot:
     figure: Mapping[str, Any]  # value, low, high
 
 
-def draw(facts: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Returns the picture of a card, given the names of bases; figures that are null are left out."""
+def draw(facts: Mapping[str, Any]) -> str:
+    """Returns the picture of a card, the JSON object; figures that are null are left out."""
     bases = [(run["run"], basis["name"]) for run in facts["runs"] for basis in run["bases"]]
     colours = {both: _COLOURS[number % len(_COLOURS)] for number, both in enumerate(bases)}
 
@@ -41,7 +43,8 @@ def draw(facts: Mapping[str, Any], titles: Mapping[str, str]) -> str:
                 for layer in basis["layers"]:
                     figure = get(layer)
                     if figure is not None and figure["value"] is not None:
-                        label = f"{run['run']}, {titles[basis['name']]}, layer {layer['layer']}"
+                        name = run["run"][-_LONGEST_NAME:]
+                        label = f"{name}, {TITLES[basis['name']]}, layer {layer['layer']}"
                         found.append(_Dot(colours[run["run"], basis["name"]], label, figure))
         return found
 
@@ -52,7 +55,7 @@ def draw(facts: Mapping[str, Any], titles: Mapping[str, str]) -> str:
             def auc(layer: Mapping[str, Any], name: str = given["name"], k: str = k) -> Any:
                 return layer.get("probing", {}).get(name, {}).get("auc", {}).get(k)
 
-            charts.append((f"AUC of probes of {k} codes: {given['name']}", dots(auc)))
+            charts.append((f"AUC, k = {k}: {given['name']}", dots(auc)))
     height, content = 8, list[str]()
     for title, of_measure in charts:
         if of_measure:
@@ -71,8 +74,8 @@ def _chart(title: str, dots: Sequence[_Dot], top: float) -> Iterator[str]:
     """Yields one measure, from the height `top` on."""
     ends = [end for dot in dots for end in _ends(dot)]
     low, high = min(ends), max(ends)
-    spread = (high - low) or abs(high) or 1.0
-    x = Axis(title, low - 0.04 * spread, high + 0.04 * spread)
+    margin = 0.04 * ((high - low) or abs(high) or 1.0)
+    x = Axis(title, max(low - margin, 0.0) if low >= 0 else low - margin, high + margin)
     base = top + _HEAD + _ROW * len(dots)
 
     def at(value: float) -> float:

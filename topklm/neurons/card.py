@@ -1,10 +1,4 @@
-"""The readability card of a model: the same measures of every basis of its hidden state, on the same tokens.
-
-A *basis* is a function from hidden states to codes. Of a TopK LM: its own neurons. Of a Base LM: its
-coordinates, cut to the K largest that are positive, and a post-hoc TopK SAE. Of both, to compare with: a
-random rotation and the principal components of the states on the measured text, about their mean. Codes of
-these two are cut as well, as those of a dictionary are (`topklm.neurons.fit_dictionary`); for probing they
-are not cut and keep their signs, so the probe has all that a rotation of the states can give.
+"""The readability card of a model: the same measures of every basis (`bases`), on the same tokens.
 
 Measured of each layer of each basis, over tokens that are not the first of their document:
 
@@ -17,18 +11,16 @@ Measured of each layer of each basis, over tokens that are not the first of thei
 
 Of all but `dead` the median over codes that are active at 30 tokens or more. Intervals are those of
 `statistics.bootstrap`, of the median, with the codes that count held fixed. The definitions are ours.
-Dims: S layers, N tokens, G documents, R draws (the first is the sample as it is), D d_model, M codes.
+Dims: N tokens, G documents, R draws (the first is the sample as it is), D d_model, M codes of a layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import scipy.sparse
@@ -36,12 +28,8 @@ import scipy.sparse
 from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model import transformer
-from topklm.model.topk import topk
-from topklm.neurons import fit_dictionary, labelled_texts, probing
+from topklm.neurons import labelled_texts, probing
 from topklm.neurons.detectors import Detector, DetectorSearch
-from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.documents import TextModel, batches
-from topklm.neurons.labelled_texts import Located
 from topklm.neurons.statistics import ablation, embeddings, table, variance
 from topklm.neurons.statistics.bootstrap import (
     document_weights,
@@ -56,8 +44,6 @@ LEAST_TOKENS, LEAST_DOCUMENTS = 1000, 8
 READABLE = 40  # of the ranking of a basis, over all layers
 FAIR_F1 = 0.5
 NO_CLUSTER = -1
-
-_STRETCH_TOKENS = 2**16  # that are packed together
 
 Neuron = tuple[int, int]  # layer, number
 
@@ -80,62 +66,6 @@ MEASURES = (
     Measure("by_token", "by token", "{:.3f}"),
     Measure("by_context", "by context", "{:.3f}"),
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Basis:
-    """A function from hidden states to codes.
-
-    Attributes:
-        name: "own", "coordinates", "sae", "random" or "pca".
-        encode: From float32[S, N, D] to codes [S, N, M]; None: the states are the codes.
-        project: From float[S, n, D] to what is probed, float[S, n, M]; None: the codes.
-    """
-
-    name: str
-    encode: Callable[[jax.Array], jax.Array] | None = None
-    project: Callable[[np.ndarray], np.ndarray] | None = None
-
-
-def bases(
-    config: ModelConfig,
-    mean_SD: np.ndarray,
-    covariance_SDD: np.ndarray,
-    keep: int,
-    sae: Dictionary | None = None,
-    seed: int = 0,
-) -> list[Basis]:
-    """Returns the bases of a model, its own first, the random rotation last but one, then the components.
-
-    Args:
-        config: The model.
-        mean_SD: Of its hidden states.
-        covariance_SDD: Likewise.
-        keep: K, codes kept of each token.
-        sae: Of a Base LM.
-        seed: Of the rotation.
-    """
-    if config.n_topk_layers:
-        found = [Basis("own")]
-    else:
-        found = [Basis("coordinates", jax.jit(lambda h: topk(h, keep)))]
-    if sae is not None:
-        found.append(Basis("sae", jax.jit(sae.encode)))
-    rotation = fit_dictionary.random_rows(*mean_SD.shape, seed)
-    of_kind = {
-        "random": (rotation, rotation),
-        "pca": (fit_dictionary.signed_components(covariance_SDD), fit_dictionary.components(covariance_SDD)),
-    }
-    for kind, (rows_SMD, probed_SMD) in of_kind.items():
-        arrays = (np.asarray(x, np.float32) for x in (mean_SD, np.swapaxes(rows_SMD, 1, 2), rows_SMD))
-        cut = Dictionary(kind, keep, *arrays)
-        project = functools.partial(_project, mean_SD, np.swapaxes(probed_SMD, 1, 2))
-        found.append(Basis(kind, jax.jit(cut.encode), project))
-    return found
-
-
-def _project(mean_SD: np.ndarray, columns_SDM: np.ndarray, h_SnD: np.ndarray) -> np.ndarray:
-    return (h_SnD - mean_SD[:, None]) @ columns_SDM
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,7 +119,7 @@ def make_text(
     documents: Sequence[np.ndarray],
     vocab_size: int,
     clusters: np.ndarray | None,
-    draws: int = DRAWS,
+    draws: int,
     seed: int = 0,
 ) -> CardText:
     """Makes the text of documents, whose tokens fall into clusters int[V].
@@ -218,7 +148,7 @@ def make_text(
     )
 
 
-def text_weights(text: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+def text_weights(text: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     """Returns float64[n, R], how often the texts int[n] of examples are drawn; 1 in the first draw."""
     numbers = np.unique(text, return_inverse=True)[1]
     drawn = document_weights(int(numbers.max()) + 1 if len(numbers) else 1, draws, seed)[numbers]
@@ -254,91 +184,6 @@ def clusters_of_vectors(path: Path, tokens: Sequence[str], seed: int = 0) -> np.
     clusters = np.full(len(tokens), NO_CLUSTER)
     clusters[there] = embeddings.cluster_tokens(np.stack(rows).T, None, seed)
     return clusters
-
-
-# The codes of texts.
-
-
-def states(
-    model: TextModel, n_layers: int, documents: Sequence[np.ndarray], report: Callable[[int], None]
-) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
-    """Yields the hidden states of all tokens of documents, batch by batch.
-
-    Yields:
-        Which of the tokens are in the batch, int[n]; which of its N inputs these are, int[n]; and what the
-        first layers hand on, float32[S, N, D].
-    """
-    begin = 0
-    for stretch in batches(model.windows(documents), _STRETCH_TOKENS):
-        packed = model.pack(stretch)
-        for arrays, read, to in packed.batches():
-            h_LND = fit_dictionary.hidden_states(model.config, model.params, *model.put(arrays))
-            yield begin + to, read, h_LND[:n_layers]
-            report(len(to))
-        begin += len(packed.tokens)
-
-
-def moments(
-    model: TextModel, n_layers: int, text: CardText, report: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean float64[S, D] and covariance float64[S, D, D] of the hidden states on the text."""
-
-    def counted() -> fit_dictionary.States:
-        for _, read, h_SND in states(model, n_layers, text.documents, report):
-            is_read = np.zeros(h_SND.shape[1], bool)
-            is_read[read] = True
-            yield h_SND, jnp.asarray(is_read)
-
-    return fit_dictionary.moments(counted())
-
-
-def read_blocks(
-    model: TextModel, n_layers: int, of: Sequence[Basis], text: CardText, report: Callable[[int], None]
-) -> list[list[NeuronBlock]]:
-    """Reads where codes are active, of each basis and each layer; tokens are numbered as in the text."""
-    lengths = np.array([len(ids) for ids in text.documents])
-    numbers = np.cumsum(np.concatenate([[0, *([1] * (n - 1))] for n in lengths])) - 1
-    numbers[np.cumsum([0, *lengths[:-1]])] = -1  # first tokens are not counted
-    parts: list[list[list]] = [[[] for _ in range(n_layers)] for _ in of]
-    for tokens, read, h_SND in states(model, n_layers, text.documents, report):
-        is_counted = numbers[tokens] >= 0
-        at = numbers[tokens][is_counted]
-        for basis, of_basis in zip(of, parts, strict=True):
-            codes = np.asarray(basis.encode(h_SND) if basis.encode else h_SND)
-            for layer, of_layer in enumerate(of_basis):
-                rows, neurons = np.nonzero(codes[layer, read[is_counted]])
-                values = codes[layer, read[is_counted][rows], neurons]
-                of_layer.append((at[rows], neurons, values, codes.shape[2]))
-    return [[_block(of_layer) for of_layer in of_basis] for of_basis in parts]
-
-
-def _block(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int]]) -> NeuronBlock:
-    """Sorts events of a layer by neuron and token."""
-    tokens, neurons, values = (np.concatenate(x) for x in list(zip(*parts, strict=True))[:3])
-    order = np.lexsort((tokens, neurons))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(neurons, minlength=parts[0][3]))])
-    return NeuronBlock(offsets, tokens[order].astype(np.int64), values[order].astype(np.float32))
-
-
-def pool(
-    model: TextModel, n_layers: int, of: Sequence[Basis], located: Located, report: Callable[[int], None]
-) -> list[np.ndarray]:
-    """Computes what is probed of each basis, float[S, n, M]: codes averaged over each example's tokens."""
-    by_token = located.pooling.tocsc()
-    pooled: list[Any] = [0.0] * len(of)
-    h_SnD: Any = 0.0
-    for tokens, read, h_SND in states(model, n_layers, located.documents, report):
-        shares = by_token[:, tokens]
-        h = np.asarray(h_SND)[:, read]
-        h_SnD = h_SnD + np.stack([shares @ of_layer for of_layer in h])
-        for number, basis in enumerate(of):
-            if basis.project is None and basis.encode is not None:
-                codes = np.asarray(basis.encode(h_SND))[:, read]
-                pooled[number] = pooled[number] + np.stack([shares @ of_layer for of_layer in codes])
-    return [
-        basis.project(h_SnD) if basis.project else h_SnD if basis.encode is None else codes
-        for basis, codes in zip(of, pooled, strict=True)
-    ]
 
 
 # Measures of one layer of one basis.
@@ -382,7 +227,7 @@ def measure(block: NeuronBlock, text: CardText, report: Callable[[int], None] = 
     names = [measure.name for measure in MEASURES if measure.of_tokens] if text.clusters is not None else []
     by_neuron = {name: np.full(n_active.shape, np.nan) for name in names}
     n_distinct = np.zeros(n_neurons, np.int64)
-    for number in np.flatnonzero(n_active[:, 0] >= table.FAIR_ACTIVE) if names else ():
+    for number in np.flatnonzero(n_active[:, 0] >= table.FAIR_ACTIVE).tolist() if names else ():
         found, n_distinct[number] = _of_neuron(block.one(number), text, n_active[number])
         for name, figures in found.items():
             by_neuron[name][number] = figures
@@ -436,10 +281,16 @@ def with_interval(draws: np.ndarray) -> dict[str, float | None]:
     return {"value": found.figure, "low": found.low, "high": found.high}
 
 
+def layer_entry(figures: Figures) -> dict[str, Any]:
+    """Returns the measures of a layer for JSON."""
+    counts = {"n_neurons": len(figures.n_active), "n_counted": int(figures.is_counted.sum())}
+    return counts | {name: with_interval(draws) for name, draws in figures.summaries().items()}
+
+
 # Measures of the most readable neurons of a basis.
 
 
-def readable(layers: Sequence[Figures], count: int = READABLE) -> list[Neuron]:
+def readable(layers: Sequence[Figures], count: int) -> list[Neuron]:
     """Returns the first neurons of a basis in the order of the pages, `table.readable_first`."""
     columns = {
         "n_active": np.concatenate([f.n_active[:, 0] for f in layers]),
@@ -453,6 +304,12 @@ def readable(layers: Sequence[Figures], count: int = READABLE) -> list[Neuron]:
     return [numbers[place] for place in order.tolist() if columns["n_active"][place] > 0]
 
 
+def detector_search(text: CardText, pieces: Sequence[bytes]) -> DetectorSearch:
+    """Makes the search on a text, given the bytes of each of the V tokens."""
+    of_tokens = [pieces[token] for token in text.token_ids]
+    return DetectorSearch(text.token_ids, text.document_of, text.previous_ids, of_tokens)
+
+
 def detect(search: DetectorSearch, block: NeuronBlock, number: int, n_tokens: int) -> Detector:
     """Returns the best detector of a neuron of a layer."""
     is_active = np.zeros(n_tokens, bool)
@@ -460,10 +317,31 @@ def detect(search: DetectorSearch, block: NeuronBlock, number: int, n_tokens: in
     return search.best(is_active)
 
 
-def detector_search(text: CardText, pieces: Sequence[bytes]) -> DetectorSearch:
-    """Makes the search on a text, given the bytes of each of the V tokens."""
-    of_tokens = [pieces[token] for token in text.token_ids]
-    return DetectorSearch(text.token_ids, text.document_of, text.previous_ids, of_tokens)
+def detectors_entry(
+    search: DetectorSearch,
+    neurons: Sequence[Neuron],
+    blocks: Sequence[NeuronBlock],
+    n_tokens: int,
+    report: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Finds the best detector of each neuron, given the blocks of all layers; returns them for JSON.
+
+    "n_fair" of them have an F1 of `FAIR_F1` or more; a neuron that is silent where rules are scored has none.
+    """
+    found = list[Detector]()
+    for layer, number in neurons:
+        found.append(detect(search, blocks[layer], number, n_tokens))
+        report(1)
+    scores = np.array([best.f1 for best in found])
+    return {
+        "n": len(found),
+        "n_fair": int((scores >= FAIR_F1).sum()),
+        "median_f1": float(np.nanmedian(scores)) if np.isfinite(scores).any() else None,
+        "neurons": [
+            {"layer": layer, "neuron": number, **dataclasses.asdict(best)}
+            for (layer, number), best in zip(neurons, found, strict=True)
+        ],
+    }
 
 
 def specificity(
@@ -492,9 +370,9 @@ def specificity(
         report: Told which share of the work is done.
 
     Returns:
-        "own" and "elsewhere", each the mean of "effect" in nats, its "standard_error" and "samples", over all
-        samples of all neurons; and "neurons", how many of those that have both have the higher mean at their
-        own targets.
+        "own" and "elsewhere", each the mean "effect" in nats, its "standard_error" and the number of
+        "samples", over all samples of all neurons; "compared", how many neurons have both; "higher_at_own",
+        how many of these have the higher mean at their own targets.
     """
     layers = tuple(sorted({layer for layer, _ in neurons}))
     wanted = np.zeros((len(layers), config.d_model), np.int64)
@@ -532,7 +410,8 @@ def specificity(
     return {
         "own": _mean_of(own),
         "elsewhere": _mean_of(elsewhere),
-        "neurons": {"higher_at_own": higher, "compared": len(both)},
+        "higher_at_own": higher,
+        "compared": len(both),
     }
 
 

@@ -13,11 +13,12 @@ Dims: N tokens, E keys.
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import re
 
 import numpy as np
 
-# Of ASCII letters, on the bytes of the text.
+# On the bytes of the text; letters are those of ASCII.
 PATTERNS = {
     "capitalised word": rb"\b[A-Z][a-z]+",
     "capitals": rb"\b[A-Z]{2,}\b",
@@ -128,8 +129,8 @@ def marked(pieces: Sequence[bytes], documents: np.ndarray) -> dict[str, np.ndarr
     names = [f"{name}{part}" for name in PATTERNS for part in ("", _LAST)]
     found = {name: np.zeros(len(pieces), bool) for name in names}
     compiled = {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    for first, stop in zip(starts, [*starts[1:], len(pieces)], strict=True):
+    starts = np.flatnonzero(np.diff(documents, prepend=-1)).tolist()
+    for first, stop in itertools.pairwise([*starts, len(pieces)]):
         text = b"".join(pieces[first:stop])
         ends = np.cumsum([len(piece) for piece in pieces[first:stop]])
         for name, pattern in compiled.items():

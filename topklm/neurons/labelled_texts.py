@@ -111,14 +111,14 @@ def of_conllu(path: Path) -> LabelledTexts:
     Raises:
         UserError: For a file that cannot be read, or holds no such words.
     """
-    texts, rows = [], []
-    for text, words in _sentences(lines(path, "--conllu")):
+    texts, rows = list[str](), list[tuple[int, int, str]]()
+    for sentence, words in _sentences(lines(path, "--conllu")):
         at = 0
         for word, tag in words:
-            if (found := text.find(word, at)) >= 0:
+            if (found := sentence.find(word, at)) >= 0:
                 at = found + len(word)
-                rows.append((len(texts), len(text[:at].encode()), tag))
-        texts.append(text)
+                rows.append((len(texts), len(sentence[:at].encode()), tag))
+        texts.append(sentence)
     if not rows:
         advice = "must be CoNLL-U: ten columns with tabs between, and '# text = ' before each sentence"
         raise UserError("holds no word with a tag", field="--conllu", value=str(path), advice=advice)

@@ -78,7 +78,7 @@ def probe(
     questions: Sequence[Question],
     weights_nR: np.ndarray,
     ks: Sequence[int] = KS,
-    report: Callable[[], None] = lambda: None,
+    report: Callable[[int], None] = lambda n: None,
 ) -> Scores:
     """Fits and scores probes.
 
@@ -87,7 +87,7 @@ def probe(
         questions: Q of them.
         weights_nR: float64, how often each example's text was drawn.
         ks: Codes of a probe; more than M are M.
-        report: Told after each question.
+        report: Told of the questions that are done since the last time.
     """
     scores = np.full((2, len(questions), len(ks), weights_nR.shape[1]), np.nan)
     for number, question in enumerate(questions):
@@ -99,7 +99,7 @@ def probe(
             found = score(x_nM[np.ix_(question.test, chosen)].astype(np.float64))
             scores[0, number, place] = auc(found, question.is_test, weights)
             scores[1, number, place] = balanced_accuracy(found, question.is_test, weights)
-        report()
+        report(1)
     return Scores(*scores)
 
 

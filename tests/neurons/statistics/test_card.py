@@ -12,8 +12,7 @@ import scipy.sparse
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.layout import make_layout
-from topklm.neurons import card, documents, probing
-from topklm.neurons.card import Basis
+from topklm.neurons import bases, card, documents, probing
 from topklm.neurons.documents import TextModel
 from topklm.neurons.labelled_texts import Located
 from topklm.neurons.statistics import entropy, variance
@@ -27,7 +26,7 @@ LENGTHS = (120, 40, 2, 31, 90, 60, 33, 80, 150, 75, 64, 30, 41, 222, 99, 120)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "_BATCH_TOKENS", 256)
-        patch.setattr(card, "_STRETCH_TOKENS", 300)
+        patch.setattr(bases, "_STRETCH_TOKENS", 300)
         yield
 
 
@@ -134,15 +133,15 @@ def test_codes_of_bases_are_those_of_the_plain_model(settings, some_documents, t
     config = configured(context_length=256, **settings)
     n_layers = config.n_topk_layers or config.n_layers
     model, k = reader(config), config.topk_k
-    mean, covariance = card.moments(model, n_layers, text, lambda n: None)
+    mean, covariance = bases.moments(model, n_layers, text.documents, lambda n: None)
     dense = [np.asarray(handed_on(config, np.concatenate([[SEPARATOR], ids]))) for ids in some_documents]
     states = np.concatenate([h[:n_layers, 1:] for h in dense], axis=1)
     np.testing.assert_allclose(mean, states.mean(axis=1), atol=1e-4)
     np.testing.assert_allclose(covariance[0], np.cov(states[0].T, bias=True), atol=1e-3)
-    bases = card.bases(config, mean, covariance, k)
+    made = bases.make(config, mean, covariance, k)
     first = "own" if config.n_topk_layers else "coordinates"
-    assert [basis.name for basis in bases] == [first, "random", "pca"]
-    blocks = card.read_blocks(model, n_layers, bases, text, lambda n: None)
+    assert [basis.name for basis in made] == [first, "random", "pca"]
+    blocks = bases.read_blocks(model, n_layers, made, text.documents, lambda n: None)
     counted = np.concatenate([h[:n_layers, 2:] for h in dense], axis=1)
     for layer in range(n_layers):
         h = counted[layer]
@@ -166,10 +165,10 @@ def test_pooled_codes_are_means_and_rotations_keep_all_of_them(some_documents):
     pooling = scipy.sparse.csr_array(pooling / pooling.sum(axis=1)[:, None]).astype(np.float32)
     located = Located(some_documents, pooling, np.arange(5))
     text = card.make_text(some_documents, V, None, draws=1)
-    bases = card.bases(config, *card.moments(model, 3, text, lambda n: None), 4)
+    made = bases.make(config, *bases.moments(model, 3, text.documents, lambda n: None), 4)
     pooled = dict(
         zip(
-            "coordinates random pca".split(), card.pool(model, 3, bases, located, lambda n: None), strict=True
+            ["coordinates", "random", "pca"], bases.pool(model, 3, made, located, lambda n: None), strict=True
         )
     )
     states = [
@@ -187,7 +186,7 @@ def test_pooled_codes_are_means_and_rotations_keep_all_of_them(some_documents):
 
 def test_too_little_text_is_refused():
     with pytest.raises(UserError, match=r"--tokens: 18 tokens of 9 documents are too few for an interval"):
-        card.make_text([np.arange(3)] * 9, V, None)
+        card.make_text([np.arange(3)] * 9, V, None, draws=2)
 
 
 def test_the_rotation_less_itself_is_nothing_and_the_error_is_over_labels():
@@ -207,7 +206,7 @@ def test_the_rotation_less_itself_is_nothing_and_the_error_is_over_labels():
 
 def test_readable_neurons_are_in_the_order_of_pages_without_the_dead(text):
     layers = [card.measure(of_tokens(text, np.random.default_rng(seed), 5)[0], text) for seed in (5, 6)]
-    found = card.readable(layers)
+    found = card.readable(layers, 40)
     assert len(found) == 8 and {layer for layer, _ in found} == {0, 1}
     assert all(number < 4 for _, number in found)
     fair = [
@@ -233,7 +232,7 @@ def test_specificity_splits_effects_by_the_next_token(some_documents, text):
     assert (everything["own"]["samples"], everything["elsewhere"]["effect"]) == (n, None)
     total = sum(found[side]["effect"] * found[side]["samples"] for side in ("own", "elsewhere"))
     assert total / n == pytest.approx(everything["own"]["effect"], rel=1e-6)
-    assert found["neurons"]["compared"] == 3 and everything["neurons"]["compared"] == 0
+    assert found["compared"] == 3 and everything["compared"] == 0
 
 
 def test_clusters_of_vectors_are_of_stripped_words(tmp_path):
@@ -253,23 +252,29 @@ def test_clusters_of_vectors_are_of_stripped_words(tmp_path):
         card.clusters_of_vectors(tmp_path / "none", tokens)
 
 
-def test_a_rotation_of_a_planted_code_is_worse_by_every_measure():
-    """A lookup code of tokens, against the cut codes of a rotation of the same states."""
+def test_a_rotation_of_a_planted_code_is_worse():
+    """Half of the codes are lookup tables of tokens, half depend on something else; a rotation mixes them."""
     rng = np.random.default_rng(7)
-    some = [rng.integers(1, V, 120) for _ in range(20)]
-    text = card.make_text(some, V, np.arange(V) % 5, draws=3)
-    codes = np.zeros((V, 64))
-    for token in range(V):
-        codes[token, rng.permutation(64)[:2]] = 1 + rng.random(2)
-    h = codes[text.token_ids].astype(np.float32)
-    bases = card.bases(configured(), h.mean(axis=0)[None], np.cov(h.T)[None], 2)
-    assert [basis.encode is None for basis in bases] == [True, False, False]
+    text = card.make_text([rng.integers(1, V, 120) for _ in range(40)], V, np.arange(V) % 5, draws=3)
+    n = len(text.token_ids)
+    of_tokens = (rng.random((V, 16)) < 0.1) * (1 + rng.random((V, 16)))
+    others = (rng.random((n, 16)) < 0.1) * (1 + rng.random((n, 16)))
+    h = np.concatenate([of_tokens[text.token_ids], others], axis=1).astype(np.float32)
+    own, random, _ = bases.make(configured(), h.mean(axis=0)[None], np.cov(h.T)[None], 4)
+    search = card.detector_search(text, [bytes([65 + token]) for token in range(V)])
     found = {}
-    for basis in bases[:2]:
+    for basis in (own, random):
         dense = h if basis.encode is None else np.asarray(basis.encode(h[None]))[0]
         tokens, neurons = np.nonzero(dense)
-        block = card._block([(tokens, neurons, dense[tokens, neurons], 64)])
-        found[basis.name] = card.measure(block, text).summaries()
-    assert found["own"]["token_entropy"][0] < found["random"]["token_entropy"][0] - 0.3
-    np.testing.assert_allclose(found["own"]["by_token"], 1, atol=1e-6)
-    assert isinstance(bases[0], Basis)
+        block = bases._block([(tokens, neurons, dense[tokens, neurons], 32)])
+        found[basis.name] = (
+            card.measure(block, text).by_neuron["by_token"][:, 0],
+            np.array([card.detect(search, block, number, n).f1 for number in range(32)]),
+        )
+    by_token, f1 = found["own"]
+    np.testing.assert_allclose(by_token[:16], 1, atol=1e-6)
+    np.testing.assert_allclose(by_token[16:], 0, atol=0.03)
+    assert (f1[:16] == 1).all() and (f1[16:] < 0.4).all()
+    by_token, f1 = found["random"]
+    assert np.median(by_token) > 0.1 and by_token.max() < 0.9
+    assert (f1 < 0.9).all()
