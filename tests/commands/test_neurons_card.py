@@ -77,7 +77,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def facts(place):
-    """All runs beside each other, as the file says it."""
+    """Measures all runs beside each other, and reads the file."""
     where = "--labels", place / "labels.jsonl", "--conllu", place / "words.conllu"
     against = "--against", place / "seed", place / "base", place / "other"
     sampled = "--tokens", 3000, "--dictionary-tokens", 4000, "--no-steering"

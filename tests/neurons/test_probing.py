@@ -12,7 +12,7 @@ def ones(n):
 
 
 def pairs(scores, is_label, weights):
-    """The area by all pairs of examples, ties half."""
+    """Computes the area by all pairs of examples, ties half."""
     right = total = 0.0
     for i in np.flatnonzero(is_label):
         for j in np.flatnonzero(~is_label):
@@ -82,7 +82,7 @@ def test_selection_is_by_difference_over_deviation():
 
 
 def planted(rng, n=1200, width=24):
-    """Sparse codes, of which number 5 is a detector of the label."""
+    """Draws sparse codes, of which number 5 is a detector of the label."""
     y = rng.random(n) < 0.3
     x = 2 * np.maximum(rng.normal(-1, 1, (n, width)), 0)
     x[:, 5] = np.where(y, 1 + rng.random(n), 0)

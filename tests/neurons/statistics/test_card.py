@@ -47,7 +47,7 @@ def reader(config):
 
 
 def of_tokens(text, rng, n_neurons):
-    """A block of neurons that depend on the token, and their dense activations, [N, n]."""
+    """Draws a block of neurons that depend on the token, and their dense activations, [N, n]."""
     n = len(text.token_ids)
     dense = rng.random((n, n_neurons)) * (rng.random((V, n_neurons)) < 0.3)[text.token_ids]
     dense *= rng.random(dense.shape) < 0.8
@@ -253,7 +253,7 @@ def test_clusters_of_vectors_are_of_stripped_words(tmp_path):
 
 
 def test_a_rotation_of_a_planted_code_is_worse():
-    """Half of the codes are lookup tables of tokens, half depend on something else; a rotation mixes them."""
+    """Plants codes of which half are lookup tables of tokens, half depend on something else; a rotation mixes them."""
     rng = np.random.default_rng(7)
     text = card.make_text([rng.integers(1, V, 120) for _ in range(40)], V, np.arange(V) % 5, draws=3)
     n = len(text.token_ids)

@@ -11,7 +11,7 @@ V = 12
 
 
 def by_loop(dense, keys, least=variance.LEAST_IN_GROUP):
-    """One neuron, float[N], zeros included."""
+    """Takes one neuron, float[N], zeros included."""
     groups = [k for k in set(keys.tolist()) if k >= 0 and (keys == k).sum() >= least]
     if np.count_nonzero(dense[np.isin(keys, groups)]) < variance.LEAST_ACTIVE:
         return np.nan

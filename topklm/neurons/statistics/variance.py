@@ -92,6 +92,6 @@ def share(
         between = np.where(sizes > 0, np.square(sums) / sizes, 0).sum(axis=0)
         total = squares - np.square(sums.sum(axis=0)) / n_tokens
         shares = 1 - ((squares - between) / (n_tokens - n_groups)) / (total / (n_tokens - 1))
-    # What rounding leaves of a constant is no variance.
+    # Of a constant, rounding leaves something that is no variance.
     varies = (total > 1e-12 * squares) & (n_tokens > n_groups)
     return np.where(varies, shares, np.nan)
