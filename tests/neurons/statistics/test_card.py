@@ -253,7 +253,7 @@ def test_clusters_of_vectors_are_of_stripped_words(tmp_path):
 
 
 def test_a_rotation_of_a_planted_code_is_worse():
-    """Plants codes of which half are lookup tables of tokens, half depend on something else; a rotation mixes them."""
+    """Plants codes of which half are lookup tables of tokens; a rotation mixes them with the others."""
     rng = np.random.default_rng(7)
     text = card.make_text([rng.integers(1, V, 120) for _ in range(40)], V, np.arange(V) % 5, draws=3)
     n = len(text.token_ids)
