@@ -1,20 +1,14 @@
 """How far figures of neurons would move with other documents: intervals by bootstrap over documents.
 
-Tokens of one document are not independent of each other, documents about are. So as many documents as there
-are are drawn with replacement, R times; a draw is a weight for each document, how often it was drawn. The
-figures of every neuron are computed again from each draw, exactly, from sums by document that are made once:
+The method is that of `topklm.neurons.statistics.bootstrap`. Of each draw are computed
 
 - *Entropies*: shares, distinct tokens (clusters) and activations are those of the drawn documents.
 - *Monosemanticity*: over pairs of different tokens of the drawn documents. A document that was drawn twice
   counts as two, but is not compared with its own copy, whose contexts are the very same.
 
 Held fixed: the model, the neurons, the clusters and the context embeddings, their centre included.
-A draw holds some two thirds of the documents and so fewer different tokens than the sample, and its entropies
-are lower, by more than they differ among draws: percentiles of the draws as they are would leave out the
-figure itself. So an interval is from the 2.5th to the 97.5th percentile of draws that are moved until their
-mean is the figure, and by how much is said beside it. It says how far the figure moves with the documents,
-not how far a sample of this size is from endless text. With few documents (books) it says little. The choices
-are ours. Dims: N tokens, G documents, R draws, D neurons per layer, d width of an embedding.
+With few documents (books) an interval says little.
+Dims: N tokens, G documents, R draws, D neurons per layer, d width of an embedding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +19,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import rich.console
-import scipy.sparse
 
 import topklm
 from topklm.model import transformer
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import embeddings, table
+from topklm.neurons.statistics.bootstrap import (
+    document_weights,
+    entropy_of_draws,
+    interval,
+    sums_of_draws,
+)
 from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.progress import TerminalProgress
 
 FIGURES = ("token_entropy_corrected", "semantic_entropy_corrected", "monosemanticity")
 DRAWS = 1000
-LEVEL = 0.95
 SUMMARIES = ("median", "mean")
 
 _BLOCK_NEURONS = 16
@@ -58,16 +56,6 @@ def embed_all(contexts: Embeddings, n_tokens: int) -> np.ndarray:
     """Embeds the context of every token, float32[N, d]; 4 N d bytes."""
     starts = range(0, n_tokens, _STRETCH)
     return np.concatenate([contexts.at(np.arange(a, min(a + _STRETCH, n_tokens))) for a in starts])
-
-
-def document_weights(n_documents: int, n_draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Counts how often each document is drawn, int64[G, R]; a column adds up to G.
-
-    Stores of the same text have the same documents: the same seed draws the same ones of each, so that draws
-    of two models may be subtracted from each other.
-    """
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_draws).T
 
 
 def resample(
@@ -112,31 +100,15 @@ def of_neuron(block: NeuronBlock, number: int, text: Text, weights: np.ndarray) 
     weights = weights[there].astype(np.float64)
     own = np.searchsorted(there, documents)
     n_active = np.diff([*begins, len(places)]) @ weights
+
+    def entropies(ids: np.ndarray) -> np.ndarray:
+        return entropy_of_draws(sums_of_draws(ids, own, strengths, weights)[1], n_active)
+
     return {
-        "token_entropy_corrected": _entropy(text.token_ids[places], own, strengths, weights, n_active),
-        "semantic_entropy_corrected": _entropy(text.groups[places], own, strengths, weights, n_active),
+        "token_entropy_corrected": entropies(text.token_ids[places]),
+        "semantic_entropy_corrected": entropies(text.groups[places]),
         "monosemanticity": _pairs(text.embeddings[places], begins, strengths, weights, n_active),
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Of a figure."""
-
-    figure: float  # from the sample as it is
-    low: float
-    high: float
-    shift: float  # mean of the draws less the figure, which was taken off the draws
-
-
-def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
-    """Returns the interval of the middle `level` of draws float[R], moved so that their mean is the figure.
-
-    Draws that are NaN are left out.
-    """
-    shift = float(np.nanmean(draws) - figure)
-    low, high = np.nanquantile(draws - shift, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(figure, float(low), float(high), shift)
 
 
 def summaries(figures: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -237,29 +209,6 @@ def _text(folder: NeuronsFolder, store: Store, measured: table.TableMetadata) ->
     around = embeddings.Contexts(token_ids, bounds, embeddings.token_vectors(unembedding))
     vectors = embed_all(around, store.n_tokens)
     return Text(token_ids, of_token[token_ids], bounds, vectors)
-
-
-def _entropy(
-    ids: np.ndarray, documents: np.ndarray, strengths: np.ndarray, weights: np.ndarray, n_active: np.ndarray
-) -> np.ndarray:
-    """Computes `entropy.plug_in` and `entropy.miller_madow` of each draw: float64[R].
-
-    Args:
-        ids: int[E], a token or cluster.
-        documents: int[E], rows of `weights`.
-        strengths: float64[E], above 0.
-        weights: float64[G, R].
-        n_active: float64[R].
-    """
-    distinct, rows = np.unique(ids, return_inverse=True)
-    # Sums by token and document; the product with the weights is the sum of every token in every draw.
-    sums = scipy.sparse.csr_array((strengths, (rows, documents)), (len(distinct), len(weights))) @ weights
-    totals = sums.sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # - sum of p ln p with p = s / total.
-        plug_in = np.log(totals) - np.where(sums > 0, sums * np.log(sums), 0).sum(axis=0) / totals
-        correction = (np.count_nonzero(sums, axis=0) - 1) / (2 * n_active)
-        return np.where(totals > 0, np.maximum(plug_in, 0) + correction, np.nan)
 
 
 def _pairs(

@@ -116,7 +116,7 @@ def test_mean_and_covariance_leave_out_what_is_no_text():
     rng = np.random.default_rng(2)
     x = (5 + rng.normal(size=(S, 90, D)) @ rng.normal(size=(D, D))).astype(np.float32)
     counts = rng.random(90) < 0.8
-    mean, covariance = fit_dictionary._moments(states_of(x, counts, [30, 60]))
+    mean, covariance = fit_dictionary.moments(states_of(x, counts, [30, 60]))
     for layer in range(S):
         np.testing.assert_allclose(mean[layer], x[layer, counts].mean(axis=0, dtype=float), rtol=1e-5)
         wanted = np.cov(x[layer, counts].astype(float), rowvar=False, bias=True)
@@ -127,7 +127,7 @@ def test_mean_and_covariance_leave_out_what_is_no_text():
 def test_principal_components_come_with_both_signs_by_falling_variance(d):
     rng = np.random.default_rng(4)
     x = rng.normal(size=(200, d)) @ rng.normal(size=(d, d))
-    found = fit_dictionary._components(np.cov(x, rowvar=False)[None])[0]
+    found = fit_dictionary.signed_components(np.cov(x, rowvar=False)[None])[0]
     assert found.shape == (d, d)
     _, _, wanted = np.linalg.svd(x - x.mean(axis=0))
     for number, row in enumerate(found):
@@ -137,12 +137,12 @@ def test_principal_components_come_with_both_signs_by_falling_variance(d):
 
 
 def test_random_dictionaries_are_orthonormal_and_differ_between_layers_and_seeds():
-    found = fit_dictionary._random(S, D, 0)
+    found = fit_dictionary.random_rows(S, D, 0)
     for rows in found:
         np.testing.assert_allclose(rows @ rows.T, np.eye(D), atol=1e-12)
     assert not np.allclose(found[0], found[1])
-    assert not np.allclose(found, fit_dictionary._random(S, D, 1))
-    np.testing.assert_array_equal(found, fit_dictionary._random(S, D, 0))
+    assert not np.allclose(found, fit_dictionary.random_rows(S, D, 1))
+    np.testing.assert_array_equal(found, fit_dictionary.random_rows(S, D, 0))
 
 
 class Texts:

@@ -10,7 +10,7 @@ from pathlib import Path
 import re
 
 from topklm.checkpoint.checksums import fingerprint
-from topklm.commands import neurons_compare, neurons_find, shared
+from topklm.commands import neurons_card, neurons_compare, neurons_find, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.distributed import cluster
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "contrast": neurons_compare.CONTRAST,
         "select": neurons_find.SELECT,
         "ablate-set": neurons_compare.ABLATE_SET,
+        "card": neurons_card.CARD,
     }
     shared.add_verbs(parser, verbs, "harvest|measure|find|...")
 

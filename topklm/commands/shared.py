@@ -21,12 +21,12 @@ import rich.table
 import rich.text
 
 from topklm.config import ModelConfig
-from topklm.errors import ArgumentError, UserError, one_line, visible
+from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors, one_line, visible
 from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
-from topklm.storage.files import as_path, is_bucket, parse_json
+from topklm.storage.files import as_path, is_bucket, local_path, parse_json, write_atomically
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
@@ -134,6 +134,12 @@ class Output:
             print(json.dumps(facts))
         else:
             show()
+
+    def keep(self, facts: Mapping[str, Any], file: str | None) -> None:
+        """Writes the object to the file of a flag `--json FILE`; None and "-" are none."""
+        if file not in (None, "-"):
+            with disk_errors_are_user_errors(f"writing {file}"):
+                write_atomically(local_path(file, "--json"), (json.dumps(facts, indent=1) + "\n").encode())
 
     def say(self, line: str) -> None:
         """Prints a line as it is, without colours or wrapping."""

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
 import re
@@ -17,7 +16,7 @@ from rich.text import Text
 import topklm
 from topklm.commands import shared
 from topklm.commands.shared import Output
-from topklm.errors import UserError, disk_errors_are_user_errors, visible
+from topklm.errors import UserError, visible
 from topklm.inference.interventions import POSITIONS, Intervention, needs_value
 from topklm.inference.language_model import LanguageModel
 from topklm.neurons.dictionary import check_coordinates
@@ -27,7 +26,7 @@ from topklm.steering import dose
 from topklm.steering.concepts import KINDS, Concept, NeuronFacts
 from topklm.steering.dose import Estimate, Response, Sampled
 from topklm.steering.survey import SurveySettings, neuron_rows, summarise, survey, without_nan
-from topklm.storage.files import is_bucket, local_path, write_atomically
+from topklm.storage.files import is_bucket, local_path
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "
@@ -97,11 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         shared.check_goes_with(arguments, "survey", *_OF_SURVEY)
         content, show = _steer(arguments, output)
     output.give(content, show)
-    if arguments.json not in (None, "-"):
-        with disk_errors_are_user_errors(f"writing {arguments.json}"):
-            write_atomically(
-                local_path(arguments.json, "--json"), (json.dumps(content, indent=1) + "\n").encode()
-            )
+    output.keep(content, arguments.json)
 
 
 def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:

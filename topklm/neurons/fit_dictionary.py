@@ -61,6 +61,7 @@ def fit(
     documents: Iterable[np.ndarray],
     *,
     keep: int,
+    width: int | None = None,
     n_tokens: int = DEFAULT_TOKENS,
     progress: Progress,
 ) -> Dictionary:
@@ -72,6 +73,7 @@ def fit(
         data: The run's; its training text is read.
         documents: To be harvested; nothing is learned from them.
         keep: K.
+        width: M of an autoencoder; None: D.
         n_tokens: Of training text, about; more than there are are read again, in another order.
         progress: Shows how far it is.
 
@@ -87,7 +89,7 @@ def fit(
         for batch in itertools.islice(stream, n):
             arrays = batch["inputs"], batch["segment_ids"], batch["positions"]
             is_text = (batch["inputs"] != model.separator_id).reshape(-1)
-            yield _hidden(model.config, model.params, *model.put(arrays)), jnp.asarray(is_text)
+            yield hidden_states(model.config, model.params, *model.put(arrays)), jnp.asarray(is_text)
 
     facts: dict[str, Any] = {"tokens": n_tokens, "seed": _SEED}
     with progress.phase(f"making a dictionary ({kind})", n_batches) as report:
@@ -96,16 +98,23 @@ def fit(
             report(1, 0, rows * length)
 
         if kind == "sae":
-            mean, scatter = _moments(batches(min(_SCALE_BATCHES, n_batches)))
+            mean, scatter = moments(batches(min(_SCALE_BATCHES, n_batches)))
             scale = np.sqrt(np.trace(scatter, axis1=1, axis2=2) / d)
             trained, dead = fit_autoencoders(
-                batches(n_batches), n_batches, mean, scale, keep=keep, width=d, seed=_SEED, report=tell
+                batches(n_batches),
+                n_batches,
+                mean,
+                scale,
+                keep=keep,
+                width=width or d,
+                seed=_SEED,
+                report=tell,
             )
             arrays = [np.asarray(array) for array in (trained.centre, trained.encoder, trained.decoder)]
             facts["dead_codes"] = dead.sum(axis=1).tolist()
         else:
-            mean, scatter = _moments(batches(n_batches), tell)
-            rows_SMD = _random(len(mean), d, _SEED) if kind == "random" else _components(scatter)
+            mean, scatter = moments(batches(n_batches), tell)
+            rows_SMD = random_rows(len(mean), d, _SEED) if kind == "random" else signed_components(scatter)
             arrays = [mean, np.swapaxes(rows_SMD, 1, 2), rows_SMD]
     facts["text"] = f"training text of {', '.join(dataset.path.name for dataset in mixture.datasets)}"
     centre, encoder, decoder = (array.astype(np.float32) for array in arrays)
@@ -150,7 +159,7 @@ def explained_variance(
     reconstruct = jax.jit(lambda h_SND: dictionary.decode(dictionary.encode(h_SND)))
     windows = list(model.windows(begun))
     for arrays, inside, _ in model.pack(windows).batches() if windows else ():
-        h_SND = _hidden(model.config, model.params, *model.put(arrays))
+        h_SND = hidden_states(model.config, model.params, *model.put(arrays))
         for variance, x, reconstructed in zip(
             found, np.asarray(h_SND), np.asarray(reconstruct(h_SND)), strict=True
         ):
@@ -159,7 +168,7 @@ def explained_variance(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(
+def hidden_states(
     config: ModelConfig,
     params: transformer.Parameters,
     tokens_BT: jax.Array,
@@ -174,7 +183,7 @@ def _hidden(
     return states_SBTD.reshape(len(states_SBTD), -1, config.d_model)
 
 
-def _moments(states: States, report: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
+def moments(states: States, report: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean float64[S, D] and covariance float64[S, D, D] of hidden states."""
     n, mean, scatter = 0.0, np.zeros(1), np.zeros(1)
     for h_SND, counts_N in states:
@@ -196,21 +205,28 @@ def _of_batch(h_SND: jax.Array, counts_N: jax.Array) -> tuple[jax.Array, jax.Arr
     return n, mean_SD, jnp.einsum("snd,sne->sde", centred, centred, precision=jax.lax.Precision.HIGHEST)
 
 
-def _random(n_layers: int, d: int, seed: int) -> np.ndarray:
+def random_rows(n_layers: int, d: int, seed: int) -> np.ndarray:
     """Returns float64[S, D, D], rows of random orthonormal bases, all equally likely."""
     rng = np.random.default_rng(seed)
     q, r = np.linalg.qr(rng.standard_normal((n_layers, d, d)))
     return q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
 
 
-def _components(covariance_SDD: np.ndarray) -> np.ndarray:
+def components(covariance_SDD: np.ndarray) -> np.ndarray:
+    """Returns float64[S, D, D], rows of principal components by falling variance.
+
+    A component has no sign of its own: its largest entry is made positive, so that it is fixed.
+    """
+    _, vectors = np.linalg.eigh(covariance_SDD)  # columns by rising variance
+    rows = np.swapaxes(vectors, 1, 2)[:, ::-1]
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2)[..., None], axis=2)
+    return rows * np.sign(largest)
+
+
+def signed_components(covariance_SDD: np.ndarray) -> np.ndarray:
     """Returns float64[S, D, D]: the leading components, each with both signs, by falling variance."""
     d = covariance_SDD.shape[1]
-    _, vectors = np.linalg.eigh(covariance_SDD)  # columns by rising variance
-    rows = np.swapaxes(vectors, 1, 2)[:, ::-1][:, : -(-d // 2)]
-    # A component has no sign of its own: its largest entry is made positive, so that the numbering is fixed.
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2)[..., None], axis=2)
-    rows = rows * np.sign(largest)
+    rows = components(covariance_SDD)[:, : -(-d // 2)]
     return np.stack([rows, -rows], axis=2).reshape(len(rows), -1, d)[:, :d]
 
 

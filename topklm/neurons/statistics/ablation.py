@@ -78,24 +78,58 @@ def measure(
     """
     count = np.zeros((len(layers), config.d_model), np.int64)
     total, squares = np.zeros(count.shape), np.zeros(count.shape)
-    rng = np.random.default_rng(seed)
-    groups = _groups(token_ids, bounds, config.context_length, separator_id, max_tokens, rng)
-    each = max(1, -(-samples // min(_GROUPS_PER_NEURON, max(len(groups), 1))))
-    for number, (inputs, usable) in enumerate(groups):
-        wanted = np.minimum(each, samples - count)
-        if not wanted.any():
-            break
-        for found in measure_group(config, params, layers, inputs, usable, wanted, rng):
-            at = np.searchsorted(layers, found.layers), found.neurons
-            np.add.at(count, at, 1)
-            np.add.at(total, at, found.effects)
-            np.add.at(squares, at, found.effects**2)
-        report(max((number + 1) / len(groups), np.minimum(count, samples).sum() / (samples * count.size)))
+    for _, found in draw(
+        layers,
+        token_ids,
+        bounds,
+        config,
+        params,
+        separator_id=separator_id,
+        samples=np.full(count.shape, samples),
+        max_tokens=max_tokens,
+        seed=seed,
+        report=report,
+    ):
+        at = np.searchsorted(layers, found.layers), found.neurons
+        np.add.at(count, at, 1)
+        np.add.at(total, at, found.effects)
+        np.add.at(squares, at, found.effects**2)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / count
         variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
         error = np.where(count > 1, np.sqrt(variance / count), np.nan)
     return dict(zip(COLUMNS, (mean, error, count), strict=True))
+
+
+def draw(
+    layers: tuple[int, ...],
+    token_ids: np.ndarray,
+    bounds: np.ndarray,
+    config: ModelConfig,
+    params: transformer.Parameters,
+    *,
+    separator_id: int,
+    samples: np.ndarray,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda share: None,
+) -> Iterator[tuple[np.ndarray, Samples]]:
+    """Yields samples with the windows that they are of, int32[W, T].
+
+    Arguments are those of `measure`, but for `samples`: of each neuron at most so many, int[S, D].
+    """
+    count = np.zeros(samples.shape, np.int64)
+    rng = np.random.default_rng(seed)
+    groups = _groups(token_ids, bounds, config.context_length, separator_id, max_tokens, rng)
+    each = max(1, -(-int(samples.max()) // min(_GROUPS_PER_NEURON, max(len(groups), 1))))
+    for number, (inputs, usable) in enumerate(groups):
+        wanted = np.minimum(each, samples - count)
+        if not wanted.any():
+            break
+        for found in measure_group(config, params, layers, inputs, usable, wanted, rng):
+            np.add.at(count, (np.searchsorted(layers, found.layers), found.neurons), 1)
+            yield inputs, found
+        report(max((number + 1) / len(groups), count.sum() / samples.sum()))
 
 
 def measure_group(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from topklm.neurons.statistics import activity, entropy, lenses
+from topklm.neurons.statistics import activity, entropy, lenses, variance
 from topklm.neurons.statistics.inputs import Neurons
 
 _F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
@@ -81,6 +81,11 @@ def _entropy(neurons: Neurons) -> Mapping[str, Any]:
     return entropy.columns(neurons.block, neurons.inputs.token_ids, *neurons.inputs.clusters)
 
 
+def _variance(neurons: Neurons) -> Mapping[str, Any]:
+    inputs = neurons.inputs
+    return variance.columns(neurons.block, inputs.token_ids, inputs.previous_ids, inputs.config.vocab_size)
+
+
 def _monosemanticity(neurons: Neurons) -> Mapping[str, Any]:
     return neurons.of_all(neurons.inputs.monosemanticity)
 
@@ -113,6 +118,7 @@ _CONTEXT = "a context is the mean unembedding of the last 16 tokens, unless a se
 # One computation each, with the slow inputs that it reads.
 _of_activity = functools.partial(Statistic, compute=_activity)
 _of_tokens = functools.partial(Statistic, compute=_entropy, needs=("clusters",))
+_of_variance = functools.partial(Statistic, compute=_variance, kind="share", unit="of variance")
 _of_contexts = functools.partial(Statistic, compute=_monosemanticity, needs=("monosemanticity",))
 _of_ablation = functools.partial(Statistic, compute=_ablation, needs=("ablation",))
 _of_lenses = functools.partial(Statistic, compute=_lenses, type=pa.list_(_I32), needs=("jacobians", "lenses"))
@@ -158,6 +164,20 @@ STATISTICS: Sequence[Statistic] = (
         unit="nats",
         first=True,
         note="≈ {effective_clusters} of {n_clusters} clusters · plug-in {semantic_entropy}",
+    ),
+    _of_variance(
+        "by_token",
+        "Explained by the token",
+        "Share of the variance of the activation over tokens, zeros included, that the token read explains: "
+        "one-way analysis of variance over tokens that occur at least "
+        f"{variance.LEAST_IN_GROUP} times, corrected for their number. 1: the neuron is a lookup table of "
+        f"tokens; 0: it does not depend on the token. Of neurons active at {variance.LEAST_ACTIVE} of these "
+        "tokens or more.",
+    ),
+    _of_variance(
+        "by_context",
+        "Explained by the token before",
+        "The same for the token before, in the same document.",
     ),
     _of_contexts(
         "monosemanticity",

@@ -10,7 +10,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import transformer
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.statistics import MeasureSettings, ablation, activity, embeddings, lenses
+from topklm.neurons.statistics import MeasureSettings, ablation, activity, embeddings, lenses, variance
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.progress import Progress
 
@@ -55,6 +55,11 @@ class Inputs:
     def bounds(self) -> np.ndarray:
         """int64[documents + 1], as `Store.document_bounds` gives them."""
         return self.store.document_bounds()
+
+    @functools.cached_property
+    def previous_ids(self) -> np.ndarray:
+        """int64[N], the token before each, from `variance.previous`."""
+        return variance.previous(self.token_ids, self.bounds)
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:

@@ -1,0 +1,212 @@
+"""`topklm neurons card` on tiny runs: TopK and Base, two seeds, another tokenizer."""
+
+import argparse
+import dataclasses
+import json
+import xml.etree.ElementTree as ET
+
+from helpers import sentences as some_sentences
+from helpers import write_documents
+import pytest
+import saved_runs
+
+from topklm import cli
+from topklm.commands.neurons_card import CARD
+from topklm.config import DataConfig
+from topklm.data.building.build import prepare
+from topklm.errors import UserError
+from topklm.neurons import card, probing
+
+STEP = 7
+MODEL = dataclasses.replace(saved_runs.MODEL, n_layers=3, d_model=16, d_mlp=16, vocab_size=300)
+TAGS = ("DET", "NOUN", "VERB")
+
+
+def save(folder, data, n_nontopk=1, seed=0):
+    train = dataclasses.replace(saved_runs.CONFIG.train, seed=seed)
+    tokenizer = prepare(data, lambda line: None).tokenizer
+    model = dataclasses.replace(MODEL, n_nontopk=n_nontopk, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(saved_runs.CONFIG, model=model, data=data, train=train)
+    drawn = saved_runs.state
+
+    def of_seed(step, config):
+        return drawn(step, config)._replace(params=drawn(step + seed, config).params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved_runs, "tokenizer", lambda: tokenizer)
+        patch.setattr(saved_runs, "state", of_seed)
+        saved_runs.save(folder, [STEP], config)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    texts = write_documents(folder / "texts.jsonl", some_sentences(3, 200))
+    common = {"source": str(texts), "dir": str(folder / "datasets"), "heldout_fraction": 0.3}
+    data = DataConfig(**common, vocab_size=300)
+    save(folder / "small", data)
+    save(folder / "seed", data, seed=1)
+    save(folder / "base", data, n_nontopk=3)
+    save(folder / "other", DataConfig(**common, vocab_size=280))
+    rows = [{"text": text, "label": ("sea", "house")[i % 2]} for i, text in enumerate(some_sentences(5, 160))]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = []
+    for text in some_sentences(6, 60):
+        lines.append(f"# text = {text}")
+        for i, word in enumerate(text.split(" ")):
+            lines.append("\t".join([str(i + 1), word, word, TAGS[i % 3], *"______"]))
+        lines.append("")
+    (folder / "words.conllu").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "DRAWS", 8)
+        patch.setattr(card, "READABLE", 3)
+        yield
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    CARD.add_arguments(parser)
+    CARD.run(parser.parse_args([*map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def facts(place):
+    """Measures all runs beside each other, and reads the file."""
+    where = "--labels", place / "labels.jsonl", "--conllu", place / "words.conllu"
+    against = "--against", place / "seed", place / "base", place / "other"
+    sampled = "--tokens", 3000, "--dictionary-tokens", 4000, "--no-steering"
+    out = "--json", place / "card.json", "--out", place / "card.svg"
+    run(place / "small", *against, *where, *sampled, *out)
+    return json.loads((place / "card.json").read_text())
+
+
+def test_all_bases_of_all_runs_are_measured_alike(facts):
+    names = [[basis["name"] for basis in one["bases"]] for one in facts["runs"]]
+    own = ["own", "random", "pca"]
+    assert names == [own, own, ["coordinates", "sae", "random", "pca"], own]
+    assert 2800 < facts["tokens"] <= 3000
+    for one in facts["runs"]:
+        assert one["bits_per_byte"] > 0 and one["parameters"] > 0
+        # Of 5 steps of 6 N and 12 L H Q T, a third of it for the forward pass alone.
+        assert one["training_flops"] == pytest.approx(
+            3 * one["flops_per_generated_token"] * one["training_tokens"]
+        )
+        for basis in one["bases"]:
+            assert len(basis["layers"]) == (3 if one["kind"] == "base" else 2)
+            for layer in basis["layers"]:
+                assert layer["n_neurons"] == 16
+                assert (
+                    0 < layer["density"]["low"] <= layer["density"]["value"] <= layer["density"]["high"] < 1
+                )
+                assert set(layer["probing"]) == {"labels", "part of speech"}
+
+
+def test_differences_from_the_rotation_are_those_of_the_means(facts):
+    seen = 0
+    for one in facts["runs"]:
+        random = next(basis for basis in one["bases"] if basis["name"] == "random")
+        assert "less_random" not in random["layers"][0]["probing"]["labels"]
+        for basis in one["bases"]:
+            for layer, of_random in zip(basis["layers"], random["layers"], strict=True):
+                for name, found in layer["probing"].items():
+                    for score in ("auc", "balanced_accuracy"):
+                        assert set(found[score]) == {str(k) for k in probing.KS}
+                        for k, gap in found.get("less_random", {}).get(score, {}).items():
+                            values = [x["probing"][name][score][k]["value"] for x in (layer, of_random)]
+                            assert gap["value"] == pytest.approx(values[0] - values[1], abs=1e-9)
+                            seen += 1
+    assert seen > 50
+
+
+def test_another_tokenizer_leaves_out_what_depends_on_tokens(facts):
+    other = facts["runs"][3]
+    assert any("other has another tokenizer than" in line for line in facts["notes"])
+    for basis in other["bases"]:
+        assert "detectors" not in basis
+        for layer in basis["layers"]:
+            assert not {"token_entropy", "semantic_entropy", "by_token", "by_context"} & layer.keys()
+    for basis in facts["runs"][0]["bases"]:
+        assert basis["layers"][0]["by_token"]["value"] is not None
+        assert len(basis["detectors"]["neurons"]) == 3
+        assert ("ablation" in basis) == (basis["name"] == "own")
+
+
+def test_runs_that_differ_by_the_seed_alone_are_one_group(facts, place):
+    (group,) = facts["seeds"]
+    assert group["runs"] == [str(place / "small"), str(place / "seed")]
+
+    def layer(one, number):
+        return one["bases"][0]["layers"][number]
+
+    for get in (
+        lambda one: one["bits_per_byte"],
+        lambda one: layer(one, 1)["by_token"]["value"],
+        lambda one: layer(one, 0)["probing"]["labels"]["auc"]["5"]["value"],
+    ):
+        values = [get(one) for one in facts["runs"][:2]]
+        assert get(group["mean"]) == pytest.approx(sum(values) / 2)
+        assert values[0] != values[1]
+    figure = layer(group["mean"], 1)["by_token"]
+    assert figure["values"] == [layer(one, 1)["by_token"]["value"] for one in facts["runs"][:2]]
+    assert group["mean"]["run"] == "mean of 2 seeds" and group["mean"]["kind"] == "topk"
+
+
+def test_the_picture_shows_each_figure(facts, place):
+    drawn = ET.parse(place / "card.svg").getroot()
+    circles = list(drawn.iter("{http://www.w3.org/2000/svg}circle"))
+    n_layers = sum(len(basis["layers"]) for one in facts["runs"] for basis in one["bases"])
+    n_same = n_layers - sum(len(basis["layers"]) for basis in facts["runs"][3]["bases"])
+    assert len(circles) == 2 * n_layers + 4 * n_same + 4 * n_layers  # two sets, k = 1 and 16
+
+
+def test_the_same_command_gives_the_same_figures_and_tables(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    options = "--labels", place / "labels.jsonl", "--tokens", 1500, "--no-steering"
+    printed = []
+    for _ in range(2):
+        run(place / "small", *options, "--json")
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    run(place / "small", *options)
+    shown = capsys.readouterr().out
+    for words in ("own neurons", "random rotation", "PCA", "by token", "less rotation", "bits per byte"):
+        assert words in shown
+    assert f"{printed[0]['runs'][0]['bits_per_byte']:.4f}" in shown
+
+
+def test_neurons_are_steered_unless_that_is_left_out(place, capsys):
+    run(place / "small", "--tokens", 1500, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    steering = printed["runs"][0]["bases"][0]["steering"]
+    assert len(steering["neurons"]) == 3 and 0 <= steering["n_fluent"] <= 3
+    assert any("nothing is probed" in line for line in printed["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "200"], r"--tokens: \d+ tokens of \d+ documents are too few for an interval; at least"),
+        (["--tokens", "0"], "--tokens = 0: must be 1 or more"),
+        (["--seed", "-1"], "--seed = -1: must be 0 or more"),
+        (["--labels", "none.jsonl"], "--labels = none.jsonl: No such file or directory; check the path"),
+        (["--conllu", "none"], "--conllu = none: No such file"),
+        (["--vectors", "none"], "--vectors = none: No such file"),
+        (["--sae-probes"], "--sae-probes: its data are not installed"),
+        (["--out", "card.png"], r"--out = card.png: must be a file that ends in \.svg"),
+        (["--against", "gs://bucket/run"], r"RUN = gs://bucket/run"),
+    ],
+)
+def test_what_is_not_allowed_is_named(place, arguments, words):
+    with pytest.raises(UserError, match=words):
+        run(place / "small", *arguments)
+
+
+def test_the_exit_code_of_a_mistake_is_2(place, capsys):
+    assert cli.run(["neurons", "card", str(place / "small"), "--labels", "none.jsonl"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,337 @@
+"""One run on the readability card: its bases, all measures of them, and what the model costs."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topklm.checkpoint.checksums import fingerprint
+from topklm.commands import shared
+from topklm.config import Config
+from topklm.data.building.build import prepare
+from topklm.data.stream import heldout_part
+from topklm.errors import disk_errors_are_user_errors
+from topklm.inference.language_model import LanguageModel
+from topklm.layout import Layout
+from topklm.neurons import bases as bases_lib
+from topklm.neurons import card, fit_dictionary, labelled_texts, probing
+from topklm.neurons.bases import TITLES, Basis
+from topklm.neurons.card import CardText, Figures, Neuron
+from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.documents import TextModel, open_documents
+from topklm.neurons.harvest import kind_and_layers
+from topklm.neurons.labelled_texts import LabelledTexts
+from topklm.neurons.statistics import embeddings, entropy
+from topklm.neurons.store import NeuronBlock
+from topklm.progress import Progress
+from topklm.steering import concepts as concept_lib
+from topklm.steering import dose
+from topklm.steering.concepts import NeuronFacts
+from topklm.steering.dose import Response, Sampled
+from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
+from topklm.training.throughput import flops_per_token, parameter_count
+
+_STRENGTHS = (0.5, 1.0, 2.0)  # in the neuron's largest activation on the text
+_MOST_PERPLEXITY = 2.0  # times that of the unsteered texts
+_ABLATION_SAMPLES = 256  # of each neuron
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A model on the card."""
+
+    name: str  # as it was given
+    model: LanguageModel
+    layout: Layout
+
+    @property
+    def text_model(self) -> TextModel:
+        """Reads text."""
+        return TextModel(self.model.cfg, self.model.params, self.layout, self.model.tokenizer.separator_id)
+
+    @property
+    def n_layers(self) -> int:
+        """Returns S."""
+        return len(kind_and_layers(self.model.cfg)[1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Common:
+    """All that the runs of a card share.
+
+    Attributes:
+        runs: All of them; the first gives text and clusters.
+        documents: Token ids of each, int32[n], by the first run's tokenizer.
+        clusters: int[V], the cluster of each of its tokens.
+        sets: Texts to probe with.
+        seed: Of all that is drawn.
+        dictionary_tokens: Of training text, for the SAE of a Base LM.
+        steers: Whether neurons are steered.
+        progress: Shows how far it is.
+    """
+
+    runs: Sequence[Run]
+    documents: Sequence[np.ndarray]
+    clusters: np.ndarray
+    sets: Sequence[LabelledTexts]
+    seed: int
+    dictionary_tokens: int
+    steers: bool
+    progress: Progress
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a long piece of work; yields a function that is told how much is done since the last time."""
+        with self.progress.phase(name, total) as report:
+            yield lambda n: report(n, 0, 0)
+
+
+def load(name: str, step: int | None) -> Run:
+    """Loads the checkpoint of a step, None the newest, of a run folder."""
+    return Run(name, *shared.load(argparse.Namespace(run=name, step=step)))
+
+
+def documents(run: Run, n_tokens: int) -> list[np.ndarray]:
+    """Reads the first held-out tokens of a run, in documents of two or more; the last one is cut."""
+    found, left = list[np.ndarray](), n_tokens
+    for ids in open_documents(run.model.tokenizer, run.model.config.data):
+        if left < 2:
+            break
+        if len(ids) > 1:
+            found.append(ids[:left])
+            left -= len(found[-1])
+    return found
+
+
+def clusters(
+    run: Run, documents: Sequence[np.ndarray], vectors: str | None, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Groups the tokens of the vocabulary, int[V], by a file of vectors, or by the run's own unembedding.
+
+    The second is a JSON object: the resource, and which share of the documents' tokens is in no cluster.
+    """
+    model = run.model
+    if vectors is None:
+        found = embeddings.cluster_tokens(np.asarray(model.W_U, np.float32), None, seed)
+        resource = f"k-means of the unembedding rows of {run.name}"
+    else:
+        strings = model.tokenizer.token_strings(range(model.cfg.vocab_size))
+        found = card.clusters_of_vectors(Path(vectors), strings, seed)
+        resource = f"k-means of the vectors of {vectors}, by the text of tokens without spaces around it"
+    without = float((found[np.concatenate(documents)] == card.NO_CLUSTER).mean()) if documents else 0.0
+    return found, {"resource": resource, "n_clusters": int(found.max()) + 1, "tokens_without": without}
+
+
+def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
+    """Measures one run; returns it as a JSON object, and notes on what is left out."""
+    model, config, notes = run.model, run.model.cfg, list[str]()
+    first, texts = common.runs[0], common.documents
+    is_same = model.tokenizer.sha256 == first.model.tokenizer.sha256
+    if not is_same:
+        texts = [model.tokenizer.encode(first.model.tokenizer.decode(ids)) for ids in texts]
+        notes.append(
+            f"{run.name} has another tokenizer than {first.name}: its entropies, by_token, by_context, "
+            "detectors, ablation and steering are left out"
+        )
+    text = card.make_text(
+        [ids for ids in texts if len(ids) > 1],
+        config.vocab_size,
+        common.clusters if is_same else None,
+        card.DRAWS,
+        common.seed,
+    )
+    n_tokens = sum(map(len, text.documents))
+    width, keep = _size(common, run)
+    sae = None if config.n_topk_layers else _sae(common, run, width, keep)
+    reading = run.text_model, run.n_layers
+    with common.phase("reading hidden states", n_tokens) as report:
+        mean, covariance = bases_lib.moments(*reading, text.documents, report)
+    bases = bases_lib.make(config, mean, covariance, keep, sae, common.seed)
+    with common.phase("reading codes", n_tokens) as report:
+        blocks = bases_lib.read_blocks(*reading, bases, text.documents, report)
+    entries, figures = list[dict[str, Any]](), list[list[Figures]]()
+    for basis, of_basis in zip(bases, blocks, strict=True):
+        n_neurons = sum(len(block.offsets) - 1 for block in of_basis)
+        with common.phase(f"measuring {TITLES[basis.name]}", n_neurons) as report:
+            figures.append([card.measure(block, text, report) for block in of_basis])
+        layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
+        entries.append({"name": basis.name, "layers": layers})
+    for given in common.sets:
+        _probe(common, run, bases, entries, given)
+    if is_same:
+        search = card.detector_search(text, model.tokenizer.token_bytes(range(config.vocab_size)))
+        for entry, of_layers, of_basis in zip(entries, figures, blocks, strict=True):
+            chosen = card.readable(of_layers, card.READABLE)
+            with common.phase(f"seeking rules for {TITLES[entry['name']]}", len(chosen)) as report:
+                entry["detectors"] = card.detectors_entry(
+                    search, chosen, of_basis, len(text.token_ids), report
+                )
+            if entry["name"] == "own" and chosen:
+                entry["ablation"] = _ablation(common, run, text, chosen)
+                if common.steers:
+                    entry["steering"] = _steering(common, run, text, chosen, of_basis)
+    found = {
+        "run": run.name,
+        "step": model.step,
+        "train_seed": model.config.train.seed,
+        "kind": "topk" if config.n_topk_layers else "base",
+        **_costs(common, run),
+        "bases": entries,
+    }
+    return found, notes
+
+
+def _size(common: Common, run: Run) -> tuple[int, int]:
+    """Returns codes of a layer and how many are kept; a Base LM's are as those of the first TopK LM."""
+    like = next((r for r in (run, *common.runs) if r.model.cfg.n_topk_layers), run).model.cfg
+    return like.d_model, min(like.topk_k, run.model.cfg.d_model)
+
+
+def _sae(common: Common, run: Run, width: int, keep: int) -> Dictionary:
+    """Returns the SAE of a Base LM; it is made once, and kept beside the run."""
+    path = shared.folder_of(run.model).path / f"card-sae-{width}-{keep}.npz"
+    parameters = fingerprint(run.model.params)
+    if path.exists():
+        there = Dictionary.load(path)
+        if (there.facts["tokens"], there.facts["parameters"]) == (common.dictionary_tokens, parameters):
+            return there
+    made = fit_dictionary.fit(
+        "sae",
+        run.text_model,
+        run.model.config.data,
+        common.documents,
+        keep=keep,
+        width=width,
+        n_tokens=common.dictionary_tokens,
+        progress=common.progress,
+    )
+    made = dataclasses.replace(made, facts={**made.facts, "parameters": parameters})
+    with disk_errors_are_user_errors(f"writing {path}"):
+        made.save(path)
+    return made
+
+
+def _probe(
+    common: Common,
+    run: Run,
+    bases: Sequence[Basis],
+    entries: Sequence[dict[str, Any]],
+    given: LabelledTexts,
+) -> None:
+    """Adds the probes of a set of texts to the entries of all bases."""
+    model, n_layers = run.model, run.n_layers
+    located = labelled_texts.locate(given, model.tokenizer, model.cfg.context_length)
+    kept = located.kept
+    questions, left_out = probing.ask(given.labels[kept], given.families[kept], given.to_fit[kept])
+    with common.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
+        pooled = bases_lib.pool(run.text_model, n_layers, bases, located, report)
+    weights = card.text_weights(given.text[kept], card.DRAWS, common.seed)
+    facts = {"n_labels": len(questions), "left_out": left_out, "examples": len(kept)}
+    with common.phase(f"probing {given.name}", len(bases) * n_layers * len(questions)) as report:
+        scores = [
+            {
+                basis.name: probing.probe(x[layer], questions, weights, report=report)
+                for basis, x in zip(bases, pooled, strict=True)
+            }
+            for layer in range(n_layers)
+        ]
+    for entry in entries:
+        for layer, by_basis in zip(entry["layers"], scores, strict=True):
+            name = entry["name"]
+            random = None if name == "random" else by_basis["random"]
+            found = card.probing_entry(by_basis[name], random) if questions else {}
+            layer.setdefault("probing", {})[given.name] = {**facts, **found}
+
+
+def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]) -> dict[str, Any]:
+    """Measures whether neurons matter at the tokens that they raise, by the identity lens."""
+    model = run.model
+    targets = [concept_lib.raised_tokens(model.cfg, model.params, number) for _, number in chosen]
+    with common.progress.phase("setting neurons to 0", 1000) as report:
+        done = 0
+
+        def tell(share: float) -> None:
+            nonlocal done
+            report(round(1000 * share) - done, 0, 0)
+            done = round(1000 * share)
+
+        return card.specificity(
+            model.cfg,
+            model.params,
+            text,
+            chosen,
+            targets,
+            separator_id=model.tokenizer.separator_id,
+            samples=_ABLATION_SAMPLES,
+            seed=common.seed,
+            report=tell,
+        )
+
+
+def _steering(
+    common: Common, run: Run, text: CardText, chosen: Sequence[Neuron], blocks: Sequence[NeuronBlock]
+) -> dict[str, Any]:
+    """Counts the neurons that raise a concept of their own while the text stays fluent."""
+    model, found = run.model, []
+    longest = int(model.lengths(Sampled().prompts).max())
+    sampled = Sampled(max_new_tokens=min(Sampled.max_new_tokens, model.cfg.context_length - longest))
+    total = len(chosen) * (1 + len(_STRENGTHS)) * len(sampled.prompts) * sampled.samples
+    with common.progress.phase("steering", total) as report:
+        for layer, number in chosen:
+            events = blocks[layer].one(number)
+            largest = float(events.values.max())
+            by_token = entropy.by_group(events, text.token_ids, text.vocab_size)
+            inputs = tuple(entropy.top_tokens(by_token)[0][0].tolist())
+            facts = NeuronFacts(len(events.tokens), len(text.token_ids), largest, inputs, ())
+            responses = dose.respond(
+                model,
+                (layer, number),
+                [strength * largest for strength in _STRENGTHS],
+                concept_lib.own_concepts(model, None, facts, layer, number),
+                sampled,
+                report=lambda texts: report(texts, 0, 0),
+            )
+            turned = [
+                strength
+                for strength, response in zip(_STRENGTHS, responses[1:], strict=True)
+                if turns(responses[0], response)
+            ]
+            found.append({"layer": layer, "neuron": number, "strengths": turned})
+    n_fluent = sum(bool(one["strengths"]) for one in found)
+    return {"strengths": list(_STRENGTHS), "n": len(found), "n_fluent": n_fluent, "neurons": found}
+
+
+def turns(unsteered: Response, steered: Response) -> bool:
+    """Tells whether the rate of a concept is up, interval above interval, and perplexity at most doubled."""
+    rises = any(steered.rates[name].low > rate.high for name, rate in unsteered.rates.items())
+    return rises and steered.perplexity.value <= _MOST_PERPLEXITY * unsteered.perplexity.value
+
+
+def _costs(common: Common, run: Run) -> dict[str, Any]:
+    """Returns bits per byte of all held-out text of the run, and what the model costs."""
+    config: Config = run.model.config
+    common.progress.say("evaluating")
+    mixture = prepare(config.data, lambda line: None)
+    part = heldout_part(mixture, max_tokens=0)
+    found = evaluate(
+        make_eval_step(config, run.layout),
+        run.model.params,
+        heldout_feed(config, mixture, run.layout, part),
+        n_bytes=part.utf8_bytes,
+        n_topk_layers=config.model.n_topk_layers,
+    )
+    assert found is not None  # nobody stops it
+    per_token = flops_per_token(config.model)
+    trained_on = run.model.step * config.train.batch_size * config.model.context_length
+    return {
+        "bits_per_byte": found["bits_per_byte"],
+        "parameters": parameter_count(run.model.params),
+        "training_tokens": trained_on,
+        "training_flops": per_token * trained_on,
+        # Training is the forward pass and twice as much for the pass back.
+        "flops_per_generated_token": per_token / 3,
+    }

@@ -1,0 +1,117 @@
+"""`topklm neurons card`: how readable a model's neurons are, beside other bases and other models."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from topklm.commands import shared
+from topklm.commands.shared import Output, Verb
+from topklm.data.formats import QUICKSTART
+from topklm.errors import disk_errors_are_user_errors
+from topklm.neurons import fit_dictionary, labelled_texts, probing
+from topklm.neurons.labelled_texts import LabelledTexts
+from topklm.steering.survey import without_nan
+from topklm.storage.files import local_path, write_atomically
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run", "step", "seed")
+    add("--against RUN", "other runs, measured on the same text", nargs="+", default=[])
+    add("--tokens N", "of held-out text of RUN, on which neurons are measured", 25_000)
+    text = (
+        "word vectors (a word and its numbers a line), whose clusters semantic entropy is of; default RUN's "
+    )
+    add("--vectors FILE", text + "unembedding")
+    text = (
+        'texts with labels to probe for, a line {"text": ..., "label": ...} each; default the topics of the '
+    )
+    add("--labels FILE", text + "quickstart's articles, where RUN was trained on these")
+    add("--conllu FILE", "sentences as CoNLL-U (also .gz): probes for the part of speech of words")
+    add("--sae-probes", "probe on the data of the package sae-probes", False)
+    add("--dictionary-tokens N", "of training text, for the SAE of a Base LM", fit_dictionary.DEFAULT_TOKENS)
+    add("--no-steering", "leave out how many neurons turn text, which takes longest", False)
+    add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
+    add("--out FILE.svg", "draw the measures")
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 1, "tokens", "dictionary_tokens")
+    shared.check_at_least(arguments, 0, "seed")
+    shared.check_installed("topklm neurons card", ["pyarrow", "markupsafe"])
+    names = [arguments.run, *arguments.against]
+    for name in names:
+        shared.check_on_disk(name)
+    if arguments.out is not None and not arguments.out.endswith(".svg"):
+        raise shared.wrong(arguments, "out", allowed="a file that ends in .svg")
+    output = Output(arguments.json == "-")
+    sets = _labelled(arguments)
+    # They need packages of the extra.
+    from topklm.commands import card_of_run, card_output  # noqa: PLC0415
+    from topklm.explorer import card_picture  # noqa: PLC0415
+
+    runs = [card_of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
+    if arguments.labels is None and runs[0].model.config.data.source == QUICKSTART:
+        sets = [labelled_texts.topics(arguments.seed), *sets]
+    notes = ["no text with labels was given (--labels, --conllu, --sae-probes): nothing is probed"]
+    notes = [] if sets else notes
+    output.progress.say("clustering tokens")
+    documents = card_of_run.documents(runs[0], arguments.tokens)
+    clusters, resource = card_of_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
+    common = card_of_run.Common(
+        runs,
+        documents,
+        clusters,
+        sets,
+        seed=arguments.seed,
+        dictionary_tokens=arguments.dictionary_tokens,
+        steers=not arguments.no_steering,
+        progress=output.progress,
+    )
+    measured = list[dict[str, Any]]()
+    for run in runs:
+        output.progress.say(f"{run.name}:")
+        found, more = card_of_run.measure(common, run)
+        measured.append(found)
+        notes += more
+    facts = without_nan(
+        {
+            "tokens": sum(map(len, documents)) - len(documents),
+            "documents": len(documents),
+            "seed": arguments.seed,
+            "clusters": resource,
+            "probing": {
+                "selection": probing.SELECTION,
+                "sets": [{"name": given.name, "source": given.source} for given in sets],
+            },
+            "runs": measured,
+            "seeds": card_output.over_seeds([run.model for run in runs], measured),
+            "notes": notes,
+        }
+    )
+    if arguments.out is not None:
+        with disk_errors_are_user_errors(f"writing {arguments.out}"):
+            write_atomically(local_path(arguments.out, "--out"), card_picture.draw(facts).encode())
+    output.give(facts, lambda: card_output.show(output, facts))
+    output.keep(facts, arguments.json)
+
+
+def _labelled(arguments: argparse.Namespace) -> list[LabelledTexts]:
+    sets = []
+    if arguments.labels is not None:
+        sets.append(labelled_texts.of_json_lines(Path(arguments.labels), arguments.seed))
+    if arguments.conllu is not None:
+        sets.append(labelled_texts.of_conllu(Path(arguments.conllu)))
+    if arguments.sae_probes:
+        sets.append(labelled_texts.of_sae_probes(arguments.seed))
+    return sets
+
+
+CARD = Verb(
+    "how readable a model's neurons are, beside other bases and models",
+    "Measures on the same text how readable the neurons of models are: density, entropies, how much of them "
+    "the token explains, sparse probes, rules that find them, effects of their ablation, and text that they "
+    "turn; beside a random rotation, principal components and, of a Base LM, a post-hoc TopK SAE.",
+    "topklm neurons card runs/small --against runs/small-base --conllu ud.conllu --out card.svg",
+    _add_card,
+    _card,
+)

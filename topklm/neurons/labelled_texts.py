@@ -1,0 +1,275 @@
+"""Texts with labels, for probing: of whole texts, or of their words.
+
+An example is the mean of a text's tokens, its last token, or the token that ends a word; a word in whose
+midst the last of its tokens goes on is left out. Which texts are for fitting and which for scoring is fixed:
+a text is never in both.
+"""
+
+from collections.abc import Iterator, Sequence
+import csv
+import dataclasses
+import gzip
+from importlib import metadata
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from topklm.data import sources
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.storage.files import parse_json
+
+MEAN, LAST = -1, -2  # instead of the end of a word
+MEAN_TOKENS = 127  # of a text's beginning, that are averaged
+FIT_SHARE = 0.7  # of texts whose whole has the label; sentences are halved
+
+_PER_TOPIC, _LEAST_CHARACTERS, _NO_TOPIC = 160, 300, "Uncategorized"
+_MOST_WORDS = 5000  # of each half
+_MOST_TEXTS = 500  # of a file of sae-probes
+_SAE_PROBES, _SAE_PROBES_FOLDER = "sae-probes", "cleaned_data"
+_NO_TAG = "_"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledTexts:
+    """n examples of labels."""
+
+    name: str  # in a word or two
+    source: str  # where they come from, and how many
+    texts: Sequence[str]
+    text: np.ndarray  # int[n], of which text an example is
+    # int[n], UTF-8 bytes of the text up to the end of the word; `MEAN` or `LAST` for the whole text
+    end: np.ndarray
+    labels: np.ndarray  # str[n]
+    families: np.ndarray  # int[n], examples of one family are told from each other
+    to_fit: np.ndarray  # bool[n]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Located:
+    """The examples that a tokenizer can show, n of them, in the N tokens of documents."""
+
+    documents: Sequence[np.ndarray]  # int32[tokens] of each, none empty
+    pooling: scipy.sparse.csr_array  # float32[n, N], the share of each token in each example
+    kept: np.ndarray  # int[n], which of `LabelledTexts` they are
+
+
+def topics(seed: int = 0) -> LabelledTexts:
+    """Returns the quickstart's articles with their topics, at most 160 of each.
+
+    Raises:
+        UserError: If its package is not installed.
+    """
+    file = sources.find(["quickstart"], flag="--labels")[0]
+    with disk_errors_are_user_errors(f"reading {file.url}"):
+        articles = parse_json(Path(file.url).read_bytes()).values()
+    rows = [
+        (a["extract"], a["topic"])
+        for a in articles
+        if a["topic"] != _NO_TOPIC and len(a["extract"]) > _LEAST_CHARACTERS
+    ]
+    order, taken, kept = np.random.default_rng(seed).permutation(len(rows)), dict[str, int](), []
+    for number in order:
+        topic = rows[number][1]
+        taken[topic] = taken.get(topic, 0) + 1
+        if taken[topic] <= _PER_TOPIC:
+            kept.append(rows[number])
+    return _of_whole_texts("topic", "leads of Wikipedia articles (quickstart)", kept, MEAN, seed)
+
+
+def of_json_lines(path: Path, seed: int = 0) -> LabelledTexts:
+    """Reads a line for each text, {"text": ..., "label": ...}.
+
+    Raises:
+        UserError: For a file that cannot be read, or a line that is something else.
+    """
+    rows = []
+    for number, line in enumerate(lines(path, "--labels"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        is_right = isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"]
+        if not is_right or not isinstance(record.get("label"), str | int):
+            text = f'line {number} must be a JSON object with "text" and "label"'
+            raise UserError(text, field="--labels", value=str(path))
+        rows.append((record["text"], str(record["label"])))
+    if not rows:
+        raise UserError("holds no line; give one for each text", field="--labels", value=str(path))
+    return _of_whole_texts("labels", path.name, rows, MEAN, seed)
+
+
+def of_conllu(path: Path) -> LabelledTexts:
+    """Reads the words of CoNLL-U (also .gz) with their universal part of speech, at most 5,000 of each half.
+
+    Raises:
+        UserError: For a file that cannot be read, or holds no such words.
+    """
+    texts, rows = list[str](), list[tuple[int, int, str]]()
+    for sentence, words in _sentences(lines(path, "--conllu")):
+        at = 0
+        for word, tag in words:
+            if (found := sentence.find(word, at)) >= 0:
+                at = found + len(word)
+                rows.append((len(texts), len(sentence[:at].encode()), tag))
+        texts.append(sentence)
+    if not rows:
+        advice = "must be CoNLL-U: ten columns with tabs between, and '# text = ' before each sentence"
+        raise UserError("holds no word with a tag", field="--conllu", value=str(path), advice=advice)
+    text, end, labels = (np.array(column) for column in zip(*rows, strict=True))
+    to_fit = text < len(texts) / 2
+    kept = np.sort(np.concatenate([np.flatnonzero(part)[:_MOST_WORDS] for part in (to_fit, ~to_fit)]))
+    text, end, labels, to_fit = text[kept], end[kept], labels[kept], to_fit[kept]
+    source = f"{path.name}: {len(kept):,} words of {len(np.unique(text)):,} sentences"
+    return LabelledTexts("part of speech", source, texts, text, end, labels, np.zeros(len(kept), int), to_fit)
+
+
+def of_sae_probes(seed: int = 0) -> LabelledTexts:
+    """Reads the data files with two labels of the package sae-probes, at most 500 texts of each.
+
+    Kantamneni et al. 2025, arXiv:2502.16681. The package is read as data, never imported.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        files = metadata.files(_SAE_PROBES) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    parts = []
+    for file in sorted(files, key=str):
+        if file.parent.name == _SAE_PROBES_FOLDER and ".csv" in file.suffixes:
+            rows = _read_csv(Path(str(file.locate())))
+            if len({label for _, label in rows}) == 2:
+                name = file.name.partition(".csv")[0]
+                chosen = np.random.default_rng(seed).permutation(len(rows))[:_MOST_TEXTS]
+                parts.append([(rows[i][0], f"{name}: {rows[i][1]}") for i in chosen])
+    if not parts:
+        raise UserError("--sae-probes: its data are not installed; run pip install --no-deps sae-probes")
+    sets = [_of_whole_texts("", "", rows, LAST, seed) for rows in parts]
+    starts = np.cumsum([0, *map(len, parts)])[:-1]
+    return LabelledTexts(
+        "sae-probes",
+        f"{len(parts)} files of the package sae-probes {metadata.version(_SAE_PROBES)}",
+        [text for one in sets for text in one.texts],
+        np.concatenate([one.text + start for one, start in zip(sets, starts, strict=True)]),
+        np.concatenate([one.end for one in sets]),
+        np.concatenate([one.labels for one in sets]),
+        np.repeat(np.arange(len(parts)), list(map(len, parts))),
+        np.concatenate([one.to_fit for one in sets]),
+    )
+
+
+def locate(given: LabelledTexts, tokenizer: Tokenizer, context_length: int) -> Located:
+    """Finds the tokens of examples, in texts that are cut to what fits into a model's context.
+
+    Of a text whose last token counts, the beginning is cut off, of others the end.
+    """
+    most = context_length - 1  # the separator stands first
+    examples = [np.flatnonzero(given.text == number) for number in range(len(given.texts))]
+    documents, rows, kept, n_tokens = [], [], [], 0
+    for text, of_text, ids in zip(given.texts, examples, tokenizer.encode_batch(given.texts), strict=True):
+        if not len(ids) or not len(of_text):
+            continue
+        is_last = given.end[of_text[0]] == LAST
+        read = ids[-most:] if is_last else ids[:most]
+        spans = list(_spans(given.end[of_text].tolist(), text, tokenizer.token_bytes(read), len(read)))
+        documents.append(read)
+        for example, span in zip(of_text, spans, strict=True):
+            if span is not None:
+                kept.append(example)
+                rows.append(range(n_tokens + span[0], n_tokens + span[1]))
+        n_tokens += len(read)
+    lengths = [len(row) for row in rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    columns = np.fromiter((token for row in rows for token in row), np.int64, offsets[-1])
+    shares = np.repeat(1 / np.array(lengths, np.float32), lengths)
+    pooling = scipy.sparse.csr_array((shares, columns, offsets), (len(rows), n_tokens))
+    return Located(documents, pooling, np.array(kept, np.int64))
+
+
+def _spans(
+    ends: Sequence[int], text: str, pieces: Sequence[bytes], n_tokens: int
+) -> Iterator[tuple[int, int] | None]:
+    """Yields the tokens of each example of a text, from first to one after the last; None if none ends it."""
+    spelled = np.cumsum([len(piece) for piece in pieces])
+    # Other tokenizers change the text: then nobody knows where a word ends.
+    is_text = min(ends) < 0 or text.encode().startswith(b"".join(pieces))
+    for end in ends:
+        if end == MEAN:
+            yield 0, min(n_tokens, MEAN_TOKENS)
+        elif end == LAST:
+            yield n_tokens - 1, n_tokens
+        else:
+            at = int(np.searchsorted(spelled, end))
+            found = is_text and at < n_tokens and spelled[at] == end
+            yield (at, at + 1) if found else None
+
+
+def _of_whole_texts(
+    name: str, source: str, rows: Sequence[tuple[str, str]], end: int, seed: int
+) -> LabelledTexts:
+    n = len(rows)
+    to_fit = np.zeros(n, bool)
+    to_fit[np.random.default_rng(seed).permutation(n)[: round(FIT_SHARE * n)]] = True
+    return LabelledTexts(
+        name,
+        f"{source}: {n:,} texts",
+        [text for text, _ in rows],
+        np.arange(n),
+        np.full(n, end),
+        np.array([label for _, label in rows]),
+        np.zeros(n, int),
+        to_fit,
+    )
+
+
+def lines(path: Path, flag: str) -> Iterator[str]:
+    """Yields the lines of a text file, plain or .gz."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with disk_errors_are_user_errors(f"{flag} = {path}: reading it"):
+        try:
+            with opened(path, "rt", encoding="utf-8") as file:
+                yield from (line.rstrip("\n") for line in file)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+            raise UserError(f"{e.strerror}; check the path", field=flag, value=str(path)) from e
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as e:
+            raise UserError(f"is damaged, or no UTF-8 ({e})", field=flag, value=str(path)) from e
+
+
+def _sentences(lines: Iterator[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yields the text of each sentence, and its words with their tags."""
+    text, words = "", list[tuple[str, str]]()
+    for line in (*lines, ""):
+        if line.startswith("# text = "):
+            text = line.removeprefix("# text = ")
+        elif line and not line.startswith("#"):
+            columns = line.split("\t")
+            # 3-4 are two words in one, and 3.1 one that is not there.
+            if len(columns) == 10 and columns[0].isdigit() and columns[3] != _NO_TAG:
+                words.append((columns[1], columns[3]))
+        elif not line:
+            if text and words:
+                yield text, words
+            text, words = "", []
+
+
+def _read_csv(path: Path) -> list[tuple[str, str]]:
+    """Returns prompt and target of each row; .gz and .zst are unpacked."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    elif path.suffix == ".zst":
+        import pyarrow as pa  # noqa: PLC0415  (of the extra)
+
+        content = pa.input_stream(pa.BufferReader(content), compression="zstd").read()
+    rows = csv.DictReader(io.StringIO(content.decode("utf-8", "replace"), newline=""))
+    if not {"prompt", "target"} <= set(rows.fieldnames or ()):
+        return []
+    return [(row["prompt"], row["target"]) for row in rows if row["prompt"]]
