@@ -4,10 +4,10 @@
     u  = a + MLP(Norm(a))
     h' = TopK_k(u), or u in the last n_nontopk layers
 
-With `token_input = "every"` the token's embedding e is not in h, which is 0 at first; the attention of TopK
-layers reads it beside h,
+With `token_input = "every"` the token's embedding e is not in h, and TopK layers read it beside h and a:
 
-    a  = h + Attention(Norm(h + e))
+    a  = h + Attention(Norm(h + e))        h = 0 in the first layer
+    u  = a + MLP(Norm(a + e))
 
 and the first dense layer begins with h + e. Without a TopK layer, both are the same Base LM.
 
@@ -71,11 +71,11 @@ class Block(nnx.Module):
         """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up; the inputs from `enter_layer`."""
         x_BTD = parallel.gather_tokens(self.normed_input(h_BTD, beside_BTD))
         mixed_BTD = self.attention(x_BTD, rotation, segment_ids_BT, parallel)
-        return self.after_attention(h_BTD, mixed_BTD, parallel)
+        return self.after_attention(h_BTD, mixed_BTD, parallel, beside_BTD=beside_BTD)
 
     def normed_input(self, h_BTD: jax.Array, beside_BTD: jax.Array | None = None) -> jax.Array:
         """Returns the states that attention reads, [B, T, D]."""
-        return self.attention_norm(h_BTD if beside_BTD is None else h_BTD + beside_BTD)
+        return self.attention_norm(_sum(h_BTD, beside_BTD))
 
     def after_attention(
         self,
@@ -83,10 +83,11 @@ class Block(nnx.Module):
         mixed_BTD: jax.Array,
         parallel: Parallel = ALONE,
         gate_up: jax.Array | None = None,
+        beside_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Does the part of a call that follows attention, whose output is `mixed_BTD`."""
         a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
-        x_BTD = parallel.gather_tokens(self.mlp_norm(a_BTD))
+        x_BTD = parallel.gather_tokens(self.mlp_norm(_sum(a_BTD, beside_BTD)))
         return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
 
 
@@ -106,7 +107,7 @@ def enter_layer(
         follows_topk: Whether the layer before has one.
 
     Returns:
-        The stream that the layer carries on, and the array that its attention reads beside it, None for none.
+        The stream that the layer carries on, and the array that it reads beside it, None for none.
     """
     if token is None:
         return h, None
@@ -114,6 +115,10 @@ def enter_layer(
         return (h, token) if ends_in_topk else (h + jnp.where(follows_topk, token, 0), None)
     ends_in_topk = jnp.asarray(ends_in_topk)
     return h + jnp.where(follows_topk & ~ends_in_topk, token, 0), jnp.where(ends_in_topk, token, 0)
+
+
+def _sum(x: jax.Array, beside: jax.Array | None) -> jax.Array:
+    return x if beside is None else x + beside
 
 
 def end_layer(

@@ -81,7 +81,8 @@ def decode_step(
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
     gate_up = None if fused is None else fused.gate_up
-    return *block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up), handed_on
+    ends = block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up, beside_BTD=beside_BMD)
+    return *ends, handed_on
 
 
 def attend_to_past(past: KeysAndValues, seen_BMT: jax.Array) -> Attend:

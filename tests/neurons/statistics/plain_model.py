@@ -62,7 +62,7 @@ def final_hidden(config, tokens, change=lambda layer, h: h):
         h = h + token if read_by_all and layer == config.n_topk_layers else h
         beside = token if read_by_all and layer < config.n_topk_layers else 0
         a = h + _attention(config, block["attention"], _norm(config, block["attention_norm"], h + beside))
-        x, mlp = _norm(config, block["mlp_norm"], a), block["mlp"]
+        x, mlp = _norm(config, block["mlp_norm"], a + beside), block["mlp"]
         gate = x @ mlp["gate"]["kernel"]
         u = a + (gate / (1 + np.exp(-gate)) * (x @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
         h = change(layer, _topk(config, u) if layer < config.n_topk_layers else u)
