@@ -275,7 +275,10 @@ def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]
 def _steering(
     common: Common, run: Run, text: CardText, chosen: Sequence[Neuron], blocks: Sequence[NeuronBlock]
 ) -> dict[str, Any]:
-    """Counts the neurons that raise a concept of their own while the text stays fluent."""
+    """Counts the neurons that raise a concept of their own while the text stays fluent.
+
+    Tokens that a neuron raises are what it does by construction; its input tokens are evidence.
+    """
     model, found = run.model, []
     longest = int(model.lengths(Sampled().prompts).max())
     sampled = Sampled(max_new_tokens=min(Sampled.max_new_tokens, model.cfg.context_length - longest))
@@ -295,19 +298,26 @@ def _steering(
                 sampled,
                 report=lambda texts: report(texts, 0, 0),
             )
-            turned = [
-                strength
-                for strength, response in zip(_STRENGTHS, responses[1:], strict=True)
-                if turns(responses[0], response)
-            ]
+            turned = {
+                concept: [
+                    strength
+                    for strength, steered in zip(_STRENGTHS, responses[1:], strict=True)
+                    if turns(responses[0], steered, concept)
+                ]
+                for concept in responses[0].rates
+            }
             found.append({"layer": layer, "neuron": number, "strengths": turned})
-    n_fluent = sum(bool(one["strengths"]) for one in found)
-    return {"strengths": list(_STRENGTHS), "n": len(found), "n_fluent": n_fluent, "neurons": found}
+    by_concept = {
+        concept: sum(bool(one["strengths"].get(concept)) for one in found) for concept in ("input", "raised")
+    }
+    n_fluent = sum(any(one["strengths"].values()) for one in found)
+    counts = {"n": len(found), "n_fluent": n_fluent, "n_by_concept": by_concept}
+    return {"strengths": list(_STRENGTHS), **counts, "neurons": found}
 
 
-def turns(unsteered: Response, steered: Response) -> bool:
+def turns(unsteered: Response, steered: Response, concept: str) -> bool:
     """Tells whether the rate of a concept is up, interval above interval, and perplexity at most doubled."""
-    rises = any(steered.rates[name].low > rate.high for name, rate in unsteered.rates.items())
+    rises = steered.rates[concept].low > unsteered.rates[concept].high
     return rises and steered.perplexity.value <= _MOST_PERPLEXITY * unsteered.perplexity.value
 
 
