@@ -179,9 +179,8 @@ def locate(given: LabelledTexts, tokenizer: Tokenizer, context_length: int) -> L
         if not len(ids) or not len(of_text):
             continue
         ends = given.end[of_text]
-        read = (
-            ids[-most:] if ends[0] == LAST else ids[: min(most, MEAN_TOKENS) if max(ends) == MEAN else most]
-        )
+        n_read = min(most, MEAN_TOKENS) if max(ends) == MEAN else most
+        read = ids[-most:] if ends[0] == LAST else ids[:n_read]
         spans = list(_spans(ends.tolist(), text, tokenizer.token_bytes(read), len(read)))
         documents.append(read)
         for example, span in zip(of_text, spans, strict=True):

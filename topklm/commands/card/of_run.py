@@ -95,6 +95,18 @@ def load(name: str, step: int | None) -> Run:
     return Run(name, *shared.load(argparse.Namespace(run=name, step=step)))
 
 
+def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int) -> list[LabelledTexts]:
+    """Reads the texts to probe with that flags name."""
+    sets = []
+    if labels is not None:
+        sets.append(labelled_texts.of_json_lines(Path(labels), seed))
+    if conllu is not None:
+        sets.append(labelled_texts.of_conllu(Path(conllu)))
+    if sae_probes:
+        sets.append(labelled_texts.of_sae_probes(seed))
+    return sets
+
+
 def documents(run: Run, n_tokens: int) -> list[np.ndarray]:
     """Reads the first held-out tokens of a run, in documents of two or more; the last one is cut."""
     found, left = list[np.ndarray](), n_tokens
