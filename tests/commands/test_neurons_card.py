@@ -190,6 +190,13 @@ def test_neurons_are_steered_unless_that_is_left_out(place, capsys):
     assert any("nothing is probed" in line for line in printed["notes"])
 
 
+def test_labels_with_too_few_texts_are_said_to_be_left_out(place, capsys):
+    labels = place / "few.jsonl"
+    labels.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i}) for i in range(20)))
+    run(place / "small", "--tokens", 1500, "--no-steering", "--labels", labels)
+    assert "0 labels, 20 with too few examples left out" in capsys.readouterr().out
+
+
 def responses(rates, perplexities):
     """Makes texts of two values, unsteered ones first, with intervals of 0.1 on either side."""
     return [

@@ -214,7 +214,10 @@ class Figures:
 def _median(figures: np.ndarray) -> np.ndarray:
     """Returns float64[R], the median of those of [M, R] that the sample has."""
     there = figures[~np.isnan(figures[:, 0])]
-    return np.nanmedian(there, axis=0) if len(there) else np.full(figures.shape[1], np.nan)
+    is_drawn = ~np.isnan(there).all(axis=0)
+    medians = np.full(figures.shape[1], np.nan)
+    medians[is_drawn] = np.nanmedian(there[:, is_drawn], axis=0) if len(there) else np.nan
+    return medians
 
 
 def measure(block: NeuronBlock, text: CardText, report: Callable[[int], None] = lambda n: None) -> Figures:

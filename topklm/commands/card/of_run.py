@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,16 @@ def _probe(
     located = labelled_texts.locate(given, model.tokenizer, model.cfg.context_length)
     kept = located.kept
     questions, left_out = probing.ask(given.labels[kept], given.families[kept], given.to_fit[kept])
+    facts = {"n_labels": len(questions), "left_out": left_out, "examples": len(kept)}
+    if not questions:
+        for layer in itertools.chain.from_iterable(entry["layers"] for entry in entries):
+            layer.setdefault("probing", {})[given.name] = facts
+        return
     with common.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
         pooled = bases_lib.pool(run.text_model, n_layers, bases, located, report)
-    weights = card.text_weights(given.text[kept], card.DRAWS, common.seed)
-    facts = {"n_labels": len(questions), "left_out": left_out, "examples": len(kept)}
+    is_scored = ~given.to_fit[kept]
+    weights = np.zeros((len(kept), 1 + card.DRAWS))
+    weights[is_scored] = card.text_weights(given.text[kept][is_scored], card.DRAWS, common.seed)
     with common.phase(f"probing {given.name}", len(bases) * n_layers * len(questions)) as report:
         scores = [
             {
@@ -255,7 +262,7 @@ def _probe(
         for layer, by_basis in zip(entry["layers"], scores, strict=True):
             name = entry["name"]
             random = None if name == "random" else by_basis["random"]
-            found = card.probing_entry(by_basis[name], random) if questions else {}
+            found = card.probing_entry(by_basis[name], random)
             layer.setdefault("probing", {})[given.name] = {**facts, **found}
 
 
@@ -291,7 +298,7 @@ def _steering(
 
     Tokens that a neuron raises are what it does by construction; its input tokens are evidence.
     """
-    model, found = run.model, []
+    model, found = run.model, list[dict[str, Any]]()
     longest = int(model.lengths(Sampled().prompts).max())
     sampled = Sampled(max_new_tokens=min(Sampled.max_new_tokens, model.cfg.context_length - longest))
     total = len(chosen) * (1 + len(_STRENGTHS)) * len(sampled.prompts) * sampled.samples

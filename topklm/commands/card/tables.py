@@ -79,7 +79,10 @@ def show(output: Output, facts: Mapping[str, Any]) -> None:
         for basis in run["bases"]:
             if "ablation" in basis:
                 output.say(_ablation_line(run["run"], basis["ablation"]))
-    output.say(f"clusters: {facts['clusters']['resource']}")
+    clusters = facts["clusters"]
+    without = clusters["tokens_without"]
+    left_out = f"; {without:.1%} of the text's tokens are in none" if without else ""
+    output.say(f"clusters: {clusters['n_clusters']:,}, {clusters['resource']}{left_out}")
     for group in facts["seeds"]:
         output.say(f"{group['mean']['run']}: {', '.join(group['runs'])}")
     for line in facts["notes"]:
