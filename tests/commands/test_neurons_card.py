@@ -255,6 +255,8 @@ def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, caps
     run(place / "base", "--dictionary-tokens", 4000, *options)
     there = json.loads(capsys.readouterr().out)["runs"][0]["bases"]
     assert [basis["name"] for basis in there] == ["coordinates", "sae", "random", "pca"]
+    made = there[1]["dictionary"]
+    assert made["tokens"] == 4000 and len(made["explained_variance"]) == len(made["dead_codes"]) == 3
     with pytest.raises(TypeError):  # other tokens: it would be made again
         run(place / "base", "--dictionary-tokens", 5000, *options)
 

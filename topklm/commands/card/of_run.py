@@ -159,7 +159,7 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
     )
     n_tokens = sum(map(len, text.documents))
     width, keep = _size(common, run)
-    sae = None if config.n_topk_layers else _sae(common, run, width, keep)
+    sae = None if config.n_topk_layers else _sae(common, run, text.documents, width, keep)
     reading = run.text_model, run.n_layers
     with common.phase("reading hidden states", n_tokens) as report:
         mean, covariance = bases_lib.moments(*reading, text.documents, report)
@@ -173,6 +173,8 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
             figures.append([card.measure(block, text, report) for block in of_basis])
         layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
         entries.append({"name": basis.name, "layers": layers})
+        if basis.name == "sae" and sae is not None:
+            entries[-1]["dictionary"] = dict(sae.facts)
     for given in common.sets:
         _probe(common, run, bases, entries, given)
     if is_same:
@@ -204,8 +206,11 @@ def _size(common: Common, run: Run) -> tuple[int, int]:
     return like.d_model, min(like.topk_k, run.model.cfg.d_model)
 
 
-def _sae(common: Common, run: Run, width: int, keep: int) -> Dictionary:
-    """Returns the SAE of a Base LM; it is made once, and kept beside the run."""
+def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int) -> Dictionary:
+    """Returns the SAE of a Base LM; it is made once, and kept beside the run.
+
+    The documents only say how much of their variance its codes explain.
+    """
     path = shared.folder_of(run.model).path / f"card-sae-{width}-{keep}.npz"
     parameters = fingerprint(run.model.params)
     if path.exists():
@@ -216,7 +221,7 @@ def _sae(common: Common, run: Run, width: int, keep: int) -> Dictionary:
         "sae",
         run.text_model,
         run.model.config.data,
-        common.documents,
+        documents,
         keep=keep,
         width=width,
         n_tokens=common.dictionary_tokens,
