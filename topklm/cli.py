@@ -24,7 +24,16 @@ VERBS = {
 }
 
 # Their work is not what they print: they go on when nobody reads that any more.
-_GOES_ON = ("train", "prepare", "steer", "neurons harvest", "neurons measure", "serve", "explore")
+_GOES_ON = (
+    "train",
+    "prepare",
+    "steer",
+    "neurons harvest",
+    "neurons measure",
+    "neurons card",
+    "serve",
+    "explore",
+)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -11,11 +11,13 @@ import pytest
 import saved_runs
 
 from topklm import cli
+from topklm.commands.card import of_run
 from topklm.commands.neurons_card import CARD
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
-from topklm.neurons import card, probing
+from topklm.neurons import card, fit_dictionary, probing
+from topklm.steering.dose import Estimate, Response
 
 STEP = 7
 MODEL = dataclasses.replace(saved_runs.MODEL, n_layers=3, d_model=16, d_mlp=16, vocab_size=300)
@@ -186,6 +188,77 @@ def test_neurons_are_steered_unless_that_is_left_out(place, capsys):
     steering = printed["runs"][0]["bases"][0]["steering"]
     assert len(steering["neurons"]) == 3 and 0 <= steering["n_fluent"] <= 3
     assert any("nothing is probed" in line for line in printed["notes"])
+
+
+def test_labels_with_too_few_texts_are_said_to_be_left_out(place, capsys):
+    labels = place / "few.jsonl"
+    labels.write_text("\n".join(json.dumps({"text": f"text {i}", "label": i}) for i in range(20)))
+    run(place / "small", "--tokens", 1500, "--no-steering", "--labels", labels)
+    assert "0 labels, 20 with too few examples left out" in capsys.readouterr().out
+
+
+def responses(rates, perplexities):
+    """Makes texts of two values, unsteered ones first, with intervals of 0.1 on either side."""
+    return [
+        Response(None, [], 9, {"input": Estimate(r, r - 0.1, r + 0.1)}, Estimate(p, p, p), {})
+        for r, p in zip(rates, perplexities, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "perplexities", "turned"),
+    [
+        ([0.1, 0.4], [10, 20], True),
+        ([0.1, 0.4], [10, 21], False),  # no longer fluent
+        ([0.1, 0.25], [10, 9], False),  # intervals overlap
+        ([0.4, 0.1], [10, 10], False),
+    ],
+)
+def test_text_is_turned_fluently_where_the_rate_is_up_and_perplexity_at_most_doubled(
+    rates, perplexities, turned
+):
+    assert of_run.turns(*responses(rates, perplexities), "input") is turned
+
+
+def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
+    words = [
+        "the",
+        "sea",
+        "house",
+        "of",
+        "and",
+        "to",
+        "a",
+        "in",
+        "was",
+        "he",
+        "she",
+        "it",
+        "old",
+        "man",
+        "way",
+        "day",
+    ]
+    vectors = place / "vectors.txt"
+    vectors.write_text("".join(f"{word} {i % 3} {i} 1\n" for i, word in enumerate(words)))
+    run(place / "small", "--tokens", 1500, "--no-steering", "--vectors", vectors, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert str(vectors) in printed["clusters"]["resource"]
+    assert 0 < printed["clusters"]["tokens_without"] < 1
+    layer = printed["runs"][0]["bases"][0]["layers"][0]
+    assert 0 <= layer["semantic_entropy"]["value"] < layer["token_entropy"]["value"]
+
+
+def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):
+    monkeypatch.setattr(fit_dictionary, "fit", None)
+    options = "--tokens", 1500, "--no-steering", "--json"
+    run(place / "base", "--dictionary-tokens", 4000, *options)
+    there = json.loads(capsys.readouterr().out)["runs"][0]["bases"]
+    assert [basis["name"] for basis in there] == ["coordinates", "sae", "random", "pca"]
+    made = there[1]["dictionary"]
+    assert made["tokens"] == 4000 and len(made["explained_variance"]) == len(made["dead_codes"]) == 3
+    with pytest.raises(TypeError):  # other tokens: it would be made again
+        run(place / "base", "--dictionary-tokens", 5000, *options)
 
 
 @pytest.mark.parametrize(

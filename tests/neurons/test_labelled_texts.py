@@ -5,6 +5,7 @@ from importlib import metadata
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from topklm.data.tokenizer import train_bpe
@@ -130,14 +131,16 @@ def test_files_of_sae_probes_with_two_labels_are_families(tmp_path, monkeypatch)
     rows = "prompt,target\n" + "".join(f'"text, {i}",{i % 2}\n' for i in range(60))
     (folder / "1_two.csv.gz").write_bytes(gzip.compress(rows.encode()))
     (folder / "2_also.csv").write_text(rows)
+    (folder / "2_zstd.csv.zst").write_bytes(pa.compress(rows.encode(), codec="zstd", asbytes=True))
     (folder / "3_three.csv").write_text("prompt,target\na,0\nb,1\nc,2\n")
     files = [_File(path) for path in folder.iterdir()]
     monkeypatch.setattr(metadata, "files", lambda name: files)
     monkeypatch.setattr(metadata, "version", lambda name: "0.4.2")
     found = labelled_texts.of_sae_probes()
-    assert (len(found.texts), found.families.tolist()) == (120, [0] * 60 + [1] * 60)
-    assert set(found.labels) == {"1_two: 0", "1_two: 1", "2_also: 0", "2_also: 1"}
-    assert (found.end == LAST).all() and np.array_equal(found.text, np.arange(120))
+    assert (len(found.texts), found.families.tolist()) == (180, [0] * 60 + [1] * 60 + [2] * 60)
+    names = "1_two", "2_also", "2_zstd"
+    assert set(found.labels) == {f"{name}: {label}" for name in names for label in (0, 1)}
+    assert (found.end == LAST).all() and np.array_equal(found.text, np.arange(180))
     assert sorted(found.texts[:60]) == sorted(f"text, {i}" for i in range(60))
 
 

@@ -1,15 +1,13 @@
 """`topklm neurons card`: how readable a model's neurons are, beside other bases and other models."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.formats import QUICKSTART
-from topklm.errors import disk_errors_are_user_errors
-from topklm.neurons import fit_dictionary, labelled_texts, probing
-from topklm.neurons.labelled_texts import LabelledTexts
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.neurons import fit_dictionary
 from topklm.steering.survey import without_nan
 from topklm.storage.files import local_path, write_atomically
 
@@ -37,27 +35,32 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
 def _card(arguments: argparse.Namespace) -> None:
     shared.check_at_least(arguments, 1, "tokens", "dictionary_tokens")
     shared.check_at_least(arguments, 0, "seed")
-    shared.check_installed("topklm neurons card", ["pyarrow", "markupsafe"])
+    shared.check_installed("topklm neurons card", ["pyarrow", "scipy", "markupsafe"])
     names = [arguments.run, *arguments.against]
     for name in names:
         shared.check_on_disk(name)
     if arguments.out is not None and not arguments.out.endswith(".svg"):
         raise shared.wrong(arguments, "out", allowed="a file that ends in .svg")
-    output = Output(arguments.json == "-")
-    sets = _labelled(arguments)
     # They need packages of the extra.
-    from topklm.commands import card_of_run, card_output  # noqa: PLC0415
+    from topklm.commands.card import of_run, tables  # noqa: PLC0415
     from topklm.explorer import card_picture  # noqa: PLC0415
+    from topklm.neurons import labelled_texts, probing  # noqa: PLC0415
 
-    runs = [card_of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
+    output = Output(arguments.json == "-")
+    sets = of_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
+    runs = [of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
+    notes = list[str]()
     if arguments.labels is None and runs[0].model.config.data.source == QUICKSTART:
-        sets = [labelled_texts.topics(arguments.seed), *sets]
-    notes = ["no text with labels was given (--labels, --conllu, --sae-probes): nothing is probed"]
-    notes = [] if sets else notes
+        try:
+            sets = [labelled_texts.topics(arguments.seed), *sets]
+        except UserError as e:  # its text is not where the run was trained
+            notes.append(f"topics of articles are not probed: {e}")
+    if not sets:
+        notes.append("no text with labels was given (--labels, --conllu, --sae-probes): nothing is probed")
     output.progress.say("clustering tokens")
-    documents = card_of_run.documents(runs[0], arguments.tokens)
-    clusters, resource = card_of_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
-    common = card_of_run.Common(
+    documents = of_run.documents(runs[0], arguments.tokens)
+    clusters, resource = of_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
+    common = of_run.Common(
         runs,
         documents,
         clusters,
@@ -70,7 +73,7 @@ def _card(arguments: argparse.Namespace) -> None:
     measured = list[dict[str, Any]]()
     for run in runs:
         output.progress.say(f"{run.name}:")
-        found, more = card_of_run.measure(common, run)
+        found, more = of_run.measure(common, run)
         measured.append(found)
         notes += more
     facts = without_nan(
@@ -84,26 +87,15 @@ def _card(arguments: argparse.Namespace) -> None:
                 "sets": [{"name": given.name, "source": given.source} for given in sets],
             },
             "runs": measured,
-            "seeds": card_output.over_seeds([run.model for run in runs], measured),
+            "seeds": tables.over_seeds([run.model for run in runs], measured),
             "notes": notes,
         }
     )
     if arguments.out is not None:
         with disk_errors_are_user_errors(f"writing {arguments.out}"):
             write_atomically(local_path(arguments.out, "--out"), card_picture.draw(facts).encode())
-    output.give(facts, lambda: card_output.show(output, facts))
+    output.give(facts, lambda: tables.show(output, facts))
     output.keep(facts, arguments.json)
-
-
-def _labelled(arguments: argparse.Namespace) -> list[LabelledTexts]:
-    sets = []
-    if arguments.labels is not None:
-        sets.append(labelled_texts.of_json_lines(Path(arguments.labels), arguments.seed))
-    if arguments.conllu is not None:
-        sets.append(labelled_texts.of_conllu(Path(arguments.conllu)))
-    if arguments.sae_probes:
-        sets.append(labelled_texts.of_sae_probes(arguments.seed))
-    return sets
 
 
 CARD = Verb(

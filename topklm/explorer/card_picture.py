@@ -2,23 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import operator
 from typing import Any
 
 from markupsafe import escape
 
 from topklm.explorer.plots import Axis
 from topklm.neurons.bases import TITLES
+from topklm.neurons.card import MEASURES
 
 # Of the colour-blind-safe palette of Okabe and Ito.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#000000")
-_MEASURES = {
-    "density": "density",
-    "dead": "dead neurons",
-    "token_entropy": "token entropy, nats",
-    "semantic_entropy": "semantic entropy, nats",
-    "by_token": "share of variance explained by the token",
-    "by_context": "share of variance explained by the token before",
-}
 _LONGEST_NAME = 20  # of a run; its end is shown
 _WIDTH, _LEFT, _RIGHT = 860, 250, 24
 _ROW, _DOT, _GAP, _HEAD = 13, 3.2, 10, 26  # heights, in pixels
@@ -48,7 +42,13 @@ def draw(facts: Mapping[str, Any]) -> str:
                         found.append(_Dot(colours[run["run"], basis["name"]], label, figure))
         return found
 
-    charts = [(title, dots(lambda layer, name=name: layer.get(name))) for name, title in _MEASURES.items()]
+    charts = [
+        (
+            ", ".join(filter(None, (measure.title, measure.unit))),
+            dots(operator.methodcaller("get", measure.name)),
+        )
+        for measure in MEASURES
+    ]
     for given in facts["probing"]["sets"]:
         for k in ("1", "16"):
 

@@ -11,7 +11,6 @@ N tokens, D d_model, M codes.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from topklm.neurons.documents import TextModel, batches
 from topklm.neurons.labelled_texts import Located
 from topklm.neurons.store import NeuronBlock
 
+_STATES = ""  # no basis: the hidden states themselves
 _STRETCH_TOKENS = 2**16  # that are packed together
 
 # By their names in JSON.
@@ -170,17 +170,19 @@ def pool(
 ) -> list[np.ndarray]:
     """Computes what is probed of each basis, float[S, n, M]: codes averaged over each example's tokens."""
     by_token = located.pooling.tocsc()
-    pooled: list[Any] = [0.0] * len(of)
-    h_SnD: Any = 0.0
+    # A rotation of means is the mean of rotations: it is taken afterwards.
+    encoders = {basis.name: basis.encode for basis in of if basis.encode and not basis.project}
+    pooled: dict[str, np.ndarray] = {}
     for tokens, read, h_SND in states(model, n_layers, located.documents, report):
         shares = by_token[:, tokens]
-        h = np.asarray(h_SND)[:, read]
-        h_SnD = h_SnD + np.stack([shares @ of_layer for of_layer in h])
-        for number, basis in enumerate(of):
-            if basis.project is None and basis.encode is not None:
-                codes = np.asarray(basis.encode(h_SND))[:, read]
-                pooled[number] = pooled[number] + np.stack([shares @ of_layer for of_layer in codes])
-    return [
-        basis.project(h_SnD) if basis.project else h_SnD if basis.encode is None else codes
-        for basis, codes in zip(of, pooled, strict=True)
-    ]
+        rows = np.unique(shares.indices)
+        shares = shares.tocsr()[rows]
+        for name, encode in {_STATES: None, **encoders}.items():
+            x_SND = np.asarray(encode(h_SND) if encode else h_SND)[:, read]
+            if name not in pooled:
+                shape = n_layers, located.pooling.shape[0], x_SND.shape[2]
+                pooled[name] = np.zeros(shape, np.float32)
+            for layer, x_ND in enumerate(x_SND):
+                pooled[name][layer, rows] += shares @ x_ND
+    h_SnD = pooled[_STATES]
+    return [basis.project(h_SnD) if basis.project else pooled.get(basis.name, h_SnD) for basis in of]

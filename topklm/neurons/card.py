@@ -50,19 +50,20 @@ Neuron = tuple[int, int]  # layer, number
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A measure of a layer: its name in JSON, its head in a table, and how its number is written."""
+    """A measure of a layer."""
 
-    name: str
-    title: str
-    text: str
+    name: str  # in JSON
+    title: str  # on tables and pictures
+    text: str  # how its number is written
+    unit: str = ""
     of_tokens: bool = True  # whether models of other tokenizers cannot be compared by it
 
 
 MEASURES = (
     Measure("density", "density", "{:.2%}", of_tokens=False),
     Measure("dead", "dead", "{:.1%}", of_tokens=False),
-    Measure("token_entropy", "token entropy", "{:.2f}"),
-    Measure("semantic_entropy", "semantic entropy", "{:.2f}"),
+    Measure("token_entropy", "token entropy", "{:.2f}", "nats"),
+    Measure("semantic_entropy", "semantic entropy", "{:.2f}", "nats"),
     Measure("by_token", "by token", "{:.3f}"),
     Measure("by_context", "by context", "{:.3f}"),
 )
@@ -213,7 +214,10 @@ class Figures:
 def _median(figures: np.ndarray) -> np.ndarray:
     """Returns float64[R], the median of those of [M, R] that the sample has."""
     there = figures[~np.isnan(figures[:, 0])]
-    return np.nanmedian(there, axis=0) if len(there) else np.full(figures.shape[1], np.nan)
+    is_drawn = ~np.isnan(there).all(axis=0)
+    medians = np.full(figures.shape[1], np.nan)
+    medians[is_drawn] = np.nanmedian(there[:, is_drawn], axis=0) if len(there) else np.nan
+    return medians
 
 
 def measure(block: NeuronBlock, text: CardText, report: Callable[[int], None] = lambda n: None) -> Figures:
@@ -271,20 +275,25 @@ def _of_neuron(
     return found, len(ids)
 
 
-def with_interval(draws: np.ndarray) -> dict[str, float | None]:
-    """Returns a figure, the first of float64[R], with its interval by the others; None for no figure."""
+def with_interval(draws: np.ndarray, least: float = -np.inf) -> dict[str, float | None]:
+    """Returns a figure, the first of float64[R], with its interval by the others; None for no figure.
+
+    The interval begins at `least` or above.
+    """
     if not np.isfinite(draws[0]):
         return {"value": None, "low": None, "high": None}
     if not np.isfinite(draws[1:]).any():
         return {"value": float(draws[0]), "low": None, "high": None}
     found = interval(float(draws[0]), draws[1:])
-    return {"value": found.figure, "low": found.low, "high": found.high}
+    return {"value": found.figure, "low": max(found.low, least), "high": found.high}
 
 
 def layer_entry(figures: Figures) -> dict[str, Any]:
     """Returns the measures of a layer for JSON."""
     counts = {"n_neurons": len(figures.n_active), "n_counted": int(figures.is_counted.sum())}
-    return counts | {name: with_interval(draws) for name, draws in figures.summaries().items()}
+    leasts = {"dead": 0.0}  # no draw has fewer dead neurons than the sample
+    summaries = figures.summaries().items()
+    return counts | {name: with_interval(draws, leasts.get(name, -np.inf)) for name, draws in summaries}
 
 
 # Measures of the most readable neurons of a basis.

@@ -172,14 +172,16 @@ def locate(given: LabelledTexts, tokenizer: Tokenizer, context_length: int) -> L
     Of a text whose last token counts, the beginning is cut off, of others the end.
     """
     most = context_length - 1  # the separator stands first
-    examples = [np.flatnonzero(given.text == number) for number in range(len(given.texts))]
+    order = np.argsort(given.text, kind="stable")
+    examples = np.split(order, np.searchsorted(given.text[order], np.arange(1, len(given.texts))))
     documents, rows, kept, n_tokens = [], [], [], 0
     for text, of_text, ids in zip(given.texts, examples, tokenizer.encode_batch(given.texts), strict=True):
         if not len(ids) or not len(of_text):
             continue
-        is_last = given.end[of_text[0]] == LAST
-        read = ids[-most:] if is_last else ids[:most]
-        spans = list(_spans(given.end[of_text].tolist(), text, tokenizer.token_bytes(read), len(read)))
+        ends = given.end[of_text]
+        n_read = min(most, MEAN_TOKENS) if max(ends) == MEAN else most
+        read = ids[-most:] if ends[0] == LAST else ids[:n_read]
+        spans = list(_spans(ends.tolist(), text, tokenizer.token_bytes(read), len(read)))
         documents.append(read)
         for example, span in zip(of_text, spans, strict=True):
             if span is not None:

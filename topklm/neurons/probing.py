@@ -136,23 +136,23 @@ def auc(scores: np.ndarray, is_label: np.ndarray, weights_nR: np.ndarray) -> np.
     It is the share of the pairs of an example with the label and one without in which the former has the
     higher score; equal ones count half.
     """
-    order = np.argsort(scores, kind="stable")
-    begins = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    weights = weights_nR[order]
-    with_label, without = (
-        np.add.reduceat(np.where(part[order, None], weights, 0), begins, axis=0)
-        for part in (is_label, ~is_label)
-    )
-    lower = np.cumsum(without, axis=0) - without / 2
+    rest = scores[~is_label]
+    order = np.argsort(rest)
+    lower = np.concatenate([np.zeros((1, weights_nR.shape[1])), weights_nR[~is_label][order]])
+    np.cumsum(lower, axis=0, out=lower)
+    first, stop = (np.searchsorted(rest[order], scores[is_label], side) for side in ("left", "right"))
+    weights = weights_nR[is_label]
     with np.errstate(invalid="ignore"):
-        return (with_label * lower).sum(axis=0) / (with_label.sum(axis=0) * without.sum(axis=0))
+        wins = (weights * (lower[first] + lower[stop]) / 2).sum(axis=0)
+        return wins / (weights.sum(axis=0) * lower[-1])
 
 
 def balanced_accuracy(scores: np.ndarray, is_label: np.ndarray, weights_nR: np.ndarray) -> np.ndarray:
     """Returns float64[R], the mean of both classes' shares of right answers: above 0 with the label."""
-    says = scores > 0
+    is_right = (scores > 0) == is_label
+    shares = []
     with np.errstate(invalid="ignore", divide="ignore"):
-        right = [
-            (part & (says == is_label)) @ weights_nR / (part @ weights_nR) for part in (is_label, ~is_label)
-        ]
-    return (right[0] + right[1]) / 2
+        for part in (is_label, ~is_label):
+            right, wrong = (weights_nR[part & answer].sum(axis=0) for answer in (is_right, ~is_right))
+            shares.append(right / (right + wrong))
+    return (shares[0] + shares[1]) / 2

@@ -72,14 +72,17 @@ def show(output: Output, facts: Mapping[str, Any]) -> None:
     output.console.print(shared.table(heads, map(_run_row, runs), left=["run"]))
     output.say(
         f"detectors: of the first {card.READABLE} neurons, those that a rule on the text finds with F1 of "
-        f"{card.FAIR_F1} or more; fluent: of the same, those that raise a concept of their own while "
-        "perplexity is at most doubled"
+        f"{card.FAIR_F1} or more, and the median; fluent: of the same, those that raise a concept of their "
+        "own (in parentheses: their input tokens) while perplexity is at most doubled"
     )
     for run in facts["runs"]:
         for basis in run["bases"]:
             if "ablation" in basis:
                 output.say(_ablation_line(run["run"], basis["ablation"]))
-    output.say(f"clusters: {facts['clusters']['resource']}")
+    clusters = facts["clusters"]
+    without = clusters["tokens_without"]
+    left_out = f"; {without:.1%} of the text's tokens are in none" if without else ""
+    output.say(f"clusters: {clusters['n_clusters']:,}, {clusters['resource']}{left_out}")
     for group in facts["seeds"]:
         output.say(f"{group['mean']['run']}: {', '.join(group['runs'])}")
     for line in facts["notes"]:
@@ -127,9 +130,10 @@ def _run_row(run: Mapping[str, Any]) -> Sequence[str]:
     detectors, fluent = [], _NOTHING
     for basis in run["bases"]:
         if found := basis.get("detectors"):
-            detectors.append(f"{found['n_fair']:g} of {found['n']:g} ({basis['name']})")
+            median = _NOTHING if found["median_f1"] is None else f"{found['median_f1']:.2f}"
+            detectors.append(f"{basis['name']}: {found['n_fair']:g} of {found['n']:g}, F1 {median}")
         if found := basis.get("steering"):
-            fluent = f"{found['n_fluent']:g} of {found['n']:g}"
+            fluent = f"{found['n_fluent']:g} of {found['n']:g} ({found['n_by_concept']['input']:g})"
     return [
         run["run"],
         f"{run['bits_per_byte']:.4f}",

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,18 @@ def load(name: str, step: int | None) -> Run:
     return Run(name, *shared.load(argparse.Namespace(run=name, step=step)))
 
 
+def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int) -> list[LabelledTexts]:
+    """Reads the texts to probe with that flags name."""
+    sets = []
+    if labels is not None:
+        sets.append(labelled_texts.of_json_lines(Path(labels), seed))
+    if conllu is not None:
+        sets.append(labelled_texts.of_conllu(Path(conllu)))
+    if sae_probes:
+        sets.append(labelled_texts.of_sae_probes(seed))
+    return sets
+
+
 def documents(run: Run, n_tokens: int) -> list[np.ndarray]:
     """Reads the first held-out tokens of a run, in documents of two or more; the last one is cut."""
     found, left = list[np.ndarray](), n_tokens
@@ -146,7 +159,7 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
     )
     n_tokens = sum(map(len, text.documents))
     width, keep = _size(common, run)
-    sae = None if config.n_topk_layers else _sae(common, run, width, keep)
+    sae = None if config.n_topk_layers else _sae(common, run, text.documents, width, keep)
     reading = run.text_model, run.n_layers
     with common.phase("reading hidden states", n_tokens) as report:
         mean, covariance = bases_lib.moments(*reading, text.documents, report)
@@ -160,6 +173,8 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
             figures.append([card.measure(block, text, report) for block in of_basis])
         layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
         entries.append({"name": basis.name, "layers": layers})
+        if basis.name == "sae" and sae is not None:
+            entries[-1]["dictionary"] = dict(sae.facts)
     for given in common.sets:
         _probe(common, run, bases, entries, given)
     if is_same:
@@ -191,8 +206,11 @@ def _size(common: Common, run: Run) -> tuple[int, int]:
     return like.d_model, min(like.topk_k, run.model.cfg.d_model)
 
 
-def _sae(common: Common, run: Run, width: int, keep: int) -> Dictionary:
-    """Returns the SAE of a Base LM; it is made once, and kept beside the run."""
+def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int) -> Dictionary:
+    """Returns the SAE of a Base LM; it is made once, and kept beside the run.
+
+    The documents only say how much of their variance its codes explain.
+    """
     path = shared.folder_of(run.model).path / f"card-sae-{width}-{keep}.npz"
     parameters = fingerprint(run.model.params)
     if path.exists():
@@ -203,7 +221,7 @@ def _sae(common: Common, run: Run, width: int, keep: int) -> Dictionary:
         "sae",
         run.text_model,
         run.model.config.data,
-        common.documents,
+        documents,
         keep=keep,
         width=width,
         n_tokens=common.dictionary_tokens,
@@ -227,10 +245,16 @@ def _probe(
     located = labelled_texts.locate(given, model.tokenizer, model.cfg.context_length)
     kept = located.kept
     questions, left_out = probing.ask(given.labels[kept], given.families[kept], given.to_fit[kept])
+    facts = {"n_labels": len(questions), "left_out": left_out, "examples": len(kept)}
+    if not questions:
+        for layer in itertools.chain.from_iterable(entry["layers"] for entry in entries):
+            layer.setdefault("probing", {})[given.name] = facts
+        return
     with common.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
         pooled = bases_lib.pool(run.text_model, n_layers, bases, located, report)
-    weights = card.text_weights(given.text[kept], card.DRAWS, common.seed)
-    facts = {"n_labels": len(questions), "left_out": left_out, "examples": len(kept)}
+    is_scored = ~given.to_fit[kept]
+    weights = np.zeros((len(kept), 1 + card.DRAWS))
+    weights[is_scored] = card.text_weights(given.text[kept][is_scored], card.DRAWS, common.seed)
     with common.phase(f"probing {given.name}", len(bases) * n_layers * len(questions)) as report:
         scores = [
             {
@@ -243,7 +267,7 @@ def _probe(
         for layer, by_basis in zip(entry["layers"], scores, strict=True):
             name = entry["name"]
             random = None if name == "random" else by_basis["random"]
-            found = card.probing_entry(by_basis[name], random) if questions else {}
+            found = card.probing_entry(by_basis[name], random)
             layer.setdefault("probing", {})[given.name] = {**facts, **found}
 
 
@@ -275,8 +299,11 @@ def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]
 def _steering(
     common: Common, run: Run, text: CardText, chosen: Sequence[Neuron], blocks: Sequence[NeuronBlock]
 ) -> dict[str, Any]:
-    """Counts the neurons that raise a concept of their own while the text stays fluent."""
-    model, found = run.model, []
+    """Counts the neurons that raise a concept of their own while the text stays fluent.
+
+    Tokens that a neuron raises are what it does by construction; its input tokens are evidence.
+    """
+    model, found = run.model, list[dict[str, Any]]()
     longest = int(model.lengths(Sampled().prompts).max())
     sampled = Sampled(max_new_tokens=min(Sampled.max_new_tokens, model.cfg.context_length - longest))
     total = len(chosen) * (1 + len(_STRENGTHS)) * len(sampled.prompts) * sampled.samples
@@ -295,19 +322,26 @@ def _steering(
                 sampled,
                 report=lambda texts: report(texts, 0, 0),
             )
-            turned = [
-                strength
-                for strength, response in zip(_STRENGTHS, responses[1:], strict=True)
-                if turns(responses[0], response)
-            ]
+            turned = {
+                concept: [
+                    strength
+                    for strength, steered in zip(_STRENGTHS, responses[1:], strict=True)
+                    if turns(responses[0], steered, concept)
+                ]
+                for concept in responses[0].rates
+            }
             found.append({"layer": layer, "neuron": number, "strengths": turned})
-    n_fluent = sum(bool(one["strengths"]) for one in found)
-    return {"strengths": list(_STRENGTHS), "n": len(found), "n_fluent": n_fluent, "neurons": found}
+    by_concept = {
+        concept: sum(bool(one["strengths"].get(concept)) for one in found) for concept in ("input", "raised")
+    }
+    n_fluent = sum(any(one["strengths"].values()) for one in found)
+    counts = {"n": len(found), "n_fluent": n_fluent, "n_by_concept": by_concept}
+    return {"strengths": list(_STRENGTHS), **counts, "neurons": found}
 
 
-def turns(unsteered: Response, steered: Response) -> bool:
+def turns(unsteered: Response, steered: Response, concept: str) -> bool:
     """Tells whether the rate of a concept is up, interval above interval, and perplexity at most doubled."""
-    rises = any(steered.rates[name].low > rate.high for name, rate in unsteered.rates.items())
+    rises = steered.rates[concept].low > unsteered.rates[concept].high
     return rises and steered.perplexity.value <= _MOST_PERPLEXITY * unsteered.perplexity.value
 
 

@@ -1,0 +1,1 @@
+"""The parts of `topklm neurons card`, which need packages of the extra `explore`."""
