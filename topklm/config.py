@@ -129,7 +129,8 @@ class ModelConfig:
     token_input: str = _setting(
         "first",
         "layers that read the token's embedding: first (the residual stream carries it on), every (TopK "
-        "layers read it beside the stream, which does not carry it: neurons need not repeat the token)",
+        "layers read it beside the stream, which does not carry it: neurons need not repeat the token; the "
+        "first dense layer adds it after its attention)",
         choices=TOKEN_INPUTS,
     )
     qk_norm: bool = _setting(False, "RMSNorm of each head's queries and keys before RoPE, as in Qwen3")

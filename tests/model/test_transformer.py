@@ -13,7 +13,7 @@ from topklm.config import ModelConfig
 from topklm.layout import scans_layers
 from topklm.model import transformer
 from topklm.model.attention import rotation_angles
-from topklm.model.block import LayerHooks
+from topklm.model.block import LayerHooks, TokenInput
 from topklm.parallel import ALONE
 
 CONFIG = ModelConfig(
@@ -300,15 +300,14 @@ def test_a_token_that_every_layer_reads_is_no_part_of_what_topk_layers_carry(lay
     params = create(config, 0)
     entering, before_topk, leaving = layer_states(config, params)
     block = jax.jit(
-        lambda params, layer, h, beside: transformer.bind(config, params).block(layer)(
-            h, rotation(config), jnp.ones_like(TOKENS), beside_BTD=beside
+        lambda params, layer, h, token: transformer.bind(config, params).block(layer)(
+            h, rotation(config), jnp.ones_like(TOKENS), token=token
         )
     )
     token = params["embed"]["embedding"][TOKENS]
-    for layer, (carried, beside) in enumerate(
-        [(0 * token, token), (leaving[0], token), (leaving[1] + token, 0 * token), (leaving[2], 0 * token)]
-    ):
-        expected = sum(block(params, layer, carried, beside))
+    reads = [TokenInput(token, 0), TokenInput(token, 0), TokenInput(0, token), TokenInput(0, 0)]
+    for layer, (carried, read) in enumerate(zip([0 * token, *leaving[:3]], reads, strict=True)):
+        expected = sum(block(params, layer, carried, read))
         np.testing.assert_allclose(before_topk[layer], expected, rtol=1e-5, atol=1e-5)
     assert not entering[0].any()
     assert ((leaving[:2] != 0).sum(axis=-1) <= config.topk_k).all()

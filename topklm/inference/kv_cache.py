@@ -28,7 +28,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import LayerHooks, end_layer, enter_layer
+from topklm.model.block import LayerHooks, TokenInput, end_layer
 from topklm.model.cached_attention import (
     FusedWeights,
     KeysAndValues,
@@ -104,8 +104,8 @@ def prefill(
 
     # Attention has made them of the same states, but hands nothing on.
     def of_layer(number: int | jax.Array) -> KeysAndValues:
-        carried, beside = enter_layer(entering_LBPD[number], token_BPD, *model.topk_around(number))
-        return keys_and_values(model.block(number), carried, rotation, beside)
+        token = TokenInput.of_layer(token_BPD, *model.topk_around(number))
+        return keys_and_values(model.block(number), entering_LBPD[number], rotation, token)
 
     if _scans(model.config):
         return h_BD, jax.lax.map(of_layer, numbers)
@@ -188,9 +188,9 @@ def step(
         block = nnx.merge(block_def, jax.tree.unflatten(treedef, parameters))
         after_topk = few and token_B1D is None and 0 < layer <= config.n_topk_layers
         entries = n_active if after_topk else None
-        h_B1D, beside_B1D = enter_layer(h_B1D, token_B1D, *model.topk_around(layer))
+        token = TokenInput.of_layer(token_B1D, *model.topk_around(layer))
         a_B1D, written_B1D, with_own = decode_step(
-            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up), beside_B1D
+            block, h_B1D, rotation, attend, entries, FusedWeights(query_key_value, gate_up), token
         )
         return end_layer(config, a_B1D, written_B1D, sparse, hooks, layer, sum_first=True), with_own
 

@@ -4,12 +4,12 @@
     u  = a + MLP(Norm(a))
     h' = TopK_k(u), or u in the last n_nontopk layers
 
-With `token_input = "every"` the token's embedding e is not in h, and TopK layers read it beside h and a:
+With `token_input = "every"` the token's embedding e is not in h, which is 0 at first. Layers with TopK read
+it beside the stream, and the first dense layer adds it after its attention, so that of other tokens this
+layer sees their neurons alone. Without a TopK layer, both are the same Base LM.
 
-    a  = h + Attention(Norm(h + e))        h = 0 in the first layer
-    u  = a + MLP(Norm(a + e))
-
-and the first dense layer begins with h + e. Without a TopK layer, both are the same Base LM.
+    a  = h + Attention(Norm(h + e)),   u = a + MLP(Norm(a + e))       in layers with TopK
+    a  = h + Attention(Norm(h)) + e                                   in the first dense layer
 
 Training, prefill, decoding, the steering survey, ablation and the Jacobian all run layers through `Block` and
 `end_layer`. Dims: B batch, T tokens, D d_model.
@@ -49,6 +49,38 @@ class LayerHooks(NamedTuple):
 NO_HOOKS = LayerHooks()
 
 
+class TokenInput(NamedTuple):
+    """The token's embedding in a layer of a model with `token_input = "every"`; [..., D], or 0."""
+
+    beside: jax.Array | int  # read by attention and MLP beside the stream: in a layer with TopK
+    added: jax.Array | int  # to the stream after the attention of the first dense layer
+
+    @classmethod
+    def of_layer(
+        cls,
+        token: jax.Array | None,
+        ends_in_topk: bool | jax.Array | np.ndarray,
+        follows_topk: bool | jax.Array | np.ndarray,
+    ) -> "TokenInput | None":
+        """Returns that of a layer.
+
+        Args:
+            token: [..., D], from `Transformer.embedded`; None in models with "first", and then so is the
+                result.
+            ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
+                program runs.
+            follows_topk: Whether the layer before has one.
+        """
+        if token is None:
+            return None
+        if ends_in_topk is True:
+            return cls(token, 0)
+        if ends_in_topk is False:
+            return cls(0, jnp.where(follows_topk, token, 0))
+        ends_in_topk = jnp.asarray(ends_in_topk)
+        return cls(jnp.where(ends_in_topk, token, 0), jnp.where(follows_topk & ~ends_in_topk, token, 0))
+
+
 class Block(nnx.Module):
     """One layer up to the point where TopK is applied: `h -> a, MLP(Norm(a))`, whose sum is u."""
 
@@ -66,16 +98,16 @@ class Block(nnx.Module):
         rotation: Rotation,
         segment_ids_BT: jax.Array,
         parallel: Parallel = ALONE,
-        beside_BTD: jax.Array | None = None,
+        token: TokenInput | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up; the inputs from `enter_layer`."""
-        x_BTD = parallel.gather_tokens(self.normed_input(h_BTD, beside_BTD))
+        """Maps [B, T, D] to a and MLP(Norm(a)), which `end_layer` adds up."""
+        x_BTD = parallel.gather_tokens(self.normed_input(h_BTD, token))
         mixed_BTD = self.attention(x_BTD, rotation, segment_ids_BT, parallel)
-        return self.after_attention(h_BTD, mixed_BTD, parallel, beside_BTD=beside_BTD)
+        return self.after_attention(h_BTD, mixed_BTD, parallel, token=token)
 
-    def normed_input(self, h_BTD: jax.Array, beside_BTD: jax.Array | None = None) -> jax.Array:
+    def normed_input(self, h_BTD: jax.Array, token: TokenInput | None = None) -> jax.Array:
         """Returns the states that attention reads, [B, T, D]."""
-        return self.attention_norm(_sum(h_BTD, beside_BTD))
+        return self.attention_norm(h_BTD if token is None else h_BTD + token.beside)
 
     def after_attention(
         self,
@@ -83,42 +115,16 @@ class Block(nnx.Module):
         mixed_BTD: jax.Array,
         parallel: Parallel = ALONE,
         gate_up: jax.Array | None = None,
-        beside_BTD: jax.Array | None = None,
+        token: TokenInput | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Does the part of a call that follows attention, whose output is `mixed_BTD`."""
         a_BTD = h_BTD + parallel.scatter_tokens(mixed_BTD)
-        x_BTD = parallel.gather_tokens(self.mlp_norm(_sum(a_BTD, beside_BTD)))
+        read_BTD = a_BTD
+        if token is not None:
+            a_BTD = a_BTD + token.added
+            read_BTD = a_BTD + token.beside
+        x_BTD = parallel.gather_tokens(self.mlp_norm(read_BTD))
         return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
-
-
-def enter_layer(
-    h: jax.Array,
-    token: jax.Array | None,
-    ends_in_topk: bool | jax.Array | np.ndarray,
-    follows_topk: bool | jax.Array | np.ndarray,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Begins a layer of a model with `token_input = "every"`; of another, does nothing.
-
-    Args:
-        h: [..., D], the residual stream that enters the layer.
-        token: [..., D], the token's embedding (`Transformer.embedded`); None in models with "first".
-        ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
-            program runs.
-        follows_topk: Whether the layer before has one.
-
-    Returns:
-        The stream that the layer carries on, and the array that it reads beside it, None for none.
-    """
-    if token is None:
-        return h, None
-    if isinstance(ends_in_topk, bool):
-        return (h, token) if ends_in_topk else (h + jnp.where(follows_topk, token, 0), None)
-    ends_in_topk = jnp.asarray(ends_in_topk)
-    return h + jnp.where(follows_topk & ~ends_in_topk, token, 0), jnp.where(ends_in_topk, token, 0)
-
-
-def _sum(x: jax.Array, beside: jax.Array | None) -> jax.Array:
-    return x if beside is None else x + beside
 
 
 def end_layer(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from topklm.model.attention import Rotation
-from topklm.model.block import Block
+from topklm.model.block import Block, TokenInput
 from topklm.model.layers import product, sparse_matmul
 
 _MASKED = -1e30  # finite, as in `attention`
@@ -38,10 +38,10 @@ class FusedWeights(NamedTuple):
 
 
 def keys_and_values(
-    block: Block, h_BTD: jax.Array, rotation: Rotation, beside_BTD: jax.Array | None = None
+    block: Block, h_BTD: jax.Array, rotation: Rotation, token: TokenInput | None = None
 ) -> KeysAndValues:
     """Computes the KV cache of residual states [B, T, D] that enter a block, given their rotation."""
-    _, keys, values = block.attention.project(block.normed_input(h_BTD, beside_BTD), rotation)
+    _, keys, values = block.attention.project(block.normed_input(h_BTD, token), rotation)
     return _heads_first(keys, values)
 
 
@@ -52,7 +52,7 @@ def decode_step(
     attend: Attend,
     n_active: int | None = None,
     fused: FusedWeights | None = None,
-    beside_BMD: jax.Array | None = None,
+    token: TokenInput | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Runs tokens through a block as `Block.__call__` does, with attention of their own.
 
@@ -65,13 +65,13 @@ def decode_step(
             Queries, keys and values are then made of those rows of the weights alone: the same to rounding,
             and faster for few tokens.
         fused: The block's matrices, read in place of the block's own.
-        beside_BMD: From `enter_layer`.
+        token: As in a call of the block.
 
     Returns:
         The two terms whose sum is u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
     """
     attention = block.attention
-    x_BMD = block.normed_input(h_BMD, beside_BMD)
+    x_BMD = block.normed_input(h_BMD, token)
     query, key, value = _projections(block, h_BMD, x_BMD, n_active, fused)
     q_BMHd, *key_value = attention.split_heads(query, key, value, rotation)
     own = _heads_first(*key_value)
@@ -81,7 +81,7 @@ def decode_step(
     mixed_BKGMd, handed_on = attend(scaled_BKGMd, own)
     mixed_BMD = jnp.transpose(mixed_BKGMd, (0, 3, 1, 2, 4)).reshape(batch, n_tokens, -1)
     gate_up = None if fused is None else fused.gate_up
-    ends = block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up, beside_BTD=beside_BMD)
+    ends = block.after_attention(h_BMD, attention.out(mixed_BMD), gate_up=gate_up, token=token)
     return *ends, handed_on
 
 

@@ -23,8 +23,8 @@ from topklm.model.block import (
     Block,
     CaptureFn,
     LayerHooks,
+    TokenInput,
     end_layer,
-    enter_layer,
     mask_gradient_by_output,
     topk_masked_by_next,
 )
@@ -137,8 +137,8 @@ class Transformer(nnx.Module):
                 h = mask_gradient_by_output(h, inputs.follows_topk)
             block = nnx.merge(block_def, parallel.gather(inputs.params))
             ends_in_topk = inputs.ends_in_topk if sparse is None else sparse
-            carried, beside = enter_layer(h, token_BTD, ends_in_topk, inputs.follows_topk)
-            a, written = block(carried, rotation, segment_ids_BT, parallel, beside)
+            token = TokenInput.of_layer(token_BTD, ends_in_topk, inputs.follows_topk)
+            a, written = block(h, rotation, segment_ids_BT, parallel, token)
             h_next = end_layer(config, a, written, ends_in_topk, hooks, inputs.hook_inputs, topk=topk_fn)
             return h_next, capture(h, a + written, h_next) if capture else None
 
@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
     def embedded(
         self, tokens_BT: jax.Array, parallel: Parallel = ALONE
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the stream that enters the first layer, [B, T, D], and the `token` of `enter_layer`."""
+        """Returns the stream that enters the first layer, [B, T, D], and the token of `TokenInput`."""
         token_BTD = self.embed(tokens_BT, jnp.dtype(self.config.dtype), parallel)
         if self.config.token_input == "first" or not self.config.n_topk_layers:
             return token_BTD, None

@@ -14,7 +14,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import end_layer, enter_layer
+from topklm.model.block import TokenInput, end_layer
 from topklm.steering.concepts import NO_TOKEN
 
 _MAX_ROWS = 256  # R x C
@@ -79,9 +79,9 @@ def add_vectors(
 
     def run_layer(number: jax.Array, h_BTD: jax.Array) -> jax.Array:
         ends_in_topk, follows_topk = model.topk_around(number)
-        carried, beside = enter_layer(h_BTD, token_BTD, ends_in_topk, follows_topk)
+        token = TokenInput.of_layer(token_BTD, ends_in_topk, follows_topk)
         segment_ids_BT = jnp.ones((r * c, t), jnp.int32)
-        a_BTD, written_BTD = model.block(number)(carried, rotation, segment_ids_BT, beside_BTD=beside)
+        a_BTD, written_BTD = model.block(number)(h_BTD, rotation, segment_ids_BT, token=token)
         return end_layer(config, a_BTD, written_BTD, ends_in_topk)
 
     h_BTD = (state_CTD + vectors_RD[:, None, None]).reshape(r * c, t, d)

@@ -59,9 +59,10 @@ def final_hidden(config, tokens, change=lambda layer, h: h):
     for layer in range(config.n_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
         read_by_all = config.token_input == "every"
-        h = h + token if read_by_all and layer == config.n_topk_layers else h
         beside = token if read_by_all and layer < config.n_topk_layers else 0
+        added = token if read_by_all and layer == config.n_topk_layers else 0
         a = h + _attention(config, block["attention"], _norm(config, block["attention_norm"], h + beside))
+        a = a + added
         x, mlp = _norm(config, block["mlp_norm"], a + beside), block["mlp"]
         gate = x @ mlp["gate"]["kernel"]
         u = a + (gate / (1 + np.exp(-gate)) * (x @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]

@@ -22,7 +22,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import losses, transformer
-from topklm.model.block import end_layer, enter_layer
+from topklm.model.block import TokenInput, end_layer
 from topklm.model.cached_attention import KeysAndValues, attend_to_past, decode_step, keys_and_values
 from topklm.neurons.documents import chunk_bounds
 
@@ -257,8 +257,8 @@ def _forward(
 
     def keep(layer: tuple) -> KeysAndValues:
         number, block_params, entering_WTD = layer
-        carried, beside = enter_layer(entering_WTD, token_WTD, *model.topk_around(number))
-        return keys_and_values(nnx.merge(block_def, block_params), carried, rotation, beside)
+        token = TokenInput.of_layer(token_WTD, *model.topk_around(number))
+        return keys_and_values(nnx.merge(block_def, block_params), entering_WTD, rotation, token)
 
     # The input of a layer is the output of the one before.
     later = jax.tree.map(lambda leaf: leaf[1:], stacked)
@@ -298,8 +298,8 @@ def _losses_without(
         own_past = jax.tree.map(lambda leaf: leaf[number - 1, windows_R], past)
         attend = attend_to_past(own_past, seen_RMT)
         ends_in_topk, follows_topk = model.topk_around(number)
-        carried, beside = enter_layer(h_RMD, token_RMD, ends_in_topk, follows_topk)
-        a_RMD, written_RMD, _ = decode_step(model.block(number), carried, rotation, attend, beside_BMD=beside)
+        token = TokenInput.of_layer(token_RMD, ends_in_topk, follows_topk)
+        a_RMD, written_RMD, _ = decode_step(model.block(number), h_RMD, rotation, attend, token=token)
         next_RMD = end_layer(config, a_RMD, written_RMD, ends_in_topk)
         return jnp.where((number > layers_RM)[..., None], next_RMD, h_RMD)
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.model.block import LayerHooks, end_layer, enter_layer
+from topklm.model.block import LayerHooks, TokenInput, end_layer
 from topklm.model.cached_attention import attend_to_past, decode_step, keys_and_values
 from topklm.neurons.statistics.activity import NEAREST
 
@@ -148,12 +148,12 @@ def _weighted_jacobians(
 
         def run(h_BD: jax.Array) -> jax.Array:
             block = nnx.merge(block_def, block_params)
-            topk_around = ends_in_topk, follows_topk
-            carried_BTD, beside_BTD = enter_layer(entering_BTD, token_BTD, *topk_around)
-            past = keys_and_values(block, carried_BTD, rotation, beside_BTD)
+            token, of_last_token = (
+                TokenInput.of_layer(x, ends_in_topk, follows_topk) for x in (token_BTD, token_B1D)
+            )
+            past = keys_and_values(block, entering_BTD, rotation, token)
             attend = attend_to_past(past, seen_BT[:, None])
-            carried_B1D, beside_B1D = enter_layer(h_BD[:, None], token_B1D, *topk_around)
-            a_B1D, written_B1D, _ = decode_step(block, carried_B1D, of_last, attend, beside_BMD=beside_B1D)
+            a_B1D, written_B1D, _ = decode_step(block, h_BD[:, None], of_last, attend, token=of_last_token)
             return end_layer(config, a_B1D[:, 0], written_B1D[:, 0], ends_in_topk, hooks, leaving_BD != 0)
 
         _, back = jax.vjp(run, entering_BTD[:, -1])
