@@ -1,9 +1,10 @@
 """The quickstart: a TopK language model on English Wikipedia leads, minutes on a laptop.
 
---config=configs/small.py         TopK: a wide residual stream, and neurons that need not repeat the token
---config=configs/small.py:base    the same model and tokens without TopK, to compare with
---config=configs/small.py:plain   TopK as in the paper: the stream as wide as the blocks, all neurons compete
---config=configs/small.py:hour    a larger TopK model, about an hour on a laptop
+--config=configs/small.py                 TopK
+--config=configs/small.py:base            the same model and tokens without TopK, to compare with
+--config=configs/small.py:hour            a larger TopK model, about an hour on a laptop
+--config=configs/small.py:readable        neurons that need not repeat the token (docs/readability.md)
+--config=configs/small.py:readable-base   the same model and tokens without TopK
 """
 
 import ml_collections
@@ -11,20 +12,20 @@ import ml_collections
 from topklm import config as config_lib
 from topklm.errors import UserError
 
-VARIANTS = ("topk", "base", "plain", "hour")
+VARIANTS = ("topk", "base", "hour", "readable", "readable-base")
 
 
 def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise UserError(f"configs/small.py:{variant}: the variants are {', '.join(VARIANTS)}")
     config = config_lib.default()
-    if variant in ("topk", "base"):
-        # docs/readability.md: twice the neurons, half of them active, and blocks that are half as wide.
+    if variant.startswith("readable"):
+        # Twice the neurons, half of them active, and blocks that are half as wide.
         config.model.update(d_model=512, head_dim=64, d_mlp=344, topk_k=16)
         config.model.update(token_input="every", topk_groups="16:4,112:6,384:6")
         config.train.steps = 1200
         config.optim.learning_rate = 4e-3
-    if variant == "base":
+    if variant.endswith("base"):
         config.model.n_nontopk = config.model.n_layers
     if variant == "hour":
         config.model.update(d_model=384, n_layers=6, n_heads=6, n_kv_heads=6, d_mlp=1024, topk_k=48)

@@ -7,9 +7,11 @@ import xml.etree.ElementTree as ET
 
 from helpers import sentences as some_sentences
 from helpers import write_documents
+import numpy as np
 import pytest
 import saved_runs
 
+import topklm
 from topklm import cli
 from topklm.commands.card import of_run
 from topklm.commands.neurons_card import CARD
@@ -95,6 +97,7 @@ def test_all_bases_of_all_runs_are_measured_alike(facts):
     assert 2800 < facts["tokens"] <= 3000
     for one in facts["runs"]:
         assert one["bits_per_byte"] > 0 and one["parameters"] > 0
+        assert (one["bits_per_byte_without_neurons"] is None) == (one["kind"] == "base")
         # Of 5 steps of 6 N and 12 L H Q T, a third of it for the forward pass alone.
         assert one["training_flops"] == pytest.approx(
             3 * one["flops_per_generated_token"] * one["training_tokens"]
@@ -107,6 +110,15 @@ def test_all_bases_of_all_runs_are_measured_alike(facts):
                     0 < layer["density"]["low"] <= layer["density"]["value"] <= layer["density"]["high"] < 1
                 )
                 assert set(layer["probing"]) == {"labels", "part of speech"}
+
+
+def test_without_neurons_a_model_whose_stream_carries_all_knows_nothing(facts, place):
+    model = topklm.load(str(place / "small"))
+    mixture = prepare(model.config.data, lambda line: None)
+    # The layers after map 0 to 0, so all tokens are as likely.
+    nats = np.log(model.cfg.vocab_size) * mixture.heldout_text_tokens
+    bits_per_byte = nats / np.log(2) / mixture.heldout_bytes
+    assert facts["runs"][0]["bits_per_byte_without_neurons"] == pytest.approx(bits_per_byte, rel=1e-5)
 
 
 def test_differences_from_the_rotation_are_those_of_the_means(facts):

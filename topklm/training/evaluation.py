@@ -13,7 +13,7 @@ from topklm.data.dataset import Mixture
 from topklm.data.stream import HeldoutPart, heldout_batches
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import losses, transformer
-from topklm.model.block import CaptureFn
+from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
 from topklm.training.prefetch import DeviceBatch
 from topklm.training.step import Batch, make_forward
 
@@ -76,14 +76,16 @@ def heldout_feed(
 
 
 def make_eval_step(
-    config: Config, layout: Layout
+    config: Config, layout: Layout, hooks: LayerHooks = NO_HOOKS
 ) -> Callable[[transformer.Parameters, Batch], dict[str, Any]]:
     """Builds `(params, batch) -> sums` over the batch's weighted tokens, the same on every device.
+
+    Hooks are called with the number of the layer.
 
     Returns of the built function: `nll_nats` float32[B] (one sum a row, to be added up in float64), `tokens`
     int32[B], how many a row has, and `topk_health`, see `capture_topk_health`.
     """
-    specs, parallel, forward = make_forward(config.model, layout)
+    specs, parallel, forward = make_forward(config.model, layout, hooks)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
         capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))

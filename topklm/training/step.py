@@ -16,7 +16,7 @@ import optax
 from topklm.config import Config, ModelConfig, OptimConfig
 from topklm.layout import REPLICATED, Layout
 from topklm.model import backends, losses, transformer
-from topklm.model.block import CaptureFn
+from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
 from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
@@ -122,8 +122,10 @@ def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     return layout.on_every_device(of_device, specs, (REPLICATED, specs))
 
 
-def make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Callable]:
-    """Builds the forward pass of one device's program.
+def make_forward(
+    config: ModelConfig, layout: Layout, hooks: LayerHooks = NO_HOOKS
+) -> tuple[Any, Parallel, Callable]:
+    """Builds the forward pass of one device's program; hooks are called with the number of the layer.
 
     Returns:
         The specs of the parameters; the device's view of the mesh; and `(params, batch, capture) -> (model,
@@ -144,7 +146,10 @@ def make_forward(config: ModelConfig, layout: Layout) -> tuple[Any, Parallel, Ca
 
         model = gathered()
         inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
-        h, captured = model.hidden(*inputs, capture=capture, parallel=parallel)
+        numbers = None if hooks == NO_HOOKS else jnp.arange(config.n_layers)
+        h, captured = model.hidden(
+            *inputs, capture=capture, hooks=hooks, hook_inputs=numbers, parallel=parallel
+        )
         # A tied table's two gradients differ in dtype: the loss's is float32 in bfloat16 models too. Each
         # goes through a gather of its own, which sums in float32; XLA makes one of the two gathers forward.
         tied = config.tie_embeddings and config.dtype != "float32"

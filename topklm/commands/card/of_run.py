@@ -8,6 +8,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from topklm.checkpoint.checksums import fingerprint
@@ -18,6 +20,7 @@ from topklm.data.stream import heldout_part
 from topklm.errors import disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import Layout
+from topklm.model.block import NO_HOOKS, LayerHooks
 from topklm.neurons import bases as bases_lib
 from topklm.neurons import card, fit_dictionary, labelled_texts, probing
 from topklm.neurons.bases import TITLES, Basis
@@ -346,23 +349,35 @@ def turns(unsteered: Response, steered: Response, concept: str) -> bool:
 
 
 def _costs(common: Common, run: Run) -> dict[str, Any]:
-    """Returns bits per byte of all held-out text of the run, and what the model costs."""
+    """Returns bits per byte of all held-out text, also without neurons, and the costs of the model."""
     config: Config = run.model.config
     common.progress.say("evaluating")
     mixture = prepare(config.data, lambda line: None)
     part = heldout_part(mixture, max_tokens=0)
-    found = evaluate(
-        make_eval_step(config, run.layout),
-        run.model.params,
-        heldout_feed(config, mixture, run.layout, part),
-        n_bytes=part.utf8_bytes,
-        n_topk_layers=config.model.n_topk_layers,
-    )
-    assert found is not None  # nobody stops it
+    n_topk_layers = config.model.n_topk_layers
+
+    def bits_per_byte(hooks: LayerHooks) -> float:
+        found = evaluate(
+            make_eval_step(config, run.layout, hooks),
+            run.model.params,
+            heldout_feed(config, mixture, run.layout, part),
+            n_bytes=part.utf8_bytes,
+            n_topk_layers=n_topk_layers,
+        )
+        assert found is not None  # nobody stops it
+        return found["bits_per_byte"]
+
+    def silence(h_BTD: jax.Array, layer: jax.Array) -> jax.Array:
+        return jnp.where(layer == n_topk_layers - 1, 0, h_BTD)
+
     per_token = flops_per_token(config.model)
     trained_on = run.model.step * config.train.batch_size * config.model.context_length
     return {
-        "bits_per_byte": found["bits_per_byte"],
+        "bits_per_byte": bits_per_byte(NO_HOOKS),
+        # Of the last layer with TopK; without them only what goes around them is left.
+        "bits_per_byte_without_neurons": (
+            bits_per_byte(LayerHooks(output=silence)) if n_topk_layers else None
+        ),
         "parameters": parameter_count(run.model.params),
         "training_tokens": trained_on,
         "training_flops": per_token * trained_on,

@@ -68,9 +68,20 @@ def show(output: Output, facts: Mapping[str, Any]) -> None:
         heads.append("accuracy, k = 1")
         output.console.print(shared.table(heads, rows, title=given["name"], left=["run", "basis"]))
         output.say(f"{given['source']}; {n_labels}; {facts['probing']['selection']}")
-    heads = ["run", "bits per byte", "parameters", "training FLOPs", "FLOPs a token", "detectors", "fluent"]
+    heads = [
+        "run",
+        "bits per byte",
+        "without neurons",
+        "parameters",
+        "training FLOPs",
+        "FLOPs a token",
+        "detectors",
+        "fluent",
+    ]
     output.console.print(shared.table(heads, map(_run_row, runs), left=["run"]))
     output.say(
+        "without neurons: bits per byte when the last TopK layer hands on 0; later layers then have only the "
+        "text that they read by themselves; "
         f"detectors: of the first {card.READABLE} neurons, those that a rule on the text finds with F1 of "
         f"{card.FAIR_F1} or more, and the median; fluent: of the same, those that raise a concept of their "
         "own (in parentheses: their input tokens) while perplexity is at most doubled"
@@ -137,6 +148,7 @@ def _run_row(run: Mapping[str, Any]) -> Sequence[str]:
     return [
         run["run"],
         f"{run['bits_per_byte']:.4f}",
+        _NOTHING if (without := run["bits_per_byte_without_neurons"]) is None else f"{without:.4f}",
         f"{run['parameters']:,.0f}",
         f"{run['training_flops']:.3g}",
         f"{run['flops_per_generated_token']:.3g}",
