@@ -24,7 +24,7 @@ def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
         config.model.update(d_model=512, head_dim=64, d_mlp=344, topk_k=16)
         config.model.update(token_input="every", topk_groups="16:4,112:6,384:6")
         config.train.steps = 1200
-        config.optim.learning_rate = 4e-3
+        config.optim.learning_rate = 3e-3  # above, neurons die
     if variant.endswith("base"):
         config.model.n_nontopk = config.model.n_layers
     if variant == "hour":
