@@ -1,4 +1,7 @@
-"""The readability card as a picture: a row of dots with intervals for each measure, in one file of SVG."""
+"""The readability card as a picture: a chart for each measure, a row for each basis, in one file of SVG.
+
+In a row stand the layers of the basis, each a dot with its number and its interval.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
@@ -11,41 +14,40 @@ from topklm.explorer.plots import Axis
 from topklm.neurons.bases import TITLES
 from topklm.neurons.card import MEASURES
 
-# Of the colour-blind-safe palette of Okabe and Ito.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#000000")
+# Of the colour-blind-safe palette of Okabe and Ito; one for each run.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666")
 _LONGEST_NAME = 20  # of a run; its end is shown
-_WIDTH, _LEFT, _RIGHT = 860, 250, 24
-_ROW, _DOT, _GAP, _HEAD = 13, 3.2, 10, 26  # heights, in pixels
+_COLUMNS = 2
+_WIDTH, _LEFT, _RIGHT = 640, 236, 20  # of a chart, in pixels
+_ROW, _SPREAD, _DOT, _HEAD, _FOOT = 24, 16, 5, 26, 30  # heights, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dot:
+class _Row:
     colour: str
-    label: str  # run, basis and layer
-    figure: Mapping[str, Any]  # value, low, high
+    label: str  # run and basis
+    figures: Mapping[int, Mapping[str, Any]]  # by layer: value, low, high
 
 
 def draw(facts: Mapping[str, Any]) -> str:
     """Returns the picture of a card, the JSON object; figures that are null are left out."""
-    bases = [(run["run"], basis["name"]) for run in facts["runs"] for basis in run["bases"]]
-    colours = {both: _COLOURS[number % len(_COLOURS)] for number, both in enumerate(bases)}
 
-    def dots(get: Any) -> list[_Dot]:
+    def rows(get: Any) -> list[_Row]:
         found = []
-        for run in facts["runs"]:
+        for number, run in enumerate(facts["runs"]):
+            name = run["run"].rstrip("/").rpartition("/")[2][-_LONGEST_NAME:]
             for basis in run["bases"]:
-                for layer in basis["layers"]:
-                    figure = get(layer)
-                    if figure is not None and figure["value"] is not None:
-                        name = run["run"][-_LONGEST_NAME:]
-                        label = f"{name}, {TITLES[basis['name']]}, layer {layer['layer']}"
-                        found.append(_Dot(colours[run["run"], basis["name"]], label, figure))
+                figures = {layer["layer"]: get(layer) for layer in basis["layers"]}
+                known = {at: x for at, x in figures.items() if x is not None and x["value"] is not None}
+                if known:
+                    colour = _COLOURS[number % len(_COLOURS)]
+                    found.append(_Row(colour, f"{name}: {TITLES[basis['name']]}", known))
         return found
 
     charts = [
         (
             ", ".join(filter(None, (measure.title, measure.unit))),
-            dots(operator.methodcaller("get", measure.name)),
+            rows(operator.methodcaller("get", measure.name)),
         )
         for measure in MEASURES
     ]
@@ -55,52 +57,61 @@ def draw(facts: Mapping[str, Any]) -> str:
             def auc(layer: Mapping[str, Any], name: str = given["name"], k: str = k) -> Any:
                 return layer.get("probing", {}).get(name, {}).get("auc", {}).get(k)
 
-            charts.append((f"AUC, k = {k}: {given['name']}", dots(auc)))
-    height, content = 8, list[str]()
-    for title, of_measure in charts:
-        if of_measure:
-            content += _chart(title, of_measure, height)
-            height += _HEAD + _ROW * len(of_measure) + 18 + _GAP
-    style = "text{font:11px sans-serif;fill:#222}.title{font-weight:600}.grid{stroke:#ddd}"
+            charts.append((f"{given['name']}: AUC of probes of {k}", rows(auc)))
+    charts = [chart for chart in charts if chart[1]]
+    top, content = 8.0, list[str]()
+    for first in range(0, len(charts), _COLUMNS):
+        side_by_side = charts[first : first + _COLUMNS]
+        for column, (title, of_measure) in enumerate(side_by_side):
+            content.append(f'<g transform="translate({_WIDTH * column} {top})">')
+            content += [*_chart(title, of_measure), "</g>"]
+        top += _HEAD + _ROW * max(len(of_measure) for _, of_measure in side_by_side) + _FOOT
+    style = "text{font:12px sans-serif;fill:#222}.title{font-weight:600}.grid{stroke:#ddd}"
+    style += ".layer{font:8px sans-serif;fill:#fff;text-anchor:middle}"
+    width = _WIDTH * _COLUMNS
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" role="img" '
         f'aria-label="Readability of {escape(", ".join(run["run"] for run in facts["runs"]))}">'
-        f'<style>{style}</style><rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
+        f'<style>{style}</style><rect width="{width}" height="{top}" fill="#fff"/>'
         f"{''.join(content)}</svg>\n"
     )
 
 
-def _chart(title: str, dots: Sequence[_Dot], top: float) -> Iterator[str]:
-    """Yields one measure, from the height `top` on."""
-    ends = [end for dot in dots for end in _ends(dot)]
+def _chart(title: str, rows: Sequence[_Row]) -> Iterator[str]:
+    """Yields one measure."""
+    ends = [end for row in rows for figure in row.figures.values() for end in _ends(figure)]
     low, high = min(ends), max(ends)
     margin = 0.04 * ((high - low) or abs(high) or 1.0)
     x = Axis(title, max(low - margin, 0.0) if low >= 0 else low - margin, high + margin)
-    base = top + _HEAD + _ROW * len(dots)
+    base = _HEAD + _ROW * len(rows)
 
     def at(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x.share(value)
 
-    yield f'<text class="title" x="{_LEFT}" y="{top + 14}">{escape(title)}</text>'
+    yield f'<text class="title" x="{_LEFT}" y="14">{escape(title)} (numbers: layers)</text>'
     for tick in x.ticks():
         yield (
-            f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top + _HEAD - 4}" y2="{base}"/>'
-            f'<text x="{at(tick):.1f}" y="{base + 13}" text-anchor="middle">{x.text(round(tick, 10))}</text>'
+            f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{_HEAD - 4}" y2="{base}"/>'
+            f'<text x="{at(tick):.1f}" y="{base + 14}" text-anchor="middle">{x.text(round(tick, 10))}</text>'
         )
-    for number, dot in enumerate(dots):
-        y = top + _HEAD + _ROW * (number + 0.5)
-        begin, end = _ends(dot)
-        yield (
-            f'<text x="{_LEFT - 8}" y="{y + 3.5:.1f}" text-anchor="end">{escape(dot.label)}</text>'
-            f'<line x1="{at(begin):.1f}" x2="{at(end):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{dot.colour}" '
-            f'stroke-width="1.5"/><circle cx="{at(dot.figure["value"]):.1f}" cy="{y:.1f}" r="{_DOT}" '
-            f'fill="{dot.colour}"><title>{escape(dot.label)}: {dot.figure["value"]:.4g}</title></circle>'
-        )
+    for number, row in enumerate(rows):
+        middle = _HEAD + _ROW * (number + 0.5)
+        yield f'<text x="{_LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end">{escape(row.label)}</text>'
+        for place, (layer, figure) in enumerate(row.figures.items()):
+            y = middle + _SPREAD * ((place + 0.5) / len(row.figures) - 0.5)
+            begin, end = _ends(figure)
+            centre = at(figure["value"])
+            yield (
+                f'<line x1="{at(begin):.1f}" x2="{at(end):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+                f'stroke="{row.colour}" stroke-width="1.5"/><circle cx="{centre:.1f}" cy="{y:.1f}" '
+                f'r="{_DOT}" fill="{row.colour}" stroke="#fff" stroke-width="0.5"><title>'
+                f"{escape(row.label)}, layer {layer}: {figure['value']:.4g}</title></circle>"
+                f'<text class="layer" x="{centre:.1f}" y="{y + 2.8:.1f}">{layer}</text>'
+            )
 
 
-def _ends(dot: _Dot) -> tuple[float, float]:
+def _ends(figure: Mapping[str, Any]) -> tuple[float, float]:
     """Returns both ends of an interval, or the figure twice where there is none."""
-    value = dot.figure["value"]
-    given = dot.figure["low"], dot.figure["high"]
+    value, given = figure["value"], (figure["low"], figure["high"])
     low, high = (value if end is None else end for end in given)
     return low, high
