@@ -167,7 +167,7 @@ class Transformer(nnx.Module):
         definition, stacked = nnx.split(self.blocks)
         return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[layer], stacked))
 
-    def topk_around(self, layer: int | jax.Array) -> tuple[Any, Any]:
+    def topk_around(self, layer: int | jax.Array | np.ndarray) -> tuple[Any, Any]:
         """Tells whether a layer ends in a TopK, and whether the layer before does; of numbers, arrays."""
         s = self.config.n_topk_layers
         return layer < s, (layer > 0) & (layer <= s)
