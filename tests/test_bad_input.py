@@ -71,6 +71,7 @@ def refusal(capsys, monkeypatch):
         ("--config.model.n_nontopk=0", ["model.n_nontopk = 0", "from 1 to model.n_layers (2"]),
         ("--config.model.n_nontopk=3", ["model.n_nontopk = 3", "from 1 to model.n_layers (2"]),
         ("--config.model.n_heads=3", ["model.n_heads = 3", "divisor of model.d_model (32)"]),
+        ("--config.model.n_heads=0", ["model.n_heads = 0", "1 or more"]),
         ("--config.model.n_heads=32", ["model.n_heads = 32", "is even"]),
         ("--config.model.head_dim=3", ["model.head_dim = 3", "even"]),
         ("--config.model.n_kv_heads=3", ["model.n_kv_heads = 3", "divisor of model.n_heads (2)"]),

@@ -89,7 +89,7 @@ class ModelConfig:
 
     d_model: int = _setting(256, "D, width of the residual stream = neurons of a TopK layer")
     n_layers: int = _setting(4, "L, transformer blocks")
-    n_heads: int = _setting(4, "H, query heads", allowed="divides d_model, unless head_dim is given")
+    n_heads: int = _setting(4, "H, query heads", _SIZE, allowed="divides d_model, unless head_dim is given")
     head_dim: int = _setting(
         0, "width of a head, even (RoPE); 0: d_model / n_heads", Range.from_least(0, _MAX_SIZE)
     )
