@@ -10,6 +10,7 @@ import time
 import rich.console
 import rich.progress
 
+_SHARES = 1000  # units of work whose share alone is known
 _LINE_SECONDS = 10  # between two lines of a long phase where there is no terminal
 
 # Takes units of work, documents and tokens, each since the last time.
@@ -34,6 +35,19 @@ class Progress:
             A function that is told of (units, documents, tokens) done since the last time.
         """
         yield lambda units, documents, tokens: None
+
+    @contextlib.contextmanager
+    def phase_by_share(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Begins a long piece of work; yields a function that is told which share of it is done, 0 to 1."""
+        with self.phase(name, _SHARES) as report:
+            done = 0
+
+            def tell(share: float) -> None:
+                nonlocal done
+                report(round(_SHARES * share) - done, 0, 0)
+                done = round(_SHARES * share)
+
+            yield tell
 
 
 class TerminalProgress(Progress):

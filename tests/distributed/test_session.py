@@ -36,6 +36,30 @@ def main():
 
 sys.exit(errors.guarded(main))
 """
+# The service's calls return late after the end of the session, as on a busy machine.
+LEFT_PROGRAM = """
+import sys, time
+from topklm import distributed, errors
+from topklm.distributed.coordination import CoordinationClient
+
+wait_for = CoordinationClient.wait_for
+
+def return_late(self, key):
+    try:
+        return wait_for(self, key)
+    except BaseException:
+        time.sleep(1)
+        raise
+
+CoordinationClient.wait_for = return_late
+
+def main():
+    with distributed.session():
+{body}
+    print(*[thread.is_alive() for thread in session._threads[:2]])
+
+sys.exit(errors.guarded(main))
+"""
 # Hears signals from before the others have come, like the trainer.
 WAITING_PROGRAM = """
 import sys
@@ -205,6 +229,12 @@ saving.join()
     )
     assert job.finish() == [0, 0, 0]
     assert [process.errors for process in job.processes.values()] == ["", "", ""]
+
+
+def test_no_thread_is_in_a_call_of_the_service_once_the_session_has_ended(start):
+    job = start(2, "session = distributed._session", program=LEFT_PROGRAM)
+    assert job.finish() == [0, 0]
+    assert [process.output for process in job.processes.values()] == ["False False\n"] * 2
 
 
 def test_a_barrier_names_who_did_not_come_and_all_leave_together(start):

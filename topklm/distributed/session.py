@@ -168,7 +168,9 @@ class Session:
         self._let_others_leave(_SHUTDOWN_S)
         if self.process.index == 0 and self._client:
             self._client.disconnect()
-        self._threads[0].join(_FAREWELL_S)  # in the middle of a call it would crash the interpreter's end
+        # A thread in the middle of a call would crash the interpreter's end. The third is in none.
+        for thread in self._threads[:2]:
+            thread.join(_FAREWELL_S)
 
     def end_because_of(self, error: BaseException) -> NoReturn:
         """Says this process's last words, tells the others, and ends it with the exit code that fits."""

@@ -244,11 +244,7 @@ def _refuse_too_many(entries: Sequence[Intervention], config: ModelConfig) -> No
             end = begin + width
             number = sum(begin <= neuron < end for neuron in neurons)
             if number > k:
-                where = (
-                    f"layer {layer}"
-                    if len(config.groups) == 1
-                    else f"neurons {begin} to {end - 1} of layer {layer}"
-                )
-                text = f"{number} neurons forced in {where}: must be at most {k}, its places"
+                of_group = "" if len(config.groups) == 1 else f"neurons {begin} to {end - 1} of "
+                text = f"{number} neurons forced in {of_group}layer {layer}: must be at most {k}, its places"
                 raise ArgumentError(text, field="steer")
             begin = end

@@ -278,14 +278,7 @@ def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]
     """Measures whether neurons matter at the tokens that they raise, by the identity lens."""
     model = run.model
     targets = [concept_lib.raised_tokens(model.cfg, model.params, number) for _, number in chosen]
-    with common.progress.phase("setting neurons to 0", 1000) as report:
-        done = 0
-
-        def tell(share: float) -> None:
-            nonlocal done
-            report(round(1000 * share) - done, 0, 0)
-            done = round(1000 * share)
-
+    with common.progress.phase_by_share("setting neurons to 0") as report:
         return card.specificity(
             model.cfg,
             model.params,
@@ -295,7 +288,7 @@ def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]
             separator_id=model.tokenizer.separator_id,
             samples=_ABLATION_SAMPLES,
             seed=common.seed,
-            report=tell,
+            report=report,
         )
 
 

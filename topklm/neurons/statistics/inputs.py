@@ -122,14 +122,7 @@ class Inputs:
         is_part = metadata.kind != "topk" and metadata.topk_k < metadata.d_model
         if not samples or is_part or self.dictionary is not None:
             return dict.fromkeys(ablation.COLUMNS, np.full((len(metadata.layers), metadata.d_model), np.nan))
-        with self.progress.phase("setting neurons to 0", 1000) as report:
-            done = 0
-
-            def tell(share: float) -> None:
-                nonlocal done
-                report(round(1000 * share) - done, 0, 0)
-                done = round(1000 * share)
-
+        with self.progress.phase_by_share("setting neurons to 0") as report:
             return ablation.measure(
                 metadata.layers,
                 self.token_ids,
@@ -139,7 +132,7 @@ class Inputs:
                 separator_id=self.separator_id,
                 samples=samples,
                 seed=self.settings.seed,
-                report=tell,
+                report=report,
             )
 
     def coactivation(self, layer: int) -> np.ndarray:
