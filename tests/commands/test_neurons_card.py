@@ -283,6 +283,8 @@ def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, caps
         (["--conllu", "none"], "--conllu = none: No such file"),
         (["--vectors", "none"], "--vectors = none: No such file"),
         (["--sae-probes"], "--sae-probes: its data are not installed"),
+        (["--json", "nowhere/card.json"], "--json = nowhere/card.json: there is no folder nowhere; make it"),
+        (["--out", "nowhere/card.svg"], "--out = nowhere/card.svg: there is no folder nowhere; make it"),
         (["--out", "card.png"], r"--out = card.png: must be a file that ends in \.svg"),
         (["--against", "gs://bucket/run"], r"RUN = gs://bucket/run"),
     ],

@@ -41,6 +41,7 @@ def _card(arguments: argparse.Namespace) -> None:
         shared.check_on_disk(name)
     if arguments.out is not None and not arguments.out.endswith(".svg"):
         raise shared.wrong(arguments, "out", allowed="a file that ends in .svg")
+    shared.check_can_write(arguments, "json", "out")
     # They need packages of the extra.
     from topklm.commands.card import of_run, tables  # noqa: PLC0415
     from topklm.explorer import card_picture  # noqa: PLC0415

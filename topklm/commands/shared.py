@@ -237,6 +237,17 @@ def check_installed(verb: str, packages: Sequence[str]) -> None:
         raise UserError(f"{verb} needs {', '.join(missing)}: run pip install 'topklm[explore]'")
 
 
+def check_can_write(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for a file that a flag names in a folder that is not there; "-" is no file.
+
+    Before the work whose results it is to hold.
+    """
+    for name in names:
+        file = getattr(arguments, name)
+        if file not in (None, "-") and not (folder := local_path(file, flag(name)).parent).is_dir():
+            raise wrong(arguments, name, f"there is no folder {folder}; make it, or choose another")
+
+
 def check_on_disk(run: str, text: str = "activations are kept on a disk; copy the run folder to one") -> None:
     """Raises UserError for a run folder in a bucket."""
     if is_bucket(run):

@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
+    shared.check_can_write(arguments, "json")
     output = Output(arguments.json == "-")
     if arguments.survey:
         shared.check_goes_with(arguments, "neuron", *_OF_NEURON)
