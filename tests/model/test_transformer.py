@@ -119,23 +119,26 @@ def test_scanned_and_unrolled_layers_are_the_same_model(params):
 
 
 @pytest.mark.parametrize(
-    ("remat", "activation", "n_nontopk"),
+    "changes",
     [
-        pytest.param("none", "abs", 1, marks=pytest.mark.slow),
-        ("minimal", "relu", 2),
-        pytest.param("full", "relu", 0, marks=pytest.mark.slow),
+        pytest.param({"topk_activation": "abs"}, marks=pytest.mark.slow),
+        {"remat": "minimal", "n_nontopk": 2},
+        pytest.param({"remat": "full", "n_nontopk": 0}, marks=pytest.mark.slow),
+        {"remat": "full", "token_input": "every", "topk_groups": "8:2,16:4"},
     ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_scanned_and_unrolled_layers_have_the_same_gradient(params, remat, activation, n_nontopk):
-    config = variant(remat=remat, topk_activation=activation, n_nontopk=n_nontopk)
+def test_scanned_and_unrolled_layers_have_the_same_gradient(params, changes):
+    config = variant(**changes)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(config, params):
         return jax.grad(lambda params: jnp.sin(program(config)(params, TOKENS, None)[0]).sum())(params)
 
-    scanned = gradient(dataclasses.replace(config, layer_stack="scanned"), params)
-    for a, b in zip(*map(jax.tree.leaves, (scanned, gradient(config, params))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    expected = gradient(dataclasses.replace(config, remat="none"), params)
+    for other in (config, dataclasses.replace(config, layer_stack="scanned")):
+        for a, b in zip(*map(jax.tree.leaves, (gradient(other, params), expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("activation", "exactly"), [("relu", False), ("identity", True), ("abs", True)])
