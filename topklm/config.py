@@ -221,6 +221,11 @@ class TrainConfig:
         allowed="divides batch_size",
     )
     seed: int = _setting(0, "of parameters, data order and samples", Range.from_least(0, _MAX_COUNT))
+    init: str = _setting(
+        "",
+        "run whose newest checkpoint gives the first parameters; step, optimizer and data begin at 0; TopK "
+        "settings may differ, so a Base LM can become a TopK LM; empty: drawn by seed",
+    )
     on_bad_step: str = _setting(
         "stop",
         "at a step that is not finite, or a spike: stop the run, or skip its update (at most ten in a row)",
@@ -547,7 +552,7 @@ def _check_ranges(config: Config) -> None:
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            if value and field in ("data.dir", "data.source", "data.mixture"):
+            if value and field in ("data.dir", "data.source", "data.mixture", "train.init"):
                 check_name(value, field)
             is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
             require(field, is_utf8, "text that UTF-8 can write")

@@ -31,7 +31,7 @@ from topklm.training import anomalies, metrics
 from topklm.training.console import Console, describe_model, evaluation_line, summary
 from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
 from topklm.training.prefetch import DeviceBatch, Feed
-from topklm.training.setup import PreparedRun, check_memory, prepare_run
+from topklm.training.setup import PreparedRun, check_memory, initial_parameters, prepare_run
 from topklm.training.step import (
     StopSync,
     TrainState,
@@ -192,8 +192,12 @@ class _Loop:
         self.synced_metrics: dict[str, int] | None = None
         if self.checkpoints.latest_step is None:
             state = init_state(self.config, self.optimizer, self.layout)
+            if self.config.train.init:
+                state = state._replace(params=initial_parameters(self.run))
             n = parameter_count(state.params)
-            self.console.say(f"new run in {self.folder}: {n:,} parameters, {describe_model(self.config)}")
+            begun = f", begun with those of {other}" if (other := self.config.train.init) else ""
+            about = describe_model(self.config)
+            self.console.say(f"new run in {self.folder}: {n:,} parameters{begun}, {about}")
             self.clock = Clock(total=0.0, began_at=time.time())
             return state
         with self._storage("reading the checkpoints of"):

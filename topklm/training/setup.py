@@ -6,6 +6,7 @@ With several processes the first one does each thing, and the others make sure t
 from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
 from hashlib import sha256
 import json
 import math
@@ -19,14 +20,15 @@ import jax
 
 from topklm import distributed
 from topklm.checkpoint import run_folder
-from topklm.config import Config, from_saved, warnings
+from topklm.config import Config, ModelConfig, from_saved, warnings
 from topklm.data.building.build import prepare
 from topklm.data.dataset import Mixture
 from topklm.errors import UserError
+from topklm.inference.load import load
 from topklm.layout import Layout, make_layout
-from topklm.model import backends
+from topklm.model import backends, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, write_atomically
+from topklm.storage.files import AnyPath, as_path, write_atomically
 from topklm.training.console import Console
 from topklm.training.throughput import parameter_count
 
@@ -78,6 +80,58 @@ class PreparedRun:
             )
 
 
+def _check_initial_run(config: Config, folder: AnyPath) -> None:
+    """Refuses a new run in `folder` that is to begin with the parameters of one without a checkpoint."""
+    other = config.train.init
+    if not other or run_folder.has_checkpoint(folder):
+        return
+    if not run_folder.has_checkpoint(as_path(other, "train.init")):
+        raise UserError(f"train.init = {other}: has no checkpoint: train it first, or check the path")
+
+
+def initial_parameters(run: PreparedRun) -> transformer.Parameters:
+    """Reads the parameters that a new run begins with: of the newest checkpoint of `train.init`.
+
+    Raises:
+        UserError: If there is none, it is damaged, or its tokenizer or the shape of its parameters differs.
+    """
+    other = run.config.train.init
+    saved = run_folder.saved_config(as_path(other, "train.init"))
+    if saved is not None and (fields := _reshaping_fields(saved.model, run.config.model)):
+        raise UserError(
+            f"train.init = {other}: its parameters have another shape ({fields}): give this run the same"
+        )
+    model = load(other, mesh=run.layout.mesh)
+    if model.tokenizer.sha256 != run.mixture.tokenizer.sha256:
+        raise UserError(
+            f"train.init = {other}: was trained with another tokenizer than the data has: prepare the data "
+            f"with --tokenizer {other}/{run_folder.TOKENIZER_FILE}, or name a run with the data's tokenizer"
+        )
+    return model.params
+
+
+def _reshaping_fields(saved: ModelConfig, asked: ModelConfig) -> str:
+    """Lists the fields in which models differ and that change the shape of parameters, with their values."""
+
+    def shapes(model: ModelConfig) -> Any:
+        return jax.eval_shape(functools.partial(transformer.create, model, 0))
+
+    here = shapes(asked)
+    if shapes(saved) == here:
+        return ""
+    old, new = dataclasses.asdict(saved), dataclasses.asdict(asked)
+    differing = [name for name in old if old[name] != new[name]]
+
+    # Alone it may be impossible, as a width that its heads do not divide: then it matters.
+    def matters(name: str) -> bool:
+        try:
+            return shapes(dataclasses.replace(asked, **{name: old[name]})) != here
+        except (ValueError, TypeError, ZeroDivisionError):
+            return True
+
+    return "; ".join(f"model.{n} was {old[n]!r}, now {new[n]!r}" for n in differing if matters(n))
+
+
 @contextlib.contextmanager
 def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[PreparedRun]:
     """Arranges the devices, holds the run folder and prepares the data.
@@ -96,6 +150,7 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
     with contextlib.ExitStack() as stack:
         if distributed.is_primary():
             stack.enter_context(run_folder.owned(folder, console.say))
+        _check_initial_run(config, folder)
         _check_shared(folder)
         config, mixture = _prepare_data(config, console)
         layout.check(config)
