@@ -112,6 +112,14 @@ def test_all_bases_of_all_runs_are_measured_alike(facts):
                 assert set(layer["probing"]) == {"labels", "part of speech"}
 
 
+def test_an_autoencoder_is_paid_for(facts):
+    """Reading 4,000 tokens, and 5 products of 16 states with 16 codes for each token in 3 layers."""
+    (base,) = (one for one in facts["runs"] if one["kind"] == "base")
+    (sae,) = (basis["dictionary"] for basis in base["bases"] if basis["name"] == "sae")
+    products = 3 * 5 * 2 * 16 * 16
+    assert sae["training_flops"] == pytest.approx(4000 * (base["flops_per_generated_token"] + products))
+
+
 def test_without_neurons_a_model_whose_stream_carries_all_knows_nothing(facts, place):
     model = topklm.load(str(place / "small"))
     mixture = prepare(model.config.data, lambda line: None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import shared
-from topklm.config import Config
+from topklm.config import Config, ModelConfig
 from topklm.data.building.build import prepare
 from topklm.data.stream import heldout_part
 from topklm.errors import disk_errors_are_user_errors
@@ -177,7 +177,8 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
         layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
         entries.append({"name": basis.name, "layers": layers})
         if basis.name == "sae" and sae is not None:
-            entries[-1]["dictionary"] = dict(sae.facts)
+            flops = _sae_flops(config, run.n_layers, width) * common.dictionary_tokens
+            entries[-1]["dictionary"] = {**sae.facts, "training_flops": flops}
     for given in common.sets:
         _probe(common, run, bases, entries, given)
     if is_same:
@@ -234,6 +235,15 @@ def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, 
     with disk_errors_are_user_errors(f"writing {path}"):
         made.save(path)
     return made
+
+
+def _sae_flops(config: ModelConfig, n_layers: int, width: int) -> float:
+    """Computes what a token costs in the training of SAEs: the model's forward pass and five products a layer.
+
+    These are encoder and decoder, their gradients, and the gradient of the codes, each 2 D M; TopK counts as
+    nothing, and zeros among the codes as numbers, for they are multiplied.
+    """
+    return flops_per_token(config) / 3 + 10 * n_layers * config.d_model * width
 
 
 def _probe(

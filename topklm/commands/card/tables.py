@@ -138,8 +138,10 @@ def _probing_rows(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[_Rows, 
 
 
 def _run_row(run: Mapping[str, Any]) -> Sequence[str]:
-    detectors, fluent = [], _NOTHING
+    detectors, fluent, flops = [], _NOTHING, f"{run['training_flops']:.3g}"
     for basis in run["bases"]:
+        if found := basis.get("dictionary"):
+            flops += f"\n+ SAE {found['training_flops']:.3g}"
         if found := basis.get("detectors"):
             median = _NOTHING if found["median_f1"] is None else f"{found['median_f1']:.2f}"
             detectors.append(f"{basis['name']}: {found['n_fair']:g} of {found['n']:g}, F1 {median}")
@@ -150,7 +152,7 @@ def _run_row(run: Mapping[str, Any]) -> Sequence[str]:
         f"{run['bits_per_byte']:.4f}",
         _NOTHING if (without := run["bits_per_byte_without_neurons"]) is None else f"{without:.4f}",
         f"{run['parameters']:,.0f}",
-        f"{run['training_flops']:.3g}",
+        flops,
         f"{run['flops_per_generated_token']:.3g}",
         "\n".join(detectors) or _NOTHING,
         fluent,
