@@ -114,6 +114,11 @@ class ModelConfig:
         'groups of neurons that compete among themselves, "WIDTH:K,WIDTH:K", such as 16:4,112:12; the widths '
         "add up to d_model and the k to topk_k; empty: all compete",
     )
+    topk_centred: bool = _setting(
+        False,
+        "TopK reads the stream less its mean over the neurons that compete: a shift common to all of them, "
+        "which selection does not see, can then not carry them below 0, where relu would end them",
+    )
     n_nontopk: int = _setting(
         1, "final layers left dense; n_layers gives the Base LM", allowed="from 1 to n_layers"
     )

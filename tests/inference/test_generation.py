@@ -39,7 +39,10 @@ def texts(config, prompts, sampling, n, *, stop_token=-1, steps=STEPS, **options
         pytest.param({"layer_stack": "unrolled", "qk_norm": True, "head_dim": 6}, marks=pytest.mark.slow),
         {"layer_stack": "scanned"},
         {"layer_stack": "unrolled", "token_input": "every", "topk_groups": "8:2,16:4"},
-        pytest.param({"layer_stack": "scanned", "token_input": "every"}, marks=pytest.mark.slow),
+        {"layer_stack": "unrolled", "topk_centred": True, "topk_groups": "8:2,16:4"},
+        pytest.param(
+            {"layer_stack": "scanned", "token_input": "every", "topk_centred": True}, marks=pytest.mark.slow
+        ),
         pytest.param({"layer_stack": "unrolled", "n_nontopk": 2}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -125,6 +125,7 @@ def test_scanned_and_unrolled_layers_are_the_same_model(params):
         {"remat": "minimal", "n_nontopk": 2},
         pytest.param({"remat": "full", "n_nontopk": 0}, marks=pytest.mark.slow),
         {"remat": "full", "token_input": "every", "topk_groups": "8:2,16:4"},
+        {"remat": "full", "topk_centred": True, "topk_groups": "8:2,16:4"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -150,6 +151,25 @@ def test_every_topk_layer_leaves_k_entries_and_the_last_is_dense(params, activat
         assert active[:2].min() == CONFIG.topk_k
     np.testing.assert_array_equal(h_next[2], u[2])
     assert (active[2] == CONFIG.d_model).all()
+
+
+@pytest.mark.parametrize("layer_stack", ["scanned", "unrolled"])
+def test_a_shift_of_all_neurons_is_taken_off_before_topk(params, layer_stack):
+    """What TopK reads is the plain sum less the mean of each group, in NumPy's float64."""
+    plain = variant(layer_stack=layer_stack, topk_groups="8:2,16:4")
+    config = dataclasses.replace(plain, topk_centred=True)
+    _, u, h_next = layer_states(config, params)
+    of_first = layer_states(plain, params)[1][0].astype(np.float64)  # later layers read other states
+    expected = np.concatenate([x - x.mean(-1, keepdims=True) for x in np.split(of_first, [8], -1)], -1)
+    np.testing.assert_allclose(u[0], expected, atol=1e-6)
+    np.testing.assert_allclose(np.stack([u[:2, ..., :8].sum(-1), u[:2, ..., 8:].sum(-1)]), 0, atol=1e-5)
+    assert np.abs(u[2].mean(-1)).max() > 0.01  # without TopK a layer is as it was
+    np.testing.assert_array_equal(h_next[2], u[2])
+    # More than k of any row of which half is above its mean are above 0, so none of the k is cut off.
+    is_above = [(part > 0).sum(-1) >= k for part, k in ((u[:2, ..., :8], 2), (u[:2, ..., 8:], 4))]
+    active = [(part != 0).sum(-1) == k for part, k in ((h_next[:2, ..., :8], 2), (h_next[:2, ..., 8:], 4))]
+    np.testing.assert_array_equal(is_above, active)
+    np.testing.assert_allclose(h_next[:2][h_next[:2] != 0], u[:2][h_next[:2] != 0])
 
 
 def test_the_sparse_vector_is_all_that_enters_the_next_layer(params):

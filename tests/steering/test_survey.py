@@ -24,7 +24,7 @@ SETTINGS = SurveySettings(
 )
 PROGRESS = Progress(lambda line: None)
 # Measured in float32 all the same; its last layer has no TopK.
-CONFIG = configured(dtype="bfloat16", token_input="every")
+CONFIG = configured(dtype="bfloat16", token_input="every", topk_centred=True)
 STREAM = configured(dtype="bfloat16")  # carries the embedding
 
 

@@ -44,6 +44,7 @@ TOPK = Config(
         topk_k=4,
         qk_norm=True,
         token_input="every",
+        topk_centred=True,
         vocab_multiple=16,
     ),
     train=TrainConfig(batch_size=8, steps=20),

@@ -4,6 +4,7 @@
     u  = a + MLP(Norm(a))
     h' = TopK_k(u), or u in the last n_nontopk layers
 
+With `topk_centred`, u is less its mean over the neurons that compete, in layers with TopK.
 With `token_input = "every"` the token's embedding e is not in h, which is 0 at first. Layers with TopK read
 it beside the stream, and the first dense layer adds it after its attention, so that of other tokens this
 layer sees their neurons alone. Without a TopK layer, both are the same Base LM.
@@ -26,7 +27,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model.attention import Attention, Rotation
 from topklm.model.layers import RMSNorm, SwiGLU
-from topklm.model.topk import model_topk, topk
+from topklm.model.topk import centred, model_topk, topk
 from topklm.model.topk_threshold import order_key
 from topklm.parallel import ALONE, Parallel
 
@@ -127,6 +128,16 @@ class Block(nnx.Module):
         return a_BTD, parallel.scatter_tokens(self.mlp(x_BTD, gate_up))
 
 
+def topk_input(
+    config: ModelConfig, a: jax.Array, written: jax.Array, ends_in_topk: bool | jax.Array | np.ndarray
+) -> jax.Array:
+    """Returns u, the sum of the arguments of `end_layer` as a TopK reads it, [..., D]."""
+    u = a + written
+    if not config.topk_centred or ends_in_topk is False:
+        return u
+    return centred(config, u) if ends_in_topk is True else jnp.where(ends_in_topk, centred(config, u), u)
+
+
 def end_layer(
     config: ModelConfig,
     a: jax.Array,
@@ -158,8 +169,8 @@ def end_layer(
     is_known = isinstance(ends_in_topk, bool)
     if is_known and not ends_in_topk:
         h_next = a + written
-    elif hooks.topk is not None or sum_first:
-        u = a + written
+    elif hooks.topk is not None or sum_first or config.topk_centred:
+        u = topk_input(config, a, written, ends_in_topk)
         u = jax.lax.optimization_barrier(u) if sum_first else u
         kept = model_topk(config, u, topk=topk) if hooks.topk is None else hooks.topk(u, hook_input)
         h_next = kept if is_known else jnp.where(ends_in_topk, kept, u)

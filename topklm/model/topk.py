@@ -92,6 +92,13 @@ def model_topk(
     return jnp.concatenate(kept, axis=-1)
 
 
+def centred(config: ModelConfig, u: jax.Array) -> jax.Array:
+    """Returns rows [..., D] less the mean over each group of neurons, which is taken in float32."""
+    parts = jnp.split(u, np.cumsum([width for width, _ in config.groups])[:-1], axis=-1)
+    means = [jnp.mean(x, axis=-1, keepdims=True, dtype=jnp.float32).astype(x.dtype) for x in parts]
+    return jnp.concatenate([x - mean for x, mean in zip(parts, means, strict=True)], axis=-1)
+
+
 def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
     """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
 

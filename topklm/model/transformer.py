@@ -26,6 +26,7 @@ from topklm.model.block import (
     TokenInput,
     end_layer,
     mask_gradient_by_output,
+    topk_input,
     topk_masked_by_next,
 )
 from topklm.model.layers import Embedding, Linear, RMSNorm
@@ -127,6 +128,7 @@ class Transformer(nnx.Module):
         # Only where the input of a layer is kept in any case, and nobody looks between two layers.
         masked_by_next = config.remat != "none" and config.topk_activation == "relu"
         masked_by_next &= capture is None and hooks == NO_HOOKS and config.n_topk_layers > 0
+        masked_by_next &= not config.topk_centred
         topk_fn = topk_masked_by_next if masked_by_next else topk
 
         def layer(sparse: bool | None, h: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, Any]:
@@ -140,7 +142,9 @@ class Transformer(nnx.Module):
             token = TokenInput.of_layer(token_BTD, ends_in_topk, inputs.follows_topk)
             a, written = block(h, rotation, segment_ids_BT, parallel, token)
             h_next = end_layer(config, a, written, ends_in_topk, hooks, inputs.hook_inputs, topk=topk_fn)
-            return h_next, capture(h, a + written, h_next) if capture else None
+            if capture is None:
+                return h_next, None
+            return h_next, capture(h, topk_input(config, a, written, ends_in_topk), h_next)
 
         scanned = parallel.scan_layers if config.layer_stack == "auto" else config.layer_stack == "scanned"
         run = _scan_layers if scanned else _unroll_layers

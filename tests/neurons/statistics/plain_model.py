@@ -155,6 +155,9 @@ def groups_of(config):
 
 
 def _topk(config, u):
+    if config.topk_centred:
+        parts = [u[:, begin:end] for begin, end, _ in groups_of(config)]
+        u = np.concatenate([x - x.mean(axis=-1, keepdims=True) for x in parts], axis=-1)
     score = np.abs(u) if config.topk_activation == "abs" else u
     kept = np.zeros_like(u)
     for begin, end, k in groups_of(config):

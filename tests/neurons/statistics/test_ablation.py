@@ -16,6 +16,7 @@ KINDS = {
     "topk": {},
     "dense": {"n_nontopk": 3, "dtype": "bfloat16", "layer_stack": "unrolled"},
     "token-in-every-layer": {"token_input": "every"},
+    "centred": {"topk_centred": True},
 }
 
 

@@ -73,6 +73,7 @@ def differences(config, tokens, layer):
         {"topk_activation": "abs", "n_nontopk": 0, "dtype": "bfloat16"},
         {"n_nontopk": 3, "remat": "full", "layer_stack": "unrolled"},
         {"token_input": "every", "topk_groups": "4:1,12:4", "n_nontopk": 2},
+        {"topk_centred": True, "topk_groups": "4:1,12:4"},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

@@ -238,7 +238,7 @@ def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, 
 
 
 def _sae_flops(config: ModelConfig, n_layers: int, width: int) -> float:
-    """Computes what a token costs in the training of SAEs: the model's forward pass and five products a layer.
+    """Computes the FLOPs of a token in the training of SAEs: a forward pass and five products a layer.
 
     These are encoder and decoder, their gradients, and the gradient of the codes, each 2 D M; TopK counts as
     nothing, and zeros among the codes as numbers, for they are multiplied.
