@@ -103,9 +103,9 @@ def random_sets():
 def topk_with_fixed_sets(layout):
     """Stands in for `topk`: a rounding difference cannot change what is active."""
 
-    def fixed(written_BTD, *_, residual, applies):
+    def fixed(u_BTD, *_, residual=None, applies=None):
         assert applies is None  # layers are unrolled
-        x_BTD = written_BTD + residual
+        x_BTD = u_BTD if residual is None else u_BTD + residual
         active = random_sets()
         if layout.size == 1:
             return jnp.where(active, x_BTD, 0.0)
