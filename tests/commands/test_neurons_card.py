@@ -143,6 +143,14 @@ def test_differences_from_the_rotation_are_those_of_the_means(facts):
                             values = [x["probing"][name][score][k]["value"] for x in (layer, of_random)]
                             assert gap["value"] == pytest.approx(values[0] - values[1], abs=1e-9)
                             seen += 1
+                        of_cut = (
+                            x["probing"][name]["less_random_cut"][score]["1"] for x in (layer, of_random)
+                        )
+                        if basis["name"] != "random" and "less_random_cut" in found:
+                            # Both less the same control.
+                            gap = found["less_random"][score]["1"]["value"]
+                            own, whole = (x["value"] for x in of_cut)
+                            assert gap == pytest.approx(own - whole, abs=1e-9)
     assert seen > 50
 
 

@@ -434,9 +434,9 @@ def _mean_of(effects: Sequence[float]) -> dict[str, Any]:
 
 
 def probing_entry(
-    scores: probing.Scores, random: probing.Scores | None, ks: Sequence[int] = probing.KS
+    scores: probing.Scores, controls: Mapping[str, probing.Scores], ks: Sequence[int] = probing.KS
 ) -> dict[str, Any]:
-    """Returns means over questions with their intervals, for JSON; and the same less those of the rotation.
+    """Returns means over questions with their intervals, for JSON; and "less_NAME", less those of a control.
 
     The differences are paired over questions, the standard error is over them as well.
     """
@@ -444,9 +444,9 @@ def probing_entry(
     for name in ("auc", "balanced_accuracy"):
         own = getattr(scores, name)
         entry[name] = {str(k): with_interval(own[:, at].mean(axis=0)) for at, k in enumerate(ks)}
-        if random is not None:
-            gaps = own - getattr(random, name)
-            entry.setdefault("less_random", {})[name] = {
+        for control, its_scores in controls.items():
+            gaps = own - getattr(its_scores, name)
+            entry.setdefault(f"less_{control}", {})[name] = {
                 str(k): {
                     **with_interval(gaps[:, at].mean(axis=0)),
                     "standard_error": _standard_error(gaps[:, at, 0]),

@@ -193,14 +193,14 @@ def test_the_rotation_less_itself_is_nothing_and_the_error_is_over_labels():
     rng = np.random.default_rng(4)
     auc, other = rng.random((2, 6, 4, 30))
     own, random = probing.Scores(auc, auc + 0.1), probing.Scores(other, other)
-    entry = card.probing_entry(own, random)
+    entry = card.probing_entry(own, {"random": random})
     gap = (auc - other)[:, 1, 0]
     found = entry["less_random"]["auc"]["2"]
     assert found["value"] == pytest.approx(gap.mean())
     assert found["standard_error"] == pytest.approx(gap.std(ddof=1) / 6**0.5)
     assert found["low"] < found["value"] < found["high"]
     assert entry["balanced_accuracy"]["1"]["value"] == pytest.approx(auc[:, 0, 0].mean() + 0.1)
-    nothing = card.probing_entry(own, own)["less_random"]["auc"]["1"]
+    nothing = card.probing_entry(own, {"random": own})["less_random"]["auc"]["1"]
     assert [nothing[name] for name in ("value", "low", "high", "standard_error")] == [0, 0, 0, 0]
 
 

@@ -263,24 +263,27 @@ def _probe(
         for layer in itertools.chain.from_iterable(entry["layers"] for entry in entries):
             layer.setdefault("probing", {})[given.name] = facts
         return
+    # A rotation is probed whole, and with as few active codes as the other bases have.
+    rotation = next(basis for basis in bases if basis.name == "random")
+    probed = [*bases, Basis(f"{rotation.name}_cut", rotation.encode)]
     with common.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
-        pooled = bases_lib.pool(run.text_model, n_layers, bases, located, report)
+        pooled = bases_lib.pool(run.text_model, n_layers, probed, located, report)
     is_scored = ~given.to_fit[kept]
     weights = np.zeros((len(kept), 1 + card.DRAWS))
     weights[is_scored] = card.text_weights(given.text[kept][is_scored], card.DRAWS, common.seed)
-    with common.phase(f"probing {given.name}", len(bases) * n_layers * len(questions)) as report:
+    with common.phase(f"probing {given.name}", len(probed) * n_layers * len(questions)) as report:
         scores = [
             {
                 basis.name: probing.probe(x[layer], questions, weights, report=report)
-                for basis, x in zip(bases, pooled, strict=True)
+                for basis, x in zip(probed, pooled, strict=True)
             }
             for layer in range(n_layers)
         ]
     for entry in entries:
         for layer, by_basis in zip(entry["layers"], scores, strict=True):
-            name = entry["name"]
-            random = None if name == "random" else by_basis["random"]
-            found = card.probing_entry(by_basis[name], random)
+            controls = {name: x for name, x in by_basis.items() if name.startswith(rotation.name)}
+            controls.pop(entry["name"], None)
+            found = card.probing_entry(by_basis[entry["name"]], controls)
             layer.setdefault("probing", {})[given.name] = {**facts, **found}
 
 

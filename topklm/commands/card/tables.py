@@ -65,6 +65,7 @@ def show(output: Output, facts: Mapping[str, Any]) -> None:
     for given in facts["probing"]["sets"]:
         rows, n_labels = _probing_rows(runs, given["name"])
         heads = ["run", "basis", "layer", *(f"AUC, k = {k}" for k in probing.KS), "less rotation, k = 1"]
+        heads.append("less cut rotation, k = 1")
         heads.append("accuracy, k = 1")
         output.console.print(shared.table(heads, rows, title=given["name"], left=["run", "basis"]))
         output.say(f"{given['source']}; {n_labels}; {facts['probing']['selection']}")
@@ -130,9 +131,12 @@ def _probing_rows(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[_Rows, 
                 found = layer["probing"][name]
                 said = f"{found['n_labels']} labels, {found['left_out']} with too few examples left out"
                 auc = [_cell(found.get("auc", {}).get(str(k)), "{:.3f}") for k in probing.KS]
-                gap = _cell(found.get("less_random", {}).get("auc", {}).get("1"), "{:+.3f}")
+                gaps = [
+                    _cell(found.get(f"less_{control}", {}).get("auc", {}).get("1"), "{:+.3f}")
+                    for control in ("random", "random_cut")
+                ]
                 accuracy = _cell(found.get("balanced_accuracy", {}).get("1"), "{:.3f}")
-                rows.append([run["run"], TITLES[basis["name"]], str(layer["layer"]), *auc, gap, accuracy])
+                rows.append([run["run"], TITLES[basis["name"]], str(layer["layer"]), *auc, *gaps, accuracy])
             rows.append(None)
     return rows, said
 
