@@ -7,6 +7,7 @@ import pytest
 from topklm import config as config_lib
 from topklm.config import Config, differences_that_matter, flatten, from_saved, nearest_field, resolve
 from topklm.errors import UserError
+from topklm.training.console import describe_model
 
 
 def with_fields(**fields):
@@ -175,3 +176,11 @@ def test_a_range_says_what_it_holds():
         False,
         "from 0 to 1",
     )
+
+
+def test_a_model_is_described_with_all_that_its_topk_does():
+    assert describe_model(Config()) == "4 layers, TopK keeps 32 of 256 (relu) in 3 of them"
+    fields = {"model__topk_groups": "56:8,200:24", "model__topk_centred": True, "model__token_input": "every"}
+    how = "relu, groups 56:8,200:24, centred, token input every"
+    assert describe_model(with_fields(**fields)) == f"4 layers, TopK keeps 32 of 256 ({how}) in 3 of them"
+    assert describe_model(with_fields(model__n_nontopk=4)) == "4 layers, TopK in none of them"

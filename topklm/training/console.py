@@ -13,7 +13,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from topklm.config import Config
+from topklm.config import Config, ModelConfig
 from topklm.layout import ParameterLayout
 from topklm.storage.files import AnyPath
 
@@ -152,5 +152,9 @@ def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> d
 def describe_model(config: Config) -> str:
     """Describes a model, such as "4 layers, TopK keeps 32 of 256 (relu) in 3 of them"."""
     m = config.model
-    sparse = f"TopK keeps {m.topk_k} of {m.d_model} ({m.topk_activation}) in {m.n_topk_layers}"
+    how = [m.topk_activation]
+    how += [f"groups {m.topk_groups}"] if m.topk_groups else []
+    how += ["centred"] if m.topk_centred else []
+    how += [f"token input {m.token_input}"] if m.token_input != ModelConfig.token_input else []
+    sparse = f"TopK keeps {m.topk_k} of {m.d_model} ({', '.join(how)}) in {m.n_topk_layers}"
     return f"{m.n_layers} layers, {sparse if m.n_topk_layers else 'TopK in none'} of them"
