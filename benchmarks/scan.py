@@ -70,7 +70,13 @@ SCANS = {
         {
             "readable": {},
             "base": {"model.n_nontopk": 4},
-            "paper's layer": {"model.token_input": "first", "model.topk_groups": ""},
+            "paper's layer": {
+                "model.token_input": "first",
+                "model.topk_groups": "",
+                "model.topk_centred": False,
+            },
+            "not centred": {"model.topk_centred": False},
+            "k8": {"model.topk_k": 8, "model.topk_groups": "8:2,56:3,448:3"},
             "no groups": {"model.topk_groups": ""},
             "groups alone": {"model.token_input": "first"},
             "few broad": {"model.topk_groups": "16:1,64:3,432:12"},

@@ -3,7 +3,7 @@
 --config=configs/small.py                 TopK
 --config=configs/small.py:base            the same model and tokens without TopK, to compare with
 --config=configs/small.py:hour            a larger TopK model, about an hour on a laptop
---config=configs/small.py:readable        neurons that need not repeat the token (docs/readability.md)
+--config=configs/small.py:readable        neurons that tell uses of a token apart (docs/readability.md)
 --config=configs/small.py:readable-base   the same model and tokens without TopK
 """
 
@@ -22,9 +22,9 @@ def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
     if variant.startswith("readable"):
         # Twice the neurons, half of them active, and blocks that are half as wide.
         config.model.update(d_model=512, head_dim=64, d_mlp=344, topk_k=16)
-        config.model.update(token_input="every", topk_groups="16:4,112:6,384:6")
+        config.model.update(token_input="every", topk_groups="16:4,112:6,384:6", topk_centred=True)
         config.train.steps = 1200
-        config.optim.learning_rate = 3e-3  # above, neurons die
+        config.optim.learning_rate = 3e-3
     if variant.endswith("base"):
         config.model.n_nontopk = config.model.n_layers
     if variant == "hour":
