@@ -1,8 +1,8 @@
 """A model of books: some 40 million tokens, prepared first (README, "Your own data").
 
---config=configs/books.py          TopK, for one GPU
---config=configs/books.py:base     the same model and tokens without TopK, to compare with
---config=configs/books.py:laptop   a TopK model small enough for a CPU
+--config=books          TopK, for one GPU
+--config=books:base     the same model and tokens without TopK, to compare with
+--config=books:laptop   a TopK model small enough for a CPU
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ VARIANTS = ("topk", "base", "laptop")
 
 def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"configs/books.py:{variant}: the variants are {', '.join(VARIANTS)}")
+        raise UserError(f"--config = books:{variant}: the variants are {', '.join(VARIANTS)}")
     config = config_lib.default()
     config.data.source = "datasets/books"
     if variant == "laptop":

@@ -1,8 +1,8 @@
 """Models of the sizes that papers report, each with a TPU slice that it is shown to fit (docs/scaling.md).
 
---config=configs/paper.py:130m        TopK; also 400m, 1.4b, 7b
---config=configs/paper.py:130m-base   the same model and tokens without TopK, to compare with
---config=configs/paper.py:130m-gpu    the same training run on one GPU; also 130m-gpu-base
+--config=paper:130m        TopK; also 400m, 1.4b, 7b
+--config=paper:130m-base   the same model and tokens without TopK, to compare with
+--config=paper:130m-gpu    the same training run on one GPU; also 130m-gpu-base
 
 Prepare the text first (README, "Your own data"), with --tokenizer=train:32768, into datasets/web or anywhere:
 --config.data.source. The learning rates are starting points, not tuned.
@@ -36,7 +36,7 @@ VARIANTS = (*(f"{size}{twin}" for size in _MODELS for twin in ("", "-base")), "1
 
 def get_config(variant: str = "130m") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"configs/paper.py:{variant}: the variants are {', '.join(VARIANTS)}")
+        raise UserError(f"--config = paper:{variant}: the variants are {', '.join(VARIANTS)}")
     size, *options = variant.split("-")
     config = config_lib.default()
     config.data.update(source="datasets/web", vocab_size=VOCABULARY)

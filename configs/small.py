@@ -1,10 +1,10 @@
 """The quickstart: a TopK language model on English Wikipedia leads, minutes on a laptop.
 
---config=configs/small.py                 TopK
---config=configs/small.py:base            the same model and tokens without TopK, to compare with
---config=configs/small.py:hour            a larger TopK model, about an hour on a laptop
---config=configs/small.py:readable        neurons that tell uses of a token apart (docs/readability.md)
---config=configs/small.py:readable-base   the same model and tokens without TopK
+--config=small                 TopK
+--config=small:base            the same model and tokens without TopK, to compare with
+--config=small:hour            a larger TopK model, about an hour on a laptop
+--config=small:readable        neurons that tell uses of a token apart (docs/readability.md)
+--config=small:readable-base   the same model and tokens without TopK
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ VARIANTS = ("topk", "base", "hour", "readable", "readable-base")
 
 def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(f"configs/small.py:{variant}: the variants are {', '.join(VARIANTS)}")
+        raise UserError(f"--config = small:{variant}: the variants are {', '.join(VARIANTS)}")
     config = config_lib.default()
     if variant.startswith("readable"):
         # Twice the neurons, half of them active, and blocks that are half as wide.

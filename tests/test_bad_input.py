@@ -88,17 +88,15 @@ def refusal(capsys, monkeypatch):
         ("--wrkdir=here", ["wrkdir", "did you mean --workdir?"]),
         ("surplus", ["'surplus' is not a flag"]),
         (f"--config={CONFIG_FILE}:nonsense", ["nonsense", "the variants are topk, base"]),
-        ("--config=configs/missing.py", ["--config = configs/missing.py", "no such file"]),
+        ("--config=configs/missing.py", ["--config = configs/missing.py", "no such file", "paper, small"]),
+        ("--config=smal", ["--config = smal: there is no such file", "books, paper, small"]),
+        ("--config=", ["--config = "]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it(trainer, refusal, tmp_path, flag, words):
     line = refusal([*trainer.arguments(tmp_path / "run"), flag])
     for word in words:
         assert word in line
-
-
-def test_a_config_that_nobody_named_is_asked_for(refusal):
-    assert "--config is missing" in refusal([])
 
 
 def test_a_config_file_that_is_not_python_is_named(refusal, tmp_path):

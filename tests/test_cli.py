@@ -139,7 +139,6 @@ def test_generate_refuses_in_one_line(finished_run):
         (["generate", "nowhere", "The", "--temperature", "-1"], "--temperature = -1.0: must be 0 or more"),
         (["generate", "nowhere", "The", "--temperature", "nan"], "--temperature = nan"),
         (["generate", "nowhere", "The", "--max-new-tokens", "-1"], "--max-new-tokens = -1: must be 0 or"),
-        (["train"], "--config is missing"),
         (["train", f"--config={CONFIG_FILE}", "--config.model.topk_k=0"], "model.topk_k = 0"),
     ],
 )
@@ -210,13 +209,43 @@ def test_train_explains_itself_with_an_example_and_every_field(capsys):
     assert "--workdir" in text
     for name, value in flatten(Config()).items():
         assert f"{name} = {value!r}" in text
+    assert {"books", "paper", "small"} == train.shipped_configs().keys()
+    for words in ("--config=small:hour ", "--config=books:laptop ", "--config=paper:130m-base "):
+        assert words in text
 
 
-@pytest.mark.parametrize(("variant", "folder"), [("", "runs/small"), (":base", "runs/small-base")])
-def test_a_run_without_a_folder_is_named_after_its_config(variant, folder):
-    config, workdir = train.parse([f"--config={CONFIG_FILE}{variant}"])
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ([], "runs/small"),
+        (["--config=small"], "runs/small"),
+        ([f"--config={CONFIG_FILE}"], "runs/small"),
+        ([f"--config={CONFIG_FILE}:base"], "runs/small-base"),
+        (["--config=small:base"], "runs/small-base"),
+        (["--config=configs/small.py:base"], "runs/small-base"),
+        (["--config=paper:1.4b"], "runs/paper-1.4b"),
+    ],
+)
+def test_a_run_is_named_after_its_config_which_is_found_from_any_folder(monkeypatch, tmp_path, flags, folder):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = train.parse(flags)
     assert str(workdir) == folder
-    assert (config.model.n_topk_layers == 0) == (variant == ":base")
+    assert (config.model.n_topk_layers == 0) == folder.endswith("base")
+    assert (config.model.d_model == 2048) == ("paper" in folder)
+
+
+@pytest.mark.parametrize("name", ["small", "configs/small.py"])
+def test_a_file_of_the_user_comes_before_one_of_the_package(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("def get_config():\n    return {'train': {'seed': 77}}\n")
+    assert train.parse([f"--config={name}"])[0].train.seed == 77
+
+
+def test_a_folder_of_that_name_is_no_config(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert train.parse(["--config=small"])[0].train.seed == 0
 
 
 def test_flags_override_the_file():

@@ -415,8 +415,9 @@ def page() -> str:
         "# Every setting",
         "",
         "A config file is a Python function `get_config(variant)` that gives an `ml_collections.ConfigDict`;",
-        "it starts from `topklm.config.default()`, which holds these values. Any field can be set on the",
-        "command line, as `--config.model.topk_k=16`. This page is printed by `python -m topklm.config`.",
+        "it starts from `topklm.config.default()`, which holds these values. `topklm train --help` lists the",
+        "ones that come with topklm, as `--config=small:base`. Any field can be set on the command line, as",
+        "`--config.model.topk_k=16`. This page is printed by `python -m topklm.config`.",
     ]
     for section in dataclasses.fields(Config):
         names = [name for name in flat if name.partition(".")[0] == section.name]

@@ -1,4 +1,4 @@
-"""Trains a model: `python -m topklm.main --config=configs/small.py`; the same as `topklm train`."""
+"""Trains a model: `python -m topklm.main --config=small`; the same as `topklm train`."""
 
 import sys
 

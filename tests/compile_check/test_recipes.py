@@ -45,5 +45,5 @@ def test_the_recipe_for_a_gpu_sees_the_same_batches():
 
 
 def test_an_unknown_variant_is_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"paper.py:13b: the variants are 130m, 130m-base"):
+    with pytest.raises(UserError, match=r"paper:13b: the variants are 130m, 130m-base"):
         paper.get_config("13b")

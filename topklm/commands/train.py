@@ -1,6 +1,7 @@
 """`topklm train`, also `python -m topklm.main`: reads the flags, and hands over to `training.loop.train`."""
 
 import argparse
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import difflib
@@ -28,18 +29,28 @@ DESCRIPTION = (
     "overridden like --config.model.topk_k=16."
 )
 TAKES_CONFIG = True
-EXAMPLE = "python -m topklm.main --config=configs/small.py --config.train.steps=500 --workdir=runs/try"
+EXAMPLE = "topklm train --config=small --config.train.steps=500 --workdir=runs/try"
+DEFAULT_CONFIG = "small"
+SHIPPED_CONFIGS = pathlib.Path(config.__file__).parent / "configs"  # in a clone, a link to configs/
 
 _BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments, each field of the config among them."""
-    parser.usage = "topklm train --config=FILE[:VARIANT] [--workdir=FOLDER] [--config.FIELD=VALUE ...]"
+    parser.usage = "topklm train [--config=CONFIG[:VARIANT]] [--workdir=FOLDER] [--config.FIELD=VALUE ...]"
     parser.description = f"{DESCRIPTION}\n\nexample: {EXAMPLE}"
     defaults = config.flatten(config.Config())
     fields = [f"  {name} = {defaults[name]!r}\n      {s.meaning}" for name, s in config.settings().items()]
-    parser.epilog = "\n".join(["Fields of --config, their defaults and meaning:", *fields])
+    configs = [f"{ast.get_docstring(ast.parse(path.read_bytes()))}\n" for path in shipped_configs().values()]
+    parser.epilog = "\n".join(
+        [
+            "Configs that come with topklm:\n",
+            *configs,
+            "Fields of --config, their defaults and meaning:",
+            *fields,
+        ]
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_config(parser)
 
@@ -47,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Declares --config, its fields and --workdir; `read` reads what is given."""
     absent = argparse.SUPPRESS
-    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config file with get_config(VARIANT)")
+    text = f"one that comes with topklm, or a file with get_config(VARIANT); default {DEFAULT_CONFIG}"
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", default=DEFAULT_CONFIG, help=text)
     parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
     for name, default in config.flatten(config.Config()).items():
         bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
@@ -88,9 +100,7 @@ def read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tup
     """
     if unknown:
         raise UserError(_explain(unknown[0], example))
-    if not known.config:
-        raise UserError(f"--config is missing: name a config file; example: {example}")
-    given, experiment = vars(known), load(known.config, example)
+    given, experiment = vars(known), load(known.config)
     for name in config.flatten(config.Config()).keys() & given.keys():
         section, _, field = name.rpartition(".")
         values = experiment.setdefault(section, {}) if section else experiment
@@ -100,8 +110,15 @@ def read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tup
     return config.resolve(experiment), as_path(workdir, "--workdir")
 
 
-def load(file_and_variant: str, example: str = EXAMPLE) -> dict[str, Any]:
-    """Runs `get_config` of a file: "configs/small.py", or "configs/small.py:base" for the variant "base".
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the files of the configs that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED_CONFIGS.glob("*.py"))}
+
+
+def load(file_and_variant: str) -> dict[str, Any]:
+    """Runs `get_config` of a config: "small", "mine.py", or "small:base" for the variant "base".
+
+    A file of the user comes first. Names of the package's configs are "small" and "configs/small.py".
 
     Returns:
         The sections and fields as plain dicts, not checked.
@@ -112,11 +129,17 @@ def load(file_and_variant: str, example: str = EXAMPLE) -> dict[str, Any]:
     """
     file, *variant = file_and_variant.split(":", 1)
     check_name(file, "--config")
+    shipped = shipped_configs()
+    ours = shipped.get(re.sub(r"^configs/(.*)\.py$", r"\1", file))
     try:
         with disk_errors_are_user_errors(f"reading --config = {file}"):
-            source = pathlib.Path(file).expanduser().read_bytes()
+            path = pathlib.Path(file).expanduser()
+            source = (ours if ours and not path.is_file() else path).read_bytes()
     except FileNotFoundError as e:
-        raise UserError(f"--config = {file}: there is no such file; example: {example}") from e
+        named = ", ".join(shipped)
+        raise UserError(
+            f"--config = {file}: there is no such file; give one, or a config that comes with topklm: {named}"
+        ) from e
     module = types.ModuleType("topklm_config_file")
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look for their module there
