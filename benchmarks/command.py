@@ -12,7 +12,6 @@ import importlib
 
 import rich.console
 
-from benchmarks.harness import report as report_lib
 from topklm.commands import Parser, train
 from topklm.errors import UserError
 
@@ -53,6 +52,8 @@ def run(flags: Sequence[str]) -> None:
     if arguments.repeats < 1:
         raise UserError(f"--repeats = {arguments.repeats}: must be 1 or more")
     config = train.parse(config_flags, benchmark.EXAMPLE)[0] if config_flags else None
+    from benchmarks.harness import report as report_lib  # noqa: PLC0415 - imports JAX, --help does without
+
     report = benchmark.run(arguments, config)
     if arguments.json != "-":
         report_lib.show(report, rich.console.Console())

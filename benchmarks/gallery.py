@@ -22,7 +22,7 @@ from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
-from topklm.neurons.dictionary import KINDS, TITLES
+from topklm.neurons import DICTIONARIES
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
@@ -32,7 +32,7 @@ SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
 TOPK, BASE, KEPT = "TopK", "Base", "Base, k largest"
-WRITTEN = {kind: f"Base, {TITLES[kind]}" for kind in KINDS}
+WRITTEN = {kind: f"Base, {title}" for kind, title in DICTIONARIES.items()}
 COLOUR_OF = dict(zip((TOPK, BASE, KEPT, *WRITTEN.values()), (*COLOURS, "#e69f00", "#56b4e9"), strict=True))
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FIGURES = (
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--kept", type=pathlib.Path, nargs="*", default=[], help="of the twins, harvested with --keep"
     )
-    for kind in KINDS:
+    for kind in DICTIONARIES:
         parser.add_argument(
             f"--{kind}", type=pathlib.Path, nargs="*", default=[], help=f"harvested with --dictionary {kind}"
         )

@@ -26,10 +26,9 @@ from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
 from topklm.progress import TerminalProgress
+from topklm.steering import Sampled, dose
 from topklm.steering import concepts as concepts_lib
-from topklm.steering import dose
 from topklm.steering.concepts import KINDS
-from topklm.steering.dose import Sampled
 from topklm.steering.survey import without_nan
 
 SHOWN = 6

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from helpers import CONFIG_FILE, STEPS, assert_one_line_error, in_this_process
+import jax
 import pytest
 
 import topklm
@@ -120,8 +121,10 @@ def test_generate_refuses_in_one_line(finished_run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "VERB"),
-        (["genrate"], "'genrate'"),
+        (["genrate"], "'genrate'; did you mean generate?"),
+        (["xyz"], "'xyz'; choose from train, prepare, "),
+        (["neurons", "fnd"], "'fnd'; did you mean find?"),
+        (["neurons", "harvest", "runs/x", "--split", "heldot"], "--split: invalid choice: 'heldot'; did you"),
         (["--verbose"], "VERB"),
         (["generate"], "RUN, prompt"),
         (["data"], "show|verify"),
@@ -158,8 +161,9 @@ def help_of(capsys, call):
     return captured.out
 
 
-def test_the_command_lists_its_verbs(capsys):
-    text = help_of(capsys, lambda: cli.dispatch(["--help"]))
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_command_lists_its_verbs(capsys, words):
+    text = help_of(capsys, lambda: cli.dispatch(words))
     for verb, summary in cli.VERBS.items():
         assert re.search(rf"^ +{verb}\s+{re.escape(summary)}$", text, re.M)
 
@@ -183,10 +187,35 @@ def test_importing_the_command_imports_no_jax(imported):
     assert heavy_modules_after(code) == "[]"
 
 
-@pytest.mark.parametrize("verb", ["prepare", "data show", "data verify", "generate"])
+@pytest.mark.parametrize(
+    "verb", [*cli.VERBS, "data show", "neurons harvest", "neurons find", "neurons card", "neurons contrast"]
+)
 def test_help_is_shown_without_jax(verb):
     code = f"from topklm import cli\ntry: cli.dispatch([*{verb.split()}, '--help'])\nexcept SystemExit: pass"
     assert heavy_modules_after(code) == "[]"
+
+
+def test_versions_and_devices_are_a_line_each(trainer):
+    process = trainer.start_python("-m", "topklm", "--version")
+    assert process.finish() == 0, process.errors
+    names = [line.split()[0] for line in process.output.splitlines()]
+    assert names == ["topklm", "jax", "jaxlib", "flax", "devices:"]
+    assert f"jax {jax.__version__}\n" in process.output
+    assert re.search(r"^devices: 1 x cpu \(\d+ cores\)$", process.output, re.M)
+
+
+@pytest.mark.parametrize(
+    ("program", "environment", "words"),
+    [
+        (RUNS_THE_COMMAND, {"JAX_PLATFORMS": "nonsense"}, "JAX finds no such device"),
+        (f"import sys; sys.modules['jax'] = None; {RUNS_THE_COMMAND}", {}, "JAX cannot be imported"),
+    ],
+)
+def test_versions_are_shown_where_jax_does_not_start(trainer, program, environment, words):
+    process = trainer.start_python("-c", program, "--version", environment=environment)
+    assert process.finish() == errors.EXIT_USER_ERROR
+    assert words in assert_one_line_error(process.errors)
+    assert f"jax {jax.__version__}\n" in process.output
 
 
 def test_the_python_interface_is_there_when_it_is_asked_for():

@@ -57,17 +57,23 @@ def _start(argv: Sequence[str]) -> None:
 
 def dispatch(argv: Sequence[str]) -> None:
     """Runs one verb with its arguments."""
-    verb, *rest = argv or [""]
+    verb, *rest = argv or ["--help"]
     if verb in VERBS:
         command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
         command.run(commands.parse(verb, command, rest))
+        return
+    if argv[:1] == ["--version"]:
+        from topklm.commands import shared  # noqa: PLC0415
+
+        shared.print_versions()
         return
     parser = commands.Parser(
         "topklm",
         description="Train TopK language models and read them.",
         epilog="topklm VERB --help explains a verb, with an example.",
     )
+    parser.add_argument("--version", action="store_true", help="print versions and devices, and end")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for name, summary in VERBS.items():
         verbs.add_parser(name, help=summary)
-    parser.parse_args(argv)  # shows the help, or says what is wrong
+    parser.parse_args([verb, *rest])  # shows the help, or says what is wrong

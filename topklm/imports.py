@@ -1,8 +1,10 @@
-"""Packages that may be missing: which are installed, and what to install."""
+"""Imports that wait or are hidden, packages that may be missing, and versions of those that are there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import importlib
+from importlib.machinery import ModuleSpec, PathFinder
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -21,6 +23,34 @@ def optional_module(name: str, extra: str, flag: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"{flag}: needs the package {name} ({e}); run: pip install 'topklm[{extra}]'") from e
+
+
+class _Waiting:
+    """Finds our own modules so that they are loaded when something of them is used."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Returns None for packages, and for modules of others, which are found as usual."""
+        spec = PathFinder.find_spec(name, path, target) if name.startswith("topklm.") else None
+        if spec is None or spec.loader is None or spec.submodule_search_locations is not None:
+            return None
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        return spec
+
+
+@contextlib.contextmanager
+def when_used() -> Iterator[None]:
+    """Puts off loading modules of topklm that the block imports, as `from topklm.neurons import harvest`.
+
+    Each is loaded when something of it is used first, so that `--help` does without JAX, which takes seconds.
+    """
+    sys.meta_path.insert(0, _Waiting)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_Waiting)
 
 
 @contextlib.contextmanager

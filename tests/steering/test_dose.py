@@ -8,10 +8,9 @@ import pytest
 import saved_runs
 
 import topklm
+from topklm.steering import Sampled, dose
 from topklm.steering import concepts as concepts_lib
-from topklm.steering import dose
 from topklm.steering.concepts import Concept
-from topklm.steering.dose import Sampled
 
 SAMPLED = Sampled(prompts=("The", "Was", "Her"), samples=3, max_new_tokens=9, temperature=0.9, seed=5)
 NEURON, VALUES = (0, 3), [0.0, 30.0]

@@ -14,9 +14,8 @@ from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
-from topklm.steering import survey
+from topklm.steering import SurveySettings, survey
 from topklm.steering.concepts import KINDS
-from topklm.steering.survey import SurveySettings
 
 DOCUMENTS = random_documents((30, 26, 11, 40, 17, 29), seed=4)
 SETTINGS = SurveySettings(

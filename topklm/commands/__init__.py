@@ -6,17 +6,29 @@ parser does not know are those of a config, also `TAKES_CONFIG = True`.
 
 import argparse
 from collections.abc import Sequence
+import difflib
 from typing import Any, NoReturn
 
 from topklm.errors import UserError
 
+_LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
+
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, as all errors are."""
+    """Complains in one line, as all errors are, and names the nearest of the values that there are."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses what is none of an argument's choices; argparse calls it."""
+        if action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(str(value)[:_LONGEST_NAME], map(str, action.choices), n=1)
+            there = (
+                f"did you mean {near[0]}?" if near else f"choose from {', '.join(map(str, action.choices))}"
+            )
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there}")
 
 
 def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:

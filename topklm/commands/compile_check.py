@@ -2,13 +2,13 @@
 
 import argparse
 
-import jax
-
 from topklm.commands import shared, train
 from topklm.commands.shared import Output
-from topklm.compile_check import topology as topology_lib
-from topklm.compile_check.check import compile_check, does_not_fit
-from topklm.compile_check.report import show
+from topklm.imports import when_used
+
+with when_used():
+    from topklm.compile_check import check, topology
+    from topklm.compile_check import report as report_lib
 
 DESCRIPTION = (
     "Compiles the full train step for a TPU slice that is not there, and prints what a step takes of each "
@@ -31,12 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
+    import jax  # noqa: PLC0415 - slow, and --help does without
+
     config, _ = train.read(arguments, arguments.config_flags, EXAMPLE)
     # Nothing runs here: leave the machine's accelerators to others.
     jax.config.update("jax_platforms", "cpu")
-    topology = topology_lib.find(arguments.topology, arguments.slices)
-    report = compile_check(config, topology, arguments.config)
+    slices = topology.find(arguments.topology, arguments.slices)
+    report = check.compile_check(config, slices, arguments.config)
     output = Output(arguments.json)
-    output.give(report.to_dict(), lambda: show(report, output.console))
+    output.give(report.to_dict(), lambda: report_lib.show(report, output.console))
     if report.chip is not None and not report.fits:
-        raise does_not_fit(report.memory.total, report.chip.hbm_bytes, report.chip.name)
+        raise check.does_not_fit(report.memory.total, report.chip.hbm_bytes, report.chip.name)

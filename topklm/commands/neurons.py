@@ -3,30 +3,40 @@
 Here are `harvest` and `measure`, from a checkpoint to the statistics of its neurons in the run folder.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import importlib.util
 from pathlib import Path
 import re
+from typing import TYPE_CHECKING
 
-from topklm.checkpoint.checksums import fingerprint
 from topklm.commands import neurons_card, neurons_compare, neurons_find, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
-from topklm.distributed import cluster
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.inference.language_model import LanguageModel
-from topklm.layout import Layout
-from topklm.neurons import dictionary as dictionary_lib
-from topklm.neurons import fit_dictionary
-from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.documents import Documents, TextModel, described, no_text, open_documents
-from topklm.neurons.harvest import ALL, Share
+from topklm.imports import when_used
+from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
-from topklm.neurons.store import Metadata, Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
+
+with when_used():
+    from topklm.checkpoint import checksums
+    from topklm.neurons import dictionary as dictionary_lib
+    from topklm.neurons import documents as documents_lib
+    from topklm.neurons import fit_dictionary
+    from topklm.neurons import harvest as harvest_lib
+    from topklm.neurons import store as store_lib
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
+    from topklm.layout import Layout
+    from topklm.neurons.dictionary import Dictionary
+    from topklm.neurons.documents import Documents
+    from topklm.neurons.harvest import Share
+    from topklm.neurons.store import Store
 
 DESCRIPTION = "Reads activations off a model, measures its neurons, and finds them."
 EXAMPLE = "topklm neurons harvest runs/small --tokens 500_000"
@@ -45,7 +55,7 @@ class HarvestSettings:
     batch_size: int | None = None
     keep: int | None = None
     dictionary: str | None = None
-    dictionary_tokens: int = fit_dictionary.DEFAULT_TOKENS
+    dictionary_tokens: int = DICTIONARY_TOKENS
     part: Share | None = None
 
 
@@ -91,9 +101,9 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
         "of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K largest "
         "are kept (default the config's topk_k); made first, from the run's training text"
     )
-    add("--dictionary", text, choices=dictionary_lib.KINDS)
+    add("--dictionary", text, choices=DICTIONARIES)
     text = "of training text, from which the dictionary is made"
-    add("--dictionary-tokens N", text, fit_dictionary.DEFAULT_TOKENS, type=_count)
+    add("--dictionary-tokens N", text, DICTIONARY_TOKENS, type=_count)
     add("--batch-size B", "rows; default by device", type=_count)
     text = "every N-th document, from the I-th, 0/4 to 3/4 say; default by the launcher's environment"
     add("--part I/N", text, type=_share)
@@ -127,7 +137,7 @@ def _share(text: str) -> Share:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 0 to N - 1, e.g. 0/4")
-    return Share(int(found[1]), int(found[2]))
+    return harvest_lib.Share(int(found[1]), int(found[2]))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -136,16 +146,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _harvest(arguments: argparse.Namespace) -> None:
+    from topklm.distributed import cluster  # noqa: PLC0415 - imports JAX, which --help does without
+
     shared.check_on_disk(arguments.run)
     output = Output(arguments.json)
     model, layout = shared.load(arguments)
     folder = shared.folder_of(model)
     if arguments.part is None and (process := cluster.find()):
-        arguments.part = Share(process.index, process.count)
+        arguments.part = harvest_lib.Share(process.index, process.count)
     names = (field.name for field in dataclasses.fields(HarvestSettings))
     settings = HarvestSettings(**{name: getattr(arguments, name) for name in names})
     harvest_into(folder, model, layout, output.progress, settings)
-    store = Store(folder.store)
+    store = store_lib.Store(folder.store)
     facts = {"store": str(folder.store), "tokens": store.n_tokens, **dataclasses.asdict(store.metadata)}
     output.give(facts, lambda: output.say(_summary(store)))
 
@@ -157,7 +169,7 @@ def _summary(store: Store) -> str:
     if metadata.kind == harvest_lib.TOPK:
         what = "activations"
     elif metadata.dictionary:
-        what = f"codes of a Base LM's hidden state ({dictionary_lib.TITLES[metadata.kind]})"
+        what = f"codes of a Base LM's hidden state ({DICTIONARIES[metadata.kind]})"
     return (
         f"{store.folder}: {store.n_events:,} {what} of {len(metadata.layers)} layers at {store.n_tokens:,} "
         f"tokens, {size / 2**20:,.0f} MiB ({size / max(store.n_events, 1):.2f} bytes each)"
@@ -191,7 +203,7 @@ def ensure_measured(model: LanguageModel, layout: Layout, progress: Progress) ->
     if not folder.store.exists():
         harvest_into(folder, model, layout, progress, HarvestSettings())
     if not folder.table.exists():
-        wait_for_writers(folder.store, progress.say)
+        store_lib.wait_for_writers(folder.store, progress.say)
         measure_into(folder, model, progress, MeasureSettings())
         return folder
     from topklm.neurons.statistics import table  # noqa: PLC0415 - see `measure_into`
@@ -213,22 +225,24 @@ def harvest_into(
     Raises:
         UserError: For what does not fit the model or the store, and text that cannot be read.
     """
-    keep, share = settings.keep, settings.part or ALL
+    keep, share = settings.keep, settings.part or harvest_lib.ALL
     config = model.cfg
     separator_id, rows = model.tokenizer.separator_id, settings.batch_size
     if rows is not None and rows % layout.size:
         raise UserError(field="--batch-size", value=rows, allowed=f"a multiple of the {layout.size} devices")
-    text_model = TextModel(config, model.params, layout, separator_id, batch_rows=rows)
+    text_model = documents_lib.TextModel(config, model.params, layout, separator_id, batch_rows=rows)
     shared.check_keep(config, keep)
     if settings.dictionary is not None and config.n_topk_layers:
         text = "is for Base LMs; this model's neurons are its coordinates"
         raise UserError(text, field="--dictionary", value=settings.dictionary)
-    documents = open_documents(model.tokenizer, model.config.data, settings.source, settings.split)
+    documents = documents_lib.open_documents(
+        model.tokenizer, model.config.data, settings.source, settings.split
+    )
     kind, layers = harvest_lib.kind_and_layers(config)
     dictionary: Dictionary | None = None
     if settings.dictionary is not None:
         kind, keep = settings.dictionary, keep or min(config.topk_k, config.d_model)
-        if folder.store.exists() and (there := Store(folder.store).metadata.kind) != kind:
+        if folder.store.exists() and (there := store_lib.Store(folder.store).metadata.kind) != kind:
             raise UserError(
                 f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
                 f"{folder.path}, or harvest in a copy of the run folder"
@@ -248,7 +262,7 @@ def harvest_into(
             with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
                 dictionary.save(folder.dictionary)
             progress.say(f"{folder.dictionary}: {dictionary.description}")
-    metadata = Metadata(
+    metadata = store_lib.Metadata(
         run=folder.run.resolve().name,
         step=model.step,
         tokenizer_sha256=model.tokenizer.sha256,
@@ -261,7 +275,7 @@ def harvest_into(
         context_length=config.context_length,
         parts=share.count,
         dictionary=dictionary.description if dictionary else "",
-        parameters=fingerprint(model.params),
+        parameters=checksums.fingerprint(model.params),
     )
 
     def wait(owner: str) -> None:
@@ -269,7 +283,7 @@ def harvest_into(
 
     with (
         disk_errors_are_user_errors(f"writing {folder.store}"),
-        StoreWriter(folder.store, metadata, share.index, wait) as writer,
+        store_lib.StoreWriter(folder.store, metadata, share.index, wait) as writer,
     ):
         wanted = 0  # nobody knows
         if documents.n_tokens is not None:
@@ -286,14 +300,14 @@ def harvest_into(
                 report=lambda tokens, documents: report(tokens, documents, tokens),
             )
     if not writer.n_tokens and share.count == 1:
-        raise no_text(documents, f"--source = {settings.source}")
+        raise documents_lib.no_text(documents, f"--source = {settings.source}")
     if documents.left_out:
-        progress.say(f"left out of {documents.name}: {described(documents.left_out)}")
+        progress.say(f"left out of {documents.name}: {documents_lib.described(documents.left_out)}")
 
 
 def _check_can_fit(folder: NeuronsFolder, model: LanguageModel, documents: Documents, share: Share) -> None:
     """Raises UserError if no dictionary may be made for this text, or not by this share."""
-    if documents.name == open_documents(model.tokenizer, model.config.data, split="train").name:
+    if documents.name == documents_lib.open_documents(model.tokenizer, model.config.data, split="train").name:
         raise UserError(
             "--split = train: a dictionary is made from the training text: harvest text that is held out"
         )
@@ -332,7 +346,7 @@ def measure_into(
             windows = embeddings.embed_windows(
                 store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
             )
-    dictionary = Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
+    dictionary = dictionary_lib.Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
     separator_id = model.tokenizer.separator_id
     inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):

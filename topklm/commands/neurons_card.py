@@ -7,9 +7,12 @@ from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.formats import QUICKSTART
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.neurons import fit_dictionary
-from topklm.steering.survey import without_nan
+from topklm.imports import when_used
+from topklm.neurons import DICTIONARY_TOKENS
 from topklm.storage.files import local_path, write_atomically
+
+with when_used():
+    from topklm.steering import survey
 
 
 def _add_card(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +29,7 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     add("--labels FILE", text + "quickstart's articles, where RUN was trained on these")
     add("--conllu FILE", "sentences as CoNLL-U (also .gz): probes for the part of speech of words")
     add("--sae-probes", "probe on the data of the package sae-probes", False)
-    add("--dictionary-tokens N", "of training text, for the SAE of a Base LM", fit_dictionary.DEFAULT_TOKENS)
+    add("--dictionary-tokens N", "of training text, for the SAE of a Base LM", DICTIONARY_TOKENS)
     add("--no-steering", "leave out how many neurons turn text, which takes longest", False)
     add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
     add("--out FILE.svg", "draw the measures")
@@ -77,7 +80,7 @@ def _card(arguments: argparse.Namespace) -> None:
         found, more = of_run.measure(common, run)
         measured.append(found)
         notes += more
-    facts = without_nan(
+    facts = survey.without_nan(
         {
             "tokens": sum(map(len, documents)) - len(documents),
             "documents": len(documents),

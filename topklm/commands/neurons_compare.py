@@ -1,29 +1,37 @@
 """`topklm neurons contrast` and `ablate-set`: two texts, the neurons that tell them apart, and their loss."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from pathlib import Path
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from topklm.commands import shared
 from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.errors import UserError, visible
+from topklm.imports import when_used
 from topklm.inference.interventions import Intervention, save_interventions
-from topklm.inference.language_model import LanguageModel
-from topklm.neurons import ablate_set
 from topklm.neurons import contrast as contrast_lib
-from topklm.neurons import harvest as harvest_lib
-from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
-from topklm.neurons.documents import COPY, TextModel, described, no_text, open_documents
-from topklm.neurons.harvest import UnitCounts
 from topklm.progress import Progress
 from topklm.storage.files import sealed_json
+
+with when_used():
+    from topklm.neurons import ablate_set
+    from topklm.neurons import documents as documents_lib
+    from topklm.neurons import harvest as harvest_lib
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored
+    from topklm.neurons.documents import TextModel
+    from topklm.neurons.harvest import UnitCounts
 
 WINDOW = 64  # tokens
 _TEXT = "files, globs, URLs of text (.txt, .jsonl, .parquet, ...), or a prepared folder"
@@ -101,7 +109,11 @@ def _open(
             f"{both} have {len(common):,} documents in common: each must be in one text only; leave them "
             "out of the other"
         )
-    return model, TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id), texts
+    return (
+        model,
+        documents_lib.TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id),
+        texts,
+    )
 
 
 def _resolved(source: str) -> str:
@@ -114,7 +126,7 @@ def _resolved(source: str) -> str:
 def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> ComparedText:
     taken: dict[bytes, np.ndarray] = {}
     left, n_repeated, is_whole = most_tokens, 0, True
-    documents = open_documents(model.tokenizer, model.config.data, source, flag=f"--{flag}")
+    documents = documents_lib.open_documents(model.tokenizer, model.config.data, source, flag=f"--{flag}")
     for ids in filter(len, documents):
         if not left:
             is_whole = False
@@ -127,9 +139,9 @@ def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> Com
             taken[part.tobytes()] = part
             left -= len(part)
     if not taken:
-        raise no_text(documents, f"--{flag} = {source}")
-    unreadable = {reason: n for reason, n in documents.left_out.items() if reason != COPY}
-    n_repeated += documents.left_out.get(COPY, 0)
+        raise documents_lib.no_text(documents, f"--{flag} = {source}")
+    unreadable = {reason: n for reason, n in documents.left_out.items() if reason != documents_lib.COPY}
+    n_repeated += documents.left_out.get(documents_lib.COPY, 0)
     n_tokens = most_tokens - left
     facts = {
         "source": source,
@@ -143,7 +155,7 @@ def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> Com
     if n_repeated:
         warnings.append(f"--{flag}: {n_repeated:,} repeated documents are left out")
     if unreadable:
-        warnings.append(f"--{flag}: left out: {described(unreadable)}")
+        warnings.append(f"--{flag}: left out: {documents_lib.described(unreadable)}")
     if not is_whole:
         warnings.append(f"--{flag}: only the first {n_tokens:,} tokens are read (--tokens)")
     return ComparedText(flag, source, [*taken.values()], facts, warnings)
@@ -323,7 +335,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
-        forget, retain = (AblatedLosses(text_model, documents) for documents in scored_on)
+        forget, retain = (ablate_set.AblatedLosses(text_model, documents) for documents in scored_on)
         n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
         total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
         with output.progress.phase("measuring losses", total) as tell:
@@ -331,7 +343,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
             def report(tokens: int) -> None:
                 tell(tokens, 0, tokens)
 
-            scored = Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
+            scored = ablate_set.Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
             outcomes = ablate_set.measure(
                 scored,
                 sets,

@@ -3,31 +3,40 @@
 `select` also takes those with a label, or of a contrast, and writes interventions on them.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 from pathlib import Path
 import re
+from typing import TYPE_CHECKING
 
 import rich.table
 from rich.text import Text
 
 import topklm
-from topklm.checkpoint import run_folder
 from topklm.commands import shared
 from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
+from topklm.imports import when_used
 from topklm.inference.interventions import Intervention, needs_value, save_interventions
-from topklm.inference.language_model import LanguageModel
-from topklm.neurons import search
-from topklm.neurons.display import SHOWN_PER_LAYER, Activation
+from topklm.neurons import SHOWN_PER_LAYER
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder, harvested_steps
-from topklm.neurons.search import Matches, RankedNeuron, Selected, StoredText
-from topklm.neurons.store import Store
 from topklm.storage.files import as_path, local_path
+
+with when_used():
+    from topklm.checkpoint import run_folder
+    from topklm.neurons import search
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.display import Activation
+    from topklm.neurons.search import RankedNeuron, Selected
+    from topklm.neurons.store import Store
 
 _SHOWN_TEXT = 40  # characters of what was looked for, in a message
 
@@ -123,14 +132,14 @@ def _print_rows(
 def _find_in_store(arguments: argparse.Namespace) -> None:
     folder, store = open_run(arguments.run, arguments.step)
     tokenizer = Tokenizer.load(folder.run / run_folder.TOKENIZER_FILE)
-    text, labels = StoredText(store, tokenizer), Labels(folder.labels).all()
+    text, labels = search.StoredText(store, tokenizer), Labels(folder.labels).all()
     if arguments.regex is not None:
         found = text.matches(arguments.regex, ignore_case=not arguments.case)
         what = {"regex": arguments.regex, "ignore_case": not arguments.case}
     else:
         ids = _ids_of(arguments.token, tokenizer)
         of_token = text.tokens_equal(*ids)
-        found = Matches(int(of_token.sum()), of_token, of_token)
+        found = search.Matches(int(of_token.sum()), of_token, of_token)
         what = {"token_ids": ids, "tokens": tokenizer.token_strings(ids)}
     matched = found.ends if arguments.ends else found.touched
     n_matched = int(matched.sum())
@@ -309,7 +318,9 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
         raise UserError(
             f"{folder.store} holds codes of a dictionary, which no intervention can set: harvest without one"
         )
-    matches = StoredText(store, model.tokenizer).matches(arguments.regex, ignore_case=not arguments.case)
+    matches = search.StoredText(store, model.tokenizer).matches(
+        arguments.regex, ignore_case=not arguments.case
+    )
     return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,

@@ -20,8 +20,10 @@ import rich.console
 import rich.table
 import rich.text
 
-from topklm.config import ModelConfig
+import topklm
+from topklm.config import MeshConfig, ModelConfig
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors, one_line, visible
+from topklm.imports import versions
 from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
@@ -263,15 +265,36 @@ def check_keep(config: ModelConfig, keep: int | None) -> None:
         raise UserError(field="--keep", value=keep, allowed=f"at most d_model = {config.d_model}")
 
 
+def print_versions() -> None:
+    """Prints topklm, the libraries that decide what it computes, and the devices, a line each.
+
+    Raises:
+        UserError: If JAX cannot be imported.
+    """
+    for package, version in versions("topklm", "jax", "jaxlib", "flax").items():
+        print(f"{package} {version}", flush=True)
+    print(f"devices: {local_layout().describe_devices()}")
+
+
+def local_layout() -> "Layout":
+    """Returns the layout over all devices of this host.
+
+    Raises:
+        UserError: If JAX cannot be imported.
+    """
+    try:
+        import jax  # noqa: PLC0415 - slow, and --help does without
+
+        from topklm.layout import make_layout  # noqa: PLC0415
+    except ImportError as e:
+        text = f"JAX cannot be imported ({e}): install topklm again, into a fresh virtual environment"
+        raise UserError(text) from e
+    return make_layout(MeshConfig(), jax.local_devices())
+
+
 def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Layout]":
     """Loads the model of RUN and --step onto all devices of this host."""
-    import jax  # noqa: PLC0415 - slow, and --help does without
-
-    import topklm  # noqa: PLC0415
-    from topklm.config import MeshConfig  # noqa: PLC0415
-    from topklm.layout import make_layout  # noqa: PLC0415
-
-    layout = make_layout(MeshConfig(), jax.local_devices())
+    layout = local_layout()
     return topklm.load(arguments.run, step=arguments.step, mesh=layout.mesh), layout
 
 

@@ -1,5 +1,7 @@
 """`topklm steer`: measures the effect of setting a neuron on the text, and how many neurons have one."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Callable, Sequence
 import contextlib
@@ -7,7 +9,7 @@ import dataclasses
 import math
 from pathlib import Path
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rich.table
@@ -17,16 +19,22 @@ import topklm
 from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.errors import UserError, visible
+from topklm.imports import when_used
 from topklm.inference.interventions import POSITIONS, Intervention, needs_value
-from topklm.inference.language_model import LanguageModel
-from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.store import Store
-from topklm.steering import concepts as concept_lib
-from topklm.steering import dose
-from topklm.steering.concepts import KINDS, Concept, NeuronFacts
-from topklm.steering.dose import Estimate, Response, Sampled
-from topklm.steering.survey import SurveySettings, neuron_rows, summarise, survey, without_nan
+from topklm.steering import PROMPTS, Sampled, SurveySettings
 from topklm.storage.files import is_bucket, local_path
+
+with when_used():
+    from topklm.neurons import dictionary
+    from topklm.steering import concepts as concept_lib
+    from topklm.steering import dose
+    from topklm.steering import survey as survey_lib
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.store import Store
+    from topklm.steering.concepts import Concept, NeuronFacts
+    from topklm.steering.dose import Estimate, Response
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "
@@ -126,7 +134,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
             positions=arguments.positions,
             report=lambda texts: report(texts, 0, 0),
         )
-    content = without_nan(
+    content = survey_lib.without_nan(
         {
             "run": model.run,
             "step": model.step,
@@ -150,7 +158,7 @@ def _sampled(arguments: argparse.Namespace) -> Sampled:
         raise UserError("--prompt with --prompts: leave one of the two out")
     prompts = _lines(arguments.prompts, "--prompts") if arguments.prompts else arguments.prompt
     settings = arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed
-    return Sampled(tuple(prompts or dose.PROMPTS), *settings)
+    return Sampled(tuple(prompts or PROMPTS), *settings)
 
 
 def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
@@ -278,7 +286,7 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
         )
     found = []
     for model, store in opened:
-        layers = survey(
+        layers = survey_lib.survey(
             store,
             model.cfg,
             model.params,
@@ -293,8 +301,8 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
             "source": store.metadata.source,
             "n_tokens": store.n_tokens,
         }
-        neurons = neuron_rows(layers, settings, model.tokenizer)
-        found.append({**facts, **summarise(layers, settings), "neurons": neurons})
+        neurons = survey_lib.neuron_rows(layers, settings, model.tokenizer)
+        found.append({**facts, **survey_lib.summarise(layers, settings), "neurons": neurons})
     return {"surveys": found}, lambda: _print_surveys(output, found, settings)
 
 
@@ -326,14 +334,14 @@ def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:
     shared.check_on_disk(run)
     model = topklm.load(run, step=step)
     store = shared.open_store(shared.folder_of(model), model)
-    check_coordinates(store.metadata.dictionary, "steer --survey")
+    dictionary.check_coordinates(store.metadata.dictionary, "steer --survey")
     return model, store
 
 
 def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
     heads = ["run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %"]
     heads += ["specific %", "prompting's"]
-    for kind in KINDS:
+    for kind in concept_lib.KINDS:
         rows = [[one["run"], *_row(layer, kind)] for one in found for layer in one["layers"]]
         output.console.print(shared.table(heads, rows, f"concept: {kind} tokens"))
     n = settings.prompts

@@ -15,14 +15,18 @@ from typing import Any
 
 import ml_collections
 
-from topklm import config, distributed
+from topklm import config
 from topklm.commands import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.runtime import allocator, compilation_cache
+from topklm.imports import when_used
+from topklm.runtime import allocator
 from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
 from topklm.storage.gcs import check_usable
-from topklm.training import loop
+
+with when_used():
+    from topklm.runtime import compilation_cache
+    from topklm.training import loop
 
 DESCRIPTION = (
     "Trains a model, or continues the run in --workdir from its newest checkpoint. Single settings are "
@@ -69,6 +73,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains as the flags say."""
+    from topklm import distributed  # noqa: PLC0415 - imports JAX, which --help does without
+
     experiment, workdir = read(arguments, arguments.config_flags, EXAMPLE)
     allocator_name = allocator.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.

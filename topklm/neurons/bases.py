@@ -18,7 +18,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model.topk import topk
-from topklm.neurons import dictionary, fit_dictionary
+from topklm.neurons import DICTIONARIES, fit_dictionary
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel, batches
 from topklm.neurons.labelled_texts import Located
@@ -31,9 +31,9 @@ _STRETCH_TOKENS = 2**16  # that are packed together
 TITLES = {
     "own": "own neurons",
     "coordinates": "coordinates, cut",
-    "sae": dictionary.TITLES["sae"],
+    "sae": DICTIONARIES["sae"],
     "random": "random rotation",
-    "pca": dictionary.TITLES["pca"],
+    "pca": DICTIONARIES["pca"],
 }
 
 

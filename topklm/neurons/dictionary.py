@@ -25,11 +25,9 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model.topk import topk
+from topklm.neurons import DICTIONARIES
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
-
-KINDS = ("random", "pca", "sae")
-TITLES = {"random": "random dictionary", "pca": "PCA", "sae": "post-hoc TopK SAE"}
 
 FORMAT = 2
 _WITHOUT_DIGEST = 1
@@ -44,7 +42,7 @@ _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, Memor
 class Dictionary:
     """One dictionary for each layer, of one kind."""
 
-    kind: str  # one of `KINDS`
+    kind: str  # one of `DICTIONARIES`
     keep: int  # K, codes kept of each token
     centre: np.ndarray  # float32[S, D], what is taken off the hidden state
     encoder: np.ndarray  # float32[S, D, M]
@@ -62,7 +60,7 @@ class Dictionary:
         """Its kind, how it was made and its fingerprint, in a line."""
         facts = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in self.facts.items())
         width = self.decoder.shape[1]
-        return f"{TITLES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
+        return f"{DICTIONARIES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
 
     def encode(self, h_SND: jax.Array) -> jax.Array:
         """Returns codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""

@@ -13,9 +13,9 @@ import numpy as np
 from rich.cells import cell_len
 
 from topklm.errors import visible
+from topklm.neurons import SHOWN_PER_LAYER
 from topklm.neurons.capture import SparseActivations
 
-SHOWN_PER_LAYER = 5  # strongest neurons of a layer, for each token
 SHOWN_TOKENS = 200  # a page with more is no longer read, and slows a notebook down
 
 _POSITIVE, _NEGATIVE = "33,102,172", "179,88,6"  # blue, orange: told apart by colour-blind readers too

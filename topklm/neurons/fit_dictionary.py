@@ -35,11 +35,11 @@ from topklm.data.stream import train_stream
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.topk import topk
+from topklm.neurons import DICTIONARY_TOKENS
 from topklm.neurons.dictionary import Dictionary, ExplainedVariance
 from topklm.neurons.documents import TextModel
 from topklm.progress import Progress
 
-DEFAULT_TOKENS = 1_000_000
 LEARNING_RATE = 2e-3
 MINIBATCH = 1024  # tokens of a step of an autoencoder
 
@@ -62,13 +62,13 @@ def fit(
     *,
     keep: int,
     width: int | None = None,
-    n_tokens: int = DEFAULT_TOKENS,
+    n_tokens: int = DICTIONARY_TOKENS,
     progress: Progress,
 ) -> Dictionary:
     """Makes a dictionary of the hidden state that each layer of a Base LM hands on.
 
     Args:
-        kind: One of `dictionary.KINDS`.
+        kind: One of `DICTIONARIES`.
         model: The Base LM.
         data: The run's; its training text is read.
         documents: To be harvested; nothing is learned from them.

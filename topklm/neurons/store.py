@@ -55,7 +55,7 @@ class Metadata:
     tokenizer_sha256: str  # of the tokenizer that made the tokens
     source: str  # of the text, in words and fingerprints
     # "topk", what TopK layers hand on; "dense", the positive part of what a Base LM's layers do; or one
-    # of `dictionary.KINDS`, what those do, written in a dictionary.
+    # of `DICTIONARIES`, what those do, written in a dictionary.
     kind: str
     layers: tuple[int, ...]  # the model's layers, rising; S of them
     d_model: int  # D, neurons per layer

@@ -23,24 +23,13 @@ import numpy as np
 from topklm.errors import ArgumentError
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
+from topklm.steering import Sampled
 from topklm.steering.concepts import Concept
 
 DISTINCT = (1, 2, 3)
-PROMPTS = ("The", "It was", "In the", "There is", "When he", "One of the", "After that,", "She said that")
 RESAMPLES = 2000
 
 _MAX_ROWS = 64  # texts that are run together
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """How texts are generated."""
-
-    prompts: tuple[str, ...] = PROMPTS  # at least one
-    samples: int = 4  # of each prompt
-    max_new_tokens: int = 40  # of each text
-    temperature: float = 0.7  # 0 takes the most likely token each time
-    seed: int = 0  # of a prompt's first sample; its others have the numbers that follow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,11 @@ from topklm.model import transformer
 from topklm.neurons.statistics.lenses import spread_ends
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import next_token_effects, significance
+from topklm.steering import SurveySettings, next_token_effects, significance
 from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts, token_sets
 from topklm.steering.next_token_effects import TreatmentEffects, Unsteered
 from topklm.steering.significance import MeasuredLayer, Verdicts
 
-STRENGTHS = (0.5, 0.75, 1.0, 1.5)
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
 _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
 
@@ -66,21 +65,6 @@ def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: 
     text = stored[chosen[:, None] + np.arange(length)].astype(np.int32)
     separators = np.full((n, 1), separator_id, np.int32)
     return Prompts(np.concatenate([separators, text[:, :-1]], axis=1), text[:, -1])
-
-
-@dataclasses.dataclass(frozen=True)
-class SurveySettings:
-    """How much is measured."""
-
-    strengths: tuple[float, ...] = STRENGTHS  # in units of the mean length of what the layer hands on, rising
-    # of the divergence from the unsteered model, nats a token, within which fluency counts as kept
-    bound: float = 1.0
-    prompts: int = 24  # C
-    prompt_tokens: int = 16  # T, the separator counted
-    random_directions: int = 128  # R, of each layer
-    neurons: int | None = None  # N, drawn from each layer's living ones; None: all
-    layers: tuple[int, ...] | None = None  # None: all that the store has
-    seed: int = 0  # of prompts, directions and neurons
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
