@@ -12,7 +12,7 @@ import importlib
 
 import rich.console
 
-from topklm.commands import Parser, train
+from topklm.commands import Parser, shared, train, with_json
 from topklm.errors import UserError
 
 DESCRIPTION = (
@@ -48,7 +48,7 @@ def run(flags: Sequence[str]) -> None:
     )
     _add_common_arguments(parser)
     benchmark.add_arguments(parser)
-    arguments, config_flags = parser.parse_known_args(rest)
+    arguments, config_flags = parser.parse_known_args(with_json(rest))
     if arguments.repeats < 1:
         raise UserError(f"--repeats = {arguments.repeats}: must be 1 or more")
     config = train.parse(config_flags, benchmark.EXAMPLE)[0] if config_flags else None
@@ -69,7 +69,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure a peer in turns with ours: torch needs pip install 'topklm[peers]'",
     )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="samples of each side; default 7")
-    parser.add_argument("--json", default="", metavar="FILE", help="write all of it to FILE; - prints it")
+    shared.flags(parser, "json")
 
 
 def _parser_of_benchmarks() -> argparse.ArgumentParser:

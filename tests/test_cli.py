@@ -110,6 +110,43 @@ def test_every_verb_starts_without_the_extras(trainer):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "run", "file"),
+    [
+        (["runs/x", "--json"], "runs/x", "-"),
+        (["--json", "runs/x"], "runs/x", "-"),
+        (["--json", "--step", "3", "runs/x"], "runs/x", "-"),
+        (["--json", "found.json", "runs/x"], "runs/x", "found.json"),
+        (["runs/x", "--json", "-"], "runs/x", "-"),
+        (["runs/x", "--json=found"], "runs/x", "found"),
+        (["runs/x"], "runs/x", None),
+    ],
+)
+def test_json_is_printed_or_written_to_a_file(monkeypatch, words, run, file):
+    asked = []
+    monkeypatch.setattr("topklm.commands.neurons.run", asked.append)
+    cli.dispatch(["neurons", "measure", *words])
+    assert [(one.run, one.json) for one in asked] == [(run, file)]
+
+
+def test_text_that_is_read_is_never_what_json_writes(monkeypatch):
+    asked = []
+    monkeypatch.setattr("topklm.commands.prepare.run", asked.append)
+    cli.dispatch(["prepare", "--json", "mine.json", "more.json", "--out", "there"])
+    assert [(one.sources, one.json) for one in asked] == [(["mine.json", "more.json"], "-")]
+
+
+def test_json_in_a_file_goes_with_what_a_person_reads(finished_run, tmp_path):
+    arguments = ["generate", finished_run, "The old", "--max-new-tokens", "3"]
+    process = in_this_process(*arguments, "--json", tmp_path / "text.json")
+    assert process.exit_code == 0, process.errors
+    text = json.loads((tmp_path / "text.json").read_text())["text"]
+    assert process.output == f"{text}\n"
+    refused = in_this_process(*arguments, "--json", tmp_path / "no/text.json")
+    assert refused.exit_code == 2
+    assert "there is no folder" in assert_one_line_error(refused.errors)
+
+
 def test_generate_refuses_in_one_line(finished_run):
     process = in_this_process("generate", finished_run, "The old", "--step", "6")
     assert process.exit_code == 2

@@ -9,12 +9,13 @@ import pytest
 import saved_runs
 
 from topklm import cli
+from topklm.commands import steer
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
-from topklm.steering import dose
-from topklm.steering.dose import Estimate, Response, Sampled
+from topklm.steering import Sampled, dose
+from topklm.steering.dose import Estimate, Response
 
 D, STEP = saved_runs.MODEL.d_model, 3
 
@@ -125,6 +126,14 @@ def test_a_survey_prints_shares_and_writes_json(run, tmp_path, capsys):
     assert one["settings"]["strengths"] == [0.5, 1.0]
 
 
+def test_the_former_name_of_a_flag_goes_on_working(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steer, "run", asked.append)
+    for flags in (["--count", "5"], ["--neurons", "5"]):
+        cli.dispatch(["steer", "runs/x", "--survey", *flags, "--layers", "2,0"])
+    assert [(one.count, one.layers) for one in asked] == [(5, (0, 2))] * 2
+
+
 REFUSED = [
     (("--neuron", "3-117"), "--neuron = 3-117: must be LAYER:NEURON"),
     (("--neuron", "0:99"), "--neuron = 0:99: neuron = 99: must be an integer from 0 to 31"),
@@ -144,7 +153,7 @@ REFUSED = [
     (("--survey", "--values", "0,1"), "--values = 0,1: must be above 0"),
     (("--survey", "--layers", "a"), "--layers = a: must be numbers"),
     (("--survey", "--layers", "1"), "layer 1: .*has activations of the layers 0;"),
-    (("--survey", "--neurons", "0"), "--neurons = 0: must be 1 or more"),
+    (("--survey", "--count", "0"), "--count = 0: must be 1 or more"),
     (("--survey", "--bound", "nan"), "--bound = nan: must be above 0"),
     (("--survey", "--neuron", "0:3"), "not allowed with argument"),
     ((), "one of the arguments --neuron --survey is required"),

@@ -96,7 +96,7 @@ def test_a_statistic_that_is_added_is_seen_in_table_page_export_json_and_definit
 
 def test_json_of_the_command_describes_every_statistic(explored_copy, energy, monkeypatch, capsys):
     monkeypatch.setattr("topklm.commands.neurons.measure_into", lambda *arguments: None)
-    arguments = {"run": str(explored_copy.run), "step": None, "json": True, "encoder": None}
+    arguments = {"run": str(explored_copy.run), "step": None, "json": "-", "encoder": None}
     sizes = {"ablation_samples": 1, "lens_contexts": 1}
     _measure(type("Arguments", (), {**arguments, **sizes}))
     described = json.loads(capsys.readouterr().out)["statistics"]

@@ -157,10 +157,10 @@ def test_neurons_are_ranked_layer_by_layer_and_those_active_nowhere_left_out():
     first = rows[0]
     assert (first.frequency_positive, first.frequency_negative, first.difference) == (0.5, 0.0, 0.5)
     assert (first.p_value, first.q_value) == (found.p_value[0, 1], found.q_value[0, 1])
-    assert [(r.layer, r.neuron) for r in ranked(found, [1, 4], layer=4, top=2)] == [(4, 3), (4, 1)]
+    assert [(r.layer, r.neuron) for r in ranked(found, [1, 4], only=[4], top=2)] == [(4, 3), (4, 1)]
     # In standard deviations, one document is less than two.
-    assert [r.neuron for r in ranked(found, [1, 4], layer=4, by=ORDERS[1])] == [1, 2, 3]
-    for wrong, message in (({"layer": 2}, "layer = 2: must be one of 1, 4"), ({"by": "x"}, "by = 'x'")):
+    assert [r.neuron for r in ranked(found, [1, 4], only=[4], by=ORDERS[1])] == [1, 2, 3]
+    for wrong, message in (({"only": [2]}, "layer = 2: must be one of 1, 4"), ({"by": "x"}, "by = 'x'")):
         with pytest.raises(ValueError, match=message):
             ranked(found, [1, 4], **wrong)
 

@@ -184,10 +184,10 @@ def test_the_rows_hold_every_active_neuron(found):
 
 
 def test_one_layer_is_shown_alone_and_one_without_topk_is_refused(found):
-    assert [set(row) for row in neurons_of_text(found, layer=1)] == [{1}] * 3
+    assert [set(row) for row in neurons_of_text(found, [1])] == [{1}] * 3
     for layer in (-1, 2):
         with pytest.raises(UserError, match=f"layer = {layer}: must be a TopK layer, from 0 to 1"):
-            neurons_of_text(found, layer=layer)
+            neurons_of_text(found, [layer])
     none = ActiveNeurons.of(["a"], SparseActivations.from_dense(jnp.ones((0, 1, 1, 4)), 2))
     with pytest.raises(UserError, match="no layer of this model has TopK"):
         neurons_of_text(none)

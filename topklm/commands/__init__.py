@@ -1,7 +1,8 @@
 """The verbs of the `topklm` command, a module each, and how their command lines are read.
 
 A module has `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`; where flags that its
-parser does not know are those of a config, also `TAKES_CONFIG = True`.
+parser does not know are those of a config, also `TAKES_CONFIG = True`; where its positional arguments are
+files that it reads, also `READS_FILES = True`.
 """
 
 import argparse
@@ -31,6 +32,19 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there}")
 
 
+def with_json(argv: Sequence[str], takes_file: bool = True) -> list[str]:
+    """Returns the words of a command line with the FILE of `--json [FILE]` joined to it, "-" where none is.
+
+    A word after --json is its FILE if it ends in .json. Others, such as RUN, are for the verb, and so are all
+    where `takes_file` is False; `--json=FILE` takes any.
+    """
+    words = list(argv)
+    for i in reversed([i for i, word in enumerate(words) if word == "--json"]):
+        has_file = takes_file and words[i + 1 :] and (words[i + 1] == "-" or words[i + 1].endswith(".json"))
+        words[i : i + 1 + bool(has_file)] = [f"--json={words[i + 1] if has_file else '-'}"]
+    return words
+
+
 def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line of a verb; flags of a config are in `config_flags` of what it returns.
 
@@ -57,6 +71,7 @@ def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
     # argparse takes it for the mark after which all is positional, and gives an empty list.
     if odd := next((part for part in argv if part.startswith("--") and part.endswith("=--")), None):
         raise UserError(f"{odd!r}: -- is no value; see {parser.prog} --help")
+    argv = with_json(argv, takes_file=not getattr(command, "READS_FILES", False))
     arguments, others = parser.parse_known_args(argv)
     if takes_config:
         arguments.config_flags = others

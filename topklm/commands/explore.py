@@ -6,7 +6,6 @@ import webbrowser
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
-from topklm.errors import UserError
 from topklm.storage.files import local_path
 
 DESCRIPTION = (
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", text, "html", choices=FORMATS)
     text = "--format neuronpedia: what it calls the model; default the run's"
     add("--model-id NAME", text)
-    add("--neurons L:N,...", "--export: pages of these, e.g. 0:17,2:5; default all")
+    shared.flags(parser, "neurons")
     text = "open the pages in a browser; default not"
     add("--open", text, action=argparse.BooleanOptionalAction, default=False)
 
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("neurons", "model_id"):
         if getattr(arguments, name) is not None and arguments.export is None:
             raise shared.wrong(arguments, name, "goes with --export only; leave it out")
-    neurons = _neurons(arguments.neurons)
+    neurons = shared.neurons(arguments.neurons)
     out = None if arguments.export is None else local_path(arguments.export, "--export")
     shared.check_installed("explore", _NEEDED)
     shared.check_on_disk(arguments.run, "pages are made from a folder on a disk; copy the run to one")
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if out is None:
         listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
-    progress = Output(as_json=False).progress
+    progress = Output().progress
     folder = ensure_measured(*shared.load(arguments), progress)
     source = NeuronData(folder)
     if out is None:
@@ -71,14 +70,3 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         n = export.export(source, out, neurons)
         print(f"{out}: {n:,} neurons, {out.stat().st_size / 2**20:.1f} MiB")
-
-
-def _neurons(text: str | None) -> list[tuple[int, int]] | None:
-    """Reads --neurons; None stands for all."""
-    if text is None or text == "all":
-        return None
-    try:
-        return [shared.neuron(part) for part in text.split(",")]
-    except UserError as e:
-        allowed = "all, or LAYER:NEURON with commas between, e.g. 0:17,2:5"
-        raise UserError(field="--neurons", value=text, allowed=allowed) from e

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_at_least(arguments, 0, "temperature", "max_new_tokens")
     if arguments.json and arguments.stream:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
+    output = shared.Output(arguments.json)
     model = topklm.load(arguments.run, step=arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
     options["steer"] = shared.interventions(arguments, model.cfg)
@@ -55,4 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
         print()
     else:
         facts = {"run": model.run, "step": model.step, "text": text}
-        shared.Output(arguments.json).give(facts, lambda: print(text))
+        output.give(facts, lambda: print(text))

@@ -16,7 +16,7 @@ with when_used():
 
 
 def _add_card(parser: argparse.ArgumentParser) -> None:
-    add = shared.flags(parser, "run", "step", "seed")
+    add = shared.flags(parser, "run", "step", "seed", "json")
     add("--against RUN", "other runs, measured on the same text", nargs="+", default=[])
     add("--tokens N", "of held-out text of RUN, on which neurons are measured", 25_000)
     text = (
@@ -31,7 +31,6 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     add("--sae-probes", "probe on the data of the package sae-probes", False)
     add("--dictionary-tokens N", "of training text, for the SAE of a Base LM", DICTIONARY_TOKENS)
     add("--no-steering", "leave out how many neurons turn text, which takes longest", False)
-    add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
     add("--out FILE.svg", "draw the measures")
 
 
@@ -44,13 +43,13 @@ def _card(arguments: argparse.Namespace) -> None:
         shared.check_on_disk(name)
     if arguments.out is not None and not arguments.out.endswith(".svg"):
         raise shared.wrong(arguments, "out", allowed="a file that ends in .svg")
-    shared.check_can_write(arguments, "json", "out")
+    shared.check_can_write(arguments, "out")
+    output = Output(arguments.json)
     # They need packages of the extra.
     from topklm.commands.card import of_run, tables  # noqa: PLC0415
     from topklm.explorer import card_picture  # noqa: PLC0415
     from topklm.neurons import labelled_texts, probing  # noqa: PLC0415
 
-    output = Output(arguments.json == "-")
     sets = of_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
     runs = [of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
     notes = list[str]()
@@ -99,7 +98,6 @@ def _card(arguments: argparse.Namespace) -> None:
         with disk_errors_are_user_errors(f"writing {arguments.out}"):
             write_atomically(local_path(arguments.out, "--out"), card_picture.draw(facts).encode())
     output.give(facts, lambda: tables.show(output, facts))
-    output.keep(facts, arguments.json)
 
 
 CARD = Verb(

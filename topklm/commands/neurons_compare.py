@@ -20,7 +20,6 @@ from topklm.inference.interventions import Intervention, save_interventions
 from topklm.neurons import contrast as contrast_lib
 from topklm.neurons.contrast import Contrast, ContrastedNeuron
 from topklm.progress import Progress
-from topklm.storage.files import sealed_json
 
 with when_used():
     from topklm.neurons import ablate_set
@@ -62,7 +61,7 @@ class ComparedText:
 
 def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
     """Declares the flags of both texts, and those that go with them; returns a function for others."""
-    add = shared.flags(parser, "run", "layer", "seed", "step", "json")
+    add = shared.flags(parser, "run", "layers", "seed", "step", "json")
     for flag, what in texts.items():
         add(f"--{flag} TEXT", f"{what}: {_TEXT}", required=True)
     add("--tokens N", "read at most so many of each text", tokens)
@@ -98,9 +97,10 @@ def _open(
         raise UserError(f"{both} are both {one}: give two texts that differ")
     model, layout = shared.load(arguments)
     _, layers = harvest_lib.kind_and_layers(model.cfg)
-    if arguments.layer is not None and arguments.layer not in layers:
-        what = "a TopK layer" if model.cfg.n_topk_layers else "a layer"
-        raise shared.wrong(arguments, "layer", allowed=f"{what}, from {layers[0]} to {layers[-1]}")
+    if not set(arguments.layers or ()) <= set(layers):
+        what = "TopK layers" if model.cfg.n_topk_layers else "layers"
+        allowed = f"{what}, from {layers[0]} to {layers[-1]}"
+        raise UserError(field="--layers", value=",".join(map(str, arguments.layers)), allowed=allowed)
     shared.check_keep(model.cfg, arguments.keep)
     texts = _read(flags[0], one, model, arguments.tokens), _read(flags[1], other, model, arguments.tokens)
     known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
@@ -207,8 +207,8 @@ def _add_contrast(parser: argparse.ArgumentParser) -> None:
 
 
 def _contrast(arguments: argparse.Namespace) -> None:
-    model, text_model, texts = _open(arguments, _CONTRASTED, "top", "window")
     output = Output(arguments.json)
+    model, text_model, texts = _open(arguments, _CONTRASTED, "top", "window")
     unit = arguments.unit
     if unit == "auto":
         unit = "document" if min(len(text.documents) for text in texts) > 1 else "window"
@@ -225,7 +225,7 @@ def _contrast(arguments: argparse.Namespace) -> None:
     documents = [text.documents for text in texts]
     counts, found = _contrast_of(arguments, text_model, documents, output.progress, piece)
     ranked = contrast_lib.ranked(
-        found, counts.layers, layer=arguments.layer, top=arguments.top, by=arguments.by
+        found, counts.layers, only=arguments.layers, top=arguments.top, by=arguments.by
     )
     labels = shared.labels_of(model)
     warnings = [line for text in texts for line in text.warnings]
@@ -238,11 +238,12 @@ def _contrast(arguments: argparse.Namespace) -> None:
             f"there are only {found.n_permutations:,} ways to deal {sum(found.n_units)} {unit}s: no p-value "
             f"can be below {found.lowest_p_value:.2g}; give more"
         )
-    if not arguments.json:
+
+    def show() -> None:
         _print_contrast(output, texts, unit, found, ranked, labels)
         for line in warnings:
             output.say(f"note: {line}")
-        return
+
     facts = {
         "run": arguments.run,
         "step": model.step,
@@ -259,7 +260,7 @@ def _contrast(arguments: argparse.Namespace) -> None:
         "neurons": shared.with_labels(ranked, labels),
     }
     # Its digest is for `topklm neurons select --contrast-json`.
-    print(sealed_json(facts).decode(), end="")
+    output.give(facts, show, seal=True)
 
 
 def _print_contrast(
@@ -301,7 +302,8 @@ def _add_ablate_set(parser: argparse.ArgumentParser) -> None:
     texts = {"forget": "text to be forgotten", "retain": "text to be known as before"}
     add = _flags(parser, texts, 50_000)
     text = "how many are ablated, of all layers together; default 8,32"
-    add("--neurons N,...", text, type=_numbers, default=(8, 32))
+    add("--count N,...", text, type=_numbers, default=(8, 32))
+    shared.former(parser, "--neurons", "count", _numbers)
     add("--random-sets R", "for each number", 20)
     add("--save FILE", "write the chosen set as interventions, for generate --steer-file")
 
@@ -315,11 +317,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _ablate_set(arguments: argparse.Namespace) -> None:
-    if arguments.save is not None and len(arguments.neurons) > 1:
-        given = ",".join(map(str, arguments.neurons))
-        raise UserError(f"--save with --neurons = {given}: one set is saved; give one number")
-    model, text_model, texts = _open(arguments, _ABLATED, "random_sets")
+    if arguments.save is not None and len(arguments.count) > 1:
+        given = ",".join(map(str, arguments.count))
+        raise UserError(f"--save with --count = {given}: one set is saved; give one number")
     output = Output(arguments.json)
+    model, text_model, texts = _open(arguments, _ABLATED, "random_sets")
     for text in texts:
         if len(text.documents) < 2:
             raise text.wrong(
@@ -332,9 +334,9 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         for half in (0, 1)
     )
     counts, found = _contrast_of(arguments, text_model, chosen_on, output.progress)
-    ranked = contrast_lib.ranked(found, counts.layers, layer=arguments.layer)
+    ranked = contrast_lib.ranked(found, counts.layers, only=arguments.layers)
     with shared.arguments_are_flags(arguments):
-        sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.neurons]
+        sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.count]
         forget, retain = (ablate_set.AblatedLosses(text_model, documents) for documents in scored_on)
         n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
         total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
@@ -479,7 +481,7 @@ ABLATE_SET = Verb(
     "Chooses the neurons that are active more often in one text than in another, on half of the documents, "
     "ablates them, and reports the losses of the other half: of the text to be forgotten, and of the one to "
     "be retained. Beside them stand random sets of as many neurons of the same layers and densities.",
-    "topklm neurons ablate-set runs/books --forget sea.jsonl --retain house.jsonl --neurons 8,32",
+    "topklm neurons ablate-set runs/books --forget sea.jsonl --retain house.jsonl --count 8,32",
     _add_ablate_set,
     _ablate_set,
 )

@@ -42,7 +42,7 @@ _SHOWN_TEXT = 40  # characters of what was looked for, in a message
 
 
 def _add_find(parser: argparse.ArgumentParser) -> None:
-    add = shared.flags(parser, "run", "case", "ends", "layer", "json")
+    add = shared.flags(parser, "run", "step", "case", "ends", "layers", "json")
     add("text TEXT", "show the active neurons of each token of it", nargs="?")
     add("--regex PATTERN", "rank neurons by the tokens that match")
     text = (
@@ -52,7 +52,6 @@ def _add_find(parser: argparse.ArgumentParser) -> None:
     add("--token TOKEN", text)
     add("--top N", "TEXT: strongest neurons of a layer for each token", SHOWN_PER_LAYER)
     add("--limit N", "neurons that are ranked", 20)
-    add("--step N", "which checkpoint; default the newest (with activations)", int)
 
 
 def _find(arguments: argparse.Namespace) -> None:
@@ -84,7 +83,7 @@ def _find_in_text(arguments: argparse.Namespace) -> None:
         )
     # The separator that stands before is no part of the text.
     found = model.active_neurons(arguments.text)
-    pieces, rows = found.tokens[1:], search.neurons_of_text(found, arguments.layer)[1:]
+    pieces, rows = found.tokens[1:], search.neurons_of_text(found, arguments.layers)[1:]
     labels = shared.labels_of(model)
     tokens = [
         {
@@ -143,8 +142,7 @@ def _find_in_store(arguments: argparse.Namespace) -> None:
         what = {"token_ids": ids, "tokens": tokenizer.token_strings(ids)}
     matched = found.ends if arguments.ends else found.touched
     n_matched = int(matched.sum())
-    layers = None if arguments.layer is None else [arguments.layer]
-    ranked = search.rank(store, matched, arguments.limit, layers)
+    ranked = search.rank(store, matched, arguments.limit, arguments.layers)
     facts = {
         "run": arguments.run,
         "step": folder.step,
@@ -233,7 +231,7 @@ def _quoted(text: str) -> str:
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
-    add = shared.flags(parser, "run", "layer", "case", "ends", "step", "json")
+    add = shared.flags(parser, "run", "layers", "case", "ends", "step", "json")
     add("--regex PATTERN", "those that tell the tokens that match, best first")
     add("--label TEXT", "those whose label holds this")
     add("--contrast-json FILE", "the output of contrast --json: those that came first there")
@@ -250,7 +248,8 @@ def _select(arguments: argparse.Namespace) -> None:
     _check_select(arguments)
     mode, value = arguments.mode, arguments.value
     model = topklm.load(arguments.run, step=arguments.step)
-    found = (one for one in _chosen(arguments, model) if arguments.layer in (None, one.layer))
+    layers = arguments.layers
+    found = (one for one in _chosen(arguments, model) if layers is None or one.layer in layers)
     chosen = list(itertools.islice(found, arguments.top))
     if not chosen:
         raise UserError("no neuron is like that: nothing is written; ask for less")
@@ -324,7 +323,7 @@ def _chosen(arguments: argparse.Namespace, model: LanguageModel) -> list[Selecte
     return search.by_matches(
         store,
         matches.ends if arguments.ends else matches.touched,
-        None if arguments.layer is None else [arguments.layer],
+        arguments.layers,
         arguments.min_precision or 0.0,
         arguments.min_recall or 0.0,
     )

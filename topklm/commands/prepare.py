@@ -24,6 +24,7 @@ DESCRIPTION = (
     f"{formats.described()}. "
     "Killed, it continues when started again; finished, it does nothing."
 )
+READS_FILES = True
 EXAMPLE = "topklm prepare 'texts/*.jsonl.gz' --tokenizer train:16384 --out datasets/mine"
 
 _HELDOUT_FRACTION = 0.05
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-tokens N", "tokens per shard, about", SHARD_TOKENS)
     add("--workers N", "cores to use; default all", int)
     add("--strict", "stop at the first thing that is wrong", False)
-    add("--json", "print one JSON object at the end", False)
+    shared.flags(parser, "json")
     text = "run as an Apache Beam pipeline: DirectRunner, FlinkRunner, SparkRunner, DataflowRunner"
     add("--runner RUNNER", text)
     text = "for the pipeline, e.g. '--project=P --region=R --temp_location=gs://B/tmp'"

@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import functools
-import json
 import os
 from pathlib import Path
 import secrets
+import sys
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grace SECONDS", "that texts may go on when the server is told to stop", 10.0)
     text = "compile first what most requests need, else when it is needed; default do"
     add("--warm-up", text, action=argparse.BooleanOptionalAction, default=True)
-    add("--json", "print the address as one JSON object", False)
+    shared.flags(parser, "json")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     service = Service(model, name, limits, arguments.slots)
     with contextlib.ExitStack() as stack:
         if arguments.warm_up:
-            output = Output(as_json=True)  # this is shown on standard error
+            output = Output("-")  # this is shown on standard error
             output.console.print("compiling programs; most are kept for the next start", highlight=False)
             start = functools.partial(output.progress.phase, "compiling")
             phase = functools.cache(lambda total: stack.enter_context(start(total)))
@@ -85,10 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
 
     def ready(address: str) -> None:
-        if arguments.json:
-            print(json.dumps({"address": address, "model": name, "token": token}), flush=True)
-        else:
-            key = f", API key {token}" if token else ""
-            print(f"{name}: answers at {address}{key}   (Ctrl-C ends it)", flush=True)
+        key = f", API key {token}" if token else ""
+        line = f"{name}: answers at {address}{key}   (Ctrl-C ends it)"
+        Output(arguments.json).give(
+            {"address": address, "model": name, "token": token}, lambda: print(line, flush=True)
+        )
+        sys.stdout.flush()
 
     app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)

@@ -28,7 +28,7 @@ from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, lo
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
-from topklm.storage.files import as_path, is_bucket, local_path, parse_json, write_atomically
+from topklm.storage.files import as_path, is_bucket, local_path, parse_json, sealed_json, write_atomically
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
@@ -37,18 +37,38 @@ if TYPE_CHECKING:
 
 LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
 
-# Flags of several verbs, as arguments of `_add`.
-_COMMON: dict[str, tuple] = {
-    "run": ("run RUN", "run folder, e.g. runs/small"),
-    "step": ("--step N", "which checkpoint; default the newest", int),
-    "json": ("--json", "print one JSON object", False),
-    "layer": ("--layer L", "only neurons of this layer", int),
-    "seed": ("--seed N", "of all that is drawn", 0),
-    "case": ("--case", "--regex: capitals are not small letters", False),
+
+def layers(text: str) -> tuple[int, ...]:
+    """Reads numbers of layers: (0, 2) of "0,2"; whether a model has them is for the caller to check.
+
+    Raises:
+        UserError: For another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,9}", part) for part in parts):
+        raise UserError(field="--layers", value=text, allowed="numbers with commas between, e.g. 0,1,2")
+    return tuple(sorted(set(map(int, parts))))
+
+
+# Flags of several verbs: arguments of `_add`, and its options.
+_COMMON: dict[str, tuple[tuple, dict[str, Any]]] = {
+    "run": (("run RUN", "run folder, e.g. runs/small"), {}),
+    "step": (("--step N", "which checkpoint; default the newest", int), {}),
+    "json": (
+        ("--json FILE", "print one JSON object, or write it to a file (.json)"),
+        {"nargs": "?", "const": "-"},
+    ),
+    "layers": (("--layers L,...", "only neurons of these layers, e.g. 0,2; default all"), {"type": layers}),
+    "neurons": (("--neurons L:N,...", "only these, e.g. 0:17,2:5; default all"), {}),
+    "seed": (("--seed N", "of all that is drawn", 0), {}),
+    "case": (("--case", "--regex: capitals are not small letters", False), {}),
     "ends": (
-        "--ends",
-        "--regex: count only the token at which a match ends, where a neuron can first know of it",
-        False,
+        (
+            "--ends",
+            "--regex: count only the token at which a match ends, where a neuron can first know of it",
+            False,
+        ),
+        {},
     ),
 }
 
@@ -79,8 +99,14 @@ def flags(parser: argparse._ActionsContainer, *common: str) -> Callable[..., Non
     """Declares flags that several verbs have, by their names in `_COMMON`; returns `_add` for others."""
     add = functools.partial(_add, parser)
     for name in common:
-        add(*_COMMON[name])
+        flag, options = _COMMON[name]
+        add(*flag, **options)
     return add
+
+
+def former(parser: argparse._ActionsContainer, flag: str, dest: str, kind: Callable[[str], Any]) -> None:
+    """Declares the former name of a flag, which goes on working and which no help shows."""
+    parser.add_argument(flag, dest=dest, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = None, **options: Any) -> None:
@@ -123,25 +149,34 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
 
 
 class Output:
-    """Standard output of a verb: one JSON object, or tables and lines for a person."""
+    """Standard output of a verb: one JSON object, or tables and lines for a person.
 
-    def __init__(self, as_json: bool):
-        self._as_json = as_json
-        self.console = rich.console.Console(stderr=as_json)  # for a person
+    Args:
+        json: Of `--json [FILE]`: "-" prints the object; a file gets it, and a person is shown the rest; None.
+
+    Raises:
+        UserError: If the file's folder is not there; make it before the work whose results it is to hold.
+    """
+
+    def __init__(self, json: str | None = None):
+        if json is not None:
+            check_can_write(argparse.Namespace(json=json), "json")
+        self._json = json
+        self.console = rich.console.Console(stderr=json == "-")  # for a person
         self.progress = TerminalProgress(self.console)
 
-    def give(self, facts: Mapping[str, Any], show: Callable[[], object]) -> None:
-        """Prints the object, or calls what shows it to a person."""
-        if self._as_json:
-            print(json.dumps(facts))
-        else:
+    def give(self, facts: Mapping[str, Any], show: Callable[[], object], *, seal: bool = False) -> None:
+        """Prints or writes the object, and calls what shows it to a person; `seal` adds its digest."""
+        if self._json != "-":
             show()
-
-    def keep(self, facts: Mapping[str, Any], file: str | None) -> None:
-        """Writes the object to the file of a flag `--json FILE`; None and "-" are none."""
-        if file not in (None, "-"):
-            with disk_errors_are_user_errors(f"writing {file}"):
-                write_atomically(local_path(file, "--json"), (json.dumps(facts, indent=1) + "\n").encode())
+        if self._json is None:
+            return
+        text = sealed_json(facts).decode() if seal else json.dumps(facts) + "\n"
+        if self._json == "-":
+            print(text, end="")
+            return
+        with disk_errors_are_user_errors(f"writing {self._json}"):
+            write_atomically(local_path(self._json, "--json"), text.encode())
 
     def say(self, line: str) -> None:
         """Prints a line as it is, without colours or wrapping."""
@@ -338,6 +373,21 @@ def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "
 # Neurons and interventions, as command lines name them: `3:117`, and `3:117=4`.
 
 _NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
+
+
+def neurons(text: str | None) -> list[tuple[int, int]] | None:
+    """Reads --neurons, layers and neurons with commas between; None, as of "all", stands for all.
+
+    Raises:
+        UserError: For another form.
+    """
+    if text is None or text == "all":
+        return None
+    try:
+        return [neuron(part) for part in text.split(",")]
+    except UserError as e:
+        allowed = "all, or LAYER:NEURON with commas between, e.g. 0:17,2:5"
+        raise UserError(field="--neurons", value=text, allowed=allowed) from e
 
 
 def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:

@@ -45,7 +45,7 @@ DESCRIPTION = (
 EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
 
 _OF_NEURON = ("prompt", "prompts", "concept_regex", "concept_words")
-_OF_SURVEY = ("against", "layers", "neurons", "bound", "neutral_prompts", "directions")
+_OF_SURVEY = ("against", "layers", "count", "bound", "neutral_prompts", "directions")
 _DEFAULT_TIMES, _DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
 _TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 _NOTHING = "-"
@@ -53,11 +53,10 @@ _NOTHING = "-"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
-    add = shared.flags(parser, "run", "seed", "step")
+    add = shared.flags(parser, "run", "seed", "step", "json")
     either = shared.flags(parser.add_mutually_exclusive_group(required=True))
     either("--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
     either("--survey", "steer all living neurons, without writing text", False)
-    add("--json FILE", "print one JSON object, or write it to a file", nargs="?", const="-")
     add(
         "--values X,Y,...",
         "in units of the neuron's activation; 2x: twice its largest activation on the measured text; "
@@ -76,10 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concept-regex R", "count what matches, in any case")
     add("--concept-words WORDS", "count whole words: a,b,c; or a file with a word on each line")
     add("--show N", "prompts whose texts are shown", 2)
-    add = shared.flags(parser.add_argument_group("with --survey"))
+    group = parser.add_argument_group("with --survey")
+    add = shared.flags(group, "layers")
     add("--against RUN", "survey this run too, a Base LM say")
-    add("--layers 0,1,...", "default all that were harvested")
-    add("--neurons N", "of each layer, drawn; default all", int)
+    add("--count N", "neurons of each layer, drawn; default all", int)
+    shared.former(group, "--neurons", "count", int)
     text = (
         "a neuron counts at the largest value at which the steered next-token distribution is within this KL "
         f"divergence of the unsteered one; default {SurveySettings.bound}"
@@ -96,8 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
-    shared.check_can_write(arguments, "json")
-    output = Output(arguments.json == "-")
+    output = Output(arguments.json)
     if arguments.survey:
         shared.check_goes_with(arguments, "neuron", *_OF_NEURON)
         content, show = _survey(arguments, output)
@@ -105,7 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
         shared.check_goes_with(arguments, "survey", *_OF_SURVEY)
         content, show = _steer(arguments, output)
     output.give(content, show)
-    output.keep(content, arguments.json)
 
 
 def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -309,25 +307,25 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
 def _settings(arguments: argparse.Namespace) -> SurveySettings:
     given: dict[str, Any] = {"seed": arguments.seed}
     if arguments.values is not None:
-        given["strengths"] = tuple(sorted(_numbers("values", arguments.values, float)))
+        given["strengths"] = tuple(sorted(_numbers(arguments.values)))
         if not all(0 < value < math.inf for value in given["strengths"]):
             raise shared.wrong(arguments, "values", allowed="above 0 with --survey")
     if arguments.layers is not None:
-        given["layers"] = tuple(sorted(set(_numbers("layers", arguments.layers, int))))
-    shared.check_at_least(arguments, 1, "neurons", "neutral_prompts", "directions")
+        given["layers"] = arguments.layers
+    shared.check_at_least(arguments, 1, "count", "neutral_prompts", "directions")
     if arguments.bound is not None and not 0 < arguments.bound < math.inf:
         raise shared.wrong(arguments, "bound", allowed="above 0, nats")
-    given |= {"neurons": arguments.neurons, "bound": arguments.bound}
+    given |= {"neurons": arguments.count, "bound": arguments.bound}
     given |= {"prompts": arguments.neutral_prompts, "random_directions": arguments.directions}
     return SurveySettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def _numbers(flag: str, text: str, kind: type) -> list:
+def _numbers(text: str) -> list[float]:
     try:
-        return [kind(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError as e:
         allowed = "numbers with commas between, e.g. 0,1,2"
-        raise UserError(field=f"--{flag}", value=text, allowed=allowed) from e
+        raise UserError(field="--values", value=text, allowed=allowed) from e
 
 
 def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:

@@ -178,7 +178,7 @@ def strongest(
     more.sort(key=lambda candidate: (-getattr(candidate, by), candidate.layer, candidate.neuron))
     if not 1 <= n_neurons <= len(more):
         allowed = f"from 1 to {len(more)}, those that are more frequent in the text to be forgotten"
-        raise ArgumentError(field="neurons", value=n_neurons, allowed=allowed)
+        raise ArgumentError(field="count", value=n_neurons, allowed=allowed)
     return tuple((candidate.layer, candidate.neuron) for candidate in more[:n_neurons])
 
 
@@ -210,7 +210,7 @@ def matched_set(
         if not len(others):
             n = sum(of_set == layer for of_set, _ in chosen)
             text = f"layer {layer} has no {n} others besides the {n} chosen; choose fewer"
-            raise ArgumentError(text, field="neurons")
+            raise ArgumentError(text, field="count")
         distance = np.abs(np.log(density[row, others]) - np.log(density[row, neuron]))
         other = int(rng.choice(others[np.argsort(distance, kind="stable")[:_NEAREST]]))
         free[row, other] = False

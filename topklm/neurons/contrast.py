@@ -175,7 +175,7 @@ def ranked(
     found: Contrast,
     layers: Sequence[int],
     *,
-    layer: int | None = None,
+    only: Sequence[int] | None = None,
     top: int | None = None,
     by: str = "difference",
 ) -> list[ContrastedNeuron]:
@@ -186,22 +186,22 @@ def ranked(
     Args:
         found: Of two texts.
         layers: The S layers.
-        layer: Only this one.
+        only: Some of them; None: all.
         top: Neurons of each layer at most.
         by: Sorts them, falling: "difference" or "score".
 
     Raises:
-        ValueError: If `layer` is none of the layers, or `by` none of these.
+        ValueError: If `only` names another layer, or `by` none of these.
     """
     if by not in ORDERS:
         raise ValueError(f"by = {by!r}: must be one of {', '.join(ORDERS)}")
-    if layer is not None and layer not in layers:
+    for layer in set(only or ()) - set(layers):
         raise ValueError(f"layer = {layer}: must be one of {', '.join(map(str, layers))}")
     of_texts = (found.difference, found.score, found.p_value, found.q_value, found.family_p_value)
     figures = np.stack([*found.frequency, *of_texts])
     rows = []
     for number, of_model in enumerate(layers):
-        if layer not in (None, of_model):
+        if only is not None and of_model not in only:
             continue
         tested = np.flatnonzero(np.isfinite(found.p_value[number]))
         order = tested[np.argsort(-getattr(found, by)[number, tested], kind="stable")]

@@ -349,18 +349,20 @@ def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int)
     ]
 
 
-def neurons_of_text(found: ActiveNeurons, layer: int | None = None) -> list[dict[int, list[Activation]]]:
-    """Returns the active neurons of each token by layer, of all or of one, the strongest first.
+def neurons_of_text(
+    found: ActiveNeurons, layers: Sequence[int] | None = None
+) -> list[dict[int, list[Activation]]]:
+    """Returns the active neurons of each token by layer, of all or of some, the strongest first.
 
     Raises:
         UserError: For a layer without TopK.
     """
-    layers = range(len(found.values))
-    if not layers:
+    there = range(len(found.values))
+    if not there:
         raise UserError("no layer of this model has TopK: its neurons are found in a store, by --regex")
-    if layer is not None and layer not in layers:
-        raise UserError(f"layer = {layer}: must be a TopK layer, from 0 to {layers[-1]}")
-    shown = layers if layer is None else (layer,)
+    shown = there if layers is None else layers
+    for layer in set(shown) - set(there):
+        raise UserError(f"layer = {layer}: must be a TopK layer, from 0 to {there[-1]}")
     return [{number: found.of_layer(at, number) for number in shown} for at in range(len(found))]
 
 
