@@ -17,6 +17,8 @@ VERBS = {
     "generate": "continue a prompt",
     "steer": "set a neuron, and measure what that does to the text",
     "neurons": "harvest, measure and find the neurons of a model",
+    "runs": "list runs, how far each is and how well it does",
+    "show": "look into a run: config, loss, checkpoints, what is harvested",
     "serve": "answer OpenAI's clients with a model",
     "explore": "look at a model's neurons in the browser",
     "compile-check": "compile a train step for a TPU slice without one",
