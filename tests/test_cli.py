@@ -1,7 +1,10 @@
+import io
 import json
+from pathlib import Path
 import re
 import subprocess
 import sys
+import threading
 
 from helpers import CONFIG_FILE, STEPS, assert_one_line_error, in_this_process
 import jax
@@ -9,8 +12,10 @@ import pytest
 
 import topklm
 from topklm import cli, errors
-from topklm.commands import train
+from topklm.commands import shared, train
 from topklm.config import Config, flatten
+from topklm.storage.files import as_path
+from topklm.training.console import Console, next_commands
 
 RUNS_THE_COMMAND = "import sys; from topklm import cli; sys.exit(cli.run())"
 HEAVY = ("jax", "flax", "optax", "orbax", "grain")
@@ -44,6 +49,41 @@ def test_a_run_prints_what_it_trains_on_evaluations_samples_and_a_table(output):
     assert len(re.findall(r"^sample: The", output, re.M)) == 3
     assert "held-out bits per byte" in output
     assert "dead neurons, per TopK layer" in output
+
+
+def test_a_run_ends_with_the_commands_that_come_next(finished_run, output):
+    *_, said, generate, explore = output.splitlines()
+    assert said == "next:"
+    assert generate == f'  topklm generate {finished_run} "The city of"'
+    assert explore == f"  topklm explore {finished_run}"
+    assert "topklm.load" not in output
+
+
+def test_commands_to_copy_are_whole_at_any_width(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    commands = next_commands(Path("runs/with a space"))
+    assert commands[0] == "topklm generate 'runs/with a space' \"The city of\""
+    for command in commands:
+        Console().say(command)
+    assert sys.stdout.getvalue().splitlines() == commands
+    assert next_commands(as_path("gs://bucket/run")) == ['topklm generate gs://bucket/run "The city of"']
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_who_waits_for_compilation_is_told(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(shared, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    said = threading.Event()
+    monkeypatch.setattr(sys.stderr, "flush", said.set)
+    with shared.compiling():
+        assert not is_terminal or said.wait(60)
+    assert ("compiling, some 10 s; kept" in capsys.readouterr().err) == is_terminal
 
 
 def test_a_longer_run_says_what_changes_and_an_evaluation_of_a_part_that_it_is_one(trainer, run_copy):

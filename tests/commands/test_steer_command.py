@@ -54,6 +54,7 @@ def run(tmp_path_factory):
 
 
 DOSE = ("--values", "0,40", "--samples", "1", "--max-new-tokens", "6", "--prompt", "The", "--prompt", "It")
+VALUES = [("unsteered", None), ("0", 0.0), ("40", 40.0)]
 SURVEY = ("--survey", "--neutral-prompts", "3", "--directions", "4", "--neurons", "5", "--values", "0.5,1")
 
 
@@ -98,6 +99,23 @@ def test_one_neuron_prints_texts_side_by_side_and_a_table(run, asked, capsys, mo
     assert "\x1b" not in out
     sampled = Sampled(("The", "It"), samples=1, max_new_tokens=6)
     assert asked == [((0, 3), [0.0, 40.0], ["next", "raised"], sampled, "add", "prompt")]
+
+
+def test_nothing_is_cut_on_a_narrow_terminal(run, asked, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.dispatch(["steer", str(run), "--neuron", "0:3", *DOSE])
+    out = capsys.readouterr().out
+    tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert "…" not in out and max(map(len, tables)) <= 80
+    rows = [[cell.strip() for cell in line.split("│")] for line in tables if " sea at " in line]
+    assert [row[1:3] for row in rows] == [[name, f"sea at {value}\\x1b[2J"] for name, value in VALUES]
+    cli.dispatch(["steer", str(run), *SURVEY])
+    out = capsys.readouterr().out
+    tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert "…" not in out and max(map(len, tables)) <= 80
+    heads = next(line for line in tables if "┃" in line)
+    for head in ("run", "value", "KL", "gain", "rand", "prompt"):
+        assert head in heads
 
 
 def test_one_neuron_as_json_has_all_of_it(run, asked, capsys):

@@ -2,7 +2,6 @@
 
 import argparse
 
-import topklm
 from topklm.commands import shared
 from topklm.errors import UserError
 
@@ -43,17 +42,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json and arguments.stream:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")
     output = shared.Output(arguments.json)
-    model = topklm.load(arguments.run, step=arguments.step)
+    model = shared.load_onto_one_device(arguments.run, arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
     options["steer"] = shared.interventions(arguments, model.cfg)
     shared.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
-    with shared.arguments_are_flags(arguments):
+    with shared.arguments_are_flags(arguments), shared.compiling() as is_done:
         text = model.generate(arguments.prompt, *settings, stream=arguments.stream, **options)
-    if arguments.stream:
-        for piece in (arguments.prompt, *text):
-            print(piece, end="", flush=True)
-        print()
-    else:
+        if arguments.stream:
+            print(arguments.prompt, end="")
+            for piece in text:
+                is_done()
+                print(piece, end="", flush=True)
+            print()
+    if not arguments.stream:
         facts = {"run": model.run, "step": model.step, "text": text}
         output.give(facts, lambda: print(text))

@@ -283,15 +283,16 @@ def _print_contrast(
         ]
         for r in ranked
     ]
-    heads = (*_CONTRASTED, "difference", "score", "p", "q", "family-wise p")
+    heads = ("pos", "neg", "diff", "score", "p", "q", "p fw")
     output.console.print(shared.table_of_neurons(heads, ranked, cells, labels, by_layer=True))
     how = "all" if found.is_exact else "drawn"
     output.say(
-        "positive, negative: share of the tokens at which the neuron is active; score: the difference in "
+        "pos, neg: share of the tokens of the positive and the negative text at which the neuron is active; "
+        "diff: their difference; score: that in "
         f"standard deviations; p: share of {found.n_permutations:,} ways ({how}) to deal the {unit}s to the "
         "two texts that are as extreme, of this neuron alone; q: false discovery rate over the "
-        f"{found.n_tested:,} neurons that are active; family-wise p: share in which the score of any is "
-        "as extreme"
+        f"{found.n_tested:,} neurons that are active; p fw: family-wise, the share in which the score of any "
+        "is as extreme"
     )
 
 

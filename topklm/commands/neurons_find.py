@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import rich.table
 from rich.text import Text
 
-import topklm
 from topklm.commands import shared
 from topklm.commands.shared import LabelOf, Output, Verb
 from topklm.data.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ def _find(arguments: argparse.Namespace) -> None:
 def _find_in_text(arguments: argparse.Namespace) -> None:
     if not arguments.text:
         raise UserError("TEXT is empty: give at least a character")
-    model = topklm.load(arguments.run, step=arguments.step)
+    model = shared.load_onto_one_device(arguments.run, arguments.step)
     n_tokens, most = len(model.to_str_tokens(arguments.text)), model.cfg.context_length
     if n_tokens < 2:
         raise UserError(f"TEXT = {_quoted(arguments.text)}: has no tokens; give other text")
@@ -247,7 +246,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
 def _select(arguments: argparse.Namespace) -> None:
     _check_select(arguments)
     mode, value = arguments.mode, arguments.value
-    model = topklm.load(arguments.run, step=arguments.step)
+    model = shared.load_onto_one_device(arguments.run, arguments.step)
     layers = arguments.layers
     found = (one for one in _chosen(arguments, model) if layers is None or one.layer in layers)
     chosen = list(itertools.islice(found, arguments.top))

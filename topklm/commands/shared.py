@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 import re
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -23,17 +24,24 @@ import rich.text
 import topklm
 from topklm.config import MeshConfig, ModelConfig
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors, one_line, visible
-from topklm.imports import versions
+from topklm.imports import versions, when_used
 from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
 from topklm.storage.files import as_path, is_bucket, local_path, parse_json, sealed_json, write_atomically
 
+with when_used():  # they import JAX
+    from topklm.runtime import compilation_cache
+
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
     from topklm.neurons.store import Store
+
+_PATIENCE_S = 1.0  # of a person at a terminal who is told nothing
+
+_CROWDED = 10  # columns, too many for blanks beside their cells in a terminal of 80
 
 LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
 
@@ -186,13 +194,14 @@ class Output:
 def table(
     heads: Sequence[str],
     rows: Iterable[Sequence[Any] | None],
-    title: str | None = None,
+    title: str | rich.text.Text | None = None,
     left: Sequence[str] = (),
 ) -> rich.table.Table:
     """Returns a table; columns are aligned to the right but for those in `left`; a row of None is a line."""
-    made = rich.table.Table(title=title, title_justify="left")
+    padding = (0, 0 if len(heads) >= _CROWDED else 1)
+    made = rich.table.Table(title=title, title_justify="left", padding=padding)
     for head in heads:
-        made.add_column(head, justify="left" if head in left else "right")
+        made.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         if row is None:
             made.add_section()
@@ -327,10 +336,38 @@ def local_layout() -> "Layout":
     return make_layout(MeshConfig(), jax.local_devices())
 
 
+@contextlib.contextmanager
+def compiling() -> Iterator[Callable[[], None]]:
+    """Keeps the programs that the block compiles, and tells a person who waits for them what is done.
+
+    Yields:
+        A function that ends the waiting before the block does, for output that comes bit by bit.
+    """
+    kept = "kept for next time" if compilation_cache.enable() else "not kept"
+
+    def tell() -> None:
+        print(f"compiling, some 10 s; {kept}", file=sys.stderr, flush=True)
+
+    waiting = threading.Timer(_PATIENCE_S, tell)
+    if sys.stderr.isatty():
+        waiting.start()
+    try:
+        yield waiting.cancel
+    finally:
+        waiting.cancel()
+
+
 def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Layout]":
-    """Loads the model of RUN and --step onto all devices of this host."""
+    """Loads the model of RUN and --step onto all devices of this host, and keeps what is compiled."""
     layout = local_layout()
+    compilation_cache.enable()
     return topklm.load(arguments.run, step=arguments.step, mesh=layout.mesh), layout
+
+
+def load_onto_one_device(run: str, step: int | None) -> "LanguageModel":
+    """Loads the model of a run's checkpoint, the newest where `step` is None; keeps what is compiled."""
+    compilation_cache.enable()
+    return topklm.load(run, step=step)
 
 
 def folder_of(model: "LanguageModel") -> NeuronsFolder:

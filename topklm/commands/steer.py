@@ -15,7 +15,6 @@ import numpy as np
 import rich.table
 from rich.text import Text
 
-import topklm
 from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.errors import UserError, visible
@@ -49,6 +48,7 @@ _OF_SURVEY = ("against", "layers", "count", "bound", "neutral_prompts", "directi
 _DEFAULT_TIMES, _DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
 _TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 _NOTHING = "-"
+_SIDE_BY_SIDE = 100  # columns of a terminal, from which texts stand beside one another
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
     """Writes and measures texts; returns all of it, and the function that shows it to a person."""
     layer, neuron = shared.neuron(arguments.neuron)
     sampled, asked = _sampled(arguments), _asked(arguments)
-    model = topklm.load(arguments.run, step=arguments.step)
+    model = shared.load_onto_one_device(arguments.run, arguments.step)
     with shared.refused_as("--neuron", value=arguments.neuron):
         Intervention(layer, neuron).check(model.cfg)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
@@ -231,10 +231,15 @@ def _print_responses(
     heads = [_head(response, arguments.mode) for response in found]
     output.say(f"{arguments.mode} at {arguments.positions} positions")
     for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
-        texts = rich.table.Table(title=Text(visible(prompt)), title_justify="left", show_lines=True)
+        title, shown = Text(visible(prompt)), [Text(visible(response.texts[number][0])) for response in found]
+        if output.console.width < _SIDE_BY_SIDE:
+            pairs = list(zip(heads, shown, strict=True))
+            output.console.print(shared.table([arguments.mode, "text"], pairs, title, left=["text"]))
+            continue
+        texts = rich.table.Table(title=title, title_justify="left", show_lines=True)
         for head in heads:
             texts.add_column(head, ratio=1, overflow="fold")
-        texts.add_row(*(Text(visible(response.texts[number][0])) for response in found))
+        texts.add_row(*shown)
         output.console.print(texts)
     rows = [
         [
@@ -330,15 +335,14 @@ def _numbers(text: str) -> list[float]:
 
 def _open(run: str, step: int | None) -> tuple[LanguageModel, Store]:
     shared.check_on_disk(run)
-    model = topklm.load(run, step=step)
+    model = shared.load_onto_one_device(run, step)
     store = shared.open_store(shared.folder_of(model), model)
     dictionary.check_coordinates(store.metadata.dictionary, "steer --survey")
     return model, store
 
 
 def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: SurveySettings) -> None:
-    heads = ["run", "layer", "neurons", "value", "KL", "gain", "random's", "steerable %", "mismatched %"]
-    heads += ["specific %", "prompting's"]
+    heads = ["run", "layer", "n", "value", "KL", "gain", "rand", "steer %", "mis %", "spec %", "prompt"]
     for kind in concept_lib.KINDS:
         rows = [[one["run"], *_row(layer, kind)] for one in found for layer in one["layers"]]
         output.console.print(shared.table(heads, rows, f"concept: {kind} tokens"))
@@ -346,10 +350,10 @@ def _print_surveys(output: Output, found: Sequence[dict[str, Any]], settings: Su
     for line in (
         f"gain: median rise of ln P(the next token is of the concept) after {n} neutral prompts, nats, at "
         f"the largest value with a KL divergence of at most {settings.bound:g} nats from the unsteered model",
-        "random's: median over concepts of the 95th percentile of as long random directions; steerable: "
-        "above that; mismatched: the same share of neurons with another neuron's concept",
-        "specific: steerable, and above the 95th percentile of the other neurons of the layer; in brackets "
-        "95 %; prompting's: the gain with all tokens of the concept before the prompt",
+        "rand: median over concepts of the 95th percentile of as long random directions; steer: share "
+        "of neurons above that; mis: the same of neurons with another neuron's concept",
+        "spec: of neurons also above the 95th percentile of the others of the layer; in brackets 95 %; "
+        "prompt: the gain with all tokens of the concept before the prompt",
         "concepts: input, the tokens that make up most of the neuron's activation; distinct, those that do "
         "so more than in the text as a whole; next, the tokens that follow it more than they do elsewhere",
     ):

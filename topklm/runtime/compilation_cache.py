@@ -29,8 +29,8 @@ _CPU_FIELDS = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def enable() -> None:
-    """Keeps what is compiled from now on; without a folder that can be used, changes nothing.
+def enable() -> bool:
+    """Keeps what is compiled from now on, and tells whether; without a folder to use, changes nothing.
 
     Call it after `jax.distributed` is set up and before anything is compiled. It does nothing where
 
@@ -39,14 +39,18 @@ def enable() -> None:
         one finds its program and the others do not, they wait for it for ever. They need one folder that all
         of them see, which only the user can name.
     """
-    if os.environ.get(SWITCH) == "off" or jax.config.values[_FOLDER] or jax.distributed.is_initialized():
-        return
+    if os.environ.get(SWITCH) == "off" or jax.distributed.is_initialized():
+        return False
+    if jax.config.values[_FOLDER]:
+        return True
     try:
         use(_root() / _machine())
+        return True
     except UserError as e:
         print(f"warning: {e}", file=sys.stderr, flush=True)
     except (OSError, RuntimeError):
         pass  # no home, or one that is read-only: then every start compiles
+    return False
 
 
 def use(folder: Path) -> None:

@@ -5,6 +5,7 @@ It prints and computes nothing that training depends on.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
+import shlex
 import sys
 import time
 from typing import Any
@@ -15,7 +16,7 @@ import rich.table
 
 from topklm.config import Config, ModelConfig
 from topklm.layout import ParameterLayout
-from topklm.storage.files import AnyPath
+from topklm.storage.files import AnyPath, is_bucket
 
 
 class Console:
@@ -30,7 +31,7 @@ class Console:
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         if self._live:
-            self._rich.print(text, markup=False)
+            self._rich.print(text, markup=False, soft_wrap=True)  # as it is, to be copied
         elif not self._quiet:
             print(text, flush=True)
 
@@ -122,7 +123,7 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
     return line
 
 
-def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
+def summary(lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
     """Returns the rows, label to text, of the table that is printed at the end of a run.
 
     `lines` are its metrics, oldest first, and `step` is that of its newest checkpoint.
@@ -131,7 +132,7 @@ def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> d
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {
         "tokens_seen": ("tokens seen", "{:,}".format),
         "seconds_trained": ("time in training steps", duration),
-        "goodput": ("share of the time since the run began", "{:.1%}".format),
+        "goodput": ("share of time since its start", "{:.1%}".format),
         "train/loss": ("last train loss, nats/token", "{:.4f}".format),
         "eval/loss": ("held-out loss, nats/token", "{:.4f}".format),
         "eval/perplexity": ("held-out perplexity", "{:.2f}".format),
@@ -141,12 +142,18 @@ def summary(folder: AnyPath, lines: Iterable[Mapping[str, Any]], step: int) -> d
             "{:,}".format,
         ),
         "eval/dead_neurons": ("dead neurons, per TopK layer", percentages),
-        "eval/norm_kept": ("squared norm kept, per TopK layer", percentages),
+        "eval/norm_kept": ("norm kept, per TopK layer", percentages),
         "eval/overlap_below": ("active in the layer below too", percentages),
     }
     rows = {label: show(newest[key]) for key, (label, show) in formats.items() if key in newest}
-    example = f'topklm.load("{folder}").generate("The", max_new_tokens=40)'
-    return {"steps": f"{step:,}", **rows, "read it": example}
+    return {"steps": f"{step:,}", **rows}
+
+
+def next_commands(folder: AnyPath) -> list[str]:
+    """Returns commands that show a trained model; of one in a bucket not those of neurons, kept on disks."""
+    run = shlex.quote(str(folder))
+    explore = [] if is_bucket(folder) else [f"topklm explore {run}"]
+    return [f'topklm generate {run} "The city of"', *explore]
 
 
 def describe_model(config: Config) -> str:

@@ -28,7 +28,7 @@ from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
 from topklm.training import anomalies, metrics
-from topklm.training.console import Console, describe_model, evaluation_line, summary
+from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
 from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
 from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.setup import PreparedRun, check_memory, initial_parameters, prepare_run
@@ -308,7 +308,10 @@ class _Loop:
         )
 
     def _show_summary(self, title: str, step: int) -> None:
-        self.console.table(title, summary(self.folder, metrics.read(self.folder), step))
+        self.console.table(title, summary(metrics.read(self.folder), step))
+        self.console.say("next:")
+        for command in next_commands(self.folder):
+            self.console.say(f"  {command}")
 
     def _wait_for_checkpoint(self, step: int) -> None:
         with self.watchdog.paused(), self._storage(f"saving checkpoint {step} in"):
