@@ -13,7 +13,7 @@ from topklm.runtime import allocator
 VERBS = {
     "train": "train a model",
     "prepare": "turn text into a dataset of token shards",
-    "data": "look into a dataset, or check all of it",
+    "data": "look into a dataset, check it, or export its text",
     "generate": "continue a prompt",
     "steer": "set a neuron, and measure what that does to the text",
     "neurons": "harvest, measure and find the neurons of a model",
@@ -29,6 +29,7 @@ VERBS = {
 _GOES_ON = (
     "train",
     "prepare",
+    "data export",
     "steer",
     "neurons harvest",
     "neurons measure",

@@ -1,7 +1,11 @@
-"""`topklm data show` and `topklm data verify`: looks into a prepared dataset, and checks all of it."""
+"""`topklm data`: looks into a prepared dataset, checks all of it, and writes its documents as text."""
 
 import argparse
+from collections.abc import Iterator
 import dataclasses
+import gzip
+import json
+from pathlib import Path
 import re
 
 import rich.console
@@ -10,13 +14,21 @@ import rich.text
 
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
-from topklm.data.dataset import SPLITS, load_dataset
+from topklm.data.dataset import SPLITS, Dataset, is_dataset, load_dataset
 from topklm.data.verify import TextWindow, VerifyReport, sample_windows, verify
-from topklm.errors import UserError
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.imports import when_used
+from topklm.storage.files import as_path, local_path, replacing
 
-DESCRIPTION = "Looks into a dataset that `topklm prepare` wrote, or checks all of it."
+with when_used():
+    from topklm.checkpoint import run_folder
+    from topklm.data import stream
+    from topklm.data.building import build
+
+DESCRIPTION = "Looks into a dataset of `topklm prepare`, checks all of it, or writes its documents as text."
 EXAMPLE = "topklm data verify datasets/books"
 
+_ENDINGS = (".jsonl", ".jsonl.gz")
 # A terminal acts on them; line feed and tab are text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -38,8 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_folder,
             _verify,
         ),
+        "export": Verb(
+            "write documents as JSON lines",
+            'Writes the documents of a dataset, or of the data of a run, as lines {"text": ...}, to contrast '
+            "them, say.",
+            "topklm data export runs/small --regex 'river|sea' --out water.jsonl",
+            _add_export,
+            _export,
+        ),
     }
-    shared.add_verbs(parser, verbs, "show|verify")
+    shared.add_verbs(parser, verbs, "show|verify|export")
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +73,14 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
     add("--windows N", "", 3)
     add("--context-length T", "tokens per window", 256)
     add("--seed N", "of the choice of windows", 0)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "case", "json")
+    add("dataset DIR|RUN", "folder of a dataset or of a run")
+    add("--split", "", "heldout", choices=SPLITS)
+    add("--regex PATTERN", "only documents in which it is found")
+    add("--out FILE", f"where to write; ends in {' or '.join(_ENDINGS)}", required=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -115,3 +143,66 @@ def _print_report(output: Output, report: VerifyReport) -> None:
         output.say(f"{name}: not a file of this dataset")
     if not report.problems:
         output.say("everything is as it was written")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    out = local_path(arguments.out, "--out")
+    if not arguments.out.endswith(_ENDINGS):
+        raise shared.wrong(arguments, "out", allowed=f"a name that ends in {' or '.join(_ENDINGS)}")
+    shared.check_can_write(arguments, "out")
+    if arguments.regex is None:
+        shared.check_goes_with(arguments, "regex", "case")
+    try:
+        pattern = re.compile(arguments.regex or "", 0 if arguments.case else re.IGNORECASE)
+    except re.error as e:
+        raise shared.wrong(arguments, "regex", f"is no regular expression ({e}); mend it") from e
+    output = Output(arguments.json)
+    datasets = _datasets(arguments.dataset)
+    splits = [dataset.splits[arguments.split] for dataset in datasets]
+    n_read = n_written = 0
+    with (
+        disk_errors_are_user_errors(f"writing {out}"),
+        replacing(out) as temporary,
+        temporary.open("wb") as raw,
+        # The same bytes whenever they are written: neither name nor time.
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if out.suffix == ".gz" else raw as file,
+        output.progress.phase("exporting", sum(split.tokens for split in splits)) as report,
+    ):
+        for dataset in datasets:
+            for text, n_tokens in _documents(dataset, arguments.split):
+                n_read += 1
+                if pattern.search(text):
+                    n_written += 1
+                    file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+                report(n_tokens, 1, n_tokens)
+        if not n_written:
+            looked_for = f" matches --regex = {arguments.regex}" if arguments.regex else " is there"
+            raise UserError(f"{arguments.dataset}: no document{looked_for}: nothing is written")
+    facts = {"file": str(out), "split": arguments.split, "documents": n_read, "written": n_written}
+    output.give(
+        facts, lambda: output.say(f"{out}: {n_written:,} of {n_read:,} documents ({arguments.split})")
+    )
+
+
+def _datasets(name: str) -> tuple[Dataset, ...]:
+    """Opens a dataset, or those of a run's own data, which are prepared again where they are missing.
+
+    Raises:
+        UserError: For a folder of neither.
+    """
+    folder = Path(as_path(name, "DIR"))
+    if is_dataset(folder) or not folder.is_dir():
+        return (load_dataset(folder),)
+    config = run_folder.saved_config(folder)
+    if config is None:
+        raise UserError(field="DIR", value=name, allowed="the folder of a dataset or of a run")
+    return tuple(build.prepare(config.data, lambda line: None).datasets)
+
+
+def _documents(dataset: Dataset, split: str) -> Iterator[tuple[str, int]]:
+    """Yields the text of each document, and its tokens with the separator."""
+    tokens = dataset.tokens(dataset.splits[split])
+    if not len(tokens):
+        return
+    for begin, end in stream.document_bounds(tokens, dataset.tokenizer.separator_id):
+        yield dataset.tokenizer.decode(tokens.read(begin + 1, end)), end - begin
