@@ -303,6 +303,11 @@ class LogConfig:
     """Printing and metrics."""
 
     every_steps: int = _setting(20, "steps between metrics lines")
+    trackers: str = _setting(
+        "",
+        "also get every metrics line: wandb, or others as MODULE:FUNCTION or by name (docs/training.md)",
+        allowed="names with commas between",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

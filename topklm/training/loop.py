@@ -27,7 +27,7 @@ from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies, metrics
+from topklm.training import anomalies, metrics, trackers
 from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
 from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
 from topklm.training.prefetch import DeviceBatch, Feed
@@ -59,15 +59,24 @@ def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> 
         UserError: For anything the user can mend, and for a loss that is no longer finite.
     """
     console = Console(quiet=not distributed.is_primary())
+    # One that is not there shows before the data are prepared.
+    tracked = trackers.find(config.log.trackers) if distributed.is_primary() else {}
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
-        _Loop(run, console, request).train()
+        _Loop(run, console, request, tracked).train()
 
 
 class _Loop:
     """One process's part in a run: all that its steps need, opened once."""
 
-    def __init__(self, run: PreparedRun, console: Console, stop: StopRequest):
+    def __init__(
+        self,
+        run: PreparedRun,
+        console: Console,
+        stop: StopRequest,
+        tracked: Mapping[str, trackers.Factory],
+    ):
+        self.tracked = tracked
         self.run, self.console, self.stop = run, console, stop
         self.config, self.folder, self.layout = config, folder, layout = run.config, run.folder, run.layout
         self.stop_sync = StopSync(layout, stop)
@@ -115,6 +124,10 @@ class _Loop:
                         self.folder, first, self.synced_metrics, self.console.say
                     )
                 stack.callback(self.writer.close)
+                self.trackers = trackers.Trackers(
+                    self.tracked, self.folder, self.config.to_dict(), self.console.say
+                )
+                stack.callback(self.trackers.close)
                 self.profiler = Profiler(self.config.profiled_steps, self.folder, first, self.console.say)
                 stack.callback(self.profiler.close)
                 train_step = self._make_steps(state)
@@ -234,7 +247,9 @@ class _Loop:
         self._write(step, {name: value for name, value in line.items() if math.isfinite(value)})
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.writer.write(step, {"tokens_seen": step * self.run.tokens_per_step, **values})
+        line = {"tokens_seen": step * self.run.tokens_per_step, **values}
+        self.writer.write(step, line)
+        self.trackers.write(step, line)
 
     def _owes_evaluation(self, step: int) -> bool:
         """Tells whether the run was stopped between this step and the evaluation that was due after it."""
