@@ -1,8 +1,8 @@
 """Trackers of experiments, such as Weights & Biases: they get a copy of every line of a run's metrics.
 
 `log.trackers` names them. A tracker is made by a function of a run folder and a config, a dict of sections,
-and has `write(step, values)` and `close()`. The function is named as "module:function", or by an entry point of
-the group `topklm.trackers`, so that a package can bring its own. metrics.jsonl stays the record.
+and has `write(step, values)` and `close()`. The function is named as "module:function", or by an entry point
+of the group `topklm.trackers`, so that a package can bring its own. metrics.jsonl stays the record.
 """
 
 from collections.abc import Callable, Mapping
