@@ -1,12 +1,13 @@
 import io
 import json
+import os
 from pathlib import Path
 import re
 import subprocess
 import sys
 import threading
 
-from helpers import CONFIG_FILE, STEPS, assert_one_line_error, in_this_process
+from helpers import CONFIG_FILE, ROOT, STEPS, assert_one_line_error, in_this_process
 import jax
 import pytest
 
@@ -293,6 +294,47 @@ def test_versions_are_shown_where_jax_does_not_start(trainer, program, environme
     assert process.finish() == errors.EXIT_USER_ERROR
     assert words in assert_one_line_error(process.errors)
     assert f"jax {jax.__version__}\n" in process.output
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("topklm exp", ["explore "]),
+        ("topklm show runs/s", ["runs/small", "runs/second"]),
+        ("topklm generate ", ["runs/second", "runs/small"]),
+        ("topklm generate oth", ["other"]),
+        ("topklm neurons har", ["harvest "]),
+        ("topklm data export --spl", ["--split "]),
+        ("topklm train --config sm", ["small "]),
+        ("topklm train --config.model.topk_k", ["--config.model.topk_k "]),
+        ("topklm steer runs/small --against runs/se", ["runs/second "]),
+    ],
+)
+def test_a_shell_completes_command_lines(trainer, tmp_path, line, expected):
+    packages = Path(pytest.importorskip("argcomplete").__file__).parents[1]
+    for name in ("runs/small", "runs/second", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs/second.log").write_text("no folder")
+    found = tmp_path / "found"
+    variables = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, packages))),
+        "_ARGCOMPLETE_IFS": "|",
+    }
+    variables |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_SHELL": "bash"}
+    process = trainer.start_python("-m", "topklm", environment=variables, cwd=tmp_path)
+    assert process.finish() == 0, process.errors
+    assert sorted(part.strip() for part in found.read_text().split("|")) == sorted(
+        part.strip() for part in expected
+    )
+
+
+def test_a_shell_is_told_nothing_without_the_package(trainer, tmp_path):
+    code = f"import sys; sys.modules['argcomplete'] = None; {RUNS_THE_COMMAND}"
+    process = trainer.start_python("-c", code, environment={"_ARGCOMPLETE": "1", "COMP_LINE": "topklm "})
+    assert (process.finish(), process.output, process.errors) == (0, "", "")
 
 
 def test_the_python_interface_is_there_when_it_is_asked_for():

@@ -4,8 +4,11 @@ Imports nothing else of the library, so that it starts at once and a verb loads 
 """
 
 from collections.abc import Sequence
+import contextlib
 import importlib
+import os
 import sys
+from types import ModuleType
 
 from topklm import commands, errors
 from topklm.runtime import allocator
@@ -41,6 +44,8 @@ _GOES_ON = (
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        return _complete(os.environ.get("COMP_LINE", "").split())
     arguments = sys.argv[1:] if argv is None else argv
     errors.report_each_failure_once()
     goes_on = f"{' '.join(arguments[:2])} ".startswith(tuple(f"{verb} " for verb in _GOES_ON))
@@ -62,7 +67,7 @@ def dispatch(argv: Sequence[str]) -> None:
     """Runs one verb with its arguments."""
     verb, *rest = argv or ["--help"]
     if verb in VERBS:
-        command = importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
+        command = _module(verb)
         command.run(commands.parse(verb, command, rest))
         return
     if argv[:1] == ["--version"]:
@@ -70,6 +75,15 @@ def dispatch(argv: Sequence[str]) -> None:
 
         shared.print_versions()
         return
+    _parser().parse_args([verb, *rest])  # shows the help, or says what is wrong
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
+
+
+def _parser(verb: str = "") -> commands.Parser:
+    """Returns the parser of the verbs' names, and of the arguments of one of them."""
     parser = commands.Parser(
         "topklm",
         description="Train TopK language models and read them.",
@@ -78,5 +92,18 @@ def dispatch(argv: Sequence[str]) -> None:
     parser.add_argument("--version", action="store_true", help="print versions and devices, and end")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for name, summary in VERBS.items():
-        verbs.add_parser(name, help=summary)
-    parser.parse_args([verb, *rest])  # shows the help, or says what is wrong
+        inner = verbs.add_parser(name, help=summary)
+        if name == verb and hasattr(command := _module(name), "add_arguments"):
+            command.add_arguments(inner)
+    return parser
+
+
+def _complete(words: Sequence[str]) -> int:
+    """Tells a shell how a command line goes on; nothing without the package argcomplete."""
+    with contextlib.suppress(ImportError):
+        import argcomplete  # noqa: PLC0415 - of an extra
+
+        parser = _parser(words[1] if len(words) > 1 else "")
+        # Fields of a config are in no help; flags are shown once a dash is there.
+        argcomplete.autocomplete(parser, always_complete_options=False, print_suppressed=True)
+    return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import glob
 import importlib.util
 import json
 import math
@@ -137,7 +138,15 @@ def _add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = 
     elif value is not None:
         options = {"type": type(value), "default": value, **options}
         text = f"{text}; default {f'{value:g}' if isinstance(value, float) else value}".removeprefix("; ")
-    parser.add_argument(name, help=text, **options)
+    action = parser.add_argument(name, help=text, **options)
+    if metavar == "RUN":
+        action.completer = run_folders  # type: ignore[attr-defined]  # argcomplete looks for it
+
+
+def run_folders(prefix: str, **_: Any) -> list[str]:
+    """Lists the folders that a RUN may go on to, those in runs/ among them; shells ask for it."""
+    found = {*Path().glob("runs/*"), *map(Path, glob.glob(f"{glob.escape(prefix)}*") if prefix else ())}
+    return sorted(str(path) for path in found if str(path).startswith(prefix) and path.is_dir())
 
 
 def add_mode(add: Callable[..., None], flag: str = "--mode", text: str = "") -> None:

@@ -63,7 +63,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """Declares --config, its fields and --workdir; `read` reads what is given."""
     absent = argparse.SUPPRESS
     text = f"one that comes with topklm, or a file with get_config(VARIANT); default {DEFAULT_CONFIG}"
-    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", default=DEFAULT_CONFIG, help=text)
+    named = parser.add_argument("--config", metavar="CONFIG[:VARIANT]", default=DEFAULT_CONFIG, help=text)
+    named.completer = lambda **_: list(shipped_configs())  # type: ignore[attr-defined]  # for shells
     parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
     for name, default in config.flatten(config.Config()).items():
         bare: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(default, bool) else {}
