@@ -24,6 +24,7 @@ VERBS = {
     "show": "look into a run: config, loss, checkpoints, what is harvested",
     "serve": "answer OpenAI's clients with a model",
     "explore": "look at a model's neurons in the browser",
+    "doctor": "check that this machine and a run folder can train",
     "compile-check": "compile a train step for a TPU slice without one",
     "bench": "measure a part of the library on this machine",
 }

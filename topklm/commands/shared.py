@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import importlib
 import importlib.util
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 import re
 import sys
 import threading
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -33,6 +35,7 @@ from topklm.progress import TerminalProgress
 from topklm.storage.files import as_path, is_bucket, local_path, parse_json, sealed_json, write_atomically
 
 with when_used():  # they import JAX
+    from topklm import layout as layout_lib
     from topklm.runtime import compilation_cache
 
 if TYPE_CHECKING:
@@ -329,20 +332,23 @@ def print_versions() -> None:
     print(f"devices: {local_layout().describe_devices()}")
 
 
-def local_layout() -> "Layout":
-    """Returns the layout over all devices of this host.
+def import_jax() -> ModuleType:
+    """Imports JAX.
 
     Raises:
-        UserError: If JAX cannot be imported.
+        UserError: If that cannot be.
     """
     try:
-        import jax  # noqa: PLC0415 - slow, and --help does without
-
-        from topklm.layout import make_layout  # noqa: PLC0415
+        return importlib.import_module("jax")
     except ImportError as e:
         text = f"JAX cannot be imported ({e}): install topklm again, into a fresh virtual environment"
         raise UserError(text) from e
-    return make_layout(MeshConfig(), jax.local_devices())
+
+
+def local_layout() -> "Layout":
+    """Returns the layout over all devices of this host; raises UserError if JAX cannot be imported."""
+    local_devices = import_jax().local_devices()
+    return layout_lib.make_layout(MeshConfig(), local_devices)
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ def check_memory(state: Any, layout: Layout) -> None:
     devices = layout.mesh.local_devices
     if devices[0].platform == "cpu":
         needed *= len(devices)
-        limit, whose = min(_host_limits())
+        limit, whose = min(host_limits())
     else:
         stats = devices[0].memory_stats() or {}
         limit, whose = stats.get("bytes_limit", math.inf), f"the memory of {devices[0].device_kind}"
@@ -255,7 +255,7 @@ def _pretty(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _host_limits() -> list[tuple[float, str]]:
+def host_limits() -> list[tuple[float, str]]:
     """Lists the bytes that this process may still take, and the limit that says so."""
     limits: list[tuple[float, str]] = []
     with contextlib.suppress(OSError, ValueError):  # no such names outside of Linux and macOS
@@ -278,6 +278,11 @@ def _proc(file: str, field: str) -> int:
         if found := re.search(rf"^{field}:\s+(\d+) kB$", pathlib.Path(file).read_text(), re.M):
             return int(found[1]) * 1024
     return 0
+
+
+def free_memory() -> int:
+    """Returns the bytes of this machine's memory that programs can still get; 0 where nobody tells."""
+    return _proc("/proc/meminfo", "MemAvailable")
 
 
 def _gib(n_bytes: float) -> str:
