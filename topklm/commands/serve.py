@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     shared.check_installed("serve", _NEEDED)
+    output = Output(arguments.json)
     # These need packages of the extra, and JAX.
     import topklm  # noqa: PLC0415
     from topklm.runtime import compilation_cache  # noqa: PLC0415
@@ -73,9 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
     service = Service(model, name, limits, arguments.slots)
     with contextlib.ExitStack() as stack:
         if arguments.warm_up:
-            output = Output("-")  # this is shown on standard error
-            output.console.print("compiling programs; most are kept for the next start", highlight=False)
-            start = functools.partial(output.progress.phase, "compiling")
+            shown = Output("-")  # on standard error
+            shown.console.print("compiling programs; most are kept for the next start", highlight=False)
+            start = functools.partial(shown.progress.phase, "compiling")
             phase = functools.cache(lambda total: stack.enter_context(start(total)))
             service.start(lambda done, total: phase(total)(min(done, 1), 0, 0))
         else:
@@ -87,9 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     def ready(address: str) -> None:
         key = f", API key {token}" if token else ""
         line = f"{name}: answers at {address}{key}   (Ctrl-C ends it)"
-        Output(arguments.json).give(
-            {"address": address, "model": name, "token": token}, lambda: print(line, flush=True)
-        )
+        output.give({"address": address, "model": name, "token": token}, lambda: print(line))
         sys.stdout.flush()
 
     app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)

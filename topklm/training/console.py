@@ -132,7 +132,7 @@ def summary(lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {
         "tokens_seen": ("tokens seen", "{:,}".format),
         "seconds_trained": ("time in training steps", duration),
-        "goodput": ("share of time since its start", "{:.1%}".format),
+        "goodput": ("share of the time since the run began", "{:.1%}".format),
         "train/loss": ("last train loss, nats/token", "{:.4f}".format),
         "eval/loss": ("held-out loss, nats/token", "{:.4f}".format),
         "eval/perplexity": ("held-out perplexity", "{:.2f}".format),
@@ -142,7 +142,7 @@ def summary(lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
             "{:,}".format,
         ),
         "eval/dead_neurons": ("dead neurons, per TopK layer", percentages),
-        "eval/norm_kept": ("norm kept, per TopK layer", percentages),
+        "eval/norm_kept": ("squared norm kept, per TopK layer", percentages),
         "eval/overlap_below": ("active in the layer below too", percentages),
     }
     rows = {label: show(newest[key]) for key, (label, show) in formats.items() if key in newest}
