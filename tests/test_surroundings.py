@@ -328,7 +328,7 @@ def test_a_clone_that_is_no_installed_package_knows_its_version(monkeypatch):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(monkeypatch, tmp_path, trainer, capsys):
     monkeypatch.setenv("TOPKLM_ALLOCATOR", "system")
-    monkeypatch.setattr(setup, "_host_limits", lambda: [(2**20, "the machine's memory")])
+    monkeypatch.setattr(setup, "host_limits", lambda: [(2**20, "the machine's memory")])
     monkeypatch.setattr("topklm.training.loop.init_state", lambda *_: pytest.fail("was made"))
     arguments = ["train", *map(str, trainer.arguments(tmp_path / "run", {"model.d_mlp": 8192}))]
     assert errors.guarded(lambda: cli.dispatch(arguments)) == 2
@@ -343,7 +343,7 @@ def test_the_memory_of_a_state_is_that_of_its_arrays_and_of_the_gradients(monkey
     layout = one_device()
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, state.params)))
     for limit, fits in ((n_bytes, True), (n_bytes - 1, False)):
-        monkeypatch.setattr(setup, "_host_limits", lambda limit=limit: [(limit, "it"), (10**18, "the rest")])
+        monkeypatch.setattr(setup, "host_limits", lambda limit=limit: [(limit, "it"), (10**18, "the rest")])
         with contextlib.nullcontext() if fits else pytest.raises(errors.UserError, match="more than it"):
             setup.check_memory(state, layout)
 
@@ -352,7 +352,7 @@ def test_the_limit_of_the_process_counts(tmp_path):
     program = (
         "import resource; from topklm.training import setup\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
-        "print(min(setup._host_limits() + [(2**62, '')], key=lambda x: 'ulimit' not in x[1]))"
+        "print(min(setup.host_limits() + [(2**62, '')], key=lambda x: 'ulimit' not in x[1]))"
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     limit, whose = eval(shown.stdout)
