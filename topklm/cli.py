@@ -21,7 +21,7 @@ VERBS = {
     "steer": "set a neuron, and measure what that does to the text",
     "neurons": "harvest, measure and find the neurons of a model",
     "runs": "list runs, how far each is and how well it does",
-    "show": "look into a run: config, loss, checkpoints, what is harvested",
+    "show": "look into a run: config, loss, checkpoints, neurons",
     "serve": "answer OpenAI's clients with a model",
     "explore": "look at a model's neurons in the browser",
     "doctor": "check that this machine and a run folder can train",

@@ -45,7 +45,9 @@ def test_the_table_fits_a_narrow_terminal_and_says_what_is_damaged(folder, monke
     monkeypatch.setenv("COLUMNS", "80")
     process = in_this_process("runs", folder)
     assert process.exit_code == 0, process.errors
-    assert max(map(len, process.output.splitlines())) <= 80
+    *table, more = process.output.splitlines()
+    assert max(map(len, table)) <= 80
+    assert more == f"topklm show '{folder / 'broken [b]'}' says more of its damage"
     assert f"{STEPS} of {STEPS}" in process.output
     assert "damaged:" in process.output
     assert "broken [b]" in process.output

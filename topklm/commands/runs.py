@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import shlex
 import time
 from typing import Any
 
@@ -199,7 +200,7 @@ def _show(output: Output, name: str, found: Sequence[RunFacts]) -> None:
     output.console.print(shared.table(heads, rows, left=["run", "config"]))
     for one in found:
         if one.problems:
-            output.say(visible(f"topklm show {one.run} says more of its damage"))
+            output.say(visible(f"topklm show {shlex.quote(one.run)} says more of its damage"))
 
 
 def _shortened(one: RunFacts, problem: str) -> str:
