@@ -76,6 +76,14 @@ def test_commands_to_copy_are_whole_at_any_width(monkeypatch):
     assert next_commands(as_path("gs://bucket/run")) == ['topklm generate gs://bucket/run "The city of"']
 
 
+def test_a_table_of_training_is_whole_at_any_width(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().table("run: trained", {"a figure with a name": "x" * 90})
+    out = capsys.readouterr().out
+    assert out.count("x") == 90 and "…" not in out
+    assert max(map(len, out.splitlines())) <= 40
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_who_waits_for_compilation_is_told(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(shared, "_PATIENCE_S", 0.0)

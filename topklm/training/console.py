@@ -70,7 +70,7 @@ class Console:
         table = rich.table.Table(title=title, show_header=False, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, str(value))
-        self._rich.print(table)
+        self._print(table)
 
     def layout(self, mesh: str, rows: Sequence[ParameterLayout]) -> None:
         """Prints how the parameters lie over the devices."""
@@ -86,6 +86,11 @@ class Console:
         table.add_section()
         total, on_device = sum(row.n_bytes for row in rows), sum(row.n_bytes_on_device for row in rows)
         table.add_row("all", "", "", _mib(total), _mib(on_device))
+        self._print(table)
+
+    def _print(self, table: rich.table.Table) -> None:
+        for column in table.columns:
+            column.overflow = "fold"  # so that nothing is cut on a narrow terminal
         self._rich.print(table)
 
 
