@@ -176,6 +176,21 @@ def test_neurons_are_walked_by_keyboard(open_page):
     page.wait_for_url(re.compile(r"/neurons/\d+/\d+$"))
 
 
+@pytest.mark.parametrize(("viewport", "most"), [({"width": 1440, "height": 900}, 500), (PHONE, 800)])
+def test_the_evidence_comes_first(open_page, viewport, most):
+    """Tokens and the first example stand above the figures, the strongest in the first screen."""
+    page = open_page("/neurons/0/3", viewport=viewport)
+
+    def top(selector):
+        return page.locator(selector).first.bounding_box()["y"]
+
+    assert top(".evidence") < top("#steer") < top(".example") < top(".tiles")
+    assert top(".example") < most
+    assert page.locator(".example:visible").count() <= 5 + 5 * 2
+    page.get_by_text(re.compile(r"^\d+ more$")).first.click()
+    assert page.locator(".example:visible").count() > 10
+
+
 def test_what_has_the_focus_can_be_seen(open_page):
     page = open_page("/neurons/0/3")
     for _ in range(12):
@@ -186,14 +201,15 @@ def test_what_has_the_focus_can_be_seen(open_page):
 
 def test_tabs_are_worked_by_keyboard(open_page):
     page = open_page("/neurons/0/3")
-    page.get_by_role("tab", name="Strongest").focus()
+    page.get_by_role("tab", name="Jacobian lens").focus()
     page.keyboard.press("ArrowRight")
-    assert page.get_by_role("tab", selected=True).first.inner_text().startswith("80")
+    assert page.get_by_role("tab", selected=True).first.inner_text() == "Identity lens"
     assert page.url.endswith("/neurons/0/3")
 
 
 def test_an_examples_token_is_seen_and_more_of_its_text_on_demand(open_page):
     page = open_page("/neurons/0/3")
+    page.evaluate("document.querySelectorAll('.rest').forEach(rest => { rest.open = true })")
     # In a document longer than a window.
     example = page.locator(".example").filter(has_text=re.compile(r"\bThe .{100,}")).first
     assert example.locator("mark.here").is_visible()
@@ -279,6 +295,8 @@ def compiled(site):
 
 def test_a_neuron_is_steered_by_keyboard_and_the_page_can_be_sent_on(open_page, compiled):
     page = open_page("/neurons/1/17", permissions=["clipboard-read", "clipboard-write"])
+    assert not page.get_by_label("Prompt").is_visible()
+    page.locator("#steer summary").press("Enter")
     value = page.get_by_label("Strength", exact=True)
     page.get_by_label("Prompt").fill('The "old" <i>')
     page.get_by_role("spinbutton", name="Tokens").fill("18")
@@ -341,6 +359,7 @@ def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled
 
     monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
     page = open_page("/neurons/1/17", viewport=PHONE)
+    page.locator("#steer summary").click()
     page.get_by_label("Prompt").fill("The baker")
     page.get_by_role("button", name="Write").click()
     for name in ("unsteered", "steered"):
@@ -422,6 +441,7 @@ def test_without_scripts_everything_can_still_be_read_and_asked(open_page, compi
     page.get_by_role("button", name="Show neurons").click()
     assert page.locator("table.prompt tbody tr").count() == 13
     page.goto("/neurons/1/17")
+    page.locator("#steer summary").click()
     page.get_by_label("Prompt").fill("The baker")
     page.get_by_role("spinbutton", name="Tokens").fill("22")
     page.get_by_role("button", name="Write").click()

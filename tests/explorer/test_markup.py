@@ -91,9 +91,10 @@ def test_each_part_of_an_example_is_what_its_pieces_are_drawn_as(tokens, data):
         drawn(markup.pieces(texts[a:b], values[a:b], 50.0, at - a))
         for a, b in ((0, begin), (begin, end), (end, len(texts)))
     )
-    far = '<span class="far">'
-    wanted = [f"{far}{before}</span>" if begin else "", near, f"{far}{behind}</span>" if behind else ""]
-    assert html.replace(f"{far}</span>", "") == "".join(wanted).replace(f"{far}</span>", "")
+    far, cut = '<span class="far">', '<span class="cut"></span>'
+    first = f"{cut}{far}{before}</span>" if begin else ""
+    last = f"{far}{behind}</span>{cut}" if end < len(texts) else ""
+    assert html == f"{first}{near}{last}"
 
 
 def parsed(html):
@@ -107,7 +108,7 @@ def test_hostile_tokens_and_labels_stay_text_wherever_they_stand(token, label):
     example = {"at": 7, "document": 1, "activation": 1.0, "example": 0, "tokens": [token] * 2}
     made = [
         markup.chips([token, token]),
-        markup.shares([{"token": token, "share": 0.5}]),
+        markup.shares([{"token": token, "share": 0.5, "active": 1, "occurrences": 2}]),
         markup.effects([{"token": token, "effect": -0.5}], "up"),
         markup.similar([other], lambda layer, neuron: f"#{label}"),
         markup.similar([other], lambda layer, neuron: None),

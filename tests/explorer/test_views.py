@@ -47,6 +47,25 @@ def test_examples_hold_the_tokens_and_activations_of_the_store(source, dense):
             assert example["values"][example["example"]] == pytest.approx(example["activation"], rel=1e-6)
 
 
+def test_tokens_are_counted_and_a_neuron_is_ranked_in_its_layer(source, dense):
+    ids = source.store.tokens(0, source.store.n_tokens)
+    for layer, neuron in ((0, 3), (1, 17)):
+        data = views.neuron(source, layer, neuron)
+        for item in data["input_tokens"]:
+            there = ids == item["id"]
+            assert item["occurrences"] == there.sum()
+            assert item["active"] == (dense[layer, there, neuron] != 0).sum() > 0
+        for name, share in data["ranks"].items():
+            column = source.column(name)[layer * explored_run.D : (layer + 1) * explored_run.D]
+            column = column[np.isfinite(column)]
+            assert share == pytest.approx((column < data["figures"][name]).mean())
+        (other,) = data["same_index"]
+        assert (other["layer"], other["neuron"]) == (1 - layer, neuron)
+        assert other["density"] == pytest.approx((dense[1 - layer, :, neuron] != 0).mean())
+    dead = views.neuron(source, *explored_run.DEAD)
+    assert dead["input_tokens"] == [] and dead["ranks"]["max_activation"] is None
+
+
 def test_a_row_is_what_arrow_itself_makes_of_it(source):
     for number in (0, 7, source.number(*explored_run.DEAD), source.n_neurons - 1):
         wanted = {name: source.rows[name][number].as_py() for name in source.rows.schema.names}

@@ -122,9 +122,9 @@ def example_text(example: Mapping[str, Any], strongest: float) -> str:
     begin, end = max(0, at - _NEAR_BEFORE), min(len(drawn), at + _NEAR_AFTER + 1)
     text = "".join(drawn[begin:end])
     if begin:
-        text = f'<span class="far">{"".join(drawn[:begin])}</span>{text}'
+        text = f'<span class="cut"></span><span class="far">{"".join(drawn[:begin])}</span>{text}'
     if end < len(drawn):
-        text = f'{text}<span class="far">{"".join(drawn[end:])}</span>'
+        text = f'{text}<span class="far">{"".join(drawn[end:])}</span><span class="cut"></span>'
     return text
 
 
@@ -134,16 +134,24 @@ def by_part(found: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[
     return [(part, some) for part, some in parts if some]
 
 
-def examples(found: Iterable[Mapping[str, Any]], strongest: float, more: bool) -> Markup:
-    """Draws examples, as the view of a neuron has them, as items of a list; `more`: with a button each."""
+def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: bool) -> Markup:
+    """Draws examples, as the view of a neuron has them, as items of a list.
+
+    Args:
+        found: The examples.
+        strongest: The neuron's largest activation, which a bar beside each compares with; None: no bars,
+            where all would be as long.
+        more: With a button each that fetches more context.
+    """
     drawn = []
     for example in found:
         at, document = example["at"], write_as("count", example["document"])
         drawn.append(
             f'<li class="example" data-at="{at}">\n<div class="strength">'
-            f"<b>{_number(example['activation'])}</b>{bar(example['activation'] / strongest)}"
+            f"<b>{_number(example['activation'])}</b>"
+            f"{bar(example['activation'] / strongest) if strongest else ''}"
             f'<small title="Number of the document in the store">doc {document}</small></div>\n'
-            f'<p class="text">{example_text(example, strongest)}</p>\n'
+            f'<p class="text">{example_text(example, strongest or example["strongest"])}</p>\n'
         )
         if more:
             drawn.append(
@@ -160,8 +168,23 @@ def chips(tokens: Iterable[str]) -> Markup:
 
 
 def shares(items: Iterable[Mapping[str, Any]]) -> Markup:
-    """Draws input tokens and their shares as items of a list."""
-    return Markup("".join(_weighed(i["token"], i["share"], write_as("share", i["share"])) for i in items))
+    """Draws input tokens as items of a list: share of the activation, and how often active at how many."""
+    drawn = []
+    for item in items:
+        often = f"{write_as('count', item['active'])} of {write_as('count', item['occurrences'])}"
+        drawn.append(_weighed(item["token"], item["share"], write_as("share", item["share"]), more=often))
+    return Markup("".join(drawn))
+
+
+def strip(items: Iterable[Mapping[str, Any]], link: Link) -> Markup:
+    """Draws the neurons of one index in all layers in a row, each with its density and strongest tokens."""
+    drawn = [
+        f"<span>{name(item['layer'], item['neuron'], item['label'], link)} "
+        f'<small class="number">{write_as("share", item["density"])}</small> '
+        f"{chips(item['input_tokens'])}</span>"
+        for item in items
+    ]
+    return Markup(" ".join(drawn))
 
 
 def effects(items: Sequence[Mapping[str, Any]], kind: str) -> Markup:
@@ -217,8 +240,9 @@ def bar(share: float, kind: str = "") -> Markup:
     )
 
 
-def _weighed(token: str, share: float, written: str, kind: str = "") -> str:
-    return f'<li>{_chip(token)}{bar(share, kind)}<span class="number">{written}</span></li>'
+def _weighed(token: str, share: float, written: str, kind: str = "", more: str = "") -> str:
+    beside = f'<span class="number often">{more}</span>' if more else ""
+    return f'<li>{_chip(token)}{bar(share, kind)}<span class="number">{written}</span>{beside}</li>'
 
 
 @functools.lru_cache(_REMEMBERED)

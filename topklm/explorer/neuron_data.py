@@ -29,7 +29,7 @@ _AHEAD_EVENTS = 2**21  # read at once, some 80 MB with all that is made of them
 _PART = re.compile(r"\\x[0-9a-f]{2}")
 _MOST_PARTS = 4  # bytes of a character in UTF-8
 # How what is not printed is shown inside of a token.
-_SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "←"})
+_SPELLED = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "←", "\N{NO-BREAK SPACE}": "⍽"})
 
 
 class NotThereError(UserError):
@@ -90,6 +90,7 @@ class NeuronData:
         self._text = functools.cache(self._shown)
         self._parts: set[int] = set()  # tokens, of those shown, that may be a part of a character
         self._characters = functools.cache(self._whole_characters)
+        self._ordered = functools.cache(self._in_order)
 
     def _check(self) -> None:
         table.check_same(self.folder.table, self.measured, self.store)
@@ -152,6 +153,24 @@ class NeuronData:
         row = self.row(number, ["examples", "example_parts"])
         found = zip(row["examples"] or (), row["example_parts"] or (), strict=True)
         return [at for at, part in found if part == 0]
+
+    @functools.cached_property
+    def occurrences(self) -> np.ndarray:
+        """int64[V], how often each token stands in the store."""
+        return np.bincount(self.ids, minlength=self.tokenizer.vocab_size)
+
+    def rank(self, number: int, name: str) -> float | None:
+        """Returns the share of a layer's neurons whose figure is below that of a neuron; None without one."""
+        value = self.row(number, [name])[name]
+        if value is None:
+            return None
+        ordered = self._ordered(name, number // self.measured.d_model)
+        return float(np.searchsorted(ordered, value) / len(ordered))
+
+    def _in_order(self, name: str, place: int) -> np.ndarray:
+        d = self.measured.d_model
+        values = self.column(name)[place * d : (place + 1) * d]
+        return np.sort(values[np.isfinite(values)])
 
     def column(self, name: str) -> np.ndarray:
         """Returns float64[n_neurons] of a column of numbers, NaN where there is none."""

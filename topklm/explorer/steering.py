@@ -24,6 +24,7 @@ POSITIONS = {"all": "the whole text", "prompt": "the prompt", "generated": "only
 _NOT_SPELLED = "\n\N{NO-BREAK SPACE}"
 _STEPS = 4  # tokens between pieces; the first comes alone, so that nobody has to wait for the others
 _LONGEST_SHOWN = 60  # characters of a wrong value
+_BEGINS_AT = 0.7  # of the highest activation: little is readable above it, little happens far below
 _MULTIPLES = 4  # the slider ends at so many times the highest activation
 _SLIDER_STEPS = 100  # or more
 _PROMPT_TOKENS, _PROMPT_WORDS = 24, 4  # at most, and at least
@@ -219,7 +220,7 @@ def box(source: NeuronData, layer: int, neuron: int) -> dict[str, Any]:
     row = source.row(number, ["max_activation", "mean_activation"])
     strengths = Strengths.of(row["max_activation"] or _usual(source, layer), row["mean_activation"])
     prompts = (_before(source, at) for at in source.strongest_examples(number)[:_EXAMPLES])
-    value = round(strengths.highest / strengths.step) * strengths.step
+    value = round(_BEGINS_AT * strengths.highest / strengths.step) * strengths.step
     settings = SteerSettings(next(filter(None, prompts), ""), value=value)
     has_topk = source.measured.kind == "topk"
     return {

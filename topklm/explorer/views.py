@@ -5,6 +5,8 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from topklm.errors import UserError
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
@@ -50,13 +52,25 @@ def neuron(
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
         "figures": {name: row[name] for name in catalog.numbers()},
+        "ranks": {name: source.rank(number, name) for name, s in catalog.numbers().items() if s.first},
+        "same_index": [
+            {
+                "layer": other,
+                "neuron": neuron,
+                "label": labels.get((other, neuron), ""),
+                "density": source.row(source.number(other, neuron), ["density"])["density"],
+                "input_tokens": _strongest_tokens(source, other, neuron),
+            }
+            for other in measured.layers
+            if other != layer
+        ],
         "effective_tokens": _exp(row["token_entropy_corrected"]),
         "effective_clusters": _exp(row["semantic_entropy_corrected"]),
         "histogram": {
             "width": (row["max_activation"] or 0) / len(counts) if counts else None,
             "counts": counts,
         },
-        "input_tokens": _input_tokens(source, row),
+        "input_tokens": _with_counts(source, layer, neuron, _input_tokens(source, row)),
         "output_tokens": {
             lens: {
                 end: _weighed(source, row[f"{lens}_{end}"], "effect", row[f"{lens}_{end}_effects"])
@@ -261,6 +275,23 @@ def _input_tokens(source: NeuronData, row: Mapping[str, Any]) -> list[dict[str, 
     return _weighed(source, row["top_tokens"], "share", row["top_token_shares"])
 
 
+def _with_counts(
+    source: NeuronData, layer: int, neuron: int, tokens: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Adds how often each token stands in the store, and at how many of these the neuron is active."""
+    if not tokens:
+        return []
+    active = source.ids[source.events(layer, neuron).tokens]
+    return [
+        {
+            **token,
+            "occurrences": int(source.occurrences[token["id"]]),
+            "active": int(np.count_nonzero(active == token["id"])),
+        }
+        for token in tokens
+    ]
+
+
 def _strongest_tokens(source: NeuronData, layer: int, neuron: int) -> list[str]:
     row = source.row(source.number(layer, neuron), ["top_tokens"])
     return source.texts((row["top_tokens"] or [])[:3])
@@ -272,8 +303,9 @@ def _examples(
     names = ("examples", "example_activations", "example_parts")
     positions, strengths, parts = (row[name] or [] for name in names)
     found = _activations(source, layer, neuron, source.windows(positions, size), positions)
+    strongest = row["max_activation"] or 1
     return [
-        {"part": part, "activation": activation, **shown}
+        {"part": part, "activation": activation, "strongest": strongest, **shown}
         for part, activation, shown in zip(parts, strengths, found, strict=True)
     ]
 
