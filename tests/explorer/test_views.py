@@ -279,3 +279,18 @@ def test_a_character_of_several_tokens_stands_whole_at_its_last(source):
     cut = source.running_texts(ids[2:])  # it begins within a character, which is shown by its bytes
     assert cut[0] == "\\xa9"
     assert cut[1:] == ["", "", "\u4e2d", "b"]
+
+
+def test_a_line_of_a_table_shows_the_strongest_example(source):
+    number = source.number(1, 17)
+    at = source.row(number)["examples"][0]
+    before, token, after = views.summary(source, number, {})["snippet"]
+    ids = source.store.tokens(0, source.store.n_tokens)
+    assert token == shown(source.tokenizer.decode(ids[at : at + 1]))
+    assert before + token + after in shown(source.tokenizer.decode(ids[at - 9 : at + 6]))
+    assert 2 <= len(before) <= 9 and len(after) == 5  # a token a byte
+    assert views.summary(source, source.number(*explored_run.DEAD), {})["snippet"] is None
+
+
+def test_a_space_that_does_not_break_is_a_sign():
+    assert shown("250\N{NO-BREAK SPACE}km") == "250⍽km"

@@ -162,6 +162,18 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: 
     return Markup("".join(drawn))
 
 
+def snippet(parts: tuple[str, str, str] | None) -> Markup:
+    """Draws a token with the words before and after it, on a line of its own."""
+    if parts is None:
+        return Markup("")
+    before, token, after = parts
+    space, word = _word(token)
+    return Markup(
+        f'<small class="snippet">…{_escaped(before + space)}<mark class="p6 here">{_escaped(word)}</mark>'
+        f"{_escaped(after)}…</small>"
+    )
+
+
 def chips(tokens: Iterable[str]) -> Markup:
     """Draws tokens by themselves, in a row."""
     return Markup(" ".join(map(_chip, tokens)))

@@ -115,6 +115,8 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
         plot = plots.violins(values, axis, f"{title} of the neurons of each layer, nats.")
         found.append({"title": title, "about": about, "plot": plot})
     dead = {layer: int((values == 0).sum()) for layer, values in by_layer("n_active").items()}
+    if not any(dead.values()):
+        return found
     said = f"Never active on these {measured.n_tokens:,} tokens, of {d:,} in each layer."
     plot = plots.bars(dead, max(d // 10, *dead.values()), "dead neurons", said)
     found.append({"title": "Dead neurons", "about": said, "plot": plot})

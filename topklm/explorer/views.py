@@ -16,6 +16,7 @@ from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
+_SNIPPET_TOKENS, _SNIPPET_AFTER = 9, 5  # before and after the token of a snippet
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
 SEARCH_KINDS = ("words", "regex")
 MOST_FOUND = 50
@@ -127,7 +128,18 @@ def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
         "dead": not row["n_active"],
         "figures": {name: row[name] for name in catalog.numbers()},
         "input_tokens": _input_tokens(source, row)[:5],
+        "snippet": _snippet(source, number),
     }
+
+
+def _snippet(source: NeuronData, number: int) -> tuple[str, str, str] | None:
+    """Returns the token of the strongest example of a neuron, with the text before and after it."""
+    for at in source.strongest_examples(number)[:1]:
+        window = source.window(at, 2 * _SNIPPET_TOKENS)
+        texts, place = source.running_texts(window.ids), at - window.begin
+        before, after = texts[max(0, place - _SNIPPET_TOKENS) : place], texts[place + 1 :][:_SNIPPET_AFTER]
+        return "".join(before), texts[place], "".join(after)
+    return None
 
 
 def part_titles() -> list[str]:

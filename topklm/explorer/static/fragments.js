@@ -78,4 +78,9 @@ document.addEventListener("submit", async (event) => {
   replace(form.dataset.fragment, form.getAttribute("action") + (query ? `?${query}` : ""), {}, true);
 });
 
+// Filters apply at once.
+document.addEventListener("change", (event) => {
+  event.target.closest("form.filters[data-fragment]")?.requestSubmit();
+});
+
 addEventListener("popstate", () => location.reload());
