@@ -287,8 +287,8 @@ def test_a_line_of_a_table_shows_the_strongest_example(source):
     before, token, after = views.summary(source, number, {})["snippet"]
     ids = source.store.tokens(0, source.store.n_tokens)
     assert token == shown(source.tokenizer.decode(ids[at : at + 1]))
-    assert before + token + after in shown(source.tokenizer.decode(ids[at - 9 : at + 6]))
-    assert 2 <= len(before) <= 9 and len(after) == 5  # a token a byte
+    assert before + token + after in shown(source.tokenizer.decode(ids[at - 6 : at + 6]))
+    assert 2 <= len(before) <= 6 and len(after) == 5  # a token a byte
     assert views.summary(source, source.number(*explored_run.DEAD), {})["snippet"] is None
 
 

@@ -16,7 +16,7 @@ from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
-_SNIPPET_TOKENS, _SNIPPET_AFTER = 9, 5  # before and after the token of a snippet
+_SNIPPET_TOKENS, _SNIPPET_AFTER = 6, 5  # before and after the token of a snippet
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
 SEARCH_KINDS = ("words", "regex")
 MOST_FOUND = 50
