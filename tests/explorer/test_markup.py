@@ -97,6 +97,13 @@ def test_each_part_of_an_example_is_what_its_pieces_are_drawn_as(tokens, data):
     assert html == f"{first}{near}{last}"
 
 
+def test_the_token_of_a_snippet_is_never_far_to_the_right():
+    drawn = markup.snippet(("far off, some words that nobody needs here, and", " <so>", " on"))
+    assert re.sub(r"<[^>]*>", "", drawn) == "…that nobody needs here, and &lt;so&gt; on…"
+    assert len(re.sub(r"<[^>]*>", "", markup.snippet(("x" * 100, "y", "")))) == 1 + 28 + 1 + 1
+    assert markup.snippet(None) == ""
+
+
 def parsed(html):
     html = str(html).replace(" data-more ", " ")  # XML has no attribute without a value
     return ElementTree.fromstring(f"<p>{re.sub(r'[^ -~]', '?', html)}</p>")

@@ -25,6 +25,7 @@ SHADES = 10  # steps of the shading of tokens
 _DIGITS = ((100, ",.0f"), (10, ".1f"), (1, ".2f"), (0.01, ".3f"), (0.001, ".4f"), (0, ".1e"))
 # Tokens before and after an example's own that are shown until a reader asks for more.
 _NEAR_BEFORE, _NEAR_AFTER = 28, 14
+_SNIPPET_CHARACTERS = 28  # before its token, so that this is seen in a narrow column
 _PARTS = (0, 5, 4, 3, 2, 1)  # of the examples, as they are shown
 _REMEMBERED = 2**15  # tokens as HTML, and shades: a page has the same few again and again
 
@@ -167,6 +168,9 @@ def snippet(parts: tuple[str, str, str] | None) -> Markup:
     if parts is None:
         return Markup("")
     before, token, after = parts
+    if len(before) > _SNIPPET_CHARACTERS:
+        before = before[-_SNIPPET_CHARACTERS:]
+        before = before.partition(" ")[2] or before
     space, word = _word(token)
     return Markup(
         f'<small class="snippet">…{_escaped(before + space)}<mark class="p6 here">{_escaped(word)}</mark>'
