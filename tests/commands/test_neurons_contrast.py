@@ -155,8 +155,9 @@ def test_repeated_documents_and_those_behind_the_limit_are_left_out_and_that_is_
 
 def mean_loss(model, texts, neurons=()):
     documents = [model.tokenizer.encode(text) for text in texts]
-    losses = AblatedLosses(text_model(model), documents)
-    return losses.sums(neurons).sum() / sum(map(len, documents))
+    n = sum(map(len, documents))
+    losses = AblatedLosses(text_model(model), documents, {"all": np.ones(n, bool)})
+    return losses.of_tokens(neurons).sum() / n
 
 
 def test_ablating_reports_the_losses_of_documents_that_nothing_was_chosen_on(call, place, model, tmp_path):

@@ -20,8 +20,11 @@ TEXTS = ["the sea and the Sea", "no ships at sea [bold]", "\x1b[2J towns"]
 HOSTILE = "[red]<b>=1"
 
 
-def write_store(run, step, texts=TEXTS, **metadata):
-    """A store in which neuron 3 of layer 1 is active where "sea" is, and neuron 5 of layer 0 everywhere."""
+def write_store(run, step, texts=TEXTS, everywhere=(5,), **metadata):
+    """A store in which neuron 3 of layer 1 is active where "sea" is, and some of layer 0 everywhere.
+
+    If they are several, those of layer 1 are so too.
+    """
     tokenizer = saved_runs.tokenizer()
     documents = [tokenizer.encode(text) for text in texts]
     facts = {
@@ -41,7 +44,7 @@ def write_store(run, step, texts=TEXTS, **metadata):
     writer = StoreWriter(folder.store, Metadata(**{**facts, **metadata}))
     for number, (text, ids) in enumerate(zip(texts, documents, strict=True)):
         dense = np.zeros((2, len(ids), D))
-        dense[0, :, 5] = 1.0
+        dense[: 1 + (len(everywhere) > 1), :, list(everywhere)] = 1.0
         for at in range(len(text)):
             if text[at : at + 3] in ("sea", "Sea"):
                 dense[1, at : at + 3, 3] = 2.0

@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 
 from topklm.neurons import ablate_set
-from topklm.neurons.ablate_set import Change, Outcome, Scored, Spread
+from topklm.neurons.ablate_set import Change, Estimate, Outcome, Spread
 from topklm.neurons.contrast import ContrastedNeuron
 
 LAYERS = (0, 2)
 
 
 class Losses:
-    """Documents whose loss rises by what each ablated neuron is worth."""
+    """Documents of two groups, whose loss rises by what each ablated neuron is worth there."""
 
     def __init__(self, n_tokens, worth):
-        self.n_tokens, self._worth = np.array(n_tokens), worth
+        self.n_tokens, self._worth = {name: np.array(n) for name, n in n_tokens.items()}, worth
 
     def sums(self, ablated=(), report=lambda tokens: None):
-        report(int(self.n_tokens.sum()))
-        return self.n_tokens * (3.0 + sum(self._worth.get(neuron, 0.0) for neuron in ablated))
+        report(int(sum(n.sum() for n in self.n_tokens.values())))
+        return {
+            name: n * (3.0 + sum(self._worth[name].get(neuron, 0.0) for neuron in ablated))
+            for name, n in self.n_tokens.items()
+        }
 
 
 def candidate(layer, neuron, difference, score=1.0):
@@ -48,9 +51,7 @@ def test_the_strongest_of_all_layers_are_chosen():
     assert ablate_set.strongest(found, 3) == ((0, 3), (2, 1), (0, 5))
     assert ablate_set.strongest(found, 2, "score") == ((0, 5), (2, 1))
     for n in (0, 4):
-        with pytest.raises(
-            ValueError, match=f"neurons = {n}: must be from 1 to 3, those that are more frequ"
-        ):
+        with pytest.raises(ValueError, match=f"count = {n}: must be from 1 to 3, those that are more frequ"):
             ablate_set.strongest(found, n)
 
 
@@ -75,29 +76,37 @@ def test_random_sets_are_of_the_same_layers_of_near_densities_and_of_other_neuro
 def test_a_layer_without_as_many_others_is_named():
     density = np.array([[0.1, 0.2, 0.3, 0.0], [0.1] * 4])
     chosen = [(0, 0), (0, 1)]
-    with pytest.raises(ValueError, match="neurons: layer 0 has no 2 others besides the 2 chosen"):
+    with pytest.raises(ValueError, match="count: layer 0 has no 2 others besides the 2 chosen"):
         ablate_set.matched_set(chosen, density, LAYERS, np.random.default_rng(0))
 
 
 def test_changes_are_means_over_tokens_and_chance_is_counted():
-    worth = {(0, 1): 0.5, (0, 2): 0.25, (2, 7): -0.125}
-    forget, retain = Losses([10, 30, 20], worth), Losses([5, 5], {(0, 1): 0.125})
-    scored = Scored(forget, retain, forget.sums(), retain.sums())
+    worth = {"forget": {(0, 1): 0.5, (0, 2): 0.25, (2, 7): -0.125}, "retain": {(0, 1): 0.125}, "none": {}}
+    # The documents of one group have no token of the other; a group may have no token at all.
+    n_tokens = {"none": [0] * 5, "forget": [10, 30, 20, 0, 0], "retain": [0, 0, 0, 5, 5]}
+    losses = [
+        Losses({name: n_tokens[name] for name in names}, worth) for names in (["forget", "none"], ["retain"])
+    ]
     density = np.full((2, 12), 0.1)
     density[0, 1:3], density[1, 7] = 0.2, 0.05
     done = []
     chosen = [[(0, 1)], [(0, 1), (0, 2), (2, 7)]]
-    one, three = ablate_set.measure(scored, chosen, density, LAYERS, n_random=6, report=done.append)
-    assert sum(done) == 2 * 7 * 70
-    assert (one.chosen.forget, one.chosen.retain, one.chosen.gap) == (0.5, 0.125, 0.375)
-    assert (three.chosen.forget, three.chosen.retain) == (0.625, 0.125)
+    before, (one, three) = ablate_set.measure(losses, chosen, density, LAYERS, n_random=6, report=done.append)
+    assert sum(done) == (1 + 2 * 7) * 70
+    assert (before["forget"], before["retain"]) == (3.0, 3.0) and np.isnan(before["none"])
+    # Every document changes as much.
+    assert one.chosen.groups["forget"] == Estimate(0.5, 0.5, 0.5)
+    assert one.chosen.groups["retain"] == Estimate(0.125, 0.125, 0.125)
+    assert np.isnan(one.chosen.groups["none"].change) and np.isnan(one.chosen.groups["none"].low)
+    assert one.chosen.gap == 0.375
+    assert [three.chosen.groups[name].change for name in ("forget", "retain")] == [0.625, 0.125]
     assert one.chosen.density == 0.2 and three.chosen.density == pytest.approx(0.15)
-    assert one.chosen.forget_interval == (0.5, 0.5)  # every document changes as much
     assert len(one.random) == 6 and all(len(other.neurons) == 3 for other in three.random)
     gaps = [0.25 if (0, 2) in other.neurons else 0.0 for other in one.random]
     assert [other.gap for other in one.random] == gaps
     assert one.p_value == 1 / 7
     assert one.spread("forget").mean == pytest.approx(np.mean(gaps))
+    assert one.random_density == pytest.approx(np.mean([0.2 if gap else 0.1 for gap in gaps]))
     equal = Outcome(one.chosen, (one.chosen, *one.random))
     assert equal.p_value == 2 / 8
 
@@ -118,4 +127,5 @@ def test_a_spread_is_of_sets():
     assert dataclasses.astuple(Spread.of([2.0])) == (2.0, 2.0, 2.0)
     spread = Spread.of(list(range(41)))
     assert dataclasses.astuple(spread) == (20.0, 1.0, 39.0)
-    assert Change((), 0, 0.5, 0.125, (0, 0), (0, 0)).gap == 0.375
+    groups = {name: Estimate(change, 0, 0) for name, change in (("a", 0.5), ("b", 3.0), ("c", 0.125))}
+    assert Change((), 0, groups).gap == 0.375

@@ -10,6 +10,8 @@ from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses
 from topklm.neurons.documents import windows_of
 
+EVEN = np.concatenate([ids % 2 == 0 for ids in DOCUMENTS])
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -21,32 +23,40 @@ def texts(model):
     """Makes documents of two batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "_BATCH_TOKENS", 128)
-        return AblatedLosses(text_model(model), DOCUMENTS)
+        return AblatedLosses(text_model(model), DOCUMENTS, {"all": np.ones(136, bool), "even": EVEN})
 
 
-def sum_by_hand(model, ids, neurons):
-    """Nats, of all tokens of a document."""
+def losses_by_hand(model, ids, neurons):
+    """Nats, of each token of a document."""
     separator, length = model.tokenizer.separator_id, model.config.model.context_length
     steer = [Intervention(layer, neuron, mode="ablate") for layer, neuron in neurons]
-    total = 0.0
+    losses = []
     for window in windows_of(0, ids, separator, length):
         padded = np.full((1, length), separator)
         padded[0, : len(window.inputs)] = window.inputs
         logits = np.asarray(model(padded, steer=steer), np.float64)[0]
         log_z = np.log(np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)) + logits.max(axis=-1)
         for at in range(window.n_known, len(window.inputs)):
-            total += log_z[at - 1] - logits[at - 1, padded[0, at]]
-    return total
+            losses.append(log_z[at - 1] - logits[at - 1, padded[0, at]])
+    return losses
 
 
 @pytest.mark.parametrize("neurons", [(), ((0, 3), (0, 17), (1, 5), (1, 6)), tuple((0, n) for n in range(8))])
 def test_losses_are_those_of_the_model_with_ablating_interventions(model, texts, neurons):
     done = []
     sums = texts.sums(neurons, done.append)
-    assert sum(done) == texts.n_tokens.sum() == 136
-    np.testing.assert_allclose(sums, [sum_by_hand(model, ids, neurons) for ids in DOCUMENTS], rtol=1e-4)
+    assert sum(done) == texts.n_tokens["all"].sum() == 136
+    by_hand = [losses_by_hand(model, ids, neurons) for ids in DOCUMENTS]
+    np.testing.assert_allclose(texts.of_tokens(neurons), np.concatenate(by_hand), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sums["all"], [sum(losses) for losses in by_hand], rtol=1e-4)
+    even = [
+        sum(loss for loss, token in zip(losses, ids, strict=True) if token % 2 == 0)
+        for losses, ids in zip(by_hand, DOCUMENTS, strict=True)
+    ]
+    np.testing.assert_allclose(sums["even"], even, rtol=1e-4)
+    assert texts.n_tokens["even"].tolist() == [int((ids % 2 == 0).sum()) for ids in DOCUMENTS]
     if neurons:
-        assert np.abs(sums - texts.sums()).max() > 0.01
+        assert np.abs(sums["all"] - texts.sums()["all"]).max() > 0.01
 
 
 def test_other_sets_of_any_size_compile_nothing(texts):

@@ -86,7 +86,7 @@ def by_loops(dense, matched):
 @pytest.mark.parametrize("block_events", [1, 60, 2_000_000])
 @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
 def test_ranking_is_what_loops_over_all_tokens_give(filled, monkeypatch, block_events, share):
-    monkeypatch.setattr(search, "_BLOCK_EVENTS", block_events)
+    monkeypatch.setattr(search, "BLOCK_EVENTS", block_events)
     store, dense = filled
     matched = np.random.default_rng(9).random(dense.shape[1]) < share
     wanted, ranked = by_loops(dense, matched), rank(store, matched, limit=1000)

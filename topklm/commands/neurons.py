@@ -12,7 +12,7 @@ from pathlib import Path
 import re
 from typing import TYPE_CHECKING
 
-from topklm.commands import neurons_card, neurons_compare, neurons_find, shared
+from topklm.commands import neurons_ablate, neurons_card, neurons_compare, neurons_find, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "find": neurons_find.FIND,
         "contrast": neurons_compare.CONTRAST,
         "select": neurons_find.SELECT,
+        "ablate": neurons_ablate.ABLATE,
         "ablate-set": neurons_compare.ABLATE_SET,
         "card": neurons_card.CARD,
     }

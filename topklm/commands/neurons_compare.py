@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from pathlib import Path
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +27,7 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
-    from topklm.neurons.ablate_set import AblatedLosses, Neuron, Outcome, Scored
+    from topklm.neurons.ablate_set import Neuron, Outcome
     from topklm.neurons.documents import TextModel
     from topklm.neurons.harvest import UnitCounts
 
@@ -303,18 +302,10 @@ def _add_ablate_set(parser: argparse.ArgumentParser) -> None:
     texts = {"forget": "text to be forgotten", "retain": "text to be known as before"}
     add = _flags(parser, texts, 50_000)
     text = "how many are ablated, of all layers together; default 8,32"
-    add("--count N,...", text, type=_numbers, default=(8, 32))
-    shared.former(parser, "--neurons", "count", _numbers)
+    add("--count N,...", text, type=shared.counts, default=(8, 32))
+    shared.former(parser, "--neurons", "count", shared.counts)
     add("--random-sets R", "for each number", 20)
     add("--save FILE", "write the chosen set as interventions, for generate --steer-file")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Reads "8,32"."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, 1 or more, with commas between")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _ablate_set(arguments: argparse.Namespace) -> None:
@@ -336,31 +327,31 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     )
     counts, found = _contrast_of(arguments, text_model, chosen_on, output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, only=arguments.layers)
+    # Both texts count alike, however long they are.
+    density = found.frequency.mean(axis=0)
+    n_tokens = [sum(map(len, documents)) for documents in scored_on]
+    losses = [
+        ablate_set.AblatedLosses(text_model, documents, {name: np.ones(n, bool)})
+        for name, documents, n in zip(_ABLATED, scored_on, n_tokens, strict=True)
+    ]
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.count]
-        forget, retain = (ablate_set.AblatedLosses(text_model, documents) for documents in scored_on)
-        n_tokens = int(forget.n_tokens.sum() + retain.n_tokens.sum())
-        total = n_tokens * (1 + len(sets) * (1 + arguments.random_sets))
-        with output.progress.phase("measuring losses", total) as tell:
-
-            def report(tokens: int) -> None:
-                tell(tokens, 0, tokens)
-
-            scored = ablate_set.Scored(forget, retain, forget.sums(report=report), retain.sums(report=report))
-            outcomes = ablate_set.measure(
-                scored,
+        with output.progress.phase(
+            "measuring losses", sum(n_tokens) * (1 + len(sets) * (1 + arguments.random_sets))
+        ) as tell:
+            before, outcomes = ablate_set.measure(
+                losses,
                 sets,
-                found.frequency.mean(axis=0),  # both texts count alike, however long they are
+                density,
                 counts.layers,
                 n_random=arguments.random_sets,
                 seed=arguments.seed,
-                report=report,
+                report=lambda tokens: tell(tokens, 0, tokens),
             )
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]
         save_interventions(arguments.save, entries, model=shared.name_of(model))
     q_values = {(r.layer, r.neuron): r.q_value for r in ranked}
-    losses = _mean(scored.forget_before, scored.forget), _mean(scored.retain_before, scored.retain)
     warnings = [line for text in texts for line in text.warnings]
     facts = {
         "run": arguments.run,
@@ -373,14 +364,20 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         "by": arguments.by,
         "seed": arguments.seed,
         "keep": arguments.keep,
-        "forget_loss": losses[0],
-        "retain_loss": losses[1],
+        "forget_loss": before["forget"],
+        "retain_loss": before["retain"],
         "warnings": warnings,
         "sets": [_set_facts(one, q_values) for one in outcomes],
     }
 
     def show() -> None:
-        _print_outcomes(output, texts, scored, losses, outcomes, q_values)
+        for text, documents, n in zip(texts, scored_on, n_tokens, strict=True):
+            output.say(
+                f"{text.flag}: {visible(text.source)}: neurons are chosen on "
+                f"{len(text.documents) - len(documents):,} documents, losses are of {len(documents):,} "
+                f"others, {n:,} tokens"
+            )
+        _print_outcomes(output, before, outcomes, q_values)
         for line in warnings:
             output.say(f"note: {line}")
         if arguments.save is not None:
@@ -389,21 +386,19 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     output.give(facts, show)
 
 
-def _mean(sums: np.ndarray, text: AblatedLosses) -> float:
-    return float(sums.sum() / text.n_tokens.sum())
-
-
 def _set_facts(outcome: Outcome, q_values: Mapping[Neuron, float]) -> dict[str, Any]:
     chosen = outcome.chosen
     return {
         "n_neurons": len(chosen.neurons),
-        **dataclasses.asdict(chosen),
+        "neurons": chosen.neurons,
+        "density": chosen.density,
+        **{name: chosen.groups[name].change for name in _ABLATED},
+        **{f"{name}_interval": (chosen.groups[name].low, chosen.groups[name].high) for name in _ABLATED},
         "q_values": [q_values[neuron] for neuron in chosen.neurons],
         "random": {
             "sets": len(outcome.random),
-            "density": outcome.spread("density").mean,
-            "forget": dataclasses.asdict(outcome.spread("forget")),
-            "retain": dataclasses.asdict(outcome.spread("retain")),
+            "density": outcome.random_density,
+            **{name: dataclasses.asdict(outcome.spread(name)) for name in _ABLATED},
         },
         "p_value": outcome.p_value,
     }
@@ -411,35 +406,22 @@ def _set_facts(outcome: Outcome, q_values: Mapping[Neuron, float]) -> dict[str, 
 
 def _print_outcomes(
     output: Output,
-    texts: Sequence[ComparedText],
-    scored: Scored,
-    losses: tuple[float, float],
+    before: Mapping[str, float],
     outcomes: Sequence[Outcome],
     q_values: Mapping[Neuron, float],
 ) -> None:
-    for text, part in zip(texts, (scored.forget, scored.retain), strict=True):
-        n_chosen_on = len(text.documents) - len(part.n_tokens)
-        output.say(
-            f"{text.flag}: {visible(text.source)}: neurons are chosen on {n_chosen_on:,} documents, losses "
-            f"are of {len(part.n_tokens):,} others, {part.n_tokens.sum():,} tokens"
-        )
-    forget, retain = losses
+    forget, retain = (before[name] for name in _ABLATED)
     rows: list[Sequence[str] | None] = [("nothing", "", f"{forget:.3f}", "", "", f"{retain:.3f}")]
     for outcome in outcomes:
         chosen, n, n_random = outcome.chosen, len(outcome.chosen.neurons), len(outcome.random)
         by_chance = [dataclasses.astuple(outcome.spread(text)) for text in _ABLATED]
-        density = outcome.spread("density").mean
+        found = [dataclasses.astuple(chosen.groups[text]) for text in _ABLATED]
         rows += [
             None,
-            (
-                f"{n} chosen",
-                f"{chosen.density:.2%}",
-                *_cells(forget, chosen.forget, *chosen.forget_interval),
-                *_cells(retain, chosen.retain, *chosen.retain_interval),
-            ),
+            (f"{n} chosen", f"{chosen.density:.2%}", *_cells(forget, *found[0]), *_cells(retain, *found[1])),
             (
                 f"{n} random, {n_random} sets",
-                f"{density:.2%}",
+                f"{outcome.random_density:.2%}",
                 *_cells(forget, *by_chance[0]),
                 *_cells(retain, *by_chance[1]),
             ),
@@ -455,10 +437,9 @@ def _print_outcomes(
         layers = [layer for layer, _ in chosen.neurons]
         n_by_layer = ", ".join(f"{layers.count(layer)} of layer {layer}" for layer in sorted(set(layers)))
         n_sure = sum(q_values[neuron] <= 0.05 for neuron in chosen.neurons)
-        n_as_large = sum(one.gap >= chosen.gap for one in outcome.random)
         output.say(
             f"{len(layers)} chosen: {n_by_layer}; {n_sure} with q at most 0.05; forget less retain: "
-            f"{chosen.gap:+.3f}, as large in {n_as_large} of {len(outcome.random)} random sets "
+            f"{chosen.gap:+.3f}, as large in {outcome.n_as_large} of {len(outcome.random)} random sets "
             f"(p {outcome.p_value:.2g})"
         )
 

@@ -62,6 +62,14 @@ def layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(map(int, parts))))
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Reads how many of several: (8, 32) of "8,32", each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, 1 or more, with commas between")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 # Flags of several verbs: arguments of `_add`, and its options.
 _COMMON: dict[str, tuple[tuple, dict[str, Any]]] = {
     "run": (("run RUN", "run folder, e.g. runs/small"), {}),
@@ -73,7 +81,7 @@ _COMMON: dict[str, tuple[tuple, dict[str, Any]]] = {
     "layers": (("--layers L,...", "only neurons of these layers, e.g. 0,2; default all"), {"type": layers}),
     "neurons": (("--neurons L:N,...", "only these, e.g. 0:17,2:5; default all"), {}),
     "seed": (("--seed N", "of all that is drawn", 0), {}),
-    "case": (("--case", "--regex: capitals are not small letters", False), {}),
+    "case": (("--case", "of patterns: capitals are not small letters", False), {}),
     "ends": (
         (
             "--ends",

@@ -1,19 +1,21 @@
-"""Makes a model forget: ablates the neurons that tell one text from another, and sees what is lost where.
+"""Ablates sets of neurons, and measures by how much the loss rises in each of several groups of tokens.
 
-Neurons are chosen by `topklm.neurons.contrast` on one half of the documents of both texts, and losses are
-measured on the other half, so nothing that was used to choose is used to score. Beside the chosen set stand
-random ones of as many neurons of the same layers and of nearly the same densities: the cost of ablating so
-much of the model, for any purpose. The definitions are ours. Dims: G units or documents, S layers,
-D neurons per layer, R random sets.
+Groups are two texts, of which one is to be forgotten (neurons are chosen by `topklm.neurons.contrast`), or
+the targets of a pattern and the tokens around them (`topklm.neurons.ablate_targets`). Neurons are chosen on
+one half of the documents, and losses are measured on the other half, so nothing that was used to choose is
+used to score. Beside the chosen set stand random ones of as many neurons of the same layers and of nearly
+the same densities: the cost of ablating so much of the model, for any purpose. The definitions are ours.
+Dims: G units or documents, N tokens, S layers, D neurons per layer, R random sets.
 
 The set that is off is data, one number for each neuron of the model, so one program serves every set. The
 text is read as `topklm.neurons.harvest` reads it: every token once, each given what stands before it in its
 window; separators and padding have no loss. L layers, B rows, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +47,35 @@ class AblatedLosses:
     Args:
         model: Reads the text.
         documents: Token ids of each, int[n], without separators; none is empty.
+        groups: Which of all N tokens, in the order of the documents, are of each group, bool[N].
+
+    Attributes:
+        n_tokens: int64[G] of each group, how many tokens of each document are in it.
     """
 
-    def __init__(self, model: TextModel, documents: Sequence[np.ndarray]):
+    def __init__(self, model: TextModel, documents: Sequence[np.ndarray], groups: Mapping[str, np.ndarray]):
         in_float32 = dataclasses.replace(model.config, dtype="float32")
         self._model = dataclasses.replace(model, config=in_float32)
-        self.n_tokens = np.array([len(ids) for ids in documents], np.int64)
+        self._groups, self._n_documents = dict(groups), len(documents)
+        self._documents = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
         stretches = batches(model.windows(documents), _STRETCH_TOKENS)
         self._packed = [model.pack(stretch) for stretch in stretches]
+        self.n_tokens = {name: self._sums(of.astype(np.int64)) for name, of in self._groups.items()}
 
-    def sums(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
-        """Returns float64[G], nats, the sum over each document's tokens with these neurons off."""
-        model, sums = self._model, np.zeros(len(self.n_tokens))
+    def sums(
+        self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None
+    ) -> dict[str, np.ndarray]:
+        """Returns float64[G] of each group, nats: sums over the tokens of each document, with these off."""
+        losses = self.of_tokens(ablated, report)
+        return {name: self._sums(np.where(of, losses, 0.0)) for name, of in self._groups.items()}
+
+    def _sums(self, of_tokens: np.ndarray) -> np.ndarray:
+        sums = np.bincount(self._documents, of_tokens, self._n_documents)
+        return sums.astype(of_tokens.dtype)
+
+    def of_tokens(self, ablated: Iterable[Neuron] = (), report: Report = lambda tokens: None) -> np.ndarray:
+        """Returns float64[N], nats, the loss of each token with these neurons off."""
+        model, losses, done = self._model, np.zeros(len(self._documents)), 0
         keep = np.ones((model.config.n_layers, model.config.d_model), np.float32)
         for layer, neuron in ablated:
             if not (0 <= layer < keep.shape[0] and 0 <= neuron < keep.shape[1]):
@@ -70,10 +89,10 @@ class AblatedLosses:
             for arrays, read, tokens in packed.batches():
                 with jax.default_matmul_precision("float32"):
                     nll = _forward(model.config, model.params, keep_LD, *model.put(arrays))
-                losses = np.asarray(nll, np.float64).reshape(-1)[read - 1]
-                sums += np.bincount(packed.documents[tokens], losses, len(sums))
+                losses[done + tokens] = np.asarray(nll, np.float64).reshape(-1)[read - 1]
                 report(len(read))
-        return sums
+            done += len(packed.tokens)
+        return losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,32 +116,29 @@ def _forward(
     return token_losses(h_BTD, model.unembedding(), jnp.roll(tokens_BT, -1, axis=1), config.vocab_size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scored:
-    """The documents that nothing was chosen on, and the losses of the model as it is."""
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The change of a mean loss, in nats per token, with its 95 % interval by bootstrap over documents."""
 
-    forget: AblatedLosses  # those of which the model shall know less
-    retain: AblatedLosses  # those of which it shall know as much as before
-    forget_before: np.ndarray  # float64[G], nats, the sum of each document's losses with all neurons on
-    retain_before: np.ndarray  # likewise
+    change: float  # NaN where there is no token to take it of
+    low: float  # percentile, NaN likewise
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The effect of ablating a set, in nats per token."""
+    """The effect of ablating a set."""
 
     neurons: tuple[Neuron, ...]  # the set
     # Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
     density: float
-    forget: float  # change of the mean loss of the text to be forgotten
-    retain: float  # likewise of the other text
-    forget_interval: tuple[float, float]  # 95 % by bootstrap over documents, percentiles
-    retain_interval: tuple[float, float]  # likewise
+    groups: Mapping[str, Estimate]  # by name, in the order in which they were given
 
     @property
     def gap(self) -> float:
-        """How much more is lost of what shall be forgotten than of the rest."""
-        return self.forget - self.retain
+        """How much more is lost in the first group, which is aimed at, than in the last, the rest."""
+        first, *_, last = self.groups.values()
+        return first.change - last.change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +166,21 @@ class Outcome:
     @property
     def p_value(self) -> float:
         """How often chance does as well: (1 + random sets whose gap is as large) / (1 + R)."""
-        return (1 + sum(one.gap >= self.chosen.gap for one in self.random)) / (1 + len(self.random))
+        return (1 + self.n_as_large) / (1 + len(self.random))
 
-    def spread(self, figure: str) -> Spread:
-        """Summarises a figure of the random sets: "density", "forget" or "retain"."""
-        return Spread.of([getattr(one, figure) for one in self.random])
+    @property
+    def n_as_large(self) -> int:
+        """How many random sets have as large a gap."""
+        return sum(one.gap >= self.chosen.gap for one in self.random)
+
+    def spread(self, group: str) -> Spread:
+        """Summarises the changes of a group over the random sets."""
+        return Spread.of([one.groups[group].change for one in self.random])
+
+    @property
+    def random_density(self) -> float:
+        """Mean density over the random sets."""
+        return float(np.mean([one.density for one in self.random]))
 
 
 def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +245,7 @@ def matched_set(
 
 
 def measure(
-    scored: Scored,
+    texts: Sequence[AblatedLosses],
     sets: Sequence[Sequence[Neuron]],
     density: np.ndarray,
     layers: Sequence[int],
@@ -227,38 +253,59 @@ def measure(
     n_random: int,
     seed: int = 0,
     report: Report = lambda tokens: None,
-) -> list[Outcome]:
+) -> tuple[dict[str, float], list[Outcome]]:
     """Measures chosen sets, each with random ones beside it.
 
     Args:
-        scored: Documents that had no part in choosing.
+        texts: Documents that had no part in choosing; the groups of each have other names.
         sets: Chosen neurons.
         density: As in `matched_set`, which raises ValueErrors.
         layers: Likewise.
         n_random: R, random sets for each chosen one.
         seed: Of random sets and the bootstrap.
-        report: Told how far it is.
+        report: Told of the tokens that are done; each is read 1 + (1 + R) x sets times.
+
+    Returns:
+        The mean loss of each group with all neurons on, nats, NaN of a group without tokens; and outcomes.
     """
     rng = np.random.default_rng(seed)
     # All are drawn before any is measured, so that an impossible set shows at once.
     drawn = [[matched_set(chosen, density, layers, rng) for _ in range(n_random)] for chosen in sets]
     rows = {layer: number for number, layer in enumerate(layers)}
+    n_tokens = {name: of for text in texts for name, of in text.n_tokens.items()}
+
+    def sums(neurons: Sequence[Neuron] = ()) -> dict[str, np.ndarray]:
+        return {name: of for text in texts for name, of in text.sums(neurons, report).items()}
+
+    before = sums()
 
     def change(neurons: Sequence[Neuron]) -> Change:
-        def of_text(text: AblatedLosses, before: np.ndarray) -> tuple[float, tuple[float, float]]:
-            more = text.sums(neurons, report) - before
-            interval = bootstrap_interval(more, text.n_tokens, np.random.default_rng(seed))
-            return float(more.sum() / text.n_tokens.sum()), interval
-
-        forget, forget_interval = of_text(scored.forget, scored.forget_before)
-        retain, retain_interval = of_text(scored.retain, scored.retain_before)
+        after = sums(neurons)
+        groups = {
+            name: estimate(after[name] - before[name], n, np.random.default_rng(seed))
+            for name, n in n_tokens.items()
+        }
         of_set = float(np.mean([density[rows[layer], neuron] for layer, neuron in neurons]))
-        return Change(tuple(neurons), of_set, forget, retain, forget_interval, retain_interval)
+        return Change(tuple(neurons), of_set, groups)
 
-    return [
+    outcomes = [
         Outcome(change(chosen), tuple(map(change, others)))
         for chosen, others in zip(sets, drawn, strict=True)
     ]
+    return {name: _mean(before[name], n) for name, n in n_tokens.items()}, outcomes
+
+
+def estimate(sums: np.ndarray, n_tokens: np.ndarray, rng: np.random.Generator) -> Estimate:
+    """Computes sum(sums) / sum(n_tokens) over documents; those without a token have no part in it."""
+    there = n_tokens > 0
+    if not there.any():
+        return Estimate(math.nan, math.nan, math.nan)
+    sums, n_tokens = sums[there], n_tokens[there]
+    return Estimate(_mean(sums, n_tokens), *bootstrap_interval(sums, n_tokens, rng))
+
+
+def _mean(sums: np.ndarray, n_tokens: np.ndarray) -> float:
+    return float(sums.sum() / n_tokens.sum()) if n_tokens.any() else math.nan
 
 
 def bootstrap_interval(

@@ -47,8 +47,8 @@ _SHOWN = 60  # characters of a pattern in a message
 _FIRST_TRY_S = 0.05
 _SHORTEST_TRY_S = 0.01
 
-_BLOCK_EVENTS = 2_000_000  # read at once, some 50 bytes each; a single neuron may have more
-_BLOCK_NEURONS = 64
+BLOCK_EVENTS = 2_000_000  # read at once, some 50 bytes each; a single neuron may have more
+BLOCK_NEURONS = 64
 _SIZES = 2**15  # magnitudes that a bfloat16 can have
 
 _NUMBERS = ("difference", "score", "p_value", "q_value", "family_p_value")  # of a saved contrast
@@ -290,12 +290,17 @@ class RankedNeuron:
 
 
 def rank(
-    store: Store, matched: np.ndarray, limit: int = 20, layers: Sequence[int] | None = None
+    store: Store,
+    matched: np.ndarray,
+    limit: int = 20,
+    layers: Sequence[int] | None = None,
+    among: np.ndarray | None = None,
 ) -> list[RankedNeuron]:
     """Returns the neurons that best tell matched tokens, bool[N] of a store's, from others.
 
     Sorted by falling F1, then by falling weighted precision, then by layer and number. Neurons that are
-    active at no matched token are left out.
+    active at no matched token are left out. `among`, bool[N], says which tokens there are, as if the store
+    held no others; None: all.
 
     Raises:
         UserError: If the store does not have a layer; None: all that it has.
@@ -303,14 +308,17 @@ def rank(
     """
     if matched.shape != (store.n_tokens,):
         raise ValueError(f"matched has shape {matched.shape}: must be [{store.n_tokens}], the store's tokens")
+    if among is not None:
+        matched = matched & among
     there, found = store.metadata.layers, list[RankedNeuron]()
     for layer in there if layers is None else layers:
         if layer not in there:
             raise UserError(
                 f"layer = {layer}: must be one of {', '.join(map(str, there))}, which {store.folder} has"
             )
-        for begin, end in store.blocks(layer, _BLOCK_EVENTS, _BLOCK_NEURONS):
-            found += _rank_block(store.block(layer, begin, end), matched, layer, begin)
+        for begin, end in store.blocks(layer, BLOCK_EVENTS, BLOCK_NEURONS):
+            block = store.block(layer, begin, end)
+            found += _rank_block(block if among is None else block.at(among), matched, layer, begin)
         found.sort(key=lambda ranked: (-ranked.f1, -ranked.weighted_precision, ranked.layer, ranked.neuron))
         del found[limit:]
     return found

@@ -81,6 +81,12 @@ class NeuronBlock:
         begin, end = self.offsets[number : number + 2]
         return NeuronBlock(np.array([0, end - begin]), self.tokens[begin:end], self.values[begin:end])
 
+    def at(self, tokens: np.ndarray) -> "NeuronBlock":
+        """Returns the events at some tokens of the store, bool[N]."""
+        kept = tokens[self.tokens]
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
+        return NeuronBlock(offsets, self.tokens[kept], self.values[kept])
+
 
 class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     """Appends segments of one part to a store, which it makes if there is none.
