@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING, Any
 from topklm.imports import VERSION
 
 if TYPE_CHECKING:
+    from topklm.explorer.notebook import open_run as open
     from topklm.inference.language_model import LanguageModel
     from topklm.inference.load import load
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "load", "open"]
 __version__ = VERSION
-_MODULES = {"LanguageModel": "topklm.inference.language_model", "load": "topklm.inference.load"}
+_PLACES = {  # module and name there
+    "LanguageModel": ("topklm.inference.language_model", "LanguageModel"),
+    "load": ("topklm.inference.load", "load"),
+    "open": ("topklm.explorer.notebook", "open_run"),
+}
 
 
 def __getattr__(name: str) -> Any:
     # They need JAX, which takes seconds to import; commands and workers that prepare text do without.
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _PLACES:
+        module, attribute = _PLACES[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from topklm.errors import UserError
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import Intervention, load_interventions, save_interventions
+from topklm.inference.interventions import Intervention, entries_of, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
 from topklm.model import transformer
@@ -283,7 +283,16 @@ def test_all_that_a_model_takes_can_be_saved(tmp_path, steer):
     assert load_interventions(tmp_path / "a.json", CONFIG) == [ONE_ADDED]
 
 
-@pytest.mark.parametrize("steer", [5, "0:17=4", [(0, 17, 4.0)], [{(0, 17): 4.0}], {"0:17": 4.0}, None])
+def test_neurons_are_named_by_a_pair_or_by_a_text():
+    named = entries_of({"0:17": 4.0, " 1 : 3 ": 2.0, (1, 4): 1.0}, "add")
+    assert named == [
+        Intervention(0, 17, 4.0, "add"),
+        Intervention(1, 3, 2.0, "add"),
+        Intervention(1, 4, 1.0, "add"),
+    ]
+
+
+@pytest.mark.parametrize("steer", [5, "0:17=4", [(0, 17, 4.0)], [{(0, 17): 4.0}], {"0-17": 4.0}, None])
 def test_what_is_no_intervention_is_neither_taken_nor_saved(tmp_path, steer):
     for takes in (
         lambda: InterventionBatch.of(CONFIG, steer),

@@ -28,7 +28,14 @@ import topklm
 from topklm.config import MeshConfig, ModelConfig
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors, one_line, visible
 from topklm.imports import versions, when_used
-from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, load_interventions, needs_value
+from topklm.inference.interventions import (
+    DEFAULT_MODE,
+    MODES,
+    Intervention,
+    load_interventions,
+    needs_value,
+    neuron_of,
+)
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
@@ -411,28 +418,15 @@ def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "
     """
     from topklm.neurons.store import Store  # noqa: PLC0415 - imports TensorStore
 
-    run, step = folder.run, folder.step
-    if not folder.store.exists():
-        text = f"{run} has no activations of step {step}: run topklm neurons harvest {run} --step {step}"
-        raise UserError(text, field="step", value=step)
-    store = Store(folder.store)
-    if store.metadata.step != step:
-        raise UserError(
-            f"{folder.store} holds activations of step {store.metadata.step}: delete it, and harvest again"
-        )
+    store = Store.of_step(folder)
     if model is not None:
         from topklm.checkpoint.checksums import fingerprint  # noqa: PLC0415 - needs JAX
 
-        there = store.metadata.tokenizer_sha256, store.metadata.parameters
-        # Stores of earlier versions do not know of which parameters they are.
-        if there != (model.tokenizer.sha256, there[1] and fingerprint(model.params)):
-            raise UserError(f"{folder.store} is of another model: delete it, and harvest again")
+        store.check_model(model.tokenizer.sha256, fingerprint(model.params))
     return store
 
 
 # Neurons and interventions, as command lines name them: `3:117`, and `3:117=4`.
-
-_NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
 
 
 def neurons(text: str | None) -> list[tuple[int, int]] | None:
@@ -456,10 +450,10 @@ def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
     Raises:
         UserError: For another form.
     """
-    found = _NEURON.fullmatch(text)
-    if not found:
-        raise UserError(field=flag, value=text, allowed="LAYER:NEURON, e.g. 3:117")
-    return int(found[1]), int(found[2])
+    try:
+        return neuron_of(text)
+    except ArgumentError as e:
+        raise UserError(field=flag, value=text, allowed="LAYER:NEURON, e.g. 3:117") from e
 
 
 def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:

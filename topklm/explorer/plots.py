@@ -114,6 +114,25 @@ def scatter(points: Iterable[tuple[float, float, str, str]], x: Axis, y: Axis, a
     return frame.svg(about, drawn)
 
 
+def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, about: str) -> Markup:
+    """Draws points (x, y) of each curve joined by a line, with the curve's name at its end."""
+    frame = _Frame((860, 300), x, y)
+    drawn = []
+    for number, (name, points) in enumerate(curves.items()):
+        places = [
+            (_LEFT + frame.width * x.share(across), _TOP + frame.height * (1 - y.share(up)))
+            for across, up in points
+        ]
+        path = " L".join(f"{across:.1f} {up:.1f}" for across, up in places)
+        end = places[-1]
+        drawn.append(
+            f'<path class="curve c{number % 2}" d="M{path}"><title>{escape(name)}</title></path>'
+            f'<text class="value" x="{end[0]:.1f}" y="{end[1] - 6:.1f}" text-anchor="end">'
+            f"{escape(name)}</text>"
+        )
+    return frame.svg(about, drawn)
+
+
 def _side_by_side(
     names: Collection[str], y: Axis, about: str, draw: Callable[[str, "_Frame", float, float], str]
 ) -> Markup:

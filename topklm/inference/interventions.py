@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from reprlib import repr as short
 import sys
 from typing import Any, Literal, Protocol
@@ -148,8 +149,27 @@ class Intervention:
         return max(self.positions[0], other.positions[0]) < min(self.positions[1], other.positions[1])
 
 
+_NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
+
+
+def neuron_of(name: Any, field: str = "neuron") -> tuple[int, int]:
+    """Returns layer and neuron of (2, 106) or "2:106"; whether a model has them is for the caller to check.
+
+    Raises:
+        ArgumentError: For anything else, as one of the field.
+    """
+    if isinstance(name, str) and (found := _NEURON.fullmatch(name)):
+        return int(found[1]), int(found[2])
+    if isinstance(name, tuple) and len(name) == 2:
+        return name
+    allowed = "LAYER:NEURON, e.g. 3:117" if isinstance(name, str) else "(layer, neuron)"
+    raise ArgumentError(f"{short(name)} names no neuron: must be {allowed}", field=field)
+
+
 # People give interventions as {(layer, neuron): value}, as one or several, or as an `InterventionBatch`.
-Steer = HasEntries | Mapping[tuple[int, int], float] | Intervention | Sequence[Intervention]
+Steer = (
+    HasEntries | Mapping[tuple[int, int], float] | Mapping[str, float] | Intervention | Sequence[Intervention]
+)
 
 
 def needs_value(mode: Any) -> bool:
@@ -164,7 +184,7 @@ def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
     if hasattr(steer, "entries"):
         return steer.entries()
     if isinstance(steer, Mapping):
-        return [_of_pair(pair, value, mode) for pair, value in steer.items()]
+        return [Intervention(*neuron_of(name, "steer"), value, mode) for name, value in steer.items()]
     if not hasattr(steer, "__iter__"):
         allowed = "{(layer, neuron): value} or Interventions"
         raise ArgumentError(field="steer", value=short(steer), allowed=allowed)
@@ -174,12 +194,6 @@ def entries_of(steer: "Steer", mode: str = DEFAULT_MODE) -> list[Intervention]:
             text = f"{short(entry)} is no Intervention: must be one; or give {{(layer, neuron): value}}"
             raise ArgumentError(text, field="steer")
     return entries
-
-
-def _of_pair(pair: Any, value: Any, mode: str) -> Intervention:
-    if not (isinstance(pair, tuple) and len(pair) == 2):
-        raise ArgumentError(f"{short(pair)} names no neuron: must be (layer, neuron)", field="steer")
-    return Intervention(*pair, value, mode)
 
 
 def save_interventions(

@@ -92,7 +92,7 @@ class ActiveNeurons(Sequence[list[Activation]]):
             layers = (self.of_layer(at, layer) for layer in range(len(self.values)))
             cells = (_strongest(found, lambda f: f"{f.neuron}:{_short(f.value)}", ", ") for found in layers)
             rows.append([visible(token), *cells])
-        return "\n".join([_aligned(rows), *self._notes()])
+        return "\n".join([aligned(rows), *self._notes()])
 
     __repr__ = __str__
 
@@ -152,7 +152,7 @@ class NeuronOnText:
             [visible(token), _short(value) if value else ""]
             for token, value in zip(self.tokens[:SHOWN_TOKENS], self.values.tolist(), strict=False)
         ]
-        return "\n".join([self._headline(), _aligned(rows), *_left_out(len(self.tokens))])
+        return "\n".join([self._headline(), aligned(rows), *_left_out(len(self.tokens))])
 
     __repr__ = __str__
 
@@ -201,7 +201,7 @@ def _left_out(n_tokens: int) -> list[str]:
     return [f"... and {n_tokens - SHOWN_TOKENS} more tokens"] if n_tokens > SHOWN_TOKENS else []
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Joins cells to columns of equal width in a terminal."""
     widths = [max(cell_len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -23,7 +23,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons.paths import NeuronsFolder, damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
 from topklm.storage.files import (
     DIGEST,
@@ -194,6 +194,32 @@ class Store:
                 )
             self.segments += found
         self._starts = np.cumsum([0, *(segment.n_tokens for segment in self.segments)], dtype=np.int64)
+
+    @classmethod
+    def of_step(cls, folder: NeuronsFolder) -> "Store":
+        """Opens the activations of a checkpoint.
+
+        Raises:
+            UserError: If there are none, or they are damaged, or of another checkpoint.
+        """
+        run, step = folder.run, folder.step
+        if not folder.store.exists():
+            text = f"{run} has no activations of step {step}: run topklm neurons harvest {run} --step {step}"
+            raise UserError(text, field="step", value=step)
+        store = cls(folder.store)
+        if store.metadata.step != step:
+            text = f"holds activations of step {store.metadata.step}: delete it, and harvest again"
+            raise UserError(f"{folder.store} {text}")
+        return store
+
+    def check_model(self, tokenizer_sha256: str, parameters: str) -> None:
+        """Raises UserError if the activations are of another tokenizer, or of other parameters.
+
+        `parameters` as in `Metadata`; stores of earlier versions do not know of which they are.
+        """
+        there = self.metadata.tokenizer_sha256, self.metadata.parameters
+        if there != (tokenizer_sha256, there[1] and parameters):
+            raise UserError(f"{self.folder} is of another model: delete it, and harvest again")
 
     @property
     def n_tokens(self) -> int:

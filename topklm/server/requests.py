@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import re
 import secrets
 from typing import Any
 
@@ -12,7 +11,7 @@ from topklm.config import ModelConfig
 from topklm.errors import ArgumentError, UserError
 from topklm.inference.engine import MOST_WAITING
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import DEFAULT_MODE, Intervention, from_json
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, entries_of, from_json
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
 from topklm.inference.sequence import WHEN_FULL
@@ -233,7 +232,7 @@ def _interventions_of(
         raise fields.wrong("steer_mode", mode, "a text")
     try:
         if isinstance(steer, dict):
-            parsed = [_of_pair(name, value, mode or DEFAULT_MODE) for name, value in steer.items()]
+            parsed = entries_of(steer, mode or DEFAULT_MODE)
         else:
             parsed = [_of_entry(entry) for entry in steer]
         return InterventionBatch.of(config, parsed) if parsed else None
@@ -241,13 +240,6 @@ def _interventions_of(
         raise ApiError(400, str(e.within("steer")), "steer") from e
     except (ValueError, OverflowError) as e:
         raise ApiError(400, f"steer: {e}", "steer") from e
-
-
-def _of_pair(name: str, value: Any, mode: str) -> Intervention:
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", name)
-    if found is None:
-        raise ValueError(f"{name[:50]!r} names no neuron: must be LAYER:NEURON, e.g. 3:117")
-    return Intervention(int(found[1]), int(found[2]), value, mode)
 
 
 def _of_entry(entry: Any) -> Intervention:
