@@ -10,6 +10,7 @@ import saved_runs
 
 import topklm
 from topklm.commands import shared
+from topklm.config import Config
 from topklm.errors import UserError
 from topklm.inference.interventions import MODES, Intervention, save_interventions
 
@@ -19,7 +20,8 @@ CONFIG = saved_runs.MODEL  # two layers of 32 neurons, the first with TopK
 def parsed(*arguments, config=CONFIG):
     parser = argparse.ArgumentParser()
     shared.add_steering(parser)
-    return shared.interventions(parser.parse_args(list(arguments)), config)
+    model = topklm.LanguageModel("a run", 7, Config(model=config), saved_runs.tokenizer(), {})
+    return shared.interventions(parser.parse_args(list(arguments)), model)
 
 
 def test_a_neuron_is_layer_and_number():

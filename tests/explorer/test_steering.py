@@ -18,6 +18,7 @@ from serve_site import serving
 from test_security import assert_harmless
 
 from topklm.commands import shared
+from topklm.errors import UserError
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.steering import COLUMNS, SteerSettings, Strengths, Writing, box, spelled
 from topklm.inference.intervention_batch import InterventionBatch
@@ -25,6 +26,7 @@ from topklm.inference.interventions import MODES, Intervention, Mode, load_inter
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
 from topklm.server import requests
+from topklm.server.fields import ApiError
 from topklm.server.requests import Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
@@ -395,5 +397,47 @@ def test_a_mode_needs_one_entry_in_the_table_to_be_known_everywhere(
     parser = argparse.ArgumentParser()
     shared.add_steering(parser)
     given = parser.parse_args(["--steer", "1:17", "--steer-mode", "saturate"])
-    assert shared.interventions(given, model.config.model) == [Intervention(*PLACE, mode="saturate")]
+    assert shared.interventions(given, model) == [Intervention(*PLACE, mode="saturate")]
     assert "take the value off" in " ".join(parser.format_help().split())
+
+
+def test_a_value_may_be_in_units_of_the_neurons_largest_activation(source, reader, site):
+    """Python, the command line, the server and the explorer mean the same by 0.5x."""
+    model, largest = reader.model, float(np.abs(source.store.neuron(*PLACE).values).max())
+    assert model.largest_activation(*PLACE) == largest == source.row(source.number(*PLACE))["max_activation"]
+    tokens = np.arange(30)[None] % 50
+    expected = model(tokens, steer={PLACE: 0.5 * largest})
+    assert not np.array_equal(expected, model(tokens))
+    for steer in ({PLACE: "0.5x"}, {"1:17": " .5x"}, Intervention(*PLACE, "5e-1x")):
+        np.testing.assert_array_equal(model(tokens, steer=steer), expected)
+    parser = argparse.ArgumentParser()
+    shared.add_steering(parser)
+    one = Intervention(*PLACE, 0.5 * largest)
+    arguments = parser.parse_args(["--steer", "1:17=0.5x", "--steer", "0:3=2"])
+    assert shared.interventions(arguments, model) == [one, Intervention(0, 3, 2.0)]
+    limits = Limits()
+    for steer in ({"1:17": "0.5x"}, [{"layer": 1, "neuron": 17, "value": "0.5x"}]):
+        (sequence,) = requests.completion(model, "m", limits, {"prompt": [3], "steer": steer}).sequences
+        assert sequence.steer.entries() == [one]
+    as_number, as_times = (stream(site, {**ASKED, "value": value})[1] for value in (0.5 * largest, "0.5x"))
+    assert as_times == as_number
+
+    dead = Intervention(*explored_run.DEAD, "1x")
+    with pytest.raises(
+        ValueError, match=r"^0:31 is active at none of the 7,517 tokens harvested.*without x$"
+    ):
+        model(tokens, steer=dead)
+    with pytest.raises(ValueError, match=r"^value = 2x of 1:17: mode scale multiplies already"):
+        model(tokens, steer={PLACE: "2x"}, steer_mode="scale")
+    with pytest.raises(ValueError, match="value = '2 x' of layer 1, neuron 17: must be a finite number"):
+        model(tokens, steer={PLACE: "2 x"})
+    elsewhere = dataclasses.replace(model, run="nowhere")
+    said = r"step = 5: nowhere has no activations of step 5: run topklm neurons harvest nowhere"
+    with pytest.raises(UserError, match=said):
+        elsewhere.generate("a", steer={PLACE: "1x"})
+    with pytest.raises(UserError, match=f"^{said}"):
+        shared.interventions(parser.parse_args(["--steer", "1:17=1x"]), elsewhere)
+    with pytest.raises(ApiError, match=f"^steer: {said}"):
+        requests.completion(elsewhere, "m", limits, {"prompt": [3], "steer": {"1:17": "1x"}})
+    with pytest.raises(ApiError, match="must be a finite number"):
+        requests.completion(model, "m", limits, {"prompt": [3], "steer": {"1:17": "x"}})

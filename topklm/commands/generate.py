@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = shared.Output(arguments.json)
     model = shared.load_onto_one_device(arguments.run, arguments.step)
     options = {name: getattr(arguments, name) for name in _OPTIONS}
-    options["steer"] = shared.interventions(arguments, model.cfg)
+    options["steer"] = shared.interventions(arguments, model)
     shared.warn_of_another_model(arguments, model)
     settings = arguments.max_new_tokens, arguments.temperature, arguments.seed
     with shared.arguments_are_flags(arguments), shared.compiling() as is_done:

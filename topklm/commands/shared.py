@@ -32,9 +32,11 @@ from topklm.inference.interventions import (
     DEFAULT_MODE,
     MODES,
     Intervention,
+    in_activations,
     load_interventions,
     needs_value,
     neuron_of,
+    times_of,
 )
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
@@ -176,7 +178,10 @@ def add_mode(add: Callable[..., None], flag: str = "--mode", text: str = "") -> 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Declares --steer, --steer-mode and --steer-file."""
     add = flags(parser)
-    text = "set neuron N of layer L to X, e.g. 3:117=4; may be given several times"
+    text = (
+        "set neuron N of layer L to X, e.g. 3:117=4; 3:117=0.7x: to 0.7 times its largest activation in the "
+        "harvested text; may be given several times"
+    )
     add("--steer L:N=X", text, action="append")
     add_mode(add, "--steer-mode", "of --steer; ")
     text = "interventions as JSON, of topklm neurons select or ablate-set; they come on top of --steer"
@@ -456,31 +461,38 @@ def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
         raise UserError(field=flag, value=text, allowed="LAYER:NEURON, e.g. 3:117") from e
 
 
-def interventions(arguments: argparse.Namespace, config: ModelConfig) -> Sequence[Intervention] | None:
+def interventions(arguments: argparse.Namespace, model: "LanguageModel") -> Sequence[Intervention] | None:
     """Reads the interventions of --steer and --steer-file; None for none.
 
     Raises:
         UserError: For what is no intervention, or does not fit the model.
     """
-    given = [_steered(text, arguments.steer_mode, config) for text in arguments.steer or ()]
+    given = [_steered(text, arguments.steer_mode, model) for text in arguments.steer or ()]
     if arguments.steer_file is not None:
-        given += load_interventions(arguments.steer_file, config)
+        given += load_interventions(arguments.steer_file, model.cfg)
     return given or None
 
 
-def _steered(text: str, mode: str, config: ModelConfig) -> Intervention:
-    """Reads what is done to a neuron, from "3:117=4", or for a mode that needs no value "3:117"."""
+def _steered(text: str, mode: str, model: "LanguageModel") -> Intervention:
+    """Reads what is done to a neuron, from "3:117=4" or "3:117=0.7x", or without a value "3:117"."""
     name, equals, value = text.partition("=")
     layer, number = neuron(name, "--steer")
     if not equals and needs_value(mode):
         allowed = f"LAYER:NEURON=VALUE for mode {mode}, e.g. 3:117=4"
         raise UserError(field="--steer", value=text, allowed=allowed)
-    try:
-        one = Intervention(layer, number, float(value) if equals else 0.0, mode)
-    except ValueError as e:
-        raise UserError(f"{value!r} is no number", field="--steer", value=text) from e
+    given: float | str = 0.0
+    if equals and times_of(value) is None:
+        try:
+            given = float(value)
+        except ValueError as e:
+            raise UserError(f"{value!r} is no number", field="--steer", value=text) from e
+    elif equals:
+        given = value
+    one = Intervention(layer, number, given, mode)
     with refused_as("--steer", value=text):
-        one.check(config)
+        dataclasses.replace(one, value=0.0).check(model.cfg)  # before its largest activation is looked for
+        one = in_activations(one, model.largest_activation)
+        one.check(model.cfg)
     return one
 
 

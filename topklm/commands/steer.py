@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 from pathlib import Path
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.errors import UserError, visible
 from topklm.imports import when_used
-from topklm.inference.interventions import POSITIONS, Intervention, needs_value
+from topklm.inference.interventions import POSITIONS, Intervention, needs_value, times_of
 from topklm.steering import PROMPTS, Sampled, SurveySettings
 from topklm.storage.files import is_bucket, local_path
 
@@ -46,7 +45,6 @@ EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
 _OF_NEURON = ("prompt", "prompts", "concept_regex", "concept_words")
 _OF_SURVEY = ("against", "layers", "count", "bound", "neutral_prompts", "directions")
 _DEFAULT_TIMES, _DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
-_TIMES = re.compile(r"([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)x")
 _NOTHING = "-"
 _SIDE_BY_SIDE = 100  # columns of a terminal, from which texts stand beside one another
 
@@ -174,16 +172,16 @@ def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[fl
 
     values = []
     for part in (part.strip() for part in text.split(",")):
-        times = _TIMES.fullmatch(part)
-        if times and is_scale:
+        times = times_of(part)
+        if times is not None and is_scale:
             raise wrong("mode scale multiplies already; leave the x out")
-        if times and largest is None:
+        if times is not None and largest is None:
             raise wrong(
                 f"the largest activation of {arguments.neuron} is not known: run topklm neurons harvest and "
                 f"measure {arguments.run}, or give values without x"
             )
         try:
-            value = float(times[1]) * largest if times and largest is not None else float(part)
+            value = float(part) if times is None or largest is None else times * largest
         except ValueError as e:
             raise wrong(f"{part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
         with shared.refused_as("--values", value=text):

@@ -13,7 +13,14 @@ from topklm.errors import UserError, visible
 from topklm.explorer import markup
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData
-from topklm.inference.interventions import DEFAULT_MODE, MODES, Intervention, needs_value
+from topklm.inference.interventions import (
+    DEFAULT_MODE,
+    MODES,
+    Intervention,
+    in_activations,
+    needs_value,
+    times_of,
+)
 from topklm.inference.sampling import Sampling
 from topklm.inference.tokens import TextStream
 
@@ -32,10 +39,11 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\u201d\u2019]*\s+")
 _EXAMPLES = 5  # that are looked at for a prompt
 
 # Types in which a field may be sent, by its own: forms send texts.
-_ALLOWED: dict[type, tuple[Any, str]] = {
+_ALLOWED: dict[Any, tuple[Any, str]] = {
     str: (str, "text"),
     int: (int | str, "a whole number"),
     float: (int | float | str, "a number"),
+    float | str: (int | float | str, "a number, or times the largest activation, e.g. 0.7x"),
 }
 
 
@@ -45,7 +53,7 @@ class SteerSettings:
 
     prompt: str
     mode: str = DEFAULT_MODE
-    value: float = 0.0
+    value: float | str = 0.0  # or a text such as 0.7x
     positions: str = "all"
     temperature: float = 0.7
     max_new_tokens: int = 60
@@ -94,7 +102,8 @@ class Writing:
         self._input_tokens = frozenset((row["top_tokens"] or ())[:LISTED_TOKENS])
         ids = reader.ids(settings.prompt, "prompt")
         sampling = Sampling(temperature=settings.temperature, seed=settings.seed)
-        one = Intervention(layer, neuron, settings.value, settings.mode, settings.positions)
+        given = Intervention(layer, neuron, settings.value, settings.mode, settings.positions)
+        one = in_activations(given, source.store.largest_activation)
         self._generation = reader.generation(ids, sampling, settings.max_new_tokens, [[], [one]])
         self._begin = len(self._generation.texts[0])
         tokenizer = reader.model.tokenizer
@@ -171,11 +180,13 @@ def _joined(parts: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return [(spelled("".join(text for text, _ in group)), marked) for marked, group in groups]
 
 
-def _as(kind: type, name: str, value: Any) -> Any:
+def _as(kind: Any, name: str, value: Any) -> Any:
     types, allowed = _ALLOWED[kind]
     try:
         if isinstance(value, bool) or not isinstance(value, types):
             raise ValueError
+        if kind == float | str:
+            return float(value) if times_of(value) is None else value
         return kind(value)
     except (ValueError, OverflowError) as e:
         raise UserError(f"{name} = {_short(value)}: must be {allowed}") from e

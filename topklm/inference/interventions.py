@@ -91,7 +91,8 @@ class Intervention:
     Attributes:
         layer: Of the model, from 0. In a layer without TopK a neuron is a coordinate of the layer's output.
         neuron: From 0.
-        value: Of the mode; "ablate" and "ban" ignore it. One that JAX traces is not checked.
+        value: Of the mode; "ablate" and "ban" ignore it. One that JAX traces is not checked. A text such as
+            "0.7x" stands for 0.7 times the neuron's largest activation, see `in_activations`.
         mode: A name in `MODES`. After TopK, "clamp" sets the activation to the value, "add" adds it, "scale"
             multiplies by it, "ablate" sets the activation to 0. Inside of TopK, where k entries are kept as
             always, "ban" takes the neuron out, so that the next one is kept; "force" keeps it, instead of the
@@ -104,7 +105,7 @@ class Intervention:
 
     layer: int
     neuron: int
-    value: float = 0.0
+    value: float | str = 0.0
     mode: str = DEFAULT_MODE
     positions: Positions = "all"
     row: int | None = None
@@ -164,6 +165,31 @@ def neuron_of(name: Any, field: str = "neuron") -> tuple[int, int]:
         return name
     allowed = "LAYER:NEURON, e.g. 3:117" if isinstance(name, str) else "(layer, neuron)"
     raise ArgumentError(f"{short(name)} names no neuron: must be {allowed}", field=field)
+
+
+_TIMES = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)x\s*")
+Largest = Callable[[int, int], float]  # largest activation of a neuron, by layer and number
+
+
+def times_of(value: Any) -> float | None:
+    """Reads "0.7x", times a neuron's largest activation; None for a value that is in units of activations."""
+    found = _TIMES.fullmatch(value) if isinstance(value, str) else None
+    return None if found is None else float(found[1])
+
+
+def in_activations(one: Intervention, largest: Largest) -> Intervention:
+    """Returns an intervention with its value in units of activations, the same if it is.
+
+    Raises:
+        ArgumentError: For a mode that multiplies already.
+        UserError: Of `largest`, where the activation is not known.
+    """
+    if (times := times_of(one.value)) is None:
+        return one
+    if one.mode in MODES and MODES[one.mode].value_is_factor:
+        text = f"mode {one.mode} multiplies already; leave the x out"
+        raise ArgumentError(text, field="value", value=f"{one.value} of {one.layer}:{one.neuron}")
+    return dataclasses.replace(one, value=times * largest(one.layer, one.neuron))
 
 
 # People give interventions as {(layer, neuron): value}, as one or several, or as an `InterventionBatch`.

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import html
 import itertools
+from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from topklm.errors import ArgumentError, UserError
 from topklm.inference import forward
 from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import DEFAULT_MODE, Steer
+from topklm.inference.interventions import DEFAULT_MODE, Steer, entries_of, in_activations
 from topklm.inference.kv_cache import Layers, by_layer
 from topklm.inference.sampling import Sampling, check_integer
 from topklm.inference.scheduler import Generation
@@ -44,7 +45,11 @@ from topklm.neurons.capture import (
     matching_hook_names,
     parse_hook_name,
 )
+from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.display import ActiveNeurons
+from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons.store import Store
+from topklm.storage.files import is_bucket
 
 _STEPS_OF_A_STREAM = 4  # tokens between pieces of text that is shown while it is made
 # A text, or token ids [T]: one row. Several texts, ids [B, T], or rows of ids: a batch.
@@ -245,8 +250,9 @@ class LanguageModel:
             stop: The continuation is cut before the first of these texts to appear in it.
             stream: Give an iterator over pieces of the continuation, as they come, which together are the
                 text without the prompt. No piece ends inside a character. For one prompt only.
-            steer: Interventions on neurons: {(layer, neuron): value}, or one or several `Intervention`, or
-                `InterventionBatch`. Their `row` counts the texts that are made.
+            steer: Interventions on neurons: {(layer, neuron): value} or {"LAYER:NEURON": value}, or one or
+                several `Intervention`, or `InterventionBatch`. Their `row` counts the texts that are made. A
+                value "0.7x" is 0.7 times the neuron's largest activation, see `largest_activation`.
             steer_mode: Of the values of a mapping, one of the modes of `Intervention`.
             topk_k: Entries that each TopK keeps; default as in training.
             adaptive: More of them at tokens where the model is uncertain, see `AdaptiveK`.
@@ -423,7 +429,31 @@ class LanguageModel:
     ) -> tuple[ModelConfig, InterventionBatch | None]:
         """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
         config = with_topk_k(self.cfg, topk_k)
-        return config, None if steer is None else InterventionBatch.of(config, steer, steer_mode, n_rows)
+        if steer is None:
+            return config, None
+        if not isinstance(steer, InterventionBatch):
+            entries = entries_of(steer, steer_mode)
+            steer = [in_activations(one, self.largest_activation) for one in entries]
+        return config, InterventionBatch.of(config, steer, steer_mode, n_rows)
+
+    def largest_activation(self, layer: int, neuron: int) -> float:
+        """Gives a neuron's largest activation in the text that was harvested: "1x" as a value of `steer`.
+
+        Raises:
+            UserError: If nothing was harvested of this checkpoint, or the neuron is active nowhere there.
+        """
+        return self._harvested.largest_activation(layer, neuron)
+
+    @functools.cached_property
+    def _harvested(self) -> Store:
+        if is_bucket(self.run):
+            text = "activations are kept on a disk, and values such as 0.7x need them; copy the run to one"
+            raise ArgumentError(text, field="run", value=self.run)
+        store = Store.of_step(NeuronsFolder(Path(self.run), self.step))
+        check_coordinates(store.metadata.dictionary, "steering")
+        if store.metadata.tokenizer_sha256 != self.tokenizer.sha256:
+            raise UserError(f"{store.folder} is of another model: delete it, and harvest again")
+        return store
 
     def _begun(self, prompt: Row, stop: Sequence[str]) -> tuple[str, TextStream]:
         """Gives the text of a prompt, and the stream of its continuation."""

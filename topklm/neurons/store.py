@@ -21,7 +21,7 @@ import shutil
 
 import numpy as np
 
-from topklm.errors import UserError
+from topklm.errors import ArgumentError, UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import NeuronsFolder, damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
@@ -234,6 +234,18 @@ class Store:
     def neuron(self, layer: int, neuron: int) -> NeuronBlock:
         """Reads all events of a neuron; arguments and errors as of `block`."""
         return self.block(layer, neuron, neuron + 1)
+
+    def largest_activation(self, layer: int, neuron: int) -> float:
+        """Returns a neuron's largest activation, by magnitude; arguments and errors as of `block`.
+
+        Raises:
+            UserError: Of a neuron that is never active, too.
+        """
+        values = self.neuron(layer, neuron).values
+        if not len(values):
+            text = f"is active at none of the {self.n_tokens:,} tokens harvested, so there is no 1x"
+            raise ArgumentError(text, field=f"{layer}:{neuron}", advice="give a value without x")
+        return float(np.abs(values).max())
 
     def block(self, layer: int, begin: int, end: int) -> NeuronBlock:
         """Reads all events of a layer's neurons from `begin` to `end` - 1; memory grows with their number.

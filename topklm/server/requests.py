@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from topklm.config import ModelConfig
 from topklm.errors import ArgumentError, UserError
 from topklm.inference.engine import MOST_WAITING
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.interventions import DEFAULT_MODE, Intervention, entries_of, from_json
+from topklm.inference.interventions import DEFAULT_MODE, Intervention, entries_of, from_json, in_activations
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.sampling import Sampling
 from topklm.inference.sequence import WHEN_FULL
@@ -106,7 +105,7 @@ def completion(model: LanguageModel, name: str, limits: Limits, content: dict[st
         fields.refuse_unknown(options, ("include_usage",))
         include_usage = fields.boolean(options, "include_usage", False)
     settings = {
-        "steer": _interventions_of(model.config.model, content, limits),
+        "steer": _interventions_of(model, content, limits),
         "when_full": content.get("when_full", "stop"),
         "n_alternatives": logprobs,
     }
@@ -212,9 +211,12 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _interventions_of(
-    config: ModelConfig, content: dict[str, Any], limits: Limits
+    model: LanguageModel, content: dict[str, Any], limits: Limits
 ) -> InterventionBatch | None:
-    """Reads {"layer:neuron": value}, or a list as in a file; None without any; raises ApiError for others."""
+    """Reads {"layer:neuron": value}, or a list as in a file; None without any; raises ApiError for others.
+
+    A value may be a text such as "0.7x", see `LanguageModel.largest_activation`.
+    """
     steer, mode = content.get("steer"), content.get("steer_mode")
     if steer is None:
         if mode is not None:
@@ -235,8 +237,9 @@ def _interventions_of(
             parsed = entries_of(steer, mode or DEFAULT_MODE)
         else:
             parsed = [_of_entry(entry) for entry in steer]
-        return InterventionBatch.of(config, parsed) if parsed else None
-    except ArgumentError as e:
+        parsed = [in_activations(one, model.largest_activation) for one in parsed]
+        return InterventionBatch.of(model.cfg, parsed) if parsed else None
+    except UserError as e:
         raise ApiError(400, str(e.within("steer")), "steer") from e
     except (ValueError, OverflowError) as e:
         raise ApiError(400, f"steer: {e}", "steer") from e
