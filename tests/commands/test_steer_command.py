@@ -13,8 +13,8 @@ from topklm.commands import steer
 from topklm.errors import UserError
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.paths import NeuronsFolder
-from topklm.neurons.store import Metadata, StoreWriter
-from topklm.steering import Sampled, dose
+from topklm.neurons.store import Metadata, Store, StoreWriter
+from topklm.steering import Sampled, dose, survey
 from topklm.steering.dose import Estimate, Response
 
 D, STEP = saved_runs.MODEL.d_model, 3
@@ -174,7 +174,7 @@ REFUSED = [
     (("--survey", "--count", "0"), "--count = 0: must be 1 or more"),
     (("--survey", "--bound", "nan"), "--bound = nan: must be above 0"),
     (("--survey", "--neuron", "0:3"), "not allowed with argument"),
-    ((), "one of the arguments --neuron --survey is required"),
+    ((), "one of the arguments --neuron --toward --survey is required"),
 ]
 
 
@@ -189,3 +189,57 @@ def test_a_survey_without_activations_says_how_to_get_them(tmp_path):
     saved_runs.save(tmp_path / "bare", [STEP])
     with pytest.raises(UserError, match="run topklm neurons harvest"):
         cli.dispatch(["steer", str(tmp_path / "bare"), "--survey"])
+
+
+TOWARD = ("--toward", "were", "--neutral-prompts", "3", "--directions", "4", "--limit", "3", "--bound", "100")
+
+
+def test_neurons_toward_a_pattern_are_ranked_on_half_of_the_documents_and_written_on_the_other(
+    run, asked, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["steer", str(run), *TOWARD, "--values", "0,0.5x", "--samples", "1"]
+    drawn = []
+    neutral = survey.neutral_prompts
+
+    def draw(*args):
+        drawn.append(args[-1])
+        return neutral(*args)
+
+    monkeypatch.setattr(survey, "neutral_prompts", draw)
+    cli.dispatch([*arguments, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == ["w"]
+    gains = [one["gain_per_nat"] for one in found["neurons"]]
+    assert len(gains) == 3 and gains == sorted(gains, reverse=True)
+    # No token of the prompts for ranking is of a document of those for texts.
+    assert not (drawn[0] & drawn[1]).any() and (drawn[0] | drawn[1]).all()
+    ((neuron, values, concepts, sampled, mode, _),) = asked
+    assert neuron == (found["neurons"][0]["layer"], found["neurons"][0]["neuron"])
+    assert concepts == ["regex"] and mode == "clamp" and len(sampled.prompts) == 8
+    assert all(
+        prompt in "the sea and the ships were seen by all the people there " * 2 for prompt in sampled.prompts
+    )
+    largest = float(Store(NeuronsFolder(run, STEP).store).largest_activation(*neuron))
+    assert values == [0.0, 0.5 * largest]
+    assert found["doses"][0]["neuron"] == neuron[1] and len(found["doses"][0]["responses"]) == 3
+    cli.dispatch([*arguments, "--top", "2", "--prompt", "The"])
+    out = capsys.readouterr().out
+    assert len(asked) == 3 and asked[-1][3].prompts == ("The",)
+    assert out.count("prompts of the other half of the documents") == 2 and "gain/KL" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--toward", "sea", "--concept-regex", "a"], "--concept-regex: goes with --neuron only"),
+        (["--toward", "sea", "--against", "b"], "--against: goes with --survey only"),
+        (["--neuron", "0:3", "--top", "2"], "--top: goes with --toward only"),
+        (["--toward", "("], r"--toward = \(: is no regular expression"),
+        (["--toward", "qq"], "0 matches in the harvested text, and no token begins one"),
+        (["--toward", "were", "--neutral-prompts", "3", "--bound", "1e-9"], "no neuron stays within --bound"),
+    ],
+)
+def test_wrong_questions_toward_a_pattern_are_refused(run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        cli.dispatch(["steer", str(run), *arguments])

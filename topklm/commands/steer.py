@@ -23,27 +23,29 @@ from topklm.steering import PROMPTS, Sampled, SurveySettings
 from topklm.storage.files import is_bucket, local_path
 
 with when_used():
-    from topklm.neurons import dictionary
+    from topklm.neurons import ablate_set, dictionary, search
     from topklm.steering import concepts as concept_lib
-    from topklm.steering import dose
+    from topklm.steering import dose, toward
     from topklm.steering import survey as survey_lib
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.neurons.store import Store
-    from topklm.steering.concepts import Concept, NeuronFacts
+    from topklm.steering.concepts import Concept
     from topklm.steering.dose import Estimate, Response
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "
     "measures them: how often the neuron's concept comes, how fluent the unsteered model finds them, how "
-    "varied they are. With --survey: of all living neurons, the share that raises its concept more than "
-    "random directions of the same length do."
+    "varied they are. With --toward: the neurons that raise the words of a pattern most, for what they cost, "
+    "and the texts of the first. With --survey: of all living neurons, the share that raises its concept "
+    "more than random directions of the same length do."
 )
 EXAMPLE = "topklm steer runs/small --neuron 2:117 --values 0.5x,1x,2x"
 
-_OF_NEURON = ("prompt", "prompts", "concept_regex", "concept_words")
-_OF_SURVEY = ("against", "layers", "count", "bound", "neutral_prompts", "directions")
+_OF_TEXTS = ("prompt", "prompts")
+_OF_NEURON = ("concept_regex", "concept_words")
+_OF_MANY = ("layers", "count", "bound", "neutral_prompts", "directions")
 _DEFAULT_TIMES, _DEFAULT_VALUES = "0,0.5x,1x,2x", "0,1,2,4,8"
 _NOTHING = "-"
 _SIDE_BY_SIDE = 100  # columns of a terminal, from which texts stand beside one another
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = shared.flags(parser, "run", "seed", "step", "json")
     either = shared.flags(parser.add_mutually_exclusive_group(required=True))
     either("--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
+    either("--toward PATTERN", "find the neurons that raise tokens beginning a match, and steer the first")
     either("--survey", "steer all living neurons, without writing text", False)
     add(
         "--values X,Y,...",
@@ -62,20 +65,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vector, in units of the mean length of what the layer hands on; default "
         f"{','.join(map(str, SurveySettings.strengths))}",
     )
-    add = shared.flags(parser.add_argument_group("with --neuron"))
+    add = shared.flags(parser.add_argument_group("with --neuron and --toward"))
     shared.add_mode(add)
     add("--positions", "", "all", choices=POSITIONS)
-    add("--prompt TEXT", "may be given several times; default eight of ours", action="append")
+    text = "may be given several times; default eight of ours, with --toward pieces of harvested text"
+    add("--prompt TEXT", text, action="append")
     add("--prompts FILE", "a prompt on each line")
     add("--samples N", "of each prompt", Sampled.samples)
     add("--max-new-tokens N", "", Sampled.max_new_tokens)
     add("--temperature T", "0 is greedy", Sampled.temperature)
+    add("--show N", "prompts whose texts are shown", 2)
+    add = shared.flags(parser.add_argument_group("with --neuron"))
     add("--concept-regex R", "count what matches, in any case")
     add("--concept-words WORDS", "count whole words: a,b,c; or a file with a word on each line")
-    add("--show N", "prompts whose texts are shown", 2)
-    group = parser.add_argument_group("with --survey")
-    add = shared.flags(group, "layers")
+    add = shared.flags(parser.add_argument_group("with --toward"))
+    add("--top N", "neurons whose texts are written and measured; default 1", int)
+    add("--limit N", "neurons that are ranked; default 20", int)
+    add = shared.flags(parser.add_argument_group("with --survey"))
     add("--against RUN", "survey this run too, a Base LM say")
+    group = parser.add_argument_group("with --toward and --survey")
+    add = shared.flags(group, "layers")
     add("--count N", "neurons of each layer, drawn; default all", int)
     shared.former(group, "--neurons", "count", int)
     text = (
@@ -96,10 +105,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Carries the verb out."""
     output = Output(arguments.json)
     if arguments.survey:
-        shared.check_goes_with(arguments, "neuron", *_OF_NEURON)
+        shared.check_goes_with(arguments, "neuron", *_OF_TEXTS, *_OF_NEURON)
+        shared.check_goes_with(arguments, "toward", "top", "limit")
         content, show = _survey(arguments, output)
+    elif arguments.toward is not None:
+        shared.check_goes_with(arguments, "neuron", *_OF_NEURON)
+        shared.check_goes_with(arguments, "survey", "against")
+        content, show = _toward(arguments, output)
     else:
-        shared.check_goes_with(arguments, "survey", *_OF_SURVEY)
+        shared.check_goes_with(arguments, "toward", "top", "limit")
+        shared.check_goes_with(arguments, "survey", "against", *_OF_MANY)
         content, show = _steer(arguments, output)
     output.give(content, show)
 
@@ -113,23 +128,9 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
         Intervention(layer, neuron).check(model.cfg)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
     facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
-    values = _values(arguments, facts)
+    values = _values(arguments, (layer, neuron), facts.max_activation if facts else None)
     concepts = asked or concept_lib.own_concepts(model, folder, facts, layer, neuron)
-    total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
-    with (
-        shared.arguments_are_flags(arguments),
-        output.progress.phase("writing texts", total) as report,
-    ):
-        found = dose.respond(
-            model,
-            (layer, neuron),
-            values,
-            concepts,
-            sampled,
-            mode=arguments.mode,
-            positions=arguments.positions,
-            report=lambda texts: report(texts, 0, 0),
-        )
+    found = _respond(arguments, output, model, (layer, neuron), values, concepts, sampled)
     content = survey_lib.without_nan(
         {
             "run": model.run,
@@ -144,26 +145,60 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
             "responses": [dataclasses.asdict(response) for response in found],
         }
     )
-    return content, lambda: _print_responses(output, arguments, found, concepts, sampled, facts)
+
+    def show() -> None:
+        if facts is not None:
+            active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
+            at_most = f"at most {facts.max_activation or 0:.4g} (1x)"
+            output.say(visible(f"neuron {arguments.neuron}: {active}, {at_most}"))
+        _print_responses(output, arguments, found, concepts, sampled)
+
+    return content, show
 
 
-def _sampled(arguments: argparse.Namespace) -> Sampled:
+def _respond(
+    arguments: argparse.Namespace,
+    output: Output,
+    model: LanguageModel,
+    neuron: tuple[int, int],
+    values: Sequence[float],
+    concepts: Sequence[Concept],
+    sampled: Sampled,
+) -> list[Response]:
+    """Writes and measures the texts of one neuron."""
+    total = (1 + len(values)) * len(sampled.prompts) * sampled.samples
+    with (
+        shared.arguments_are_flags(arguments),
+        output.progress.phase("writing texts", total) as report,
+    ):
+        return dose.respond(
+            model,
+            neuron,
+            values,
+            concepts,
+            sampled,
+            mode=arguments.mode,
+            positions=arguments.positions,
+            report=lambda texts: report(texts, 0, 0),
+        )
+
+
+def _sampled(arguments: argparse.Namespace, default: Sequence[str] = PROMPTS) -> Sampled:
     shared.check_at_least(arguments, 1, "samples", "max_new_tokens")
     shared.check_at_least(arguments, 0, "temperature")
     if arguments.prompt and arguments.prompts:
         raise UserError("--prompt with --prompts: leave one of the two out")
     prompts = _lines(arguments.prompts, "--prompts") if arguments.prompts else arguments.prompt
     settings = arguments.samples, arguments.max_new_tokens, arguments.temperature, arguments.seed
-    return Sampled(tuple(prompts or PROMPTS), *settings)
+    return Sampled(tuple(prompts or default), *settings)
 
 
-def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[float]:
-    """Reads --values, in units of the neuron's activation."""
+def _values(arguments: argparse.Namespace, neuron: tuple[int, int], largest: float | None) -> list[float]:
+    """Reads --values, in units of the neuron's activation, of which the largest may not be known."""
     if not needs_value(arguments.mode):
         if arguments.values is not None:
             raise shared.wrong(arguments, "values", f"mode {arguments.mode} has no use for values")
         return [0.0]
-    largest = facts.max_activation if facts else None
     is_scale = arguments.mode == "scale"
     text = arguments.values or (_DEFAULT_TIMES if largest is not None and not is_scale else _DEFAULT_VALUES)
 
@@ -185,7 +220,7 @@ def _values(arguments: argparse.Namespace, facts: NeuronFacts | None) -> list[fl
         except ValueError as e:
             raise wrong(f"{part!r} is no number; give e.g. 0,1,2 or 1x,2x") from e
         with shared.refused_as("--values", value=text):
-            Intervention(*shared.neuron(arguments.neuron), value, arguments.mode).check()
+            Intervention(*neuron, value, arguments.mode).check()
         values.append(value)
     return values
 
@@ -219,13 +254,7 @@ def _print_responses(
     found: list[Response],
     concepts: list[Concept],
     sampled: Sampled,
-    facts: NeuronFacts | None,
 ) -> None:
-    if facts is not None:
-        active = f"active at {facts.n_active / facts.n_tokens:.2%} of {facts.n_tokens:,} tokens"
-        output.say(
-            visible(f"neuron {arguments.neuron}: {active}, at most {facts.max_activation or 0:.4g} (1x)")
-        )
     heads = [_head(response, arguments.mode) for response in found]
     output.say(f"{arguments.mode} at {arguments.positions} positions")
     for number, prompt in enumerate(sampled.prompts[: max(arguments.show, 0)]):
@@ -275,6 +304,88 @@ def _number(value: float | None, form: str = "{:.2f}") -> str:
     return _NOTHING if value is None or math.isnan(value) else form.format(value)
 
 
+def _toward(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Ranks neurons on half of the documents, and writes texts that continue pieces of the other half."""
+    shared.check_at_least(arguments, 1, "top", "limit")
+    concept = concept_lib.of_regex(arguments.toward, "--toward")
+    settings = _settings(arguments, with_values=False)
+    _sampled(arguments)  # refuses what is wrong before the work
+    model, store = _open(arguments.run, arguments.step)
+    matches = search.StoredText(store, model.tokenizer).matches(arguments.toward)
+    tokens = toward.pattern_tokens(store, matches, model.cfg.vocab_size)
+    bounds = store.document_bounds()
+    if len(bounds) < 3:
+        raise UserError(f"{store.folder} holds one document, and must hold two or more: harvest more text")
+    prompts = []
+    for half, n in zip(
+        ablate_set.halves(len(bounds) - 1, arguments.seed), (settings.prompts, len(PROMPTS)), strict=True
+    ):
+        among = np.zeros(store.n_tokens, bool)
+        for number in half:
+            among[bounds[number] : bounds[number + 1]] = True
+        length, separator_id = settings.prompt_tokens, model.tokenizer.separator_id
+        prompts.append(survey_lib.neutral_prompts(store, n, length, separator_id, arguments.seed, among))
+    ranked = toward.rank(store, model.cfg, model.params, tokens, prompts[0], settings, output.progress)
+    if not ranked:
+        raise UserError(f"no neuron stays within --bound = {settings.bound:g} nats: give a larger one")
+    texts = [model.tokenizer.decode(ids[1:]) for ids in prompts[1].tokens]
+    sampled = _sampled(arguments, texts)
+    doses = []
+    for one in ranked[: arguments.top or 1]:
+        neuron = one.layer, one.neuron
+        values = _values(arguments, neuron, model.largest_activation(*neuron))
+        doses.append((one, _respond(arguments, output, model, neuron, values, [concept], sampled)))
+    shown, labels = ranked[: arguments.limit or 20], shared.labels_of(model)
+    pieces = model.tokenizer.token_strings(tokens)
+    content = survey_lib.without_nan(
+        {
+            "run": model.run,
+            "step": model.step,
+            "toward": arguments.toward,
+            "tokens": pieces,
+            "settings": dataclasses.asdict(settings),
+            "mode": arguments.mode,
+            "positions": arguments.positions,
+            "sampled": dataclasses.asdict(sampled),
+            "neurons": shared.with_labels(shown, labels),
+            "doses": [
+                {
+                    "layer": one.layer,
+                    "neuron": one.neuron,
+                    "responses": [dataclasses.asdict(response) for response in responses],
+                }
+                for one, responses in doses
+            ],
+        }
+    )
+
+    def show() -> None:
+        output.say(visible(f"tokens that begin a match: {', '.join(repr(piece) for piece in pieces)}"))
+        cells = [
+            [
+                f"{one.gain_per_nat:.2f}",
+                f"{one.gain:+.2f}",
+                f"{one.divergence:.2f}",
+                f"{one.strength:g}",
+                f"{one.random:.2f}",
+            ]
+            for one in shown
+        ]
+        heads = ("gain/KL", "gain", "KL", "value", "random")
+        output.console.print(shared.table_of_neurons(heads, shown, cells, labels))
+        output.say(
+            "gain: rise of ln P(the next token is one of these), KL: divergence from the unsteered next "
+            f"token, both nats, means over {settings.prompts} prompts of one half of the documents; value: "
+            "length of the added vector, in mean lengths of what the layer hands on, the largest with KL at "
+            f"most {settings.bound:g}; random: 95th percentile of gain/KL of random directions of this length"
+        )
+        for one, responses in doses:
+            output.say(f"neuron {one.layer}:{one.neuron}, prompts of the other half of the documents")
+            _print_responses(output, arguments, responses, [concept], sampled)
+
+    return content, show
+
+
 def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any], Callable[[], None]]:
     """Surveys one run or two; returns the findings, and the function that shows them to a person."""
     settings = _settings(arguments)
@@ -307,9 +418,10 @@ def _survey(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
     return {"surveys": found}, lambda: _print_surveys(output, found, settings)
 
 
-def _settings(arguments: argparse.Namespace) -> SurveySettings:
+def _settings(arguments: argparse.Namespace, with_values: bool = True) -> SurveySettings:
+    """Reads the settings of what many neurons are tried with; --values are lengths, or are for texts."""
     given: dict[str, Any] = {"seed": arguments.seed}
-    if arguments.values is not None:
+    if with_values and arguments.values is not None:
         given["strengths"] = tuple(sorted(_numbers(arguments.values)))
         if not all(0 < value < math.inf for value in given["strengths"]):
             raise shared.wrong(arguments, "values", allowed="above 0 with --survey")

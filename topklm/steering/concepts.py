@@ -65,8 +65,8 @@ def of_tokens(name: str, source: str, token_ids: Sequence[int], tokenizer: Token
     return Concept(name, f"{source}: {strings}", tuple(int(i) for i in token_ids))
 
 
-def of_regex(regex: str) -> Concept:
-    """Matches of a regular expression, whatever their case.
+def of_regex(regex: str, flag: str = "--concept-regex") -> Concept:
+    """Matches of a regular expression, whatever their case; errors name it as the flag does.
 
     Raises:
         UserError: If it is none.
@@ -74,7 +74,7 @@ def of_regex(regex: str) -> Concept:
     try:
         pattern = re.compile(regex, re.IGNORECASE)
     except re.error as e:
-        raise UserError(f"--concept-regex = {regex}: is no regular expression ({e}); mend it") from e
+        raise UserError(f"{flag} = {regex}: is no regular expression ({e}); mend it") from e
     return Concept("regex", f"matches of the regular expression {regex!r}, in any case", pattern=pattern)
 
 

@@ -6,6 +6,7 @@ program. Computed in float32, whatever the dtype of the model. Dims: R treatment
 R x C rows, V vocabulary, D d_model, L layers, N concepts of K kinds with M tokens each.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +117,23 @@ def treatments_at_once(config: ModelConfig, n_prompts: int, concepts_NKM: np.nda
         n_prompts * concepts_NKM.size / _MAX_PICKED,
     )
     return max(1, int(1 / of_one))
+
+
+def in_parts(
+    run: Callable[[np.ndarray], TreatmentEffects],
+    treatments: np.ndarray,
+    at_once: int,
+    report: Callable[[int], object],
+) -> TreatmentEffects:
+    """Runs treatments, [R, ...], some at once; `report` is told how many are done since the last time."""
+    parts = []
+    for first in range(0, len(treatments), at_once):
+        part = treatments[first : first + at_once]
+        # Filled up to one shape, so that nothing is compiled for what is left over.
+        effects = run(np.resize(part, (at_once, *part.shape[1:])))
+        parts.append([np.asarray(figures)[: len(part)] for figures in effects])
+        report(len(part))
+    return TreatmentEffects(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _effects(

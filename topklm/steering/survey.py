@@ -44,21 +44,27 @@ class Prompts:
         return np.concatenate([self.tokens[:, :1], middle, self.tokens[:, 1:]], axis=1)
 
 
-def neutral_prompts(store: Store, n: int, length: int, separator_id: int, seed: int) -> Prompts:
-    """Draws n pieces of the documents of odd number evenly, each `length` tokens, the separator counted.
+def neutral_prompts(
+    store: Store, n: int, length: int, separator_id: int, seed: int, among: np.ndarray | None = None
+) -> Prompts:
+    """Draws n pieces of some documents evenly, each `length` tokens, the separator counted.
+
+    `among` are the tokens of these documents, bool[N]; None: those of odd number.
 
     Raises:
         UserError: If there are not so many pieces.
     """
     documents = store.documents(0, store.n_tokens)
+    which = "documents of odd number" if among is None else "half of the documents"
+    among = documents % 2 == 1 if among is None else among
     # The text of a prompt, and the token after it, are of one document.
     last = length - 1
     fits = documents[: max(len(documents) - last, 0)] == documents[last:]
-    starts = np.flatnonzero(fits & (documents[: len(fits)] % 2 == 1))
+    starts = np.flatnonzero(fits & among[: len(fits)])
     if len(starts) < n:
         raise UserError(
-            f"{store.folder} has {len(starts):,} places for a prompt of {last} tokens in its documents of "
-            f"odd number, {n} are needed: harvest more text"
+            f"{store.folder} has {len(starts):,} places for a prompt of {last} tokens in its {which}, "
+            f"{n} are needed: harvest more text"
         )
     chosen = starts[spread_ends(len(starts), n, seed)]
     stored = store.tokens(0, store.n_tokens)
@@ -151,14 +157,7 @@ def _survey_layer(
         return next_token_effects.change_prompts(config, params, tokens, *rest)
 
     def treat(run: Callable[[np.ndarray], TreatmentEffects], treatments: np.ndarray) -> TreatmentEffects:
-        parts = []
-        for first in range(0, len(treatments), at_once):
-            part = treatments[first : first + at_once]
-            # Filled up to one shape, so that nothing is compiled for what is left over.
-            effects = run(np.resize(part, (at_once, *part.shape[1:])))
-            parts.append([np.asarray(figures)[: len(part)] for figures in effects])
-            report(len(part), 0, 0)
-        return TreatmentEffects(*map(np.concatenate, zip(*parts, strict=True)))
+        return next_token_effects.in_parts(run, treatments, at_once, lambda n: report(n, 0, 0))
 
     total = len(settings.strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
     steered, prompted = [], []
