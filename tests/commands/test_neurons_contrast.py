@@ -1,9 +1,11 @@
 """`topklm neurons contrast` and `ablate-set` on small texts that differ."""
 
 import argparse
+import dataclasses
 import json
 
 import jax
+import making
 import numpy as np
 import pytest
 import saved_runs
@@ -264,3 +266,74 @@ def test_numbers_of_neurons_must_be_whole(call, place, neurons, capsys):
     with pytest.raises(SystemExit):
         call(*ablate_of(place), "--neurons", neurons)
     assert "must be whole numbers, 1 or more" in capsys.readouterr().err
+
+
+OWN = [*VOWELS, *NUMBERS, "aeiou 12 eau", "xyz", "zyx rst"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, place):
+    """The same run, whose own held-out documents are of both texts, of both at once, and of neither."""
+    folder = tmp_path_factory.mktemp("own")
+    making.make_dataset(folder / "data", ["something else 1"], OWN, tokenizer=saved_runs.tokenizer())
+    data = dataclasses.replace(saved_runs.CONFIG.data, source=str(folder / "data"))
+    saved_runs.save(folder / "small", [STEP], dataclasses.replace(saved_runs.CONFIG, data=data))
+    return folder / "small"
+
+
+def test_documents_of_the_runs_own_data_are_told_apart_by_patterns(call, own, place):
+    given = call(*contrast_of(place), "--json")
+    regexes = "--positive-regex", "[AEIOU]{2}", "--negative-regex", r"\d"
+    found = call(CONTRAST, own, *regexes, "--json")
+    assert [{**one, "label": ""} for one in found["neurons"]] == [
+        {**one, "label": ""} for one in given["neurons"]
+    ]
+    assert (found["positive"]["source"], found["negative"]["source"]) == ("[AEIOU]{2}", r"\d")
+    assert found["warnings"] == [
+        "--positive-regex: left out: 1 x match of both patterns",
+        "--negative-regex: left out: 1 x match of both patterns",
+    ]
+    # Without the second pattern, all that does not match the first: the numbers, and what is neither.
+    rest = call(CONTRAST, own, *regexes[:2], "--json")
+    assert rest["positive"]["documents"] == len(VOWELS) + 1
+    assert rest["negative"]["documents"] == len(NUMBERS) + 2 and rest["warnings"] == []
+    assert rest["negative"]["source"] == "all but [AEIOU]{2}"
+    ablated = call(
+        ABLATE_SET, own, "--forget-regex", "[aeiou]{2}", "--retain-regex", r"\d", "--count", 3, "--json"
+    )
+    expected = call(*ablate_of(place), "--count", 3, "--json")
+    assert ablated["sets"] == expected["sets"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--positive-regex", "q"],
+            "--positive-regex = q: no document of the held-out text of data .* is like that",
+        ),
+        (
+            ["--positive-regex", "aeiou", "--negative-regex", "12 eau"],
+            r"--negative-regex = 12 eau: .*\(1 x match of",
+        ),
+        (
+            ["--positive-regex", "eau", "--case", "--split", "train"],
+            "--positive-regex = eau: no document of the tra",
+        ),
+        (["--positive-regex", "("], r"--positive-regex = \(: is no regular expression"),
+        (["--negative-regex", "a"], "--positive-regex and --negative-regex go together"),
+        (
+            ["--positive-regex", "a", "--negative", "x.jsonl"],
+            "--positive-regex and --negative-regex go together",
+        ),
+        (["--positive", "x.jsonl"], "--negative is missing: give text, or --positive-regex"),
+        ([], "--positive is missing"),
+        (
+            ["--positive", "x.jsonl", "--negative", "y.jsonl", "--case"],
+            "--case: goes with --positive-regex only",
+        ),
+    ],
+)
+def test_mistakes_in_patterns_are_named(call, own, arguments, message):
+    with pytest.raises(UserError, match=message):
+        call(CONTRAST, own, *arguments)

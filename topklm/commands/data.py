@@ -152,10 +152,7 @@ def _export(arguments: argparse.Namespace) -> None:
     shared.check_can_write(arguments, "out")
     if arguments.regex is None:
         shared.check_goes_with(arguments, "regex", "case")
-    try:
-        pattern = re.compile(arguments.regex or "", 0 if arguments.case else re.IGNORECASE)
-    except re.error as e:
-        raise shared.wrong(arguments, "regex", f"is no regular expression ({e}); mend it") from e
+    pattern = shared.compiled(arguments, "regex")
     output = Output(arguments.json)
     datasets = _datasets(arguments.dataset)
     splits = [dataset.splits[arguments.split] for dataset in datasets]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from pathlib import Path
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from topklm.commands import shared
 from topklm.commands.shared import LabelOf, Output, Verb
+from topklm.data.dataset import SPLITS
 from topklm.errors import UserError, visible
 from topklm.imports import when_used
 from topklm.inference.interventions import Intervention, save_interventions
@@ -40,13 +42,15 @@ class ComparedText:
     """Documents that a user named.
 
     Attributes:
-        flag: Which names them, without dashes.
+        name: The text's, "positive" say.
+        flag: Which names the documents, without dashes.
         source: As it was written.
         documents: Token ids of each, int32[n], none empty and no two the same.
         facts: For --json.
         warnings: The parts that were not read, a line each.
     """
 
+    name: str
     flag: str
     source: str
     documents: Sequence[np.ndarray]
@@ -60,9 +64,12 @@ class ComparedText:
 
 def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
     """Declares the flags of both texts, and those that go with them; returns a function for others."""
-    add = shared.flags(parser, "run", "layers", "seed", "step", "json")
+    add = shared.flags(parser, "run", "layers", "seed", "step", "json", "case")
     for flag, what in texts.items():
-        add(f"--{flag} TEXT", f"{what}: {_TEXT}", required=True)
+        either = shared.flags(parser.add_mutually_exclusive_group())
+        either(f"--{flag} TEXT", f"{what}: {_TEXT}")
+        either(f"--{flag}-regex PATTERN", f"{what}: documents of the run's own data that match")
+    add("--split", "of the run's own data", "heldout", choices=SPLITS)
     add("--tokens N", "read at most so many of each text", tokens)
     text = "of a Base LM: a neuron counts as active where it is among the K largest; default: above 0"
     add("--keep K", text, int)
@@ -90,10 +97,12 @@ def _open(
     """
     shared.check_at_least(arguments, 1, "tokens", "permutations", "keep", *counts)
     shared.check_at_least(arguments, 0, "seed")
-    one, other = (getattr(arguments, flag) for flag in flags)
     both = f"--{flags[0]} and --{flags[1]}"
-    if _resolved(one) == _resolved(other):
-        raise UserError(f"{both} are both {one}: give two texts that differ")
+    patterns = _patterns(arguments, flags)
+    if patterns is None:
+        one, other = (getattr(arguments, flag) for flag in flags)
+        if _resolved(one) == _resolved(other):
+            raise UserError(f"{both} are both {one}: give two texts that differ")
     model, layout = shared.load(arguments)
     _, layers = harvest_lib.kind_and_layers(model.cfg)
     if not set(arguments.layers or ()) <= set(layers):
@@ -101,7 +110,7 @@ def _open(
         allowed = f"{what}, from {layers[0]} to {layers[-1]}"
         raise UserError(field="--layers", value=",".join(map(str, arguments.layers)), allowed=allowed)
     shared.check_keep(model.cfg, arguments.keep)
-    texts = _read(flags[0], one, model, arguments.tokens), _read(flags[1], other, model, arguments.tokens)
+    texts = _text(arguments, flags, 0, patterns, model), _text(arguments, flags, 1, patterns, model)
     known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
     if common := known & again:
         raise UserError(
@@ -122,10 +131,61 @@ def _resolved(source: str) -> str:
     return source
 
 
-def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> ComparedText:
+_Patterns = tuple[re.Pattern[str] | None, re.Pattern[str] | None]
+
+
+def _patterns(arguments: argparse.Namespace, flags: tuple[str, str]) -> _Patterns | None:
+    """Compiles what tells documents of the run's own data apart; None where texts are given.
+
+    Without the second pattern, the second text is all that does not match the first.
+    """
+    texts = [getattr(arguments, flag) for flag in flags]
+    regexes = [getattr(arguments, f"{flag}_regex") for flag in flags]
+    if regexes == [None, None]:
+        shared.check_goes_with(arguments, f"{flags[0]}_regex", "case")
+        for flag, text in zip(flags, texts, strict=True):
+            if text is None:
+                raise UserError(
+                    f"--{flag} is missing: give text, or --{flags[0]}-regex of the run's own data"
+                )
+        return None
+    if regexes[0] is None or texts[1] is not None:
+        raise UserError(
+            f"--{flags[0]}-regex and --{flags[1]}-regex go together, of the run's own data; the second may "
+            "be left out: all that does not match"
+        )
+    one, other = (
+        None if regex is None else shared.compiled(arguments, f"{flag}_regex")
+        for flag, regex in zip(flags, regexes, strict=True)
+    )
+    return one, other
+
+
+def _text(
+    arguments: argparse.Namespace,
+    flags: tuple[str, str],
+    number: int,
+    patterns: _Patterns | None,
+    model: LanguageModel,
+) -> ComparedText:
+    """Reads the text of one of the two flags."""
+    flag, data = flags[number], model.config.data
+    if patterns is None:
+        source = getattr(arguments, flag)
+        documents = documents_lib.open_documents(model.tokenizer, data, source, flag=f"--{flag}")
+        return _read(flag, flag, source, documents, arguments.tokens)
+    own = documents_lib.open_documents(model.tokenizer, data, None, arguments.split)
+    pattern, other = patterns[number], patterns[1 - number]
+    source = pattern.pattern if pattern else f"all but {getattr(arguments, f'{flags[0]}_regex')}"
+    matching = documents_lib.Matching(own, model.tokenizer, pattern, other)
+    return _read(flag, f"{flag}-regex", source, matching, arguments.tokens)
+
+
+def _read(
+    name: str, flag: str, source: str, documents: documents_lib.Documents, most_tokens: int
+) -> ComparedText:
     taken: dict[bytes, np.ndarray] = {}
     left, n_repeated, is_whole = most_tokens, 0, True
-    documents = documents_lib.open_documents(model.tokenizer, model.config.data, source, flag=f"--{flag}")
     for ids in filter(len, documents):
         if not left:
             is_whole = False
@@ -157,7 +217,7 @@ def _read(flag: str, source: str, model: LanguageModel, most_tokens: int) -> Com
         warnings.append(f"--{flag}: left out: {documents_lib.described(unreadable)}")
     if not is_whole:
         warnings.append(f"--{flag}: only the first {n_tokens:,} tokens are read (--tokens)")
-    return ComparedText(flag, source, [*taken.values()], facts, warnings)
+    return ComparedText(name, flag, source, [*taken.values()], facts, warnings)
 
 
 def _contrast_of(
@@ -246,7 +306,7 @@ def _contrast(arguments: argparse.Namespace) -> None:
     facts = {
         "run": arguments.run,
         "step": model.step,
-        **{text.flag: {**text.facts, "units": n} for text, n in zip(texts, found.n_units, strict=True)},
+        **{text.name: {**text.facts, "units": n} for text, n in zip(texts, found.n_units, strict=True)},
         "by": arguments.by,
         "unit": unit,
         "window": piece,
@@ -271,7 +331,7 @@ def _print_contrast(
     labels: LabelOf,
 ) -> None:
     for text, n_units, n_tokens in zip(texts, found.n_units, found.n_tokens, strict=True):
-        output.say(f"{text.flag}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens")
+        output.say(f"{text.name}: {visible(text.source)}: {n_units:,} {unit}s, {n_tokens:,} tokens")
     cells = [
         [
             f"{r.frequency_positive:.2%}",
@@ -356,7 +416,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     facts = {
         "run": arguments.run,
         "step": model.step,
-        **{text.flag: text.facts for text in texts},
+        **{text.name: text.facts for text in texts},
         "documents_of_forget_and_retain": {
             "chosen_on": [len(d) for d in chosen_on],
             "scored_on": [len(d) for d in scored_on],
@@ -373,7 +433,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     def show() -> None:
         for text, documents, n in zip(texts, scored_on, n_tokens, strict=True):
             output.say(
-                f"{text.flag}: {visible(text.source)}: neurons are chosen on "
+                f"{text.name}: {visible(text.source)}: neurons are chosen on "
                 f"{len(text.documents) - len(documents):,} documents, losses are of {len(documents):,} "
                 f"others, {n:,} tokens"
             )

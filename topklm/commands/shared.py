@@ -276,6 +276,14 @@ def wrong(arguments: argparse.Namespace, name: str, text: str = "", **parts: str
     return UserError(text, field=flag(name), value=getattr(arguments, name), **parts)
 
 
+def compiled(arguments: argparse.Namespace, name: str) -> re.Pattern[str]:
+    """Compiles the pattern of a flag, as --case says; raises UserError for none."""
+    try:
+        return re.compile(getattr(arguments, name) or "", 0 if arguments.case else re.IGNORECASE)
+    except re.error as e:
+        raise wrong(arguments, name, f"is no regular expression ({e}); mend it") from e
+
+
 def check_at_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
     """Raises UserError for a flag that was given, and is less, or not finite."""
     for name in names:

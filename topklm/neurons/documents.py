@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+import re
 from types import MappingProxyType
 from typing import Protocol
 
@@ -34,6 +35,7 @@ _BATCH_TOKENS = 8192  # of one device
 _OVERLAP = 1 / 4  # of a window; its first new token can look back at so much, at least
 
 COPY = "exact copy of a document before"
+BOTH = "match of both patterns"
 
 
 class Documents(Protocol):
@@ -97,7 +99,10 @@ def no_text(documents: Documents, said: str) -> UserError:
     """Makes the error for text without a document, read to its end; `said` as in "--source = notes.jsonl"."""
     looked_for = f"the field {documents.field!r} was looked for" if documents.field else ""
     why = "; ".join(filter(None, (described(documents.left_out), looked_for)))
-    return UserError(f"{said}: there is no text in it{f' ({why})' if why else ''}; give other text")
+    what, advice = "there is no text in it", "give other text"
+    if isinstance(documents, Matching):
+        what, advice = f"no document of the {documents.name} is like that", "give another pattern"
+    return UserError(f"{said}: {what}{f' ({why})' if why else ''}; {advice}")
 
 
 class _Prepared(Documents):
@@ -143,6 +148,40 @@ class _Files(Documents):
                 continue
             seen.add(digest)
             yield self._tokenizer.encode(item.text)
+
+
+class Matching(Documents):
+    """Documents whose text matches a pattern, and not another one.
+
+    Args:
+        documents: Of which these are.
+        tokenizer: Of their tokens.
+        wanted: None: all match it.
+        unwanted: None: none matches it.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: Tokenizer,
+        wanted: re.Pattern[str] | None,
+        unwanted: re.Pattern[str] | None,
+    ):
+        self.name = documents.name
+        self._documents, self._tokenizer = documents, tokenizer
+        self._wanted, self._unwanted = wanted, unwanted
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        left_out = Counter[str]()
+        self.left_out = left_out
+        for ids in self._documents:
+            text = self._tokenizer.decode(ids)
+            if self._wanted is not None and not self._wanted.search(text):
+                continue
+            if self._unwanted is None or not self._unwanted.search(text):
+                yield ids
+            elif self._wanted is not None:
+                left_out[BOTH] += 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
