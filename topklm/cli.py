@@ -20,6 +20,7 @@ VERBS = {
     "generate": "continue a prompt",
     "steer": "set a neuron, and measure what that does to the text",
     "neurons": "harvest, measure and find the neurons of a model",
+    "compare": "compare two runs: bits per byte, neurons, ablations",
     "runs": "list runs, how far each is and how well it does",
     "show": "look into a run: config, loss, checkpoints, neurons",
     "serve": "answer OpenAI's clients with a model",

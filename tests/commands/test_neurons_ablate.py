@@ -93,9 +93,9 @@ def check(found, expected):
     for name, (n, mean) in expected.items():
         one = found["sets"][0]["change"][name]
         assert found["tokens"][name] == n
-        assert one["change"] == (None if mean is None else pytest.approx(mean, abs=1e-6))
+        assert one["value"] == (None if mean is None else pytest.approx(mean, abs=1e-6))
         if mean is not None:
-            assert one["low"] <= one["change"] <= one["high"]
+            assert one["low"] <= one["value"] <= one["high"]
 
 
 def test_neurons_of_a_pattern_are_chosen_on_one_half_and_measured_on_the_other(ablate, run, tmp_path):
@@ -110,7 +110,7 @@ def test_neurons_of_a_pattern_are_chosen_on_one_half_and_measured_on_the_other(a
     random = found["sets"][0]["random"]
     assert len(random) == 3 and all(one["neurons"] not in ([], [[1, 3]]) for one in random)
     gaps = [
-        one["change"]["targets"]["change"] - one["change"]["elsewhere"]["change"]
+        one["change"]["targets"]["value"] - one["change"]["elsewhere"]["value"]
         for one in (found["sets"][0], *random)
     ]
     assert found["sets"][0]["p_value"] == (1 + sum(gap >= gaps[0] for gap in gaps[1:])) / 4

@@ -97,9 +97,9 @@ def test_changes_are_means_over_tokens_and_chance_is_counted():
     # Every document changes as much.
     assert one.chosen.groups["forget"] == Estimate(0.5, 0.5, 0.5)
     assert one.chosen.groups["retain"] == Estimate(0.125, 0.125, 0.125)
-    assert np.isnan(one.chosen.groups["none"].change) and np.isnan(one.chosen.groups["none"].low)
+    assert np.isnan(one.chosen.groups["none"].value) and np.isnan(one.chosen.groups["none"].low)
     assert one.chosen.gap == 0.375
-    assert [three.chosen.groups[name].change for name in ("forget", "retain")] == [0.625, 0.125]
+    assert [three.chosen.groups[name].value for name in ("forget", "retain")] == [0.625, 0.125]
     assert one.chosen.density == 0.2 and three.chosen.density == pytest.approx(0.15)
     assert len(one.random) == 6 and all(len(other.neurons) == 3 for other in three.random)
     gaps = [0.25 if (0, 2) in other.neurons else 0.0 for other in one.random]

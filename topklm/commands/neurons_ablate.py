@@ -167,7 +167,7 @@ def show_outcomes(
     ]
     for outcome in outcomes:
         neurons = outcome.chosen.neurons
-        found = [_cell(one.change, one.low, one.high) for one in outcome.chosen.groups.values()]
+        found = [_cell(one.value, one.low, one.high) for one in outcome.chosen.groups.values()]
         spreads = [outcome.spread(name) for name in before]
         by_chance = [_cell(one.mean, one.low, one.high) for one in spreads]
         names = " ".join(f"{layer}:{neuron}" for layer, neuron in neurons[:8])

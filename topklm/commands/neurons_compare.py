@@ -452,7 +452,7 @@ def _set_facts(outcome: Outcome, q_values: Mapping[Neuron, float]) -> dict[str, 
         "n_neurons": len(chosen.neurons),
         "neurons": chosen.neurons,
         "density": chosen.density,
-        **{name: chosen.groups[name].change for name in _ABLATED},
+        **{name: chosen.groups[name].value for name in _ABLATED},
         **{f"{name}_interval": (chosen.groups[name].low, chosen.groups[name].high) for name in _ABLATED},
         "q_values": [q_values[neuron] for neuron in chosen.neurons],
         "random": {

@@ -252,7 +252,7 @@ class Run:
                 "neurons": [names] * len(before),
                 "tokens": [int(plan.groups[name].sum()) for name in before],
                 "loss": list(before.values()),
-                "change": [groups[name].change for name in before],
+                "change": [groups[name].value for name in before],
                 "low": [groups[name].low for name in before],
                 "high": [groups[name].high for name in before],
                 "random": [spreads[name].mean for name in before],

@@ -118,9 +118,9 @@ def _forward(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The change of a mean loss, in nats per token, with its 95 % interval by bootstrap over documents."""
+    """A ratio of sums over documents, the change of a mean loss say, with its 95 % interval by bootstrap."""
 
-    change: float  # NaN where there is no token to take it of
+    value: float  # NaN where there is no token to take it of
     low: float  # percentile, NaN likewise
     high: float
 
@@ -132,13 +132,14 @@ class Change:
     neurons: tuple[Neuron, ...]  # the set
     # Mean over the set of the share of tokens at which a neuron is active, where they were chosen.
     density: float
-    groups: Mapping[str, Estimate]  # by name, in the order in which they were given
+    # Changes of the mean loss, nats per token, by name of the group, in the order in which they were given.
+    groups: Mapping[str, Estimate]
 
     @property
     def gap(self) -> float:
         """How much more is lost in the first group, which is aimed at, than in the last, the rest."""
         first, *_, last = self.groups.values()
-        return first.change - last.change
+        return first.value - last.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Outcome:
 
     def spread(self, group: str) -> Spread:
         """Summarises the changes of a group over the random sets."""
-        return Spread.of([one.groups[group].change for one in self.random])
+        return Spread.of([one.groups[group].value for one in self.random])
 
     @property
     def random_density(self) -> float:

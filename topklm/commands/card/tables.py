@@ -106,13 +106,13 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> _Rows:
     for run in runs:
         for basis in run["bases"]:
             for layer in basis["layers"]:
-                cells = [_cell(layer.get(m.name), m.text) for m in card.MEASURES]
+                cells = [cell(layer.get(m.name), m.text) for m in card.MEASURES]
                 rows.append([run["run"], TITLES[basis["name"]], str(layer["layer"]), *cells])
             rows.append(None)
     return rows
 
 
-def _cell(figure: Mapping[str, Any] | None, text: str) -> str:
+def cell(figure: Mapping[str, Any] | None, text: str) -> str:
     """Returns a figure with half the width of its interval."""
     if figure is None or figure["value"] is None:
         return _NOTHING
@@ -130,12 +130,12 @@ def _probing_rows(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[_Rows, 
             for layer in basis["layers"]:
                 found = layer["probing"][name]
                 said = f"{found['n_labels']} labels, {found['left_out']} with too few examples left out"
-                auc = [_cell(found.get("auc", {}).get(str(k)), "{:.3f}") for k in probing.KS]
+                auc = [cell(found.get("auc", {}).get(str(k)), "{:.3f}") for k in probing.KS]
                 gaps = [
-                    _cell(found.get(f"less_{control}", {}).get("auc", {}).get("1"), "{:+.3f}")
+                    cell(found.get(f"less_{control}", {}).get("auc", {}).get("1"), "{:+.3f}")
                     for control in ("random", "random_cut")
                 ]
-                accuracy = _cell(found.get("balanced_accuracy", {}).get("1"), "{:.3f}")
+                accuracy = cell(found.get("balanced_accuracy", {}).get("1"), "{:.3f}")
                 rows.append([run["run"], TITLES[basis["name"]], str(layer["layer"]), *auc, *gaps, accuracy])
             rows.append(None)
     return rows, said

@@ -1,0 +1,76 @@
+"""Two models on the same text: bits per byte paired over documents, and neurons found by the same pattern.
+
+Documents are texts, which each model reads by its own tokenizer, in windows as harvesting does, in float32.
+Bits per byte are all nats of all documents over their UTF-8 bytes. The difference of two models is taken
+document by document, and its interval drawn over documents: documents are easy or hard for both alike, so it
+is far narrower than the intervals of the two. The definitions are ours. Dims: G documents, N tokens.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+from topklm.errors import UserError
+from topklm.neurons import ablate_set, search
+from topklm.neurons.ablate_set import AblatedLosses, Estimate
+from topklm.neurons.documents import TextModel
+from topklm.neurons.store import Store
+
+
+def bits_of(
+    model: TextModel,
+    documents: Sequence[np.ndarray],
+    report: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
+    """Computes the bits that a model needs for each document, float64[G]; token ids of each, none empty."""
+    everything = np.ones(sum(map(len, documents)), bool)
+    losses = AblatedLosses(model, documents, {"all": everything})
+    return losses.sums(report=report)["all"] / math.log(2)
+
+
+def bits_per_byte(bits: np.ndarray, n_bytes: np.ndarray, seed: int = 0) -> Estimate:
+    """Divides bits, or differences of bits, float64[G], by bytes, int64[G], with an interval."""
+    return ablate_set.estimate(bits, n_bytes, np.random.default_rng(seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class BestNeuron:
+    """The neuron of a layer that tells matched tokens best on one half of the documents."""
+
+    layer: int
+    neuron: int
+    threshold: float  # its |activation| from which on it counts as firing, chosen on that half
+    f1: float  # on the other half; NaN where it does not fire and nothing matches there
+    low: float  # of the 95 % interval by bootstrap over documents
+    high: float
+
+
+def best_neurons(store: Store, matched: np.ndarray, seed: int = 0) -> list[BestNeuron]:
+    """Finds the best neuron of each layer for matched tokens, bool[N]; a layer without any is left out.
+
+    Raises:
+        UserError: If the store holds one document.
+    """
+    bounds = store.document_bounds()
+    if len(bounds) < 3:
+        raise UserError(f"{store.folder} holds one document: neurons are chosen on some; harvest more text")
+    document = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    choose, _ = ablate_set.halves(len(bounds) - 1, seed)
+    among = np.isin(document, choose)
+    found = []
+    for layer in store.metadata.layers:
+        for best in search.rank(store, matched, 1, [layer], among):
+            block = store.neuron(layer, best.neuron).at(~among)
+            firing = block.tokens[np.abs(block.values) >= best.threshold]
+
+            def by_document(tokens: np.ndarray) -> np.ndarray:
+                return np.bincount(document[tokens], minlength=len(bounds) - 1)
+
+            hits = by_document(firing[matched[firing]])
+            wanted = by_document(firing) + by_document(np.flatnonzero(matched & ~among))
+            # F1 = 2 hits / (firing + matched), a ratio of sums over documents.
+            f1 = ablate_set.estimate(2.0 * hits, wanted, np.random.default_rng(seed))
+            found.append(BestNeuron(layer, best.neuron, best.threshold, f1.value, f1.low, f1.high))
+    return found
