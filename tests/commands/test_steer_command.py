@@ -157,7 +157,8 @@ REFUSED = [
     (("--neuron", "0:99"), "--neuron = 0:99: neuron = 99: must be an integer from 0 to 31"),
     (("--neuron", "0:3", "--values", "1,nan"), "--values = 1,nan: value = nan"),
     (("--neuron", "0:3", "--values", "1,two"), "--values = 1,two: 'two' is no number"),
-    (("--neuron", "0:3", "--values", "1x"), "the largest activation of 0:3 is not known"),
+    (("--neuron", "0:20", "--values", "1x"), "the largest activation of 0:20 is not known, or it is never"),
+    (("--neuron", "1:3", "--values", "1x"), "the largest activation of 1:3 is not known"),  # is not harvested
     (("--neuron", "0:3", "--values", "1", "--mode", "ablate"), "mode ablate has no use for values"),
     (("--neuron", "0:3", "--values", "2x", "--mode", "scale"), "leave the x out"),
     (("--neuron", "0:3", "--samples", "0"), "--samples = 0: must be 1 or more"),
@@ -189,6 +190,12 @@ def test_a_survey_without_activations_says_how_to_get_them(tmp_path):
     saved_runs.save(tmp_path / "bare", [STEP])
     with pytest.raises(UserError, match="run topklm neurons harvest"):
         cli.dispatch(["steer", str(tmp_path / "bare"), "--survey"])
+
+
+def test_values_may_be_in_units_of_the_largest_activation_that_was_harvested(run, asked, capsys):
+    cli.dispatch(["steer", str(run), "--neuron", "0:3", *DOSE[2:], "--values", "0.5x,1x"])
+    assert asked[0][:2] == ((0, 3), [1.0, 2.0])
+    capsys.readouterr()
 
 
 TOWARD = ("--toward", "were", "--neutral-prompts", "3", "--directions", "4", "--limit", "3", "--bound", "100")

@@ -4,6 +4,7 @@ import html
 import importlib.util
 import json
 import re
+import sys
 
 import explored_run
 import numpy as np
@@ -141,6 +142,13 @@ def test_a_run_without_neurons_says_what_to_do(run, tmp_path, explored_copy):
         topklm.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match="split = test: must be one of"):
         list(run.documents("test"))
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "jinja2", "markupsafe"])
+def test_packages_of_the_extra_that_are_missing_are_named(run, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs the package {package} .* pip install 'topklm\[explore\]'"):
+        run.metrics.plot() if package == "markupsafe" else run.neuron(1, 3)
 
 
 def test_documents_are_the_texts_of_a_split(finished_run):

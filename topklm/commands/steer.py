@@ -30,8 +30,9 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.paths import NeuronsFolder
     from topklm.neurons.store import Store
-    from topklm.steering.concepts import Concept
+    from topklm.steering.concepts import Concept, NeuronFacts
     from topklm.steering.dose import Estimate, Response
 
 DESCRIPTION = (
@@ -128,7 +129,7 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
         Intervention(layer, neuron).check(model.cfg)
     folder = None if is_bucket(arguments.run) else shared.folder_of(model)
     facts = None if folder is None else concept_lib.read_facts(folder, layer, neuron)
-    values = _values(arguments, (layer, neuron), facts.max_activation if facts else None)
+    values = _values(arguments, (layer, neuron), _largest(model, folder, facts, layer, neuron))
     concepts = asked or concept_lib.own_concepts(model, folder, facts, layer, neuron)
     found = _respond(arguments, output, model, (layer, neuron), values, concepts, sampled)
     content = survey_lib.without_nan(
@@ -154,6 +155,20 @@ def _steer(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, Any
         _print_responses(output, arguments, found, concepts, sampled)
 
     return content, show
+
+
+def _largest(
+    model: LanguageModel, folder: NeuronsFolder | None, facts: NeuronFacts | None, layer: int, neuron: int
+) -> float | None:
+    """Returns a neuron's largest activation, where it was measured or harvested; None of a dead one too."""
+    if facts is not None:
+        return facts.max_activation
+    if folder is None or not folder.store.exists():
+        return None
+    store = shared.open_store(folder, model)
+    if store.metadata.dictionary or layer not in store.metadata.layers:
+        return None
+    return store.largest_activation(layer, neuron) if len(store.neuron(layer, neuron).values) else None
 
 
 def _respond(
@@ -212,8 +227,8 @@ def _values(arguments: argparse.Namespace, neuron: tuple[int, int], largest: flo
             raise wrong("mode scale multiplies already; leave the x out")
         if times is not None and largest is None:
             raise wrong(
-                f"the largest activation of {arguments.neuron} is not known: run topklm neurons harvest and "
-                f"measure {arguments.run}, or give values without x"
+                f"the largest activation of {arguments.neuron} is not known, or it is never active: run "
+                f"topklm neurons harvest {arguments.run}, or give values without x"
             )
         try:
             value = float(part) if times is None or largest is None else times * largest

@@ -6,7 +6,6 @@ Thin: everything is read and computed where the commands and the explorer's page
 from collections.abc import Iterator, Mapping, Sequence
 import functools
 import html
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from topklm.config import Config
 from topklm.data.dataset import SPLITS
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import ArgumentError, UserError, visible
-from topklm.imports import when_used
+from topklm.imports import optional_module, when_used
 from topklm.inference.interventions import neuron_of
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
@@ -121,9 +120,8 @@ class Run:
     @functools.cached_property
     def _source(self) -> "neuron_data.NeuronData":
         """The measured neurons; raises UserError if there are none."""
-        if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-            text = f"neurons need the packages {', '.join(missing)}; run: pip install 'topklm[explore]'"
-            raise UserError(text)
+        for package in _NEEDED:
+            optional_module(package, "explore", "neurons")
         if not self._folder.table.exists():
             raise UserError(
                 f"{self.path}: neurons of step {self.step} are not measured: run topklm explore {self.path}"
@@ -184,7 +182,8 @@ class Run:
         columns: dict[str, Any] = {name: [getattr(one, name) for one in found] for name in names}
         if self._folder.table.exists():
             rows = [self._source.number(one.layer, one.neuron) for one in found]
-            columns |= {name: self.neurons[name][rows] for name in ("label", "input_tokens")}
+            known = self.neurons
+            columns |= {name: known[name][rows] for name in ("label", "input_tokens")}
         return Columns(columns)
 
     @functools.cached_property
@@ -335,8 +334,9 @@ class Metrics(Columns):
         """Draws metrics over steps; by default the loss of training and of held-out text, nats.
 
         Raises:
-            UserError: If there is no such metric, or it has no value yet.
+            UserError: If there is no such metric, it has no value yet, or the extra is not installed.
         """
+        optional_module("markupsafe", "explore", "plot")
         asked = names or tuple(name for name in _CURVES if name in self.columns)
         curves = {}
         for name in asked:
