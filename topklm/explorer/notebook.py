@@ -101,13 +101,18 @@ class Run:
         """
         if split not in SPLITS:
             raise ArgumentError(field="split", value=split, allowed=f"one of {', '.join(SPLITS)}")
-        tokenizer = Tokenizer.load(Path(self.path) / run_folder.TOKENIZER_FILE)
-        for ids in documents.open_documents(tokenizer, self.config.data, None, split):
-            yield tokenizer.decode(ids)
+        for ids in documents.open_documents(self._tokenizer, self.config.data, None, split):
+            yield self._tokenizer.decode(ids)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        if is_bucket(self.path):
+            return self.model.tokenizer
+        return Tokenizer.load(Path(self.path) / run_folder.TOKENIZER_FILE)
 
     @functools.cached_property
     def _folder(self) -> NeuronsFolder:
-        if is_bucket(as_path(self.path, "run")):
+        if is_bucket(self.path):
             text = "activations are kept on a disk; copy the run folder to one"
             raise ArgumentError(text, field="run", value=self.path)
         return NeuronsFolder(Path(self.path), self.step)
@@ -188,8 +193,7 @@ class Run:
 
     @functools.cached_property
     def _text(self) -> search.StoredText:
-        tokenizer = Tokenizer.load(self._folder.run / run_folder.TOKENIZER_FILE)
-        return search.StoredText(self._store, tokenizer)
+        return search.StoredText(self._store, self._tokenizer)
 
     def ablate(
         self,
