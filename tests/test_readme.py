@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+from helpers import in_this_process
 import pytest
 
 from topklm import config
@@ -143,6 +144,8 @@ def test_the_readme_is_read_in_two_minutes():
 def test_the_python_example_runs(run_copy, tmp_path):
     (tmp_path / "runs").mkdir()
     run_copy.rename(tmp_path / "runs/small")
+    harvest = ["neurons", "harvest", str(tmp_path / "runs/small"), "--tokens", "500"]
+    assert in_this_process(*harvest).exit_code == 0  # as `topklm explore` has done by then
     for number, block in enumerate(blocks("python")):
         script = tmp_path / f"example{number}.py"
         script.write_text(block)
