@@ -82,7 +82,7 @@ def test_a_statistic_that_is_added_is_seen_in_table_page_export_json_and_definit
     with serving(source) as site:
         page = site.ask("/neurons/1/17").text
         assert f'title="{SAID}"><h2>Energy</h2>' in page  # the tile
-        assert f"of {len(values):,} tokens</small>" in page
+        assert f"of {len(values):,} tokens<br>above " in page  # and its rank in the layer
         assert f"<dd>{SAID}</dd>" in page
         assert site.ask("/api/neurons/1/17").json["figures"]["energy"] == pytest.approx(expected)
         overview = site.ask("/?sort=energy&order=falling&energy.min=1").text
