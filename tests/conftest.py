@@ -147,3 +147,11 @@ def finished_run(session_folder, trainer) -> Path:
 def run_copy(tmp_path, finished_run) -> Path:
     """The finished run, to be changed at will."""
     return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def small_batches():
+    """Batches of 256 tokens, so that a few texts are several of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topklm.neurons.documents._BATCH_TOKENS", 256)
+        yield

@@ -1,4 +1,4 @@
-"""Imports that wait or are hidden, packages that may be missing, and versions of those that are there."""
+"""Imports that wait or are hidden, packages that may be missing, and versions of installed packages."""
 
 from collections.abc import Iterator, Sequence
 import contextlib

@@ -15,10 +15,12 @@ import topklm
 from topklm import cli
 from topklm.commands import compare
 from topklm.errors import UserError
-from topklm.neurons import compare_runs, documents
+from topklm.neurons import compare_runs
 from topklm.neurons.ablate_set import halves
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
+
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 STEP = 24
 TEXTS = [
@@ -29,13 +31,6 @@ TEXTS = [
     "by sea",
     "the end sea",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_BATCH_TOKENS", 256)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions, save_interventions
 from topklm.layout import make_layout
-from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses, halves
 from topklm.neurons.documents import TextModel
+
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 STEP = 24
 TEXTS = [
@@ -28,13 +29,6 @@ TEXTS = [
     "by sea",
     "the end sea",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_BATCH_TOKENS", 256)
-        yield
 
 
 @pytest.fixture(scope="module")

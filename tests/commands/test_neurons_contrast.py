@@ -16,12 +16,13 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
-from topklm.neurons import documents
 from topklm.neurons.ablate_set import AblatedLosses, halves
 from topklm.neurons.documents import TextModel
 from topklm.neurons.harvest import count
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
+
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 STEP = 24
 VOWELS = ["aeiou eau", "iou aie", "oui a oui", "eieio", "aa ee ii oo", "you eau"]
@@ -31,13 +32,6 @@ NUMBERS = ["12 34 56", "1999 2000", "777", "3.14159 2.71", "0042 0043", "8 6 4 2
 def write(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_BATCH_TOKENS", 256)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     either = shared.flags(parser.add_mutually_exclusive_group(required=True))
     either("--neurons L:N,...", "ablate these, e.g. 2:106,1:106")
     either("--set FILE", "ablate those of a file of interventions, of topklm neurons select say")
-    text = "ablate those that best tell the tokens that match, chosen on one half of the documents"
+    text = "ablate the neurons that tell its matches best, chosen on one half of the documents"
     either("--regex PATTERN", text)
     add("--targets PATTERN", "tokens whose loss is looked at; default --regex")
     add("--count N,...", "--regex: how many are ablated, of all layers; default 4", type=shared.counts)

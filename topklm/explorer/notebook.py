@@ -212,7 +212,7 @@ class Run:
         See `topklm neurons ablate` and docs/neurons.md.
 
         Args:
-            neurons: That are ablated, (2, 106) or "2:106" each; or None, for those that `regex` chooses.
+            neurons: To ablate, (2, 106) or "2:106" each; None: `regex` chooses them.
             regex: Chooses neurons on one half of the documents; losses are of the other half.
             targets: Pattern of the tokens to look at; default `regex`.
             count: Neurons that `regex` chooses.

@@ -29,7 +29,7 @@ from topklm.steering import SurveySettings, next_token_effects, significance
 from topklm.steering.next_token_effects import TreatmentEffects
 from topklm.steering.survey import Prompts
 
-MOST_TOKENS = 64  # of a pattern, those that begin most matches
+MOST_TOKENS = 64  # of a pattern: the tokens that begin most of its matches
 
 
 @dataclasses.dataclass(frozen=True)
