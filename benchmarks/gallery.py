@@ -22,7 +22,7 @@ from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
-from topklm.neurons import DICTIONARIES
+from topklm.neurons import DICTIONARIES, FITTED
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--kept", type=pathlib.Path, nargs="*", default=[], help="of the twins, harvested with --keep"
     )
-    for kind in DICTIONARIES:
+    for kind in FITTED:
         parser.add_argument(
             f"--{kind}", type=pathlib.Path, nargs="*", default=[], help=f"harvested with --dictionary {kind}"
         )

@@ -307,7 +307,7 @@ def test_versions_are_shown_where_jax_does_not_start(trainer, program, environme
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("topklm exp", ["explore "]),
+        ("topklm exp", ["explore", "export"]),
         ("topklm show runs/s", ["runs/small", "runs/second"]),
         ("topklm generate ", ["runs/second", "runs/small"]),
         ("topklm generate oth", ["other"]),

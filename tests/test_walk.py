@@ -1,8 +1,8 @@
 """README and docs as a newcomer reads them: every command, top to bottom, in one clean folder.
 
-A fenced block of `bash` or `python` runs as it stands, in the order of the pages. A comment `<!-- needs: X -->`
-above it says which thing it needs that a newcomer's machine lacks (a cloud, the network, hours); the set of
-such things is `ABSENT`. Only training is cut short.
+A fenced block of `bash` or `python` runs as it stands, in the order of the pages. A comment above it,
+`<!-- needs: X -->`, says which thing it needs that a newcomer's machine lacks (a cloud, the network, hours);
+the set of such things is `ABSENT`. Only training is cut short.
 """
 
 from collections.abc import Iterator

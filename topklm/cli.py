@@ -6,6 +6,7 @@ Imports nothing else of the library, so that it starts at once and a verb loads 
 from collections.abc import Sequence
 import contextlib
 import importlib
+import keyword
 import os
 import sys
 from types import ModuleType
@@ -25,6 +26,8 @@ VERBS = {
     "show": "look into a run: config, loss, checkpoints, neurons",
     "serve": "answer OpenAI's clients with a model",
     "explore": "look at a model's neurons in the browser",
+    "export": "write a run for Hugging Face, SAELens or delphi",
+    "import": "make a run of a Hugging Face model",
     "doctor": "check that this machine and a run folder can train",
     "compile-check": "compile a train step for a TPU slice without one",
     "bench": "measure a part of the library on this machine",
@@ -81,7 +84,8 @@ def dispatch(argv: Sequence[str]) -> None:
 
 
 def _module(verb: str) -> ModuleType:
-    return importlib.import_module(f"topklm.commands.{verb.replace('-', '_')}")
+    name = f"{verb}_folder" if keyword.iskeyword(verb) else verb.replace("-", "_")
+    return importlib.import_module(f"topklm.commands.{name}")
 
 
 def _parser(verb: str = "") -> commands.Parser:

@@ -146,6 +146,13 @@ class ModelConfig:
     )
     tie_embeddings: bool = _setting(False, "unembedding = transposed embedding")
     rope_theta: float = _setting(10_000.0, "RoPE base wavelength, tokens / 2 pi", _ABOVE_0)
+    rope_scaling: str = _setting(
+        "",
+        "change of the wavelengths for longer contexts: linear:FACTOR, or as in Llama 3.1 "
+        "llama3:FACTOR:LOW:HIGH:CONTEXT (wavelengths above CONTEXT / LOW are multiplied by FACTOR, those "
+        "below CONTEXT / HIGH are not); empty: none",
+        allowed="linear:FACTOR, llama3:FACTOR:LOW:HIGH:CONTEXT, with FACTOR 1 or more and LOW below HIGH",
+    )
     norm_eps: float = _setting(1e-5, "RMSNorm epsilon", _ABOVE_0)
     init_embed_std: float = _setting(1.0, "standard deviation of the embedding at initialisation", _FROM_0)
     init_residual_scale: float = _setting(
@@ -167,6 +174,12 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one attention head, with the default filled in."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rope_rule(self) -> tuple[str, tuple[float, ...]]:
+        """Name and numbers of `rope_scaling`; "" and none where it is empty."""
+        name, *numbers = self.rope_scaling.split(":")
+        return name, tuple(map(float, numbers))
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -581,6 +594,7 @@ def _check_ranges(config: Config) -> None:
     require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
     _check_groups(m)
+    _check_rope_scaling(m)
     layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"
     require("model.n_nontopk", 1 <= m.n_nontopk <= m.n_layers, layers)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
@@ -609,6 +623,19 @@ def _check_groups(m: ModelConfig) -> None:
         raise UserError(f"{field}: holds {n_neurons} neurons, and must hold model.d_model ({m.d_model})")
     if n_kept != m.topk_k:
         raise UserError(f"{field}: keeps {n_kept} neurons, and must keep model.topk_k ({m.topk_k})")
+
+
+def _check_rope_scaling(m: ModelConfig) -> None:
+    if not m.rope_scaling:
+        return
+    number = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+    is_form = re.fullmatch(f"linear:{number}|llama3(:{number}){{4}}", m.rope_scaling)
+    name, numbers = m.rope_rule if is_form else ("", ())
+    if not is_form or numbers[0] < 1 or (name == "llama3" and not 0 < numbers[1] < numbers[2] <= numbers[3]):
+        allowed = settings()["model.rope_scaling"].allowed
+        raise UserError(
+            f"model.rope_scaling = {m.rope_scaling!r}: must be {allowed}, or empty, e.g. llama3:8:1:4:8192"
+        )
 
 
 def _check_profile(config: Config) -> None:

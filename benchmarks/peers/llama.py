@@ -13,24 +13,8 @@ import transformers
 
 from topklm import config as config_lib
 from topklm.config import ModelConfig
+from topklm.convert import llama as names
 from topklm.model import transformer
-
-# Of a block: our path -> their name inside a layer.
-_BLOCK_NAMES = {
-    ("attention", "query", "kernel"): "self_attn.q_proj",
-    ("attention", "key", "kernel"): "self_attn.k_proj",
-    ("attention", "value", "kernel"): "self_attn.v_proj",
-    ("attention", "out", "kernel"): "self_attn.o_proj",
-    ("mlp", "gate", "kernel"): "mlp.gate_proj",
-    ("mlp", "up", "kernel"): "mlp.up_proj",
-    ("mlp", "down", "kernel"): "mlp.down_proj",
-    ("attention_norm", "scale"): "input_layernorm",
-    ("mlp_norm", "scale"): "post_attention_layernorm",
-}
-_QK_NORM_NAMES = {
-    ("attention", "query_norm", "scale"): "self_attn.q_norm",
-    ("attention", "key_norm", "scale"): "self_attn.k_norm",
-}
 
 
 def build(
@@ -81,20 +65,8 @@ def load(model: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns parameters, or gradients of them, by Hugging Face's names, transposed, without padding."""
-    size = config.vocab_size
-    named = {"model.embed_tokens.weight": params["embed"]["embedding"][:size]}
-    named["model.norm.weight"] = params["final_norm"]["scale"]
-    if not config.tie_embeddings:
-        named["lm_head.weight"] = params["unembed"]["kernel"].T[:size]
-    for path, name in (_BLOCK_NAMES | (_QK_NORM_NAMES if config.qk_norm else {})).items():
-        stacked = params["blocks"]
-        for key in path:
-            stacked = stacked[key]
-        for layer in range(config.n_layers):
-            value = stacked[layer].T if path[-1] == "kernel" else stacked[layer]
-            named[f"model.layers.{layer}.{name}.weight"] = value
-    return {name: np.asarray(value) for name, value in named.items()}
+    """Returns parameters, or gradients of them, by Hugging Face's names."""
+    return dict(names.tensors(config, params))
 
 
 def write_weights(config: Mapping[str, Any], path: str) -> None:

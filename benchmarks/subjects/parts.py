@@ -78,7 +78,7 @@ def _attention(config: Config, state: TrainState, batch: Mapping[str, jax.Array]
     attention = _definition(lambda rngs: Attention(model, out_std=1.0, rngs=rngs))
 
     def part(params: Any, h_BTD: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        rotation = rotation_angles(positions, model.head_width, model.rope_theta, h_BTD.dtype)
+        rotation = rotation_angles(positions, model, h_BTD.dtype)
         x_BTD = nnx.merge(norm, params["attention_norm"])(h_BTD)
         return h_BTD + nnx.merge(attention, params["attention"])(x_BTD, rotation, segment_ids, parallel)
 

@@ -11,7 +11,7 @@ import pytest
 import saved_runs
 
 from topklm.checkpoint import run_folder
-from topklm.commands import neurons
+from topklm.commands import export, neurons
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
@@ -86,6 +86,30 @@ def test_harvesting_again_goes_on_with_the_same_dictionary(harvested):
 def test_what_does_not_fit_to_the_store_is_refused(harvested, arguments, words):
     with pytest.raises(UserError, match=words):
         run("harvest", harvested.run, *arguments)
+
+
+def test_a_dictionary_goes_to_saelens_and_back(tmp_path, harvested):
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    out = ["--format", "saelens", "--out", str(tmp_path / "saes")]
+    export.run(parser.parse_args([str(harvested.run), *out]))
+    copy = NeuronsFolder(tmp_path / "village", harvested.step)
+    copy.run.mkdir()
+    for path in (run_folder.CONFIG_FILE, run_folder.TOKENIZER_FILE, run_folder.CHECKPOINTS_FOLDER):
+        (copy.run / path).symlink_to(harvested.run / path)
+    run("harvest", copy.run, "--dictionary", tmp_path / "saes")
+    ours, theirs = Store(harvested.store), Store(copy.store)
+    assert (theirs.metadata.kind, theirs.metadata.topk_k) == ("saelens", 5)
+    for layer in (0, 1):
+        for name in ("tokens", "values"):
+            want, got = (getattr(store.block(layer, 0, 16), name) for store in (ours, theirs))
+            np.testing.assert_array_equal(got, want)
+    run("harvest", copy.run, "--dictionary", tmp_path / "saes")  # goes on
+    for wrong, words in [("nowhere", "random, pca, sae, or a folder"), ("sae", "another kind")]:
+        with pytest.raises(UserError, match=words):
+            run("harvest", copy.run, "--dictionary", wrong)
+    with pytest.raises(UserError, match="its SAEs keep 5"):
+        run("harvest", copy.run, "--dictionary", tmp_path / "saes", "--keep", "4")
 
 
 def test_training_text_is_not_harvested_with_a_dictionary_that_learned_from_it(tmp_path, harvested):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from references import attention_reference
 
+from topklm.config import ModelConfig
 from topklm.model import attention
 from topklm.model.attention import causal_attention, rotate, rotation_angles
 
@@ -83,7 +84,8 @@ def test_bfloat16_stays_near_float32():
 def test_rotation_is_the_formula_of_the_paper_in_halves():
     positions, width, theta = np.array([[0, 1, 7, 300]]), 6, 10_000.0
     x = np.random.default_rng(0).normal(size=(1, 4, 2, width))
-    got = rotate(jnp.float32(x), rotation_angles(jnp.asarray(positions), width, theta, jnp.float32))
+    config = ModelConfig(n_heads=2, head_dim=width, rope_theta=theta)
+    got = rotate(jnp.float32(x), rotation_angles(jnp.asarray(positions), config, jnp.float32))
     want = np.zeros_like(x)
     for t, h, i in np.ndindex(4, 2, width // 2):
         angle = positions[0, t] * theta ** (-2 * i / width)
@@ -95,10 +97,11 @@ def test_rotation_is_the_formula_of_the_paper_in_halves():
 
 def test_scores_depend_on_relative_positions_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+    config = ModelConfig(head_dim=8, rope_theta=100.0)
 
     @jax.jit
     def score(query_at, key_at):
-        angles = [rotation_angles(jnp.full((1, 1), at), 8, 100.0, jnp.float32) for at in (query_at, key_at)]
+        angles = [rotation_angles(jnp.full((1, 1), at), config, jnp.float32) for at in (query_at, key_at)]
         return jnp.sum(rotate(q, angles[0]) * rotate(k, angles[1]))
 
     assert abs(score(9, 4) - score(105, 100)) < 1e-4

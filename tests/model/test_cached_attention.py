@@ -49,7 +49,7 @@ def test_a_step_is_what_the_stack_computes_at_that_token(dtype, n_nontopk, qk_no
         block_def, stacked = nnx.split(model.blocks)
 
         def angles(positions):
-            return rotation_angles(positions, config.head_width, config.rope_theta, jnp.dtype(dtype))
+            return rotation_angles(positions, config, jnp.dtype(dtype))
 
         found = []
         for layer in range(config.n_layers):

@@ -338,7 +338,7 @@ def test_a_token_that_every_layer_reads_is_no_part_of_what_topk_layers_carry(lay
 
 def rotation(config):
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    return rotation_angles(positions, config.head_width, config.rope_theta, jnp.dtype(config.dtype))
+    return rotation_angles(positions, config, jnp.dtype(config.dtype))
 
 
 def test_without_topk_layers_it_does_not_matter_which_layers_read_the_token():

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from topklm.checkpoint import checksums
@@ -28,6 +29,7 @@ from topklm.checkpoint.reader import (
 )
 from topklm.storage.files import for_tensorstore, fsync, is_bucket, write_atomically
 
+_LONGEST_S = 86_400.0  # of a single checkpoint, for which nobody waits
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 # Small enough that a process reads little besides its shards, and that several are read at the same time;
@@ -123,6 +125,19 @@ class CheckpointWriter:
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
         return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
+
+
+def write_checkpoint(
+    checkpoints: epath.Path, step: int, trees: Mapping[str, Any], values: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint of one process at once; arrays (nested dicts) and JSON-able values by item."""
+    writer = CheckpointWriter(checkpoints, step)
+    writer.make_folders([*trees, *values])
+    arrays = jax.tree.map(jnp.asarray, dict(trees))
+    writer.start_record(arrays)
+    writer.copy(arrays)
+    writer.finish_part(_LONGEST_S)
+    writer.commit(values)
 
 
 def remove_old(checkpoints: epath.Path, keep: int | None = None) -> None:

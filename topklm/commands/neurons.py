@@ -17,20 +17,23 @@ from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
-from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS
+from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS, FITTED
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.progress import Progress
+from topklm.storage.files import local_path
 
 with when_used():
     from topklm.checkpoint import checksums
     from topklm.neurons import dictionary as dictionary_lib
     from topklm.neurons import documents as documents_lib
-    from topklm.neurons import fit_dictionary
+    from topklm.neurons import fit_dictionary, saelens
     from topklm.neurons import harvest as harvest_lib
     from topklm.neurons import store as store_lib
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
     from topklm.neurons.dictionary import Dictionary
@@ -100,9 +103,10 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
     add("--keep K", text, type=_count)
     text = (
         "of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K largest "
-        "are kept (default the config's topk_k); made first, from the run's training text"
+        f"are kept (default the config's topk_k): {', '.join(FITTED)}, made first, from the run's training "
+        "text; or a folder of SAELens, with a TopK SAE of each layer and its own K"
     )
-    add("--dictionary", text, choices=DICTIONARIES)
+    add("--dictionary KIND|DIR", text)
     text = "of training text, from which the dictionary is made"
     add("--dictionary-tokens N", text, DICTIONARY_TOKENS, type=_count)
     add("--batch-size B", "rows; default by device", type=_count)
@@ -242,14 +246,20 @@ def harvest_into(
     kind, layers = harvest_lib.kind_and_layers(config)
     dictionary: Dictionary | None = None
     if settings.dictionary is not None:
-        kind, keep = settings.dictionary, keep or min(config.topk_k, config.d_model)
+        kind = settings.dictionary if settings.dictionary in FITTED else saelens.KIND
         if folder.store.exists() and (there := store_lib.Store(folder.store).metadata.kind) != kind:
             raise UserError(
                 f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
                 f"{folder.path}, or harvest in a copy of the run folder"
             )
-        dictionary = fit_dictionary.load_fitting(folder.dictionary, kind, keep, settings.dictionary_tokens)
+        if kind == saelens.KIND:
+            dictionary = _given_dictionary(folder, settings, layers, config.d_model)
+        else:
+            keep = keep or min(config.topk_k, config.d_model)
+            tokens = settings.dictionary_tokens
+            dictionary = fit_dictionary.load_fitting(folder.dictionary, kind, keep, tokens)
         if dictionary is None:
+            assert keep is not None
             _check_can_fit(folder, model, documents, share)
             dictionary = fit_dictionary.fit(
                 kind,
@@ -263,6 +273,7 @@ def harvest_into(
             with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
                 dictionary.save(folder.dictionary)
             progress.say(f"{folder.dictionary}: {dictionary.description}")
+    kept = dictionary.keep if dictionary else keep or config.d_model
     metadata = store_lib.Metadata(
         run=folder.run.resolve().name,
         step=model.step,
@@ -271,7 +282,7 @@ def harvest_into(
         kind=kind,
         layers=layers,
         d_model=config.d_model,
-        topk_k=config.topk_k if kind == harvest_lib.TOPK else keep or config.d_model,
+        topk_k=config.topk_k if kind == harvest_lib.TOPK else kept,
         topk_activation=config.topk_activation,
         context_length=config.context_length,
         parts=share.count,
@@ -304,6 +315,30 @@ def harvest_into(
         raise documents_lib.no_text(documents, f"--source = {settings.source}")
     if documents.left_out:
         progress.say(f"left out of {documents.name}: {documents_lib.described(documents.left_out)}")
+
+
+def _given_dictionary(
+    folder: NeuronsFolder, settings: HarvestSettings, layers: Sequence[int], d_model: int
+) -> Dictionary:
+    """Returns the dictionary of --dictionary DIR, and keeps it with the activations."""
+    name = settings.dictionary or ""
+    given = local_path(name, "--dictionary")
+    if not given.is_dir():
+        allowed = f"{', '.join(FITTED)}, or a folder of SAELens"
+        raise UserError(field="--dictionary", value=name, allowed=allowed)
+    dictionary = saelens.read_dictionary(given, layers, d_model)
+    if settings.keep not in (None, dictionary.keep):
+        text = f"its SAEs keep {dictionary.keep}: leave --keep out"
+        raise UserError(text, field="--dictionary", value=name)
+    if not folder.dictionary.exists():
+        with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
+            dictionary.save(folder.dictionary)
+    elif dictionary_lib.Dictionary.load(folder.dictionary).sha256 != dictionary.sha256:
+        raise UserError(
+            f"--dictionary = {name}: {folder.dictionary} is another one: delete {folder.path}, and harvest "
+            "again"
+        )
+    return dictionary
 
 
 def _check_can_fit(folder: NeuronsFolder, model: LanguageModel, documents: Documents, share: Share) -> None:

@@ -71,7 +71,9 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": separator,
             "eos_token": separator,
+            "pad_token": separator,
             "add_bos_token": True,
+            "split_special_tokens": True,  # text that spells the separator stays text
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,
         }

@@ -35,20 +35,18 @@ import itertools
 import json
 from pathlib import Path
 import re
-import shutil
 from typing import Any, NamedTuple
-import uuid
 
 import numpy as np
 
 from topklm.checkpoint.run_folder import saved_config
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.errors import UserError
 from topklm.explorer.neuron_data import NeuronData, document_starts, window_bounds
 from topklm.neurons.capture import RESID_POST, TOPK, hook_name
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.storage.files import fsync
+from topklm.storage.files import new_folder
 
 # The user whom Neuronpedia's own import scripts name as the creator; its database must hold who is named.
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -92,8 +90,6 @@ def export(
             f"model id = {model_id!r}: must be 1 to 128 small letters, digits, hyphens and underscores; "
             "choose another name"
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists: give a folder that is to be made, or delete it first")
     measured, n_tokens = source.measured, source.store.n_tokens
     if n_tokens != measured.n_tokens:
         raise UserError(
@@ -106,27 +102,21 @@ def export(
     if not wanted:
         raise UserError("neurons: there are none among those asked for; ask for others")
     labels = source.labels.all()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     phase = (progress or Progress(lambda text: None)).phase("writing neurons", len(wanted))
-    with disk_errors_are_user_errors(f"writing {out}"), phase as report:
-        try:
-            for place, of_layer in itertools.groupby(wanted, lambda number: number // measured.d_model):
-                rows = _Rows(source, measured.layers[place], model_id, creator_id)
-                path = temporary / model_id / rows.source_id
-                path.mkdir(parents=True)
-                for name, row in rows.headings().items():
-                    (path / f"{name}.jsonl").write_bytes(_line(row))
-                # The same neuron is always in the batch of the same number.
-                batches = itertools.groupby(of_layer, lambda number: number % measured.d_model // _BATCH)
-                for batch, numbers in batches:
-                    chosen = {number: source.row(number) for number in numbers}
-                    for kind, lines in rows.lines(chosen, labels).items():
-                        _write(path / kind / f"batch-{batch}.jsonl.gz", lines)
-                    report(len(chosen), 0, 0)
-            temporary.replace(out)
-            fsync(out.absolute().parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder, phase as report:
+        for place, of_layer in itertools.groupby(wanted, lambda number: number // measured.d_model):
+            rows = _Rows(source, measured.layers[place], model_id, creator_id)
+            path = folder / model_id / rows.source_id
+            path.mkdir(parents=True)
+            for name, row in rows.headings().items():
+                (path / f"{name}.jsonl").write_bytes(_line(row))
+            # The same neuron is always in the batch of the same number.
+            batches = itertools.groupby(of_layer, lambda number: number % measured.d_model // _BATCH)
+            for batch, numbers in batches:
+                chosen = {number: source.row(number) for number in numbers}
+                for kind, lines in rows.lines(chosen, labels).items():
+                    _write(path / kind / f"batch-{batch}.jsonl.gz", lines)
+                report(len(chosen), 0, 0)
 
 
 def _write(path: Path, rows: Iterator[Row]) -> None:

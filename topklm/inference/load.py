@@ -15,7 +15,8 @@ import jax
 
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.reader import FACTS, PARAMS, READ_ERRORS, CheckpointReader, describe_damage
-from topklm.config import from_saved
+from topklm.config import ModelConfig, from_saved
+from topklm.convert import huggingface
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel, dtype_name
@@ -32,13 +33,14 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
 ) -> LanguageModel:
-    """Reads a checkpoint's model.
+    """Reads a checkpoint's model, or that of a Hugging Face folder (`topklm.convert.huggingface`).
 
     Besides the parameters, which stay in the memory of the host where that is the device, it takes little
     (see `topklm.checkpoint.reader`).
 
     Args:
-        run: A run folder, local or in a bucket (gs://...).
+        run: A run folder, local or in a bucket (gs://...); a folder of `topklm export`, or of another Llama
+            or Qwen 3; or hf:ORG/NAME, one on Hugging Face's hub.
         step: Which checkpoint; default the newest.
         mesh: Where the parameters shall live; default this process's first device.
         dtype: The dtype in which the model shall compute, see `LanguageModel.astype`; default as in training.
@@ -47,6 +49,10 @@ def load(
         UserError: If the folder holds no such checkpoint, it is damaged, or its parts do not belong together.
     """
     dtype = None if dtype is None else dtype_name(dtype)
+    layout = one_device() if mesh is None else Layout(mesh)
+    if huggingface.is_folder(run):
+        loaded = _from_hugging_face(str(run), step, layout)
+        return loaded if dtype is None else loaded.astype(dtype)
     folder = as_path(run, "run")
     check_usable(folder, "run", write=False)
     saved = _complete_steps(folder)
@@ -64,11 +70,7 @@ def load(
         raise UserError(
             f"checkpoint {step} of {folder} was saved with another version, or is damaged: {e}"
         ) from e
-    layout = one_device() if mesh is None else Layout(mesh)
-    model = topk.for_gspmd(config.model, layout.size)
-    if model.layer_stack == "auto" and scans_layers(layout.platform):
-        model = dataclasses.replace(model, layer_stack="scanned")
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=_for_layout(config.model, layout))
     abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
     with _damage_is_a_user_error(folder, step, saved):
         arrays = reader.read({PARAMS: layout.with_shardings(abstract)})
@@ -83,6 +85,23 @@ def load(
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
     loaded = LanguageModel(str(folder), step, config, tokenizer, arrays[PARAMS])
     return loaded if dtype is None else loaded.astype(dtype)
+
+
+def _for_layout(model: ModelConfig, layout: Layout) -> ModelConfig:
+    """Returns the model as it is run where its parameters lie."""
+    model = topk.for_gspmd(model, layout.size)
+    if model.layer_stack == "auto" and scans_layers(layout.platform):
+        return dataclasses.replace(model, layer_stack="scanned")
+    return model
+
+
+def _from_hugging_face(path: str, step: int | None, layout: Layout) -> LanguageModel:
+    found = huggingface.read(path, "run")
+    if step not in (None, found.step):
+        raise UserError(f"step = {step}: {path} holds one model, of step {found.step}: leave it out")
+    config = dataclasses.replace(found.config, model=_for_layout(found.config.model, layout))
+    params = jax.device_put(found.params, layout.shardings(found.params))
+    return LanguageModel(path, found.step, config, found.tokenizer, params)
 
 
 def _complete_steps(folder: AnyPath) -> list[int]:

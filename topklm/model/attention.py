@@ -39,16 +39,33 @@ Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, T, H, d], keys and
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def rotation_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: jnp.dtype) -> Rotation:
+def rotation_frequencies(config: ModelConfig) -> np.ndarray:
+    """Returns the angles by which a token turns each pair of dims of a head, radians, float64[d / 2].
+
+    `rope_scaling` as in Hugging Face's `modeling_rope_utils` ("linear", "llama3").
+    """
+    width = config.head_width
+    frequencies = config.rope_theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    rule, numbers = config.rope_rule
+    if rule == "linear":
+        return frequencies / numbers[0]
+    if rule == "llama3":
+        factor, low, high, context = numbers
+        turns = context * frequencies / (2 * np.pi)  # of each pair, in the context that was trained on
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / factor)
+    return frequencies
+
+
+def rotation_angles(positions_BT: jax.Array, config: ModelConfig, dtype: Any) -> Rotation:
     """Computes rotary position embedding (Su et al. 2021, eq. 15; Llama's half layout) of int32[B, T].
 
-    Angles are computed in float32.
+    Angles are computed in float32, the result is of `dtype`.
 
     Returns:
         Two arrays [B, T, 1, 2, d / 2]: cos, and sin with the sign each half needs.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    angles = positions_BT[..., None].astype(jnp.float32) * rotation_frequencies(config).astype(np.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     both_cos = jnp.stack([cos, cos], axis=-2)[:, :, None]
     both_sin = jnp.stack([-sin, sin], axis=-2)[:, :, None]

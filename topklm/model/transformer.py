@@ -178,8 +178,7 @@ class Transformer(nnx.Module):
 
     def rotation(self, positions_BT: jax.Array) -> Rotation:
         """Returns the rotary embedding of positions int32[B, T], in the compute dtype."""
-        config = self.config
-        return rotation_angles(positions_BT, config.head_width, config.rope_theta, jnp.dtype(config.dtype))
+        return rotation_angles(positions_BT, self.config, jnp.dtype(self.config.dtype))
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Maps normed hidden states from `hidden`, [..., D], to logits float32[..., V]."""

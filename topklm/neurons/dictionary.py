@@ -1,9 +1,10 @@
 """A dictionary: other directions than its own coordinates in which a Base LM's hidden state is written.
 
-    codes(h) = TopK(relu((h - centre) @ encoder)), the K largest      h is about centre + codes(h) @ decoder
+    codes(h) = TopK(relu((h - centre) @ encoder + bias)), the K largest
+    h is about centre + codes(h) @ decoder
 
 Each code is a neuron of the store that is harvested with it; its meaning in the hidden state is its
-row of the decoder, of unit length, and no coordinate. Codes are never negative. How a dictionary is made is
+row of the decoder and no coordinate. Codes are never negative. How a dictionary is made is
 in `topklm.neurons.fit_dictionary`. Dims: S layers, N tokens, D d_model, M codes of a layer.
 """
 
@@ -29,10 +30,12 @@ from topklm.neurons import DICTIONARIES
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 
-FORMAT = 2
+FORMAT = 3
+_WITHOUT_BIAS = 2  # and still written where there is none
 _WITHOUT_DIGEST = 1
 
 _ARRAYS = ("centre", "encoder", "decoder")
+Encoder = tuple[jax.Array, jax.Array, jax.Array]  # centre [S, D], encoder [S, D, M], bias [S, M]
 _DIGEST_BYTES = 64
 # Errors of zipfile for other files, besides those of NumPy; RuntimeError: encrypted, or packed oddly.
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError)
@@ -46,14 +49,25 @@ class Dictionary:
     keep: int  # K, codes kept of each token
     centre: np.ndarray  # float32[S, D], what is taken off the hidden state
     encoder: np.ndarray  # float32[S, D, M]
-    decoder: np.ndarray  # float32[S, M, D], rows of unit length
+    decoder: np.ndarray  # float32[S, M, D], rows of unit length in those that topklm makes
     # How it was made, by name; values that JSON can hold.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bias: np.ndarray | None = None  # float32[S, M], of the codes; None: 0
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of its arrays."""
-        return hashlib.sha256(b"".join(getattr(self, name).tobytes() for name in _ARRAYS)).hexdigest()
+        return hashlib.sha256(b"".join(x.tobytes() for x in self._arrays().values())).hexdigest()
+
+    @property
+    def encoder_arrays(self) -> Encoder:
+        """The arrays that `encode` takes."""
+        bias = np.zeros(self.encoder.shape[::2], np.float32) if self.bias is None else self.bias
+        return jnp.asarray(self.centre), jnp.asarray(self.encoder), jnp.asarray(bias)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {name: getattr(self, name) for name in _ARRAYS} | bias
 
     @property
     def description(self) -> str:
@@ -64,7 +78,7 @@ class Dictionary:
 
     def encode(self, h_SND: jax.Array) -> jax.Array:
         """Returns codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""
-        return encode(jnp.asarray(self.centre), jnp.asarray(self.encoder), h_SND, self.keep)
+        return encode(self.encoder_arrays, h_SND, self.keep)
 
     def decode(self, codes_SNM: jax.Array) -> jax.Array:
         """Reconstructs the hidden state float32[S, ..., D] from codes [S, ..., M]."""
@@ -73,10 +87,11 @@ class Dictionary:
 
     def save(self, path: Path) -> None:
         """Writes a NumPy archive whose comment, its end, is the SHA-256 of all before it."""
-        content = {"format": FORMAT, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        version = _WITHOUT_BIAS if self.bias is None else FORMAT
+        content = {"format": version, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
+        arrays = self._arrays()
         to = io.BytesIO()
-        np.savez(to, about=np.array(json.dumps(content)), **arrays)
+        np.savez(to, about=np.array(json.dumps(content)), **arrays)  # type: ignore[arg-type]
         with zipfile.ZipFile(to, "a") as archive:
             archive.comment = bytes(_DIGEST_BYTES)
         body = to.getvalue()[:-_DIGEST_BYTES]
@@ -97,8 +112,9 @@ class Dictionary:
                 content = parse_json(str(found["about"]))
                 if not is_whole and content["format"] != _WITHOUT_DIGEST:
                     raise ValueError("its digest differs")
-                arrays = {name: found[name] for name in _ARRAYS}
-            if content["format"] in (_WITHOUT_DIGEST, FORMAT):
+                names = (*_ARRAYS, "bias") if content["format"] == FORMAT else _ARRAYS
+                arrays = {name: found[name] for name in names}
+            if content["format"] in (_WITHOUT_DIGEST, _WITHOUT_BIAS, FORMAT):
                 return cls(content["kind"], content["keep"], facts=content["facts"], **arrays)
         raise UserError(
             f"{path}: a dictionary of format {content['format']}, this topklm reads {FORMAT}: harvest again"
@@ -124,12 +140,13 @@ def check_coordinates(description: str, action: str) -> None:
         )
 
 
-def encode(centre_SD: jax.Array, encoder_SDM: jax.Array, h_SND: jax.Array, keep: int) -> jax.Array:
+def encode(arrays: Encoder, h_SND: jax.Array, keep: int) -> jax.Array:
     """Computes `Dictionary.encode` inside `jax.jit`, of h [S, ..., D] of any float dtype."""
+    centre_SD, encoder_SDM, bias_SM = arrays
     h_SND = h_SND.astype(jnp.float32)
     centred_SND = h_SND - _per_layer(centre_SD, h_SND)
     codes_SNM = jnp.einsum("s...d,sdm->s...m", centred_SND, encoder_SDM, precision=jax.lax.Precision.HIGHEST)
-    return topk(codes_SNM, keep)
+    return topk(codes_SNM + _per_layer(bias_SM, codes_SNM), keep)
 
 
 def _per_layer(x_SD: jax.Array, like_SND: jax.Array) -> jax.Array:

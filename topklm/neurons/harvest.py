@@ -22,7 +22,7 @@ from topklm.model.losses import token_losses
 from topklm.model.topk import topk
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
-from topklm.neurons.dictionary import Dictionary, encode
+from topklm.neurons.dictionary import Dictionary, Encoder, encode
 from topklm.neurons.documents import Packed, TextModel, TokenWindow, batches
 from topklm.neurons.segment import Segment
 from topklm.neurons.store import StoreWriter
@@ -139,8 +139,7 @@ class _Program:
         self._program = functools.partial(_forward, config, self._sparse, kept)
         self._written_in = None
         if dictionary is not None:
-            arrays = (dictionary.centre, dictionary.encoder)
-            self._written_in = jax.device_put(arrays, model.layout.replicated)
+            self._written_in = jax.device_put(dictionary.encoder_arrays, model.layout.replicated)
 
     def run(self, packed: Packed) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
@@ -178,11 +177,11 @@ def _forward(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
-    written_in: tuple[jax.Array, jax.Array] | None = None,
+    written_in: Encoder | None = None,
 ) -> tuple[jax.Array, Any]:
     """Returns next-token losses float32[B, T], and the layers' outputs in bfloat16, sparse or [S, B, T, D].
 
-    If `written_in` holds the centre and the encoder of a dictionary, its codes stand for what they hand on.
+    If `written_in` holds the encoder of a dictionary, its codes stand for what they hand on.
     """
     n_layers = len(kind_and_layers(config)[1])
 
@@ -200,7 +199,7 @@ def _forward(
     model = transformer.bind(config, params)
     h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=capture)
     if written_in:
-        seen = stored(encode(*written_in, seen, keep))
+        seen = stored(encode(written_in, seen, keep))
     targets = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
     return nll_BT, jax.tree.map(lambda x: x[:n_layers], seen)

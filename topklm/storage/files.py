@@ -133,6 +133,26 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder beside a local path, which is renamed to it after the block; all is there, or nothing.
+
+    Raises:
+        UserError: If the path exists, other than as an empty folder, or cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise UserError(f"{path} exists: give a folder that is to be made, or delete it first")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with disk_errors_are_user_errors(f"writing {path}"):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(path)
+            fsync(path.absolute().parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def beside(path: AnyPath, word: str) -> AnyPath:
     """Returns the first path `NAME.WORD-N` that is free, where something can be set aside."""
     n = 1

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 from hashlib import sha256
-import json
 import math
 import os
 import pathlib
@@ -28,7 +27,7 @@ from topklm.inference.load import load
 from topklm.layout import Layout, make_layout
 from topklm.model import backends, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, as_path, write_atomically
+from topklm.storage.files import AnyPath, as_path
 from topklm.training.console import Console
 from topklm.training.throughput import parameter_count
 
@@ -82,6 +81,9 @@ class PreparedRun:
 
 def _check_initial_run(config: Config, folder: AnyPath) -> None:
     """Refuses a new run in `folder` that is to begin with the parameters of one without a checkpoint."""
+    if run_folder.holds_parameters_alone(folder):
+        advice = f"train in another one, with --config.train.init={folder}"
+        raise UserError(f"--workdir = {folder}: was made by topklm import, and holds no optimizer: {advice}")
     other = config.train.init
     if not other or run_folder.has_checkpoint(folder):
         return
@@ -204,11 +206,7 @@ def _describe(config: Config, folder: AnyPath, mixture: Mixture) -> None:
                 "again once it is deleted"
             )
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
-        write_atomically(folder / run_folder.CONFIG_FILE, _pretty(config.to_dict()).encode())
-        write_atomically(folder / run_folder.TOKENIZER_FILE, mixture.tokenizer.to_bytes())
-        if mixture.tokenizer.kind == "huggingface":
-            about = mixture.tokenizer.config(config.model.context_length)
-            write_atomically(folder / run_folder.TOKENIZER_CONFIG_FILE, _pretty(about).encode())
+        run_folder.describe(folder, config, mixture.tokenizer)
 
 
 def _check_shared(folder: AnyPath) -> None:
@@ -249,10 +247,6 @@ def _prepare_data(config: Config, console: Console) -> tuple[Config, Mixture]:
         )
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model), mixture
-
-
-def _pretty(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 def host_limits() -> list[tuple[float, str]]:

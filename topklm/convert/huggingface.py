@@ -1,0 +1,266 @@
+"""A run as a Hugging Face folder, and such a folder as a model; neither needs torch.
+
+model.safetensors         parameters by Llama's names (`llama.py`); several files of 5 GB where there is more
+config.json               Llama's or Qwen 3's fields, those of TopK, and under "topklm" the run's own config
+modeling_topklm.py        the model for transformers, where layers have a TopK
+tokenizer.json            the run's, which now puts the separator in front of a text, as topklm does
+README.md                 the model card
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from topklm.config import Config, from_saved
+from topklm.convert import llama
+from topklm.data.tokenizer import Tokenizer, open_tokenizer
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.imports import VERSION, optional_module
+from topklm.model.transformer import Parameters
+from topklm.storage.files import local_path, read_json
+
+CODE = Path(__file__).with_name("modeling_topklm.py")
+DTYPES = ("float32", "bfloat16")
+HUB = "hf:"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILE_BYTES = 5_000_000_000
+_OWN = "topklm"  # the key of config.json that others do not read
+# Buffers that older versions of transformers saved among the parameters.
+_COMPUTED = ".rotary_emb.inv_freq"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is written to a folder, or was read from one."""
+
+    config: Config
+    tokenizer: Tokenizer
+    params: Parameters  # float32; on the host where it was read
+    run: str = ""  # name of the run that it comes from
+    step: int = 0  # of that run
+    notes: tuple[str, ...] = ()  # facts that a user should know of one that was read
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Tells whether this names a model of Hugging Face's: `hf:ORG/NAME`, or a folder with its config.json."""
+    if str(path).startswith(HUB):
+        return True
+    config = Path(path) / "config.json"
+    try:
+        return "model_type" in json.loads(config.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def write(model: Model, out: Path, dtype: str, card: str) -> None:
+    """Writes a model's files into an empty folder.
+
+    Args:
+        model: The model.
+        out: The folder.
+        dtype: Of the tensors, one of `DTYPES`.
+        card: The content of README.md.
+
+    Raises:
+        UserError: If its tokenizer is none that the folder can hold.
+    """
+    config, tokenizer = model.config.model, model.tokenizer
+    if tokenizer.kind != "huggingface":
+        raise UserError(
+            f"RUN = {model.run}: its tokenizer is of the kind {tokenizer.kind}, and a Hugging Face folder "
+            "holds a tokenizer.json: export is for runs with such a tokenizer, trained by topklm or not"
+        )
+    separator = tokenizer.separator_id
+    about = {
+        "version": VERSION,
+        "run": model.run,
+        "step": model.step,
+        "tokenizer_sha256": tokenizer.sha256,
+        "config": model.config.to_dict(),
+    }
+    _write_json(out / "config.json", {**llama.to_json(config, separator, dtype), _OWN: about})
+    _write_tensors(out, llama.tensors(config, model.params), dtype)
+    # Without a length: transformers warns of it at each call that gives another.
+    ids = {f"{name}_token_id": separator for name in ("bos", "eos", "pad")}
+    _write_json(out / "generation_config.json", ids)
+    (out / "tokenizer.json").write_bytes(_with_separator_in_front(tokenizer))
+    _write_json(out / "tokenizer_config.json", tokenizer.config(config.context_length))
+    if config.n_topk_layers:
+        shutil.copyfile(CODE, out / CODE.name)
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def read(path: str, flag: str = "FOLDER", tokenizer: Tokenizer | None = None) -> Model:
+    """Reads a folder of a Llama, of Qwen 3, or one that `write` wrote; or `hf:ORG/NAME`.
+
+    Args:
+        path: The folder.
+        flag: By which errors name it.
+        tokenizer: In place of the folder's own.
+
+    Raises:
+        UserError: If a file is missing or damaged, a tensor is missing, left over or of another shape, or the
+            model has what topklm has not, which is named.
+    """
+    folder = _from_hub(path.removeprefix(HUB)) if path.startswith(HUB) else local_path(path, flag)
+    with disk_errors_are_user_errors(f"reading {path}"):
+        if not (folder / "config.json").exists():
+            raise UserError(f"{flag} = {path}: has no config.json: give a folder of a Hugging Face model")
+        values = read_json(folder / "config.json", "give a whole folder")
+        own = values.get(_OWN)
+        own = own if isinstance(own, Mapping) else {}
+        tokenizer = tokenizer or _read_tokenizer(folder, str(own.get("tokenizer_sha256", "")))
+        config = llama.from_json(values)
+        notes = []
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"{flag} = {path}: tokenizer.json has {tokenizer.vocab_size:,} tokens, config.json "
+                f"{config.vocab_size:,}: the tokenizer is of another model"
+            )
+        if unused := config.vocab_size - tokenizer.vocab_size:
+            notes.append(f"the last {unused:,} rows of its vocabulary stand for no token, and are left out")
+        first = values.get("bos_token_id")
+        if isinstance(first, int) and first != tokenizer.separator_id:
+            names = tokenizer.token_strings([tokenizer.separator_id, first])
+            notes.append(f"topklm begins texts with {names[0]}; this model was trained with {names[1]}")
+        saved = from_saved(own["config"]) if "config" in own else Config()
+        if "config" in own and llama.from_json(llama.to_json(saved.model, 0, "")) == config:
+            config = saved.model  # which has more to say: rows of padding, how a step is computed
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        params = _read_parameters(folder, config, path)
+    saved = dataclasses.replace(saved, model=config)
+    run, step = str(own.get("run", "")), own.get("step", 0)
+    return Model(saved, tokenizer, params, run, step if isinstance(step, int) else 0, tuple(notes))
+
+
+def _from_hub(name: str) -> Path:
+    """Downloads a model's files, or finds them in the library's cache; returns their folder."""
+    hub = optional_module("huggingface_hub", "hf", f"{HUB}{name}")
+    kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken"]
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=kinds))
+    except Exception as e:  # of requests, of the hub, of names: all say why
+        why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise UserError(f"{HUB}{name}: {why}") from e
+
+
+def _write_tensors(out: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: str) -> None:
+    """Writes files of at most `_FILE_BYTES`, or one tensor, and their index if there are several."""
+    numpy = optional_module("safetensors.numpy", "export", "topklm export")
+    kind = np.dtype(jnp.bfloat16 if dtype == "bfloat16" else dtype)
+    files: list[list[str]] = []
+    total, pending = 0, dict[str, np.ndarray]()
+
+    def flush() -> None:
+        # Without "format" older versions of transformers refuse the file.
+        numpy.save_file(pending, out / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(x.nbytes for x in pending.values()) + tensor.nbytes > _FILE_BYTES:
+            flush()
+        pending[name] = tensor.astype(kind)
+        total += pending[name].nbytes
+    flush()
+    width = f"of-{len(files):05d}"
+    names = [f"model-{i + 1:05d}-{width}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [_WEIGHTS]
+    for i, name in enumerate(names):
+        (out / f"part-{i}").rename(out / name)
+        shutil.copymode(out / "config.json", out / name)  # the library makes files for their owner alone
+    if len(files) > 1:
+        where = {tensor: name for name, held in zip(names, files, strict=True) for tensor in held}
+        _write_json(out / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _read_parameters(folder: Path, config: Any, path: str) -> Parameters:
+    """Reads the parameters; all tensors must be used, but for a tied unembedding and computed buffers."""
+    safetensors = optional_module("safetensors", "export", "reading safetensors")
+    files = _weight_files(folder, path)
+    open_files: dict[str, Any] = {}
+    for file in files:
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+            open_files |= dict.fromkeys(opened.keys(), opened)
+        except Exception as e:  # the library raises a class of its own for each kind of damage
+            raise UserError(f"{file} is damaged or cut short ({e}): get the whole folder again") from e
+    used = set()
+
+    def take(name: str) -> np.ndarray:
+        if name not in open_files:
+            raise UserError(f"{path} has no tensor {name}: get the whole folder again")
+        used.add(name)
+        return open_files[name].get_tensor(name)
+
+    params = llama.parameters(config, take)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    if left := sorted(name for name in open_files.keys() - used - tied if not name.endswith(_COMPUTED)):
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        raise UserError(
+            f"{path} holds tensors that topklm has no use for: {shown}: it is another kind of model"
+        )
+    return params
+
+
+def _weight_files(folder: Path, path: str) -> Sequence[Path]:
+    """Returns the files that hold the parameters."""
+    index = folder / _INDEX
+    if index.exists():
+        where = read_json(index, "get the whole folder again").get("weight_map")
+        if not isinstance(where, Mapping) or not where:
+            raise UserError(f"{index} is damaged (no weight_map): get the whole folder again")
+        files = [folder / name for name in sorted(set(map(str, where.values())))]
+    else:
+        files = [folder / _WEIGHTS]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{path}: {file.name} is missing: topklm reads safetensors; get the whole folder")
+    return files
+
+
+def _read_tokenizer(folder: Path, sha256: str) -> Tokenizer:
+    """Reads the folder's tokenizer: a run's own bytes where `write` changed them and they can be told."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        file = folder / "tokenizer.model"
+        if not file.exists():
+            raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: get the whole folder")
+    tokenizer = open_tokenizer(file)
+    if sha256 and tokenizer.sha256 != sha256:
+        parts = json.loads(tokenizer.to_bytes())
+        for was in (None, "absent"):
+            parts["post_processor"] = was
+            if was:
+                del parts["post_processor"]
+            content = json.dumps(parts, indent=2, ensure_ascii=False).encode()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return Tokenizer(content)
+    return tokenizer
+
+
+def _with_separator_in_front(tokenizer: Tokenizer) -> bytes:
+    """Returns tokenizer.json with a step that puts the separator before a text, as topklm does itself."""
+    parts = json.loads(tokenizer.to_bytes())
+    [name], number = tokenizer.token_strings([tokenizer.separator_id]), tokenizer.separator_id
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    texts = [{"Sequence": {"id": which, "type_id": 0}} for which in "AB"]
+    parts["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, *texts],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }
+    return json.dumps(parts, indent=2, ensure_ascii=False).encode()
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

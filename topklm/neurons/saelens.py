@@ -1,0 +1,169 @@
+"""Folders of SAELens: the neurons of a TopK LM as identity SAEs, and dictionaries of a Base LM, both ways.
+
+    blocks.L.hook_resid_post/cfg.json                 one folder for each layer
+    blocks.L.hook_resid_post/sae_weights.safetensors  W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D]
+
+The SAE of a TopK LM is the identity: TopK of a state that TopK has passed is that state, so its codes are the
+neurons to the last bit, and "explained variance 1" is true of it by construction.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topklm.config import ModelConfig
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.imports import optional_module
+from topklm.neurons.capture import RESID_POST, hook_name
+from topklm.neurons.dictionary import Dictionary
+from topklm.storage.files import read_json
+
+KIND = "saelens"
+# Without a version SAELens takes a folder for one from before 6.0, and drops the metadata.
+_VERSION = "6.54.12"
+_ARCHITECTURES = {"relu": "topk", "abs": "abstopk"}
+_WEIGHTS, _CONFIG = "sae_weights.safetensors", "cfg.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """The model that SAEs are of."""
+
+    name: str
+    config: ModelConfig
+    separator_id: int
+
+
+def write_neurons(model: ModelFacts, out: Path) -> None:
+    """Writes an identity SAE for each TopK layer; UserError for an activation that SAELens lacks."""
+    config = model.config
+    if config.topk_activation not in _ARCHITECTURES:
+        raise UserError(
+            f"RUN = {model.name}: its topk_activation is {config.topk_activation}, and SAELens has TopK "
+            "clipped at 0 (relu) and by magnitude (abs): export for --format huggingface"
+        )
+    identity, zero = np.eye(config.d_model, dtype=np.float32), np.zeros(config.d_model, np.float32)
+    arrays = {"W_enc": identity, "W_dec": identity, "b_enc": zero, "b_dec": zero}
+    about = {"architecture": _ARCHITECTURES[config.topk_activation], "k": config.topk_k}
+    for layer in range(config.n_topk_layers):
+        _write(model, out, layer, arrays, {**about, "apply_b_dec_to_input": False})
+
+
+def write_dictionary(model: ModelFacts, dictionary: Dictionary, layers: Sequence[int], out: Path) -> None:
+    """Writes the dictionary of a Base LM, an SAE for each of these layers."""
+    _, _, bias = dictionary.encoder_arrays
+    about = {"architecture": "topk", "k": dictionary.keep, "apply_b_dec_to_input": True}
+    for number, layer in enumerate(layers):
+        arrays = {
+            "W_enc": dictionary.encoder[number],
+            "W_dec": dictionary.decoder[number],
+            "b_enc": np.asarray(bias[number]),
+            "b_dec": dictionary.centre[number],
+        }
+        _write(model, out, layer, arrays, about)
+
+
+def _write(
+    model: ModelFacts, out: Path, layer: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> None:
+    numpy = optional_module("safetensors.numpy", "export", "topklm export")
+    name = hook_name(layer, RESID_POST)
+    folder = out / name
+    folder.mkdir()
+    # A transposed view would be written untransposed.
+    own = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    numpy.save_file(own, folder / _WEIGHTS)
+    d_in, d_sae = arrays["W_enc"].shape
+    values = {
+        **about,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "sae_lens_version": _VERSION,
+            "sae_lens_training_version": None,
+            "model_name": model.name,
+            "model_class_name": "TransformerBridge",
+            "model_from_pretrained_kwargs": {"trust_remote_code": True},
+            "hook_name": name,
+            "hf_hook_name": f"model.layers.{layer}",
+            "context_size": model.config.context_length,
+            "prepend_bos": True,
+            "exclude_special_tokens": [model.separator_id],
+            "dataset_path": None,
+        },
+    }
+    (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_dictionary(folder: Path, layers: Sequence[int], d_model: int) -> Dictionary:
+    """Reads the TopK SAEs of these layers as a dictionary.
+
+    Raises:
+        UserError: If one is missing or damaged, is of another kind, width or k, or its hidden states are not
+            the model's. A store holds as many codes of a layer as the model has coordinates.
+    """
+    read = [_read(folder, layer, d_model) for layer in layers]
+    kept = {k for k, _ in read}
+    if len(kept) > 1:
+        raise UserError(
+            f"--dictionary = {folder}: its layers keep {', '.join(map(str, sorted(kept)))} codes: they must "
+            "keep as many, for the store has one k"
+        )
+    stacked = {name: np.stack([arrays[name] for _, arrays in read]) for name in read[0][1]}
+    bias = stacked["b_enc"] if np.any(stacked["b_enc"]) else None
+    facts = {"folder": folder.name}
+    return Dictionary(KIND, kept.pop(), stacked["b_dec"], stacked["W_enc"], stacked["W_dec"], facts, bias)
+
+
+def _read(folder: Path, layer: int, d_model: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Returns k, and float32 arrays so that `Dictionary` computes what SAELens does."""
+    load_file = optional_module("safetensors.numpy", "export", "--dictionary").load_file
+    place = folder / hook_name(layer, RESID_POST)
+    advice = "give a folder with one of SAELens for each layer"
+    if not (place / _CONFIG).exists():
+        raise UserError(f"--dictionary = {folder}: has no {place.name}/{_CONFIG}: {advice}")
+    values = read_json(place / _CONFIG, advice)
+    if (kind := values.get("architecture")) != "topk":
+        raise UserError(f"{place}: is of the architecture {kind!r}: dictionaries are topk")
+    for name in ("normalize_activations", "reshape_activations"):
+        if values.get(name, "none") != "none":
+            raise UserError(f"{place}: has {name} = {values[name]!r}: must be none")
+    path = place / _WEIGHTS
+    try:
+        with disk_errors_are_user_errors(f"reading {path}"):
+            found = {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    except UserError:
+        raise
+    except Exception as e:  # the library raises a class of its own for each kind of damage
+        raise UserError(f"{path} is damaged or cut short ({e}): get it again") from e
+    width, k = values.get("d_sae"), values.get("k")
+    shapes = {
+        "W_enc": (d_model, d_model),
+        "W_dec": (d_model, d_model),
+        "b_enc": (d_model,),
+        "b_dec": (d_model,),
+    }
+    wrong = {name: found[name].shape if name in found else None for name in shapes}
+    if wrong != shapes or not isinstance(k, int) or not 1 <= k <= d_model:
+        raise UserError(
+            f"{place}: d_in = {values.get('d_in')}, d_sae = {width}, k = {k}: both widths must be the "
+            f"model's {d_model}, and k from 1 to that: a store holds as many codes of a layer"
+        )
+    arrays = {name: found[name] for name in shapes}
+    if values.get("rescale_acts_by_decoder_norm"):
+        # Chosen and scaled by the length of a code's row: as if the rows were of unit length.
+        lengths = np.linalg.norm(arrays["W_dec"], axis=1)
+        arrays["W_enc"], arrays["b_enc"] = arrays["W_enc"] * lengths, arrays["b_enc"] * lengths
+        arrays["W_dec"] = arrays["W_dec"] / lengths[:, None]
+    if not values.get("apply_b_dec_to_input", True):  # the centre is taken off: put it back
+        arrays["b_enc"] = arrays["b_enc"] + arrays["b_dec"] @ arrays["W_enc"]
+    return k, arrays
