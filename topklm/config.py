@@ -244,6 +244,15 @@ class TrainConfig:
         "run whose newest checkpoint gives the first parameters; step, optimizer and data begin at 0; TopK "
         "settings may differ, so a Base LM can become a TopK LM; empty: drawn by seed",
     )
+    topk_k_start: int = _setting(
+        0,
+        "k of the first steps, which falls to model.topk_k in stages; evaluations are of the model with "
+        "model.topk_k; 0: model.topk_k from the start",
+        allowed="from model.topk_k to d_model, or 0; with topk_k_steps, without topk_groups",
+    )
+    topk_k_steps: int = _setting(
+        0, "steps over which k falls, each stage as many, by a factor of at most sqrt(2)", _STEPS
+    )
     on_bad_step: str = _setting(
         "stop",
         "at a step that is not finite, or a spike: stop the run, or skip its update (at most ten in a row)",
@@ -340,6 +349,15 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns the plain nested dict that a run's config.json stores."""
         return dataclasses.asdict(self)
+
+    def topk_k_at(self, step: int) -> int:
+        """Returns k of the training step with this number; the first is 1."""
+        first, last, steps = self.train.topk_k_start, self.model.topk_k, self.train.topk_k_steps
+        if not first or step > steps:
+            return last
+        stages = max(1, math.ceil(2 * math.log2(first / last)))
+        stage = (step - 1) * stages // steps
+        return round(first * (last / first) ** (stage / stages))
 
     @property
     def profiled_steps(self) -> range:
@@ -593,6 +611,11 @@ def _check_ranges(config: Config) -> None:
     require("model.n_heads", m.head_width % 2 == 0, even)
     require("model.n_kv_heads", m.n_heads % m.n_kv_heads == 0, f"a divisor of model.n_heads ({m.n_heads})")
     require("model.topk_k", 1 <= m.topk_k <= m.d_model, f"from 1 to model.d_model ({m.d_model})")
+    if train.topk_k_start or train.topk_k_steps:
+        require("train.topk_k_start", not m.topk_groups, "0 where model.topk_groups is given")
+        allowed = f"from model.topk_k ({m.topk_k}) to model.d_model ({m.d_model}), or 0 with topk_k_steps = 0"
+        require("train.topk_k_start", m.topk_k <= train.topk_k_start <= m.d_model, allowed)
+        require("train.topk_k_steps", train.topk_k_steps > 0, "1 or more where topk_k_start is given")
     _check_groups(m)
     _check_rope_scaling(m)
     layers = f"from 1 to model.n_layers ({m.n_layers}, which gives the Base LM)"

@@ -25,6 +25,7 @@ from topklm.storage.files import AnyPath, as_path, check_name
 from topklm.storage.gcs import check_usable
 
 with when_used():
+    from topklm.checkpoint import run_folder
     from topklm.runtime import compilation_cache
     from topklm.training import loop
 
@@ -62,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Declares --config, its fields and --workdir; `read` reads what is given."""
     absent = argparse.SUPPRESS
-    text = f"one that comes with topklm, or a file with get_config(VARIANT); default {DEFAULT_CONFIG}"
+    text = (
+        "one that comes with topklm, a file with get_config(VARIANT), or a run, for its config; default "
+        f"{DEFAULT_CONFIG}"
+    )
     named = parser.add_argument("--config", metavar="CONFIG[:VARIANT]", default=DEFAULT_CONFIG, help=text)
     named.completer = lambda **_: list(shipped_configs())  # type: ignore[attr-defined]  # for shells
     parser.add_argument("--workdir", help="run folder, local or gs://...; default runs/<config name>")
@@ -125,7 +129,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 def load(file_and_variant: str) -> dict[str, Any]:
     """Runs `get_config` of a config: "small", "mine.py", or "small:base" for the variant "base".
 
-    A file of the user comes first. Names of the package's configs are "small" and "configs/small.py".
+    A file of the user comes first. Names of the package's configs are "small" and "configs/small.py". A run
+    folder stands for that run's config, but for the vocabulary, which the data fill in.
 
     Returns:
         The sections and fields as plain dicts, not checked.
@@ -138,6 +143,8 @@ def load(file_and_variant: str) -> dict[str, Any]:
     check_name(file, "--config")
     shipped = shipped_configs()
     ours = shipped.get(re.sub(r"^configs/(.*)\.py$", r"\1", file))
+    if not ours and pathlib.Path(file_and_variant).is_dir():
+        return _config_of_run(file_and_variant)
     try:
         with disk_errors_are_user_errors(f"reading --config = {file}"):
             path = pathlib.Path(file).expanduser()
@@ -168,6 +175,15 @@ def load(file_and_variant: str) -> dict[str, Any]:
             )
         values = made.to_dict() if isinstance(made, ml_collections.ConfigDict) else made
         return {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
+
+
+def _config_of_run(folder: str) -> dict[str, Any]:
+    saved = run_folder.saved_config(as_path(folder, "--config"))
+    if saved is None:
+        raise UserError(f"--config = {folder}: is no run folder: give a run, or a file with get_config()")
+    values = saved.to_dict()
+    values["model"]["vocab_size"] = 0
+    return values
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ signal, a damaged file).
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import math
 import time
 from typing import Any
@@ -149,6 +150,15 @@ class _Loop:
         pending: tuple[int, Any] | None = None
         self.clock.start()
         for step in range(first + 1, steps + 1):
+            if (k := self.config.topk_k_at(step)) != self.config.topk_k_at(step - 1) and step > first + 1:
+                if pending:
+                    self._log(*pending)
+                    pending = None
+                self.clock.stop()
+                with self.watchdog.paused():
+                    train_step = self._compile_step(state, k)
+                self.log_rate.measure_again()
+                self.clock.start()
             if rest_seconds and pending:
                 self._log(*pending)
                 pending = None
@@ -186,12 +196,19 @@ class _Loop:
     def _make_steps(self, state: TrainState) -> jax.stages.Compiled:
         """Makes the evaluation step, and compiles and returns the train step."""
         self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(self.config, self.layout))
+        return self._compile_step(state, self.config.topk_k_at(int(state.step) + 1))
+
+    def _compile_step(self, state: TrainState, k: int) -> jax.stages.Compiled:
+        """Compiles the train step whose TopK layers keep k neurons."""
         began = time.perf_counter()
-        step_alone = make_train_step(self.config, self.optimizer, self.layout)
+        model = dataclasses.replace(self.config.model, topk_k=k)
+        config = dataclasses.replace(self.config, model=model)
+        step_alone = make_train_step(config, self.optimizer, self.layout)
         train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.layout)
         compiled = compile_step(train_step.lower(state, batch, *self.stop_sync.stop_flag()))
-        self.console.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+        kept = f" that keeps {k} neurons" if self.config.train.topk_k_start else ""
+        self.console.say(f"compiled the train step{kept} in {time.perf_counter() - began:.1f} s")
         return compiled
 
     def _restore_or_start(self) -> TrainState:
