@@ -62,7 +62,7 @@ def test_the_gain_is_that_of_a_hook_that_sets_the_neuron(report, model):
     layer, neuron = report["neuron"]
 
     def clamp(h, _name):
-        return h.at[..., neuron].set(2 * report["strongest"])
+        return h.at[..., neuron].set(report["strongest"])
 
     steered = model.run_with_hooks(report["prompt"], [(f"blocks.{layer}.hook_topk", clamp)])[0, -1]
     plain = model(report["prompt"])[0, -1]
@@ -84,7 +84,7 @@ def test_the_texts_and_the_picture_are_there(executed, model, report):
     assert len(outputs(executed["dose"], "image/png")) > 1000
     layer, neuron = report["neuron"]
     plain = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7)
-    steer = {(layer, neuron): 3 * report["strongest"]}
+    steer = {(layer, neuron): report["strongest"]}
     steered = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, steer=steer)
     assert report["written"] == f"left alone:\n{plain}\n\nclamp, 3:\n{steered}\n"
     assert "application/vnd.jupyter.widget-view+json" in json.dumps(executed["write"].outputs)
