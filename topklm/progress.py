@@ -5,6 +5,7 @@ Knows nothing of the work; its results never depend on what is shown.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import threading
 import time
 
 import rich.console
@@ -89,11 +90,66 @@ class TerminalProgress(Progress):
             yield report
 
 
+class StoppedError(Exception):
+    """The work was asked to end."""
+
+
+class WatchedProgress(Progress):
+    """Passes everything on to another, and lets other threads see how far the work is, and end it.
+
+    Attributes:
+        name: Of the present phase, or the last line that was said.
+        share: Of the phase that is done, 0 to 1; None where nobody knows.
+        seconds_left: Of the phase, as its pace so far says; None likewise.
+    """
+
+    def __init__(self, inner: Progress):
+        super().__init__(self._say)
+        self.name = "starting"
+        self.share: float | None = None
+        self.seconds_left: float | None = None
+        self._inner, self._stopped = inner, threading.Event()
+
+    def stop(self) -> None:
+        """Makes the work raise StoppedError when it next tells of itself."""
+        self._stopped.set()
+
+    def _tell(self, name: str, share: float | None = None, seconds_left: float | None = None) -> None:
+        if self._stopped.is_set():
+            raise StoppedError
+        self.name, self.share, self.seconds_left = name, share, seconds_left
+
+    def _say(self, text: str) -> None:
+        self._tell(text)
+        self._inner.say(text)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Report]:
+        """Watches one long piece of work, see `Progress.phase`."""
+        done, began = 0, time.monotonic()
+        self._tell(name)
+        with self._inner.phase(name, total) as inner:
+
+            def report(units: int, documents: int, tokens: int) -> None:
+                nonlocal done
+                inner(units, documents, tokens)
+                done += units
+                known = bool(done and total)
+                left = _seconds_left(done, total, time.monotonic() - began) if known else None
+                self._tell(name, min(1.0, done / total) if known else None, left)
+
+            yield report
+
+
+def _seconds_left(units: int, total: int, seconds: float) -> float:
+    return seconds / units * max(0, total - units)
+
+
 def _figures(units: int, documents: int, tokens: int, total: int, seconds: float) -> str:
     parts = [f"{documents:,} documents"] if documents else []
     if tokens:
         parts += [f"{tokens:,} tokens", f"{tokens / max(1e-9, seconds):,.0f} tokens/s"]
     if units and total:
-        left = seconds / units * max(0, total - units)
+        left = _seconds_left(units, total, seconds)
         parts.append(f"{round(left // 60)}:{round(left % 60):02} left")
     return ", ".join(parts)

@@ -1,11 +1,11 @@
 """The explorer's index: found things against plain loops, and files that are damaged or of something else."""
 
 import contextlib
-import dataclasses
 import sqlite3
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from topklm.explorer.index import Index
@@ -130,15 +130,18 @@ def test_a_damaged_index_is_made_anew(explored_copy, damage):
     assert len(said) == 2
 
 
-def test_an_index_of_other_statistics_is_made_anew(explored_copy):
+def test_an_index_of_other_examples_is_made_anew_and_one_of_other_figures_is_kept(explored_copy):
     said = []
     with opened(explored_copy, said):
         pass
     rows, measured = table.read(explored_copy.table)
-    table.write(explored_copy.table, rows, dataclasses.replace(measured, source="a town"))
-    with opened(explored_copy, said):
-        pass
-    assert len(said) == 2
+    for name, n_made in (("ablation_effect", 1), ("top_tokens", 2)):
+        at = rows.column_names.index(name)
+        column = pa.nulls(rows.num_rows, rows.schema.field(name).type)
+        table.write(explored_copy.table, rows.set_column(at, name, column), measured)
+        with opened(explored_copy, said):
+            pass
+        assert len(said) == n_made
 
 
 def test_where_nothing_can_be_written_it_is_held_in_memory(explored_copy):

@@ -140,6 +140,12 @@ def test_an_older_table_gets_what_it_lacks_with_the_bits_of_a_whole_measurement(
     assert table.read(explored_copy.table) == (whole, measured)
     assert table.is_complete(explored_copy.table)
     assert extended(explored_copy, model) == ()
+    settings = MeasureSettings(ablation_samples=4, lens_contexts=4, seed=3)
+    measure(explored_copy.table, inputs_of(explored_copy, model, settings), without=("ablation",))
+    assert extended(explored_copy, model) == tuple(
+        name for name in catalog.numbers() if name.startswith("ablation")
+    )
+    assert table.read(explored_copy.table) == (whole, measured)
 
 
 def test_a_statistic_that_has_lost_one_of_its_columns_is_measured_again(explored_copy):

@@ -6,6 +6,7 @@ Here are `harvest` and `measure`, from a checkpoint to the statistics of its neu
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -199,21 +200,39 @@ def _measure(arguments: argparse.Namespace) -> None:
     output.give(facts, lambda: output.say(f"wrote {folder.table}"))
 
 
-def ensure_measured(model: LanguageModel, layout: Layout, progress: Progress) -> NeuronsFolder:
-    """Harvests and measures what has not been, so that there is something to look at.
-
-    Statistics that an earlier version did not measure are added to the table.
-    """
-    folder = shared.folder_of(model)
-    if not folder.store.exists():
-        harvest_into(folder, model, layout, progress, HarvestSettings())
-    if not folder.table.exists():
-        store_lib.wait_for_writers(folder.store, progress.say)
-        measure_into(folder, model, progress, MeasureSettings())
-        return folder
+def is_measured(folder: NeuronsFolder) -> bool:
+    """Returns whether everything that pages show of a checkpoint is there."""
     from topklm.neurons.statistics import table  # noqa: PLC0415 - see `measure_into`
 
-    if not table.is_complete(folder.table):
+    harvested = folder.store.exists() and not folder.unfinished.exists()
+    return harvested and folder.table.exists() and table.is_complete(folder.table)
+
+
+def ensure_measured(
+    model: LanguageModel,
+    layout: Layout,
+    progress: Progress,
+    ready: Callable[[NeuronsFolder], None] | None = None,
+) -> NeuronsFolder:
+    """Harvests and measures what has not been, so that there is something to look at.
+
+    Statistics that an earlier version did not measure are added to the table. `ready` is told once there is
+    a table, which lacks ablation effects at first.
+    """
+    folder = shared.folder_of(model)
+    if not folder.store.exists() or folder.unfinished.exists():
+        with disk_errors_are_user_errors(f"writing {folder.path}"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.unfinished.touch()
+        harvest_into(folder, model, layout, progress, HarvestSettings())
+        folder.unfinished.unlink(missing_ok=True)
+    if not folder.table.exists():
+        store_lib.wait_for_writers(folder.store, progress.say)
+        without = () if ready is None else ("ablation",)
+        measure_into(folder, model, progress, MeasureSettings(), without=without)
+    if ready is not None:
+        ready(folder)
+    if not is_measured(folder):
         measure_into(folder, model, progress, MeasureSettings(), only_missing=True)
     return folder
 
@@ -359,8 +378,11 @@ def measure_into(
     encoder: str | None = None,
     *,
     only_missing: bool = False,
+    without: Collection[str] = (),
 ) -> None:
     """Computes statistics of all neurons from what was harvested, and writes the table, or what it lacks.
+
+    Statistics are left out that need an input of `statistics.inputs.SLOW` named in `without`.
 
     The encoder is one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
 
@@ -386,4 +408,7 @@ def measure_into(
     separator_id = model.tokenizer.separator_id
     inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)
     with disk_errors_are_user_errors(f"writing {folder.table}"):
-        (extend if only_missing else measure)(folder.table, inputs)
+        if only_missing:
+            extend(folder.table, inputs)
+        else:
+            measure(folder.table, inputs, without)

@@ -6,9 +6,9 @@ other requests do not wait for it.
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 import functools
-import hashlib
 import re
 import secrets
+import socket
 from typing import Any
 
 import anyio
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from topklm.errors import UserError
 from topklm.explorer import markup, overview, pages, views
@@ -41,17 +42,22 @@ from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
 from topklm.web import server
 from topklm.web.http import Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
 
-# Not as the machine has it set: browsers run scripts of this kind only.
-_MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-_FOR_EVER = "public, max-age=31536000, immutable"
 
-
-def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlette:
+def create(
+    source: NeuronData,
+    report: Callable[[str], None] = print,
+    reader: LiveModel | None = None,
+    work: Any = None,
+) -> Starlette:
     """Returns the application; its `state.closing` is to be called when the server is told to stop.
 
-    `report` is told when the index is made.
+    Args:
+        source: The run's neurons.
+        report: Is told when the index is made.
+        reader: Of an earlier application of this run, `state.reader`, whose model is loaded already.
+        work: A `Preparing` that makes more figures meanwhile; None: nothing is made.
     """
-    here = _Explorer(source, Index(source, report))
+    here = _Explorer(source, Index(source, report), reader, work)
     neuron = "/neurons/{layer:number}/{neuron:number}"
     routes = [
         Route("/", here.overview),
@@ -75,26 +81,25 @@ def create(source: NeuronData, report: Callable[[str], None] = print) -> Starlet
         Route("/api/search", here.search_json),
         Route("/api/labels.json", here.labels_json),
         Route("/api/labels.csv", here.labels_csv),
-        Route("/static/{version}/{name}", here.static),
+        Route(here.static.route, here.static.answer),
     ]
+    if work is not None:
+        routes.append(Route("/api/progress", work.answer))
     kinds = UserError, BusyError, HTTPException, Exception
     application = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, here.error))
-    application.state.closing = here.close
+    application.state.closing, application.state.reader = here.close, here.reader
     return application
 
 
 class _Explorer:
     """Answers requests; methods that end on `_json` give data, the others pages."""
 
-    def __init__(self, source: NeuronData, index: Index):
+    def __init__(self, source: NeuronData, index: Index, reader: LiveModel | None, work: Any):
         self._source, self._index = source, index
-        self._reader = LiveModel(str(source.folder.run), source.store.metadata)
-        self._static = pages.static_files()
-        self._version = hashlib.sha256(
-            b"".join(name.encode() + content for name, content in sorted(self._static.items()))
-        ).hexdigest()[:12]
+        self.reader = reader or LiveModel(str(source.folder.run), source.store.metadata)
+        self.static = pages.Static()
         self._templates = pages.environment(source)
-        self._templates.globals["static"] = f"/static/{self._version}"
+        self._templates.globals |= {"static": self.static.address, "work": work}
         self._model_turn = anyio.CapacityLimiter(1)
         self._regex_turn = anyio.CapacityLimiter(1)
         self._writing_turn = anyio.CapacityLimiter(1)
@@ -140,7 +145,7 @@ class _Explorer:
     async def prompt(self, request: Request) -> Response:
         text = request.query_params.get("text", "")
         data, problem = await _tried(request, text, self._with_model, views.prompt, text)
-        about = {"text": text, "data": data, "problem": problem, "most_tokens": self._reader.most_tokens}
+        about = {"text": text, "data": data, "problem": problem, "most_tokens": self.reader.most_tokens}
         if data:
             chosen = number(request, "token") if "token" in request.query_params else None
             if chosen is not None and chosen >= len(data["tokens"]):
@@ -195,13 +200,6 @@ class _Explorer:
     def labels_csv(self, _request: Request) -> Response:
         return file(self._source.labels.as_csv(), "text/csv; charset=utf-8", "labels.csv")
 
-    async def static(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in self._static or request.path_params["version"] != self._version:
-            raise HTTPException(404)
-        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-        return Response(self._static[name], media_type=media_type, headers={"cache-control": _FOR_EVER})
-
     # Steer boxes: one pair of texts is written at a time; between its tokens others have the model
 
     def close(self) -> None:
@@ -246,7 +244,7 @@ class _Explorer:
     async def _begin(self, request: Request, settings: SteerSettings) -> Writing:
         check_not_busy(self._writing_turn)
         place = self._place(request)
-        return await run_limited(self._model_turn, Writing, self._source, self._reader, *place, settings)
+        return await run_limited(self._model_turn, Writing, self._source, self.reader, *place, settings)
 
     async def _lines(self, writing: Writing) -> AsyncIterator[dict[str, Any]]:
         # Who has begun may wait for the model, however many others do.
@@ -304,7 +302,7 @@ class _Explorer:
         return await run_limited(self._regex_turn, views.regex, self._source, text, *options)
 
     async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
-        return await run_limited(self._model_turn, view, self._source, self._reader, *arguments)
+        return await run_limited(self._model_turn, view, self._source, self.reader, *arguments)
 
     async def _set_label(self, request: Request) -> tuple[int, int]:
         place = self._place(request)
@@ -337,23 +335,25 @@ def _to_neuron(layer: int, neuron: int) -> Response:
     return RedirectResponse(pages.neuron_address(layer, neuron), 303)
 
 
-def serve(source: NeuronData, host: str, port: int, ready: Callable[[str], None] = print) -> None:
+def serve(
+    application: ASGIApp,
+    closing: Callable[[], None],
+    listening: socket.socket,
+    host: str,
+    ready: Callable[[str, Callable[[], None]], None],
+) -> None:
     """Answers until Ctrl-C.
 
     Args:
-        source: The run's neurons.
-        host: On others than the loopback a token is needed.
-        port: 0 takes a free one.
-        ready: Is told the address to open, once it can be opened.
-
-    Raises:
-        UserError: If the port is taken, or the address is none of this machine.
+        application: Of the pages.
+        closing: Is called when the server is told to stop.
+        listening: Of `server.listen`.
+        host: The address that it listens on; on others than the loopback a token is needed.
+        ready: Is told the address to open, once it can be opened, and what ends the server.
     """
-    listening = server.listen(host, port)
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    application = create(source)
     guarded = Guard(application, server.names_of(host, port) if token is None else None, token)
     address = f"http://{server.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
-    running = server.make_server(guarded, closing=application.state.closing)
-    server.run(running, listening, lambda: ready(address))
+    running = server.make_server(guarded, closing=closing)
+    server.run(running, listening, lambda: ready(address, running.end))

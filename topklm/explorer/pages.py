@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import functools
+import hashlib
 import importlib.resources
 import math
 from typing import Any
@@ -10,19 +11,25 @@ from urllib.parse import urlencode
 import jinja2
 from markupsafe import Markup
 import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from topklm.explorer import markup, plots, views
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.labels import MAX_CHARACTERS
 from topklm.neurons.statistics import catalog
 
+# Not as the machine has it set: browsers run scripts of this kind only.
+_MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_FOR_EVER = "public, max-age=31536000, immutable"
 _MOST_POINTS = 2000
 _DENSITY_LOW = 1e-5
 
 
-def environment(source: NeuronData) -> jinja2.Environment:
-    """Makes the templates with everything that they call; whatever text they are given is escaped."""
-    made = jinja2.Environment(
+def templates() -> jinja2.Environment:
+    """Opens the templates; whatever text they are given is escaped."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("topklm.explorer"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -30,6 +37,11 @@ def environment(source: NeuronData) -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,  # nobody edits templates while this runs
     )
+
+
+def environment(source: NeuronData) -> jinja2.Environment:
+    """Makes the templates with everything that pages of neurons call."""
+    made = templates()
     numbers = catalog.numbers()
     made.filters.update(
         figure=lambda value, name: markup.write_as(numbers[name].kind, value),
@@ -60,6 +72,26 @@ def static_files() -> dict[str, bytes]:
     """Reads the scripts, the stylesheet and the icon of the pages, by name."""
     folder = importlib.resources.files("topklm.explorer").joinpath("static")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+class Static:
+    """Scripts, stylesheet and icon at addresses that change with their content: browsers keep them."""
+
+    route = "/static/{version}/{name}"
+
+    def __init__(self) -> None:
+        self._files = static_files()
+        parts = (name.encode() + content for name, content in sorted(self._files.items()))
+        self._version = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+        self.address = f"/static/{self._version}"
+
+    async def answer(self, request: Request) -> Response:
+        """Returns one of them; raises HTTPException for another."""
+        name = request.path_params["name"]
+        if name not in self._files or request.path_params["version"] != self._version:
+            raise HTTPException(404)
+        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+        return Response(self._files[name], media_type=media_type, headers={"cache-control": _FOR_EVER})
 
 
 def neuron_address(layer: int, neuron: int) -> str:

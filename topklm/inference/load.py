@@ -56,9 +56,7 @@ def load(
     folder = as_path(run, "run")
     check_usable(folder, "run", write=False)
     saved = _complete_steps(folder)
-    if step is not None and step not in saved:
-        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, saved))}")
-    step = max(saved) if step is None else step
+    step = _chosen(folder, saved, step)
     checkpoint = absolute(folder) / run_folder.CHECKPOINTS_FOLDER / str(step)
     with _damage_is_a_user_error(folder, step, saved):
         reader = CheckpointReader(checkpoint, arrays=(PARAMS,), values=(FACTS,))
@@ -102,6 +100,20 @@ def _from_hugging_face(path: str, step: int | None, layout: Layout) -> LanguageM
     config = dataclasses.replace(found.config, model=_for_layout(found.config.model, layout))
     params = jax.device_put(found.params, layout.shardings(found.params))
     return LanguageModel(path, found.step, config, found.tokenizer, params)
+
+
+def checkpoint_step(run: str | os.PathLike[str], step: int | None = None) -> int:
+    """Returns the step of the checkpoint that `load` would read; raises UserError without one."""
+    if huggingface.is_folder(run):
+        return huggingface.read(str(run), "run").step
+    folder = as_path(run, "run")
+    return _chosen(folder, _complete_steps(folder), step)
+
+
+def _chosen(folder: AnyPath, saved: Sequence[int], step: int | None) -> int:
+    if step is not None and step not in saved:
+        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, saved))}")
+    return max(saved) if step is None else step
 
 
 def _complete_steps(folder: AnyPath) -> list[int]:

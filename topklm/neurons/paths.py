@@ -5,6 +5,7 @@
     neurons/1300/dictionary.npz   where a Base LM was harvested with one: `topklm.neurons.dictionary`
     neurons/1300/neurons.parquet  their statistics (`topklm.neurons.statistics.table`)
     neurons/1300/index.sqlite     the explorer's index, made again when it is missing
+    neurons/1300/unfinished       there while the explorer harvests: one that was stopped goes on
 
 All in the run folder.
 """
@@ -25,6 +26,7 @@ class NeuronsFolder:
         self.path, self.labels = run / "neurons" / str(step), run / "neurons" / "labels.json"
         self.store, self.dictionary = self.path / "store", self.path / "dictionary.npz"
         self.table, self.index = self.path / "neurons.parquet", self.path / "index.sqlite"
+        self.unfinished = self.path / "unfinished"
 
 
 def harvested_steps(run: Path) -> list[int]:

@@ -109,6 +109,10 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit  # a second signal: do not wait
         self.should_exit = True
 
+    def end(self) -> None:
+        """Ends it from another thread."""
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._closing()
         await super().shutdown(sockets)

@@ -2,6 +2,7 @@
 
 import "./fragments.js";
 import { focus, follow, listen } from "./keys.js";
+import "./progress.js";
 import { restore, toggle, toggleTheme } from "./look.js";
 import { startSteering } from "./steer.js";
 import { makeTabs } from "./tabs.js";

@@ -4,7 +4,7 @@ Neurons are taken in blocks, whose events are read at once, so that memory does 
 a few bytes for each token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 from pathlib import Path
 
@@ -22,15 +22,17 @@ _BLOCK_EVENTS = 2**22  # some 200 MB with all that is made of them
 _BLOCK_CELLS = 2**22  # neurons x vocabulary
 
 
-def measure(path: Path, inputs: Inputs) -> None:
+def measure(path: Path, inputs: Inputs, without: Collection[str] = ()) -> None:
     """Measures all neurons of a store, and writes the table.
+
+    Statistics that need one of the inputs named in `without` are left for `extend`.
 
     Raises:
         UserError: If the store is empty or damaged, or of another dictionary.
     """
     _check(inputs)
-    rows = _compute(inputs, catalog.STATISTICS)
-    table.write(path, rows, _described(inputs))
+    wanted = [one for one in catalog.STATISTICS if not {*one.needs} & {*without}]
+    table.write(path, _compute(inputs, wanted), _described(inputs))
 
 
 def extend(path: Path, inputs: Inputs) -> tuple[str, ...]:
