@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from topklm.errors import UserError
-from topklm.explorer import markup, overview, pages, views
+from topklm.explorer import markup, overview, pages, prompts, views
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError
@@ -104,6 +104,7 @@ class _Explorer:
         self._regex_turn = anyio.CapacityLimiter(1)
         self._writing_turn = anyio.CapacityLimiter(1)
         self._closing = False
+        self._sentences = functools.cache(lambda: prompts.sentences(source))
 
     # Pages
 
@@ -143,18 +144,23 @@ class _Explorer:
         return _to_neuron(*await self._set_label(request))
 
     async def prompt(self, request: Request) -> Response:
-        text = request.query_params.get("text", "")
-        data, problem = await _tried(request, text, self._with_model, views.prompt, text)
+        text, by = request.query_params.get("text", ""), request.query_params.get("by", "activation")
+        data, problem = await _tried(request, text, self._with_model, prompts.prompt, text, by)
         about = {"text": text, "data": data, "problem": problem, "most_tokens": self.reader.most_tokens}
         if data:
             chosen = number(request, "token") if "token" in request.query_params else None
             if chosen is not None and chosen >= len(data["tokens"]):
                 raise NotThereError(f"token {chosen}: the text has {len(data['tokens'])}, counted from 0")
-            about |= {"chosen": chosen, **views.prompt_page(self._source, data, chosen)}
+            shown = await run_in_threadpool(prompts.prompt_page, self._source, data, chosen)
+            about |= {"chosen": chosen, **shown}
+        elif not text:
+            about["sentences"] = await run_in_threadpool(self._sentences)
         return await run_in_threadpool(self._page, request, "prompt.html", 400 if problem else 200, **about)
 
     async def to_prompt(self, request: Request) -> Response:
-        return redirect_with("/prompt", {"text": await field(request, "text")})
+        content = await fields(request)
+        kept = {"by": str(content["by"])} if content.get("by") else {}
+        return redirect_with("/prompt", {"text": await field(request, "text"), **kept})
 
     async def search(self, request: Request) -> Response:
         asked = request.query_params
@@ -189,7 +195,8 @@ class _Explorer:
         return Json({"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)})
 
     async def prompt_json(self, request: Request) -> Response:
-        return Json(await self._with_model(views.prompt, await field(request, "text")))
+        by = str((await fields(request)).get("by", "activation"))
+        return Json(await self._with_model(prompts.prompt, await field(request, "text"), by))
 
     async def search_json(self, request: Request) -> Response:
         return Json(await self._found(request))

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import threading
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,19 @@ from topklm.neurons.dictionary import Dictionary, check_coordinates
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata
 
+EXPECTED = 5  # next tokens
 # Of a Base LM, whose neurons are nearly all active, only the strongest are told.
 DENSE_KEPT = 32
+
+
+class Reading(NamedTuple):
+    """A text as the model reads it; dims: S layers, T tokens, k neurons, n predictions."""
+
+    indices: np.ndarray  # int32[S, T, k], active neurons, the strongest first
+    values: np.ndarray  # float32[S, T, k], activations, 0 where none is
+    losses: np.ndarray  # float32[T], of each token, after those before it, nats
+    next_ids: np.ndarray  # int[T, n], the tokens most expected after each, the likeliest first
+    next_probabilities: np.ndarray  # float32[T, n]
 
 
 class LiveModel:
@@ -60,18 +72,15 @@ class LiveModel:
             )
         return ids
 
-    def active(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the active neurons of the store's layers at tokens int[T], at most `most_tokens`.
-
-        Returns:
-            Neurons, the strongest first, int32[S, T, k], and activations, float32[S, T, k], 0 where none is.
-        """
+    def read(self, ids: np.ndarray) -> Reading:
+        """Reads tokens int[T], at most `most_tokens`; neurons are those of the store's layers."""
         with self._lock:
             if self._metadata.kind == "topk":
-                found = self.model.run_with_cache(self._after_separator(ids))[1].neurons
+                logits, kept = self.model.run_with_cache(self._after_separator(ids))
+                found = kept.neurons
             else:
                 wanted = [hook_name(layer, RESID_POST) for layer in self._metadata.layers]
-                _, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
+                logits, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
                 hidden = jnp.stack([cache[name] for name in wanted])
                 if self._dictionary is None:
                     dense, kept = jnp.maximum(hidden, 0), min(DENSE_KEPT, hidden.shape[-1])
@@ -81,12 +90,13 @@ class LiveModel:
             indices, values = (
                 np.asarray(array)[:, 0, 1 : len(ids) + 1] for array in (found.indices, found.values)
             )
-        return indices, values.astype(np.float32)
+            predicted = np.asarray(logits[0, : len(ids) + 1, : self.model.tokenizer.vocab_size])
+        return Reading(indices, values.astype(np.float32), *predictions(predicted, ids, EXPECTED))
 
     def activations(self, ids: np.ndarray, layer: int, neuron: int) -> np.ndarray:
         """Returns one neuron at tokens int[T], at most `most_tokens`: float32[T]."""
         if self._metadata.kind != "dense":
-            indices, values = (array[self._metadata.layers.index(layer)] for array in self.active(ids))
+            indices, values = (array[self._metadata.layers.index(layer)] for array in self.read(ids)[:2])
             return np.where(indices == neuron, values, 0).sum(axis=-1, dtype=np.float32)
         name = hook_name(layer, RESID_POST)
         with self._lock:
@@ -142,3 +152,16 @@ class LiveModel:
     def _after_separator(self, ids: np.ndarray) -> np.ndarray:
         """Returns tokens with the separator before them, int32[1, T + 1]."""
         return np.concatenate([[self.model.tokenizer.separator_id], ids]).astype(np.int32)[None]
+
+
+def predictions(logits: np.ndarray, ids: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the last three of a `Reading`; logits are float32[T + 1, V], the separator's first."""
+    highest = logits.max(axis=1)
+    scale = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))  # log of the normaliser
+    losses = scale[:-1] - logits[np.arange(len(ids)), ids]
+    after, n = logits[1:], min(n, logits.shape[1])
+    likeliest = np.argpartition(-after, n - 1, axis=1)[:, :n]
+    order = np.argsort(-np.take_along_axis(after, likeliest, axis=1), axis=1, kind="stable")
+    likeliest = np.take_along_axis(likeliest, order, axis=1)
+    probabilities = np.exp(np.take_along_axis(after, likeliest, axis=1) - scale[1:, None])
+    return losses, likeliest, probabilities

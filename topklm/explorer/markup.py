@@ -247,6 +247,37 @@ def found(pieces: Iterable[Mapping[str, Any]], key: str) -> Markup:
     return Markup("".join(drawn))
 
 
+def expected(token: Mapping[str, Any], actual: int | None) -> Markup:
+    """Draws the tokens most expected next, with their probabilities; marks the one that came."""
+    drawn = []
+    for item in token["next"]:
+        came = ' came" title="This is what came' if item["id"] == actual else ""
+        share = round(100 * item["probability"])
+        percent = f"{share or '&lt;1'}\N{NO-BREAK SPACE}%"
+        drawn.append(f'<span class="guess{came}">{_chip(item["token"])} <small>{percent}</small></span>')
+    return Markup(" ".join(drawn))
+
+
+def cell(
+    item: Mapping[str, Any],
+    place: tuple[int, int],
+    label: str,
+    usual: Sequence[str],
+    shade: str,
+    by: str,
+    link: Link,
+) -> Markup:
+    """Draws a neuron of a token's row: its number, its label or else strongest input token, and a figure."""
+    layer, neuron = place
+    by_share = by == "share" and item["share"] is not None
+    written = f"{100 * item['share']:.0f}\N{NO-BREAK SPACE}%" if by_share else _number(item["activation"])
+    named = f'<span class="label">{_escaped(label)}</span>' if label else "".join(map(_chip, usual[:1]))
+    return Markup(
+        f'<a class="cell {shade}" href="{_escaped(link(layer, neuron) or "")}"><small>{neuron}</small> '
+        f"{named} {written}</a> "
+    )
+
+
 def bar(share: float, kind: str = "") -> Markup:
     """Draws a bar beside a number, from 0 to 1."""
     width = 60 * min(max(share, 0), 1)

@@ -64,6 +64,7 @@ def environment(source: NeuronData) -> jinja2.Environment:
         activation_histogram=activation_histogram,
         example_tokens=views.EXAMPLE_TOKENS,
         link=neuron_address,
+        prompt_address=prompt_address,
     )
     return made
 
@@ -97,6 +98,12 @@ class Static:
 def neuron_address(layer: int, neuron: int) -> str:
     """Returns the stable link of a neuron."""
     return f"/neurons/{layer}/{neuron}"
+
+
+def prompt_address(text: str, by: str = "activation", token: int | None = None) -> str:
+    """Returns the link of a prompt's page, of all tokens or one."""
+    asked = {"text": text, "by": "" if by == "activation" else by, "token": "" if token is None else token}
+    return f"/prompt?{urlencode({k: v for k, v in asked.items() if v != ''}, errors='replace')}"
 
 
 def tile_notes(data: Mapping[str, Any]) -> dict[str, str]:

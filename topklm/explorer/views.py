@@ -60,7 +60,7 @@ def neuron(
                 "neuron": neuron,
                 "label": labels.get((other, neuron), ""),
                 "density": source.row(source.number(other, neuron), ["density"])["density"],
-                "input_tokens": _strongest_tokens(source, other, neuron),
+                "input_tokens": strongest_tokens(source, other, neuron),
             }
             for other in measured.layers
             if other != layer
@@ -85,7 +85,7 @@ def neuron(
                     "layer": layer,
                     "neuron": other,
                     "label": labels.get((layer, other), ""),
-                    "input_tokens": _strongest_tokens(source, layer, other),
+                    "input_tokens": strongest_tokens(source, layer, other),
                     "similarity": similarity,
                 }
                 for other, similarity in zip(row[name] or (), row[f"{name}_similarity"] or (), strict=True)
@@ -205,69 +205,6 @@ def labelled(source: NeuronData) -> list[dict[str, Any]]:
     return [summary(source, source.number(*at), labels) for at in labels]
 
 
-def prompt(source: NeuronData, reader: LiveModel, text: str) -> dict[str, Any]:
-    """Returns the active neurons of each token of a text, the strongest first.
-
-    Raises:
-        UserError: If the text is empty or too long.
-    """
-    ids, labels, layers = reader.ids(text), source.named(), source.measured.layers
-    indices, values = (array.tolist() for array in reader.active(ids))
-    tokens = [
-        {
-            "token": token,
-            "id": token_id,
-            "layers": [
-                {
-                    "layer": layer,
-                    "neurons": [
-                        {"neuron": neuron, "activation": value}
-                        for neuron, value in zip(indices[place][at], values[place][at], strict=True)
-                        if value
-                    ],
-                }
-                for place, layer in enumerate(layers)
-            ],
-        }
-        for at, (token, token_id) in enumerate(zip(source.running_texts(ids), ids.tolist(), strict=True))
-    ]
-    seen = {place for token in tokens for place in _active_places(token)}
-    return {
-        "text": text,
-        "layers": list(layers),
-        "tokens": tokens,
-        "labels": [
-            {"layer": layer, "neuron": neuron, "label": labels[layer, neuron]}
-            for layer, neuron in sorted(seen & labels.keys())
-        ],
-    }
-
-
-def prompt_page(source: NeuronData, data: Mapping[str, Any], chosen: int | None) -> dict[str, Any]:
-    """Returns what the page shows besides the data of `prompt`, of all tokens or the chosen one.
-
-    Returns:
-        `named`: the labels of neurons by layer and number. `highest`: the largest activation of each layer,
-        leaving out the first token, whose activations are far from all others in most models. `usual`: the
-        tokens that the chosen token's active neurons are most active at.
-    """
-    highest = dict.fromkeys(data["layers"], 1e-9)
-    for token in data["tokens"][1:] or data["tokens"]:
-        for layer in token["layers"]:
-            sizes = (abs(neuron["activation"]) for neuron in layer["neurons"])
-            highest[layer["layer"]] = max(highest[layer["layer"]], *sizes, 0)
-    places = [] if chosen is None else _active_places(data["tokens"][chosen])
-    return {
-        "named": {(item["layer"], item["neuron"]): item["label"] for item in data["labels"]},
-        "highest": highest,
-        "usual": {place: _strongest_tokens(source, *place) for place in places},
-    }
-
-
-def _active_places(token: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return [(layer["layer"], item["neuron"]) for layer in token["layers"] for item in layer["neurons"]]
-
-
 def _exp(entropy: float | None) -> float | None:
     """Returns how many equally likely things have this entropy."""
     return None if entropy is None else math.exp(entropy)
@@ -304,7 +241,8 @@ def _with_counts(
     ]
 
 
-def _strongest_tokens(source: NeuronData, layer: int, neuron: int) -> list[str]:
+def strongest_tokens(source: NeuronData, layer: int, neuron: int) -> list[str]:
+    """Returns the input tokens that a neuron is most active at, three at most."""
     row = source.row(source.number(layer, neuron), ["top_tokens"])
     return source.texts((row["top_tokens"] or [])[:3])
 

@@ -10,11 +10,14 @@ async function replace(selector, address, options, push) {
   const mine = ++latest;
   const part = document.querySelector(selector);
   part.setAttribute("aria-busy", "true");
+  const patience = part.dataset.waiting && setTimeout(() => say(part, part.dataset.waiting, "status"), 700);
   let answer, text;
   try {
     answer = await fetch(address, options);
     text = await answer.text();
+    clearTimeout(patience);
   } catch {
+    clearTimeout(patience);
     if (mine === latest) part.removeAttribute("aria-busy");
     say(part, "The server does not answer: is topklm explore still running?");
     return null;
@@ -37,11 +40,11 @@ async function replace(selector, address, options, push) {
   return fresh;
 }
 
-function say(part, message) {
-  part.querySelector(":scope > .notice.passing")?.remove();
+function say(part, message, role = "alert") {
+  part.querySelector(":scope > .passing")?.remove();
   const notice = document.createElement("p");
-  notice.className = "notice passing";
-  notice.setAttribute("role", "alert");
+  notice.className = role === "alert" ? "notice passing" : "quiet passing";
+  notice.setAttribute("role", role);
   notice.textContent = message;
   part.append(notice);
 }
