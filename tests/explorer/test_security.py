@@ -244,7 +244,7 @@ def test_who_sends_a_byte_at_a_time_is_hung_up_on_too(site, monkeypatch):
 
 
 def test_a_pattern_that_takes_for_ever_stops_nobody(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.views.REGEX_SECONDS", 2.0)
+    monkeypatch.setattr("topklm.explorer.finding.REGEX_SECONDS", 2.0)
     answers = []
 
     def ask():
@@ -281,7 +281,7 @@ def test_who_has_waited_too_long_for_a_turn_is_told_so(site, monkeypatch, kind):
         return {"done": True}
 
     monkeypatch.setattr("topklm.explorer.requests._WAITING_SECONDS", 0.05)
-    monkeypatch.setattr("topklm.explorer.views.regex", view)
+    monkeypatch.setattr("topklm.explorer.finding.regex", view)
     monkeypatch.setattr("topklm.explorer.prompts.prompt", view)
     headers, answers = {"Content-Type": "application/json"}, []
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.explorer import overview, prompts, views
+from topklm.explorer import finding, overview, prompts, views
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NotThereError, shown
 from topklm.explorer.overview import Asked
@@ -249,16 +249,16 @@ def test_a_random_neuron_is_alive_and_not_always_the_same(source):
 
 
 def test_words_find_passages_neurons_and_labels(source, index):
-    data = views.words(source, index, "lantern")
+    data = finding.words(source, index, "lantern")
     assert data["passages"]
     assert data["neurons"]
     assert data["labelled"] == []
     with pytest.raises(UserError, match="empty"):
-        views.words(source, index, " ")
+        finding.words(source, index, " ")
 
 
 def test_a_pattern_ranks_neurons_as_find_does(source):
-    data = views.regex(source, "lan?tern|boat")
+    data = finding.regex(source, "lan?tern|boat")
     text = source.plain_text(0, source.store.n_tokens)
     assert data["n_matches"] == text.count("lantern") + text.count("latern") + text.count("boat")
     found = rank(source.store, source.stored_text.matches("lan?tern|boat").touched, 50)
@@ -270,7 +270,7 @@ def test_a_pattern_ranks_neurons_as_find_does(source):
 @pytest.mark.parametrize("pattern", ["(", "", "a" * 1001, "x*"])
 def test_a_pattern_of_no_use_is_refused(source, pattern):
     with pytest.raises(UserError, match="regex"):
-        views.regex(source, pattern)
+        finding.regex(source, pattern)
 
 
 def test_a_character_of_several_tokens_stands_whole_at_its_last(source):

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from topklm.errors import UserError
-from topklm.explorer import markup, overview, pages, prompts, views
+from topklm.explorer import finding, markup, overview, pages, prompts, views
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError
@@ -79,6 +79,7 @@ def create(
         Route(f"/api{neuron}/label", here.label_json, methods=["POST"]),
         Route("/api/prompt", here.prompt_json, methods=["POST"]),
         Route("/api/search", here.search_json),
+        Route("/api/set", here.set_json),
         Route("/api/labels.json", here.labels_json),
         Route("/api/labels.csv", here.labels_csv),
         Route(here.static.route, here.static.answer),
@@ -102,6 +103,7 @@ class _Explorer:
         self._templates.globals |= {"static": self.static.address, "work": work}
         self._model_turn = anyio.CapacityLimiter(1)
         self._regex_turn = anyio.CapacityLimiter(1)
+        self._words_turn = anyio.CapacityLimiter(1)
         self._writing_turn = anyio.CapacityLimiter(1)
         self._closing = False
         self._sentences = functools.cache(lambda: prompts.sentences(source))
@@ -166,6 +168,7 @@ class _Explorer:
         asked = request.query_params
         data, problem = await _tried(request, asked.get("q", ""), self._found, request)
         about = {"asked": asked, "kind": asked.get("kind", "words"), "data": data, "problem": problem}
+        about["n_shown"] = finding.SHOWN
         return await run_in_threadpool(self._page, request, "search.html", 400 if problem else 200, **about)
 
     def labels(self, request: Request) -> Response:
@@ -200,6 +203,12 @@ class _Explorer:
 
     async def search_json(self, request: Request) -> Response:
         return Json(await self._found(request))
+
+    async def set_json(self, request: Request) -> Response:
+        """Gives the neurons of a search as a file of interventions."""
+        data, name = await self._found(request), request.query_params.get("list", "neurons")
+        made = finding.as_set(self._source, data, name, number(request, "top"))
+        return file(made[1], "application/json", made[0])
 
     def labels_json(self, _request: Request) -> Response:
         return file(self._source.labels.as_json(), "application/json", "labels.json")
@@ -301,12 +310,15 @@ class _Explorer:
     async def _found(self, request: Request) -> dict[str, Any]:
         asked = request.query_params
         text, kind = asked.get("q", ""), asked.get("kind", "words")
-        if kind not in views.SEARCH_KINDS:
-            raise UserError(f"kind = {kind}: must be one of {', '.join(views.SEARCH_KINDS)}")
+        if kind not in finding.KINDS:
+            raise UserError(f"kind = {kind}: must be one of {', '.join(finding.KINDS)}")
         if kind == "words":
-            return await run_in_threadpool(views.words, self._source, self._index, text)
+            counted = asked.get("literal") == "1"
+            return await run_limited(
+                self._words_turn, finding.words, self._source, self._index, text, counted
+            )
         options = (asked.get("case") != "1", asked.get("ends") == "1")
-        return await run_limited(self._regex_turn, views.regex, self._source, text, *options)
+        return await run_limited(self._regex_turn, finding.regex, self._source, text, *options)
 
     async def _with_model(self, view: Callable[..., Any], *arguments: Any) -> Any:
         return await run_limited(self._model_turn, view, self._source, self.reader, *arguments)

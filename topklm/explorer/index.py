@@ -23,7 +23,7 @@ FORMAT = 2
 PASSAGE_TOKENS = 128  # the text that a search for words finds at once
 
 # Of an example, the tokens found under its neuron: mostly those before it, which are all the model has read.
-_BEFORE, _AFTER = 16, 4
+BEFORE, AFTER = 16, 4
 _WORDS = "unicode61 remove_diacritics 2"
 _SCHEMA = f"""
 CREATE TABLE facts (fingerprint TEXT NOT NULL);
@@ -163,9 +163,9 @@ def _neuron_texts(source: NeuronData) -> Iterator[tuple[int, str, str]]:
         tokens = [decode([token]) for token in source.row(number, ["top_tokens"])["top_tokens"] or ()]
         examples = []
         for at in source.strongest_examples(number):
-            window = source.window(at, 2 * _BEFORE)
+            window = source.window(at, 2 * BEFORE)
             inside = at - window.begin
-            examples.append(decode(window.ids[max(0, inside - _BEFORE) : inside + _AFTER + 1]))
+            examples.append(decode(window.ids[max(0, inside - BEFORE) : inside + AFTER + 1]))
         yield number, " \n ".join(tokens), " \n ".join(examples)
 
 

@@ -76,17 +76,17 @@ class LiveModel:
         """Reads tokens int[T], at most `most_tokens`; neurons are those of the store's layers."""
         with self._lock:
             if self._metadata.kind == "topk":
-                logits, kept = self.model.run_with_cache(self._after_separator(ids))
-                found = kept.neurons
+                logits, cache = self.model.run_with_cache(self._after_separator(ids))
+                found = cache.neurons
             else:
                 wanted = [hook_name(layer, RESID_POST) for layer in self._metadata.layers]
                 logits, cache = self.model.run_with_cache(self._after_separator(ids), wanted)
                 hidden = jnp.stack([cache[name] for name in wanted])
                 if self._dictionary is None:
-                    dense, kept = jnp.maximum(hidden, 0), min(DENSE_KEPT, hidden.shape[-1])
+                    dense, n_kept = jnp.maximum(hidden, 0), min(DENSE_KEPT, hidden.shape[-1])
                 else:
-                    dense, kept = self._dictionary.encode(hidden), self._dictionary.keep
-                found = SparseActivations.from_dense(dense, kept)
+                    dense, n_kept = self._dictionary.encode(hidden), self._dictionary.keep
+                found = SparseActivations.from_dense(dense, n_kept)
             indices, values = (
                 np.asarray(array)[:, 0, 1 : len(ids) + 1] for array in (found.indices, found.values)
             )

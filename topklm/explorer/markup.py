@@ -178,6 +178,24 @@ def snippet(parts: tuple[str, str, str] | None) -> Markup:
     )
 
 
+def near(pieces: Sequence[tuple[str, str]] | None) -> Markup:
+    """Draws an example in which words were found, as `finding.near_words` gives it, on a line of its own."""
+    if not pieces:
+        return Markup("")
+    text, first = "".join(text for text, _ in pieces), next(n for n, (_, mark) in enumerate(pieces) if mark)
+    before = len("".join(text for text, _ in pieces[:first]))
+    pieces = list(pieces)
+    if first and before > _SNIPPET_CHARACTERS // 2 and len(text) > 2 * _SNIPPET_CHARACTERS:
+        cut = pieces[0][0][-_SNIPPET_CHARACTERS // 2 :]
+        pieces[0] = (cut.partition(" ")[2] or cut, "")
+    classes = {"here": "p6 here", "found": "found"}
+    drawn = "".join(
+        f'<mark class="{classes[mark]}">{_escaped(text)}</mark>' if mark else _escaped(text)
+        for text, mark in pieces
+    )
+    return Markup(f'<small class="snippet">…{drawn}…</small>')
+
+
 def chips(tokens: Iterable[str]) -> Markup:
     """Draws tokens by themselves, in a row."""
     return Markup(" ".join(map(_chip, tokens)))

@@ -45,6 +45,7 @@ def environment(source: NeuronData) -> jinja2.Environment:
     numbers = catalog.numbers()
     made.filters.update(
         figure=lambda value, name: markup.write_as(numbers[name].kind, value),
+        effect=functools.partial(markup.write_as, "effect"),
         count=functools.partial(markup.write_as, "count"),
         share=functools.partial(markup.write_as, "share"),
         short=functools.partial(markup.write_as, "number"),

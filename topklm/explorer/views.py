@@ -1,27 +1,19 @@
 """The data of each page but the overview as plain values, for templates and for the JSON API."""
 
 from collections.abc import Iterable, Mapping, Sequence
-import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 
-from topklm.errors import UserError
-from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, StoreWindow, shown
-from topklm.neurons.search import rank
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, StoreWindow
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
 _SNIPPET_TOKENS, _SNIPPET_AFTER = 6, 5  # before and after the token of a snippet
 MOST_CONTEXT = 1024  # tokens that can be asked for around one
-SEARCH_KINDS = ("words", "regex")
-MOST_FOUND = 50
-MOST_PASSAGES = 20
-REGEX_SECONDS = 10.0
 
 LabelOf = Mapping[tuple[int, int], str]
 
@@ -147,56 +139,6 @@ def part_titles() -> list[str]:
     step = 100 // RANGE_PARTS
     parts = [f"{step * n}\N{EN DASH}{step * (n + 1)}\N{NO-BREAK SPACE}%" for n in range(RANGE_PARTS)]
     return ["Strongest", *parts]
-
-
-def words(source: NeuronData, index: Index, text: str) -> dict[str, Any]:
-    """Returns labels, neurons and passages in which words are found; raises UserError without words."""
-    if not text.strip():
-        raise UserError("search is empty: type a few words")
-    labels = source.named()
-    wanted = text.casefold().split()
-    found = [at for at, label in labels.items() if all(word in label.casefold() for word in wanted)]
-    return {
-        "kind": "words",
-        "text": text,
-        "labelled": [summary(source, source.number(*at), labels) for at in found[:MOST_FOUND]],
-        "neurons": [summary(source, number, labels) for number in index.active_at(text, MOST_FOUND)],
-        "passages": [
-            {
-                "begin": passage.begin,
-                "document": passage.document,
-                "pieces": [{"text": shown(piece), "matched": matched} for piece, matched in passage.pieces],
-                "text": source.plain_text(passage.begin, passage.begin + 64),
-            }
-            for passage in index.passages(text, MOST_PASSAGES)
-        ],
-    }
-
-
-def regex(
-    source: NeuronData, pattern: str, ignore_case: bool = True, only_ends: bool = False
-) -> dict[str, Any]:
-    """Returns neurons by how well they tell the tokens of matches from others, see `topklm.neurons.search`.
-
-    With `only_ends`, of a match only the last token counts, where a neuron can first know of it.
-
-    Raises:
-        UserError: For a pattern that is none, or takes longer than `REGEX_SECONDS`.
-    """
-    found = source.stored_text.matches(pattern, ignore_case=ignore_case, timeout_s=REGEX_SECONDS)
-    matched = found.ends if only_ends else found.touched
-    labels = source.named()
-    return {
-        "kind": "regex",
-        "text": pattern,
-        "n_matches": found.count,
-        "n_matched": int(matched.sum()),
-        "n_tokens": len(matched),
-        "neurons": [
-            summary(source, source.number(ranked.layer, ranked.neuron), labels) | dataclasses.asdict(ranked)
-            for ranked in rank(source.store, matched, MOST_FOUND)
-        ],
-    }
 
 
 def labelled(source: NeuronData) -> list[dict[str, Any]]:

@@ -233,17 +233,23 @@ def save_interventions(
 
     `model` are facts that identify the model whose neurons these are; None: the file names no model.
     """
-    entries = []
-    for one in entries_of(steer, mode):
+    content = as_json(entries_of(steer, mode), model=model)
+    with storage_errors_are_user_errors("writing interventions", as_path(path)):
+        write_atomically(as_path(path), content)
+
+
+def as_json(entries: Sequence[Intervention], *, model: Mapping[str, Any] | None = None) -> bytes:
+    """Returns the content of a file of interventions; raises ValueError for one that cannot be."""
+    rows = []
+    for one in entries:
         one.check()
         row = {} if one.row is None else {"row": int(one.row)}
         positions = one.positions if isinstance(one.positions, str) else [int(p) for p in one.positions]
         neuron = {"layer": int(one.layer), "neuron": int(one.neuron), "mode": one.mode}
-        entries.append({**neuron, "value": float(one.value), "positions": positions, **row})
+        rows.append({**neuron, "value": float(one.value), "positions": positions, **row})
     of = {} if model is None else {"model": dict(model)}
-    content = json.dumps({"format": _FORMAT, "version": _VERSION, **of, "interventions": entries}, indent=1)
-    with storage_errors_are_user_errors("writing interventions", as_path(path)):
-        write_atomically(as_path(path), content.encode() + b"\n")
+    content = {"format": _FORMAT, "version": _VERSION, **of, "interventions": rows}
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def load_interventions(path: str | os.PathLike[str], config: ModelConfig | None = None) -> list[Intervention]:

@@ -357,6 +357,18 @@ def _rank_block(block: NeuronBlock, matched: np.ndarray, layer: int, begin: int)
     ]
 
 
+def count_active(store: Store, matched: np.ndarray) -> np.ndarray:
+    """Returns at how many of the marked tokens, bool[N], each neuron is active, int64[S, D]."""
+    layers, d = store.metadata.layers, store.metadata.d_model
+    found = np.zeros((len(layers), d), np.int64)
+    for place, layer in enumerate(layers):
+        for begin, end in store.blocks(layer, BLOCK_EVENTS, d):
+            block = store.block(layer, begin, end)
+            sums = np.concatenate([[0], np.cumsum(matched[block.tokens])])
+            found[place, begin:end] = np.diff(sums[block.offsets])
+    return found
+
+
 def neurons_of_text(
     found: ActiveNeurons, layers: Sequence[int] | None = None
 ) -> list[dict[int, list[Activation]]]:
