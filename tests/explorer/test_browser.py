@@ -177,6 +177,79 @@ def test_neurons_are_walked_by_keyboard(open_page):
     page.wait_for_url(re.compile(r"/neurons/\d+/\d+$"))
 
 
+def test_next_and_previous_follow_the_table_that_one_came_from(open_page):
+    page = open_page("/?sort=density&order=falling")
+    names = page.locator("table.neurons a.neuron-name")
+    places = [name.replace(":", "/") for name in names.all_inner_texts()]
+    page.goto("/?sort=density&order=falling&page=2")
+    places += [name.replace(":", "/") for name in names.all_inner_texts()]
+    page.goto("/?sort=density&order=falling")
+    names.nth(2).click()
+    for key, at in (("j", 3), ("k", 2), ("k", 1)):
+        page.get_by_text("of 50+ in the table").wait_for()
+        page.keyboard.press(key)
+        page.wait_for_url(f"**/neurons/{places[at]}")
+    page.get_by_role("link", name="of 50+ in the table").click()
+    page.wait_for_url("**/?sort=density&order=falling")
+    names.nth(49).click()
+    page.get_by_role("link", name=f"{places[50].replace('/', ':')} →").wait_for()  # of the next page
+    page.keyboard.press("j")
+    page.wait_for_url(f"**/neurons/{places[50]}")
+    page.get_by_text("51 of 64 in the table").wait_for()
+
+
+def test_dragging_over_the_map_filters_the_table_and_a_click_ends_that(open_page):
+    page = open_page("/")
+    page.locator(".map summary").click()
+    drawing = page.locator(".map .plot")
+    drawing.scroll_into_view_if_needed()
+    assert page.locator(".legend svg").count() == 2
+    box = drawing.bounding_box()
+    left, top, width, height = (box[name] for name in ("x", "y", "width", "height"))
+    page.mouse.move(left + 0.3 * width, top + 0.2 * height)
+    page.mouse.down()
+    page.mouse.move(left + 0.6 * width, top + 0.8 * height, steps=4)
+    page.mouse.up()
+    page.wait_for_url("**token_entropy_corrected.max=*")
+    name = "token_entropy_corrected"
+    low, high = (float(page.locator(f"[name='{name}.{end}']").input_value()) for end in ("min", "max"))
+    assert 0 < low < high
+    page.get_by_text(re.compile(r"^\d+ neurons?$")).wait_for()
+    entropies = [float(text) for text in column(page, "Token entropy")]
+    assert entropies and all(low <= value <= high for value in entropies)
+    inside = page.locator(".map .point:not(.out)").count()
+    assert inside == len(entropies) < 64
+    page.mouse.click(left + 0.97 * width, top + 0.06 * height)
+    page.wait_for_url(re.compile(r"/$"))
+    assert page.locator(".map .point.out").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_card_tells_of_a_neuron_where_its_link_is_pointed_at_or_has_the_focus(open_page, scheme):
+    page = open_page("/search?q=lantern", color_scheme=scheme)
+    card = page.locator(".preview")
+    link = page.locator("a.neuron-name").first
+    link.hover()
+    card.wait_for()
+    assert card.inner_text().startswith(link.inner_text())
+    assert card.locator("mark.here").count() == 1
+    assert serious_faults(page) == []
+    page.keyboard.press("Escape")
+    card.wait_for(state="detached")
+    page.goto("/neurons/0/3")
+    page.get_by_role("tab", name="By co-activation").focus()
+    page.keyboard.press("Tab")
+    card.wait_for()
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "preview"
+    page.mouse.move(5, 5)
+    card.hover()  # stays while it is pointed at
+    page.keyboard.press("Tab")
+    playwright.expect(card).to_have_text(re.compile(r"^\d:\d+"))
+    page.goto("/prompt?text=The+old+baker")
+    page.locator("a.cell").first.hover()
+    card.wait_for()
+
+
 @pytest.mark.parametrize(("viewport", "most"), [({"width": 1440, "height": 900}, 500), (PHONE, 800)])
 def test_the_evidence_comes_first(open_page, viewport, most):
     """Tokens and the first example stand above the figures, the strongest in the first screen."""

@@ -73,7 +73,8 @@ def test_ticks_are_few_and_inside(low, width):
 
 def test_points_stand_where_their_values_are():
     x, y = plots.Axis("a", 0, 10), plots.Axis("b", 0, 10)
-    _, found = bars(plots.scatter([(0, 0, "zero", "/0"), (10, 10, "<ten>", "/1")], x, y, "two"), "circle")
+    points = [plots.Point(0, 0, "zero", "/0", 0), plots.Point(10, 10, "<ten>", "/1", 5)]
+    _, found = bars(plots.scatter(points, x, y, "two", ("a", "b")), "circle")
     (left, low), (right, high) = ((float(c["cx"]), float(c["cy"])) for c in found)
     assert left < right
     assert low > high

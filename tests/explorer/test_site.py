@@ -16,6 +16,8 @@ PAGES = [
     "/neurons/0/3",
     "/neurons/0/31",  # dead
     "/neurons/0/3?text=the+old+baker",
+    "/neurons/0/3/preview",
+    "/neurons/0/31/preview",
     "/prompt",
     "/prompt?text=the+old+baker",
     "/prompt?text=the+old+baker&token=2",

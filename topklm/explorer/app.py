@@ -63,6 +63,7 @@ def create(
         Route("/", here.overview),
         Route("/random", here.random),
         Route(neuron, here.neuron),
+        Route(f"{neuron}/preview", here.preview),
         Route(f"{neuron}/text", here.to_text, methods=["POST"]),
         Route(f"{neuron}/steer", here.to_steer, methods=["POST"]),
         Route(f"{neuron}/label", here.label, methods=["POST"]),
@@ -137,6 +138,12 @@ class _Explorer:
         about = {"data": data, "text": text, "own": own, "problem": problem}
         about["steer"] = await self._box(request)
         return await run_in_threadpool(self._page, request, "neuron.html", **about)
+
+    def preview(self, request: Request) -> Response:
+        """Returns the card that a script shows beside links to the neuron."""
+        number = self._source.number(*self._place(request))
+        item = views.summary(self._source, number, self._source.named())
+        return self._page(request, "preview.html", item=item)
 
     async def to_text(self, request: Request) -> Response:
         address = pages.neuron_address(*self._place(request))

@@ -179,7 +179,11 @@ def _raising(source: NeuronData, ids: Sequence[int]) -> list[tuple[int, dict[str
             continue
         for at in np.flatnonzero(np.isin(tokens, ids)).tolist():
             number = int(np.searchsorted(offsets, at, side="right")) - 1
-            facts: dict[str, Any] = {"lens": lens, "place": at - int(offsets[number]) + 1, "effect": float(effects[at])}
+            facts: dict[str, Any] = {
+                "lens": lens,
+                "place": at - int(offsets[number]) + 1,
+                "effect": float(effects[at]),
+            }
             found.append((number, {**facts, "raised": source.texts([int(tokens[at])])[0]}))
         break
     found.sort(key=lambda one: (one[1]["place"], -one[1]["effect"] * np.nan_to_num(highest[one[0]])))

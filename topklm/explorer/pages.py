@@ -163,19 +163,27 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
     return found
 
 
-def entropy_map(source: NeuronData) -> Markup:
-    """Draws every neuron by its two entropies; of very many, as many as can be told apart."""
-    across, up = source.column("token_entropy_corrected"), source.column("semantic_entropy_corrected")
+def entropy_map(source: NeuronData) -> dict[str, Any]:
+    """Draws every neuron by its two entropies; of very many, as many as can be told apart.
+
+    Returns:
+        The plot, and the colour of each layer.
+    """
+    names = "token_entropy_corrected", "semantic_entropy_corrected"
+    across, up = map(source.column, names)
     there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))
     there = there[:: max(1, -(-len(there) // _MOST_POINTS))]
+    layers = source.measured.layers
+    depths = {layer: plots.depth(place, len(layers)) for place, layer in enumerate(layers)}
     points = []
     for number in there.tolist():
         layer, neuron = source.place(number)
-        title = f"layer {layer}, neuron {neuron}"
-        points.append((float(across[number]), float(up[number]), title, neuron_address(layer, neuron)))
+        title, address = f"layer {layer}, neuron {neuron}", neuron_address(layer, neuron)
+        points.append(plots.Point(float(across[number]), float(up[number]), title, address, depths[layer]))
     x = plots.Axis("token entropy, nats", 0, _highest([across[there]]))
     y = plots.Axis("semantic entropy, nats", 0, _highest([up[there]]))
-    return plots.scatter(points, x, y, f"{len(points):,} neurons by token entropy and semantic entropy.")
+    about = f"{len(points):,} neurons by token entropy and semantic entropy."
+    return {"plot": plots.scatter(points, x, y, about, names), "depths": depths}
 
 
 def _highest(values: Iterable[np.ndarray]) -> float:

@@ -6,12 +6,14 @@ Every plot says what it shows in words too, for readers who cannot see it.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import math
+from typing import NamedTuple
 
 from markupsafe import Markup, escape
 import numpy as np
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
 _BINS = 36  # of a violin
+DEPTHS = 6  # colours of layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +104,39 @@ def bars(layers: Mapping[str, int], high: int, y_title: str, about: str) -> Mark
     return _side_by_side(layers, y, about, draw)
 
 
-def scatter(points: Iterable[tuple[float, float, str, str]], x: Axis, y: Axis, about: str) -> Markup:
-    """Draws points of (x, y, title, address); a script opens them, tables offer the same by keyboard."""
+class Point(NamedTuple):
+    """A point of `scatter`."""
+
+    x: float
+    y: float
+    title: str
+    address: str
+    depth: int  # its colour, 0 to DEPTHS - 1
+
+
+def depth(place: int, n: int) -> int:
+    """Returns the colour of one of n layers: those of few lie far apart."""
+    return round((DEPTHS - 1) * place / max(n - 1, 1))
+
+
+def scatter(points: Iterable[Point], x: Axis, y: Axis, about: str, names: tuple[str, str]) -> Markup:
+    """Draws points; a script opens them and selects some, tables offer the same by keyboard.
+
+    `names` are those of the figures on both axes.
+    """
     frame = _Frame((860, 300), x, y)
     drawn = [
-        f'<circle class="point" cx="{_LEFT + frame.width * x.share(across):.1f}" '
-        f'cy="{_TOP + frame.height * (1 - y.share(up)):.1f}" r="2.6" data-address="{escape(address)}">'
-        f"<title>{escape(title)}</title></circle>"
-        for across, up, title, address in points
+        f'<circle class="point d{point.depth}" cx="{_LEFT + frame.width * x.share(point.x):.1f}" '
+        f'cy="{_TOP + frame.height * (1 - y.share(point.y)):.1f}" r="2.6" '
+        f'data-address="{escape(point.address)}"><title>{escape(point.title)}</title></circle>'
+        for point in points
     ]
-    return frame.svg(about, drawn)
+    facts = {
+        "frame": f"{_LEFT} {_TOP} {frame.width} {frame.height}",
+        **{f"{axis}-name": name for axis, name in zip("xy", names, strict=True)},
+        **{name: f"{axis.low:g} {axis.high:g}" for name, axis in (("x", x), ("y", y))},
+    }
+    return frame.svg(about, drawn, facts=facts)
 
 
 def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, about: str) -> Markup:
@@ -159,14 +184,19 @@ class _Frame:
         content: Iterable[str],
         x_ticks: Sequence[tuple[float, str]] | None = None,
         y_ticks: Sequence[tuple[float, str]] | None = None,
+        facts: Mapping[str, str] | None = None,
     ) -> Markup:
-        """Returns the plot; ticks are values with what is written there, by default round ones."""
+        """Returns the plot; ticks are values with what is written there, by default round ones.
+
+        `facts` are for scripts, by name.
+        """
+        data = "".join(f' data-{name}="{escape(value)}"' for name, value in (facts or {}).items())
         x_ticks = x_ticks if x_ticks is not None else [(v, self._x.text(v)) for v in self._x.ticks()]
         y_ticks = y_ticks if y_ticks is not None else [(v, self._y.text(v)) for v in self._y.ticks()]
         right, base = _LEFT + self.width, self.base
         drawn = [
             f'<svg class="plot" viewBox="0 0 {self._size[0]} {self._size[1]}" role="img" '
-            f'aria-label="{escape(about)}">'
+            f'aria-label="{escape(about)}"{data}>'
         ]
         for value, text in y_ticks:
             at = base - self.height * self._y.share(value)

@@ -1,7 +1,10 @@
 // What pages do besides being read.
 
+import "./brush.js";
 import "./fragments.js";
 import { focus, follow, listen } from "./keys.js";
+import { followTable } from "./order.js";
+import "./preview.js";
 import "./progress.js";
 import { restore, toggle, toggleTheme } from "./look.js";
 import { startSteering } from "./steer.js";
@@ -82,4 +85,5 @@ function piece({ text, level, value, example }) {
 
 makeTabs(document);
 startSteering(document.querySelector("#steer"));
+followTable();
 restore();
