@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import views
-from topklm.explorer.live_model import LiveModel
+from topklm.explorer import finding
+from topklm.explorer.live_model import LiveModel, Reading
 from topklm.explorer.steering import NAMES
 
-SHOWN = ("/", "/go", "/prompt", "/search", "/labels", "/neurons/0/3")
-TOLD = ("/overview", "/search", "/neurons/0/3", "/neurons/0/3/context", "/labels.json", "/labels.csv")
+SHOWN = ("/", "/go", "/prompt", "/search", "/labels", "/labels/next", "/neurons/0/3")
+TOLD = ("/overview", "/search", "/set", "/neurons/0/3", "/neurons/0/3/context", "/labels.json", "/labels.csv")
 PARAMETERS = [
     "sort",
     "order",
@@ -34,8 +34,13 @@ PARAMETERS = [
     "ends",
     "at",
     "size",
+    "by",
+    "list",
+    "top",
+    "after",
+    "literal",
 ]
-CHANGED = ("/prompt", "/neurons/0/3/text", "/neurons/0/3/label", "/neurons/0/3/steer")
+CHANGED = ("/prompt", "/labels", "/neurons/0/3/text", "/neurons/0/3/label", "/neurons/0/3/steer")
 TEXTS = arbitrary.TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=6)
 MAKING_SENSE = {
     "sort": ["density", "readable"], "layer": ["0", "0,1"], "page": ["1", "2", "10000000000"],
@@ -43,7 +48,8 @@ MAKING_SENSE = {
     "token": ["0", "999999999999999"], "q": ["the", "a+", "\\w{3}", "baker AND"], "kind": ["regex", "words"],
     "at": ["5", "99999999999999999"], "size": ["0", "7", "999999999999999"], "prompt": ["The baker"],
     "value": ["3", "1e39"], "mode": ["add", "ban"], "seed": ["5", "9" * 40], "max_new_tokens": ["3"],
-    "positions": ["generated"], "temperature": ["0", "1e-300"],
+    "by": ["share"], "list": ["literal", "raising"], "top": ["3", "99"], "after": ["0:3", "9:9"],
+    "literal": ["1"], "positions": ["generated"], "temperature": ["0", "1e-300"],
 }  # fmt: skip
 
 
@@ -51,9 +57,11 @@ MAKING_SENSE = {
 def asked(site):
     """Yields the site, whose model computes nothing: activations and tokens are made up."""
 
-    def active(self, ids):
+    def read(self, ids):
         shape = len(self._metadata.layers), len(ids), 2
-        return np.ones(shape, np.int32), np.ones(shape, np.float32)
+        neurons = np.ones(shape, np.int32), np.ones(shape, np.float32)
+        following = np.ones((len(ids), 5), np.int32), np.full((len(ids), 5), 0.2, np.float32)
+        return Reading(*neurons, np.ones(len(ids), np.float32), *following)
 
     def advance(_self, generation, _steps):
         for row, text in enumerate(generation.texts):
@@ -62,9 +70,9 @@ def asked(site):
         return [[5, 0xE6] for _ in generation.texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LiveModel, "active", active)
+        patch.setattr(LiveModel, "read", read)
         patch.setattr(LiveModel, "advance", advance)
-        patch.setattr(views, "REGEX_SECONDS", 0.2)
+        patch.setattr(finding, "REGEX_SECONDS", 0.2)
         yield site
     for place in ("0/3", "1/9"):
         site.ask(f"/neurons/{place}/label", form={"label": ""})

@@ -316,13 +316,48 @@ def test_a_neuron_is_labelled_and_the_label_stays(open_page):
     page.keyboard.press("Enter")
     page.get_by_text("saved").wait_for()
     page.reload()
-    assert page.get_by_label("Label").input_value() == "<b>bold</b> & 'quoted'"
+    assert page.locator("#label-field").input_value() == "<b>bold</b> & 'quoted'"
     page.goto("/labels")
     page.get_by_role("link", name="<b>bold</b> & 'quoted'").click()
     page.wait_for_url("**/neurons/1/11")
-    page.get_by_label("Label").fill("")
-    page.get_by_role("button", name="Save").click()
+    page.locator("#label-field").fill("")
+    page.get_by_role("button", name="Save").first.click()
     page.get_by_text("saved").wait_for()
+    page.goto("/labels")
+    page.get_by_text("There are none yet").wait_for()
+
+
+def test_labels_are_imported_from_a_file_and_commented(open_page, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("layer,neuron,label\n1,12,sea\n")
+    page = open_page("/labels")
+    page.get_by_text("Import labels").click()
+    page.get_by_label("A file").set_input_files(path)
+    playwright.expect(page.locator("#import-content")).to_have_value(path.read_text())
+    assert serious_faults(page) == []
+    page.get_by_role("button", name="Add these labels").click()
+    page.get_by_text("1 labels added").wait_for()
+    page.goto("/neurons/1/12")
+    page.get_by_text("Comment, more labels").click()
+    page.get_by_label("Comment").first.fill("in stories")
+    page.get_by_label("By", exact=True).first.fill("Ann")
+    page.locator(".note-form").first.get_by_role("button", name="Save").click()
+    page.get_by_text("saved").wait_for()
+    page.get_by_label("Another label").fill("waves")
+    page.get_by_role("button", name="Add").click()
+    page.get_by_text("2 labels, 1 comment").wait_for()
+    assert serious_faults(page) == []
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.keyboard.press("Escape")
+    page.locator("h1").click()
+    page.keyboard.press("u")
+    page.wait_for_url(lambda url: not url.endswith("/1/12"))
+    for _ in range(2):
+        page.goto("/neurons/1/12")
+        page.locator("#label-field").fill("")
+        page.locator(".label-form").get_by_role("button", name="Save").click()
+        page.get_by_text("saved").wait_for()
     page.goto("/labels")
     page.get_by_text("There are none yet").wait_for()
 

@@ -1,5 +1,6 @@
 """The explorer's addresses: what they answer, and how they take what they cannot."""
 
+import json
 import re
 import time
 
@@ -141,7 +142,9 @@ def test_labels_are_set_shown_and_downloaded(site):
         assert site.ask("/api/labels.json").json["labels"] == [
             {"layer": 1, "neuron": 2, "label": "boats, and more"}
         ]
-        assert site.ask("/api/labels.csv").text == 'layer,neuron,label\r\n1,2,"boats, and more"\r\n'
+        assert site.ask("/api/labels.csv").text == (
+            'layer,neuron,label,comment,by\r\n1,2,"boats, and more",,\r\n'
+        )
         assert "attachment" in site.ask("/api/labels.csv").headers["content-disposition"]
         assert site.ask("/neurons/1/2/label", form={"label": "x" * 300}).status == 400
         assert site.ask("/api/neurons/1/2/label", form={"label": "a\nb"}).json["error"]
@@ -150,6 +153,33 @@ def test_labels_are_set_shown_and_downloaded(site):
     finally:
         site.ask("/neurons/1/2/label", form={"label": ""})
     assert site.ask("/api/labels.json").json["labels"] == []
+
+
+def test_labels_are_imported_suggested_and_walked(explored_copy):
+    with serving(NeuronData(explored_copy)) as site:
+        first = site.ask("/labels/next").headers["location"]
+        _, _, layer, neuron = first.split("/")
+        content = f"layer,neuron,label,comment,by\n{layer},{neuron},sea,often,Ann\n1,17,boats,,\n"
+        answer = site.ask("/labels", form={"content": content})
+        assert (answer.status, "2 labels added, 0 changed" in answer.text) == (200, True)
+        assert answer.text.count("often") == 1
+        assert "10 to label next" in answer.text
+        second = site.ask("/labels/next").headers["location"]
+        assert second not in (first, "/neurons/1/17")
+        assert site.ask(f"/labels/next?after={layer}:{neuron}").headers["location"] == second
+        notes = site.ask(f"/api/neurons/{layer}/{neuron}").json["notes"]
+        assert notes == [{"label": "sea", "comment": "often", "by": "Ann"}]
+        form = {"label": "ocean", "comment": "seldom", "at": "1"}
+        answer = site.ask(f"/api/neurons/{layer}/{neuron}/label", form=form)
+        assert answer.json["label"] == "sea · ocean"
+        for content, said in (("layer,neuron,label\n7,1,a", "layer 7: must be"), ("x", "cannot be read")):
+            assert said in site.ask("/labels", form={"content": content}).text
+            body = json.dumps({"content": content}).encode()
+            headers = {"Content-Type": "application/json"}
+            answer = site.ask("/api/labels", "POST", headers, body)
+            assert (answer.status, said in answer.json["error"]) == (404 if "7" in content else 400, True)
+        assert site.ask("/labels/next?after=7").status == 400
+        assert site.ask("/labels/next?after=7:7").status == 404
 
 
 def test_labels_of_another_models_neurons_do_no_harm(explored_copy):

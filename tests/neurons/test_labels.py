@@ -9,7 +9,7 @@ import os
 import pytest
 
 from topklm.errors import UserError
-from topklm.neurons.labels import MAX_CHARACTERS, Labels
+from topklm.neurons.labels import MAX_CHARACTERS, Labels, Note, read_export
 
 
 @pytest.fixture
@@ -101,7 +101,10 @@ def written(*entries, version=1):
         b"\xff\xfe",
         '{"format": 1}',
         '{"format": 1, "labels": {}}',
-        written(version=2),
+        written(version=3),
+        written(entry(comment=1), version=2),
+        written(entry(), entry(), version=2),
+        written(entry(by="two\nlines"), version=2),
         written(3),
         written({"layer": 0, "neuron": 1}),
         written(entry(more=1)),
@@ -170,8 +173,64 @@ def test_csv_reads_back_and_holds_no_formulas(labels):
     for neuron, text in enumerate(texts):
         labels.set(1, neuron, text)
     rows = list(csv.reader(io.StringIO(labels.as_csv().decode("utf-8"), newline="")))
-    assert rows[0] == ["layer", "neuron", "label"]
-    assert rows[1:] == [["1", str(neuron), shown] for neuron, shown in enumerate(texts.values())]
+    assert rows[0] == ["layer", "neuron", "label", "comment", "by"]
+    assert rows[1:] == [["1", str(neuron), shown, "", ""] for neuron, shown in enumerate(texts.values())]
+    assert {place: note.label for place, note in read_export(labels.as_csv().decode())} == labels.all()
+
+
+def test_a_neuron_has_several_labels_with_comments_and_who_wrote_them(labels, tmp_path):
+    labels.set(1, 3, "ships", "in novels", "Ann")
+    labels.set(1, 3, "boats", by="Ben", at=1)
+    labels.set(1, 3, "sails", at=9)  # after the last
+    assert labels.all() == {(1, 3): "ships · boats · sails"}
+    labels.set(1, 3, "", at=1)
+    labels.set(1, 3, "vessels", "and novels", "Ann", at=0)
+    assert labels.notes() == {(1, 3): (Note("vessels", "and novels", "Ann"), Note("sails"))}
+    with pytest.raises(UserError, match="label = 'sails': the neuron has it already"):
+        labels.set(1, 3, "sails", at=0)
+    content = json.loads((tmp_path / "neurons" / "labels.json").read_bytes())
+    assert content["format"] == 2
+    assert content["labels"][1] == entry(1, 3, "sails")
+    with pytest.raises(UserError, match=r"comment = 'xxx.*1,001 characters, at most 1000"):
+        labels.set(1, 3, "sails", "x" * 1001, at=1)
+
+
+@pytest.mark.parametrize("form", ["as_csv", "as_json"])
+def test_an_export_is_read_into_another_run_and_labels_there_stay(labels, tmp_path, form):
+    labels.set(0, 1, "=sea", "it says 'sea'", "Ann")
+    labels.set(0, 1, "water", at=1)
+    labels.set(2, 5, "'quoted'")
+    other = Labels(tmp_path / "other" / "labels.json")
+    other.set(0, 1, "water", "mine")
+    other.set(7, 7, "kept")
+    read = read_export(getattr(labels, form)().decode())
+    assert other.add(read) == (2, 1)
+    assert other.add(read) == (0, 0)
+    notes = other.notes()
+    assert set(notes[0, 1]) == set(labels.notes()[0, 1])
+    assert (notes[2, 5], notes[7, 7]) == ((Note("'quoted'"),), (Note("kept"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "does not name the columns layer, neuron and label"),
+        ("neuron,label\n1,a\n", "does not name the columns"),
+        ("layer,neuron,label\n0,1,sea\n0,x,a\n", "line 3: layer and neuron must be numbers"),
+        ("layer,neuron,label\n0,1\n0,99999999999,a\n", "line 3: there is no neuron 0:99999999999"),
+        ('layer,neuron,label\n0,1,"two\nlines"\n', "line 3: label = .*must be one line"),
+        ('{"format": 9, "labels": []}', "its format is 9"),
+        ('{"format": 1', "labels cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_labels_is_refused(content, said):
+    with pytest.raises(UserError, match=f"labels cannot be read .*{said}" if "cannot" not in said else said):
+        read_export(content)
+
+
+def test_columns_may_come_in_any_order_and_with_others():
+    content = "\ufeffby,Neuron,score,LABEL,layer\r\nAnn,3,0.7,'=sea,1\r\n,4,,,1\r\n\r\n"
+    assert read_export(content) == [((1, 3), Note("=sea", "", "Ann"))]
 
 
 def write_many(path, layer, start):

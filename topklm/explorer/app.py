@@ -5,7 +5,9 @@ other requests do not wait for it.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 import functools
+import itertools
 import re
 import secrets
 import socket
@@ -37,10 +39,15 @@ from topklm.explorer.requests import (
     redirect_with,
     run_limited,
     taken,
+    whole_number,
 )
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
+from topklm.neurons.labels import BETWEEN, read_export
 from topklm.web import server
 from topklm.web.http import Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
+
+SUGGESTED = 10  # neurons to label
+MAX_BODY = 2**20  # bytes: the labels of a run
 
 
 def create(
@@ -72,6 +79,8 @@ def create(
         Route("/prompt", here.to_prompt, methods=["POST"]),
         Route("/search", here.search),
         Route("/labels", here.labels),
+        Route("/labels", here.to_labels, methods=["POST"]),
+        Route("/labels/next", here.next_unlabelled),
         Route("/api/overview", here.overview_json),
         Route(f"/api{neuron}", here.neuron_json),
         Route(f"/api{neuron}/context", here.context_json),
@@ -81,6 +90,7 @@ def create(
         Route("/api/prompt", here.prompt_json, methods=["POST"]),
         Route("/api/search", here.search_json),
         Route("/api/set", here.set_json),
+        Route("/api/labels", here.add_labels, methods=["POST"]),
         Route("/api/labels.json", here.labels_json),
         Route("/api/labels.csv", here.labels_csv),
         Route(here.static.route, here.static.answer),
@@ -178,8 +188,31 @@ class _Explorer:
         about["n_shown"] = finding.SHOWN
         return await run_in_threadpool(self._page, request, "search.html", 400 if problem else 200, **about)
 
-    def labels(self, request: Request) -> Response:
-        return self._page(request, "labels.html", neurons=views.labelled(self._source))
+    def labels(self, request: Request, said: str = "", problem: str = "") -> Response:
+        labels = self._source.named()
+        suggested = itertools.islice(views.unlabelled(self._source), SUGGESTED)
+        about = {"neurons": views.labelled(self._source), "said": said, "problem": problem}
+        about["suggested"] = [views.summary(self._source, number, labels) for number in suggested]
+        return self._page(request, "labels.html", 400 if problem else 200, **about)
+
+    async def to_labels(self, request: Request) -> Response:
+        """Adds the labels of a file whose content was sent."""
+        said = problem = ""
+        try:
+            added = await run_in_threadpool(self._add_labels, await field(request, "content"))
+            said = f"{added['added']:,} labels added, {added['changed']:,} changed."
+        except UserError as e:
+            problem = str(e)
+        return await run_in_threadpool(self.labels, request, said, problem)
+
+    def next_unlabelled(self, request: Request) -> Response:
+        """Redirects to the next neuron without a label, in the order in which a person can name them."""
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text := request.query_params.get("after", ""))
+        if text and not found:
+            raise UserError(f"after = {text}: must be LAYER:NEURON")
+        after = (int(found[1]), int(found[2])) if found else None
+        number = next(views.unlabelled(self._source, after), None)
+        return RedirectResponse("/labels", 303) if number is None else _to_neuron(*self._source.place(number))
 
     # Data
 
@@ -202,7 +235,12 @@ class _Explorer:
 
     async def label_json(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
-        return Json({"layer": layer, "neuron": neuron, "label": self._source.labels.get(layer, neuron)})
+        notes = self._source.labels.notes().get((layer, neuron), ())
+        said = {
+            "label": BETWEEN.join(note.label for note in notes),
+            "notes": [asdict(note) for note in notes],
+        }
+        return Json({"layer": layer, "neuron": neuron, **said})
 
     async def prompt_json(self, request: Request) -> Response:
         by = str((await fields(request)).get("by", "activation"))
@@ -216,6 +254,9 @@ class _Explorer:
         data, name = await self._found(request), request.query_params.get("list", "neurons")
         made = finding.as_set(self._source, data, name, number(request, "top"))
         return file(made[1], "application/json", made[0])
+
+    async def add_labels(self, request: Request) -> Response:
+        return Json(await run_in_threadpool(self._add_labels, await field(request, "content")))
 
     def labels_json(self, _request: Request) -> Response:
         return file(self._source.labels.as_json(), "application/json", "labels.json")
@@ -331,9 +372,21 @@ class _Explorer:
         return await run_limited(self._model_turn, view, self._source, self.reader, *arguments)
 
     async def _set_label(self, request: Request) -> tuple[int, int]:
-        place = self._place(request)
-        await run_in_threadpool(self._source.labels.set, *place, await field(request, "label"))
+        place, content = self._place(request), await fields(request)
+        comment, by = (str(content.get(name) or "") for name in ("comment", "by"))
+        at = whole_number(str(content.get("at") or "0"))
+        if at is None:
+            raise UserError(f"at = {content['at']}: must be a whole number")
+        label = await field(request, "label")
+        await run_in_threadpool(self._source.labels.set, *place, label, comment, by, at)
         return place
+
+    def _add_labels(self, content: str) -> dict[str, int]:
+        read = read_export(content)
+        for place, _ in read:
+            self._source.number(*place)
+        added, changed = self._source.labels.add(read)
+        return {"added": added, "changed": changed}
 
     def _place(self, request: Request) -> tuple[int, int]:
         """Returns the layer and the neuron of an address; raises NotThereError if there is no such neuron."""
@@ -379,7 +432,8 @@ def serve(
     """
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    guarded = Guard(application, server.names_of(host, port) if token is None else None, token)
+    names = server.names_of(host, port) if token is None else None
+    guarded = Guard(application, names, token, max_body=MAX_BODY)
     address = f"http://{server.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
     running = server.make_server(guarded, closing=closing)
     server.run(running, listening, lambda: ready(address, running.end))

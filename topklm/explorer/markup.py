@@ -196,6 +196,18 @@ def near(pieces: Sequence[tuple[str, str]] | None) -> Markup:
     return Markup(f'<small class="snippet">…{drawn}…</small>')
 
 
+def notes(items: Iterable[Mapping[str, str]]) -> Markup:
+    """Draws comments on labels and who wrote them, a line each; of several labels, each with its own."""
+    items = list(items)
+    drawn = []
+    for item in items:
+        parts = [f"<b>{_escaped(item['label'])}</b>"] if len(items) > 1 else []
+        parts += [_escaped(item["comment"])] if item["comment"] else []
+        parts += [f'<small class="quiet">{_escaped(item["by"])}</small>'] if item["by"] else []
+        drawn.append(" ".join(parts))
+    return Markup("<br>".join(filter(None, drawn)))
+
+
 def chips(tokens: Iterable[str]) -> Markup:
     """Draws tokens by themselves, in a row."""
     return Markup(" ".join(map(_chip, tokens)))

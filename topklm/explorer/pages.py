@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from topklm.explorer import markup, plots, views
 from topklm.explorer.neuron_data import NeuronData
-from topklm.neurons.labels import MAX_CHARACTERS
+from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
 
 # Not as the machine has it set: browsers run scripts of this kind only.
@@ -55,6 +55,7 @@ def environment(source: NeuronData) -> jinja2.Environment:
     made.globals.update(
         measured=source.measured,
         max_label=MAX_CHARACTERS,
+        max_comment=MAX_COMMENT,
         markup=markup,
         figures=list(numbers.values()),
         figure_of=numbers,

@@ -1,6 +1,7 @@
 """The data of each page but the overview as plain values, for templates and for the JSON API."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -42,6 +43,7 @@ def neuron(
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
+        "notes": [dataclasses.asdict(note) for note in source.labels.notes().get((layer, neuron), ())],
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
         "figures": {name: row[name] for name in catalog.numbers()},
@@ -142,9 +144,27 @@ def part_titles() -> list[str]:
 
 
 def labelled(source: NeuronData) -> list[dict[str, Any]]:
-    """Returns all neurons that have a label."""
+    """Returns all neurons that have a label, with `notes`: each label, its comment, and who wrote it."""
+    labels, notes = source.named(), source.labels.notes()
+    return [
+        summary(source, source.number(*at), labels)
+        | {"notes": [dataclasses.asdict(note) for note in notes[at]]}
+        for at in labels
+    ]
+
+
+def unlabelled(source: NeuronData, after: tuple[int, int] | None = None) -> Iterator[int]:
+    """Yields the numbers of living neurons without a label, those first that a person is likely to name.
+
+    With `after`, those that follow this neuron in that order, then those from the beginning.
+    """
+    order = source.readable.tolist()
+    if after is not None:
+        place = order.index(source.number(*after)) + 1
+        order = order[place:] + order[:place]
     labels = source.named()
-    return [summary(source, source.number(*at), labels) for at in labels]
+    alive = source.column("n_active") > 0
+    return (number for number in order if alive[number] and source.place(number) not in labels)
 
 
 def _exp(entropy: float | None) -> float | None:

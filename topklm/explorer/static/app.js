@@ -27,6 +27,7 @@ listen({
   ArrowLeft: follow(".steps a[rel=prev]"),
   r: leave("/random"),
   l: focus("#label-field"),
+  u: follow("[data-next-unlabelled]"),
   v: toggle("values"),
   w: toggle("whole"),
   g: focus(".go input"),
@@ -54,6 +55,12 @@ document.addEventListener("click", async (event) => {
       location.assign(copy.href);
     }
   }
+});
+
+// A file goes into the field that its form sends.
+document.addEventListener("change", async (event) => {
+  const [file] = event.target.files ?? [];
+  if (file && event.target.dataset.into) document.querySelector(event.target.dataset.into).value = await file.text();
 });
 
 // First all of the window that the page holds, then more of the document.

@@ -71,9 +71,12 @@ document.addEventListener("submit", async (event) => {
   event.preventDefault();
   const content = new URLSearchParams(new FormData(form));
   if (form.method === "post") {
-    const isLabel = form.id === "label";
-    const fresh = await replace(form.dataset.fragment, form.action, { method: "POST", body: content }, !isLabel);
+    const isLabel = form.dataset.fragment === "#label";
+    const wasOpen = isLabel && form.closest("details")?.open;
+    const push = form.dataset.fragment === "#prompt" || form.dataset.fragment === "#own-text";
+    const fresh = await replace(form.dataset.fragment, form.action, { method: "POST", body: content }, push);
     if (isLabel && fresh) fresh.querySelector("[data-saved]").textContent = "saved";
+    if (wasOpen && fresh) fresh.querySelector("details").open = true;
     return;
   }
   for (const [name, value] of [...content]) if (!value) content.delete(name, value);
