@@ -23,6 +23,7 @@ EVERY_PAGE = [
     "/neurons/0/3",
     "/neurons/0/31",
     "/neurons/1/17?text=The+old+baker",
+    "/neurons/1/17?embed=1",
     "/prompt",
     "/prompt?text=The+old+baker",
     "/prompt?text=The+old+baker&token=4",
@@ -450,6 +451,17 @@ def test_a_neuron_is_steered_by_keyboard_and_the_page_can_be_sent_on(open_page, 
     exec(page.evaluate("navigator.clipboard.readText()"), {"model": call})
     one = Intervention(1, 17, 3.5, "add", "generated")
     assert call.generate.call_args.kwargs["steer"] == [one]
+    value.fill("0.5x")
+    highest = float(slider.get_attribute("data-highest"))
+    assert abs(float(slider.input_value()) - highest / 2) <= float(slider.get_attribute("step"))
+    page.get_by_role("button", name="Copy as Python").click()
+    page.wait_for_function("async () => (await navigator.clipboard.readText()).includes('0.5x')")
+    exec(page.evaluate("navigator.clipboard.readText()"), {"model": call})
+    assert call.generate.call_args.kwargs["steer"] == [Intervention(1, 17, "0.5x", "add", "generated")]
+    page.get_by_role("button", name="Write").click()
+    page.wait_for_url("**value=0.5x**")
+    page.get_by_text("Done").wait_for()
+    value.fill("3.5")
     page.get_by_role("button", name="Copy as interventions").click()
     page.wait_for_function("async () => (await navigator.clipboard.readText()).startsWith('{')")
     (copied,) = json.loads(page.evaluate("navigator.clipboard.readText()"))["interventions"]
@@ -502,6 +514,17 @@ def test_search_finds_passages_and_ranks_neurons(open_page):
     page.get_by_text("matches:").wait_for()
     page.locator("table.neurons a.neuron-name").first.click()
     page.wait_for_url("**/neurons/**")
+
+
+def test_an_embedded_neuron_is_shown_in_a_frame_of_another_site(open_page, site, tmp_path):
+    path = tmp_path / "page.html"
+    source = f"{site.address}/neurons/0/3?embed=1"
+    path.write_text(f'<iframe src="{source}" width="900" height="700"></iframe>')
+    page = open_page(address=path.as_uri())
+    frame = page.frame_locator("iframe")
+    frame.get_by_role("heading", name="Neuron 0:3").wait_for()
+    frame.get_by_role("tab", name="Identity lens").click()
+    assert frame.get_by_role("tab", name="Identity lens").get_attribute("aria-selected") == "true"
 
 
 def test_similar_neurons_are_links(open_page):

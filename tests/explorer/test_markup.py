@@ -112,7 +112,15 @@ def parsed(html):
 @given(st.text(), st.text())
 def test_hostile_tokens_and_labels_stay_text_wherever_they_stand(token, label):
     other = {"layer": 1, "neuron": 2, "label": label, "input_tokens": [token], "similarity": 0.5}
-    example = {"at": 7, "document": 1, "activation": 1.0, "example": 0, "tokens": [token] * 2}
+    example = {
+        "at": 7,
+        "loss": None,
+        "next_loss": 0.1,
+        "document": 1,
+        "activation": 1.0,
+        "example": 0,
+        "tokens": [token] * 2,
+    }
     made = [
         markup.chips([token, token]),
         markup.shares([{"token": token, "share": 0.5, "active": 1, "occurrences": 2}]),
@@ -136,6 +144,7 @@ def test_markup_in_a_token_is_written_out():
         [{"layer": 0, "neuron": 1, "label": hostile, "input_tokens": [], "similarity": 1.0}], lambda *_: None
     )
     example = {"at": 0, "document": 0, "activation": 1.0, "example": 0, "tokens": [hostile], "values": [1.0]}
+    example |= {"loss": 0.5, "next_loss": None}
     assert f'data-v="1.00">{safe}</mark>' in markup.examples([example], 1.0, False)
 
 

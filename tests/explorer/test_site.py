@@ -155,6 +155,18 @@ def test_labels_are_set_shown_and_downloaded(site):
     assert site.ask("/api/labels.json").json["labels"] == []
 
 
+def test_a_neuron_is_embedded_by_other_pages_without_anything_that_changes_something(site):
+    answer = site.ask("/neurons/0/3?embed=1")
+    assert answer.status == 200
+    assert "frame-ancestors *" in answer.headers["content-security-policy"]
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    for not_there in ("<form", "<nav", "Steer"):
+        assert not_there not in answer.text
+    assert '<base target="_blank">' in answer.text
+    assert "frame-ancestors 'none'" in site.ask("/neurons/0/3").headers["content-security-policy"]
+    assert site.ask("/neurons/9/3?embed=1").status == 404
+
+
 def test_labels_are_imported_suggested_and_walked(explored_copy):
     with serving(NeuronData(explored_copy)) as site:
         first = site.ask("/labels/next").headers["location"]

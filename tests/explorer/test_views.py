@@ -4,15 +4,17 @@ import math
 
 import explored_run
 import numpy as np
+import pyarrow as pa
 import pytest
+from serve_site import serving
 
 from topklm.errors import UserError
 from topklm.explorer import finding, overview, prompts, views
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import NotThereError, shown
+from topklm.explorer.neuron_data import NeuronData, NotThereError, shown
 from topklm.explorer.overview import Asked
 from topklm.neurons.search import rank
-from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics import catalog, table
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +296,37 @@ def test_a_line_of_a_table_shows_the_strongest_example(source):
 
 def test_a_space_that_does_not_break_is_a_sign():
     assert shown("250\N{NO-BREAK SPACE}km") == "250⍽km"
+
+
+def test_examples_have_the_loss_of_their_token_and_of_the_next_of_the_document(source):
+    losses = source.store.losses(0, source.store.n_tokens)
+    starts = set(source.documents[0].tolist())
+    ends = 0
+    for layer, neuron in ((0, 3), (1, 17), (1, 5)):
+        for example in views.neuron(source, layer, neuron)["examples"]:
+            at = example["at"]
+            assert example["loss"] == losses[at]
+            assert example["next_loss"] == (None if at + 1 in starts else losses[at + 1])
+            ends += at + 1 in starts
+    assert ends  # at the end of a document there is no next token
+
+
+def test_output_tokens_are_the_common_ones_where_those_were_measured(explored_copy):
+    rows, measured = table.read(explored_copy.table)
+    row = rows.to_pylist()[35]
+    for end in ("top", "bottom"):
+        for lens in ("jacobian", "identity"):
+            row |= {f"{lens}_common_{end}": [65, 66], f"{lens}_common_{end}_effects": [0.5, 0.25]}
+    changed = rows.to_pylist()
+    changed[35] = row
+    table.write(explored_copy.table, pa.Table.from_pylist(changed, schema=rows.schema), measured)
+    source = NeuronData(explored_copy)
+    found = views.neuron(source, 1, 3)["output_tokens"]["jacobian"]
+    assert [item["token"] for item in found["common"]["top"]] == source.texts([65, 66])
+    assert len(found["top"]) == 10
+    assert views.neuron(source, 1, 4)["output_tokens"]["jacobian"]["common"] is None
+    with serving(source) as site:
+        page = site.ask("/neurons/1/3").text
+        assert page.count("Of tokens seen 20 times or more") == 2
+        assert page.count("<summary>All tokens</summary>") == 2
+        assert "All tokens" not in site.ask("/neurons/1/4").text

@@ -44,7 +44,7 @@ from topklm.explorer.requests import (
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
 from topklm.neurons.labels import BETWEEN, read_export
 from topklm.web import server
-from topklm.web.http import Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
+from topklm.web.http import EMBEDDED, Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
 
 SUGGESTED = 10  # neurons to label
 MAX_BODY = 2**20  # bytes: the labels of a run
@@ -144,6 +144,11 @@ class _Explorer:
     async def neuron(self, request: Request) -> Response:
         place, text = self._place(request), request.query_params.get("text", "")
         data = await run_in_threadpool(views.neuron, self._source, *place)
+        if request.query_params.get("embed") == "1":
+            page = await run_in_threadpool(self._page, request, "embed.html", data=data)
+            # It changes nothing, so pages of others may hold it in a frame.
+            page.headers["content-security-policy"] = EMBEDDED
+            return page
         own, problem = await _tried(request, text, self._with_model, views.on_text, *place, text)
         about = {"data": data, "text": text, "own": own, "problem": problem}
         about["steer"] = await self._box(request)

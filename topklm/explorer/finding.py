@@ -166,26 +166,23 @@ def _first_tokens(source: NeuronData, text: str) -> list[int]:
 def _raising(source: NeuronData, ids: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
     """Returns the neurons that have a token among those that they raise most, by its place there.
 
-    By the Jacobian lens, or by the identity where that was not measured. Where the place is the same, the
-    larger effect at the neuron's highest activation comes first.
+    By the Jacobian lens, or by the identity where that was not measured; of the tokens that are common in the
+    text, and of all. Where the place is the same, the larger effect at the neuron's highest activation comes
+    first.
     """
     highest = source.column("max_activation")
     found: list[tuple[int, dict[str, Any]]] = []
-    for lens in ("jacobian", "identity"):
-        listed = source.rows[f"{lens}_top"].combine_chunks()
+    measured = any(source.rows["jacobian_top"].is_valid().to_pylist())
+    lens = "jacobian" if measured else "identity"
+    for name in (f"{lens}_common_top", f"{lens}_top"):
+        listed = source.rows[name].combine_chunks()
         offsets, tokens = listed.offsets.to_numpy(), listed.values.to_numpy()
-        effects = source.rows[f"{lens}_top_effects"].combine_chunks().values.to_numpy()
-        if not len(tokens):
-            continue
+        effects = source.rows[f"{name}_effects"].combine_chunks().values.to_numpy()
         for at in np.flatnonzero(np.isin(tokens, ids)).tolist():
             number = int(np.searchsorted(offsets, at, side="right")) - 1
-            facts: dict[str, Any] = {
-                "lens": lens,
-                "place": at - int(offsets[number]) + 1,
-                "effect": float(effects[at]),
-            }
-            found.append((number, {**facts, "raised": source.texts([int(tokens[at])])[0]}))
-        break
+            facts: dict[str, Any] = {"lens": lens, "effect": float(effects[at])}
+            facts |= {"place": at - int(offsets[number]) + 1, "raised": source.texts([int(tokens[at])])[0]}
+            found.append((number, facts))
     found.sort(key=lambda one: (one[1]["place"], -one[1]["effect"] * np.nan_to_num(highest[one[0]])))
     first: dict[int, dict[str, Any]] = {}
     for number, one in found:

@@ -151,6 +151,7 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: 
             f'<li class="example" data-at="{at}">\n<div class="strength">'
             f"<b>{_number(example['activation'])}</b>"
             f"{bar(example['activation'] / strongest) if strongest else ''}"
+            f"{_losses(example)}"
             f'<small title="Number of the document in the store">doc {document}</small></div>\n'
             f'<p class="text">{example_text(example, strongest or example["strongest"])}</p>\n'
         )
@@ -161,6 +162,14 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: 
             )
         drawn.append("</li>\n")
     return Markup("".join(drawn))
+
+
+def _losses(example: Mapping[str, Any]) -> str:
+    """Draws the loss of an example's token, and of the next, on which the neuron acts."""
+    losses = (example["loss"], example["next_loss"])
+    written = [MISSING if loss is None else f"{loss:.2f}" for loss in losses]
+    about = "Loss of this token and, after the arrow, of the next one, which the neuron has a part in; nats"
+    return f'<small class="losses" title="{about}">loss {written[0]} → {written[1]}</small>'
 
 
 def snippet(parts: tuple[str, str, str] | None) -> Markup:

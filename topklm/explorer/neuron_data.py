@@ -6,6 +6,7 @@ everything else stays on the disk until a page asks for it.
 
 from collections.abc import Iterable, Iterator, Sequence
 import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -223,6 +224,18 @@ class NeuronData:
     def ids(self) -> np.ndarray:
         """int[N], all tokens of the store."""
         return self.store.tokens(0, self.store.n_tokens)
+
+    @functools.cached_property
+    def _losses(self) -> np.ndarray:
+        return self.store.losses(0, self.store.n_tokens)
+
+    def loss(self, at: int, after: int | None = None) -> float | None:
+        """Returns the loss of a token of the store, nats; None if it is not of the document of `after`."""
+        starts, _ = self.documents
+        if at >= self.store.n_tokens or (after is not None and at in starts):
+            return None
+        value = float(self._losses[at])
+        return value if math.isfinite(value) else None
 
     @functools.cached_property
     def documents(self) -> tuple[np.ndarray, np.ndarray]:

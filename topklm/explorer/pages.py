@@ -19,6 +19,7 @@ from topklm.explorer import markup, plots, views
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.inputs import COMMON
 
 # Not as the machine has it set: browsers run scripts of this kind only.
 _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
@@ -56,6 +57,7 @@ def environment(source: NeuronData) -> jinja2.Environment:
         measured=source.measured,
         max_label=MAX_CHARACTERS,
         max_comment=MAX_COMMENT,
+        common_tokens=COMMON,
         markup=markup,
         figures=list(numbers.values()),
         figure_of=numbers,

@@ -67,10 +67,8 @@ def neuron(
         },
         "input_tokens": _with_counts(source, layer, neuron, _input_tokens(source, row)),
         "output_tokens": {
-            lens: {
-                end: _weighed(source, row[f"{lens}_{end}"], "effect", row[f"{lens}_{end}_effects"])
-                for end in ("top", "bottom")
-            }
+            lens: _output_tokens(source, row, lens)
+            | {"common": _output_tokens(source, row, f"{lens}_common") if row[f"{lens}_common_top"] else None}
             for lens in ("identity", "jacobian")
         },
         "similar": {
@@ -182,6 +180,13 @@ def _weighed(
     ]
 
 
+def _output_tokens(source: NeuronData, row: Mapping[str, Any], lens: str) -> dict[str, list[dict[str, Any]]]:
+    return {
+        end: _weighed(source, row[f"{lens}_{end}"], "effect", row[f"{lens}_{end}_effects"])
+        for end in ("top", "bottom")
+    }
+
+
 def _input_tokens(source: NeuronData, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return _weighed(source, row["top_tokens"], "share", row["top_token_shares"])
 
@@ -217,7 +222,14 @@ def _examples(
     found = _activations(source, layer, neuron, source.windows(positions, size), positions)
     strongest = row["max_activation"] or 1
     return [
-        {"part": part, "activation": activation, "strongest": strongest, **shown}
+        {
+            "part": part,
+            "activation": activation,
+            "strongest": strongest,
+            "loss": source.loss(shown["at"]),
+            "next_loss": source.loss(shown["at"] + 1, shown["at"]),
+            **shown,
+        }
         for part, activation, shown in zip(parts, strengths, found, strict=True)
     ]
 

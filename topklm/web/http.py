@@ -35,6 +35,8 @@ HEADERS: Mapping[str, str] = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+# The first of these for a page that others may show in a frame.
+EMBEDDED = HEADERS["content-security-policy"].replace("frame-ancestors 'none'", "frame-ancestors * file:")
 
 Refuse = Callable[[int, str], Response]  # (status, one line) -> the answer
 Say = Callable[[bytes], Awaitable[None]]

@@ -41,6 +41,17 @@ def test_the_tokens_at_the_ends_are_those_of_the_whole_matrix(made, monkeypatch,
             np.testing.assert_allclose(found[f"{name}_{side}_effects"], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("common", [np.arange(0, V, 3), np.array([5, 9]), np.array([], np.int64)])
+def test_common_tokens_are_those_of_the_matrix_of_these_alone(made, common):
+    found = lenses.columns(made, 1, 2, 9, common)
+    whole = effects(JACOBIANS[1].T)[2:9][:, common]
+    order = np.argsort(whole, axis=1)
+    for side, places in (("top", order[:, ::-1][:, :10]), ("bottom", order[:, :10])):
+        assert found[f"jacobian_common_{side}"] == common[places].tolist()
+        wanted = np.take_along_axis(whole, places, axis=1)
+        np.testing.assert_allclose(found[f"jacobian_common_{side}_effects"], wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_vocabulary_of_few_tokens_is_listed_whole():
     # After it stand columns of no token, which would be first by far.
     found = lenses.columns(lenses.make(configured(vocab_size=7), params_of_few(7), JACOBIANS), 1, 0, D)
@@ -105,6 +116,7 @@ def test_a_neuron_without_effect_is_similar_to_none_and_a_doubled_one_to_itself(
 
 def test_the_columns_are_those_of_the_table(made):
     found = lenses.columns(made, 0, 0, 4) | lenses.similar_columns(made, 0, 0, 4)
+    found |= lenses.columns(made, 0, 0, 4, np.arange(3))
     prefixes = ("identity_", "jacobian_", "similar_effect")
     assert set(found) == {name for name in catalog.schema().names if name.startswith(prefixes)}
     for name, entries in found.items():

@@ -24,11 +24,14 @@ export function startSteering(box) {
   const kept = new Map([[activations, activations.first], [FACTORS, FACTORS.first], [scale, value.value]]);
   let running = null;
 
-  // Strength: a slider and a number that follow each other.
+  // Strength: a slider and a number that follow each other; 0.7x is times the highest activation.
+
+  const times = () => (scale === FACTORS ? null : /^\s*([+-]?[\d.]+(?:e[+-]?\d+)?)x\s*$/i.exec(value.value));
+  const amount = () => (times() ? Number((times()[1] * highest).toPrecision(6)) : Number(value.value));
 
   function saySlider() {
-    const times = Number((slider.value / highest).toPrecision(2));
-    slider.setAttribute("aria-valuetext", scale === FACTORS ? `${slider.value} times` : `${slider.value}, ${times} times the highest`);
+    const factor = Number((slider.value / highest).toPrecision(2));
+    slider.setAttribute("aria-valuetext", scale === FACTORS ? `${slider.value} times` : `${slider.value}, ${factor} times the highest`);
   }
   function fitMode() {
     const next = scaleOfMode();
@@ -40,7 +43,7 @@ export function startSteering(box) {
     slider.max = scale.max;
     slider.step = scale.step;
     slider.setAttribute("list", scale.list);
-    slider.value = value.value;
+    slider.value = amount();
     unit.textContent = scale.unit;
     box.querySelector("[data-marks=activation]").hidden = scale === FACTORS;
     box.querySelector("[data-marks=factor]").hidden = scale !== FACTORS;
@@ -52,7 +55,7 @@ export function startSteering(box) {
     saySlider();
   });
   value.addEventListener("input", () => {
-    slider.value = value.value;
+    slider.value = amount();
     saySlider();
   });
   mode.addEventListener("change", fitMode);
@@ -141,17 +144,18 @@ export function startSteering(box) {
     layer: Number(box.dataset.layer),
     neuron: Number(box.dataset.neuron),
     mode: mode.value,
-    value: value.disabled ? 0 : Number(value.value),
+    value: value.disabled ? 0 : amount(),
     positions: positions.value,
   });
   const formats = {
     python() {
-      const { layer, neuron, mode: how, value: amount, positions: where } = one();
+      const { layer, neuron, mode: how, value: strength, positions: where } = one();
+      const said = times() && !value.disabled ? JSON.stringify(value.value.trim()) : strength;
       const { max_new_tokens: length, temperature, seed } = form.elements;
       const anywhere = where === "all";
       const steer = anywhere
-        ? `{(${layer}, ${neuron}): ${amount}}` + ("default" in facts() ? "" : `, steer_mode="${how}"`)
-        : `[Intervention(${layer}, ${neuron}, ${amount}, "${how}", "${where}")]`;
+        ? `{(${layer}, ${neuron}): ${said}}` + ("default" in facts() ? "" : `, steer_mode="${how}"`)
+        : `[Intervention(${layer}, ${neuron}, ${said}, "${how}", "${where}")]`;
       const head = anywhere ? "" : "from topklm.inference.interventions import Intervention\n\n";
       const options = `max_new_tokens=${length.value}, temperature=${temperature.value}, seed=${seed.value}`;
       return `${head}model.generate(${JSON.stringify(prompt.value)}, ${options}, steer=${steer})\n`;

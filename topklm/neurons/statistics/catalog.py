@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from topklm.neurons.statistics import activity, entropy, lenses, variance
-from topklm.neurons.statistics.inputs import Neurons
+from topklm.neurons.statistics.inputs import COMMON, Neurons
 
 _F64, _I32, _I64 = pa.float64(), pa.int32(), pa.int64()
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -98,6 +98,11 @@ def _lenses(neurons: Neurons) -> Mapping[str, Any]:
     return lenses.columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
 
 
+def _common_lenses(neurons: Neurons) -> Mapping[str, Any]:
+    inputs = neurons.inputs
+    return lenses.columns(inputs.lenses, neurons.layer, neurons.begin, neurons.end, inputs.common_ids)
+
+
 def _similar_effect(neurons: Neurons) -> Mapping[str, Any]:
     return lenses.similar_columns(neurons.inputs.lenses, neurons.layer, neurons.begin, neurons.end)
 
@@ -121,6 +126,9 @@ _of_tokens = functools.partial(Statistic, compute=_entropy, needs=("clusters",))
 _of_variance = functools.partial(Statistic, compute=_variance, kind="share", unit="of variance")
 _of_contexts = functools.partial(Statistic, compute=_monosemanticity, needs=("monosemanticity",))
 _of_ablation = functools.partial(Statistic, compute=_ablation, needs=("ablation",))
+_of_common = functools.partial(
+    Statistic, compute=_common_lenses, type=pa.list_(_I32), needs=("jacobians", "lenses")
+)
 _of_lenses = functools.partial(Statistic, compute=_lenses, type=pa.list_(_I32), needs=("jacobians", "lenses"))
 
 STATISTICS: Sequence[Statistic] = (
@@ -283,6 +291,20 @@ STATISTICS: Sequence[Statistic] = (
             "jacobian_bottom": pa.list_(_I32),
             "jacobian_bottom_effects": pa.list_(_F64),
         },
+    ),
+    *(
+        _of_common(
+            f"{lens}_common_top",
+            f"{lens.capitalize()} lens, common tokens",
+            f"The same of the tokens alone that were harvested at least {COMMON} times: rare pieces, which "
+            "the model hardly learned, lead the lists of all.",
+            more={
+                f"{lens}_common_top_effects": pa.list_(_F64),
+                f"{lens}_common_bottom": pa.list_(_I32),
+                f"{lens}_common_bottom_effects": pa.list_(_F64),
+            },
+        )
+        for lens in ("identity", "jacobian")
     ),
     Statistic(
         "coactive",

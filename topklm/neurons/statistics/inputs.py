@@ -18,6 +18,8 @@ from topklm.progress import Progress
 # NumPy is busy with clusters and contexts, and nothing waits for it before the lenses.
 SLOW = ("jacobians", "clusters", "monosemanticity", "lenses", "ablation")
 
+COMMON = 20  # times that a token has to be seen, so that a lens is not led by rare pieces
+
 
 @dataclasses.dataclass(eq=False)
 class Inputs:
@@ -60,6 +62,12 @@ class Inputs:
     def previous_ids(self) -> np.ndarray:
         """int64[N], the token before each, from `variance.previous`."""
         return variance.previous(self.token_ids, self.bounds)
+
+    @functools.cached_property
+    def common_ids(self) -> np.ndarray:
+        """int[M], the tokens that the store holds at least `COMMON` times, rising."""
+        counts = np.bincount(self.token_ids, minlength=self.config.vocab_size)
+        return np.flatnonzero(counts[: self.config.vocab_size] >= COMMON)
 
     @functools.cached_property
     def unembedding(self) -> np.ndarray:

@@ -215,19 +215,30 @@ def make(
     return Lenses(scale_D, jacobians_LDD, centred_DV, centred_DV @ centred_DV.T, directions_LDD)
 
 
-def columns(lenses: Lenses, layer: int, begin: int, end: int) -> dict[str, list]:
+def columns(
+    lenses: Lenses, layer: int, begin: int, end: int, common: np.ndarray | None = None
+) -> dict[str, list]:
     """Returns the columns `identity_*` and `jacobian_*`, for the neurons from `begin` to `end` - 1.
 
-    Tokens with equal effects are listed by rising id; of a vocabulary below `N_TOKENS`, all are.
+    Tokens with equal effects are listed by rising id; of a vocabulary below `N_TOKENS`, all are. With
+    `common`, rising ids int[M], only these are, in columns `identity_common_*` and `jacobian_common_*`.
     """
     found: dict[str, list] = {}
-    n_tokens = min(N_TOKENS, lenses.unembedding.shape[1])
+    unembedding, more = lenses.unembedding, ""
+    if common is not None:
+        unembedding, more = unembedding[:, common], "common_"
+    n_tokens = min(N_TOKENS, unembedding.shape[1])
     for name, rows in (("identity", lenses.identity_rows), ("jacobian", lenses.jacobian_rows)):
+        if not n_tokens:
+            sides = (f"{name}_{more}{side}{kind}" for side in ("top", "bottom") for kind in ("", "_effects"))
+            found |= {column: [[]] * (end - begin) for column in sides}
+            continue
         with jax.default_matmul_precision("float32"):
-            ends = jax.device_get(_ends(rows(layer, begin, end), lenses.unembedding, n_tokens))
+            ends = jax.device_get(_ends(rows(layer, begin, end), unembedding, n_tokens))
         for side, (tokens, effects) in ends.items():
-            found[f"{name}_{side}"] = tokens.tolist()
-            found[f"{name}_{side}_effects"] = effects.astype(np.float64).tolist()
+            ids = tokens if common is None else common[tokens]
+            found[f"{name}_{more}{side}"] = ids.tolist()
+            found[f"{name}_{more}{side}_effects"] = effects.astype(np.float64).tolist()
     return found
 
 
