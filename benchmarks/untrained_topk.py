@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import topklm
 from topklm.commands.shared import Output, table
@@ -29,7 +30,7 @@ def main() -> None:
     ids = model.to_tokens(Path(arguments.text).read_text(encoding="utf-8")[: 20 * arguments.tokens])
     ids = ids[:, : arguments.tokens + 1]
 
-    def loss(**topk: object) -> float:
+    def loss(**topk: Any) -> float:
         config = dataclasses.replace(model.config, model=dataclasses.replace(model.cfg, **topk))
         return float(dataclasses.replace(model, config=config).loss(ids))
 
