@@ -21,6 +21,7 @@ VERBS = {
     "generate": "continue a prompt",
     "steer": "set a neuron, and measure what that does to the text",
     "neurons": "harvest, measure and find the neurons of a model",
+    "eval": "evaluate runs at tasks, and against others",
     "compare": "compare two runs: bits per byte, neurons, ablations",
     "runs": "list runs, how far each is and how well it does",
     "show": "look into a run: config, loss, checkpoints, neurons",
@@ -42,6 +43,7 @@ _GOES_ON = (
     "neurons harvest",
     "neurons measure",
     "neurons card",
+    "eval",
     "serve",
     "explore",
 )

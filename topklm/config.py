@@ -318,6 +318,15 @@ class EvalConfig:
         "text tokens to evaluate on, the first documents of each dataset; 0: all",
         Range.from_least(0, _MAX_COUNT),
     )
+    tasks: str = _setting(
+        "",
+        'tasks at evaluations, such as "blimp,piqa" (docs/evaluation.md); empty: none',
+        allowed="names with commas between",
+    )
+    tasks_dir: str = _setting("", "folder with the files of tasks that do not ship with topklm")
+    tasks_limit: int = _setting(
+        100, "items of each task, and of each paradigm of blimp; 0: all", Range.from_least(0, _MAX_COUNT)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -594,7 +603,7 @@ def _check_ranges(config: Config) -> None:
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            if value and field in ("data.dir", "data.source", "data.mixture", "train.init"):
+            if value and field in ("data.dir", "data.source", "data.mixture", "train.init", "eval.tasks_dir"):
                 check_name(value, field)
             is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
             require(field, is_utf8, "text that UTF-8 can write")

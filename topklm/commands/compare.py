@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.text import Text
 
 from topklm.commands import neurons_ablate, shared
@@ -21,11 +20,14 @@ from topklm.imports import when_used
 from topklm.storage.files import read_json
 
 with when_used():
+    from topklm.eval import compare as eval_compare
+    from topklm.eval import tasks
     from topklm.neurons import ablate_targets, compare_runs, dictionary, search
     from topklm.neurons import documents as documents_lib
     from topklm.steering import survey
 
 if TYPE_CHECKING:
+    from topklm.eval.compare import Figure
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
     from topklm.neurons.store import Store
@@ -49,8 +51,7 @@ class _Run:
 
     @property
     def text_model(self) -> documents_lib.TextModel:
-        model = self.model
-        return documents_lib.TextModel(model.cfg, model.params, self.layout, model.tokenizer.separator_id)
+        return shared.text_model(self.model, self.layout)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,30 +122,26 @@ def _differences(runs: Sequence[_Run]) -> list[str]:
 
 def _bits(arguments: argparse.Namespace, output: Output, runs: Sequence[_Run]) -> dict[str, Any]:
     """Measures bits per byte of the first run's held-out documents, by both."""
-    first, left = runs[0].model, arguments.tokens
-    texts = list[str]()
-    for ids in documents_lib.open_documents(first.tokenizer, first.config.data):
-        if not left:
-            break
-        texts.append(first.tokenizer.decode(ids[:left]))
-        left -= min(len(ids), left)
-    texts = [text for text in texts if text]
+    first = runs[0].model
+    documents = documents_lib.open_documents(first.tokenizer, first.config.data)
+    texts = tasks.beginning(documents, first.tokenizer, arguments.tokens)
     if not texts:
         raise UserError(f"{runs[0].name}: there is no held-out text: nothing can be compared")
-    n_bytes = np.array([len(text.encode()) for text in texts])
-    found = []
+    task = tasks.of_text("heldout", texts, documents.name)
+    figures: list[Figure] = []
     for one in runs:
-        documents = [one.model.tokenizer.encode(text) for text in texts]
-        with output.progress.phase(f"reading with {one.name}", sum(map(len, documents))) as tell:
-            bits = compare_runs.bits_of(one.text_model, documents, _told(tell))
-        found.append(bits)
-    estimates = [compare_runs.bits_per_byte(bits, n_bytes, arguments.seed) for bits in found]
-    difference = compare_runs.bits_per_byte(found[0] - found[1], n_bytes, arguments.seed)
+        tokenized = tasks.tokenize(task, one.text_model, one.model.tokenizer)
+        with output.progress.phase(f"reading with {one.name}", tokenized.n_tokens) as tell:
+            outcome = tokenized.evaluate(one.text_model, report=_told(tell))
+        assert outcome is not None  # nothing stops it
+        figures += eval_compare.figures_of(outcome)
+    ours, theirs = figures
+    gap = eval_compare.difference([ours], [theirs], seed=arguments.seed)
     return {
         "documents": len(texts),
-        "bytes": int(n_bytes.sum()),
-        "runs": [dataclasses.asdict(one) for one in estimates],
-        "difference": dataclasses.asdict(difference),
+        "bytes": int(ours.weights.sum()),
+        "runs": [dataclasses.asdict(one.estimate(arguments.seed)) for one in figures],
+        "difference": {name: getattr(gap, name) for name in ("value", "low", "high")},
     }
 
 
@@ -221,7 +218,7 @@ def _show(output: Output, facts: dict[str, Any]) -> None:
         for name, one in zip(names, bits["runs"], strict=True)
     ]
     gap = bits["difference"]
-    rows.append(["difference", f"{gap['value']:+.4f}", f"{gap['low']:+.4f} to {gap['high']:+.4f}"])
+    rows.append(["difference", f"{gap['value']:+.4f}", _reach(gap)])
     output.console.print(shared.table(["run", "bits per byte", "95 %"], rows, left=["run"]))
     output.say(
         f"of {bits['documents']:,} held-out documents of {names[0]}, {bits['bytes']:,} bytes; 95 %: by "
@@ -238,6 +235,10 @@ def _show(output: Output, facts: dict[str, Any]) -> None:
         )
     for line in facts["notes"]:
         output.say(visible(f"note: {line}"))
+
+
+def _reach(gap: dict[str, Any]) -> str:
+    return "-" if gap["low"] is None else f"{gap['low']:+.4f} to {gap['high']:+.4f}"
 
 
 def _show_pattern(output: Output, names: Sequence[str], pattern: dict[str, Any]) -> None:

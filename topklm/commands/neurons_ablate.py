@@ -18,7 +18,6 @@ from topklm.inference.interventions import Intervention, load_interventions, sav
 
 with when_used():
     from topklm.neurons import ablate_targets, dictionary, search
-    from topklm.neurons import documents as documents_lib
     from topklm.steering import survey
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _ablate(arguments: argparse.Namespace) -> None:
     dictionary.check_coordinates(store.metadata.dictionary, "ablation")
     with shared.arguments_are_flags(arguments):
         plan = _plan(arguments, model, store)
-        text_model = documents_lib.TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id)
+        text_model = shared.text_model(model, layout)
         with output.progress.phase("measuring losses", plan.n_tokens(arguments.random_sets)) as tell:
             before, outcomes = plan.measure(
                 text_model,

@@ -119,7 +119,7 @@ def _open(
         )
     return (
         model,
-        documents_lib.TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id),
+        shared.text_model(model, layout),
         texts,
     )
 

@@ -50,6 +50,7 @@ with when_used():  # they import JAX
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
+    from topklm.neurons.documents import TextModel
     from topklm.neurons.store import Store
 
 _PATIENCE_S = 1.0  # of a person at a terminal who is told nothing
@@ -405,6 +406,13 @@ def load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Layout]":
     layout = local_layout()
     compilation_cache.enable()
     return topklm.load(arguments.run, step=arguments.step, mesh=layout.mesh), layout
+
+
+def text_model(model: "LanguageModel", layout: "Layout") -> "TextModel":
+    """Returns a loaded model as it is run over texts."""
+    from topklm.neurons.documents import TextModel  # noqa: PLC0415 - needs JAX, which --help does without
+
+    return TextModel(model.cfg, model.params, layout, model.tokenizer.separator_id)
 
 
 def load_onto_one_device(run: str, step: int | None) -> "LanguageModel":

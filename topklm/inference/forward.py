@@ -83,6 +83,12 @@ def logits_and_activations(
     return model.logits(h_BPD), neurons, others
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(config: ModelConfig, params: transformer.Parameters, given: Input) -> jax.Array:
+    """Gives normed hidden states, [B, P, D], for `topklm.eval.scoring`, which unembeds some of them."""
+    return _hidden(transformer.bind(config, params), given)
+
+
 def _inputs_of(config: ModelConfig, given: Input) -> tuple[Any, Any, LayerHooks]:
     """Gives segments and positions of tokens, None where a row is one document, and hooks of layers."""
     positions = None if given.segment_ids is None else positions_in(given.segment_ids)

@@ -62,6 +62,23 @@ def token_losses(
     return _join(nll_CBS, targets_BT.shape[1])
 
 
+def token_scores(
+    h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, n_vocab: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the loss of every position as `token_losses`, and whether no token is likelier, bool[B, T]."""
+    chunks = _split(h_BTD, targets_BT, jnp.ones(targets_BT.shape, jnp.float32), w_DV.shape[1])
+    w = w_DV.astype(h_BTD.dtype)
+
+    def of_chunk(chunk: tuple) -> tuple[jax.Array, jax.Array]:
+        h_BSD, targets_BS, _ = chunk
+        nll, _, probabilities = _losses(h_BSD, w, targets_BS, n_vocab, None)
+        own = jnp.take_along_axis(probabilities, targets_BS[..., None], axis=-1)[..., 0]
+        return nll, own >= probabilities.max(axis=-1)
+
+    nll_CBS, likeliest_CBS = jax.lax.map(of_chunk, chunks)
+    return _join(nll_CBS, targets_BT.shape[1]), _join(likeliest_CBS, targets_BT.shape[1])
+
+
 def _forward(
     h: jax.Array,
     w_DV: jax.Array,

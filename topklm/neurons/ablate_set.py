@@ -35,6 +35,7 @@ Report = Callable[[int], None]  # told of the tokens that are done since the las
 _STRETCH_TOKENS = 2**20  # that are packed together
 _NEAREST = 10  # neurons of a layer, by density, of which one is drawn for each chosen one
 _RESAMPLES = 2000
+_DRAWN_AT_ONCE = 2**22  # units of resamples, for memory
 _INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -313,6 +314,9 @@ def bootstrap_interval(
     sums: np.ndarray, n_tokens: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Computes the 95 % interval of sum(sums) / sum(n_tokens), documents being drawn with replacement."""
-    drawn = rng.integers(0, len(sums), (_RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(axis=1) / n_tokens[drawn].sum(axis=1), _INTERVAL)
+    ratios, at_once = [], max(1, _DRAWN_AT_ONCE // len(sums))
+    for begin in range(0, _RESAMPLES, at_once):
+        drawn = rng.integers(0, len(sums), (min(at_once, _RESAMPLES - begin), len(sums)))
+        ratios.append(sums[drawn].sum(axis=1) / n_tokens[drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(ratios), _INTERVAL)
     return float(low), float(high)

@@ -1,38 +1,12 @@
-"""Two models on the same text: bits per byte paired over documents, and neurons found by the same pattern.
+"""Neurons of two models that are found by the same pattern."""
 
-Documents are texts, which each model reads by its own tokenizer, in windows as harvesting does, in float32.
-Bits per byte are all nats of all documents over their UTF-8 bytes. The difference of two models is taken
-document by document, and its interval drawn over documents: documents are easy or hard for both alike, so it
-is far narrower than the intervals of the two. The definitions are ours. Dims: G documents, N tokens.
-"""
-
-from collections.abc import Callable, Sequence
 import dataclasses
-import math
 
 import numpy as np
 
 from topklm.errors import UserError
 from topklm.neurons import ablate_set, search
-from topklm.neurons.ablate_set import AblatedLosses, Estimate
-from topklm.neurons.documents import TextModel
 from topklm.neurons.store import Store
-
-
-def bits_of(
-    model: TextModel,
-    documents: Sequence[np.ndarray],
-    report: Callable[[int], None] = lambda tokens: None,
-) -> np.ndarray:
-    """Computes the bits that a model needs for each document, float64[G]; token ids of each, none empty."""
-    everything = np.ones(sum(map(len, documents)), bool)
-    losses = AblatedLosses(model, documents, {"all": everything})
-    return losses.sums(report=report)["all"] / math.log(2)
-
-
-def bits_per_byte(bits: np.ndarray, n_bytes: np.ndarray, seed: int = 0) -> Estimate:
-    """Divides bits, or differences of bits, float64[G], by bytes, int64[G], with an interval."""
-    return ablate_set.estimate(bits, n_bytes, np.random.default_rng(seed))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ tokens of each but the first are context only. Dims: B rows, T tokens in a row.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -302,7 +302,7 @@ def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id:
         batch_rows: B, of which the number of rows R is a multiple.
         separator_id: Fills up rows.
     """
-    rows, n_rows = _first_fit([len(window.inputs) for window in windows], length)
+    rows, n_rows = first_fit([len(window.inputs) for window in windows], length)
     shape = (-(-n_rows // batch_rows) * batch_rows, length)
     inputs = np.full(shape, separator_id, np.int32)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -323,14 +323,23 @@ def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id:
     return Packed(inputs, segment_ids, positions, places, tokens, documents, batch_rows)
 
 
-def _first_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
-    """Returns the row of each, and how many rows there are."""
-    left: list[int] = []
-    rows = [0] * len(sizes)
+def first_fit(sizes: Sequence[int], capacity: int) -> tuple[list[int], int]:
+    """Puts the longest first, each into the first row with enough space.
+
+    Returns:
+        The row of each, and how many rows there are.
+    """
+    # A tournament: a node holds the most space that a row below it has, so each search takes log2(n) steps.
+    n = 1 << max(0, len(sizes) - 1).bit_length()
+    most, rows, n_rows = [capacity] * (2 * n), [0] * len(sizes), 0
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((row for row, space in enumerate(left) if space >= sizes[i]), len(left))
-        if row == len(left):
-            left.append(capacity)
-        left[row] -= sizes[i]
-        rows[i] = row
-    return rows, len(left)
+        node = 1
+        while node < n:
+            node = 2 * node if most[2 * node] >= sizes[i] else 2 * node + 1
+        rows[i] = node - n
+        n_rows = max(n_rows, node - n + 1)
+        most[node] -= sizes[i]
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
+    return rows, n_rows

@@ -12,8 +12,10 @@ import gzip
 from importlib import metadata
 import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
+import zlib
 
 import numpy as np
 import scipy.sparse
@@ -233,15 +235,15 @@ def _of_whole_texts(
 
 
 def lines(path: Path, flag: str) -> Iterator[str]:
-    """Yields the lines of a text file, plain or .gz."""
-    opened: Any = gzip.open if path.suffix == ".gz" else open
+    """Yields the lines of a text file, plain, .gz or .xz."""
+    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with disk_errors_are_user_errors(f"{flag} = {path}: reading it"):
         try:
             with opened(path, "rt", encoding="utf-8") as file:
                 yield from (line.rstrip("\n") for line in file)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
             raise UserError(f"{e.strerror}; check the path", field=flag, value=str(path)) from e
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as e:
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
             raise UserError(f"is damaged, or no UTF-8 ({e})", field=flag, value=str(path)) from e
 
 

@@ -1,19 +1,27 @@
-"""Held-out evaluation: every text token of every held-out document, once, and how the TopK layers do."""
+"""Evaluation while training: held-out text, every token once, how the TopK layers do; tasks."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topklm.config import Config
+from topklm import distributed
+from topklm.config import Config, EvalConfig
 from topklm.data.dataset import Mixture
 from topklm.data.stream import HeldoutPart, heldout_batches
+from topklm.data.tokenizer import Tokenizer
+from topklm.errors import UserError
+from topklm.eval import compare, scoring, tasks
+from topklm.eval.tasks import Task
 from topklm.layout import REPLICATED, ROWS, Layout
-from topklm.model import losses, transformer
+from topklm.model import losses, topk, transformer
 from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
+from topklm.neurons.documents import TextModel
 from topklm.training.prefetch import DeviceBatch
 from topklm.training.step import Batch, make_forward
 
@@ -148,3 +156,57 @@ def summarize_topk_health(
         "norm_kept": (found["kept_square_share"] / max(n_tokens, 1)).tolist(),
         "overlap_below": overlap[1:].tolist(),
     }
+
+
+def find_tasks(config: EvalConfig) -> list[Task]:
+    """Reads the tasks of `eval.tasks`.
+
+    Raises:
+        UserError: If there is no such task, or one has a line that is no item.
+    """
+    names = dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip())
+    folder = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
+    if names and folder is not None and not folder.is_dir():
+        raise UserError(
+            "is no folder; give one with files of tasks", field="eval.tasks_dir", value=str(folder)
+        )
+    limit = config.tasks_limit or None
+    fields = {"field": "eval.tasks", "flag": "eval.tasks_dir"}
+    return [tasks.find(name, folder, limit, **fields) for name in names]
+
+
+class TaskEvaluation:
+    """Tasks, ready to be evaluated again and again, in the dtype of training; all processes take part.
+
+    Raises:
+        UserError: If a process has other files than the first.
+    """
+
+    def __init__(self, config: Config, found: Sequence[Task], tokenizer: Tokenizer, layout: Layout):
+        if found and distributed.process_count() > 1:
+            digests = distributed.gather("tasks", " ".join(task.sha256 for task in found))
+            if len(set(digests)) > 1:
+                raise UserError("eval.tasks_dir: processes have other files; give all hosts the same")
+        model = topk.for_gspmd(config.model, layout.size)
+        self._model = TextModel(model, {}, layout, tokenizer.separator_id)
+        self._tasks = [tasks.tokenize(task, self._model, tokenizer) for task in found]
+        self.program = scoring.make_program(model, layout, in_float32=False)
+
+    def evaluate(
+        self, params: transformer.Parameters, program: scoring.Program, stopped: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Returns the figures of all tasks by name, "blimp" and "blimp_bits_per_byte"; None if given up.
+
+        `program` is `self.program`, or does as it does.
+        """
+        model, found = dataclasses.replace(self._model, params=params), dict[str, float]()
+        for tokenized in self._tasks:
+            outcome = tokenized.evaluate(model, program=program, stopped=stopped)
+            if outcome is None:
+                return None
+            name, (main, *_) = tokenized.task.name, tokenized.task.measures
+            for figure in compare.figures_of(outcome):
+                if not figure.part:
+                    full = name if figure.measure == main else f"{name}_{figure.measure}"
+                    found[full] = float(figure.sums.sum() / figure.weights.sum())
+        return found

@@ -7,9 +7,10 @@ again. Every process of a run takes the same turns: all agree first on anything 
 signal, a damaged file).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
+from topklm.eval.tasks import Task
 from topklm.imports import versions
 from topklm.inference.scheduler import generate_tokens
 from topklm.model import topk
@@ -30,7 +32,13 @@ from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
 from topklm.training import anomalies, metrics, trackers
 from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
-from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
+from topklm.training.evaluation import (
+    TaskEvaluation,
+    evaluate,
+    find_tasks,
+    heldout_feed,
+    make_eval_step,
+)
 from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.setup import PreparedRun, check_memory, initial_parameters, prepare_run
 from topklm.training.step import (
@@ -60,11 +68,12 @@ def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> 
         UserError: For anything the user can mend, and for a loss that is no longer finite.
     """
     console = Console(quiet=not distributed.is_primary())
-    # One that is not there shows before the data are prepared.
+    # One that is not there shows before the data are prepared; so do tasks.
+    tasks = find_tasks(config.eval)
     tracked = trackers.find(config.log.trackers) if distributed.is_primary() else {}
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
-        _Loop(run, console, request, tracked).train()
+        _Loop(run, console, request, tracked, tasks).train()
 
 
 class _Loop:
@@ -76,12 +85,14 @@ class _Loop:
         console: Console,
         stop: StopRequest,
         tracked: Mapping[str, trackers.Factory],
+        tasks: Sequence[Task],
     ):
         self.tracked = tracked
         self.run, self.console, self.stop = run, console, stop
         self.config, self.folder, self.layout = config, folder, layout = run.config, run.folder, run.layout
         self.stop_sync = StopSync(layout, stop)
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
+        self.tasks = TaskEvaluation(config, tasks, run.mixture.tokenizer, layout) if tasks else None
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         with self._storage("opening the checkpoints of"):
             self.checkpoints = CheckpointManager(
@@ -196,6 +207,7 @@ class _Loop:
     def _make_steps(self, state: TrainState) -> jax.stages.Compiled:
         """Makes the evaluation step, and compiles and returns the train step."""
         self.eval_step = self.stop_sync.with_stop_flag(make_eval_step(self.config, self.layout))
+        self.task_step = self.stop_sync.with_stop_flag(self.tasks.program) if self.tasks else None
         return self._compile_step(state, self.config.topk_k_at(int(state.step) + 1))
 
     def _compile_step(self, state: TrainState, k: int) -> jax.stages.Compiled:
@@ -285,7 +297,7 @@ class _Loop:
             n_topk_layers=self.config.model.n_topk_layers,
             stopped=lambda: bool(self.stop_sync),
         )
-        if result is None:
+        if result is None or (figures := self._evaluate_tasks(state.params)) is None:
             return
         with self.watchdog.paused():  # as long as the user asked for
             sample = self._sample(state)
@@ -293,12 +305,26 @@ class _Loop:
             result["of_tokens"] = self.run.mixture.heldout_text_tokens
         self.console.say(evaluation_line(step, result))
         self.console.say(f"sample: {sample}")
-        self._write(step, {f"eval/{name}": value for name, value in {**result, "sample": sample}.items()})
+        if figures:
+            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            self.console.say(f"tasks: {said}")
+        found = {**figures, **result, "sample": sample}
+        self._write(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def _evaluate_tasks(self, params: Any) -> dict[str, float] | None:
+        """Returns figures of tasks by name, none without tasks; None if the run is to stop."""
+        if self.tasks is None:
+            return {}
+        program = functools.partial(self._run, self.task_step)
+        return self.tasks.evaluate(params, program, lambda: bool(self.stop_sync))
 
     def _eval_step(self, params: Any, batch: DeviceBatch) -> dict[str, Any]:
-        sums = jax.device_get(self.eval_step(params, batch, *self.stop_sync.stop_flag()))
+        return self._run(self.eval_step, params, batch)
+
+    def _run(self, step: Any, *arguments: Any) -> dict[str, Any]:
+        results = jax.device_get(step(*arguments, *self.stop_sync.stop_flag()))
         self.watchdog.tick()
-        return self.stop_sync.read_stop_flag(sums)
+        return self.stop_sync.read_stop_flag(results)
 
     def _sample(self, state: TrainState) -> str:
         tokenizer, settings = self.run.mixture.tokenizer, self.config.eval

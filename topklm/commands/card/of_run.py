@@ -55,7 +55,7 @@ class Run:
     @property
     def text_model(self) -> TextModel:
         """Reads text."""
-        return TextModel(self.model.cfg, self.model.params, self.layout, self.model.tokenizer.separator_id)
+        return shared.text_model(self.model, self.layout)
 
     @property
     def n_layers(self) -> int:

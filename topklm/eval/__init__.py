@@ -1,0 +1,1 @@
+"""Evaluation of language models: log-likelihoods, tasks, paired comparisons, lm-evaluation-harness."""
