@@ -80,6 +80,7 @@ def test_rolling_log_likelihoods_are_sums_over_the_windows_of_the_harness(lm, wr
         assert total == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_answers_are_greedy_continuations_up_to_a_stop_string(lm, wrapped):
     settings = {"until": ["\n\n"], "max_gen_toks": 6}
     contexts = ["the sea", "a", "x" * 60]
@@ -93,6 +94,7 @@ def test_answers_are_greedy_continuations_up_to_a_stop_string(lm, wrapped):
     assert cut == found[0][: found[0].index(stop)]
 
 
+@pytest.mark.slow
 def test_another_k_and_interventions_take_part(lm, wrapped):
     plain = wrapped.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
     for options in ({"topk_k": "2"}, {"steer": [Intervention(0, 3, 50.0)]}):

@@ -77,9 +77,9 @@ def greedy_request(lm, separator):
     return Request(context, np.array(continuation, np.int32))
 
 
-@pytest.mark.parametrize("how", ["plain", "steered", "another k"])
+@pytest.mark.parametrize("how", ["plain", "steered, another k"])
 def test_packed_requests_score_as_alone(lm, model, how):
-    options = {"plain": {}, "steered": {"steer": STEER}, "another k": {"topk_k": 3}}[how]
+    options = {} if how == "plain" else {"steer": STEER, "topk_k": 3}
     config = with_topk_k(lm.cfg, options.get("topk_k"))
     entries = [Intervention(*neuron, value) for neuron, value in options.get("steer", {}).items()]
     requests = draw(model.separator_id)
@@ -182,7 +182,8 @@ with distributed.session():
 """
 
 
-@pytest.mark.parametrize("n_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_processes", [1, 2])
 def test_devices_and_hosts_share_the_rows_and_all_get_all_scores(run, model, trainer, n_processes):
     environment = devices(4 // n_processes)
     many = [{}]

@@ -322,27 +322,30 @@ def _show(
     several = len(names) > 1
     ours = f"{len(names)} runs" if several else names[0]
     theirs = "against" if several or not compared else Path(arguments.against[0]).name
-    heads = ["task", "measure", "of", *([ours, theirs, "difference", "margin", ""] if compared else names)]
+    heads = ["task", "measure", "units", *([ours, theirs, "difference", ""] if compared else names)]
     heads += ["mean"] if several and not compared else []
     rows = []
     for entry in figures:
         task = f"{entry['task']} {entry['part']}".strip()
-        cells = [task, compare.MEASURES[entry["measure"]].title, f"{entry['units']:,} {entry['unit']}s"]
+        cells = [task, entry["measure"].replace("_per_", "/"), f"{entry['units']:,}"]
         if not compared:
             cells += [_cell(one) for one in entry["runs"]]
             cells += [_cell(entry["mean"])] if several else []
         else:
             cells += [f"{entry[name]['value']:.4f}" for name in ("mean", "mean_against")]
             gap = entry["difference"]
-            cells += ["-", "", ""] if gap is None else [_cell(gap, "+"), f"{gap['margin']:g}", gap["verdict"]]
+            cells += ["-", ""] if gap is None else [_cell(gap, "+"), gap["verdict"]]
         rows.append(cells)
-    output.console.print(shared.table(heads, rows, left=["task", "measure", "of"]))
+    output.console.print(shared.table(heads, rows, left=["task", "measure"]))
     if compared:
-        over = "items and runs" if several else "units, by bootstrap"
+        over = "units and runs" if several else "units, by bootstrap"
+        gaps = [(entry["measure"], entry["difference"]) for entry in figures if entry["difference"]]
+        margins = dict.fromkeys(f"{measure} {gap['margin']:g}" for measure, gap in gaps)
         output.say(
             f"in brackets 95 % over {over}; no worse: the interval ends within the margin (--margin); worse: "
             "it lies beyond it; open: neither"
         )
+        output.say(f"units: documents, paradigms or items; margins: {', '.join(margins)}")
     else:
         output.say("in brackets 95 % over units, by bootstrap; of a mean over runs too")
     for line in found.notes:
