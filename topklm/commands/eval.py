@@ -114,7 +114,7 @@ def _check_runs(arguments: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
-    """What a run made of all tasks; its parameters are let go of."""
+    """Outcomes of a run at all tasks; its parameters are let go of."""
 
     name: str  # as it was given
     side: str  # "runs" or "against"

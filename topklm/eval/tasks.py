@@ -146,7 +146,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a model makes of a task of n items or documents."""
+    """Results of a model at a task of n items or documents."""
 
     task: Task
     # Of each measure a numerator and a denominator, float64[n]; the figure is the ratio of their sums.
