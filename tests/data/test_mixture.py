@@ -171,7 +171,7 @@ def test_weights_whose_turns_hardly_repeat_are_refused(prepared):
 
 def test_a_folder_without_a_dataset_is_named(prepared):
     text = f"{prepared}/a:1,{prepared}/missing:2"
-    with pytest.raises(UserError, match=r"missing/dataset\.json: not there") as caught:
+    with pytest.raises(UserError, match="missing: there is no such folder: check the path") as caught:
         open_mixture(text)
     assert str(caught.value).startswith(f"data.mixture = {text!r}: ")
 

@@ -320,7 +320,7 @@ def test_a_description_that_is_no_json_is_named(folder):
 
 
 def test_a_folder_without_a_description_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"dataset\.json: not there"):
+    with pytest.raises(UserError, match=r"no prepared dataset, it has no dataset\.json: check"):
         verify(tmp_path)
 
 

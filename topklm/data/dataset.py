@@ -127,9 +127,9 @@ def read_description(path: Path, note: Callable[[str], None] | None = None) -> d
         try:
             content = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise UserError(
-                f"{file}: not there, so the folder is no prepared dataset; prepare the data again"
-            ) from e
+            advice = "check the path, or make it: topklm prepare SOURCE --out DIR"
+            what = f"no prepared dataset, it has no {file.name}" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path}: {what}: {advice}") from e
     return parse_description(content, file, note)
 
 
