@@ -128,7 +128,8 @@ def read_description(path: Path, note: Callable[[str], None] | None = None) -> d
             content = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as e:
             advice = "check the path, or make it: topklm prepare SOURCE --out DIR"
-            what = f"no prepared dataset, it has no {file.name}" if path.is_dir() else "there is no such folder"
+            there = f"no prepared dataset, it has no {file.name}"
+            what = there if path.is_dir() else "there is no such folder"
             raise UserError(f"{path}: {what}: {advice}") from e
     return parse_description(content, file, note)
 
