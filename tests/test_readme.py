@@ -28,7 +28,7 @@ def blocks(language):
 def training_flags():
     """The arguments of each command in the README that trains."""
     commands = re.findall(r"python -m topklm\.main (--config=.*)", README)
-    return [shlex.split(command) for command in commands]
+    return [shlex.split(command, comments=True) for command in commands]
 
 
 def test_the_training_commands_name_real_configs_and_fields(monkeypatch):
