@@ -99,6 +99,24 @@ def test_packed_requests_score_as_alone(lm, model, how):
     assert how != "plain" or greedy[-1]
 
 
+def test_short_requests_are_read_in_short_rows(lm, model, monkeypatch):
+    monkeypatch.setattr(scoring, "_SHORTEST_ROW", 4)
+    shapes = []
+    whole = scoring.make_program(model.config, model.layout, in_float32=True)
+
+    def program(params, given, columns, targets):
+        shapes.append(given.tokens.shape)
+        return whole(params, given, columns, targets)
+
+    rng = np.random.default_rng(1)
+    requests = [Request(rng.integers(0, 256, 3), rng.integers(0, 256, n)) for n in (1, 2, 3, 4) * 9]
+    found = scoring.score(model, requests, program=program)
+    want = [by_hand(lm, request)[0] for request in requests]
+    np.testing.assert_allclose(found.nats, want, rtol=1e-4, atol=1e-3)
+    assert {length for _, length in shapes} == {8}
+    assert {rows for rows, _ in shapes} == {model.rows * LENGTH // 8}
+
+
 def test_neighbours_and_order_change_nothing(model):
     requests = draw(model.separator_id)
     together = scoring.score(model, requests)

@@ -30,6 +30,7 @@ from topklm.model.losses import token_scores
 from topklm.neurons.documents import TextModel, first_fit
 
 _STRETCH_TOKENS = 2**20  # that are put into rows together
+_SHORTEST_ROW = 256  # tokens, where the context is longer: attention in a row takes the square of it
 _FEWEST_PLACES = 16  # P; more are filled up to the next power of four
 
 # Of (parameters, input, columns int32[B, P], targets int32[B, P]): "nats" float32[B, P], negative log
@@ -195,8 +196,10 @@ def _batches(
     sizes: Sequence[int],
     numbers: np.ndarray,
 ) -> Iterable[_Batch]:
-    """Yields these requests in batches of B rows."""
-    length, n_rows = model.config.context_length, model.rows
+    """Yields these requests in batches of B rows, which are no longer than they must be."""
+    longest, context_length = int(max(sizes[number] for number in numbers)), model.config.context_length
+    length = min(context_length, max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()))
+    n_rows = model.rows * (context_length // length)
     rows, n = first_fit([sizes[number] for number in numbers], length)
     members: list[list[int]] = [[] for _ in range(n)]
     for number, row in zip(numbers.tolist(), rows, strict=True):
