@@ -144,3 +144,15 @@ def test_no_tracker_is_the_default():
     assert trackers.find(Config().log.trackers) == {}
     with pytest.raises(UserError):
         trackers.find("x")
+
+
+@pytest.mark.slow
+def test_the_real_wandb_is_given_every_line(trainer, tmp_path):
+    """`pip install wandb`; offline, where it writes a file beside the run."""
+    pytest.importorskip("wandb")
+    settings = {"train.steps": 3, "log.trackers": "wandb", "log.every_steps": 1}
+    process = trainer.start(tmp_path / "run", settings, environment={"WANDB_MODE": "offline"})
+    assert process.finish() == 0, process.errors
+    [made] = (tmp_path / "run").rglob("*.wandb")
+    content = made.read_bytes()
+    assert all(name in content for name in (b"train/loss", b"eval/bits_per_byte", b"d_model"))
