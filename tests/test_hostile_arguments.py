@@ -1,7 +1,6 @@
 """Every verb is given paths and values that nobody means: one line and exit code 2, or the usual."""
 
 import argparse
-import importlib
 import random
 
 import damage
@@ -82,7 +81,7 @@ def parsers():
     for verb in cli.VERBS:
         if verb in ("train", "bench", "compile-check"):
             continue
-        command = importlib.import_module(f"topklm.commands.{verb}")
+        command = cli._module(verb)
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]

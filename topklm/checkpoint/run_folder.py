@@ -8,19 +8,15 @@ import os
 import pathlib
 import socket
 import time
-from typing import Any, TypeAlias
+from typing import Any
 import uuid
 
 from topklm import config as config_lib
 from topklm.checkpoint import reader
-from topklm.checkpoint.reader import FACTS, OPTIMIZER, PARAMS, CheckpointReader, DamagedError
-from topklm.checkpoint.writer import write_checkpoint
-from topklm.data.tokenizer import Tokenizer
+from topklm.checkpoint.reader import FACTS, OPTIMIZER, CheckpointReader, DamagedError
 from topklm.errors import UserError
 from topklm.storage.errors import storage_errors_are_user_errors, store_errors
 from topklm.storage.files import AnyPath, absolute, folder_lock, is_bucket, parse_json, write_atomically
-
-Parameters: TypeAlias = dict[str, Any]  # nested, of arrays
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -146,29 +142,8 @@ def differing_fields(saved: config_lib.Config, asked: config_lib.Config) -> str:
     return "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in differing.items())
 
 
-def describe(folder: AnyPath, config: config_lib.Config, tokenizer: Tokenizer) -> None:
-    """Writes the files that make a run folder self-contained: config and tokenizer."""
-
-    def write_json(name: str, values: dict[str, Any]) -> None:
-        write_atomically(folder / name, (json.dumps(values, indent=2) + "\n").encode())
-
-    write_json(CONFIG_FILE, config.to_dict())
-    write_atomically(folder / TOKENIZER_FILE, tokenizer.to_bytes())
-    if tokenizer.kind == "huggingface":
-        write_json(TOKENIZER_CONFIG_FILE, tokenizer.config(config.model.context_length))
-
-
-def create(
-    folder: AnyPath, config: config_lib.Config, tokenizer: Tokenizer, params: Parameters, step: int
-) -> None:
-    """Writes a run of parameters alone into an empty folder: it can be read, and not be continued."""
-    describe(folder, config, tokenizer)
-    facts = {"config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256}
-    write_checkpoint(absolute(folder / CHECKPOINTS_FOLDER), step, {PARAMS: params}, {FACTS: facts})
-
-
 def holds_parameters_alone(folder: AnyPath) -> bool:
-    """Tells whether the newest checkpoint was written by `create`."""
+    """Tells whether the newest checkpoint has no optimizer, so that the run cannot be continued."""
     steps = complete_steps(folder)
     return bool(steps) and not (folder / CHECKPOINTS_FOLDER / str(steps[-1]) / OPTIMIZER).exists()
 

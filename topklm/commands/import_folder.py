@@ -10,9 +10,9 @@ from topklm.imports import when_used
 from topklm.storage.files import local_path, new_folder
 
 with when_used():
-    from topklm.checkpoint import run_folder
     from topklm.convert import huggingface
     from topklm.data import tokenizer as tokenizer_lib
+    from topklm.inference import load
 
 if TYPE_CHECKING:
     from topklm.convert.huggingface import Model
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     with new_folder(out) as folder:
         given = arguments.tokenizer and tokenizer_lib.open_tokenizer(arguments.tokenizer)
         found = huggingface.read(arguments.folder, tokenizer=given or None)
-        run_folder.create(folder, found.config, found.tokenizer, found.params, found.step)
+        load.create_run(folder, found)
     facts = {
         "run": str(out),
         "step": found.step,

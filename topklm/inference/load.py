@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from typing import Any
 
@@ -15,7 +16,8 @@ import jax
 
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.reader import FACTS, PARAMS, READ_ERRORS, CheckpointReader, describe_damage
-from topklm.config import ModelConfig, from_saved
+from topklm.checkpoint.writer import write_checkpoint
+from topklm.config import Config, ModelConfig, from_saved
 from topklm.convert import huggingface
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
@@ -23,7 +25,7 @@ from topklm.inference.language_model import LanguageModel, dtype_name
 from topklm.layout import Layout, one_device, scans_layers
 from topklm.model import topk, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, absolute, as_path
+from topklm.storage.files import AnyPath, absolute, as_path, write_atomically
 from topklm.storage.gcs import check_usable
 
 
@@ -83,6 +85,26 @@ def load(
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
     loaded = LanguageModel(str(folder), step, config, tokenizer, arrays[PARAMS])
     return loaded if dtype is None else loaded.astype(dtype)
+
+
+def describe_run(folder: AnyPath, config: Config, tokenizer: Tokenizer) -> None:
+    """Writes the files that make a run folder self-contained: config and tokenizer."""
+
+    def write_json(name: str, values: dict[str, Any]) -> None:
+        write_atomically(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+
+    write_json(run_folder.CONFIG_FILE, config.to_dict())
+    write_atomically(folder / run_folder.TOKENIZER_FILE, tokenizer.to_bytes())
+    if tokenizer.kind == "huggingface":
+        write_json(run_folder.TOKENIZER_CONFIG_FILE, tokenizer.config(config.model.context_length))
+
+
+def create_run(folder: AnyPath, model: huggingface.Model) -> None:
+    """Writes a run of parameters alone into an empty folder: it can be read, and not be continued."""
+    describe_run(folder, model.config, model.tokenizer)
+    facts = {"config": model.config.to_dict(), "tokenizer_sha256": model.tokenizer.sha256}
+    checkpoints = absolute(folder / run_folder.CHECKPOINTS_FOLDER)
+    write_checkpoint(checkpoints, model.step, {PARAMS: model.params}, {FACTS: facts})
 
 
 def _for_layout(model: ModelConfig, layout: Layout) -> ModelConfig:

@@ -23,7 +23,7 @@ from topklm.config import Config, ModelConfig, from_saved, warnings
 from topklm.data.building.build import prepare
 from topklm.data.dataset import Mixture
 from topklm.errors import UserError
-from topklm.inference.load import load
+from topklm.inference.load import describe_run, load
 from topklm.layout import Layout, make_layout
 from topklm.model import backends, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
@@ -206,7 +206,7 @@ def _describe(config: Config, folder: AnyPath, mixture: Mixture) -> None:
                 "again once it is deleted"
             )
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
-        run_folder.describe(folder, config, mixture.tokenizer)
+        describe_run(folder, config, mixture.tokenizer)
 
 
 def _check_shared(folder: AnyPath) -> None:
