@@ -410,11 +410,7 @@ def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
-    """Returns a config that a run has saved, also one from before `vocab_multiple` or `layer_stack`.
-
-    Raises:
-        UserError: As `resolve`.
-    """
+    """Resolves a config that a run has saved, also one from before `vocab_multiple` or `layer_stack`."""
     saved = values.get("model") if isinstance(values, Mapping) else None
     if isinstance(saved, Mapping):
         # The former name of `layer_stack`; nothing that was saved depends on it.
@@ -586,11 +582,7 @@ def _nearest(name: Any, names: Mapping[str, Any]) -> str:
 
 
 def _check_ranges(config: Config) -> None:
-    """Checks each field by itself, then those that depend on others.
-
-    Raises:
-        UserError: For the first that is out of range.
-    """
+    """Checks each field, then those that depend on others; UserError for the first that is out of range."""
     flat = flatten(config)
 
     def require(field: str, ok: bool, allowed: str) -> None:

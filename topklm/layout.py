@@ -115,11 +115,7 @@ class Layout:
         return rows
 
     def check(self, config: Config) -> None:
-        """Refuses shapes that the mesh cannot split evenly.
-
-        Raises:
-            UserError: Naming the field.
-        """
+        """Refuses shapes that the mesh cannot split evenly; UserError with the field."""
         model, train, shape = config.model, config.train, self.mesh.shape
         ways = shape["data"] * shape["fsdp"] * train.grad_accumulation
         if train.batch_size % ways:

@@ -10,11 +10,7 @@ from topklm.errors import UserError
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs a benchmark, see `benchmarks.command`.
-
-    Raises:
-        UserError: If the package is not that of a clone.
-    """
+    """Runs a benchmark, see `benchmarks.command`; UserError if the package is not that of a clone."""
     root = Path(topklm.__file__).parents[1]
     if not (root / "benchmarks" / "command.py").is_file():
         raise UserError(

@@ -182,11 +182,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _datasets(name: str) -> tuple[Dataset, ...]:
-    """Opens a dataset, or those of a run's own data, which are prepared again where they are missing.
-
-    Raises:
-        UserError: For a folder of neither.
-    """
+    """Opens a dataset, or a run's, prepared again where missing; UserError for a folder of neither."""
     folder = Path(as_path(name, "DIR"))
     if is_dataset(folder) or not folder.is_dir():
         return (load_dataset(folder),)

@@ -181,11 +181,7 @@ def _print_ranked(
 
 
 def open_run(run: str, step: int | None) -> tuple[NeuronsFolder, Store]:
-    """Opens the activations of a step of a run, or of the newest that has some.
-
-    Raises:
-        UserError: If there are none, or they are damaged.
-    """
+    """Opens the activations of a step of a run, or the newest; UserError if there are none, or damaged."""
     shared.check_on_disk(run)
     path = Path(as_path(run, "RUN"))
     if not path.is_dir():

@@ -61,11 +61,7 @@ LabelOf = Mapping[tuple[int, int], str]  # of (layer, neuron)
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """Reads numbers of layers: (0, 2) of "0,2"; whether a model has them is for the caller to check.
-
-    Raises:
-        UserError: For another form.
-    """
+    """Reads numbers of layers: (0, 2) of "0,2"; UserError for another form. The model is not asked."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{1,9}", part) for part in parts):
         raise UserError(field="--layers", value=text, allowed="numbers with commas between, e.g. 0,1,2")
@@ -351,22 +347,14 @@ def check_keep(config: ModelConfig, keep: int | None) -> None:
 
 
 def print_versions() -> None:
-    """Prints topklm, the libraries that decide what it computes, and the devices, a line each.
-
-    Raises:
-        UserError: If JAX cannot be imported.
-    """
+    """Prints topklm, the libraries that decide what it computes, and the devices, a line each."""
     for package, version in versions("topklm", "jax", "jaxlib", "flax").items():
         print(f"{package} {version}", flush=True)
     print(f"devices: {local_layout().describe_devices()}")
 
 
 def import_jax() -> ModuleType:
-    """Imports JAX.
-
-    Raises:
-        UserError: If that cannot be.
-    """
+    """Imports JAX; UserError if that cannot be."""
     try:
         return importlib.import_module("jax")
     except ImportError as e:
@@ -432,11 +420,7 @@ def labels_of(model: "LanguageModel") -> LabelOf:
 
 
 def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "Store":
-    """Opens the activations of a checkpoint.
-
-    Raises:
-        UserError: If there are none, or those of another checkpoint, or another model if one is given.
-    """
+    """Opens a checkpoint's activations; UserError if there are none, or of another checkpoint or `model`."""
     from topklm.neurons.store import Store  # noqa: PLC0415 - imports TensorStore
 
     store = Store.of_step(folder)
@@ -451,11 +435,7 @@ def open_store(folder: NeuronsFolder, model: "LanguageModel | None" = None) -> "
 
 
 def neurons(text: str | None) -> list[tuple[int, int]] | None:
-    """Reads --neurons, layers and neurons with commas between; None, as of "all", stands for all.
-
-    Raises:
-        UserError: For another form.
-    """
+    """Reads --neurons, layers and neurons with commas between; None, as of "all", stands for all."""
     if text is None or text == "all":
         return None
     try:
@@ -466,11 +446,7 @@ def neurons(text: str | None) -> list[tuple[int, int]] | None:
 
 
 def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
-    """Returns layer and neuron: (3, 117) of "3:117"; whether a model has it is for the caller to check.
-
-    Raises:
-        UserError: For another form.
-    """
+    """Returns (3, 117) of "3:117"; UserError for another form. Whether a model has it is not checked."""
     try:
         return neuron_of(text)
     except ArgumentError as e:
@@ -478,11 +454,7 @@ def neuron(text: str, flag: str = "--neuron") -> tuple[int, int]:
 
 
 def interventions(arguments: argparse.Namespace, model: "LanguageModel") -> Sequence[Intervention] | None:
-    """Reads the interventions of --steer and --steer-file; None for none.
-
-    Raises:
-        UserError: For what is no intervention, or does not fit the model.
-    """
+    """Reads --steer and --steer-file, None for none; UserError for anything that does not fit the model."""
     given = [_steered(text, arguments.steer_mode, model) for text in arguments.steer or ()]
     if arguments.steer_file is not None:
         given += load_interventions(arguments.steer_file, model.cfg)

@@ -297,11 +297,7 @@ def _is_a_later_part(computation: Computation, instruction: Instruction) -> bool
 
 
 def _groups(instruction: Instruction, n_partitions: int) -> tuple[Groups, int]:
-    """Reads the groups of devices that take part together, and their size.
-
-    Raises:
-        ValueError: For a notation that is not known.
-    """
+    """Reads the groups of devices that take part together, and their size; ValueError for other notations."""
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})?\}", text):
         moves = [(a, b) for a, b in _braces(pairs[1] or "") if a != b]

@@ -216,11 +216,7 @@ def reading(name: str, runs: Runs, unread: Unread | None) -> Iterator[None]:
 
 
 def parse(text: str) -> Program:
-    """Reads `compiled.as_text()` of `jax.jit(...).lower(...).compile()`, of any backend.
-
-    Raises:
-        ValueError: If it holds no entry computation.
-    """
+    """Reads `as_text()` of a compiled JAX program of any backend; ValueError without an entry computation."""
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     instructions: dict[str, Instruction] = {}

@@ -54,11 +54,7 @@ def find() -> ClusterProcess | None:
 
 
 def seconds(name: str, default: float) -> float:
-    """Returns the number of seconds in the environment variable `name`, or the default.
-
-    Raises:
-        UserError: If it is not a number above 0.
-    """
+    """Returns the seconds in an environment variable, or the default; UserError if they are not above 0."""
     text = os.environ.get(name, str(default))
     try:
         value = float(text)

@@ -55,11 +55,7 @@ class LiveModel:
         return self._metadata.context_length - 1
 
     def ids(self, text: str, name: str = "text") -> np.ndarray:
-        """Returns the tokens of a text that was typed into the field of a name, int32[T].
-
-        Raises:
-            UserError: If it is empty or too long, or the model cannot be loaded.
-        """
+        """Returns the tokens of typed text, int32[T]; UserError if empty, too long, or without a model."""
         # JSON may hold halves of surrogate pairs, which are no text.
         text = text.encode("utf-8", "replace").decode()
         if not text.strip():
@@ -111,11 +107,7 @@ class LiveModel:
         max_new_tokens: int,
         interventions: Sequence[Sequence[Intervention]],
     ) -> Generation:
-        """Starts sequences with one prompt, int[T] after a separator, each with its own interventions.
-
-        Raises:
-            UserError: For what the model cannot do.
-        """
+        """Starts sequences of one prompt, int[T] after a separator, each with its own interventions."""
         if any(interventions):
             check_coordinates(self._metadata.dictionary, "steering")
         config, separator, n = self.model.config.model, self.model.tokenizer.separator_id, len(interventions)

@@ -71,11 +71,7 @@ class _Column:
 
 
 class NeuronData:
-    """Opens a checkpoint's store and statistics.
-
-    Raises:
-        UserError: If they are missing, damaged, or not of one another.
-    """
+    """Opens a checkpoint's store and statistics; UserError if missing, damaged, or not of one another."""
 
     def __init__(self, folder: NeuronsFolder):
         self.folder = folder
@@ -119,20 +115,12 @@ class NeuronData:
         return table.readable_first(self.rows)
 
     def named(self) -> dict[tuple[int, int], str]:
-        """Returns the labels of neurons that there are, by layer and number.
-
-        Raises:
-            UserError: If the file of labels is damaged.
-        """
+        """Returns labels of neurons that there are, by layer and number; UserError for a damaged file."""
         layers, d = self.measured.layers, self.measured.d_model
         return {at: text for at, text in self.labels.all().items() if at[0] in layers and at[1] < d}
 
     def number(self, layer: int, neuron: int) -> int:
-        """Returns which row a neuron has.
-
-        Raises:
-            UserError: If there is no such neuron.
-        """
+        """Returns which row a neuron has; UserError if there is no such neuron."""
         layers, d = self.measured.layers, self.measured.d_model
         if layer not in layers:
             raise NotThereError(f"layer {layer}: must be one of {', '.join(map(str, layers))}")

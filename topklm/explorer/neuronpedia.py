@@ -266,11 +266,7 @@ class _Rows:
         }
 
     def _activations(self, rows: Mapping[int, Row]) -> Iterator[Row]:
-        """Yields the examples of the neurons, those of one in the table's order.
-
-        Raises:
-            UserError: If an example is not in the store as the table has it.
-        """
+        """Yields the neurons' examples in the table's order; UserError if the store does not hold one."""
         positions = [at for row in rows.values() for at in row["examples"] or []]
         windows = iter(_example_windows(self._source.store, np.array(positions, np.int64)))
         for number in self._source.reading_ahead(rows):

@@ -94,11 +94,7 @@ class Run:
         return Metrics({name: [line.get(name) for line in lines] for name in names})
 
     def documents(self, split: str = "heldout") -> Iterator[str]:
-        """Yields the text of each document of a split of the run's data, "heldout" or "train".
-
-        Raises:
-            UserError: If the data are gone, and cannot be prepared again.
-        """
+        """Yields texts of the run's split, "heldout" or "train"; UserError if the data are gone."""
         if split not in SPLITS:
             raise ArgumentError(field="split", value=split, allowed=f"one of {', '.join(SPLITS)}")
         for ids in documents.open_documents(self._tokenizer, self.config.data, None, split):
@@ -150,11 +146,7 @@ class Run:
         return Columns(columns, ["layer", "neuron", "label", "input_tokens", *first])
 
     def neuron(self, layer: int | str | tuple[int, int], neuron: int | None = None) -> "Neuron":
-        """Returns one neuron: `run.neuron(2, 106)` or `run.neuron("2:106")`.
-
-        Raises:
-            UserError: If there is no such neuron, or neurons are not measured.
-        """
+        """Returns `run.neuron(2, 106)` or `run.neuron("2:106")`; UserError if there is none measured."""
         place = neuron_of((layer, neuron) if neuron is not None else layer)
         self._source.number(*place)
         return Neuron(self._source, *place)

@@ -138,11 +138,7 @@ def select(source: NeuronData, asked: Asked, labels: LabelOf) -> np.ndarray:
 
 
 def table(source: NeuronData, asked: Asked) -> dict[str, Any]:
-    """Returns a page of neurons.
-
-    Raises:
-        UserError: For a page that is not there.
-    """
+    """Returns a page of neurons; UserError for a page that is not there."""
     labels = source.named()
     found = select(source, asked, labels)
     n_pages = max(1, math.ceil(len(found) / PAGE))

@@ -41,11 +41,7 @@ async def run_limited(turn: anyio.CapacityLimiter, function: Callable[..., Any],
 
 @contextlib.asynccontextmanager
 async def taken(turn: anyio.CapacityLimiter) -> AsyncIterator[None]:
-    """Has a turn inside the block.
-
-    Raises:
-        BusyError: If too many wait already, or it does not come in time.
-    """
+    """Has a turn inside the block; BusyError if too many wait already, or it does not come in time."""
     check_not_busy(turn)
     try:
         with anyio.fail_after(_WAITING_SECONDS):
@@ -107,11 +103,7 @@ def number(request: Request, name: str) -> int:
 
 
 def redirect_with(path: str, values: Mapping[str, str], anchor: str = "") -> Response:
-    """Redirects to a page whose link holds the typed fields, so that it can be reloaded and sent on.
-
-    Raises:
-        UserError: If that is too long for a link; the first field is then named.
-    """
+    """Redirects to a page whose link holds the typed fields; UserError if that is too long."""
     address = f"{path}?{urlencode(values, errors='replace')}{anchor}"
     if len(address) > _LONGEST_LINK:
         name, text = next(iter(values.items()))

@@ -222,11 +222,7 @@ class Strengths:
 
 
 def box(source: NeuronData, layer: int, neuron: int) -> dict[str, Any]:
-    """Returns the choices of a neuron's box, and the settings that it begins with.
-
-    Raises:
-        UserError: If there is no such neuron.
-    """
+    """Returns a neuron's box and the settings it begins with; UserError if there is no such neuron."""
     number = source.number(layer, neuron)
     row = source.row(number, ["max_activation", "mean_activation"])
     strengths = Strengths.of(row["max_activation"] or _usual(source, layer), row["mean_activation"])

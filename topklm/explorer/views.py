@@ -98,11 +98,7 @@ def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> 
 
 
 def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
-    """Returns the neuron on a text of one's own.
-
-    Raises:
-        UserError: If there is no such neuron, or the text is empty or too long.
-    """
+    """Returns the neuron on a text of one's own; UserError if that is empty or too long."""
     source.number(layer, neuron)
     ids = reader.ids(text)
     values = reader.activations(ids, layer, neuron).tolist()

@@ -154,11 +154,7 @@ _NEURON = re.compile(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*")
 
 
 def neuron_of(name: Any, field: str = "neuron") -> tuple[int, int]:
-    """Returns layer and neuron of (2, 106) or "2:106"; whether a model has them is for the caller to check.
-
-    Raises:
-        ArgumentError: For anything else, as one of the field.
-    """
+    """Returns layer and neuron of (2, 106) or "2:106"; ArgumentError for another form. No model is asked."""
     if isinstance(name, str) and (found := _NEURON.fullmatch(name)):
         return int(found[1]), int(found[2])
     if isinstance(name, tuple) and len(name) == 2:

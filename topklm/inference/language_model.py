@@ -437,11 +437,7 @@ class LanguageModel:
         return config, InterventionBatch.of(config, steer, steer_mode, n_rows)
 
     def largest_activation(self, layer: int, neuron: int) -> float:
-        """Gives a neuron's largest activation in the text that was harvested: "1x" as a value of `steer`.
-
-        Raises:
-            UserError: If nothing was harvested of this checkpoint, or the neuron is active nowhere there.
-        """
+        """Gives a neuron's largest harvested activation, "1x" of `steer`; UserError if there is none."""
         return self._harvested.largest_activation(layer, neuron)
 
     @functools.cached_property

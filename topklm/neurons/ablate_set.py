@@ -197,11 +197,7 @@ def halves(n_documents: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def strongest(
     candidates: Sequence[ContrastedNeuron], n_neurons: int, by: str = "difference"
 ) -> tuple[Neuron, ...]:
-    """Returns the neurons of all layers that are most typical of the positive text; `by` as in `ranked`.
-
-    Raises:
-        ValueError: If fewer are more frequent in the positive text.
-    """
+    """Returns the most typical neurons, `by` as in `ranked`; ValueError if fewer are more frequent there."""
     more = [candidate for candidate in candidates if candidate.difference > 0]
     more.sort(key=lambda candidate: (-getattr(candidate, by), candidate.layer, candidate.neuron))
     if not 1 <= n_neurons <= len(more):

@@ -123,11 +123,7 @@ def make_text(
     draws: int,
     seed: int = 0,
 ) -> CardText:
-    """Makes the text of documents, whose tokens fall into clusters int[V].
-
-    Raises:
-        UserError: If there is too little of it for an interval.
-    """
+    """Makes the text of documents, clusters int[V]; UserError if there is too little for an interval."""
     lengths = [len(ids) for ids in documents]
     n = sum(lengths) - len(lengths)
     if n < LEAST_TOKENS or len(documents) < LEAST_DOCUMENTS:

@@ -70,11 +70,7 @@ class Columns:
         return self[np.concatenate([order, np.flatnonzero(missing)])]
 
     def to_pandas(self) -> Any:
-        """Returns a pandas.DataFrame.
-
-        Raises:
-            UserError: If pandas is not installed.
-        """
+        """Returns a pandas.DataFrame; UserError if pandas is not installed."""
         try:
             import pandas  # noqa: PLC0415 - not every user has it
         except ImportError as e:

@@ -22,11 +22,7 @@ class BestNeuron:
 
 
 def best_neurons(store: Store, matched: np.ndarray, seed: int = 0) -> list[BestNeuron]:
-    """Finds the best neuron of each layer for matched tokens, bool[N]; a layer without any is left out.
-
-    Raises:
-        UserError: If the store holds one document.
-    """
+    """Finds each layer's best neuron for matched tokens, bool[N], if any; UserError for a single document."""
     bounds = store.document_bounds()
     if len(bounds) < 3:
         raise UserError(f"{store.folder} holds one document: neurons are chosen on some; harvest more text")

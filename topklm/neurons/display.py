@@ -73,11 +73,7 @@ class ActiveNeurons(Sequence[list[Activation]]):
         return [Activation(layer, neuron, value) for neuron, value in pairs if value]
 
     def neuron(self, layer: int, neuron: int) -> "NeuronOnText":
-        """Returns one neuron from token to token.
-
-        Raises:
-            ValueError: If there is no such layer or neuron.
-        """
+        """Returns one neuron from token to token; ValueError if there is no such layer or neuron."""
         if not 0 <= layer < len(self.values):
             allowed = f"from 0 to {len(self.values) - 1}" if len(self.values) else "none: no layer has TopK"
             raise ValueError(f"layer = {layer}: must be a TopK layer, {allowed}")

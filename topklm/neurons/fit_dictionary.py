@@ -124,11 +124,7 @@ def fit(
 
 
 def load_fitting(path: Path, kind: str, keep: int, n_tokens: int) -> Dictionary | None:
-    """Returns the dictionary that a harvest goes on with; None where there is none yet.
-
-    Raises:
-        UserError: If the one there was made in another way than is asked for now.
-    """
+    """Returns the dictionary a harvest goes on with, or None; UserError if it was made in another way."""
     if not path.exists():
         return None
     there = Dictionary.load(path)

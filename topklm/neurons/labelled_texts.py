@@ -61,11 +61,7 @@ class Located:
 
 
 def topics(seed: int = 0) -> LabelledTexts:
-    """Returns the quickstart's articles with their topics, at most 160 of each.
-
-    Raises:
-        UserError: If its package is not installed.
-    """
+    """Returns the quickstart's articles with topics, at most 160 of each; UserError without its package."""
     file = sources.find(["quickstart"], flag="--labels")[0]
     with disk_errors_are_user_errors(f"reading {file.url}"):
         articles = parse_json(Path(file.url).read_bytes()).values()
@@ -84,11 +80,7 @@ def topics(seed: int = 0) -> LabelledTexts:
 
 
 def of_json_lines(path: Path, seed: int = 0) -> LabelledTexts:
-    """Reads a line for each text, {"text": ..., "label": ...}.
-
-    Raises:
-        UserError: For a file that cannot be read, or a line that is something else.
-    """
+    """Reads lines {"text": ..., "label": ...}; UserError for anything else, or an unreadable file."""
     rows = []
     for number, line in enumerate(lines(path, "--labels"), 1):
         if not line.strip():

@@ -165,11 +165,7 @@ class Labels:
 
 
 def read_export(content: str) -> list[tuple[Neuron, Note]]:
-    """Reads labels as `as_json` or `as_csv` writes them; comment and by may be missing.
-
-    Raises:
-        UserError: For anything else, with its line or entry.
-    """
+    """Reads labels of `as_json` or `as_csv`, comment and by optional; UserError with the line or entry."""
     try:
         if content.lstrip("\ufeff \r\n\t").startswith("{"):
             notes = _parse(content.lstrip("\ufeff").encode())

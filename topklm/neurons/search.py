@@ -372,11 +372,7 @@ def count_active(store: Store, matched: np.ndarray) -> np.ndarray:
 def neurons_of_text(
     found: ActiveNeurons, layers: Sequence[int] | None = None
 ) -> list[dict[int, list[Activation]]]:
-    """Returns the active neurons of each token by layer, of all or of some, the strongest first.
-
-    Raises:
-        UserError: For a layer without TopK.
-    """
+    """Returns each token's active neurons by layer, strongest first; UserError for a layer without TopK."""
     there = range(len(found.values))
     if not there:
         raise UserError("no layer of this model has TopK: its neurons are found in a store, by --regex")

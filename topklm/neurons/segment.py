@@ -154,11 +154,7 @@ def write(folder: Path, segment: Segment, store: str, part: int, number: int, be
 
 
 def read_facts(folder: Path, advice: str, sealed: bool) -> Facts:
-    """Reads the facts of a segment; unless of format 1, they are sealed by a digest.
-
-    Raises:
-        UserError: If they are missing or damaged; `advice` ends the message.
-    """
+    """Reads a segment's facts, sealed unless of format 1; UserError, which ends in `advice`, if damaged."""
     with damage_is_a_user_error(folder, advice, TypeError):
         facts = Facts(**read_json(folder / _FACTS, advice, sealed=sealed))
         counts = (facts.n_tokens, facts.n_events, facts.first_document, facts.last_document)

@@ -197,11 +197,7 @@ class Store:
 
     @classmethod
     def of_step(cls, folder: NeuronsFolder) -> "Store":
-        """Opens the activations of a checkpoint.
-
-        Raises:
-            UserError: If there are none, or they are damaged, or of another checkpoint.
-        """
+        """Opens a checkpoint's activations; UserError if there are none, damaged, or of another one."""
         run, step = folder.run, folder.step
         if not folder.store.exists():
             text = f"{run} has no activations of step {step}: run topklm neurons harvest {run} --step {step}"
@@ -236,11 +232,7 @@ class Store:
         return self.block(layer, neuron, neuron + 1)
 
     def largest_activation(self, layer: int, neuron: int) -> float:
-        """Returns a neuron's largest activation, by magnitude; arguments and errors as of `block`.
-
-        Raises:
-            UserError: Of a neuron that is never active, too.
-        """
+        """Returns a neuron's largest activation by magnitude; errors of `block`, and of one never active."""
         values = self.neuron(layer, neuron).values
         if not len(values):
             text = f"is active at none of the {self.n_tokens:,} tokens harvested, so there is no 1x"
@@ -248,11 +240,7 @@ class Store:
         return float(np.abs(values).max())
 
     def block(self, layer: int, begin: int, end: int) -> NeuronBlock:
-        """Reads all events of a layer's neurons from `begin` to `end` - 1; memory grows with their number.
-
-        Raises:
-            UserError: If there are no such neurons.
-        """
+        """Reads the events of neurons `begin` to `end` - 1 of a layer; UserError if there are none such."""
         first, stop = self._number(layer, begin), self._number(layer, end - 1) + 1
         reading = [segment.start_reading(first, stop) for segment in self.segments]
         counts = np.zeros((len(self.segments), end - begin), np.int64)

@@ -66,11 +66,7 @@ def of_tokens(name: str, source: str, token_ids: Sequence[int], tokenizer: Token
 
 
 def of_regex(regex: str, flag: str = "--concept-regex") -> Concept:
-    """Matches of a regular expression, whatever their case; errors name it as the flag does.
-
-    Raises:
-        UserError: If it is none.
-    """
+    """Returns matches of a regular expression in any case; UserError if it is none, named as by the flag."""
     try:
         pattern = re.compile(regex, re.IGNORECASE)
     except re.error as e:
@@ -79,11 +75,7 @@ def of_regex(regex: str, flag: str = "--concept-regex") -> Concept:
 
 
 def of_words(words: Sequence[str]) -> Concept:
-    """Returns whole words, in any case.
-
-    Raises:
-        UserError: If there are none.
-    """
+    """Returns whole words, in any case; UserError if there are none."""
     kept = sorted({word.strip() for word in words if word.strip()})
     if not kept:
         raise UserError("--concept-words: holds no word; give words with commas between, or a file of them")

@@ -46,11 +46,7 @@ class TowardNeuron:
 
 
 def pattern_tokens(store: Store, matches: Matches, vocab_size: int) -> np.ndarray:
-    """Returns the tokens that begin a match at half of their places or more, int32[n], most matches first.
-
-    Raises:
-        UserError: If there are none.
-    """
+    """Returns tokens that begin a match at half their places or more, int32[n]; UserError for none."""
     ids = store.tokens(0, store.n_tokens).astype(np.int64)
     goes_on = np.roll(matches.touched & ~matches.ends, 1)
     goes_on[store.document_bounds()[:-1]] = False

@@ -135,11 +135,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside a local path, which is renamed to it after the block; all is there, or nothing.
-
-    Raises:
-        UserError: If the path exists, other than as an empty folder, or cannot be written.
-    """
+    """Yields a folder renamed to `path` after the block, all or nothing; UserError if something is there."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise UserError(f"{path} exists: give a folder that is to be made, or delete it first")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -237,11 +233,7 @@ DIGEST = "sha256"  # the field of a JSON object that holds that of the others
 
 
 def parse_json(content: str | bytes, kind: type = dict) -> Any:
-    """Parses JSON that must hold a value of `kind`.
-
-    Raises:
-        ValueError: If it does not parse, is nested too deeply to be parsed, or holds another kind.
-    """
+    """Parses JSON that must hold a `kind`; ValueError if it does not parse, nests too deeply, or does not."""
     try:
         value = json.loads(content)
     except RecursionError as e:

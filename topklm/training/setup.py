@@ -59,11 +59,7 @@ class PreparedRun:
         }
 
     def check_facts(self, step: int, facts: Mapping[str, Any]) -> None:
-        """Refuses the checkpoint of a step if its config, tokenizer or data are not this run's.
-
-        Raises:
-            UserError: Naming what differs.
-        """
+        """Refuses a checkpoint, naming what differs, if config, tokenizer or data are not this run's."""
         run_folder.check_same_config(self.folder, from_saved(facts["config"]), self.config)
         if facts["tokenizer_sha256"] != self.mixture.tokenizer.sha256:
             raise UserError(

@@ -39,11 +39,7 @@ Factory = Callable[[str, Mapping[str, Any]], Tracker]
 
 
 def find(names: str) -> dict[str, Factory]:
-    """Returns what makes the trackers of a list with commas between, such as "wandb,mine:track".
-
-    Raises:
-        UserError: For a name that is not known, and a function that is not there.
-    """
+    """Returns what makes the trackers of a list such as "wandb,mine:track"; UserError for one unknown."""
     asked = [name.strip() for name in names.split(",") if name.strip()]
     return {name: _factory(name, names) for name in asked}
 

@@ -23,13 +23,7 @@ _BLOCK_CELLS = 2**22  # neurons x vocabulary
 
 
 def measure(path: Path, inputs: Inputs, without: Collection[str] = ()) -> None:
-    """Measures all neurons of a store, and writes the table.
-
-    Statistics that need one of the inputs named in `without` are left for `extend`.
-
-    Raises:
-        UserError: If the store is empty or damaged, or of another dictionary.
-    """
+    """Measures a store's neurons and writes the table; inputs named in `without` are left for `extend`."""
     _check(inputs)
     wanted = [one for one in catalog.STATISTICS if not {*one.needs} & {*without}]
     table.write(path, _compute(inputs, wanted), _described(inputs))

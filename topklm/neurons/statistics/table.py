@@ -92,11 +92,7 @@ def write(path: Path, rows: pa.Table, measured: TableMetadata) -> None:
 
 
 def read(path: Path) -> tuple[pa.Table, TableMetadata]:
-    """Reads a table: all columns of `catalog.schema`, those that it lacks as null.
-
-    Raises:
-        UserError: If it is missing, damaged, or of another format.
-    """
+    """Reads a table, all of `catalog.schema`, null where it lacks them; UserError if missing or damaged."""
     rows, measured = read_stored(path)
     with damage_is_a_user_error(path, _AGAIN, pa.ArrowException):
         for field in catalog.schema():
