@@ -176,16 +176,11 @@ def may_pass(error: BaseException) -> bool:
 
 
 def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> int:
-    """Runs a command to its exit code, and says in one line why it is not 0.
+    """Runs a command once to its exit code, and says in one line why it is not 0.
 
-    Args:
-        command: Is run once.
-        on_storage: The exit code where storage failed in a way that may pass. A launcher starts a trainer
-            again at 75, and not at 2.
-
-    Returns:
-        0; 2 for a mistake of the user, and for what the system refuses; 130 for Ctrl-C; 141 if nobody reads
-        what is the command's whole work.
+    It is 2 for a mistake of the user, and for what the system refuses; `on_storage` where storage failed in a
+    way that may pass (a launcher starts a trainer again at 75); 130 for Ctrl-C; 141 if nobody reads its whole
+    work.
     """
     try:
         command()

@@ -14,11 +14,7 @@ VERSION = "0.1.0"  # of topklm
 
 
 def optional_module(name: str, extra: str, flag: str) -> ModuleType:
-    """Imports a package that not every user needs.
-
-    Raises:
-        UserError: If it is not installed, with the user's `flag` and the extra of topklm that installs it.
-    """
+    """Imports a package not all users need; UserError with the extra that installs it, and their `flag`."""
     try:
         return importlib.import_module(name)
     except ImportError as e:

@@ -140,8 +140,7 @@ class Layout:
     def check_split(self, parameters: Any) -> None:
         """Refuses a mesh over which parameters stay whole that it is there to split.
 
-        Raises:
-            UserError: If more than `MAX_REPLICATED_SHARE` of the bytes are repeated along fsdp or tensor.
+        UserError if more than `MAX_REPLICATED_SHARE` of the bytes are repeated along fsdp or tensor.
         """
         rows = self.describe_parameters(parameters)
         replicated = [row for row in rows if not row.is_split]
@@ -158,10 +157,8 @@ class Layout:
     def specs(self, tree: Any) -> Any:
         """Returns the `PartitionSpec` of every leaf of parameters, or of a tree that contains parameters.
 
-        Leaves are arrays or ShapeDtypeStructs; scalars are replicated.
-
-        Raises:
-            KeyError: For an array that no rule names.
+        Leaves are arrays or ShapeDtypeStructs; scalars are replicated. KeyError for an array that no rule
+        names.
         """
         return jax.tree_util.tree_map_with_path(self._spec, tree)
 
@@ -194,15 +191,9 @@ class Layout:
     def put_batch(
         self, batch: Mapping[str, Any], batch_size: int, rows: slice | np.ndarray = slice(None)
     ) -> dict[str, jax.Array]:
-        """Starts the transfer of a batch, to which every process gives its own rows.
+        """Starts the transfer of a batch [R, T], each process's own rows, as [B, T] laid out as `self.batch`.
 
-        Args:
-            batch: Arrays [R, T].
-            batch_size: B, rows of the whole batch.
-            rows: Where `process_rows` are in `batch`, which by default holds just those.
-
-        Returns:
-            Global arrays [B, T], laid out as `self.batch`.
+        `rows` says where `process_rows` are in `batch`, which by default holds just those.
         """
         local = {name: np.asarray(array)[rows] for name, array in batch.items()}
         shapes = {name: (batch_size, *array.shape[1:]) for name, array in local.items()}
@@ -278,10 +269,8 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     """Arranges devices as a mesh; an axis of -1 takes the devices that are left.
 
     Neighbours along the later axes are neighbours in the machine. Where the devices are several slices of
-    TPUs, whose links to each other are slower, only `data` spans slices.
-
-    Raises:
-        UserError: If the axes do not multiply to the number of devices, or `data` does not to the slices.
+    TPUs, whose links to each other are slower, only `data` spans slices. UserError if axes do not multiply to
+    the devices, or `data` not to the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]

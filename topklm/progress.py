@@ -26,14 +26,9 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Report]:
-        """Begins one long piece of work.
+        """Begins one long piece of work of `total` units, such as bytes; 0 where nobody knows.
 
-        Args:
-            name: For example "encoding".
-            total: Units of it, such as bytes; 0 where nobody knows.
-
-        Yields:
-            A function that is told of (units, documents, tokens) done since the last time.
+        Yields a function that is told of (units, documents, tokens) done since the last time.
         """
         yield lambda units, documents, tokens: None
 

@@ -31,17 +31,12 @@ _PIECE = 2**15  # elements of an array at a time, so that NumPy's temporaries st
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Computes the checksum of every array, mod 2^32: the sum of mix(bits XOR index * INDEX_STRIDE).
+    """Computes checksums of arrays by dotted name: the sum of mix(bits XOR index * INDEX_STRIDE), mod 2^32.
 
-    The sum is over the elements, the index that in the whole array, row by row; from 2^32 elements on it
-    starts again, and then a swap of two elements that far apart goes unnoticed. `mix` is a bijection, so one
-    changed element always shows. Every process of the mesh must call it.
-
-    Args:
-        tree: Nested dict of arrays whose elements have 1, 2 or 4 bytes, all on one device or one mesh.
-
-    Returns:
-        By name, as "params.blocks.mlp.up.kernel".
+    The sum is over the elements, of 1, 2 or 4 bytes, the index that in the whole array, row by row; from 2^32
+    elements on it starts again, and then a swap of two elements that far apart goes unnoticed. `mix` is a
+    bijection, so one changed element always shows. Arrays lie on one device or one mesh, every process of
+    which must call it.
     """
     arrays = by_name(tree)
     if not all(map(_is_in_host_memory, arrays.values())):

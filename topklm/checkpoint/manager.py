@@ -106,15 +106,9 @@ class CheckpointManager:
     def save(self, state: Any, data_state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Starts saving; a step that is already saved is left as it is.
 
-        A failure of the storage is told to `say`, and `due` and `wait` see to another attempt.
-
-        Args:
-            state: The training state; the next step may be given its buffers once this returns.
-            data_state: JSON-able state of the data iterator after exactly `state.step` batches.
-            facts: JSON-able: config, tokenizer sha256, tokens seen, seconds trained, versions.
-
-        Raises:
-            UserError: If nothing could be written for as long as patience lasts.
+        `data_state` is the data iterator's after exactly `state.step` batches, `facts` go with it, both
+        JSON-able; the buffers of `state` are free once this returns. A failure of the storage is told to
+        `say`, and `due` and `wait` see to another attempt; UserError once patience has ended.
         """
         trees = _items(state)
         step = int(trees[OPTIMIZER]["step"])

@@ -128,11 +128,8 @@ class CheckpointReader:
     def read(self, targets: Mapping[str, Any]) -> dict[str, Any]:
         """Reads arrays, each process only those parts that its devices hold.
 
-        Args:
-            targets: Nested dicts of `jax.ShapeDtypeStruct` with shardings, by item.
-
-        Raises:
-            UserError: If the checkpoint holds other arrays than `targets` asks for; it names each of them.
+        `targets` are nested dicts of `jax.ShapeDtypeStruct` with shardings, by item. UserError, naming each
+        array, if the checkpoint holds others than these.
         """
         for item, target in targets.items():
             if problems := _mismatches(self.shapes[item], target):
@@ -183,16 +180,9 @@ def _mismatches(saved: Any, wanted: Any) -> list[str]:
 
 
 def open_arrays(folder: epath.Path) -> dict[str, ts.TensorStore]:
-    """Opens every array of an Orbax item (OCDBT, Zarr); none is read.
+    """Opens every array of an Orbax item (OCDBT, Zarr) in an absolute folder, by dotted name; none is read.
 
-    Args:
-        folder: The item's folder, absolute, on a disk or in a bucket.
-
-    Returns:
-        Dotted names, such as blocks.mlp.up.kernel, to arrays, which know their shape and dtype.
-
-    Raises:
-        ValueError: If what is stored is missing or damaged.
+    ValueError if what is stored is missing or damaged.
     """
     context = ts.Context(_CONTEXT)
     index = ts.KvStore.open(_kvstore(folder), context=context).result()
@@ -205,17 +195,12 @@ def open_arrays(folder: epath.Path) -> dict[str, ts.TensorStore]:
 
 
 def read_arrays(stores: Mapping[str, ts.TensorStore], target: Any) -> Any:
-    """Reads arrays onto devices, whatever devices they were saved from.
+    """Reads arrays of `open_arrays` onto devices, whatever devices they were saved from.
 
-    Host memory at its peak: the arrays that stay there, and on top a sixteenth of all, 32 MiB or two chunks,
-    whichever is most. On the CPU an array is the very memory that was read into.
-
-    Args:
-        stores: From `open_arrays`.
-        target: Nested dict of `jax.ShapeDtypeStruct` with shardings; shapes and dtypes as saved.
-
-    Raises:
-        ValueError: If what is stored is missing, damaged, or of another shape or dtype.
+    `target` is a nested dict of `jax.ShapeDtypeStruct` with shardings; ValueError if what is stored is
+    missing, damaged, or of another shape or dtype. Host memory at its peak: the arrays that stay there, and
+    on top a sixteenth of all, 32 MiB or two chunks, whichever is most. On the CPU an array is the very memory
+    that was read into.
     """
     leaves = checksums.by_name(target)
     sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in leaves.items()}

@@ -159,11 +159,7 @@ def write_marker(folder: AnyPath) -> str:
 
 
 def check_marker(folder: AnyPath, name: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
-    """Waits until this process sees the file of `write_marker`.
-
-    Raises:
-        UserError: If it does not: then the folder is not shared by all hosts, and checkpoints would be torn.
-    """
+    """Waits for the file of `write_marker`; UserError if it does not come: hosts do not share the folder."""
     deadline = time.monotonic() + patience_seconds
     with storage_errors_are_user_errors(f"reading the run folder {folder}", folder):
         while not (folder / name).exists():

@@ -83,11 +83,7 @@ class CheckpointWriter:
             raise TimeoutError(f"not done after {timeout_s:g} s") from e
 
     def commit(self, values: Mapping[str, Any]) -> None:
-        """Makes the checkpoint complete, once all processes have finished their parts.
-
-        Args:
-            values: JSON-able values, by item.
-        """
+        """Makes the checkpoint complete, with JSON-able values by item, once all processes have finished."""
         for item in self._items:
             self._handler.finalize(self._orbax_folder(item))
         values = {**values, FACTS: {**values[FACTS], FORMAT: HAS_RECORD}}
@@ -141,14 +137,10 @@ def write_checkpoint(
 
 
 def remove_old(checkpoints: epath.Path, keep: int | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints, and what was left half-written or half-removed.
+    """Removes all but the newest `keep` (None: all) checkpoints, and what is half-written or half-removed.
 
-    Args:
-        checkpoints: The folder of checkpoints; nothing may be written into it meanwhile.
-        keep: By default all that are complete.
-
-    Raises:
-        OSError: The first that came, after all removals have been tried.
+    Nothing may be written into the folder meanwhile. OSError: the first that came, after all removals have
+    been tried.
     """
     kept = {str(step) for step in complete_steps(checkpoints)[-(keep or 0) :]}
     failures = []

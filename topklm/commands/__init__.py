@@ -46,17 +46,9 @@ def with_json(argv: Sequence[str], takes_file: bool = True) -> list[str]:
 
 
 def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line of a verb; flags of a config are in `config_flags` of what it returns.
+    """Reads the words after a verb's name; flags of a config are in `config_flags` of what it returns.
 
     A module without `add_arguments` reads its command line itself; it is in `words`.
-
-    Args:
-        verb: Its name.
-        command: Its module.
-        argv: The words after the name.
-
-    Raises:
-        UserError: For arguments that the verb does not have.
     """
     if not hasattr(command, "add_arguments"):
         return argparse.Namespace(words=list(argv))

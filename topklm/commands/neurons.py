@@ -244,11 +244,7 @@ def harvest_into(
     progress: Progress,
     settings: HarvestSettings,
 ) -> None:
-    """Runs text through a model, whose parameters are on the devices, and stores what its neurons do.
-
-    Raises:
-        UserError: For what does not fit the model or the store, and text that cannot be read.
-    """
+    """Runs text through a model, whose parameters are on the devices, and stores what its neurons do."""
     keep, share = settings.keep, settings.part or harvest_lib.ALL
     config = model.cfg
     separator_id, rows = model.tokenizer.separator_id, settings.batch_size
@@ -382,12 +378,8 @@ def measure_into(
 ) -> None:
     """Computes statistics of all neurons from what was harvested, and writes the table, or what it lacks.
 
-    Statistics are left out that need an input of `statistics.inputs.SLOW` named in `without`.
-
-    The encoder is one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
-
-    Raises:
-        UserError: For a store of another model, and without pyarrow.
+    Statistics are left out that need an input of `statistics.inputs.SLOW` named in `without`. The encoder is
+    one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
     """
     store = shared.open_store(folder, model)
     if importlib.util.find_spec("pyarrow") is None:

@@ -91,9 +91,6 @@ def _open(
     """Checks the flags, loads the model onto all devices of this host, and reads both texts.
 
     Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of both verbs.
-
-    Raises:
-        UserError: For what is wrong, text that cannot be read or is empty, or a document that both hold.
     """
     shared.check_at_least(arguments, 1, "tokens", "permutations", "keep", *counts)
     shared.check_at_least(arguments, 0, "seed")

@@ -138,12 +138,8 @@ def former(parser: argparse._ActionsContainer, flag: str, dest: str, kind: Calla
 def _add(parser: argparse._ActionsContainer, flag: str, text: str, value: Any = None, **options: Any) -> None:
     """Declares an argument, for example `add("--top N", "neurons of each layer", 10)`.
 
-    Args:
-        parser: Of the verb, or a group of it.
-        flag: With its metavar after a space.
-        text: Its help, which the default is added to.
-        value: Its default, or its type; False makes a switch.
-        options: As of `ArgumentParser.add_argument`.
+    `flag` ends in its metavar; `value` is the default, which the help is given too, or the type; False makes
+    a switch.
     """
     name, _, metavar = flag.partition(" ")
     if metavar:
@@ -188,11 +184,8 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
 class Output:
     """Standard output of a verb: one JSON object, or tables and lines for a person.
 
-    Args:
-        json: Of `--json [FILE]`: "-" prints the object; a file gets it, and a person is shown the rest; None.
-
-    Raises:
-        UserError: If the file's folder is not there; make it before the work whose results it is to hold.
+    `json` is that of `--json [FILE]`: "-" prints the object; a file gets it, and a person is shown the rest;
+    None. UserError if the file's folder is not there: make it before the work whose results it is to hold.
     """
 
     def __init__(self, json: str | None = None):
@@ -372,8 +365,7 @@ def local_layout() -> "Layout":
 def compiling() -> Iterator[Callable[[], None]]:
     """Keeps the programs that the block compiles, and tells a person who waits for them what is done.
 
-    Yields:
-        A function that ends the waiting before the block does, for output that comes bit by bit.
+    Yields a function that ends the waiting before the block does, for output that comes bit by bit.
     """
     kept = "kept for next time" if compilation_cache.enable() else "not kept"
 

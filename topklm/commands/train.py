@@ -99,16 +99,7 @@ def parse(arguments: Sequence[str], example: str = EXAMPLE) -> tuple[config.Conf
 
 
 def read(known: argparse.Namespace, unknown: Sequence[str], example: str) -> tuple[config.Config, AnyPath]:
-    """Returns the checked config, and the run folder.
-
-    Args:
-        known: Arguments of `add_config`.
-        unknown: Words that the parser does not know.
-        example: Of a command, shown when they do not fit.
-
-    Raises:
-        UserError: For a flag, a config file or a field that does not exist or does not fit.
-    """
+    """Returns the checked config and the run folder, of arguments of `add_config` and words beside them."""
     if unknown:
         raise UserError(_explain(unknown[0], example))
     given, experiment = vars(known), load(known.config)
@@ -130,14 +121,8 @@ def load(file_and_variant: str) -> dict[str, Any]:
     """Runs `get_config` of a config: "small", "mine.py", or "small:base" for the variant "base".
 
     A file of the user comes first. Names of the package's configs are "small" and "configs/small.py". A run
-    folder stands for that run's config, but for the vocabulary, which the data fill in.
-
-    Returns:
-        The sections and fields as plain dicts, not checked.
-
-    Raises:
-        UserError: Naming the file and its line for whatever goes wrong in it, if there is no `get_config`,
-            and if that returns something else than a `ConfigDict` or a dict.
+    folder stands for that run's config, but for the vocabulary, which the data fill in. Returns sections and
+    fields as plain dicts, not checked; UserError names the file and its line for whatever goes wrong in it.
     """
     file, *variant = file_and_variant.split(":", 1)
     check_name(file, "--config")

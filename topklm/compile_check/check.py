@@ -27,18 +27,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compile_check(config: Config, topology: Topology, name: str) -> Report:
-    """Compiles the train step.
+    """Compiles the train step of a config, which has a name, for a topology.
 
-    Args:
-        config: The experiment. A `model.vocab_size` of 0 stands for the tokenizer's, which is not here: it is
-            taken to have `data.vocab_size` tokens.
-        topology: Where it is to run.
-        name: Of the config, for the report.
-
-    Raises:
-        UserError: If the mesh cannot split the model or the batch, or the compiler gives up because the step
-            needs more memory than a device has (where it does not give up, the report says whether it fits),
-            or its program is of a version that this jax cannot read.
+    A `model.vocab_size` of 0 stands for the tokenizer's, which is not here: it is taken to have
+    `data.vocab_size` tokens. UserError if the mesh cannot split the model or the batch, the compiler gives up
+    for lack of memory (where it does not, the report says whether it fits), or this jax cannot read the
+    program.
     """
     config = with_vocabulary(config)
     layout = make_layout(config.mesh, topology.devices)

@@ -31,9 +31,7 @@ _SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 def matmul_flops(program: Program, unread: Unread | None = None) -> int:
     """Counts floating-point operations of all matrix products (and convolutions) of one run, on one device.
 
-    Args:
-        program: The compiled one.
-        unread: Takes note of the instructions that are in the way of an exact sum; without it they raise.
+    `unread` takes note of the instructions that are in the way of an exact sum; without it they raise.
     """
     total = 0
     for computation, instruction, runs in program.walk():

@@ -196,12 +196,8 @@ class Program:
 def reading(name: str, runs: Runs, unread: Unread | None) -> Iterator[None]:
     """Leaves an instruction out, and notes it, if it cannot be read inside the block.
 
-    One that is read and runs in a loop of unknown length, and so is counted for one turn, is noted too.
-
-    Args:
-        name: Of the instruction, which ends in a number of no interest.
-        runs: How often it runs.
-        unread: Where to note it; None: errors are raised, and loops are not looked at.
+    One that is read and runs in a loop of unknown length, and so is counted for one turn, is noted too. Its
+    name ends in a number of no interest. Without `unread` errors are raised, and loops are not looked at.
     """
     kind = name.partition(".")[0]
     try:

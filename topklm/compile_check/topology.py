@@ -99,14 +99,10 @@ class Topology:
 
 
 def find(name: str, n_slices: int = 1) -> Topology:
-    """Looks up a topology by name.
+    """Looks up "v5e:16x16", "v5p:4x4x4", "v6e:8x8", chips along dims of a slice; "cpu:8": virtual devices.
 
-    Args:
-        name: "v5e:16x16", "v5p:4x4x4", "v6e:8x8": chips along each dim of a slice. "cpu:8": virtual devices.
-        n_slices: Slices of that shape, joined by the data-centre network.
-
-    Raises:
-        UserError: If the name is wrong, libtpu is missing or does not know the slice.
+    The data-centre network joins the slices. UserError if the name is wrong, libtpu is missing or does not
+    know it.
     """
     kind, _, shape = name.partition(":")
     if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", shape) or kind not in (*CHIPS, "cpu"):

@@ -137,12 +137,9 @@ def read_description(path: Path, note: Callable[[str], None] | None = None) -> d
 def parse_description(
     content: bytes, file: str | Path, note: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Decodes the content of dataset.json, which errors call `file`.
+    """Decodes dataset.json, `file` in errors; UserError if it is damaged, or of another format version.
 
     With `note`, a digest that is not its own is told to that and is no error.
-
-    Raises:
-        UserError: If it is damaged, or of another format version.
     """
     try:
         description = parse_json(content)
@@ -239,16 +236,11 @@ class Mixture:
         return sum(dataset.heldout.text_tokens for dataset in self.datasets)
 
     def picks(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Picks the dataset whose turn it is, at any point of a run.
+        """Picks the dataset whose turn it is, at windows int64[N] counted from the run's start, in any order.
 
-        After any number n of windows, dataset i has given fewer than one window more or less than
-        n weights[i] / period.
-
-        Args:
-            windows: Numbers of windows, counted from the start of the run; int64[N], in any order.
-
-        Returns:
-            The dataset of each window, and how many windows that one has given before; int64[N] both.
+        After any number n of windows, dataset i has given fewer than one window more or less than n
+        weights[i] / period. Returns the dataset of each window, and how many windows it has given before;
+        int64[N] both.
         """
         order, earlier = self._table
         periods, position = np.divmod(np.asarray(windows, np.int64), self.period)

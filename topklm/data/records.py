@@ -74,14 +74,8 @@ def shard_name(stream: str, number: int, n_shards: int) -> str:
 def write_shard(path: Path, blocks: Iterable[np.ndarray], vocab_size: int) -> Shard:
     """Writes a shard beside `path`, flushes it to the disk, and renames it into place.
 
-    Args:
-        path: The file; one of that name is replaced.
-        blocks: The shard's token ids in order, integers [n_i] from 0 to vocab_size - 1.
-        vocab_size: Decides how many bytes a token takes.
-
-    Raises:
-        ValueError: For ids outside the vocabulary.
-        OSError: If the disk refuses.
+    Blocks are token ids in order, integers [n_i] below vocab_size, which decides the bytes of a token.
+    ValueError for other ids, OSError if the disk refuses.
     """
     dtype, tokens, first, last = token_dtype(vocab_size), 0, b"", b""
     with replacing(path) as temporary:

@@ -114,14 +114,11 @@ def window_ids(
 ) -> grain.MapDataset:
     """Orders the windows of training: which stands in which row of which batch.
 
-    Batch b holds windows b B to b B + B - 1 of the mixture's turns. A dataset gives each of its windows
-    once per epoch of its own, each in another order. The order follows from `seed` and its position
-    in the mixture alone, so that one more dataset at the end changes nothing about the others' order.
-    Arguments and errors are those of `train_stream`.
-
-    Returns:
-        An endless random-access dataset; element b is int64[R, 2], the number of the dataset and of its
-        window (see `WindowSource`) for each of the wanted rows of batch b.
+    Batch b holds windows b B to b B + B - 1 of the mixture's turns. A dataset gives each of its windows once
+    per epoch of its own, each in another order. The order follows from `seed` and its position in the mixture
+    alone, so that one more dataset at the end changes nothing about the others' order. Arguments and errors
+    are those of `train_stream`. Element b of the endless result is int64[R, 2], the number of the dataset and
+    of its window (see `WindowSource`) for each of the wanted rows of batch b.
     """
     n_windows = [len(WindowSource(dataset, context_length)) for dataset in mixture.datasets]
     seeds = [_shuffle_seed(seed, i) for i in range(len(mixture.datasets))]

@@ -38,11 +38,7 @@ _arrow = functools.partial(optional_module, extra="parquet", flag="reading .parq
 
 
 def read_parquet(stored: io.RawIOBase, url: str, text_field: str) -> Rows:
-    """Reads a Parquet file, whose `url` is for errors.
-
-    Raises:
-        UserError: If the table lacks the column, has it twice, or holds no text in it.
-    """
+    """Reads a Parquet file, `url` in errors; UserError if the column is missing, there twice, or no text."""
     parquet = _arrow("pyarrow.parquet")
     row = n_rows = 0
     try:
@@ -149,13 +145,9 @@ def _damaged_table(error: Exception, row: int) -> Problem:
 
 
 def find_hf(source: str, flag: str) -> list[tuple[str, str]]:
-    """Finds the shards of a Hugging Face dataset, hf:NAME[:CONFIG][:SPLIT].
+    """Finds the shards of hf:NAME[:CONFIG][:SPLIT]; UserError if there is none, or without the package.
 
-    Returns:
-        Of each shard its URL, "hf:NAME:CONFIG:SPLIT#3/8" (shard 3 of 8, counted from 0), and its version.
-
-    Raises:
-        UserError: If there is no such dataset, configuration or split, or the package is not installed.
+    Of each it returns the URL, "hf:NAME:CONFIG:SPLIT#3/8" (shard 3 of 8, counted from 0), and its version.
     """
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
@@ -191,13 +183,10 @@ def hf_parts(url: str) -> tuple[str, str, str, int, int]:
 
 
 def read_hf(url: str, version: str, text_field: str) -> Iterator[tuple[bytes | None, Document | Problem]]:
-    """Reads one shard of `find_hf`, in that version if it is not "".
+    """Yields (text in UTF-8, item) of the rows of a shard of `find_hf`; None for one that could not be read.
 
-    Yields:
-        (text in UTF-8, item) of each row; None for a row that could not be read.
-
-    Raises:
-        UserError: If it has changed, if its store does not answer, or if it lacks the column.
+    Of that version if it is not "". UserError if it has changed, its store does not answer, or it lacks the
+    column.
     """
     row = 0
     try:

@@ -62,15 +62,11 @@ class VerifyReport:
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Reads a dataset to its last byte.
+    """Reads a dataset to its last byte; UserError only if dataset.json, or a file, may not be read.
 
     Compared with dataset.json are the size and sha256 of every file, that file's own included, the number of
     records of every shard, and for each split documents, tokens and, where the tokenizer tells the bytes of
     its tokens, the bytes of text. `progress` is told of the bytes, documents and tokens that were read.
-
-    Raises:
-        UserError: If dataset.json cannot be read, so that there is nothing to compare with, or if another
-            file may not be read.
     """
     path = Path(os.path.expanduser(path)).absolute()
     contradictions: list[str] = []
@@ -232,10 +228,8 @@ def sample_windows(
     """Decodes random windows of a split, in the split's order; the same seed gives the same ones.
 
     Window i begins at token i * context_length, as in training; the last is moved back to be full. Fewer are
-    given where the split has fewer. Only the shards that hold the windows are opened.
-
-    Raises:
-        UserError: For a split without tokens, or a shard that is not as it was written.
+    given where the split has fewer. Only shards that hold windows are opened; UserError for one that is
+    damaged.
     """
     stream, tokenizer = dataset.tokens(dataset.splits[split]), dataset.tokenizer
     if not len(stream):

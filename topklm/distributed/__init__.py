@@ -82,8 +82,7 @@ def barrier(name: str, timeout_s: float = PATIENCE_S) -> None:
 def gather(name: str, value: str, timeout_s: float = PATIENCE_S) -> list[str]:
     """Returns the values of all processes, in their order, in every process; names can be used again.
 
-    Raises:
-        PeerLost: When `timeout_s` seconds after the first not all have come; it names those that are missing.
+    PeerLost, naming those that are missing, when not all have come `timeout_s` seconds after the first.
     """
     return _session.gather(name, value, timeout_s) if _session else [value]
 

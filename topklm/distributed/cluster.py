@@ -39,10 +39,8 @@ def find() -> ClusterProcess | None:
     """Reads this process's index and its run's size, or returns None where it is alone.
 
     TOPKLM_DISTRIBUTED=off turns the search off. TOPKLM_COORDINATOR=host:port, TOPKLM_PROCESS_ID and
-    TOPKLM_PROCESS_COUNT set all three by hand. JAX_COORDINATOR_PORT replaces port 8476 for the launchers.
-
-    Raises:
-        UserError: For variables that are missing or do not fit.
+    TOPKLM_PROCESS_COUNT set all three by hand; UserError if they do not fit. JAX_COORDINATOR_PORT replaces
+    port 8476 for the launchers.
     """
     switch = os.environ.get("TOPKLM_DISTRIBUTED", "auto")
     if switch not in ("auto", "off"):

@@ -36,11 +36,7 @@ _EXPECTED_WARNING = b"Using experimental recoverable task feature"
 
 
 class CoordinationClient:
-    """This process's connection to the service; all methods may be called by any thread.
-
-    Raises:
-        jax.errors.JaxRuntimeError: By any method, where the service does not answer.
-    """
+    """This process's connection to the service, for any thread; JaxRuntimeError where it does not answer."""
 
     def __init__(self) -> None:
         """Takes the connection that `jax.distributed.initialize` has made."""
@@ -75,11 +71,7 @@ class CoordinationClient:
         self._client.key_value_delete(key)
 
     def barrier(self, name: str, timeout_s: float) -> bool:
-        """Waits until all processes have called this with a new name.
-
-        Returns:
-            False if they have not within `timeout_s` seconds after the first.
-        """
+        """Waits until all have called this with a new name; False if `timeout_s` passed since the first."""
         with _expecting("DEADLINE_EXCEEDED"):
             self._client.wait_at_barrier(name, max(1, round(timeout_s * 1000)))
             return True
@@ -113,16 +105,10 @@ def connect(
 ) -> CoordinationClient:
     """Starts the service (in process 0) and waits until all processes have connected to it.
 
-    Args:
-        process: This process.
-        start_timeout_s: For all to connect.
-        peer_timeout_s: A process without heartbeats for so long counts as dead.
-        on_abort: Called when XLA aborts this process, now or later, in any thread, and must end it. Gets
-            what XLA printed, while this function waits; an empty text after that.
-
-    Raises:
-        PeerLost: If process 0 does not answer.
-        UserError: In process 0, if the port is taken.
+    A process without heartbeats for `peer_timeout_s` counts as dead. `on_abort` is called when XLA aborts
+    this process, now or later, in any thread, and must end it. It gets what XLA printed, while this function
+    waits; an empty text after that. PeerLost if process 0 does not answer; UserError in process 0 if the port
+    is taken.
     """
     if process.index == 0:
         _check_port_is_free(process)
@@ -168,11 +154,7 @@ def is_listening(process: ClusterProcess, timeout_s: float) -> bool:
 
 
 def missing_processes(said: str) -> tuple[int, str] | None:
-    """Reads from XLA's text how many processes connected, and the indices of those that did not: (2, "1, 4").
-
-    Args:
-        said: As `connect`'s `on_abort` gets it; for another text, None is returned.
-    """
+    """Reads from XLA's text how many connected, and which did not: (2, "1, 4"); None for another text."""
     found = re.search(
         r"tasks that reached the barrier: (\d+)/(\d+)\.\n.*Some timed out task names:\n((?:\S*\d+\n)+)", said
     )

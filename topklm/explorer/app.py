@@ -58,11 +58,8 @@ def create(
 ) -> Starlette:
     """Returns the application; its `state.closing` is to be called when the server is told to stop.
 
-    Args:
-        source: The run's neurons.
-        report: Is told when the index is made.
-        reader: Of an earlier application of this run, `state.reader`, whose model is loaded already.
-        work: A `Preparing` that makes more figures meanwhile; None: nothing is made.
+    `report` is told when the index is made. `reader` is `state.reader` of an earlier application of this run,
+    whose model is loaded already; `work`, a `Preparing`, makes more figures meanwhile.
     """
     here = _Explorer(source, Index(source, report), reader, work)
     neuron = "/neurons/{layer:number}/{neuron:number}"
@@ -426,14 +423,10 @@ def serve(
     host: str,
     ready: Callable[[str, Callable[[], None]], None],
 ) -> None:
-    """Answers until Ctrl-C.
+    """Answers until Ctrl-C at an address of `server.listen`; other hosts than the loopback need a token.
 
-    Args:
-        application: Of the pages.
-        closing: Is called when the server is told to stop.
-        listening: Of `server.listen`.
-        host: The address that it listens on; on others than the loopback a token is needed.
-        ready: Is told the address to open, once it can be opened, and what ends the server.
+    `closing` is called when the server is told to stop; `ready` is told the address to open, once it can be
+    opened, and what ends the server.
     """
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)

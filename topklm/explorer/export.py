@@ -27,15 +27,9 @@ _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 
 
 def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
-    """Writes the file, whole or not at all, and returns how many neurons have a page.
+    """Writes the file, whole or not at all, and returns how many neurons have a page; default all of them.
 
-    Args:
-        source: The run's neurons.
-        path: Of the file.
-        neurons: Layer and number of each that gets a page; default all of them.
-
-    Raises:
-        UserError: If there is no such neuron, or the file cannot be written.
+    UserError if there is no such neuron, or the file cannot be written.
     """
     numbers = source.readable.tolist()
     if neurons is not None:

@@ -29,16 +29,9 @@ _LONGEST_NAME = 40  # characters of a file
 
 
 def words(source: NeuronData, index: Index, text: str, literal: bool = False) -> dict[str, Any]:
-    """Returns labels, neurons and passages in which words are found.
+    """Returns labels, neurons and passages in which words are found; UserError without words.
 
-    Args:
-        source: The run's neurons.
-        index: Of them.
-        text: The words.
-        literal: Whether `literal` is there for a store of more than `COUNTED_EVENTS`, too; None otherwise.
-
-    Raises:
-        UserError: Without words.
+    `literal` says whether that is there for a store of more than `COUNTED_EVENTS`, too; it is None otherwise.
     """
     if not text.strip():
         raise UserError("search is empty: type a few words")
@@ -87,9 +80,8 @@ def _patterns(text: str) -> list[re.Pattern[str]]:
 def near_words(source: NeuronData, number: int, text: str) -> list[tuple[str, str]] | None:
     """Returns the example of a neuron, of its strongest, that holds the most of some words.
 
-    Returns:
-        Pieces of its text, each with "here" for the example's token, "found" for one of the words, or "".
-        None if no example holds any: the words are among the strongest tokens.
+    As pieces of its text, each with "here" for the example's token, "found" for one of the words, or "". None
+    if no example holds any: the words are among the strongest tokens.
     """
     patterns = _patterns(text)
     best: tuple[int, str, list[str]] | None = None
@@ -196,9 +188,6 @@ def regex(
     """Returns neurons by how well they tell the tokens of matches from others, see `topklm.neurons.search`.
 
     With `only_ends`, of a match only the last token counts, where a neuron can first know of it.
-
-    Raises:
-        UserError: For a pattern that is none, or takes longer than `REGEX_SECONDS`.
     """
     found = source.stored_text.matches(pattern, ignore_case=ignore_case, timeout_s=REGEX_SECONDS)
     matched = found.ends if only_ends else found.touched
@@ -217,19 +206,10 @@ def regex(
 
 
 def as_set(source: NeuronData, data: Mapping[str, Any], name: str, top: int) -> tuple[str, bytes]:
-    """Returns the first neurons of a list of a search as a file, as `topklm neurons select --save` writes it.
+    """Returns name and content of a file of the first neurons of a search, as `select --save` writes it.
 
-    Args:
-        source: The run's neurons.
-        data: Of `words` or `regex`.
-        name: One of `LISTS`.
-        top: How many, at most.
-
-    Returns:
-        Its name, and its content.
-
-    Raises:
-        UserError: If there is no such list, none is in it, or neurons are codes of a dictionary.
+    `data` is of `words` or `regex`, `name` one of `LISTS`. UserError if there is no such list, none is in it,
+    or neurons are codes of a dictionary.
     """
     check_coordinates(source.measured.dictionary, "a set of interventions")
     if name not in LISTS or name not in data:

@@ -33,12 +33,7 @@ Link = Callable[[int, int], str | None]  # the address of a neuron, or None wher
 
 
 def write_as(kind: str, value: float | None) -> str:
-    """Returns a value as text, a share in percent; a dash for one that there is not.
-
-    Args:
-        kind: As in `catalog.Statistic`.
-        value: A number or None.
-    """
+    """Returns a value as text, `kind` as in `catalog.Statistic`, a share in percent; a dash for None."""
     if value is None or not math.isfinite(value):
         return MISSING
     if kind == "count":
@@ -138,11 +133,8 @@ def by_part(found: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[
 def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: bool) -> Markup:
     """Draws examples, as the view of a neuron has them, as items of a list.
 
-    Args:
-        found: The examples.
-        strongest: The neuron's largest activation, which a bar beside each compares with; None: no bars,
-            where all would be as long.
-        more: With a button each that fetches more context.
+    A bar beside each compares with `strongest`, the neuron's largest activation; None: no bars, where all
+    would be as long. With `more` each has a button that fetches more context.
     """
     drawn = []
     for example in found:

@@ -46,10 +46,9 @@ class StoreWindow(NamedTuple):
 
 
 class _Column:
-    """A column of the table; gives a row as Arrow's `as_py` does, in a tenth of the time.
+    """A column of numbers or of lists of them; gives a row as Arrow's `as_py` does, in a tenth of the time.
 
-    Args:
-        column: Of numbers, or lists of numbers; null or not, but not within a list.
+    Rows may be null, but not numbers within a list.
     """
 
     def __init__(self, column: pa.ChunkedArray):

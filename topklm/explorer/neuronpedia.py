@@ -73,17 +73,9 @@ def export(
 ) -> None:
     """Writes the files; they are there all or not at all. Memory grows neither with text nor with neurons.
 
-    Args:
-        source: The run's neurons.
-        out: The folder to be made; there may be an empty one.
-        model_id: Of the model, over there.
-        neurons: Which, as (layer, neuron); None: all.
-        creator_id: Of the user over there to whom all of it shall belong.
-        progress: Shows how far it is.
-
-    Raises:
-        UserError: If an argument is none of this, if the store holds other text than was measured, or if the
-            disk is full.
+    Of all neurons, or of (layer, neuron) each. Over there the model is `model_id`, and all of it belongs to
+    the user `creator_id`. UserError if an argument is none of this, the store holds other text than was
+    measured, or the disk is full.
     """
     if not _MODEL_ID.fullmatch(model_id):
         raise UserError(

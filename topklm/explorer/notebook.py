@@ -42,14 +42,10 @@ _CURVES = ("train/loss", "eval/loss")
 
 
 def open_run(run: str | os.PathLike[str], step: int | None = None) -> "Run":
-    """Opens a run folder; its files are read when something of them is asked for.
+    """Opens a run folder, local or in a bucket; its files are read when something of them is asked for.
 
-    Args:
-        run: A run folder, local or in a bucket; neurons need one on a disk.
-        step: Which checkpoint; default the newest of which activations were harvested, or the newest.
-
-    Raises:
-        UserError: If it is no run folder.
+    Neurons need one on a disk. The step is by default the newest of which activations were harvested, or the
+    newest. UserError if it is no run folder.
     """
     folder = as_path(run, "run")
     steps = run_folder.complete_steps(folder)
@@ -329,8 +325,7 @@ class Metrics(Columns):
     def plot(self, *names: str) -> "Plot":
         """Draws metrics over steps; by default the loss of training and of held-out text, nats.
 
-        Raises:
-            UserError: If there is no such metric, it has no value yet, or the extra is not installed.
+        UserError if there is no such metric, it has no value yet, or the extra is not installed.
         """
         optional_module("markupsafe", "explore", "plot")
         asked = names or tuple(name for name in _CURVES if name in self.columns)

@@ -35,10 +35,8 @@ class Asked:
     def of(cls, parameters: Mapping[str, str], layers: tuple[int, ...]) -> "Asked":
         """Reads the parameters of a link: sort, order, layer ("0" or "0,2"), labelled, columns and page.
 
-        NAME.min and NAME.max are bounds of figures; `layers` are all that there are.
-
-        Raises:
-            UserError: For values that make no sense.
+        NAME.min and NAME.max are bounds of figures; `layers` are all that there are. UserError for other
+        values.
         """
         sort, page = parameters.get("sort") or READABLE, whole_number(parameters.get("page") or "1")
         known = catalog.numbers()

@@ -167,11 +167,7 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
 
 
 def entropy_map(source: NeuronData) -> dict[str, Any]:
-    """Draws every neuron by its two entropies; of very many, as many as can be told apart.
-
-    Returns:
-        The plot, and the colour of each layer.
-    """
+    """Draws every neuron by its two entropies, of very many as many as show; with the layers' colours."""
     names = "token_entropy_corrected", "semantic_entropy_corrected"
     across, up = map(source.column, names)
     there = np.flatnonzero(np.isfinite(across) & np.isfinite(up))

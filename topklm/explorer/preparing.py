@@ -28,13 +28,7 @@ Work = Callable[[Progress, Callable[[NeuronsFolder], None]], NeuronsFolder]
 
 
 class Preparing:
-    """The application of the moment, and the thread that makes what it shows.
-
-    Args:
-        run: Name of the run.
-        work: Harvests and measures.
-        progress: Is told of it too.
-    """
+    """The application of the moment, and the thread whose `work` harvests and measures what it shows."""
 
     def __init__(self, run: str, work: Work, progress: Progress):
         self.progress = WatchedProgress(progress)

@@ -22,15 +22,9 @@ _SENTENCE = re.compile(r"\s*(\S.{15,140}?[^.\s]{3}[.!?])(?=\s)")  # no end after
 def prompt(source: NeuronData, reader: LiveModel, text: str, by: str = "activation") -> dict[str, Any]:
     """Returns the active neurons of each token of a text, those first that are high in a ranking.
 
-    Args:
-        source: The run's neurons.
-        reader: Its model.
-        text: That is read.
-        by: One of `RANKINGS`. A share is of the neuron's largest activation in the harvested text; it is null
-            for a neuron that was never active there, which then comes last.
-
-    Raises:
-        UserError: If the text is empty or too long, or there is no such ranking.
+    `by` is one of `RANKINGS`. A share is of the neuron's largest activation in the harvested text; it is null
+    for a neuron that was never active there, which then comes last. UserError if the text is empty or too
+    long.
     """
     if by not in RANKINGS:
         raise UserError(f"by = {by}: must be one of {', '.join(RANKINGS)}")
@@ -87,10 +81,9 @@ def prompt(source: NeuronData, reader: LiveModel, text: str, by: str = "activati
 def prompt_page(source: NeuronData, data: Mapping[str, Any], chosen: int | None) -> dict[str, Any]:
     """Returns what the page shows besides the data of `prompt`, of all tokens or the chosen one.
 
-    Returns:
-        `named`: the labels of neurons by layer and number. `highest`: the largest activation of each layer,
-        leaving out the first token, whose activations are far from all others in most models. `usual`: the
-        tokens that the neurons on the page are most active at.
+    `named`: the labels of neurons by layer and number. `highest`: the largest activation of each layer,
+    leaving out the first token, whose activations are far from all others in most models. `usual`: the tokens
+    that the neurons on the page are most active at.
     """
     highest = dict.fromkeys(data["layers"], 1e-9)
     for token in data["tokens"][1:] or data["tokens"]:

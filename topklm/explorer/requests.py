@@ -69,11 +69,7 @@ async def field(request: Request, name: str) -> str:
 
 
 async def fields(request: Request) -> dict[str, Any]:
-    """Returns all fields that were sent: texts in a form, or any values in a JSON object.
-
-    Raises:
-        UserError: If it is neither.
-    """
+    """Returns all fields sent, of a form (texts) or a JSON object (any values); UserError for neither."""
     body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip()
     is_json, text = kind == "application/json", body.decode("utf-8", "replace")
     try:

@@ -61,12 +61,7 @@ class SteerSettings:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "SteerSettings":
-        """Reads a form, where all values are texts, or JSON.
-
-        Raises:
-            UserError: If something is missing or of another kind. `LiveModel.generation` refuses settings
-                that the model cannot have.
-        """
+        """Reads a form, where all values are texts, or JSON; `LiveModel.generation` checks them later."""
         if unknown := sorted(set(content) - set(NAMES)):
             raise UserError(f"{_short(unknown[0])} is no field: there are {', '.join(NAMES)}")
         given = dict(content)
@@ -88,11 +83,7 @@ NAMES = tuple(_KINDS)
 
 
 class Writing:
-    """The two texts, which have one seed; `more` is called until they are `done`.
-
-    Raises:
-        UserError: If there is no such neuron, or the model cannot have these settings.
-    """
+    """The two texts, which have one seed; `more` is called until they are `done`."""
 
     def __init__(
         self, source: NeuronData, reader: LiveModel, layer: int, neuron: int, settings: SteerSettings
@@ -118,9 +109,8 @@ class Writing:
     def more(self) -> list[dict[str, Any]]:
         """Decodes more of both texts, in as few pieces as can be.
 
-        Returns:
-            Of each piece its `column`, one of `COLUMNS`; its `text`, see `spelled`; `input_token`, whether it
-            is one of the neuron's input tokens, those that its page lists.
+        Of each piece it gives its `column`, one of `COLUMNS`; its `text`, see `spelled`; `input_token`,
+        whether it is one of the neuron's input tokens, those that its page lists.
         """
         is_first = all(len(text) == self._begin for text in self._generation.texts)
         new = self._reader.advance(self._generation, 1 if is_first else _STEPS)
@@ -136,11 +126,10 @@ class Writing:
     def ends(self) -> dict[str, dict[str, Any]]:
         """Describes the end of each column; runs the model over it once.
 
-        Returns:
-            `why`: "length", or "stop": the model ended the document. `tokens`: how many are new.
-            `input_tokens`: how many of them are among the neuron's input tokens. `active`: the share of new
-            tokens at which the neuron is active when the model reads the text, with the prompt and nothing
-            set from outside; None if they are none, or too many to be read at once. `summary`: all in words.
+        `why`: "length", or "stop": the model ended the document. `tokens`: how many are new. `input_tokens`:
+        how many of them are among the neuron's input tokens. `active`: the share of new tokens at which the
+        neuron is active when the model reads the text, with the prompt and nothing set from outside; None if
+        they are none, or too many to be read at once. `summary`: all in words.
         """
         whys = zip(COLUMNS, self._generation.texts, self._generation.finished, strict=True)
         return {column: self._end(text, str(why)) for column, text, why in whys}

@@ -29,9 +29,6 @@ def neuron(
     """Returns all that the page of a neuron shows, with examples of at most `example_tokens` tokens.
 
     Labels are those of `source.named()`, which is called where they are not given.
-
-    Raises:
-        UserError: If there is no such neuron.
     """
     number = source.number(layer, neuron)
     row, measured = source.row(number), source.measured

@@ -96,10 +96,7 @@ class Engine:
         """Queues sequences, all or none; they begin in this order.
 
         `on_update` is called in the engine's thread with updates on some of them, and must not block.
-
-        Raises:
-            FullError: If too many wait.
-            ClosedError: If the engine has been closed.
+        FullError if too many wait, ClosedError if the engine has been closed.
         """
         sequences = list(sequences)
         ended = [SequenceUpdate(one, [], one.finished) for one in sequences if one.finished]

@@ -58,11 +58,8 @@ class InterventionBatch:
     ) -> "InterventionBatch":
         """Makes one of any form in which people give interventions, see `entries_of`.
 
-        Raises:
-            ValueError: For a layer or neuron that the model does not have, a value that is no finite number,
-                a mode or positions that there are not, a competing mode in a layer without TopK, two
-                interventions on one neuron at one position, more winners in a layer than its k, or a row that
-                the batch does not have.
+        ValueError for entries that `Intervention.check` refuses, two on one neuron at one position, more
+        winners in a layer than its k, and a row that the batch does not have.
         """
         if isinstance(steer, InterventionBatch) and is_traced(jax.tree.leaves(steer)):
             return steer
@@ -100,11 +97,8 @@ class InterventionBatch:
     ) -> LayerHooks:
         """Returns arguments for `Transformer.hidden(hooks=hooks, hook_inputs=jnp.arange(L))` in a program.
 
-        Args:
-            config: Of the model that runs.
-            positions_BT: int32[B, T]; default 0, 1, 2, ...
-            prompt_lengths_B: int32[B] or one number, tokens of each row's prompt; the rest is generated.
-                Default: all tokens are the prompt.
+        Positions are int32[B, T], by default 0, 1, 2, ...; prompt lengths int32[B] or one number, tokens of
+        each row's prompt; the rest is generated. By default all tokens are the prompt.
         """
         lengths = jnp.asarray(_END if prompt_lengths_B is None else prompt_lengths_B)
 

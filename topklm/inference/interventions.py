@@ -176,9 +176,8 @@ def times_of(value: Any) -> float | None:
 def in_activations(one: Intervention, largest: Largest) -> Intervention:
     """Returns an intervention with its value in units of activations, the same if it is.
 
-    Raises:
-        ArgumentError: For a mode that multiplies already.
-        UserError: Of `largest`, where the activation is not known.
+    ArgumentError for a mode that multiplies already, and errors of `largest` where the activation is not
+    known.
     """
     if (times := times_of(one.value)) is None:
         return one

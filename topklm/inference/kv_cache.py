@@ -82,16 +82,10 @@ def by_layer(config: ModelConfig, params: transformer.Parameters) -> Layers:
 def prefill(
     model: transformer.Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, hooks: LayerHooks
 ) -> tuple[jax.Array, Filled]:
-    """Runs prompts.
+    """Runs prompts int32[B, P] at the left of their rows; tokens to their right do not matter.
 
-    Args:
-        model: As `transformer.bind` gives it.
-        tokens_BP: int32[B, P], each prompt at the left; tokens to its right do not matter.
-        lengths_B: int32[B], tokens of each prompt, at least 1.
-        hooks: As in `Transformer.hidden`, called with the number of the layer.
-
-    Returns:
-        The last tokens' normed hidden state, [B, D], and all keys and values for `with_capacity`.
+    A prompt has at least one token. The hooks are called with the number of the layer. Returns the last
+    tokens' normed hidden state, [B, D], and all keys and values for `with_capacity`.
     """
     numbers = jnp.arange(model.config.n_layers)
     h_BPD, entering_LBPD = model.hidden(
@@ -148,21 +142,12 @@ def step(
     hooks: LayerHooks,
     n_active: int,
 ) -> tuple[jax.Array, Buffer]:
-    """Runs one token of each row after those in the cache and the buffer, and adds it to the buffer.
+    """Runs one token of each row, int32[B], after those in the cache and buffer, and adds it to the buffer.
 
-    Args:
-        model: As `transformer.bind` gives it; of its blocks only the structure is looked at.
-        layers: Their parameters, from `by_layer`.
-        cache: Of the tokens before those in the buffer.
-        new: The buffer.
-        tokens_B: int32[B].
-        lengths_B: int32[B], tokens of each row that are in the cache.
-        number: int32, how many are in the buffer, less than N.
-        hooks: As in `prefill`.
-        n_active: Entries that are not zero in the output of a layer with TopK, at most.
-
-    Returns:
-        The normed hidden state, [B, D], and the buffer.
+    Of the model's blocks only the structure is looked at; `layers` are their parameters, from `by_layer`. The
+    cache holds `lengths_B` tokens of each row, int32[B], the buffer `number` of all, less than N. A TopK
+    layer's output has at most `n_active` entries that are not zero. Returns the normed hidden state, [B, D],
+    and the buffer.
     """
     config = model.config
     # Reading some rows of the weights costs more for each token than reading all of them once for all.

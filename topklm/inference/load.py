@@ -38,7 +38,8 @@ def load(
     """Reads a checkpoint's model, or that of a Hugging Face folder (`topklm.convert.huggingface`).
 
     Besides the parameters, which stay in the memory of the host where that is the device, it takes little
-    (see `topklm.checkpoint.reader`).
+    (see `topklm.checkpoint.reader`). UserError if there is none, it is damaged, or parts do not belong
+    together.
 
     Args:
         run: A run folder, local or in a bucket (gs://...); a folder of `topklm export`, or of another Llama
@@ -46,9 +47,6 @@ def load(
         step: Which checkpoint; default the newest.
         mesh: Where the parameters shall live; default this process's first device.
         dtype: The dtype in which the model shall compute, see `LanguageModel.astype`; default as in training.
-
-    Raises:
-        UserError: If the folder holds no such checkpoint, it is damaged, or its parts do not belong together.
     """
     dtype = None if dtype is None else dtype_name(dtype)
     layout = one_device() if mesh is None else Layout(mesh)

@@ -121,14 +121,10 @@ def held(sequences: Sequence[Sequence[int]], vocab_size: int, separator: int) ->
 def draw(
     logits_BV: jax.Array, present_BV: jax.Array, sampling: RowSampling, keys_B: jax.Array, number_B: jax.Array
 ) -> jax.Array:
-    """Draws the next token of each row, int32[B].
+    """Draws the next token of each row, int32[B], from logits float32[B, V] with keys of `RowSampling.keys`.
 
-    Args:
-        logits_BV: float32[B, V].
-        present_BV: bool[B, V], which tokens the row holds already, from `held`.
-        sampling: Of each row.
-        keys_B: `sampling.keys()`.
-        number_B: int32[B], how many tokens were drawn in the row before; each has a random number of its own.
+    `present_BV` are the tokens that the row holds already, from `held`; `number_B`, int32[B], how many tokens
+    were drawn in the row before: each has a random number of its own.
     """
     penalty_B1 = sampling.repetition_penalty[:, None]
 

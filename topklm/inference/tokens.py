@@ -50,16 +50,10 @@ def is_traced(value: Any) -> bool:
 
 
 def read(tokens: Any, vocab_size: int, encode: Encode, fill: int) -> Rows:
-    """Makes one array of what was given.
+    """Makes one array of a text, or token ids [T]: one row; of [B, T], or a list of texts or of ids: several.
 
-    Args:
-        tokens: A text, or token ids [T], for one row; [B, T], or a list of texts or of ids, for several.
-        vocab_size: V; of ids that are traced it is not checked that they are below it.
-        encode: Ids of a text, int[n].
-        fill: The id that shorter rows are padded with.
-
-    Raises:
-        ValueError: In one line, for anything else, for rows without a token, and for ids out of range.
+    Shorter rows are padded with `fill`; `encode` gives ids of a text, int[n]. ValueError, in one line, for
+    anything else, for rows without a token, and for ids not below V; of traced ones that is not checked.
     """
     if is_traced(tokens) or (isinstance(tokens, jax.Array) and len(tokens.sharding.device_set) > 1):
         return _of_jax(jnp.asarray(tokens), vocab_size)

@@ -60,10 +60,7 @@ def rotation_frequencies(config: ModelConfig) -> np.ndarray:
 def rotation_angles(positions_BT: jax.Array, config: ModelConfig, dtype: Any) -> Rotation:
     """Computes rotary position embedding (Su et al. 2021, eq. 15; Llama's half layout) of int32[B, T].
 
-    Angles are computed in float32, the result is of `dtype`.
-
-    Returns:
-        Two arrays [B, T, 1, 2, d / 2]: cos, and sin with the sign each half needs.
+    Returns cos, and sin with the sign each half needs, [B, T, 1, 2, d / 2] in `dtype`, of angles in float32.
     """
     angles = positions_BT[..., None].astype(jnp.float32) * rotation_frequencies(config).astype(np.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -69,8 +69,7 @@ class Backends:
     def choose(self, name: str, platform: str, dtype: str, *case: Any) -> Backend:
         """Returns the backend to run on a platform, at a dtype of activations, in a case as `limits` take it.
 
-        Raises:
-            UserError: If one was asked for by name that the devices or the case do not allow.
+        UserError if one was asked for by name that the devices or the case do not allow.
         """
         if name == AUTO:
             return self.automatic(platform, dtype)

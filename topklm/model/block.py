@@ -63,14 +63,10 @@ class TokenInput(NamedTuple):
         ends_in_topk: bool | jax.Array | np.ndarray,
         follows_topk: bool | jax.Array | np.ndarray,
     ) -> "TokenInput | None":
-        """Returns that of a layer.
+        """Returns that of a layer, of [..., D] from `Transformer.embedded`; None in models with "first".
 
-        Args:
-            token: [..., D], from `Transformer.embedded`; None in models with "first", and then so is the
-                result.
-            ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
-                program runs.
-            follows_topk: Whether the layer before has one.
+        Whether the layer ends in a TopK, or the one before, may be an array, known only when the program
+        runs.
         """
         if token is None:
             return None

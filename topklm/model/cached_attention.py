@@ -56,19 +56,10 @@ def decode_step(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Runs tokens through a block as `Block.__call__` does, with attention of their own.
 
-    Args:
-        block: The layer.
-        h_BMD: The residual states that enter it.
-        rotation: Of the tokens' positions.
-        attend: Their attention, e.g. `attend_to_past(...)`.
-        n_active: The most entries of a state that are not zero, if known and nothing is read beside it.
-            Queries, keys and values are then made of those rows of the weights alone: the same to rounding,
-            and faster for few tokens.
-        fused: The block's matrices, read in place of the block's own.
-        token: As in a call of the block.
-
-    Returns:
-        The two terms whose sum is u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
+    `attend` is that, `attend_to_past(...)` say; `fused` are the block's matrices, read in place of its own.
+    At most `n_active` entries of a state are not zero, if known and nothing is read beside it: queries, keys
+    and values are then made of those rows of the weights alone, the same to rounding, and faster for few
+    tokens. Returns the two terms of u, [B, M, D] each, for `end_layer`; and what `attend` handed on.
     """
     attention = block.attention
     x_BMD = block.normed_input(h_BMD, token)

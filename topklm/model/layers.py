@@ -78,10 +78,7 @@ class Linear(nnx.Module):
 def sparse_matmul(x: jax.Array, w_IO: jax.Array, indices: jax.Array) -> jax.Array:
     """Computes `x @ w`, to rounding, of rows that are zero but for k entries: only their rows of w are read.
 
-    Args:
-        x: Those entries, [..., k].
-        w_IO: [I, O].
-        indices: int32[..., k], where they stand, each once.
+    The entries are [..., k], and indices, int32[..., k], say where they stand, each once.
     """
     rows = w_IO[indices].astype(x.dtype)
     return jnp.einsum("...k,...ko->...o", x, rows, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -100,12 +100,7 @@ def centred(config: ModelConfig, u: jax.Array) -> jax.Array:
 
 
 def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
-    """Returns the model for programs that XLA splits over devices by itself, which have no kernels.
-
-    Args:
-        config: The model as it is trained.
-        n_devices: Over which its parameters lie.
-    """
+    """Returns the model for programs that XLA splits by itself over these devices, which have no kernels."""
     asked = config.topk_backend
     if asked != backends.AUTO and backends.TOPK[asked].platform is None:
         return config

@@ -164,21 +164,12 @@ def select(
     with_mask: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Computes TopK of x, or of x + residual; it has no gradient rule of its own.
+    """Computes TopK of [..., D], as `limits` allows, on "gpu" or "tpu"; it has no gradient rule of its own.
 
-    Args:
-        x: [..., D], as `limits` allows.
-        k: As in `topk.topk`.
-        activation: As in `topk.topk`.
-        platform: "gpu" or "tpu".
-        residual: As in `topk.topk`; the sum is rounded to the dtype of x.
-        applies: As in `topk.topk`; if False, the kernel copies and searches for nothing.
-        with_mask: Return which entries are active, too.
-        interpret: Run the kernel as ordinary JAX operations, on any platform.
-
-    Returns:
-        The result, [..., D] in the dtype of x; and bool[..., D], its active entries, or None. The kernel
-        writes the mask as one bit an entry.
+    Arguments are as in `topk.topk`: the sum with the residual is rounded to the dtype of x, and where TopK
+    does not apply the kernel copies and searches for nothing. With `interpret` it runs as ordinary JAX
+    operations, on any platform. Returns the result in the dtype of x; and bool[..., D], its active entries,
+    or None. The kernel writes the mask as one bit an entry.
     """
     n_rows, d = x.size // x.shape[-1], x.shape[-1]
     tile = make_tile(platform, n_rows, d, x.dtype.itemsize)
@@ -294,10 +285,7 @@ def bit_planes(numbers: Sequence[jax.Array], n_bits: int) -> list[jax.Array]:
     """Transposes 32 numbers of 16 or 32 bits at every position, int32[...] with zeros above.
 
     Swaps ever smaller blocks of the bit matrix (Warren 2013, Hacker's Delight, section 7-3); 16-bit numbers
-    go through it two to a word.
-
-    Returns:
-        n_bits of int32[...], from the lowest bit up: bit c of plane b is bit b of numbers[c].
+    go through it two to a word. Of the n_bits results, int32[...], bit c of plane b is bit b of numbers[c].
     """
     words = list(numbers)
     if n_bits == 16:
@@ -347,15 +335,8 @@ def largest(planes: Sequence[jax.Array], k: int, among: jax.Array) -> jax.Array:
 
     Fixes the bits of the k-th largest key from the highest down. Where more entries tie at it than are
     wanted, the search goes on over the bits of their index, inverted so that a lower one ranks higher: with
-    these, no two keys are equal.
-
-    Args:
-        planes: Of the keys, from the highest bit down, int32[R, width].
-        k: 1 or more, and no more than any row of `among` has bits set.
-        among: int32[R, width], the entries to choose from.
-
-    Returns:
-        int32[R, width] with exactly k bits set a row.
+    these, no two keys are equal. Planes of keys, from the highest bit down, entries to choose from and result
+    are int32[R, width]; `among` has at least k bits set a row, the result exactly k.
     """
     state = (jnp.zeros_like(among), among, jnp.full((among.shape[0], 1), k, jnp.int32))
     chosen, candidates, places = _descend(planes, state)

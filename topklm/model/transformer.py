@@ -77,15 +77,10 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Computes next-token logits.
+        """Computes next-token logits, float32[B, T, V], of tokens int32[B, T].
 
-        Args:
-            tokens_BT: int32[B, T].
-            segment_ids_BT: int32[B, T], which document each token belongs to; default: one document.
-            positions_BT: int32[B, T], position inside its document; default: 0, 1, 2, ...
-
-        Returns:
-            float32[B, T, V].
+        Segment ids, int32[B, T], say which document each token belongs to, default one; positions count
+        inside it.
         """
         return self.logits(self.hidden(tokens_BT, segment_ids_BT, positions_BT)[0])
 

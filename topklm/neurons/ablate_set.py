@@ -211,16 +211,8 @@ def matched_set(
 ) -> tuple[Neuron, ...]:
     """Draws as many other neurons: for each, in random order, one of the 10 of its layer nearest in density.
 
-    Density is compared by its logarithm. No neuron is drawn twice, and none that is chosen or never active.
-
-    Args:
-        chosen: Neurons.
-        density: float64[S, D], share of tokens at which a neuron is active.
-        layers: The S layers.
-        rng: Draws.
-
-    Raises:
-        ValueError: If a layer does not have as many others that are active.
+    Density, float64[S, D], is the share of tokens at which a neuron is active, and compared by its logarithm.
+    No neuron is drawn twice, and none that is chosen or never active; ValueError if a layer has too few.
     """
     free = density > 0  # a new array
     numbers = {layer: number for number, layer in enumerate(layers)}

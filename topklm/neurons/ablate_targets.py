@@ -64,8 +64,7 @@ class Plan:
 def given(store: Store, sets: Sequence[Sequence[Neuron]], targets: Matches, *, tokens: int) -> Plan:
     """Plans to measure sets of neurons on the first documents of a store, of `tokens` tokens at most.
 
-    Raises:
-        UserError: If there is no such neuron, one is active nowhere, or there is no target.
+    UserError if there is no such neuron, one is active nowhere, or there is no target.
     """
     bounds = store.document_bounds()
     numbers = np.arange(len(bounds) - 1)
@@ -92,19 +91,10 @@ def chosen(
     layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Plans to measure the neurons that best tell matched tokens, bool[N], from others.
+    """Plans to measure the `counts` neurons that best tell matched tokens, bool[N], from others.
 
-    Args:
-        store: Of the text.
-        matched: On one half of whose documents neurons are ranked.
-        targets: In the other half.
-        counts: Neurons of each set.
-        tokens: Of the documents that are measured, at most.
-        layers: Of the neurons; None: all of the store.
-        seed: Of the halves.
-
-    Raises:
-        UserError: If fewer neurons are active at a match, or there is no target.
+    They are ranked on one half of the documents, targets are in the other, of which at most `tokens` tokens
+    are measured. UserError if fewer neurons are active at a match, or there is no target.
     """
     bounds = store.document_bounds()
     if len(bounds) < 3:
@@ -138,12 +128,7 @@ def densities(store: Store, among: np.ndarray) -> np.ndarray:
 
 
 def groups_of(is_target: np.ndarray, follows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns which tokens are of each of `GROUPS`, bool[n].
-
-    Args:
-        is_target: bool[n].
-        follows: bool[n], whether the token before is of the same document.
-    """
+    """Returns which tokens are of each of `GROUPS`, bool[n]; `follows`: the one before is of its document."""
     after = follows & np.roll(is_target, 1)
     parts = is_target, is_target & after, ~is_target & after, ~is_target & ~after
     return dict(zip(GROUPS, parts, strict=True))

@@ -62,13 +62,7 @@ def make(
 ) -> list[Basis]:
     """Returns the bases of a model, its own first, the random rotation last but one, then the components.
 
-    Args:
-        config: The model.
-        mean_SD: Of its hidden states.
-        covariance_SDD: Likewise.
-        keep: K, codes kept of each token.
-        sae: Of a Base LM.
-        seed: Of the rotation.
+    Mean and covariance are of its hidden states, `keep` is K, codes kept of each token, `sae` of a Base LM.
     """
     if config.n_topk_layers:
         found = [Basis("own")]
@@ -102,9 +96,8 @@ def states(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
     """Yields the hidden states of all tokens of documents, batch by batch.
 
-    Yields:
-        Which of the tokens are in the batch, int[n]; which of its N inputs these are, int[n]; and what the
-        first layers hand on, float32[S, N, D].
+    Each as the tokens in the batch, int[n]; which of its N inputs these are, int[n]; and what the first
+    layers hand on, float32[S, N, D].
     """
     begin = 0
     for stretch in batches(model.windows(documents), _STRETCH_TOKENS):

@@ -79,13 +79,8 @@ def all_hook_names(config: ModelConfig) -> tuple[str, ...]:
 def matching_hook_names(config: ModelConfig, names_filter: NamesFilter) -> tuple[str, ...]:
     """Returns the names that a filter stands for, in the order of `all_hook_names`.
 
-    Args:
-        config: The model.
-        names_filter: A name, several, or a function that says of each whether it is wanted; None: the
-            outputs of TopK layers.
-
-    Raises:
-        ValueError: For a name that the model does not have, or what is no filter.
+    A filter is a name, several, or a function that says of each whether it is wanted; None: the outputs of
+    TopK layers. ValueError for a name that the model does not have, or no filter.
     """
     names = all_hook_names(config)
     if names_filter is None:
@@ -155,8 +150,7 @@ class SparseActivations:
     def __getitem__(self, index: Any) -> "SparseActivations":
         """Returns a part along the leading axes, e.g. `neurons[2]` of the third layer, [B, T, k].
 
-        Raises:
-            IndexError: Out of range; JAX would take the last one there is.
+        IndexError out of range; JAX would take the last one there is.
         """
         if not any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(index)):
             _ = np.broadcast_to(np.zeros((), np.int8), self.values.shape)[index]
@@ -187,20 +181,12 @@ def capture(
     segment_ids_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, SparseActivations, dict[str, jax.Array]]:
-    """Runs the stack and keeps the arrays of these names.
+    """Runs the stack on tokens int32[B, T] inside `jax.jit`, and keeps the arrays of these names.
 
-    Args:
-        model: As `transformer.bind` gives it, inside `jax.jit`.
-        tokens_BT: int32[B, T].
-        wanted: From `matching_hook_names`.
-        hooks: Called in every layer with its number; their outputs are kept.
-        more_active: Entries that they may make active besides those of TopK.
-        segment_ids_BT: As in `Transformer.__call__`.
-        positions_BT: Likewise.
-
-    Returns:
-        The normed hidden state [B, T, D]; the activations of the TopK layers whose `hook_topk` is wanted,
-        sparse, in their order; and everything else, dense, [B, T, D] each in the compute dtype.
+    Hooks are called in every layer with its number; their outputs are kept, and they may make `more_active`
+    entries active besides those of TopK. Returns the normed hidden state [B, T, D]; the activations of the
+    TopK layers whose `hook_topk` is wanted, sparse, in their order; and everything else, dense, [B, T, D]
+    each in the compute dtype.
     """
     places = {name: parse_hook_name(name) for name in wanted}
     sparse_layers = [layer for layer, hook in places.values() if hook == TOPK]

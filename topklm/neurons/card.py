@@ -156,10 +156,8 @@ def clusters_of_vectors(path: Path, tokens: Sequence[str], seed: int = 0) -> np.
     """Groups V tokens by the vectors of a file: int[V], `NO_CLUSTER` for those without.
 
     A line of the file is a word and its numbers, with spaces between; the first of equal words counts. A
-    token's word is its text without spaces around it, as it is or in small letters.
-
-    Raises:
-        UserError: If the file cannot be read, or has vectors for none of the tokens.
+    token's word is its text without spaces around it, as it is or in small letters. UserError for other
+    files.
     """
     words = {word for token in tokens for word in (token.strip(), token.strip().lower()) if word}
     vectors: dict[str, np.ndarray] = {}
@@ -363,21 +361,12 @@ def specificity(
 ) -> dict[str, Any]:
     """Measures by how much the loss rises without a neuron, at its own targets and elsewhere.
 
-    Args:
-        config: The model.
-        params: Its parameters.
-        text: Read from its beginning.
-        neurons: Of the model.
-        targets: int[n] of each, next tokens that it should raise.
-        separator_id: Of the tokenizer.
-        samples: Tokens of each neuron, at most.
-        seed: Of the draw.
-        report: Told which share of the work is done.
+    The text is read from its beginning; `targets` are int[n] of each neuron, next tokens that it should
+    raise; `samples` the tokens of each neuron, at most; `report` is told which share of the work is done.
 
-    Returns:
-        "own" and "elsewhere", each the mean "effect" in nats, its "standard_error" and the number of
-        "samples", over all samples of all neurons; "compared", how many neurons have both; "higher_at_own",
-        how many of these have the higher mean at their own targets.
+    Returns "own" and "elsewhere", each the mean "effect" in nats, its "standard_error" and the number of
+    "samples", over all samples of all neurons; "compared", how many neurons have both; "higher_at_own", how
+    many of these have the higher mean at their own targets.
     """
     layers = tuple(sorted({layer for layer, _ in neurons}))
     wanted = np.zeros((len(layers), config.d_model), np.int64)

@@ -103,17 +103,10 @@ def contrast(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> Contrast:
-    """Compares two texts.
+    """Compares two texts, of G units with n_tokens int[G], 1 or more; is_positive, bool[G], parts them.
 
-    Args:
-        active: int[G, S, D], at how many tokens of a unit a neuron is active.
-        n_tokens: int[G], tokens of a unit, 1 or more.
-        is_positive: bool[G], of which text a unit is.
-        permutations: Ways to deal the units; all, if there are no more.
-        seed: Of those that are drawn.
-
-    Raises:
-        ValueError: If a text has no unit, a unit no token, or `permutations` is below 1.
+    `active`, int[G, S, D], is at how many tokens of a unit a neuron is active. Units are dealt again in so
+    many ways, or all. ValueError if a text has no unit, a unit no token, or `permutations` is below 1.
     """
     import scipy.stats  # noqa: PLC0415  (half a second, which no other verb shall take)
 
@@ -181,17 +174,9 @@ def ranked(
 ) -> list[ContrastedNeuron]:
     """Returns the neurons of each layer, those most typical of the positive text first, layer after layer.
 
-    Neurons that are active in neither text are left out; of equal ones the lowest number comes first.
-
-    Args:
-        found: Of two texts.
-        layers: The S layers.
-        only: Some of them; None: all.
-        top: Neurons of each layer at most.
-        by: Sorts them, falling: "difference" or "score".
-
-    Raises:
-        ValueError: If `only` names another layer, or `by` none of these.
+    Neurons that are active in neither text are left out; of equal ones the lowest number comes first. They
+    are sorted by falling "difference" or "score", at most `top` of a layer. ValueError if `only` names
+    another layer than the S there are, or `by` none of these.
     """
     if by not in ORDERS:
         raise ValueError(f"by = {by!r}: must be one of {', '.join(ORDERS)}")

@@ -62,13 +62,9 @@ class Detector:
 
 
 class DetectorSearch:
-    """Finds rules on one text.
+    """Finds rules on one text: ids int[N], the bytes of each token, and rising numbers of documents from 0.
 
-    Args:
-        token_ids: int[N].
-        documents: int[N], rising numbers from 0.
-        previous_ids: int[N], below 0 where there is none.
-        pieces: Bytes of each of the N tokens.
+    The ids before, int[N], are below 0 where there is none.
     """
 
     def __init__(

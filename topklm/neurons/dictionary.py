@@ -126,11 +126,9 @@ def _digest(content: bytes) -> bytes:
 
 
 def check_coordinates(description: str, action: str) -> None:
-    """Raises UserError for an action on coordinates of the hidden state if neurons are codes of a dictionary.
+    """Raises UserError for an action ("steering") on coordinates where neurons are codes of a dictionary.
 
-    Args:
-        description: `Metadata.dictionary` of a store or a table.
-        action: The one that is refused, e.g. "steering".
+    That is said by `Metadata.dictionary` of a store or a table.
     """
     if description:
         raise UserError(

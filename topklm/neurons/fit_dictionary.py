@@ -67,18 +67,9 @@ def fit(
 ) -> Dictionary:
     """Makes a dictionary of the hidden state that each layer of a Base LM hands on.
 
-    Args:
-        kind: One of `DICTIONARIES`.
-        model: The Base LM.
-        data: The run's; its training text is read.
-        documents: To be harvested; nothing is learned from them.
-        keep: K.
-        width: M of an autoencoder; None: D.
-        n_tokens: Of training text, about; more than there are are read again, in another order.
-        progress: Shows how far it is.
-
-    Raises:
-        UserError: If the training text cannot be read.
+    It is one of `DICTIONARIES`, of K = `keep`, an autoencoder's of M = `width` (None: D), learned from about
+    `n_tokens` of the run's training text; more than there are are read again, in another order. Nothing is
+    learned from the documents to be harvested. UserError if the training text cannot be read.
     """
     mixture = prepare(data, lambda line: None)
     rows, d, length = model.rows, model.config.d_model, model.config.context_length

@@ -224,12 +224,9 @@ def count(
 ) -> UnitCounts:
     """Reads documents as `harvest` does, none of them empty, and stores nothing.
 
-    Args:
-        model: Reads the text.
-        documents: Token ids of each.
-        keep: Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0.
-        piece: Tokens of a unit, of which the last of a document may have fewer; None: a unit is a document.
-        report: Told of the tokens that are done since the last time.
+    Of a Base LM, a neuron is active where it is among the K largest of its layer; None: above 0. A unit is a
+    document, or a piece of so many tokens, of which the last of a document may have fewer. `report` is told
+    of the tokens that are done since the last time.
     """
     sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(model.config)[1]
     counter = _Counter(sizes, len(layers), model.config.d_model, report)

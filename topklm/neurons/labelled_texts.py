@@ -100,11 +100,7 @@ def of_json_lines(path: Path, seed: int = 0) -> LabelledTexts:
 
 
 def of_conllu(path: Path) -> LabelledTexts:
-    """Reads the words of CoNLL-U (also .gz) with their universal part of speech, at most 5,000 of each half.
-
-    Raises:
-        UserError: For a file that cannot be read, or holds no such words.
-    """
+    """Reads the words of CoNLL-U (also .gz) with their universal part of speech, at most 5,000 of a half."""
     texts, rows = list[str](), list[tuple[int, int, str]]()
     for sentence, words in _sentences(lines(path, "--conllu")):
         at = 0

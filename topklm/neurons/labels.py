@@ -121,11 +121,7 @@ class Labels:
     def add(self, read: Iterable[tuple[Neuron, Note]]) -> tuple[int, int]:
         """Adds labels that were read from a file; one that a neuron has already gets their comment.
 
-        Returns:
-            How many were added, and how many were there and are changed.
-
-        Raises:
-            UserError: If the file is damaged, and left as it is, or cannot be written.
+        Returns how many were added, and how many were there and are changed; errors as of `set`.
         """
         counts = [0, 0]
 

@@ -39,14 +39,10 @@ def harvested_steps(run: Path) -> list[int]:
 
 @contextlib.contextmanager
 def damage_is_a_user_error(path: Path, advice: str, *more: type[Exception]) -> Iterator[None]:
-    """Turns errors of a block that reads such a folder into one line.
+    """Turns errors of a block that reads such a folder into one line, which `advice` ends for damage.
 
     A refusal of the system is told apart from damage, so that nobody deletes a file for lack of permission.
-
-    Args:
-        path: Of the file, for the message.
-        advice: Ends the message for damage.
-        more: Errors of libraries that mean damage, besides the ValueError of most of them.
+    Errors of libraries that mean damage, besides the ValueError of most, are `more`.
     """
     kinds: tuple[type[Exception], ...] = (OSError, ValueError, *more)
     try:

@@ -45,11 +45,8 @@ class Question:
 def ask(labels: np.ndarray, families: np.ndarray, to_fit: np.ndarray) -> tuple[list[Question], int]:
     """Makes the questions of labelled examples, and counts those with too few examples, which are left out.
 
-    Args:
-        labels: str[n].
-        families: int[n]; the rest of a label is the rest of its family. Of two labels only the second is
-            asked for: the first is the same question.
-        to_fit: bool[n], training examples; the others are scored.
+    Labels are str[n]; the rest of a label is the rest of its family, int[n], and of two labels only the
+    second is asked for: the first is the same question. Examples to fit are bool[n]; the others are scored.
     """
     questions, left_out = [], 0
     for family in np.unique(families):
@@ -80,14 +77,10 @@ def probe(
     ks: Sequence[int] = KS,
     report: Callable[[int], None] = lambda n: None,
 ) -> Scores:
-    """Fits and scores probes.
+    """Fits and scores probes of Q questions on codes float[n, M] of all examples.
 
-    Args:
-        x_nM: float, codes of all examples.
-        questions: Q of them.
-        weights_nR: float64, how often each example's text was drawn.
-        ks: Codes of a probe; more than M are M.
-        report: Told of the questions that are done since the last time.
+    Weights, float64[n, R], are how often each example's text was drawn; a probe has `ks` codes, more than M
+    are M. `report` is told of the questions that are done since the last time.
     """
     scores = np.full((2, len(questions), len(ks), weights_nR.shape[1]), np.nan)
     for number, question in enumerate(questions):

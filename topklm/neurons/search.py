@@ -419,11 +419,8 @@ def by_label(labels: Mapping[tuple[int, int], str], text: str) -> list[Selected]
 def read_contrast(path: Path, max_q: float = 1.0) -> tuple[int, list[Selected]]:
     """Selects neurons of `topklm neurons contrast --json` that are more frequent in the positive text.
 
-    Returns:
-        The step of the checkpoint; and the neurons, of all layers, in the order of the contrast.
-
-    Raises:
-        UserError: For any other file, and one that was changed.
+    Returns the checkpoint's step, and the neurons of all layers in the order of the contrast. UserError for
+    any other file, and one that was changed.
     """
     again = "run topklm neurons contrast --json, and give its output"
     try:

@@ -73,15 +73,9 @@ def from_sparse(
     values: np.ndarray,
     d_model: int,
 ) -> Segment:
-    """Sorts sparse outputs of TopK layers by neuron.
+    """Sorts sparse outputs of TopK layers by neuron: indices int[S, N, k], distinct for a token, and values.
 
-    Args:
-        tokens: As in `Segment`.
-        documents: Likewise.
-        losses: Likewise.
-        indices: int[S, N, k], neurons, distinct for each token.
-        values: [S, N, k]; zeros are left out.
-        d_model: D.
+    Values [S, N, k] that are zero are left out; all else is as in `Segment`.
     """
 
     def by_neuron(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -166,13 +160,8 @@ def read_facts(folder: Path, advice: str, sealed: bool) -> Facts:
 class SegmentReader:
     """A segment on disk; arrays are opened when they are first needed.
 
-    Methods raise UserError for arrays that cannot be read, or are not as they were written.
-
-    Args:
-        folder: Of the segment.
-        facts: From `read_facts`.
-        n_neurons: S D.
-        advice: Ends the message for damage.
+    Of S D neurons, with facts from `read_facts`. Methods raise UserError, which `advice` ends, for arrays
+    that cannot be read, or are not as they were written.
     """
 
     def __init__(self, folder: Path, facts: Facts, n_neurons: int, advice: str):

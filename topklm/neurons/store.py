@@ -91,17 +91,9 @@ class NeuronBlock:
 class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     """Appends segments of one part to a store, which it makes if there is none.
 
-    Nobody else can write to the part until it is closed, or let go of.
-
-    Args:
-        folder: Of the store.
-        metadata: Of the activations to be stored.
-        part: Which share of the text, from 0.
-        wait: Told which process writes to the part, if another one does; if it returns, that one's end is
-            waited for. None: that is an error.
-
-    Raises:
-        UserError: If the folder holds activations of something else, is damaged, or somebody else writes.
+    Nobody else can write to the part, a share of the text counted from 0, until it is closed, or let go of.
+    `wait` is told which process writes to it, if another one does; if it returns, that one's end is waited
+    for; None: that is an error. UserError if the folder holds activations of something else, or is damaged.
     """
 
     def __init__(
@@ -284,10 +276,7 @@ class Store:
     def blocks(self, layer: int, n_events: int, n_neurons: int) -> Iterator[tuple[int, int]]:
         """Yields the first neuron of a block, and the one after its last, for all neurons of a layer.
 
-        Args:
-            layer: One of `metadata.layers`.
-            n_events: Of a block at most, but if a single neuron has more.
-            n_neurons: At most.
+        A block has at most `n_neurons`, and `n_events`, but if a single neuron has more.
         """
         first, d = self._number(layer, 0), self.metadata.d_model
         counts = (np.diff(segment.offsets[first : first + d + 1]) for segment in self.segments)

@@ -56,9 +56,7 @@ def enable() -> bool:
 def use(folder: Path) -> None:
     """Keeps programs in a folder that nobody else writes to but runs of this machine's kind; see `enable`.
 
-    Raises:
-        OSError: If the folder cannot be made.
-        UserError: If somebody else could have put programs into it.
+    OSError if it cannot be made, UserError if somebody else could have put programs into it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write there can run code as the user
     _check_private(folder)

@@ -91,11 +91,8 @@ def stop_on_signal(
     """Catches SIGINT, SIGTERM and SIGHUP inside the block; only the main thread may enter it.
 
     A signal that is ignored stays so: shells let their background jobs ignore Ctrl-C. Processes that begin
-    inside the block know nothing of this.
-
-    Args:
-        on_stop_while_starting: Told the last line of a process that a signal ends before it has trained; the
-            place to tell the run's other processes. A request by one of them does not call it.
+    inside the block know nothing of this. `on_stop_while_starting` is told the last line of a process that a
+    signal, not another process, ends before it has trained; the place to tell the run's others.
     """
     request = StopRequest(on_stop_while_starting)
     received, sent = os.pipe()

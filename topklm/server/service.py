@@ -68,8 +68,7 @@ class Service:
     async def pieces(self, asked: Completion) -> AsyncIterator[dict[str, Any]]:
         """Yields pieces of the choices of an answer as they come, each as OpenAI has it; then {"usage": ...}.
 
-        Raises:
-            ApiError: If too many wait, the time is up, or the server is being stopped.
+        ApiError if too many wait, the time is up, or the server is being stopped.
         """
         loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[SequenceUpdate] | None]()
 

@@ -109,8 +109,7 @@ class NeuronFacts:
 def read_facts(folder: NeuronsFolder, layer: int, neuron: int) -> NeuronFacts | None:
     """Reads what is known; None if the layer was not measured, or the extra that reads it is not installed.
 
-    Raises:
-        UserError: If the file is damaged, or was measured on another store than lies beside it.
+    UserError if the file is damaged, or was measured on another store than lies beside it.
     """
     if not folder.table.exists() or importlib.util.find_spec("pyarrow") is None:
         return None
@@ -182,15 +181,7 @@ class Concepts:
 
 
 class ConceptReader:
-    """Reads the text of a store once, and then the concepts of its layers.
-
-    Args:
-        store: Of activations.
-        vocab_size: V.
-
-    Raises:
-        UserError: If the store does not hold an even and an odd document.
-    """
+    """Reads a store's text once, then concepts of its layers; UserError without an even and odd document."""
 
     def __init__(self, store: Store, vocab_size: int):
         self._store, self._vocab_size = store, vocab_size
@@ -208,11 +199,7 @@ class ConceptReader:
         self._shares = counts / counts.sum()
 
     def read(self, layer: int, neurons: Sequence[int] | None = None) -> Concepts:
-        """Returns the concepts of those of a layer's neurons (None: of all) that are active in the text read.
-
-        Raises:
-            UserError: If the store does not have the layer, or the neuron.
-        """
+        """Returns concepts of a layer's neurons (None: all) active in the text; UserError if not stored."""
         d = self._store.metadata.d_model
         step = max(1, _CELLS // self._vocab_size)
         bounds = [(begin, min(begin + step, d)) for begin in range(0, d, step)]

@@ -66,19 +66,10 @@ def respond(
 ) -> list[Response]:
     """Measures texts at each value, without steering first.
 
-    Args:
-        model: Writes them.
-        neuron: Layer and number.
-        values: In units of the neuron's activation; their meaning depends on the mode.
-        concepts: To be counted; their names differ.
-        sampled: How texts are generated.
-        mode: As in `Intervention`, as `positions`.
-        positions: Which tokens are steered.
-        report: Told how many texts have been finished since the last time.
-
-    Raises:
-        ValueError: For what is not allowed, in one line; a prompt with its continuation must fit the model's
-            context, or some of the text would not be seen when its perplexity is taken.
+    Values are in units of the neuron's activation, by mode; concepts have names that differ; `report` is told
+    how many texts have been finished since the last time. ValueError, in one line, for what is not allowed; a
+    prompt with its continuation must fit the model's context, or some of the text would not be seen when its
+    perplexity is taken.
     """
     if not sampled.prompts or sampled.samples < 1:
         given = f"{sampled.samples} of {len(sampled.prompts)} prompts"
@@ -177,12 +168,9 @@ def distinct(tokens: Sequence[int], n: int) -> float:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray) -> Estimate:
-    """Returns the sum of numerators over that of denominators, with its interval.
+    """Returns the sum of numerators over that of denominators, float64[n], with its interval.
 
-    Args:
-        numerators: float64[n], one for each text.
-        denominators: float64[n].
-        groups: int[n], from 0: texts that are drawn together.
+    Groups, int[n] from 0, are texts that are drawn together.
     """
     total = denominators.sum()
     value = float(numerators.sum() / total) if total else float("nan")

@@ -62,16 +62,11 @@ def add_vectors(
     concepts_NKM: jax.Array,
     before: Unsteered,
 ) -> TreatmentEffects:
-    """Measures the effects of R vectors, each added at every position of every prompt.
+    """Measures the effects of R vectors, float32[R, D], each added at every position of every prompt.
 
-    Args:
-        config: The model's shape.
-        params: Its parameters.
-        layer: They are added to its output; only the layers after it are run.
-        vectors_RD: float32.
-        following_C: int32, the token that follows each prompt in the text.
-        concepts_NKM: int32, ids, `NO_TOKEN` after the last.
-        before: `unsteered` of the prompts.
+    They are added to a layer's output; only the layers after it are run. `following_C`, int32, is the token
+    that follows each prompt in the text, concepts int32[N, K, M] ids with `NO_TOKEN` after the last, `before`
+    is `unsteered` of the prompts.
     """
     model, state_CTD = transformer.bind(config, params), before.states[layer]
     r, (c, t, d) = len(vectors_RD), state_CTD.shape

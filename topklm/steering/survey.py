@@ -47,12 +47,9 @@ class Prompts:
 def neutral_prompts(
     store: Store, n: int, length: int, separator_id: int, seed: int, among: np.ndarray | None = None
 ) -> Prompts:
-    """Draws n pieces of some documents evenly, each `length` tokens, the separator counted.
+    """Draws n pieces of some documents evenly, `length` tokens with the separator; UserError for too few.
 
     `among` are the tokens of these documents, bool[N]; None: those of odd number.
-
-    Raises:
-        UserError: If there are not so many pieces.
     """
     documents = store.documents(0, store.n_tokens)
     which = "documents of odd number" if among is None else "half of the documents"
@@ -101,8 +98,7 @@ def survey(
 ) -> dict[int, Layer]:
     """Surveys the layers of a model, whose parameters are on one device, by their numbers.
 
-    Raises:
-        UserError: If the store is too small, or a layer is asked for that it does not have.
+    UserError if the store is too small, or a layer is asked for that it does not have.
     """
     layers = store.metadata.layers if settings.layers is None else settings.layers
     if unknown := sorted(set(layers) - set(store.metadata.layers)):
@@ -184,11 +180,10 @@ def _prefix(concept: np.ndarray) -> np.ndarray:
 
 
 def summarise(layers: Mapping[int, Layer], settings: SurveySettings) -> dict[str, Any]:
-    """Counts steerable neurons of a survey by layer and kind of concept.
+    """Counts steerable neurons of a survey by layer and kind of concept, as a JSON object; NaN is null.
 
-    Returns:
-        A JSON object: "settings", and "layers", a list of one object for each layer and one, of layer "all",
-        for all together. NaN is null.
+    It has "settings", and "layers", a list of one object for each layer and one, of layer "all", for all
+    together.
     """
     by_layer = [_of_layers(str(number), [layer], settings) for number, layer in layers.items()]
     together = [_of_layers("all", list(layers.values()), settings)] if len(layers) > 1 else []

@@ -73,17 +73,9 @@ def rank(
 ) -> list[TowardNeuron]:
     """Ranks the living neurons of a model, whose parameters are on one device, but those beyond the bound.
 
-    Args:
-        store: Of the activations.
-        config: The model's shape.
-        params: Its parameters.
-        tokens: int32[n], the pattern's.
-        prompts: Of one half of the documents.
-        settings: Strengths, the bound, random directions, and which layers and how many neurons of each.
-        progress: Shows how far it is.
-
-    Raises:
-        UserError: If the store does not have a layer that is asked for.
+    By the pattern's tokens, int32[n], after prompts of one half of the documents. The settings are strengths,
+    the bound, random directions, and which layers, of which UserError names one the store lacks, and how many
+    neurons of each.
     """
     layers = store.metadata.layers if settings.layers is None else settings.layers
     if unknown := sorted(set(layers) - set(store.metadata.layers)):

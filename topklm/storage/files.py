@@ -26,18 +26,11 @@ _BUCKET_PREFIX = "gs://"
 
 
 def as_path(name: str | os.PathLike[str], flag: str = "path") -> AnyPath:
-    """Parses a path that a user wrote: `pathlib.Path` for a local one, `etils.epath.Path` for gs://BUCKET/PATH.
+    """Parses a user's path: `pathlib.Path` for a local one, `etils.epath.Path` for gs://BUCKET/PATH.
 
-    Args:
-        name: As written; `pathlib.Path` would make one slash of the two.
-        flag: Names the place where the user wrote it, for the message, e.g. "--workdir".
-
-    Returns:
-        The path, with a leading `~` expanded.
-
-    Raises:
-        UserError: For a URL that is not of Google Cloud Storage, or that names no folder in a bucket, and for
-            a name that is not UTF-8 or holds a NUL, which libraries refuse only after the work is done.
+    A leading `~` is expanded; `flag` says where it was written, e.g. "--workdir". UserError for a URL that is
+    not of Google Cloud Storage, or that names no folder in a bucket, and for a name that is not UTF-8 or
+    holds a NUL, which libraries refuse only after the work is done.
     """
     text = os.fspath(name)
     check_name(text, flag)
@@ -188,11 +181,9 @@ def folder_lock(
 ) -> Iterator[None]:
     """Holds a folder that exists for this process; the kernel lets go when it ends, however it ends.
 
-    Args:
-        folder: Gets a lock file.
-        busy: Called with the process id of the owner when there is another one. It may raise; if it
-            returns, the owner's end is waited for.
-        warn: Is told if the file system has no locks; then nobody is kept out.
+    The folder gets a lock file. `busy` is called with the process id of the owner when there is another one;
+    it may raise, or return, and then the owner's end is waited for. `warn` is told if the file system has no
+    locks; then nobody is kept out.
     """
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as lock:
         try:
@@ -244,16 +235,9 @@ def parse_json(content: str | bytes, kind: type = dict) -> Any:
 
 
 def read_json(path: AnyPath, advice: str, *, sealed: bool = False) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a JSON object; FileNotFoundError if there is no file, UserError, which `advice` ends, for damage.
 
-    Args:
-        path: The file.
-        advice: Says what to do if it is damaged; ends the message.
-        sealed: Whether it was written by `sealed_json`, so that its digest is compared and left out.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If it cannot be read, or is not as it was written.
+    `sealed` says that `sealed_json` wrote it, so that its digest is compared and left out.
     """
     try:
         content = path.read_bytes()

@@ -33,10 +33,7 @@ _PATIENCE_SECONDS = 60.0
 def check_usable(folder: AnyPath, flag: str, *, write: bool) -> None:
     """Refuses a folder in a bucket that cannot be used, before anything is begun; a local one passes.
 
-    Args:
-        folder: A path that `topklm.storage.files.as_path` gave.
-        flag: Where the user named it; the message begins with it.
-        write: Whether a run shall be kept there, and not only read.
+    The message begins with `flag`; `write` says whether a run shall be kept there, and not only read.
     """
     if not is_bucket(folder):
         return

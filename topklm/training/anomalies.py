@@ -25,9 +25,8 @@ StepWindow = dict[str, jax.Array]
 def empty() -> StepWindow:
     """Makes a window without steps.
 
-    Returns:
-        `loss` and `gradient_norm`, float32[WINDOW_STEPS], rings of the last good steps; `count`, int32
-        scalar, how many good steps there have been.
+    `loss` and `gradient_norm`, float32[WINDOW_STEPS], are rings of the last good steps; `count`, int32
+    scalar, is how many good steps there have been.
     """
     # Two arrays: a step that reuses the state's memory must not be given one twice.
     windows = {name: jnp.zeros(WINDOW_STEPS, jnp.float32) for name in ("loss", "gradient_norm")}
@@ -80,24 +79,17 @@ class Policy:
     ):
         """Has seen nothing yet.
 
-        Args:
-            on_bad_step: "stop" or "skip".
-            sigmas: As of `is_bad`.
-            advice: How the user can mend it, for the last line of a run that stops.
-            last_checkpoint: The newest one's step once all are on disk.
+        `on_bad_step` is "stop" or "skip", `sigmas` as of `is_bad`. The last line of a run that stops has the
+        advice how to mend it, and the newest checkpoint's step once all are on disk.
         """
         self._stops, self._sigmas, self._advice = on_bad_step == "stop", sigmas, advice
         self._last_checkpoint = last_checkpoint
         self._skipped: list[_Step] = []  # in a row, up to the newest step
 
     def observe(self, step: int, loss: float, gradient_norm: float, bad: bool) -> str | None:
-        """Judges a step that `is_bad` told bad or good in the train step.
+        """Judges a step that `is_bad` told bad or good; returns a line once skipped bad steps are over.
 
-        Returns:
-            A line for the user, once bad steps that were skipped are over.
-
-        Raises:
-            UserError: At the first bad step, or the MOST_SKIPPED_IN_A_ROW-th in a row with "skip".
+        UserError at the first bad step, or the MOST_SKIPPED_IN_A_ROW-th in a row with "skip".
         """
         if not bad:
             return self.finish()

@@ -88,8 +88,7 @@ class MetricsWriter:
     def sync(self) -> dict[str, int]:
         """Returns when the lines are where the checkpoints are; called before one refers to them.
 
-        Returns:
-            Their number and their CRC-32, which are compared when the run is continued.
+        Gives their number and their CRC-32, which are compared when the run is continued.
         """
         with disk_errors_are_user_errors(f"writing {self._path}"):
             os.fsync(self._file.fileno())

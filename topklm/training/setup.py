@@ -90,8 +90,7 @@ def _check_initial_run(config: Config, folder: AnyPath) -> None:
 def initial_parameters(run: PreparedRun) -> transformer.Parameters:
     """Reads the parameters that a new run begins with: of the newest checkpoint of `train.init`.
 
-    Raises:
-        UserError: If there is none, it is damaged, or its tokenizer or the shape of its parameters differs.
+    UserError if there is none, it is damaged, or its tokenizer or the shape of its parameters differs.
     """
     other = run.config.train.init
     saved = run_folder.saved_config(as_path(other, "train.init"))
@@ -134,9 +133,8 @@ def _reshaping_fields(saved: ModelConfig, asked: ModelConfig) -> str:
 def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[PreparedRun]:
     """Arranges the devices, holds the run folder and prepares the data.
 
-    Raises:
-        UserError: For a mesh that does not fit the devices or the model; if the folder is in use, not shared
-            by all hosts or holds another run; or for data that cannot be trained on.
+    UserError for a mesh that does not fit the devices or the model; if the folder is in use, not shared by
+    all hosts or holds another run; or for data that cannot be trained on.
     """
     layout = make_layout(config.mesh)
     # Refused before the data is prepared, which can take hours, and not first where the steps are made.
@@ -161,10 +159,8 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
 def check_memory(state: Any, layout: Layout) -> None:
     """Refuses a `TrainState` (shapes) that does not fit, before it is made: XLA on CPUs would wait for ever.
 
-    Counts parameters, optimizer and gradients; activations come on top.
-
-    Raises:
-        UserError: If one of this process's devices, or the host whose memory they are, is too small.
+    Counts parameters, optimizer and gradients, on devices or the host whose memory they are; activations come
+    on top.
     """
 
     def n_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:

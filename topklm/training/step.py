@@ -127,9 +127,8 @@ def make_forward(
 ) -> tuple[Any, Parallel, Callable]:
     """Builds the forward pass of one device's program; hooks are called with the number of the layer.
 
-    Returns:
-        The specs of the parameters; the device's view of the mesh; and `(params, batch, capture) -> (model,
-        h, captured)`, whose parameters are this device's parts.
+    Returns the specs of the parameters; the device's view of the mesh; and `(params, batch, capture) ->
+    (model, h, captured)`, whose parameters are this device's parts.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)

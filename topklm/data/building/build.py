@@ -68,15 +68,8 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     Text goes into a folder named after a fingerprint of all that shapes it, so that it can be reused without
     asking. A document is held out when a hash of its text says so, so that a corpus may grow without any
     document changing sides (but see `encode.fitted` for very few); the tokenizer is trained on the training
-    split.
-
-    Args:
-        data: Sources and settings.
-        announce: Receives a few lines of progress.
-
-    Raises:
-        UserError: For text that cannot be read, a split without documents, a disk that refuses, or
-            a prepared folder that is damaged.
+    split. UserError for text that cannot be read, a split without documents, a disk that refuses, a damaged
+    folder.
     """
     if data.mixture:
         return open_mixture(data.mixture)
@@ -133,17 +126,9 @@ def build(
 ) -> None:
     """Makes the dataset `out`, continues an attempt at it, or finds it made.
 
-    Args:
-        sources: Where the text is.
-        settings: Of the dataset.
-        out: The dataset's folder; must not exist, be empty, or hold this dataset.
-        engine: Does the work; no bit of the result depends on it.
-        progress: Where it is shown.
-        wait: Whether to wait for another process that makes the same, instead of refusing.
-
-    Raises:
-        UserError: For text that cannot be read, a split without documents, a disk that refuses, a
-            folder that holds something else.
+    No bit of the result depends on the engine. The folder must not exist, be empty, or hold this dataset.
+    With `wait` another process that makes the same is waited for, not refused. UserError for text that cannot
+    be read, a split without documents, a disk that refuses, a folder that holds something else.
     """
     work = out.parent.child(f".{out.name}.partial")
 

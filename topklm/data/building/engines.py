@@ -88,9 +88,7 @@ class LocalEngine:
     def run(self, tasks: Sequence[Task], work: Storage, report: Report) -> list[Any]:
         """Does the tasks, see `Engine`; reports in this thread of this process only.
 
-        Raises:
-            UserError: If a worker process was killed, as the system does when memory runs out; and any error
-                of a task.
+        UserError if a worker was killed, as the system does when memory runs out; and any error of a task.
         """
         # The largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(tasks)), key=lambda i: -tasks[i].size)

@@ -213,8 +213,7 @@ def _groups(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draws windows in random order, as many together as are run together.
 
-    Returns:
-        Of each group int32[W, T], filled up with separators, and bool[W, T], where samples may be taken.
+    Of each group it gives int32[W, T], filled up with separators, and bool[W, T], where samples may be taken.
     """
     windows = [
         (begin, *window)
@@ -244,9 +243,8 @@ def _forward(
 ) -> tuple[jax.Array, KeysAndValues, jax.Array]:
     """Runs whole windows.
 
-    Returns:
-        The output of every layer, [L, W, T, D]; the KV caches of all layers but the first, [L - 1, W, ...];
-        and the loss of the next token, [W, T].
+    Returns the output of every layer, [L, W, T, D]; the KV caches of all layers but the first, [L - 1, W,
+    ...]; and the loss of the next token, [W, T].
     """
     model = transformer.bind(config, params)
     h_WTD, states_LWTD = model.hidden(inputs_WT, capture=lambda _h, _u, h_next: h_next)

@@ -146,8 +146,7 @@ def choose_examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the examples of one neuron, which is active at tokens int64[E], rising, E at least 1.
 
-    Returns:
-        int64[m], which of the E events; and int8[m], 0 for the strongest, then 1 to RANGE_PARTS.
+    Returns which of the E events, int64[m]; and int8[m], 0 for the strongest, then 1 to RANGE_PARTS.
     """
     strengths = np.abs(values)
     chooser = _Chooser(tokens, bounds)

@@ -52,16 +52,10 @@ def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval
 def sums_of_draws(
     ids: np.ndarray, documents: np.ndarray, values: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Adds up a neuron's values by token in each draw.
+    """Adds up a neuron's values, float64[E], by token or cluster, int[E], in each draw.
 
-    Args:
-        ids: int[E], a token or cluster.
-        documents: int[E], rows of `weights`.
-        values: float64[E].
-        weights: float64[G, R].
-
-    Returns:
-        int[u], the distinct ids, rising, and float64[u, R].
+    Documents, int[E], are rows of the weights, float64[G, R]. Returns int[u], the distinct ids, rising, and
+    float64[u, R].
     """
     distinct, rows = np.unique(ids, return_inverse=True)
     # Sums by token and document; the product with the weights is the sum of every token in every draw.
@@ -72,9 +66,7 @@ def sums_of_draws(
 def entropy_of_draws(sums: np.ndarray, n_active: np.ndarray) -> np.ndarray:
     """Computes `entropy.plug_in` and `entropy.miller_madow` of each draw, float64[R], nats; NaN for zeros.
 
-    Args:
-        sums: float64[u, R], of strengths, as `sums_of_draws` gives them.
-        n_active: float64[R], activations that went into them.
+    Sums of strengths, float64[u, R], are as from `sums_of_draws`, of `n_active` activations, float64[R].
     """
     totals = sums.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):

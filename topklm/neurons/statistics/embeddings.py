@@ -66,14 +66,8 @@ def default_count(vocab_size: int) -> int:
 def cluster_tokens(unembedding_DV: np.ndarray, n_clusters: int | None = None, seed: int = 0) -> np.ndarray:
     """Groups the tokens of a vocabulary by k-means: int32[V], from 0 to C - 1, each of which has a token.
 
-    Args:
-        unembedding_DV: float32[D, V], the model's.
-        n_clusters: At most how many; None: `default_count`. There are fewer where tokens have fewer distinct
-            embeddings, or where k-means leaves one empty.
-        seed: The same seed gives the same clusters.
-
-    Raises:
-        UserError: If there cannot be as many.
+    By the unembedding, float32[D, V]. At most so many clusters, None: `default_count`; there are fewer where
+    tokens have fewer distinct embeddings, or k-means leaves one empty. UserError if there cannot be as many.
     """
     rows = unit_rows(unembedding_DV)
     n_clusters = min(default_count(len(rows)), len(rows)) if n_clusters is None else n_clusters
@@ -142,12 +136,7 @@ def _unit_or_zero(rows: np.ndarray) -> np.ndarray:
 
 
 class Embeddings(abc.ABC):
-    """Embeddings of the text at any token of a store.
-
-    Args:
-        n_tokens: N.
-        width: d, numbers in an embedding.
-    """
+    """Embeddings, of d = `width` numbers, of the text at any of the N tokens of a store."""
 
     def __init__(self, n_tokens: int, width: int):
         self.n_tokens, self.width = n_tokens, width
@@ -172,10 +161,8 @@ class Embeddings(abc.ABC):
 class Contexts(Embeddings):
     """The context embedding of any token of a store, computed when asked for: none is kept.
 
-    Args:
-        token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
-        vectors: float32[V, d], as `token_vectors` gives them.
+    Of ids uint[N], documents' bounds as of `Store.document_bounds`, and vectors float32[V, d] as of
+    `token_vectors`.
     """
 
     def __init__(self, token_ids: np.ndarray, bounds: np.ndarray, vectors: np.ndarray):
@@ -205,12 +192,7 @@ class SentenceEncoder(Protocol):
 
 
 class EncodedWindows(Embeddings):
-    """Embeddings of all windows of a store.
-
-    Args:
-        name: Of the encoder.
-        vectors: float32[N, d], of unit length; 0 where the encoder gives nothing.
-    """
+    """Embeddings of all windows of a store, float32[N, d], of unit length; 0 where the encoder gives none."""
 
     def __init__(self, name: str, vectors: np.ndarray):
         super().__init__(*vectors.shape)
@@ -234,14 +216,10 @@ class EncodedWindows(Embeddings):
 
 
 def load_encoder(name: str) -> SentenceEncoder:
-    """Returns a model of the package sentence-transformers.
+    """Returns a model of the package sentence-transformers; UserError without the package or the model.
 
-    Args:
-        name: Its folder, or its name where the package finds it, also NAME@REVISION: a branch, a tag, or the
-            hash of a commit, which alone always names the same files.
-
-    Raises:
-        UserError: If the package is not installed, or has no such model.
+    `name` is its folder, or its name where the package finds it, also NAME@REVISION: a branch, a tag, or the
+    hash of a commit, which alone always names the same files.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
@@ -274,10 +252,8 @@ def embed_windows(
 ) -> EncodedWindows:
     """Embeds the window of every token of a store; takes 4 N d bytes.
 
-    The name is that of the encoder in tables and on pages; `report` is told how many more are done.
-
-    Raises:
-        UserError: If the encoder gives anything but one vector of finite numbers for each text.
+    The name is that of the encoder in tables and on pages; `report` is told how many more are done. UserError
+    if the encoder gives anything but one vector of finite numbers for each text.
     """
     token_ids = store.tokens(0, store.n_tokens)
     bounds = store.document_bounds()
@@ -325,13 +301,7 @@ def monosemanticity(store: Store, contexts: Embeddings, seed: int = 0) -> dict[s
 
 
 class Pairs:
-    """Sums over all pairs of tokens for each neuron; filled stretch by stretch.
-
-    Args:
-        n_neurons: How many.
-        n_kinds: Of embeddings, side by side.
-        width: d.
-    """
+    """Sums over all pairs of tokens for each neuron, of `n_kinds` embeddings each; filled by stretches."""
 
     def __init__(self, n_neurons: int, n_kinds: int, width: int):
         self._vectors = np.zeros((n_neurons, n_kinds, width))  # A^T e
@@ -342,13 +312,10 @@ class Pairs:
     def add(
         self, strengths: np.ndarray, places: np.ndarray, offsets: np.ndarray, embeddings: np.ndarray
     ) -> None:
-        """Adds the events of a stretch of text.
+        """Adds the events of a stretch of text, strengths float32[E], neuron by neuron, at its tokens int[E].
 
-        Args:
-            strengths: float32[E], neuron by neuron.
-            places: int[E], tokens of the stretch.
-            offsets: int64[n_neurons + 1], where each neuron's events begin.
-            embeddings: float32[N, n_kinds, d], of the stretch's tokens.
+        Each neuron's begin at `offsets`, int64[n_neurons + 1]; embeddings of its tokens are float32[N,
+        n_kinds, d].
         """
         shape = len(offsets) - 1, len(embeddings)
         events = scipy.sparse.csr_array((strengths, places.astype(np.int32), offsets), shape)

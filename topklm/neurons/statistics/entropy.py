@@ -34,13 +34,9 @@ def columns(
 ) -> Mapping[str, Any]:
     """Returns the columns about tokens and their clusters, one value for each neuron.
 
-    Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies (NaN) and no top tokens.
-
-    Args:
-        block: The neurons.
-        token_ids: uint[N], of the whole store.
-        clusters: int[V], the cluster of each token.
-        of_places: int[N], of each token of the store, if those of the vocabulary are not to count.
+    Ids are uint[N], of the whole store; clusters int[V], of each token, or `of_places`, int[N], of each token
+    of the store, instead. Takes 16 V bytes a neuron, beside the events. A dead neuron has no entropies (NaN)
+    and no top tokens.
     """
     n_active = activity.n_active(block)
     by_token = by_group(block, token_ids, len(clusters))

@@ -93,14 +93,9 @@ def averaged_jacobians(
 def excerpts(
     token_ids: np.ndarray, bounds: np.ndarray, ends: np.ndarray, length: int, separator_id: int
 ) -> Excerpts:
-    """Returns the last `length` tokens of: the separator, then the document up to and with a token.
+    """Returns the last T tokens of: the separator, then the document up to and with a token.
 
-    Args:
-        token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], where documents begin.
-        ends: int64[n], tokens of the store, in any order.
-        length: T.
-        separator_id: Of the tokenizer.
+    Ids are uint[N], of the whole store, bounds int64[documents + 1], and ends int64[n], tokens in any order.
     """
     begins = bounds[np.searchsorted(bounds, ends, side="right") - 1][:, None]
     at = ends[:, None] + np.arange(1 - length, 1)

@@ -33,16 +33,9 @@ def extend(path: Path, inputs: Inputs) -> tuple[str, ...]:
     """Adds to a table the statistics that it lacks, computed with the settings that it was measured with.
 
     If the store has grown since, everything is measured again, for all figures of a table are of one text.
-
-    Args:
-        path: Of the table.
-        inputs: Of the store that it was measured on; their settings are not used.
-
-    Returns:
-        Names of the statistics that were missing; none: the table is left as it is.
-
-    Raises:
-        UserError: If the table is damaged, of another store, or needs the sentence encoder of that time.
+    The settings of `inputs` are not used. Returns the names of the statistics that were missing; none: the
+    table is left as it is. UserError if it is damaged, of another store, or needs the sentence encoder of
+    that time.
     """
     rows, measured = table.read_stored(path)
     missing = table.missing(rows.column_names)

@@ -32,11 +32,7 @@ def columns(
 ) -> Mapping[str, np.ndarray]:
     """Returns `by_token` and `by_context`, float64[n] each; NaN where there is none.
 
-    Args:
-        block: The neurons.
-        token_ids: int[N], of the whole store.
-        previous_ids: int[N], from `previous`.
-        vocab_size: V.
+    Ids, int[N], are of the whole store, those before from `previous`, below V.
     """
     keys = {"by_token": token_ids, "by_context": previous_ids}
     return {name: explained(block, ids, vocab_size) for name, ids in keys.items()}
@@ -80,12 +76,9 @@ def share(
 ) -> np.ndarray:
     """Computes the share from sums over groups, of those alone that have active tokens; NaN for a constant.
 
-    Args:
-        sums: float64[some groups, n], of the values.
-        sizes: [some groups, 1] or [some groups, n], tokens of each, 0 for groups that take no part.
-        squares: float64[n], sum of the values' squares.
-        n_tokens: N of all groups, one number or [n].
-        n_groups: G, likewise.
+    Sums of the values are float64[some groups, n]; sizes, as many or [some groups, 1], tokens of each, 0 for
+    groups that take no part; squares float64[n], sums of the values' squares. N and G, of all groups, are one
+    number or [n].
     """
     n_tokens, n_groups = np.asarray(n_tokens, np.float64), np.asarray(n_groups, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
