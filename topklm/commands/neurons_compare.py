@@ -39,23 +39,14 @@ _TEXT = "files, globs, URLs of text (.txt, .jsonl, .parquet, ...), or a prepared
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComparedText:
-    """Documents that a user named.
+    """Documents that a user named."""
 
-    Attributes:
-        name: The text's, "positive" say.
-        flag: Which names the documents, without dashes.
-        source: As it was written.
-        documents: Token ids of each, int32[n], none empty and no two the same.
-        facts: For --json.
-        warnings: The parts that were not read, a line each.
-    """
-
-    name: str
-    flag: str
-    source: str
-    documents: Sequence[np.ndarray]
-    facts: dict[str, Any]
-    warnings: list[str]
+    name: str  # the text's, "positive" say
+    flag: str  # which names the documents, without dashes
+    source: str  # as it was written
+    documents: Sequence[np.ndarray]  # token ids of each, int32[n], none empty and no two the same
+    facts: dict[str, Any]  # for --json
+    warnings: list[str]  # the parts that were not read, a line each
 
     def wrong(self, text: str) -> UserError:
         """Returns the error of its flag."""

@@ -38,27 +38,18 @@ FILLED_IN = ("model.vocab_size",)  # by the data
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """Facts of a run that its folder tells, as far as it can be read.
+    """Facts of a run that its folder tells, as far as it can be read."""
 
-    Attributes:
-        run: Path of the folder.
-        name: Of the nearest config that comes with topklm, such as "small:base"; "" of no known config.
-        n_changes: Fields in which the run's config differs from that one.
-        step: Of the newest checkpoint, or of the last metrics where there is none; None: of neither.
-        steps: Of the whole run; None where the config cannot be read.
-        bits_per_byte: Newest of the held-out text; None before the first evaluation.
-        changed: Unix time of the last metrics or the newest checkpoint; None: of neither.
-        problems: Damages, a line each.
-    """
-
-    run: str
+    run: str  # path of the folder
+    # Of the nearest config that comes with topklm, such as "small:base"; "" of no known config
     name: str = ""
-    n_changes: int = 0
+    n_changes: int = 0  # fields in which the run's config differs from that one
+    # Of the newest checkpoint, or of the last metrics where there is none; None: of neither
     step: int | None = None
-    steps: int | None = None
-    bits_per_byte: float | None = None
-    changed: float | None = None
-    problems: tuple[str, ...] = ()
+    steps: int | None = None  # of the whole run; None where the config cannot be read
+    bits_per_byte: float | None = None  # newest of the held-out text; None before the first evaluation
+    changed: float | None = None  # Unix time of the last metrics or the newest checkpoint; None: of neither
+    problems: tuple[str, ...] = ()  # damages, a line each
 
     @property
     def config(self) -> str:

@@ -39,16 +39,12 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Basis:
-    """A function from hidden states to codes.
+    """A function from hidden states to codes."""
 
-    Attributes:
-        name: One of `TITLES`.
-        encode: From float32[S, N, D] to codes [S, N, M]; None: the states are the codes.
-        project: From float[S, n, D] to what is probed, float[S, n, M]; None: the codes.
-    """
-
-    name: str
+    name: str  # one of `TITLES`
+    # From float32[S, N, D] to codes [S, N, M]; None: the states are the codes
     encode: Callable[[jax.Array], jax.Array] | None = None
+    # From float[S, n, D] to what is probed, float[S, n, M]; None: the codes
     project: Callable[[np.ndarray], np.ndarray] | None = None
 
 

@@ -71,26 +71,17 @@ MEASURES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CardText:
-    """The tokens on which bases are measured: of all documents but for the first token of each.
+    """The tokens on which bases are measured: of all documents but for the first token of each."""
 
-    Attributes:
-        documents: int32[n] of each, their first tokens included.
-        token_ids: int64[N].
-        previous_ids: int64[N], the token before each.
-        document_of: int64[N], rising.
-        weights: float64[G, R], how often each document is drawn; 1 in the first draw.
-        clusters: int64[N], the cluster of each token, `NO_CLUSTER` for none; None: tokens are not compared
-            with those of other models at all.
-        vocab_size: V.
-    """
-
-    documents: Sequence[np.ndarray]
-    token_ids: np.ndarray
-    previous_ids: np.ndarray
-    document_of: np.ndarray
-    weights: np.ndarray
+    documents: Sequence[np.ndarray]  # int32[n] of each, their first tokens included
+    token_ids: np.ndarray  # int64[N]
+    previous_ids: np.ndarray  # int64[N], the token before each
+    document_of: np.ndarray  # int64[N], rising
+    weights: np.ndarray  # float64[G, R], how often each document is drawn; 1 in the first draw
+    # int64[N], the cluster of each token, `NO_CLUSTER` for none; None: tokens are not compared with those of
+    # other models at all
     clusters: np.ndarray | None
-    vocab_size: int
+    vocab_size: int  # V
 
     @functools.cached_property
     def n_tokens(self) -> np.ndarray:

@@ -123,11 +123,9 @@ class _Patient(H11Protocol):
 
     That is to say what they want, to send all of it, and to read the answer. Where there are too many
     connections, whoever has been waited for the longest has to go, so that nobody shuts others out.
-
-    Attributes:
-        since: When what is theirs to do began to be waited for; None while the answer is made.
     """
 
+    # When what is theirs to do began to be waited for; None while the answer is made
     since: float | None = None
     _awaited: str | None = None  # one of "request", "body", "reading"
     _deadline: asyncio.TimerHandle | None = None

@@ -65,27 +65,16 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Common:
-    """All that the runs of a card share.
+    """All that the runs of a card share."""
 
-    Attributes:
-        runs: All of them; the first gives text and clusters.
-        documents: Token ids of each, int32[n], by the first run's tokenizer.
-        clusters: int[V], the cluster of each of its tokens.
-        sets: Texts to probe with.
-        seed: Of all that is drawn.
-        dictionary_tokens: Of training text, for the SAE of a Base LM.
-        steers: Whether neurons are steered.
-        progress: Shows how far it is.
-    """
-
-    runs: Sequence[Run]
-    documents: Sequence[np.ndarray]
-    clusters: np.ndarray
-    sets: Sequence[LabelledTexts]
-    seed: int
-    dictionary_tokens: int
-    steers: bool
-    progress: Progress
+    runs: Sequence[Run]  # all of them; the first gives text and clusters
+    documents: Sequence[np.ndarray]  # token ids of each, int32[n], by the first run's tokenizer
+    clusters: np.ndarray  # int[V], the cluster of each of its tokens
+    sets: Sequence[LabelledTexts]  # texts to probe with
+    seed: int  # of all that is drawn
+    dictionary_tokens: int  # of training text, for the SAE of a Base LM
+    steers: bool  # whether neurons are steered
+    progress: Progress  # shows how far it is
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -25,36 +25,27 @@ KEYS: Mapping[str, pa.DataType] = {"layer": _I32, "neuron": _I32}
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """A statistic of a neuron.
+    """A statistic of a neuron."""
 
-    Attributes:
-        name: Its column in the table.
-        title: Its name on pages.
-        definition: A few sentences.
-        compute: Computes columns of neighbouring neurons, by name, one value for each neuron; None or NaN
-            where there is none. Statistics that share this function share one call of it.
-        type: Of its column.
-        more: Further columns that belong to it, and their types.
-        needs: Which of `inputs.SLOW` it reads, so that they are computed first and in their order.
-        kind: How its number is written: "count", "share", "effect" (with a sign) or "number"; "" if it is no
-            single number, and then it stands in no table of neurons.
-        unit: Stands after the number; "" for none.
-        first: Whether it is a tile of a neuron's page, and a column of the overview's table unless all are
-            asked for.
-        note: Stands below the number in its tile. {NAME} is the number of another statistic; n_tokens,
-            n_clusters, effective_tokens and effective_clusters are known too.
-    """
-
-    name: str
-    title: str
-    definition: str
+    name: str  # its column in the table
+    title: str  # its name on pages
+    definition: str  # a few sentences
+    # Computes columns of neighbouring neurons, by name, one value for each neuron; None or NaN where there is
+    # none. Statistics that share this function share one call of it
     compute: Callable[[Neurons], Mapping[str, Any]]
-    type: pa.DataType = _F64
+    type: pa.DataType = _F64  # of its column
+    # Further columns that belong to it, and their types
     more: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
+    # Which of `inputs.SLOW` it reads, so that they are computed first and in their order
     needs: tuple[str, ...] = ()
+    # How its number is written: "count", "share", "effect" (with a sign) or "number"; "" if it is no single
+    # number, and then it stands in no table of neurons
     kind: str = ""
-    unit: str = ""
+    unit: str = ""  # stands after the number; "" for none
+    # Whether it is a tile of a neuron's page, and a column of the overview's table unless all are asked for
     first: bool = False
+    # Stands below the number in its tile. {NAME} is the number of another statistic; n_tokens, n_clusters,
+    # effective_tokens and effective_clusters are known too
     note: str = ""
 
     @property

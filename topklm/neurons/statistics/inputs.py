@@ -23,28 +23,19 @@ COMMON = 20  # times that a token has to be seen, so that a lens is not led by r
 
 @dataclasses.dataclass(eq=False)
 class Inputs:
-    """The store, the model, and everything that several neurons' statistics share.
+    """The store, the model, and everything that several neurons' statistics share."""
 
-    Attributes:
-        store: Of activations of this model.
-        config: The model.
-        params: Its parameters, on one device or a mesh.
-        separator_id: Of the tokenizer.
-        settings: How much is sampled.
-        progress: Shows how far the slow inputs are.
-        dictionary: The store's activations are written in it. Logit effects are then those of its decoder's
-            directions, and nothing is set to 0. None: the hidden state's own coordinates.
-        windows: Embeddings of the text around each token by a sentence encoder, for semantic entropy and
-            monosemanticity; None: the model's own unembedding rows.
-    """
-
-    store: Store
+    store: Store  # of activations of this model
     config: ModelConfig
-    params: transformer.Parameters
-    separator_id: int
+    params: transformer.Parameters  # on one device or a mesh
+    separator_id: int  # of the tokenizer
     settings: MeasureSettings
-    progress: Progress
+    progress: Progress  # shows how far the slow inputs are
+    # The store's activations are written in it. Logit effects are then those of its decoder's directions, and
+    # nothing is set to 0. None: the hidden state's own coordinates
     dictionary: Dictionary | None = None
+    # Embeddings of the text around each token by a sentence encoder, for semantic entropy and
+    # monosemanticity; None: the model's own unembedding rows
     windows: embeddings.EncodedWindows | None = None
     _coactivation: tuple[int, np.ndarray] | None = dataclasses.field(default=None, init=False)
 

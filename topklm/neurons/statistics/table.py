@@ -46,19 +46,10 @@ _AGAIN = "delete it, and run topklm neurons measure"
 
 @dataclasses.dataclass(frozen=True)
 class TableMetadata:
-    """The text and the model that a table was measured on.
+    """The text and the model that a table was measured on."""
 
-    Attributes:
-        run: Of the store, as all of `OF_STORE`. With a dictionary, logit effects are those of the decoder's
-            directions, and ablation effects are null.
-        n_tokens: Tokens of text; separators and padding are not among them.
-        n_documents: Of which those are.
-        embedding: By which semantic entropy and monosemanticity compare tokens.
-        n_clusters: Of tokens, for semantic entropy.
-        details: Sample sizes, seeds and the like, by name.
-        store: `Store.sha256`; empty where that, or the table, is of format 1.
-    """
-
+    # Of the store, as all of `OF_STORE`. With a dictionary, logit effects are those of the decoder's
+    # directions, and ablation effects are null
     run: str
     step: int
     tokenizer_sha256: str
@@ -67,13 +58,13 @@ class TableMetadata:
     d_model: int
     topk_k: int
     source: str
-    n_tokens: int
-    n_documents: int
-    embedding: str
-    n_clusters: int
-    details: Mapping[str, Any]
+    n_tokens: int  # tokens of text; separators and padding are not among them
+    n_documents: int  # of which those are
+    embedding: str  # by which semantic entropy and monosemanticity compare tokens
+    n_clusters: int  # of tokens, for semantic entropy
+    details: Mapping[str, Any]  # sample sizes, seeds and the like, by name
     dictionary: str = ""
-    store: str = ""
+    store: str = ""  # `Store.sha256`; empty where that, or the table, is of format 1
 
 
 def write(path: Path, rows: pa.Table, measured: TableMetadata) -> None:
