@@ -26,8 +26,7 @@ from topklm.inference.interventions import MODES, Intervention, Mode, load_inter
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
 from topklm.server import requests
-from topklm.server.fields import ApiError
-from topklm.server.requests import Limits
+from topklm.server.requests import ApiError, Limits
 
 # Here all texts end at 25 to 32 tokens, and prompts at 16, so that few programs are compiled.
 PROMPT, LENGTH, SEED = "The baker", 22, 4

@@ -13,11 +13,10 @@ from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.inference.engine import ClosedError, Engine
 from topklm.inference.sampling import RowSampling, draw
-from topklm.server import app, fields, requests
+from topklm.server import app, requests
 from topklm.server.answers import finite
 from topklm.server.app import refused
-from topklm.server.fields import ApiError
-from topklm.server.requests import Limits
+from topklm.server.requests import ApiError, Limits
 from topklm.server.service import Service
 from topklm.web.http import Guard
 
@@ -246,7 +245,7 @@ def test_a_prompt_that_leaves_no_room_for_a_new_token_is_refused_if_one_is_asked
 
 
 def asked(body):
-    content = fields.json_object(body if isinstance(body, bytes) else json.dumps(body).encode())
+    content = requests.json_object(body if isinstance(body, bytes) else json.dumps(body).encode())
     return requests.completion(service().model, "village", LIMITS, content).sequences
 
 

@@ -14,8 +14,7 @@ from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import Token
 from topklm.inference.steps import Scores
 from topklm.inference.tokens import BROKEN, TextStream
-from topklm.server.fields import ApiError
-from topklm.server.requests import Completion
+from topklm.server.requests import ApiError, Completion
 from topklm.web.http import Json, Say, Stream, to_json
 
 _CONTEXT = 8  # tokens that are decoded again, for what a token's text owes to those before

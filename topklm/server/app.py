@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topklm.inference.language_model import LanguageModel
-from topklm.server import fields, requests
+from topklm.server import requests
 from topklm.server.answers import events, whole_answer
-from topklm.server.fields import FAULT, ApiError
+from topklm.server.requests import FAULT, ApiError
 from topklm.server.service import Service
 from topklm.web import server as web_server
 from topklm.web.http import Guard, Json, unless_gone
@@ -71,7 +71,7 @@ class _Api:
         return Json(self._model())
 
     async def completions(self, request: Request) -> Response:
-        content, service = fields.json_object(await request.body()), self._service
+        content, service = requests.json_object(await request.body()), self._service
         asked = await anyio.to_thread.run_sync(
             requests.completion, service.model, service.name, service.limits, content
         )
@@ -91,12 +91,12 @@ class _Api:
     async def tokenize(self, request: Request) -> Response:
         known = ("model", "prompt", "add_special_tokens", "return_token_strs")
         content, tokenizer = await self._content(request, known), self._service.model.tokenizer
-        text = fields.text(fields.required(content, "prompt", "a text"), "prompt")
+        text = requests.text(requests.required(content, "prompt", "a text"), "prompt")
         ids = (await anyio.to_thread.run_sync(tokenizer.encode, text)).tolist()
         # Elsewhere its name is text like any other. Alone it is how clients ask for its id.
         if [text] == tokenizer.token_strings([tokenizer.separator_id]):
             ids = [tokenizer.separator_id]
-        if fields.boolean(content, "add_special_tokens", True):
+        if requests.boolean(content, "add_special_tokens", True):
             ids = [tokenizer.separator_id, *ids]
         context = self._service.model.config.model.context_length
         names = tokenizer.token_strings(ids)
@@ -116,7 +116,7 @@ class _Api:
         config = service.model.config.model
         if not config.n_topk_layers:
             raise ApiError(400, f"{service.name} has no layer with TopK: its neurons are all active")
-        prompt = fields.required(content, "prompt", "a text, or token ids")
+        prompt = requests.required(content, "prompt", "a text, or token ids")
         most = min(service.limits.prompt_tokens, config.context_length)
         ids = await anyio.to_thread.run_sync(requests.prompt_ids, service.model, prompt, most)
         layers = content.get("layers")
@@ -125,16 +125,16 @@ class _Api:
             type(layer) is not int or not 0 <= layer < config.n_topk_layers for layer in layers
         ):
             allowed = f"an array of integers from 0 to {config.n_topk_layers - 1}, layers with TopK"
-            raise fields.wrong("layers", layers, allowed)
-        top = fields.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
+            raise requests.wrong("layers", layers, allowed)
+        top = requests.integer(content, "top", config.topk_k, 1, config.topk_k, "the k of the model")
         found = await service.call(lambda: service.active_neurons(ids))
         first = 1 if isinstance(prompt, str) else 0  # the separator is ours, not the text's
         tokens = _described(service.model, ids, found, layers, top)[first:]
         return Json({"object": "neurons", "model": service.name, "tokens": tokens})
 
     async def _content(self, request: Request, known: Sequence[str]) -> dict[str, Any]:
-        content = fields.json_object(await request.body())
-        fields.refuse_unknown(content, known)
+        content = requests.json_object(await request.body())
+        requests.refuse_unknown(content, known)
         requests.check_model(content, self._service.name)
         return content
 

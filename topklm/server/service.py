@@ -15,8 +15,7 @@ from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.sequence import ServingBuckets
 from topklm.inference.steps import Scores, scores_of_prompt
 from topklm.server.answers import Choice
-from topklm.server.fields import FAULT, ApiError
-from topklm.server.requests import Completion, Limits
+from topklm.server.requests import FAULT, ApiError, Completion, Limits
 
 _NO_SCORES = Scores(np.zeros(0, np.float32), np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32))
 
