@@ -7,7 +7,7 @@ import scipy.special
 
 import topklm
 from topklm.errors import UserError
-from topklm.explorer import prompts
+from topklm.explorer import views
 from topklm.explorer.live_model import LiveModel, predictions
 
 
@@ -18,7 +18,7 @@ def reader(source):
 
 @pytest.fixture(scope="module")
 def data(source, reader):
-    return prompts.prompt(source, reader, "The old baker found a lantern")
+    return views.prompt(source, reader, "The old baker found a lantern")
 
 
 def test_losses_and_predictions_are_those_of_the_logits():
@@ -48,7 +48,7 @@ def test_a_token_has_the_loss_and_the_predictions_that_the_model_gives(source, d
 
 
 def test_shares_are_of_the_neurons_own_highest_activation_and_rank_neurons(source, reader, data):
-    by_share = prompts.prompt(source, reader, data["text"], "share")
+    by_share = views.prompt(source, reader, data["text"], "share")
     for one, other in zip(data["tokens"], by_share["tokens"], strict=True):
         for layer, ranked in zip(one["layers"], other["layers"], strict=True):
             assert sorted(ranked["neurons"], key=str) == sorted(layer["neurons"], key=str)
@@ -67,11 +67,11 @@ def test_shares_are_of_the_neurons_own_highest_activation_and_rank_neurons(sourc
 
 def test_another_ranking_is_refused(source, reader):
     with pytest.raises(UserError, match="by = size: must be one of activation, share"):
-        prompts.prompt(source, reader, "The", "size")
+        views.prompt(source, reader, "The", "size")
 
 
 def test_sentences_stand_in_the_text_at_the_beginnings_of_documents(source):
-    found = prompts.sentences(source)
+    found = views.sentences(source)
     assert len(set(found)) == 5
     starts, _ = source.documents
     beginnings = [source.plain_text(begin, begin + 160) for begin in starts[:-1].tolist()]

@@ -9,7 +9,7 @@ import pytest
 from serve_site import serving
 
 from topklm.errors import UserError
-from topklm.explorer import finding, overview, prompts, views
+from topklm.explorer import finding, overview, views
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError, shown
 from topklm.explorer.overview import Asked
@@ -162,7 +162,7 @@ def test_a_text_of_ones_own_gives_what_the_store_holds_of_the_same_text(source, 
 def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(source, reader, dense):
     text = explored_run.DOCUMENTS[4][:90]
     begin = int(source.documents[0][4])
-    data = prompts.prompt(source, reader, text)
+    data = views.prompt(source, reader, text)
     assert len(data["tokens"]) == len(source.tokenizer.encode(text))
     for place, token in enumerate(data["tokens"]):
         for layer in token["layers"]:
@@ -179,19 +179,19 @@ def test_a_prompt_shows_every_active_neuron_of_every_token_the_strongest_first(s
 def test_texts_of_all_lengths_up_to_the_limit_are_read(source, reader):
     assert reader.most_tokens == 127
     for n in (1, 31, 32, 33, 127):
-        assert len(prompts.prompt(source, reader, "a" * n)["tokens"]) == n
+        assert len(views.prompt(source, reader, "a" * n)["tokens"]) == n
     with pytest.raises(UserError, match="text has 128 tokens: at most 127"):
-        prompts.prompt(source, reader, "a" * 128)
+        views.prompt(source, reader, "a" * 128)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_prompt_is_refused(source, reader, text):
     with pytest.raises(UserError, match="text is empty"):
-        prompts.prompt(source, reader, text)
+        views.prompt(source, reader, text)
 
 
 def test_half_a_character_is_read_as_a_sign_for_it(source, reader):
-    assert prompts.prompt(source, reader, "a\ud800b")["tokens"]
+    assert views.prompt(source, reader, "a\ud800b")["tokens"]
 
 
 def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source):

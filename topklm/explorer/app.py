@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from topklm.errors import UserError
-from topklm.explorer import finding, markup, overview, pages, prompts, views
+from topklm.explorer import finding, markup, overview, pages, views
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError
@@ -114,7 +114,7 @@ class _Explorer:
         self._words_turn = anyio.CapacityLimiter(1)
         self._writing_turn = anyio.CapacityLimiter(1)
         self._closing = False
-        self._sentences = functools.cache(lambda: prompts.sentences(source))
+        self._sentences = functools.cache(lambda: views.sentences(source))
 
     # Pages
 
@@ -166,13 +166,13 @@ class _Explorer:
 
     async def prompt(self, request: Request) -> Response:
         text, by = request.query_params.get("text", ""), request.query_params.get("by", "activation")
-        data, problem = await _tried(request, text, self._with_model, prompts.prompt, text, by)
+        data, problem = await _tried(request, text, self._with_model, views.prompt, text, by)
         about = {"text": text, "data": data, "problem": problem, "most_tokens": self.reader.most_tokens}
         if data:
             chosen = number(request, "token") if "token" in request.query_params else None
             if chosen is not None and chosen >= len(data["tokens"]):
                 raise NotThereError(f"token {chosen}: the text has {len(data['tokens'])}, counted from 0")
-            shown = await run_in_threadpool(prompts.prompt_page, self._source, data, chosen)
+            shown = await run_in_threadpool(views.prompt_page, self._source, data, chosen)
             about |= {"chosen": chosen, **shown}
         elif not text:
             about["sentences"] = await run_in_threadpool(self._sentences)
@@ -246,7 +246,7 @@ class _Explorer:
 
     async def prompt_json(self, request: Request) -> Response:
         by = str((await fields(request)).get("by", "activation"))
-        return Json(await self._with_model(prompts.prompt, await field(request, "text"), by))
+        return Json(await self._with_model(views.prompt, await field(request, "text"), by))
 
     async def search_json(self, request: Request) -> Response:
         return Json(await self._found(request))
