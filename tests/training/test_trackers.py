@@ -10,7 +10,7 @@ import pytest
 
 from topklm.config import Config
 from topklm.errors import UserError
-from topklm.training import trackers
+from topklm.training import metrics as metrics_lib
 
 MINE = """
 SEEN = []
@@ -141,9 +141,9 @@ def test_weights_and_biases_gets_figures_and_a_continued_run_goes_on_there(
 
 
 def test_no_tracker_is_the_default():
-    assert trackers.find(Config().log.trackers) == {}
+    assert metrics_lib.find(Config().log.trackers) == {}
     with pytest.raises(UserError):
-        trackers.find("x")
+        metrics_lib.find("x")
 
 
 @pytest.mark.slow

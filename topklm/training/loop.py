@@ -30,7 +30,7 @@ from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies, metrics, trackers
+from topklm.training import anomalies, metrics
 from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
 from topklm.training.evaluation import (
     TaskEvaluation,
@@ -70,7 +70,7 @@ def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> 
     console = Console(quiet=not distributed.is_primary())
     # One that is not there shows before the data are prepared; so do tasks.
     tasks = find_tasks(config.eval)
-    tracked = trackers.find(config.log.trackers) if distributed.is_primary() else {}
+    tracked = metrics.find(config.log.trackers) if distributed.is_primary() else {}
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
         _Loop(run, console, request, tracked, tasks).train()
@@ -84,7 +84,7 @@ class _Loop:
         run: PreparedRun,
         console: Console,
         stop: StopRequest,
-        tracked: Mapping[str, trackers.Factory],
+        tracked: Mapping[str, metrics.Factory],
         tasks: Sequence[Task],
     ):
         self.tracked = tracked
@@ -136,7 +136,7 @@ class _Loop:
                         self.folder, first, self.synced_metrics, self.console.say
                     )
                 stack.callback(self.writer.close)
-                self.trackers = trackers.Trackers(
+                self.trackers = metrics.Trackers(
                     self.tracked, self.folder, self.config.to_dict(), self.console.say
                 )
                 stack.callback(self.trackers.close)
