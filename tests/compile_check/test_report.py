@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from topklm.compile_check.report import Memory, Report, Traffic, as_text, from_dict
+from topklm.compile_check.check import Memory, Report, Traffic, as_text, from_dict
 from topklm.compile_check.topology import GIB
 
 PARAMETERS = Traffic("all-gather", ("fsdp",), False, count=24, bytes=2**30, bytes_sent=9e8, seconds=0.02)

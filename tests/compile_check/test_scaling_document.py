@@ -4,7 +4,7 @@ import json
 
 from benchmarks import scaling
 from configs import paper
-from topklm.compile_check.report import from_dict
+from topklm.compile_check.check import from_dict
 
 
 def results():

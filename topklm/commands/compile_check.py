@@ -8,7 +8,6 @@ from topklm.imports import when_used
 
 with when_used():
     from topklm.compile_check import check, topology
-    from topklm.compile_check import report as report_lib
 
 DESCRIPTION = (
     "Compiles the full train step for a TPU slice that is not there, and prints what a step takes of each "
@@ -39,6 +38,6 @@ def run(arguments: argparse.Namespace) -> None:
     slices = topology.find(arguments.topology, arguments.slices)
     report = check.compile_check(config, slices, arguments.config)
     output = Output(arguments.json)
-    output.give(report.to_dict(), lambda: report_lib.show(report, output.console))
+    output.give(report.to_dict(), lambda: check.show(report, output.console))
     if report.chip is not None and not report.fits:
         raise check.does_not_fit(report.memory.total, report.chip.hbm_bytes, report.chip.name)
