@@ -10,9 +10,9 @@ import os
 from typing import NoReturn
 
 from topklm.distributed import cluster
+from topklm.distributed.coordination import Ending, Kind, say_last_line
+from topklm.distributed.coordination import PeerLost as PeerLost
 from topklm.distributed.session import Session
-from topklm.distributed.shutdown import Ending, Kind, say_last_line
-from topklm.distributed.shutdown import PeerLost as PeerLost
 from topklm.errors import EXIT_TRY_AGAIN
 
 PATIENCE_S = 1800.0  # for the others to come to the same line: the slowest compilation or save
