@@ -61,13 +61,9 @@ class CheckpointManager:
     """The checkpoints of one run; all processes of the run make the same calls in the same order.
 
     Saving is asynchronous: training goes on while bytes are written. A training state is any pytree that Flax
-    makes a nested dict of, with a `step` and `params` among its fields.
-
-    Args:
-        folder: Holds checkpoints and nothing else; is made if need be, and rid of half-written ones.
-        config: How many to keep.
-        say: Receives a line for each damaged checkpoint and each failure that is tried again.
-        patience: By default `PATIENCE`.
+    makes a nested dict of, with a `step` and `params` among its fields. The folder holds checkpoints and
+    nothing else; it is made if need be, and rid of half-written ones. `say` receives a line for each damaged
+    checkpoint and each failure that is tried again, by default for as long as `PATIENCE`.
     """
 
     def __init__(
@@ -164,17 +160,10 @@ class CheckpointManager:
         is one whose folder is there, but something in it is missing, does not parse or has another checksum.
         Refused access, a server that does not answer and errors of the disk itself are no damage.
 
-        Args:
-            abstract_state: Shapes and dtypes, as from `jax.eval_shape`.
-            layout: Where the arrays shall live.
-            fresh: Fields of the state that checkpoints of earlier versions lack, and their values then.
-
-        Returns:
-            The state, the data iterator's state, and the facts.
-
-        Raises:
-            UserError: If the checkpoint holds another model (each array that differs is named), or if all are
-                damaged (each is named).
+        The abstract state has shapes and dtypes, as from `jax.eval_shape`; `fresh` are fields that
+        checkpoints of earlier versions lack, and their values then. Returns the state, the data iterator's,
+        and the facts. UserError if the checkpoint holds another model (each array that differs is named), or
+        if all are damaged.
         """
         if not self._steps:
             raise ValueError("there is no checkpoint to restore")

@@ -86,18 +86,9 @@ def json_checksum(value: Any) -> int:
 class CheckpointReader:
     """A checkpoint that can be read: its JSON is read, its arrays are open, none is read yet.
 
-    Attributes:
-        values: The content of the JSON items, by item.
-        shapes: Name -> `jax.ShapeDtypeStruct` of the arrays, by item.
-
-    Args:
-        folder: The checkpoint's.
-        arrays: Items of arrays to read.
-        values: Items of JSON to read.
-
-    Raises:
-        DamagedError: If the values are not those that were written, or the record does not fit the arrays.
-        OSError, ValueError, KeyError, TypeError: If something is missing or does not parse.
+    `values` are the content of the JSON items named, `shapes` name -> `jax.ShapeDtypeStruct` of the arrays,
+    both by item. DamagedError if the values are not those that were written, or the record does not fit the
+    arrays; OSError, ValueError, KeyError, TypeError if something is missing or does not parse.
     """
 
     def __init__(

@@ -38,16 +38,10 @@ def owned(folder: AnyPath, warn: Callable[[str], None] = print) -> Iterator[AnyP
 
     On a disk nobody else gets in while this process lives: the kernel keeps the lock, and lets go when the
     process ends. A bucket has no such locks, and a machine that was taken away cannot let go, so there the
-    last to come is the owner: it leaves its name in an object, warns if it finds another's, and the other
-    stops with one line at its next `check_owned`, before it saves. Between that check and the end of the
-    saving both may write; their checkpoints are of one run, and complete.
-
-    Args:
-        folder: As `topklm.storage.files.as_path` gave it.
-        warn: Is told about an earlier owner in a bucket that did not take its leave.
-
-    Raises:
-        UserError: If the folder cannot be written, or another process is known to be using it.
+    last to come is the owner: it leaves its name in an object, warns if it finds another's that did not take
+    its leave, and the other stops with one line at its next `check_owned`, before it saves. Between that
+    check and the end of the saving both may write; their checkpoints are of one run, and complete. UserError
+    if the folder cannot be written, or another process is known to be using it.
     """
     if is_bucket(folder):
         with _signed(folder, warn):

@@ -315,16 +315,12 @@ class FileReader:
     """Iterates over the documents and problems of a file, in order.
 
     A file that is damaged yields what came before the damage, then a Problem("damaged file", ...), and ends.
+    UserError, while iterating, if it is not there any more, has changed since it was found, or may not be
+    read, its store does not answer, a package is missing, or a whole table lacks the column.
 
-    Attributes:
-        bytes_read: Stored bytes read so far (rows for a Hugging Face dataset); may be read from any thread.
-        sha256: After the end, hex digest of the bytes as stored; for a Hugging Face dataset of all texts
-            (empty where there is none), each after its length in UTF-8 bytes as 8 bytes, little-endian.
-
-    Raises:
-        UserError: While iterating: if the file is not there any more, has changed since it was found, or
-            may not be read, if its store does not answer, if a package is missing, or if a whole table
-            lacks the column.
+    `bytes_read` are stored bytes so far (rows for a Hugging Face dataset); any thread may read it. `sha256`
+    is, after the end, the hex digest of the bytes as stored; for a Hugging Face dataset of all texts (empty
+    where there is none), each after its length in UTF-8 bytes as 8 bytes, little-endian.
     """
 
     def __init__(self, file: SourceFile, text_field: str):

@@ -72,22 +72,11 @@ def train_stream(
 ) -> grain.DatasetIterator:
     """Yields training batches without end: the windows that `window_ids` names, each epoch in a new order.
 
-    The iterator's state (`get_state`, `set_state`) is `{"next_index": batches given out}`. It does
-    not depend on `rows` or `threads`, so a run may continue with other values of both.
-
-    Args:
-        mixture: The training splits of its datasets are read, in exactly its proportions.
-        context_length: T, tokens per window.
-        batch_size: B, windows per batch over all hosts. An epoch may end inside a batch.
-        seed: Of the order.
-        rows: The rows of each batch that this host wants, a slice or their numbers; only they are read.
-        threads: Threads that read ahead; 0 reads when asked.
-
-    Returns:
-        An iterator of `Batch`, with as many rows as `rows` takes from B.
-
-    Raises:
-        UserError: If a split is shorter than one window, naming its folder.
+    The iterator's state (`get_state`, `set_state`) is `{"next_index": batches given out}`. It does not depend
+    on `rows` or `threads`, so a run may continue with other values of both. A batch has B windows of T tokens
+    over all hosts, of the training splits of the mixture, in exactly its proportions; an epoch may end inside
+    one. `rows`, a slice or numbers, are those that this host wants, and only they are read, ahead by
+    `threads` threads; 0 reads when asked. UserError if a split is shorter than one window, naming its folder.
     """
     sources = [WindowSource(dataset, context_length) for dataset in mixture.datasets]
     separator_id = mixture.tokenizer.separator_id

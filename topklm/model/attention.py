@@ -134,20 +134,13 @@ def causal_attention(
     key_segment_ids_BS: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes causal attention within segments.
+    """Computes causal attention within segments, [B, T, H, d] in the dtype of q; scores are float32.
 
-    Args:
-        q_BTHd: Queries [B, T, H, d].
-        k_BSKd: Keys [B, S, K, d]; K divides H, query head h reads key head h // (H / K).
-        v_BSKd: Values [B, S, K, d].
-        segment_ids_BT: int32[B, T]; a token attends to equal ids only.
-        key_segment_ids_BS: int32[B, S] of the keys, where the queries are a part of all tokens; else S = T.
-        first: int32 scalar, with them: the position of the first query among the keys. It is known only when
-            the program runs, so the keys to the right are computed and masked.
-
-    Returns:
-        [B, T, H, d] in the dtype of q; scores and probabilities are float32. The backward pass keeps the
-        probabilities, of the lower triangle where the queries are all tokens.
+    Queries are [B, T, H, d], keys and values [B, S, K, d]; K divides H, query head h reads key head h // (H /
+    K). A token attends to equal segment ids only, int32[B, T]. Where the queries are a part of all tokens,
+    the keys have ids of their own, int32[B, S], and `first` is the position of the first query among them: it
+    is known only when the program runs, so the keys to the right are computed and masked. The backward pass
+    keeps the probabilities, of the lower triangle where the queries are all tokens.
     """
     return _attention_forward(q_BTHd, k_BSKd, v_BSKd, segment_ids_BT, key_segment_ids_BS, first)[0]
 

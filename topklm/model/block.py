@@ -145,22 +145,13 @@ def end_layer(
     topk: Callable[..., jax.Array] = topk,
     sum_first: bool = False,
 ) -> jax.Array:
-    """Ends a layer: the residual sum, TopK or its override, and the output hook.
+    """Ends a layer: the residual sum, TopK or its override, and the output hook; returns h', [..., D].
 
-    Args:
-        config: The model's.
-        a: [..., D], the residual state after attention.
-        written: [..., D], the output of the MLP; u is their sum.
-        ends_in_topk: Whether the layer has a TopK; an array (bool scalar) if that is known only when the
-            program runs.
-        hooks: `input` has been called before the layer.
-        hook_input: Passed to them.
-        topk: The model's TopK, or one of the same result with another gradient (`topk_masked_by_next`).
-        sum_first: Form u before the search. Fused into a search over few tokens, as XLA for CPUs does it, the
-            sum would be formed again at each pass.
-
-    Returns:
-        h', [..., D].
+    Of `a`, the residual state after attention, and `written`, the output of the MLP; u is their sum, formed
+    before the search with `sum_first`: fused into a search over few tokens, as XLA for CPUs does it, it would
+    be formed again at each pass. Whether the layer has a TopK may be an array (bool scalar), known only when
+    the program runs. `hooks.input` has been called before the layer. `topk` is the model's TopK, or one of
+    the same result with another gradient (`topk_masked_by_next`).
     """
     is_known = isinstance(ends_in_topk, bool)
     if is_known and not ends_in_topk:

@@ -27,22 +27,16 @@ def cross_entropy(
     n_vocab: int | None = None,
     vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the weighted sum of next-token losses.
+    """Computes the weighted sum of next-token losses of h [B, T, D], by the padded unembedding w [D, V].
 
-    Args:
-        h_BTD: Final hidden state [B, T, D].
-        w_DV: Unembedding [D, V], padding included; cast to the dtype of h, logits are float32.
-        targets_BT: int32[B, T].
-        weights_BT: float32[B, T]; divide by the total beforehand for a mean. Gets no gradient.
-        z_loss: Weight of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022, section 5).
-        n_vocab: Leading columns of w that stand for tokens; the others get probability and gradient 0.
-            None: all of them.
-        vocab_axis: Inside `jax.shard_map`, the mesh axis that splits V; w is then this device's columns,
-            and the gradient of h its share of a sum over the axis.
+    w is cast to the dtype of h, logits are float32. Divide weights, float32[B, T], by the total beforehand
+    for a mean; they get no gradient. `z_loss` is the weight of logsumexp(logits)^2 (PaLM, Chowdhery et al.
+    2022, section 5). The leading `n_vocab` columns stand for tokens (None: all); the others get probability
+    and gradient 0. Inside `jax.shard_map`, `vocab_axis` is the mesh axis that splits V; w is then this
+    device's columns, and the gradient of h its share of a sum over the axis.
 
-    Returns:
-        float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
-        sum of weights * nll in nats, which carries none.
+    Returns float32 scalars: sum of weights * (nll + z_loss * logsumexp^2), which carries the gradient; and
+    sum of weights * nll in nats, which carries none.
     """
     # XLA drops the gradient where it is not used.
     return _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, n_vocab, vocab_axis)[0]

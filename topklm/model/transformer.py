@@ -95,21 +95,15 @@ class Transformer(nnx.Module):
         hook_inputs: Any = None,
         parallel: Parallel = ALONE,
     ) -> tuple[jax.Array, Any]:
-        """Runs the stack, up to and with the final norm.
+        """Runs the stack, up to and with the final norm, on tokens as `__call__` does.
 
-        Args:
-            tokens_BT: As in `__call__`.
-            segment_ids_BT: As in `__call__`.
-            positions_BT: As in `__call__`.
-            capture: Called in every layer; it sees h and h' as the hooks leave them.
-            hooks: Called in every layer.
-            hook_inputs: Passed to them: any pytree of arrays with a leading layer axis [L, ...]. Other values
-                of the same shapes need no other program.
-            parallel: Inside `jax.shard_map`, the axes to communicate over; B and T are then this device's.
+        In every layer `capture` is called, which sees h and h' as the hooks leave them, and the hooks, with
+        `hook_inputs`: any pytree of arrays with a leading layer axis [L, ...]. Other values of the same
+        shapes need no other program. Inside `jax.shard_map`, `parallel` has the axes to communicate over; B
+        and T are then this device's.
 
-        Returns:
-            The normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`, of the residual
-            tokens (`Parallel`); and the results of `capture`, each leaf stacked to [L, ...] (or None).
+        Returns the normed hidden state [B, T, D] in the compute dtype, ready for `unembedding`, of the
+        residual tokens (`Parallel`); and the results of `capture`, each leaf stacked to [L, ...] (or None).
         """
         config = self.config
         if segment_ids_BT is None:

@@ -43,15 +43,9 @@ class AblatedLosses:
     """Documents, ready to be read again and again with other neurons off.
 
     "Off" is what the intervention "ablate" does: the layer's output is 0 there, at every token. It is
-    computed in float32, whatever the dtype of the model, for effects of few neurons are small.
-
-    Args:
-        model: Reads the text.
-        documents: Token ids of each, int[n], without separators; none is empty.
-        groups: Which of all N tokens, in the order of the documents, are of each group, bool[N].
-
-    Attributes:
-        n_tokens: int64[G] of each group, how many tokens of each document are in it.
+    computed in float32, whatever the dtype of the model, for effects of few neurons are small. Documents are
+    token ids int[n] without separators, none empty; groups say which of all N tokens, in their order, are of
+    each, bool[N], and `n_tokens`, int64[G], how many tokens of each document.
     """
 
     def __init__(self, model: TextModel, documents: Sequence[np.ndarray], groups: Mapping[str, np.ndarray]):
@@ -244,19 +238,11 @@ def measure(
     seed: int = 0,
     report: Report = lambda tokens: None,
 ) -> tuple[dict[str, float], list[Outcome]]:
-    """Measures chosen sets, each with random ones beside it.
+    """Measures chosen sets, each with R = `n_random` random ones beside it, matched as by `matched_set`.
 
-    Args:
-        texts: Documents that had no part in choosing; the groups of each have other names.
-        sets: Chosen neurons.
-        density: As in `matched_set`, which raises ValueErrors.
-        layers: Likewise.
-        n_random: R, random sets for each chosen one.
-        seed: Of random sets and the bootstrap.
-        report: Told of the tokens that are done; each is read 1 + (1 + R) x sets times.
-
-    Returns:
-        The mean loss of each group with all neurons on, nats, NaN of a group without tokens; and outcomes.
+    The texts had no part in choosing; the groups of each have other names. `report` is told of the tokens
+    that are done; each is read 1 + (1 + R) x sets times. Returns the mean loss of each group with all neurons
+    on, nats, NaN of a group without tokens; and outcomes.
     """
     rng = np.random.default_rng(seed)
     # All are drawn before any is measured, so that an impossible set shows at once.

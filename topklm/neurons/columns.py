@@ -19,11 +19,8 @@ class Columns:
 
     Of one, `columns["density"]` is an array of a column, `columns[["layer", "neuron"]]` the same rows with
     fewer columns, `columns[3]` a row as a dict; slices, arrays of row numbers and of booleans give rows.
-
-    Args:
-        columns: Values of each; numbers and texts become arrays, None among numbers NaN, anything else stays
-            as it is, in an array of objects.
-        shown: Columns that are shown, and others not; None: all.
+    Numbers and texts become arrays, None among numbers NaN, anything else stays as it is, in an array of
+    objects. Only the columns `shown` are shown; None: all.
     """
 
     def __init__(self, columns: Mapping[str, Any], shown: Sequence[str] | None = None):

@@ -63,17 +63,11 @@ def open_documents(
     split: str = "heldout",
     flag: str = "--source",
 ) -> Documents:
-    """Returns the text of a run, or another.
+    """Returns the text of a run, or another: a prepared folder, or files, globs, URLs of text.
 
-    Args:
-        tokenizer: The model's.
-        data: The run's; its data are opened, or prepared again, if no source is given.
-        source: A prepared folder, or what `topklm prepare` takes: files, globs, URLs of text.
-        split: Of prepared data, "train" or "heldout".
-        flag: With which the user named the source, for errors.
-
-    Raises:
-        UserError: For text that cannot be read, or data prepared with another tokenizer.
+    Without a source the run's data are opened, or prepared again. `split` is of prepared data, "train" or
+    "heldout"; `flag` names the source in errors. UserError for text that cannot be read, or data prepared
+    with another tokenizer.
     """
     if source is None:
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
@@ -151,14 +145,7 @@ class _Files(Documents):
 
 
 class Matching(Documents):
-    """Documents whose text matches a pattern, and not another one.
-
-    Args:
-        documents: Of which these are.
-        tokenizer: Of their tokens.
-        wanted: None: all match it.
-        unwanted: None: none matches it.
-    """
+    """Documents whose text matches a pattern (None: all), and not another one (None: none does)."""
 
     def __init__(
         self,
@@ -212,12 +199,10 @@ class Packed:
     batch_rows: int  # B
 
     def batches(self) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
-        """Cuts rows into batches.
+        """Yields batches: inputs, segment ids and positions, [B, T] each; which inputs, flat, are to be read.
 
-        Yields:
-            Inputs, segment ids and positions, [B, T] each; which of these inputs, flat, are to be read;
-            and which of the N tokens those are. Of next-token losses, a token's own is one before its
-            input, which always has another before it in its row.
+        And which of the N tokens those are. Of next-token losses, a token's own is one before its input,
+        which always has another before it in its row.
         """
         for begin in range(0, len(self.inputs), self.batch_rows):
             part = slice(begin, begin + self.batch_rows)
@@ -295,11 +280,7 @@ def batches(windows: Iterable[TokenWindow], n_tokens: int) -> Iterator[list[Toke
 def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id: int) -> Packed:
     """Puts windows into rows of T tokens, the longest first, each into the first row that it fits into.
 
-    Args:
-        windows: None longer than T.
-        length: T.
-        batch_rows: B, of which the number of rows R is a multiple.
-        separator_id: Fills up rows.
+    None is longer than T; the number of rows is a multiple of `batch_rows`, filled up with separators.
     """
     rows, n_rows = first_fit([len(window.inputs) for window in windows], length)
     shape = (-(-n_rows // batch_rows) * batch_rows, length)

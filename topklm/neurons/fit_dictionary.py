@@ -252,20 +252,11 @@ def fit_autoencoders(
 ) -> tuple[Autoencoders, np.ndarray]:
     """Trains autoencoders on hidden states, each batch once, its tokens shuffled into minibatches.
 
-    Args:
-        batches: All of as many tokens N.
-        n_batches: How many there are; the learning rate follows from it.
-        centre_SD: Mean hidden state.
-        scale_S: Root mean square of what is left of a coordinate; hidden states are divided by it, so that
-            one learning rate suits all layers.
-        keep: K.
-        width: M.
-        seed: Of the start and of the shuffles.
-        learning_rate: The highest.
-        report: Told after each batch.
-
-    Returns:
-        The autoencoders, for hidden states as they are, not scaled; and bool[S, M], which codes are dead.
+    All `n_batches` are of as many tokens; the learning rate, the highest of which is given, follows from
+    their number. From the mean hidden state and the root mean square of what is left of a coordinate, by
+    which hidden states are divided, so that one learning rate suits all layers. `keep` is K, `width` M;
+    `report` is told after each batch. Returns the autoencoders, for hidden states as they are, not scaled;
+    and bool[S, M], which codes are dead.
     """
     scale_S11 = jnp.asarray(scale_S, jnp.float32)[:, None, None]
     sae = initial_autoencoders(jnp.asarray(centre_SD) / scale_S11[:, 0], width, seed)

@@ -68,21 +68,12 @@ def harvest(
     share: Share = ALL,
     report: Callable[[int, int], None] = lambda tokens, documents: None,
 ) -> None:
-    """Appends to a store what follows the text that it already holds.
+    """Appends to a store what follows the text that it already holds; UserError if that is other text.
 
-    Args:
-        model: Reads the text.
-        documents: Token ids of each, int[n]; the same as before where the store is not empty.
-        writer: Of the store, for this share's part.
-        n_tokens: How many the part shall hold, about; None: all there are.
-        keep: Of a Base LM, only so many entries of each token, the largest; None: all that are positive.
-        dictionary: Of a Base LM, what its hidden state is written in: the K largest codes are stored, and
-            `keep` says nothing. None: the coordinates as they are.
-        share: Which documents.
-        report: Told of the tokens that are done, and the documents that are begun, since the last time.
-
-    Raises:
-        UserError: If the store holds other text than this.
+    The documents are token ids int[n], as before where the store is not empty; this share's part shall hold
+    about `n_tokens` (None: all there are). Of a Base LM `keep` entries of each token, the largest, are stored
+    (None: all that are positive), or the K largest codes of a dictionary. `report` is told of the tokens that
+    are done, and the documents that are begun, since the last time.
     """
     program = _Program(model, keep, dictionary)
     windows = _without(model.windows(documents, share.index, share.count), writer.n_tokens)

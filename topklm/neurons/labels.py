@@ -87,19 +87,12 @@ class Labels:
             ) from e
 
     def set(self, layer: int, neuron: int, text: str, comment: str = "", by: str = "", at: int = 0) -> None:
-        """Gives a neuron a label, on the disk when this returns.
+        """Gives a neuron a label, on the disk when this returns; whether the model has it is not checked.
 
-        Args:
-            layer: From 0; whether the model has it is for the caller to check.
-            neuron: From 0; likewise.
-            text: One line of at most `MAX_CHARACTERS` characters; white space around it is left out. Empty:
-                the neuron does not have this label any more.
-            comment: On it, at most `MAX_COMMENT` characters.
-            by: Who wrote it.
-            at: Which of the neuron's labels it replaces, from 0; one more is added after the last.
-
-        Raises:
-            UserError: For other text, or if the file is damaged, and left as it is, or cannot be written.
+        The text is one line of at most `MAX_CHARACTERS`, without white space around it; empty: the neuron
+        does not have this label any more. `at` says which of the neuron's labels it replaces, from 0; one
+        more is added after the last. UserError for other text, or if the file is damaged, and left as it is,
+        or cannot be written.
         """
         if layer < 0 or neuron < 0:
             raise UserError(f"layer {layer}, neuron {neuron}: both must be 0 or more")

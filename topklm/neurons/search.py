@@ -98,15 +98,8 @@ class StoredText:
         A match lies within a document, at whose ends `^` and `$` match. Long documents are searched in
         stretches, each with `OVERLAP` tokens before and after. A match within so many tokens, including its
         looking ahead and back, is found once and whole; of a longer match, parts may be found, or nothing.
-
-        Args:
-            pattern: At most `MAX_PATTERN` characters; may not match the empty text.
-            ignore_case: Whether "sea" also finds "Sea".
-            timeout_s: For the whole search, seconds by the clock.
-
-        Raises:
-            UserError: For a pattern that is none, calls itself, matches the empty text, or takes too much
-                time or memory.
+        UserError for a pattern that is none, is longer than `MAX_PATTERN`, calls itself, matches the empty
+        text, or takes too much memory, or time by the clock.
         """
         compiled = _compile(pattern, ignore_case)
         patience = _Patience(timeout_s)

@@ -201,11 +201,9 @@ class SegmentReader:
         return self.array("gaps")[begin:end].read(), self.array("values")[begin:end].read()
 
     def token_index(self, gaps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Returns int64[E], which of the N tokens events are at.
+        """Returns which of the N tokens the events of neighbouring neurons are at, int64[E].
 
-        Args:
-            gaps: Of neighbouring neurons.
-            offsets: Where the events of each begin among them, and their number.
+        `offsets` say where the events of each begin among the gaps, and their number.
         """
         total = np.cumsum(gaps, dtype=np.int64)
         # Every neuron's sum begins at 0 again: the sum before its first event is taken off.

@@ -159,17 +159,8 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
 class Store:
     """Reads a store; opening it reads a small file of facts for each segment, and no activations.
 
-    Args:
-        folder: Of the store.
-
-    Attributes:
-        folder: The same.
-        metadata: The origin of its activations.
-        sha256: Of the metadata; identifies the store in other files. Empty in stores of format 1.
-        segments: All of them, part by part.
-
-    Raises:
-        UserError: If it is none, or damaged.
+    `sha256` is of the metadata and identifies the store in other files; it is empty in format 1. Segments
+    stand part by part. UserError if the folder is none, or damaged.
     """
 
     def __init__(self, folder: Path):

@@ -24,13 +24,9 @@ _MOST_CHECK_S = 1.0
 class Watchdog:
     """A thread that wants to be told of progress; use it as a context.
 
-    Args:
-        folder: Where the stacks go too, as stacks-<process>.txt, if it is local: the run folder.
-        timeout_s: Longest time without progress; None for TOPKLM_HANG_TIMEOUT seconds, or 600. Until the
-            first step is done, six times that.
-
-    Raises:
-        UserError: If TOPKLM_HANG_TIMEOUT is not a number of seconds.
+    The stacks also go to stacks-<process>.txt in the run folder, if it is local. Longest time without
+    progress is by default TOPKLM_HANG_TIMEOUT seconds (UserError if it is no number), or 600; until the first
+    step is done, six times that.
     """
 
     def __init__(self, folder: AnyPath | None = None, timeout_s: float | None = None):

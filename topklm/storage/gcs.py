@@ -77,14 +77,8 @@ class GcsMirror:
     """A local folder whose files are copied into a bucket while they grow: an object cannot be appended to.
 
     Copies are made by a thread, one after the other, and always of whole files. A copy that fails is told
-    about once and made again the next time; only the last one must succeed.
-
-    Attributes:
-        local: The folder, at first empty.
-
-    Args:
-        remote: Where the files belong, a folder in a bucket.
-        warn: Is told about the first of several failures in a row.
+    about once and made again the next time; only the last one must succeed. `local` is at first empty; `warn`
+    is told about the first of several failures in a row.
     """
 
     def __init__(self, remote: AnyPath, warn: Callable[[str], None]):

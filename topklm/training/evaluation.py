@@ -37,18 +37,11 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Runs the model over the held-out batches.
 
-    Args:
-        eval_step: From `make_eval_step`.
-        params: The parameters.
-        batches: Held-out batches that together score every text token once.
-        n_bytes: UTF-8 bytes of the held-out text.
-        n_topk_layers: S.
-        stopped: Asked after every batch whether to give up.
+    Batches together score every text token once; `eval_step` is from `make_eval_step`; `stopped` is asked
+    after every batch whether to give up, which returns None.
 
-    Returns:
-        None if it was given up, else `loss` (nats per token), `perplexity`, `bits_per_byte` (all nats over
-        all bytes, in bits), `tokens`, and the three lists of `summarize_topk_health`, one figure per TopK
-        layer.
+    Otherwise it returns `loss` (nats per token), `perplexity`, `bits_per_byte` (all nats over all bytes, in
+    bits), `tokens`, and the three lists of `summarize_topk_health`, one figure per TopK layer.
     """
     nll_nats, tokens = 0.0, 0
     health: Any = None
@@ -114,12 +107,10 @@ def make_eval_step(
 def capture_topk_health(weights_BT: jax.Array) -> CaptureFn:
     """Makes a capture function that measures how the TopK of one layer does on held-out text.
 
-    Tokens of weight 0, padding and separators that are never scored, are left out.
-
-    Returns:
-        A function giving float32 sums over the batch: `active_tokens` [D], tokens on which the neuron is not
-        zero; `kept_square_share`, sum over tokens of |h'|^2 / |u|^2; `active` and `also_active_below`,
-        active neurons, and those of them that are active in the layer's input too.
+    Tokens of weight 0, padding and separators that are never scored, are left out. It gives float32 sums over
+    the batch: `active_tokens` [D], tokens on which the neuron is not zero; `kept_square_share`, sum over
+    tokens of |h'|^2 / |u|^2; `active` and `also_active_below`, active neurons, and those of them that are
+    active in the layer's input too.
     """
     counted_BT1 = (weights_BT > 0)[..., None]
 
@@ -143,11 +134,9 @@ def summarize_topk_health(
     """Computes three figures per TopK layer, in layer order (empty lists for the Base LM).
 
     `sums` are the results of `capture_topk_health`, stacked to [L, ...] and added up over batches, float64.
-
-    Returns:
-        `dead_neurons`: share of neurons never active on these tokens. `norm_kept`: mean over tokens of
-        the share of the squared norm that TopK keeps. `overlap_below`: share of active neurons that are
-        active in the layer below too; from the second layer on, so it has S - 1 entries.
+    `dead_neurons`: share of neurons never active on these tokens. `norm_kept`: mean over tokens of the share
+    of the squared norm that TopK keeps. `overlap_below`: share of active neurons that are active in the layer
+    below too; from the second layer on, so it has S - 1 entries.
     """
     found = {name: np.asarray(x)[:n_topk_layers] for name, x in sums.items()}
     overlap = found["also_active_below"] / np.maximum(found["active"], 1)

@@ -59,13 +59,9 @@ from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> None:
     """Trains the run in `workdir`, from its newest checkpoint if it has one, to `config.train.steps`.
 
-    Args:
-        config: The experiment.
-        workdir: The run folder, local or in a bucket; created if missing.
-        stop: Asks the run to stop; by default Ctrl-C, SIGTERM and SIGHUP do, from now on.
-
-    Raises:
-        UserError: For anything the user can mend, and for a loss that is no longer finite.
+    The folder is local or in a bucket, and created if missing. `stop` asks the run to stop; by default
+    Ctrl-C, SIGTERM and SIGHUP do, from now on. UserError for anything the user can mend, and for a loss that
+    is no longer finite.
     """
     console = Console(quiet=not distributed.is_primary())
     # One that is not there shows before the data are prepared; so do tasks.

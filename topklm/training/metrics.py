@@ -50,14 +50,9 @@ class MetricsWriter:
         """Opens a run's metrics; lines of steps after `resume_step`, which will be done again, are dropped.
 
         Metrics are no state: lines that do not parse never keep a run from going on. They are left out, and
-        the file as it was found stays beside the new one.
-
-        Args:
-            folder: The run folder, on a disk or in a bucket.
-            resume_step: The last step that is done.
-            synced: Result of `sync` after that step, if it is known.
-            warn: Is told, a line each, what became of lines that are not as they were written; and, once in a
-                row, when a bucket does not take them: training goes on; `close` raises.
+        the file as it was found stays beside the new one. `synced` is the result of `sync` after that step,
+        if it is known. `warn` is told, a line each, what became of lines that are not as they were written;
+        and, once in a row, when a bucket does not take them: training goes on; `close` raises.
         """
         self._mirror = GcsMirror(folder, warn) if is_bucket(folder) else None
         if self._mirror:

@@ -58,23 +58,13 @@ def measure(
     seed: int = 0,
     report: Callable[[float], None] = lambda share: None,
 ) -> dict[str, np.ndarray]:
-    """Measures all neurons of some layers, on windows drawn from the text of a store.
+    """Measures all neurons of some layers, S rising numbers, on windows drawn from the text of a store.
 
-    Args:
-        layers: S of the model's, rising.
-        token_ids: uint[N], of the whole store.
-        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
-        config: The model; it is computed in float32, whatever its dtype.
-        params: Its parameters, on one device or a mesh.
-        separator_id: Of the tokenizer.
-        samples: For each neuron, at most.
-        max_tokens: Of the windows, at most.
-        seed: Of what is drawn.
-        report: Told which share of the work is done.
-
-    Returns:
-        `COLUMNS`, [S, D] each: the mean in nats, NaN without a sample; its standard error, as
-        if samples were independent, NaN below two; and int64, the number of samples.
+    Ids are uint[N] of the whole store, bounds as `Store.document_bounds` gives them, parameters on one device
+    or a mesh; all is computed in float32. Each neuron has at most so many samples, of windows of `max_tokens`
+    at most. `report` is told which share of the work is done. Returns `COLUMNS`, [S, D] each: the mean in
+    nats, NaN without a sample; its standard error, as if samples were independent, NaN below two; and int64,
+    the number of samples.
     """
     count = np.zeros((len(layers), config.d_model), np.int64)
     total, squares = np.zeros(count.shape), np.zeros(count.shape)

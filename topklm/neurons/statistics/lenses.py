@@ -64,18 +64,9 @@ def averaged_jacobians(
 ) -> jax.Array:
     """Computes J_l of every layer, over contexts that end at tokens drawn evenly over a store.
 
-    Args:
-        config: The model's shape.
-        params: Its parameters, on one device or a mesh.
-        token_ids: uint[N], of the whole store; one or more.
-        bounds: int64[documents + 1], as `Store.document_bounds` gives them.
-        separator_id: Of the tokenizer.
-        n_contexts: At most one for each token of the store.
-        context_tokens: Of each, at most.
-        seed: Of the draw.
-
-    Returns:
-        float32[L, D, D]: of layer l, output coordinate i and neuron j at [l, i, j].
+    Ids are uint[N] of the whole store, one or more, bounds as `Store.document_bounds` gives them, parameters
+    on one device or a mesh. There is at most one context for each token. Returns float32[L, D, D]: of layer
+    l, output coordinate i and neuron j at [l, i, j].
     """
     ends = spread_ends(len(token_ids), n_contexts, seed)
     length = min(context_tokens, config.context_length)
