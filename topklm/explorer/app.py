@@ -109,10 +109,8 @@ class _Explorer:
         self.static = pages.Static()
         self._templates = pages.environment(source)
         self._templates.globals |= {"static": self.static.address, "work": work}
-        self._model_turn = anyio.CapacityLimiter(1)
-        self._regex_turn = anyio.CapacityLimiter(1)
-        self._words_turn = anyio.CapacityLimiter(1)
-        self._writing_turn = anyio.CapacityLimiter(1)
+        turns = [anyio.CapacityLimiter(1) for _ in range(4)]
+        self._model_turn, self._regex_turn, self._words_turn, self._writing_turn = turns
         self._closing = False
         self._sentences = functools.cache(lambda: views.sentences(source))
 

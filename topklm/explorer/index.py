@@ -8,16 +8,15 @@ the field of SQLite's header that is left to applications (`user_version`).
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 import re
 import sqlite3
 import threading
 from typing import Any, BinaryIO, NamedTuple
-import uuid
 import zlib
 
 from topklm.explorer.neuron_data import NeuronData
+from topklm.storage.files import replacing
 
 FORMAT = 2
 PASSAGE_TOKENS = 128  # the text that a search for words finds at once
@@ -102,22 +101,18 @@ class Index:
 
     def _make(self) -> sqlite3.Connection:
         self._report(f"making the explorer's index ({self._path.name})")
-        temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with contextlib.closing(_connect(temporary, "rwc")) as connection:
-                self._fill(connection)
-            with temporary.open("r+b") as file:
-                crc = _crc(file)
-                file.write(crc)
-            os.replace(temporary, self._path)
+            with replacing(self._path) as temporary:
+                with contextlib.closing(_connect(temporary, "rwc")) as connection:
+                    self._fill(connection)
+                with temporary.open("r+b") as file:
+                    crc = _crc(file)
+                    file.write(crc)
             return _connect(self._path, "ro")
         except (OSError, sqlite3.OperationalError):  # the folder is not ours to write, or the disk is full
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             self._fill(connection)
             return connection
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _fingerprint(self) -> str:
         """Returns a digest of everything that the index is made from."""

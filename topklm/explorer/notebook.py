@@ -300,14 +300,8 @@ class Neuron:
         for said, found in (("input tokens", data["input_tokens"]), ("raises", raised)):
             lines.append(f"{said}: {', '.join(one['token'] for one in found)}")
         for example in data["examples"][:_SHOWN_EXAMPLES]:
-            before, token, after = (
-                "".join(example["tokens"][part])
-                for part in (
-                    slice(None, example["example"]),
-                    slice(example["example"], example["example"] + 1),
-                    slice(example["example"] + 1, None),
-                )
-            )
+            tokens, at = example["tokens"], example["example"]
+            before, token, after = "".join(tokens[:at]), tokens[at], "".join(tokens[at + 1 :])
             text = f"{before[-_SHOWN_CHARACTERS:]}[{token}]{after[:_SHOWN_CHARACTERS]}"
             lines.append(f"{example['activation']:8.4g}  {' '.join(text.split())}")
         return "\n".join(map(visible, lines))

@@ -14,6 +14,7 @@ import numpy as np
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
 _BINS = 36  # of a violin
 DEPTHS = 6  # colours of layers
+_TICKS = 4  # of an axis, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Axis:
         low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
         return (value - low) / (high - low) if high > low else 0.5
 
-    def ticks(self, about: int = 4) -> list[float]:
+    def ticks(self) -> list[float]:
         """Returns round values to write at the axis."""
         if self.logarithmic:
             powers = range(
                 math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1
             )
-            return [10.0**p for p in powers][:: max(1, math.ceil(len(powers) / (about + 1)))]
-        step = _round_step((self.high - self.low) / about)
+            return [10.0**p for p in powers][:: max(1, math.ceil(len(powers) / (_TICKS + 1)))]
+        step = _round_step((self.high - self.low) / _TICKS)
         first = math.ceil(self.low / step - 1e-9)
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 

@@ -401,17 +401,14 @@ def specificity(
 
 
 def _mean_of(effects: Sequence[float]) -> dict[str, Any]:
-    n = len(effects)
-    error = float(np.std(effects, ddof=1) / n**0.5) if n > 1 else None
+    n, error = len(effects), _standard_error(np.array(effects))
     return {"effect": float(np.mean(effects)) if n else None, "standard_error": error, "samples": n}
 
 
 # Probing.
 
 
-def probing_entry(
-    scores: probing.Scores, controls: Mapping[str, probing.Scores], ks: Sequence[int] = probing.KS
-) -> dict[str, Any]:
+def probing_entry(scores: probing.Scores, controls: Mapping[str, probing.Scores]) -> dict[str, Any]:
     """Returns means over questions with their intervals, for JSON; and "less_NAME", less those of a control.
 
     The differences are paired over questions, the standard error is over them as well.
@@ -419,7 +416,7 @@ def probing_entry(
     entry: dict[str, Any] = {}
     for name in ("auc", "balanced_accuracy"):
         own = getattr(scores, name)
-        entry[name] = {str(k): with_interval(own[:, at].mean(axis=0)) for at, k in enumerate(ks)}
+        entry[name] = {str(k): with_interval(own[:, at].mean(axis=0)) for at, k in enumerate(probing.KS)}
         for control, its_scores in controls.items():
             gaps = own - getattr(its_scores, name)
             entry.setdefault(f"less_{control}", {})[name] = {
@@ -427,7 +424,7 @@ def probing_entry(
                     **with_interval(gaps[:, at].mean(axis=0)),
                     "standard_error": _standard_error(gaps[:, at, 0]),
                 }
-                for at, k in enumerate(ks)
+                for at, k in enumerate(probing.KS)
             }
     return entry
 

@@ -56,18 +56,10 @@ Notes = Mapping[Neuron, tuple[Note, ...]]
 
 
 class Labels:
-    """The labels of a run's neurons, by layer and number.
-
-    Args:
-        path: Of the file, which need not be there; its folder gets a lock file.
-    """
+    """The labels of a run's neurons, by layer and number; the file need not be there, its folder is locked."""
 
     def __init__(self, path: Path):
         self._path = path
-
-    def get(self, layer: int, neuron: int) -> str:
-        """Returns a neuron's labels as one text, "" if it has none; raises as `notes`."""
-        return self.all().get((layer, neuron), "")
 
     def all(self) -> dict[Neuron, str]:
         """Returns the labels of each neuron as one text, by (layer, neuron), rising; raises as `notes`."""
@@ -148,7 +140,7 @@ class Labels:
         writer.writerow(_CSV)
         for (layer, neuron), some in self.notes().items():
             for note in some:
-                texts = (f"'{text}" if text.startswith(_FORMULA) else text for text in _texts(note))
+                texts = (f"'{text}" if text.startswith(_FORMULA) else text for text in dataclasses.astuple(note))
                 writer.writerow([layer, neuron, *texts])
         return lines.getvalue().encode()
 
@@ -189,10 +181,6 @@ def _of_csv(content: str) -> Iterator[tuple[Neuron, Note]]:
             raise ValueError(f"line {rows.line_num}: {e}") from e
         if note.label:
             yield (int(layer), int(neuron)), note
-
-
-def _texts(note: Note) -> tuple[str, str, str]:
-    return note.label, note.comment, note.by
 
 
 def _problem(text: str, most: int = MAX_CHARACTERS) -> str:

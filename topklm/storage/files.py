@@ -223,14 +223,14 @@ def _lock(file: IO[Any], flags: int = 0) -> bool:
 DIGEST = "sha256"  # the field of a JSON object that holds that of the others
 
 
-def parse_json(content: str | bytes, kind: type = dict) -> Any:
-    """Parses JSON that must hold a `kind`; ValueError if it does not parse, nests too deeply, or does not."""
+def parse_json(content: str | bytes) -> dict[str, Any]:
+    """Parses a JSON object; ValueError if it does not parse, nests too deeply, or is none."""
     try:
         value = json.loads(content)
     except RecursionError as e:
         raise ValueError("JSON that is nested too deeply") from e
-    if not isinstance(value, kind):
-        raise ValueError(f"JSON that holds a {type(value).__name__} and no {kind.__name__}")
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON that holds a {type(value).__name__} and no dict")
     return value
 
 
