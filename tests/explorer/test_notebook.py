@@ -16,7 +16,7 @@ from topklm.errors import UserError
 from topklm.explorer import views
 from topklm.inference.interventions import Intervention
 from topklm.neurons import ablate_targets, search
-from topklm.neurons.columns import Columns
+from topklm.neurons.display import Columns
 from topklm.neurons.labels import Labels
 
 LINES = [

@@ -56,7 +56,7 @@ Notes = Mapping[Neuron, tuple[Note, ...]]
 
 
 class Labels:
-    """The labels of a run's neurons, by layer and number; the file need not be there, its folder is locked."""
+    """The labels of a run's neurons, by layer and number; the file may be missing, its folder gets a lock."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -140,7 +140,9 @@ class Labels:
         writer.writerow(_CSV)
         for (layer, neuron), some in self.notes().items():
             for note in some:
-                texts = (f"'{text}" if text.startswith(_FORMULA) else text for text in dataclasses.astuple(note))
+                texts = (
+                    f"'{text}" if text.startswith(_FORMULA) else text for text in dataclasses.astuple(note)
+                )
                 writer.writerow([layer, neuron, *texts])
         return lines.getvalue().encode()
 
