@@ -314,10 +314,7 @@ def check_installed(verb: str, packages: Sequence[str]) -> None:
 
 
 def check_can_write(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises UserError for a file that a flag names in a folder that is not there; "-" is no file.
-
-    Before the work whose results it is to hold.
-    """
+    """Raises UserError, before the work, for a file ("-": none) that a flag names in a missing folder."""
     for name in names:
         file = getattr(arguments, name)
         if file not in (None, "-") and not (folder := local_path(file, flag(name)).parent).is_dir():

@@ -121,10 +121,7 @@ def depth(place: int, n: int) -> int:
 
 
 def scatter(points: Iterable[Point], x: Axis, y: Axis, about: str, names: tuple[str, str]) -> Markup:
-    """Draws points; a script opens them and selects some, tables offer the same by keyboard.
-
-    `names` are those of the figures on both axes.
-    """
+    """Draws points; a script opens and selects them, tables by keyboard. `names` are of both axes."""
     frame = _Frame((860, 300), x, y)
     drawn = [
         f'<circle class="point d{point.depth}" cx="{_LEFT + frame.width * x.share(point.x):.1f}" '
@@ -187,10 +184,7 @@ class _Frame:
         y_ticks: Sequence[tuple[float, str]] | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> Markup:
-        """Returns the plot; ticks are values with what is written there, by default round ones.
-
-        `facts` are for scripts, by name.
-        """
+        """Returns the plot; ticks are values with text, by default round ones; `facts` are for scripts."""
         data = "".join(f' data-{name}="{escape(value)}"' for name, value in (facts or {}).items())
         x_ticks = x_ticks if x_ticks is not None else [(v, self._x.text(v)) for v in self._x.ticks()]
         y_ticks = y_ticks if y_ticks is not None else [(v, self._y.text(v)) for v in self._y.ticks()]

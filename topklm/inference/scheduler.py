@@ -228,10 +228,7 @@ class Scheduler:
 def warm_up(
     scheduler: Scheduler, config: ModelConfig, buckets: ServingBuckets, report: Callable[[int, int], None]
 ) -> None:
-    """Compiles the programs that most traffic needs, in an empty batch of these sizes.
-
-    `report` is called with how many of how many parts are done.
-    """
+    """Compiles what most traffic needs, in an empty batch of these sizes; `report` gets parts and all."""
     steer = InterventionBatch.of(config, {(0, 0): 0.0})
     # Slots, sequences prefilled together, their length, capacity of the cache, whether steered.
     parts: list[tuple[int, int, int, int, bool]] = []

@@ -39,10 +39,7 @@ def _row_major_transpose(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """Computes `x @ w` whose weight gradient is formed as `x.T @ g`.
-
-    JAX's own rule forms `(g.T @ x).T`, which costs a transposed copy of the gradient.
-    """
+    """Computes `x @ w`, its weight gradient as `x.T @ g`: JAX's `(g.T @ x).T` is copied transposed."""
     return product(x_NI, w_IO)
 
 

@@ -261,10 +261,7 @@ def _of_neuron(
 
 
 def with_interval(draws: np.ndarray, least: float = -np.inf) -> dict[str, float | None]:
-    """Returns a figure, the first of float64[R], with its interval by the others; None for no figure.
-
-    The interval begins at `least` or above.
-    """
+    """Returns a figure, the first of float64[R], with its interval, from `least` up; None for no figure."""
     if not np.isfinite(draws[0]):
         return {"value": None, "low": None, "high": None}
     if not np.isfinite(draws[1:]).any():

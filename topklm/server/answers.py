@@ -178,10 +178,7 @@ async def whole_answer(
 def events(
     about: dict[str, Any], asked: Completion, pieces: AsyncIterator[dict[str, Any]], seconds: float
 ) -> Response:
-    """Returns an answer of server-sent events, one for each piece; see `Stream`.
-
-    An error that comes after the first piece is an event too.
-    """
+    """Returns server-sent events, one for each piece, see `Stream`; an error after the first is one too."""
     usage = {"usage": None} if asked.include_usage else {}
 
     async def write(say: Say) -> None:

@@ -168,10 +168,7 @@ def distinct(tokens: Sequence[int], n: int) -> float:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, groups: np.ndarray) -> Estimate:
-    """Returns the sum of numerators over that of denominators, float64[n], with its interval.
-
-    Groups, int[n] from 0, are texts that are drawn together.
-    """
+    """Returns the ratio of sums, float64[n], with its interval; groups int[n], from 0, are drawn together."""
     total = denominators.sum()
     value = float(numerators.sum() / total) if total else float("nan")
     count = int(groups.max()) + 1 if len(groups) else 0

@@ -155,10 +155,7 @@ _NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 def fsync(path: Path) -> None:
-    """Returns when a local file, or the names in a local folder, are on the disk itself.
-
-    Of a folder only as far as the file system can.
-    """
+    """Returns when a local file is on the disk itself; of a folder its names, as far as file systems can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

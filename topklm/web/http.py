@@ -178,10 +178,7 @@ def _whole(body: bytes, receive: Receive) -> Receive:
 
 
 def from_json(body: bytes) -> dict[str, Any]:
-    """Reads a JSON object that somebody sent; raises ValueError with one line for the client if it is none.
-
-    Whole numbers are integers, also 16.0.
-    """
+    """Reads a JSON object that was sent, 16.0 as an integer; ValueError with a line for the client."""
     try:
         content = json.loads(body, parse_float=_number)
     except RecursionError as e:

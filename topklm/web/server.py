@@ -84,10 +84,7 @@ def make_server(
 
 
 def run(server: "_Server", listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answers on a socket, closed in the end, until Ctrl-C, or until the process is asked to end.
-
-    `ready` is called once requests are answered.
-    """
+    """Answers on a socket until Ctrl-C or asked to end, and closes it; `ready` is called once it answers."""
     server.ready = ready
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.serve([listening]))

@@ -200,10 +200,7 @@ def _size(common: Common, run: Run) -> tuple[int, int]:
 
 
 def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int) -> Dictionary:
-    """Returns the SAE of a Base LM; it is made once, and kept beside the run.
-
-    The documents only say how much of their variance its codes explain.
-    """
+    """Returns a Base LM's SAE, made once and kept beside the run; documents tell its explained variance."""
     path = shared.folder_of(run.model).path / f"card-sae-{width}-{keep}.npz"
     parameters = fingerprint(run.model.params)
     if path.exists():

@@ -207,10 +207,7 @@ class _Build:
             fsync(self.final.path.parent)
 
     def _discard_damaged(self, tasks: Sequence[FileTask] | Sequence[ShardTask]) -> None:
-        """Checks unfinished work on this machine before it is used, and says what is made again.
-
-        A bucket compares its files itself.
-        """
+        """Checks unfinished work on this machine before its use; a bucket compares its files itself."""
         if not self.work.is_local:
             return
         with ThreadPoolExecutor(all_cores()) as pool:  # hashing, their work, lets other threads run

@@ -254,10 +254,7 @@ def _add(gram: jax.Array, piece: np.ndarray) -> jax.Array:
 
 
 def _pieces(store: Store, layer: int) -> Iterator[np.ndarray]:
-    """Yields the sample as float32[D, 4096]; a shorter piece is filled up with zeros.
-
-    Of one shape, so that one program does for all.
-    """
+    """Yields the sample as float32[D, 4096], zeros after a shorter piece: one shape, one program."""
     import scipy.sparse  # noqa: PLC0415  (of the extra, and half a second)
 
     d_model = store.metadata.d_model

@@ -40,10 +40,7 @@ class Interval:
 
 
 def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
-    """Returns the interval of the middle `level` of draws float[R], moved so that their mean is the figure.
-
-    Draws that are NaN are left out.
-    """
+    """Returns the middle `level` of draws float[R], without NaN, moved so that their mean is the figure."""
     shift = float(np.nanmean(draws) - figure)
     low, high = np.nanquantile(draws - shift, [(1 - level) / 2, (1 + level) / 2])
     return Interval(figure, float(low), float(high), shift)
