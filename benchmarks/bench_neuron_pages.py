@@ -38,8 +38,8 @@ from benchmarks.neuron_harvest import Held, against_forward, capture_against_for
 import topklm
 from topklm.checkpoint.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from topklm.config import MeshConfig
-from topklm.explorer import export as html
 from topklm.explorer import neuronpedia, views
+from topklm.explorer import pages as html
 from topklm.explorer.neuron_data import NeuronData
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout

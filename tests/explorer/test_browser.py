@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from topklm.explorer.export import export
+from topklm.explorer.pages import export
 from topklm.inference.interventions import Intervention
 from topklm.inference.scheduler import Generation
 

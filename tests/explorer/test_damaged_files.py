@@ -15,7 +15,7 @@ import pytest
 
 from topklm.commands import neurons_find
 from topklm.errors import UserError
-from topklm.explorer import export, neuronpedia, views
+from topklm.explorer import neuronpedia, pages, views
 from topklm.explorer.index import Index
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.overview import Asked, select
@@ -60,7 +60,7 @@ def exports_hold(run):
     out, neurons = run.with_name(f"{run.name}-out"), [(0, 3), (1, 17)]
     out.mkdir()
     source = NeuronData(folder_of(run))
-    export.export(source, out / "page.html", neurons)
+    pages.export(source, out / "page.html", neurons)
     neuronpedia.export(source, out / "pedia", model_id="m", neurons=neurons)
     return [(str(p.relative_to(out)), p.read_bytes()) for p in sorted(out.rglob("*")) if p.is_file()]
 

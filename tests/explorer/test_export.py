@@ -10,8 +10,8 @@ import explored_run
 import pytest
 
 from topklm.errors import UserError
-from topklm.explorer.export import export
 from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.pages import export
 
 
 def pages(text):

@@ -12,7 +12,7 @@ from serve_site import serving
 import topklm
 from topklm.commands.neurons import _measure
 from topklm.errors import UserError
-from topklm.explorer import export
+from topklm.explorer import pages
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.overview import Asked, select
 from topklm.neurons.statistics import MeasureSettings, catalog, table
@@ -89,7 +89,7 @@ def test_a_statistic_that_is_added_is_seen_in_table_page_export_json_and_definit
         assert "by energy, the largest first" in overview.lower()
         few = site.ask(f"/api/overview?energy.min={source.column('energy').max()}").json
         assert few["table"]["count"] == 1
-    export.export(source, tmp_path / "pages.html", [(1, 17)])
+    pages.export(source, tmp_path / "pages.html", [(1, 17)])
     assert f'title="{SAID}"><button type="button" class="sort">' in (tmp_path / "pages.html").read_text()
     assert f"| Energy | `energy` | units | {SAID} |" in catalog.as_markdown()
 

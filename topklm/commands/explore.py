@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     # These need packages of the extra.
     from topklm.commands.neurons import ensure_measured  # noqa: PLC0415
-    from topklm.explorer import export, neuronpedia  # noqa: PLC0415
+    from topklm.explorer import neuronpedia, pages  # noqa: PLC0415
     from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
 
     progress = Output().progress
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         neuronpedia.export(source, out, model_id=model_id, neurons=neurons, progress=progress)
         print(f"{out}: Neuronpedia's bulk import of {model_id}")
     else:
-        n = export.export(source, out, neurons)
+        n = pages.export(source, out, neurons)
         print(f"{out}: {n:,} neurons, {out.stat().st_size / 2**20:.1f} MiB")
 
 

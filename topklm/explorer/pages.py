@@ -1,12 +1,16 @@
 """Draws pages from the data of `views` and `overview`: templates, plots, and what they call."""
 
-from collections.abc import Iterable, Mapping
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 import functools
 import hashlib
 import importlib.resources
 import math
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+import zlib
 
 import jinja2
 from markupsafe import Markup
@@ -15,11 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer import markup, plots, views
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.inputs import COMMON
+from topklm.storage.files import write_atomically
 
 # Not as the machine has it set: browsers run scripts of this kind only.
 _MEDIA_TYPES = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
@@ -191,3 +197,81 @@ def _highest(values: Iterable[np.ndarray]) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+
+EXAMPLE_TOKENS = 64  # of a window; a file with all neurons is to stay one that browsers like
+_LEVEL = 6  # of compression
+
+_SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
+
+
+def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
+    """Writes the same pages as one file that opens from a disk; returns how many neurons have one.
+
+    They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17).
+    Nothing is loaded from anywhere: the file's own policy allows no script but ours, and no address. UserError
+    if there is no such neuron, or the file, which is there whole or not at all, cannot be written.
+    """
+    numbers = source.readable.tolist()
+    if neurons is not None:
+        wanted = {source.number(layer, neuron) for layer, neuron in neurons}
+        numbers = [number for number in numbers if number in wanted]
+    held = {source.place(number) for number in numbers}
+    templates = environment(source)
+    templates.globals["link"] = lambda layer, neuron: (
+        f"#/neurons/{layer}/{neuron}" if (layer, neuron) in held else None
+    )
+    labels = source.named()
+    files = {name: content.decode() for name, content in static_files().items()}
+    script, style = _script(files), files["style.css"]
+    text = templates.get_template("export.html").render(
+        drawn=layer_plots(source),
+        neurons=[views.summary(source, number, labels) for number in numbers],
+        pages=list(_pages(source, templates, numbers, labels)),
+        script=script,
+        style=style,
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:",
+    )
+    with disk_errors_are_user_errors(f"writing {path}"):
+        if not path.parent.is_dir():
+            raise UserError(
+                f"--export = {path}: there is no folder {path.parent}; make it, or choose another"
+            )
+        write_atomically(path, text.encode())
+    return len(numbers)
+
+
+def _pages(
+    source: NeuronData,
+    templates: jinja2.Environment,
+    numbers: Sequence[int],
+    labels: Mapping[tuple[int, int], str],
+) -> Iterator[dict[str, Any]]:
+    """Yields pages by layer and neuron; their content is a future."""
+    body = templates.get_template("export_neuron.html")
+    # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
+    with futures.ThreadPoolExecutor(1) as packing:
+        for number in source.reading_ahead(sorted(numbers)):
+            layer, neuron = source.place(number)
+            data = views.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
+            text = body.render(data=data, own_text=False, example_tokens=EXAMPLE_TOKENS)
+            yield {
+                "id": f"n-{layer}-{neuron}",
+                "title": f"{layer}:{neuron} {data['label']}".strip(),
+                "packed": packing.submit(_packed, text),
+            }
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode()
+
+
+def _script(files: Mapping[str, str]) -> str:
+    """Returns our modules as one script: exports and imports have one name everywhere."""
+    lines = "\n".join(files[name] for name in _SCRIPTS).splitlines()
+    kept = [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
+    return "(() => {\n" + "\n".join(kept) + "\n})();\n"
+
+
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
