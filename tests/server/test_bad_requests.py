@@ -14,10 +14,9 @@ from topklm.errors import UserError
 from topklm.inference.engine import ClosedError, Engine
 from topklm.inference.sampling import RowSampling, draw
 from topklm.server import app, requests
-from topklm.server.answers import finite
 from topklm.server.app import refused
 from topklm.server.requests import ApiError, Limits
-from topklm.server.service import Service
+from topklm.server.service import Service, finite
 from topklm.web.http import Guard
 
 MODEL = ModelConfig(

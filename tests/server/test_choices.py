@@ -12,7 +12,7 @@ from topklm.inference.sampling import Sampling
 from topklm.inference.sequence import Sequence, Token
 from topklm.inference.steps import Scores
 from topklm.inference.tokens import first_stop
-from topklm.server.answers import Choice, joined
+from topklm.server.service import Choice, joined
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)
 SAID = "über the river \U0001f600!"

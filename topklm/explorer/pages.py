@@ -209,8 +209,8 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     """Writes the same pages as one file that opens from a disk; returns how many neurons have one.
 
     They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17).
-    Nothing is loaded from anywhere: the file's own policy allows no script but ours, and no address. UserError
-    if there is no such neuron, or the file, which is there whole or not at all, cannot be written.
+    Nothing is loaded from anywhere: the file's own policy allows no script but ours, and no address.
+    UserError if there is no such neuron, or the file, which is there whole or not at all, cannot be written.
     """
     numbers = source.readable.tolist()
     if neurons is not None:

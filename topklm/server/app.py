@@ -16,9 +16,8 @@ from starlette.routing import Route
 
 from topklm.inference.language_model import LanguageModel
 from topklm.server import requests
-from topklm.server.answers import events, whole_answer
 from topklm.server.requests import FAULT, ApiError
-from topklm.server.service import Service
+from topklm.server.service import Service, events, whole_answer
 from topklm.web import server as web_server
 from topklm.web.http import Guard, Json, unless_gone
 
