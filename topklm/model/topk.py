@@ -174,39 +174,26 @@ def _select(
 
 
 def _search(
-    select: Callable[..., Selected],
-    terms: Terms,
-    applies: jax.Array | None,
-    *,
-    k: int,
-    activation: str,
-    with_mask: bool,
+    select: Callable[..., Selected], terms: Terms, applies: jax.Array | None, **settings: Any
 ) -> Selected:
     """Runs a selection that has no flag `applies` of its own."""
 
     def search() -> Selected:
-        return select(_sum(terms), k, activation, with_mask)
+        return select(_sum(terms), **settings)
 
     def pass_all() -> Selected:
         x = _sum(terms)
-        return x, jnp.ones(x.shape, bool) if with_mask else None
+        return x, jnp.ones(x.shape, bool) if settings["with_mask"] else None
 
     return search() if applies is None else jax.lax.cond(applies, search, pass_all)
 
 
 def _run_kernel(
-    kernel: backends.Backend,
-    terms: Terms,
-    applies: jax.Array | None,
-    *,
-    k: int,
-    activation: str,
-    with_mask: bool,
+    kernel: backends.Backend, terms: Terms, applies: jax.Array | None, **settings: Any
 ) -> Selected:
     # On TPUs the matrix product that makes x adds the residual on its way.
     x, residual = (*terms, None)[:2] if kernel.platform == "gpu" else (_sum(terms), None)
-    how = {"residual": residual, "applies": applies, "with_mask": with_mask}
-    return kernel(x, k, activation, kernel.platform, **how)
+    return kernel(x, platform=kernel.platform, residual=residual, applies=applies, **settings)
 
 
 def _backends_to_lower(backend: str, x: jax.Array) -> list[backends.Backend]:

@@ -342,15 +342,13 @@ def specificity(
     neurons: Sequence[Neuron],
     targets: Sequence[np.ndarray],
     *,
-    separator_id: int,
     samples: int,
-    seed: int = 0,
-    report: Callable[[float], None] = lambda share: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measures by how much the loss rises without a neuron, at its own targets and elsewhere.
 
     The text is read from its beginning; `targets` are int[n] of each neuron, next tokens that it should
-    raise; `samples` the tokens of each neuron, at most; `report` is told which share of the work is done.
+    raise; `samples` the tokens of each neuron, at most; `options` are those of `ablation.draw`.
 
     Returns "own" and "elsewhere", each the mean "effect" in nats, its "standard_error" and the number of
     "samples", over all samples of all neurons; "compared", how many neurons have both; "higher_at_own", how
@@ -365,17 +363,7 @@ def specificity(
     token_ids = np.concatenate(text.documents)
     bounds = np.cumsum([0, *(len(ids) for ids in text.documents)])
     effects: dict[Neuron, tuple[list[float], list[float]]] = {neuron: ([], []) for neuron in own_targets}
-    drawn = ablation.draw(
-        layers,
-        token_ids,
-        bounds,
-        config,
-        params,
-        separator_id=separator_id,
-        samples=wanted,
-        seed=seed,
-        report=report,
-    )
+    drawn = ablation.draw(layers, token_ids, bounds, config, params, samples=wanted, **options)
     for inputs, found in drawn:
         following = inputs[found.rows, found.places + 1]
         for layer, number, token, effect in zip(

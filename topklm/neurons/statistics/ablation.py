@@ -14,6 +14,7 @@ samples, each row of one window.
 from collections.abc import Callable, Iterator
 import dataclasses
 import itertools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -52,34 +53,20 @@ def measure(
     config: ModelConfig,
     params: transformer.Parameters,
     *,
-    separator_id: int,
     samples: int,
-    max_tokens: int = MAX_TOKENS,
-    seed: int = 0,
-    report: Callable[[float], None] = lambda share: None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Measures all neurons of some layers, S rising numbers, on windows drawn from the text of a store.
 
     Ids are uint[N] of the whole store, bounds as `Store.document_bounds` gives them, parameters on one device
-    or a mesh; all is computed in float32. Each neuron has at most so many samples, of windows of `max_tokens`
-    at most. `report` is told which share of the work is done. Returns `COLUMNS`, [S, D] each: the mean in
-    nats, NaN without a sample; its standard error, as if samples were independent, NaN below two; and int64,
-    the number of samples.
+    or a mesh; all is computed in float32. Each neuron has at most so many samples; `options` are those of
+    `draw`. Returns `COLUMNS`, [S, D] each: the mean in nats, NaN without a sample; its standard error, as if
+    samples were independent, NaN below two; and int64, the number of samples.
     """
     count = np.zeros((len(layers), config.d_model), np.int64)
     total, squares = np.zeros(count.shape), np.zeros(count.shape)
-    for _, found in draw(
-        layers,
-        token_ids,
-        bounds,
-        config,
-        params,
-        separator_id=separator_id,
-        samples=np.full(count.shape, samples),
-        max_tokens=max_tokens,
-        seed=seed,
-        report=report,
-    ):
+    each = np.full(count.shape, samples)
+    for _, found in draw(layers, token_ids, bounds, config, params, samples=each, **options):
         at = np.searchsorted(layers, found.layers), found.neurons
         np.add.at(count, at, 1)
         np.add.at(total, at, found.effects)
@@ -106,7 +93,8 @@ def draw(
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Yields samples with the windows that they are of, int32[W, T].
 
-    Arguments are those of `measure`, but for `samples`: of each neuron at most so many, int[S, D].
+    Arguments are those of `measure`, but for `samples`: of each neuron at most so many, int[S, D]. Windows
+    hold `max_tokens` at most; `report` is told which share of the work is done.
     """
     count = np.zeros(samples.shape, np.int64)
     rng = np.random.default_rng(seed)
