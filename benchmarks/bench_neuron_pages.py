@@ -47,7 +47,7 @@ from topklm.neurons.documents import open_documents
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.neurons.statistics.inputs import Inputs
-from topklm.neurons.statistics.measure import measure
+from topklm.neurons.statistics.table import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress
 

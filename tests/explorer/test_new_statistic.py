@@ -18,7 +18,7 @@ from topklm.explorer.overview import Asked, select
 from topklm.neurons.statistics import MeasureSettings, catalog, table
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import Inputs
-from topklm.neurons.statistics.measure import extend, measure
+from topklm.neurons.statistics.table import extend, measure
 from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress
 

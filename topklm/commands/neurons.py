@@ -387,7 +387,7 @@ def measure_into(
     # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
     from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415
-    from topklm.neurons.statistics.measure import extend, measure  # noqa: PLC0415
+    from topklm.neurons.statistics.table import extend, measure  # noqa: PLC0415
 
     windows = None
     if encoder is not None:
