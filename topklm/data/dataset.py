@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from fractions import Fraction
 import functools
-import hashlib
 import heapq
-import json
 import math
 import os
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage.files import check_name, parse_json, unsealed
+from topklm.storage.files import check_name, json_digest, parse_json, unsealed
 
 FORMAT_VERSION = 3
 _OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself
@@ -223,7 +221,7 @@ class Mixture:
         if len(self.datasets) == 1:
             return self.datasets[0].fingerprint
         parts = [[d.fingerprint, weight] for d, weight in zip(self.datasets, self.weights, strict=True)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return json_digest(parts)
 
     @property
     def heldout_bytes(self) -> int:

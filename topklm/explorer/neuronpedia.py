@@ -30,7 +30,6 @@ columns over there.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import gzip
-import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -46,7 +45,7 @@ from topklm.neurons.capture import RESID_POST, TOPK, hook_name
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.storage.files import new_folder
+from topklm.storage.files import json_digest, new_folder
 
 # The user whom Neuronpedia's own import scripts name as the creator; its database must hold who is named.
 CREATOR_ID = "clkht01d40000jv08hvalcvly"
@@ -337,7 +336,7 @@ class _Rows:
         """Returns an id as long as theirs, the same each time, so that rows imported twice are there once."""
         measured = self._measured
         facts = [self._model_id, self.source_id, neuron, what, measured.run, measured.step, measured.n_tokens]
-        return "c" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        return "c" + json_digest(facts)[:24]
 
     def _strings(self, ids: Sequence[int]) -> list[str]:
         return list(map(self._string, ids))

@@ -263,8 +263,8 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def json_digest(value: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a JSON object, in 64 hexadecimal digits."""
+def json_digest(value: Any) -> str:
+    """Returns the SHA-256 of anything that JSON can hold, in 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,7 +27,6 @@ from topklm.data.building.encode import (
     FileResult,
     FileTask,
     Selection,
-    digest,
     fingerprint,
     fitted,
     share_tokenizer,
@@ -54,7 +53,7 @@ from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.progress import Progress
 from topklm.storage.errors import store_errors_are_user_errors
-from topklm.storage.files import check_name, folder_lock, fsync, is_locked, sealed_json
+from topklm.storage.files import check_name, folder_lock, fsync, is_locked, json_digest, sealed_json
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28
@@ -187,7 +186,7 @@ class _Build:
         # Another folder for another set of files, or another cut. Object stores cannot rename a folder;
         # without its description, a folder is no dataset.
         identity = [[task.name for task in files], settings.deduplicate, settings.shard_tokens]
-        folder = work.child(f"dataset-{digest(identity)[:24]}") if self.final.is_local else self.final
+        folder = work.child(f"dataset-{json_digest(identity)[:24]}") if self.final.is_local else self.final
         planned = plan_shards(chunks, totals, tokenizer.vocab_size, settings.shard_tokens, folder)
         self._discard_damaged(planned)
         with self.progress.phase("writing shards", sum(task.size for task in planned)) as report:
@@ -226,7 +225,7 @@ class _Build:
         files, work, say = self.sources.files, self.work, self.progress.say
         described = [[dataclasses.asdict(file), held] for file, held in files]
         identity = [described, self.settings.to_json(), tokenizers.__version__]
-        name = f"training-{digest(identity)[:24]}.json"
+        name = f"training-{json_digest(identity)[:24]}.json"
         if work.exists(name):
             done = work.read_sealed(name) or {}
             if done.get("of") == name and (found := shared_tokenizer(done["tokenizer"], work)):

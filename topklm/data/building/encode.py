@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import operator
 import re
 from typing import Any, ClassVar, TypeVar
@@ -30,6 +29,7 @@ from topklm.data.sources import FileReader, SourceFile
 from topklm.data.tokenizer import Encode, Tokenizer, fast_encoder, open_tokenizer
 from topklm.errors import UserError
 from topklm.progress import Report
+from topklm.storage.files import json_digest
 
 # A kill costs at most the encoding of one chunk; both bounds keep a chunk's index and tokens small.
 CHUNK_UTF8_BYTES = 32 << 20
@@ -130,7 +130,7 @@ def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSett
 
     `contents` are of each file its ending, the sha256 of its bytes, and whether all of it is held out.
     """
-    return digest(
+    return json_digest(
         {
             "format_version": _IDENTITY_VERSION,
             "tokenizers_version": tokenizers.__version__ if settings.vocab_size is not None else None,
@@ -138,11 +138,6 @@ def fingerprint(contents: Sequence[tuple[str, str, bool]], settings: DatasetSett
             "files": [list(content) for content in contents],
         }
     )
-
-
-def digest(identity: object) -> str:
-    """Returns the hex digest of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass
@@ -185,7 +180,7 @@ class FileTask:
         """Name of the folder for its chunks: another for other contents or settings."""
         choice = [self.selection.to_json(), self.selection.last_heldout]
         identity = [_FORMAT, dataclasses.asdict(self.file), self.heldout, choice, self.tokenizer_sha256]
-        return digest(identity)[:24]
+        return json_digest(identity)[:24]
 
     def run(self, report: Report) -> FileResult:
         """Encodes the file, or what an earlier attempt has left of it.
