@@ -24,7 +24,7 @@ from topklm.eval import tasks
 from topklm.eval.lm_eval import TopKLM
 
 RESULT = results.FOLDER / "eval_scoring.json"
-_BATCHES = (8, 16, 32, 64, 128)
+_BATCHES = (1, 8, 16, 32, 64, 128)  # 1 is the default of the harness
 
 
 def main() -> None:
