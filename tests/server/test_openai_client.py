@@ -287,7 +287,7 @@ def test_what_the_documentation_says_works(served, capsys):
     text = text.replace('model="small"', 'model="village"')
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     lines = [line for kind, block in blocks if kind == "bash" for line in block.splitlines()]
-    commands = [line for line in lines if not line.startswith("topklm serve")]
+    commands = [line for line in lines if line.startswith("curl")]
     assert len(commands) == 7
     for command in commands:
         answer = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
