@@ -84,9 +84,9 @@ def test_the_texts_and_the_picture_are_there(executed, model, report):
     assert len(outputs(executed["dose"], "image/png")) > 1000
     layer, neuron = report["neuron"]
     plain = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7)
-    steer = {(layer, neuron): report["strongest"]}
+    steer = {(layer, neuron): 0.5 * report["strongest"]}
     steered = model.generate(report["prompt"], max_new_tokens=40, temperature=0.7, steer=steer)
-    assert report["written"] == f"left alone:\n{plain}\n\nclamp, 1:\n{steered}\n"
+    assert report["written"] == f"left alone:\n{plain}\n\nclamp, 0.5:\n{steered}\n"
     assert "application/vnd.jupyter.widget-view+json" in json.dumps(executed["write"].outputs)
     assert re.search(r'"mode": "force"', said(executed["modes"]))
 
