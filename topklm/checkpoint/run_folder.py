@@ -83,9 +83,14 @@ def saved_config(folder: AnyPath) -> config_lib.Config | None:
         if not path.exists():
             return _config_of_newest_checkpoint(folder)
         content = path.read_bytes()
+    values: dict[str, Any] = {}
     try:
-        return config_lib.from_saved(parse_json(content))
+        values = parse_json(content)
+        return config_lib.from_saved(values)
     except (ValueError, UserError) as e:
+        if "model_type" in values:
+            advice = "make a run of it: topklm import"
+            raise UserError(f"{folder} is a model in Hugging Face's format, no run: {advice}") from e
         raise UserError(
             f"{path} is damaged ({e}): restore it, or delete it and the newest checkpoint's is taken"
         ) from e

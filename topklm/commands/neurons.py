@@ -264,8 +264,8 @@ def harvest_into(
         kind = settings.dictionary if settings.dictionary in FITTED else saelens.KIND
         if folder.store.exists() and (there := store_lib.Store(folder.store).metadata.kind) != kind:
             raise UserError(
-                f"--dictionary = {kind}: {folder.store} holds activations of another kind ({there}): delete "
-                f"{folder.path}, or harvest in a copy of the run folder"
+                f"--dictionary = {settings.dictionary}: {folder.store} holds activations of another kind "
+                f"({there}): delete {folder.path}, or harvest in a copy of the run folder"
             )
         if kind == saelens.KIND:
             dictionary = _given_dictionary(folder, settings, layers, config.d_model)

@@ -115,6 +115,9 @@ def read(path: str, flag: str = "FOLDER", tokenizer: Tokenizer | None = None) ->
         if not (folder / "config.json").exists():
             raise UserError(f"{flag} = {path}: has no config.json: give a folder of a Hugging Face model")
         values = read_json(folder / "config.json", "give a whole folder")
+        if "model_type" not in values:
+            advice = "it is a run of topklm already" if "model" in values else "give a Hugging Face model's"
+            raise UserError(f"{flag} = {path}: its config.json has no model_type: {advice}")
         own = values.get(_OWN)
         own = own if isinstance(own, Mapping) else {}
         tokenizer = tokenizer or _read_tokenizer(folder, str(own.get("tokenizer_sha256", "")))
