@@ -19,6 +19,7 @@ def get_config(variant: str = "topk") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise UserError(f"--config = small:{variant}: the variants are {', '.join(VARIANTS)}")
     config = config_lib.default()
+    config.checkpoint.trace = "log"  # 17 entries of 10 MB each
     if variant.startswith("readable"):
         # Twice the neurons, half of them active, and blocks that are half as wide.
         config.model.update(d_model=512, head_dim=64, d_mlp=344, topk_k=16)

@@ -62,6 +62,7 @@ TINY: Mapping[str, Any] = {
     "optim.warmup_steps": 4,
     "checkpoint.every_steps": 5,
     "checkpoint.keep": 10,
+    "checkpoint.trace": "",
     "eval.every_steps": 8,
     "eval.sample_tokens": 8,
     "log.every_steps": 1,

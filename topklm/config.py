@@ -303,6 +303,13 @@ class CheckpointConfig:
 
     every_steps: int = _setting(200, "steps between saves; 0: only at the end and on interruption", _STEPS)
     keep: int = _setting(2, "newest checkpoints kept")
+    trace: str = _setting(
+        "",
+        "steps whose parameters alone are kept for good in RUN/trace, as bfloat16, to be read and never to "
+        "be resumed from: log (0, 1, 2, 4, ... 64, then by factors of sqrt(2), and the last), log2, pythia "
+        "(log2 to 512, then every 1,000), or a list; empty: none",
+        allowed="log, log2, pythia, or rising steps such as 0,1,2,4",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,11 +376,28 @@ class Config:
         return round(first * (last / first) ** (stage / stages))
 
     @property
+    def traced_steps(self) -> list[int]:
+        """Lists the steps that `checkpoint.trace` names, rising."""
+        name, last = self.checkpoint.trace, self.train.steps
+        if not name or name[0].isdigit():
+            return [int(step) for step in name.split(",") if step]
+        n_doublings = last.bit_length()
+        steps = {0, last, *(2**i for i in range(n_doublings) if name == "log2" or i <= _LAST_DOUBLING[name])}
+        if name == "log":
+            steps |= {round(64 * 2 ** (i / 2)) for i in range(2 * n_doublings)}
+        if name == "pythia":
+            steps |= set(range(1000, last, 1000))
+        return sorted(step for step in steps if step <= last)
+
+    @property
     def profiled_steps(self) -> range:
         """The steps that `profile` names; the first step of a run is 1."""
         begin, _, end = self.profile.partition(":")
         return range(int(begin), int(end)) if self.profile else range(0)
 
+
+# In checkpoint.trace, the exponent of the last power of 2 before the steps lie otherwise.
+_LAST_DOUBLING = {"log": 6, "pythia": 9}
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
 # elsewhere: its content is compared by its fingerprint. How a step is computed changes rounding at most.
@@ -623,6 +647,7 @@ def _check_ranges(config: Config) -> None:
     require("model.n_nontopk", 1 <= m.n_nontopk <= m.n_layers, layers)
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
+    _check_trace(config)
     multiple = f"a multiple of train.grad_accumulation ({train.grad_accumulation})"
     require("train.batch_size", train.batch_size % train.grad_accumulation == 0, multiple)
     for field in ["train.batch_size", "eval.batch_size"]:
@@ -671,6 +696,20 @@ def _check_profile(config: Config) -> None:
         raise UserError(f"profile = {config.profile!r}: must be {allowed}, e.g. 10:13, or empty")
     if not config.profiled_steps:
         raise UserError(f"profile = {config.profile!r}: holds no step; B of A:B is the first not traced")
+
+
+def _check_trace(config: Config) -> None:
+    trace, last = config.checkpoint.trace, config.train.steps
+    if trace in ("", "log2", *_LAST_DOUBLING):
+        return
+    field = f"checkpoint.trace = {trace!r}"
+    if not re.fullmatch("[0-9]{1,10}(,[0-9]{1,10})*", trace):
+        raise UserError(f"{field}: must be log, log2, pythia, steps such as 0,1,2,4, or empty")
+    steps = config.traced_steps
+    if steps != sorted(set(steps)):
+        raise UserError(f"{field}: steps must rise, each given once")
+    if steps[-1] > last:
+        raise UserError(f"{field}: {steps[-1]} is after the last step, train.steps = {last}")
 
 
 if __name__ == "__main__":

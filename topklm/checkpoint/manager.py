@@ -5,9 +5,10 @@ Orbax's own manager is not used: where one process fails, it leaves the others w
 collective that has no end. Here processes exchange their results. `reader` describes the layout on disk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from topklm.checkpoint.reader import (
     complete_steps,
     describe_damage,
 )
-from topklm.checkpoint.writer import CheckpointWriter, remove_old
+from topklm.checkpoint.writer import CheckpointWriter, remove, remove_old
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.layout import Layout
@@ -39,6 +40,8 @@ from topklm.storage.files import AnyPath, absolute, beside
 
 _MEETING_S = 600.0  # for all processes to come to the same line
 _STORAGE_S = 1200.0  # for each to read or write its part; a save that takes longer has failed
+
+_CHECKPOINT, _ENTRY = "checkpoint", "trace entry"  # kinds, in the words that processes exchange
 
 FIRST_WAIT_S = 2.0  # after the first of several failures in a row; then twice as long each
 LONGEST_WAIT_S = 60.0
@@ -75,19 +78,7 @@ class CheckpointManager:
     ):
         self._folder = absolute(folder)
         self._keep, self._say, self._patience = config.keep, say, patience or PATIENCE
-        steps: list[int] = []
-        if distributed.is_primary():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                remove_old(self._folder)
-            except OSError as e:
-                why = storage_problem(e, self._folder)
-                say(f"warning: {self._folder}: a checkpoint that was half-written cannot be removed: {why}")
-            steps = complete_steps(self._folder)
-        # A file system or bucket may not show all hosts the same.
-        self._steps: list[int] = json.loads(
-            distributed.broadcast("checkpoints", json.dumps(steps), _MEETING_S)
-        )
+        self._steps = _open(_CHECKPOINT, self._folder, say)
         self._backoff = Backoff(self._patience.while_training_s)
         self._asked: tuple[dict[str, Any], dict[str, Any]] | None = None  # arrays and values to be saved
         self._save: _Save | None = None
@@ -195,7 +186,8 @@ class CheckpointManager:
         """Starts writing the last state that was to be saved."""
         assert self._asked
         trees, values = self._asked
-        self._save = _Save(self._folder, trees, values, self._keep)
+        step = int(trees[OPTIMIZER]["step"])
+        self._save = _Save(_CHECKPOINT, self._folder, step, trees, values, self._keep)
         self._retry_at = None
 
     def _finish(self) -> bool:
@@ -237,6 +229,64 @@ class CheckpointManager:
         return seconds
 
 
+class TraceManager:
+    """The parameters after chosen steps of one run, as bfloat16: to be read, never to be resumed from.
+
+    All processes of the run make the same calls in the same order. Entries stay, but for those that
+    `begin_after` removes. One that cannot be written costs a warning and not the run.
+
+    Args:
+        folder: Holds the entries and nothing else; made if there are steps to be kept.
+        steps: Those to be kept, as `Config.traced_steps`.
+        say: Receives the warnings.
+    """
+
+    def __init__(self, folder: AnyPath, steps: Collection[int], say: Callable[[str], None] = print):
+        self._folder, self._say = absolute(folder), say
+        self._due = set(steps)
+        self._save: _Save | None = None
+        self._saved = set(_open(_ENTRY, self._folder, say)) if steps else set()
+
+    def begin_after(self, step: int) -> None:
+        """Removes the entries of later steps: of a future of the run that it may not have again.
+
+        -1 is the step before a new run, which then has no entry.
+        """
+        later = sorted(s for s in self._saved if s > step)
+        if later and distributed.is_primary():
+            remove(self._folder, later)
+        self._saved -= set(later)
+
+    def due(self, step: int) -> bool:
+        """Returns True if the parameters after this step are to be saved."""
+        return step in self._due and step not in self._saved
+
+    def save(self, step: int, params: Any, facts: Mapping[str, Any]) -> None:
+        """Starts saving parameters (a nested dict), whose buffers are free once this returns."""
+        self.close()
+        self._due.discard(step)
+        arrays = {PARAMS: _as_bfloat16(params)}
+        self._save = _Save(_ENTRY, self._folder, step, arrays, {FACTS: dict(facts)}, None)
+
+    def close(self) -> None:
+        """Waits for what is being written, whether or not that succeeds."""
+        save, self._save = self._save, None
+        if save and (problem := save.problem.result()):
+            self._say(f"warning: the trace lacks step {save.step}, which could not be written ({problem})")
+
+
+def _as_bfloat16(params: Any) -> Any:
+    """Rounds arrays (a nested dict) to bfloat16 where they are."""
+    shardings = jax.tree.map(lambda array: array.sharding, params)
+    cast = functools.partial(jax.tree.map, lambda array: array.astype(jnp.bfloat16))
+    return jax.jit(cast, out_shardings=shardings)(params)
+
+
+def rounded_shapes(abstract: Any) -> Any:
+    """Returns shapes of parameters as the trace holds them, for those of a model (a nested dict)."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract)
+
+
 @dataclasses.dataclass
 class Backoff:
     """Waits of 2, 4, 8 ... 60 s after failures in a row, until patience is over."""
@@ -269,15 +319,23 @@ class _Save:
         not_removed: Says why older checkpoints could not be removed, or "".
     """
 
-    def __init__(self, folder: epath.Path, trees: Mapping[str, Any], values: Mapping[str, Any], keep: int):
-        self.step = int(trees[OPTIMIZER]["step"])
+    def __init__(
+        self,
+        kind: str,
+        folder: epath.Path,
+        step: int,
+        trees: Mapping[str, Any],
+        values: Mapping[str, Any],
+        keep: int | None,
+    ):
+        self.step = step
         self.began = time.monotonic()
         self.not_removed = ""
-        self._folder, self._values, self._keep = folder, values, keep
+        self._kind, self._folder, self._values, self._keep = kind, folder, values, keep
         self._writer = CheckpointWriter(folder, self.step)
         self._bug: Exception | None = None
         made = self._primary(lambda: self._writer.make_folders([*trees, *values]))
-        problem = _first_problem("begin a checkpoint", made, _MEETING_S)
+        problem = self._first_problem("begin", made, _MEETING_S)
         copied = ""
         if not problem:
             arrays = jax.tree.map(jnp.asarray, dict(trees))
@@ -294,15 +352,19 @@ class _Save:
 
     def _write(self, copied: str) -> str:
         written = copied or self._attempt(lambda: self._writer.finish_part(_STORAGE_S))
-        problem = _first_problem("write a checkpoint", written, _STORAGE_S)
+        problem = self._first_problem("write", written, _STORAGE_S)
         if not problem:
             committed = self._primary(lambda: self._writer.commit(self._values))
-            problem = _first_problem("commit a checkpoint", committed, _STORAGE_S)
+            problem = self._first_problem("commit", committed, _STORAGE_S)
         if problem:
             self._primary(self._writer.abandon)
         else:  # never part of committing, for the new checkpoint is complete without it
             self.not_removed = self._primary(lambda: remove_old(self._folder, self._keep))
         return problem
+
+    def _first_problem(self, doing: str, problem: str, timeout_s: float) -> str:
+        # One of another kind may be written at the same time, by another thread.
+        return _first_problem(f"{doing} a {self._kind}", problem, timeout_s)
 
     def _primary(self, action: Callable[[], None]) -> str:
         return self._attempt(action) if distributed.is_primary() else ""
@@ -317,6 +379,22 @@ class _Save:
                 self._bug = e
             return problem or f"{type(e).__name__}: {e}"
         return ""
+
+
+def _open(kind: str, folder: epath.Path, say: Callable[[str], None]) -> list[int]:
+    """Makes a folder of checkpoints if need be, rid of half-written ones; returns the steps of the others."""
+    steps: list[int] = []
+    if distributed.is_primary():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            remove_old(folder)
+        except OSError as e:
+            why = storage_problem(e, folder)
+            say(f"warning: {folder}: a checkpoint that was half-written cannot be removed: {why}")
+        steps = complete_steps(folder)
+    # A file system or bucket may not show all hosts the same.
+    found: list[int] = json.loads(distributed.broadcast(kind, json.dumps(steps), _MEETING_S))
+    return found
 
 
 def _first_problem(name: str, problem: str, timeout_s: float) -> str:

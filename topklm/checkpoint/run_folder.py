@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # for others; nothing here reads it
 CHECKPOINTS_FOLDER = "checkpoints"
+TRACE_FOLDER = "trace"  # checkpoints of parameters alone (`checkpoint.manager.TraceManager`)
 METRICS_FILE = "metrics.jsonl"
 OWNER_FILE = ".owner"
 
@@ -107,9 +108,12 @@ def _config_of_newest_checkpoint(folder: AnyPath) -> config_lib.Config | None:
     return None
 
 
-def complete_steps(folder: AnyPath) -> list[int]:
-    """Returns the steps of the complete checkpoints, rising; renamed damaged ones do not count."""
-    checkpoints = folder / CHECKPOINTS_FOLDER
+def complete_steps(folder: AnyPath, of: str = CHECKPOINTS_FOLDER) -> list[int]:
+    """Returns the steps of the complete checkpoints, rising; renamed damaged ones do not count.
+
+    `of` is the folder in the run's that holds them: CHECKPOINTS_FOLDER or TRACE_FOLDER.
+    """
+    checkpoints = folder / of
     with storage_errors_are_user_errors(f"listing {checkpoints}", checkpoints):
         return reader.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
 

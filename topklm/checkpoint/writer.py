@@ -1,7 +1,7 @@
 """Writes a checkpoint, and removes old ones; `reader` says how they lie on the disk."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import fnmatch
 import itertools
@@ -142,10 +142,19 @@ def remove_old(checkpoints: epath.Path, keep: int | None = None) -> None:
     Nothing may be written into the folder meanwhile. OSError: the first that came, after all removals have
     been tried.
     """
-    kept = {str(step) for step in complete_steps(checkpoints)[-(keep or 0) :]}
+    kept = complete_steps(checkpoints)[-(keep or 0) :]
+    _remove_if(checkpoints, lambda name: name.isdigit() and int(name) not in kept)
+
+
+def remove(checkpoints: epath.Path, steps: Sequence[int]) -> None:
+    """Removes the checkpoints of these steps, and more as `remove_old`; raises as it does."""
+    _remove_if(checkpoints, lambda name: name.isdigit() and int(name) in steps)
+
+
+def _remove_if(checkpoints: epath.Path, unwanted: Callable[[str], bool]) -> None:
     failures = []
     for path in list(checkpoints.iterdir()) if checkpoints.exists() else ():
-        if _TEMPORARY in path.name or (path.name.isdigit() and path.name not in kept):
+        if _TEMPORARY in path.name or unwanted(path.name):
             try:
                 _remove(path)
             except OSError as e:

@@ -3,7 +3,7 @@
 Only parameters are read, never the optimizer, onto one device or any mesh, whatever the run was saved from.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from topklm.checkpoint import run_folder
+from topklm.checkpoint.manager import rounded_shapes
 from topklm.checkpoint.reader import FACTS, PARAMS, READ_ERRORS, CheckpointReader, describe_damage
 from topklm.checkpoint.writer import write_checkpoint
 from topklm.config import Config, ModelConfig, from_saved
@@ -44,7 +45,8 @@ def load(
     Args:
         run: A run folder, local or in a bucket (gs://...); a folder of `topklm export`, or of another Llama
             or Qwen 3; or hf:ORG/NAME, one on Hugging Face's hub.
-        step: Which checkpoint; default the newest.
+        step: Which checkpoint, or entry of the trace (`checkpoint.trace`), whose bfloat16 parameters become
+            float32; default the newest checkpoint.
         mesh: Where the parameters shall live; default this process's first device.
         dtype: The dtype in which the model shall compute, see `LanguageModel.astype`; default as in training.
     """
@@ -55,9 +57,10 @@ def load(
         return loaded if dtype is None else loaded.astype(dtype)
     folder = as_path(run, "run")
     check_usable(folder, "run", write=False)
-    saved = _complete_steps(folder)
+    saved = _saved(folder)
     step = _chosen(folder, saved, step)
-    checkpoint = absolute(folder) / run_folder.CHECKPOINTS_FOLDER / str(step)
+    kind = saved[step]
+    checkpoint = absolute(folder) / kind / str(step)
     with _damage_is_a_user_error(folder, step, saved):
         reader = CheckpointReader(checkpoint, arrays=(PARAMS,), values=(FACTS,))
         facts = reader.values[FACTS]
@@ -70,9 +73,11 @@ def load(
         ) from e
     config = dataclasses.replace(config, model=_for_layout(config.model, layout))
     abstract = jax.eval_shape(functools.partial(transformer.create, config.model, 0))
+    as_stored = abstract if kind == run_folder.CHECKPOINTS_FOLDER else rounded_shapes(abstract)
     with _damage_is_a_user_error(folder, step, saved):
-        arrays = reader.read({PARAMS: layout.with_shardings(abstract)})
+        arrays = reader.read({PARAMS: layout.with_shardings(as_stored)})
         reader.verify(arrays)
+    params = jax.tree.map(lambda array, shape: array.astype(shape.dtype), arrays[PARAMS], abstract)
     # All of a checkpoint can be another run's; then each of its parts is as it was written.
     own = run_folder.saved_config(folder)
     if own and (fields := run_folder.differing_fields(own, config_of_checkpoint)):
@@ -81,7 +86,7 @@ def load(
             f"there ({fields}): put back the run's own"
         )
     tokenizer = _load_tokenizer(folder / run_folder.TOKENIZER_FILE, tokenizer_sha256)
-    loaded = LanguageModel(str(folder), step, config, tokenizer, arrays[PARAMS])
+    loaded = LanguageModel(str(folder), step, config, tokenizer, params)
     return loaded if dtype is None else loaded.astype(dtype)
 
 
@@ -127,17 +132,26 @@ def checkpoint_step(run: str | os.PathLike[str], step: int | None = None) -> int
     if huggingface.is_folder(run):
         return huggingface.read(str(run), "run").step
     folder = as_path(run, "run")
-    return _chosen(folder, _complete_steps(folder), step)
+    return _chosen(folder, _saved(folder), step)
 
 
-def _chosen(folder: AnyPath, saved: Sequence[int], step: int | None) -> int:
+def saved_steps(run: str | os.PathLike[str]) -> list[int]:
+    """Returns the steps that `load` can read, of checkpoints and trace, rising; UserError without one."""
+    return sorted(_saved(as_path(run, "run")))
+
+
+def _chosen(folder: AnyPath, saved: Mapping[int, str], step: int | None) -> int:
     if step is not None and step not in saved:
-        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, saved))}")
-    return max(saved) if step is None else step
+        raise UserError(f"step = {step}: {folder} has checkpoints {', '.join(map(str, sorted(saved)))}")
+    if step is not None:
+        return step
+    return max(saved, key=lambda step: (saved[step] == run_folder.CHECKPOINTS_FOLDER, step))
 
 
-def _complete_steps(folder: AnyPath) -> list[int]:
-    saved = run_folder.complete_steps(folder)
+def _saved(folder: AnyPath) -> dict[int, str]:
+    """Returns the folder that holds each step: that of the checkpoints, where both do."""
+    kinds = (run_folder.TRACE_FOLDER, run_folder.CHECKPOINTS_FOLDER)
+    saved = {step: kind for kind in kinds for step in run_folder.complete_steps(folder, kind)}
     if not saved and not (folder / run_folder.CHECKPOINTS_FOLDER).exists():
         run, step = folder.parent.parent, folder.name
         if folder.parent.name == run_folder.CHECKPOINTS_FOLDER and step.isdigit():
@@ -149,7 +163,7 @@ def _complete_steps(folder: AnyPath) -> list[int]:
 
 
 @contextlib.contextmanager
-def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Sequence[int]) -> Iterator[None]:
+def _damage_is_a_user_error(folder: AnyPath, step: int, saved: Mapping[int, str]) -> Iterator[None]:
     """Names the checkpoint that the block finds damaged, and one that could be loaded instead."""
     with storage_errors_are_user_errors(f"reading checkpoint {step} of {folder}", folder):
         try:

@@ -19,7 +19,7 @@ import jax
 
 from topklm import distributed
 from topklm.checkpoint import run_folder
-from topklm.checkpoint.manager import CheckpointManager
+from topklm.checkpoint.manager import CheckpointManager, TraceManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
 from topklm.eval.tasks import Task
@@ -94,6 +94,7 @@ class _Loop:
             self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
             )
+            self.trace = TraceManager(folder / run_folder.TRACE_FOLDER, config.traced_steps, console.say)
         stream = train_stream(
             run.mixture,
             context_length=config.model.context_length,
@@ -146,6 +147,7 @@ class _Loop:
         finally:
             self.console.finish()
             with self._storage("saving a checkpoint in"):
+                self.trace.close()
                 self.checkpoints.close()
 
     def _steps(self, train_step: jax.stages.Compiled, state: TrainState, first: int) -> None:
@@ -179,18 +181,21 @@ class _Loop:
             saving_due = _is_due(step, self.config.checkpoint.every_steps, steps)
             saving_due |= self.checkpoints.due(step)
             stopping = bool(self.stop_sync)
-            traced = self.profiler.ends_with(step)
-            if evaluation_due or saving_due or stopping or traced:
+            profiled = self.profiler.ends_with(step)
+            tracing_due = self.trace.due(step)
+            if evaluation_due or saving_due or stopping or profiled or tracing_due:
                 self._log(*pending)
                 pending = None
                 self.clock.stop()
                 self.log_rate.measure_again()
-                if traced:  # and the devices are done, for `_log` has fetched what they made
+                if profiled:  # and the devices are done, for `_log` has fetched what they made
                     with self.watchdog.paused():
                         self.profiler.close()
                 if evaluation_due and not stopping:
                     self._evaluate(step, state)
                 stopping = stopping or bool(self.stop_sync)
+                if tracing_due:
+                    self._save_for_trace(state)
                 if saving_due or stopping:
                     self._save(state)
                 self.clock.start()
@@ -237,6 +242,7 @@ class _Loop:
             about = describe_model(self.config)
             self.console.say(f"new run in {self.folder}: {n:,} parameters{begun}, {about}")
             self.clock = Clock(total=0.0, began_at=time.time())
+            self._begin_trace(state)
             return state
         with self._storage("reading the checkpoints of"):
             state, data_state, facts = self.checkpoints.restore(
@@ -250,6 +256,7 @@ class _Loop:
         began_at = facts.get("began_at", time.time() - facts["seconds_trained"])
         self.clock = Clock(total=facts["seconds_trained"], began_at=began_at)
         self.synced_metrics = facts.get("metrics")
+        self._begin_trace(state)
         return state
 
     def _log(self, step: int, step_metrics: Any) -> None:
@@ -336,9 +343,9 @@ class _Loop:
         )
         return settings.sample_prompt + tokenizer.decode(continuation)
 
-    def _save(self, state: TrainState) -> None:
-        step = int(state.step)
-        facts: dict[str, Any] = {
+    def _facts(self, step: int) -> dict[str, Any]:
+        """Returns what checkpoints of all kinds hold besides arrays."""
+        return {
             **self.run.facts(),
             "step": step,
             "tokens_seen": step * self.run.tokens_per_step,
@@ -347,6 +354,22 @@ class _Loop:
             "process_count": jax.process_count(),
             "versions": versions("topklm", "jax", "flax", "grain"),
         }
+
+    def _begin_trace(self, state: TrainState) -> None:
+        """Drops entries of later steps from the trace; saves that of a new run before it trains."""
+        step = int(state.step)
+        with self._storage("opening the trace of"):
+            self.trace.begin_after(step or -1)
+        if self.trace.due(step):
+            self._save_for_trace(state)
+
+    def _save_for_trace(self, state: TrainState) -> None:
+        with self.watchdog.paused():
+            self.trace.save(int(state.step), state.params, self._facts(int(state.step)))
+
+    def _save(self, state: TrainState) -> None:
+        step = int(state.step)
+        facts = self._facts(step)
         with self.watchdog.paused():  # storage has a patience of its own
             if distributed.is_primary():
                 run_folder.check_owned(self.folder)
