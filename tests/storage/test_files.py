@@ -1,9 +1,11 @@
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
 from topklm.errors import UserError
-from topklm.storage.files import absolute, as_path, is_bucket, write_atomically
+from topklm.storage.files import absolute, as_path, is_bucket, new_folder, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -44,3 +46,36 @@ def test_other_stores_are_refused(name):
         UserError, match=rf"^--workdir = '{name}': must be a local folder or gs://BUCKET/FOLD"
     ):
         as_path(name, "--workdir")
+
+
+# Begins a folder and waits to be killed: `SCRIPT PATH`.
+BEGINS_A_FOLDER = """
+import pathlib, sys, time
+from topklm.storage.files import new_folder
+
+with new_folder(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("written")
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_stays(tmp_path):
+    path = tmp_path / "name[1]"
+    command = [sys.executable, "-c", BEGINS_A_FOLDER, str(path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+        processes[0].kill()
+        processes[0].wait()
+        (tmp_path / ".other.1.tmp").mkdir()
+        assert len(list(tmp_path.glob(".name*"))) == 2
+        with new_folder(path) as folder:
+            (folder / "whole").write_text("written")
+        assert len(list(tmp_path.glob(".name*"))) == 1
+        assert [file.name for file in path.iterdir()] == ["whole"]
+        assert (tmp_path / ".other.1.tmp").exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -128,18 +129,38 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder renamed to `path` after the block, all or nothing; UserError if something is there."""
+    """Yields a folder renamed to `path` after the block, all or nothing; UserError if something is there.
+
+    Folders that processes which were killed began for the same path are removed.
+    """
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise UserError(f"{path} exists: give a folder that is to be made, or delete it first")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with disk_errors_are_user_errors(f"writing {path}"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with _held(left) as is_ours:
+                if is_ours:
+                    shutil.rmtree(left, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            yield temporary
-            temporary.replace(path)
+            with _held(temporary):
+                yield temporary
+                temporary.replace(path)
             fsync(path.absolute().parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder without a file in it; yields False where another process has it, or nobody can tell."""
+    with contextlib.ExitStack() as stack:
+        is_held = False
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            is_held = _lock(descriptor, fcntl.LOCK_NB)
+        yield is_held
 
 
 def beside(path: AnyPath, word: str) -> AnyPath:
@@ -209,7 +230,7 @@ def is_locked(folder: Path) -> bool:
         return False
 
 
-def _lock(file: IO[Any], flags: int = 0) -> bool:
+def _lock(file: IO[Any] | int, flags: int = 0) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
     except BlockingIOError:
