@@ -8,6 +8,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import attention_in_float64
 
 from topklm.config import ModelConfig
 from topklm.layout import scans_layers
@@ -345,3 +346,17 @@ def test_without_topk_layers_it_does_not_matter_which_layers_read_the_token():
     first, every = (variant(n_nontopk=3, token_input=which) for which in ("first", "every"))
     params = create(first, 0)
     np.testing.assert_array_equal(final_hidden(first, params), final_hidden(every, params))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 8}, {"token_input": "every"}], ids=str)
+def test_attention_weights_are_those_of_the_whole_model_in_float64(changes):
+    config = variant(**changes)
+    params = create(config, 0)
+    segments = np.ones(TOKENS.shape, np.int32)
+    segments[1, 7:] = 0
+    weights = jax.jit(
+        lambda params: transformer.bind(config, params).map_attention(lambda x: x, TOKENS, segments)
+    )(params)
+    expected = attention_in_float64(config, params, TOKENS, segments)
+    assert weights.shape == (3, 2, 4, 12, 12)
+    np.testing.assert_allclose(weights, expected, rtol=2e-4, atol=2e-6)

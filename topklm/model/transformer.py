@@ -17,7 +17,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import attention
-from topklm.model.attention import Rotation, rotation_angles
+from topklm.model.attention import Rotation, attention_weights, rotation_angles
 from topklm.model.block import (
     NO_HOOKS,
     Block,
@@ -106,10 +106,7 @@ class Transformer(nnx.Module):
         residual tokens (`Parallel`); and the results of `capture`, each leaf stacked to [L, ...] (or None).
         """
         config = self.config
-        if segment_ids_BT is None:
-            segment_ids_BT = jnp.ones_like(tokens_BT)
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        segment_ids_BT, positions_BT = self._filled(tokens_BT, segment_ids_BT, positions_BT)
         rotation = self.rotation(positions_BT)
         block_def, stacked = nnx.split(self.blocks)
         h_BTD, token_BTD = self.embedded(tokens_BT, parallel)
@@ -145,6 +142,42 @@ class Transformer(nnx.Module):
 
         h_BTD, captured = run(layer_of_kind, h_BTD, inputs)
         return self.final_norm(h_BTD), captured
+
+    def map_attention(
+        self,
+        function: Callable[[jax.Array], Any],
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> Any:
+        """Applies a function to the attention weights of each layer, float32[B, H, T, T]: query, then key.
+
+        Arguments are those of `__call__`. The weights of one layer are in memory at a time. Returns the
+        function's results, each leaf stacked to [L, ...].
+        """
+        segment_ids_BT, positions_BT = self._filled(tokens_BT, segment_ids_BT, positions_BT)
+        h_LBTD = self.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=lambda h, u, h_next: h)[1]
+        rotation, (_, token_BTD) = self.rotation(positions_BT), self.embedded(tokens_BT)
+        block_def, stacked = nnx.split(self.blocks)
+
+        def of_layer(inputs: tuple) -> Any:
+            params, h_BTD, ends_in_topk, follows_topk = inputs
+            block = nnx.merge(block_def, params)
+            x_BTD = block.normed_input(h_BTD, TokenInput.of_layer(token_BTD, ends_in_topk, follows_topk))
+            q, k, _ = block.attention.project(x_BTD, rotation)
+            return function(attention_weights(q, k, segment_ids_BT))
+
+        return jax.lax.map(of_layer, (stacked, h_LBTD, *self.topk_around(jnp.arange(self.config.n_layers))))
+
+    def _filled(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, positions_BT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns segment ids and positions, those of rows that are one document where they are None."""
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return segment_ids_BT, positions_BT
 
     def embedded(
         self, tokens_BT: jax.Array, parallel: Parallel = ALONE

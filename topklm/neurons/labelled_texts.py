@@ -14,7 +14,7 @@ import io
 import json
 import lzma
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -60,6 +60,15 @@ class Located:
     kept: np.ndarray  # int[n], which of `LabelledTexts` they are
 
 
+class ParsedWord(NamedTuple):
+    """A word of a sentence of CoNLL-U."""
+
+    form: str
+    tag: str  # universal part of speech, or "_"
+    head: int | None  # number of the word that it depends on, from 1; 0: of none; None: not said
+    relation: str  # to its head, or "_"
+
+
 def topics(seed: int = 0) -> LabelledTexts:
     """Returns the quickstart's articles with topics, at most 160 of each; UserError without its package."""
     file = sources.find(["quickstart"], flag="--labels")[0]
@@ -102,12 +111,14 @@ def of_json_lines(path: Path, seed: int = 0) -> LabelledTexts:
 def of_conllu(path: Path) -> LabelledTexts:
     """Reads the words of CoNLL-U (also .gz) with their universal part of speech, at most 5,000 of a half."""
     texts, rows = list[str](), list[tuple[int, int, str]]()
-    for sentence, words in _sentences(lines(path, "--conllu")):
-        at = 0
-        for word, tag in words:
-            if (found := sentence.find(word, at)) >= 0:
-                at = found + len(word)
-                rows.append((len(texts), len(sentence[:at].encode()), tag))
+    for sentence, words in parsed(path, "--conllu"):
+        at, tagged = 0, [word for word in words if word.tag != _NO_TAG]
+        if not tagged:
+            continue
+        for word in tagged:
+            if (found := sentence.find(word.form, at)) >= 0:
+                at = found + len(word.form)
+                rows.append((len(texts), len(sentence[:at].encode()), word.tag))
         texts.append(sentence)
     if not rows:
         advice = "must be CoNLL-U: ten columns with tabs between, and '# text = ' before each sentence"
@@ -235,17 +246,21 @@ def lines(path: Path, flag: str) -> Iterator[str]:
             raise UserError(f"is damaged, or no UTF-8 ({e})", field=flag, value=str(path)) from e
 
 
-def _sentences(lines: Iterator[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yields the text of each sentence, and its words with their tags."""
-    text, words = "", list[tuple[str, str]]()
-    for line in (*lines, ""):
+def parsed(path: Path, flag: str) -> Iterator[tuple[str, list[ParsedWord]]]:
+    """Yields the text of each sentence of a CoNLL-U file (also .gz, .xz), and its words in order.
+
+    Sentences without a line "# text = " are left out. UserError for a file that cannot be read.
+    """
+    text, words = "", list[ParsedWord]()
+    for line in (*lines(path, flag), ""):
         if line.startswith("# text = "):
             text = line.removeprefix("# text = ")
         elif line and not line.startswith("#"):
             columns = line.split("\t")
             # 3-4 are two words in one, and 3.1 one that is not there.
-            if len(columns) == 10 and columns[0].isdigit() and columns[3] != _NO_TAG:
-                words.append((columns[1], columns[3]))
+            if len(columns) == 10 and columns[0].isdigit():
+                head = int(columns[6]) if columns[6].isdigit() else None
+                words.append(ParsedWord(columns[1], columns[3], head, columns[7]))
         elif not line:
             if text and words:
                 yield text, words

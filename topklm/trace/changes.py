@@ -1,0 +1,96 @@
+"""Where curves over training steps change: pure functions of NumPy arrays.
+
+Steps are put on the axis log2(1 + step), so that step 0 has a place and doublings are equally far apart.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MOST_POINTS = 30  # of the exact search for several breaks, whose time is the cube of them
+_PIECE = 3  # points that a piece has at least: a line through two always fits
+
+
+def log_steps(steps: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns log2(1 + step), float64[C]; ValueError if steps do not rise from 0 or more."""
+    steps = np.asarray(steps, np.float64)
+    if len(steps) and (steps[0] < 0 or np.any(np.diff(steps) <= 0)):
+        raise ValueError("steps: must rise, from 0 or more")
+    return np.log2(1 + steps)
+
+
+def acceleration(steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Computes the second difference of values over the log step, at all steps but the outer two.
+
+    Divided differences, for steps need not be evenly spaced: float64[C - 2], in units per squared doubling.
+    """
+    x, y = log_steps(steps), np.asarray(values, np.float64)
+    if len(x) != len(y):
+        raise ValueError(f"values: {len(y)} for {len(x)} steps: must be one for each")
+    slopes = np.diff(y) / np.diff(x)
+    return 2 * np.diff(slopes) / (x[2:] - x[:-2])
+
+
+def onset(
+    steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, *, rises: bool = True
+) -> int | None:
+    """Returns the step from which values rise, or fall, faster than before: the largest acceleration.
+
+    The rule by which Chen et al. 2023 (arXiv 2309.07311) date an onset. Values that are not finite are left
+    out; None where fewer than three are left, or no acceleration has this sign. The first of equal ones.
+    """
+    known_steps, known = _finite(steps, values)
+    if len(known) < 3:
+        return None
+    found = acceleration(known_steps, known if rises else -known)
+    best = int(found.argmax())
+    return int(known_steps[best + 1]) if found[best] > 0 else None
+
+
+def breaks(
+    steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, n_breaks: int
+) -> list[int]:
+    """Returns the steps at which the n + 1 pieces begin, but the first, that straight lines fit best.
+
+    Lines are fitted to each piece of three points or more by least squares over the log step, and need not
+    meet. The result is exact, by dynamic programming over all cuts; of equal ones the earliest. Values that
+    are not finite are left out.
+
+    Raises:
+        ValueError: If there are too few points for so many pieces, or more than `MOST_POINTS`.
+    """
+    known_steps, known = _finite(steps, values)
+    n_points, n_pieces = len(known), n_breaks + 1
+    if n_breaks < 0 or n_points < _PIECE * n_pieces or n_points > MOST_POINTS:
+        allowed = f"from {_PIECE * n_pieces}, three for each piece, to {MOST_POINTS}"
+        raise ValueError(f"steps: {n_points} with a value: must be {allowed}, for {n_breaks} breaks")
+    cost = _costs(log_steps(known_steps), known)
+    best = cost[0].copy()  # of the points before each end, in the pieces so far
+    cuts = np.zeros((n_pieces, n_points + 1), int)
+    for piece in range(1, n_pieces):
+        totals = best[:, None] + cost  # [begin of the last piece, end]
+        cuts[piece], best = totals.argmin(axis=0), totals.min(axis=0)
+    found, end = list[int](), n_points
+    for piece in range(n_pieces - 1, 0, -1):
+        end = cuts[piece, end]
+        found.append(int(known_steps[end]))
+    return found[::-1]
+
+
+def _finite(
+    steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps with a finite value, and their values, float64."""
+    known = np.asarray(values, np.float64)
+    return np.asarray(steps)[np.isfinite(known)], known[np.isfinite(known)]
+
+
+def _costs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns the squared residuals of a line through points begin to end - 1, float64[C + 1, C + 1]."""
+    n = len(x)
+    cost = np.full((n + 1, n + 1), np.inf)
+    for begin in range(n):
+        for end in range(begin + _PIECE, n + 1):
+            dx, dy = x[begin:end] - x[begin:end].mean(), y[begin:end] - y[begin:end].mean()
+            cost[begin, end] = max(0.0, dy @ dy - (dx @ dy) ** 2 / (dx @ dx))
+    return cost
