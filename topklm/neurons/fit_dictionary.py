@@ -18,7 +18,7 @@ order; the text that is looked at afterwards is only used to say how much of its
 Dims: S layers, B batch, T tokens, N tokens of a batch, D d_model, M codes of a layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import itertools
 from pathlib import Path
@@ -63,13 +63,17 @@ def fit(
     keep: int,
     width: int | None = None,
     n_tokens: int = DICTIONARY_TOKENS,
+    seed: int = _SEED,
+    start: Dictionary | None = None,
+    layers: Sequence[int] | None = None,
     progress: Progress,
 ) -> Dictionary:
     """Makes a dictionary of the hidden state that each layer of a Base LM hands on.
 
     It is one of `DICTIONARIES`, of K = `keep`, an autoencoder's of M = `width` (None: D), learned from about
     `n_tokens` of the run's training text; more than there are are read again, in another order. Nothing is
-    learned from the documents to be harvested. UserError if the training text cannot be read.
+    learned from the documents to be harvested. An autoencoder begins at random, by the seed, or at that of
+    `start`; only those `layers` have one (None: all). UserError if the training text cannot be read.
     """
     mixture = prepare(data, lambda line: None)
     rows, d, length = model.rows, model.config.d_model, model.config.context_length
@@ -80,9 +84,10 @@ def fit(
         for batch in itertools.islice(stream, n):
             arrays = batch["inputs"], batch["segment_ids"], batch["positions"]
             is_text = (batch["inputs"] != model.separator_id).reshape(-1)
-            yield hidden_states(model.config, model.params, *model.put(arrays)), jnp.asarray(is_text)
+            states = hidden_states(model.config, model.params, *model.put(arrays))
+            yield states if layers is None else states[np.array(layers)], jnp.asarray(is_text)
 
-    facts: dict[str, Any] = {"tokens": n_tokens, "seed": _SEED}
+    facts: dict[str, Any] = {"tokens": n_tokens, "seed": seed}
     with progress.phase(f"making a dictionary ({kind})", n_batches) as report:
 
         def tell() -> None:
@@ -98,19 +103,20 @@ def fit(
                 scale,
                 keep=keep,
                 width=width or d,
-                seed=_SEED,
+                seed=seed,
+                start=start,
                 report=tell,
             )
             arrays = [np.asarray(array) for array in (trained.centre, trained.encoder, trained.decoder)]
             facts["dead_codes"] = dead.sum(axis=1).tolist()
         else:
             mean, scatter = moments(batches(n_batches), tell)
-            rows_SMD = random_rows(len(mean), d, _SEED) if kind == "random" else signed_components(scatter)
+            rows_SMD = random_rows(len(mean), d, seed) if kind == "random" else signed_components(scatter)
             arrays = [mean, np.swapaxes(rows_SMD, 1, 2), rows_SMD]
     facts["text"] = f"training text of {', '.join(dataset.path.name for dataset in mixture.datasets)}"
     centre, encoder, decoder = (array.astype(np.float32) for array in arrays)
     made = Dictionary(kind, keep, centre, encoder, decoder, facts)
-    facts["explained_variance"] = explained_variance(made, model, documents)
+    facts["explained_variance"] = explained_variance(made, model, documents, layers)
     return made
 
 
@@ -133,9 +139,15 @@ def load_fitting(path: Path, kind: str, keep: int, n_tokens: int) -> Dictionary 
 
 
 def explained_variance(
-    dictionary: Dictionary, model: TextModel, documents: Iterable[np.ndarray]
+    dictionary: Dictionary,
+    model: TextModel,
+    documents: Iterable[np.ndarray],
+    layers: Sequence[int] | None = None,
 ) -> list[float]:
-    """Computes the share of each layer's variance that codes hold, on the beginning of the documents."""
+    """Computes the share of each layer's variance that codes hold, on the beginning of the documents.
+
+    The dictionary is of these layers of the model; None: of all.
+    """
     begun, read = list[np.ndarray](), 0
     for ids in documents:
         begun.append(ids)
@@ -147,6 +159,7 @@ def explained_variance(
     windows = list(model.windows(begun))
     for arrays, inside, _ in model.pack(windows).batches() if windows else ():
         h_SND = hidden_states(model.config, model.params, *model.put(arrays))
+        h_SND = h_SND if layers is None else h_SND[np.array(layers)]
         for variance, x, reconstructed in zip(
             found, np.asarray(h_SND), np.asarray(reconstruct(h_SND)), strict=True
         ):
@@ -247,6 +260,7 @@ def fit_autoencoders(
     keep: int,
     width: int,
     seed: int = 0,
+    start: Dictionary | None = None,
     learning_rate: float = LEARNING_RATE,
     report: Callable[[], None] = lambda: None,
 ) -> tuple[Autoencoders, np.ndarray]:
@@ -254,12 +268,17 @@ def fit_autoencoders(
 
     All `n_batches` are of as many tokens; the learning rate, the highest of which is given, follows from
     their number. From the mean hidden state and the root mean square of what is left of a coordinate, by
-    which hidden states are divided, so that one learning rate suits all layers. `keep` is K, `width` M;
+    which hidden states are divided, so that one learning rate suits all layers. `keep` is K, `width` M; with
+    `start` the autoencoders of a dictionary are trained on, its own centres included.
     `report` is told after each batch. Returns the autoencoders, for hidden states as they are, not scaled;
     and bool[S, M], which codes are dead.
     """
     scale_S11 = jnp.asarray(scale_S, jnp.float32)[:, None, None]
-    sae = initial_autoencoders(jnp.asarray(centre_SD) / scale_S11[:, 0], width, seed)
+    if start is None:
+        sae = initial_autoencoders(jnp.asarray(centre_SD) / scale_S11[:, 0], width, seed)
+    else:
+        centre = jnp.asarray(start.centre) / scale_S11[:, 0]
+        sae = Autoencoders(jnp.array(start.encoder), jnp.array(start.decoder), centre)
     state, alive = None, np.zeros((len(scale_S), width), bool)
     for number, (x_SND, counts_N) in enumerate(batches):
         n_steps = max(1, len(counts_N) // MINIBATCH)

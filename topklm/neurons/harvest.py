@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.model.topk import topk
+from topklm.neurons import flows as flows_lib
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.capture import SparseActivations
 from topklm.neurons.dictionary import Dictionary, Encoder, encode
 from topklm.neurons.documents import Packed, TextModel, TokenWindow, batches
+from topklm.neurons.flows import Flows
 from topklm.neurons.segment import Segment
-from topklm.neurons.store import StoreWriter
 
 TOPK, DENSE = "topk", "dense"
 
@@ -44,6 +45,14 @@ class Share:
 ALL = Share()
 
 
+class SegmentWriter(Protocol):
+    """Takes the segments of a harvest in the order of the text: a `StoreWriter`, or sums in memory."""
+
+    n_tokens: int  # that it has got
+
+    def append(self, segment: Segment) -> None: ...
+
+
 def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
     """Returns the kind and the layers that are read: those with TopK or, of a Base LM, all."""
     n_layers = config.n_topk_layers or config.n_layers
@@ -60,11 +69,13 @@ def segment_tokens(config: ModelConfig) -> int:
 def harvest(
     model: TextModel,
     documents: Iterable[np.ndarray],
-    writer: "StoreWriter | _Counter",
+    writer: SegmentWriter,
     *,
     n_tokens: int | None = None,
     keep: int | None = None,
     dictionary: Dictionary | None = None,
+    layers: Sequence[int] | None = None,
+    flows: Flows | None = None,
     share: Share = ALL,
     report: Callable[[int, int], None] = lambda tokens, documents: None,
 ) -> None:
@@ -72,10 +83,11 @@ def harvest(
 
     The documents are token ids int[n], as before where the store is not empty; this share's part shall hold
     about `n_tokens` (None: all there are). Of a Base LM `keep` entries of each token, the largest, are stored
-    (None: all that are positive), or the K largest codes of a dictionary. `report` is told of the tokens that
-    are done, and the documents that are begun, since the last time.
+    (None: all that are positive), or the K largest codes of a dictionary, whose layers are `layers` (None:
+    those of `kind_and_layers`). `flows`, which a dictionary has none of, get their sums. `report` is told of
+    the tokens that are done, and the documents that are begun, since the last time.
     """
-    program = _Program(model, keep, dictionary)
+    program = _Program(model, keep, dictionary, layers, flows)
     windows = _without(model.windows(documents, share.index, share.count), writer.n_tokens)
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
@@ -117,17 +129,26 @@ def _first(windows: Iterator[TokenWindow], before: int, n_tokens: int | None) ->
 class _Program:
     """The compiled forward pass, and what is taken from it."""
 
-    def __init__(self, model: TextModel, keep: int | None, dictionary: Dictionary | None):
-        self._model, config = model, model.config
-        kind, layers = kind_and_layers(config)
+    def __init__(
+        self,
+        model: TextModel,
+        keep: int | None,
+        dictionary: Dictionary | None,
+        layers: Sequence[int] | None = None,
+        flows: Flows | None = None,
+    ):
+        self._model, config, self._flows = model, model.config, flows
+        kind, all_layers = kind_and_layers(config)
+        n_layers = len(all_layers if layers is None else layers)
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
         # faster than a TopK over them would; from other devices only k entries are fetched.
         on_host = model.layout.platform == "cpu"
         self._sparse = (kind == TOPK or dictionary is not None) and not on_host
         k = config.topk_k if dictionary is None else dictionary.keep
-        self._shape = len(layers), -1, k if self._sparse else config.d_model
+        self._shape = n_layers, -1, k if self._sparse else config.d_model
         kept = (keep or config.d_model) if dictionary is None else dictionary.keep
-        self._program = functools.partial(_forward, config, self._sparse, kept)
+        chosen = None if layers is None else tuple(layers)
+        self._program = functools.partial(_forward, config, self._sparse, kept, layers=chosen)
         self._written_in = None
         if dictionary is not None:
             self._written_in = jax.device_put(dictionary.encoder_arrays, model.layout.replicated)
@@ -139,14 +160,13 @@ class _Program:
         losses = np.full(n, np.nan, np.float32)
         values = np.empty((n_layers, n, width), jnp.bfloat16)
         indices = np.empty(values.shape, np.min_scalar_type(d - 1)) if self._sparse else None
-        computed = (
-            (self._program(model.params, *model.put(arrays), self._written_in), read, to)
-            for arrays, read, to in packed.batches()
-        )
+        computed = ((self._start(arrays, read), read, to) for arrays, read, to in packed.batches())
         # Each is taken apart while the next one is computed.
         ahead = next(computed, None)
         while ahead is not None:
-            ((nll, layers), read, to), ahead = ahead, next(computed, None)
+            ((nll, (layers, flows)), read, to), ahead = ahead, next(computed, None)
+            if self._flows is not None:
+                self._flows.add(flows, len(read))
             losses[to] = np.asarray(nll).reshape(-1)[read - 1]
             taken = np.asarray(layers.values if self._sparse else layers).reshape(self._shape)
             for number in range(n_layers):
@@ -158,8 +178,19 @@ class _Program:
             return lambda: segment_lib.from_dense(*text, values)
         return lambda: segment_lib.from_sparse(*text, indices, values, d)
 
+    def _start(self, arrays: tuple[np.ndarray, ...], read: np.ndarray) -> tuple[jax.Array, tuple[Any, Any]]:
+        """Begins to compute a batch, of which some inputs, flat int[n], are read."""
+        is_read = None
+        if self._flows is not None:
+            is_read = np.zeros(arrays[0].shape, bool)
+            is_read.reshape(-1)[read] = True
+            *arrays, is_read = self._model.put((*arrays, is_read))
+        else:
+            arrays = self._model.put(arrays)
+        return self._program(self._model.params, *arrays, self._written_in, is_read)
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="layers")
 def _forward(
     config: ModelConfig,
     sparse: bool,
@@ -169,12 +200,14 @@ def _forward(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
     written_in: Encoder | None = None,
-) -> tuple[jax.Array, Any]:
+    read_BT: jax.Array | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> tuple[jax.Array, tuple[Any, Any]]:
     """Returns next-token losses float32[B, T], and the layers' outputs in bfloat16, sparse or [S, B, T, D].
 
-    If `written_in` holds the encoder of a dictionary, its codes stand for what they hand on.
+    Beside these, where it is given which inputs are read, the sums of `flows.sums` over them. If `written_in`
+    holds the encoder of a dictionary, its codes stand for what layers hand on, and there are no sums.
     """
-    n_layers = len(kind_and_layers(config)[1])
 
     def stored(kept: jax.Array) -> jax.Array | SparseActivations:
         if not sparse:
@@ -182,18 +215,21 @@ def _forward(
         neurons = SparseActivations.from_dense(kept, keep if written_in else config.topk_k)
         return dataclasses.replace(neurons, values=neurons.values.astype(jnp.bfloat16))
 
-    def capture(h: jax.Array, u: jax.Array, h_next: jax.Array) -> jax.Array | SparseActivations:
+    def capture(h: jax.Array, u: jax.Array, h_next: jax.Array) -> Any:
         if written_in:  # a layer does not know its number: all of them are encoded together, below
             return h_next
-        return stored(h_next if config.n_topk_layers else topk(h_next, keep))
+        kept = h_next if config.n_topk_layers else topk(h_next, keep)
+        return stored(kept), None if read_BT is None else flows_lib.sums(h, u, kept, read_BT)
 
     model = transformer.bind(config, params)
     h_BTD, seen = model.hidden(tokens_BT, segment_ids_BT, positions_BT, capture=capture)
+    at = slice(len(kind_and_layers(config)[1])) if layers is None else np.array(layers)
+    seen = jax.tree.map(lambda x: x[at], seen)
     if written_in:
-        seen = stored(encode(written_in, seen, keep))
+        seen = stored(encode(written_in, seen, keep)), None
     targets = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
-    return nll_BT, jax.tree.map(lambda x: x[:n_layers], seen)
+    return nll_BT, seen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -78,8 +78,13 @@ class NeuronBlock:
 
     def one(self, number: int) -> "NeuronBlock":
         """Returns the events of one of the n neurons."""
-        begin, end = self.offsets[number : number + 2]
-        return NeuronBlock(np.array([0, end - begin]), self.tokens[begin:end], self.values[begin:end])
+        return self.part(number, number + 1)
+
+    def part(self, begin: int, end: int) -> "NeuronBlock":
+        """Returns the events of the neurons from `begin` to `end` - 1."""
+        offsets = self.offsets[begin : end + 1]
+        events = slice(offsets[0], offsets[-1])
+        return NeuronBlock(offsets - offsets[0], self.tokens[events], self.values[events])
 
     def at(self, tokens: np.ndarray) -> "NeuronBlock":
         """Returns the events at some tokens of the store, bool[N]."""

@@ -60,6 +60,13 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     Raises:
         UserError: If an activation is NaN or infinite.
     """
+    found, counts = figures(block, n_tokens), n_active(block)
+    rows = [row.tolist() if count else None for row, count in zip(histogram(block), counts, strict=True)]
+    return {**found, "histogram": rows}
+
+
+def figures(block: NeuronBlock, n_tokens: int) -> Mapping[str, np.ndarray]:
+    """Returns those of `columns` that are single numbers, and raises as it does."""
     counts, strengths = n_active(block), np.abs(block.values)
     maxima = reduced(np.maximum, strengths, block.offsets)
     if not np.all(np.isfinite(maxima)):
@@ -69,13 +76,11 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
         )
     with np.errstate(invalid="ignore"):  # 0 / 0 of dead neurons
         means = reduced(np.add, strengths, block.offsets) / counts
-    histograms = histogram(block)
     return {
         "n_active": counts,
         "density": counts / n_tokens,
         "mean_activation": means,
         "max_activation": np.where(counts > 0, maxima, np.nan),
-        "histogram": [row.tolist() if count else None for row, count in zip(histograms, counts, strict=True)],
     }
 
 
@@ -158,6 +163,22 @@ def choose_examples(
     return np.concatenate(in_order), np.repeat(
         np.arange(1 + RANGE_PARTS, dtype=np.int8), list(map(len, chosen))
     )
+
+
+def strongest_columns(block: NeuronBlock, bounds: np.ndarray, count: int) -> Mapping[str, Any]:
+    """Returns `examples` and `example_activations` of the strongest tokens alone, `count` at most.
+
+    Chosen and ordered as the strongest of `example_columns`; None for a dead neuron.
+    """
+    tokens: list[list[int] | None] = []
+    values: list[list[float] | None] = []
+    for a, b in itertools.pairwise(block.offsets.tolist()):
+        there, strengths = block.tokens[a:b], np.abs(block.values[a:b])
+        chosen = _Chooser(there, bounds).strongest(strengths, count)
+        chosen = sorted(chosen, key=lambda event: (-strengths[event], event))
+        tokens.append(there[chosen].tolist() if chosen else None)
+        values.append(block.values[a:b][chosen].tolist() if chosen else None)
+    return {"examples": tokens, "example_activations": values}
 
 
 class _Chooser:
