@@ -14,7 +14,9 @@ import numpy as np
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
 _BINS = 36  # of a violin
 DEPTHS = 6  # colours of layers
+CURVES = 8  # kinds of curves
 _TICKS = 4  # of an axis, about
+_NAME = 12  # height of a curve's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,22 +140,47 @@ def scatter(points: Iterable[Point], x: Axis, y: Axis, about: str, names: tuple[
 
 
 def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, about: str) -> Markup:
-    """Draws points (x, y) of each curve joined by a line, with the curve's name at its end."""
+    """Draws points (x, y) of each curve joined by a line, with the curve's name at its end.
+
+    Names that would lie on one another are moved apart.
+    """
     frame = _Frame((860, 300), x, y)
-    drawn = []
+    paths, ends = [], []
     for number, (name, points) in enumerate(curves.items()):
         places = [
             (_LEFT + frame.width * x.share(across), _TOP + frame.height * (1 - y.share(up)))
             for across, up in points
         ]
         path = " L".join(f"{across:.1f} {up:.1f}" for across, up in places)
-        end = places[-1]
-        drawn.append(
-            f'<path class="curve c{number % 2}" d="M{path}"><title>{escape(name)}</title></path>'
-            f'<text class="value" x="{end[0]:.1f}" y="{end[1] - 6:.1f}" text-anchor="end">'
-            f"{escape(name)}</text>"
-        )
-    return frame.svg(about, drawn)
+        kind = f"c{number % CURVES}"
+        paths.append(f'<path class="curve {kind}" d="M{path}"><title>{escape(name)}</title></path>')
+        ends.append((places[-1][1] - 6, places[-1][0], kind, name))
+    names, last = [], 0.0
+    for up, across, kind, name in sorted(ends):
+        last = max(up, last + _NAME)
+        named = f'<text class="value n{kind}" x="{across:.1f}" y="{last:.1f}" text-anchor="end">'
+        names.append(f"{named}{escape(name)}</text>")
+    return frame.svg(about, [*paths, *names])
+
+
+# Where no stylesheet of a page applies; colours of curves are those of Okabe and Ito.
+_STYLE = (
+    ".plot { font: 10.5px sans-serif; background: #fff } .plot text { fill: #565f6a } "
+    ".plot .grid { stroke: #e1e4e0 } .plot .axis { stroke: #8b949e } .plot .median { stroke: #1b1f24; "
+    "stroke-width: 2.2 } .plot .violin { fill: #c3d6ea; stroke: #2171b5 } .plot .bar { fill: #2171b5 } "
+    ".plot .curve { fill: none; stroke-width: 1.8 }"
+)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666", "#000000")
+
+
+def standalone(plot: str) -> str:
+    """Returns a plot as a file of its own, with its colours."""
+    kinds = " ".join(
+        f".plot .c{number} {{ stroke: {colour} }} .plot .nc{number} {{ fill: {colour} }}"
+        for number, colour in enumerate(_COLOURS)
+    )
+    head, rest = plot.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE} {kinds}</style>{rest}'
 
 
 def _side_by_side(

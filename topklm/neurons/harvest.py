@@ -50,7 +50,8 @@ class SegmentWriter(Protocol):
 
     n_tokens: int  # that it has got
 
-    def append(self, segment: Segment) -> None: ...
+    def append(self, segment: Segment) -> None:
+        """Takes the next one."""
 
 
 def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
@@ -155,7 +156,7 @@ class _Program:
 
     def run(self, packed: Packed) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
-        n, d, model = len(packed.tokens), self._model.config.d_model, self._model
+        n, d = len(packed.tokens), self._model.config.d_model
         n_layers, _, width = self._shape
         losses = np.full(n, np.nan, np.float32)
         values = np.empty((n_layers, n, width), jnp.bfloat16)
@@ -180,14 +181,13 @@ class _Program:
 
     def _start(self, arrays: tuple[np.ndarray, ...], read: np.ndarray) -> tuple[jax.Array, tuple[Any, Any]]:
         """Begins to compute a batch, of which some inputs, flat int[n], are read."""
-        is_read = None
-        if self._flows is not None:
-            is_read = np.zeros(arrays[0].shape, bool)
-            is_read.reshape(-1)[read] = True
-            *arrays, is_read = self._model.put((*arrays, is_read))
-        else:
-            arrays = self._model.put(arrays)
-        return self._program(self._model.params, *arrays, self._written_in, is_read)
+        put, params = self._model.put, self._model.params
+        if self._flows is None:
+            return self._program(params, *put(arrays), self._written_in)
+        is_read = np.zeros(arrays[0].shape, bool)
+        is_read.reshape(-1)[read] = True
+        *inputs, read_BT = put((*arrays, is_read))
+        return self._program(params, *inputs, self._written_in, read_BT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="layers")

@@ -56,6 +56,13 @@ def joint(x: NeuronBlock, y: NeuronBlock, n_tokens: int, shift: int = 0) -> tupl
     return products, both
 
 
+def shifted(block: NeuronBlock, n_tokens: int, shift: int) -> NeuronBlock:
+    """Returns a layer whose activations lie `shift` tokens later, those of the end at the beginning."""
+    tokens = (block.tokens + shift) % n_tokens
+    order = np.lexsort((tokens, activity.owners(block)))
+    return NeuronBlock(block.offsets, tokens[order], block.values[order])
+
+
 def correlation(n_tokens: int, x: Sums, y: Sums, products: np.ndarray) -> np.ndarray:
     """Returns r of neuron j of two blocks, float64[n], by `joint`; NaN where one does not vary."""
     return pearson(n_tokens, *x, *y, products)

@@ -5,8 +5,7 @@ and of the present one are held, whatever the number of checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from topklm.trace.tables import Settings, TraceFolder
 Measure = Callable[[LanguageModel], tuple[Mapping[str, float], Sequence[Mapping[str, Any]]]]
 
 
-class Source:
+class Source(Protocol):
     """Everything that a trace reads: a run's checkpoints (`read.Checkpoints`), or planted ones in tests."""
 
     text: Text
@@ -30,11 +29,9 @@ class Source:
 
     def load(self, step: int) -> Any:
         """Loads the model of a step."""
-        raise NotImplementedError
 
     def read(self, model: Any, folder: TraceFolder, store: bool = False) -> Reading:
         """Reads the text through it; `store` keeps the events in the folder."""
-        raise NotImplementedError
 
 
 def trace(

@@ -47,7 +47,7 @@ def excess(r: np.ndarray) -> np.ndarray:
 def columns(
     steps: np.ndarray, reference: int, curves: Mapping[str, np.ndarray], min_tokens: int
 ) -> Mapping[str, Any]:
-    """Returns the columns of neurons, one value each; NaN for neurons active at fewer tokens of the reference.
+    """Returns the columns of neurons, one value each; NaN for those active at fewer tokens of the reference.
 
     Steps int[C] rise, the reference is one of them; curves are [C, n]: r_reference, r_previous, top_previous,
     best and n_active.

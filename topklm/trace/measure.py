@@ -154,8 +154,8 @@ def _beside_previous(number: int, now: Side, previous: Side | None, n_tokens: in
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the cosine of each row of [n, V] with the same one of another, float64[n]."""
     found = np.full(len(a), np.nan)
-    for row, (x, y) in enumerate(zip(a, b, strict=True)):
-        x, y = x.astype(np.float64), y.astype(np.float64)
+    for row, pair in enumerate(zip(a, b, strict=True)):
+        x, y = (effects.astype(np.float64) for effects in pair)
         if length := np.sqrt((x @ x) * (y @ y)):
             found[row] = x @ y / length
     return found
@@ -207,9 +207,9 @@ def layer_rows(now: Side, layers: Sequence[int], n_tokens: int) -> tuple[pa.Tabl
         others = others[~np.isnan(others)]
         levels = np.quantile(others, tables.QUANTILES) if len(others) else [np.nan] * len(tables.QUANTILES)
         of_pairs.append((step, layers[a], layers[b], int((~np.isnan(r)).sum()), *levels))
-    rows = [np.array(column) for column in zip(*of_pairs, strict=True)] or [[] for _ in tables.PAIRS]
-    pair_table = tables.table(tables.PAIRS, dict(zip(tables.PAIRS.names, rows, strict=True)))
-    return pa.concat_tables(found) if found else tables.LAYERS.empty_table(), pair_table
+    names, rows = tables.PAIRS.names, np.array(of_pairs).reshape(-1, len(tables.PAIRS))
+    pair_table = tables.table(tables.PAIRS, dict(zip(names, rows.T, strict=True)))
+    return pa.concat_tables([tables.LAYERS.empty_table(), *found]), pair_table
 
 
 def _rolled(block: NeuronBlock) -> NeuronBlock:

@@ -251,7 +251,7 @@ class Checkpoints:
 
 
 def load_step(run: str, step: int, layout: Layout, config: Config) -> LanguageModel:
-    """Loads the model of a step; step 0, where no checkpoint is of it, is made from the seed of the config."""
+    """Loads the model of a step; step 0, where no checkpoint is of it, is made from the config's seed."""
     if step or step in complete_steps(as_path(run)):
         return load(run, step=step, mesh=layout.mesh)
     first = load(run, mesh=layout.mesh)
@@ -283,7 +283,7 @@ def _unembedding(model: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lenses(model: LanguageModel, n_layers: int, dictionary: Dictionary | None) -> list[np.ndarray]:
-    """Returns the effects of neurons on output tokens by the identity lens, less their mean, of each layer."""
+    """Returns the effects of neurons on output tokens by the identity lens, less their mean, by layer."""
     scale, columns = _unembedding(model)
     effects = (columns - columns.mean(axis=1, keepdims=True)) * scale[:, None]
     if dictionary is None:

@@ -109,12 +109,13 @@ PAIRS = pa.schema(
 HEADS = pa.schema(
     {
         "step": _I32,
-        "layer": _I32,
+        "layer": _I32,  # -1: no head, but the word at a fixed distance, `head`
         "head": _I32,
         "relation": pa.string(),
-        "hits": _I64,
+        "half": _I32,  # of the sentences: 0 chooses heads, 1 scores them; -1: of all
+        "hits": _I64,  # -1 where only a score is known
         "n": _I64,
-        "half": pa.string(),
+        "score": _F64,
     }
 )
 # Values of the whole model come after these, float64 each.
@@ -322,6 +323,6 @@ def described(settings: Settings) -> str:
     )
 
 
-def as_json(rows: pa.Table) -> list[dict[str, Any]]:
-    """Returns rows as JSON can hold them."""
-    return json.loads(json.dumps(rows.to_pylist()))
+def as_facts(settings: Settings) -> dict[str, Any]:
+    """Returns settings as JSON can hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))

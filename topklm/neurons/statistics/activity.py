@@ -174,7 +174,7 @@ def strongest_columns(block: NeuronBlock, bounds: np.ndarray, count: int) -> Map
     values: list[list[float] | None] = []
     for a, b in itertools.pairwise(block.offsets.tolist()):
         there, strengths = block.tokens[a:b], np.abs(block.values[a:b])
-        chosen = _Chooser(there, bounds).strongest(strengths, count)
+        chosen = _Chooser(there, bounds).strongest(strengths, count) if a < b else []
         chosen = sorted(chosen, key=lambda event: (-strengths[event], event))
         tokens.append(there[chosen].tolist() if chosen else None)
         values.append(block.values[a:b][chosen].tolist() if chosen else None)

@@ -1,0 +1,281 @@
+"""The whole trace of planted activations, whose onsets, turnovers and partners are known."""
+
+import hashlib
+import types
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from test_trace_compare import block_of
+
+from topklm.errors import UserError
+from topklm.explorer.traced import Trace
+from topklm.progress import Progress
+from topklm.trace import engine, tables
+from topklm.trace.measure import Reading, Text
+from topklm.trace.summary import Summary
+from topklm.trace.tables import Settings, TraceFolder
+
+N, V, D = 4000, 60, 6
+A, B, C, C2, DEAD, F = range(D)
+STEPS = [0, 1, 4, 16, 64, 256]
+REFERENCE = 256
+
+
+def text():
+    tokens = np.random.default_rng(0).integers(0, V, N).astype(np.uint16)
+    return Text(tokens, np.arange(0, N + 1, 100), V, n_bytes=3 * N)
+
+
+def detector(tokens, ids, seed):
+    """A neuron that is active at these tokens, with strengths of its own."""
+    strengths = 1 + np.random.default_rng(seed).random(V)
+    return np.where(np.isin(tokens, ids), strengths[tokens], 0)
+
+
+def planted(step, tokens):
+    """Activations of two layers, [N, D] each, at a step.
+
+    A is what it is at the reference from step 4 on; B changes from one set of tokens to another at 64; C and
+    C2 swap their indices at 64; one neuron is dead; F of the second layer is a copy of F of the first.
+    """
+    early, final = np.arange(10), np.arange(10, 20)
+    one = np.zeros((N, D), np.float32)
+    one[:, A] = detector(tokens, final if step >= 4 else early, 1)
+    one[:, B] = detector(tokens, final + 10 if step >= 64 else early + 30, 2)
+    pair = [detector(tokens, np.arange(40, 50), 3), detector(tokens, np.arange(50, 60), 4)]
+    one[:, C], one[:, C2] = pair if step >= 64 else pair[::-1]
+    one[:, F] = detector(tokens, np.arange(0, V, 7), 5)
+    other = np.random.default_rng(6).permutation(one)
+    other[:, F], other[:, DEAD] = one[:, F], 0
+    return [one, other]
+
+
+class Planted(engine.Source):
+    """A run whose checkpoints are functions of the step."""
+
+    def __init__(self, change=lambda step, layers: layers, parameters=str):
+        self.text, self.clusters = text(), np.arange(V) // 10
+        self.loaded, self._change, self._parameters = [], change, parameters
+
+    def load(self, step):
+        self.loaded.append(step)
+        return types.SimpleNamespace(step=step)
+
+    def read(self, model, folder, store=False):
+        step = model.step
+        layers = self._change(step, planted(step, self.text.tokens))
+        lens = np.random.default_rng(step).standard_normal((D, V)).astype(np.float32)
+        return Reading(
+            step, self._parameters(step), 5 - step / 256, [block_of(x) for x in layers], [lens] * 2, None
+        )
+
+
+def settings(source, **changes):
+    digest = hashlib.sha256(source.text.tokens.tobytes()).hexdigest()
+    fields = {
+        "run": "planted",
+        "tokenizer_sha256": "0",
+        "source": "planted",
+        "text": digest,
+        "n_tokens": N,
+        "reference": REFERENCE,
+        "kind": "topk",
+        "layers": (0, 1),
+        "width": D,
+        "keep": 3,
+        "dictionary": "",
+        "sae_tokens": 0,
+        "min_tokens": 30,
+    }
+    return Settings(**{**fields, **changes})
+
+
+def traced(run, source=None, steps=STEPS, measures=(), **changes):
+    source = source or Planted()
+    folder = TraceFolder(run)
+    about = settings(source, **changes)
+    with folder.writing(about):
+        engine.trace(folder, about, source, steps, Progress(lambda line: None), measures)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return traced(tmp_path_factory.mktemp("planted"))
+
+
+def of(folder, layer, neuron):
+    return next(
+        r for r in folder.read_formation().to_pylist() if (r["layer"], r["neuron"]) == (layer, neuron)
+    )
+
+
+def curve(folder, layer, neuron, name):
+    rows = folder.read("neurons")
+    at = (tables.numbers(rows, "layer") == layer) & (tables.numbers(rows, "neuron") == neuron)
+    return tables.numbers(rows, name)[at]
+
+
+def test_onsets_and_turnovers_are_those_planted(folder):
+    a, b = of(folder, 0, A), of(folder, 0, B)
+    assert (a["onset_50"], a["onset_90"], a["onset_excess"], a["turnovers"]) == (4, 4, 4, 1)
+    assert (b["onset_50"], b["onset_90"], b["onset_excess"], b["turnovers"]) == (64, 64, 64, 1)
+    assert a["settled"] and b["settled"]
+    assert of(folder, 0, F)["onset_90"] == 0
+    assert of(folder, 0, F)["turnovers"] == 0
+    np.testing.assert_allclose(curve(folder, 0, A, "r_reference")[2:], 1)
+    np.testing.assert_allclose(curve(folder, 0, A, "r_previous")[3:], 1)
+    assert curve(folder, 0, A, "r_reference")[0] == pytest.approx(of(folder, 0, A)["stage0_r"])
+
+
+def test_a_permutation_is_found_by_the_match_and_not_by_the_index(folder):
+    assert of(folder, 0, C)["onset_best"] == of(folder, 0, C2)["onset_best"] == 64
+    assert (curve(folder, 0, C, "r_reference")[:4] < 0.1).all()
+    np.testing.assert_array_equal(curve(folder, 0, C, "matched"), [C2] * 4 + [C] * 2)
+    np.testing.assert_array_equal(curve(folder, 0, C, "best"), [C2] * 4 + [C] * 2)
+    np.testing.assert_allclose(curve(folder, 0, C, "r_matched"), 1)
+
+
+def test_dead_neurons_are_null_and_in_no_median(folder):
+    dead = of(folder, 0, DEAD)
+    assert dead["n_active"] == 0
+    assert {dead[name] for name in dead if name not in ("layer", "neuron", "n_active")} == {None}
+    rows = folder.read("neurons").filter(pa.compute.field("neuron") == DEAD).to_pylist()
+    for name in (
+        "r_reference",
+        "r_best",
+        "best",
+        "matched",
+        "jaccard_reference",
+        "token_entropy",
+        "examples",
+    ):
+        assert {row[name] for row in rows} == {None}
+    summary = Summary(folder)
+    np.testing.assert_array_equal(summary.living[0], [True] * 4 + [False, True])
+    living = summary.curves(0, "r_reference")[:, summary.living[0]]
+    np.testing.assert_allclose(summary.of_layer(0)["r_reference"], np.median(living, axis=1))
+
+
+def test_a_copy_in_the_next_layer_is_the_best_and_others_are_not(folder):
+    rows = folder.read("layers").to_pylist()
+    copies = [row for row in rows if row["neuron"] == F]
+    assert all(row["same_is_best"] and row["r"] == pytest.approx(1) and row["jaccard"] == 1 for row in copies)
+    assert {(row["layer_a"], row["layer_b"]) for row in rows} == {(0, 1)}
+    others = [row["r"] for row in rows if row["neuron"] in (A, B, C)]
+    assert np.abs(others).max() < 0.1
+    assert [row["n"] for row in folder.read("pairs").to_pylist()] == [D - 1] * len(STEPS)
+
+
+def test_nulls_and_loss(folder):
+    assert np.nanmax(np.abs(tables.numbers(folder.read("neurons"), "r_shifted"))) < 0.15
+    run = folder.read("run").to_pylist()
+    assert [row["step"] for row in run] == STEPS
+    assert [row["previous"] for row in run] == [None, *STEPS[:-1]]
+    assert run[0]["loss"] == 5
+    assert run[0]["bits_per_byte"] == pytest.approx(5 / np.log(2) / 3)
+
+
+def test_examples_are_places_where_the_neuron_is_strongest(folder):
+    tokens = planted(REFERENCE, text().tokens)[0]
+    row = folder.read_step("neurons", REFERENCE).to_pylist()[A]
+    values = tokens[row["examples"], A]
+    np.testing.assert_array_equal(values, row["example_activations"])
+    assert values[0] == tokens[:, A].max()
+    assert len({place // 100 for place in row["examples"]}) == 5
+
+
+def content(run):
+    return {
+        p.relative_to(run): p.read_bytes()
+        for p in sorted(run.rglob("*"))
+        if p.suffix in (".parquet", ".json")
+    }
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_a_trace_that_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, folder, stop):
+    source = Planted()
+
+    def measure(model):
+        if model.step == STEPS[stop]:
+            raise StoppedError
+        return {}, []
+
+    with pytest.raises(StoppedError):
+        traced(tmp_path, source, measures=[measure])
+    assert TraceFolder(tmp_path).steps() == STEPS[:stop]
+    again = Planted()
+    traced(tmp_path, again)
+    done = again.loaded.count
+    assert [step for step in STEPS if done(step) > (step == REFERENCE)] == STEPS[max(stop - 1, 0) :]
+    assert content(tmp_path) == content(folder.path.parent.parent)
+
+
+def test_steps_that_come_later_are_traced_and_those_after_them_again(tmp_path, folder):
+    traced(tmp_path, steps=[0, 4, 256])
+    traced(tmp_path)
+    assert content(tmp_path) == content(folder.path.parent.parent)
+    source = Planted()
+    traced(tmp_path, source)
+    assert source.loaded == []
+
+
+def test_values_and_heads_of_the_whole_model_are_kept(tmp_path):
+    head = {"layer": 0, "head": 1, "relation": "det", "half": 1, "hits": 3, "n": 4, "score": 0.75}
+    folder = traced(tmp_path, measures=[lambda model: ({"uas": model.step / 1000}, [head])])
+    assert folder.read("run")["uas"].to_pylist() == [step / 1000 for step in STEPS]
+    assert folder.read("heads").to_pylist() == [{"step": step, **head} for step in STEPS]
+    np.testing.assert_array_equal(Summary(folder).values()["uas"], np.array(STEPS) / 1000)
+
+
+def test_checkpoints_with_the_same_parameters_are_refused(tmp_path):
+    source = Planted(parameters=lambda step: str(min(step, 64)))
+    with pytest.raises(UserError, match="steps 64 and 256 hold the same parameters"):
+        traced(tmp_path, source)
+
+
+def test_other_settings_are_refused_by_name(tmp_path, folder):
+    traced(tmp_path)
+    with pytest.raises(UserError, match=r"another min tokens \(30, not 20\).*--restart"):
+        traced(tmp_path, min_tokens=20)
+    about = settings(Planted(), min_tokens=20)
+    with TraceFolder(tmp_path).writing(about, restart=True):
+        assert TraceFolder(tmp_path).steps() == []
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    folder = traced(tmp_path)
+    path = folder.path / "neurons" / "4.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"4\.parquet is damaged"):
+        Summary(folder).of_layer(0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"4\.parquet is missing"):
+        Summary(folder).of_layer(0)
+
+
+def test_a_trace_in_python(folder):
+    trace = Trace(folder)
+    assert trace.steps.tolist() == STEPS
+    np.testing.assert_array_equal(trace.onsets(0.5)[0, [A, B, F]], [4, 64, 0])
+    assert np.isnan(trace.onsets()[0, DEAD])
+    assert trace.neuron(0, B).onset(0.9) == trace.neuron("0:1").onset(0.9) == 64
+    assert trace.neuron(0, DEAD).onset() is None
+    assert trace.layer(1).r.shape == (len(STEPS), D)
+    assert trace.table("formation").num_rows == 2 * D
+    for wrong in (
+        lambda: trace.neuron(0, D),
+        lambda: trace.layer(2),
+        lambda: trace.table("x"),
+        lambda: trace.plot("x"),
+    ):
+        with pytest.raises(UserError, match="must be"):
+            wrong()
+    for name in ("identity", "loss", "onsets", "layers"):
+        assert trace.plot(name).startswith("<svg")

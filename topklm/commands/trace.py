@@ -1,0 +1,380 @@
+"""`topklm trace`: neurons over the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from topklm.commands import shared
+from topklm.commands.shared import Output, Verb
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.imports import when_used
+from topklm.storage.files import local_path, write_atomically
+
+with when_used():
+    from topklm.checkpoint import run_folder
+    from topklm.distributed import cluster
+    from topklm.explorer import trace_figures, traced
+    from topklm.inference import load as load_lib
+    from topklm.runtime import compilation_cache
+    from topklm.steering import survey
+    from topklm.trace import engine, read, summary, tables
+
+if TYPE_CHECKING:
+    from topklm.explorer.traced import Trace
+    from topklm.inference.language_model import LanguageModel
+    from topklm.trace.summary import Summary
+
+DESCRIPTION = "Follows the neurons of a run over its checkpoints, on the same held-out tokens."
+EXAMPLE = "topklm trace run runs/small"
+
+_TOKENS, _MIN_TOKENS, _SAE_TOKENS = 70_000, 30, 250_000
+_DICTIONARIES = ("coordinates", "sae-fresh", "sae-same-seed", "sae-chained")  # as `read.DICTIONARIES`
+_COLUMNS = 9  # of a table of 80 characters, beside the names of its rows
+_NAME_WIDTH = 24
+_LAYERS = 3  # shown of more
+_WORDS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    verbs = {
+        "run": Verb(
+            "read the same text through every checkpoint, and write the tables",
+            "Reads the same held-out tokens through every checkpoint of a run, compares each neuron with "
+            "itself at the reference, at the step before and in other layers, and writes tables of Parquet "
+            "into RUN/neurons/trace. Started again it goes on after the last whole step.",
+            EXAMPLE,
+            _add_run,
+            _run,
+        ),
+        "show": Verb(
+            "one neuron over the steps",
+            "Shows a neuron at each step: correlation with the reference, density, its strongest tokens.",
+            "topklm trace show runs/small 2:117",
+            _add_show,
+            _show,
+        ),
+        "report": Verb(
+            "medians over the neurons by step, beside their nulls; figures",
+            "Shows medians over neurons at chosen steps, beside those by chance; of several runs side by "
+            "side, and draws the figures.",
+            "topklm trace report runs/small --against runs/small-base --figures figures",
+            _add_report,
+            _report,
+        ),
+    }
+    shared.add_verbs(parser, verbs, "run|show|report")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run", "json")
+    text = "of those there are: all; log, each at least sqrt 2 times the one before; or numbers, 0,64,200"
+    add("--steps WHICH", text, "all")
+    text = "of held-out text, in the whole windows that have them"
+    add("--tokens N", text, _TOKENS)
+    add("--min-tokens N", "neurons active at fewer of the reference are in no median", _MIN_TOKENS)
+    add("--reference STEP", "step that all are compared with; default the last", int)
+    text = (
+        "a Base LM's stand-in for neurons, needed there; coordinates: positive, the k largest; sae-...: an "
+    )
+    text += "autoencoder for each checkpoint, with seeds of their own, one seed, or trained on from the last"
+    add("--dictionary NAME", text, choices=_DICTIONARIES)
+    add("--topk-k K", "of a Base LM, how many of a token are kept; default the config's topk_k", int)
+    shared.flags(parser, "layers")
+    add("--sae-tokens N", "of training text, from which each autoencoder is made", _SAE_TOKENS)
+    add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
+    add("--keep-events", "keep the activations of every step, not of the reference alone", False)
+    add("--restart", "delete a trace of other settings that is there, and begin again", False)
+
+
+def _add_named(parser: argparse.ArgumentParser) -> None:
+    shared.flags(parser)("--dictionary NAME", "that of a Base LM's trace", choices=_DICTIONARIES)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run")
+    add("neuron L:N", "layer and number, e.g. 2:117")
+    _add_named(parser)
+    shared.flags(parser, "json")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run")
+    _add_named(parser)
+    shared.flags(parser, "layers")
+    text = "other traced runs: another seed, or the Base LM; neurons are matched where both read one text"
+    add("--against RUN", text, nargs="+", default=[])
+    add("--figures DIR", "draw the figures into this folder, which is made")
+    shared.flags(parser, "json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    shared.check_installed("topklm trace", ["pyarrow", "scipy"])
+    shared.check_on_disk(arguments.run, "a trace is kept on a disk; copy the run folder to one")
+    arguments.call(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 1, "tokens", "min_tokens", "topk_k", "sae_tokens")
+    if arguments.tokens < arguments.min_tokens:
+        raise shared.wrong(arguments, "tokens", allowed=f"--min-tokens = {arguments.min_tokens} or more")
+    if (process := cluster.find()) and process.count > 1:
+        raise UserError(
+            f"this is process {process.index} of {process.count}: one process traces a run, with all devices "
+            "of its host"
+        )
+    output = Output(arguments.json)
+    steps, reference = _steps(arguments)
+    layout = shared.local_layout()
+    compilation_cache.enable()
+    config = run_folder.saved_config(local_path(arguments.run, "RUN"))
+    assert config is not None
+    model = read.load_step(arguments.run, reference, layout, config)
+    options = read.Options(
+        arguments.tokens,
+        arguments.min_tokens,
+        arguments.dictionary or "",
+        arguments.topk_k,
+        arguments.layers,
+        arguments.sae_tokens,
+        arguments.source,
+        arguments.keep_events,
+    )
+    source = read.Checkpoints(arguments.run, model, layout, options, output.progress)
+    measures = _measures(arguments, model)
+    described = {key: value for one in measures for key, value in one.describe().items()}
+    folder = tables.TraceFolder(local_path(arguments.run, "RUN"), tables.name_of(options.dictionary))
+    settings = source.settings(reference, described)
+    with folder.writing(settings, arguments.restart):
+        # Steps of an earlier call stay, and are done again where another is now before them.
+        steps = sorted({*steps, *(step for step in folder.steps() if step in _saved(arguments.run))})
+        source.prepare(steps, folder)
+        engine.trace(folder, settings, source, steps, output.progress, measures, arguments.keep_events)
+    done = folder.steps()
+    facts = {
+        "trace": str(folder.path),
+        "settings": tables.as_facts(settings),
+        "steps": done,
+    }
+    line = f"{folder.path}: {tables.described(settings)}; {len(done)} steps; topklm trace report"
+    output.give(facts, lambda: output.say(f"{line} {arguments.run}"))
+
+
+def _saved(name: str) -> list[int]:
+    """Lists the steps that can be read, rising: checkpoints, and step 0, which follows from the seed."""
+    return sorted({0, *run_folder.complete_steps(local_path(name, "RUN"))})
+
+
+def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
+    """Returns the steps that are asked for, rising, and the reference; UserError if they are not there."""
+    load_lib.checkpoint_step(arguments.run)  # refuses what is no run
+    saved = _saved(arguments.run)
+    if arguments.steps in ("all", "log"):
+        steps = saved if arguments.steps == "all" else read.log_spaced(saved)
+    else:
+        parts = [part.strip() for part in arguments.steps.split(",")]
+        if not all(re.fullmatch(r"\d{1,12}", part) for part in parts):
+            raise shared.wrong(arguments, "steps", allowed="all, log, or numbers with commas between")
+        steps = sorted({*map(int, parts)})
+        if missing := [step for step in steps if step not in saved]:
+            there = ", ".join(map(str, saved))
+            raise shared.wrong(arguments, "steps", f"there is no checkpoint {missing[0]}; there are {there}")
+    reference = steps[-1] if arguments.reference is None else arguments.reference
+    if reference not in steps:
+        allowed = f"one of the steps, {', '.join(map(str, steps))}"
+        raise shared.wrong(arguments, "reference", allowed=allowed)
+    if len(steps) < 2:
+        raise UserError(
+            f"{arguments.run} has one step to trace, {steps[0]}: train with --config.checkpoint.trace=log, "
+            "which keeps early ones, or give more --steps"
+        )
+    return steps, reference
+
+
+def _measures(arguments: argparse.Namespace, model: LanguageModel) -> list[Any]:
+    """Makes the measures of the whole model."""
+    return []
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    output = Output(arguments.json)
+    trace = traced.open_trace(arguments.run, arguments.dictionary or "")
+    with shared.arguments_are_flags(arguments):
+        neuron = trace.neuron(*shared.neuron(arguments.neuron, "NEURON"))
+    formation = trace.table("formation").to_pylist()
+    row = next(r for r in formation if (r["layer"], r["neuron"]) == (neuron.layer, neuron.number))
+    rows = neuron.rows.to_pylist()
+    words = {step: neuron.words(step) for step in trace.steps.tolist()}
+    facts = {
+        "run": arguments.run,
+        "settings": tables.as_facts(trace.settings),
+        "formation": row,
+        "steps": [{**one, "top_token_texts": words[one["step"]]} for one in rows],
+    }
+    output.give(survey.without_nan(facts), lambda: _show_neuron(output, trace, row, rows, words))
+
+
+def _show_neuron(
+    output: Output,
+    trace: Trace,
+    formation: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    words: dict[int, list[str]],
+) -> None:
+    onsets = [f"{name.replace('onset_', '')} {formation[name]}" for name in formation if "onset" in name]
+    output.say(f"neuron {formation['layer']}:{formation['neuron']} of {tables.described(trace.settings)}")
+    output.say(f"onsets (steps): {', '.join(onsets)}; turnovers {formation['turnovers']}")
+    heads = ("step", "r", "other", "Jaccard", "density", "strongest tokens")
+    cells = [
+        (
+            f"{row['step']:,}",
+            _number(row["r_reference"]),
+            _number(row["r_other"]),
+            _number(row["jaccard_reference"]),
+            f"{row['density']:.2%}",
+            " ".join(map(repr, words[row["step"]][:_WORDS])),
+        )
+        for row in rows
+    ]
+    output.console.print(shared.table(heads, cells, left=["strongest tokens"]))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    output = Output(arguments.json)
+    trace = traced.open_trace(arguments.run, arguments.dictionary or "")
+    own = trace.summary
+    layers = own.settings.layers if arguments.layers is None else arguments.layers
+    if missing := set(layers) - set(own.settings.layers):
+        allowed = f"of {', '.join(map(str, own.settings.layers))}"
+        raise UserError(field="--layers", value=",".join(map(str, sorted(missing))), allowed=allowed)
+    others = _others(arguments)
+    facts = survey.without_nan(
+        {
+            "run": arguments.run,
+            "settings": tables.as_facts(own.settings),
+            "steps": own.steps,
+            "values": {name: x.tolist() for name, x in own.values().items()},
+            "layers": {
+                str(layer): {name: x.tolist() for name, x in own.of_layer(layer).items()} for layer in layers
+            },
+            "pairs": {
+                f"{a}-{b}": {name: x.tolist() for name, x in own.of_pair(a, b).items()}
+                for a, b in own.pairs()
+            },
+            "onsets": {str(layer): _onset_counts(own, layer) for layer in layers},
+            "counted": {str(layer): int(alive.sum()) for layer, alive in own.living.items()},
+            "beside": [_beside(other) for other in (own, *others)],
+            "matched": _matched(trace, others),
+        }
+    )
+    if arguments.figures is not None:
+        folder = local_path(arguments.figures, "--figures")
+        with disk_errors_are_user_errors(f"writing {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, draw in trace_figures.FIGURES.items():
+                write_atomically(folder / f"{name}.svg", draw([own, *others]).encode())
+    output.give(facts, lambda: _show_report(output, own, facts, layers))
+
+
+def _others(arguments: argparse.Namespace) -> list[Summary]:
+    """Opens all traces of --against."""
+    found = []
+    for name in arguments.against:
+        folder = local_path(name, "--against")
+        names = tables.names(folder)
+        if not names:
+            raise UserError(f"{name}: there is no trace; run topklm trace run {name}", field="--against")
+        found += [summary.Summary(tables.TraceFolder(folder, of)) for of in names]
+    return found
+
+
+def _onset_counts(own: Summary, layer: int) -> dict[str, dict[str, int]]:
+    """Counts the neurons of a layer by the step of their onset, or "never"."""
+    counts: dict[str, dict[str, int]] = {}
+    for name in ("onset_50", "onset_90", "onset_excess", "onset_best"):
+        onsets = own.onsets(layer, name)
+        steps, n = np.unique(onsets[~np.isnan(onsets)], return_counts=True)
+        counts[name] = {str(int(step)): int(k) for step, k in zip(steps, n, strict=True)}
+        counts[name]["never"] = int(np.isnan(onsets).sum())
+    return counts
+
+
+def _beside(trace: Summary) -> dict[str, Any]:
+    """Returns identity to the reference, by index and by match, of all layers together."""
+    names = {"r_reference": "same_index", "r_matched": "matched", "r_other": "other_index"}
+    found = {to: trace.over_layers(name).tolist() for name, to in names.items()}
+    return {"trace": trace.name, "steps": trace.steps, "reference": trace.settings.reference, **found}
+
+
+def _matched(trace: Trace, others: Sequence[Summary]) -> list[dict[str, Any]]:
+    """Matches neurons of traces that read the same text, or says why that cannot be."""
+    found = []
+    for other in others:
+        rows: list[dict[str, Any]] = []
+        summary.check_same_text(trace.settings, other.settings)
+        for steps in summary.shared_steps(trace.summary.folder, other.folder):
+            rows += summary.against(trace.summary.folder, other.folder, steps)
+        found.append({"trace": other.name, "rows": rows})
+    return found
+
+
+def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Sequence[int]) -> None:
+    output.say(tables.described(own.settings))
+    at = summary.columns_of(own.steps, _COLUMNS)
+    heads = ["step", *(f"{own.steps[n]:,}" for n in at)]
+    values = own.values()
+    _print(output, heads, [(name, x[at]) for name, x in values.items()])
+    shown = [*layers] if len(layers) <= _LAYERS else [layers[0], layers[len(layers) // 2], layers[-1]]
+    for layer in shown:
+        found = own.of_layer(layer)
+        counted, width = own.living[layer].sum(), own.settings.width
+        output.say(f"layer {layer}: medians over {counted:,} of {width:,} neurons")
+        _print(output, heads, [(summary.TITLES[name], x[at]) for name, x in found.items()])
+    output.say("onsets: neurons whose r stays above .5, .9 from a step on")
+    for layer in shown:
+        counts = facts["onsets"][str(layer)]
+        for name, level in (("onset_50", ".5"), ("onset_90", ".9")):
+            said = ", ".join(f"{step}: {n}" for step, n in counts[name].items() if n)
+            output.say(f"  layer {layer}, {level}:  {said}")
+    if len(facts["beside"]) > 1:
+        output.say("r to each trace's own reference, medians over all layers")
+        for beside in facts["beside"]:
+            chosen = summary.columns_of(beside["steps"], _COLUMNS)
+            rows = [
+                (title, [np.nan if beside[name][n] is None else beside[name][n] for n in chosen])
+                for name, title in (("same_index", "same index"), ("matched", "one-to-one match"))
+            ]
+            _print(output, [beside["trace"], *(f"{beside['steps'][n]:,}" for n in chosen)], rows)
+    for matched in facts["matched"]:
+        output.say(f"neurons of both, {matched['trace']}: medians of r, and of the match the shares")
+        heads = ["step", "layer", "same index", "best other", "matched", "shifted", "own index", "r > .5"]
+        names = ("same_index", "other_index", "matched", "matched_shifted")
+        cells = [
+            [f"{row['step']:,}", str(row["layer"])]
+            + [_number(row[name]) for name in names]
+            + [f"{row[name] or 0:.1%}" for name in ("matched_same_index", "matched_strong")]
+            for row in matched["rows"]
+        ]
+        output.console.print(shared.table(heads, cells))
+
+
+def _print(output: Output, heads: Sequence[str], rows: Sequence[tuple[str, Any]]) -> None:
+    """Prints rows of numbers in at most 80 characters."""
+    width = (80 - _NAME_WIDTH) // _COLUMNS
+    output.say(f"{heads[0][:_NAME_WIDTH]:<{_NAME_WIDTH}}{''.join(f'{head:>{width}}' for head in heads[1:])}")
+    for name, values in rows:
+        cells = "".join(f"{_number(value):>{width}}" for value in values)
+        output.say(f"{name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{cells}")
+
+
+def _number(value: float | None) -> str:
+    if value is None or np.isnan(value):
+        return "-"
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
