@@ -62,7 +62,7 @@ class Planted(engine.Source):
         self.loaded.append(step)
         return types.SimpleNamespace(step=step)
 
-    def read(self, model, folder, store=False):
+    def read(self, model, folder, report, store):
         step = model.step
         layers = self._change(step, planted(step, self.text.tokens))
         lens = np.random.default_rng(step).standard_normal((D, V)).astype(np.float32)

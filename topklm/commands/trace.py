@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topklm.commands import shared
+from topklm.commands import shared, trace_language
 from topklm.commands.shared import Output, Verb
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
@@ -26,7 +26,6 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.explorer.traced import Trace
-    from topklm.inference.language_model import LanguageModel
     from topklm.trace.summary import Summary
 
 DESCRIPTION = "Follows the neurons of a run over its checkpoints, on the same held-out tokens."
@@ -89,6 +88,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--sae-tokens N", "of training text, from which each autoencoder is made", _SAE_TOKENS)
     add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
     add("--keep-events", "keep the activations of every step, not of the reference alone", False)
+    add("--no-language", "leave out figures of the whole model but its loss", False)
+    trace_language.add_arguments(parser)
     add("--restart", "delete a trace of other settings that is there, and begin again", False)
 
 
@@ -147,7 +148,9 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.keep_events,
     )
     source = read.Checkpoints(arguments.run, model, layout, options, output.progress)
-    measures = _measures(arguments, model)
+    measures = [] if arguments.no_language else trace_language.measures_of(arguments, model)
+    for note in (note for one in measures for note in one.notes):
+        output.progress.say(note)
     described = {key: value for one in measures for key, value in one.describe().items()}
     folder = tables.TraceFolder(local_path(arguments.run, "RUN"), tables.name_of(options.dictionary))
     settings = source.settings(reference, described)
@@ -195,11 +198,6 @@ def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
             "which keeps early ones, or give more --steps"
         )
     return steps, reference
-
-
-def _measures(arguments: argparse.Namespace, model: LanguageModel) -> list[Any]:
-    """Makes the measures of the whole model."""
-    return []
 
 
 def _show(arguments: argparse.Namespace) -> None:

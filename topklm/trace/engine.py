@@ -30,8 +30,8 @@ class Source(Protocol):
     def load(self, step: int) -> Any:
         """Loads the model of a step."""
 
-    def read(self, model: Any, folder: TraceFolder, store: bool = False) -> Reading:
-        """Reads the text through it; `store` keeps the events in the folder."""
+    def read(self, model: Any, folder: TraceFolder, report: Callable[[int], None], store: bool) -> Reading:
+        """Reads the text through it; `report` is told of tokens, `store` keeps the events in the folder."""
 
 
 def trace(
@@ -52,26 +52,38 @@ def trace(
     todo = [s for s in steps if s not in there or there[s]["previous"] != before[s]]
     known = {row["parameters"]: step for step, row in there.items()}
     if todo:
-        reference = _read(source, settings.reference, folder, known, store=True)[1]
-        previous: Side | None = None
-        with progress.phase("tracing steps", len(todo)) as report:
+        again = [s for s in todo if before[s] is not None and before[s] not in todo]
+        total = (1 + len(todo) + len(again)) * source.text.n_tokens
+        with progress.phase(f"tracing {len(todo)} steps", total) as report:
+
+            def read(step: int, store: bool = False) -> tuple[Any, Side]:
+                return _read(source, step, folder, known, lambda tokens: report(tokens, 0, tokens), store)
+
+            reference = read(settings.reference, store=True)[1]
+            previous: Side | None = None
             for step in todo:
                 earlier = before[step]
-                if earlier is not None and (previous is None or previous.reading.step != earlier):
-                    previous = _read(source, earlier, folder, known)[1]
-                model, now = _read(source, step, folder, known, keep_events)
-                _write(folder, settings, source, now, reference, previous if earlier is not None else None)
+                if earlier is None:
+                    previous = None
+                elif previous is None or previous.reading.step != earlier:
+                    previous = read(earlier)[1]
+                model, now = read(step, keep_events)
+                _write(folder, settings, source, now, reference, previous)
                 _write_run(folder, source, model, now, earlier, measures)
                 previous = now
-                report(1, 0, 0)
     folder.write_formation(formation_rows(folder, settings))
 
 
 def _read(
-    source: Source, step: int, folder: TraceFolder, known: dict[str, int], store: bool = False
+    source: Source,
+    step: int,
+    folder: TraceFolder,
+    known: dict[str, int],
+    report: Callable[[int], None],
+    store: bool,
 ) -> tuple[Any, Side]:
     model = source.load(step)
-    reading = source.read(model, folder, store)
+    reading = source.read(model, folder, report, store)
     if (other := known.setdefault(reading.parameters, step)) != step:
         low, high = sorted((other, step))
         raise UserError(

@@ -4,7 +4,8 @@ Of a TopK LM neurons are read as they are. A Base LM is compared in a dictionary
 and cut to the k largest, or a post-hoc TopK autoencoder for each checkpoint (`DICTIONARIES`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -156,38 +157,34 @@ class Checkpoints:
         """Loads the model of a step; step 0, where no checkpoint is of it, is made from the seed."""
         return load_step(self._run, step, self._layout, self._config)
 
-    def read(self, model: LanguageModel, folder: TraceFolder, store: bool = False) -> Reading:
+    def read(
+        self, model: LanguageModel, folder: TraceFolder, report: Callable[[int], None], store: bool = False
+    ) -> Reading:
         """Reads the text through a model; `store` keeps its events in the folder.
 
         UserError, which names the step, for activations that are not finite.
         """
-        step, text_model = model.step, self._text_model(model.params)
-        dictionary = self._dictionary(model, folder)
-        flows = None if dictionary is not None else Flows()
-        collected = _Collected(len(self.layers), self._config.model.d_model)
-        parameters = checksums.fingerprint(model.params)
-        writer: Any = collected
-        with self._progress.phase(f"reading step {step:,}", self.text.n_tokens) as report:
+        step, parameters = model.step, checksums.fingerprint(model.params)
+        is_written = self._options.dictionary.startswith("sae")
+        dictionary = Dictionary.load(folder.dictionary(step)) if is_written else None
+        flows = None if is_written else Flows()
+        with contextlib.ExitStack() as stack:
+            writer = None
             if store:
-                writer = StoreWriter(folder.store(step), self._metadata(step, parameters, dictionary))
-            try:
-                # A store that is whole already, or in part, is read into memory all the same.
-                if store:
-                    collected.also = writer
-                harvest(
-                    text_model,
-                    self._documents,
-                    collected,
-                    n_tokens=self._options.n_tokens,
-                    keep=self.keep if self.kind == DENSE else None,
-                    dictionary=dictionary,
-                    layers=self.layers,
-                    flows=flows,
-                    report=lambda tokens, documents: report(tokens, documents, tokens),
-                )
-            finally:
-                if store:
-                    writer.close()
+                metadata = self._metadata(step, parameters, dictionary)
+                writer = stack.enter_context(StoreWriter(folder.store(step), metadata))
+            collected = _Collected(len(self.layers), self._config.model.d_model, writer)
+            harvest(
+                self._text_model(model.params),
+                self._documents,
+                collected,
+                n_tokens=self._options.n_tokens,
+                keep=self.keep if self.kind == DENSE else None,
+                dictionary=dictionary,
+                layers=self.layers,
+                flows=flows,
+                report=lambda tokens, documents: report(tokens),
+            )
         if not (np.isfinite(collected.loss) and collected.is_finite):
             raise UserError(
                 f"step {step}: activations or losses are NaN or infinite: training diverged before it; leave "
@@ -214,40 +211,33 @@ class Checkpoints:
             parameters=parameters,
         )
 
-    def _dictionary(self, model: LanguageModel, folder: TraceFolder) -> Dictionary | None:
-        """Returns the autoencoders of a step, made if they are not there; None where there are none."""
+    def prepare(self, steps: Sequence[int], folder: TraceFolder) -> None:
+        """Makes the autoencoders of each step, rising, that are not there."""
         kind = self._options.dictionary
         if not kind.startswith("sae"):
-            return None
-        path = folder.dictionary(model.step)
-        if path.exists():
-            return Dictionary.load(path)
-        start = None
-        if kind == CHAINED:
-            before = [int(p.stem) for p in path.parent.glob("*.npz") if int(p.stem) < model.step]
-            start = Dictionary.load(folder.dictionary(max(before))) if before else None
-        made = fit_dictionary.fit(
-            "sae",
-            self._text_model(model.params),
-            self._config.data,
-            self._documents,
-            keep=self.keep,
-            n_tokens=self._options.sae_tokens,
-            seed=model.step if kind == FRESH else 0,
-            start=start,
-            layers=self.layers,
-            progress=self._progress,
-        )
-        made.save(path)
-        self._progress.say(f"step {model.step:,}: {made.description}")
-        return made
-
-    def prepare(self, steps: Sequence[int], folder: TraceFolder) -> None:
-        """Makes the autoencoders of a chain, rising, before the reference is read."""
-        if self._options.dictionary == CHAINED:
-            for step in steps:
-                if not folder.dictionary(step).exists():
-                    self._dictionary(self.load(step), folder)
+            return
+        before: int | None = None
+        for step in steps:
+            path = folder.dictionary(step)
+            if not path.exists():
+                start = (
+                    None if kind != CHAINED or before is None else Dictionary.load(folder.dictionary(before))
+                )
+                made = fit_dictionary.fit(
+                    "sae",
+                    self._text_model(self.load(step).params),
+                    self._config.data,
+                    self._documents,
+                    keep=self.keep,
+                    n_tokens=self._options.sae_tokens,
+                    seed=step if kind == FRESH else 0,
+                    start=start,
+                    layers=self.layers,
+                    progress=self._progress,
+                )
+                made.save(path)
+                self._progress.say(f"step {step:,}: {made.description}")
+            before = step
 
 
 def load_step(run: str, step: int, layout: Layout, config: Config) -> LanguageModel:
@@ -292,19 +282,18 @@ def _lenses(model: LanguageModel, n_layers: int, dictionary: Dictionary | None) 
 
 
 class _Collected:
-    """Collects the segments of a harvest in memory, and hands them to a store too."""
+    """Collects the segments of a harvest in memory; a store gets those that it does not have yet."""
 
-    def __init__(self, n_layers: int, width: int):
-        self.n_tokens, self.also = 0, None
-        self.is_finite = True
+    def __init__(self, n_layers: int, width: int, store: StoreWriter | None):
+        self.n_tokens, self.is_finite, self._store = 0, True, store
         self._nats, self._shape = 0.0, (n_layers, width)
         self._segments: list[tuple[int, Segment]] = []
 
     def append(self, segment: Segment) -> None:
         values = segment.values.astype(np.float32)
         self.is_finite &= bool(np.isfinite(values).all())
-        if self.also is not None and self.also.n_tokens <= self.n_tokens:
-            self.also.append(segment)
+        if self._store is not None and self._store.n_tokens <= self.n_tokens:
+            self._store.append(segment)
         small = dataclasses.replace(segment, values=values, token_index=segment.token_index.astype(np.int32))
         self._segments.append((self.n_tokens, small))
         self._nats += float(segment.losses.astype(np.float64).sum())
