@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topklm.commands import shared, trace_language
+from topklm.commands import shared, trace_facts, trace_language
 from topklm.commands.shared import Output, Verb
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
@@ -19,7 +18,6 @@ with when_used():
     from topklm.checkpoint import run_folder
     from topklm.distributed import cluster
     from topklm.explorer import trace_figures, traced
-    from topklm.inference import load as load_lib
     from topklm.runtime import compilation_cache
     from topklm.steering import survey
     from topklm.trace import engine, read, summary, tables
@@ -66,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_report,
             _report,
         ),
+        "facts": trace_facts.FACTS,
     }
-    shared.add_verbs(parser, verbs, "run|show|report")
+    shared.add_verbs(parser, verbs, "run|show|report|facts")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = shared.flags(parser, "run", "json")
-    text = "of those there are: all; log, each at least sqrt 2 times the one before; or numbers, 0,64,200"
-    add("--steps WHICH", text, "all")
+    trace_language.add_steps(parser)
     text = "of held-out text, in the whole windows that have them"
     add("--tokens N", text, _TOKENS)
     add("--min-tokens N", "neurons active at fewer of the reference are in no median", _MIN_TOKENS)
@@ -148,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.keep_events,
     )
     source = read.Checkpoints(arguments.run, model, layout, options, output.progress)
-    measures = [] if arguments.no_language else trace_language.measures_of(arguments, model)
+    measures = [] if arguments.no_language else trace_language.measures_of(arguments, model, layout)
     for note in (note for one in measures for note in one.notes):
         output.progress.say(note)
     described = {key: value for one in measures for key, value in one.describe().items()}
@@ -156,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = source.settings(reference, described)
     with folder.writing(settings, arguments.restart):
         # Steps of an earlier call stay, and are done again where another is now before them.
-        steps = sorted({*steps, *(step for step in folder.steps() if step in _saved(arguments.run))})
+        saved = trace_language.saved_steps(arguments.run)
+        steps = sorted({*steps, *(step for step in folder.steps() if step in saved)})
         source.prepare(steps, folder)
         engine.trace(folder, settings, source, steps, output.progress, measures, arguments.keep_events)
     done = folder.steps()
@@ -169,25 +168,9 @@ def _run(arguments: argparse.Namespace) -> None:
     output.give(facts, lambda: output.say(f"{line} {arguments.run}"))
 
 
-def _saved(name: str) -> list[int]:
-    """Lists the steps that can be read, rising: checkpoints, and step 0, which follows from the seed."""
-    return sorted({0, *run_folder.complete_steps(local_path(name, "RUN"))})
-
-
 def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
     """Returns the steps that are asked for, rising, and the reference; UserError if they are not there."""
-    load_lib.checkpoint_step(arguments.run)  # refuses what is no run
-    saved = _saved(arguments.run)
-    if arguments.steps in ("all", "log"):
-        steps = saved if arguments.steps == "all" else read.log_spaced(saved)
-    else:
-        parts = [part.strip() for part in arguments.steps.split(",")]
-        if not all(re.fullmatch(r"\d{1,12}", part) for part in parts):
-            raise shared.wrong(arguments, "steps", allowed="all, log, or numbers with commas between")
-        steps = sorted({*map(int, parts)})
-        if missing := [step for step in steps if step not in saved]:
-            there = ", ".join(map(str, saved))
-            raise shared.wrong(arguments, "steps", f"there is no checkpoint {missing[0]}; there are {there}")
+    steps = trace_language.chosen_steps(arguments)
     reference = steps[-1] if arguments.reference is None else arguments.reference
     if reference not in steps:
         allowed = f"one of the steps, {', '.join(map(str, steps))}"

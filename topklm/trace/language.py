@@ -30,7 +30,7 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.eval import compare, scoring, tasks
 from topklm.inference.language_model import LanguageModel
-from topklm.layout import one_device
+from topklm.layout import Layout, one_device
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import documents as documents_lib
@@ -115,11 +115,19 @@ class LanguageMeasures:
         notes: What a reader of the figures should know, such as sentences left out.
     """
 
-    def __init__(self, model: LanguageModel, *, blimp: int = 0, conllu: str | Path | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        layout: Layout | None = None,
+        *,
+        blimp: int = 0,
+        conllu: str | Path | None = None,
+    ):
         """Prepares the figures of a run: of any checkpoint with this config and tokenizer.
 
         Args:
             model: Of the run.
+            layout: Where its parameters lie; default one device.
             blimp: Pairs of each paradigm of BLiMP; 0: none.
             conllu: A file with parsed sentences, of which the first 500 that fit are used.
 
@@ -129,7 +137,7 @@ class LanguageMeasures:
         self.notes = list[str]()
         config, tokenizer = model.config.model, model.tokenizer
         self._config = config
-        text_model = TextModel(config, {}, one_device(), tokenizer.separator_id)
+        text_model = TextModel(config, {}, layout or one_device(), tokenizer.separator_id)
         # Small things that can be wrong come before the counts, which take seconds.
         self._parsing = self._blimp = None
         if conllu is not None:
