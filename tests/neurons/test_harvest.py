@@ -225,8 +225,8 @@ def test_sparse_arrays_give_the_same_segment_as_dense_ones():
 def test_what_an_accelerator_would_send_is_what_the_layers_hold():
     tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)
     arrays = tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(32), (2, 32))
-    nll, layers = harvest_lib._forward(TOPK, False, None, params_of(TOPK), *arrays)
-    sparse_nll, neurons = harvest_lib._forward(TOPK, True, None, params_of(TOPK), *arrays)
+    nll, (layers, _) = harvest_lib._forward(TOPK, False, None, params_of(TOPK), *arrays)
+    sparse_nll, (neurons, _) = harvest_lib._forward(TOPK, True, None, params_of(TOPK), *arrays)
     np.testing.assert_allclose(sparse_nll, nll, rtol=1e-5)
     np.testing.assert_array_equal(neurons.dense(), layers)
 

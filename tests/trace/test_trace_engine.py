@@ -242,7 +242,7 @@ def test_checkpoints_with_the_same_parameters_are_refused(tmp_path):
 
 def test_other_settings_are_refused_by_name(tmp_path, folder):
     traced(tmp_path)
-    with pytest.raises(UserError, match=r"another min tokens \(30, not 20\).*--restart"):
+    with pytest.raises(UserError, match=r"with min tokens 30, not 20: .*--restart"):
         traced(tmp_path, min_tokens=20)
     about = settings(Planted(), min_tokens=20)
     with TraceFolder(tmp_path).writing(about, restart=True):

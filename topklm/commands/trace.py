@@ -16,7 +16,6 @@ from topklm.storage.files import local_path, write_atomically
 
 with when_used():
     from topklm.checkpoint import run_folder
-    from topklm.distributed import cluster
     from topklm.explorer import trace_figures, traced
     from topklm.runtime import compilation_cache
     from topklm.steering import survey
@@ -120,6 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from topklm.distributed import cluster  # noqa: PLC0415 - imports JAX, which --help does without
+
     shared.check_at_least(arguments, 1, "tokens", "min_tokens", "topk_k", "sae_tokens")
     if arguments.tokens < arguments.min_tokens:
         raise shared.wrong(arguments, "tokens", allowed=f"--min-tokens = {arguments.min_tokens} or more")
@@ -154,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = source.settings(reference, described)
     with folder.writing(settings, arguments.restart):
         # Steps of an earlier call stay, and are done again where another is now before them.
-        saved = trace_language.saved_steps(arguments.run)
+        saved = read.readable(arguments.run)
         steps = sorted({*steps, *(step for step in folder.steps() if step in saved)})
         source.prepare(steps, folder)
         engine.trace(folder, settings, source, steps, output.progress, measures, arguments.keep_events)
@@ -357,5 +358,5 @@ def _print(output: Output, heads: Sequence[str], rows: Sequence[tuple[str, Any]]
 def _number(value: float | None) -> str:
     if value is None or np.isnan(value):
         return "-"
-    text = f"{value:.2f}"
+    text = f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
     return text.replace("0.", ".", 1) if abs(value) < 1 else text

@@ -11,8 +11,6 @@ from topklm.imports import when_used
 from topklm.storage.files import local_path
 
 with when_used():
-    from topklm.checkpoint import run_folder
-    from topklm.inference import load as load_lib
     from topklm.trace import language, read
 
 if TYPE_CHECKING:
@@ -46,15 +44,9 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     shared.flags(parser)("--steps WHICH", text, "all")
 
 
-def saved_steps(name: str) -> list[int]:
-    """Lists the steps that can be read, rising: checkpoints, and step 0, which follows from the seed."""
-    return sorted({0, *run_folder.complete_steps(local_path(name, "RUN"))})
-
-
 def chosen_steps(arguments: argparse.Namespace) -> list[int]:
     """Returns the steps that are asked for, rising; UserError if they are not there."""
-    load_lib.checkpoint_step(arguments.run)  # refuses what is no run
-    saved = saved_steps(arguments.run)
+    saved = read.readable(arguments.run)
     if arguments.steps in ("all", "log"):
         return saved if arguments.steps == "all" else read.log_spaced(saved)
     parts = [part.strip() for part in arguments.steps.split(",")]

@@ -47,7 +47,7 @@ def onsets(traces: Sequence[Summary]) -> str:
     for layer in own.settings.layers:
         for name, level in (("onset_50", ".5"), ("onset_90", ".9")):
             steps = own.onsets(layer, name)
-            found[f"{layer} {level}"] = np.maximum(steps[~np.isnan(steps)], _FIRST)
+            found[f"{layer}: {level}"] = np.maximum(steps[~np.isnan(steps)], _FIRST)
     y = Axis("step of the onset", _FIRST, max(own.steps[-1], 1), logarithmic=True)
     about = f"Onsets of neurons by layer, at r of .5 and .9, {own.name}"
     return plots.standalone(plots.violins(found, y, about))

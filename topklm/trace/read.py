@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from topklm.checkpoint import checksums
-from topklm.checkpoint.run_folder import complete_steps
+from topklm.checkpoint.run_folder import complete_steps, holds_parameters_alone
 from topklm.config import Config
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.load import load
+from topklm.inference.load import checkpoint_step, load
 from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.neurons import documents as documents_lib
@@ -45,6 +45,8 @@ DICTIONARIES = {
     SAME: "an SAE for each checkpoint, all from one seed",
     CHAINED: "an SAE for each checkpoint, trained on from that of the one before",
 }
+
+_AFTER = "after_step"  # of an autoencoder's facts: the step from whose it was trained on
 
 # Chosen for --steps log: each is at least this many times the one before.
 _FACTOR = 2**0.5 - 1e-9
@@ -216,28 +218,48 @@ class Checkpoints:
         kind = self._options.dictionary
         if not kind.startswith("sae"):
             return
-        before: int | None = None
-        for step in steps:
+        for before, step in zip([None, *steps[:-1]], steps, strict=True):
+            path = folder.dictionary(step)
+            if kind == CHAINED and path.exists() and Dictionary.load(path).facts.get(_AFTER) != before:
+                raise UserError(
+                    f"{path} was not trained on from step {before}: no step is added to a chain; give the "
+                    "same --steps, or --restart"
+                )
+        start: Dictionary | None = None
+        for before, step in zip([None, *steps[:-1]], steps, strict=True):
             path = folder.dictionary(step)
             if not path.exists():
-                start = (
-                    None if kind != CHAINED or before is None else Dictionary.load(folder.dictionary(before))
-                )
-                made = fit_dictionary.fit(
-                    "sae",
-                    self._text_model(self.load(step).params),
-                    self._config.data,
-                    self._documents,
-                    keep=self.keep,
-                    n_tokens=self._options.sae_tokens,
-                    seed=step if kind == FRESH else 0,
-                    start=start,
-                    layers=self.layers,
-                    progress=self._progress,
-                )
+                made = self._fitted(step, step if kind == FRESH else 0, start)
+                made = dataclasses.replace(made, facts={**made.facts, _AFTER: before if start else None})
                 made.save(path)
                 self._progress.say(f"step {step:,}: {made.description}")
-            before = step
+            if kind == CHAINED:
+                start = Dictionary.load(path)
+
+    def _fitted(self, step: int, seed: int, start: Dictionary | None) -> Dictionary:
+        return fit_dictionary.fit(
+            "sae",
+            self._text_model(self.load(step).params),
+            self._config.data,
+            self._documents,
+            keep=self.keep,
+            n_tokens=self._options.sae_tokens,
+            seed=seed,
+            start=start,
+            layers=self.layers,
+            progress=self._progress,
+        )
+
+
+def readable(run: str) -> list[int]:
+    """Lists the steps of a run that can be read, rising: those saved, and step 0, which the seed makes.
+
+    UserError without a checkpoint. A run that began elsewhere, and holds parameters alone, has no step 0.
+    """
+    checkpoint_step(run)
+    folder = as_path(run, "RUN")
+    saved = complete_steps(folder)
+    return saved if holds_parameters_alone(folder) else sorted({0, *saved})
 
 
 def load_step(run: str, step: int, layout: Layout, config: Config) -> LanguageModel:

@@ -97,7 +97,7 @@ LAYERS = pa.schema(
         "carried": _F64,
         "r_written": _F64,
         "r_written_other": _F64,
-        "r_written_input": _F64,  # what layer b writes, with the neuron of layer a
+        "r_written_input": _F64,  # of the neuron of layer a with the values that layer b writes
     }
 )
 QUANTILES = (0.05, 0.5, 0.95)
@@ -143,8 +143,8 @@ class Settings:
     run: str  # name of the run folder
     tokenizer_sha256: str
     source: str  # of the text, in words and fingerprints
-    text: str  # SHA-256 of the tokens and where documents begin
     n_tokens: int
+    text: str  # SHA-256 of the tokens and where documents begin
     reference: int  # step
     kind: str  # as of `store.Metadata`
     layers: tuple[int, ...]
@@ -231,9 +231,9 @@ class TraceFolder:
         there, asked = map(dataclasses.asdict, (self.settings(), settings))
         for name, value in asked.items():
             if there[name] != value:
+                which = f"{name.replace('_', ' ')} {there[name]!r}, not {value!r}"
                 raise UserError(
-                    f"{self.path} holds a trace of another {name.replace('_', ' ')} ({there[name]!r}, not "
-                    f"{value!r}): give that, or --restart to begin again"
+                    f"{self.path} holds a trace with {which}: give that, or --restart to begin again"
                 )
 
     def steps(self) -> list[int]:
