@@ -52,6 +52,7 @@ def commands_of(verbs, *docs):
         ("prepare|data", "data.md", 8),
         ("neurons|explore", "neurons.md", 8),
         ("neurons", "contrast.md", 5),
+        ("trace", "formation.md", 4),
         ("steer|generate", "steering.md", 4),
         ("serve|generate", "serving.md", 2),
     ],

@@ -5,6 +5,7 @@
     neurons/1300/dictionary.npz   where a Base LM was harvested with one: `topklm.neurons.dictionary`
     neurons/1300/neurons.parquet  their statistics (`topklm.neurons.statistics.table`)
     neurons/1300/index.sqlite     the explorer's index, made again when it is missing
+    neurons/trace/                all checkpoints compared: `topklm.trace.tables`
     neurons/1300/unfinished       there while the explorer harvests: one that was stopped goes on
 
 All in the run folder.
