@@ -3,6 +3,7 @@
 import hashlib
 import types
 
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,10 +11,12 @@ from test_trace_compare import block_of
 
 from topklm.errors import UserError
 from topklm.explorer.traced import Trace
+from topklm.neurons.segment import from_dense
+from topklm.neurons.store import Metadata, StoreWriter
 from topklm.progress import Progress
 from topklm.trace import engine, tables
 from topklm.trace.measure import Reading, Text
-from topklm.trace.summary import Summary
+from topklm.trace.summary import Summary, against, check_same_text, shared_steps
 from topklm.trace.tables import Settings, TraceFolder
 
 N, V, D = 4000, 60, 6
@@ -65,10 +68,19 @@ class Planted(engine.Source):
     def read(self, model, folder, report, store):
         step = model.step
         layers = self._change(step, planted(step, self.text.tokens))
+        if store:
+            self._write(folder.store(step), step, layers)
         lens = np.random.default_rng(step).standard_normal((D, V)).astype(np.float32)
         return Reading(
             step, self._parameters(step), 5 - step / 256, [block_of(x) for x in layers], [lens] * 2, None
         )
+
+    def _write(self, path, step, layers):
+        about = Metadata("planted", step, "0", "planted", "topk", (0, 1), D, 3, "relu", 100)
+        rows = self.text.tokens, np.repeat(np.arange(N // 100), 100), np.zeros(N, np.float32)
+        with StoreWriter(path, about) as writer:
+            if not writer.n_tokens:
+                writer.append(from_dense(*rows, [x.astype(ml_dtypes.bfloat16) for x in layers]))
 
 
 def settings(source, **changes):
@@ -224,6 +236,36 @@ def test_steps_that_come_later_are_traced_and_those_after_them_again(tmp_path, f
     source = Planted()
     traced(tmp_path, source)
     assert source.loaded == []
+
+
+ORDER = [B, C, A, F, C2, DEAD]
+
+
+def test_another_seed_is_matched_by_activations_and_not_by_index(tmp_path, folder):
+    other = traced(tmp_path, Planted(lambda step, layers: [x[:, ORDER] for x in layers]))
+    assert shared_steps(folder, other) == [(REFERENCE, REFERENCE)]
+    first, second = against(folder, other, (REFERENCE, REFERENCE))
+    for row in (first, second):
+        assert row["n"] == D - 1
+        assert row["matched"] == pytest.approx(1)
+        assert row["matched_strong"] == 1
+        assert row["same_index"] < 0.1
+        assert row["other_index"] == pytest.approx(1)
+        assert abs(row["matched_shifted"]) < 0.1
+        assert row["matched_same_index"] == 0
+    found = Trace(folder).against(Trace(other))
+    assert found["matched"].tolist() == [first["matched"], second["matched"]]
+
+
+def test_traces_of_other_text_or_tokenizers_are_not_matched(tmp_path, folder):
+    for name, value, said in (
+        ("text", "0", "other text"),
+        ("tokenizer_sha256", "1", "another tokenizer"),
+        ("width", 7, "7 neurons in a layer"),
+    ):
+        other = settings(Planted(), **{name: value})
+        with pytest.raises(UserError, match=said):
+            check_same_text(folder.settings(), other)
 
 
 def test_values_and_heads_of_the_whole_model_are_kept(tmp_path):
