@@ -189,6 +189,13 @@ def test_nulls_and_loss(folder):
     assert run[0]["bits_per_byte"] == pytest.approx(5 / np.log(2) / 3)
 
 
+def test_changes_are_those_of_planted_curves(folder):
+    found = Summary(folder).changes()
+    # The loss, 5 - step / 256, bends down at the last step but one; r's median at that before B and C turn.
+    assert found["loss"] == {"rises": None, "falls": 64}
+    assert found["r, same index"]["rises"] == 16
+
+
 def test_examples_are_places_where_the_neuron_is_strongest(folder):
     tokens = planted(REFERENCE, text().tokens)[0]
     row = folder.read_step("neurons", REFERENCE).to_pylist()[A]

@@ -249,6 +249,7 @@ def _report(arguments: argparse.Namespace) -> None:
                 f"{a}-{b}": {name: x.tolist() for name, x in own.of_pair(a, b).items()}
                 for a, b in own.pairs()
             },
+            "changes": own.changes(),
             "onsets": {str(layer): _onset_counts(own, layer) for layer in layers},
             "counted": {str(layer): int(alive.sum()) for layer, alive in own.living.items()},
             "beside": [_beside(other) for other in (own, *others)],
@@ -324,6 +325,10 @@ def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Se
         for name, level in (("onset_50", ".5"), ("onset_90", ".9")):
             said = ", ".join(f"{step}: {n}" for step, n in counts[name].items() if n)
             output.say(f"  layer {layer}, {level}:  {said}")
+    output.say("steps from which a curve rises, falls faster than before")
+    for name, ways in facts["changes"].items():
+        steps = "".join(f"{'-' if step is None else f'{step:,}':>8}" for step in ways.values())
+        output.say(f"  {name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{steps}")
     if len(facts["beside"]) > 1:
         output.say("r to each trace's own reference, medians over all layers")
         for beside in facts["beside"]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from topklm.errors import UserError
 from topklm.neurons.store import Store
-from topklm.trace import compare, tables
+from topklm.trace import changes, compare, tables
 from topklm.trace.tables import Settings, TraceFolder
 
 # Columns whose median is shown, by their titles in tables of at most 80 columns.
@@ -38,6 +38,7 @@ TITLES: Mapping[str, str] = {
     WRITTEN: "r, written by the layer",
     "r_written_other": "null: next index",
 }
+_CHANGING = ("r_reference", "jaccard_reference", "token_entropy", "semantic_entropy", "by_token")
 _STRONG = 0.5  # r from which on a match counts
 
 
@@ -137,6 +138,17 @@ class Summary:
         """Returns the figures of the whole model, float64[C] each."""
         names = [n for n in self.run.column_names if n not in ("step", "previous", "parameters")]
         return {name: tables.numbers(self.run, name) for name in names}
+
+    def changes(self) -> dict[str, dict[str, int | None]]:
+        """Returns from which step on each curve rises, and falls, faster than before (`trace.changes`).
+
+        Of the whole model's figures, and of medians over the neurons of all layers.
+        """
+        medians = {TITLES[name]: self.over_layers(name) for name in _CHANGING}
+        return {
+            name: {way: changes.onset(self.steps, curve, rises=way == "rises") for way in ("rises", "falls")}
+            for name, curve in {**self.values(), **medians}.items()
+        }
 
     def onsets(self, layer: int, name: str) -> np.ndarray:
         """Returns onsets of a layer's counted neurons, float64[m]; NaN for never."""
