@@ -64,8 +64,10 @@ def config_of(weight, steps=0, **more):
     return dataclasses.replace(Config(), model=MODEL, train=TRAIN, optim=optim, **more)
 
 
-def batches(found, layout=None, batch_size=4, seed=0):
-    return SentenceBatches(found, batch_size, seed, layout or one_device())
+def batches(found, layout=None, seed=0):
+    config = config_of(1.0)
+    config = dataclasses.replace(config, train=dataclasses.replace(TRAIN, seed=seed))
+    return SentenceBatches(found, config, layout or one_device())
 
 
 def expected(params, sentences, config=MODEL):
@@ -86,7 +88,7 @@ def expected(params, sentences, config=MODEL):
 
 def test_the_gradient_is_that_of_finite_differences_in_float64(found):
     params = jax.tree.map(np.asarray, transformer.create(MODEL, 0))
-    sentences = batches(found).batch(1)
+    sentences = batches(found).batch(1)[0]
     program = jax.jit(jax.value_and_grad(lambda p: syntax.attention_of_neighbours(MODEL, p, sentences)))
     value, gradient = program(params)
     assert float(value) == pytest.approx(expected(params, sentences), rel=1e-5)
@@ -137,7 +139,7 @@ def trained(config, layout, found, n_steps):
     of_steps, text = batches(found, layout), jax.device_put(text_batch(), layout.batch)
     lines = []
     for number in range(1, n_steps + 1):
-        state, metrics = step(state, text, of_steps.batch(number))
+        state, metrics = step(state, text, *of_steps.batch(number))
         lines.append({name: float(value) for name, value in metrics.items()})
     return state, lines
 
@@ -150,7 +152,7 @@ def test_a_weight_above_0_suppresses_and_one_below_0_promotes(found):
 
 
 def test_a_step_adds_the_weight_times_the_gradient_until_it_is_released(found):
-    optimizer, sentences = optax.sgd(1.0), batches(found).batch(1)
+    optimizer, sentences = optax.sgd(1.0), batches(found).batch(1)[0]
     with_sentences, plain = (
         make_train_step(config_of(weight, steps=3), optimizer, one_device()) for weight in (0.7, 0.0)
     )
@@ -235,7 +237,7 @@ def test_a_run_goes_on_with_the_sentences_of_its_step(trainer, tmp_path):
     path.write_text(SENTENCES.replace("sea", "lake"))
     ended = trainer.train(again, settings)
     assert ended.exit_code == 2
-    assert "not the sentences that" in helpers.assert_one_line_error(ended.errors)
+    assert "not the sentences that this run was trained with" in helpers.assert_one_line_error(ended.errors)
     path.write_text(SENTENCES.replace("\t3\tobj", "\t_\tobj"))
     ended = trainer.train(tmp_path / "new", settings)
     assert ended.exit_code == 2

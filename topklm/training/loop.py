@@ -22,7 +22,6 @@ from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager, TraceManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
-from topklm.errors import UserError
 from topklm.eval.tasks import Task
 from topklm.imports import versions
 from topklm.inference.scheduler import generate_tokens
@@ -54,7 +53,7 @@ from topklm.training.step import (
     make_train_step,
     release_seconds,
 )
-from topklm.training.syntax import Sentences, open_sentences
+from topklm.training.syntax import open_sentences
 from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 
 
@@ -92,7 +91,7 @@ class _Loop:
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.tasks = TaskEvaluation(config, tasks, run.mixture.tokenizer, layout) if tasks else None
         self.syntax = open_sentences(config, run.mixture.tokenizer, layout)
-        if self.syntax:
+        if self.syntax.said:
             console.say(f"data.syntax = {config.data.syntax}: {self.syntax.said}")
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         with self._storage("opening the checkpoints of"):
@@ -178,7 +177,7 @@ class _Loop:
                 pending = None
                 time.sleep(rest_seconds)
             with self.profiler.step(step):
-                given = next(self.feed), *self._sentences(step), *self.stop_sync.stop_flag()
+                given = next(self.feed), *self.syntax.batch(step), *self.stop_sync.stop_flag()
                 state, step_metrics = train_step(state, *given)
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
@@ -225,15 +224,11 @@ class _Loop:
         step_alone = make_train_step(config, self.optimizer, self.layout)
         train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.layout)
-        given = batch, *self._sentences(1), *self.stop_sync.stop_flag()
+        given = batch, *self.syntax.batch(1), *self.stop_sync.stop_flag()
         compiled = compile_step(train_step.lower(state, *given))
         kept = f" that keeps {k} neurons" if self.config.train.topk_k_start else ""
         self.console.say(f"compiled the train step{kept} in {time.perf_counter() - began:.1f} s")
         return compiled
-
-    def _sentences(self, step: int) -> tuple[Sentences, ...]:
-        """Returns the parsed sentences of a step, in a tuple that is empty without any."""
-        return (self.syntax.batch(step),) if self.syntax else ()
 
     def _restore_or_start(self) -> TrainState:
         """Returns the state, sets the clock, and moves the data stream to its position."""
@@ -260,11 +255,7 @@ class _Loop:
                 abstract, self.layout, fresh={"recent": anomalies.empty()}
             )
         self.run.check_facts(int(state.step), facts)
-        if self.syntax and facts.get("syntax_sha256") != self.syntax.digest:
-            raise UserError(
-                f"data.syntax = {self.config.data.syntax}: not the sentences that {self.folder} was trained "
-                "with: name the file it began with, or start a new run with --workdir"
-            )
+        self.syntax.check_facts(facts)
         before = facts["config"]["train"]["steps"]
         if said := change_of_schedule(self.config.optim, before, self.config.train.steps, int(state.step)):
             self.console.say(said)
@@ -369,7 +360,7 @@ class _Loop:
             "began_at": self.clock.began_at,
             "process_count": jax.process_count(),
             "versions": versions("topklm", "jax", "flax", "grain"),
-            **({"syntax_sha256": self.syntax.digest} if self.syntax else {}),
+            **self.syntax.facts(),
         }
 
     def _begin_trace(self, state: TrainState) -> None:

@@ -52,29 +52,53 @@ def mean_over_arcs(largest_LBA: jax.Array, arcs_BA2: jax.Array) -> jax.Array:
     return jnp.where(is_arc, largest_LBA.max(axis=0), 0.0).sum() / is_arc.sum()
 
 
-class SentenceBatches:
-    """The sentences of every step, as many as a step has windows; which, depends on seed and step alone.
-
-    Each epoch is in an order of its own, and may end inside a batch.
+class NoSentences:
+    """Stands in where a run reads none.
 
     Attributes:
-        digest: Of the sentences as the tokenizer makes them, hex.
-        said: How many there are, and how many were left out.
+        said: How many there are, and how many were left out; "" where there are none.
     """
 
-    def __init__(self, found: Trees, batch_size: int, seed: int, layout: Layout):
-        self._batch_size, self._seed, self._layout = batch_size, seed, layout
-        self._arrays = {
-            "tokens": found.tokens,
-            "segment_ids": found.segment_ids,
-            "words": found.words,
-            "arcs": found.arcs,
-        }
+    said = ""
+
+    def batch(self, step: int) -> tuple[Sentences, ...]:
+        """Returns the sentences of step 1, 2, ..., for the train step: in a tuple, empty without any."""
+        del step
+        return ()
+
+    def facts(self) -> dict[str, str]:
+        """Returns the facts that a checkpoint holds of them."""
+        return {}
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raises UserError if a checkpoint was trained with other sentences."""
+
+
+class SentenceBatches(NoSentences):
+    """As many sentences for a step as it has windows; which, depends on seed and step alone.
+
+    Each epoch is in an order of its own, and may end inside a batch.
+    """
+
+    def __init__(self, found: Trees, config: Config, layout: Layout):
+        self._batch_size, self._seed = config.train.batch_size, config.train.seed
+        self._name, self._layout = config.data.syntax, layout
+        arrays = (found.tokens, found.segment_ids, found.words, found.arcs)
+        self._arrays = dict(zip(("tokens", "segment_ids", "words", "arcs"), arrays, strict=True))
         self._epoch, self._order = -1, np.zeros(0, np.int64)
-        content = b"".join(np.ascontiguousarray(x).tobytes() for x in self._arrays.values())
+        content = b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)
         self.digest = hashlib.sha256(content).hexdigest()
         left_out = documents.described(found.left_out)
         self.said = f"{len(found.tokens):,} sentences{f'; left out: {left_out}' if left_out else ''}"
+
+    def batch(self, step: int) -> tuple[Sentences, ...]:
+        """Returns the sentences of a step, whole on every device."""
+        rows = self.numbers(step)
+
+        def put(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, self._layout.replicated, lambda i: array[i])
+
+        return ({name: put(array[rows]) for name, array in self._arrays.items()},)
 
     def numbers(self, step: int) -> np.ndarray:
         """Returns which sentences step 1, 2, ... reads, int64[B]."""
@@ -82,14 +106,17 @@ class SentenceBatches:
         epochs, places = np.divmod((step - 1) * self._batch_size + np.arange(self._batch_size), n)
         return np.array([self._ordered(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
 
-    def batch(self, step: int) -> Sentences:
-        """Returns the sentences of a step, whole on every device."""
-        rows = self.numbers(step)
+    def facts(self) -> dict[str, str]:
+        """Returns the digest of the sentences as the tokenizer makes them."""
+        return {"syntax_sha256": self.digest}
 
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, self._layout.replicated, lambda i: array[i])
-
-        return {name: put(array[rows]) for name, array in self._arrays.items()}
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raises UserError if the digest is another one."""
+        if facts.get("syntax_sha256") != self.digest:
+            raise UserError(
+                f"data.syntax = {self._name}: not the sentences that this run was trained with: name the "
+                "file it began with, or start a new run with --workdir"
+            )
 
     def _ordered(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
@@ -98,17 +125,17 @@ class SentenceBatches:
         return self._order
 
 
-def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> SentenceBatches | None:
-    """Reads the sentences of `data.syntax`; None without `optim.syntax_weight`.
+def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSentences:
+    """Reads the sentences of `data.syntax`, if `optim.syntax_weight` is not 0.
 
     Raises:
         UserError: If the file cannot be read, has no heads, or processes have other files.
     """
     if not config.optim.syntax_weight:
-        return None
+        return NoSentences()
     path = Path(config.data.syntax).expanduser()
     found = trees.read(path, tokenizer, config.model.context_length, flag="data.syntax")
-    batches = SentenceBatches(found, config.train.batch_size, config.train.seed, layout)
+    batches = SentenceBatches(found, config, layout)
     if distributed.process_count() > 1 and len(set(distributed.gather("syntax", batches.digest))) > 1:
         raise UserError("data.syntax: processes have other files; give all hosts the same")
     return batches
