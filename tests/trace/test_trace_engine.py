@@ -196,6 +196,26 @@ def test_changes_are_those_of_planted_curves(folder):
     assert found["r, same index"]["rises"] == 16
 
 
+def test_relations_and_breaks_are_dated_too(tmp_path):
+    def hits_of(step):
+        return 10 * (step >= 16)
+
+    def rows(model):
+        common = {"relation": "det/head", "n": 10, "layer": 0}
+        halves = [{**common, "half": half, "head": head} for half in (0, 1) for head in (0, 1)]
+        of_heads = [{**row, "hits": row["head"] * hits_of(model.step), "score": 0.0} for row in halves]
+        return of_heads + [{**row, "layer": -1, "head": 1, "hits": 4} for row in of_heads if row["head"]]
+
+    steps = [0, 1, 2, 4, 16, 64, 256]
+    found = Summary(traced(tmp_path, steps=steps, measures=[lambda model: ({}, rows(model))]))
+    relation = found.relations["det/head"]
+    assert [one.uas for one in relation] == [0, 0, 0, 0, 1, 1, 1]
+    assert {(one.distance, one.n) for one in relation} == {(0.4, 20)}
+    assert (relation[-1].layer, relation[-1].head) == (0, 1)
+    assert found.changes(1)["det/head"] == {"rises": 4, "falls": 16, "breaks": [16]}
+    assert found.changes(2)["det/head"]["breaks"] == []  # seven points are not three pieces
+
+
 def test_examples_are_places_where_the_neuron_is_strongest(folder):
     tokens = planted(REFERENCE, text().tokens)[0]
     row = folder.read_step("neurons", REFERENCE).to_pylist()[A]

@@ -107,6 +107,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     shared.flags(parser, "layers")
     text = "other traced runs: another seed, or the Base LM; neurons are matched where both read one text"
     add("--against RUN", text, nargs="+", default=[])
+    add("--breaks N", "cut each curve into N + 1 straight pieces, three steps long or more, that fit best", 0)
     add("--figures DIR", "draw the figures into this folder, which is made")
     shared.flags(parser, "json")
 
@@ -228,6 +229,7 @@ def _show_neuron(
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 0, "breaks")
     output = Output(arguments.json)
     trace = traced.open_trace(arguments.run, arguments.dictionary or "")
     own = trace.summary
@@ -249,7 +251,8 @@ def _report(arguments: argparse.Namespace) -> None:
                 f"{a}-{b}": {name: x.tolist() for name, x in own.of_pair(a, b).items()}
                 for a, b in own.pairs()
             },
-            "changes": own.changes(),
+            "relations": {name: [vars(one) for one in of] for name, of in own.relations.items()},
+            "changes": own.changes(arguments.breaks),
             "onsets": {str(layer): _onset_counts(own, layer) for layer in layers},
             "counted": {str(layer): int(alive.sum()) for layer, alive in own.living.items()},
             "beside": [_beside(other) for other in (own, *others)],
@@ -325,9 +328,15 @@ def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Se
         for name, level in (("onset_50", ".5"), ("onset_90", ".9")):
             said = ", ".join(f"{step}: {n}" for step, n in counts[name].items() if n)
             output.say(f"  layer {layer}, {level}:  {said}")
-    output.say("steps from which a curve rises, falls faster than before")
+    if own.relations:
+        output.say("arcs found by one head, chosen on the other half of the sentences (by one distance)")
+        for name, of in own.relations.items():
+            title = f"{name} ({_number(of[-1].distance)})"
+            _print_row(output, title, [of[n].uas for n in at])
+    output.say("steps from which a curve rises, falls faster than before; breaks, if asked for")
     for name, ways in facts["changes"].items():
-        steps = "".join(f"{'-' if step is None else f'{step:,}':>8}" for step in ways.values())
+        dated = [ways["rises"], ways["falls"], *ways.get("breaks", [])]
+        steps = "".join(f"{'-' if step is None else f'{step:,}':>8}" for step in dated)
         output.say(f"  {name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{steps}")
     if len(facts["beside"]) > 1:
         output.say("r to each trace's own reference, medians over all layers")
@@ -356,8 +365,13 @@ def _print(output: Output, heads: Sequence[str], rows: Sequence[tuple[str, Any]]
     width = (80 - _NAME_WIDTH) // _COLUMNS
     output.say(f"{heads[0][:_NAME_WIDTH]:<{_NAME_WIDTH}}{''.join(f'{head:>{width}}' for head in heads[1:])}")
     for name, values in rows:
-        cells = "".join(f"{_number(value):>{width}}" for value in values)
-        output.say(f"{name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{cells}")
+        _print_row(output, name, values)
+
+
+def _print_row(output: Output, name: str, values: Any) -> None:
+    width = (80 - _NAME_WIDTH) // _COLUMNS
+    cells = "".join(f"{_number(value):>{width}}" for value in values)
+    output.say(f"{name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{cells}")
 
 
 def _number(value: float | None) -> str:

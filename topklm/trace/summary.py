@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from topklm.errors import UserError
 from topklm.neurons.store import Store
-from topklm.trace import changes, compare, tables
+from topklm.trace import changes, compare, heads, tables
+from topklm.trace.heads import Relation
 from topklm.trace.tables import Settings, TraceFolder
 
 # Columns whose median is shown, by their titles in tables of at most 80 columns.
@@ -139,16 +140,32 @@ class Summary:
         names = [n for n in self.run.column_names if n not in ("step", "previous", "parameters")]
         return {name: tables.numbers(self.run, name) for name in names}
 
-    def changes(self) -> dict[str, dict[str, int | None]]:
+    @functools.cached_property
+    def relations(self) -> dict[str, list[Relation]]:
+        """How well heads find each relation at each step; none where heads were not measured."""
+        rows = self.folder.read("heads").to_pylist()
+        found = [heads.attachment([row for row in rows if row["step"] == step]) for step in self.steps]
+        by_step = [{one.relation: one for one in of_step} for of_step in found]
+        return {one.relation: [of_step[one.relation] for of_step in by_step] for one in found[-1]}
+
+    def changes(self, n_breaks: int = 0) -> dict[str, dict[str, Any]]:
         """Returns from which step on each curve rises, and falls, faster than before (`trace.changes`).
 
-        Of the whole model's figures, and of medians over the neurons of all layers.
+        Of the whole model's figures, of the attachment of each relation, and of medians over the neurons of
+        all layers. With `n_breaks`, also the steps at which the straight pieces begin that fit a curve best;
+        none where it has too few points, or too many.
         """
         medians = {TITLES[name]: self.over_layers(name) for name in _CHANGING}
-        return {
-            name: {way: changes.onset(self.steps, curve, rises=way == "rises") for way in ("rises", "falls")}
-            for name, curve in {**self.values(), **medians}.items()
-        }
+        relations = {name: np.array([one.uas for one in of]) for name, of in self.relations.items()}
+        found = dict[str, dict[str, Any]]()
+        for name, curve in {**self.values(), **relations, **medians}.items():
+            ways = {way: changes.onset(self.steps, curve, rises=way == "rises") for way in ("rises", "falls")}
+            found[name] = ways
+            if n_breaks:
+                n_known = int(np.isfinite(curve).sum())
+                can = changes.points_needed(n_breaks) <= n_known <= changes.MOST_POINTS
+                found[name]["breaks"] = changes.breaks(self.steps, curve, n_breaks) if can else []
+        return found
 
     def onsets(self, layer: int, name: str) -> np.ndarray:
         """Returns onsets of a layer's counted neurons, float64[m]; NaN for never."""
