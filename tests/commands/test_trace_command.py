@@ -134,7 +134,7 @@ def test_figures_depend_neither_on_batches_nor_on_segments(traced, tmp_path, mon
 def test_report_show_and_figures(traced, tmp_path):
     run, said = traced
     text = trace("report", run, "--figures", tmp_path / "figures")
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 80
     assert "r, same index" in text
     assert "null: best other index" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {

@@ -16,7 +16,7 @@ from topklm.neurons.store import Metadata, StoreWriter
 from topklm.progress import Progress
 from topklm.trace import engine, tables
 from topklm.trace.measure import Reading, Text
-from topklm.trace.summary import Summary, against, check_same_text, shared_steps
+from topklm.trace.summary import Summary, against, shared_steps
 from topklm.trace.tables import Settings, TraceFolder
 
 N, V, D = 4000, 60, 6
@@ -290,9 +290,11 @@ def test_traces_of_other_text_or_tokenizers_are_not_matched(tmp_path, folder):
         ("tokenizer_sha256", "1", "another tokenizer"),
         ("width", 7, "7 neurons in a layer"),
     ):
-        other = settings(Planted(), **{name: value})
+        other = TraceFolder(tmp_path / name)
+        with other.writing(settings(Planted(), **{name: value})):
+            pass
         with pytest.raises(UserError, match=said):
-            check_same_text(folder.settings(), other)
+            against(folder, other, (REFERENCE, REFERENCE))
 
 
 def test_values_and_heads_of_the_whole_model_are_kept(tmp_path):

@@ -200,17 +200,22 @@ def columns_of(steps: Sequence[int], count: int) -> list[int]:
 # Two traces.
 
 
-def check_same_text(one: Settings, other: Settings) -> None:
-    """Raises UserError for traces whose neurons cannot be compared token by token."""
+def check_same_tokenizer(one: Settings, other: Settings) -> None:
+    """Raises UserError for traces of which no figure is of the same tokens."""
     if one.tokenizer_sha256 != other.tokenizer_sha256:
         raise UserError(f"{other.run} has another tokenizer than {one.run}: their tokens cannot be compared")
+
+
+def why_not_matched(one: Settings, other: Settings) -> str:
+    """Returns why neurons of two traces cannot be compared token by token; "" if they can."""
     if one.text != other.text:
-        raise UserError(
+        return (
             f"{other.run} was traced on other text than {one.run} ({other.n_tokens:,} tokens of "
             f"{other.source}, and {one.n_tokens:,} of {one.source}): trace both on the same"
         )
     if one.width != other.width:
-        raise UserError(f"{other.run} has {other.width} neurons in a layer, {one.run} has {one.width}")
+        return f"{other.run} has {other.width} neurons in a layer, {one.run} has {one.width}"
+    return ""
 
 
 def shared_steps(one: TraceFolder, other: TraceFolder) -> list[tuple[int, int]]:
@@ -231,7 +236,9 @@ def against(one: TraceFolder, other: TraceFolder, steps: tuple[int, int]) -> lis
     match, the share of pairs with the same index, and with r of .5 or more.
     """
     settings, there = one.settings(), other.settings()
-    check_same_text(settings, there)
+    check_same_tokenizer(settings, there)
+    if why := why_not_matched(settings, there):
+        raise UserError(why)
     stores = [Store(folder.store(step)) for folder, step in zip((one, other), steps, strict=True)]
     rows, n = [], settings.n_tokens
     for layer in (layer for layer in settings.layers if layer in there.layers):
