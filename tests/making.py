@@ -103,3 +103,16 @@ def _write_split(
         "utf8_bytes": sum(len(text.encode()) for text in documents),
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
+
+
+def conllu(*sentences):
+    """Sentences of (form, head, relation), with a space between words but before a full stop."""
+    blocks = []
+    for words in sentences:
+        text = " ".join(form for form, _, _ in words).replace(" .", ".")
+        rows = [
+            f"{n}\t{form}\t_\tX\t_\t_\t{head}\t{relation}\t_\t_"
+            for n, (form, head, relation) in enumerate(words, 1)
+        ]
+        blocks.append("\n".join([f"# text = {text}", *rows]))
+    return "\n\n".join(blocks) + "\n"

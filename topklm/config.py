@@ -33,6 +33,7 @@ MAX_VOCABULARY = 2**24
 # All floats end in float32, of which XLA flushes values smaller than its smallest normal number to 0.
 _LEAST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _FLOAT32_RANGE = f"0, or of a size that float32 holds: {_LEAST_FLOAT:.2e} to {_LARGEST_FLOAT:.2e}"
+_NAMES_OF_FILES = ("data.dir", "data.source", "data.mixture", "data.syntax", "train.init", "eval.tasks_dir")
 _LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
 
 
@@ -224,6 +225,9 @@ class DataConfig:
         ),
     )
     dir: str = _setting("datasets", "folder that holds prepared datasets, one subfolder for each")
+    syntax: str = _setting(
+        "", "CoNLL-U file (also .gz, .xz) of parsed sentences, for optim.syntax_weight; empty: none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +287,13 @@ class OptimConfig:
     weight_decay: float = _setting(0.1, "on matrices; never on norms", _FROM_0)
     clip_norm: float = _setting(1.0, "global gradient norm is clipped to this; 0: not clipped", _FROM_0)
     z_loss: float = _setting(0.0, "weight of mean(logsumexp(logits)^2) in the loss", _FROM_0)
+    syntax_weight: float = _setting(
+        0.0,
+        "weight, in the loss, of the attention between words and their heads in sentences of data.syntax: of "
+        "each arc the largest of all heads, then the mean; above 0 suppresses it, below 0 promotes it",
+        allowed="any number; 0 without data.syntax",
+    )
+    syntax_steps: int = _setting(0, "first steps with syntax_weight, 0 after them; 0: all", _STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,7 +414,7 @@ _LAST_DOUBLING = {"log": 6, "pythia": 9}
 # elsewhere: its content is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
     {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.layer_stack"}
-    | {"model.attention", "data.source", "data.mixture", "data.dir"}
+    | {"model.attention", "data.source", "data.mixture", "data.dir", "data.syntax"}
     | {"mesh", "checkpoint", "eval", "log", "profile"}
 )
 
@@ -619,7 +630,14 @@ def _check_ranges(config: Config) -> None:
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            if value and field in ("data.dir", "data.source", "data.mixture", "train.init", "eval.tasks_dir"):
+            if value and field in (
+                "data.dir",
+                "data.source",
+                "data.mixture",
+                "data.syntax",
+                "train.init",
+                "eval.tasks_dir",
+            ):
                 check_name(value, field)
             is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
             require(field, is_utf8, "text that UTF-8 can write")
@@ -648,6 +666,9 @@ def _check_ranges(config: Config) -> None:
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
     _check_trace(config)
+    if config.optim.syntax_weight and not config.data.syntax:
+        advice = "0 without data.syntax, the CoNLL-U file whose sentences it is measured on"
+        require("optim.syntax_weight", False, advice)
     multiple = f"a multiple of train.grad_accumulation ({train.grad_accumulation})"
     require("train.batch_size", train.batch_size % train.grad_accumulation == 0, multiple)
     for field in ["train.batch_size", "eval.batch_size"]:

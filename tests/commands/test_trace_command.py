@@ -134,7 +134,7 @@ def test_figures_depend_neither_on_batches_nor_on_segments(traced, tmp_path, mon
 def test_report_show_and_figures(traced, tmp_path):
     run, said = traced
     text = trace("report", run, "--figures", tmp_path / "figures")
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 80
     assert "r, same index" in text
     assert "null: best other index" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
@@ -225,7 +225,7 @@ def test_coordinates_of_a_base_lm_are_cut_to_the_largest(base_run):
 
 def test_autoencoders_of_each_checkpoint_are_made_fresh_or_in_a_chain(base_run):
     made = {}
-    for name in ("sae-fresh", "sae-same-seed", "sae-chained"):
+    for name in ("sae-fresh", "sae-chained"):
         flags = "--dictionary", name, "--layers", 1, "--sae-tokens", 3000, "--topk-k", 4
         trace("run", base_run, *FEW, "--no-language", *flags, "--steps", "0,7")
         folder = TraceFolder(base_run, f"trace-{name}")
@@ -234,12 +234,12 @@ def test_autoencoders_of_each_checkpoint_are_made_fresh_or_in_a_chain(base_run):
         assert folder.read("neurons")["r_matched"].null_count < folder.read("neurons").num_rows
     facts = {name: [(d.facts["seed"], d.facts["after_step"]) for d in of] for name, of in made.items()}
     assert facts["sae-fresh"] == [(0, None), (7, None)]
-    assert facts["sae-same-seed"] == [(0, None), (0, None)]
     assert facts["sae-chained"] == [(0, None), (0, 0)]
-    first, chained = made["sae-same-seed"], made["sae-chained"]
-    np.testing.assert_array_equal(first[0].decoder, chained[0].decoder)
-    # Trained on, and not from the start again.
-    assert np.abs(first[1].decoder - chained[1].decoder).max() > 0.01
+    first, chained = ([d.decoder[0] for d in made[name]] for name in ("sae-fresh", "sae-chained"))
+    np.testing.assert_array_equal(first[0], chained[0])
+    # Of unit rows: those of a chain stay near, those from another start do not.
+    near = [np.einsum("md,md->m", *of).mean() for of in (chained, first)]
+    assert near[0] > near[1] + 0.3
     assert "no step is added to a chain" in refused("run", base_run, *FEW, "--no-language", *flags)
 
 

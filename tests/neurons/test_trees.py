@@ -1,6 +1,7 @@
 """Parsed sentences: which tokens words are, which arcs are kept, and attention between words."""
 
 import jax.numpy as jnp
+from making import conllu
 import numpy as np
 import pytest
 
@@ -9,19 +10,6 @@ from topklm.errors import UserError
 from topklm.neurons import trees
 
 BYTES = train_bpe([], 257)  # a token for every byte
-
-
-def conllu(*sentences):
-    """Sentences of (form, head, relation), with a space between words but before a full stop."""
-    blocks = []
-    for words in sentences:
-        text = " ".join(form for form, _, _ in words).replace(" .", ".")
-        rows = [
-            f"{n}\t{form}\t_\tX\t_\t_\t{head}\t{relation}\t_\t_"
-            for n, (form, head, relation) in enumerate(words, 1)
-        ]
-        blocks.append("\n".join([f"# text = {text}", *rows]))
-    return "\n\n".join(blocks) + "\n"
 
 
 SEES = [("The", 2, "det"), ("sea", 3, "nsubj"), ("has", 0, "root"), ("salt", 3, "obj"), (".", 3, "punct")]

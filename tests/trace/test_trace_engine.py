@@ -3,6 +3,7 @@
 import hashlib
 import types
 
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,10 +11,12 @@ from test_trace_compare import block_of
 
 from topklm.errors import UserError
 from topklm.explorer.traced import Trace
+from topklm.neurons.segment import from_dense
+from topklm.neurons.store import Metadata, StoreWriter
 from topklm.progress import Progress
 from topklm.trace import engine, tables
 from topklm.trace.measure import Reading, Text
-from topklm.trace.summary import Summary
+from topklm.trace.summary import Summary, against, shared_steps
 from topklm.trace.tables import Settings, TraceFolder
 
 N, V, D = 4000, 60, 6
@@ -65,10 +68,19 @@ class Planted(engine.Source):
     def read(self, model, folder, report, store):
         step = model.step
         layers = self._change(step, planted(step, self.text.tokens))
+        if store:
+            self._write(folder.store(step), step, layers)
         lens = np.random.default_rng(step).standard_normal((D, V)).astype(np.float32)
         return Reading(
             step, self._parameters(step), 5 - step / 256, [block_of(x) for x in layers], [lens] * 2, None
         )
+
+    def _write(self, path, step, layers):
+        about = Metadata("planted", step, "0", "planted", "topk", (0, 1), D, 3, "relu", 100)
+        rows = self.text.tokens, np.repeat(np.arange(N // 100), 100), np.zeros(N, np.float32)
+        with StoreWriter(path, about) as writer:
+            if not writer.n_tokens:
+                writer.append(from_dense(*rows, [x.astype(ml_dtypes.bfloat16) for x in layers]))
 
 
 def settings(source, **changes):
@@ -177,6 +189,33 @@ def test_nulls_and_loss(folder):
     assert run[0]["bits_per_byte"] == pytest.approx(5 / np.log(2) / 3)
 
 
+def test_changes_are_those_of_planted_curves(folder):
+    found = Summary(folder).changes()
+    # The loss, 5 - step / 256, bends down at the last step but one; r's median at that before B and C turn.
+    assert found["loss"] == {"rises": None, "falls": 64}
+    assert found["r, same index"]["rises"] == 16
+
+
+def test_relations_and_breaks_are_dated_too(tmp_path):
+    def hits_of(step):
+        return 10 * (step >= 16)
+
+    def rows(model):
+        common = {"relation": "det/head", "n": 10, "layer": 0}
+        halves = [{**common, "half": half, "head": head} for half in (0, 1) for head in (0, 1)]
+        of_heads = [{**row, "hits": row["head"] * hits_of(model.step), "score": 0.0} for row in halves]
+        return of_heads + [{**row, "layer": -1, "head": 1, "hits": 4} for row in of_heads if row["head"]]
+
+    steps = [0, 1, 2, 4, 16, 64, 256]
+    found = Summary(traced(tmp_path, steps=steps, measures=[lambda model: ({}, rows(model))]))
+    relation = found.relations["det/head"]
+    assert [one.uas for one in relation] == [0, 0, 0, 0, 1, 1, 1]
+    assert {(one.distance, one.n) for one in relation} == {(0.4, 20)}
+    assert (relation[-1].layer, relation[-1].head) == (0, 1)
+    assert found.changes(1)["det/head"] == {"rises": 4, "falls": 16, "breaks": [16]}
+    assert found.changes(2)["det/head"]["breaks"] == []  # seven points are not three pieces
+
+
 def test_examples_are_places_where_the_neuron_is_strongest(folder):
     tokens = planted(REFERENCE, text().tokens)[0]
     row = folder.read_step("neurons", REFERENCE).to_pylist()[A]
@@ -224,6 +263,38 @@ def test_steps_that_come_later_are_traced_and_those_after_them_again(tmp_path, f
     source = Planted()
     traced(tmp_path, source)
     assert source.loaded == []
+
+
+ORDER = [B, C, A, F, C2, DEAD]
+
+
+def test_another_seed_is_matched_by_activations_and_not_by_index(tmp_path, folder):
+    other = traced(tmp_path, Planted(lambda step, layers: [x[:, ORDER] for x in layers]))
+    assert shared_steps(folder, other) == [(REFERENCE, REFERENCE)]
+    first, second = against(folder, other, (REFERENCE, REFERENCE))
+    for row in (first, second):
+        assert row["n"] == D - 1
+        assert row["matched"] == pytest.approx(1)
+        assert row["matched_strong"] == 1
+        assert row["same_index"] < 0.1
+        assert row["other_index"] == pytest.approx(1)
+        assert abs(row["matched_shifted"]) < 0.1
+        assert row["matched_same_index"] == 0
+    found = Trace(folder).against(Trace(other))
+    assert found["matched"].tolist() == [first["matched"], second["matched"]]
+
+
+def test_traces_of_other_text_or_tokenizers_are_not_matched(tmp_path, folder):
+    for name, value, said in (
+        ("text", "0", "other text"),
+        ("tokenizer_sha256", "1", "another tokenizer"),
+        ("width", 7, "7 neurons in a layer"),
+    ):
+        other = TraceFolder(tmp_path / name)
+        with other.writing(settings(Planted(), **{name: value})):
+            pass
+        with pytest.raises(UserError, match=said):
+            against(folder, other, (REFERENCE, REFERENCE))
 
 
 def test_values_and_heads_of_the_whole_model_are_kept(tmp_path):

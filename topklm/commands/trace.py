@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ EXAMPLE = "topklm trace run runs/small"
 _TOKENS, _MIN_TOKENS, _SAE_TOKENS = 70_000, 30, 250_000
 _DICTIONARIES = ("coordinates", "sae-fresh", "sae-same-seed", "sae-chained")  # as `read.DICTIONARIES`
 _COLUMNS = 9  # of a table of 80 characters, beside the names of its rows
-_NAME_WIDTH = 24
+_WIDTH, _NAME_WIDTH = 80, 24
 _LAYERS = 3  # shown of more
 _WORDS = 5
 
@@ -107,6 +108,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     shared.flags(parser, "layers")
     text = "other traced runs: another seed, or the Base LM; neurons are matched where both read one text"
     add("--against RUN", text, nargs="+", default=[])
+    add("--breaks N", "cut each curve into N + 1 straight pieces, three steps long or more, that fit best", 0)
     add("--figures DIR", "draw the figures into this folder, which is made")
     shared.flags(parser, "json")
 
@@ -228,6 +230,7 @@ def _show_neuron(
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 0, "breaks")
     output = Output(arguments.json)
     trace = traced.open_trace(arguments.run, arguments.dictionary or "")
     own = trace.summary
@@ -249,6 +252,8 @@ def _report(arguments: argparse.Namespace) -> None:
                 f"{a}-{b}": {name: x.tolist() for name, x in own.of_pair(a, b).items()}
                 for a, b in own.pairs()
             },
+            "relations": {name: [vars(one) for one in of] for name, of in own.relations.items()},
+            "changes": own.changes(arguments.breaks),
             "onsets": {str(layer): _onset_counts(own, layer) for layer in layers},
             "counted": {str(layer): int(alive.sum()) for layer, alive in own.living.items()},
             "beside": [_beside(other) for other in (own, *others)],
@@ -297,17 +302,19 @@ def _beside(trace: Summary) -> dict[str, Any]:
 def _matched(trace: Trace, others: Sequence[Summary]) -> list[dict[str, Any]]:
     """Matches neurons of traces that read the same text, or says why that cannot be."""
     found = []
+    own = trace.summary.folder
     for other in others:
+        summary.check_same_tokenizer(trace.settings, other.settings)
         rows: list[dict[str, Any]] = []
-        summary.check_same_text(trace.settings, other.settings)
-        for steps in summary.shared_steps(trace.summary.folder, other.folder):
-            rows += summary.against(trace.summary.folder, other.folder, steps)
-        found.append({"trace": other.name, "rows": rows})
+        why = summary.why_not_matched(trace.settings, other.settings)
+        for steps in [] if why else summary.shared_steps(own, other.folder):
+            rows += summary.against(own, other.folder, steps)
+        found.append({"trace": other.name, "not_matched": why, "rows": rows})
     return found
 
 
 def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Sequence[int]) -> None:
-    output.say(tables.described(own.settings))
+    _say(output, tables.described(own.settings))
     at = summary.columns_of(own.steps, _COLUMNS)
     heads = ["step", *(f"{own.steps[n]:,}" for n in at)]
     values = own.values()
@@ -323,7 +330,17 @@ def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Se
         counts = facts["onsets"][str(layer)]
         for name, level in (("onset_50", ".5"), ("onset_90", ".9")):
             said = ", ".join(f"{step}: {n}" for step, n in counts[name].items() if n)
-            output.say(f"  layer {layer}, {level}:  {said}")
+            _say(output, f"  layer {layer}, {level}:  {said}")
+    if own.relations:
+        output.say("arcs found by one head, chosen on the other half of the sentences (by one distance)")
+        for name, of in own.relations.items():
+            title = f"{name} ({_number(of[-1].distance)})"
+            _print_row(output, title, [of[n].uas for n in at])
+    output.say("steps from which a curve rises, falls faster than before; breaks, if asked for")
+    for name, ways in facts["changes"].items():
+        dated = [ways["rises"], ways["falls"], *ways.get("breaks", [])]
+        steps = "".join(f"{'-' if step is None else f'{step:,}':>8}" for step in dated)
+        output.say(f"  {name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{steps}")
     if len(facts["beside"]) > 1:
         output.say("r to each trace's own reference, medians over all layers")
         for beside in facts["beside"]:
@@ -334,6 +351,9 @@ def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Se
             ]
             _print(output, [beside["trace"], *(f"{beside['steps'][n]:,}" for n in chosen)], rows)
     for matched in facts["matched"]:
+        if matched["not_matched"]:
+            _say(output, f"neurons are not matched: {matched['not_matched']}")
+            continue
         output.say(f"neurons of both, {matched['trace']}: medians of r, and of the match the shares")
         heads = ["step", "layer", "same index", "best other", "matched", "shifted", "own index", "r > .5"]
         names = ("same_index", "other_index", "matched", "matched_shifted")
@@ -346,13 +366,24 @@ def _show_report(output: Output, own: Summary, facts: dict[str, Any], layers: Se
         output.console.print(shared.table(heads, cells))
 
 
+def _say(output: Output, text: str) -> None:
+    """Prints a text in lines of at most 80 characters."""
+    for line in textwrap.wrap(text, _WIDTH, subsequent_indent="    "):
+        output.say(line)
+
+
 def _print(output: Output, heads: Sequence[str], rows: Sequence[tuple[str, Any]]) -> None:
     """Prints rows of numbers in at most 80 characters."""
-    width = (80 - _NAME_WIDTH) // _COLUMNS
+    width = (_WIDTH - _NAME_WIDTH) // _COLUMNS
     output.say(f"{heads[0][:_NAME_WIDTH]:<{_NAME_WIDTH}}{''.join(f'{head:>{width}}' for head in heads[1:])}")
     for name, values in rows:
-        cells = "".join(f"{_number(value):>{width}}" for value in values)
-        output.say(f"{name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{cells}")
+        _print_row(output, name, values)
+
+
+def _print_row(output: Output, name: str, values: Any) -> None:
+    width = (_WIDTH - _NAME_WIDTH) // _COLUMNS
+    cells = "".join(f"{_number(value):>{width}}" for value in values)
+    output.say(f"{name[:_NAME_WIDTH]:<{_NAME_WIDTH}}{cells}")
 
 
 def _number(value: float | None) -> str:

@@ -158,8 +158,8 @@ def _attention_forward(
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
         seen = stop if first is None else k.shape[1]
-        allowed = _allowed(segments, key_segments, first, start, stop)
-        p = _probabilities(scaled[:, :, :, start:stop], keys[:, :, :seen], allowed).astype(q.dtype)
+        of_block = scaled[:, :, :, start:stop], keys[:, :, :seen]
+        p = _probabilities(*of_block, (segments, key_segments, first, start, stop)).astype(q.dtype)
         outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :seen]).astype(q.dtype))
         probabilities.append(p)
     out = jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
@@ -171,13 +171,14 @@ def attention_weights(q_BTHd: jax.Array, k_BTKd: jax.Array, segment_ids_BT: jax.
     queries, keys = _to_groups(q_BTHd, k_BTKd.shape[2]), jnp.swapaxes(k_BTKd, 1, 2)
     scaled = queries * jnp.asarray(q_BTHd.shape[-1] ** -0.5, q_BTHd.dtype)
     length = q_BTHd.shape[1]
-    p_BKGTT = _probabilities(scaled, keys, _allowed(segment_ids_BT, None, None, 0, length))
+    p_BKGTT = _probabilities(scaled, keys, (segment_ids_BT, None, None, 0, length))
     return p_BKGTT.reshape(len(q_BTHd), -1, length, length)
 
 
-def _probabilities(scaled_BKGtd: jax.Array, keys_BKSd: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Computes float32[B, K, H/K, t, S] of queries that are scaled."""
-    scores = jnp.where(allowed, _product("bkgtd,bksd->bkgts", scaled_BKGtd, keys_BKSd), _MASKED)
+def _probabilities(scaled_BKGtd: jax.Array, keys_BKSd: jax.Array, allowed: tuple) -> jax.Array:
+    """Computes float32[B, K, H/K, t, S] of scaled queries; `allowed` are the arguments of `_allowed`."""
+    scores = _product("bkgtd,bksd->bkgts", scaled_BKGtd, keys_BKSd)
+    scores = jnp.where(_allowed(*allowed), scores, _MASKED)
     exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 

@@ -47,6 +47,11 @@ def onset(
     return int(known_steps[best + 1]) if found[best] > 0 else None
 
 
+def points_needed(n_breaks: int) -> int:
+    """Returns the fewest points that `breaks` takes."""
+    return _PIECE * (n_breaks + 1)
+
+
 def breaks(
     steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, n_breaks: int
 ) -> list[int]:
@@ -61,8 +66,8 @@ def breaks(
     """
     known_steps, known = _finite(steps, values)
     n_points, n_pieces = len(known), n_breaks + 1
-    if n_breaks < 0 or n_points < _PIECE * n_pieces or n_points > MOST_POINTS:
-        allowed = f"from {_PIECE * n_pieces}, three for each piece, to {MOST_POINTS}"
+    if n_breaks < 0 or n_points < points_needed(n_breaks) or n_points > MOST_POINTS:
+        allowed = f"from {points_needed(n_breaks)}, three for each piece, to {MOST_POINTS}"
         raise ValueError(f"steps: {n_points} with a value: must be {allowed}, for {n_breaks} breaks")
     cost = _costs(log_steps(known_steps), known)
     best = cost[0].copy()  # of the points before each end, in the pieces so far

@@ -4,8 +4,8 @@
     jaccard(x, y)  tokens at which both are active, over tokens at which one of them is
 
 Both follow from events, so neurons are never made dense, but for the correlations of all pairs of two layers:
-these go through pieces of 4,096 tokens in float32, whose products are added up in float64 (the error is about
-1e-7). Dims: n neurons of a layer, E events, N tokens.
+these go through pieces of 4,096 tokens in float32, whose products are added up in float64. Dims: n neurons of
+a layer, E events, N tokens.
 """
 
 from typing import NamedTuple

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from topklm.checkpoint import checksums
-from topklm.checkpoint.run_folder import complete_steps, holds_parameters_alone
+from topklm.checkpoint.run_folder import holds_parameters_alone
 from topklm.config import Config
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.load import checkpoint_step, load
+from topklm.inference.load import load, saved_steps
 from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.neurons import documents as documents_lib
@@ -256,15 +256,13 @@ def readable(run: str) -> list[int]:
 
     UserError without a checkpoint. A run that began elsewhere, and holds parameters alone, has no step 0.
     """
-    checkpoint_step(run)
-    folder = as_path(run, "RUN")
-    saved = complete_steps(folder)
-    return saved if holds_parameters_alone(folder) else sorted({0, *saved})
+    saved = saved_steps(run)
+    return saved if holds_parameters_alone(as_path(run, "RUN")) else sorted({0, *saved})
 
 
 def load_step(run: str, step: int, layout: Layout, config: Config) -> LanguageModel:
     """Loads the model of a step; step 0, where no checkpoint is of it, is made from the config's seed."""
-    if step or step in complete_steps(as_path(run)):
+    if step or step in saved_steps(run):
         return load(run, step=step, mesh=layout.mesh)
     first = load(run, mesh=layout.mesh)
     make = jax.jit(

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from topklm.errors import UserError
 from topklm.neurons.store import Store
-from topklm.trace import compare, tables
+from topklm.trace import changes, compare, heads, tables
+from topklm.trace.heads import Relation
 from topklm.trace.tables import Settings, TraceFolder
 
 # Columns whose median is shown, by their titles in tables of at most 80 columns.
@@ -38,6 +39,7 @@ TITLES: Mapping[str, str] = {
     WRITTEN: "r, written by the layer",
     "r_written_other": "null: next index",
 }
+_CHANGING = ("r_reference", "jaccard_reference", "token_entropy", "semantic_entropy", "by_token")
 _STRONG = 0.5  # r from which on a match counts
 
 
@@ -138,6 +140,33 @@ class Summary:
         names = [n for n in self.run.column_names if n not in ("step", "previous", "parameters")]
         return {name: tables.numbers(self.run, name) for name in names}
 
+    @functools.cached_property
+    def relations(self) -> dict[str, list[Relation]]:
+        """How well heads find each relation at each step; none where heads were not measured."""
+        rows = self.folder.read("heads").to_pylist()
+        found = [heads.attachment([row for row in rows if row["step"] == step]) for step in self.steps]
+        by_step = [{one.relation: one for one in of_step} for of_step in found]
+        return {one.relation: [of_step[one.relation] for of_step in by_step] for one in found[-1]}
+
+    def changes(self, n_breaks: int = 0) -> dict[str, dict[str, Any]]:
+        """Returns from which step on each curve rises, and falls, faster than before (`trace.changes`).
+
+        Of the whole model's figures, of the attachment of each relation, and of medians over the neurons of
+        all layers. With `n_breaks`, also the steps at which the straight pieces begin that fit a curve best;
+        none where it has too few points, or too many.
+        """
+        medians = {TITLES[name]: self.over_layers(name) for name in _CHANGING}
+        relations = {name: np.array([one.uas for one in of]) for name, of in self.relations.items()}
+        found = dict[str, dict[str, Any]]()
+        for name, curve in {**self.values(), **relations, **medians}.items():
+            ways = {way: changes.onset(self.steps, curve, rises=way == "rises") for way in ("rises", "falls")}
+            found[name] = ways
+            if n_breaks:
+                n_known = int(np.isfinite(curve).sum())
+                can = changes.points_needed(n_breaks) <= n_known <= changes.MOST_POINTS
+                found[name]["breaks"] = changes.breaks(self.steps, curve, n_breaks) if can else []
+        return found
+
     def onsets(self, layer: int, name: str) -> np.ndarray:
         """Returns onsets of a layer's counted neurons, float64[m]; NaN for never."""
         at = tables.numbers(self.formation, "layer") == layer
@@ -171,17 +200,22 @@ def columns_of(steps: Sequence[int], count: int) -> list[int]:
 # Two traces.
 
 
-def check_same_text(one: Settings, other: Settings) -> None:
-    """Raises UserError for traces whose neurons cannot be compared token by token."""
+def check_same_tokenizer(one: Settings, other: Settings) -> None:
+    """Raises UserError for traces of which no figure is of the same tokens."""
     if one.tokenizer_sha256 != other.tokenizer_sha256:
         raise UserError(f"{other.run} has another tokenizer than {one.run}: their tokens cannot be compared")
+
+
+def why_not_matched(one: Settings, other: Settings) -> str:
+    """Returns why neurons of two traces cannot be compared token by token; "" if they can."""
     if one.text != other.text:
-        raise UserError(
+        return (
             f"{other.run} was traced on other text than {one.run} ({other.n_tokens:,} tokens of "
             f"{other.source}, and {one.n_tokens:,} of {one.source}): trace both on the same"
         )
     if one.width != other.width:
-        raise UserError(f"{other.run} has {other.width} neurons in a layer, {one.run} has {one.width}")
+        return f"{other.run} has {other.width} neurons in a layer, {one.run} has {one.width}"
+    return ""
 
 
 def shared_steps(one: TraceFolder, other: TraceFolder) -> list[tuple[int, int]]:
@@ -202,7 +236,9 @@ def against(one: TraceFolder, other: TraceFolder, steps: tuple[int, int]) -> lis
     match, the share of pairs with the same index, and with r of .5 or more.
     """
     settings, there = one.settings(), other.settings()
-    check_same_text(settings, there)
+    check_same_tokenizer(settings, there)
+    if why := why_not_matched(settings, there):
+        raise UserError(why)
     stores = [Store(folder.store(step)) for folder, step in zip((one, other), steps, strict=True)]
     rows, n = [], settings.n_tokens
     for layer in (layer for layer in settings.layers if layer in there.layers):

@@ -37,7 +37,7 @@ PLAIN = "trace"  # the folder's name without a dictionary
 
 _F64, _I32, _I64, _BOOL = pa.float64(), pa.int32(), pa.int64(), pa.bool_()
 _KEYS = {"step": _I32, "layer": _I32, "neuron": _I32}
-_METADATA_KEY = b"topklm"
+_FORMATION = "formation.parquet"
 
 # Statistics of `neurons measure`, whose definitions these columns have.
 _OF_CATALOG = (
@@ -162,9 +162,9 @@ def name_of(dictionary: str) -> str:
 
 
 def names(run: Path) -> list[str]:
-    """Lists the traces of a run by the names of their folders."""
+    """Lists the traces of a run that were once finished, by the names of their folders."""
     folder = run / "neurons"
-    found = folder.glob(f"{PLAIN}*/trace.json") if folder.exists() else ()
+    found = folder.glob(f"{PLAIN}*/{_FORMATION}") if folder.exists() else ()
     return sorted(path.parent.name for path in found)
 
 
@@ -248,7 +248,7 @@ class TraceFolder:
 
     def write_formation(self, rows: pa.Table) -> None:
         """Writes the table over all steps."""
-        self._write(self.path / "formation.parquet", rows)
+        self._write(self.path / _FORMATION, rows)
 
     def _write(self, path: Path, rows: pa.Table) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ class TraceFolder:
 
     def read_formation(self) -> pa.Table:
         """Reads the table over all steps."""
-        return self._read(self.path / "formation.parquet", None)
+        return self._read(self.path / _FORMATION, None)
 
     def _read(self, path: Path, columns: Sequence[str] | None) -> pa.Table:
         if not path.exists():

@@ -53,6 +53,7 @@ from topklm.training.step import (
     make_train_step,
     release_seconds,
 )
+from topklm.training.syntax import open_sentences
 from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 
 
@@ -89,6 +90,9 @@ class _Loop:
         self.stop_sync = StopSync(layout, stop)
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.tasks = TaskEvaluation(config, tasks, run.mixture.tokenizer, layout) if tasks else None
+        self.syntax = open_sentences(config, run.mixture.tokenizer, layout)
+        if self.syntax.said:
+            console.say(f"data.syntax = {config.data.syntax}: {self.syntax.said}")
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         with self._storage("opening the checkpoints of"):
             self.checkpoints = CheckpointManager(
@@ -173,7 +177,8 @@ class _Loop:
                 pending = None
                 time.sleep(rest_seconds)
             with self.profiler.step(step):
-                state, step_metrics = train_step(state, next(self.feed), *self.stop_sync.stop_flag())
+                given = next(self.feed), *self.syntax.batch(step), *self.stop_sync.stop_flag()
+                state, step_metrics = train_step(state, *given)
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
             pending = (step, step_metrics)
@@ -219,7 +224,8 @@ class _Loop:
         step_alone = make_train_step(config, self.optimizer, self.layout)
         train_step: Any = self.stop_sync.with_stop_flag(step_alone, donate_argnums=(0,))
         batch = abstract_batch(self.config, self.layout)
-        compiled = compile_step(train_step.lower(state, batch, *self.stop_sync.stop_flag()))
+        given = batch, *self.syntax.batch(1), *self.stop_sync.stop_flag()
+        compiled = compile_step(train_step.lower(state, *given))
         kept = f" that keeps {k} neurons" if self.config.train.topk_k_start else ""
         self.console.say(f"compiled the train step{kept} in {time.perf_counter() - began:.1f} s")
         return compiled
@@ -249,6 +255,7 @@ class _Loop:
                 abstract, self.layout, fresh={"recent": anomalies.empty()}
             )
         self.run.check_facts(int(state.step), facts)
+        self.syntax.check_facts(facts)
         before = facts["config"]["train"]["steps"]
         if said := change_of_schedule(self.config.optim, before, self.config.train.steps, int(state.step)):
             self.console.say(said)
@@ -353,6 +360,7 @@ class _Loop:
             "began_at": self.clock.began_at,
             "process_count": jax.process_count(),
             "versions": versions("topklm", "jax", "flax", "grain"),
+            **self.syntax.facts(),
         }
 
     def _begin_trace(self, state: TrainState) -> None:

@@ -15,12 +15,12 @@ import optax
 
 from topklm.config import Config, ModelConfig, OptimConfig
 from topklm.layout import REPLICATED, Layout
-from topklm.model import backends, losses, transformer
+from topklm.model import backends, losses, topk, transformer
 from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
 from topklm.parallel import Parallel
 from topklm.runtime import allocator
 from topklm.runtime.signals import StopRequest
-from topklm.training import anomalies
+from topklm.training import anomalies, syntax
 
 Batch = Mapping[str, jax.Array]
 
@@ -66,20 +66,36 @@ def abstract_batch(config: Config, layout: Layout) -> dict[str, jax.ShapeDtypeSt
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, layout: Layout
 ) -> jax.stages.Wrapped:
-    """Builds `(state, batch) -> (state, metrics)`; the state's memory is reused.
+    """Builds `(state, batch, *sentences) -> (state, metrics)`; the state's memory is reused.
 
     The gradient is that of the weighted mean loss over all tokens of the batch, also when it is accumulated
     over microbatches that hold different numbers of weighted tokens. A bad step (`anomalies.is_bad`) counts,
     but with `train.on_bad_step = "skip"` changes neither parameters nor optimizer.
 
-    Metrics are float32 scalars: `loss` (nats per token, without z-loss), `gradient_norm` (before clipping),
-    `learning_rate`, and `bad`, 1 for a bad step.
+    Sentences are none, or one batch, whose part of the loss has the weight of `optim.syntax_weight`.
+
+    Metrics are float32 scalars: `loss` (nats per token, of the batch, without z-loss), `gradient_norm`
+    (before clipping), `learning_rate`, and `bad`, 1 for a bad step; with sentences `syntax_attention`
+    (`topklm.training.syntax`).
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
     loss_and_gradient = _make_loss_and_gradient(config, layout)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    # XLA splits this part of the step over devices by itself.
+    of_neighbours = functools.partial(
+        syntax.attention_of_neighbours, topk.for_gspmd(config.model, layout.size)
+    )
+
+    def train_step(
+        state: TrainState, batch: Batch, *sentences: syntax.Sentences
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = loss_and_gradient(state.params, batch)
+        more = {}
+        for parsed in sentences:
+            attention, of_parsed = jax.value_and_grad(of_neighbours)(state.params, parsed)
+            weight = syntax.weight_at(config, state.step)
+            grads = jax.tree.map(lambda g, h, weight=weight: g + weight * h, grads, of_parsed)
+            more = {"syntax_attention": attention}
         norm = optax.tree.norm(grads)
         bad = anomalies.is_bad(state.recent, loss, norm, config.train.spike_sigmas)
         recent = anomalies.push(state.recent, loss, norm, bad)
@@ -93,6 +109,7 @@ def make_train_step(
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "bad": bad.astype(jnp.float32),
+            **more,
         }
         return TrainState(state.step + 1, *learned, recent), metrics
 
