@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from topklm.config import resolve
 from topklm.trace import changes
 
 STEPS = [0, *(2**n for n in range(11))]
@@ -26,6 +27,17 @@ def test_steps_need_not_be_even():
     x = np.log2(1 + np.array(steps))
     assert np.allclose(changes.acceleration(steps, 3 * x + 1), 0)
     assert np.allclose(changes.acceleration(steps, x**2), 2)
+
+
+def test_steps_close_together_do_not_magnify_noise():
+    steps = resolve({"checkpoint": {"trace": "log"}, "train": {"steps": 1300}}).traced_steps
+    assert changes.log_spaced(steps) == steps
+    more = sorted([*steps, 1200, 1250])
+    assert changes.log_spaced(more) == steps
+    values = np.maximum(changes.log_steps(more) - np.log2(65), 0)
+    values[more.index(1250)] += 0.05
+    assert changes.acceleration(more, values).argmax() + 1 != more.index(64)
+    assert changes.onset(more, values) == 64
 
 
 def test_values_that_are_not_finite_are_left_out():

@@ -11,7 +11,7 @@ from topklm.imports import when_used
 from topklm.storage.files import local_path
 
 with when_used():
-    from topklm.trace import language, read
+    from topklm.trace import changes, language, read
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
@@ -48,7 +48,7 @@ def chosen_steps(arguments: argparse.Namespace) -> list[int]:
     """Returns the steps that are asked for, rising; UserError if they are not there."""
     saved = read.readable(arguments.run)
     if arguments.steps in ("all", "log"):
-        return saved if arguments.steps == "all" else read.log_spaced(saved)
+        return saved if arguments.steps == "all" else changes.log_spaced(saved)
     parts = [part.strip() for part in arguments.steps.split(",")]
     if not all(re.fullmatch(r"\d{1,12}", part) for part in parts):
         raise shared.wrong(arguments, "steps", allowed="all, log, or numbers with commas between")

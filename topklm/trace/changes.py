@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_POINTS = 30  # of the exact search for several breaks, whose time is the cube of them
+_FACTOR = 1.4  # a little less than sqrt 2: `checkpoint.trace = "log"` rounds its steps
 _PIECE = 3  # points that a piece has at least: a line through two always fits
+
+
+def log_spaced(steps: Sequence[int]) -> list[int]:
+    """Chooses from rising steps: the first, the last, and between them those about sqrt 2 apart."""
+    chosen = list(steps[:1])
+    for step in steps[1:-1]:
+        if step >= max(chosen[-1] * _FACTOR, chosen[-1] + 1):
+            chosen.append(step)
+    return [*chosen, *(steps[-1:] if len(steps) > 1 else [])]
 
 
 def log_steps(steps: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -37,9 +47,13 @@ def onset(
     """Returns the step from which values rise, or fall, faster than before: the largest acceleration.
 
     The rule by which Chen et al. 2023 (arXiv 2309.07311) date an onset. Values that are not finite are left
-    out; None where fewer than three are left, or no acceleration has this sign. The first of equal ones.
+    out, and those of steps that `log_spaced` leaves out, whose small distance would magnify noise; None where
+    fewer than three are left, or no acceleration has this sign. The first of equal ones.
     """
+    log_steps(steps)  # refuses those that do not rise
     known_steps, known = _finite(steps, values)
+    chosen = np.isin(known_steps, log_spaced(known_steps.tolist()))
+    known_steps, known = known_steps[chosen], known[chosen]
     if len(known) < 3:
         return None
     found = acceleration(known_steps, known if rises else -known)

@@ -48,18 +48,6 @@ DICTIONARIES = {
 
 _AFTER = "after_step"  # of an autoencoder's facts: the step from whose it was trained on
 
-# Chosen for --steps log: each is at least this many times the one before.
-_FACTOR = 2**0.5 - 1e-9
-
-
-def log_spaced(steps: Sequence[int]) -> list[int]:
-    """Chooses from rising steps: the first, the last, and between them those sqrt 2 apart or more."""
-    chosen = list(steps[:1])
-    for step in steps[1:-1]:
-        if step >= max(chosen[-1] * _FACTOR, chosen[-1] + 1):
-            chosen.append(step)
-    return [*chosen, *(steps[-1:] if len(steps) > 1 else [])]
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
