@@ -5,7 +5,15 @@ import resource
 import shutil
 import signal
 
-from helpers import STEPS, assert_one_line_error, assert_same_bits, devices, final_arrays, metrics
+from helpers import (
+    STEPS,
+    assert_one_line_error,
+    assert_same_bits,
+    devices,
+    final_arrays,
+    in_this_process,
+    metrics,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +116,12 @@ def test_load_prefers_the_checkpoint_and_lists_both(traced_run):
     assert steps == sorted(set(steps))
     with pytest.raises(UserError, match=r"step = 3: .* has checkpoints 0, 1, 4, 5"):
         load(traced_run, step=3)
+
+
+def test_show_lists_the_trace(traced_run):
+    ended = in_this_process("show", traced_run)
+    assert ended.exit_code == 0, ended.errors
+    assert "\ntrace: 0, 1, 4, 16, 24 (5)\n" in ended.output
 
 
 def test_the_newest_is_a_checkpoint_even_where_the_trace_is_ahead(tmp_path):

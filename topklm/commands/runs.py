@@ -68,6 +68,7 @@ class FoundRun:
     config: Config | None
     lines: list[dict[str, Any]]  # of its metrics
     checkpoints: list[int]  # steps
+    trace: list[int]  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +117,7 @@ def read_run(folder: AnyPath) -> FoundRun:
         problems.append(f"{folder}: has neither {run_folder.CONFIG_FILE} nor a checkpoint")
     lines = tried(lambda: metrics.read(folder), [])
     checkpoints = tried(lambda: run_folder.complete_steps(folder), [])
+    trace = tried(lambda: run_folder.complete_steps(folder, run_folder.TRACE_FOLDER), [])
     bits = [line[BITS] for line in lines if isinstance(line.get(BITS), int | float)]
     steps_seen = checkpoints[-1:] or [line["step"] for line in lines[-1:]]
     name, n_changes = ("", 0) if config is None else nearest(config)
@@ -129,7 +131,7 @@ def read_run(folder: AnyPath) -> FoundRun:
         changed=_changed(folder, checkpoints),
         problems=tuple(problems),
     )
-    return FoundRun(facts, config, lines, checkpoints)
+    return FoundRun(facts, config, lines, checkpoints, trace)
 
 
 def nearest(config: Config) -> tuple[str, int]:

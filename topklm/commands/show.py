@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         "bits_per_byte": found.facts.bits_per_byte,
         "curve": [{name: line[name] for name in ("step", *_MARKS) if name in line} for line in found.lines],
         "checkpoints": found.checkpoints,
+        "trace": found.trace,
         "neurons": harvested,
         "problems": problems,
     }
@@ -128,15 +129,21 @@ def _show(
         )
     for line in curve(found.lines):
         say(line)
-    checkpoints = [f"{step:,}" for step in found.checkpoints]
-    shown = checkpoints if len(checkpoints) <= 8 else [*checkpoints[:3], "...", *checkpoints[-3:]]
-    say(f"checkpoints: {', '.join(shown) or 'none'}" + (f" ({len(checkpoints)})" if len(shown) > 1 else ""))
+    say(f"checkpoints: {_listed(found.checkpoints)}")
+    if found.trace:
+        say(f"trace: {_listed(found.trace)}")
     for entry in harvested:
         what = f"{entry['tokens']:,} tokens, {entry['kind']}" if "tokens" in entry else "cannot be read"
         measured = "measured" if entry["measured"] else f"not measured: topklm neurons measure {name}"
         say(visible(f"neurons of step {entry['step']:,}: {what}; {measured}; {entry['labels']:,} labels"))
     if not harvested and found.checkpoints:
         say(visible(f"neurons: nothing harvested; topklm explore {name} does it"))
+
+
+def _listed(steps: Sequence[int]) -> str:
+    texts = [f"{step:,}" for step in steps]
+    shown = texts if len(texts) <= 8 else [*texts[:3], "...", *texts[-3:]]
+    return (", ".join(shown) or "none") + (f" ({len(texts)})" if len(texts) > 1 else "")
 
 
 def curve(lines: Sequence[Mapping[str, Any]]) -> list[str]:
