@@ -32,8 +32,10 @@ WAVE = 64, 256  # onsets after the first and up to the second step
 COMMON = 10  # tokens of the text that are the commonest
 
 # Medians over the neurons of all layers.
-_OVER_LAYERS = ("r_reference", "r_other", "r_shifted", "r_matched", "r_previous", "jaccard_reference")
-_OVER_LAYERS += ("token_entropy", "semantic_entropy", "by_token", "by_context", "lens_reference")
+_OVER_LAYERS = (
+    *("r_reference", "r_other", "r_shifted", "r_matched", "r_previous", "jaccard_reference"),
+    *("token_entropy", "semantic_entropy", "by_token", "by_context", "lens_reference"),
+)
 _STEPS = (0, 16, 32, 64, 128, 256, 512, 1024)  # of the tables, where they are traced
 
 
@@ -80,7 +82,7 @@ def figures(trace: Summary) -> dict[str, Any]:
     n = [int(trace.living[layer].sum()) for layer in layers]
     best = [of_layers[layer][summary.SHARE_BEST] * count for layer, count in zip(layers, n, strict=True)]
     curves["same_is_best"] = np.sum(best, axis=0) / sum(n)
-    curves["captured"] = captured(trace)
+    curves |= strongest(trace)
     onsets = {name: _onsets(trace, name) for name in ("onset_50", "onset_90")}
     pairs = {
         f"{a}-{b}": {name: _list(x) for name, x in trace.of_pair(a, b).items()} for a, b in trace.pairs()
@@ -97,16 +99,24 @@ def figures(trace: Summary) -> dict[str, Any]:
     }
 
 
-def captured(trace: Summary) -> np.ndarray:
-    """Returns the share of living neurons whose strongest token is one of the commonest, float64[C]."""
+def strongest(trace: Summary) -> dict[str, np.ndarray]:
+    """Returns figures of the strongest tokens of living neurons, float64[C].
+
+    `common`: the share of neurons whose first is one of the text's commonest; `first_3`: the share of its
+    activation that a neuron has at its first three, the median.
+    """
     store = Store(trace.folder.store(trace.settings.reference))
     tokens = np.asarray(store.tokens(0, trace.settings.n_tokens))
     commonest = np.argsort(-np.bincount(tokens), kind="stable")[:COMMON]
-    rows = trace.folder.read("neurons", ["layer", "top_tokens"])
-    first = np.array([ids[0] if ids else -1 for ids in rows["top_tokens"].to_pylist()])
-    first = first.reshape(len(trace.steps), -1)
+    rows = trace.folder.read("neurons", ["layer", "top_tokens", "top_token_shares"])
     alive = np.concatenate([trace.living[layer] for layer in trace.settings.layers])
-    return np.isin(first[:, alive], commonest).mean(axis=1)
+    first = np.array([ids[0] if ids else -1 for ids in rows["top_tokens"].to_pylist()])
+    shares = np.array([sum((of or [0.0])[:3]) for of in rows["top_token_shares"].to_pylist()])
+    shape = len(trace.steps), -1
+    return {
+        "common": np.isin(first.reshape(shape)[:, alive], commonest).mean(axis=1),
+        "first_3": np.median(shares.reshape(shape)[:, alive], axis=1),
+    }
 
 
 def _onsets(trace: Summary, name: str) -> dict[str, Any]:
@@ -164,7 +174,8 @@ def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
         ("by_token", "explained by the token"),
         ("by_context", "explained by the token before"),
         ("r_previous", "r to the step before"),
-        ("captured", "strongest token is one of the 10 commonest"),
+        ("common", "strongest token is one of the 10 commonest"),
+        ("first_3", "share at the three strongest tokens"),
     ):
         model.append(row(title, TOPK, "curves", name))
     flows = []
@@ -235,7 +246,7 @@ def draw(groups: Mapping[str, Sequence[Any]], path: pathlib.Path) -> None:
     def plot(axis: Any, group: str, keys: Sequence[Any], name: str, colour: str, style: str = "-") -> None:
         if group not in groups:
             return
-        curves = []
+        found = []
         for one in groups[group]:
             curve = one
             for key in keys:
@@ -243,9 +254,10 @@ def draw(groups: Mapping[str, Sequence[Any]], path: pathlib.Path) -> None:
             values = np.array([np.nan if x is None else x for x in curve], float)
             steps = np.maximum(one["steps"], 0.5)
             axis.plot(steps, values, color=colour, lw=0.5, ls=style, alpha=0.6)
-            curves.append(values)
-        if len({len(curve) for curve in curves}) == 1:
-            axis.plot(steps, np.nanmean(curves, axis=0), color=colour, lw=1.8, ls=style, label=name)
+            found.append(np.where(np.isnan(values), 0, values))
+        if len({len(curve) for curve in found}) == 1:
+            known = ~np.isnan(values)  # of the first step there is none before it
+            axis.plot(steps[known], np.mean(found, axis=0)[known], color=colour, lw=1.8, ls=style, label=name)
 
     blue, orange, green, pink = COLOURS
     at = axes[0][0]
@@ -269,7 +281,7 @@ def draw(groups: Mapping[str, Sequence[Any]], path: pathlib.Path) -> None:
     plot(at, TOPK, ("layers", 0, CARRIED), "layer 0: carried from the embedding", blue)
     plot(at, TOPK, ("layers", 1, CARRIED), "layer 1: carried from layer 0", orange)
     plot(at, TOPK, ("layers", 2, CARRIED), "layer 2: carried from layer 1", green)
-    plot(at, TOPK, ("curves", "captured"), "strongest token is one of the 10 commonest", pink)
+    plot(at, TOPK, ("curves", "common"), "strongest token is one of the 10 commonest", pink)
     plot(at, TOPK, ("curves", "r_previous"), "r to the step before, median", "#888888")
     _finish(at, "c  Layer 0 takes over from the embedding", "share, or r")
     at = axes[1][0]
