@@ -21,7 +21,9 @@ from starlette.responses import Response
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.explorer import markup, plots, views
-from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.neuron_data import NeuronData, NeuronRows
+from topklm.explorer.trace_views import life_said
+from topklm.explorer.traces import FIGURES, FORMATION
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.inputs import COMMON
@@ -46,12 +48,14 @@ def templates() -> jinja2.Environment:
     )
 
 
-def environment(source: NeuronData) -> jinja2.Environment:
+def environment(source: NeuronRows) -> jinja2.Environment:
     """Makes the templates with everything that pages of neurons call."""
     made = templates()
-    numbers = catalog.numbers()
+    numbers = source.figures
+    kinds = {one.name: one.kind for one in (*numbers.values(), *FIGURES, *FORMATION)}
     made.filters.update(
-        figure=lambda value, name: markup.write_as(numbers[name].kind, value),
+        figure=lambda value, name: markup.write_as(kinds[name], value),
+        r=functools.partial(markup.write_as, "correlation"),
         effect=functools.partial(markup.write_as, "effect"),
         count=functools.partial(markup.write_as, "count"),
         share=functools.partial(markup.write_as, "share"),
@@ -74,6 +78,15 @@ def environment(source: NeuronData) -> jinja2.Environment:
         activation_histogram=activation_histogram,
         example_tokens=views.EXAMPLE_TOKENS,
         link=neuron_address,
+        at_step=None,
+        life=None,
+        life_hint="",
+        life_said=life_said,
+        step_address=neuron_address,
+        step_title=step_title,
+        figure_of_trace={one.name: one for one in (*FIGURES, *FORMATION)},
+        steps=None,
+        has_trace=lambda: False,
         prompt_address=prompt_address,
     )
     return made
@@ -105,9 +118,9 @@ class Static:
         return Response(self._files[name], media_type=media_type, headers={"cache-control": _FOR_EVER})
 
 
-def neuron_address(layer: int, neuron: int) -> str:
-    """Returns the stable link of a neuron."""
-    return f"/neurons/{layer}/{neuron}"
+def neuron_address(layer: int, neuron: int, step: int | None = None) -> str:
+    """Returns the stable link of a neuron, as it was measured or at a step of its trace."""
+    return f"/neurons/{layer}/{neuron}" + ("" if step is None else f"?step={step}")
 
 
 def prompt_address(text: str, by: str = "activation", token: int | None = None) -> str:
@@ -116,15 +129,28 @@ def prompt_address(text: str, by: str = "activation", token: int | None = None) 
     return f"/prompt?{urlencode({k: v for k, v in asked.items() if v != ''}, errors='replace')}"
 
 
-def tile_notes(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the words below the number of each tile of a neuron, by the name of the statistic."""
-    statistics = catalog.numbers()
-    kinds = {name: statistic.kind for name, statistic in statistics.items()}
+def tile_notes(data: Mapping[str, Any], figures: Mapping[str, catalog.Figure]) -> dict[str, str]:
+    """Returns the words below the number of each tile of a neuron, by the name of the figure."""
+    kinds = {name: figure.kind for name, figure in figures.items()}
     others = {"n_tokens": "count", "n_clusters": "count"}
     others |= {"effective_tokens": "number", "effective_clusters": "number"}
     written = {name: markup.write_as(kind, data[name]) for name, kind in others.items()}
     written |= {name: markup.write_as(kind, data["figures"][name]) for name, kind in kinds.items()}
-    return {name: s.note.format_map(written) for name, s in statistics.items() if s.first}
+    return {name: figure.note.format_map(written) for name, figure in figures.items() if figure.first}
+
+
+def step_title(figures: Mapping[str, Any]) -> str:
+    """Returns a neuron at a step in a line, from its figures."""
+    names = ("density", "token_entropy_corrected", "semantic_entropy_corrected", "by_token")
+    known = {one.name: one for one in (*catalog.numbers().values(), *FIGURES)}
+    shown = (known[name] for name in (*names, "r_reference", "jaccard_reference"))
+    said = (
+        f"{one.title[0].lower()}{one.title[1:]} {markup.write_as(one.kind, figures[one.name])} "
+        f"{'nats' if one.unit == 'nats' else ''}".strip()
+        for one in shown
+    )
+    step = f"step {figures['step']:,}: " if "step" in figures else ""
+    return step + ", ".join(said)
 
 
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
@@ -137,7 +163,7 @@ def activation_histogram(data: Mapping[str, Any]) -> Markup:
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
 
 
-def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
+def layer_plots(source: NeuronRows) -> list[dict[str, Any]]:
     """Returns the overview's plots, layers side by side, each with a title and a sentence."""
     measured, d = source.measured, source.measured.d_model
 
@@ -172,7 +198,7 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
     return found
 
 
-def entropy_map(source: NeuronData) -> dict[str, Any]:
+def entropy_map(source: NeuronRows, link: markup.Link) -> dict[str, Any]:
     """Draws every neuron by its two entropies, of very many as many as show; with the layers' colours."""
     names = "token_entropy_corrected", "semantic_entropy_corrected"
     across, up = map(source.column, names)
@@ -183,7 +209,7 @@ def entropy_map(source: NeuronData) -> dict[str, Any]:
     points = []
     for number in there.tolist():
         layer, neuron = source.place(number)
-        title, address = f"layer {layer}, neuron {neuron}", neuron_address(layer, neuron)
+        title, address = f"layer {layer}, neuron {neuron}", link(layer, neuron) or ""
         points.append(plots.Point(float(across[number]), float(up[number]), title, address, depths[layer]))
     x = plots.Axis("token entropy, nats", 0, _highest([across[there]]))
     y = plots.Axis("semantic entropy, nats", 0, _highest([up[there]]))
