@@ -20,10 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer import markup, plots, views
+from topklm.explorer import markup, plots, trace_views, views
 from topklm.explorer.neuron_data import NeuronData, NeuronRows
-from topklm.explorer.trace_views import life_said
-from topklm.explorer.traces import FIGURES, FORMATION
+from topklm.explorer.traces import FIGURES, FORMATION, TraceData, Traces
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.inputs import COMMON
@@ -81,7 +80,7 @@ def environment(source: NeuronRows) -> jinja2.Environment:
         at_step=None,
         life=None,
         life_hint="",
-        life_said=life_said,
+        life_said=trace_views.life_said,
         step_address=neuron_address,
         step_title=step_title,
         figure_of_trace={one.name: one for one in (*FIGURES, *FORMATION)},
@@ -234,7 +233,8 @@ _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
     """Writes the same pages as one file that opens from a disk; returns how many neurons have one.
 
-    They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17).
+    They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17, or
+    #/neurons/1/17/64 at a step of the trace, if there is one).
     Nothing is loaded from anywhere: the file's own policy allows no script but ours, and no address.
     UserError if there is no such neuron, or the file, which is there whole or not at all, cannot be written.
     """
@@ -247,13 +247,16 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     templates.globals["link"] = lambda layer, neuron: (
         f"#/neurons/{layer}/{neuron}" if (layer, neuron) in held else None
     )
-    labels = source.named()
+    templates.globals["step_address"] = lambda layer, neuron, step: f"#/neurons/{layer}/{neuron}/{step}"
+    trace, labels = Traces(source.folder.run, source).own(), source.named()
     files = {name: content.decode() for name, content in static_files().items()}
     script, style = _script(files), files["style.css"]
     text = templates.get_template("export.html").render(
         drawn=layer_plots(source),
-        neurons=[views.summary(source, number, labels) for number in numbers],
-        pages=list(_pages(source, templates, numbers, labels)),
+        neurons=[_with_onsets(views.summary(source, number, labels), trace) for number in numbers],
+        formed=[figure for figure in FORMATION if figure.first] if trace else [],
+        traced=list(_of_trace(trace, templates)) if trace else [],
+        pages=list(_pages(source, trace, templates, numbers, labels)),
         script=script,
         style=style,
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:",
@@ -267,20 +270,46 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     return len(numbers)
 
 
+def _with_onsets(item: dict[str, Any], trace: TraceData | None) -> dict[str, Any]:
+    """Adds the figures of formation of a neuron, None where it is not traced."""
+    number = trace and trace.number(item["layer"], item["neuron"])
+    formed = trace.formed(number) if trace and number is not None else {}
+    item["figures"] |= {figure.name: formed.get(figure.name) for figure in FORMATION}
+    return item
+
+
+def _of_trace(trace: TraceData, templates: jinja2.Environment) -> Iterator[dict[str, Any]]:
+    """Yields the pages of a trace, as `_pages`."""
+    drawn = trace_views.drawn_formation(trace, [], None)
+    shown = {
+        "formation": {"data": trace_views.formation(trace), "drawn": drawn},
+        "layers": {"data": trace_views.layers(trace), "drawn": trace_views.drawn_layers(trace)},
+    }
+    for name, content in shown.items():
+        text = templates.get_template("export_trace.html").render(page=name, **content)
+        yield {"id": f"p-{name}", "title": name.capitalize(), "packed": _packed(text)}
+
+
 def _pages(
     source: NeuronData,
+    trace: TraceData | None,
     templates: jinja2.Environment,
     numbers: Sequence[int],
     labels: Mapping[tuple[int, int], str],
 ) -> Iterator[dict[str, Any]]:
     """Yields pages by layer and neuron; their content is a future."""
     body = templates.get_template("export_neuron.html")
+    steps = [trace.at(step) for step in trace.steps] if trace else []
     # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
     with futures.ThreadPoolExecutor(1) as packing:
         for number in source.reading_ahead(sorted(numbers)):
             layer, neuron = source.place(number)
             data = views.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
-            text = body.render(data=data, own_text=False, example_tokens=EXAMPLE_TOKENS)
+            life = trace and trace_views.life(trace, layer, neuron)
+            at_steps = [trace_views.at_step(step, layer, neuron, labels) for step in steps] if life else []
+            text = body.render(
+                data=data, own_text=False, example_tokens=EXAMPLE_TOKENS, life=life, at_steps=at_steps
+            )
             yield {
                 "id": f"n-{layer}-{neuron}",
                 "title": f"{layer}:{neuron} {data['label']}".strip(),
