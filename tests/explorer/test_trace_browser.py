@@ -99,7 +99,9 @@ def test_the_exported_file_has_strips_steps_formation_and_layers(open_page, trac
     page.get_by_role("link", name="Formation").click()
     playwright.expect(page.get_by_role("heading", name="Neurons by onset")).to_be_visible()
     page.get_by_role("link", name="Layers").click()
-    playwright.expect(page.get_by_role("heading", name="The same index in two layers")).to_be_visible()
+    playwright.expect(
+        page.get_by_role("heading", name="The same index in two layers", exact=True)
+    ).to_be_visible()
     page.get_by_role("link", name="village").click()
     page.get_by_role("button", name="Onset .5").click()
     onsets = page.locator("#neurons tbody tr td:nth-child(9)").all_inner_texts()

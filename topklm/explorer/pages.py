@@ -138,16 +138,20 @@ def tile_notes(data: Mapping[str, Any], figures: Mapping[str, catalog.Figure]) -
     return {name: figure.note.format_map(written) for name, figure in figures.items() if figure.first}
 
 
+_AT_STEP = {
+    "density": "density {}",
+    "token_entropy_corrected": "token entropy {} nats",
+    "semantic_entropy_corrected": "semantic entropy {} nats",
+    "by_token": "{} explained by the token",
+    "r_reference": "r {}",
+    "jaccard_reference": "Jaccard {}",
+}
+
+
 def step_title(figures: Mapping[str, Any]) -> str:
     """Returns a neuron at a step in a line, from its figures."""
-    names = ("density", "token_entropy_corrected", "semantic_entropy_corrected", "by_token")
-    known = {one.name: one for one in (*catalog.numbers().values(), *FIGURES)}
-    shown = (known[name] for name in (*names, "r_reference", "jaccard_reference"))
-    said = (
-        f"{one.title[0].lower()}{one.title[1:]} {markup.write_as(one.kind, figures[one.name])} "
-        f"{'nats' if one.unit == 'nats' else ''}".strip()
-        for one in shown
-    )
+    kinds = {one.name: one.kind for one in (*catalog.numbers().values(), *FIGURES)}
+    said = (words.format(markup.write_as(kinds[name], figures[name])) for name, words in _AT_STEP.items())
     step = f"step {figures['step']:,}: " if "step" in figures else ""
     return step + ", ".join(said)
 
