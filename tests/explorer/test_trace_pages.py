@@ -185,7 +185,10 @@ def test_formation_counts_sorts_and_dates_as_the_tables_do(site, folder):
     run = rows_of(folder, "run")
     for name in ("loss", "kl_bigram", "uas"):
         assert data["values"][name] == [r[name] for r in run]
-    assert data["changes"]["uas"]["onset"] == changes.onset(STEPS, [r["uas"] for r in run])
+    for name in ("loss", "uas"):
+        values = [r[name] for r in run]
+        assert data["changes"][name]["rises"] == changes.onset(STEPS, values)
+        assert data["changes"][name]["falls"] == changes.onset(STEPS, values, rises=False)
     table = site.ask("/api/formation?sort=turnovers&order=falling").json["table"]
     assert table["count"] == 2 * D
     turns = [item["figures"]["turnovers"] for item in table["neurons"]]
@@ -361,13 +364,12 @@ def test_a_trace_that_is_damaged_or_of_other_tokens_is_named_and_pages_go_on(tra
     about = traced_copy.run / "neurons/trace/trace.json"
     content = about.read_bytes()
     with serving(NeuronData(traced_copy)) as site:
-        for change in ({"width": 33}, None):
-            if change:
-                parts = json.loads(content)
-                about.write_text(json.dumps(parts | change))
+        for damaged in ("trace.json", "formation.parquet"):
+            if damaged == "trace.json":
+                about.write_text(json.dumps(json.loads(content) | {"width": 33}))
             else:
                 about.write_bytes(content)
-                (traced_copy.run / "neurons/trace/formation.parquet").unlink()
+                (about.parent / damaged).write_bytes(b"PAR1")
             answer = site.ask("/neurons/0/3")
             assert (answer.status, "trace" in answer.text, "of-step" in answer.text) == (200, True, False)
             assert site.ask("/").status == 200

@@ -109,12 +109,20 @@ def _above(axis: Axis, curve: Sequence[float], frame: Frame, wide: float) -> lis
 
 
 class Mark(NamedTuple):
-    """A mark of `timeline`: a dot, perhaps on a span."""
+    """A mark of `timeline`, perhaps on a span."""
 
     x: float
     title: str
+    kind: str = "dot"  # of `_MARKS`
     span: tuple[float, float] | None = None
-    hollow: bool = False
+
+
+_MARKS = {
+    "dot": '<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>',
+    "break": '<circle class="dot hollow" cx="{x:.1f}" cy="{y:.1f}" r="5">{title}</circle>',
+    "rises": '<path class="dot" d="M{x:.1f} {y:.1f}m-5 4h10l-5 -9z">{title}</path>',
+    "falls": '<path class="dot" d="M{x:.1f} {y:.1f}m-5 -4h10l-5 9z">{title}</path>',
+}
 
 
 def timeline(rows: Mapping[str, Sequence[Mark]], x: Axis, about: str) -> Markup:
@@ -137,7 +145,6 @@ def timeline(rows: Mapping[str, Sequence[Mark]], x: Axis, about: str) -> Markup:
             if mark.span:
                 low, high = map(across, mark.span)
                 drawn.append(f'<line class="span" x1="{low:.1f}" x2="{high:.1f}" {level}/>')
-            kind = "dot hollow" if mark.hollow else "dot"
-            dot = f'<circle class="{kind}" cx="{across(mark.x):.1f}" cy="{up:.1f}" r="5">'
-            drawn.append(f"{dot}<title>{escape(mark.title)}</title></circle>")
+            title = f"<title>{escape(mark.title)}</title>"
+            drawn.append(_MARKS[mark.kind].format(x=across(mark.x), y=up, title=title))
     return frame.svg(about, drawn, y_ticks=[])

@@ -11,7 +11,6 @@ from topklm.explorer import plots, step_plots
 from topklm.explorer.markup import Link
 from topklm.explorer.plots import Axis
 from topklm.explorer.step_plots import Mark, Row
-from topklm.trace import changes
 from topklm.trace.summary import Summary
 
 _FIRST = 0.5  # of a logarithmic axis, where step 0 is drawn
@@ -19,11 +18,6 @@ _SIZE = (600, 290)
 _X_TITLE = "step (0 at the left end)"
 _MOST_ROWS = 2048  # of all heat maps of a page, in as many as can be told apart
 _FEWEST_ROWS = 48
-
-# Values of the whole model that are dated, and whether they rise as it learns.
-_RISES = {"loss": False, "kl_bigram": False, "kl_unigram": True, "entropy": False, "icl_score": False} | (
-    dict.fromkeys(("copy_gain", "prefix_matching", "uas", "blimp"), True)
-)
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -64,32 +58,17 @@ def distances(traces: Sequence[Summary]) -> Markup:
     return _lines(found, "nats", None, f"The model's output beside n-grams, {own.name}")
 
 
-def dated(own: Summary) -> dict[str, dict[str, int | None]]:
-    """Returns the change points of each curve, steps by "onset" and "break"; None: there is none.
-
-    Onset: the largest acceleration, as `changes.onset`; break: where the second of two straight lines begins.
-    """
-    curves = {name: (own.values()[name], rises) for name, rises in _RISES.items() if name in own.values()}
-    for name, title in (("token_entropy", "token entropy"), ("semantic_entropy", "semantic entropy")):
-        curves[title] = own.over_layers(name), False
-    found = {}
-    for name, (values, rises) in curves.items():
-        try:
-            second = changes.breaks(own.steps, values, 1)[0]
-        except ValueError:  # too few steps, or too many
-            second = None
-        found[name] = {"onset": changes.onset(own.steps, values, rises=rises), "break": second}
-    return found
-
-
 def change_points(traces: Sequence[Summary]) -> Markup:
-    """Draws when curves and neurons change: loss, entropies, attachment, onsets of neurons by layer."""
+    """Draws when curves and neurons change, as `Summary.changes`: the model, attachment, onsets by layer."""
     own = traces[0]
     rows: dict[str, list[Mark]] = {}
-    for name, at in dated(own).items():
-        rows[name.replace("_", " ")] = [
-            Mark(max(step, _FIRST), f"{name}: {kind} at step {step:,}", hollow=kind == "break")
-            for kind, step in at.items()
+    for name, at in own.changes(1).items():
+        title = f"attachment, {name}" if name in own.relations else name.replace("_", " ")
+        found = {"rises": [at["rises"]], "falls": [at["falls"]], "break": at["breaks"]}
+        rows[title] = [
+            Mark(max(step, _FIRST), f"{title}: {kind}, step {step:,}", kind)
+            for kind, steps in found.items()
+            for step in steps
             if step is not None
         ]
     for layer in own.settings.layers:
@@ -99,7 +78,7 @@ def change_points(traces: Sequence[Summary]) -> Markup:
             low, middle, high = np.quantile(steps, (0.25, 0.5, 0.75), method="nearest").tolist()
             said = f"half of {len(steps):,} onsets from step {low:,.0f} to {high:,.0f}, median {middle:,.0f}"
             span = max(low, _FIRST), max(high, _FIRST)
-            mark = Mark(max(middle, _FIRST), f"layer {layer}: {said}", span)
+            mark = Mark(max(middle, _FIRST), f"layer {layer}: {said}", span=span)
             rows[f"onset .5, layer {layer}"] = [mark]
     x = Axis(_X_TITLE, _FIRST, max(own.steps[-1], 1), logarithmic=True)
     marked = {name: marks for name, marks in rows.items() if marks}

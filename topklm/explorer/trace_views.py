@@ -149,7 +149,7 @@ def formation(trace: TraceData) -> dict[str, Any]:
         "steps": trace.steps,
         "values": {name: plain(values) for name, values in own.values().items()},
         "medians": {name: plain(own.over_layers(name)) for name in MEDIANS},
-        "changes": trace_figures.dated(own),
+        "changes": own.changes(1),
         "layers": layers,
     }
 
