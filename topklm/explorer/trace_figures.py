@@ -23,21 +23,29 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def identity(traces: Sequence[Summary]) -> Markup:
-    """Draws r to the reference: by index and nulls of the first trace, of others by index and by match."""
+    """Draws r to the reference: by index and nulls of the first trace, of others by index and by match.
+
+    The reference itself, where r is 1, is left out.
+    """
     own, *others = traces
-    curves = {
-        "same index": own.over_layers("r_reference"),
-        "best other index": own.over_layers("r_other"),
-        "tokens shifted": own.over_layers("r_shifted"),
+    found = {
+        "same index": _before(own, "r_reference"),
+        "best other index": _before(own, "r_other"),
+        "tokens shifted": _before(own, "r_shifted"),
     }
-    found = {name: _points(own.steps, values) for name, values in curves.items()}
     if own.settings.dictionary.startswith("sae"):
-        found["one-to-one match"] = _points(own.steps, own.over_layers("r_matched"))
+        found["one-to-one match"] = _before(own, "r_matched")
     for other in others:
-        found[other.name] = _points(other.steps, other.over_layers("r_reference"))
+        found[other.name] = _before(other, "r_reference")
         if other.settings.dictionary.startswith("sae"):
-            found[f"{other.name}, matched"] = _points(other.steps, other.over_layers("r_matched"))
+            found[f"{other.name}, matched"] = _before(other, "r_matched")
     return _lines(found, "r to the reference, median", (0, 1), f"Correlation with the reference, {own.name}")
+
+
+def _before(own: Summary, name: str) -> list[tuple[float, float]]:
+    """Returns the median of a column by step, but of the reference."""
+    values = np.where(np.array(own.steps) == own.settings.reference, np.nan, own.over_layers(name))
+    return _points(own.steps, values)
 
 
 def losses(traces: Sequence[Summary]) -> Markup:
