@@ -276,8 +276,8 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
 
 def _with_onsets(item: dict[str, Any], trace: TraceData | None) -> dict[str, Any]:
     """Adds the figures of formation of a neuron, None where it is not traced."""
-    number = trace and trace.number(item["layer"], item["neuron"])
-    formed = trace.formed(number) if trace and number is not None else {}
+    number = None if trace is None else trace.number(item["layer"], item["neuron"])
+    formed = {} if trace is None or number is None else trace.formed(number)
     item["figures"] |= {figure.name: formed.get(figure.name) for figure in FORMATION}
     return item
 

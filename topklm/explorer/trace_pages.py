@@ -75,10 +75,10 @@ class TracePages:
         """Returns the links of the overview's slider; None without a trace that can be read."""
         try:
             trace = self.traces.own()
-            other = trace and trace.at(trace.steps[0])
+            if trace is None:
+                return None
+            other = trace.at(trace.steps[0])
         except UserError:
-            return None
-        if trace is None or other is None:
             return None
         address = functools.partial(_address, asked, trace_views.common_columns(self._source, other))
         return trace_views.step_links(trace.steps, source.measured.step, address, self._source.measured.step)

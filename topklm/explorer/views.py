@@ -192,10 +192,14 @@ def _with_counts(
     """Adds how often each token stands in the store, and at how many of these the neuron is active."""
     if not tokens:
         return []
-    counts = source.counted(layer, neuron, [token["id"] for token in tokens]) or [None] * len(tokens)
+    counts = source.counted(layer, neuron, [token["id"] for token in tokens])
     return [
-        {**token, "occurrences": int(source.occurrences[token["id"]]), "active": active}
-        for token, active in zip(tokens, counts, strict=True)
+        {
+            **token,
+            "occurrences": int(source.occurrences[token["id"]]),
+            "active": None if counts is None else counts[place],
+        }
+        for place, token in enumerate(tokens)
     ]
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 import unicodedata
 
 from topklm.errors import UserError, disk_errors_are_user_errors
@@ -209,7 +210,8 @@ def _of_csv(content: str) -> Iterator[tuple[Neuron, Note]]:
         texts = {name: cells.get(name, "") for name in _TEXTS}
         unquoted = {n: t[1:] if t[:1] == "'" and t[1:].startswith(_FORMULA) else t for n, t in texts.items()}
         try:
-            note = Note(**unquoted, **{name: step_of(name, cells.get(name, "")) for name in _STEPS}).check()
+            steps = (step_of(name, cells.get(name, "")) for name in _STEPS)
+            note = Note(*unquoted.values(), *steps).check()
         except UserError as e:
             raise ValueError(f"line {rows.line_num}: {e}") from e
         if note.label:
@@ -265,7 +267,7 @@ def _parse(content: bytes) -> dict[Neuron, tuple[Note, ...]]:
         if not isinstance(entry, dict) or not needed <= entry.keys() <= {*_CSV}:
             raise ValueError(f"entry {number} does not have layer, neuron and label")
         texts = {name: entry.get(name, "") for name in _TEXTS}
-        steps = {name: entry.get(name) for name in _STEPS}
+        steps: dict[str, Any] = {name: entry.get(name) for name in _STEPS}
         layer, neuron = entry["layer"], entry["neuron"]
         is_place = all(type(n) is int and n >= 0 for n in (layer, neuron))
         if not is_place or not all(isinstance(text, str) for text in texts.values()):
@@ -279,7 +281,7 @@ def _parse(content: bytes) -> dict[Neuron, tuple[Note, ...]]:
         there = notes.get((layer, neuron), ())
         if there and (form == FORMATS[0] or texts["label"] in {note.label for note in there}):
             raise ValueError(f"entry {number} is the second for layer {layer}, neuron {neuron}")
-        note = Note(**texts, **steps)
+        note = Note(*texts.values(), *steps.values())
         if None not in (note.from_step, note.to_step) and not note.holds(note.to_step or 0):
             raise ValueError(f"entry {number}: from_step is after to_step")
         notes[layer, neuron] = (*there, note)
