@@ -211,7 +211,7 @@ def _of_csv(content: str) -> Iterator[tuple[Neuron, Note]]:
         unquoted = {n: t[1:] if t[:1] == "'" and t[1:].startswith(_FORMULA) else t for n, t in texts.items()}
         try:
             steps = (step_of(name, cells.get(name, "")) for name in _STEPS)
-            note = Note(*unquoted.values(), *steps).check()
+            note = Note(unquoted["label"], unquoted["comment"], unquoted["by"], *steps).check()
         except UserError as e:
             raise ValueError(f"line {rows.line_num}: {e}") from e
         if note.label:
