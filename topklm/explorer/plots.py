@@ -17,7 +17,7 @@ DEPTHS = 6  # colours of layers
 CURVES = 8  # kinds of curves
 SHADES = 10  # steps of the shading of tokens and cells
 _TICKS = 4  # of an axis, about
-_NAME, _LETTER = 12, 5.8  # height of a curve's name, and width of a letter of it
+_NAME, LETTER = 12, 5.8  # height of a curve's name, and width of a letter of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def lines(
 
     Names that would lie on one another are moved apart.
     """
-    frame = Frame(size, x, y, right=RIGHT + round(_LETTER * max(map(len, curves), default=0)))
+    frame = Frame(size, x, y, right=RIGHT + round(LETTER * max(map(len, curves), default=0)))
     paths, ends = [], []
     for number, (name, points) in enumerate(curves.items()):
         places = [
@@ -176,7 +176,7 @@ _STYLE = (
     ".plot .grid { stroke: #e1e4e0 } .plot .axis { stroke: #8b949e } .plot .median { stroke: #1b1f24; "
     "stroke-width: 2.2 } .plot .violin { fill: #c3d6ea; stroke: #2171b5 } .plot .bar { fill: #2171b5 } "
     ".plot .curve { fill: none; stroke-width: 1.8 } .plot .dot { fill: #2171b5; stroke: #2171b5 } "
-    ".plot .hollow { fill: #fff } .plot .span { stroke: #9ebcda; stroke-width: 3 }"
+    ".plot .dot.hollow { fill: none } .plot .span { stroke: #9ebcda; stroke-width: 3 }"
 )
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666", "#000000")
 

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from topklm.explorer.plots import BOTTOM, SHADES, TOP, Axis, Frame
+from topklm.explorer.plots import BOTTOM, LETTER, SHADES, TOP, Axis, Frame
 
 _CURVE, _GAP, _CELLS = 64, 14, 240  # heights: of the curve above the cells, between them, of all cells
 _UPRIGHT = 16  # more height for steps that stand upright
 _MOST_TICKS = 24
-_LINE = 24  # height of a row of `timeline`
-_NAMES = 130  # width of their names
+_LINE, _WIDTH = 20, 1000  # height of a row of `timeline`, and its width
 
 
 class Row(NamedTuple):
@@ -128,7 +127,8 @@ _MARKS = {
 def timeline(rows: Mapping[str, Sequence[Mark]], x: Axis, about: str) -> Markup:
     """Draws marks on one axis, a row for each name."""
     n = max(len(rows), 1)
-    frame = Frame((600, TOP + BOTTOM + _LINE * n), x, Axis("", 0, n), left=_NAMES)
+    left = 20 + round(LETTER * max(map(len, rows), default=0))
+    frame = Frame((_WIDTH, TOP + BOTTOM + _LINE * n), x, Axis("", 0, n), left=left)
 
     def across(value: float) -> float:
         return frame.left + frame.width * x.share(value)

@@ -71,6 +71,8 @@ def change_points(traces: Sequence[Summary]) -> Markup:
     own = traces[0]
     rows: dict[str, list[Mark]] = {}
     for name, at in own.changes(1).items():
+        if name == "bits_per_byte":  # changes where the loss does
+            continue
         title = f"attachment, {name}" if name in own.relations else name.replace("_", " ")
         found = {"rises": [at["rises"]], "falls": [at["falls"]], "break": at["breaks"]}
         rows[title] = [
