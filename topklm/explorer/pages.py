@@ -78,6 +78,7 @@ def environment(source: NeuronRows) -> jinja2.Environment:
         example_tokens=views.EXAMPLE_TOKENS,
         link=neuron_address,
         at_step=None,
+        at_steps=(),
         life=None,
         life_hint="",
         life_said=trace_views.life_said,

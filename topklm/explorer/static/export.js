@@ -31,6 +31,9 @@ async function showAddress() {
   place.querySelector("h1").focus({ preventScroll: true });
 }
 
+const stepLinks = () => [...place.querySelectorAll(".of-step")];
+const isShown = (link) => link.getAttribute("href") === location.hash;
+
 // A step of the trace takes the place of all but the strip of steps.
 function showStep(step) {
   const section = step && place.querySelector(`[data-trace-step="${step}"]`);
@@ -40,13 +43,13 @@ function showStep(step) {
   now.prepend(section.querySelector(".at-step"));
   now.append(section);
   section.hidden = false;
-  place.querySelector(`.of-step[href="${location.hash}"]`)?.setAttribute("aria-current", "step");
+  stepLinks().find(isShown)?.setAttribute("aria-current", "step");
 }
 
 // From the page without a step, which is that of the last, or to one beside that which is shown.
 const stepBy = (by) => () => {
-  const links = [...place.querySelectorAll(".of-step")];
-  const at = links.findIndex((link) => link.getAttribute("aria-current"));
+  const links = stepLinks();
+  const at = links.findIndex(isShown);
   const next = links[(at < 0 ? links.length - 1 : at) + by];
   if (next) location.hash = next.getAttribute("href");
   return Boolean(next);
