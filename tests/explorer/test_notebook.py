@@ -68,7 +68,8 @@ def test_the_table_of_neurons_is_the_measured_one_with_labels_and_texts(run, sou
 def test_a_neuron_shows_its_page_and_runs_nothing(run, source):
     for neuron in (run.neuron(1, 3), run.neuron("1:3"), run.neuron((1, 3))):
         assert (neuron.layer, neuron.neuron, neuron.label) == (1, 3, "<b>village")
-    notes = [{"label": "<b>village", "comment": "", "by": ""}]
+    notes = neuron.data["notes"]
+    assert [(note["label"], note["holds"]) for note in notes] == [("<b>village", True)]
     assert neuron.data == {**views.neuron(source, 1, 3), "label": "<b>village", "notes": notes}
     assert neuron.figures["density"] == source.row(source.number(1, 3))["density"]
     np.testing.assert_array_equal(neuron.activations.values, source.store.neuron(1, 3).values)

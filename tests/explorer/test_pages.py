@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import markup, plots
+from topklm.explorer import markup, plots, step_plots
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,42 @@ def test_points_stand_where_their_values_are():
 )
 def test_counts_beside_an_axis_are_short(count, text):
     assert plots._short(count) == text
+
+
+def test_marks_of_a_timeline_stand_at_their_steps():
+    x = plots.Axis("step", 1, 100, logarithmic=True)
+    mark = step_plots.Mark
+    rows = {
+        "loss & <more>": [mark(1, "a"), mark(10, "b", "break"), mark(100, "c", "rises")],
+        "onsets": [mark(10, "d", span=(1, 100))],
+    }
+    svg = step_plots.timeline(rows, x, "about")
+    _, circles = bars(svg, "circle")
+    assert [circle["class"] for circle in circles] == ["dot", "dot hollow", "dot"]
+    _, lines = bars(svg, "line")
+    begin, end = next((float(line["x1"]), float(line["x2"])) for line in lines if line["class"] == "span")
+    middle = (begin + end) / 2
+    assert [float(circle["cx"]) for circle in circles] == pytest.approx([begin, middle, middle], abs=0.1)
+    _, paths = bars(svg, "path")
+    assert paths[0]["d"].startswith(f"M{end:.1f} ")
+    assert circles[0]["cy"] == circles[1]["cy"] != circles[2]["cy"]
+
+
+def test_rows_of_a_heat_map_are_drawn_in_order_and_their_gaps_left_empty():
+    rows = [
+        step_plots.Row([0.05, 0.31, math.nan], 1, "first"),
+        step_plots.Row([-1, 0.31, 0.39], math.nan, "second", "/neurons/0/1"),
+    ]
+    axis = plots.Axis("loss", 1, 3)
+    svg = step_plots.heat(["0", "1", "2"], rows, 2, axis, [3, math.nan, 1], "about")
+    _, paths = bars(svg, "path")
+    cells = {(p["class"], p["fill-opacity"]): p["d"].count("z") for p in paths if "cell" in p["class"]}
+    # Neighbours of one shade are one.
+    assert cells == {("cell up", "0.1"): 1, ("cell up", "0.4"): 2, ("cell down", "1.0"): 1}
+    edge = next(p["d"] for p in paths if p["class"] == "edge")
+    assert edge.count("V") == 1
+    curve = next(p["d"] for p in paths if p["class"] == "curve c0")
+    assert curve.count("L") == 1
+    root, rects = bars(svg)
+    assert [rect.get("data-address") for rect in rects] == [None, "/neurons/0/1"]
+    assert [element.text for element in root.iter("title")][:2] == ["first", "second"]

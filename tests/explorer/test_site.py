@@ -129,6 +129,9 @@ def test_forms_without_a_script_lead_to_pages_that_can_be_reloaded(site):
     assert site.ask("/neurons/5/3/text", form={"text": "the"}).status == 404
 
 
+NOTE = {"comment": "", "by": "", "from_step": None, "to_step": None, "holds": True, "steps": ""}
+
+
 def test_labels_are_set_shown_and_downloaded(site):
     assert (
         site.ask("/neurons/1/2/label", form={"label": "boats, and more"}).headers["location"]
@@ -143,7 +146,7 @@ def test_labels_are_set_shown_and_downloaded(site):
             {"layer": 1, "neuron": 2, "label": "boats, and more"}
         ]
         assert site.ask("/api/labels.csv").text == (
-            'layer,neuron,label,comment,by\r\n1,2,"boats, and more",,\r\n'
+            'layer,neuron,label,comment,by,from_step,to_step\r\n1,2,"boats, and more",,,,\r\n'
         )
         assert "attachment" in site.ask("/api/labels.csv").headers["content-disposition"]
         assert site.ask("/neurons/1/2/label", form={"label": "x" * 300}).status == 400
@@ -180,7 +183,7 @@ def test_labels_are_imported_suggested_and_walked(explored_copy):
         assert second not in (first, "/neurons/1/17")
         assert site.ask(f"/labels/next?after={layer}:{neuron}").headers["location"] == second
         notes = site.ask(f"/api/neurons/{layer}/{neuron}").json["notes"]
-        assert notes == [{"label": "sea", "comment": "often", "by": "Ann"}]
+        assert notes == [NOTE | {"label": "sea", "comment": "often", "by": "Ann"}]
         form = {"label": "ocean", "comment": "seldom", "at": "1"}
         answer = site.ask(f"/api/neurons/{layer}/{neuron}/label", form=form)
         assert answer.json["label"] == "sea · ocean"

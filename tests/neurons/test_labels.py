@@ -100,7 +100,11 @@ def written(*entries, version=1):
         b"\xff\xfe",
         '{"format": 1}',
         '{"format": 1, "labels": {}}',
-        written(version=3),
+        written(version=4),
+        written(entry(from_step="1"), version=3),
+        written(entry(to_step=True), version=3),
+        written(entry(from_step=-1), version=3),
+        written(entry(from_step=65, to_step=64), version=3),
         written(entry(comment=1), version=2),
         written(entry(), entry(), version=2),
         written(entry(by="two\nlines"), version=2),
@@ -172,18 +176,20 @@ def test_csv_reads_back_and_holds_no_formulas(labels):
     for neuron, text in enumerate(texts):
         labels.set(1, neuron, text)
     rows = list(csv.reader(io.StringIO(labels.as_csv().decode("utf-8"), newline="")))
-    assert rows[0] == ["layer", "neuron", "label", "comment", "by"]
-    assert rows[1:] == [["1", str(neuron), shown, "", ""] for neuron, shown in enumerate(texts.values())]
+    assert rows[0] == ["layer", "neuron", "label", "comment", "by", "from_step", "to_step"]
+    assert rows[1:] == [
+        ["1", str(neuron), shown, "", "", "", ""] for neuron, shown in enumerate(texts.values())
+    ]
     assert {place: note.label for place, note in read_export(labels.as_csv().decode())} == labels.all()
 
 
 def test_a_neuron_has_several_labels_with_comments_and_who_wrote_them(labels, tmp_path):
-    labels.set(1, 3, "ships", "in novels", "Ann")
-    labels.set(1, 3, "boats", by="Ben", at=1)
+    labels.set(1, 3, Note("ships", "in novels", "Ann"))
+    labels.set(1, 3, Note("boats", by="Ben"), at=1)
     labels.set(1, 3, "sails", at=9)  # after the last
     assert labels.all() == {(1, 3): "ships · boats · sails"}
     labels.set(1, 3, "", at=1)
-    labels.set(1, 3, "vessels", "and novels", "Ann", at=0)
+    labels.set(1, 3, Note("vessels", "and novels", "Ann"), at=0)
     assert labels.notes() == {(1, 3): (Note("vessels", "and novels", "Ann"), Note("sails"))}
     with pytest.raises(UserError, match="label = 'sails': the neuron has it already"):
         labels.set(1, 3, "sails", at=0)
@@ -191,16 +197,16 @@ def test_a_neuron_has_several_labels_with_comments_and_who_wrote_them(labels, tm
     assert content["format"] == 2
     assert content["labels"][1] == entry(1, 3, "sails")
     with pytest.raises(UserError, match=r"comment = 'xxx.*1,001 characters, at most 1000"):
-        labels.set(1, 3, "sails", "x" * 1001, at=1)
+        labels.set(1, 3, Note("sails", "x" * 1001), at=1)
 
 
 @pytest.mark.parametrize("form", ["as_csv", "as_json"])
 def test_an_export_is_read_into_another_run_and_labels_there_stay(labels, tmp_path, form):
-    labels.set(0, 1, "=sea", "it says 'sea'", "Ann")
-    labels.set(0, 1, "water", at=1)
+    labels.set(0, 1, Note("=sea", "it says 'sea'", "Ann", 64, 1300))
+    labels.set(0, 1, Note("water", from_step=0), at=1)
     labels.set(2, 5, "'quoted'")
     other = Labels(tmp_path / "other" / "labels.json")
-    other.set(0, 1, "water", "mine")
+    other.set(0, 1, Note("water", "mine"))
     other.set(7, 7, "kept")
     read = read_export(getattr(labels, form)().decode())
     assert other.add(read) == (2, 1)
@@ -208,6 +214,24 @@ def test_an_export_is_read_into_another_run_and_labels_there_stay(labels, tmp_pa
     notes = other.notes()
     assert set(notes[0, 1]) == set(labels.notes()[0, 1])
     assert (notes[2, 5], notes[7, 7]) == ((Note("'quoted'"),), (Note("kept"),))
+
+
+def test_a_label_may_hold_at_some_steps_alone_and_then_says_so_elsewhere(labels, tmp_path):
+    labels.set(1, 3, Note("ships", from_step=64, to_step=200))
+    labels.set(1, 3, Note("boats", from_step=201), at=1)
+    labels.set(1, 3, Note("sails", to_step=0), at=2)
+    assert labels.all() == {(1, 3): "ships · boats · sails"}
+    assert labels.all(64) == {(1, 3): "ships · boats (from step 201) · sails (to step 0)"}
+    assert labels.all(1300)[1, 3] == "ships (from step 64 to 200) · boats · sails (to step 0)"
+    ships = labels.notes()[1, 3][0]
+    assert [ships.holds(step) for step in (63, 64, 200, 201)] == [False, True, True, False]
+    content = json.loads((tmp_path / "neurons" / "labels.json").read_bytes())
+    assert content["format"] == 3
+    assert content["labels"][0] == entry(1, 3, "ships", from_step=64, to_step=200)
+    with pytest.raises(UserError, match="from_step = 9: must be at most to_step, 8"):
+        labels.set(1, 3, Note("ships", from_step=9, to_step=8))
+    with pytest.raises(UserError, match="line 2: from_step = x: must be a step, a whole number from 0"):
+        read_export("layer,neuron,label,from_step\n1,3,ships,x\n")
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,11 @@ nbformat.write(notebook, sys.argv[2])
 """
 
 
-def execute(name, run, place, trainer, reports):
-    """The cells of a committed notebook after they ran on a run folder, by id; `reports` is a last cell."""
+def execute(name, run, place, trainer, reports, settings=None):
+    """The cells of a committed notebook after they ran on a run folder, by id; `reports` is a last cell.
+
+    `settings` are environment variables that come before the notebook's fields.
+    """
     kernel = place / "jupyter" / "kernels" / "clean"
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -45,6 +48,7 @@ def execute(name, run, place, trainer, reports):
     nbformat.write(notebook, place / "before.ipynb")
     environment = {
         "TOPKLM_RUN": str(run),
+        **(settings or {}),
         **devices(1),
         "JUPYTER_PATH": str(place / "jupyter"),
         "JUPYTER_RUNTIME_DIR": str(place / "runtime"),

@@ -5,7 +5,6 @@ other requests do not wait for it.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict
 import functools
 import itertools
 import re
@@ -24,10 +23,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from topklm.errors import UserError
-from topklm.explorer import finding, markup, overview, pages, views
+from topklm.explorer import finding, markup, overview, pages, trace_views, views
 from topklm.explorer.index import Index
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import NeuronData, NotThereError
+from topklm.explorer.markup import Link
+from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
 from topklm.explorer.overview import Asked
 from topklm.explorer.requests import (
     BusyError,
@@ -42,7 +42,9 @@ from topklm.explorer.requests import (
     whole_number,
 )
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
-from topklm.neurons.labels import BETWEEN, read_export
+from topklm.explorer.trace_pages import TracePages
+from topklm.explorer.traces import StepData
+from topklm.neurons.labels import Note, read_export, step_of
 from topklm.web import server
 from topklm.web.http import EMBEDDED, Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
 
@@ -91,6 +93,7 @@ def create(
         Route("/api/labels.json", here.labels_json),
         Route("/api/labels.csv", here.labels_csv),
         Route(here.static.route, here.static.answer),
+        *here.of_trace.routes,
     ]
     if work is not None:
         routes.append(Route("/api/progress", work.answer))
@@ -113,13 +116,18 @@ class _Explorer:
         self._model_turn, self._regex_turn, self._words_turn, self._writing_turn = turns
         self._closing = False
         self._sentences = functools.cache(lambda: views.sentences(source))
+        self.of_trace = TracePages(source, self._page)
+        self._templates.globals["has_trace"] = lambda: bool(self.of_trace.traces.names())
 
     # Pages
 
     def overview(self, request: Request) -> Response:
-        asked = self._asked(request)
-        data = overview.overview(self._source, asked)
-        return self._page(request, "overview.html", data=data, asked=asked, drawn=self._plots)
+        source = self.of_trace.at(request)
+        asked = self._asked(request, source)
+        about = self.of_trace.about(source)
+        drawn = _plots(source, about["link"]) if about else self._plots
+        about |= {"data": overview.overview(source, asked), "asked": asked, "drawn": drawn}
+        return self._page(request, "overview.html", steps=self.of_trace.slider(source, asked), **about)
 
     def random(self, _request: Request) -> Response:
         return _to_neuron(*overview.random_neuron(self._source))
@@ -138,21 +146,30 @@ class _Explorer:
 
     async def neuron(self, request: Request) -> Response:
         place, text = self._place(request), request.query_params.get("text", "")
-        data = await run_in_threadpool(views.neuron, self._source, *place)
+        source, about = await run_in_threadpool(self._of_neuron, request, place)
         if request.query_params.get("embed") == "1":
-            page = await run_in_threadpool(self._page, request, "embed.html", data=data)
+            alone = {**about, "steps": None, "life_hint": ""}
+            page = await run_in_threadpool(self._page, request, "embed.html", **alone)
             # It changes nothing, so pages of others may hold it in a frame.
             page.headers["content-security-policy"] = EMBEDDED
             return page
-        own, problem = await _tried(request, text, self._with_model, views.on_text, *place, text)
-        about = {"data": data, "text": text, "own": own, "problem": problem}
-        about["steer"] = await self._box(request)
+        if source is self._source:
+            own, problem = await _tried(request, text, self._with_model, views.on_text, *place, text)
+            about |= {"text": text, "own": own, "problem": problem, "steer": await self._box(request)}
         return await run_in_threadpool(self._page, request, "neuron.html", **about)
+
+    def _of_neuron(self, request: Request, place: tuple[int, int]) -> tuple[NeuronRows, dict[str, Any]]:
+        source = self.of_trace.at(request)
+        about = self.of_trace.about(source) | self.of_trace.strip(source, *place)
+        return source, about | {"data": views.neuron(source, *place)}
 
     def preview(self, request: Request) -> Response:
         """Returns the card that a script shows beside links to the neuron."""
-        number = self._source.number(*self._place(request))
-        item = views.summary(self._source, number, self._source.named())
+        place, source = self._place(request), self.of_trace.at(request)
+        if isinstance(source, StepData):
+            item = trace_views.at_step(source, *place, source.named())
+        else:
+            item = views.summary(source, source.number(*place), source.named())
         return self._page(request, "preview.html", item=item)
 
     async def to_text(self, request: Request) -> Response:
@@ -160,7 +177,9 @@ class _Explorer:
         return redirect_with(address, {"text": await field(request, "text")}, "#own-text")
 
     async def label(self, request: Request) -> Response:
-        return _to_neuron(*await self._set_label(request))
+        source = self.of_trace.at(request)
+        step = None if source is self._source else source.measured.step
+        return _to_neuron(*await self._set_label(request), step)
 
     async def prompt(self, request: Request) -> Response:
         text, by = request.query_params.get("text", ""), request.query_params.get("by", "activation")
@@ -217,10 +236,12 @@ class _Explorer:
     # Data
 
     def overview_json(self, request: Request) -> Response:
-        return Json(overview.overview(self._source, self._asked(request)))
+        source = self.of_trace.at(request)
+        return Json(overview.overview(source, self._asked(request, source)))
 
     def neuron_json(self, request: Request) -> Response:
-        return Json(views.neuron(self._source, *self._place(request)))
+        _, about = self._of_neuron(request, self._place(request))
+        return Json({**about["data"], "trace": about["life"]})
 
     def context_json(self, request: Request) -> Response:
         place = self._place(request)
@@ -235,12 +256,9 @@ class _Explorer:
 
     async def label_json(self, request: Request) -> Response:
         layer, neuron = await self._set_label(request)
-        notes = self._source.labels.notes().get((layer, neuron), ())
-        said = {
-            "label": BETWEEN.join(note.label for note in notes),
-            "notes": [asdict(note) for note in notes],
-        }
-        return Json({"layer": layer, "neuron": neuron, **said})
+        label = self._source.named().get((layer, neuron), "")
+        notes = views.notes(self._source, layer, neuron)
+        return Json({"layer": layer, "neuron": neuron, "label": label, "notes": notes})
 
     async def prompt_json(self, request: Request) -> Response:
         by = str((await fields(request)).get("by", "activation"))
@@ -348,12 +366,13 @@ class _Explorer:
 
     @functools.cached_property
     def _plots(self) -> dict[str, Any]:
-        return {"layers": pages.layer_plots(self._source), "entropies": pages.entropy_map(self._source)}
+        return _plots(self._source, pages.neuron_address)
 
-    def _asked(self, request: Request) -> Asked:
+    def _asked(self, request: Request, source: NeuronRows) -> Asked:
         # Of several boxes with one name, all that are ticked.
         several = {"layer": ",".join(request.query_params.getlist("layer"))}
-        return Asked.of({**dict(request.query_params), **several}, self._source.measured.layers)
+        parameters = {**dict(request.query_params), **several}
+        return Asked.of(parameters, source.measured.layers, source.figures)
 
     async def _found(self, request: Request) -> dict[str, Any]:
         asked = request.query_params
@@ -377,8 +396,9 @@ class _Explorer:
         at = whole_number(str(content.get("at") or "0"))
         if at is None:
             raise UserError(f"at = {content['at']}: must be a whole number")
-        label = await field(request, "label")
-        await run_in_threadpool(self._source.labels.set, *place, label, comment, by, at)
+        steps = (step_of(name, str(content.get(name) or "")) for name in ("from_step", "to_step"))
+        note = Note(await field(request, "label"), comment, by, *steps)
+        await run_in_threadpool(self._source.labels.set, *place, note, at)
         return place
 
     def _add_labels(self, content: str) -> dict[str, int]:
@@ -410,8 +430,12 @@ async def _tried(
         return None, str(e)
 
 
-def _to_neuron(layer: int, neuron: int) -> Response:
-    return RedirectResponse(pages.neuron_address(layer, neuron), 303)
+def _to_neuron(layer: int, neuron: int, step: int | None = None) -> Response:
+    return RedirectResponse(pages.neuron_address(layer, neuron, step), 303)
+
+
+def _plots(source: NeuronRows, link: Link) -> dict[str, Any]:
+    return {"layers": pages.layer_plots(source), "entropies": pages.entropy_map(source, link)}
 
 
 def serve(

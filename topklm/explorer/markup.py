@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-MISSING = "\N{EN DASH}"
+from topklm.explorer.plots import SHADES
+
+MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 # In the place of a token that only begins a character.
 UNFINISHED = "◌"
-
-SHADES = 10  # steps of the shading of tokens
 
 # By the size of a number: three digits, so that columns of such numbers can be compared by eye.
 _DIGITS = ((100, ",.0f"), (10, ".1f"), (1, ".2f"), (0.01, ".3f"), (0.001, ".4f"), (0, ".1e"))
@@ -38,10 +38,15 @@ def write_as(kind: str, value: float | None) -> str:
         return MISSING
     if kind == "count":
         return f"{int(value):,}"
+    if kind == "flag":
+        return "yes" if value else "no"
+    if kind == "correlation":
+        value = round(value, 2) + 0.0  # not -0
+        return f"{value:.2f}".replace("-0.", "-.").removeprefix("0" * (abs(value) < 1)).replace("-", MINUS)
     if kind == "share":
         return f"{_three_digits(100 * value)}\N{NO-BREAK SPACE}%"
     text = f"{value:+.{4 if abs(value) < 1 else 2}f}" if kind == "effect" else _three_digits(value)
-    return text.replace("-", "\N{MINUS SIGN}")
+    return text.replace("-", MINUS)
 
 
 def _three_digits(value: float) -> str:
@@ -63,6 +68,11 @@ def level(value: float, strongest: float) -> str:
         return ""
     step = min(SHADES, max(1, math.ceil(SHADES * abs(value) / strongest)))
     return f"{'p' if value > 0 else 'n'}{step}"
+
+
+def shade(value: float | None) -> str:
+    """Returns the class of the shade of a correlation; "" where there is none."""
+    return "" if value is None or not math.isfinite(value) else level(round(value, 2), 1)
 
 
 class ShadedPiece(NamedTuple):
@@ -159,6 +169,8 @@ def examples(found: Iterable[Mapping[str, Any]], strongest: float | None, more: 
 def _losses(example: Mapping[str, Any]) -> str:
     """Draws the loss of an example's token, and of the next, on which the neuron acts."""
     losses = (example["loss"], example["next_loss"])
+    if losses == (None, None):
+        return ""
     written = [MISSING if loss is None else f"{loss:.2f}" for loss in losses]
     about = "Loss of this token and, after the arrow, of the next one, which the neuron has a part in; nats"
     return f'<small class="losses" title="{about}">loss {written[0]} → {written[1]}</small>'
@@ -218,7 +230,9 @@ def shares(items: Iterable[Mapping[str, Any]]) -> Markup:
     """Draws input tokens as items of a list: share of the activation, and how often active at how many."""
     drawn = []
     for item in items:
-        often = f"{write_as('count', item['active'])} of {write_as('count', item['occurrences'])}"
+        often = f"{write_as('count', item['occurrences'])}"
+        if item["active"] is not None:
+            often = f"{write_as('count', item['active'])} of {often}"
         drawn.append(_weighed(item["token"], item["share"], write_as("share", item["share"]), more=often))
     return Markup("".join(drawn))
 

@@ -1,12 +1,16 @@
 """The statistics, the text and the activations of one checkpoint of a run, for pages.
 
+`NeuronRows` has a row for each neuron, and text: `NeuronData` those of a harvested checkpoint,
+`topklm.explorer.traces.StepData` those of a traced step.
+
 The token ids of the whole store are held in memory once a page shows text, 2 bytes each in most vocabularies;
 everything else stays on the disk until a page asks for it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import math
+from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
@@ -19,7 +23,7 @@ from topklm.errors import UserError, visible
 from topklm.neurons.labels import Labels
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import StoredText
-from topklm.neurons.statistics import table
+from topklm.neurons.statistics import catalog, table
 from topklm.neurons.store import NeuronBlock, Store
 
 LISTED_TOKENS = 10  # of each kind on a page
@@ -45,7 +49,7 @@ class StoreWindow(NamedTuple):
     document: int
 
 
-class _Column:
+class RowReader:
     """A column of numbers or lists of them, or nulls; gives a row in a tenth of Arrow's `as_py` time."""
 
     def __init__(self, column: pa.ChunkedArray):
@@ -66,39 +70,32 @@ class _Column:
         return self._values[self._offsets[number] : self._offsets[number + 1]].tolist()
 
 
-class NeuronData:
-    """Opens a checkpoint's store and statistics; UserError if missing, damaged, or not of one another."""
+class NeuronRows:
+    """A row of figures for each neuron at one step, and the text that they were measured on."""
 
-    def __init__(self, folder: NeuronsFolder):
-        self.folder = folder
-        rows, self.measured = table.read(folder.table)
-        self.store = Store(folder.store)
-        self.tokenizer = Tokenizer.load(folder.run / TOKENIZER_FILE)
-        self.rows: pa.Table = rows.combine_chunks()
-        self._check()
-        self.labels = Labels(folder.labels)
-        self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
-        self._ahead: dict[int, NeuronBlock] = {}
-        self._values = functools.cache(lambda name: _Column(self.rows[name]))
+    def __init__(
+        self,
+        rows: pa.Table,
+        measured: table.TableMetadata,
+        store: Store,
+        tokenizer: Tokenizer,
+        labels: Labels,
+        origin: tuple[Path, str],
+    ):
+        self.measured, self.store, self.tokenizer, self.labels = measured, store, tokenizer, labels
+        self.rows = rows.combine_chunks()
+        if not holds_every_neuron(self.rows, measured.layers, measured.d_model):
+            raise UserError(f"{origin[0]} does not hold every neuron once: {origin[1]}")
+        self._values = functools.cache(lambda name: RowReader(self.rows[name]))
         self._text = functools.cache(self._shown)
         self._parts: set[int] = set()  # tokens, of those shown, that may be a part of a character
         self._characters = functools.cache(self._whole_characters)
         self._ordered = functools.cache(self._in_order)
 
-    def _check(self) -> None:
-        table.check_same(self.folder.table, self.measured, self.store)
-        if self.tokenizer.sha256 != self.store.metadata.tokenizer_sha256:
-            raise UserError(
-                f"{self.folder.store} was made with another tokenizer than "
-                f"{self.folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"
-            )
-        layers, d = self.measured.layers, self.measured.d_model
-        wanted = {"layer": np.repeat(layers, d), "neuron": np.tile(np.arange(d), len(layers))}
-        if not all(np.array_equal(self.rows[name].to_numpy(), values) for name, values in wanted.items()):
-            raise UserError(
-                f"{self.folder.table} does not hold every neuron once: delete it, and run topklm "
-                "neurons measure"
-            )
+    @property
+    def figures(self) -> Mapping[str, catalog.Figure]:
+        """The numbers of a row that pages show, by the names of their columns."""
+        return catalog.numbers()
 
     @property
     def n_neurons(self) -> int:
@@ -113,7 +110,11 @@ class NeuronData:
     def named(self) -> dict[tuple[int, int], str]:
         """Returns labels of neurons that there are, by layer and number; UserError for a damaged file."""
         layers, d = self.measured.layers, self.measured.d_model
-        return {at: text for at, text in self.labels.all().items() if at[0] in layers and at[1] < d}
+        return {
+            at: text
+            for at, text in self.labels.all(self.measured.step).items()
+            if at[0] in layers and at[1] < d
+        }
 
     def number(self, layer: int, neuron: int) -> int:
         """Returns which row a neuron has; UserError if there is no such neuron."""
@@ -162,37 +163,11 @@ class NeuronData:
         return self.rows[name].to_numpy().astype(np.float64)
 
     def events(self, layer: int, neuron: int) -> NeuronBlock:
-        """Returns all events of a neuron; those of the last few neurons are remembered."""
-        found = self._ahead.get(self.number(layer, neuron))
-        return self._events(layer, neuron) if found is None else found
-
-    def reading_ahead(self, numbers: Iterable[int]) -> Iterator[int]:
-        """Yields rising numbers of neurons, whose `events` are read together with those of their neighbours.
-
-        That is faster than one by one; as many are read at once as fit into memory.
-        """
-        group: list[int] = []
-        n_events = 0
-        for number in numbers:
-            n_active = self.row(number, ["n_active"])["n_active"] or 0
-            follows = group and number == group[-1] + 1 and number % self.measured.d_model
-            if not follows or n_events + n_active > _AHEAD_EVENTS:
-                yield from self._read(group)
-                group, n_events = [], 0
-            group.append(number)
-            n_events += n_active
-        yield from self._read(group)
-        self._ahead = {}
-
-    def _read(self, group: list[int]) -> list[int]:
-        if group:
-            layer, begin = self.place(group[0])
-            block = self.store.block(layer, begin, begin + len(group))
-            self._ahead = {number: block.one(at) for at, number in enumerate(group)}
-        return group
+        """Returns the events of a neuron that are known: all, or those of its examples."""
+        raise NotImplementedError
 
     def activations(self, layer: int, neuron: int, bounds: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Returns a neuron's activations on stretches of the store, float32[n] of each.
+        """Returns a neuron's activations on stretches of the store, float32[n] of each; 0: not known either.
 
         `bounds` are the first token of each stretch, counted through the store, and the one after its last.
         """
@@ -203,6 +178,11 @@ class NeuronData:
             values[events.tokens[first:stop] - begin] = events.values[first:stop]
             found.append(values)
         return found
+
+    def counted(self, layer: int, neuron: int, ids: Sequence[int]) -> list[int] | None:
+        """Returns at how many tokens of each kind the neuron is active; None where that is not known."""
+        active = self.ids[self.events(layer, neuron).tokens]
+        return [int(np.count_nonzero(active == one)) for one in ids]
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -227,11 +207,6 @@ class NeuronData:
         numbers = self.store.documents(0, self.store.n_tokens)
         starts = document_starts(numbers)
         return starts, numbers[starts[:-1]]
-
-    @functools.cached_property
-    def stored_text(self) -> StoredText:
-        """The text of the store, to be searched."""
-        return StoredText(self.store, self.tokenizer)
 
     def window(self, at: int, size: int) -> StoreWindow:
         """Returns at most `size` tokens of one document around a token, which stands as far inside as can be.
@@ -287,6 +262,67 @@ class NeuronData:
             if "\N{REPLACEMENT CHARACTER}" not in text:
                 return n, shown(text)
         return 1, None
+
+
+class NeuronData(NeuronRows):
+    """Opens a checkpoint's store and statistics; UserError if missing, damaged, or not of one another."""
+
+    def __init__(self, folder: NeuronsFolder):
+        self.folder = folder
+        rows, measured = table.read(folder.table)
+        store, tokenizer = Store(folder.store), Tokenizer.load(folder.run / TOKENIZER_FILE)
+        table.check_same(folder.table, measured, store)
+        if tokenizer.sha256 != store.metadata.tokenizer_sha256:
+            raise UserError(
+                f"{folder.store} was made with another tokenizer than "
+                f"{folder.run / TOKENIZER_FILE}: restore that, or delete the store and harvest again"
+            )
+        again = "delete it, and run topklm neurons measure"
+        super().__init__(rows, measured, store, tokenizer, Labels(folder.labels), (folder.table, again))
+        self._events = functools.lru_cache(_KEPT_EVENTS)(self.store.neuron)
+        self._ahead: dict[int, NeuronBlock] = {}
+
+    def events(self, layer: int, neuron: int) -> NeuronBlock:
+        """Returns all events of a neuron; those of the last few neurons are remembered."""
+        found = self._ahead.get(self.number(layer, neuron))
+        return self._events(layer, neuron) if found is None else found
+
+    def reading_ahead(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Yields rising numbers of neurons, whose `events` are read together with those of their neighbours.
+
+        That is faster than one by one; as many are read at once as fit into memory.
+        """
+        group: list[int] = []
+        n_events = 0
+        for number in numbers:
+            n_active = self.row(number, ["n_active"])["n_active"] or 0
+            follows = group and number == group[-1] + 1 and number % self.measured.d_model
+            if not follows or n_events + n_active > _AHEAD_EVENTS:
+                yield from self._read(group)
+                group, n_events = [], 0
+            group.append(number)
+            n_events += n_active
+        yield from self._read(group)
+        self._ahead = {}
+
+    def _read(self, group: list[int]) -> list[int]:
+        if group:
+            layer, begin = self.place(group[0])
+            block = self.store.block(layer, begin, begin + len(group))
+            self._ahead = {number: block.one(at) for at, number in enumerate(group)}
+        return group
+
+    @functools.cached_property
+    def stored_text(self) -> StoredText:
+        """The text of the store, to be searched."""
+        return StoredText(self.store, self.tokenizer)
+
+
+def holds_every_neuron(rows: pa.Table, layers: Sequence[int], width: int, n_steps: int = 1) -> bool:
+    """Returns whether rows are those of all neurons, by step, layer and neuron, each once."""
+    wanted = {"layer": np.repeat(layers, width), "neuron": np.tile(np.arange(width), len(layers))}
+    found = ((rows[name].to_numpy(), np.tile(values, n_steps)) for name, values in wanted.items())
+    return all(np.array_equal(one, other) for one, other in found)
 
 
 def document_starts(numbers: np.ndarray) -> np.ndarray:

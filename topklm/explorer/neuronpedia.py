@@ -42,6 +42,7 @@ from topklm.checkpoint.run_folder import saved_config
 from topklm.errors import UserError
 from topklm.explorer.neuron_data import NeuronData, document_starts, window_bounds
 from topklm.neurons.capture import RESID_POST, TOPK, hook_name
+from topklm.neurons.labels import BETWEEN
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Store
 from topklm.progress import Progress
@@ -92,7 +93,10 @@ def export(
         wanted = sorted({source.number(layer, neuron) for layer, neuron in neurons})
     if not wanted:
         raise UserError("neurons: there are none among those asked for; ask for others")
-    labels = source.labels.all()
+    labels = {
+        place: BETWEEN.join(note.label for note in some if note.holds(measured.step))
+        for place, some in source.labels.notes().items()
+    }
     phase = (progress or Progress(lambda text: None)).phase("writing neurons", len(wanted))
     with new_folder(out) as folder, phase as report:
         for place, of_layer in itertools.groupby(wanted, lambda number: number // measured.d_model):

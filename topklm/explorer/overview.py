@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer.neuron_data import NeuronRows
 from topklm.explorer.requests import whole_number
 from topklm.explorer.views import LabelOf, summary
 from topklm.neurons.statistics import catalog
@@ -30,16 +30,28 @@ class Asked:
     labelled: bool = False  # only neurons with a label
     all_columns: bool = False
     page: int = 1
+    step: int | None = None  # of a trace
+    trace: str = ""  # its name, where it is not that of these neurons
+    known: Mapping[str, catalog.Figure] = dataclasses.field(default_factory=catalog.numbers)  # all figures
+    path: str = "/"  # of the page
+    default: str = READABLE  # the order without a wish
 
     @classmethod
-    def of(cls, parameters: Mapping[str, str], layers: tuple[int, ...]) -> "Asked":
-        """Reads the parameters of a link: sort, order, layer ("0" or "0,2"), labelled, columns and page.
+    def of(
+        cls,
+        parameters: Mapping[str, str],
+        layers: tuple[int, ...],
+        known: Mapping[str, catalog.Figure] | None = None,
+        path: str = "/",
+        default: str = READABLE,
+    ) -> "Asked":
+        """Reads the parameters of a link: sort, order, layer ("0" or "0,2"), labelled, columns, page, step.
 
-        NAME.min and NAME.max are bounds of figures; `layers` are all that there are. UserError for other
-        values.
+        NAME.min and NAME.max are bounds of figures; `layers` are all that there are, and so are figures
+        `known`. UserError for other values.
         """
-        sort, page = parameters.get("sort") or READABLE, whole_number(parameters.get("page") or "1")
-        known = catalog.numbers()
+        sort, page = parameters.get("sort") or default, whole_number(parameters.get("page") or "1")
+        known = catalog.numbers() if known is None else known
         if sort != READABLE and sort not in known:
             raise UserError(f"sort = {sort}: must be {READABLE} or one of {', '.join(known)}")
         if not page:
@@ -60,12 +72,19 @@ class Asked:
             parameters.get("labelled") == "1",
             parameters.get("columns") == "all",
             page,
+            whole_number(parameters.get("step", "")),
+            parameters.get("trace", ""),
+            known,
+            path,
+            default,
         )
 
     def query(self) -> dict[str, str]:
         """Returns the parameters of a link that asks for this; defaults are left out."""
         said = {
-            "sort": self.sort if self.sort != READABLE else "",
+            "step": "" if self.step is None else str(self.step),
+            "trace": self.trace,
+            "sort": self.sort if self.sort != self.default else "",
             "order": "falling" if self.falling else "",
             "layer": ",".join(map(str, self.layers)),
             "labelled": "1" if self.labelled else "",
@@ -79,16 +98,16 @@ class Asked:
 
     def address(self, **changes: Any) -> str:
         """Returns a link that asks for this with some changes; the first page, unless `page` is changed."""
-        return f"/?{urlencode(dataclasses.replace(self, **{'page': 1, **changes}).query())}"
+        return f"{self.path}?{urlencode(dataclasses.replace(self, **{'page': 1, **changes}).query())}"
 
     @property
-    def columns(self) -> list[catalog.Statistic]:
+    def columns(self) -> list[catalog.Figure]:
         """Columns of the table: the first ones and those that it is sorted or filtered by, or all."""
         named = {self.sort, *self.ranges}
-        return [s for s in catalog.numbers().values() if self.all_columns or s.first or s.name in named]
+        return [one for one in self.known.values() if self.all_columns or one.first or one.name in named]
 
 
-def overview(source: NeuronData, asked: Asked) -> dict[str, Any]:
+def overview(source: NeuronRows, asked: Asked) -> dict[str, Any]:
     """Returns all that the overview shows; raises UserError as `table`."""
     names = "run step kind dictionary d_model topk_k source n_tokens n_documents embedding n_clusters"
     return {
@@ -98,7 +117,7 @@ def overview(source: NeuronData, asked: Asked) -> dict[str, Any]:
     }
 
 
-def layers(source: NeuronData) -> list[dict[str, Any]]:
+def layers(source: NeuronRows) -> list[dict[str, Any]]:
     """Returns each layer: how many neurons are dead, and the middle of the others' figures."""
     d = source.measured.d_model
     names = "density", "token_entropy_corrected", "semantic_entropy_corrected"
@@ -115,7 +134,7 @@ def layers(source: NeuronData) -> list[dict[str, Any]]:
     return found
 
 
-def select(source: NeuronData, asked: Asked, labels: LabelOf) -> np.ndarray:
+def select(source: NeuronRows, asked: Asked, labels: LabelOf) -> np.ndarray:
     """Returns the numbers of all neurons asked for, int64[n], in order; equal ones as `readable_first`."""
     measured, order = source.measured, source.readable
     if asked.sort != READABLE:
@@ -135,7 +154,7 @@ def select(source: NeuronData, asked: Asked, labels: LabelOf) -> np.ndarray:
     return order[kept[order]]
 
 
-def table(source: NeuronData, asked: Asked) -> dict[str, Any]:
+def table(source: NeuronRows, asked: Asked) -> dict[str, Any]:
     """Returns a page of neurons; UserError for a page that is not there."""
     labels = source.named()
     found = select(source, asked, labels)
@@ -151,7 +170,7 @@ def table(source: NeuronData, asked: Asked) -> dict[str, Any]:
     }
 
 
-def random_neuron(source: NeuronData, seed: int | None = None) -> tuple[int, int]:
+def random_neuron(source: NeuronRows, seed: int | None = None) -> tuple[int, int]:
     """Returns layer and number of any neuron that is not dead; of any at all where all are."""
     alive = np.flatnonzero(source.column("n_active") > 0)
     pick = np.random.default_rng(seed)

@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer import markup, plots, views
-from topklm.explorer.neuron_data import NeuronData
+from topklm.explorer import markup, plots, trace_views, views
+from topklm.explorer.neuron_data import NeuronData, NeuronRows
+from topklm.explorer.traces import FIGURES, FORMATION, TraceData, Traces
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.inputs import COMMON
@@ -46,12 +47,14 @@ def templates() -> jinja2.Environment:
     )
 
 
-def environment(source: NeuronData) -> jinja2.Environment:
+def environment(source: NeuronRows) -> jinja2.Environment:
     """Makes the templates with everything that pages of neurons call."""
     made = templates()
-    numbers = catalog.numbers()
+    numbers = source.figures
+    kinds = {one.name: one.kind for one in (*numbers.values(), *FIGURES, *FORMATION)}
     made.filters.update(
-        figure=lambda value, name: markup.write_as(numbers[name].kind, value),
+        figure=lambda value, name: markup.write_as(kinds[name], value),
+        r=functools.partial(markup.write_as, "correlation"),
         effect=functools.partial(markup.write_as, "effect"),
         count=functools.partial(markup.write_as, "count"),
         share=functools.partial(markup.write_as, "share"),
@@ -74,6 +77,16 @@ def environment(source: NeuronData) -> jinja2.Environment:
         activation_histogram=activation_histogram,
         example_tokens=views.EXAMPLE_TOKENS,
         link=neuron_address,
+        at_step=None,
+        at_steps=(),
+        life=None,
+        life_hint="",
+        life_said=trace_views.life_said,
+        step_address=neuron_address,
+        step_title=step_title,
+        figure_of_trace={one.name: one for one in (*FIGURES, *FORMATION)},
+        steps=None,
+        has_trace=lambda: False,
         prompt_address=prompt_address,
     )
     return made
@@ -105,9 +118,9 @@ class Static:
         return Response(self._files[name], media_type=media_type, headers={"cache-control": _FOR_EVER})
 
 
-def neuron_address(layer: int, neuron: int) -> str:
-    """Returns the stable link of a neuron."""
-    return f"/neurons/{layer}/{neuron}"
+def neuron_address(layer: int, neuron: int, step: int | None = None) -> str:
+    """Returns the stable link of a neuron, as it was measured or at a step of its trace."""
+    return f"/neurons/{layer}/{neuron}" + ("" if step is None else f"?step={step}")
 
 
 def prompt_address(text: str, by: str = "activation", token: int | None = None) -> str:
@@ -116,15 +129,32 @@ def prompt_address(text: str, by: str = "activation", token: int | None = None) 
     return f"/prompt?{urlencode({k: v for k, v in asked.items() if v != ''}, errors='replace')}"
 
 
-def tile_notes(data: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the words below the number of each tile of a neuron, by the name of the statistic."""
-    statistics = catalog.numbers()
-    kinds = {name: statistic.kind for name, statistic in statistics.items()}
+def tile_notes(data: Mapping[str, Any], figures: Mapping[str, catalog.Figure]) -> dict[str, str]:
+    """Returns the words below the number of each tile of a neuron, by the name of the figure."""
+    kinds = {name: figure.kind for name, figure in figures.items()}
     others = {"n_tokens": "count", "n_clusters": "count"}
     others |= {"effective_tokens": "number", "effective_clusters": "number"}
     written = {name: markup.write_as(kind, data[name]) for name, kind in others.items()}
     written |= {name: markup.write_as(kind, data["figures"][name]) for name, kind in kinds.items()}
-    return {name: s.note.format_map(written) for name, s in statistics.items() if s.first}
+    return {name: figure.note.format_map(written) for name, figure in figures.items() if figure.first}
+
+
+_AT_STEP = {
+    "density": "density {}",
+    "token_entropy_corrected": "token entropy {} nats",
+    "semantic_entropy_corrected": "semantic entropy {} nats",
+    "by_token": "{} explained by the token",
+    "r_reference": "r {}",
+    "jaccard_reference": "Jaccard {}",
+}
+
+
+def step_title(figures: Mapping[str, Any]) -> str:
+    """Returns a neuron at a step in a line, from its figures."""
+    kinds = {one.name: one.kind for one in (*catalog.numbers().values(), *FIGURES)}
+    said = (words.format(markup.write_as(kinds[name], figures[name])) for name, words in _AT_STEP.items())
+    step = f"step {figures['step']:,}: " if "step" in figures else ""
+    return step + ", ".join(said)
 
 
 def activation_histogram(data: Mapping[str, Any]) -> Markup:
@@ -137,7 +167,7 @@ def activation_histogram(data: Mapping[str, Any]) -> Markup:
     return plots.histogram(counts, highest, "activation", "tokens (square-root scale)", about)
 
 
-def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
+def layer_plots(source: NeuronRows) -> list[dict[str, Any]]:
     """Returns the overview's plots, layers side by side, each with a title and a sentence."""
     measured, d = source.measured, source.measured.d_model
 
@@ -172,7 +202,7 @@ def layer_plots(source: NeuronData) -> list[dict[str, Any]]:
     return found
 
 
-def entropy_map(source: NeuronData) -> dict[str, Any]:
+def entropy_map(source: NeuronRows, link: markup.Link) -> dict[str, Any]:
     """Draws every neuron by its two entropies, of very many as many as show; with the layers' colours."""
     names = "token_entropy_corrected", "semantic_entropy_corrected"
     across, up = map(source.column, names)
@@ -183,7 +213,7 @@ def entropy_map(source: NeuronData) -> dict[str, Any]:
     points = []
     for number in there.tolist():
         layer, neuron = source.place(number)
-        title, address = f"layer {layer}, neuron {neuron}", neuron_address(layer, neuron)
+        title, address = f"layer {layer}, neuron {neuron}", link(layer, neuron) or ""
         points.append(plots.Point(float(across[number]), float(up[number]), title, address, depths[layer]))
     x = plots.Axis("token entropy, nats", 0, _highest([across[there]]))
     y = plots.Axis("semantic entropy, nats", 0, _highest([up[there]]))
@@ -208,7 +238,8 @@ _SCRIPTS = ("tabs.js", "look.js", "keys.js", "export.js")
 def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | None = None) -> int:
     """Writes the same pages as one file that opens from a disk; returns how many neurons have one.
 
-    They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17).
+    They stand in it compressed, and a script shows the one that the address asks for (#/neurons/1/17, or
+    #/neurons/1/17/64 at a step of the trace, if there is one).
     Nothing is loaded from anywhere: the file's own policy allows no script but ours, and no address.
     UserError if there is no such neuron, or the file, which is there whole or not at all, cannot be written.
     """
@@ -221,13 +252,16 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     templates.globals["link"] = lambda layer, neuron: (
         f"#/neurons/{layer}/{neuron}" if (layer, neuron) in held else None
     )
-    labels = source.named()
+    templates.globals["step_address"] = lambda layer, neuron, step: f"#/neurons/{layer}/{neuron}/{step}"
+    trace, labels = Traces(source.folder.run, source).own(), source.named()
     files = {name: content.decode() for name, content in static_files().items()}
     script, style = _script(files), files["style.css"]
     text = templates.get_template("export.html").render(
         drawn=layer_plots(source),
-        neurons=[views.summary(source, number, labels) for number in numbers],
-        pages=list(_pages(source, templates, numbers, labels)),
+        neurons=[_with_onsets(views.summary(source, number, labels), trace) for number in numbers],
+        formed=[figure for figure in FORMATION if figure.first] if trace else [],
+        traced=list(_of_trace(trace, templates)) if trace else [],
+        pages=list(_pages(source, trace, templates, numbers, labels)),
         script=script,
         style=style,
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:",
@@ -241,20 +275,46 @@ def export(source: NeuronData, path: Path, neurons: Sequence[tuple[int, int]] | 
     return len(numbers)
 
 
+def _with_onsets(item: dict[str, Any], trace: TraceData | None) -> dict[str, Any]:
+    """Adds the figures of formation of a neuron, None where it is not traced."""
+    number = None if trace is None else trace.number(item["layer"], item["neuron"])
+    formed = {} if trace is None or number is None else trace.formed(number)
+    item["figures"] |= {figure.name: formed.get(figure.name) for figure in FORMATION}
+    return item
+
+
+def _of_trace(trace: TraceData, templates: jinja2.Environment) -> Iterator[dict[str, Any]]:
+    """Yields the pages of a trace, as `_pages`."""
+    drawn = trace_views.drawn_formation(trace, [], None)
+    shown = {
+        "formation": {"data": trace_views.formation(trace), "drawn": drawn},
+        "layers": {"data": trace_views.layers(trace), "drawn": trace_views.drawn_layers(trace)},
+    }
+    for name, content in shown.items():
+        text = templates.get_template("export_trace.html").render(page=name, **content)
+        yield {"id": f"p-{name}", "title": name.capitalize(), "packed": _packed(text)}
+
+
 def _pages(
     source: NeuronData,
+    trace: TraceData | None,
     templates: jinja2.Environment,
     numbers: Sequence[int],
     labels: Mapping[tuple[int, int], str],
 ) -> Iterator[dict[str, Any]]:
     """Yields pages by layer and neuron; their content is a future."""
     body = templates.get_template("export_neuron.html")
+    steps = [trace.at(step) for step in trace.steps] if trace else []
     # zlib lets go of the interpreter, so that the next page is drawn meanwhile.
     with futures.ThreadPoolExecutor(1) as packing:
         for number in source.reading_ahead(sorted(numbers)):
             layer, neuron = source.place(number)
             data = views.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
-            text = body.render(data=data, own_text=False, example_tokens=EXAMPLE_TOKENS)
+            life = trace and trace_views.life(trace, layer, neuron)
+            at_steps = [trace_views.at_step(step, layer, neuron, labels) for step in steps] if life else []
+            text = body.render(
+                data=data, own_text=False, example_tokens=EXAMPLE_TOKENS, life=life, at_steps=at_steps
+            )
             yield {
                 "id": f"n-{layer}-{neuron}",
                 "title": f"{layer}:{neuron} {data['label']}".strip(),

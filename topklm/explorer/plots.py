@@ -11,12 +11,13 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 import numpy as np
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 12, 34  # around the plot itself, for axes
 _BINS = 36  # of a violin
 DEPTHS = 6  # colours of layers
 CURVES = 8  # kinds of curves
+SHADES = 10  # steps of the shading of tokens and cells
 _TICKS = 4  # of an axis, about
-_NAME = 12  # height of a curve's name
+_NAME, LETTER = 12, 5.8  # height of a curve's name, and width of a letter of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def histogram(counts: Sequence[int], high: float, x_title: str, y_title: str, ab
     """
     largest = int(max([*counts, 1]))
     x, y = Axis(x_title, 0, high or 1), Axis(y_title, 0, math.sqrt(largest))
-    frame = _Frame((340, 170), x, y)
+    frame = Frame((340, 170), x, y)
     width = frame.width / max(len(counts), 1)
     drawn = []
     for place, count in enumerate(counts):
@@ -61,7 +62,7 @@ def histogram(counts: Sequence[int], high: float, x_title: str, y_title: str, ab
             low, top = (high * (place + step) / len(counts) for step in (0, 1))
             height = max(frame.height * math.sqrt(count) / y.high, 1)
             drawn.append(
-                f'<rect class="bar" x="{_LEFT + place * width:.1f}" y="{frame.base - height:.1f}" '
+                f'<rect class="bar" x="{LEFT + place * width:.1f}" y="{frame.base - height:.1f}" '
                 f'width="{max(width - 1, 0.5):.1f}" height="{height:.1f}">'
                 f"<title>{low:.3g} to {top:.3g}: {count:,}</title></rect>"
             )
@@ -75,7 +76,7 @@ def violins(layers: Mapping[str, np.ndarray], y: Axis, about: str) -> Markup:
     Values are finite, float[n] of each layer by its name.
     """
 
-    def draw(name: str, frame: _Frame, centre: float, slot: float) -> str:
+    def draw(name: str, frame: Frame, centre: float, slot: float) -> str:
         values = layers[name]
         shares = np.clip([y.share(v) for v in values if v > 0 or not y.logarithmic], 0, 1)
         if not len(shares):
@@ -95,7 +96,7 @@ def bars(layers: Mapping[str, int], high: int, y_title: str, about: str) -> Mark
     """Draws a number for each layer, written above its bar."""
     y = Axis(y_title, 0, max(high, 1), text="{:,.0f}".format)
 
-    def draw(name: str, frame: _Frame, centre: float, slot: float) -> str:
+    def draw(name: str, frame: Frame, centre: float, slot: float) -> str:
         height, width = frame.height * y.share(layers[name]), min(slot * 0.6, 48)
         top = frame.base - height
         return (
@@ -124,41 +125,47 @@ def depth(place: int, n: int) -> int:
 
 def scatter(points: Iterable[Point], x: Axis, y: Axis, about: str, names: tuple[str, str]) -> Markup:
     """Draws points; a script opens and selects them, tables by keyboard. `names` are of both axes."""
-    frame = _Frame((860, 300), x, y)
+    frame = Frame((860, 300), x, y)
     drawn = [
-        f'<circle class="point d{point.depth}" cx="{_LEFT + frame.width * x.share(point.x):.1f}" '
-        f'cy="{_TOP + frame.height * (1 - y.share(point.y)):.1f}" r="2.6" '
+        f'<circle class="point d{point.depth}" cx="{LEFT + frame.width * x.share(point.x):.1f}" '
+        f'cy="{TOP + frame.height * (1 - y.share(point.y)):.1f}" r="2.6" '
         f'data-address="{escape(point.address)}"><title>{escape(point.title)}</title></circle>'
         for point in points
     ]
     facts = {
-        "frame": f"{_LEFT} {_TOP} {frame.width} {frame.height}",
+        "frame": f"{LEFT} {TOP} {frame.width} {frame.height}",
         **{f"{axis}-name": name for axis, name in zip("xy", names, strict=True)},
         **{name: f"{axis.low:g} {axis.high:g}" for name, axis in (("x", x), ("y", y))},
     }
     return frame.svg(about, drawn, facts=facts)
 
 
-def lines(curves: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, about: str) -> Markup:
-    """Draws points (x, y) of each curve joined by a line, with the curve's name at its end.
+def lines(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    x: Axis,
+    y: Axis,
+    about: str,
+    size: tuple[int, int] = (860, 300),
+) -> Markup:
+    """Draws points (x, y) of each curve joined by a line, with the curve's name after its end.
 
     Names that would lie on one another are moved apart.
     """
-    frame = _Frame((860, 300), x, y)
+    frame = Frame(size, x, y, right=RIGHT + round(LETTER * max(map(len, curves), default=0)))
     paths, ends = [], []
     for number, (name, points) in enumerate(curves.items()):
         places = [
-            (_LEFT + frame.width * x.share(across), _TOP + frame.height * (1 - y.share(up)))
+            (LEFT + frame.width * x.share(across), TOP + frame.height * (1 - y.share(up)))
             for across, up in points
         ]
         path = " L".join(f"{across:.1f} {up:.1f}" for across, up in places)
         kind = f"c{number % CURVES}"
         paths.append(f'<path class="curve {kind}" d="M{path}"><title>{escape(name)}</title></path>')
-        ends.append((places[-1][1] - 6, places[-1][0], kind, name))
+        ends.append((places[-1][1] + 3.5, places[-1][0] + 6, kind, name))
     names, last = [], 0.0
     for up, across, kind, name in sorted(ends):
         last = max(up, last + _NAME)
-        named = f'<text class="value n{kind}" x="{across:.1f}" y="{last:.1f}" text-anchor="end">'
+        named = f'<text class="value n{kind}" x="{across:.1f}" y="{last:.1f}">'
         names.append(f"{named}{escape(name)}</text>")
     return frame.svg(about, [*paths, *names])
 
@@ -168,7 +175,8 @@ _STYLE = (
     ".plot { font: 10.5px sans-serif; background: #fff } .plot text { fill: #565f6a } "
     ".plot .grid { stroke: #e1e4e0 } .plot .axis { stroke: #8b949e } .plot .median { stroke: #1b1f24; "
     "stroke-width: 2.2 } .plot .violin { fill: #c3d6ea; stroke: #2171b5 } .plot .bar { fill: #2171b5 } "
-    ".plot .curve { fill: none; stroke-width: 1.8 }"
+    ".plot .curve { fill: none; stroke-width: 1.8 } .plot .dot { fill: #2171b5; stroke: #2171b5 } "
+    ".plot .dot.hollow { fill: none } .plot .span { stroke: #9ebcda; stroke-width: 3 }"
 )
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666", "#000000")
 
@@ -184,24 +192,33 @@ def standalone(plot: str) -> str:
 
 
 def _side_by_side(
-    names: Collection[str], y: Axis, about: str, draw: Callable[[str, "_Frame", float, float], str]
+    names: Collection[str], y: Axis, about: str, draw: Callable[[str, "Frame", float, float], str]
 ) -> Markup:
     """Draws each layer by its name, the frame, and the centre and width of its slot."""
     n = max(len(names), 1)
-    frame = _Frame((330, 210), Axis("layer", 0, n), y)
+    frame = Frame((330, 210), Axis("layer", 0, n), y)
     slot = frame.width / n
-    drawn = [draw(name, frame, _LEFT + (at + 0.5) * slot, slot) for at, name in enumerate(names)]
+    drawn = [draw(name, frame, LEFT + (at + 0.5) * slot, slot) for at, name in enumerate(names)]
     ticks = [(at + 0.5, name) for at, name in enumerate(names)]
     return frame.svg(about, drawn, x_ticks=ticks[:: max(1, len(ticks) // 16)])
 
 
-class _Frame:
+class Frame:
     """The axes of a plot, and the space between them."""
 
-    def __init__(self, size: tuple[int, int], x: Axis, y: Axis):
-        self._size, self._x, self._y = size, x, y
-        self.width, self.height = size[0] - _LEFT - _RIGHT, size[1] - _TOP - _BOTTOM
-        self.base = _TOP + self.height
+    def __init__(
+        self,
+        size: tuple[int, int],
+        x: Axis,
+        y: Axis,
+        top: int = TOP,
+        bottom: int = BOTTOM,
+        left: int = LEFT,
+        right: int = RIGHT,
+    ):
+        self._size, self._x, self._y, self.top, self.left = size, x, y, top, left
+        self.width, self.height = size[0] - left - right, size[1] - top - bottom
+        self.base = top + self.height
 
     def svg(
         self,
@@ -210,12 +227,13 @@ class _Frame:
         x_ticks: Sequence[tuple[float, str]] | None = None,
         y_ticks: Sequence[tuple[float, str]] | None = None,
         facts: Mapping[str, str] | None = None,
+        upright: bool = False,
     ) -> Markup:
         """Returns the plot; ticks are values with text, by default round ones; `facts` are for scripts."""
         data = "".join(f' data-{name}="{escape(value)}"' for name, value in (facts or {}).items())
         x_ticks = x_ticks if x_ticks is not None else [(v, self._x.text(v)) for v in self._x.ticks()]
         y_ticks = y_ticks if y_ticks is not None else [(v, self._y.text(v)) for v in self._y.ticks()]
-        right, base = _LEFT + self.width, self.base
+        left, right, base = self.left, self.left + self.width, self.base
         drawn = [
             f'<svg class="plot" viewBox="0 0 {self._size[0]} {self._size[1]}" role="img" '
             f'aria-label="{escape(about)}"{data}>'
@@ -223,30 +241,34 @@ class _Frame:
         for value, text in y_ticks:
             at = base - self.height * self._y.share(value)
             drawn.append(
-                f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{_LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{escape(text)}</text>'
+                f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                f'<text x="{left - 5}" y="{at + 3.5:.1f}" text-anchor="end">{escape(text)}</text>'
             )
         for value, text in x_ticks:
-            at = _LEFT + self.width * self._x.share(value)
-            drawn.append(f'<text x="{at:.1f}" y="{base + 14}" text-anchor="middle">{escape(text)}</text>')
-        middle = _TOP + self.height / 2
+            at = left + self.width * self._x.share(value)
+            # Steps in narrow columns stand upright.
+            turned = f' transform="rotate(-90 {at:.1f} {base + 10})"' if upright else ""
+            anchor = "end" if upright else "middle"
+            up = base + (13 if upright else 14)
+            drawn.append(f'<text x="{at:.1f}" y="{up}" text-anchor="{anchor}"{turned}>{escape(text)}</text>')
+        middle, below = self.top + self.height / 2, base + (46 if upright else 29)
         drawn.append(
-            f'<text class="title" x="{_LEFT + self.width / 2:.1f}" y="{base + 29}" text-anchor="middle">'
+            f'<text class="title" x="{left + self.width / 2:.1f}" y="{below}" text-anchor="middle">'
             f'{escape(self._x.title)}</text><text class="title" x="11" y="{middle:.1f}" text-anchor="middle" '
             f'transform="rotate(-90 11 {middle:.1f})">{escape(self._y.title)}</text>'
-            f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{base}" y2="{base}"/>'
+            f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>'
         )
         return Markup("".join([*drawn, *content, "</svg>"]))
 
 
-def _violin(shares: np.ndarray, centre: float, half: float, frame: _Frame) -> str:
+def _violin(shares: np.ndarray, centre: float, half: float, frame: Frame) -> str:
     counts, edges = np.histogram(shares, _BINS, (0, 1))
     # The shape is smoothed a little: a neuron more or less says nothing.
     smooth = np.convolve(np.pad(counts, 1), [0.25, 0.5, 0.25], "valid")
     widths = half * smooth / max(smooth.max(), 1e-9)
     inside = np.flatnonzero(smooth > 0)
     first, last = inside[0], inside[-1] + 1
-    ups = _TOP + frame.height * (1 - (edges[first:last] + edges[first + 1 : last + 1]) / 2)
+    ups = TOP + frame.height * (1 - (edges[first:last] + edges[first + 1 : last + 1]) / 2)
     widths = widths[first:last]
     right = [f"{centre + w:.1f} {up:.1f}" for w, up in zip(widths, ups, strict=True)]
     left = [f"{centre - w:.1f} {up:.1f}" for w, up in zip(widths[::-1], ups[::-1], strict=True)]

@@ -1,37 +1,54 @@
-"""The figures of a trace, as SVG: identity, loss and entropies, onsets, layers."""
+"""The figures of a trace, as SVG: identity, loss and entropies, distances, change points, onsets, layers."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
 
+from markupsafe import Markup
 import numpy as np
 
-from topklm.explorer import plots
+from topklm.explorer import plots, step_plots
+from topklm.explorer.markup import Link
 from topklm.explorer.plots import Axis
+from topklm.explorer.step_plots import Mark, Row
 from topklm.trace.summary import Summary
 
 _FIRST = 0.5  # of a logarithmic axis, where step 0 is drawn
+_SIZE = (600, 290)
+_X_TITLE = "step (0 at the left end)"
+_MOST_ROWS = 2048  # of all heat maps of a page, in as many as can be told apart
+_FEWEST_ROWS = 48
 
 Curves = dict[str, list[tuple[float, float]]]
 
 
-def identity(traces: Sequence[Summary]) -> str:
-    """Draws r to the reference: by index and nulls of the first trace, of others by index and by match."""
+def identity(traces: Sequence[Summary]) -> Markup:
+    """Draws r to the reference: by index and nulls of the first trace, of others by index and by match.
+
+    The reference itself, where r is 1, is left out.
+    """
     own, *others = traces
-    curves = {
-        "same index": own.over_layers("r_reference"),
-        "best other index": own.over_layers("r_other"),
-        "tokens shifted": own.over_layers("r_shifted"),
+    found = {
+        "same index": _before(own, "r_reference"),
+        "best other index": _before(own, "r_other"),
+        "tokens shifted": _before(own, "r_shifted"),
     }
-    found = {name: _points(own.steps, values) for name, values in curves.items()}
     if own.settings.dictionary.startswith("sae"):
-        found["one-to-one match"] = _points(own.steps, own.over_layers("r_matched"))
+        found["one-to-one match"] = _before(own, "r_matched")
     for other in others:
-        found[other.name] = _points(other.steps, other.over_layers("r_reference"))
+        found[other.name] = _before(other, "r_reference")
         if other.settings.dictionary.startswith("sae"):
-            found[f"{other.name}, matched"] = _points(other.steps, other.over_layers("r_matched"))
+            found[f"{other.name}, matched"] = _before(other, "r_matched")
     return _lines(found, "r to the reference, median", (0, 1), f"Correlation with the reference, {own.name}")
 
 
-def losses(traces: Sequence[Summary]) -> str:
+def _before(own: Summary, name: str) -> list[tuple[float, float]]:
+    """Returns the median of a column by step, but of the reference."""
+    values = np.where(np.array(own.steps) == own.settings.reference, np.nan, own.over_layers(name))
+    return _points(own.steps, values)
+
+
+def losses(traces: Sequence[Summary]) -> Markup:
     """Draws the loss and the medians of both entropies."""
     own = traces[0]
     found = {"loss": _points(own.steps, own.values()["loss"])}
@@ -40,7 +57,92 @@ def losses(traces: Sequence[Summary]) -> str:
     return _lines(found, "nats", None, f"Held-out loss and entropies of neurons, {own.name}")
 
 
-def onsets(traces: Sequence[Summary]) -> str:
+def distances(traces: Sequence[Summary]) -> Markup:
+    """Draws how far the model is from n-grams, where that was measured."""
+    own = traces[0]
+    names = {"kl_unigram": "KL to unigram", "kl_bigram": "KL to bigram", "entropy": "entropy of the output"}
+    values = own.values()
+    found = {title: _points(own.steps, values[name]) for name, title in names.items() if name in values}
+    return _lines(found, "nats", None, f"The model's output beside n-grams, {own.name}")
+
+
+def change_points(traces: Sequence[Summary]) -> Markup:
+    """Draws when curves and neurons change, as `Summary.changes`: the model, attachment, onsets by layer."""
+    own = traces[0]
+    rows: dict[str, list[Mark]] = {}
+    for name, at in own.changes(1).items():
+        if name == "bits_per_byte":  # changes where the loss does
+            continue
+        title = f"attachment, {name}" if name in own.relations else name.replace("_", " ")
+        found = {"rises": [at["rises"]], "falls": [at["falls"]], "break": at["breaks"]}
+        rows[title] = [
+            Mark(max(step, _FIRST), f"{title}: {kind}, step {step:,}", kind)
+            for kind, steps in found.items()
+            for step in steps
+            if step is not None
+        ]
+    for layer in own.settings.layers:
+        steps = own.onsets(layer, "onset_50")
+        steps = steps[~np.isnan(steps)]
+        if len(steps):
+            low, middle, high = np.quantile(steps, (0.25, 0.5, 0.75), method="nearest").tolist()
+            said = f"half of {len(steps):,} onsets from step {low:,.0f} to {high:,.0f}, median {middle:,.0f}"
+            span = max(low, _FIRST), max(high, _FIRST)
+            mark = Mark(max(middle, _FIRST), f"layer {layer}: {said}", span=span)
+            rows[f"onset .5, layer {layer}"] = [mark]
+    x = Axis(_X_TITLE, _FIRST, max(own.steps[-1], 1), logarithmic=True)
+    marked = {name: marks for name, marks in rows.items() if marks}
+    return step_plots.timeline(marked, x, f"When curves and neurons change, {own.name}")
+
+
+def heat(own: Summary, layer: int, address: Link | None = None) -> Markup:
+    """Draws r to the reference of all living neurons of a layer by step, those first whose onset is early.
+
+    The line is at the onset of .5; the loss is above, on the same axis. Of very many neurons, neighbours in
+    this order are averaged.
+    """
+    alive = own.living[layer]
+    numbers = np.flatnonzero(alive)
+    r, starts = own.curves(layer, "r_reference")[:, alive], own.onsets(layer, "onset_50")
+    means = np.where(np.isnan(r), 0, r).mean(axis=0)
+    order = np.lexsort((-means, np.where(np.isnan(starts), np.inf, starts)))
+    columns = {step: place for place, step in enumerate(own.steps)}
+    groups = _groups(len(order), max(_FEWEST_ROWS, _MOST_ROWS // max(len(own.settings.layers), 8)))
+    rows = []
+    for group in groups:
+        some = order[group]
+        first, start = int(numbers[some[0]]), starts[some[0]]
+        said = "never for good" if np.isnan(start) else f"from step {start:,.0f} on"
+        title = (
+            f"{layer}:{first}"
+            + (f" and {len(some) - 1} more" if len(some) > 1 else "")
+            + f", above .5 {said}"
+        )
+        known = ~np.isnan(r[:, some])
+        sums = np.where(known, r[:, some], 0).sum(axis=1)
+        values = np.where(known.any(axis=1), sums / np.maximum(known.sum(axis=1), 1), np.nan)
+        edge = np.nan if np.isnan(start) else float(columns[int(start)])
+        link = address(layer, first) if address and len(some) == 1 else None
+        rows.append(Row(values.tolist(), edge, title, link or ""))
+    loss = own.values()["loss"]
+    top = Axis("loss, nats", *_bounds(loss), text="{:.3g}".format)
+    reference = f"r with step {own.settings.reference:,}"
+    about = f"{len(order):,} neurons of layer {layer} of {own.name} by onset: {reference}"
+    return step_plots.heat([f"{step:,}" for step in own.steps], rows, len(order), top, loss.tolist(), about)
+
+
+def _groups(n: int, most: int) -> list[slice]:
+    """Returns at most so many slices of n things that follow one another, as even as can be."""
+    bounds = np.linspace(0, n, min(n, most) + 1).round().astype(int).tolist()
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+
+
+def onsets(traces: Sequence[Summary]) -> Markup:
     """Draws the steps at which neurons of each layer come to r of .5 and .9 for good."""
     own = traces[0]
     found = {}
@@ -50,10 +152,10 @@ def onsets(traces: Sequence[Summary]) -> str:
             found[f"{layer}: {level}"] = np.maximum(steps[~np.isnan(steps)], _FIRST)
     y = Axis("step of the onset", _FIRST, max(own.steps[-1], 1), logarithmic=True)
     about = f"Onsets of neurons by layer, at r of .5 and .9, {own.name}"
-    return plots.standalone(plots.violins(found, y, about))
+    return plots.violins(found, y, about)
 
 
-def layers(traces: Sequence[Summary]) -> str:
+def layers(traces: Sequence[Summary]) -> Markup:
     """Draws r of the same index of two layers, and of what the upper one writes with what it keeps."""
     own = traces[0]
     found: Curves = {}
@@ -66,11 +168,17 @@ def layers(traces: Sequence[Summary]) -> str:
     return _lines(found, "r of the same index, median", (0, 1), f"Layers of {own.name}")
 
 
+def _alone(draw: Callable[[Sequence[Summary]], Markup], traces: Sequence[Summary]) -> str:
+    return plots.standalone(draw(traces))
+
+
 FIGURES: Mapping[str, Callable[[Sequence[Summary]], str]] = {
-    "identity": identity,
-    "loss": losses,
-    "onsets": onsets,
-    "layers": layers,
+    "identity": functools.partial(_alone, identity),
+    "loss": functools.partial(_alone, losses),
+    "distances": functools.partial(_alone, distances),
+    "changes": functools.partial(_alone, change_points),
+    "onsets": functools.partial(_alone, onsets),
+    "layers": functools.partial(_alone, layers),
 }
 
 
@@ -82,11 +190,11 @@ def _points(steps: Sequence[int], values: np.ndarray) -> list[tuple[float, float
     ]
 
 
-def _lines(found: Curves, title: str, within: tuple[float, float] | None, about: str) -> str:
+def _lines(found: Curves, title: str, within: tuple[float, float] | None, about: str) -> Markup:
     curves = {name: points for name, points in found.items() if points}
     points = [point for curve in curves.values() for point in curve] or [(1.0, 0.0)]
     values = [value for _, value in points]
     low, high = within or (0, max(values))
-    x = Axis("step (0 at the left end)", _FIRST, max(across for across, _ in points), logarithmic=True)
+    x = Axis(_X_TITLE, _FIRST, max(1, *(across for across, _ in points)), logarithmic=True)
     y = Axis(title, min(low, *values), max(high, *values))
-    return plots.standalone(plots.lines(curves, x, y, about))
+    return plots.lines(curves, x, y, about, _SIZE)

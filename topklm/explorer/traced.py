@@ -99,7 +99,7 @@ class Trace:
         return Columns({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
 
     def plot(self, name: str = "identity", others: Sequence["Trace"] = ()) -> "Svg":
-        """Returns a figure as SVG: "identity", "loss", "onsets" or "layers"; with others for "identity"."""
+        """Returns a figure of `trace_figures.FIGURES` as SVG; others are shown beside in "identity"."""
         if name not in trace_figures.FIGURES:
             allowed = f"one of {', '.join(trace_figures.FIGURES)}"
             raise ArgumentError(field="name", value=name, allowed=allowed)

@@ -10,8 +10,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.explorer.live_model import LiveModel
-from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronData, StoreWindow
-from topklm.neurons.statistics import catalog
+from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronRows, StoreWindow
 from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
@@ -22,7 +21,7 @@ LabelOf = Mapping[tuple[int, int], str]
 
 
 def neuron(
-    source: NeuronData,
+    source: NeuronRows,
     layer: int,
     neuron: int,
     example_tokens: int = EXAMPLE_TOKENS,
@@ -42,11 +41,11 @@ def neuron(
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
-        "notes": [dataclasses.asdict(note) for note in source.labels.notes().get((layer, neuron), ())],
+        "notes": notes(source, layer, neuron),
         "dead": not row["n_active"],
         "n_tokens": measured.n_tokens,
-        "figures": {name: row[name] for name in catalog.numbers()},
-        "ranks": {name: source.rank(number, name) for name, s in catalog.numbers().items() if s.first},
+        "figures": {name: row[name] for name in source.figures},
+        "ranks": {name: source.rank(number, name) for name, figure in source.figures.items() if figure.first},
         "same_index": [
             {
                 "layer": other,
@@ -90,13 +89,19 @@ def neuron(
     }
 
 
-def context(source: NeuronData, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
+def notes(source: NeuronRows, layer: int, neuron: int) -> list[dict[str, Any]]:
+    """Returns the labels of a neuron with their comments, and whether each holds at this step."""
+    step, found = source.measured.step, source.labels.notes().get((layer, neuron), ())
+    return [{**dataclasses.asdict(note), "holds": note.holds(step), "steps": note.steps} for note in found]
+
+
+def context(source: NeuronRows, layer: int, neuron: int, at: int, size: int) -> dict[str, Any]:
     """Returns `size` tokens around one of the store, with activations; raises NotThereError without it."""
     window = source.window(at, max(1, min(size, MOST_CONTEXT)))
     return _activations(source, layer, neuron, [window], [at])[0]
 
 
-def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
+def on_text(source: NeuronRows, reader: LiveModel, layer: int, neuron: int, text: str) -> dict[str, Any]:
     """Returns the neuron on a text of one's own; UserError if that is empty or too long."""
     source.number(layer, neuron)
     ids = reader.ids(text)
@@ -104,29 +109,28 @@ def on_text(source: NeuronData, reader: LiveModel, layer: int, neuron: int, text
     return {"layer": layer, "neuron": neuron, "tokens": source.running_texts(ids), "values": values}
 
 
-def summary(source: NeuronData, number: int, labels: LabelOf) -> dict[str, Any]:
+def summary(source: NeuronRows, number: int, labels: LabelOf) -> dict[str, Any]:
     """Returns a neuron as a line of a table: its figures, label and strongest input tokens."""
     layer, neuron = source.place(number)
-    row = source.row(number, [*catalog.numbers(), "top_tokens", "top_token_shares"])
+    row = source.row(number, [*source.figures, "top_tokens", "top_token_shares"])
     return {
         "layer": layer,
         "neuron": neuron,
         "label": labels.get((layer, neuron), ""),
         "dead": not row["n_active"],
-        "figures": {name: row[name] for name in catalog.numbers()},
+        "figures": {name: row[name] for name in source.figures},
         "input_tokens": _input_tokens(source, row)[:5],
-        "snippet": _snippet(source, number),
+        "snippet": next(snippets(source, number), None),
     }
 
 
-def _snippet(source: NeuronData, number: int) -> tuple[str, str, str] | None:
-    """Returns the token of the strongest example of a neuron, with the text before and after it."""
-    for at in source.strongest_examples(number)[:1]:
+def snippets(source: NeuronRows, number: int) -> Iterator[tuple[str, str, str]]:
+    """Yields the tokens of the strongest examples of a neuron, each with the text before and after it."""
+    for at in source.strongest_examples(number):
         window = source.window(at, 2 * _SNIPPET_TOKENS)
         texts, place = source.running_texts(window.ids), at - window.begin
         before, after = texts[max(0, place - _SNIPPET_TOKENS) : place], texts[place + 1 :][:_SNIPPET_AFTER]
-        return "".join(before), texts[place], "".join(after)
-    return None
+        yield "".join(before), texts[place], "".join(after)
 
 
 def part_titles() -> list[str]:
@@ -136,17 +140,13 @@ def part_titles() -> list[str]:
     return ["Strongest", *parts]
 
 
-def labelled(source: NeuronData) -> list[dict[str, Any]]:
+def labelled(source: NeuronRows) -> list[dict[str, Any]]:
     """Returns all neurons that have a label, with `notes`: each label, its comment, and who wrote it."""
-    labels, notes = source.named(), source.labels.notes()
-    return [
-        summary(source, source.number(*at), labels)
-        | {"notes": [dataclasses.asdict(note) for note in notes[at]]}
-        for at in labels
-    ]
+    labels = source.named()
+    return [summary(source, source.number(*at), labels) | {"notes": notes(source, *at)} for at in labels]
 
 
-def unlabelled(source: NeuronData, after: tuple[int, int] | None = None) -> Iterator[int]:
+def unlabelled(source: NeuronRows, after: tuple[int, int] | None = None) -> Iterator[int]:
     """Yields the numbers of living neurons without a label, those first that a person is likely to name.
 
     With `after`, those that follow this neuron in that order, then those from the beginning.
@@ -166,7 +166,7 @@ def _exp(entropy: float | None) -> float | None:
 
 
 def _weighed(
-    source: NeuronData, ids: Iterable[int] | None, name: str, weights: Iterable[float] | None
+    source: NeuronRows, ids: Iterable[int] | None, name: str, weights: Iterable[float] | None
 ) -> list[dict[str, Any]]:
     found = list(zip(ids or (), weights or (), strict=True))[:LISTED_TOKENS]
     texts = source.texts([token for token, _ in found])
@@ -175,42 +175,42 @@ def _weighed(
     ]
 
 
-def _output_tokens(source: NeuronData, row: Mapping[str, Any], lens: str) -> dict[str, list[dict[str, Any]]]:
+def _output_tokens(source: NeuronRows, row: Mapping[str, Any], lens: str) -> dict[str, list[dict[str, Any]]]:
     return {
         end: _weighed(source, row[f"{lens}_{end}"], "effect", row[f"{lens}_{end}_effects"])
         for end in ("top", "bottom")
     }
 
 
-def _input_tokens(source: NeuronData, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _input_tokens(source: NeuronRows, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return _weighed(source, row["top_tokens"], "share", row["top_token_shares"])
 
 
 def _with_counts(
-    source: NeuronData, layer: int, neuron: int, tokens: list[dict[str, Any]]
+    source: NeuronRows, layer: int, neuron: int, tokens: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Adds how often each token stands in the store, and at how many of these the neuron is active."""
     if not tokens:
         return []
-    active = source.ids[source.events(layer, neuron).tokens]
+    counts = source.counted(layer, neuron, [token["id"] for token in tokens])
     return [
         {
             **token,
             "occurrences": int(source.occurrences[token["id"]]),
-            "active": int(np.count_nonzero(active == token["id"])),
+            "active": None if counts is None else counts[place],
         }
-        for token in tokens
+        for place, token in enumerate(tokens)
     ]
 
 
-def strongest_tokens(source: NeuronData, layer: int, neuron: int) -> list[str]:
+def strongest_tokens(source: NeuronRows, layer: int, neuron: int) -> list[str]:
     """Returns the input tokens that a neuron is most active at, three at most."""
     row = source.row(source.number(layer, neuron), ["top_tokens"])
     return source.texts((row["top_tokens"] or [])[:3])
 
 
 def _examples(
-    source: NeuronData, layer: int, neuron: int, row: Mapping[str, Any], size: int
+    source: NeuronRows, layer: int, neuron: int, row: Mapping[str, Any], size: int
 ) -> list[dict[str, Any]]:
     names = ("examples", "example_activations", "example_parts")
     positions, strengths, parts = (row[name] or [] for name in names)
@@ -230,7 +230,7 @@ def _examples(
 
 
 def _activations(
-    source: NeuronData, layer: int, neuron: int, windows: Sequence[StoreWindow], positions: Sequence[int]
+    source: NeuronRows, layer: int, neuron: int, windows: Sequence[StoreWindow], positions: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Returns the neuron in each window, and which of its tokens it is about."""
     bounds = [(window.begin, window.begin + len(window.ids)) for window in windows]
@@ -255,7 +255,7 @@ _N_SENTENCES, _SENTENCE_TOKENS = 5, 160
 _SENTENCE = re.compile(r"\s*(\S.{15,140}?[^.\s]{3}[.!?])(?=\s)")  # no end after an initial or "e.g."
 
 
-def prompt(source: NeuronData, reader: LiveModel, text: str, by: str = "activation") -> dict[str, Any]:
+def prompt(source: NeuronRows, reader: LiveModel, text: str, by: str = "activation") -> dict[str, Any]:
     """Returns the active neurons of each token of a text, those first that are high in a ranking.
 
     `by` is one of `RANKINGS`. A share is of the neuron's largest activation in the harvested text; it is null
@@ -314,7 +314,7 @@ def prompt(source: NeuronData, reader: LiveModel, text: str, by: str = "activati
     }
 
 
-def prompt_page(source: NeuronData, data: Mapping[str, Any], chosen: int | None) -> dict[str, Any]:
+def prompt_page(source: NeuronRows, data: Mapping[str, Any], chosen: int | None) -> dict[str, Any]:
     """Returns what the page shows besides the data of `prompt`, of all tokens or the chosen one.
 
     `named`: the labels of neurons by layer and number. `highest`: the largest activation of each layer,
@@ -339,7 +339,7 @@ def prompt_page(source: NeuronData, data: Mapping[str, Any], chosen: int | None)
     }
 
 
-def sentences(source: NeuronData) -> list[str]:
+def sentences(source: NeuronRows) -> list[str]:
     """Returns some sentences of the harvested text, from documents far from one another."""
     starts, _ = source.documents
     n = len(starts) - 1

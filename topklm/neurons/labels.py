@@ -3,7 +3,8 @@
     {"format": 1, "labels": [{"layer": 0, "neuron": 17, "label": "the sea"}]}
 
 An entry may also have a "comment", and say who wrote it ("by"); a neuron may have several. A file with any of
-these is of format 2, which earlier versions do not read. The file is read again before each change and
+these is of format 2, which earlier versions do not read; one with a label that holds at some steps of the run
+alone ("from_step", "to_step", both optional) is of format 3. The file is read again before each change and
 replaced whole, under a lock, so nobody's labels are lost.
 """
 
@@ -13,12 +14,13 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 import unicodedata
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.storage.files import folder_lock, parse_json, write_atomically
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 MAX_CHARACTERS = 200
 MAX_COMMENT = 1000  # characters
 BETWEEN = " \N{MIDDLE DOT} "  # labels of one neuron where they stand in a line
@@ -27,8 +29,9 @@ BETWEEN = " \N{MIDDLE DOT} "  # labels of one neuron where they stand in a line
 # kind, the joiners belong to words of several scripts and to emoji.
 _REFUSED = ("Cc", "Cs", "Zl", "Zp", "Cf")
 _JOINERS = "\u200c\u200d"
-_CSV = ("layer", "neuron", "label", "comment", "by")
-_DIGITS = 9  # of a number of a layer or neuron
+_TEXTS, _STEPS = ("label", "comment", "by"), ("from_step", "to_step")
+_CSV = ("layer", "neuron", *_TEXTS, *_STEPS)
+_DIGITS = 9  # of a number of a layer, neuron or step
 # A spreadsheet takes a cell that begins with one of these for a formula; of the wide ones, Japanese ones do.
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -40,15 +43,36 @@ class Note:
     label: str
     comment: str = ""
     by: str = ""  # who wrote it
+    from_step: int | None = None  # the first step of the run that it holds at; None: the beginning
+    to_step: int | None = None  # the last; None: the end
+
+    def holds(self, step: int) -> bool:
+        """Returns whether the label is meant for a step."""
+        after = self.from_step is None or step >= self.from_step
+        return after and (self.to_step is None or step <= self.to_step)
+
+    @property
+    def steps(self) -> str:
+        """The range of steps in words; "" for all."""
+        if self.from_step is None:
+            return "" if self.to_step is None else f"to step {self.to_step:,}"
+        last = "" if self.to_step is None else f" to {self.to_step:,}"
+        return f"from step {self.from_step:,}{last}"
+
+    def at(self, step: int) -> str:
+        """Returns the label; where it does not hold at a step, with the range in words."""
+        return self.label if self.holds(step) else f"{self.label} ({self.steps})"
 
     def check(self) -> "Note":
-        """Returns the note without white space around its texts; raises UserError for other texts."""
+        """Returns the note without white space around its texts; raises UserError for other values."""
         limits = {"label": MAX_CHARACTERS, "comment": MAX_COMMENT, "by": MAX_CHARACTERS}
         stripped = {name: getattr(self, name).strip() for name in limits}
         for name, most in limits.items():
             if problem := _problem(stripped[name], most):
                 raise UserError(f"{name} = {stripped[name][:40]!a}: {problem}")
-        return Note(**stripped)
+        if None not in (self.from_step, self.to_step) and not self.holds(self.to_step or 0):
+            raise UserError(f"from_step = {self.from_step}: must be at most to_step, {self.to_step}")
+        return dataclasses.replace(self, **stripped)
 
 
 Neuron = tuple[int, int]  # layer and number
@@ -61,9 +85,15 @@ class Labels:
     def __init__(self, path: Path):
         self._path = path
 
-    def all(self) -> dict[Neuron, str]:
-        """Returns the labels of each neuron as one text, by (layer, neuron), rising; raises as `notes`."""
-        return {place: BETWEEN.join(note.label for note in some) for place, some in self.notes().items()}
+    def all(self, step: int | None = None) -> dict[Neuron, str]:
+        """Returns the labels of each neuron as one text, by (layer, neuron), rising; raises as `notes`.
+
+        With a step, those that do not hold there say where they do.
+        """
+        return {
+            place: BETWEEN.join(note.label if step is None else note.at(step) for note in some)
+            for place, some in self.notes().items()
+        }
 
     def notes(self) -> dict[Neuron, tuple[Note, ...]]:
         """Returns all labels by (layer, neuron), rising; raises UserError for a file that cannot be read."""
@@ -78,17 +108,17 @@ class Labels:
                 f"{self._path} is damaged ({e}): mend it, put a copy back, or move it away to begin anew"
             ) from e
 
-    def set(self, layer: int, neuron: int, text: str, comment: str = "", by: str = "", at: int = 0) -> None:
+    def set(self, layer: int, neuron: int, note: Note | str, at: int = 0) -> None:
         """Gives a neuron a label, on the disk when this returns; whether the model has it is not checked.
 
-        The text is one line of at most `MAX_CHARACTERS`, without white space around it; empty: the neuron
+        Its text is one line of at most `MAX_CHARACTERS`, without white space around it; empty: the neuron
         does not have this label any more. `at` says which of the neuron's labels it replaces, from 0; one
         more is added after the last. UserError for other text, or if the file is damaged, and left as it is,
         or cannot be written.
         """
         if layer < 0 or neuron < 0:
             raise UserError(f"layer {layer}, neuron {neuron}: both must be 0 or more")
-        note = Note(text, comment, by).check()
+        note = (note if isinstance(note, Note) else Note(note)).check()
 
         def change(notes: dict[Neuron, tuple[Note, ...]]) -> None:
             there = notes.get((layer, neuron), ())
@@ -140,15 +170,17 @@ class Labels:
         writer.writerow(_CSV)
         for (layer, neuron), some in self.notes().items():
             for note in some:
-                texts = (
-                    f"'{text}" if text.startswith(_FORMULA) else text for text in dataclasses.astuple(note)
-                )
-                writer.writerow([layer, neuron, *texts])
+                texts = (getattr(note, name) for name in _TEXTS)
+                cells = (f"'{text}" if text.startswith(_FORMULA) else text for text in texts)
+                writer.writerow([layer, neuron, *cells, note.from_step, note.to_step])
         return lines.getvalue().encode()
 
 
 def read_export(content: str) -> list[tuple[Neuron, Note]]:
-    """Reads labels of `as_json` or `as_csv`, comment and by optional; UserError with the line or entry."""
+    """Reads labels of `as_json` or `as_csv`, all but layer, neuron and label optional.
+
+    UserError with the line or entry.
+    """
     try:
         if content.lstrip("\ufeff \r\n\t").startswith("{"):
             notes = _parse(content.lstrip("\ufeff").encode())
@@ -175,14 +207,25 @@ def _of_csv(content: str) -> Iterator[tuple[Neuron, Note]]:
             raise ValueError(f"line {rows.line_num}: layer and neuron must be numbers from 0")
         if len(layer) > _DIGITS or len(neuron) > _DIGITS:
             raise ValueError(f"line {rows.line_num}: there is no neuron {layer[:20]}:{neuron[:20]}")
-        texts = {name: cells.get(name, "") for name in _CSV[2:]}
+        texts = {name: cells.get(name, "") for name in _TEXTS}
         unquoted = {n: t[1:] if t[:1] == "'" and t[1:].startswith(_FORMULA) else t for n, t in texts.items()}
         try:
-            note = Note(**unquoted).check()
+            steps = (step_of(name, cells.get(name, "")) for name in _STEPS)
+            note = Note(unquoted["label"], unquoted["comment"], unquoted["by"], *steps).check()
         except UserError as e:
             raise ValueError(f"line {rows.line_num}: {e}") from e
         if note.label:
             yield (int(layer), int(neuron)), note
+
+
+def step_of(name: str, text: str) -> int | None:
+    """Returns a step that was typed, None for none; raises UserError for other text."""
+    text = text.strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
+        raise UserError(f"{name} = {text[:20]}: must be a step, a whole number from 0, or empty")
+    return int(text)
 
 
 def _problem(text: str, most: int = MAX_CHARACTERS) -> str:
@@ -200,13 +243,14 @@ def _content(notes: Notes) -> bytes:
         {
             "layer": layer,
             "neuron": j,
-            **{name: text for name, text in dataclasses.asdict(note).items() if text},
+            **{name: x for name, x in dataclasses.asdict(note).items() if x not in ("", None)},
         }
         for (layer, j), some in sorted(notes.items())
         for note in some
     ]
     is_first = all(len(entry) == 3 for entry in entries) and len(entries) == len(notes)
-    content = {"format": FORMATS[not is_first], "labels": entries}
+    form = 3 if any(name in entry for entry in entries for name in _STEPS) else 1 if is_first else 2
+    content = {"format": form, "labels": entries}
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
@@ -216,17 +260,20 @@ def _parse(content: bytes) -> dict[Neuron, tuple[Note, ...]]:
     if not isinstance(parts.get("labels"), list):
         raise ValueError('it has no list "labels"')
     if (form := parts.get("format")) not in FORMATS:
-        raise ValueError(f"its format is {form!r}, this topklm reads 1 and 2")
+        raise ValueError(f"its format is {form!r}, this topklm reads 1 to 3")
     needed = {"layer", "neuron", "label"}
     notes: dict[Neuron, tuple[Note, ...]] = {}
     for number, entry in enumerate(parts["labels"], start=1):
         if not isinstance(entry, dict) or not needed <= entry.keys() <= {*_CSV}:
             raise ValueError(f"entry {number} does not have layer, neuron and label")
-        texts = {name: entry.get(name, "") for name in _CSV[2:]}
+        texts = {name: entry.get(name, "") for name in _TEXTS}
+        steps: dict[str, Any] = {name: entry.get(name) for name in _STEPS}
         layer, neuron = entry["layer"], entry["neuron"]
         is_place = all(type(n) is int and n >= 0 for n in (layer, neuron))
         if not is_place or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"entry {number}: layer and neuron must be numbers from 0, label a text")
+        if not all(step is None or (type(step) is int and step >= 0) for step in steps.values()):
+            raise ValueError(f"entry {number}: from_step and to_step must be steps, numbers from 0")
         problem = _problem(texts["label"]) or ("" if texts["label"] else "is empty")
         problem = problem or _problem(texts["comment"], MAX_COMMENT) or _problem(texts["by"])
         if problem:
@@ -234,5 +281,8 @@ def _parse(content: bytes) -> dict[Neuron, tuple[Note, ...]]:
         there = notes.get((layer, neuron), ())
         if there and (form == FORMATS[0] or texts["label"] in {note.label for note in there}):
             raise ValueError(f"entry {number} is the second for layer {layer}, neuron {neuron}")
-        notes[layer, neuron] = (*there, Note(**texts))
+        note = Note(*texts.values(), *steps.values())
+        if None not in (note.from_step, note.to_step) and not note.holds(note.to_step or 0):
+            raise ValueError(f"entry {number}: from_step is after to_step")
+        notes[layer, neuron] = (*there, note)
     return dict(sorted(notes.items()))

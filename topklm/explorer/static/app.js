@@ -8,6 +8,7 @@ import "./preview.js";
 import "./progress.js";
 import { restore, toggle, toggleTheme } from "./look.js";
 import { startSteering } from "./steer.js";
+import "./steps.js";
 import { makeTabs } from "./tabs.js";
 
 const help = document.querySelector("#help");
@@ -25,6 +26,8 @@ listen({
   k: follow("a[rel=prev]"),
   ArrowRight: follow(".steps a[rel=next]"),
   ArrowLeft: follow(".steps a[rel=prev]"),
+  "[": follow("[data-earlier]"),
+  "]": follow("[data-later]"),
   r: leave("/random"),
   l: focus("#label-field"),
   u: follow("[data-next-unlabelled]"),

@@ -1,20 +1,24 @@
 // A card with a neuron's label, tokens and an example, where a link to it is pointed at or has the focus.
 
-const LINKS = "a.neuron-name, a.cell, [data-address]";
+const LINKS = "a.neuron-name, a.cell, a.of-step, [data-address]";
 const WAIT = 250; // milliseconds, so that nothing flickers under a pointer that passes
 const cards = new Map();
 let card = null;
 let timer = 0;
 let wanted = null;
 
-const addressOf = (link) => link.dataset.address ?? new URL(link.href, location).pathname;
+function addressOf(link) {
+  const { pathname, searchParams } = new URL(link.dataset.address ?? link.href, location);
+  return [pathname, searchParams.has("step") ? `?step=${searchParams.get("step")}` : ""];
+}
 
 async function show(link) {
-  const address = addressOf(link);
-  if (!/^\/neurons\/\d+\/\d+$/.test(address) || address === location.pathname) return;
+  const [path, step] = addressOf(link);
+  const address = path + step;
+  if (!/^\/neurons\/\d+\/\d+$/.test(path) || address === location.pathname) return;
   if (!cards.has(address)) {
     try {
-      const answer = await fetch(`${address}/preview`);
+      const answer = await fetch(`${path}/preview${step}`);
       if (!answer.ok) return;
       cards.set(address, await answer.text());
     } catch {
@@ -29,6 +33,7 @@ async function show(link) {
   card.id = "preview";
   document.body.append(card);
   link.querySelector("title")?.remove(); // the browser would show it too
+  link.removeAttribute("title");
   link.setAttribute("aria-describedby", "preview");
   place(link.getBoundingClientRect());
 }

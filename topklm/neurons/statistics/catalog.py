@@ -24,20 +24,13 @@ KEYS: Mapping[str, pa.DataType] = {"layer": _I32, "neuron": _I32}
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistic:
-    """A statistic of a neuron."""
+class Figure:
+    """A column of a table of neurons, as pages show it."""
 
     name: str  # its column in the table
     title: str  # its name on pages
     definition: str  # a few sentences
-    # Computes columns of neighbouring neurons, by name, one value for each neuron; None or NaN where there is
-    # none. Statistics that share this function share one call of it
-    compute: Callable[[Neurons], Mapping[str, Any]]
-    type: pa.DataType = _F64  # of its column
-    # Further columns that belong to it, and their types
-    more: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
-    # Which of `inputs.SLOW` it reads, so that they are computed first and in their order
-    needs: tuple[str, ...] = ()
+    _: dataclasses.KW_ONLY
     # How its number is written: "count", "share", "effect" (with a sign) or "number"; "" if it is no single
     # number, and then it stands in no table of neurons
     kind: str = ""
@@ -47,6 +40,20 @@ class Statistic:
     # Stands below the number in its tile. {NAME} is the number of another statistic; n_tokens, n_clusters,
     # effective_tokens and effective_clusters are known too
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic(Figure):
+    """A statistic of a neuron."""
+
+    # Computes columns of neighbouring neurons, by name, one value for each neuron; None or NaN where there is
+    # none. Statistics that share this function share one call of it
+    compute: Callable[[Neurons], Mapping[str, Any]]
+    type: pa.DataType = _F64  # of its column
+    # Further columns that belong to it, and their types
+    more: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
+    # Which of `inputs.SLOW` it reads, so that they are computed first and in their order
+    needs: tuple[str, ...] = ()
 
     @property
     def columns(self) -> Mapping[str, pa.DataType]:

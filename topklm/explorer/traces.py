@@ -1,0 +1,288 @@
+"""The traces of a run for pages: what is known of every neuron at each step (`topklm.trace`).
+
+A trace holds figures, top tokens and the places of five examples for each neuron and step, so that pages of a
+step need no store and no index of it. The text is that of the reference's store.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topklm.errors import UserError
+from topklm.explorer.neuron_data import NeuronRows, NotThereError, RowReader, holds_every_neuron
+from topklm.neurons.statistics import catalog
+from topklm.neurons.statistics.catalog import Figure
+from topklm.neurons.statistics.table import TableMetadata
+from topklm.neurons.store import NeuronBlock, Store
+from topklm.trace import formation, tables
+from topklm.trace.summary import CARRIED, Summary
+from topklm.trace.tables import TraceFolder
+
+_KEPT_STEPS = 3  # whose rows are held for pages
+_KEPT_TRACES = 8
+_AGAIN = "delete the trace, and run topklm trace run"
+
+# Columns of a trace beside those of `catalog`.
+FIGURES: Sequence[Figure] = tuple(
+    Figure(name, title, tables.DEFINITIONS[name][1], kind="correlation", first=bool(note), note=note)
+    for name, title, note in (
+        ("r_reference", "r, reference", "best other index {r_other} · tokens shifted {r_shifted}"),
+        ("jaccard_reference", "Jaccard, reference", "of ten strongest tokens {top_reference}"),
+        ("r_other", "r, best other index", ""),
+        ("r_shifted", "r, tokens shifted", ""),
+        ("r_matched", "r, one-to-one match", ""),
+        ("r_previous", "r, step before", ""),
+        ("top_reference", "Jaccard, strongest tokens", ""),
+        ("lens_reference", "Lens cosine", ""),
+    )
+)
+_ONSETS = {
+    **{
+        f"onset_{level * 100:.0f}": (
+            f"Onset .{level * 10:.0f}",
+            f"The first step from which on r with the reference stays at {level} or more, up to it.",
+        )
+        for level in formation.LEVELS
+    },
+    "onset_excess": (
+        "Onset, excess",
+        "The first step from which on (r - r0) / (1 - r0), r0 being r at the first step, stays at "
+        f"{formation.EXCESS_LEVEL} or more.",
+    ),
+    "onset_best": (
+        "Onset, own index",
+        "The first step from which on no other index of the reference is more like the neuron.",
+    ),
+}
+FORMATION: Sequence[Figure] = (
+    *(
+        Figure(name, title, about, kind="count", unit="step", first=name in ("onset_50", "onset_90"))
+        for name, (title, about) in _ONSETS.items()
+    ),
+    Figure(
+        "stage0_r", "r at first", "r with the reference at the first step.", kind="correlation", first=True
+    ),
+    Figure(
+        "turnovers",
+        "Turnovers",
+        "Steps at which the ten strongest tokens are others than at the step before: Jaccard below "
+        f"{formation.TURNOVER}.",
+        kind="count",
+        unit="steps",
+        first=True,
+    ),
+    Figure(
+        "settled",
+        "Settled",
+        f"Whether r with the step before is {formation.SETTLED} or more at the reference.",
+        kind="flag",
+        first=True,
+    ),
+)
+_OF_CATALOG = {*tables.NEURONS.names, "max_activation"}  # the latter is that of the strongest example
+
+# Columns of a neuron over the steps.
+CURVES = (
+    *("r_reference", "r_other", "r_shifted", "jaccard_reference", "n_active", "density"),
+    *("token_entropy_corrected", "semantic_entropy_corrected", "by_token"),
+)
+
+
+class StepData(NeuronRows):
+    """The neurons at a step of a trace; their activations are known at their examples alone.
+
+    Attributes:
+        is_own: Whether they are those of which other pages are, and so have pages and labels.
+    """
+
+    is_own = True
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        """Those of the trace, and those of the catalog that it has."""
+        known = {name: one for name, one in catalog.numbers().items() if name in _OF_CATALOG}
+        entropy = known["semantic_entropy_corrected"]
+        note = entropy.note.replace(" of {n_clusters} clusters", " clusters")  # not in a trace
+        known[entropy.name] = dataclasses.replace(entropy, note=note)
+        return {one.name: one for one in (*FORMATION, *FIGURES)} | known
+
+    def named(self) -> dict[tuple[int, int], str]:
+        """Returns labels as pages of this step show them."""
+        return super().named() if self.is_own else {}
+
+    def events(self, layer: int, neuron: int) -> NeuronBlock:
+        """Returns the events of the examples."""
+        row = self.row(self.number(layer, neuron), ["examples", "example_activations"])
+        at = np.array(row["examples"] or (), np.int64)
+        order = np.argsort(at)
+        values = np.array(row["example_activations"] or (), np.float32)
+        return NeuronBlock(np.array([0, len(at)]), at[order], values[order])
+
+    def counted(self, layer: int, neuron: int, ids: Sequence[int]) -> list[int] | None:
+        """Returns None: a trace does not hold at which tokens a neuron is active."""
+        return None
+
+    def loss(self, at: int, after: int | None = None) -> float | None:
+        """Returns None: losses of the store are those of the reference."""
+        return None
+
+
+class TraceData:
+    """One trace of the run that `source` is of; UserError for one that is damaged, or of other tokens."""
+
+    def __init__(self, folder: TraceFolder, source: NeuronRows, is_own: bool):
+        self.folder, self.summary = folder, Summary(folder)
+        self._source, self._is_own = source, is_own
+        self.settings, self.steps = self.summary.settings, self.summary.steps
+        self.name = folder.path.name
+        if self.settings.tokenizer_sha256 != source.tokenizer.sha256:
+            raise UserError(f"{folder.path} was made with another tokenizer: {_AGAIN}")
+        self.at = functools.lru_cache(_KEPT_STEPS)(self._at)
+        self._reader = functools.cache(lambda name: RowReader(self._rows[name]))
+        self._formed = functools.cache(lambda name: RowReader(self.formation[name]))
+
+    def number(self, layer: int, neuron: int) -> int | None:
+        """Returns which row a neuron has in each step; None if it is not traced."""
+        layers, width = self.settings.layers, self.settings.width
+        return layers.index(layer) * width + neuron if layer in layers and neuron < width else None
+
+    def _at(self, step: int) -> StepData:
+        """Reads a step; NotThereError for another."""
+        if step not in self.steps:
+            raise NotThereError(f"step {step}: must be one of {', '.join(map(str, self.steps))}")
+        settings, source = self.settings, self._source
+        rows = _as_catalog(self.folder.read_step("neurons", step))
+        for figure in FORMATION:
+            rows = rows.append_column(figure.name, self.formation[figure.name])
+        measured = TableMetadata(
+            run=settings.run,
+            step=step,
+            tokenizer_sha256=settings.tokenizer_sha256,
+            kind=settings.kind,
+            layers=settings.layers,
+            d_model=settings.width,
+            topk_k=settings.keep,
+            source=settings.source,
+            n_tokens=settings.n_tokens,
+            n_documents=len(self._store.document_bounds()) - 1,
+            embedding=f"the unembedding rows of step {settings.reference:,}",
+            n_clusters=0,  # not in the trace
+            details={},
+            dictionary=settings.dictionary,
+        )
+        origin = (self.folder.path / "neurons" / f"{step}.parquet", _AGAIN)
+        found = StepData(rows, measured, self._store, source.tokenizer, source.labels, origin)
+        found.is_own = self._is_own
+        return found
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        return Store(self.folder.store(self.settings.reference))
+
+    @functools.cached_property
+    def formation(self) -> pa.Table:
+        """The table over all steps, a row for each neuron in the order of `number`; settled is 1 or 0."""
+        found = self.summary.formation
+        at = found.schema.get_field_index("settled")
+        return self._checked(found.set_column(at, "settled", found["settled"].cast(pa.int8())), 1)
+
+    @functools.cached_property
+    def _rows(self) -> pa.Table:
+        rows = self.folder.read("neurons", ["layer", "neuron", *CURVES, "top_tokens"])
+        return self._checked(rows, len(self.steps))
+
+    def _checked(self, rows: pa.Table, n_steps: int) -> pa.Table:
+        if not holds_every_neuron(rows, self.settings.layers, self.settings.width, n_steps):
+            raise UserError(f"{self.folder.path} does not hold every neuron once a step: {_AGAIN}")
+        return rows.combine_chunks()
+
+    def over_steps(self, number: int, name: str) -> list[Any]:
+        """Returns a column of `CURVES`, or top_tokens, of a neuron at each step, as plain values."""
+        reader, n = self._reader(name), self.formation.num_rows
+        return [reader[place * n + number] for place in range(len(self.steps))]
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Returns each token as a page shows it."""
+        return self._source.texts(ids)
+
+    def of_pair(self, a: int, b: int) -> dict[str, np.ndarray]:
+        """Returns medians of two layers, and what other pairs of their neurons have, float64[C] each."""
+        found = self.summary.of_pair(a, b)
+        if b == a + 1 and b in self.settings.layers:
+            of_layer = self.summary.of_layer(b)
+            found |= {name: of_layer[name] for name in (CARRIED, "r_written_other") if name in of_layer}
+        rows = self._pairs
+        at = (tables.numbers(rows, "layer_a") == a) & (tables.numbers(rows, "layer_b") == b)
+        if at.any():
+            found |= {name: tables.numbers(rows, name)[at] for name in rows.column_names if "other" in name}
+        return found
+
+    @functools.cached_property
+    def _pairs(self) -> pa.Table:
+        return self.folder.read("pairs")
+
+    def formed(self, number: int) -> dict[str, Any]:
+        """Returns the figures of `FORMATION` of a neuron."""
+        return {figure.name: self._formed(figure.name)[number] for figure in FORMATION}
+
+
+class Traces:
+    """All traces of a run; one is read again when it has become longer."""
+
+    def __init__(self, run: Path, source: NeuronRows):
+        self._run, self._source = run, source
+        self._opened = functools.lru_cache(_KEPT_TRACES)(self._open)
+
+    def names(self) -> list[str]:
+        """Lists those that there are, the one of the neurons that pages show first."""
+        return sorted(tables.names(self._run), key=lambda name: (name != self.own_name, name))
+
+    @property
+    def own_name(self) -> str:
+        """The trace of the neurons that pages show; "" where these are codes of a dictionary."""
+        measured = self._source.measured
+        if measured.dictionary:
+            return ""
+        return tables.PLAIN if measured.kind == "topk" else tables.name_of("coordinates")
+
+    @property
+    def command(self) -> str:
+        """The command that makes the trace of these neurons."""
+        flag = "" if self.own_name == tables.PLAIN else " --dictionary coordinates"
+        return f"topklm trace run {self._run}{flag}"
+
+    def open(self, name: str) -> TraceData:
+        """Opens a trace by name; NotThereError for one that there is not, UserError for a damaged one."""
+        if name not in (names := self.names()):
+            allowed = f"must be one of {', '.join(names)}" if names else f"there is none; run {self.command}"
+            raise NotThereError(f"trace {name}: {allowed}")
+        folder = TraceFolder(self._run, name)
+        formed = folder.path / "formation.parquet"
+        written = formed.stat().st_mtime_ns if formed.exists() else 0
+        return self._opened(name, tuple(folder.steps()), written)
+
+    def _open(self, name: str, steps: tuple[int, ...], written: int) -> TraceData:
+        return TraceData(TraceFolder(self._run, name), self._source, name == self.own_name)
+
+    def own(self) -> TraceData | None:
+        """Opens the trace of these neurons; None if there is none, UserError for a damaged one."""
+        return self.open(self.own_name) if self.own_name in self.names() else None
+
+
+def _as_catalog(rows: pa.Table) -> pa.Table:
+    """Returns rows of a step with all columns of the catalog, null where a trace has none."""
+    activations, places = (rows[name].to_pylist() for name in ("example_activations", "examples"))
+    made = {
+        "max_activation": [max(values) if values else None for values in activations],
+        "example_parts": [[0] * len(at or ()) for at in places],  # all are of the strongest
+    }
+    for field in catalog.schema():
+        if field.name not in rows.column_names:
+            values = made.get(field.name, [None] * rows.num_rows)
+            rows = rows.append_column(field.name, pa.array(values, field.type))
+    return rows
