@@ -1,9 +1,10 @@
 r"""Tables and picture of docs/formation.md, from traces of several runs.
 
     python -m benchmarks.formation --topk runs/small-seed{0,1,2} --base runs/small-base-seed{0,1,2} \
-        --wsd runs/small-wsd-seed{0,1}
+        --wsd runs/small-wsd-seed{0,1} --facts facts-seed{0,1,2}.json
 
-Reads every trace that `topklm trace run` left in these runs: of Base LMs, those of all dictionaries. Writes
+Reads every trace that `topklm trace run` left in these runs, of Base LMs those of all dictionaries, and facts
+of TopK LMs (`topklm trace facts runs/small-seed0 --steps log --json FILE`). Writes
 benchmarks/results/formation.json (each run's curves), docs/images/formation.svg, and the tables between the
 markers of the page: means over the seeds, with the least and the largest.
 """
@@ -36,7 +37,7 @@ _OVER_LAYERS = (
     *("r_reference", "r_other", "r_shifted", "r_matched", "r_previous", "jaccard_reference"),
     *("token_entropy", "semantic_entropy", "by_token", "by_context", "lens_reference"),
 )
-_STEPS = (0, 16, 32, 64, 128, 256, 512, 1024)  # of the tables, where they are traced
+_STEPS = (0, 16, 32, 64, 128, 256, 512, 1024, 1300)  # of the tables, where they are traced
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     parser = results.parser(__doc__)
     for kind in ("topk", "base", "wsd"):
         parser.add_argument(f"--{kind}", type=pathlib.Path, nargs="+", default=[], help="run folders")
+    parser.add_argument("--facts", type=pathlib.Path, nargs="+", default=[], help="results of TopK LMs")
     arguments = parser.parse_args()
     groups: dict[str, list[Summary]] = {
         TOPK: [_open(run, "") for run in arguments.topk],
@@ -57,6 +59,7 @@ def main() -> None:
     result = {
         "settings": tables.as_facts(groups[TOPK][0].settings),
         "groups": found,
+        "facts": [results.read(path) for path in arguments.facts],
         "seeds": [{"runs": [one.name, other.name], "layers": _matched(one, other)} for one, other in pairs],
     }
     results.write(OUT, result, shown={})
@@ -207,7 +210,30 @@ def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
         for at in pair["layers"]
     ]
     seed_heads = ["runs", "layer", "r, same index", "best other index", "match", "match, shifted"]
+    of_steps = [{one["step"]: one for one in of["steps"]} for of in result["facts"]]
+
+    def fact_row(title: str, value: Any, digits: int) -> list[str]:
+        return [
+            title,
+            *(_spread([value(of[step]) for of in of_steps if step in of], digits) for step in steps),
+        ]
+
+    n_layers = len(next(iter(of_steps[0].values()))["layers"]) if of_steps else 0
+    facts = [fact_row("known", lambda of: of["n_known"] / (of["n_known"] + of["n_forgotten"]), 3)]
+    for layer in range(n_layers):
+        for key, title in (
+            ("held_out", "held out"),
+            ("held_out_shuffled", "held out, shuffled"),
+            ("in_sample", "in sample"),
+            ("in_sample_shuffled", "in sample, shuffled"),
+        ):
+
+            def of_layer(of: Any, layer: int = layer, key: str = key) -> float:
+                return float(of["layers"][layer][key])
+
+            facts.append(fact_row(f"layer {layer}: {title}", of_layer, 3))
     return {
+        "facts": results.markdown(heads, facts),
         "identity": results.markdown(heads, identity),
         "model": results.markdown(heads, model),
         "flows": results.markdown(heads, flows),
