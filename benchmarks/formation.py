@@ -37,7 +37,7 @@ _OVER_LAYERS = (
     *("r_reference", "r_other", "r_shifted", "r_matched", "r_previous", "jaccard_reference"),
     *("token_entropy", "semantic_entropy", "by_token", "by_context", "lens_reference"),
 )
-_STEPS = (0, 16, 32, 64, 128, 256, 512, 1024, 1300)  # of the tables, where they are traced
+_STEPS = (0, 16, 32, 64, 128, 181, 362, 724, 1300)  # of the tables, where they are traced
 
 
 def main() -> None:
