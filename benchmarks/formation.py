@@ -189,10 +189,11 @@ def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
         for layer in layers:
             if CARRIED in layers[layer]:
                 flows.append(row(f"{group}, layer {layer}: carried", group, "layers", layer, CARRIED))
-        for pair in groups[group][0]["pairs"]:
-            for name, title in (("r", "r"), (WRITTEN, "r written"), ("same_is_best", "same index is best")):
-                if name in groups[group][0]["pairs"][pair] and not pair.startswith("-1"):
-                    flows.append(row(f"{group}, layers {pair}: {title}", group, "pairs", pair, name))
+        for pair, at in groups[group][0]["pairs"].items():
+            if WRITTEN in at and not pair.startswith("-1"):  # neighbours
+                flows.append(row(f"{group}, layers {pair}: r", group, "pairs", pair, "r"))
+                upper = pair.rpartition("-")[2]
+                flows.append(row(f"{group}, layer {upper}: r written", group, "pairs", pair, WRITTEN))
     onset_heads = ["", "r .5: median step", f"in {WAVE[0]} to {WAVE[1]}", "r .9: median step", "never"]
     onsets = []
     for name, group in groups.items():
@@ -221,12 +222,9 @@ def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
     n_layers = len(next(iter(of_steps[0].values()))["layers"]) if of_steps else 0
     facts = [fact_row("known", lambda of: of["n_known"] / (of["n_known"] + of["n_forgotten"]), 3)]
     for layer in range(n_layers):
-        for key, title in (
-            ("held_out", "held out"),
-            ("held_out_shuffled", "held out, shuffled"),
-            ("in_sample", "in sample"),
-            ("in_sample_shuffled", "in sample, shuffled"),
-        ):
+        of_all = {"held_out": "held out", "held_out_shuffled": "held out, shuffled"}
+        of_last = {"in_sample": "in sample", "in_sample_shuffled": "in sample, shuffled"}
+        for key, title in (of_all | of_last if layer == n_layers - 1 else of_all).items():
 
             def of_layer(of: Any, layer: int = layer, key: str = key) -> float:
                 return float(of["layers"][layer][key])
@@ -257,8 +255,11 @@ def spread(group: Sequence[Any], path: Sequence[Any], step: int, digits: int) ->
 def _spread(values: Sequence[float], digits: int) -> str:
     if not values:
         return "-"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    mean = f"{np.mean(values):.{digits}f}"
+    if not np.isfinite(values).all():
+        return "never"
+    low, high, mean = (
+        f"{round(x, digits) + 0.0:.{digits}f}" for x in (min(values), max(values), np.mean(values))
+    )
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
