@@ -253,13 +253,15 @@ def spread(group: Sequence[Any], path: Sequence[Any], step: int, digits: int) ->
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
+    """Formats a mean, the least and the largest; infinite is never."""
     if not values:
         return "-"
     if not np.isfinite(values).all():
         return "never"
-    low, high, mean = (
-        f"{round(x, digits) + 0.0:.{digits}f}" for x in (min(values), max(values), np.mean(values))
-    )
+    figures_of = (
+        np.array([min(values), max(values), np.mean(values)]).round(digits) + 0.0
+    )  # no minus before 0
+    low, high, mean = (f"{x:.{digits}f}" for x in figures_of)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
