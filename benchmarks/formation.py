@@ -277,16 +277,18 @@ def draw(groups: Mapping[str, Sequence[Any]], path: pathlib.Path) -> None:
             return
         found = []
         for one in groups[group]:
-            curve = one
+            curve: Any = one
             for key in keys:
-                curve = curve[key]
+                curve = curve.get(key, {})
+            if not curve:
+                continue  # not measured
             values = np.array([np.nan if x is None else x for x in curve], float)
+            values[np.isclose(values, 1) & ("r_" in keys[-1])] = np.nan  # of the reference with itself
             steps = np.maximum(one["steps"], 0.5)
             axis.plot(steps, values, color=colour, lw=0.5, ls=style, alpha=0.6)
-            found.append(np.where(np.isnan(values), 0, values))
+            found.append(values)
         if len({len(curve) for curve in found}) == 1:
-            known = ~np.isnan(values)  # of the first step there is none before it
-            axis.plot(steps[known], np.mean(found, axis=0)[known], color=colour, lw=1.8, ls=style, label=name)
+            axis.plot(steps, np.mean(found, axis=0), color=colour, lw=1.8, ls=style, label=name)
 
     blue, orange, green, pink = COLOURS
     at = axes[0][0]
