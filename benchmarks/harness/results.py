@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from topklm.storage.files import write_atomically
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
+
+_NUMBERS = re.compile(r"\[\n\s*(?:(?:-?\d[\d.e+-]*|null),?\n\s*)+\]")
 
 Content = Mapping[str, Any]  # of a JSON file
 
@@ -43,8 +46,9 @@ def write(path: Path, content: Content, *, shown: Content | None = None) -> None
 
 
 def save(path: Path, content: Content) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes JSON, whole or not at all; a list of numbers stands on one line."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
     write_atomically(path, text.encode())
 
 
