@@ -137,12 +137,9 @@ def test_report_show_and_figures(traced, tmp_path):
     assert max(map(len, text.splitlines())) <= 80
     assert "r, same index" in text
     assert "null: best other index" in text
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "identity.svg",
-        "loss.svg",
-        "onsets.svg",
-        "layers.svg",
-    }
+    figures = ("identity", "loss", "onsets", "layers", "distances", "changes")
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"{name}.svg" for name in figures}
     facts = json.loads(trace("report", run, "--json"))
     assert facts["steps"] == said["steps"]
     assert facts["layers"]["0"]["r_reference"][-1] == pytest.approx(1)
