@@ -28,6 +28,9 @@ from helpers import (
     write_documents,
 )
 
+from topklm.checkpoint.run_folder import TRACE_FOLDER, complete_steps
+from topklm.inference.load import load
+
 N_PROCESSES = 4
 START_TIMEOUT_SECONDS = 45  # one may be stopped before it has joined the others
 PEER_TIMEOUT_SECONDS = 5
@@ -42,6 +45,7 @@ SETTINGS = {
     "train.batch_size": 4,
     "checkpoint.every_steps": 4,
     "checkpoint.keep": 3,
+    "checkpoint.trace": "log",
     "eval.every_steps": 30,
     "log.every_steps": 1,
 }
@@ -131,10 +135,14 @@ def train_disturbed(
 
 
 def assert_as_if_undisturbed(run: Path, undisturbed: Path) -> None:
-    """Requires the same bits in parameters, optimizer and metrics, and the same position in the data."""
+    """Requires the same bits in parameters, optimizer, metrics and trace, and the same place in the data."""
     assert metrics(run) == metrics(undisturbed)
     assert_same_bits(final_arrays(run), final_arrays(undisturbed))
     assert_same_place_in_the_data(run, undisturbed)
+    traced, expected = (complete_steps(folder, TRACE_FOLDER) for folder in (run, undisturbed))
+    assert traced == expected
+    for step in traced:
+        assert_same_bits(*(load(folder, step=step).params for folder in (run, undisturbed)))
 
 
 def assert_same_place_in_the_data(run: Path, undisturbed: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+import threading
 
 from helpers import (
     STEPS,
@@ -22,6 +23,7 @@ from saved_runs import facts, save, state
 
 from topklm.checkpoint.manager import TraceManager
 from topklm.checkpoint.run_folder import TRACE_FOLDER
+from topklm.checkpoint.writer import CheckpointWriter
 from topklm.config import resolve
 from topklm.errors import UserError
 from topklm.inference.load import checkpoint_step, load, saved_steps
@@ -111,6 +113,8 @@ def test_step_0_of_the_trace_is_the_seed_s(traced_run):
 
 
 def test_load_prefers_the_checkpoint_and_lists_both(traced_run):
+    # Rounded in the trace; the checkpoint of the same step is whole.
+    assert_same_bits(load(traced_run, step=STEPS).params, final_arrays(traced_run)["params"])
     steps = saved_steps(traced_run)
     assert {0, 1, 4, 5, 10, 15, 16, 20} <= set(steps)
     assert steps == sorted(set(steps))
@@ -175,6 +179,36 @@ def test_entry_that_cannot_be_written_costs_a_warning_and_not_the_run(tmp_path):
     assert said[0].startswith("warning: the trace lacks step 1, which could not be written (")
     assert not manager.due(1)
     assert traced(tmp_path) == [2]
+
+
+def test_no_checkpoint_outlives_the_entry_of_an_earlier_step(tmp_path, monkeypatch):
+    may_end, finish = threading.Event(), CheckpointWriter.finish_part
+
+    def finish_late(self, timeout_s):
+        may_end.wait(60)
+        finish(self, timeout_s)
+
+    monkeypatch.setattr(CheckpointWriter, "finish_part", finish_late)
+    manager = TraceManager(tmp_path / TRACE_FOLDER, [5], pytest.fail)
+    manager.save(5, state(5).params, facts(5))
+    manager.settle_before(5)  # resumed from 5, a run saves the entry of 5 again
+    assert not (tmp_path / TRACE_FOLDER / "5").exists()
+    threading.Timer(0.2, may_end.set).start()
+    manager.settle_before(6)
+    assert (tmp_path / TRACE_FOLDER / "5").exists()
+
+
+def test_entry_that_a_checkpoint_of_its_step_outlived_is_saved_when_the_run_goes_on(
+    tmp_path, trainer, traced_run
+):
+    run = shutil.copytree(traced_run, tmp_path / "run")
+    for step in (20, 24):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    shutil.rmtree(run / TRACE_FOLDER / "24")
+    settings = {"checkpoint.trace": "0,1,4,15,16,24"}  # 15 is its newest checkpoint
+    assert trainer.train(run, settings).exit_code == 0
+    assert traced(run) == [0, 1, 4, 15, 16, 24]
+    assert_same_bits(load(run, step=16).params, load(traced_run, step=16).params)
 
 
 def test_damaged_entry_is_named(tmp_path, traced_run):

@@ -170,7 +170,7 @@ def test_bad_input_is_refused_in_one_line(traced, tmp_path, finished_run):
     steps = ", ".join(map(str, said["steps"]))
     assert f"there is no checkpoint 3; there are {steps}" in refused("run", run, "--steps", "0,3")
     assert "numbers with commas" in refused("run", run, "--steps", "0,x")
-    assert "one step to trace" in refused("run", run, "--steps", "5")
+    assert "--steps = 5: must be two or more" in refused("run", run, "--steps", "5")
     assert "must be one of the steps" in refused("run", run, "--steps", "0,5", "--reference", "10")
     assert "--min-tokens = 30 or more" in refused("run", run, "--tokens", "10")
     assert "is for Base LMs" in refused("run", run, "--dictionary", "coordinates")
@@ -179,7 +179,9 @@ def test_bad_input_is_refused_in_one_line(traced, tmp_path, finished_run):
     assert "copy the run folder" in refused("run", "gs://bucket/run")
     assert "there is no trace; run topklm trace run" in refused("report", finished_run)
     assert "there is no trace" in refused("report", run, "--against", finished_run)
-    assert "must be of layers" in refused("show", run, "7:0")
+    assert "there is no such run folder" in refused("report", run, "--against", tmp_path / "nowhere")
+    assert "--breaks = 2: must be at most 1, for" in refused("report", run, "--breaks", "2")
+    assert "NEURON = 7:0: must be of layers" in refused("show", run, "7:0")
     assert "LAYER:NEURON" in refused("show", run, "7")
     assert "not a run folder" in refused("run", tmp_path)
 
@@ -218,6 +220,7 @@ def test_coordinates_of_a_base_lm_are_cut_to_the_largest(base_run):
     assert folder.settings().keep == 4
     assert folder.read("layers")["carried"].null_count < folder.read("layers").num_rows
     assert "one-to-one match" in trace("report", base_run, "--dictionary", "coordinates")
+    assert "there is no trace, but --dictionary coordinates;" in refused("report", base_run)
 
 
 def test_autoencoders_of_each_checkpoint_are_made_fresh_or_in_a_chain(base_run):

@@ -197,7 +197,7 @@ def test_the_command_reads_every_checkpoint(finished_run, tmp_path, monkeypatch)
     ("flags", "words"),
     [
         (["--steps", "7"], "--steps = 7: there is no checkpoint 7; there are 0, 5, 10"),
-        (["--facts", "0"], "--facts = 0: must be 1 or more"),
+        (["--facts", "0"], "--facts = 0: must be 80 or more"),
         (["--steps", "0"], "facts that patterns find"),
     ],
 )

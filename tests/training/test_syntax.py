@@ -261,6 +261,16 @@ def test_a_treebank_without_heads_ends_the_run_in_a_line(trainer, tmp_path):
     assert "has no heads" in line
 
 
+def test_a_treebank_that_is_not_there_is_told_before_the_data_are_prepared(trainer, tmp_path):
+    datasets = tmp_path / "datasets"
+    settings = {"optim.syntax_weight": 1.0, "data.syntax": tmp_path / "nowhere.conllu", "data.dir": datasets}
+    ended = trainer.train(tmp_path / "run", settings)
+    assert ended.exit_code == 2
+    said = helpers.assert_one_line_error(ended.errors)
+    assert f"data.syntax = {tmp_path / 'nowhere.conllu'}: there is no such file" in said
+    assert not datasets.exists()
+
+
 def test_a_weight_without_sentences_is_refused():
     with pytest.raises(UserError, match=r"optim.syntax_weight = 1.0: must be 0 without data.syntax"):
         resolve({"optim": {"syntax_weight": 1.0}})

@@ -232,8 +232,8 @@ class CheckpointManager:
 class TraceManager:
     """The parameters after chosen steps of one run, as bfloat16: to be read, never to be resumed from.
 
-    All processes of the run make the same calls in the same order. Entries stay, but for those that
-    `begin_after` removes. One that cannot be written costs a warning and not the run.
+    All processes of the run make the same calls in the same order. Nothing but `begin_after`
+    removes an entry. One that cannot be written costs a warning and not the run.
 
     Args:
         folder: Holds the entries and nothing else; made if there are steps to be kept.
@@ -267,6 +267,11 @@ class TraceManager:
         self._due.discard(step)
         arrays = {PARAMS: _as_bfloat16(params)}
         self._save = _Save(_ENTRY, self._folder, step, arrays, {FACTS: dict(facts)}, None)
+
+    def settle_before(self, step: int) -> None:
+        """Waits for an entry of an earlier step: a run that resumes from this one would not save it again."""
+        if self._save and self._save.step < step:
+            self.close()
 
     def close(self) -> None:
         """Waits for what is being written, whether or not that succeeds."""

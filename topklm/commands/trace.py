@@ -11,7 +11,7 @@ import numpy as np
 
 from topklm.commands import shared, trace_facts, trace_language
 from topklm.commands.shared import Output, Verb
-from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
 from topklm.storage.files import local_path, write_atomically
 
@@ -20,7 +20,7 @@ with when_used():
     from topklm.explorer import trace_figures, traced
     from topklm.runtime import compilation_cache
     from topklm.steering import survey
-    from topklm.trace import engine, read, summary, tables
+    from topklm.trace import changes, engine, read, summary, tables
 
 if TYPE_CHECKING:
     from topklm.explorer.traced import Trace
@@ -178,10 +178,12 @@ def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
     if reference not in steps:
         allowed = f"one of the steps, {', '.join(map(str, steps))}"
         raise shared.wrong(arguments, "reference", allowed=allowed)
+    if len(steps) < 2 and len(read.readable(arguments.run)) > 1:
+        raise shared.wrong(arguments, "steps", allowed="two or more, or all")
     if len(steps) < 2:
         raise UserError(
             f"{arguments.run} has one step to trace, {steps[0]}: train with --config.checkpoint.trace=log, "
-            "which keeps early ones, or give more --steps"
+            "which keeps early ones"
         )
     return steps, reference
 
@@ -189,8 +191,10 @@ def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
 def _show(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     trace = traced.open_trace(arguments.run, arguments.dictionary or "")
-    with shared.arguments_are_flags(arguments):
+    try:
         neuron = trace.neuron(*shared.neuron(arguments.neuron, "NEURON"))
+    except ArgumentError as e:
+        raise e.named("NEURON") from e
     formation = trace.table("formation").to_pylist()
     row = next(r for r in formation if (r["layer"], r["neuron"]) == (neuron.layer, neuron.number))
     rows = neuron.rows.to_pylist()
@@ -234,6 +238,10 @@ def _report(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
     trace = traced.open_trace(arguments.run, arguments.dictionary or "")
     own = trace.summary
+    most = changes.most_breaks(len(own.steps))
+    if arguments.breaks > most:
+        allowed = f"at most {most}, for {len(own.steps)} steps"
+        raise shared.wrong(arguments, "breaks", allowed=allowed)
     layers = own.settings.layers if arguments.layers is None else arguments.layers
     if missing := set(layers) - set(own.settings.layers):
         allowed = f"of {', '.join(map(str, own.settings.layers))}"
@@ -276,7 +284,10 @@ def _others(arguments: argparse.Namespace) -> list[Summary]:
         folder = local_path(name, "--against")
         names = tables.names(folder)
         if not names:
-            raise UserError(f"{name}: there is no trace; run topklm trace run {name}", field="--against")
+            tables.TraceFolder(folder).settings()  # says so, or that the trace is not finished
+            raise UserError(
+                f"its trace is not finished; run topklm trace run {name}", field="--against", value=name
+            )
         found += [summary.Summary(tables.TraceFolder(folder, of)) for of in names]
     return found
 

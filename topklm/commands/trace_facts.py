@@ -35,7 +35,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    shared.check_at_least(arguments, 1, "facts", "others")
+    shared.check_at_least(arguments, facts.FEWEST, "facts")
+    shared.check_at_least(arguments, 1, "others")
     shared.check_at_least(arguments, 0, "seed")
     output = Output(arguments.json)
     steps = trace_language.chosen_steps(arguments)

@@ -38,7 +38,7 @@ class TracePages:
     # Other pages
 
     def at(self, request: Request) -> NeuronRows:
-        """Returns the neurons at the step that a link asks for, or those that were measured.
+        """Returns the neurons at the step that a link asks for, or the measured ones.
 
         NotThereError for a step that is not traced.
         """

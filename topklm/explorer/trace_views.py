@@ -213,12 +213,12 @@ def common_columns(source: NeuronRows, other: NeuronRows) -> set[str]:
 
 
 def plain(values: np.ndarray) -> list[float | None]:
-    """Returns numbers for JSON, None for those that are not finite."""
+    """Returns numbers for JSON, None for NaN and infinity."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _counts(onsets: np.ndarray) -> dict[str, int]:
-    """Counts onsets by step, and those that never come."""
+    """Counts onsets by step, and neurons without one."""
     steps, n = np.unique(onsets[~np.isnan(onsets)], return_counts=True)
     found = {str(int(step)): int(k) for step, k in zip(steps, n, strict=True)}
     return found | {"never": int(np.isnan(onsets).sum())}

@@ -19,7 +19,7 @@ from topklm.neurons.statistics import catalog
 from topklm.neurons.statistics.catalog import Figure
 from topklm.neurons.statistics.table import TableMetadata
 from topklm.neurons.store import NeuronBlock, Store
-from topklm.trace import formation, tables
+from topklm.trace import tables
 from topklm.trace.summary import CARRIED, Summary
 from topklm.trace.tables import TraceFolder
 
@@ -41,48 +41,26 @@ FIGURES: Sequence[Figure] = tuple(
         ("lens_reference", "Lens cosine", ""),
     )
 )
-_ONSETS = {
-    **{
-        f"onset_{level * 100:.0f}": (
-            f"Onset .{level * 10:.0f}",
-            f"The first step from which on r with the reference stays at {level} or more, up to it.",
-        )
-        for level in formation.LEVELS
-    },
-    "onset_excess": (
-        "Onset, excess",
-        "The first step from which on (r - r0) / (1 - r0), r0 being r at the first step, stays at "
-        f"{formation.EXCESS_LEVEL} or more.",
-    ),
-    "onset_best": (
-        "Onset, own index",
-        "The first step from which on no other index of the reference is more like the neuron.",
-    ),
+_TITLES = {
+    "onset_50": "Onset .5",
+    "onset_90": "Onset .9",
+    "onset_excess": "Onset, excess",
+    "onset_best": "Onset, own index",
+    "stage0_r": "r at first",
+    "turnovers": "Turnovers",
+    "settled": "Settled",
 }
-FORMATION: Sequence[Figure] = (
-    *(
-        Figure(name, title, about, kind="count", unit="step", first=name in ("onset_50", "onset_90"))
-        for name, (title, about) in _ONSETS.items()
-    ),
+_KINDS = {"stage0_r": ("correlation", ""), "turnovers": ("count", "steps"), "settled": ("flag", "")}
+FORMATION: Sequence[Figure] = tuple(
     Figure(
-        "stage0_r", "r at first", "r with the reference at the first step.", kind="correlation", first=True
-    ),
-    Figure(
-        "turnovers",
-        "Turnovers",
-        "Steps at which the ten strongest tokens are others than at the step before: Jaccard below "
-        f"{formation.TURNOVER}.",
-        kind="count",
-        unit="steps",
-        first=True,
-    ),
-    Figure(
-        "settled",
-        "Settled",
-        f"Whether r with the step before is {formation.SETTLED} or more at the reference.",
-        kind="flag",
-        first=True,
-    ),
+        name,
+        title,
+        tables.FORMATION_DEFINITIONS[name][1],
+        kind=_KINDS.get(name, ("count", "step"))[0],
+        unit=_KINDS.get(name, ("count", "step"))[1],
+        first=name not in ("onset_excess", "onset_best"),
+    )
+    for name, title in _TITLES.items()
 )
 _OF_CATALOG = {*tables.NEURONS.names, "max_activation"}  # the latter is that of the strongest example
 
@@ -239,7 +217,7 @@ class Traces:
         self._opened = functools.lru_cache(_KEPT_TRACES)(self._open)
 
     def names(self) -> list[str]:
-        """Lists those that there are, the one of the neurons that pages show first."""
+        """Lists the traces, first the one of the neurons that pages show."""
         return sorted(tables.names(self._run), key=lambda name: (name != self.own_name, name))
 
     @property

@@ -88,7 +88,7 @@ class Labels:
     def all(self, step: int | None = None) -> dict[Neuron, str]:
         """Returns the labels of each neuron as one text, by (layer, neuron), rising; raises as `notes`.
 
-        With a step, those that do not hold there say where they do.
+        With a step, labels that do not hold there say where they do.
         """
         return {
             place: BETWEEN.join(note.label if step is None else note.at(step) for note in some)

@@ -50,7 +50,7 @@ def onset(
     out, and those of steps that `log_spaced` leaves out, whose small distance would magnify noise; None where
     fewer than three are left, or no acceleration has this sign. The first of equal ones.
     """
-    log_steps(steps)  # refuses those that do not rise
+    log_steps(steps)  # refuses steps that do not rise
     known_steps, known = _finite(steps, values)
     chosen = np.isin(known_steps, log_spaced(known_steps.tolist()))
     known_steps, known = known_steps[chosen], known[chosen]
@@ -64,6 +64,11 @@ def onset(
 def points_needed(n_breaks: int) -> int:
     """Returns the fewest points that `breaks` takes."""
     return _PIECE * (n_breaks + 1)
+
+
+def most_breaks(n_points: int) -> int:
+    """Returns into how many breaks so many points can be cut; 0 where `breaks` takes so many not at all."""
+    return max(n_points // _PIECE - 1, 0) if n_points <= MOST_POINTS else 0
 
 
 def breaks(

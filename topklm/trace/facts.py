@@ -38,6 +38,7 @@ from topklm.neurons.documents import TokenWindow
 TOP = 5  # neurons of a layer
 SHUFFLES = 20
 LEAST = 20  # known and forgotten facts of a half
+FEWEST = 4 * LEAST  # facts
 
 _READ_CHARACTERS = 400  # of an article
 _ROW_TOKENS = 256
@@ -133,7 +134,7 @@ def collect(
     have other first tokens, each another one.
 
     Raises:
-        UserError: If there are fewer than 4 `LEAST`.
+        UserError: If there are fewer than `FEWEST`.
     """
     longest = min(_ROW_TOKENS, context_length) - 1
     found = [fact for ids in articles if (fact := fact_of(ids, tokenizer)) and len(fact.tokens) <= longest]
@@ -151,10 +152,10 @@ def collect(
         candidates.append([fact.answer, *drawn.tolist()])
         if len(facts) == n_facts:
             break
-    if len(facts) < 4 * LEAST:
+    if len(facts) < FEWEST:
         raise UserError(
             f"the run's training text has {len(facts)} facts that patterns find, such as 'Nikola Tesla was a "
-            f"Serbian', and {4 * LEAST} are needed: choose a run on articles, such as the quickstart's"
+            f"Serbian', and {FEWEST} are needed: choose a run on articles, such as the quickstart's"
         )
     return FactSet(facts, np.array([fact.kind for fact in facts]), np.array(candidates, np.int32))
 

@@ -1,15 +1,9 @@
-"""When a neuron became what it is: onsets, turnovers, change points of its curves. Pure NumPy.
+"""When a neuron became what it is: onsets and turnovers. Pure NumPy.
 
 Curves are r to the reference (`compare`), float64[C, n] over C steps, rising; NaN where there is none. The
 reference itself, whose r with itself is 1, does not count, nor do steps after it.
 
-    onset(level)    the first step from which on r is at least `level` at every step before the reference
-    onset_excess    the same of (r - r0) / (1 - r0), r0 being r at the first step: at random weights it is
-                    not 0, for a neuron reads the token, whose embedding changes little
-    onset_best      the first step from which on no other index of the reference is more like the neuron
-    settled         at the reference, r to the step before is at least `SETTLED`
-    turnovers       steps at which the ten strongest tokens are others than at the step before: their Jaccard
-                    index is below `TURNOVER`, so that at most three of ten stay
+`tables.FORMATION_DEFINITIONS` says what each column is.
 """
 
 from collections.abc import Mapping

@@ -290,7 +290,7 @@ def _lenses(model: LanguageModel, n_layers: int, dictionary: Dictionary | None) 
 
 
 class _Collected:
-    """Collects the segments of a harvest in memory; a store gets those that it does not have yet."""
+    """Collects the segments of a harvest in memory; a store gets the ones it lacks."""
 
     def __init__(self, n_layers: int, width: int, store: StoreWriter | None):
         self.n_tokens, self.is_finite, self._store = 0, True, store

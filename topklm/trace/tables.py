@@ -31,6 +31,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
 from topklm.storage.files import folder_lock, read_json, replacing, sealed_json, write_atomically
+from topklm.trace import formation
 
 FORMAT = 1
 PLAIN = "trace"  # the folder's name without a dictionary
@@ -112,7 +113,7 @@ HEADS = pa.schema(
         "layer": _I32,  # -1: no head, but the word at a fixed distance, `head`
         "head": _I32,
         "relation": pa.string(),
-        "half": _I32,  # of the sentences: 0 chooses heads, 1 scores them; -1: of all
+        "half": _I32,  # of the sentences, 0 or 1; -1: of all
         "hits": _I64,  # -1 where only a score is known
         "n": _I64,
         "score": _F64,
@@ -122,10 +123,38 @@ HEADS = pa.schema(
 RUN = pa.schema(
     {"step": _I32, "previous": _I32, "parameters": pa.string(), "loss": _F64, "bits_per_byte": _F64}
 )
+# Columns over all steps (`topklm.trace.formation`): type and definition.
+FORMATION_DEFINITIONS: Mapping[str, tuple[pa.DataType, str]] = {
+    **{
+        f"onset_{level * 100:.0f}": (
+            _I32,
+            f"The first step from which on r with the reference stays at {level} or more, up to it.",
+        )
+        for level in formation.LEVELS
+    },
+    "onset_excess": (
+        _I32,
+        "The first step from which on (r - r0) / (1 - r0), r0 being r at the first step, stays at "
+        f"{formation.EXCESS_LEVEL} or more.",
+    ),
+    "onset_best": (
+        _I32,
+        "The first step from which on no other index of the reference is more like the neuron.",
+    ),
+    "stage0_r": (_F64, "r with the reference at the first step."),
+    "settled": (
+        _BOOL,
+        f"Whether r with the step before is {formation.SETTLED} or more at the reference.",
+    ),
+    "turnovers": (
+        _I32,
+        "Steps at which the ten strongest tokens are others than at the step before: Jaccard below "
+        f"{formation.TURNOVER}.",
+    ),
+}
 FORMATION = pa.schema(
     {"layer": _I32, "neuron": _I32, "n_active": _I64}
-    | dict.fromkeys(("onset_50", "onset_90", "onset_excess", "onset_best"), _I32)
-    | {"stage0_r": _F64, "settled": _BOOL, "turnovers": _I32}
+    | {name: kind for name, (kind, _) in FORMATION_DEFINITIONS.items()}
 )
 SCHEMAS: Mapping[str, pa.Schema] = {
     "neurons": NEURONS,
@@ -220,7 +249,14 @@ class TraceFolder:
         if not self.about.exists():
             run, name = self.path.parent.parent, self.path.name
             flag = f" --dictionary {name.removeprefix(f'{PLAIN}-')}" if name != PLAIN else ""
-            raise UserError(f"{self.path}: there is no trace; run topklm trace run {run}{flag}")
+            if not run.exists():
+                raise UserError(f"{run}: there is no such run folder; check the path")
+            others = [other.removeprefix(PLAIN).lstrip("-") for other in names(run)]
+            named = ", ".join(
+                f"--dictionary {other}" if other else "one without --dictionary" for other in others
+            )
+            there = f", but {named}" if named else ""
+            raise UserError(f"{self.path}: there is no trace{there}; run topklm trace run {run}{flag}")
         with damage_is_a_user_error(self.about, self._again, TypeError, KeyError):
             content = read_json(self.about, self._again, sealed=True)
             if content.pop("format") != FORMAT:

@@ -30,7 +30,7 @@ from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies, metrics
+from topklm.training import anomalies, metrics, syntax
 from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
 from topklm.training.evaluation import (
     TaskEvaluation,
@@ -53,7 +53,6 @@ from topklm.training.step import (
     make_train_step,
     release_seconds,
 )
-from topklm.training.syntax import open_sentences
 from topklm.training.throughput import Clock, Profiler, Rate, parameter_count
 
 
@@ -65,8 +64,9 @@ def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> 
     is no longer finite.
     """
     console = Console(quiet=not distributed.is_primary())
-    # One that is not there shows before the data are prepared; so do tasks.
+    # A task, a treebank or a tracker that is not there shows before the data are prepared.
     tasks = find_tasks(config.eval)
+    syntax.check_there(config)
     tracked = metrics.find(config.log.trackers) if distributed.is_primary() else {}
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
@@ -90,7 +90,7 @@ class _Loop:
         self.stop_sync = StopSync(layout, stop)
         self.heldout = heldout_part(run.mixture, config.eval.max_tokens)
         self.tasks = TaskEvaluation(config, tasks, run.mixture.tokenizer, layout) if tasks else None
-        self.syntax = open_sentences(config, run.mixture.tokenizer, layout)
+        self.syntax = syntax.open_sentences(config, run.mixture.tokenizer, layout)
         if self.syntax.said:
             console.say(f"data.syntax = {config.data.syntax}: {self.syntax.said}")
         self.optimizer = make_optimizer(config.optim, config.train.steps)
@@ -382,6 +382,7 @@ class _Loop:
             if distributed.is_primary():
                 run_folder.check_owned(self.folder)
             facts["metrics"] = self.writer.sync()
+            self.trace.settle_before(step)
             with self._storage(f"saving checkpoint {step} in"):
                 self.checkpoints.save(state, self.feed.state(), facts)
 

@@ -125,6 +125,18 @@ class SentenceBatches(NoSentences):
         return self._order
 
 
+def check_there(config: Config) -> None:
+    """Raises UserError if the file of `data.syntax` is needed and not there."""
+    if config.optim.syntax_weight and not _path(config).is_file():
+        raise UserError(
+            "there is no such file; check the path", field="data.syntax", value=config.data.syntax
+        )
+
+
+def _path(config: Config) -> Path:
+    return Path(config.data.syntax).expanduser()
+
+
 def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSentences:
     """Reads the sentences of `data.syntax`, if `optim.syntax_weight` is not 0.
 
@@ -133,8 +145,7 @@ def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSe
     """
     if not config.optim.syntax_weight:
         return NoSentences()
-    path = Path(config.data.syntax).expanduser()
-    found = trees.read(path, tokenizer, config.model.context_length, flag="data.syntax")
+    found = trees.read(_path(config), tokenizer, config.model.context_length, flag="data.syntax")
     batches = SentenceBatches(found, config, layout)
     if distributed.process_count() > 1 and len(set(distributed.gather("syntax", batches.digest))) > 1:
         raise UserError("data.syntax: processes have other files; give all hosts the same")
