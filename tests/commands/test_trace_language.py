@@ -22,11 +22,11 @@ def test_a_trace_has_relations_and_figures_of_language(run, tmp_path):
     ended = in_this_process("trace", "run", run, *FEW, "--conllu", path)
     assert ended.exit_code == 0, ended.errors
     assert "some.conllu: 120 sentences" in ended.output
-    report = in_this_process("trace", "report", run, "--breaks", 1, "--json")
+    report = in_this_process("trace", "report", run, "--json")
     content = json.loads(report.output)
     for name in ("kl_unigram", "kl_bigram", "entropy", "copy_gain", "prefix_matching", "uas"):
         assert len(content["values"][name]) == 3
-        assert set(content["changes"][name]) == {"rises", "falls", "breaks"}
+        assert set(content["changes"][name]) == {"rises", "falls"}
     # There is no other word before.
     assert [one["uas"] for one in content["relations"]["det/head"]] == [1, 1, 1]
     assert "det/head (1.00)" in in_this_process("trace", "report", run).output

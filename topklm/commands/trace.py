@@ -293,14 +293,9 @@ def _others(arguments: argparse.Namespace) -> list[Summary]:
 
 
 def _onset_counts(own: Summary, layer: int) -> dict[str, dict[str, int]]:
-    """Counts the neurons of a layer by the step of their onset, or "never"."""
-    counts: dict[str, dict[str, int]] = {}
-    for name in ("onset_50", "onset_90", "onset_excess", "onset_best"):
-        onsets = own.onsets(layer, name)
-        steps, n = np.unique(onsets[~np.isnan(onsets)], return_counts=True)
-        counts[name] = {str(int(step)): int(k) for step, k in zip(steps, n, strict=True)}
-        counts[name]["never"] = int(np.isnan(onsets).sum())
-    return counts
+    """Counts the neurons of a layer by the step of each of their onsets."""
+    names = (name for name in tables.FORMATION_DEFINITIONS if name.startswith("onset"))
+    return {name: summary.onset_counts(own.onsets(layer, name)) for name in names}
 
 
 def _beside(trace: Summary) -> dict[str, Any]:

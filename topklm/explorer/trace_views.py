@@ -11,7 +11,7 @@ from topklm.explorer.neuron_data import NeuronRows
 from topklm.explorer.traces import CURVES, StepData, TraceData
 from topklm.explorer.views import LabelOf, snippets, summary
 from topklm.trace import tables
-from topklm.trace.summary import CARRIED, MEDIANS, SHARE_BEST, WRITTEN
+from topklm.trace.summary import CARRIED, MEDIANS, SHARE_BEST, WRITTEN, onset_counts
 
 _TOKENS = 3  # of a neuron at a step, in its strip
 _SNIPPETS = 3  # of a card
@@ -138,7 +138,7 @@ def formation(trace: TraceData) -> dict[str, Any]:
                 "layer": layer,
                 "living": int(own.living[layer].sum()),
                 "medians": {name: plain(values) for name, values in own.of_layer(layer).items()},
-                "onsets": {name: _counts(steps) for name, steps in onsets.items()},
+                "onsets": {name: onset_counts(steps) for name, steps in onsets.items()},
             }
         )
     return {
@@ -215,10 +215,3 @@ def common_columns(source: NeuronRows, other: NeuronRows) -> set[str]:
 def plain(values: np.ndarray) -> list[float | None]:
     """Returns numbers for JSON, None for NaN and infinity."""
     return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def _counts(onsets: np.ndarray) -> dict[str, int]:
-    """Counts onsets by step, and neurons without one."""
-    steps, n = np.unique(onsets[~np.isnan(onsets)], return_counts=True)
-    found = {str(int(step)): int(k) for step, k in zip(steps, n, strict=True)}
-    return found | {"never": int(np.isnan(onsets).sum())}

@@ -173,6 +173,13 @@ class Summary:
         return tables.numbers(self.formation, name)[at][self.living[layer]]
 
 
+def onset_counts(onsets: np.ndarray) -> dict[str, int]:
+    """Counts onsets, float64[m], by step, and neurons without one as "never"."""
+    steps, n = np.unique(onsets[~np.isnan(onsets)], return_counts=True)
+    found = {str(int(step)): int(k) for step, k in zip(steps, n, strict=True)}
+    return found | {"never": int(np.isnan(onsets).sum())}
+
+
 def _of(rows: pa.Table, name: str, at: np.ndarray, n_steps: int) -> np.ndarray:
     return tables.numbers(rows, name)[at].reshape(n_steps, -1)
 
