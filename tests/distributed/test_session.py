@@ -431,7 +431,9 @@ def test_another_process_of_the_same_number_does_not_let_the_run_go_on(start):
     assert job.finish() == [75, 75]
 
 
-@pytest.mark.parametrize("kind", ["stop", "mistake", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["stop", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mistake", None))]
+)
 def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(start, kind):
     """Lets it end the run, as any process of a run can: launchers then start it again."""
     word = json.dumps({"by": 1, "secret": "?", "kind": kind, "process": 1, "text": "trained"})
@@ -445,6 +447,7 @@ def test_a_stranger_at_the_port_cannot_make_a_run_look_finished_or_mistaken(star
         assert last_line(process).endswith("start the same command again to resume")
 
 
+@pytest.mark.slow
 def test_a_stranger_that_comes_before_a_process_cannot_make_a_run_look_finished(start):
     job = start(2, "pass", started=[0])
     hello = {"count": 2, "versions": versions("topklm", "jax"), "hash": hashlib.sha256(b"s").hexdigest()}

@@ -131,6 +131,7 @@ def test_setup_copies_the_working_tree_to_all_workers_and_installs_it(tpu_vm, tr
     assert sorted(install[-1] for install in installs) == [f"{home}/topklm[tpu,gcs,hf]" for home in homes]
 
 
+@pytest.mark.slow
 def test_setup_again_replaces_the_code_and_leaves_the_data(tpu_vm, tree, stage):
     tpu_vm.prepare()
     (stage.workers()[0] / "topklm/datasets/web").write_text("tokens")
@@ -141,6 +142,7 @@ def test_setup_again_replaces_the_code_and_leaves_the_data(tpu_vm, tree, stage):
     assert (home / "topklm/datasets/web").read_text() == "tokens"
 
 
+@pytest.mark.slow
 def test_setup_can_clone_a_commit(tpu_vm, tree, stage):
     head = subprocess.check_output(["git", "-C", tree, "rev-parse", "HEAD"], text=True)
     tpu_vm.good("create", "pod", *CREATE)
@@ -215,6 +217,7 @@ def test_logs_have_the_worker_before_each_line(tpu_vm, stage):
     assert tpu_vm.good("logs", "pod", "--once", "--worker=1", "--lines=1") == "[worker 1] ready too\n"
 
 
+@pytest.mark.slow
 def test_logs_are_followed_over_all_slices(tpu_vm, stage):
     tpu_vm.good("create", "pod", *CREATE, "--slices=2")
     tpu_vm.good("setup", "pod")
@@ -227,6 +230,7 @@ def test_logs_are_followed_over_all_slices(tpu_vm, stage):
     assert logs.finish() == 130
 
 
+@pytest.mark.slow
 def test_status_shows_the_tpu_and_every_worker(tpu_vm, stage):
     tpu_vm.prepare()
     stage.set(trainer=[{"0": "step 1200 ;; exit 75", "others": "exit 2"}])
@@ -268,6 +272,7 @@ def test_stop_lets_training_save_and_waits_for_it(tpu_vm, stage):
     assert [(home / "topklm-run/exit").read_text() for home in stage.workers()] == ["75\n", "0\n"]
 
 
+@pytest.mark.slow
 def test_stop_can_kill(tpu_vm, stage):
     tpu_vm.prepare()
     stage.set(trainer=["train"])
@@ -276,6 +281,7 @@ def test_stop_can_kill(tpu_vm, stage):
     assert [(home / "topklm-run/exit").read_text() for home in stage.workers()] == ["137\n", "137\n"]
 
 
+@pytest.mark.slow
 def test_a_second_run_appends_to_the_log_and_is_judged_by_its_own_part(tpu_vm, stage):
     tpu_vm.prepare()
     stage.set(trainer=[f"say {STOPPED}", "finish"])
@@ -327,7 +333,7 @@ def test_babysit_does_not_repeat_a_mistake(tpu_vm, stage):
     assert len(stage.calls("trainer")) == 2
 
 
-@pytest.mark.parametrize("first", ["exit 1", f"say {STOPPED}"])
+@pytest.mark.parametrize("first", ["exit 1", pytest.param(f"say {STOPPED}", marks=pytest.mark.slow)])
 def test_babysit_starts_again_what_is_not_finished(tpu_vm, stage, first):
     stage.set(trainer=[first, "finish"])
     output = tpu_vm.good("babysit", "pod", *CREATE, "--", *FLAGS)
@@ -346,6 +352,7 @@ def test_babysit_gives_up_when_nothing_moves(tpu_vm, stage):
     assert "given up after 3 failures in a row without a step beyond 6" in process.errors
 
 
+@pytest.mark.slow
 def test_babysit_ends_when_somebody_stops_training(tpu_vm, stage):
     stage.set(trainer=["train"])
     babysitter = tpu_vm.start("babysit", "pod", *CREATE, "--", *FLAGS)
@@ -357,6 +364,7 @@ def test_babysit_ends_when_somebody_stops_training(tpu_vm, stage):
     assert len(stage.calls("trainer")) == 2
 
 
+@pytest.mark.slow
 def test_babysit_takes_up_training_that_runs_and_leaves_other_training_alone(tpu_vm, stage):
     tpu_vm.prepare()
     stage.set(trainer=["train"])
@@ -371,6 +379,7 @@ def test_babysit_takes_up_training_that_runs_and_leaves_other_training_alone(tpu
     assert len(stage.calls("trainer")) == 2
 
 
+@pytest.mark.slow
 def test_babysit_survives_a_cloud_that_does_not_answer_for_a_while(tpu_vm, stage):
     stage.set(
         creates=[["ACTIVE", "ACTIVE", "UNREACHABLE", "UNREACHABLE", "ACTIVE"]],
