@@ -119,7 +119,8 @@ def test_what_saelens_has_not_is_refused(tmp_path, model):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "jumprelu"}, "architecture 'jumprelu'"),
+        ({"architecture": "gated"}, "architecture 'gated'"),
+        ({"architecture": "jumprelu"}, "must be of these widths"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
         ({"k": 4}, "its layers keep 3, 4 codes"),
         ({"k": 0}, "k = 0"),
@@ -138,7 +139,7 @@ def test_another_folder_of_saelens_is_refused_in_one_line(tmp_path, model, chang
 
 def test_widths_that_are_not_the_models_and_damage_are_refused(tmp_path, model):
     saelens.write_dictionary(facts(model()), dictionary(False), LAYERS, tmp_path)
-    with pytest.raises(UserError, match="both widths must be the model's 16"):
+    with pytest.raises(UserError, match=r"d_in = 12.* d_in the model's 16"):
         saelens.read_dictionary(tmp_path, LAYERS, 16)
     with pytest.raises(UserError, match=r"has no blocks\.2\.hook_resid_post/cfg\.json"):
         saelens.read_dictionary(tmp_path, (0, 1, 2), D)
@@ -149,7 +150,7 @@ def test_widths_that_are_not_the_models_and_damage_are_refused(tmp_path, model):
         with pytest.raises(UserError, match="damaged or cut short"):
             saelens.read_dictionary(tmp_path, LAYERS, D)
     save_file({"W_enc": np.zeros((D, D), np.float32)}, path)
-    with pytest.raises(UserError, match="both widths"):
+    with pytest.raises(UserError, match="must be of these widths"):
         saelens.read_dictionary(tmp_path, LAYERS, D)
 
 

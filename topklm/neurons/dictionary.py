@@ -1,11 +1,15 @@
 """A dictionary: other directions than its own coordinates in which a Base LM's hidden state is written.
 
-    codes(h) = TopK(relu((h - centre) @ encoder + bias)), the K largest
+    pre(h) = (h - centre) @ encoder + bias
+    codes(h) = TopK(relu(pre)), the K largest; or, with thresholds, relu(pre) where pre > threshold
     h is about centre + codes(h) @ decoder
+
+With several members each has its own M / members codes, one after another, and its own TopK of K / members.
+Members that are sequential (boosting) read what the ones before have left of h - centre.
 
 Each code is a neuron of the store that is harvested with it; its meaning in the hidden state is its
 row of the decoder and no coordinate. Codes are never negative. How a dictionary is made is
-in `topklm.neurons.fit_dictionary`. Dims: S layers, N tokens, D d_model, M codes of a layer.
+in `topklm.neurons.fit_dictionary` and `topklm.sae`. Dims: S layers, N tokens, D d_model, M codes of a layer.
 """
 
 from collections.abc import Mapping
@@ -30,15 +34,31 @@ from topklm.neurons import DICTIONARIES
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 
-FORMAT = 3
+FORMAT = 4
+_ONE_TOPK = 3  # and still written where there is neither a threshold nor a second member
 _WITHOUT_BIAS = 2  # and still written where there is none
 _WITHOUT_DIGEST = 1
 
 _ARRAYS = ("centre", "encoder", "decoder")
-Encoder = tuple[jax.Array, jax.Array, jax.Array]  # centre [S, D], encoder [S, D, M], bias [S, M]
+_OPTIONAL = ("bias", "threshold")
+_STATIC = {"static": True}
 _DIGEST_BYTES = 64
 # Errors of zipfile for other files, besides those of NumPy; RuntimeError: encrypted, or packed oddly.
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The arrays of a dictionary that `encode` reads, as an argument of `jax.jit`."""
+
+    centre: jax.Array  # float32[S, D]
+    encoder: jax.Array  # float32[S, D, M]
+    bias: jax.Array  # float32[S, M]
+    threshold: jax.Array | None  # float32[S, M]
+    decoder: jax.Array | None  # float32[S, M, D], of sequential members
+    keep: int = dataclasses.field(metadata=_STATIC)
+    members: int = dataclasses.field(metadata=_STATIC)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,13 +66,21 @@ class Dictionary:
     """One dictionary for each layer, of one kind."""
 
     kind: str  # one of `DICTIONARIES`
-    keep: int  # K, codes kept of each token
+    keep: int  # K, codes kept of each token; with thresholds about as many, on average
     centre: np.ndarray  # float32[S, D], what is taken off the hidden state
     encoder: np.ndarray  # float32[S, D, M]
     decoder: np.ndarray  # float32[S, M, D], rows of unit length in those that topklm makes
     # How it was made, by name; values that JSON can hold.
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bias: np.ndarray | None = None  # float32[S, M], of the codes; None: 0
+    threshold: np.ndarray | None = None  # float32[S, M], above which a code is active; None: TopK
+    members: int = 1  # of an ensemble
+    sequential: bool = False  # whether each member reads what the ones before have left
+
+    @property
+    def width(self) -> int:
+        """M, codes of a layer."""
+        return self.decoder.shape[1]
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -63,33 +91,47 @@ class Dictionary:
     def encoder_arrays(self) -> Encoder:
         """The arrays that `encode` takes."""
         bias = np.zeros(self.encoder.shape[::2], np.float32) if self.bias is None else self.bias
-        return jnp.asarray(self.centre), jnp.asarray(self.encoder), jnp.asarray(bias)
+        threshold = None if self.threshold is None else jnp.asarray(self.threshold)
+        decoder = jnp.asarray(self.decoder) if self.sequential else None
+        centre, encoder = jnp.asarray(self.centre), jnp.asarray(self.encoder)
+        return Encoder(centre, encoder, jnp.asarray(bias), threshold, decoder, self.keep, self.members)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        bias = {} if self.bias is None else {"bias": self.bias}
-        return {name: getattr(self, name) for name in _ARRAYS} | bias
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        there = {name: array for name, array in optional.items() if array is not None}
+        return {name: getattr(self, name) for name in _ARRAYS} | there
 
     @property
     def description(self) -> str:
         """Its kind, how it was made and its fingerprint, in a line."""
         facts = ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in self.facts.items())
-        width = self.decoder.shape[1]
-        return f"{DICTIONARIES[self.kind]}: {self.keep} of {width} codes; {facts} ({self.sha256[:12]})"
+        about = "" if self.threshold is None else "about "
+        kept = (
+            f"{about}{self.keep} of {self.width} codes" if self.keep < self.width else f"{self.width} codes"
+        )
+        return f"{DICTIONARIES[self.kind]}: {kept}; {facts} ({self.sha256[:12]})"
 
     def encode(self, h_SND: jax.Array) -> jax.Array:
-        """Returns codes float32[S, ..., M] of hidden states [S, ..., D]; at most K of a token are not 0."""
-        return encode(self.encoder_arrays, h_SND, self.keep)
+        """Returns codes float32[S, ..., M] of hidden states [S, ..., D].
+
+        At most K of a token are not 0, where there are no thresholds.
+        """
+        return encode(self.encoder_arrays, h_SND)
 
     def decode(self, codes_SNM: jax.Array) -> jax.Array:
         """Reconstructs the hidden state float32[S, ..., D] from codes [S, ..., M]."""
-        decoded = jnp.einsum("s...m,smd->s...d", codes_SNM, self.decoder, precision=jax.lax.Precision.HIGHEST)
+        decoded = _product("s...m,smd->s...d", codes_SNM, jnp.asarray(self.decoder))
         return decoded + _per_layer(jnp.asarray(self.centre), decoded)
 
     def save(self, path: Path) -> None:
         """Writes a NumPy archive whose comment, its end, is the SHA-256 of all before it."""
-        version = _WITHOUT_BIAS if self.bias is None else FORMAT
-        content = {"format": version, "kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
         arrays = self._arrays()
+        content = {"kind": self.kind, "keep": self.keep, "facts": dict(self.facts)}
+        if self.threshold is None and self.members == 1:
+            content["format"] = _WITHOUT_BIAS if self.bias is None else _ONE_TOPK
+        else:
+            how = {"members": self.members, "sequential": self.sequential, "arrays": list(arrays)}
+            content |= {"format": FORMAT, **how}
         to = io.BytesIO()
         np.savez(to, about=np.array(json.dumps(content)), **arrays)  # type: ignore[arg-type]
         with zipfile.ZipFile(to, "a") as archive:
@@ -112,10 +154,11 @@ class Dictionary:
                 content = parse_json(str(found["about"]))
                 if not is_whole and content["format"] != _WITHOUT_DIGEST:
                     raise ValueError("its digest differs")
-                names = (*_ARRAYS, "bias") if content["format"] == FORMAT else _ARRAYS
-                arrays = {name: found[name] for name in names}
-            if content["format"] in (_WITHOUT_DIGEST, _WITHOUT_BIAS, FORMAT):
-                return cls(content["kind"], content["keep"], facts=content["facts"], **arrays)
+                names = {FORMAT: content.get("arrays", ()), _ONE_TOPK: (*_ARRAYS, "bias")}
+                arrays = {name: found[name] for name in names.get(content["format"], _ARRAYS)}
+            if content["format"] in (_WITHOUT_DIGEST, _WITHOUT_BIAS, _ONE_TOPK, FORMAT):
+                how = {name: content[name] for name in ("members", "sequential") if name in content}
+                return cls(content["kind"], content["keep"], facts=content["facts"], **arrays, **how)
         raise UserError(
             f"{path}: a dictionary of format {content['format']}, this topklm reads {FORMAT}: harvest again"
         )
@@ -138,13 +181,36 @@ def check_coordinates(description: str, action: str) -> None:
         )
 
 
-def encode(arrays: Encoder, h_SND: jax.Array, keep: int) -> jax.Array:
+def encode(arrays: Encoder, h_SND: jax.Array) -> jax.Array:
     """Computes `Dictionary.encode` inside `jax.jit`, of h [S, ..., D] of any float dtype."""
-    centre_SD, encoder_SDM, bias_SM = arrays
     h_SND = h_SND.astype(jnp.float32)
-    centred_SND = h_SND - _per_layer(centre_SD, h_SND)
-    codes_SNM = jnp.einsum("s...d,sdm->s...m", centred_SND, encoder_SDM, precision=jax.lax.Precision.HIGHEST)
-    return topk(codes_SNM + _per_layer(bias_SM, codes_SNM), keep)
+    left_SND = h_SND - _per_layer(arrays.centre, h_SND)
+    width = arrays.encoder.shape[-1] // arrays.members
+    # Members that are not sequential read the same, in one product.
+    n_parts = 1 if arrays.decoder is None else arrays.members
+    found: list[jax.Array] = []
+    for part in (slice(None),) if n_parts == 1 else _parts(arrays.members, width):
+        if found and arrays.decoder is not None:
+            before = slice((part.start or 0) - width, part.start)
+            left_SND -= _product("s...m,smd->s...d", found[-1], arrays.decoder[:, before])
+        pre_SNM = _product("s...d,sdm->s...m", left_SND, arrays.encoder[:, :, part])
+        pre_SNM += _per_layer(arrays.bias[:, part], pre_SNM)
+        if arrays.threshold is not None:
+            is_above = pre_SNM > _per_layer(arrays.threshold[:, part], pre_SNM)
+            found.append(jnp.where(is_above | jnp.isnan(pre_SNM), jnp.maximum(pre_SNM, 0), 0))
+        else:
+            shape = (*pre_SNM.shape[:-1], -1, width)
+            kept = topk(pre_SNM.reshape(shape), arrays.keep // arrays.members)
+            found.append(kept.reshape(pre_SNM.shape))
+    return jnp.concatenate(found, axis=-1)
+
+
+def _parts(members: int, width: int) -> list[slice]:
+    return [slice(begin, begin + width) for begin in range(0, members * width, width)]
+
+
+def _product(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(dims, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _per_layer(x_SD: jax.Array, like_SND: jax.Array) -> jax.Array:

@@ -226,7 +226,7 @@ def _forward(
     at = slice(len(kind_and_layers(config)[1])) if layers is None else np.array(layers)
     seen = jax.tree.map(lambda x: x[at], seen)
     if written_in:
-        seen = stored(encode(written_in, seen, keep)), None
+        seen = stored(encode(written_in, seen)), None
     targets = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = token_losses(h_BTD, model.unembedding(), targets, config.vocab_size)
     return nll_BT, seen

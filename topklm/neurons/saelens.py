@@ -1,7 +1,11 @@
 """Folders of SAELens: the neurons of a TopK LM as identity SAEs, and dictionaries of a Base LM, both ways.
 
     blocks.L.hook_resid_post/cfg.json                 one folder for each layer
-    blocks.L.hook_resid_post/sae_weights.safetensors  W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D]
+    blocks.L.hook_resid_post/sae_weights.safetensors  W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D];
+                                                      threshold [M] of what is no topk
+
+SAELens saves BatchTopK and Matryoshka as jumprelu, with a threshold; as they are while it trains them they
+are read too.
 
 The SAE of a TopK LM is the identity: TopK of a state that TopK has passed is that state, so its codes are the
 neurons to the last bit, and "explained variance 1" is true of it by construction.
@@ -26,7 +30,15 @@ KIND = "saelens"
 # Without a version SAELens takes a folder for one from before 6.0, and drops the metadata.
 _VERSION = "6.54.12"
 _ARCHITECTURES = {"relu": "topk", "abs": "abstopk"}
+_KEEP = "topklm_keep"  # in the metadata, which SAELens keeps: codes of a token, kept or aimed at
 _WEIGHTS, _CONFIG = "sae_weights.safetensors", "cfg.json"
+# Of folders that are read, and the name of their threshold; jumprelu's is of each code.
+_READ = {
+    "topk": None,
+    "jumprelu": "threshold",
+    "batchtopk": "topk_threshold",
+    "matryoshka_batchtopk": "topk_threshold",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +62,42 @@ def write_neurons(model: ModelFacts, out: Path) -> None:
     arrays = {"W_enc": identity, "W_dec": identity, "b_enc": zero, "b_dec": zero}
     about = {"architecture": _ARCHITECTURES[config.topk_activation], "k": config.topk_k}
     for layer in range(config.n_topk_layers):
-        _write(model, out, layer, arrays, {**about, "apply_b_dec_to_input": False})
+        _write(model, out, layer, arrays, {**about, "apply_b_dec_to_input": False}, config.topk_k)
 
 
 def write_dictionary(model: ModelFacts, dictionary: Dictionary, layers: Sequence[int], out: Path) -> None:
-    """Writes the dictionary of a Base LM, an SAE for each of these layers."""
-    _, _, bias = dictionary.encoder_arrays
-    about = {"architecture": "topk", "k": dictionary.keep, "apply_b_dec_to_input": True}
+    """Writes the dictionary of a Base LM, an SAE for each of these layers.
+
+    UserError for an ensemble that is no SAE of SAELens.
+    """
+    if dictionary.sequential or (dictionary.members > 1 and dictionary.threshold is None):
+        text = (
+            f"is an ensemble of {dictionary.members} TopK members or of boosting, which no SAE of SAELens is"
+        )
+        raise UserError(text, field="the dictionary")
+    about: dict[str, Any] = {"architecture": "topk", "k": dictionary.keep}
+    if dictionary.threshold is not None:
+        about = {"architecture": "jumprelu"}
+    zero = np.zeros(dictionary.encoder.shape[::2], np.float32)
     for number, layer in enumerate(layers):
         arrays = {
             "W_enc": dictionary.encoder[number],
             "W_dec": dictionary.decoder[number],
-            "b_enc": np.asarray(bias[number]),
+            "b_enc": (zero if dictionary.bias is None else dictionary.bias)[number],
             "b_dec": dictionary.centre[number],
         }
-        _write(model, out, layer, arrays, about)
+        if dictionary.threshold is not None:
+            arrays["threshold"] = dictionary.threshold[number]
+        _write(model, out, layer, arrays, {**about, "apply_b_dec_to_input": True}, dictionary.keep)
 
 
 def _write(
-    model: ModelFacts, out: Path, layer: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+    model: ModelFacts,
+    out: Path,
+    layer: int,
+    arrays: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    keep: int,
 ) -> None:
     numpy = optional_module("safetensors.numpy", "export", "topklm export")
     name = hook_name(layer, RESID_POST)
@@ -86,8 +115,9 @@ def _write(
         "device": "cpu",
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
+        **({"rescale_acts_by_decoder_norm": False} if "k" in about else {}),
         "metadata": {
+            _KEEP: keep,
             "sae_lens_version": _VERSION,
             "sae_lens_training_version": None,
             "model_name": model.name,
@@ -105,35 +135,49 @@ def _write(
 
 
 def read_dictionary(folder: Path, layers: Sequence[int], d_model: int) -> Dictionary:
-    """Reads the TopK SAEs of these layers as a dictionary.
+    """Reads the SAEs of these layers as a dictionary.
 
     Raises:
-        UserError: If one is missing or damaged, is of another kind, width or k, or its hidden states are not
-            the model's. A store holds as many codes of a layer as the model has coordinates.
+        UserError: If one is missing or damaged, is of a kind that is not read, of another kind, width or k
+            than the others, or its hidden states are not the model's.
     """
     read = [_read(folder, layer, d_model) for layer in layers]
-    kept = {k for k, _ in read}
-    if len(kept) > 1:
-        raise UserError(
-            f"--dictionary = {folder}: its layers keep {', '.join(map(str, sorted(kept)))} codes: they must "
-            "keep as many, for the store has one k"
-        )
+    for what, values in (
+        ("keep", {k for k, _ in read}),
+        ("have", {arrays["W_enc"].shape[1] for _, arrays in read}),
+        ("are TopK, or have thresholds:", {"threshold" in arrays for _, arrays in read}),
+    ):
+        if len(values) > 1:
+            several = ", ".join(map(str, sorted(values)))
+            text = f"its layers {what} {several} codes: they must be alike, for the store has one k and width"
+            raise UserError(text, field="--dictionary", value=str(folder))
     stacked = {name: np.stack([arrays[name] for _, arrays in read]) for name in read[0][1]}
     bias = stacked["b_enc"] if np.any(stacked["b_enc"]) else None
-    facts = {"folder": folder.name}
-    return Dictionary(KIND, kept.pop(), stacked["b_dec"], stacked["W_enc"], stacked["W_dec"], facts, bias)
+    return Dictionary(
+        KIND,
+        read[0][0],
+        stacked["b_dec"],
+        stacked["W_enc"],
+        stacked["W_dec"],
+        {"folder": folder.name},
+        bias,
+        stacked.get("threshold"),
+    )
 
 
 def _read(folder: Path, layer: int, d_model: int) -> tuple[int, dict[str, np.ndarray]]:
-    """Returns k, and float32 arrays so that `Dictionary` computes what SAELens does."""
+    """Returns k, and float32 arrays so that `Dictionary` computes what SAELens does.
+
+    K is the width where a threshold decides and nothing says how many codes that makes.
+    """
     load_file = optional_module("safetensors.numpy", "export", "--dictionary").load_file
     place = folder / hook_name(layer, RESID_POST)
     advice = "give a folder with one of SAELens for each layer"
     if not (place / _CONFIG).exists():
         raise UserError(f"--dictionary = {folder}: has no {place.name}/{_CONFIG}: {advice}")
     values = read_json(place / _CONFIG, advice)
-    if (kind := values.get("architecture")) != "topk":
-        raise UserError(f"{place}: is of the architecture {kind!r}: dictionaries are topk")
+    if (kind := values.get("architecture")) not in _READ:
+        raise UserError(f"{place}: is of the architecture {kind!r}: must be one of {', '.join(_READ)}")
     for name in ("normalize_activations", "reshape_activations"):
         if values.get(name, "none") != "none":
             raise UserError(f"{place}: has {name} = {values[name]!r}: must be none")
@@ -146,21 +190,28 @@ def _read(folder: Path, layer: int, d_model: int) -> tuple[int, dict[str, np.nda
     except Exception as e:  # the library raises a class of its own for each kind of damage
         raise UserError(f"{path} is damaged or cut short ({e}): get it again") from e
     width, k = values.get("d_sae"), values.get("k")
+    if (threshold := _READ[kind]) is not None:
+        k = (values.get("metadata") or {}).get(_KEEP, round(k) if isinstance(k, int | float) else width)
+        bound = found.pop(threshold, np.zeros(0))
+        found["threshold"] = np.full(width, bound, np.float32) if bound.ndim == 0 else bound
+    if not isinstance(width, int) or width < 1 or not isinstance(k, int) or not 1 <= k <= width:
+        raise UserError(f"{place}: d_sae = {width}, k = {k}: k must be from 1 to the width")
     shapes = {
-        "W_enc": (d_model, d_model),
-        "W_dec": (d_model, d_model),
-        "b_enc": (d_model,),
+        "W_enc": (d_model, width),
+        "W_dec": (width, d_model),
+        "b_enc": (width,),
         "b_dec": (d_model,),
-    }
+    } | ({} if threshold is None else {"threshold": (width,)})
     wrong = {name: found[name].shape if name in found else None for name in shapes}
-    if wrong != shapes or not isinstance(k, int) or not 1 <= k <= d_model:
+    if wrong != shapes:
         raise UserError(
-            f"{place}: d_in = {values.get('d_in')}, d_sae = {width}, k = {k}: both widths must be the "
-            f"model's {d_model}, and k from 1 to that: a store holds as many codes of a layer"
+            f"{place}: d_in = {values.get('d_in')}, d_sae = {width}: its arrays must be of these widths, and "
+            f"d_in the model's {d_model}"
         )
     arrays = {name: found[name] for name in shapes}
     if values.get("rescale_acts_by_decoder_norm"):
-        # Chosen and scaled by the length of a code's row: as if the rows were of unit length.
+        # Chosen and scaled by the length of a code's row: as if the rows were of unit length. A threshold
+        # is of the scaled ones.
         lengths = np.linalg.norm(arrays["W_dec"], axis=1)
         arrays["W_enc"], arrays["b_enc"] = arrays["W_enc"] * lengths, arrays["b_enc"] * lengths
         arrays["W_dec"] = arrays["W_dec"] / lengths[:, None]

@@ -1,0 +1,1 @@
+"""Sparse autoencoders of a Base LM's hidden states: kinds, training, measures."""

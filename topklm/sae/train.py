@@ -1,0 +1,395 @@
+"""Trains sparse autoencoders on hidden states, those of several layers side by side.
+
+The source gives batches of hidden states [S, N, D]; neighbouring batches are mixed, so that a minibatch is
+not one document, and cut into minibatches. A batch's tokens that are no text are replaced by others of the
+group. Layers do not see each other. Between two groups the whole state can be written to a file, from which
+training goes on with the same bits. Dims: S layers, N tokens of a batch, G of a group, D d_model, M codes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+import functools
+import io
+import itertools
+import json
+from pathlib import Path
+import time
+from typing import Any
+import zipfile
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.layout import BATCH_AXES, Layout, one_device
+from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.paths import damage_is_a_user_error
+from topklm.sae import kinds
+from topklm.sae.kinds import Arrays, SaeConfig
+from topklm.storage.files import parse_json, write_atomically
+
+# Hidden states float[S, N, D], or those and which of the tokens are text, bool[N].
+Batch = Any
+# Batches in order; or a function that gives them from the one of a number, for which none is read in vain.
+Source = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+
+LAST = 0.2  # share of the tokens in which a code has to be active once not to count as dead
+_MIXED = 8  # batches, at most
+_MIXED_BYTES = 2**30  # of float32 hidden states, at most, unless one batch has more
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 6.25e-10  # Gao et al.'s
+_WARMUP, _DECAY = 0.05, 0.2  # shares of the steps, at both ends
+_DEAD_TOKENS = 10_000_000  # Gao et al.'s, of text that is ten times as long, or longer
+_SPARSE_SHARE = 1 / 8  # of codes kept, at most, for products with those alone
+
+_LAYERS_OF_TOKENS = PartitionSpec(None, BATCH_AXES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """Trained autoencoders, and how training went."""
+
+    dictionary: Dictionary
+    # One entry for each group: `tokens` so far, and lists over layers of `mse` (in shares of the variance of
+    # the first group), `explained_variance`, `l0` and `dead`, during training.
+    history: list[dict[str, Any]]
+    dead: np.ndarray  # bool[S, M], not active in the last fifth of the tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """A file that holds the state of training, and what it is of."""
+
+    path: Path
+    facts: Mapping[str, Any]  # by flag, of the hidden states; JSON-able; those of the file must be the same
+    resume: bool = False
+    every_s: float = 60.0
+
+
+def fit(
+    config: SaeConfig,
+    states: Source,
+    n_batches: int,
+    *,
+    seed: int = 0,
+    start: Dictionary | None = None,
+    layout: Layout | None = None,
+    saving: Saving | None = None,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> Fitted:
+    """Trains autoencoders of each layer on so many batches, all of one shape.
+
+    `start`: a dictionary of the same kind and width from which training begins, instead of at random by the
+    seed. Minibatches are split over the devices of `layout`, by default one. `report` is told of tokens that
+    are done. UserError for hidden states or errors that are not finite, a source that ends early, and a file
+    of other training.
+    """
+    layout = layout or one_device()
+    if config.minibatch % layout.size:
+        allowed = f"a multiple of the {layout.size} devices"
+        raise UserError(field="--minibatch", value=config.minibatch, allowed=allowed)
+    training = _Training(config, n_batches, seed, layout, saving)
+    n_done = training.resume() if saving and saving.resume else 0
+    found = states(n_done) if callable(states) else itertools.islice(states, n_done, None)
+    waiting: tuple[int, int, Any] | None = None  # a group whose figures are not fetched yet
+    for first, batches in _groups(found, n_done, n_batches):
+        if training.state is None:
+            training.begin(batches, start)
+        figures = training.run(first, batches)
+        if waiting:
+            report(training.add(*waiting))
+        waiting = first, len(batches), figures
+        if saving and time.monotonic() > training.next_save:
+            report(training.add(*waiting))
+            waiting = None
+            training.save(first + len(batches))
+    if waiting:
+        report(training.add(*waiting))
+    return training.result()
+
+
+def _groups(found: Iterable[Batch], n_done: int, n_batches: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Yields the number of a group's first batch, and its batches."""
+    batches, number = iter(found), n_done
+    while number < n_batches:
+        group = list(itertools.islice(batches, 1))
+        if group:
+            states = group[0][0] if isinstance(group[0], tuple) else group[0]
+            mixed = max(1, min(_MIXED, _MIXED_BYTES // (4 * states.size)))
+            group += itertools.islice(batches, min(mixed, n_batches - number) - 1)
+        if not group or len(group) < min(mixed, n_batches - number):
+            there = number + len(group)
+            raise UserError(f"the hidden states end after {there:,} of {n_batches:,} batches: give more text")
+        yield number, group
+        number += len(group)
+
+
+class _Training:
+    """The state of training, on the devices, and the compiled program of a group."""
+
+    def __init__(self, config: SaeConfig, n_batches: int, seed: int, layout: Layout, saving: Saving | None):
+        self.state: dict[str, Any] | None = None
+        self.next_save = time.monotonic() + (saving.every_s if saving else 0)
+        self.history: list[dict[str, Any]] = []
+        self._config, self._n_batches, self._seed = config, n_batches, seed
+        self._layout, self._saving = layout, saving
+        sparse = layout.platform == "cpu" and layout.size == 1
+        self._is_sparse = sparse and config.k <= config.width * _SPARSE_SHARE
+        self._n_tokens = 0  # of a batch
+
+    def begin(self, batches: list[Batch], start: Dictionary | None) -> None:
+        """Makes the state from the first group."""
+        x_SGD, texts_G = self._put(batches)
+        n_layers, width = len(x_SGD), self._config.width
+        n_tokens = self._n_batches * self._n_tokens
+        dead_after = self._config.dead_tokens or min(_DEAD_TOKENS, n_tokens // 10)
+        rows = jax.random.normal(jax.random.key(self._seed), (n_layers, width, x_SGD.shape[2]))
+        self.state = _begin(self._config, rows, x_SGD, texts_G, max(dead_after, 1))
+        if start is not None:
+            self.state["params"] = _of_dictionary(self._config, start, np.asarray(self.state["scale"]))
+        self.state["optimizer"] = jax.vmap(_optimizer(self._config, 1).init)(self.state["params"])
+        self.state = jax.device_put(self.state, self._layout.replicated)
+
+    def _put(self, batches: list[Batch]) -> tuple[jax.Array, jax.Array]:
+        """Returns the group's hidden states [S, G, D], split by token, and which are text, bool[G]."""
+        parts = [batch if isinstance(batch, tuple) else (batch, None) for batch in batches]
+        self._n_tokens = parts[0][0].shape[1]
+        is_split = self._n_tokens % self._layout.size == 0
+        spec = _LAYERS_OF_TOKENS if is_split else PartitionSpec()
+        to = NamedSharding(self._layout.mesh, spec)
+        texts = [np.ones(x.shape[1], bool) if text is None else np.asarray(text) for x, text in parts]
+        states = jax.device_put([jnp.asarray(x) for x, _ in parts], to)
+        return _joined(states), jnp.asarray(np.concatenate(texts))
+
+    def run(self, first: int, batches: list[Batch]) -> Any:
+        """Trains on a group; returns its figures, which may not be computed yet."""
+        x_SGD, texts_G = self._put(batches)
+        steps_of_batch = max(1, self._n_tokens // self._config.minibatch)
+        size = min(self._config.minibatch, self._n_tokens)
+        n_steps = max(1, len(texts_G) // size)
+        optimizer = _optimizer(self._config, self._n_batches * steps_of_batch)
+        key = jax.random.fold_in(jax.random.key(self._seed), first)
+        to = NamedSharding(self._layout.mesh, PartitionSpec(BATCH_AXES)) if self._layout.size > 1 else None
+        total = self._n_batches * steps_of_batch
+        settings = (self._config, optimizer, total, n_steps, size, self._is_sparse, to)
+        self.state, figures = _train_group(settings, self.state, x_SGD, texts_G, key)
+        return figures
+
+    def add(self, first: int, n: int, figures: Any) -> int:
+        """Adds a group's figures to the history; returns the group's tokens. UserError if not finite."""
+        found = {name: np.asarray(array) for name, array in figures.items()}
+        tokens = (first + n) * self._n_tokens
+        if bad := np.flatnonzero(~np.isfinite(found["mse"])).tolist():
+            why = "the hidden states are not finite"
+            if np.isfinite(found["scatter"][bad]).all():
+                why = f"training diverged; give a lower --learning-rate than {self._config.learning_rate:g}"
+            where = ", ".join(map(str, bad))
+            raise UserError(f"autoencoder {where} of {len(found['mse'])}, by {tokens:,} tokens: {why}")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            explained = 1 - found["mse"] / found["scatter"]
+        columns = {"mse": found["mse"], "explained_variance": explained, "l0": found["l0"]}
+        entry = {name: [round(float(x), 6) for x in column] for name, column in columns.items()}
+        self.history.append({"tokens": tokens, **entry, "dead": found["dead"].tolist()})
+        return n * self._n_tokens
+
+    def result(self) -> Fitted:
+        """Fetches the autoencoders, for hidden states as they are, not scaled."""
+        assert self.state is not None
+        state = jax.tree.map(np.asarray, self.state)
+        arrays = kinds.as_arrays(self._config, state["params"], state["memory"])
+        scale_S1 = state["scale"][:, None]
+        for name in ("centre", "bias", "threshold"):
+            if (array := arrays[name]) is not None:
+                arrays[name] = array * scale_S1
+        made = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items() if x is not None}
+        dictionary = Dictionary(
+            self._config.dictionary_kind,
+            self._config.k,
+            made["centre"],
+            made["encoder"],
+            made["decoder"],
+            bias=made.get("bias"),
+            threshold=made.get("threshold"),
+        )
+        n_last = max(1, int(LAST * self._n_batches * self._n_tokens))
+        return Fitted(dictionary, self.history, state["memory"]["idle"] >= n_last)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        assert self._saving is not None
+        flags = {f"--{name.replace('_', '-')}": x for name, x in dataclasses.asdict(self._config).items()}
+        return {**flags, "--seed": self._seed, "batches": self._n_batches, **self._saving.facts}
+
+    def save(self, n_done: int) -> None:
+        """Writes the state after so many batches."""
+        assert self._saving is not None
+        about = {"settings": self._settings, "done": n_done, "tokens": self._n_tokens}
+        about["history"] = self.history
+        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
+        to = io.BytesIO()
+        np.savez(to, about=np.array(json.dumps(about)), **leaves)  # type: ignore[arg-type]
+        with disk_errors_are_user_errors(f"writing {self._saving.path}"):
+            write_atomically(self._saving.path, to.getvalue())
+        self.next_save = time.monotonic() + self._saving.every_s
+
+    def resume(self) -> int:
+        """Reads the state; returns how many batches are done. UserError for no file, or one of others."""
+        assert self._saving is not None
+        path = self._saving.path
+        if not path.exists():
+            raise UserError(
+                f"--resume: {path} is missing, so there is nothing to go on from: leave --resume out"
+            )
+        with damage_is_a_user_error(
+            path, "delete it, and begin again", KeyError, EOFError, zipfile.BadZipFile
+        ):
+            with np.load(path, allow_pickle=False) as found:
+                about = parse_json(str(found["about"]))
+                leaves = [found[str(i)] for i in range(len(found.files) - 1)]
+            there, asked = about["settings"], self._settings
+            for name in asked.keys() | there.keys():
+                if asked.get(name) != there.get(name):
+                    text = f"{path} was begun with {there.get(name)}: give that, or begin in another folder"
+                    raise UserError(text, field=name, value=asked.get(name))
+            self._n_tokens, self.history = about["tokens"], about["history"]
+            self.state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
+            self.state = jax.device_put(self.state, self._layout.replicated)
+        return about["done"]
+
+
+def _shape_of_state(config: SaeConfig) -> dict[str, Any]:
+    """Makes a state whose structure is that of any."""
+
+    def make() -> dict[str, Any]:
+        rows, x = jnp.ones((1, config.width, 2)), jnp.ones((1, 2, 2))
+        state = _begin(config, rows, x, jnp.ones(2, bool), 1)
+        return state | {"optimizer": jax.vmap(_optimizer(config, 1).init)(state["params"])}
+
+    return jax.eval_shape(make)
+
+
+@jax.jit
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _begin(
+    config: SaeConfig, rows_SMD: jax.Array, x_SGD: jax.Array, texts_G: jax.Array, dead_after: int
+) -> dict[str, Any]:
+    """Makes the state of all layers but for the optimizer's; their scale is that of these hidden states."""
+    n = jnp.maximum(jnp.sum(texts_G), 1)
+
+    def mean(x_SGD: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(texts_G[:, None], x_SGD, 0), axis=1) / n
+
+    centre_SD = mean(x_SGD)
+    scale_S = jnp.sqrt(jnp.mean(mean(jnp.square(x_SGD - centre_SD[:, None])), axis=1))
+    scale_S = jnp.where(scale_S > 0, scale_S, 1.0)
+    some = _order(texts_G, jax.random.key(0), min(len(texts_G), 4096))
+    x_SGD = x_SGD[:, some] / scale_S[:, None, None]
+    make = functools.partial(kinds.begin, config, dead_after=dead_after)
+    params, memory = jax.vmap(make)(_unit(rows_SMD), centre_SD / scale_S[:, None], x_SGD)
+    steps = jnp.zeros(len(x_SGD), jnp.int32)
+    return {"params": params, "memory": memory, "scale": scale_S, "step": steps}
+
+
+def _of_dictionary(config: SaeConfig, start: Dictionary, scale_S: np.ndarray) -> Arrays:
+    """Returns the parameters of a dictionary, scaled."""
+    if config.kind != "topk" or (start.kind, start.width) != ("sae", config.width):
+        wanted = f"a topk autoencoder of {config.width} codes"
+        raise UserError(f"training goes on from {wanted}, not from {start.width} codes of {start.kind}")
+    bias = np.zeros(start.decoder.shape[:2], np.float32) if start.bias is None else start.bias
+    scale = scale_S[:, None]
+    encoder = np.swapaxes(start.encoder, 1, 2)
+    made = {
+        "encoder": encoder,
+        "decoder": start.decoder,
+        "bias": bias / scale,
+        "centre": start.centre / scale,
+    }
+    return {name: jnp.array(array, jnp.float32) for name, array in made.items()}
+
+
+@functools.cache  # so that it is one static argument of the compiled program
+def _optimizer(config: SaeConfig, n_steps: int) -> optax.GradientTransformation:
+    rate, warmup, decay = config.learning_rate, int(_WARMUP * n_steps), int(_DECAY * n_steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(rate / (warmup + 1), rate, warmup),
+            optax.constant_schedule(rate),
+            optax.linear_schedule(rate, 0.0, max(decay, 1)),
+        ],
+        [warmup, n_steps - decay],
+    )
+    return optax.adam(schedule, _BETA1, _BETA2, _EPSILON)
+
+
+def _order(texts_G: jax.Array, key: jax.Array, n: int) -> jax.Array:
+    """Draws int[n], tokens in a random order, each once before one comes again; only text."""
+    drawn = jnp.where(texts_G, jax.random.uniform(key, texts_G.shape), 2)
+    return jnp.argsort(drawn)[jnp.arange(n) % jnp.maximum(jnp.sum(texts_G), 1)]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _train_group(
+    settings: tuple, state: dict[str, Any], x_SGD: jax.Array, texts_G: jax.Array, key: jax.Array
+) -> tuple[dict[str, Any], Arrays]:
+    """Takes the steps of a group; returns the state, and figures over the group, float32[S] each."""
+    config, optimizer, total, n_steps, size, is_sparse, to = settings
+    order = _order(texts_G, key, n_steps * size).reshape(n_steps, size)
+
+    def of_layer(layer: tuple[dict[str, Any], jax.Array]) -> tuple[dict[str, Any], Arrays]:
+        state, x_GD = layer
+
+        def step(carry: dict[str, Any], tokens: jax.Array) -> tuple[dict[str, Any], tuple]:
+            x_ND = x_GD[tokens] / carry["scale"]
+            if to is not None:
+                x_ND = jax.lax.with_sharding_constraint(x_ND, to)
+            return _step(config, optimizer, total, is_sparse, carry, x_ND)
+
+        state, (errors, l0) = jax.lax.scan(step, state, order)
+        used_GD = x_GD[order.reshape(-1)]
+        apart = (used_GD - jnp.mean(used_GD, axis=0)) / state["scale"]
+        memory = state["memory"]
+        figures = {"mse": jnp.mean(errors), "l0": jnp.mean(l0), "scatter": jnp.mean(jnp.square(apart))}
+        figures["dead"] = jnp.sum(memory["idle"] >= memory["dead_after"])
+        return state, figures
+
+    # One after another: each layer's products are large enough by themselves, and its state stays in cache.
+    return jax.lax.map(of_layer, (state, x_SGD))
+
+
+def _step(
+    config: SaeConfig,
+    optimizer: optax.GradientTransformation,
+    total: int,
+    is_sparse: bool,
+    state: dict[str, Any],
+    x_ND: jax.Array,
+) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
+    """Takes one step of one layer; returns the error and the codes of a token too."""
+    params, memory = state["params"], state["memory"]
+    share = jnp.minimum(1.0, state["step"] / max(1, config.warmup * total))
+    loss = functools.partial(kinds.KINDS[config.kind].loss, config)
+
+    def of(params: Arrays) -> tuple[jax.Array, kinds.Seen]:
+        return loss(params, memory, x_ND, config.coefficient * share, is_sparse)
+
+    gradients, seen = jax.grad(of, has_aux=True)(params)
+    rows = "decoder" if "decoder" in params else "encoder"  # of unit length
+    # Along a row a step would be undone by scaling: Adam is not to see that part.
+    along = jnp.sum(gradients[rows] * params[rows], axis=1, keepdims=True)
+    gradients[rows] = gradients[rows] - along * params[rows]
+    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], params)
+    params = dict(optax.apply_updates(params, updates))
+    params[rows] = _unit(params[rows])
+    memory = kinds.remember(config, memory, seen, len(x_ND), x_ND.shape[1])
+    changed = {"params": params, "memory": memory, "optimizer": optimizer_state, "step": state["step"] + 1}
+    return state | changed, (seen.error, seen.l0)
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
