@@ -18,7 +18,7 @@ from topklm.commands.neurons_card import CARD
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
-from topklm.neurons import card, fit_dictionary, probing
+from topklm.neurons import card, probing
 from topklm.steering.dose import Estimate, Response
 
 STEP = 7
@@ -278,7 +278,7 @@ def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
 
 
 def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):
-    monkeypatch.setattr(fit_dictionary, "fit", None)
+    monkeypatch.setattr(of_run, "fit_text", None)
     options = "--tokens", 1500, "--no-steering", "--json"
     run(place / "base", "--dictionary-tokens", 4000, *options)
     there = json.loads(capsys.readouterr().out)["runs"][0]["bases"]

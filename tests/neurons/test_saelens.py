@@ -36,23 +36,28 @@ def facts(lm):
     return saelens.ModelFacts(lm.run, lm.cfg, lm.tokenizer.separator_id)
 
 
-def dictionary(bias):
+def dictionary(bias, width=D, threshold=False, **options):
     rng = np.random.default_rng(3)
-    arrays = (rng.normal(size=shape).astype(np.float32) for shape in [(2, D), (2, D, D), (2, D, D)])
-    offsets = rng.normal(size=(2, D)).astype(np.float32) if bias else None
-    return Dictionary("sae", K, *arrays, {"tokens": 5}, offsets)
+    shapes = [(2, D), (2, D, width), (2, width, D)]
+    arrays = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    offsets = rng.normal(size=(2, width)).astype(np.float32) if bias else None
+    bounds = rng.uniform(0, 4, size=(2, width)).astype(np.float32) if threshold else None
+    return Dictionary("sae", K, *arrays, {"tokens": 5}, offsets, bounds, **options)
 
 
 def their_codes(folder, h):
-    """SAELens' TopK SAE in float64, by `sae_lens/saes/topk_sae.py` of 6.54."""
+    """SAELens' SAEs in float64, by `topk_sae.py` and `jumprelu_sae.py` of `sae_lens/saes`, 6.54."""
     about = json.loads((folder / "cfg.json").read_text())
     found = load_file(folder / "sae_weights.safetensors")
     w = {name: value.astype(np.float64) for name, value in found.items()}
     x = h - w["b_dec"] if about["apply_b_dec_to_input"] else h
     pre = x @ w["W_enc"] + w["b_enc"]
-    lengths = np.linalg.norm(w["W_dec"], axis=1) if about["rescale_acts_by_decoder_norm"] else 1.0
+    lengths = np.linalg.norm(w["W_dec"], axis=1) if about.get("rescale_acts_by_decoder_norm") else 1.0
     pre = pre * lengths
-    pre[pre < np.sort(pre, axis=-1)[:, [-about["k"]]]] = 0
+    if about["architecture"] == "topk":
+        pre[pre < np.sort(pre, axis=-1)[:, [-about["k"]]]] = 0
+    else:
+        pre[pre <= w.get("threshold", w.get("topk_threshold"))] = 0
     codes = np.maximum(pre, 0)
     return codes, (codes / lengths) @ w["W_dec"] + w["b_dec"]
 
@@ -79,6 +84,63 @@ def test_a_dictionary_computes_what_its_folder_says(tmp_path, model, bias, apply
         want, back = their_codes(tmp_path / f"blocks.{layer}.hook_resid_post", h[number].astype(np.float64))
         np.testing.assert_allclose(codes[number], want, atol=1e-4)
         np.testing.assert_allclose(decoded[number], back, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "threshold"), [(D, True), (3 * D, True), (3 * D, False), (5, True)])
+def test_thresholds_and_other_widths_go_there_and_back(tmp_path, model, width, threshold):
+    made = dictionary(True, width, threshold)
+    saelens.write_dictionary(facts(model()), made, LAYERS, tmp_path)
+    read = saelens.read_dictionary(tmp_path, LAYERS, D)
+    assert (read.keep, read.width) == (K, width)
+    for name in ("centre", "encoder", "decoder", "bias", "threshold"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(made, name))
+    h = np.random.default_rng(4).normal(size=(2, 40, D)).astype(np.float32)
+    codes = np.asarray(read.encode(h))
+    decoded = np.asarray(read.decode(codes))
+    assert 0 < (codes > 0).mean() < 0.6
+    for number, layer in enumerate(LAYERS):
+        folder = tmp_path / f"blocks.{layer}.hook_resid_post"
+        want, back = their_codes(folder, h[number].astype(np.float64))
+        np.testing.assert_allclose(codes[number], want, atol=1e-4)
+        np.testing.assert_allclose(decoded[number], back, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_what_saelens_saves_while_it_trains_is_read_with_its_one_threshold(tmp_path, model, architecture):
+    saelens.write_dictionary(facts(model()), dictionary(True, 20), LAYERS, tmp_path)
+    for layer in LAYERS:
+        folder = tmp_path / f"blocks.{layer}.hook_resid_post"
+        about = json.loads((folder / "cfg.json").read_text())
+        about |= {"architecture": architecture, "k": 3.0, "rescale_acts_by_decoder_norm": True}
+        (folder / "cfg.json").write_text(json.dumps(about))
+        weights = load_file(folder / "sae_weights.safetensors")
+        save_file({**weights, "topk_threshold": np.array(1.5)}, folder / "sae_weights.safetensors")
+    read = saelens.read_dictionary(tmp_path, LAYERS, D)
+    h = np.random.default_rng(4).normal(size=(2, 40, D)).astype(np.float32)
+    for number, layer in enumerate(LAYERS):
+        want, _ = their_codes(tmp_path / f"blocks.{layer}.hook_resid_post", h[number].astype(np.float64))
+        np.testing.assert_allclose(read.encode(h)[number], want, atol=2e-4)
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+def test_saelens_itself_computes_the_same_codes(tmp_path, model, threshold):
+    made = dictionary(True, 30, threshold)
+    saelens.write_dictionary(facts(model()), made, LAYERS, tmp_path)
+    sae_lens = pytest.importorskip("sae_lens")
+    torch = pytest.importorskip("torch")
+    h = np.random.default_rng(4).normal(size=(2, 40, D)).astype(np.float32)
+    codes = made.encode(h)
+    for number, layer in enumerate(LAYERS):
+        sae = sae_lens.SAE.load_from_disk(tmp_path / f"blocks.{layer}.hook_resid_post", device="cpu")
+        theirs = sae.encode(torch.tensor(h[number]))
+        np.testing.assert_allclose(codes[number], theirs.detach().numpy(), atol=1e-4)
+        np.testing.assert_allclose(made.decode(codes)[number], sae.decode(theirs).detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"members": 3}, {"threshold": True, "members": 3, "sequential": True}])
+def test_ensembles_that_saelens_lacks_are_refused(tmp_path, model, options):
+    with pytest.raises(UserError, match="ensemble of 3"):
+        saelens.write_dictionary(facts(model()), dictionary(True, **options), LAYERS, tmp_path)
 
 
 def test_a_dictionary_with_a_bias_is_kept_in_a_file(tmp_path):

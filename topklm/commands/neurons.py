@@ -31,10 +31,11 @@ with when_used():
     from topklm.neurons import fit_dictionary, saelens
     from topklm.neurons import harvest as harvest_lib
     from topklm.neurons import store as store_lib
+    from topklm.sae import folder as sae_folder
+    from topklm.sae import kinds
+    from topklm.sae import text as sae_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
     from topklm.neurons.dictionary import Dictionary
@@ -103,9 +104,9 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep K", text, type=_count)
     text = (
-        "of a Base LM, the hidden state written in this dictionary, of as many codes, of which the K largest "
+        "of a Base LM, the hidden state written in this dictionary, of which the K largest codes "
         f"are kept (default the config's topk_k): {', '.join(FITTED)}, made first, from the run's training "
-        "text; or a folder of SAELens, with a TopK SAE of each layer and its own K"
+        "text; or a folder of topklm sae train, or of SAELens with an SAE of each layer, with its own K"
     )
     add("--dictionary KIND|DIR", text)
     text = "of training text, from which the dictionary is made"
@@ -261,14 +262,18 @@ def harvest_into(
     kind, layers = harvest_lib.kind_and_layers(config)
     dictionary: Dictionary | None = None
     if settings.dictionary is not None:
-        kind = settings.dictionary if settings.dictionary in FITTED else saelens.KIND
+        if settings.dictionary in FITTED:
+            kind = settings.dictionary
+        else:
+            dictionary, layers = _given_dictionary(model, settings, layers)
+            kind = dictionary.kind
         if folder.store.exists() and (there := store_lib.Store(folder.store).metadata.kind) != kind:
             raise UserError(
                 f"--dictionary = {settings.dictionary}: {folder.store} holds activations of another kind "
                 f"({there}): delete {folder.path}, or harvest in a copy of the run folder"
             )
-        if kind == saelens.KIND:
-            dictionary = _given_dictionary(folder, settings, layers, config.d_model)
+        if dictionary is not None:
+            _keep_given(folder, dictionary, settings.dictionary)
         else:
             keep = keep or min(config.topk_k, config.d_model)
             tokens = settings.dictionary_tokens
@@ -276,15 +281,14 @@ def harvest_into(
         if dictionary is None:
             assert keep is not None
             _check_can_fit(folder, model, documents, share)
-            dictionary = fit_dictionary.fit(
-                kind,
-                text_model,
-                model.config.data,
-                documents,
-                keep=keep,
-                n_tokens=settings.dictionary_tokens,
-                progress=progress,
-            )
+            given = text_model, model.config.data, documents
+            if kind == "sae":
+                autoencoder = kinds.SaeConfig("topk", config.d_model, keep)
+                dictionary = sae_text.fit_text(
+                    autoencoder, *given, n_tokens=tokens, progress=progress
+                ).dictionary
+            else:
+                dictionary = fit_dictionary.fit(kind, *given, keep=keep, n_tokens=tokens, progress=progress)
             with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
                 dictionary.save(folder.dictionary)
             progress.say(f"{folder.dictionary}: {dictionary.description}")
@@ -296,7 +300,7 @@ def harvest_into(
         source=documents.name,
         kind=kind,
         layers=layers,
-        d_model=config.d_model,
+        d_model=dictionary.width if dictionary else config.d_model,
         topk_k=config.topk_k if kind == harvest_lib.TOPK else kept,
         topk_activation=config.topk_activation,
         context_length=config.context_length,
@@ -323,6 +327,7 @@ def harvest_into(
                 n_tokens=-(-settings.tokens // share.count),
                 keep=keep,
                 dictionary=dictionary,
+                layers=layers,
                 share=share,
                 report=lambda tokens, documents: report(tokens, documents, tokens),
             )
@@ -333,18 +338,26 @@ def harvest_into(
 
 
 def _given_dictionary(
-    folder: NeuronsFolder, settings: HarvestSettings, layers: Sequence[int], d_model: int
-) -> Dictionary:
-    """Returns the dictionary of --dictionary DIR, and keeps it with the activations."""
+    model: LanguageModel, settings: HarvestSettings, layers: tuple[int, ...]
+) -> tuple[Dictionary, tuple[int, ...]]:
+    """Returns the dictionary of --dictionary DIR, and the layers that it is of."""
     name = settings.dictionary or ""
     given = local_path(name, "--dictionary")
     if not given.is_dir():
-        allowed = f"{', '.join(FITTED)}, or a folder of SAELens"
+        allowed = f"{', '.join(FITTED)}, or a folder of topklm sae train or of SAELens"
         raise UserError(field="--dictionary", value=name, allowed=allowed)
-    dictionary = saelens.read_dictionary(given, layers, d_model)
+    if (given / sae_folder.FILE).exists():
+        dictionary, layers = sae_folder.load(given, model, "--dictionary")
+    else:
+        dictionary = saelens.read_dictionary(given, layers, model.cfg.d_model)
     if settings.keep not in (None, dictionary.keep):
         text = f"its SAEs keep {dictionary.keep}: leave --keep out"
         raise UserError(text, field="--dictionary", value=name)
+    return dictionary, layers
+
+
+def _keep_given(folder: NeuronsFolder, dictionary: Dictionary, name: str) -> None:
+    """Keeps a dictionary with the activations; UserError if another one is there."""
     if not folder.dictionary.exists():
         with disk_errors_are_user_errors(f"writing {folder.dictionary}"):
             dictionary.save(folder.dictionary)
@@ -353,7 +366,6 @@ def _given_dictionary(
             f"--dictionary = {name}: {folder.dictionary} is another one: delete {folder.path}, and harvest "
             "again"
         )
-    return dictionary
 
 
 def _check_can_fit(folder: NeuronsFolder, model: LanguageModel, documents: Documents, share: Share) -> None:

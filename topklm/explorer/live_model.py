@@ -82,6 +82,8 @@ class LiveModel:
                     dense, n_kept = jnp.maximum(hidden, 0), min(DENSE_KEPT, hidden.shape[-1])
                 else:
                     dense, n_kept = self._dictionary.encode(hidden), self._dictionary.keep
+                    if self._dictionary.threshold is not None:  # which keeps any number
+                        n_kept = max(1, int((dense > 0).sum(axis=-1).max()))
                 found = SparseActivations.from_dense(dense, n_kept)
             indices, values = (
                 np.asarray(array)[:, 0, 1 : len(ids) + 1] for array in (found.indices, found.values)

@@ -60,10 +60,10 @@ def kind_and_layers(config: ModelConfig) -> tuple[str, tuple[int, ...]]:
     return (TOPK if config.n_topk_layers else DENSE), tuple(range(n_layers))
 
 
-def segment_tokens(config: ModelConfig) -> int:
-    """Tokens of a segment: so few that it fits into memory."""
+def segment_tokens(config: ModelConfig, width: int | None = None) -> int:
+    """Tokens of a segment: so few that it fits into memory; of a dictionary of that width."""
     kind, layers = kind_and_layers(config)
-    events = len(layers) * (config.topk_k if kind == TOPK else config.d_model // 2)
+    events = len(layers) * (config.topk_k if kind == TOPK else (width or config.d_model) // 2)
     return max(4 * config.context_length, min(_SEGMENT_TOKENS, _SEGMENT_EVENTS // events))
 
 
@@ -93,7 +93,10 @@ def harvest(
     with futures.ThreadPoolExecutor(1) as thread:
         writing: futures.Future[None] | None = None
         begun = 0
-        for stretch in batches(_first(windows, writer.n_tokens, n_tokens), segment_tokens(model.config)):
+        for stretch in batches(
+            _first(windows, writer.n_tokens, n_tokens),
+            segment_tokens(model.config, dictionary.width if dictionary else None),
+        ):
             packed = model.pack(stretch)
             segment = program.run(packed)
             if writing is not None:
@@ -144,9 +147,12 @@ class _Program:
         # On a CPU the host reads the very memory that the layers were written to, and finds what is not 0
         # faster than a TopK over them would; from other devices only k entries are fetched.
         on_host = model.layout.platform == "cpu"
-        self._sparse = (kind == TOPK or dictionary is not None) and not on_host
+        # Thresholds keep any number of codes.
+        has_k = kind == TOPK if dictionary is None else dictionary.threshold is None
+        self._sparse = has_k and not on_host
         k = config.topk_k if dictionary is None else dictionary.keep
-        self._shape = n_layers, -1, k if self._sparse else config.d_model
+        self._width = config.d_model if dictionary is None else dictionary.width
+        self._shape = n_layers, -1, k if self._sparse else self._width
         kept = (keep or config.d_model) if dictionary is None else dictionary.keep
         chosen = None if layers is None else tuple(layers)
         self._program = functools.partial(_forward, config, self._sparse, kept, layers=chosen)
@@ -156,7 +162,7 @@ class _Program:
 
     def run(self, packed: Packed) -> Callable[[], Segment]:
         """Reads a stretch; the returned function makes its segment."""
-        n, d = len(packed.tokens), self._model.config.d_model
+        n, d = len(packed.tokens), self._width
         n_layers, _, width = self._shape
         losses = np.full(n, np.nan, np.float32)
         values = np.empty((n_layers, n, width), jnp.bfloat16)

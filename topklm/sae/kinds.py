@@ -22,7 +22,7 @@ errors are means over tokens and coordinates, so they do not depend on the size 
 Dims: N tokens, D d_model, M codes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -138,7 +138,6 @@ Loss = Callable[[SaeConfig, Arrays, Arrays, jax.Array, jax.Array, bool], tuple[j
 class Kind:
     """One kind of autoencoders."""
 
-    title: str
     loss: Loss
     remembered: tuple[str, ...] = ()  # names in `memory`, beside `idle`
     trained: tuple[str, ...] = ("encoder", "decoder", "bias", "centre")
@@ -163,14 +162,10 @@ def _seen(x_ND: jax.Array, back_ND: jax.Array, codes_NM: jax.Array, **more: jax.
 def topk_loss(
     config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, is_sparse: bool
 ) -> tuple[jax.Array, Seen]:
-    """Computes the loss of topk; `is_sparse`: with products over the kept codes alone."""
+    """Computes the loss of topk; `is_sparse`: with products of the kept codes alone."""
     if is_sparse:
-        centred = x_ND - params["centre"]
-        values, index = sparse.winners(centred, params["encoder"], params["bias"], config.k)
-        back = sparse.combine(values, index, params["decoder"]) + params["centre"]
-        is_active = jnp.zeros(config.width, bool).at[index].max(values > 0)
-        error, l0 = jnp.mean(jnp.square(x_ND - back)), jnp.sum(values > 0) / len(values)
-        seen = Seen(error, l0, is_active, jnp.min(jnp.where(values > 0, values, jnp.inf)))
+        kept = sparse.largest_of_tokens(jax.lax.stop_gradient(pre_activations(params, x_ND)), config.k)
+        (back,), seen = _sparsely(params, x_ND, kept)
     else:
         codes = topk(pre_activations(params, x_ND), config.k)
         back = codes @ params["decoder"] + params["centre"]
@@ -183,27 +178,64 @@ def batchtopk_codes(pre_NM: jax.Array, k: int) -> jax.Array:
     return topk(pre_NM.reshape(-1), len(pre_NM) * k).reshape(pre_NM.shape)
 
 
-def batchtopk_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: bool
+def nested_loss(
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, is_sparse: bool
 ) -> tuple[jax.Array, Seen]:
-    """Computes the loss of batchtopk."""
-    codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
-    back = codes @ params["decoder"] + params["centre"]
-    seen = _seen(x_ND, back, codes)
-    return seen.error + aux_loss(config, params, memory, x_ND, back), seen
+    """Computes the loss of matryoshka, and of batchtopk, which has one prefix: all codes.
+
+    AuxK is of the error of all codes; `is_sparse` as in `topk_loss`.
+    """
+    prefixes = config.prefixes() if config.kind == "matryoshka" else [(config.width, 1.0)]
+
+    def densely() -> tuple[jax.Array, Seen]:
+        codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
+        back, begin, found = jnp.broadcast_to(params["centre"], x_ND.shape), 0, []
+        for end, _ in prefixes:
+            back = back + codes[:, begin:end] @ params["decoder"][begin:end]
+            found.append(back)
+            begin = end
+        return jnp.stack(found), _seen(x_ND, back, codes)
+
+    if is_sparse:
+        pre = jax.lax.stop_gradient(pre_activations(params, x_ND))
+        kept, counts, is_complete = sparse.largest_of_batch(pre, config.k)
+        ends = [end for end, _ in prefixes]
+        backs, seen = jax.lax.cond(is_complete, lambda: _sparsely(params, x_ND, kept, counts, ends), densely)
+    else:
+        backs, seen = densely()
+    losses = [
+        weight * jnp.mean(jnp.square(x_ND - back)) for (_, weight), back in zip(prefixes, backs, strict=True)
+    ]
+    return sum(losses) + aux_loss(config, params, memory, x_ND, backs[-1]), seen
 
 
-def matryoshka_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: bool
+def _sparsely(
+    params: Arrays,
+    x_ND: jax.Array,
+    kept: sparse.Kept,
+    counts: jax.Array | None = None,
+    ends: Sequence[int] = (),
 ) -> tuple[jax.Array, Seen]:
-    """Computes the loss of matryoshka; AuxK is of the error of all codes."""
-    codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
-    back, begin, loss = jnp.broadcast_to(params["centre"], x_ND.shape), 0, jnp.zeros(())
-    for end, weight in config.prefixes():
-        back = back + codes[:, begin:end] @ params["decoder"][begin:end]
-        loss += weight * jnp.mean(jnp.square(x_ND - back))
-        begin = end
-    return loss + aux_loss(config, params, memory, x_ND, back), _seen(x_ND, back, codes)
+    """Returns what each of P prefixes of codes reconstructs, [P, N, D], from a list of kept codes."""
+    n, d = x_ND.shape
+    values = sparse.encode(x_ND - params["centre"], params["encoder"], params["bias"], kept)
+    if counts is not None:
+        values = jnp.where(counts, values, 0)
+    code, token = kept
+    if len(ends) > 1:  # each prefix decodes its own codes; sums over prefixes follow
+        assert token is not None
+        token = token + n * jnp.searchsorted(jnp.asarray(ends), code, side="right").astype(token.dtype)
+    n_parts = max(1, len(ends))
+    parts = sparse.combine(values, (code, token), params["decoder"], n_parts * n)
+    backs = jnp.cumsum(parts.reshape(n_parts, n, d), axis=0) + params["centre"]
+    active = values > 0
+    seen = Seen(
+        jnp.mean(jnp.square(x_ND - backs[-1])),
+        jnp.sum(active) / n,
+        jnp.zeros(len(params["bias"]), bool).at[code].max(active),
+        jnp.min(jnp.where(active, values, jnp.inf)),
+    )
+    return backs, seen
 
 
 def aux_loss(
@@ -356,14 +388,11 @@ def remember(config: SaeConfig, memory: Arrays, seen: Seen, n: int, d: int) -> A
 
 
 KINDS: Mapping[str, Kind] = {
-    "topk": Kind("TopK with AuxK", topk_loss),
-    "batchtopk": Kind("BatchTopK", batchtopk_loss, ("least",)),
-    "matryoshka": Kind("Matryoshka BatchTopK, balanced", matryoshka_loss, ("least",)),
-    "jumprelu": Kind(
-        "JumpReLU", jumprelu_loss, trained=("encoder", "decoder", "bias", "centre", "threshold")
-    ),
+    "topk": Kind(topk_loss),
+    "batchtopk": Kind(nested_loss, ("least",)),
+    "matryoshka": Kind(nested_loss, ("least",)),
+    "jumprelu": Kind(jumprelu_loss, trained=("encoder", "decoder", "bias", "centre", "threshold")),
     "gba": Kind(
-        "group bias adaptation",
         gba_loss,
         ("bias", "counts", "largest", "read"),
         ("encoder", "centre", "scale"),

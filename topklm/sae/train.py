@@ -39,7 +39,7 @@ Source = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 LAST = 0.2  # share of the tokens in which a code has to be active once not to count as dead
 _MIXED = 8  # batches, at most
 _MIXED_BYTES = 2**30  # of float32 hidden states, at most, unless one batch has more
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 6.25e-10  # Gao et al.'s
+_ADAM = optax.scale_by_adam(0.9, 0.999, 6.25e-10)  # Gao et al.'s
 _WARMUP, _DECAY = 0.05, 0.2  # shares of the steps, at both ends
 _DEAD_TOKENS = 10_000_000  # Gao et al.'s, of text that is ten times as long, or longer
 _SPARSE_SHARE = 1 / 8  # of codes kept, at most, for products with those alone
@@ -77,14 +77,18 @@ def fit(
     start: Dictionary | None = None,
     layout: Layout | None = None,
     saving: Saving | None = None,
+    keep_state: bool = False,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> Fitted:
     """Trains autoencoders of each layer on so many batches, all of one shape.
 
-    `start`: a dictionary of the same kind and width from which training begins, instead of at random by the
-    seed. Minibatches are split over the devices of `layout`, by default one. `report` is told of tokens that
-    are done. UserError for hidden states or errors that are not finite, a source that ends early, and a file
-    of other training.
+    Training begins at random by the seed; or at `start`, a dictionary of the same kind with as many codes or
+    fewer. Minibatches are split over the devices of `layout`, by default one. The state is saved on the way
+    as `saving` says, with `keep_state` also at the end. `report` is told of tokens that are done.
+
+    Raises:
+        UserError: For hidden states or errors that are not finite, a source that ends early, and a state of
+            other training.
     """
     layout = layout or one_device()
     if config.minibatch % layout.size:
@@ -92,6 +96,7 @@ def fit(
         raise UserError(field="--minibatch", value=config.minibatch, allowed=allowed)
     training = _Training(config, n_batches, seed, layout, saving)
     n_done = training.resume() if saving and saving.resume else 0
+    report(n_done * training.n_tokens)
     found = states(n_done) if callable(states) else itertools.islice(states, n_done, None)
     waiting: tuple[int, int, Any] | None = None  # a group whose figures are not fetched yet
     for first, batches in _groups(found, n_done, n_batches):
@@ -107,6 +112,8 @@ def fit(
             training.save(first + len(batches))
     if waiting:
         report(training.add(*waiting))
+        if keep_state:
+            training.save(n_batches)
     return training.result()
 
 
@@ -137,26 +144,28 @@ class _Training:
         self._layout, self._saving = layout, saving
         sparse = layout.platform == "cpu" and layout.size == 1
         self._is_sparse = sparse and config.k <= config.width * _SPARSE_SHARE
-        self._n_tokens = 0  # of a batch
+        self.n_tokens = 0  # of a batch; 0 before there is one
 
     def begin(self, batches: list[Batch], start: Dictionary | None) -> None:
         """Makes the state from the first group."""
         x_SGD, texts_G = self._put(batches)
         n_layers, width = len(x_SGD), self._config.width
-        n_tokens = self._n_batches * self._n_tokens
+        n_tokens = self._n_batches * self.n_tokens
         dead_after = self._config.dead_tokens or min(_DEAD_TOKENS, n_tokens // 10)
         rows = jax.random.normal(jax.random.key(self._seed), (n_layers, width, x_SGD.shape[2]))
         self.state = _begin(self._config, rows, x_SGD, texts_G, max(dead_after, 1))
         if start is not None:
-            self.state["params"] = _of_dictionary(self._config, start, np.asarray(self.state["scale"]))
-        self.state["optimizer"] = jax.vmap(_optimizer(self._config, 1).init)(self.state["params"])
+            self.state = _continued(self._config, start, self.state)
+        steps = self._n_batches * max(1, self.n_tokens // self._config.minibatch)
+        self.state["total"] = jnp.full(n_layers, steps, jnp.int32)
+        self.state["optimizer"] = jax.vmap(_ADAM.init)(self.state["params"])
         self.state = jax.device_put(self.state, self._layout.replicated)
 
     def _put(self, batches: list[Batch]) -> tuple[jax.Array, jax.Array]:
         """Returns the group's hidden states [S, G, D], split by token, and which are text, bool[G]."""
         parts = [batch if isinstance(batch, tuple) else (batch, None) for batch in batches]
-        self._n_tokens = parts[0][0].shape[1]
-        is_split = self._n_tokens % self._layout.size == 0
+        self.n_tokens = parts[0][0].shape[1]
+        is_split = self.n_tokens % self._layout.size == 0
         spec = _LAYERS_OF_TOKENS if is_split else PartitionSpec()
         to = NamedSharding(self._layout.mesh, spec)
         texts = [np.ones(x.shape[1], bool) if text is None else np.asarray(text) for x, text in parts]
@@ -166,21 +175,18 @@ class _Training:
     def run(self, first: int, batches: list[Batch]) -> Any:
         """Trains on a group; returns its figures, which may not be computed yet."""
         x_SGD, texts_G = self._put(batches)
-        steps_of_batch = max(1, self._n_tokens // self._config.minibatch)
-        size = min(self._config.minibatch, self._n_tokens)
+        size = min(self._config.minibatch, self.n_tokens)
         n_steps = max(1, len(texts_G) // size)
-        optimizer = _optimizer(self._config, self._n_batches * steps_of_batch)
         key = jax.random.fold_in(jax.random.key(self._seed), first)
         to = NamedSharding(self._layout.mesh, PartitionSpec(BATCH_AXES)) if self._layout.size > 1 else None
-        total = self._n_batches * steps_of_batch
-        settings = (self._config, optimizer, total, n_steps, size, self._is_sparse, to)
+        settings = self._config, n_steps, size, self._is_sparse, to
         self.state, figures = _train_group(settings, self.state, x_SGD, texts_G, key)
         return figures
 
     def add(self, first: int, n: int, figures: Any) -> int:
         """Adds a group's figures to the history; returns the group's tokens. UserError if not finite."""
         found = {name: np.asarray(array) for name, array in figures.items()}
-        tokens = (first + n) * self._n_tokens
+        tokens = (first + n) * self.n_tokens
         if bad := np.flatnonzero(~np.isfinite(found["mse"])).tolist():
             why = "the hidden states are not finite"
             if np.isfinite(found["scatter"][bad]).all():
@@ -192,7 +198,7 @@ class _Training:
         columns = {"mse": found["mse"], "explained_variance": explained, "l0": found["l0"]}
         entry = {name: [round(float(x), 6) for x in column] for name, column in columns.items()}
         self.history.append({"tokens": tokens, **entry, "dead": found["dead"].tolist()})
-        return n * self._n_tokens
+        return n * self.n_tokens
 
     def result(self) -> Fitted:
         """Fetches the autoencoders, for hidden states as they are, not scaled."""
@@ -213,7 +219,7 @@ class _Training:
             bias=made.get("bias"),
             threshold=made.get("threshold"),
         )
-        n_last = max(1, int(LAST * self._n_batches * self._n_tokens))
+        n_last = max(1, int(LAST * self._n_batches * self.n_tokens))
         return Fitted(dictionary, self.history, state["memory"]["idle"] >= n_last)
 
     @property
@@ -225,7 +231,7 @@ class _Training:
     def save(self, n_done: int) -> None:
         """Writes the state after so many batches."""
         assert self._saving is not None
-        about = {"settings": self._settings, "done": n_done, "tokens": self._n_tokens}
+        about = {"settings": self._settings, "done": n_done, "tokens": self.n_tokens}
         about["history"] = self.history
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
         to = io.BytesIO()
@@ -253,7 +259,7 @@ class _Training:
                 if asked.get(name) != there.get(name):
                     text = f"{path} was begun with {there.get(name)}: give that, or begin in another folder"
                     raise UserError(text, field=name, value=asked.get(name))
-            self._n_tokens, self.history = about["tokens"], about["history"]
+            self.n_tokens, self.history = about["tokens"], about["history"]
             self.state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
             self.state = jax.device_put(self.state, self._layout.replicated)
         return about["done"]
@@ -265,7 +271,8 @@ def _shape_of_state(config: SaeConfig) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         rows, x = jnp.ones((1, config.width, 2)), jnp.ones((1, 2, 2))
         state = _begin(config, rows, x, jnp.ones(2, bool), 1)
-        return state | {"optimizer": jax.vmap(_optimizer(config, 1).init)(state["params"])}
+        optimizer = jax.vmap(_ADAM.init)(state["params"])
+        return state | {"optimizer": optimizer, "total": jnp.ones(1, jnp.int32)}
 
     return jax.eval_shape(make)
 
@@ -296,35 +303,36 @@ def _begin(
     return {"params": params, "memory": memory, "scale": scale_S, "step": steps}
 
 
-def _of_dictionary(config: SaeConfig, start: Dictionary, scale_S: np.ndarray) -> Arrays:
-    """Returns the parameters of a dictionary, scaled."""
-    if config.kind != "topk" or (start.kind, start.width) != ("sae", config.width):
-        wanted = f"a topk autoencoder of {config.width} codes"
-        raise UserError(f"training goes on from {wanted}, not from {start.width} codes of {start.kind}")
-    bias = np.zeros(start.decoder.shape[:2], np.float32) if start.bias is None else start.bias
-    scale = scale_S[:, None]
-    encoder = np.swapaxes(start.encoder, 1, 2)
-    made = {
-        "encoder": encoder,
-        "decoder": start.decoder,
-        "bias": bias / scale,
-        "centre": start.centre / scale,
-    }
-    return {name: jnp.array(array, jnp.float32) for name, array in made.items()}
+def _continued(config: SaeConfig, start: Dictionary, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state with the parameters of a dictionary, scaled, in place of its own.
+
+    Codes that the dictionary lacks stay random, with encoder rows of length 0.1 (as in 2505.11756).
+    """
+    params, memory = dict(state["params"]), dict(state["memory"])
+    n_layers, width = start.decoder.shape[:2]
+    is_one = start.members == 1 and start.kind == config.dictionary_kind and config.kind != "gba"
+    if not is_one or width > config.width or params["decoder"].shape[::2] != start.decoder.shape[::2]:
+        wanted = f"{config.kind} autoencoders of at most {config.width} codes, not gba, of the same states"
+        raise UserError(f"training goes on from {wanted}, not from {start.description}")
+    scale = np.asarray(state["scale"])[:, None]
+    there = {"encoder": np.swapaxes(start.encoder, 1, 2), "decoder": start.decoder}
+    there["bias"] = np.zeros((n_layers, width)) if start.bias is None else start.bias / scale
+    params["encoder"] = 0.1 * params["encoder"]
+    if "threshold" in params and start.threshold is not None:
+        there["threshold"] = start.threshold / scale
+    for name, array in there.items():
+        params[name] = params[name].at[:, :width].set(jnp.asarray(array, jnp.float32))
+    params["centre"] = jnp.asarray(start.centre / scale, jnp.float32)
+    if "least" in memory and start.threshold is not None:
+        memory["least"] = jnp.asarray(start.threshold[:, 0] / scale[:, 0], jnp.float32)
+    return {**state, "params": params, "memory": memory}
 
 
-@functools.cache  # so that it is one static argument of the compiled program
-def _optimizer(config: SaeConfig, n_steps: int) -> optax.GradientTransformation:
-    rate, warmup, decay = config.learning_rate, int(_WARMUP * n_steps), int(_DECAY * n_steps)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(rate / (warmup + 1), rate, warmup),
-            optax.constant_schedule(rate),
-            optax.linear_schedule(rate, 0.0, max(decay, 1)),
-        ],
-        [warmup, n_steps - decay],
-    )
-    return optax.adam(schedule, _BETA1, _BETA2, _EPSILON)
+def learning_rate(config: SaeConfig, step: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns that of a step: rises over a twentieth of the steps, and falls to 0 over the last fifth."""
+    warmup, decay = (jnp.floor(share * total) for share in (_WARMUP, _DECAY))
+    share = jnp.minimum((step + 1) / (warmup + 1), (total - step) / jnp.maximum(decay, 1))
+    return config.learning_rate * jnp.clip(share, 0, 1)
 
 
 def _order(texts_G: jax.Array, key: jax.Array, n: int) -> jax.Array:
@@ -338,7 +346,7 @@ def _train_group(
     settings: tuple, state: dict[str, Any], x_SGD: jax.Array, texts_G: jax.Array, key: jax.Array
 ) -> tuple[dict[str, Any], Arrays]:
     """Takes the steps of a group; returns the state, and figures over the group, float32[S] each."""
-    config, optimizer, total, n_steps, size, is_sparse, to = settings
+    config, n_steps, size, is_sparse, to = settings
     order = _order(texts_G, key, n_steps * size).reshape(n_steps, size)
 
     def of_layer(layer: tuple[dict[str, Any], jax.Array]) -> tuple[dict[str, Any], Arrays]:
@@ -348,7 +356,7 @@ def _train_group(
             x_ND = x_GD[tokens] / carry["scale"]
             if to is not None:
                 x_ND = jax.lax.with_sharding_constraint(x_ND, to)
-            return _step(config, optimizer, total, is_sparse, carry, x_ND)
+            return _step(config, is_sparse, carry, x_ND)
 
         state, (errors, l0) = jax.lax.scan(step, state, order)
         used_GD = x_GD[order.reshape(-1)]
@@ -363,16 +371,11 @@ def _train_group(
 
 
 def _step(
-    config: SaeConfig,
-    optimizer: optax.GradientTransformation,
-    total: int,
-    is_sparse: bool,
-    state: dict[str, Any],
-    x_ND: jax.Array,
+    config: SaeConfig, is_sparse: bool, state: dict[str, Any], x_ND: jax.Array
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
     """Takes one step of one layer; returns the error and the codes of a token too."""
     params, memory = state["params"], state["memory"]
-    share = jnp.minimum(1.0, state["step"] / max(1, config.warmup * total))
+    share = jnp.minimum(1.0, state["step"] / jnp.maximum(1, config.warmup * state["total"]))
     loss = functools.partial(kinds.KINDS[config.kind].loss, config)
 
     def of(params: Arrays) -> tuple[jax.Array, kinds.Seen]:
@@ -383,8 +386,9 @@ def _step(
     # Along a row a step would be undone by scaling: Adam is not to see that part.
     along = jnp.sum(gradients[rows] * params[rows], axis=1, keepdims=True)
     gradients[rows] = gradients[rows] - along * params[rows]
-    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], params)
-    params = dict(optax.apply_updates(params, updates))
+    updates, optimizer_state = _ADAM.update(gradients, state["optimizer"], params)
+    rate = learning_rate(config, state["step"], state["total"])
+    params = {name: array - rate * updates[name] for name, array in params.items()}
     params[rows] = _unit(params[rows])
     memory = kinds.remember(config, memory, seen, len(x_ND), x_ND.shape[1])
     changed = {"params": params, "memory": memory, "optimizer": optimizer_state, "step": state["step"] + 1}

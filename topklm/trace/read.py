@@ -23,7 +23,6 @@ from topklm.inference.load import load, saved_steps
 from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.neurons import documents as documents_lib
-from topklm.neurons import fit_dictionary
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel
@@ -33,6 +32,8 @@ from topklm.neurons.segment import Segment
 from topklm.neurons.statistics import embeddings
 from topklm.neurons.store import Metadata, NeuronBlock, StoreWriter
 from topklm.progress import Progress
+from topklm.sae.kinds import SaeConfig
+from topklm.sae.text import fit_text
 from topklm.storage.files import as_path
 from topklm.trace.measure import Reading, Text
 from topklm.trace.tables import Settings, TraceFolder
@@ -225,18 +226,18 @@ class Checkpoints:
                 start = Dictionary.load(path)
 
     def _fitted(self, step: int, seed: int, start: Dictionary | None) -> Dictionary:
-        return fit_dictionary.fit(
-            "sae",
+        fitted = fit_text(
+            SaeConfig("topk", self._config.model.d_model, self.keep),
             self._text_model(self.load(step).params),
             self._config.data,
             self._documents,
-            keep=self.keep,
             n_tokens=self._options.sae_tokens,
             seed=seed,
             start=start,
             layers=self.layers,
             progress=self._progress,
         )
+        return fitted.dictionary
 
 
 def readable(run: str) -> list[int]:

@@ -22,7 +22,7 @@ from topklm.inference.language_model import LanguageModel
 from topklm.layout import Layout
 from topklm.model.block import NO_HOOKS, LayerHooks
 from topklm.neurons import bases as bases_lib
-from topklm.neurons import card, fit_dictionary, labelled_texts, probing
+from topklm.neurons import card, labelled_texts, probing
 from topklm.neurons.bases import TITLES, Basis
 from topklm.neurons.card import CardText, Figures, Neuron
 from topklm.neurons.dictionary import Dictionary
@@ -32,6 +32,8 @@ from topklm.neurons.labelled_texts import LabelledTexts
 from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 from topklm.progress import Progress
+from topklm.sae.kinds import SaeConfig
+from topklm.sae.text import fit_text
 from topklm.steering import concepts as concept_lib
 from topklm.steering import dose
 from topklm.steering.concepts import NeuronFacts
@@ -207,16 +209,14 @@ def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, 
         there = Dictionary.load(path)
         if (there.facts["tokens"], there.facts["parameters"]) == (common.dictionary_tokens, parameters):
             return there
-    made = fit_dictionary.fit(
-        "sae",
+    made = fit_text(
+        SaeConfig("topk", width, keep),
         run.text_model,
         run.model.config.data,
         documents,
-        keep=keep,
-        width=width,
         n_tokens=common.dictionary_tokens,
         progress=common.progress,
-    )
+    ).dictionary
     made = dataclasses.replace(made, facts={**made.facts, "parameters": parameters})
     with disk_errors_are_user_errors(f"writing {path}"):
         made.save(path)

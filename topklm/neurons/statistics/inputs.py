@@ -108,8 +108,8 @@ class Inputs:
         """Both lenses."""
         directions = None
         if self.dictionary is not None:
-            d = self.config.d_model
-            directions = np.zeros((self.config.n_layers, d, d), np.float32)
+            shape = self.config.n_layers, *self.dictionary.decoder.shape[1:]
+            directions = np.zeros(shape, np.float32)
             directions[list(self.store.metadata.layers)] = self.dictionary.decoder
         return lenses.make(self.config, self.params, self.jacobians, directions)
 

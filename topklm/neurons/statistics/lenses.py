@@ -191,14 +191,14 @@ def make(
     config: ModelConfig,
     params: transformer.Parameters,
     jacobians_LDD: jax.Array,
-    directions_LDD: jax.Array | None = None,
+    directions_LMD: jax.Array | None = None,
 ) -> Lenses:
     """Makes both lenses; see `Lenses` for the arguments."""
     model = transformer.bind(config, params)
     unembedding_DV = model.unembedding()[:, : config.vocab_size]
     centred_DV = unembedding_DV - unembedding_DV.mean(axis=1, keepdims=True)
     scale_D = model.final_norm.scale[...]
-    return Lenses(scale_D, jacobians_LDD, centred_DV, centred_DV @ centred_DV.T, directions_LDD)
+    return Lenses(scale_D, jacobians_LDD, centred_DV, centred_DV @ centred_DV.T, directions_LMD)
 
 
 def columns(

@@ -1,0 +1,226 @@
+"""`topklm sae`: trains sparse autoencoders of a Base LM's hidden states, and measures them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topklm.commands import shared
+from topklm.commands.shared import Output, Verb
+from topklm.errors import UserError, disk_errors_are_user_errors
+from topklm.imports import when_used
+from topklm.neurons import DICTIONARY_TOKENS
+from topklm.storage.files import local_path
+
+with when_used():
+    from topklm.neurons import documents as documents_lib
+    from topklm.neurons import harvest as harvest_lib
+    from topklm.sae import ensemble, folder, kinds, measure, text, train
+    from topklm.steering import survey
+
+if TYPE_CHECKING:
+    from topklm.inference.language_model import LanguageModel
+
+DESCRIPTION = "Trains sparse autoencoders of a Base LM's hidden states, and measures them."
+EXAMPLE = "topklm sae train runs/small-base --kind batchtopk --width 1024 --k 16 --out saes/batchtopk"
+
+_AUTO = "auto"
+_HEADS = {  # of columns, short enough for a terminal
+    "explained_variance": "EV",
+    "loss_reconstructed": "loss SAE",
+    "recovered_zero": "rec. zero",
+    "recovered_mean": "rec. mean",
+    "decoder_cosine": "cos",
+    "stability": "stable",
+    "stable_share": "> .9",
+    "matched": "1:1",
+}
+_KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gba")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    verbs = {
+        "train": Verb(
+            "train autoencoders of layers side by side",
+            "Trains sparse autoencoders on the hidden states that layers of a Base LM hand on, streamed from "
+            "its training text.",
+            EXAMPLE,
+            _add_train,
+            _train,
+        ),
+        "measure": Verb(
+            "measure trained autoencoders on held-out text",
+            "Measures codes of a token, dead codes, explained variance, loss recovered, how alike decoder "
+            "rows are, and how many are found again in folders of other seeds.",
+            "topklm sae measure saes/seed-0 saes/seed-1 --run runs/small-base",
+            _add_measure,
+            _measure,
+        ),
+    }
+    shared.add_verbs(parser, verbs, "train|measure")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run", "step", "layers", "seed", "json")
+    add("--out DIR", "folder for the autoencoders", required=True)
+    add("--kind", f"one of {', '.join(_KINDS)}", "topk")
+    add("--width M", "codes of a layer, also more than the model has coordinates; default as many", int)
+    add("--k K", f"codes of a token; {_AUTO}: by the cosine of decoder rows; default the config's topk_k")
+    add("--tokens N", "of training text", DICTIONARY_TOKENS)
+    add("--ensemble", "members make one dictionary by bag or boost", choices=("bag", "boost"))
+    add("--members J", "of an ensemble; default 4", int)
+    add("--learning-rate X", "the highest; default 0.002", float)
+    add("--minibatch N", "tokens of a step; default 1024", int)
+    add("--sparsity", "penalty of jumprelu: quadratic, around K; or tanh")
+    add("--coefficient X", "of that penalty; default 0.3", float)
+    add("--resume", "go on with training that was begun in the folder", False)
+    add("--save-every S", "seconds between two states on the disk", 60.0)
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "step", "json")
+    add("folders DIR", "folders of topklm sae train, all of the model", nargs="*")
+    add("--run RUN", "the model that they are of; a TopK LM is measured by itself", required=True)
+    add("--tokens N", "of held-out text", 100_000)
+    add("--against RUN", "TopK LMs of other seeds, for the stability of neurons", nargs="+", default=[])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    arguments.call(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 1, "tokens")
+    shared.check_at_least(arguments, 0, "seed")
+    shared.check_on_disk(arguments.run)
+    out = local_path(arguments.out, "--out")
+    folder.check_new(out, arguments.resume)
+    if arguments.members is not None and arguments.ensemble is None:
+        raise UserError("says nothing without --ensemble", field="--members", value=arguments.members)
+    output = Output(arguments.json)
+    model, layout = shared.load(arguments)
+    layers = _layers(model, arguments.layers)
+    how = ensemble.ALONE
+    if arguments.ensemble is not None:
+        how = ensemble.Ensemble(arguments.ensemble, 4 if arguments.members is None else arguments.members)
+    text_model = shared.text_model(model, layout)
+    documents = documents_lib.open_documents(model.tokenizer, model.config.data)
+    asked: dict[str, Any] = {"n_tokens": arguments.tokens, "seed": arguments.seed, "layers": layers}
+    asked["progress"] = output.progress
+    trials: list[dict[str, Any]] = []
+    if arguments.k == _AUTO:
+        config, trials = _choose_k(arguments, model, text_model, documents, asked)
+    else:
+        config = _config(arguments, model, _number(arguments.k, model))
+    saving = train.Saving(
+        out / folder.STATE, folder.facts_of(model, layers), arguments.resume, arguments.save_every
+    )
+    with disk_errors_are_user_errors(f"writing {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        fitted = text.fit_text(
+            config, text_model, model.config.data, documents, how=how, saving=saving, **asked
+        )
+        facts = {**fitted.dictionary.facts, **folder.facts_of(model, layers)}
+        dictionary = dataclasses.replace(fitted.dictionary, facts=facts)
+        folder.finish(out, dictionary, fitted.history)
+    told = {"folder": str(out), "kind": config.kind, "k": config.k, "width": dictionary.width, **facts}
+    output.give({**told, "trials": trials}, lambda: output.say(f"{out}: {dictionary.description}"))
+
+
+def _layers(model: LanguageModel, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    if model.cfg.n_topk_layers:
+        text = "has TopK layers, whose neurons need no autoencoder: give a Base LM"
+        raise UserError(text, field="RUN", value=model.run)
+    there = harvest_lib.kind_and_layers(model.cfg)[1]
+    if asked is None:
+        return there
+    if missing := sorted(set(asked) - set(there)):
+        allowed = f"of {', '.join(map(str, there))}"
+        raise UserError(field="--layers", value=",".join(map(str, missing)), allowed=allowed)
+    return asked
+
+
+def _number(k: str | None, model: LanguageModel) -> int:
+    if k is None:
+        return model.cfg.topk_k
+    if not k.isdecimal():
+        raise UserError(field="--k", value=k, allowed=f"a whole number, or {_AUTO}")
+    return int(k)
+
+
+def _config(arguments: argparse.Namespace, model: LanguageModel, k: int) -> kinds.SaeConfig:
+    names = "learning_rate", "minibatch", "sparsity", "coefficient"
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    width = model.cfg.d_model if arguments.width is None else arguments.width
+    return kinds.SaeConfig(arguments.kind, width, k, **given)
+
+
+def _choose_k(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    text_model: Any,
+    documents: Any,
+    asked: dict[str, Any],
+) -> tuple[kinds.SaeConfig, list[dict[str, Any]]]:
+    """Returns the config with the k of the least alike decoder rows, and what each k gave.
+
+    Each is trained on a tenth of the tokens, 2508.16560's sign of the right number of codes.
+    """
+    if arguments.resume:
+        raise UserError("--resume: give the number that --k auto has chosen, not auto")
+    width = _config(arguments, model, 1).width
+    trials = list[dict[str, Any]]()
+    grid = [k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= width // 4] or [1]
+    short = {**asked, "n_tokens": max(1, asked["n_tokens"] // 10)}
+    for k in grid:
+        fitted = text.fit_text(
+            _config(arguments, model, k), text_model, model.config.data, documents, **short
+        )
+        alike = measure.decoder_cosine(fitted.dictionary.decoder)
+        trials.append({"k": k, "decoder_cosine": [float(x) for x in alike]})
+        asked["progress"].say(f"k = {k}: mean |cosine| of decoder rows {alike.mean():.4f}")
+    best = min(trials, key=lambda trial: sum(trial["decoder_cosine"]))
+    return _config(arguments, model, best["k"]), trials
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, 1, "tokens")
+    shared.check_on_disk(arguments.run)
+    output = Output(arguments.json)
+    model, layout = shared.load(arguments)
+    text_model = shared.text_model(model, layout)
+    documents = documents_lib.open_documents(model.tokenizer, model.config.data)
+    found: dict[str, Any]
+    if model.cfg.n_topk_layers:
+        if arguments.folders:
+            raise UserError("is a TopK LM, which has no autoencoders: leave the folders out", field="--run")
+        others = [shared.load(argparse.Namespace(run=name, step=None))[0] for name in arguments.against]
+        found = measure.of_topk_lm(model, others, text_model, documents, arguments.tokens, output.progress)
+    else:
+        if not arguments.folders:
+            raise UserError(field="folders", allowed="given, one or more, for a Base LM")
+        given = [(name, *folder.load(Path(name), model, "folder")) for name in arguments.folders]
+        found = measure.of_folders(given, text_model, documents, arguments.tokens, output.progress)
+    found = survey.without_nan(found)
+    output.give(found, lambda: _show(output, found))
+
+
+def _show(output: Output, found: dict[str, Any]) -> None:
+    for entry in found["autoencoders"]:
+        names = list(entry["layers"][0])
+        rows = [
+            [str(number), *(_said(layer[name]) for name in names)]
+            for number, layer in zip(entry["of_layers"], entry["layers"], strict=True)
+        ]
+        output.say(f"{entry['name']}: {entry['description']}")
+        output.console.print(shared.table(["layer", *(_HEADS.get(name, name) for name in names)], rows))
+    for note in found["notes"]:
+        output.say(note)
+
+
+def _said(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

@@ -1,0 +1,65 @@
+"""The folder that `topklm sae train` makes.
+
+dictionary.npz   the autoencoders (`topklm.neurons.dictionary`), which say of which model and layers
+history.json     figures of training, one entry for each group of batches
+state.npz        there while training goes on: what --resume reads (state-J.npz for members of boosting)
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from topklm.checkpoint import checksums
+from topklm.errors import UserError
+from topklm.inference.language_model import LanguageModel
+from topklm.neurons.dictionary import Dictionary
+from topklm.storage.files import write_atomically
+
+FILE, HISTORY, STATE = "dictionary.npz", "history.json", "state.npz"
+
+# Names of facts of a dictionary.
+RUN, STEP, PARAMETERS, LAYERS = "run", "step", "parameters", "layers"
+
+
+def facts_of(model: LanguageModel, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the facts that tell another model or other layers apart."""
+    run = Path(str(model.run)).resolve().name
+    return {RUN: run, STEP: model.step, PARAMETERS: checksums.fingerprint(model.params), LAYERS: list(layers)}
+
+
+def check_new(path: Path, resume: bool) -> None:
+    """Raises UserError if a folder holds autoencoders, or training and nobody asks to resume it."""
+    if (path / FILE).exists():
+        raise UserError(f"--out = {path}: holds autoencoders, all trained: delete it, or give another folder")
+    if any(path.glob(f"{Path(STATE).stem}*")) and not resume:
+        raise UserError(f"--out = {path}: holds training that was begun: give --resume, or another folder")
+
+
+def finish(path: Path, dictionary: Dictionary, history: list[dict[str, Any]]) -> None:
+    """Writes the results, and then removes the states."""
+    write_atomically(path / HISTORY, (json.dumps(history) + "\n").encode())
+    dictionary.save(path / FILE)
+    for state in path.glob(f"{Path(STATE).stem}*.npz"):
+        state.unlink()
+
+
+def load(path: Path, model: LanguageModel | None, flag: str) -> tuple[Dictionary, tuple[int, ...]]:
+    """Reads the autoencoders of a folder, and the layers that they are of.
+
+    UserError if there are none, or those of another model than this.
+    """
+    if not (path / FILE).exists():
+        why = (
+            "training is not finished: run topklm sae train --resume"
+            if (path / STATE).exists()
+            else (f"there is no {FILE}: give a folder of topklm sae train")
+        )
+        raise UserError(why, field=flag, value=str(path))
+    dictionary = Dictionary.load(path / FILE)
+    facts = dictionary.facts
+    if LAYERS not in facts:
+        raise UserError("says of no model: train it with topklm sae train", field=flag, value=str(path))
+    if model is not None and facts[PARAMETERS] != facts_of(model, ())[PARAMETERS]:
+        text = f"is of another model, {facts[RUN]} at step {facts[STEP]}: train one of this model"
+        raise UserError(text, field=flag, value=str(path))
+    return dictionary, tuple(facts[LAYERS])

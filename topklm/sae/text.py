@@ -1,0 +1,67 @@
+"""Trains sparse autoencoders on the hidden states of a Base LM, which are streamed from its training text.
+
+Hidden states are computed as they are needed, and none is written to a disk. The text that is looked at
+afterwards is only used to say how much of its variance the codes explain.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from topklm.config import DataConfig
+from topklm.neurons import DICTIONARY_TOKENS
+from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.documents import TextModel
+from topklm.neurons.fit_dictionary import TrainingText, explained_variance
+from topklm.progress import Progress
+from topklm.sae import ensemble
+from topklm.sae.kinds import SaeConfig
+from topklm.sae.train import Fitted, Saving
+
+
+def fit_text(
+    config: SaeConfig,
+    model: TextModel,
+    data: DataConfig,
+    documents: Iterable[np.ndarray],
+    *,
+    n_tokens: int = DICTIONARY_TOKENS,
+    seed: int = 0,
+    how: ensemble.Ensemble = ensemble.ALONE,
+    start: Dictionary | None = None,
+    layers: Sequence[int] | None = None,
+    saving: Saving | None = None,
+    progress: Progress,
+) -> Fitted:
+    """Trains an autoencoder, or an ensemble, of each of these layers (None: all) on about `n_tokens`.
+
+    Nothing is learned from the documents, whose beginning tells the explained variance. UserError as of
+    `train.fit`, and if the training text cannot be read.
+    """
+    text = TrainingText(model, data, layers)
+    n_batches = text.n_batches(n_tokens)
+    if saving is not None:
+        of_text = {**saving.facts, "--tokens": n_tokens, "text": text.name}
+        saving = dataclasses.replace(saving, facts=of_text)
+    name, passes = f"training {config.kind} autoencoders", how.passes
+    with progress.phase(name, n_batches * text.batch_tokens * passes) as report:
+        fitted = ensemble.fit(
+            config,
+            text.batches,
+            n_batches,
+            how=how,
+            seed=seed,
+            start=start,
+            layout=model.layout,
+            saving=saving,
+            report=lambda tokens: report(tokens, 0, tokens),
+        )
+    facts: dict[str, Any] = {"tokens": n_tokens, "seed": seed, "dead_codes": fitted.dead.sum(axis=1).tolist()}
+    if how.members > 1:
+        facts["ensemble"] = f"{how.kind} of {how.members}"
+    facts["text"] = text.name
+    made = dataclasses.replace(fitted.dictionary, facts=facts)
+    facts["explained_variance"] = explained_variance(made, model, documents, layers)
+    return dataclasses.replace(fitted, dictionary=made)
