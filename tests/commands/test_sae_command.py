@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 
 from helpers import sentences as some_sentences
@@ -128,6 +129,7 @@ def test_a_base_lm_is_harvested_and_measured_with_more_codes_than_coordinates(tr
     assert rows.num_rows == 2 * M
     out = tmp_path / "saelens"
     run(export, copy, "--format", "saelens", "--out", out)
+    run(sae, "measure", out, "--run", base, "--tokens", 300)
     again = copy_of(base, tmp_path / "again")
     run(neurons, "harvest", again, "--dictionary", out, "--tokens", 1500)
     theirs = Store(NeuronsFolder(again, STEP).store)
@@ -223,10 +225,10 @@ def test_autoencoders_of_another_model_are_refused(data, trained, base, tmp_path
     with pytest.raises(UserError, match="neurons need no autoencoder"):
         run(sae, "train", topk_lm, "--out", tmp_path / "x")
     for folder, said in (
-        (tmp_path / "nowhere", "there is no dictionary"),
-        (tmp_path, "there is no dictionary"),
+        (tmp_path / "nowhere", "has no dictionary.npz, and no blocks"),
+        (tmp_path, "has no dictionary.npz, and no blocks"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=re.escape(said)):
             run(sae, "measure", folder, "--run", base)
     shutil.copytree(trained / "1", tmp_path / "half")
     content = (tmp_path / "half/dictionary.npz").read_bytes()

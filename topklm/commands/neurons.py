@@ -28,7 +28,7 @@ with when_used():
     from topklm.checkpoint import checksums
     from topklm.neurons import dictionary as dictionary_lib
     from topklm.neurons import documents as documents_lib
-    from topklm.neurons import fit_dictionary, saelens
+    from topklm.neurons import fit_dictionary
     from topklm.neurons import harvest as harvest_lib
     from topklm.neurons import store as store_lib
     from topklm.sae import folder as sae_folder
@@ -106,7 +106,7 @@ def _add_harvest(parser: argparse.ArgumentParser) -> None:
     text = (
         "of a Base LM, the hidden state written in this dictionary, of which the K largest codes "
         f"are kept (default the config's topk_k): {', '.join(FITTED)}, made first, from the run's training "
-        "text; or a folder of topklm sae train, or of SAELens with an SAE of each layer, with its own K"
+        "text; or a folder of topklm sae train, or of SAELens, with its own K"
     )
     add("--dictionary KIND|DIR", text)
     text = "of training text, from which the dictionary is made"
@@ -265,7 +265,7 @@ def harvest_into(
         if settings.dictionary in FITTED:
             kind = settings.dictionary
         else:
-            dictionary, layers = _given_dictionary(model, settings, layers)
+            dictionary, layers = _given_dictionary(model, settings)
             kind = dictionary.kind
         if folder.store.exists() and (there := store_lib.Store(folder.store).metadata.kind) != kind:
             raise UserError(
@@ -337,19 +337,14 @@ def harvest_into(
         progress.say(f"left out of {documents.name}: {documents_lib.described(documents.left_out)}")
 
 
-def _given_dictionary(
-    model: LanguageModel, settings: HarvestSettings, layers: tuple[int, ...]
-) -> tuple[Dictionary, tuple[int, ...]]:
+def _given_dictionary(model: LanguageModel, settings: HarvestSettings) -> tuple[Dictionary, tuple[int, ...]]:
     """Returns the dictionary of --dictionary DIR, and the layers that it is of."""
     name = settings.dictionary or ""
     given = local_path(name, "--dictionary")
     if not given.is_dir():
         allowed = f"{', '.join(FITTED)}, or a folder of topklm sae train or of SAELens"
         raise UserError(field="--dictionary", value=name, allowed=allowed)
-    if (given / sae_folder.FILE).exists():
-        dictionary, layers = sae_folder.load(given, model, "--dictionary")
-    else:
-        dictionary = saelens.read_dictionary(given, layers, model.cfg.d_model)
+    dictionary, layers = sae_folder.load(given, model, "--dictionary")
     if settings.keep not in (None, dictionary.keep):
         text = f"its SAEs keep {dictionary.keep}: leave --keep out"
         raise UserError(text, field="--dictionary", value=name)

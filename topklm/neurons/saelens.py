@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,13 @@ def _write(
         },
     }
     (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def layers_of(folder: Path) -> tuple[int, ...]:
+    """Lists the layers that a folder has SAEs of, rising."""
+    pattern = re.escape(hook_name(0, RESID_POST)).replace("0", r"(\d{1,9})", 1)
+    found = [re.fullmatch(pattern, path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return tuple(sorted(int(name[1]) for name in found if name))
 
 
 def read_dictionary(folder: Path, layers: Sequence[int], d_model: int) -> Dictionary:

@@ -12,6 +12,7 @@ from typing import Any
 from topklm.checkpoint import checksums
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
+from topklm.neurons import harvest, saelens
 from topklm.neurons.dictionary import Dictionary
 from topklm.storage.files import write_atomically
 
@@ -43,23 +44,32 @@ def finish(path: Path, dictionary: Dictionary, history: list[dict[str, Any]]) ->
         state.unlink()
 
 
-def load(path: Path, model: LanguageModel | None, flag: str) -> tuple[Dictionary, tuple[int, ...]]:
-    """Reads the autoencoders of a folder, and the layers that they are of.
+def load(path: Path, model: LanguageModel, flag: str) -> tuple[Dictionary, tuple[int, ...]]:
+    """Reads the autoencoders of a folder, also one of SAELens, and the layers that they are of.
 
     UserError if there are none, or those of another model than this.
     """
+
+    def refused(text: str) -> UserError:
+        return UserError(text, field=flag, value=str(path))
+
     if not (path / FILE).exists():
-        why = (
-            "training is not finished: run topklm sae train --resume"
-            if (path / STATE).exists()
-            else (f"there is no {FILE}: give a folder of topklm sae train")
-        )
-        raise UserError(why, field=flag, value=str(path))
+        if (path / STATE).exists():
+            raise refused("training is not finished: run topklm sae train --resume")
+        layers = saelens.layers_of(path)
+        there = harvest.kind_and_layers(model.cfg)[1]
+        if not layers or not set(layers) <= set(there):
+            what = (
+                f"has SAEs of layers {layers}"
+                if layers
+                else f"has no {FILE}, and no blocks.N.hook_resid_post"
+            )
+            raise refused(f"{what}: give a folder of topklm sae train or of SAELens, of layers of {there}")
+        return saelens.read_dictionary(path, layers, model.cfg.d_model), layers
     dictionary = Dictionary.load(path / FILE)
     facts = dictionary.facts
     if LAYERS not in facts:
-        raise UserError("says of no model: train it with topklm sae train", field=flag, value=str(path))
-    if model is not None and facts[PARAMETERS] != facts_of(model, ())[PARAMETERS]:
-        text = f"is of another model, {facts[RUN]} at step {facts[STEP]}: train one of this model"
-        raise UserError(text, field=flag, value=str(path))
+        raise refused("says of no model: train it with topklm sae train")
+    if facts[PARAMETERS] != facts_of(model, ())[PARAMETERS]:
+        raise refused(f"is of another model, {facts[RUN]} at step {facts[STEP]}: train one of this model")
     return dictionary, tuple(facts[LAYERS])
