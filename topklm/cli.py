@@ -24,6 +24,7 @@ VERBS = {
     "sae": "train and measure sparse autoencoders of a Base LM",
     "trace": "follow the neurons of a run over its checkpoints",
     "eval": "evaluate runs at tasks, and against others",
+    "unlearn": "make a model forget a text, and say what that costs",
     "compare": "compare two runs: bits per byte, neurons, ablations",
     "runs": "list runs, how far each is and how well it does",
     "show": "look into a run: config, loss, checkpoints, neurons",
@@ -48,6 +49,7 @@ _GOES_ON = (
     "sae train",
     "trace run",
     "eval",
+    "unlearn",
     "serve",
     "explore",
 )

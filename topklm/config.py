@@ -200,6 +200,11 @@ class ModelConfig:
         """S, the number of leading layers whose output passes through TopK."""
         return self.n_layers - self.n_nontopk
 
+    @property
+    def n_followed_layers(self) -> int:
+        """The number of leading layers whose neurons (of a Base LM: coordinates) another layer reads."""
+        return self.n_topk_layers or self.n_layers - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -247,6 +252,12 @@ class TrainConfig:
         "",
         "run whose newest checkpoint gives the first parameters; step, optimizer and data begin at 0; TopK "
         "settings may differ, so a Base LM can become a TopK LM; empty: drawn by seed",
+    )
+    only: str = _setting(
+        "",
+        "which parameters move, of a run begun by train.init: those that write or read neurons, or each by a "
+        "draw at every step that favours those of large Fisher information (unlearning.md); empty: all",
+        allowed="2:117,2:200 (LAYER:NEURON), neurons=FILE, or fisher:ALPHA[:BETA[:unbiased]]",
     )
     topk_k_start: int = _setting(
         0,
@@ -401,6 +412,21 @@ class Config:
         return sorted(step for step in steps if step <= last)
 
     @property
+    def trained_neurons(self) -> list[tuple[int, int]]:
+        """Layer and number of the neurons that `train.only` lists, rising; none where it has another form."""
+        only = self.train.only
+        pairs = only.split(",") if only[:1].isdigit() else []
+        return sorted({(int(layer), int(neuron)) for layer, neuron in (pair.split(":") for pair in pairs)})
+
+    @property
+    def fisher_draws(self) -> tuple[float, float, bool] | None:
+        """Alpha, beta and whether gradients are made unbiased, of `train.only`; None in another form."""
+        if not self.train.only.startswith("fisher:"):
+            return None
+        alpha, beta, unbiased = (*self.train.only.split(":")[1:], "", "")[:3]
+        return float(alpha), float(beta or _BETA), bool(unbiased)
+
+    @property
     def profiled_steps(self) -> range:
         """The steps that `profile` names; the first step of a run is 1."""
         begin, _, end = self.profile.partition(":")
@@ -409,6 +435,9 @@ class Config:
 
 # In checkpoint.trace, the exponent of the last power of 2 before the steps lie otherwise.
 _LAST_DOUBLING = {"log": 6, "pythia": 9}
+
+# RoAST's code (run.sh) has 10 for sentiment and 1 for entailment; above the limit, draws are a threshold.
+_BETA, _MOST_BETA = 10.0, 1e6
 
 # A run may be continued with other values of these; any other field that differs is refused. Data may lie
 # elsewhere: its content is compared by its fingerprint. How a step is computed changes rounding at most.
@@ -666,6 +695,7 @@ def _check_ranges(config: Config) -> None:
     require("data.source", bool(config.data.source.strip()), "a source of text, e.g. quickstart")
     _check_profile(config)
     _check_trace(config)
+    check_only(config)
     if config.optim.syntax_weight and not config.data.syntax:
         advice = "0 without data.syntax, the CoNLL-U file whose sentences it is measured on"
         require("optim.syntax_weight", False, advice)
@@ -731,6 +761,35 @@ def _check_trace(config: Config) -> None:
         raise UserError(f"{field}: steps must rise, each given once")
     if steps[-1] > last:
         raise UserError(f"{field}: {steps[-1]} is after the last step, train.steps = {last}")
+
+
+def check_only(config: Config) -> None:
+    """Raises UserError if `train.only` has no form that is known, or names neurons that are not there."""
+    only, m = config.train.only, config.model
+    if not only:
+        return
+    field = f"train.only = {only!r}"
+    if not config.train.init:
+        raise UserError(f"{field}: must be empty without train.init, the run whose parameters are kept")
+    if re.fullmatch(r"\d{1,6}:\d{1,9}(,\d{1,6}:\d{1,9})*", only):
+        for layer, neuron in config.trained_neurons:
+            if layer >= m.n_followed_layers or neuron >= m.d_model:
+                raise UserError(
+                    f"{field}: there is no neuron {layer}:{neuron} to train; layers are from 0 to "
+                    f"{m.n_followed_layers - 1}, neurons from 0 to {m.d_model - 1}"
+                )
+    elif only.startswith("fisher:"):
+        number = r"\d{1,9}(\.\d{1,9})?"
+        if not re.fullmatch(f"fisher:-?{number}(:{number}(:unbiased)?)?", only):
+            raise UserError(f"{field}: must be fisher:ALPHA[:BETA[:unbiased]], e.g. fisher:0.9:10")
+        assert config.fisher_draws  # of this form
+        alpha, beta, _ = config.fisher_draws
+        if not 0 <= alpha <= 1:
+            raise UserError(f"{field}: ALPHA must be from 0 to 1, a rank among all parameters")
+        if not 0 < beta <= _MOST_BETA:
+            raise UserError(f"{field}: BETA must be above 0, and at most {_MOST_BETA:g}")
+    elif not re.fullmatch("neurons=.+", only):
+        raise UserError(f"{field}: must be {settings()['train.only'].allowed}, or empty")
 
 
 if __name__ == "__main__":

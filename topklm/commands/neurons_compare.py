@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -53,15 +53,23 @@ class ComparedText:
         return UserError(text, field=f"--{self.flag}", value=self.source)
 
 
-def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
-    """Declares the flags of both texts, and those that go with them; returns a function for others."""
+def text_flags(
+    parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int, split: str = "heldout"
+) -> Callable[..., None]:
+    """Declares the flags of both texts; returns a function for others."""
     add = shared.flags(parser, "run", "layers", "seed", "step", "json", "case")
     for flag, what in texts.items():
         either = shared.flags(parser.add_mutually_exclusive_group())
         either(f"--{flag} TEXT", f"{what}: {_TEXT}")
         either(f"--{flag}-regex PATTERN", f"{what}: documents of the run's own data that match")
-    add("--split", "of the run's own data", "heldout", choices=SPLITS)
+    add("--split", "of the run's own data", split, choices=SPLITS)
     add("--tokens N", "read at most so many of each text", tokens)
+    return add
+
+
+def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: int) -> Callable[..., None]:
+    """Declares the flags of both texts and of their contrast; returns a function for others."""
+    add = text_flags(parser, texts, tokens)
     text = "of a Base LM: a neuron counts as active where it is among the K largest; default: above 0"
     add("--keep K", text, int)
     add(
@@ -76,14 +84,14 @@ def _flags(parser: argparse.ArgumentParser, texts: Mapping[str, str], tokens: in
     return add
 
 
-def _open(
+def open_texts(
     arguments: argparse.Namespace, flags: tuple[str, str], *counts: str
 ) -> tuple[LanguageModel, TextModel, tuple[ComparedText, ComparedText]]:
     """Checks the flags, loads the model onto all devices of this host, and reads both texts.
 
-    Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of both verbs.
+    Of the arguments, `flags` name the texts, and `counts` must be 1 or more, besides those of all verbs.
     """
-    shared.check_at_least(arguments, 1, "tokens", "permutations", "keep", *counts)
+    shared.check_at_least(arguments, 1, "tokens", *counts)
     shared.check_at_least(arguments, 0, "seed")
     both = f"--{flags[0]} and --{flags[1]}"
     patterns = _patterns(arguments, flags)
@@ -97,7 +105,6 @@ def _open(
         what = "TopK layers" if model.cfg.n_topk_layers else "layers"
         allowed = f"{what}, from {layers[0]} to {layers[-1]}"
         raise UserError(field="--layers", value=",".join(map(str, arguments.layers)), allowed=allowed)
-    shared.check_keep(model.cfg, arguments.keep)
     texts = _text(arguments, flags, 0, patterns, model), _text(arguments, flags, 1, patterns, model)
     known, again = ({ids.tobytes() for ids in text.documents} for text in texts)
     if common := known & again:
@@ -208,6 +215,19 @@ def _read(
     return ComparedText(name, flag, source, [*taken.values()], facts, warnings)
 
 
+def halves_of(texts: Sequence[ComparedText], seed: int) -> Iterator[list[list[np.ndarray]]]:
+    """Yields of each text the documents to choose on, and those to score on; UserError for one document."""
+    for text in texts:
+        if len(text.documents) < 2:
+            raise text.wrong(
+                "is one document: neurons are chosen on some and scored on others; give two or more, a line "
+                "each of a .jsonl file say"
+            )
+    parts = [ablate_set.halves(len(text.documents), seed) for text in texts]
+    for half in (0, 1):
+        yield [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
+
+
 def _contrast_of(
     arguments: argparse.Namespace,
     model: TextModel,
@@ -216,6 +236,7 @@ def _contrast_of(
     piece: int | None = None,
 ) -> tuple[UnitCounts, Contrast]:
     """Reads the activations of documents, in pieces or whole, and compares the two texts."""
+    shared.check_keep(model.config, arguments.keep)
     documents = [ids for text in texts for ids in text]
     with progress.phase("reading activations", sum(map(len, documents))) as report:
         counts = harvest_lib.count(
@@ -255,7 +276,7 @@ def _add_contrast(parser: argparse.ArgumentParser) -> None:
 
 def _contrast(arguments: argparse.Namespace) -> None:
     output = Output(arguments.json)
-    model, text_model, texts = _open(arguments, _CONTRASTED, "top", "window")
+    model, text_model, texts = open_texts(arguments, _CONTRASTED, "permutations", "keep", "top", "window")
     unit = arguments.unit
     if unit == "auto":
         unit = "document" if min(len(text.documents) for text in texts) > 1 else "window"
@@ -361,18 +382,8 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
         given = ",".join(map(str, arguments.count))
         raise UserError(f"--save with --count = {given}: one set is saved; give one number")
     output = Output(arguments.json)
-    model, text_model, texts = _open(arguments, _ABLATED, "random_sets")
-    for text in texts:
-        if len(text.documents) < 2:
-            raise text.wrong(
-                "is one document: neurons are chosen on some and scored on others; give two or more, a line "
-                "each of a .jsonl file say"
-            )
-    parts = [ablate_set.halves(len(text.documents), arguments.seed) for text in texts]
-    chosen_on, scored_on = (
-        [[text.documents[i] for i in part[half]] for text, part in zip(texts, parts, strict=True)]
-        for half in (0, 1)
-    )
+    model, text_model, texts = open_texts(arguments, _ABLATED, "permutations", "keep", "random_sets")
+    chosen_on, scored_on = halves_of(texts, arguments.seed)
     counts, found = _contrast_of(arguments, text_model, chosen_on, output.progress)
     ranked = contrast_lib.ranked(found, counts.layers, only=arguments.layers)
     # Both texts count alike, however long they are.

@@ -25,7 +25,7 @@ from topklm.compile_check.topology import CHIPS, GIB, Chip, Topology
 from topklm.config import Config
 from topklm.errors import UserError
 from topklm.layout import make_layout
-from topklm.training import throughput
+from topklm.training import only, throughput
 from topklm.training.step import abstract_batch, abstract_state, make_optimizer, make_train_step
 
 _PARAMETER_AXES = {"data", "fsdp"}
@@ -239,7 +239,7 @@ def compile_check(config: Config, topology: Topology, name: str) -> Report:
     config = with_vocabulary(config)
     layout = make_layout(config.mesh, topology.devices)
     layout.check(config)
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    optimizer = only.selective(make_optimizer(config.optim, config.train.steps), config)
     state = abstract_state(config, optimizer)
     layout.check_split(state.params)
     began = time.perf_counter()

@@ -32,6 +32,8 @@ import math
 
 import numpy as np
 
+from topklm.errors import ArgumentError
+
 PERMUTATIONS = 10_000
 ORDERS = ("difference", "score")
 
@@ -193,6 +195,27 @@ def ranked(
         for neuron in order[:top].tolist():
             rows.append(ContrastedNeuron(of_model, neuron, *figures[:, number, neuron].tolist()))
     return rows
+
+
+def more_activated(
+    activation: np.ndarray, frequency: np.ndarray, layers: Sequence[int], n_neurons: int, most: float
+) -> tuple[tuple[int, int], ...]:
+    """Returns the neurons of each layer whose mean activation in the first text is above that in the other.
+
+    The `n_neurons` with the largest difference of each layer, (layer, number), among those that are active at
+    no more than the share `most` of the other text's tokens, as SAEBench chooses latents to unlearn (Karvonen
+    et al. 2025, arXiv 2503.09532). Activation and frequency are float64[2, S, D]. ArgumentError for fewer.
+    """
+    chosen = list[tuple[int, int]]()
+    rise = np.where(frequency[1] <= most, activation[0] - activation[1], -np.inf)
+    for layer, of_layer in zip(layers, rise, strict=True):
+        if (n := int(np.count_nonzero(of_layer > 0))) < n_neurons:
+            text = f"layer {layer} has {n} neurons that are more active in the text to be forgotten and at "
+            text += f"no more than {most:.0%} of the tokens of the other one; choose fewer, or allow more"
+            raise ArgumentError(text, field="count", value=n_neurons)
+        order = np.argsort(-of_layer, kind="stable")[:n_neurons]
+        chosen += [(layer, number) for number in sorted(order.tolist())]
+    return tuple(chosen)
 
 
 def _differences(dealt_PG: np.ndarray, counts_GM: np.ndarray, tokens_G: np.ndarray) -> np.ndarray:

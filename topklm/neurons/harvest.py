@@ -245,6 +245,7 @@ class UnitCounts:
     layers: tuple[int, ...]  # the model's layers that were read, S of them
     active: np.ndarray  # int32[G, S, D], tokens of a unit at which a neuron is active
     n_tokens: np.ndarray  # int64[G], tokens of a unit
+    activation: np.ndarray  # float64[S, D], mean over all tokens
 
 
 def count(
@@ -264,7 +265,7 @@ def count(
     sizes, layers = unit_sizes([len(ids) for ids in documents], piece), kind_and_layers(model.config)[1]
     counter = _Counter(sizes, len(layers), model.config.d_model, report)
     harvest(model, documents, counter, keep=keep)
-    return UnitCounts(layers, counter.active, sizes)
+    return UnitCounts(layers, counter.active, sizes, counter.activation / sizes.sum())
 
 
 def unit_sizes(lengths: Sequence[int], piece: int | None) -> np.ndarray:
@@ -280,6 +281,7 @@ class _Counter:
     def __init__(self, sizes: np.ndarray, n_layers: int, d_model: int, report: Callable[[int], None]):
         self.n_tokens, self._report = 0, report
         self.active = np.zeros((len(sizes), n_layers, d_model), np.int32)
+        self.activation = np.zeros((n_layers, d_model))  # sums
         self._unit_of_token = np.repeat(np.arange(len(sizes)), sizes)
 
     def append(self, segment: Segment) -> None:
@@ -291,5 +293,7 @@ class _Counter:
         cells = (units[segment.token_index] - first) * n_neurons + neurons
         counts = np.bincount(cells, minlength=n_units * n_neurons).astype(np.int32)
         self.active[first : first + n_units] += counts.reshape(n_units, *self.active.shape[1:])
+        sums = np.bincount(neurons, segment.values.astype(np.float64), n_neurons)
+        self.activation += sums.reshape(self.activation.shape)
         self.n_tokens += n
         self._report(n)

@@ -30,7 +30,7 @@ from topklm.runtime.signals import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath
-from topklm.training import anomalies, metrics, syntax
+from topklm.training import anomalies, metrics, only, syntax
 from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
 from topklm.training.evaluation import (
     TaskEvaluation,
@@ -67,6 +67,7 @@ def train(config: Config, workdir: AnyPath, stop: StopRequest | None = None) -> 
     # A task, a treebank or a tracker that is not there shows before the data are prepared.
     tasks = find_tasks(config.eval)
     syntax.check_there(config)
+    config = only.resolved(config)
     tracked = metrics.find(config.log.trackers) if distributed.is_primary() else {}
     hearing = stop_on_signal(distributed.announce_stop) if stop is None else contextlib.nullcontext(stop)
     with hearing as request, prepare_run(config, workdir, console) as run:
@@ -93,7 +94,7 @@ class _Loop:
         self.syntax = syntax.open_sentences(config, run.mixture.tokenizer, layout)
         if self.syntax.said:
             console.say(f"data.syntax = {config.data.syntax}: {self.syntax.said}")
-        self.optimizer = make_optimizer(config.optim, config.train.steps)
+        self.optimizer = only.selective(make_optimizer(config.optim, config.train.steps), config)
         with self._storage("opening the checkpoints of"):
             self.checkpoints = CheckpointManager(
                 folder / run_folder.CHECKPOINTS_FOLDER, config.checkpoint, console.say
@@ -243,6 +244,9 @@ class _Loop:
             state = init_state(self.config, self.optimizer, self.layout)
             if self.config.train.init:
                 state = state._replace(params=initial_parameters(self.run))
+            if self.config.fisher_draws:
+                chances = only.importance(self.run, state.params, self.console.say)
+                state = state._replace(opt_state=state.opt_state._replace(chances=chances))
             n = parameter_count(state.params)
             begun = f", begun with those of {other}" if (other := self.config.train.init) else ""
             about = describe_model(self.config)

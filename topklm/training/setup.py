@@ -3,7 +3,7 @@
 With several processes the first one does each thing, and the others make sure that they see the same.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -148,7 +148,7 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
             stack.enter_context(run_folder.owned(folder, console.say))
         _check_initial_run(config, folder)
         _check_shared(folder)
-        config, mixture = _prepare_data(config, console)
+        config, mixture = prepare_data(config, console.say)
         layout.check(config)
         if distributed.is_primary():
             _describe(config, folder, mixture)
@@ -212,14 +212,14 @@ def _check_shared(folder: AnyPath) -> None:
         run_folder.remove_marker(folder, marker)
 
 
-def _prepare_data(config: Config, console: Console) -> tuple[Config, Mixture]:
-    """Prepares in the first process; the others then find it done, or do the same on a disk of their own.
+def prepare_data(config: Config, say: Callable[[str], None]) -> tuple[Config, Mixture]:
+    """Prepares data in the first process; others find it done, or do the same on a disk of their own.
 
     Returns the config with model.vocab_size of the tokenizer, and the data.
     """
     if not distributed.is_primary():
         distributed.barrier("data of the first process", _DATA_PATIENCE_SECONDS)
-    mixture = prepare(config.data, console.say)
+    mixture = prepare(config.data, say)
     if distributed.is_primary():
         distributed.barrier("data of the first process", _DATA_PATIENCE_SECONDS)
     fingerprints = distributed.gather("data", mixture.fingerprint, _DATA_PATIENCE_SECONDS)

@@ -79,7 +79,7 @@ def make_train_step(
     (`topklm.training.syntax`).
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
-    loss_and_gradient = _make_loss_and_gradient(config, layout)
+    loss_and_gradient = make_loss_and_gradient(config, layout)
 
     # XLA splits this part of the step over devices by itself.
     of_neighbours = functools.partial(
@@ -116,7 +116,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
+def make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     """Builds `(params, batch) -> (mean loss in nats, its gradient with z-loss)`."""
     specs, parallel, forward = make_forward(config.model, layout)
 
