@@ -63,9 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "leave out neurons that are active at more than this share of the retain text's tokens"
     add("--retain-frequency F", text, 0.1)
     add("--steps N", "of each fine-tuning, at most", 200)
-    text = "by which a fine-tuning may raise the retain loss of its own half, per token: steps that raise it "
-    add("--budget NATS", text + "more are taken back", 0.05)
-    add("--learning-rate X", "of Adam, halved where the budget is exceeded", 1e-3)
+    text = (
+        "by which a fine-tuning may raise the loss, per token, of retain documents that are held back from "
+    )
+    add("--budget NATS", text + "it: steps that raise it more are taken back", 0.05)
+    add("--learning-rate X", "of Adam, halved where the budget is exceeded", 3e-3)
     add("--relearning-rate X", "of Adam when the text is learned again", 1e-4)
     add("--batch-size B", "rows of each text in a step", 8)
     text = "c, the length to which forget states are pushed, in mean lengths before"
@@ -240,7 +242,7 @@ def _show(output: Output, content: dict[str, Any], texts: Sequence[ComparedText]
     output.say(
         f"relearned: forget after {s['relearn_steps']} steps on the documents that trained; 0: no more is "
         "forgotten than by the model as it was, trained likewise. params: that may move; steps: "
-        f"that raised retain on its own half by no more than {s['budget']:g}"
+        f"those after which retain documents held back had risen by no more than {s['budget']:g}"
     )
     for text in texts:
         for line in text.warnings:

@@ -10,8 +10,8 @@ u is a random vector, uniform in [0, 1) as RMU's, that is 0 at the chosen neuron
 1. SSPU keeps updates in the subspace of chosen SAE latents by a penalty; here decoder vectors are
 coordinates, so the subspace is a mask of parameters (`only.neuron_mask`), and holds exactly. Beside it:
 gradient ascent, the loss of retain less that of forget. Every fine-tuning has a budget, the rise of the
-retain loss on text that it trains on: where a look finds it exceeded, the steps since the last look are taken
-back, and the learning rate is halved. So all may cost the same, whatever rate suits them.
+loss of retain documents that it does not train on: where a look finds it exceeded, the steps since the last
+look are taken back, and the learning rate is halved. So all may cost the same, whatever rate suits them.
 Dims: B rows, T tokens, D coordinates, L layers, G documents.
 """
 
@@ -37,9 +37,10 @@ from topklm.neurons.ablate_set import AblatedLosses, Estimate, Neuron, estimate
 from topklm.neurons.documents import TextModel
 from topklm.training import only
 
-CHECK_EVERY = 5  # steps between two looks at the budget
+CHECK_EVERY = 4  # steps between two looks at the budget
 _HALVINGS = 8  # of the learning rate, at most
-_CHECK_ROWS = 16  # of retain text, at each look
+_WATCHED = 4  # of the retain documents of the first half, each so many-th is watched and not trained on
+_MOST_WATCHED = 8  # rows, at each look
 SSPU, ASCENT, RELEARN = "sspu", "ascent", "relearn"  # losses
 
 Rows = tuple[np.ndarray, ...]  # tokens, segment ids, positions int32[B, T], and bool[B, T]: read, not context
@@ -174,7 +175,11 @@ class Unlearning:
         tasks: Mapping[str, TokenizedTask],
     ):
         self._model, self._settings, self._test, self._tasks = model, settings, test, tasks
-        self._rows = {name: _packed(model, documents) for name, documents in train.items()}
+        retain = train["retain"]
+        # Of a single document both parts are the whole.
+        trained = [ids for number, ids in enumerate(retain) if number % _WATCHED] or retain
+        parts = {"forget": train["forget"], "retain": trained, "watched": retain[::_WATCHED]}
+        self._rows = {name: _packed(model, documents) for name, documents in parts.items()}
         length = jax.jit(self._mean_length)(model.params, self._put(self._first_rows("forget")))
         self._c = settings.coefficient * float(length)
 
@@ -212,7 +217,7 @@ class Unlearning:
     def _tuned(self, method: Method, mask: Any, keep: np.ndarray, report: Report) -> tuple[Any, int]:
         """Fine-tunes within the budget; returns the parameters, and the steps that led to them."""
         s, config = self._settings, self._model.config
-        check = self._put(self._first_rows("retain"))
+        check = self._put(self._first_rows("watched"))
         before = float(_cross_entropy(config, self._model.params, keep, check))
         params, target, rate, n_halvings = self._model.params, self.target(method.neurons), s.learning_rate, 0
         opt_state = _adam(rate).init(params)
@@ -288,7 +293,7 @@ class Unlearning:
         return tuple(array[rows] for array in self._rows[name])
 
     def _first_rows(self, name: str) -> Rows:
-        n_rows = self._model.layout.round_up(_CHECK_ROWS)
+        n_rows = self._model.layout.round_up(_MOST_WATCHED)
         return tuple(np.resize(array, (n_rows, *array.shape[1:])) for array in self._rows[name])
 
     def _put(self, rows: Rows) -> tuple[jax.Array, ...]:

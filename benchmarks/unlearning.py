@@ -1,0 +1,91 @@
+"""Unlearning towns with several seeds, for docs/unlearning.md.
+
+    python -m benchmarks.unlearning runs/small-seed0 runs/small-seed1 runs/small-seed2
+
+Runs `topklm unlearn` on each run with `SETTINGS`, which were fixed before the first of these was made, and
+writes benchmarks/results/unlearning.json: every method of every seed, and the means over seeds with 95 %
+intervals by Student's t over seeds.
+"""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from benchmarks.harness import results
+
+PATTERN = r"\b(city|town|village|municipality)\b"
+SETTINGS = {
+    "tokens": 24_000,
+    "count": 16,
+    "steps": 40,
+    "batch-size": 4,
+    "random-sets": 3,
+    "relearn-steps": 20,
+    "limit": 5,
+    "eval-tokens": 12_000,
+}
+COLUMNS = ("forget", "retain", "blimp", "bits_per_byte", "relearned")
+
+
+def main() -> None:
+    """Measures, and writes the JSON."""
+    parser = results.parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, the same model with other seeds")
+    arguments = parser.parse_args()
+    found = [unlearned(run) for run in arguments.runs]
+    content = {"pattern": PATTERN, "settings": SETTINGS, "runs": found, "over_seeds": over_seeds(found)}
+    results.write(results.FOLDER / "unlearning.json", content, shown=content["over_seeds"])
+
+
+def unlearned(run: Path) -> dict[str, Any]:
+    """Runs the command on one run; the new run is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "unlearned"
+        command = [sys.executable, "-c", "import sys; from topklm import cli; sys.exit(cli.run())", "unlearn"]
+        flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+        command += [str(run), f"--forget-regex={PATTERN}", f"--out={out}", *flags]
+        subprocess.run(command, check=True)
+        content = json.loads((out / "unlearn.json").read_text())
+    return {**content, "run": run.name, "out": ""}
+
+
+def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Computes the mean change of each method over seeds; of random neurons, of all sets of a seed first."""
+    names = dict.fromkeys(method["method"].rstrip(" 123456789") for method in found[0]["methods"][1:])
+    summary = {}
+    for name in names:
+        summary[name] = {}
+        for column in COLUMNS:
+            by_seed = [
+                float(
+                    np.mean(
+                        [
+                            method[column]["change"]["value"]
+                            for method in one["methods"]
+                            if method["method"].startswith(name)
+                        ]
+                    )
+                )
+                for one in found
+            ]
+            mean, reach = float(np.mean(by_seed)), float("nan")
+            if len(by_seed) > 1:
+                spread = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
+                reach = float(scipy.stats.t.ppf(0.975, len(by_seed) - 1)) * spread
+            summary[name][column] = {
+                "mean": mean,
+                "low": mean - reach,
+                "high": mean + reach,
+                "seeds": by_seed,
+            }
+    return summary
+
+
+if __name__ == "__main__":
+    main()
