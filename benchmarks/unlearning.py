@@ -38,9 +38,12 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, the same model with other seeds")
     arguments = parser.parse_args()
-    found = [unlearned(run) for run in arguments.runs]
-    content = {"pattern": PATTERN, "settings": SETTINGS, "runs": found, "over_seeds": over_seeds(found)}
-    results.write(results.FOLDER / "unlearning.json", content, shown=content["over_seeds"])
+    found = list[dict[str, Any]]()
+    for run in arguments.runs:
+        found.append(unlearned(run))
+        summary = over_seeds(found)
+        content = {"pattern": PATTERN, "settings": SETTINGS, "runs": found, "over_seeds": summary}
+        results.write(results.FOLDER / "unlearning.json", content, shown=summary)
 
 
 def unlearned(run: Path) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def unlearned(run: Path) -> dict[str, Any]:
 def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Computes the mean change of each method over seeds; of random neurons, of all sets of a seed first."""
     names = dict.fromkeys(method["method"].rstrip(" 123456789") for method in found[0]["methods"][1:])
-    summary = {}
+    summary = dict[str, dict[str, Any]]()
     for name in names:
         summary[name] = {}
         for column in COLUMNS:
