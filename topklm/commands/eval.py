@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_at_least(arguments, 1, "limit")
     shared.check_can_write(arguments, "items")
     output = Output(arguments.json)
-    data = _folder(arguments.data)
+    data = tasks_folder(arguments.data)
     if arguments.harness is not None:
         _check_harness(arguments)
         _run_harness(arguments, output, data)
@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
     output.give(survey.without_nan(content), lambda: _show(output, arguments, found, figures))
 
 
-def _folder(name: str | None) -> Path | None:
+def tasks_folder(name: str | None) -> Path | None:
+    """Returns the folder of --data; UserError if it is none."""
     if name is None:
         return None
     folder = local_path(name, "--data")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from topklm.commands import eval as eval_command
 from topklm.commands import neurons_compare, shared
 from topklm.commands.shared import Output
 from topklm.errors import ArgumentError, UserError
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--random-sets R", "random masks of as many neurons of the same layers and densities", 3)
     add("--relearn-steps N", "on the forget text's first half, all parameters", 50)
     add("--limit N", "of BLiMP, only the first N items of each paradigm", 10)
+    add("--data DIR", "folder with a blimp.jsonl in place of the BLiMP that ships")
     add("--eval-tokens N", "of held-out text, at most, for bits per byte", 50_000)
 
 
@@ -190,11 +192,12 @@ def _settings(arguments: argparse.Namespace, layer: int) -> Settings:
 def _tasks(
     arguments: argparse.Namespace, model: LanguageModel, text_model: TextModel
 ) -> dict[str, TokenizedTask]:
+    blimp = tasks.find("blimp", eval_command.tasks_folder(arguments.data), arguments.limit)
     documents = documents_lib.open_documents(model.tokenizer, model.config.data)
     texts = tasks.beginning(documents, model.tokenizer, arguments.eval_tokens)
     if not texts:
         raise documents_lib.no_text(documents, f"{model.run}: held-out text")
-    found = tasks.of_text("heldout", texts, documents.name), tasks.find("blimp", None, arguments.limit)
+    found = tasks.of_text("heldout", texts, documents.name), blimp
     return {task.name: tasks.tokenize(task, text_model, model.tokenizer) for task in found}
 
 
