@@ -1,12 +1,13 @@
 """Unlearning towns with several seeds, for docs/unlearning.md.
 
-    python -m benchmarks.unlearning runs/small-seed0 runs/small-seed1 runs/small-seed2
+    python -m benchmarks.unlearning runs/small-seed0 runs/small-seed1 --base runs/base-seed0 runs/base-seed1
 
 Runs `topklm unlearn` on each run with `SETTINGS`, which were fixed before the first of these was made, and
 writes benchmarks/results/unlearning.json: every method of every seed, and the means over seeds with 95 %
 intervals by Student's t over seeds.
 """
 
+from collections.abc import Mapping
 import json
 from pathlib import Path
 import subprocess
@@ -37,21 +38,24 @@ def main() -> None:
     """Measures, and writes the JSON."""
     parser = results.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, the same model with other seeds")
+    parser.add_argument("--base", nargs="+", type=Path, default=[], help="likewise, of its Base twin")
     arguments = parser.parse_args()
-    found = list[dict[str, Any]]()
-    for run in arguments.runs:
-        found.append(unlearned(run))
-        summary = over_seeds(found)
-        content = {"pattern": PATTERN, "settings": SETTINGS, "runs": found, "over_seeds": summary}
-        results.write(results.FOLDER / "unlearning.json", content, shown=summary)
+    content: dict[str, Any] = {"pattern": PATTERN, "settings": SETTINGS}
+    for kind, runs in (("topk", arguments.runs), ("base", arguments.base)):
+        found = list[dict[str, Any]]()
+        for run in runs:
+            # Coordinates of a Base LM are above 0 at half of all tokens: the cut leaves none.
+            found.append(unlearned(run, SETTINGS | ({"retain-frequency": 1} if kind == "base" else {})))
+            content[kind] = {"over_seeds": over_seeds(found), "runs": found}
+            results.write(results.FOLDER / "unlearning.json", content, shown=content[kind]["over_seeds"])
 
 
-def unlearned(run: Path) -> dict[str, Any]:
+def unlearned(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the command on one run; the new run is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "unlearned"
         command = [sys.executable, "-c", "import sys; from topklm import cli; sys.exit(cli.run())", "unlearn"]
-        flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+        flags = [f"--{name}={value}" for name, value in settings.items()]
         command += [str(run), f"--forget-regex={PATTERN}", f"--out={out}", *flags]
         subprocess.run(command, check=True)
         content = json.loads((out / "unlearn.json").read_text())

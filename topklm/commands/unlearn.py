@@ -58,27 +58,27 @@ _HEADS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     texts = {"forget": "text to be forgotten", "retain": "text to be known as before"}
-    add = neurons_compare.text_flags(parser, texts, 50_000, split="train")
+    add = neurons_compare.text_flags(parser, texts, 24_000, split="train")
     add("--out RUN", "the run folder to be made", required=True)
     add("--count N", "neurons of each layer", 16)
     text = "leave out neurons that are active at more than this share of the retain text's tokens"
     add("--retain-frequency F", text, 0.1)
-    add("--steps N", "of each fine-tuning, at most", 200)
+    add("--steps N", "of each fine-tuning, at most", 40)
     text = (
         "by which a fine-tuning may raise the loss, per token, of retain documents that are held back from "
     )
     add("--budget NATS", text + "it: steps that raise it more are taken back", 0.05)
     add("--learning-rate X", "of Adam, halved where the budget is exceeded", 3e-3)
     add("--relearning-rate X", "of Adam when the text is learned again", 1e-4)
-    add("--batch-size B", "rows of each text in a step", 8)
+    add("--batch-size B", "rows of each text in a step", 4)
     text = "c, the length to which forget states are pushed, in mean lengths before"
     add("--coefficient C", text, 1.0)
     add("--alpha A", "weight of the retain states in the loss", 1.0)
     add("--random-sets R", "random masks of as many neurons of the same layers and densities", 3)
-    add("--relearn-steps N", "on the forget text's first half, all parameters", 50)
-    add("--limit N", "of BLiMP, only the first N items of each paradigm", 10)
+    add("--relearn-steps N", "on the forget text's first half, all parameters", 20)
+    add("--limit N", "of BLiMP, only the first N items of each paradigm", 5)
     add("--data DIR", "folder with a blimp.jsonl in place of the BLiMP that ships")
-    add("--eval-tokens N", "of held-out text, at most, for bits per byte", 50_000)
+    add("--eval-tokens N", "of held-out text, at most, for bits per byte", 12_000)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 Neurons, layer:number, name the parameters that write or read a coordinate of the residual stream: columns of
 the attention's and the MLP's output projections in their layer, and rows of the projections that read it in
-the next one. Or each parameter is drawn anew at every update, after RoAST (Kim et al., arXiv 2312.04032):
+the next one. Or parameters are drawn at each update, after RoAST (Kim et al. 2023, arXiv 2312.04032):
 
     s = E[g^2] over batches,   r = share of the other parameters with a smaller s,
     p = 1 / (1 + exp(-2 beta (r - alpha))),   m ~ Bernoulli(p)
