@@ -154,7 +154,7 @@ def work():
 
 @pytest.fixture(scope="module")
 def before(work):
-    return work.before()
+    return work.run(unlearn.AS_IT_WAS)
 
 
 def test_masked_fine_tuning_moves_the_neurons_parameters_alone(work, before):
@@ -195,7 +195,7 @@ def test_steps_beyond_the_budget_are_taken_back(work, monkeypatch):
         settings = dataclasses.replace(SETTINGS, budget=budget, learning_rate=1.0, relearn_steps=1, steps=40)
         monkeypatch.setattr(work, "_settings", settings)
         result = work.run(Method("ascent", ASCENT))
-        rows = work._put(work._first_rows("watched"))
+        rows = text_model().put(work._first_rows("watched"))
         keep = np.ones((3, 32), np.float32)
         rise = [
             float(unlearn._cross_entropy(CONFIG, params, keep, rows))

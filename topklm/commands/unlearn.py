@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         with output.progress.phase("unlearning", work.n_steps(methods)) as tell:
             report = lambda steps: tell(steps, 0, 0)  # noqa: E731
-            before = work.before(report)
+            before = work.run(unlearn.AS_IT_WAS, report)
             results = [_without_others(work.run(method, report), methods[0]) for method in methods]
         content = {
             "run": arguments.run,

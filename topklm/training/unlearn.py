@@ -57,6 +57,9 @@ class Method:
     is_masked: bool = False  # whether the parameters of the neurons alone move
 
 
+AS_IT_WAS = Method("as it was", None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How models are fine-tuned."""
@@ -180,17 +183,13 @@ class Unlearning:
         trained = [ids for number, ids in enumerate(retain) if number % _WATCHED] or retain
         parts = {"forget": train["forget"], "retain": trained, "watched": retain[::_WATCHED]}
         self._rows = {name: _packed(model, documents) for name, documents in parts.items()}
-        length = jax.jit(self._mean_length)(model.params, self._put(self._first_rows("forget")))
+        length = jax.jit(self._mean_length)(model.params, self._model.put(self._first_rows("forget")))
         self._c = settings.coefficient * float(length)
 
     def n_steps(self, methods: Iterable[Method]) -> int:
         """Counts the steps of methods at most, relearning and that of the model as it was included."""
         s, methods = self._settings, list(methods)
         return (1 + len(methods)) * s.relearn_steps + s.steps * sum(m.loss is not None for m in methods)
-
-    def before(self, report: Report = lambda steps: None) -> Result:
-        """Measures the model as it was."""
-        return self.run(Method("as it was", None), report)
 
     def run(self, method: Method, report: Report = lambda steps: None) -> Result:
         """Carries a method out, and measures what is left."""
@@ -217,45 +216,38 @@ class Unlearning:
     def _tuned(self, method: Method, mask: Any, keep: np.ndarray, report: Report) -> tuple[Any, int]:
         """Fine-tunes within the budget; returns the parameters, and the steps that led to them."""
         s, config = self._settings, self._model.config
-        check = self._put(self._first_rows("watched"))
+        check = self._model.put(self._first_rows("watched"))
         before = float(_cross_entropy(config, self._model.params, keep, check))
-        params, target, rate, n_halvings = self._model.params, self.target(method.neurons), s.learning_rate, 0
-        opt_state = _adam(rate).init(params)
-        n_kept, kept = 0, (params, opt_state, 0)
+        step, rate, n_kept = self._stepper(method.loss, mask, keep, method.neurons), s.learning_rate, 0
+        state = self._model.params, _adam(rate).init(self._model.params)
+        kept = state, n_kept
         for number in range(1, s.steps + 1):
-            given = mask, keep, target, number
-            params, opt_state = self._stepped(method.loss, rate, params, opt_state, *given)
-            n_kept += 1
+            state, n_kept = step(number, rate, *state), n_kept + 1
             report(1)
             if number % CHECK_EVERY and number < s.steps:
                 continue
             # Of a loss that is no number this is False too.
-            if float(_cross_entropy(config, params, keep, check)) - before <= s.budget:
-                kept = params, opt_state, n_kept
-                continue
-            params, opt_state, n_kept = kept
-            rate, n_halvings = rate / 2, n_halvings + 1
-            if n_halvings > _HALVINGS:
+            if float(_cross_entropy(config, state[0], keep, check)) - before <= s.budget:
+                kept = state, n_kept
+            else:
+                (state, n_kept), rate = kept, rate / 2
+            if rate < s.learning_rate / 2**_HALVINGS:
                 report(s.steps - number)
                 break
-        return params, n_kept
+        return state[0], n_kept
 
-    def _stepped(
-        self,
-        loss: str | None,
-        rate: float,
-        params: Any,
-        opt_state: Any,
-        mask: Any,
-        keep: np.ndarray,
-        target: np.ndarray,
-        number: int,
-    ) -> tuple[Any, Any]:
-        """Takes a step on the rows of its number."""
-        s = self._settings
-        forget, retain = (self._put(self._drawn(name, number)) for name in ("forget", "retain"))
-        given = self._model.params, keep, target, s.alpha, forget, retain
-        return _step(self._model.config, loss, s.layer, rate, params, opt_state, mask, *given)
+    def _stepper(
+        self, loss: str | None, mask: Any, keep: np.ndarray, neurons: Sequence[Neuron]
+    ) -> Callable[..., tuple[Any, Any]]:
+        """Makes `(number, rate, params, opt_state) -> (params, opt_state)`, a step on the rows of a number."""
+        s, target = self._settings, self.target(neurons)
+
+        def step(number: int, rate: float, params: Any, opt_state: Any) -> tuple[Any, Any]:
+            forget, retain = (self._model.put(self._drawn(name, number)) for name in ("forget", "retain"))
+            given = self._model.params, keep, target, s.alpha, forget, retain
+            return _step(self._model.config, loss, s.layer, rate, params, opt_state, mask, *given)
+
+        return step
 
     def _measured(self, method: Method, params: Any, keep: np.ndarray, report: Report) -> dict[str, Figure]:
         config, model = self._model.config, dataclasses.replace(self._model, params=params)
@@ -269,12 +261,12 @@ class Unlearning:
             figures = {f.measure: f for f in compare.figures_of(outcome) if not f.part}
             found[name if name in COLUMNS else measure] = figures[measure]
         everything = jax.tree.map(np.ones_like, only.neuron_mask(config, ()))
-        given, rate = (everything, keep, self.target(())), self._settings.relearning_rate
-        opt_state = _adam(rate).init(params)
+        step, rate = self._stepper(RELEARN, everything, keep, ()), self._settings.relearning_rate
+        state = params, _adam(rate).init(params)
         for number in range(1, self._settings.relearn_steps + 1):
-            params, opt_state = self._stepped(RELEARN, rate, params, opt_state, *given, number)
+            state = step(number, rate, *state)
             report(1)
-        again = dataclasses.replace(self._model, params=params)
+        again = dataclasses.replace(self._model, params=state[0])
         return found | {"relearned": self._losses(again, "forget", off)}
 
     def _losses(self, model: TextModel, name: str, off: Iterable[Neuron]) -> Figure:
@@ -295,9 +287,6 @@ class Unlearning:
     def _first_rows(self, name: str) -> Rows:
         n_rows = self._model.layout.round_up(_MOST_WATCHED)
         return tuple(np.resize(array, (n_rows, *array.shape[1:])) for array in self._rows[name])
-
-    def _put(self, rows: Rows) -> tuple[jax.Array, ...]:
-        return self._model.put(rows)
 
     def _mean_length(self, params: Any, rows: Any) -> jax.Array:
         config = self._model.config
