@@ -63,35 +63,38 @@ def unlearned(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Computes the mean change of each method over seeds; of random neurons, of all sets of a seed first."""
-    names = dict.fromkeys(method["method"].rstrip(" 123456789") for method in found[0]["methods"][1:])
-    summary = dict[str, dict[str, Any]]()
-    for name in names:
-        summary[name] = {}
-        for column in COLUMNS:
-            by_seed = [
-                float(
-                    np.mean(
-                        [
-                            method[column]["change"]["value"]
-                            for method in one["methods"]
-                            if method["method"].startswith(name)
-                        ]
-                    )
-                )
+    """Computes the mean change of each method over seeds; of random neurons, of all sets of a seed first.
+
+    Each other method also as the first one less it, paired by seed.
+    """
+    names = list(dict.fromkeys(method["method"].rstrip(" 123456789") for method in found[0]["methods"][1:]))
+    changes = {
+        name: {
+            column: [
+                float(np.mean([m[column]["change"]["value"] for m in one["methods"] if _is(m, name)]))
                 for one in found
             ]
-            mean, reach = float(np.mean(by_seed)), float("nan")
-            if len(by_seed) > 1:
-                spread = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
-                reach = float(scipy.stats.t.ppf(0.975, len(by_seed) - 1)) * spread
-            summary[name][column] = {
-                "mean": mean,
-                "low": mean - reach,
-                "high": mean + reach,
-                "seeds": by_seed,
-            }
-    return summary
+            for column in COLUMNS
+        }
+        for name in names
+    }
+    first = changes[names[0]]
+    for name in names[1:]:
+        less = {column: np.subtract(first[column], changes[name][column]).tolist() for column in COLUMNS}
+        changes[f"{names[0]} less {name}"] = less
+    return {name: {column: _mean(values) for column, values in of.items()} for name, of in changes.items()}
+
+
+def _is(method: Mapping[str, Any], name: str) -> bool:
+    return method["method"].rstrip(" 123456789") == name
+
+
+def _mean(by_seed: list[float]) -> dict[str, Any]:
+    mean, reach = float(np.mean(by_seed)), float("inf")
+    if len(by_seed) > 1:
+        spread = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
+        reach = float(scipy.stats.t.ppf(0.975, len(by_seed) - 1)) * spread
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "seeds": by_seed}
 
 
 if __name__ == "__main__":

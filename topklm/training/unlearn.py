@@ -239,7 +239,7 @@ class Unlearning:
     def _stepper(
         self, loss: str | None, mask: Any, keep: np.ndarray, neurons: Sequence[Neuron]
     ) -> Callable[..., tuple[Any, Any]]:
-        """Makes `(number, rate, params, opt_state) -> (params, opt_state)`, a step on the rows of a number."""
+        """Makes `(number, rate, params, opt_state) -> (params, opt_state)`, a step on rows of its number."""
         s, target = self._settings, self.target(neurons)
 
         def step(number: int, rate: float, params: Any, opt_state: Any) -> tuple[Any, Any]:
