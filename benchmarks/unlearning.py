@@ -90,10 +90,11 @@ def _is(method: Mapping[str, Any], name: str) -> bool:
 
 
 def _mean(by_seed: list[float]) -> dict[str, Any]:
-    mean, reach = float(np.mean(by_seed)), float("inf")
-    if len(by_seed) > 1:
-        spread = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
-        reach = float(scipy.stats.t.ppf(0.975, len(by_seed) - 1)) * spread
+    mean = float(np.mean(by_seed))
+    if len(by_seed) < 2:
+        return {"mean": mean, "low": None, "high": None, "seeds": by_seed}
+    spread = float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
+    reach = float(scipy.stats.t.ppf(0.975, len(by_seed) - 1)) * spread
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "seeds": by_seed}
 
 

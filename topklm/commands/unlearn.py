@@ -13,7 +13,7 @@ import numpy as np
 from topklm.commands import eval as eval_command
 from topklm.commands import neurons_compare, shared
 from topklm.commands.shared import Output
-from topklm.errors import ArgumentError, UserError
+from topklm.errors import UserError
 from topklm.imports import when_used
 from topklm.neurons import contrast
 from topklm.storage.files import local_path, new_folder, write_atomically
@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, text_model, texts = neurons_compare.open_texts(arguments, _TEXTS, *counts)
         layers = _layers(arguments, model)
         train, test = neurons_compare.halves_of(texts, arguments.seed)
+        tokenized = _tasks(arguments, model, text_model)
         neurons, random, facts = _chosen(arguments, text_model, layers, train, output.progress)
         settings = _settings(arguments, max(layers))
         work = unlearn.Unlearning(
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
             settings,
             dict(zip(_TEXTS, train, strict=True)),
             dict(zip(_TEXTS, test, strict=True)),
-            _tasks(arguments, model, text_model),
+            tokenized,
         )
         methods = [
             unlearn.Method("chosen neurons", unlearn.SSPU, neurons, is_masked=True),
@@ -162,13 +163,9 @@ def _chosen(
     activation = np.stack([one.activation for one in counts])[:, layers]
     rng = np.random.default_rng(arguments.seed)
     with shared.arguments_are_flags(arguments):
-        try:
-            neurons = contrast.more_activated(
-                activation, frequency, layers, arguments.count, arguments.retain_frequency
-            )
-        except ArgumentError as e:
-            advice = f" (--retain-frequency = {arguments.retain_frequency:g})"
-            raise ArgumentError(e.text + advice, field="count", value=arguments.count) from e
+        neurons = contrast.more_activated(
+            activation, frequency, layers, arguments.count, arguments.retain_frequency
+        )
         density = frequency.mean(axis=0)
         random = [ablate_set.matched_set(neurons, density, layers, rng) for _ in range(arguments.random_sets)]
     rows = {layer: row for row, layer in enumerate(layers)}
@@ -229,10 +226,7 @@ def _show(output: Output, content: dict[str, Any], texts: Sequence[ComparedText]
         None,
     ]
     for one in others:
-        cells = []
-        for name in _HEADS:
-            change = one[name]["change"]
-            cells.append(f"{change['value']:+.3f}\n[{change['low']:+.3f}, {change['high']:+.3f}]")
+        cells = [_cell(one[name]["change"]) for name in _HEADS]
         rows.append((one["method"], f"{one['parameters']:,}", str(one["steps"]), *cells))
     heads = ("method", "params", "steps", *_HEADS.values())
     output.console.print(shared.table(heads, rows, left=["method"]))
@@ -251,3 +245,9 @@ def _show(output: Output, content: dict[str, Any], texts: Sequence[ComparedText]
         for line in text.warnings:
             output.say(f"note: {line}")
     output.say(f"wrote {content['out']}: the model of chosen neurons")
+
+
+def _cell(change: dict[str, float | None]) -> str:
+    if None in change.values():
+        return "-"
+    return "{value:+.3f}\n[{low:+.3f}, {high:+.3f}]".format(**change)
