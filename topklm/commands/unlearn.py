@@ -247,7 +247,7 @@ def _show(output: Output, content: dict[str, Any], texts: Sequence[ComparedText]
     output.say(f"wrote {content['out']}: the model of chosen neurons")
 
 
-def _cell(change: dict[str, float | None]) -> str:
-    if None in change.values():
+def _cell(change: dict[str, Any]) -> str:
+    if None in change.values():  # no number
         return "-"
     return "{value:+.3f}\n[{low:+.3f}, {high:+.3f}]".format(**change)

@@ -211,7 +211,7 @@ def more_activated(
     for layer, of_layer in zip(layers, rise, strict=True):
         if (n := int(np.count_nonzero(of_layer > 0))) < n_neurons:
             text = f"layer {layer} has {n} neurons that are more active in the text to be forgotten and at "
-            text += f"no more than {most:.0%} of the tokens of the other one; choose fewer, or raise --retain-frequency"
+            text += f"no more than {most:.0%} of the other one's tokens; choose fewer, or allow more"
             raise ArgumentError(text, field="count", value=n_neurons)
         order = np.argsort(-of_layer, kind="stable")[:n_neurons]
         chosen += [(layer, number) for number in sorted(order.tolist())]
