@@ -14,6 +14,7 @@ import helpers
 from helpers import ROOT
 import jax
 import numpy as np
+import optax
 import pytest
 import scipy.special
 import scipy.stats
@@ -72,6 +73,30 @@ def trained(config, layout, n_steps, chances=None):
     return states
 
 
+def updated(config, n_updates, chances=None):
+    """The same of updates by random gradients, without a model."""
+    optimizer = only.selective(make_optimizer(config.optim, config.train.steps), config)
+    state = start(optimizer, one_device(), chances)
+
+    @jax.jit
+    def step(state, grads):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    states = [jax.device_get(state)]
+    for number in range(n_updates):
+        state = step(state, gradients(number))
+        states.append(jax.device_get(state))
+    return states
+
+
+def gradients(number):
+    rng = np.random.default_rng(number)
+    return jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32), transformer.create(MODEL, 0)
+    )
+
+
 def adam_of(state):
     is_adam = lambda node: hasattr(node, "mu")  # noqa: E731
     return next(node for node in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(node))
@@ -112,10 +137,8 @@ def test_only_parameters_that_write_or_read_the_neurons_move():
 def test_a_masked_step_is_the_plain_one_of_the_masked_gradient():
     """Adam and weight decay of the gradient alone that may move, in NumPy."""
     config = config_of("0:3,1:5,1:12")
-    before, after = trained(config, one_device(), 1)
-    given = batch(0)
-    _, grads = jax.jit(make_loss_and_gradient(config, one_device()))(before.params, given)
-    grads = jax.tree.map(lambda g, m: np.where(m, np.float64(g), 0), jax.device_get(grads), by_hand())
+    before, after = updated(config, 1)
+    grads = jax.tree.map(lambda g, m: np.where(m, np.float64(g), 0), gradients(0), by_hand())
     norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
     o = config.optim
     trees = before.params, after.params, grads, by_hand()
@@ -150,7 +173,7 @@ def random_chances(seed=0):
 
 def test_what_is_not_drawn_keeps_its_bits_and_its_averages():
     config, chances = config_of("fisher:0.5"), random_chances()
-    states = trained(config, one_device(), 3, chances)
+    states = updated(config, 3, chances)
     drawn = [jax.device_get(only.draw(chances, 7, number)) for number in range(3)]
     for before, after, mask in zip(states, states[1:], drawn, strict=False):
         for name in ("params", "mu", "nu"):
@@ -172,7 +195,7 @@ def test_unbiased_gradients_are_divided_by_their_chance():
     states = {}
     for name in ("fisher:0.5:10", "fisher:0.5:10:unbiased"):
         config = dataclasses.replace(config_of(name), optim=dataclasses.replace(OPTIM, clip_norm=0.0))
-        states[name] = adam_of(trained(config, one_device(), 1, chances)[-1]).mu
+        states[name] = adam_of(updated(config, 1, chances)[-1]).mu
     drawn = jax.device_get(only.draw(chances, 7, 0))
     for a, b, p, m in zip(*map(jax.tree.leaves, (*states.values(), chances, drawn)), strict=True):
         np.testing.assert_allclose(b[m], (a / np.float64(p))[m], rtol=1e-5)
@@ -226,7 +249,7 @@ def test_devices_together_move_the_same(axes):
         np.testing.assert_allclose(json.loads(done.stdout)[names], want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("names", ["neurons=FILE", "fisher:0.8"])
+@pytest.mark.parametrize("names", [pytest.param("neurons=FILE", marks=pytest.mark.slow), "fisher:0.8"])
 def test_a_run_goes_on_with_the_same_bits(trainer, finished_run, tmp_path, names):
     """Also without the file and the run that it began with, which are no longer needed."""
     file, other = tmp_path / "set.json", tmp_path / "other"
