@@ -59,7 +59,14 @@ def unlearned(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         command += [str(run), f"--forget-regex={PATTERN}", f"--out={out}", *flags]
         subprocess.run(command, check=True)
         content = json.loads((out / "unlearn.json").read_text())
-    return {**content, "run": run.name, "out": ""}
+    return shortened({**content, "run": run.name})
+
+
+def shortened(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run's report says of its methods, their neurons as text."""
+    for method in content["methods"]:
+        method["neurons"] = ",".join(f"{layer}:{neuron}" for layer, neuron in method["neurons"])
+    return {name: content[name] for name in ("run", "step", "documents", "methods")}
 
 
 def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -125,3 +125,22 @@ def test_wrong_input_ends_in_a_line_and_leaves_nothing(call, place):
         assert ended.exit_code == 2
         assert said in helpers.assert_one_line_error(ended.errors)
     assert not (place / "bad").exists() and not list(place.glob(".bad*"))
+
+
+def test_the_page_has_the_figures_of_its_json():
+    page = (helpers.ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
+    found = json.loads((helpers.ROOT / "benchmarks/results/unlearning.json").read_text())["topk"][
+        "over_seeds"
+    ]
+    formats = {"forget": ".2f", "retain": ".2f", "blimp": ".3f", "bits_per_byte": ".3f", "relearned": ".2f"}
+    for name in ("chosen neurons", "chosen set to 0", "random neurons", "all parameters", "gradient ascent"):
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name}"))
+        cells = [cell.strip() for cell in row.replace("*", "").split("|")[2:-1]]
+        del cells[2], cells[0]  # figures of each seed; parameters
+        for cell, (column, text) in zip(cells, formats.items(), strict=True):
+            mean, low, high = (
+                format(found[name][column][key], f"+{text}") for key in ("mean", "low", "high")
+            )
+            assert cell == f"{mean} ({low} to {high})", (name, column)
+    gap = found["chosen neurons less random neurons"]["forget"]
+    assert f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f}) on forget" in page
