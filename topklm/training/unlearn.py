@@ -37,7 +37,7 @@ from topklm.neurons.ablate_set import AblatedLosses, Estimate, Neuron, estimate
 from topklm.neurons.documents import TextModel
 from topklm.training import only
 
-CHECK_EVERY = 4  # steps between two looks at the budget
+_CHECK_EVERY = 4  # steps between two looks at the budget
 _HALVINGS = 8  # of the learning rate, at most
 _WATCHED = 4  # of the retain documents of the first half, each so many-th is watched and not trained on
 _MOST_WATCHED = 8  # rows, at each look
@@ -104,12 +104,10 @@ def objective(
 ) -> jax.Array:
     """Computes the loss of a step, a scalar, by name: `SSPU`, `ASCENT` or `RELEARN` (forget text alone)."""
     if loss == SSPU:
-        (f, r), r0 = (
-            [_states(config, layer, params, keep_LD, rows) for rows in (forget, retain)],
-            _states(config, layer, original, keep_LD, retain),
-        )
-        away = jnp.square(f - target_D).sum(axis=-1)
-        drift = jnp.square(r - jax.lax.stop_gradient(r0)).sum(axis=-1)
+        states = functools.partial(_states, config, layer)
+        away = jnp.square(states(params, keep_LD, forget) - target_D).sum(axis=-1)
+        before = states(original, keep_LD, retain)
+        drift = jnp.square(states(params, keep_LD, retain) - before).sum(axis=-1)
         return _mean(away, forget[3]) + alpha * _mean(drift, retain[3])
     of_forget = _cross_entropy(config, params, keep_LD, forget)
     if loss == RELEARN:
@@ -224,7 +222,7 @@ class Unlearning:
         for number in range(1, s.steps + 1):
             state, n_kept = step(number, rate, *state), n_kept + 1
             report(1)
-            if number % CHECK_EVERY and number < s.steps:
+            if number % _CHECK_EVERY and number < s.steps:
                 continue
             # Of a loss that is no number this is False too.
             if float(_cross_entropy(config, state[0], keep, check)) - before <= s.budget:
