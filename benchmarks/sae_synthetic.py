@@ -4,9 +4,9 @@
 
 The hidden states (`benchmarks.synthetic_features`) are drawn once, into a file, so that all autoencoders
 see the same ones in the same order. `--peer` trains SAELens' of the same kinds, widths and k on them too
-(`benchmarks.saelens_peer`), with each of its learning rates. Every autoencoder is scored on as many samples
-that none was trained on. Writes benchmarks/results/sae_synthetic.json after each one; those that are in the
-file are not trained again.
+(`benchmarks.saelens_peer`), with each of its learning rates. Every autoencoder is scored on other
+samples than it was trained on. Writes benchmarks/results/sae_synthetic.json after each one; an autoencoder of
+the file is not trained again.
 """
 
 from collections.abc import Iterator

@@ -208,13 +208,15 @@ class Scores:
         self._squares += float(np.square(x_ND).sum())
 
     def recovery(self) -> Recovery:
-        """Returns the figures; what a latent that never fires would divide by nothing is 0."""
+        """Returns the figures; precision, recall and F1 of a latent that never fires are 0."""
         precision = self._both / np.maximum(self._latent, 1)
         recall = self._both / np.maximum(self._feature, 1)
         f1 = 2 * self._both / np.maximum(self._latent + self._feature, 1)
         scatter = self._squares - np.square(self._sum).sum() / self._n
         return Recovery(
-            *(float(x.mean()) for x in (f1, precision, recall)),
+            f1=float(f1.mean()),
+            precision=float(precision.mean()),
+            recall=float(recall.mean()),
             mcc=float(self._cosines[linear_sum_assignment(-self._cosines)].mean()),
             uniqueness=len(np.unique(self._nearest)) / len(self._nearest),
             explained_variance=1 - self._error / scatter,

@@ -25,6 +25,7 @@ VERBS = {
     "trace": "follow the neurons of a run over its checkpoints",
     "eval": "evaluate runs at tasks, and against others",
     "unlearn": "make a model forget a text, and say what that costs",
+    "study": "judge the claims made of TopK LMs by runs",
     "compare": "compare two runs: bits per byte, neurons, ablations",
     "runs": "list runs, how far each is and how well it does",
     "show": "look into a run: config, loss, checkpoints, neurons",
@@ -50,6 +51,7 @@ _GOES_ON = (
     "trace run",
     "eval",
     "unlearn",
+    "study",
     "serve",
     "explore",
 )

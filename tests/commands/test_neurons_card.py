@@ -19,6 +19,8 @@ from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
 from topklm.neurons import card, probing
+from topklm.neurons.dictionary import Dictionary
+from topklm.sae import folder
 from topklm.steering.dose import Estimate, Response
 
 STEP = 7
@@ -301,6 +303,7 @@ def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, caps
         (["--sae-probes"], "--sae-probes: its data are not installed"),
         (["--json", "nowhere/card.json"], "--json = nowhere/card.json: there is no folder nowhere; make it"),
         (["--out", "nowhere/card.svg"], "--out = nowhere/card.svg: there is no folder nowhere; make it"),
+        (["--sae", "nowhere"], r"--sae = nowhere: has no dictionary\.npz: give a folder of topklm sae train"),
         (["--out", "card.png"], r"--out = card.png: must be a file that ends in \.svg"),
         (["--against", "gs://bucket/run"], r"RUN = gs://bucket/run"),
     ],
@@ -308,6 +311,34 @@ def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, caps
 def test_what_is_not_allowed_is_named(place, arguments, words):
     with pytest.raises(UserError, match=words):
         run(place / "small", *arguments)
+
+
+def test_saes_that_are_given_take_the_place_of_the_own_one(place):
+    runs = [of_run.load(str(place / name), None) for name in ("base", "seed")]
+    base, other = runs
+    d = MODEL.d_model
+
+    def given(kind, of, layers=(0, 1, 2)):
+        eye = np.broadcast_to(np.eye(d, dtype=np.float32), (len(layers), d, d)).copy()
+        facts = {**folder.facts_of(of.model, layers), "tokens": 10}
+        made = Dictionary(kind, 4, np.zeros((len(layers), d), np.float32), eye, eye, facts)
+        return f"{kind}-{layers}", made, layers
+
+    def found(*saes):
+        common = of_run.Common(
+            runs, [], np.zeros(1), [], seed=0, dictionary_tokens=1, saes=saes, steers=False, progress=None
+        )
+        return [sae.kind for sae in of_run._saes(common, base, [], d, 4)]
+
+    both = [given("sae", base), given("sae-batchtopk", base)]
+    assert found(*both, given("sae-gba", other)) == ["sae", "sae-batchtopk"]
+    for saes, words in (
+        ([given("sae", other)], "--sae: none is of"),
+        ([*both, given("sae", base)], "is the second of its kind"),
+        ([given("sae", base, (0, 1))], "is of the layers 0, 1: the card needs all of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            found(*saes)
 
 
 def test_the_exit_code_of_a_mistake_is_2(place, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import made_states
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import saved_runs
 
 from topklm.layout import one_device
 from topklm.model import transformer
+from topklm.model.block import LayerHooks
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel
 from topklm.progress import Progress
@@ -69,6 +71,45 @@ def test_a_dictionary_of_nothing_recovers_nothing_of_zero_ablation_and_one_of_th
     for row in layers_of(tables(dictionary(0.0, means))):
         assert row["explained_variance"] == pytest.approx(0, abs=1e-5)
         assert row["recovered_mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_all_layers_but_the_last_are_replaced_together():
+    text_model, n_layers = model(dataclasses.replace(BASE, n_layers=3, n_nontopk=3)), 3
+    read = list(measure._batches(text_model, documents(), 400))
+    made, means = dictionary(0.5), np.zeros((2, D))
+
+    def together(*layers):
+        of_layers = dataclasses.replace(
+            made, **{name: getattr(made, name)[: len(layers)] for name in ("centre", "encoder", "decoder")}
+        )
+        rows, found = measure.recovered(of_layers, layers, means[: len(layers)], text_model, read)
+        return [row["loss_reconstructed"] for row in rows], found["loss_reconstructed"], found["loss"]
+
+    (first,), of_first, clean = together(0)
+    assert of_first == first != clean
+    (_, of_last, _), (both, of_both, _) = together(n_layers - 1), together(0, n_layers - 1)
+    assert of_last == clean
+    assert of_both == both[0] == first
+
+    # Two layers, one after the other, by hand.
+    wanted, n = 0.0, 0
+    for inputs, inside in read:
+        is_read = np.zeros(inputs[0].size, bool)
+        is_read[inside] = True
+
+        def halved(h, at, is_read=is_read):
+            # Half of what is there, as `dictionary` says.
+            return jnp.where(at & is_read.reshape(h.shape[:2])[..., None], h / 2, h)
+
+        bound = transformer.bind(text_model.config, text_model.params)
+        at = jnp.arange(n_layers) < 2
+        h, _ = bound.hidden(*inputs, hooks=LayerHooks(output=halved), hook_inputs=at)
+        logits = np.asarray(h.astype(jnp.float32) @ bound.unembedding(), np.float64).reshape(is_read.size, -1)
+        logits = logits[:, : text_model.config.vocab_size]
+        targets = np.roll(np.asarray(inputs[0]), -1, axis=1).reshape(-1)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(targets)), targets]
+        wanted, n = wanted + losses[inside - 1].sum(), n + len(inside)
+    assert together(0, 1)[1] == pytest.approx(wanted / n, rel=1e-4)
 
 
 def test_the_mean_is_over_tokens_of_text_alone():

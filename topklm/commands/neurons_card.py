@@ -30,6 +30,9 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     add("--conllu FILE", "sentences as CoNLL-U (also .gz): probes for the part of speech of words")
     add("--sae-probes", "probe on the data of the package sae-probes", False)
     add("--dictionary-tokens N", "of training text, for the SAE of a Base LM", DICTIONARY_TOKENS)
+    add(
+        "--sae DIR", "of topklm sae train, in place of the SAE that a Base LM is given", nargs="+", default=[]
+    )
     add("--no-steering", "leave out how many neurons turn text, which takes longest", False)
     add("--out FILE.svg", "draw the measures")
 
@@ -49,6 +52,7 @@ def _card(arguments: argparse.Namespace) -> None:
     from topklm.commands.card import of_run, tables  # noqa: PLC0415
     from topklm.explorer import card_picture  # noqa: PLC0415
     from topklm.neurons import labelled_texts, probing  # noqa: PLC0415
+    from topklm.sae import folder as sae_folder  # noqa: PLC0415
 
     sets = of_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
     runs = [of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
@@ -70,6 +74,7 @@ def _card(arguments: argparse.Namespace) -> None:
         sets,
         seed=arguments.seed,
         dictionary_tokens=arguments.dictionary_tokens,
+        saes=[(name, *sae_folder.load_of_any(local_path(name, "--sae"), "--sae")) for name in arguments.sae],
         steers=not arguments.no_steering,
         progress=output.progress,
     )

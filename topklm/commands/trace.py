@@ -302,7 +302,8 @@ def _beside(trace: Summary) -> dict[str, Any]:
     """Returns identity to the reference, by index and by match, of all layers together."""
     names = {"r_reference": "same_index", "r_matched": "matched", "r_other": "other_index"}
     found = {to: trace.over_layers(name).tolist() for name, to in names.items()}
-    return {"trace": trace.name, "steps": trace.steps, "reference": trace.settings.reference, **found}
+    facts = {"trace": trace.name, "dictionary": trace.settings.dictionary, "steps": trace.steps}
+    return {**facts, "reference": trace.settings.reference, **found}
 
 
 def _matched(trace: Trace, others: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -315,7 +316,8 @@ def _matched(trace: Trace, others: Sequence[Summary]) -> list[dict[str, Any]]:
         why = summary.why_not_matched(trace.settings, other.settings)
         for steps in [] if why else summary.shared_steps(own, other.folder):
             rows += summary.against(own, other.folder, steps)
-        found.append({"trace": other.name, "not_matched": why, "rows": rows})
+        facts = {"trace": other.name, "dictionary": other.settings.dictionary}
+        found.append({**facts, "not_matched": why, "rows": rows})
     return found
 
 

@@ -19,7 +19,7 @@ from topklm.neurons import contrast
 from topklm.storage.files import local_path, new_folder, write_atomically
 
 with when_used():
-    from topklm.convert.huggingface import Model
+    from topklm.convert import huggingface
     from topklm.eval import tasks
     from topklm.inference import load
     from topklm.neurons import ablate_set, harvest
@@ -130,7 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
             "warnings": [line for text in texts for line in text.warnings],
         }
         content = survey.without_nan(content)
-        load.create_run(folder, Model(model.config, model.tokenizer, results[0].params, step=model.step))
+        load.create_run(
+            folder, huggingface.Model(model.config, model.tokenizer, results[0].params, step=model.step)
+        )
         write_atomically(folder / REPORT_FILE, (json.dumps(content, indent=1) + "\n").encode())
     output.give(content, lambda: _show(output, content, texts))
 

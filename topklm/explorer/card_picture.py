@@ -1,6 +1,7 @@
-"""The readability card as a picture: a chart for each measure, a row for each basis, in one file of SVG.
+"""Figures with intervals, as dots in rows, and charts of them in one file of SVG: a card, and claims.
 
-In a row stand the layers of the basis, each a dot with its number and its interval.
+A chart of the readability card is a measure, a row a basis, a dot a layer, with its interval; a chart of the
+claims is a figure, a row a model or a baseline, a dot a seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,26 +59,52 @@ def draw(facts: Mapping[str, Any]) -> str:
                 return layer.get("probing", {}).get(name, {}).get("auc", {}).get(k)
 
             charts.append((f"{given['name']}: AUC of probes of {k}", rows(auc)))
-    charts = [chart for chart in charts if chart[1]]
+    runs = ", ".join(run["run"] for run in facts["runs"])
+    return _charts([chart for chart in charts if chart[1]], f"Readability of {runs}", "layers")
+
+
+def draw_claims(study: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Returns the picture of the claims of a study, the JSON object; `titles` name bases."""
+    charts = []
+    for figure in (figure for claim in study["claims"] for figure in claim["figures"]):
+        rows = {"TopK LM": figure["ours"], **figure["others"]}
+        charts.append(
+            (
+                ", ".join(filter(None, (figure["name"], figure["unit"]))),
+                [
+                    _Row(
+                        _COLOURS[0 if place == 0 else 1 if name == figure["rival"] else -1],
+                        titles.get(name, name),
+                        {n: {"value": x, "low": None, "high": None} for n, x in enumerate(values)},
+                    )
+                    for place, (name, values) in enumerate(rows.items())
+                ],
+            )
+        )
+    return _charts(charts, "The claims, figure by figure", "seeds")
+
+
+def _charts(charts: Sequence[tuple[str, Sequence[_Row]]], about: str, dots: str) -> str:
+    """Lays charts out side by side; `dots` says what their numbers count."""
     top, content = 8.0, list[str]()
     for first in range(0, len(charts), _COLUMNS):
         side_by_side = charts[first : first + _COLUMNS]
         for column, (title, of_measure) in enumerate(side_by_side):
             content.append(f'<g transform="translate({_WIDTH * column} {top})">')
-            content += [*_chart(title, of_measure), "</g>"]
+            content += [*_chart(title, of_measure, dots), "</g>"]
         top += _HEAD + _ROW * max(len(of_measure) for _, of_measure in side_by_side) + _FOOT
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:600}.grid{stroke:#ddd}"
     style += ".layer{font:8px sans-serif;fill:#fff;text-anchor:middle}"
     width = _WIDTH * _COLUMNS
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" role="img" '
-        f'aria-label="Readability of {escape(", ".join(run["run"] for run in facts["runs"]))}">'
+        f'aria-label="{escape(about)}">'
         f'<style>{style}</style><rect width="{width}" height="{top}" fill="#fff"/>'
         f"{''.join(content)}</svg>\n"
     )
 
 
-def _chart(title: str, rows: Sequence[_Row]) -> Iterator[str]:
+def _chart(title: str, rows: Sequence[_Row], dots: str) -> Iterator[str]:
     """Yields one measure."""
     ends = [end for row in rows for figure in row.figures.values() for end in _ends(figure)]
     low, high = min(ends), max(ends)
@@ -88,7 +115,7 @@ def _chart(title: str, rows: Sequence[_Row]) -> Iterator[str]:
     def at(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x.share(value)
 
-    yield f'<text class="title" x="{_LEFT}" y="14">{escape(title)} (numbers: layers)</text>'
+    yield f'<text class="title" x="{_LEFT}" y="14">{escape(title)} (numbers: {dots})</text>'
     for tick in x.ticks():
         yield (
             f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{_HEAD - 4}" y2="{base}"/>'
@@ -105,7 +132,7 @@ def _chart(title: str, rows: Sequence[_Row]) -> Iterator[str]:
                 f'<line x1="{at(begin):.1f}" x2="{at(end):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
                 f'stroke="{row.colour}" stroke-width="1.5"/><circle cx="{centre:.1f}" cy="{y:.1f}" '
                 f'r="{_DOT}" fill="{row.colour}" stroke="#fff" stroke-width="0.5"><title>'
-                f"{escape(row.label)}, layer {layer}: {figure['value']:.4g}</title></circle>"
+                f"{escape(row.label)}, {dots[:-1]} {layer}: {figure['value']:.4g}</title></circle>"
                 f'<text class="layer" x="{centre:.1f}" y="{y + 2.8:.1f}">{layer}</text>'
             )
 

@@ -1,7 +1,7 @@
 """Bases of a model's hidden states, and the codes of text in them.
 
 A *basis* is a function from hidden states to codes. Of a TopK LM: its own neurons. Of a Base LM: its
-coordinates, cut to the K largest that are positive, and a post-hoc TopK SAE. Of both, to compare with: a
+coordinates, cut to the K largest that are positive, and post-hoc SAEs. Of both, to compare with: a
 random rotation, and the principal components about the mean of the states on the text that is measured. Codes
 of these two are cut as well, as those of a dictionary are (`topklm.neurons.fit_dictionary`); for probing they
 are not cut and keep their signs, so a probe has all that a rotation of the states can give. Dims: S layers,
@@ -31,7 +31,7 @@ _STRETCH_TOKENS = 2**16  # that are packed together
 TITLES = {
     "own": "own neurons",
     "coordinates": "coordinates, cut",
-    "sae": DICTIONARIES["sae"],
+    **{kind: title for kind, title in DICTIONARIES.items() if kind.startswith("sae")},
     "random": "random rotation",
     "pca": DICTIONARIES["pca"],
 }
@@ -53,19 +53,19 @@ def make(
     mean_SD: np.ndarray,
     covariance_SDD: np.ndarray,
     keep: int,
-    sae: Dictionary | None = None,
+    saes: Sequence[Dictionary] = (),
     seed: int = 0,
 ) -> list[Basis]:
     """Returns the bases of a model, its own first, the random rotation last but one, then the components.
 
-    Mean and covariance are of its hidden states, `keep` is K, codes kept of each token, `sae` of a Base LM.
+    Mean and covariance are of its hidden states, `keep` is K, codes kept of each token, `saes` of a Base LM,
+    of a kind each.
     """
     if config.n_topk_layers:
         found = [Basis("own")]
     else:
         found = [Basis("coordinates", jax.jit(lambda h: topk(h, keep)))]
-    if sae is not None:
-        found.append(Basis("sae", jax.jit(sae.encode)))
+    found += [Basis(sae.kind, jax.jit(sae.encode)) for sae in saes]
     n_layers, d = mean_SD.shape
     rotation = fit_dictionary.random_rows(n_layers, d, seed)
     of_kind = {

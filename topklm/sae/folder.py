@@ -49,27 +49,34 @@ def load(path: Path, model: LanguageModel, flag: str) -> tuple[Dictionary, tuple
 
     UserError if there are none, or those of another model than this.
     """
-
-    def refused(text: str) -> UserError:
-        return UserError(text, field=flag, value=str(path))
-
-    if not (path / FILE).exists():
-        if (path / STATE).exists():
-            raise refused("training is not finished: run topklm sae train --resume")
+    if not (path / FILE).exists() and not (path / STATE).exists():
         layers = saelens.layers_of(path)
         there = harvest.kind_and_layers(model.cfg)[1]
         if not layers or not set(layers) <= set(there):
-            what = (
-                f"has SAEs of layers {layers}"
-                if layers
-                else f"has no {FILE}, and no blocks.N.hook_resid_post"
-            )
-            raise refused(f"{what}: give a folder of topklm sae train or of SAELens, of layers of {there}")
+            has = f"SAEs of layers {layers}" if layers else f"no {FILE}, and no blocks.N.hook_resid_post"
+            allowed = f"give a folder of topklm sae train or of SAELens, of layers of {there}"
+            raise UserError(f"has {has}: {allowed}", field=flag, value=str(path))
         return saelens.read_dictionary(path, layers, model.cfg.d_model), layers
-    dictionary = Dictionary.load(path / FILE)
+    dictionary, layers = load_of_any(path, flag)
     facts = dictionary.facts
-    if LAYERS not in facts:
-        raise refused("says of no model: train it with topklm sae train")
     if facts[PARAMETERS] != facts_of(model, ())[PARAMETERS]:
-        raise refused(f"is of another model, {facts[RUN]} at step {facts[STEP]}: train one of this model")
-    return dictionary, tuple(facts[LAYERS])
+        text = f"is of another model, {facts[RUN]} at step {facts[STEP]}: train one of this model"
+        raise UserError(text, field=flag, value=str(path))
+    return dictionary, layers
+
+
+def load_of_any(path: Path, flag: str) -> tuple[Dictionary, tuple[int, ...]]:
+    """Reads the autoencoders of `topklm sae train`, of any model, and the layers that they are of.
+
+    UserError if there are none, or it is not known of which model.
+    """
+    if not (path / FILE).exists():
+        text = f"has no {FILE}: give a folder of topklm sae train"
+        if (path / STATE).exists():
+            text = "training is not finished: run topklm sae train --resume"
+        raise UserError(text, field=flag, value=str(path))
+    dictionary = Dictionary.load(path / FILE)
+    if LAYERS not in dictionary.facts:
+        text = "says of no model: train it with topklm sae train"
+        raise UserError(text, field=flag, value=str(path))
+    return dictionary, tuple(dictionary.facts[LAYERS])

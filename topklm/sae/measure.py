@@ -17,7 +17,7 @@ Dims: S layers, N tokens, D d_model, M codes of a layer.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +192,15 @@ def _mask(n: int, inside: np.ndarray) -> jax.Array:
     return jnp.asarray(is_read)
 
 
+class _Replaced(NamedTuple):
+    """Arrays that take the place of hidden states, with an axis of all the model's layers."""
+
+    is_changed: jax.Array  # bool[L], which layers are changed
+    arrays: Encoder
+    decoder: jax.Array  # float32[L, M, D]
+    mean: jax.Array  # float32[L, D]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _losses(
     config: ModelConfig,
@@ -199,26 +208,26 @@ def _losses(
     params: transformer.Parameters,
     inputs: tuple[jax.Array, ...],
     is_read_N: jax.Array,
-    layer: jax.Array,
-    arrays: Encoder,
-    decoder_1MD: jax.Array,
-    mean_D: jax.Array,
+    replaced: _Replaced,
 ) -> jax.Array:
-    """Returns next-token losses float32[N], where a layer's hidden states are others at tokens of text."""
+    """Returns next-token losses float32[N], where some layers' hidden states are others at tokens of text."""
 
-    def changed(h_BTD: jax.Array, is_layer: jax.Array) -> jax.Array:
+    def changed(h_BTD: jax.Array, of_layer: _Replaced) -> jax.Array:
+        def put(x: jax.Array) -> jax.Array:
+            if how == _RECONSTRUCTED:
+                arrays, decoder = jax.tree.map(lambda leaf: leaf[None], (of_layer.arrays, of_layer.decoder))
+                other = _decoded(arrays, decoder, encode(arrays, x))
+            else:
+                other = of_layer.mean if how == _MEAN else jnp.zeros_like(of_layer.mean)
+            return jnp.where(is_read_N[:, None], other, x)
+
         x = h_BTD.reshape(1, -1, h_BTD.shape[-1]).astype(jnp.float32)
-        if how == _RECONSTRUCTED:
-            put = _decoded(arrays, decoder_1MD, encode(arrays, x))
-        else:
-            put = jnp.broadcast_to(mean_D if how == _MEAN else jnp.zeros_like(mean_D), x.shape)
-        x = jnp.where(is_layer & is_read_N[:, None], put, x)
+        x = jax.lax.cond(of_layer.is_changed, put, lambda x: x, x)
         return x.reshape(h_BTD.shape).astype(h_BTD.dtype)
 
     hooks = NO_HOOKS if how == _CLEAN else LayerHooks(output=changed)
     model = transformer.bind(config, params)
-    at = jnp.arange(config.n_layers) == layer
-    h_BTD, _ = model.hidden(*inputs, hooks=hooks, hook_inputs=at)
+    h_BTD, _ = model.hidden(*inputs, hooks=hooks, hook_inputs=replaced)
     targets = jnp.roll(inputs[0], -1, axis=1)
     return token_losses(h_BTD, model.unembedding(), targets, config.vocab_size).reshape(-1)
 
@@ -230,41 +239,50 @@ def recovered(
     model: TextModel,
     read: Sequence[tuple[tuple[jax.Array, ...], np.ndarray]],
     report: Callable[[int], None] = lambda tokens: None,
-) -> list[dict[str, float]]:
-    """Measures the loss with reconstructions in place of a layer's hidden states, one layer at a time."""
-    ways = (_CLEAN, _RECONSTRUCTED, _ZERO, _MEAN)
-    nats = np.zeros((len(layers), len(ways)))
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Measures losses with reconstructions in place of a layer's hidden states, one layer at a time.
+
+    Returns those of each layer; and the loss with all changed together, but for the model's last layer,
+    which no other reads.
+    """
+    n_layers = model.config.n_layers
+    everywhere = _everywhere(dictionary, layers, means_SD, n_layers)
+    cases = [(_CLEAN, []), (_RECONSTRUCTED, [layer for layer in layers if layer < n_layers - 1])]
+    cases += [(how, [layer]) for layer in layers for how in (_RECONSTRUCTED, _ZERO, _MEAN)]
+    nats = np.zeros(len(cases))
     for inputs, inside in read:
         is_read = _mask(inputs[0].size, inside)
-        for number, layer in enumerate(layers):
-            one = _of_layer(dictionary, number)
-            for column, how in enumerate(ways):
-                if how == _CLEAN and number:
-                    nats[number, column] = nats[0, column]
-                    continue
-                given = jnp.asarray(layer), *one, jnp.asarray(means_SD[number], jnp.float32)
-                losses = _losses(model.config, how, model.params, inputs, is_read, *given)
-                # A token's own loss stands one before it.
-                nats[number, column] += np.asarray(losses)[inside - 1].sum(dtype=np.float64)
+        for number, (how, changed) in enumerate(cases):
+            at = everywhere._replace(is_changed=jnp.isin(jnp.arange(n_layers), np.array(changed, int)))
+            losses = _losses(model.config, how, model.params, inputs, is_read, at)
+            # A token's own loss stands one before it.
+            nats[number] += np.asarray(losses)[inside - 1].sum(dtype=np.float64)
         report(len(inside))
+    clean, together, *by_layer = (nats / sum(len(inside) for _, inside in read)).tolist()
     found = []
-    for clean, reconstructed, zero, mean in nats / sum(len(inside) for _, inside in read):
+    for reconstructed, zero, mean in np.reshape(by_layer, (-1, 3)).tolist():
         shares = {
             f"recovered_{name}": _share(without, reconstructed, clean)
             for name, without in (("zero", zero), ("mean", mean))
         }
         found.append({"loss": clean, "loss_reconstructed": reconstructed, **shares})
-    return found
+    return found, {"loss": clean, "loss_reconstructed": together}
+
+
+def _everywhere(
+    dictionary: Dictionary, layers: Sequence[int], means_SD: np.ndarray, n_layers: int
+) -> _Replaced:
+    """Spreads arrays of some layers over all, 0 elsewhere."""
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((n_layers, *leaf.shape[1:]), leaf.dtype).at[np.array(layers)].set(leaf)
+
+    arrays = dictionary.encoder_arrays, jnp.asarray(dictionary.decoder), jnp.asarray(means_SD, jnp.float32)
+    return _Replaced(jnp.zeros(n_layers, bool), *jax.tree.map(spread, arrays))
 
 
 def _share(without: float, reconstructed: float, clean: float) -> float:
     return float((without - reconstructed) / (without - clean)) if without != clean else float("nan")
-
-
-def _of_layer(dictionary: Dictionary, number: int) -> tuple[Encoder, jax.Array]:
-    """Returns one layer's arrays, with a layer axis of 1."""
-    arrays = jax.tree.map(lambda leaf: leaf[number : number + 1], dictionary.encoder_arrays)
-    return arrays, jnp.asarray(dictionary.decoder[number : number + 1])
 
 
 # The tables of `topklm sae measure`.
@@ -283,11 +301,12 @@ def of_folders(
     for name, dictionary, layers in given:
         with progress.phase(f"measuring {name}", n) as report:
             found, means = reconstruction(dictionary, layers, model, read)
-            losses = recovered(dictionary, layers, means, model, read, functools.partial(_tell, report))
+            tell = functools.partial(_tell, report)
+            losses, together = recovered(dictionary, layers, means, model, read, tell)
         alike = decoder_cosine(dictionary.decoder)
         rows = [{**a, **b, "decoder_cosine": float(c)} for a, b, c in zip(found, losses, alike, strict=True)]
-        about = {"name": name, "description": dictionary.description, "of_layers": list(layers)}
-        entries.append({**about, "layers": rows})
+        about = {"name": name, "kind": dictionary.kind, "description": dictionary.description}
+        entries.append({**about, "of_layers": list(layers), "layers": rows, "together": together})
     _add_stability(given, entries)
     return {"tokens": n, "autoencoders": entries, "notes": []}
 

@@ -17,7 +17,7 @@ from topklm.commands import shared
 from topklm.config import Config, ModelConfig
 from topklm.data.building.build import prepare
 from topklm.data.stream import heldout_part
-from topklm.errors import disk_errors_are_user_errors
+from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import Layout
 from topklm.model.block import NO_HOOKS, LayerHooks
@@ -32,6 +32,7 @@ from topklm.neurons.labelled_texts import LabelledTexts
 from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 from topklm.progress import Progress
+from topklm.sae import folder as sae_folder
 from topklm.sae.kinds import SaeConfig
 from topklm.sae.text import fit_text
 from topklm.steering import concepts as concept_lib
@@ -75,6 +76,7 @@ class Common:
     sets: Sequence[LabelledTexts]  # texts to probe with
     seed: int  # of all that is drawn
     dictionary_tokens: int  # of training text, for the SAE of a Base LM
+    saes: Sequence[tuple[str, Dictionary, tuple[int, ...]]]  # that are given, their folders and layers
     steers: bool  # whether neurons are steered
     progress: Progress  # shows how far it is
 
@@ -153,11 +155,12 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
     )
     n_tokens = sum(map(len, text.documents))
     width, keep = _size(common, run)
-    sae = None if config.n_topk_layers else _sae(common, run, text.documents, width, keep)
+    saes = [] if config.n_topk_layers else _saes(common, run, text.documents, width, keep)
     reading = run.text_model, run.n_layers
     with common.phase("reading hidden states", n_tokens) as report:
         mean, covariance = bases_lib.moments(*reading, text.documents, report)
-    bases = bases_lib.make(config, mean, covariance, keep, sae, common.seed)
+    bases = bases_lib.make(config, mean, covariance, keep, saes, common.seed)
+    of_kind = {sae.kind: sae for sae in saes}
     with common.phase("reading codes", n_tokens) as report:
         blocks = bases_lib.read_blocks(*reading, bases, text.documents, report)
     entries, figures = list[dict[str, Any]](), list[list[Figures]]()
@@ -167,9 +170,9 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
             figures.append([card.measure(block, text, report) for block in of_basis])
         layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
         entries.append({"name": basis.name, "layers": layers})
-        if basis.name == "sae" and sae is not None:
-            flops = _sae_flops(config, run.n_layers, width) * common.dictionary_tokens
-            entries[-1]["dictionary"] = {**sae.facts, "training_flops": flops}
+        if sae := of_kind.get(basis.name):
+            flops = _sae_flops(config, run.n_layers, sae.width) * sae.facts["tokens"]
+            entries[-1]["dictionary"] = {**sae.facts, "keep": sae.keep, "training_flops": flops}
     for given in common.sets:
         _probe(common, run, bases, entries, given)
     if is_same:
@@ -199,6 +202,32 @@ def _size(common: Common, run: Run) -> tuple[int, int]:
     """Returns codes of a layer and how many are kept; a Base LM's are as those of the first TopK LM."""
     like = next((r for r in (run, *common.runs) if r.model.cfg.n_topk_layers), run).model.cfg
     return like.d_model, min(like.topk_k, run.model.cfg.d_model)
+
+
+def _saes(
+    common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int
+) -> list[Dictionary]:
+    """Returns the SAEs of a Base LM that are given, of a kind each, or else one of its own.
+
+    UserError if two are of one kind, or one is not of all layers.
+    """
+    if not common.saes:
+        return [_sae(common, run, documents, width, keep)]
+    of_run = sae_folder.facts_of(run.model, tuple(range(run.n_layers)))
+    found: dict[str, Dictionary] = {}
+    for name, dictionary, layers in common.saes:
+        if dictionary.facts[sae_folder.PARAMETERS] != of_run[sae_folder.PARAMETERS]:
+            continue
+        if list(layers) != of_run[sae_folder.LAYERS]:
+            text = f"is of the layers {', '.join(map(str, layers))}: the card needs all of {run.name}"
+            raise UserError(text, field="--sae", value=name)
+        if dictionary.kind in found:
+            raise UserError(f"is the second of its kind, of {run.name}", field="--sae", value=name)
+        found[dictionary.kind] = dictionary
+    if not found:
+        advice = f"train them on it, topklm sae train {run.name}"
+        raise UserError(f"none is of {run.name}", field="--sae", advice=advice)
+    return [*found.values()]
 
 
 def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int) -> Dictionary:
