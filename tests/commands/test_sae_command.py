@@ -89,7 +89,7 @@ def test_a_folder_says_of_which_model_its_autoencoders_are(trained):
 def test_measures_of_several_seeds_have_their_stability(trained, base, capsys):
     capsys.readouterr()
     folders = trained / "0", trained / "1"
-    run(sae, "measure", *folders, "--run", base, "--tokens", 500, "--json")
+    run(sae, "measure", *folders, "--run", base, "--tokens", 500, "--hedging", 2, "--json")
     found = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in found["autoencoders"]] == list(map(str, folders))
     for entry in found["autoencoders"]:
@@ -98,9 +98,12 @@ def test_measures_of_several_seeds_have_their_stability(trained, base, capsys):
             assert 0.5 * K < layer["l0"] < 2 * K
             assert 0 < layer["matched"] <= layer["stability"] <= 1
             assert np.isfinite(layer["recovered_zero"]) and layer["loss"] > 0
+            assert 0 <= layer["hedging"] < 1
     run(sae, "measure", trained / "0", "--run", base, "--tokens", 500)
     shown = capsys.readouterr().out
     assert f"{trained / '0'}: post-hoc BatchTopK SAE: about {K} of {M} codes" in shown
+    with pytest.raises(UserError, match="--hedging = 16: must be below the model's width, 16"):
+        run(sae, "measure", trained / "0", "--run", base, "--tokens", 500, "--hedging", 16)
 
 
 def copy_of(base, folder):

@@ -16,12 +16,15 @@ from topklm.storage.files import local_path
 
 with when_used():
     from topklm.neurons import documents as documents_lib
+    from topklm.neurons import fit_dictionary
     from topklm.neurons import harvest as harvest_lib
     from topklm.sae import ensemble, folder, kinds, measure, text, train
     from topklm.steering import survey
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.dictionary import Dictionary
+    from topklm.neurons.documents import TextModel
 
 DESCRIPTION = "Trains sparse autoencoders of a Base LM's hidden states, and measures them."
 EXAMPLE = "topklm sae train runs/small-base --kind batchtopk --width 1024 --k 16 --out saes/batchtopk"
@@ -85,6 +88,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add("folders DIR", "folders of topklm sae train, all of the model", nargs="*")
     add("--run RUN", "the model that they are of; a TopK LM is measured by itself", required=True)
     add("--tokens N", "of held-out text", 100_000)
+    text = "train on with and without so many new codes, which says how far old rows move for them"
+    add("--hedging N", text, int)
     add("--against RUN", "TopK LMs of other seeds, for the stability of neurons", nargs="+", default=[])
 
 
@@ -188,7 +193,7 @@ def _choose_k(
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    shared.check_at_least(arguments, 1, "tokens")
+    shared.check_at_least(arguments, 1, "tokens", "hedging")
     shared.check_on_disk(arguments.run)
     output = Output(arguments.json)
     model, layout = shared.load(arguments)
@@ -203,10 +208,45 @@ def _measure(arguments: argparse.Namespace) -> None:
     else:
         if not arguments.folders:
             raise UserError(field="folders", allowed="given, one or more, for a Base LM")
+        if (arguments.hedging or 0) >= model.cfg.d_model:
+            allowed = f"below the model's width, {model.cfg.d_model}, for new rows must not span all"
+            raise shared.wrong(arguments, "hedging", allowed=allowed)
         given = [(name, *folder.load(Path(name), model, "folder")) for name in arguments.folders]
         found = measure.of_folders(given, text_model, documents, arguments.tokens, output.progress)
+        if arguments.hedging is not None:
+            for (name, dictionary, layers), entry in zip(given, found["autoencoders"], strict=True):
+                rates = _hedging(name, dictionary, layers, model, text_model, arguments.hedging, output)
+                for row, rate in zip(entry["layers"], rates, strict=True):
+                    row["hedging"] = rate
     found = survey.without_nan(found)
     output.give(found, lambda: _show(output, found))
+
+
+def _hedging(
+    name: str,
+    dictionary: Dictionary,
+    layers: tuple[int, ...],
+    model: LanguageModel,
+    text_model: TextModel,
+    n_new: int,
+    output: Output,
+) -> list[float]:
+    """Returns the hedging rate of each layer, trained on as long as the dictionary was."""
+    if dictionary.kind == "saelens" or dictionary.members > 1:
+        raise UserError("--hedging goes on with one autoencoder of topklm", field="folder", value=name)
+    config = kinds.SaeConfig.of(dictionary)
+    training = fit_dictionary.TrainingText(text_model, model.config.data, layers)
+    n_batches = training.n_batches(dictionary.facts["tokens"])
+    with output.progress.phase(f"hedging of {name}", 2 * n_batches * training.batch_tokens) as report:
+        return measure.hedging(
+            config,
+            training.batches,
+            n_batches,
+            n_new,
+            start=dictionary,
+            layout=text_model.layout,
+            report=lambda tokens: report(tokens, 0, tokens),
+        )
 
 
 def _show(output: Output, found: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model.topk import topk
+from topklm.neurons.dictionary import Dictionary
 from topklm.sae import sparse
 
 Arrays = dict[str, jax.Array]
@@ -88,6 +89,12 @@ class SaeConfig:
     def dictionary_kind(self) -> str:
         """Its name among `topklm.neurons.DICTIONARIES`."""
         return "sae" if self.kind == "topk" else f"sae-{self.kind}"
+
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> "SaeConfig":
+        """Makes the config of a dictionary that `topklm sae train` has trained; rates are the defaults."""
+        kind = dictionary.kind.removeprefix("sae").removeprefix("-") or "topk"
+        return cls(kind, dictionary.width, dictionary.keep)
 
     def prefixes(self) -> list[tuple[int, float]]:
         """Lists nested prefixes, the smallest first: how many codes, and the weight of its loss."""

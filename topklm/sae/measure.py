@@ -111,17 +111,24 @@ def hedging_rate(control_MD: np.ndarray, extended_ND: np.ndarray, seed: int = 0)
 
 
 def hedging(
-    config: SaeConfig, states: train.Source, n_batches: int, n_new: int, seed: int = 0, **options: Any
+    config: SaeConfig,
+    states: train.Source,
+    n_batches: int,
+    n_new: int,
+    seed: int = 0,
+    start: Dictionary | None = None,
+    **options: Any,
 ) -> list[float]:
     """Returns the hedging rate of each layer: trains autoencoders, and goes on without and with new codes.
 
     `states` as of `train.fit`, a function or a list, for it is read three times; so many batches each time.
+    With `start`, autoencoders of this config that are trained already, twice.
     """
 
     def fit(config: SaeConfig, seed: int, start: Dictionary | None = None) -> Dictionary:
         return train.fit(config, states, n_batches, seed=seed, start=start, **options).dictionary
 
-    first = fit(config, seed)
+    first = fit(config, seed) if start is None else start
     wider = dataclasses.replace(config, width=config.width + n_new)
     control, extended = (fit(one, seed + 1, first).decoder for one in (config, wider))
     return [hedging_rate(a, b, seed) for a, b in zip(control, extended, strict=True)]
