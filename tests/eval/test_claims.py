@@ -189,6 +189,12 @@ def test_figures_are_read_off_the_measurements(measured):
     assert stability.verdict == "worse"
 
 
+def test_a_chain_begins_at_an_eighth_of_the_training():
+    log = [0, 1, 2, 4, 8, 16, 32, 64, 91, 128, 181, 256, 362, 512, 724, 1024, 1200, 1300]
+    assert claims.late_steps(log) == [181, 362, 724, 1300]
+    assert claims.late_steps([0, 24]) == [0, 24]
+
+
 def test_each_claim_has_a_verdict_and_a_reason_where_it_has_none(measured):
     del measured["steering"], measured["dictionaries"]
     found = {one["claim"]: one for one in claims.judge(measured, {"steering": "no store"})}

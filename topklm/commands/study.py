@@ -24,7 +24,7 @@ with when_used():
     from topklm.neurons import bases
     from topklm.sae import kinds as sae_kinds
     from topklm.steering import survey
-    from topklm.trace import tables
+    from topklm.trace import read, tables
 
 if TYPE_CHECKING:
     from topklm.config import Config
@@ -38,7 +38,8 @@ DESCRIPTION = (
 EXAMPLE = "topklm study studies/small --topk runs/a runs/b --base runs/base-a runs/base-b"
 
 _RESULT, _PAGE, _DONE = "claims.json", "claims.md", "done.json"
-_TRACED = ("coordinates", "sae-chained")  # traces of a Base LM
+_CHAINED = ("sae-chained",)
+_TRACED = ("coordinates", *_CHAINED)  # traces of a Base LM
 
 
 class _Command(NamedTuple):
@@ -196,6 +197,8 @@ def _commands(arguments: argparse.Namespace, folder: Path, keep: int) -> Iterato
         there = tables.names(local_path(run, "RUN"))
         for name in _TRACED if run in base else ("",):
             which = ["--dictionary", name] if name else []
+            if name in _CHAINED:
+                which += ["--steps", ",".join(map(str, claims.late_steps(read.readable(run))))]
             if "-".join(filter(None, (tables.PLAIN, name))) not in there:
                 yield _Command(f"trace-{name}{number}", "", ["trace", "run", run, "--no-language", *which])
     for number, (ours, theirs) in enumerate(zip(topk, base, strict=True)):

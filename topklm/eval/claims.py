@@ -244,9 +244,21 @@ def _formation(measured: Measured) -> Iterator[Figure]:
 
 
 def _early(trace: Mapping[str, Any]) -> int:
-    """Returns the place of the traced step that is nearest, as a ratio, to an eighth of the training."""
-    wanted = math.log(max(trace["reference"] * _FORMATION_SHARE, 1))
-    return min(range(len(trace["steps"])), key=lambda n: abs(math.log(max(trace["steps"][n], 1)) - wanted))
+    """Returns the place of the traced step that is nearest to an eighth of the training."""
+    return trace["steps"].index(_nearest(trace["steps"], trace["reference"] * _FORMATION_SHARE))
+
+
+def _nearest(steps: Sequence[int], wanted: float) -> int:
+    """Returns the step that is nearest as a ratio."""
+    return min(steps, key=lambda step: abs(math.log(max(step, 1)) - math.log(max(wanted, 1))))
+
+
+def late_steps(steps: Sequence[int]) -> list[int]:
+    """Returns the steps of a chain of SAEs, from an eighth of the training on, each about twice the last.
+
+    The last is that of the training's end. Each link is trained, so a chain over all steps takes hours.
+    """
+    return sorted({_nearest(steps, steps[-1] * _FORMATION_SHARE * 2**n) for n in range(4)})
 
 
 def _stability(measured: Measured) -> Iterator[Figure]:
