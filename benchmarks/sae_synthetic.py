@@ -30,7 +30,7 @@ from topklm.sae.kinds import KINDS, SaeConfig
 
 FILE = results.FOLDER / "sae_synthetic.json"
 PEER_KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu")
-PEER_RATES = (1e-3, 3e-3)  # SynthSAEBench has 3e-4, for 200 million samples
+PEER_RATES = (3e-3,)  # better than 1e-3 in 400,000 samples; SynthSAEBench has 3e-4, for 200 million
 BATCH, SCORED = 1024, 100  # samples of a batch, and batches
 _PEER = Path(__file__).with_name("saelens_peer.py")
 
