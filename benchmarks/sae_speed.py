@@ -4,8 +4,8 @@
 
 Both train one autoencoder on the same float32 hidden states, which lie in memory (of a language model's layer
 they would have to be computed first, by both). The two take turns; a round of ours is `train.fit` on so many
-samples, after one that compiles; one of SAELens is its trainer's `fit`. Writes
-benchmarks/results/sae_speed.json: samples a second, and the ratio of each round.
+samples, its start included, after one that compiles; one of SAELens is its trainer's `fit`. AuxK idles in
+both. Writes benchmarks/results/sae_speed.json: samples a second, and the ratio of each round.
 """
 
 import json
@@ -23,8 +23,9 @@ from topklm.sae.kinds import SaeConfig
 
 KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu")
 # D, M, k.
-SHAPES = ((256, 1024, 32), (768, 4096, 32))
+SHAPES = ((256, 1024, 32), (512, 2048, 32))
 MINIBATCH = 1024
+_NEVER = 10**9  # tokens after which a code is dead: AuxK idles, as that of SAELens does for 1,000 steps
 _PEER = Path(__file__).with_name("saelens_peer.py")
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--peer", required=True, help="a Python that has sae-lens")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--minibatches", type=int, default=24, help="of a round")
+    parser.add_argument("--minibatches", type=int, default=48, help="of a round")
     arguments = parser.parse_args()
     rows, versions = list[dict[str, Any]](), {}
     for d, width, k in SHAPES:
@@ -50,7 +51,8 @@ def main() -> None:
                 for kind in KINDS:
                     seconds: dict[str, list[float]] = {"topklm": [], "sae-lens": []}
                     for number in range(arguments.rounds + 1):
-                        ours = _ours(SaeConfig(kind, width, k, minibatch=MINIBATCH), states, number)
+                        config = SaeConfig(kind, width, k, minibatch=MINIBATCH, dead_tokens=_NEVER)
+                        ours = _ours(config, states, number)
                         theirs = _theirs(peer, kind, width, k, len(states), number)
                         if number:  # the first of ours compiles
                             seconds["topklm"].append(ours)

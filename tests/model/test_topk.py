@@ -353,7 +353,9 @@ def test_a_kernel_for_other_devices_is_refused():
         jax.jit(topk, static_argnums=(1, 2, 3)).lower(jnp.ones((2, 4)), 1, "relu", "pallas_tpu")
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation", [ACTIVATIONS[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ACTIVATIONS[1:])]
+)
 def test_the_neurons_of_each_group_compete_among_themselves(activation):
     config = ModelConfig(d_model=20, topk_k=7, topk_groups="3:1,12:2,5:4", topk_activation=activation)
     x = np.random.default_rng(0).standard_normal((6, 20)).astype(np.float32)
