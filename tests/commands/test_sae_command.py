@@ -102,6 +102,7 @@ def test_measures_of_several_seeds_have_their_stability(trained, base, capsys):
     run(sae, "measure", trained / "0", "--run", base, "--tokens", 500)
     shown = capsys.readouterr().out
     assert f"{trained / '0'}: post-hoc BatchTopK SAE: about {K} of {M} codes" in shown
+    assert "all layers but the model's last together: loss " in shown
     with pytest.raises(UserError, match="--hedging = 16: must be below the model's width, 16"):
         run(sae, "measure", trained / "0", "--run", base, "--tokens", 500, "--hedging", 16)
 

@@ -258,6 +258,9 @@ def _show(output: Output, found: dict[str, Any]) -> None:
         ]
         output.say(f"{entry['name']}: {entry['description']}")
         output.console.print(shared.table(["layer", *(_HEADS.get(name, name) for name in names)], rows))
+        if together := entry.get("together"):
+            losses = f"{_said(together['loss'])} -> {_said(together['loss_reconstructed'])}"
+            output.say(f"all layers but the model's last together: loss {losses} nats")
     for note in found["notes"]:
         output.say(note)
 
