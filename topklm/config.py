@@ -255,8 +255,8 @@ class TrainConfig:
     )
     only: str = _setting(
         "",
-        "which parameters move, of a run begun by train.init: those that write or read neurons, or each by a "
-        "draw at every step that favours those of large Fisher information (unlearning.md); empty: all",
+        "which parameters move, of a run begun by train.init: the ones that write or read neurons, or each "
+        "by a draw at every step that favours large Fisher information (unlearning.md); empty: all",
         allowed="2:117,2:200 (LAYER:NEURON), neurons=FILE, or fisher:ALPHA[:BETA[:unbiased]]",
     )
     topk_k_start: int = _setting(

@@ -102,9 +102,11 @@ def test_measures_of_several_seeds_have_their_stability(trained, base, capsys):
     run(sae, "measure", trained / "0", "--run", base, "--tokens", 500)
     shown = capsys.readouterr().out
     assert f"{trained / '0'}: post-hoc BatchTopK SAE: about {K} of {M} codes" in shown
-    assert "all layers but the model's last together: loss " in shown
+    assert "layers 0 together: loss " in shown
     with pytest.raises(UserError, match="--hedging = 16: must be below the model's width, 16"):
         run(sae, "measure", trained / "0", "--run", base, "--tokens", 500, "--hedging", 16)
+    with pytest.raises(UserError, match="--against is of TopK LMs"):
+        run(sae, "measure", trained / "0", "--run", base, "--against", base)
 
 
 def copy_of(base, folder):
@@ -198,6 +200,9 @@ def test_neurons_of_topk_lms_have_the_same_table(data, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     (layer,) = found["autoencoders"][0]["layers"]
     assert layer["l0"] <= MODEL.topk_k and layer["explained_variance"] == 1 and layer["stability"] < 1
+    for option, value in (("--hedging", 2), ("--together", 0)):
+        with pytest.raises(UserError, match=f"{option} is of autoencoders"):
+            run(sae, "measure", "--run", one, option, value)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,9 @@ def test_neurons_of_topk_lms_have_the_same_table(data, tmp_path, capsys):
         (["--kind", "gated"], "--kind = gated: must be one of topk"),
         (["--layers", "0,5"], "--layers = 5: must be of 0, 1"),
         (["--members", "3"], "--members = 3: says nothing without --ensemble"),
+        (["--coefficient", "1"], "--coefficient = 1.0: says nothing without --kind jumprelu"),
+        (["--kind", "jumprelu", "--coefficient", "-1"], "--coefficient = -1.0: must be 0 or more"),
+        (["--save-every", "-1"], "--save-every = -1.0: must be 0 or more"),
         (["--tokens", "0"], "--tokens"),
         (["--resume"], "nothing to go on from"),
         pytest.param(["--learning-rate", "1e30"], "diverged", marks=pytest.mark.slow),

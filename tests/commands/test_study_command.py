@@ -21,13 +21,21 @@ SMALL = ("--kinds", "topk", "--sae-tokens", 4000, "--limit", 2, "--tokens", 1500
         (["nowhere"], ["base"], "--topk = nowhere: there is no run"),
         (["run"], ["base", "--kinds", "topk,dense"], "--kinds = dense: must be one or more of topk, "),
         (["run"], ["base", "--limit", "0"], "--limit = 0: must be 1 or more"),
+        (["run"], ["base", "--conllu", "no.conllu"], "--conllu = no.conllu: there is no such file"),
+        (["run", "twin"], ["base", "other"], "RUN = other: is of another model than the first"),
+        (["run", "twin"], ["base", "base2"], "--topk has runs of the seeds 0, 0: each must be of another"),
     ],
 )
 def test_runs_that_cannot_be_compared_end_in_a_line(tmp_path, monkeypatch, topk, base, words):
     monkeypatch.chdir(tmp_path)
     saved_runs.describe(tmp_path / "run")
     no_topk = dataclasses.replace(saved_runs.MODEL, n_nontopk=2)
-    saved_runs.describe(tmp_path / "base", dataclasses.replace(saved_runs.CONFIG, model=no_topk))
+    saved_runs.describe(tmp_path / "twin")
+    for name, seed, width in (("base", 0, 32), ("base2", 1, 32), ("other", 1, 64)):
+        model = dataclasses.replace(no_topk, d_mlp=width)
+        train = dataclasses.replace(saved_runs.CONFIG.train, seed=seed)
+        config = dataclasses.replace(saved_runs.CONFIG, model=model, train=train)
+        saved_runs.describe(tmp_path / name, config)
     given = ["--topk", *topk, *(["--base", *base] if base else [])]
     ended = in_this_process("study", "results", *given)
     assert ended.exit_code == 2
@@ -36,7 +44,7 @@ def test_runs_that_cannot_be_compared_end_in_a_line(tmp_path, monkeypatch, topk,
 
 
 def test_several_studies_make_one_page(tmp_path):
-    study = {"topk": ["a", "b"], "base": ["c", "d"], "steps": [800, 900]}
+    study = {"topk": ["a", "b"], "base": ["c", "d"], "steps": [800, 900], "settings": {"sae_tokens": 7}}
     study["claims"] = claims.judge({}, {"card": "no room"})
     for name in ("wiki", "books"):
         (tmp_path / name).mkdir()
@@ -48,11 +56,19 @@ def test_several_studies_make_one_page(tmp_path):
     text = page.read_text()
     assert "| claim | wiki | books |" in text
     assert text.count("**wiki: unmeasured**: no room") == 2
-    assert "2 TopK LMs and as many Base LMs, one for each seed, after 800, 900 steps" in text
+    assert (
+        "2 TopK LMs and as many Base LMs, one for each seed, after 800, 900 steps; `--sae-tokens 7`" in text
+    )
     assert (page.parent / "images" / "claims-books.svg").read_text().startswith("<svg")
     ended = in_this_process("study", tmp_path / "docs")
     assert ended.exit_code == 2
     assert "has no claims.json" in assert_one_line_error(ended.errors)
+    (tmp_path / "wiki" / "claims.json").write_text('{"claims": [1]}'.replace("1", "{}"))
+    ended = in_this_process("study", tmp_path / "wiki")
+    assert ended.exit_code == 2
+    assert "holds no claims, or those of another version" in assert_one_line_error(ended.errors)
+    ended = in_this_process("study", tmp_path / "wiki", tmp_path / "docs" / ".." / "wiki")
+    assert "two have one name" in assert_one_line_error(ended.errors)
 
 
 @pytest.mark.slow

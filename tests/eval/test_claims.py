@@ -204,7 +204,7 @@ def test_each_claim_has_a_verdict_and_a_reason_where_it_has_none(measured):
     assert found["trade-off"]["verdict"] == "holds"
     assert len(found["trade-off"]["figures"]) == 1
     assert found["stability"]["verdict"] == "fails"
-    study = {"claims": [*found.values()], "topk": ["a", "b"], "steps": [800]}
+    study = {"claims": [*found.values()], "topk": ["a", "b"], "steps": [800], "settings": {}}
     page = claims.page({"small": study}, {"sae-a": "TopK SAE"})
     assert "**small: unmeasured**: no store" in page
     assert "| token entropy, nats | 5.000 |" in page

@@ -91,6 +91,8 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     text = "train on with and without so many new codes, which says how far old rows move for them"
     add("--hedging N", text, int)
     add("--against RUN", "TopK LMs of other seeds, for the stability of neurons", nargs="+", default=[])
+    text = "layers whose reconstructions replace hidden states at once; default all but the model's last"
+    add("--together L,...", text, type=shared.layers)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -106,6 +108,10 @@ def _train(arguments: argparse.Namespace) -> None:
     folder.check_new(out, arguments.resume)
     if arguments.members is not None and arguments.ensemble is None:
         raise UserError("says nothing without --ensemble", field="--members", value=arguments.members)
+    shared.check_at_least(arguments, 0, "save_every")
+    for name in ("sparsity", "coefficient") if arguments.kind != "jumprelu" else ():
+        if (value := getattr(arguments, name)) is not None:
+            raise UserError("says nothing without --kind jumprelu", field=f"--{name}", value=value)
     output = Output(arguments.json)
     model, layout = shared.load(arguments)
     layers = _layers(model, arguments.layers)
@@ -203,16 +209,28 @@ def _measure(arguments: argparse.Namespace) -> None:
     if model.cfg.n_topk_layers:
         if arguments.folders:
             raise UserError("is a TopK LM, which has no autoencoders: leave the folders out", field="--run")
+        for name in ("hedging", "together"):
+            if getattr(arguments, name) is not None:
+                raise UserError(
+                    f"--{name} is of autoencoders, and {arguments.run} is a TopK LM: leave it out"
+                )
         others = [shared.load(argparse.Namespace(run=name, step=None))[0] for name in arguments.against]
         found = measure.of_topk_lm(model, others, text_model, documents, arguments.tokens, output.progress)
     else:
+        if arguments.against:
+            raise UserError(f"--against is of TopK LMs, and {arguments.run} is a Base LM: leave it out")
         if not arguments.folders:
             raise UserError(field="folders", allowed="given, one or more, for a Base LM")
         if (arguments.hedging or 0) >= model.cfg.d_model:
             allowed = f"below the model's width, {model.cfg.d_model}, for new rows must not span all"
             raise shared.wrong(arguments, "hedging", allowed=allowed)
         given = [(name, *folder.load(Path(name), model, "folder")) for name in arguments.folders]
-        found = measure.of_folders(given, text_model, documents, arguments.tokens, output.progress)
+        together = arguments.together
+        if together and (missing := [x for x in together if any(x not in layers for *_, layers in given)]):
+            allowed = f"of the layers that have autoencoders, {', '.join(map(str, given[0][2]))}"
+            raise UserError(field="--together", value=missing[0], allowed=allowed)
+        tokens = arguments.tokens
+        found = measure.of_folders(given, text_model, documents, tokens, output.progress, together)
         if arguments.hedging is not None:
             for (name, dictionary, layers), entry in zip(given, found["autoencoders"], strict=True):
                 rates = _hedging(name, dictionary, layers, model, text_model, arguments.hedging, output)
@@ -260,7 +278,7 @@ def _show(output: Output, found: dict[str, Any]) -> None:
         output.console.print(shared.table(["layer", *(_HEADS.get(name, name) for name in names)], rows))
         if together := entry.get("together"):
             losses = f"{_said(together['loss'])} -> {_said(together['loss_reconstructed'])}"
-            output.say(f"all layers but the model's last together: loss {losses} nats")
+            output.say(f"layers {', '.join(map(str, together['layers']))} together: loss {losses} nats")
     for note in found["notes"]:
         output.say(note)
 

@@ -22,6 +22,7 @@ with when_used():
     from topklm.explorer import card_picture
     from topklm.inference import load as load_lib
     from topklm.neurons import bases
+    from topklm.sae import folder as sae_folder
     from topklm.sae import kinds as sae_kinds
     from topklm.steering import survey
     from topklm.trace import read, tables
@@ -46,8 +47,9 @@ class _Command(NamedTuple):
     """A command of `topklm`."""
 
     name: str  # of the file of its JSON, without .json
-    kept: str  # the measurement that its JSON is one of; "" if it only leaves what later commands read
+    measurement: str  # that its JSON is one of, or that reads what it leaves
     arguments: Sequence[str]
+    has_json: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,15 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is missing, judges, and writes the page."""
     shared.check_installed("topklm study", ["pyarrow", "scipy", "markupsafe"])
-    folders = [local_path(name, "FOLDER") for name in arguments.folders]
+    folders = [local_path(name, "FOLDER").absolute() for name in arguments.folders]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"FOLDER = {' '.join(arguments.folders)}: two have one name, that of the study")
     output = Output(arguments.json)
     if arguments.topk or arguments.base:
         if len(folders) > 1:
-            raise UserError(
-                f"FOLDER = {' '.join(arguments.folders)}: one folder holds the results of one study"
-            )
+            text = "one folder holds the results of one study"
+            raise UserError(text, field="FOLDER", value=" ".join(arguments.folders))
         _measure(arguments, folders[0], output)
-    studies = {folder.name: _read(folder) for folder in folders}
+    studies = dict(zip(names, map(_read, folders), strict=True))
     page = folders[0] / _PAGE if arguments.page is None else local_path(arguments.page, "--page")
     with disk_errors_are_user_errors(f"writing {page}"):
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,12 @@ def _read(folder: Path) -> Any:
     path = folder / _RESULT
     if not path.exists():
         raise UserError(f"{folder}: has no {_RESULT}: give --topk and --base, which measure it")
-    return read_json(path, "delete it, and run topklm study again with --topk and --base")
+    advice = "delete it, and run topklm study again with --topk and --base"
+    found = read_json(path, advice)
+    names = [one.get("claim") for one in found.get("claims", ())] if isinstance(found, dict) else []
+    if names != [claim.name for claim in claims.CLAIMS]:
+        raise UserError(f"{path} holds no claims, or those of another version: {advice}")
+    return found
 
 
 def _check(arguments: argparse.Namespace) -> list[Config]:
@@ -130,7 +139,23 @@ def _check(arguments: argparse.Namespace) -> list[Config]:
         allowed = f"one or more of {', '.join(sae_kinds.KINDS)}"
         raise UserError(field="--kinds", value=unknown[0], allowed=allowed)
     shared.check_at_least(arguments, 1, "sae_tokens", "limit", "tokens")
-    return [config for config in configs if config]
+    if arguments.conllu is not None and not local_path(arguments.conllu, "--conllu").is_file():
+        raise shared.wrong(arguments, "conllu", "there is no such file; check the path")
+    found = [config for config in configs if config]
+    for number, (name, config) in enumerate(zip(names, found, strict=True)):
+        first = found[0 if number < len(topk) else len(topk)].model
+        if config.model != first or (config.model.n_layers, config.model.d_model) != (
+            found[0].model.n_layers,
+            found[0].model.d_model,
+        ):
+            advice = "runs of a study differ in the seed, and --base in model.n_nontopk too"
+            raise UserError("is of another model than the first", field="RUN", value=name, advice=advice)
+    for flag, side in (("--topk", found[: len(topk)]), ("--base", found[len(topk) :])):
+        seeds = [config.train.seed for config in side]
+        if len(set(seeds)) < len(seeds):
+            text = f"{flag} has runs of the seeds {', '.join(map(str, seeds))}: each must be of another"
+            raise UserError(text)
+    return found
 
 
 def _measure(arguments: argparse.Namespace, folder: Path, output: Output) -> None:
@@ -139,26 +164,33 @@ def _measure(arguments: argparse.Namespace, folder: Path, output: Output) -> Non
     of_runs = [load_lib.checkpoint_step(name) for name in (*arguments.topk, *arguments.base)]
     with disk_errors_are_user_errors(f"writing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    commands = list(_commands(arguments, folder, configs[0].model.topk_k))
-    done = read_json(folder / _DONE, "delete it") if (folder / _DONE).exists() else {}
+    commands = list(_commands(arguments, folder, configs[0], of_runs))
+    done = read_json(folder / _DONE, f"delete {folder / _DONE}") if (folder / _DONE).exists() else {}
     measured, missing = dict[str, list[Any]](), dict[str, str]()
     with output.progress.phase("commands", len(commands)) as report:
         for one in commands:
             path, made_so = folder / f"{one.name}.json", [*one.arguments, *map(str, of_runs)]
-            if done.get(one.name) != made_so or (one.kept and not path.exists()):
+            if done.get(one.name) != made_so or (one.has_json and not path.exists()):
                 output.progress.say(f"topklm {' '.join(one.arguments)}")
                 if why := _run(one, path, arguments.json == "-"):
                     output.progress.say(f"note: {why}")
-                    missing[one.kept] = why
+                    missing.setdefault(one.measurement, why)  # later commands fail for want of this one
                     report(1, 0, 0)
                     continue
                 done[one.name] = made_so
                 _write(folder / _DONE, done)
-            if one.kept:
-                measured.setdefault(one.kept, []).append(read_json(path, f"delete {path}"))
+            if one.has_json:
+                measured.setdefault(one.measurement, []).append(read_json(path, f"delete {path}"))
             report(1, 0, 0)
-    runs = {"topk": arguments.topk, "base": arguments.base, "steps": sorted(set(of_runs))}
-    _write(folder / _RESULT, {**runs, "claims": claims.judge(measured, missing)})
+    settings = {name: getattr(arguments, name) for name in ("kinds", "sae_tokens", "limit", "tokens", "text")}
+    result = {
+        "topk": arguments.topk,
+        "base": arguments.base,
+        "steps": sorted(set(of_runs)),
+        "settings": {name: value for name, value in settings.items() if value},
+        "claims": claims.judge(measured, missing),
+    }
+    _write(folder / _RESULT, result)
 
 
 def _write(path: Path, content: Any) -> None:
@@ -166,9 +198,11 @@ def _write(path: Path, content: Any) -> None:
         write_atomically(path, (json.dumps(survey.without_nan(content), indent=1) + "\n").encode())
 
 
-def _commands(arguments: argparse.Namespace, folder: Path, keep: int) -> Iterator[_Command]:
+def _commands(
+    arguments: argparse.Namespace, folder: Path, config: Config, steps: Sequence[int]
+) -> Iterator[_Command]:
     """Yields all commands, in an order in which each finds what it reads."""
-    topk, base = arguments.topk, arguments.base
+    topk, base, keep = arguments.topk, arguments.base, str(config.model.topk_k)
 
     def given(flag: str, value: Any) -> list[str]:
         return [] if value is None else [flag, str(value)]
@@ -176,22 +210,28 @@ def _commands(arguments: argparse.Namespace, folder: Path, keep: int) -> Iterato
     texts = [part for text in arguments.text for part in ("--text", text)]
     limit = given("--limit", arguments.limit)
     yield _Command("capabilities", "capabilities", ["eval", *topk, "--against", *base, *texts, *limit])
-    saes = list[str]()
-    for number, run in enumerate(base):
-        own = [str(folder / "sae" / f"{kind}-{number}") for kind in arguments.kinds.split(",")]
-        for kind, out in zip(arguments.kinds.split(","), own, strict=True):
-            how = ["--kind", kind, "--k", str(keep), "--seed", str(number), "--out", out]
-            tokens = given("--tokens", arguments.sae_tokens)
-            yield _Command(f"sae-{kind}-{number}", "", ["sae", "train", run, *how, *tokens])
-        how = ["--run", run, *given("--tokens", arguments.tokens)]
-        yield _Command(f"dictionaries-{number}", "dictionaries", ["sae", "measure", *own, *how])
-        saes += own
+    saes, kinds = list[str](), arguments.kinds.split(",")
+    tokens = given("--tokens", arguments.sae_tokens)
+    layers = ",".join(map(str, range(config.model.n_topk_layers)))
+    for number, (run, step) in enumerate(zip(base, steps[len(topk) :], strict=True)):
+        # Other settings are other autoencoders: they have folders of their own.
+        ends = f"k{keep}-{arguments.sae_tokens or 'default'}-step{step}"
+        own = [folder / "sae" / f"{kind}-{number}-{ends}" for kind in kinds]
+        for kind, out in zip(kinds, own, strict=True):
+            how = ["--kind", kind, "--k", keep, "--seed", str(number), "--out", str(out), *tokens]
+            if not (out / sae_folder.FILE).exists():
+                how += ["--resume"] if (out / sae_folder.STATE).exists() else []
+                yield _Command(f"sae-{kind}-{number}", "dictionaries", ["sae", "train", run, *how], False)
+        how = ["--run", run, "--together", layers, *given("--tokens", arguments.tokens)]
+        yield _Command(f"dictionaries-{number}", "dictionaries", ["sae", "measure", *map(str, own), *how])
+        saes += map(str, own)
     how = [*given("--conllu", arguments.conllu), *given("--tokens", arguments.tokens), "--no-steering"]
     card = ["neurons", "card", topk[0], "--against", *topk[1:], *base, "--sae", *saes, *how]
     yield _Command("card", "card", card)
     for number, (ours, theirs) in enumerate(zip(topk, base, strict=True)):
-        yield _Command(f"harvest-{number}", "", ["neurons", "harvest", ours])
-        yield _Command(f"harvest-base-{number}", "", ["neurons", "harvest", theirs, "--keep", str(keep)])
+        yield _Command(f"harvest-{number}", "steering", ["neurons", "harvest", ours], False)
+        of_base = ["neurons", "harvest", theirs, "--keep", keep]
+        yield _Command(f"harvest-base-{number}", "steering", of_base, False)
         yield _Command(f"steering-{number}", "steering", ["steer", ours, "--survey", "--against", theirs])
     for number, run in enumerate((*topk, *base)):
         there = tables.names(local_path(run, "RUN"))
@@ -200,7 +240,8 @@ def _commands(arguments: argparse.Namespace, folder: Path, keep: int) -> Iterato
             if name in _CHAINED:
                 which += ["--steps", ",".join(map(str, claims.late_steps(read.readable(run))))]
             if "-".join(filter(None, (tables.PLAIN, name))) not in there:
-                yield _Command(f"trace-{name}{number}", "", ["trace", "run", run, "--no-language", *which])
+                how = ["trace", "run", run, "--no-language", *which]
+                yield _Command(f"trace-{name}{number}", "formation", how, False)
     for number, (ours, theirs) in enumerate(zip(topk, base, strict=True)):
         yield _Command(f"formation-{number}", "formation", ["trace", "report", ours, "--against", theirs])
         after = (number + 1) % len(topk)
@@ -219,7 +260,13 @@ def _run(one: _Command, path: Path, quiet: bool) -> str:
 
     Its progress is shown, unless `quiet`.
     """
-    command = [sys.executable, "-m", "topklm", *one.arguments, *(["--json", str(path)] if one.kept else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "topklm",
+        *one.arguments,
+        *(["--json", str(path)] if one.has_json else []),
+    ]
     ended = subprocess.run(
         command, stdout=subprocess.DEVNULL if quiet else None, stderr=subprocess.PIPE, text=True, check=False
     )

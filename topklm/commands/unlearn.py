@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.neurons.ablate_set import Neuron
     from topklm.neurons.documents import TextModel
-    from topklm.progress import Progress
+    from topklm.progress import Progress, Report
     from topklm.training.unlearn import Result, Settings
 
 DESCRIPTION = (
@@ -115,7 +116,10 @@ def run(arguments: argparse.Namespace) -> None:
             unlearn.Method("gradient ascent", unlearn.ASCENT),
         ]
         with output.progress.phase("unlearning", work.n_steps(methods)) as tell:
-            report = lambda steps: tell(steps, 0, 0)  # noqa: E731
+
+            def report(steps: int) -> None:
+                tell(steps, 0, 0)
+
             before = work.run(unlearn.AS_IT_WAS, report)
             results = [_without_others(work.run(method, report), methods[0]) for method in methods]
         content = {
@@ -159,8 +163,7 @@ def _chosen(
     counts = []
     for name, documents in zip(_TEXTS, train, strict=True):
         with progress.phase(f"reading activations, {name}", sum(map(len, documents))) as tell:
-            told = lambda tokens, tell=tell: tell(tokens, 0, tokens)  # noqa: E731
-            counts.append(harvest.count(model, documents, report=told))
+            counts.append(harvest.count(model, documents, report=functools.partial(_tell, tell)))
     frequency = np.stack([one.active.sum(axis=0) / one.n_tokens.sum() for one in counts])[:, layers]
     activation = np.stack([one.activation for one in counts])[:, layers]
     rng = np.random.default_rng(arguments.seed)
@@ -181,6 +184,10 @@ def _chosen(
         for layer, neuron in neurons
     ]
     return neurons, random, facts
+
+
+def _tell(report: Report, tokens: int) -> None:
+    report(tokens, 0, tokens)
 
 
 def _settings(arguments: argparse.Namespace, layer: int) -> Settings:

@@ -41,8 +41,8 @@ class Figure:
     is_better_up: bool
     margin: float
     ours: Values
-    others: Mapping[str, Values]  # baselines, the controls among them
-    rivals: tuple[str, ...]  # of them, those that are compared; the others stand beside
+    others: Mapping[str, Values]  # baselines and controls
+    rivals: tuple[str, ...]  # names of the baselines that are compared
     given: tuple[float, float] | None = None  # an interval of the difference that is known already
 
     @property
@@ -53,12 +53,12 @@ class Figure:
 
     @property
     def differences(self) -> Values:
-        """Ours less the rival's, seed by seed."""
+        """Returns ours less the rival's, seed by seed."""
         return tuple(a - b for a, b in zip(self.ours, self.others[self.rival], strict=True))
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean difference; NaN with one seed."""
+        """Returns the 95 % interval of the mean difference; NaN with one seed."""
         return self.given or over_seeds(self.differences)
 
     @property
@@ -115,7 +115,9 @@ def _capabilities(measured: Measured) -> Iterator[Figure]:
             tuple(one["value"] for one in entry["runs"]),
             {"Base LM": tuple(one["value"] for one in entry["against"])},
             ("Base LM",),
-            (entry["difference"]["low"], entry["difference"]["high"]),
+            None
+            if entry["difference"]["low"] is None
+            else (entry["difference"]["low"], entry["difference"]["high"]),
         )
 
 
@@ -130,11 +132,12 @@ def _bases(measured: Measured, get: Callable[[Any], float | None]) -> tuple[Valu
     for run in _of_card(measured, "base"):
         for basis in run["bases"]:
             found.setdefault(basis["name"], []).append(get(basis))
-    whole = {name: tuple(values) for name, values in found.items() if None not in values}
-    known = {name: tuple(map(float, values)) for name, values in whole.items()}  # type: ignore[arg-type]
-    if None in ours:
-        return (), {}
-    return tuple(map(float, ours)), known  # type: ignore[arg-type]
+    known = {name: _known(values) for name, values in found.items() if None not in values}
+    return ((), {}) if None in ours else (_known(ours), known)
+
+
+def _known(values: Sequence[float | None]) -> Values:
+    return tuple(float(value) for value in values if value is not None)
 
 
 def _layers(measured: Measured) -> int:
@@ -183,7 +186,9 @@ def _readable(measured: Measured) -> Iterator[Figure]:
 def _trade(measured: Measured) -> Iterator[Figure]:
     topk, base = _of_card(measured, "topk"), _of_card(measured, "base")
     spliced: dict[str, list[float]] = {}
-    for run, found in zip(base, measured.get("dictionaries", ()), strict=False):
+    dictionaries = measured.get("dictionaries", ())
+    # Of fewer it is not known which Base LMs they are of.
+    for run, found in zip(base, dictionaries, strict=True) if len(dictionaries) == len(base) else ():
         for entry in found["autoencoders"]:
             together = entry["together"]
             factor = together["loss_reconstructed"] / together["loss"]
@@ -304,8 +309,9 @@ CLAIMS = (
         "They offer a good trade-off of model size, compute and interpretability.",
         _trade,
         "Bits per byte of held-out text where every TopK layer hands on codes alone: of the TopK LM as "
-        "it is, of the Base LM with an SAE's reconstructions in place of these hidden states; FLOPs of "
-        "the training.",
+        "it is, of the Base LM with an SAE's reconstructions in place of these hidden states (the Base "
+        "LM's bits, times the ratio of its losses with and without them); FLOPs of the training, SAEs of "
+        "all layers.",
         ("card", "dictionaries"),
     ),
     Claim(
@@ -330,7 +336,7 @@ CLAIMS = (
         _stability,
         "r of activations on the same tokens, neurons paired one to one; median over neurons, mean over "
         "layers.",
-        ("stability",),
+        ("stability", "formation"),
     ),
 )
 
@@ -345,9 +351,9 @@ def judge(measured: Measured, missing: Mapping[str, str]) -> list[dict[str, Any]
                 "claim": claim.name,
                 "text": claim.text,
                 "verdict": verdict(figures),
-                "why": ""
-                if figures
-                else next((missing[n] for n in claim.needs if n in missing), "no figures"),
+                "why": next(
+                    (missing[n] for n in claim.needs if n in missing), "" if figures else "no figures"
+                ),
                 "figures": [_as_json(figure) for figure in figures],
             }
         )
@@ -370,7 +376,7 @@ def _as_json(figure: Figure) -> dict[str, Any]:
 _HEAD = """# Claims and evidence
 
 The claims of the abstract of [TopK Language Models](https://arxiv.org/abs/2506.21468), each measured. The
-page is written by `topklm study`, figures and verdicts included; [evaluation.md](evaluation.md) says how.
+page is written by `topklm study`, figures and verdicts included; docs/evaluation.md says how.
 
 {verdicts}
 
@@ -408,7 +414,9 @@ def page(studies: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 
 def _described(study: Mapping[str, Any]) -> str:
     n, steps = len(study["topk"]), ", ".join(f"{step:,}" for step in study["steps"])
-    return f"{n} TopK LM{'s' * (n > 1)} and as many Base LMs, one for each seed, after {steps} steps"
+    flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in study["settings"].items())
+    runs = f"{n} TopK LM{'s' * (n > 1)} and as many Base LMs, one for each seed, after {steps} steps"
+    return f"{runs}; `{flags}`"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -202,8 +202,8 @@ def more_activated(
 ) -> tuple[tuple[int, int], ...]:
     """Returns the neurons of each layer whose mean activation in the first text is above that in the other.
 
-    The `n_neurons` with the largest difference of each layer, (layer, number), among those that are active at
-    no more than the share `most` of the other text's tokens, as SAEBench chooses latents to unlearn (Karvonen
+    The `n_neurons` with the largest difference of each layer, (layer, number), among neurons active at no
+    more than the share `most` of the other text's tokens, as SAEBench chooses latents to unlearn (Karvonen
     et al. 2025, arXiv 2503.09532). Activation and frequency are float64[2, S, D]. ArgumentError for fewer.
     """
     chosen = list[tuple[int, int]]()

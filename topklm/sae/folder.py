@@ -53,8 +53,9 @@ def load(path: Path, model: LanguageModel, flag: str) -> tuple[Dictionary, tuple
         layers = saelens.layers_of(path)
         there = harvest.kind_and_layers(model.cfg)[1]
         if not layers or not set(layers) <= set(there):
-            has = f"SAEs of layers {layers}" if layers else f"no {FILE}, and no blocks.N.hook_resid_post"
-            allowed = f"give a folder of topklm sae train or of SAELens, of layers of {there}"
+            of, among = (", ".join(map(str, some)) for some in (layers, there))
+            has = f"SAEs of layers {of}" if layers else f"no {FILE}, and no blocks.N.hook_resid_post"
+            allowed = f"give a folder of topklm sae train or of SAELens, of the layers {among}"
             raise UserError(f"has {has}: {allowed}", field=flag, value=str(path))
         return saelens.read_dictionary(path, layers, model.cfg.d_model), layers
     dictionary, layers = load_of_any(path, flag)

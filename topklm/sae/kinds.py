@@ -45,6 +45,7 @@ _PREFIX_SHARE = 4
 _TANH_SCALE = 4.0
 _EMA = 0.01  # share of a new step in the averaged threshold
 _UNSET = -1.0
+_MOST_IDLE = 2**31 - 2**24  # tokens; int32 holds a minibatch more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ class SaeConfig:
         for flag, value in (("--learning-rate", self.learning_rate), ("--minibatch", self.minibatch)):
             if not value > 0:
                 raise UserError(field=flag, value=value, allowed="above 0")
+        if not self.coefficient >= 0:
+            raise UserError(field="--coefficient", value=self.coefficient, allowed="0 or more")
         if self.kind == "gba":
             self.frequencies()
 
@@ -376,7 +379,8 @@ def adapt_biases(
 
 def remember(config: SaeConfig, memory: Arrays, seen: Seen, n: int, d: int) -> Arrays:
     """Returns the memory after a step of n tokens."""
-    found = memory | {"idle": jnp.where(seen.is_active, 0, memory["idle"] + n)}
+    idle = jnp.minimum(memory["idle"], _MOST_IDLE) + n
+    found = memory | {"idle": jnp.where(seen.is_active, 0, idle)}
     if "least" in memory:
         least = jnp.where(jnp.isfinite(seen.least), seen.least, memory["least"])
         averaged = (1 - _EMA) * memory["least"] + _EMA * least

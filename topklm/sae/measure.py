@@ -246,15 +246,18 @@ def recovered(
     model: TextModel,
     read: Sequence[tuple[tuple[jax.Array, ...], np.ndarray]],
     report: Callable[[int], None] = lambda tokens: None,
-) -> tuple[list[dict[str, float]], dict[str, float]]:
+    together: Sequence[int] | None = None,
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Measures losses with reconstructions in place of a layer's hidden states, one layer at a time.
 
-    Returns those of each layer; and the loss with all changed together, but for the model's last layer,
-    which no other reads.
+    Returns the losses of each layer; and the loss with the layers `together` changed at once, by default all
+    but the model's last, which no other reads.
     """
     n_layers = model.config.n_layers
     everywhere = _everywhere(dictionary, layers, means_SD, n_layers)
-    cases = [(_CLEAN, []), (_RECONSTRUCTED, [layer for layer in layers if layer < n_layers - 1])]
+    if together is None:
+        together = [layer for layer in layers if layer < n_layers - 1]
+    cases = [(_CLEAN, []), (_RECONSTRUCTED, list(together))]
     cases += [(how, [layer]) for layer in layers for how in (_RECONSTRUCTED, _ZERO, _MEAN)]
     nats = np.zeros(len(cases))
     for inputs, inside in read:
@@ -265,7 +268,7 @@ def recovered(
             # A token's own loss stands one before it.
             nats[number] += np.asarray(losses)[inside - 1].sum(dtype=np.float64)
         report(len(inside))
-    clean, together, *by_layer = (nats / sum(len(inside) for _, inside in read)).tolist()
+    clean, at_once, *by_layer = (nats / sum(len(inside) for _, inside in read)).tolist()
     found = []
     for reconstructed, zero, mean in np.reshape(by_layer, (-1, 3)).tolist():
         shares = {
@@ -273,7 +276,7 @@ def recovered(
             for name, without in (("zero", zero), ("mean", mean))
         }
         found.append({"loss": clean, "loss_reconstructed": reconstructed, **shares})
-    return found, {"loss": clean, "loss_reconstructed": together}
+    return found, {"layers": list(together), "loss": clean, "loss_reconstructed": at_once}
 
 
 def _everywhere(
@@ -301,19 +304,23 @@ def of_folders(
     documents: Iterable[np.ndarray],
     n_tokens: int,
     progress: Progress,
+    together: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Measures the autoencoders of folders, each by its name and layers; UserError for layers that differ."""
+    """Measures the autoencoders of folders, each by its name and layers; UserError for layers that differ.
+
+    `together` as of `recovered`.
+    """
     read, entries = list(_batches(model, documents, n_tokens)), list[dict[str, Any]]()
     n = sum(len(inside) for _, inside in read)
     for name, dictionary, layers in given:
         with progress.phase(f"measuring {name}", n) as report:
             found, means = reconstruction(dictionary, layers, model, read)
             tell = functools.partial(_tell, report)
-            losses, together = recovered(dictionary, layers, means, model, read, tell)
+            losses, at_once = recovered(dictionary, layers, means, model, read, tell, together)
         alike = decoder_cosine(dictionary.decoder)
         rows = [{**a, **b, "decoder_cosine": float(c)} for a, b, c in zip(found, losses, alike, strict=True)]
         about = {"name": name, "kind": dictionary.kind, "description": dictionary.description}
-        entries.append({**about, "of_layers": list(layers), "layers": rows, "together": together})
+        entries.append({**about, "of_layers": list(layers), "layers": rows, "together": at_once})
     _add_stability(given, entries)
     return {"tokens": n, "autoencoders": entries, "notes": []}
 

@@ -98,7 +98,9 @@ def masked_update(
         )
         return new._replace(mu=mu, nu=nu)
 
-    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
     return updates, jax.tree.map(kept, after, state, is_leaf=is_adam)
 
 
