@@ -65,7 +65,11 @@ def hard_rows(dtype, d, rng):
         (np.float32, 37, 1),
         (np.float32, 37, 12),
         (np.float32, 37, 36),
+        (np.float32, 96, 1),
+        (np.float32, 96, 11),
         (np.float32, 96, 48),
+        (np.float32, 1040, 16),
+        (ml_dtypes.bfloat16, 1040, 5),
         (ml_dtypes.bfloat16, 37, 12),
         (np.float16, 64, 8),
     ],
@@ -91,18 +95,19 @@ def test_a_row_wider_than_a_block_is_a_block(monkeypatch):
     [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16],
     ids=lambda t: np.dtype(t).name,
 )
-def test_the_number_of_passes_is_bounded_by_the_bits_of_a_key(monkeypatch, dtype):
-    count, passes = topk_threshold._count_at_least, []
+@pytest.mark.parametrize("k", [11, 20])
+def test_the_number_of_passes_is_bounded_by_the_bits_of_a_key(monkeypatch, dtype, k):
+    count, passes = topk_threshold._count, []
 
     def counted(*arguments):
         passes.append(arguments)
         return count(*arguments)
 
-    monkeypatch.setattr(topk_threshold, "_count_at_least", counted)
+    monkeypatch.setattr(topk_threshold, "_count", counted)
     with jax.disable_jit():
-        select(jnp.asarray(hard_rows(dtype, 48, np.random.default_rng(1))), 11, "identity", False)
-    for_ties = 1 + (48).bit_length()
-    assert len(passes) <= KEY_BITS[dtype] + 1 + for_ties
+        select(jnp.asarray(hard_rows(dtype, 48, np.random.default_rng(1))), k, "identity", False)
+    for_ties = 2 + (48).bit_length()
+    assert len(passes) <= KEY_BITS[dtype] + 1 + topk_threshold._LAST_KEYS + for_ties
 
 
 def test_wide_rows_are_counted_without_overflow():
