@@ -19,12 +19,12 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import backends
-from topklm.model.layers import Linear, RMSNorm
+from topklm.model.layers import Linear, RMSNorm, transposed
 from topklm.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
-# 64 to 128 measured best on CPUs.
-_QUERY_BLOCK = 128
+# 64 measured best on CPUs.
+_QUERY_BLOCK = 64
 _MASKED = -1e30  # finite, so that a row of masked scores gives no NaN
 
 CHECKPOINT_NAME = "attention"  # of what `splash` keeps for its backward pass, in remat policies
@@ -153,58 +153,71 @@ def _attention_forward(
     key_segments: jax.Array | None = None,
     first: jax.Array | None = None,
 ) -> tuple:
-    queries, keys, values = _to_groups(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    scaled = queries * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    # Scores stand with keys as rows: so every product, of the backward pass too, is one of plain row-major
+    # matrices, and only arrays as narrow as a head are transposed, never those as wide as the keys.
+    queries, keys, values = _columns(_scaled(q), k.shape[2]), _rows(k), _columns(v, v.shape[2])
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
         seen = stop if first is None else k.shape[1]
-        of_block = scaled[:, :, :, start:stop], keys[:, :, :seen]
+        of_block = queries[..., start:stop], keys[:, :, :seen]
         p = _probabilities(*of_block, (segments, key_segments, first, start, stop)).astype(q.dtype)
-        outputs.append(_product("bkgts,bksd->bkgtd", p, values[:, :, :seen]).astype(q.dtype))
+        mixed = _product("bkds,bksn->bkdn", values[:, :, :, 0, :seen], p).astype(q.dtype)
+        outputs.append(mixed.reshape(of_block[0].shape))
         probabilities.append(p)
-    out = jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0]
-    return _from_groups(out), (scaled, keys, values, out, probabilities)
+    out = _from_columns(jnp.concatenate(outputs, axis=-1))
+    return out, (q, k, v, out, probabilities)
 
 
 def attention_weights(q_BTHd: jax.Array, k_BTKd: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Computes the weights by which `causal_attention` mixes values, float32[B, H, T, T]: query, then key."""
-    queries, keys = _to_groups(q_BTHd, k_BTKd.shape[2]), jnp.swapaxes(k_BTKd, 1, 2)
-    scaled = queries * jnp.asarray(q_BTHd.shape[-1] ** -0.5, q_BTHd.dtype)
-    length = q_BTHd.shape[1]
-    p_BKGTT = _probabilities(scaled, keys, (segment_ids_BT, None, None, 0, length))
-    return p_BKGTT.reshape(len(q_BTHd), -1, length, length)
+    batch, length, n_heads, _ = q_BTHd.shape
+    queries, keys = _columns(_scaled(q_BTHd), k_BTKd.shape[2]), _rows(k_BTKd)
+    p_BKSN = _probabilities(queries, keys, (segment_ids_BT, None, None, 0, length))
+    return p_BKSN.mT.reshape(batch, n_heads, length, length)
 
 
-def _probabilities(scaled_BKGtd: jax.Array, keys_BKSd: jax.Array, allowed: tuple) -> jax.Array:
-    """Computes float32[B, K, H/K, t, S] of scaled queries; `allowed` are the arguments of `_allowed`."""
-    scores = _product("bkgtd,bksd->bkgts", scaled_BKGtd, keys_BKSd)
-    scores = jnp.where(_allowed(*allowed), scores, _MASKED)
-    exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def _scaled(q: jax.Array) -> jax.Array:
+    return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+
+def _probabilities(scaled_BKdGt: jax.Array, keys_BKSd: jax.Array, allowed: tuple) -> jax.Array:
+    """Computes float32[B, K, S, H/K * t] of scaled queries; `allowed` are the arguments of `_allowed`."""
+    scores = _product("bksd,bkdn->bksn", keys_BKSd, _flat(scaled_BKdGt))
+    of_group = scores.reshape(*scores.shape[:3], *scaled_BKdGt.shape[3:])
+    scores = jnp.where(_allowed(*allowed), of_group, _MASKED).reshape(scores.shape)
+    exponentials = jnp.exp(scores - scores.max(axis=2, keepdims=True))
+    return exponentials / exponentials.sum(axis=2, keepdims=True)
 
 
 def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
-    scaled, keys, values, out, probabilities = saved
-    g = _to_groups(g_BTHd, keys.shape[1])
+    q, k, v, out, probabilities = saved
+    n_kv_heads = k.shape[2]
+    key_columns, value_rows = _columns(k, n_kv_heads)[:, :, :, 0], _rows(v)
+    query_rows, g_rows = (_rows_of_groups(x, n_kv_heads) for x in (_scaled(q), g_BTHd))
+    g_columns = _columns(g_BTHd, n_kv_heads)
     # Row sums of p * dp equal g . out (Dao et al. 2022, FlashAttention, eq. 4), so dp is used once.
-    row_sums = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    row_sums_BTH = jnp.sum(g_BTHd.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    row_sums = _columns(row_sums_BTH, n_kv_heads)
     dq_blocks = []
     dk: jax.Array | None = None
     dv: jax.Array | None = None
-    for (start, stop), p in reversed(list(zip(_query_blocks(g.shape[3]), probabilities, strict=True))):
-        rows, seen = slice(start, stop), p.shape[-1]
-        dp = _product("bkgtd,bksd->bkgts", g[:, :, :, rows], values[:, :, :seen])
-        ds = (p * (dp - row_sums[:, :, :, rows])).astype(p.dtype)
-        dq_blocks.append(_product("bkgts,bksd->bkgtd", ds, keys[:, :, :seen]))
-        dk_block = _product("bkgts,bkgtd->bksd", ds, scaled[:, :, :, rows])
-        dv_block = _product("bkgts,bkgtd->bksd", p, g[:, :, :, rows])
+    for (start, stop), p in reversed(list(zip(_query_blocks(q.shape[1]), probabilities, strict=True))):
+        rows, seen = slice(start, stop), p.shape[2]
+        dp = _product("bksd,bkdn->bksn", value_rows[:, :, :seen], _flat(g_columns[..., rows]))
+        ds = (p * (dp - _flat(row_sums[..., rows]))).astype(p.dtype)
+        dq_block = _product("bkds,bksn->bkdn", key_columns[..., :seen], ds)
+        dq_blocks.append(dq_block.reshape(g_columns[..., rows].shape))
+        block_rows = [x[:, :, :, rows].reshape(*x.shape[:2], -1, x.shape[-1]) for x in (query_rows, g_rows)]
+        dk_block, dv_block = (
+            _product("bksn,bknd->bksd", *pair) for pair in zip((ds, p), block_rows, strict=True)
+        )
         # The last queries come first here, and see all keys.
         dk = dk_block if dk is None else dk.at[:, :, :seen].add(dk_block)
         dv = dv_block if dv is None else dv.at[:, :, :seen].add(dv_block)
     assert dk is not None
     assert dv is not None
-    dq = jnp.concatenate(dq_blocks[::-1], axis=3) * keys.shape[-1] ** -0.5
-    gradients = (x.astype(g_BTHd.dtype) for x in (_from_groups(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)))
+    dq = _from_columns(jnp.concatenate(dq_blocks[::-1], axis=-1)) * q.shape[-1] ** -0.5
+    gradients = (x.astype(g_BTHd.dtype) for x in (dq, _rows(dk), _rows(dv)))
     return *gradients, None, None, None
 
 
@@ -222,23 +235,39 @@ def _allowed(
     start: int,
     stop: int,
 ) -> jax.Array:
-    """Returns the keys that a block of queries attends to, bool[B, 1, 1, stop - start, keys]."""
+    """Returns the keys that a block of queries attends to, bool[B, 1, keys, 1, stop - start]."""
     if key_segments_BS is None:
         key_segments_BS = segments_BT[:, :stop]
     queries: Any = np.arange(start, stop) if first is None else first + np.arange(start, stop)
-    same = segments_BT[:, start:stop, None] == key_segments_BS[:, None, :]
-    return (same & (queries[:, None] >= np.arange(key_segments_BS.shape[1])))[:, None, None]
+    same = key_segments_BS[:, :, None] == segments_BT[:, None, start:stop]
+    return (same & (np.arange(key_segments_BS.shape[1])[:, None] <= queries))[:, None, :, None]
 
 
-def _to_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
+def _rows(x_BTKd: jax.Array) -> jax.Array:
+    """Exchanges tokens and heads: [B, T, K, d] -> [B, K, T, d], and back."""
+    return jnp.swapaxes(x_BTKd, 1, 2)
+
+
+def _rows_of_groups(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
     """Reorders [B, T, H, d] -> [B, K, H/K, T, d]."""
     batch, length, _, width = x_BTHd.shape
-    return jnp.transpose(x_BTHd.reshape(batch, length, n_kv_heads, -1, width), (0, 2, 3, 1, 4))
+    return _rows(x_BTHd).reshape(batch, n_kv_heads, -1, length, width)
 
 
-def _from_groups(x_BKGTd: jax.Array) -> jax.Array:
-    batch, n_kv, group, length, width = x_BKGTd.shape
-    return jnp.transpose(x_BKGTd, (0, 3, 1, 2, 4)).reshape(batch, length, n_kv * group, width)
+def _columns(x_BTHd: jax.Array, n_kv_heads: int) -> jax.Array:
+    """Reorders [B, T, H, d] -> [B, K, d, H/K, T]."""
+    return jnp.moveaxis(transposed(_rows_of_groups(x_BTHd, n_kv_heads)), 3, 2)
+
+
+def _flat(x_BKdGt: jax.Array) -> jax.Array:
+    """Merges the queries of a group: [B, K, d, G, t] -> [B, K, d, G t]."""
+    return x_BKdGt.reshape(*x_BKdGt.shape[:3], -1)
+
+
+def _from_columns(x_BKdGT: jax.Array) -> jax.Array:
+    """Reorders [B, K, d, H/K, T] -> [B, T, H, d]."""
+    batch, n_kv_heads, width, group, length = x_BKdGT.shape
+    return jnp.transpose(x_BKdGT, (0, 4, 1, 3, 2)).reshape(batch, length, n_kv_heads * group, width)
 
 
 def splash(
