@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.model.layers import RMSNorm, SwiGLU, gated_silu, matmul
+from topklm.model import layers
+from topklm.model.layers import RMSNorm, SwiGLU, gated_silu, matmul, swiglu
 
 
 def normal(*shape, seed=0):
@@ -35,6 +36,22 @@ def test_values_and_gradients_equal_automatic_differentiation(ours, plain, argum
     want = value_and_gradients(plain, arguments, g)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 8, 30])  # one chunk, one of a prime number, two, six
+def test_gradients_of_an_mlp_do_not_depend_on_chunks(monkeypatch, n_tokens):
+    monkeypatch.setattr(layers, "_TOKENS_PER_CHUNK", 4)
+    jax.clear_caches()  # the backward pass is compiled for itself
+    weights = normal(5, 6, seed=1), normal(5, 6, seed=2), normal(6, 5, seed=3)
+    arguments, g = (normal(n_tokens, 5), *weights), normal(n_tokens, 5, seed=4)
+
+    def plain(x, gate, up, down):
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    with jax.enable_x64(True):
+        want = value_and_gradients(plain, [np.float64(x) for x in arguments], np.float64(g))
+    for a, b in zip(value_and_gradients(swiglu, arguments, g), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_rms_norm_is_the_formula():

@@ -6,6 +6,8 @@ and `transposed`: XLA for CPUs has a kernel for bfloat16, twice as fast as float
 row-major matrices and a float32 result; all else it converts to float32 first (docs/decisions.md).
 """
 
+import math
+
 from flax import nnx
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -115,6 +117,55 @@ def _gated_silu_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tu
 gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
 
 
+# Tokens whose gradients are formed together: their hidden states, as wide as the MLP, stay near the cache.
+_TOKENS_PER_CHUNK = 1024
+
+
+@jax.custom_vjp
+def swiglu(x_ND: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """Computes `silu(x @ gate) * (x @ up) @ down`, and the hidden product again for its gradient.
+
+    On CPUs the backward pass goes over chunks of tokens, one after the other: XLA would else leave the
+    gradients of weights to the end of the step, and all that they are made of in memory.
+    """
+    return _swiglu_forward(x_ND, gate_DF, up_DF, down_FD)[0]
+
+
+def _swiglu_forward(x: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> tuple:
+    gate, up = product(x, gate_DF), product(x, up_DF)
+    return product(gated_silu(gate, up), down_FD), (x, gate, up, gate_DF, up_DF, down_FD)
+
+
+@jax.jit  # so that the layers of a model share one trace
+def _swiglu_backward(saved: tuple, g_ND: jax.Array) -> tuple[jax.Array, ...]:
+    *of_tokens, gate_DF, up_DF, down_FD = saved
+    of_tokens.append(g_ND)
+
+    def of_chunk(x: jax.Array, gate: jax.Array, up: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        hidden, pull = jax.vjp(gated_silu, gate, up)
+        g_gate, g_up = pull(product(g, transposed(down_FD)))
+        g_x = product(g_gate, transposed(gate_DF)) + product(g_up, transposed(up_DF))
+        pairs = (x, g_gate), (x, g_up), (hidden, g)
+        return g_x, *(product(transposed(a), b) for a, b in pairs)
+
+    def in_chunks(*of_tokens: jax.Array) -> tuple[jax.Array, ...]:
+        n_chunks = math.gcd(len(g_ND), max(1, len(g_ND) // _TOKENS_PER_CHUNK))
+
+        def add_chunk(total: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+            g_x, *of_weights = of_chunk(*chunk)
+            return tuple(map(jnp.add, total, of_weights)), g_x
+
+        zeros = tuple(map(jnp.zeros_like, (gate_DF, up_DF, down_FD)))
+        chunks = tuple(x.reshape(n_chunks, -1, x.shape[-1]) for x in of_tokens)
+        of_weights, g_x = jax.lax.scan(add_chunk, zeros, chunks)
+        return g_x.reshape(g_ND.shape), *of_weights
+
+    return jax.lax.platform_dependent(*of_tokens, cpu=in_chunks, default=of_chunk)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 class SwiGLU(nnx.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
@@ -125,7 +176,11 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, gate_up: jax.Array | None = None) -> jax.Array:
         """Maps [..., D] -> [..., D]; `gate_up`, [D, 2 F], takes the place of the matrices of gate and up."""
+        if gate_up is None and x.dtype == jnp.float32:
+            kernels = (layer.kernel[...] for layer in (self.gate, self.up, self.down))
+            return swiglu(x.reshape(-1, x.shape[-1]), *kernels).reshape(x.shape)
         if gate_up is None:
+            # Slices of bfloat16 are slow on CPUs, so no chunks.
             return self.down(gated_silu(self.gate(x), self.up(x)))
         return self.down(gated_silu(*jnp.split(product(x, gate_up), 2, axis=-1)))
 
