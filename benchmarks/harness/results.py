@@ -19,6 +19,16 @@ IMAGES = ROOT / "docs" / "images"
 
 _NUMBERS = re.compile(r"\[\n\s*(?:(?:-?\d[\d.e+-]*|null),?\n\s*)+\]")
 
+# Variables that keep a processor with AVX-512 from using it: ours, and of PyTorch's libraries. It remains that
+# processor otherwise, so such a figure is not one of a machine with AVX2 only.
+AVX2_ONLY = {
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
+_INSTRUCTIONS = {"AVX-512": "avx512f", "AVX2": "avx2", "AVX": "avx", "NEON": "asimd"}  # the widest first
+
 Content = Mapping[str, Any]  # of a JSON file
 
 
@@ -62,8 +72,11 @@ def describe_machine() -> dict[str, Any]:
 
     Looks for accelerators, which takes them.
     """
+    facts = _cpuinfo()
+    name = facts.get("model name", platform.processor())
     return {
-        "processor": _processor(),
+        "processor": f"{name} (family {facts['cpu family']})" if "cpu family" in facts else name,
+        "instructions": instructions(facts.get("flags", facts.get("Features", ""))),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "devices": [device.device_kind for device in jax.devices()],
@@ -93,12 +106,19 @@ def fill(document: str, parts: Mapping[str, str], name: str) -> str:
     return document
 
 
-def _processor() -> str:
+def instructions(flags: str) -> str:
+    """Names the widest vector instructions among a processor's flags, and the limit if one is set."""
+    found = next((name for name, flag in _INSTRUCTIONS.items() if flag in flags.split()), "unknown")
+    limited = found == "AVX-512" and AVX2_ONLY["XLA_FLAGS"] in os.environ.get("XLA_FLAGS", "")
+    return f"{found} limited to AVX2" if limited else found
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Returns the facts of the first processor."""
     cpuinfo = Path("/proc/cpuinfo")
     facts: dict[str, str] = {}
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             facts.setdefault(name.strip(), value.strip())
-    name = facts.get("model name", platform.processor())
-    return f"{name} (family {facts['cpu family']})" if "cpu family" in facts else name
+    return facts

@@ -11,11 +11,15 @@ import sys
 import time
 from typing import Any, TypeAlias
 
+import numpy as np
 import rich.console
 import rich.progress
 
 # Calls what is measured so many times and returns the seconds of all calls together.
 Subject: TypeAlias = Callable[[int], float]
+
+_DRAWS = 2000
+_TAILS = (0.025, 0.975)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,23 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Computes the 95 % interval of the median, by bootstrap with a fixed seed; of one value, itself."""
+    low, high = np.quantile(_medians_of_draws(values, 0), _TAILS)
+    return float(low), float(high)
+
+
+def ratio_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Computes that of the ratio of two medians of different runs."""
+    low, high = np.quantile(_medians_of_draws(values, 0) / _medians_of_draws(others, 1), _TAILS)
+    return float(low), float(high)
+
+
+def _medians_of_draws(values: Sequence[float], seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).choice(np.asarray(values, np.float64), (_DRAWS, len(values)))
+    return np.median(drawn, axis=1)
 
 
 def timed(function: Callable[[], Any]) -> Subject:

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from benchmarks.harness.timing import Samples, alternate, quartiles, timed
+from benchmarks.harness.timing import Samples, alternate, interval, quartiles, ratio_interval, timed
 
 
 def recorded(calls_made, name, seconds):
@@ -51,3 +52,24 @@ def test_figures_of_two_sides_are_compared_round_by_round():
 def test_nothing_is_printed_where_there_is_no_terminal(capfd):
     alternate({"a": lambda calls: 1e-3}, repeats=2, label="quiet")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_interval_of_a_median_is_that_of_scipy():
+    values = np.random.default_rng(3).gamma(2.0, size=40)
+    want = scipy.stats.bootstrap(
+        (values,), np.median, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    np.testing.assert_allclose(interval(values.tolist()), (want.low, want.high), rtol=0.05)
+    assert interval([2.0]) == (2.0, 2.0)
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+
+    def holds(factor):
+        low, high = ratio_interval(
+            (factor * rng.gamma(50, size=30)).tolist(), rng.gamma(50, size=30).tolist()
+        )
+        return low <= factor <= high
+
+    assert np.mean([holds(1.5) for _ in range(200)]) > 0.88
