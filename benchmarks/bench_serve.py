@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+import urllib.request
 
 import openai
 
@@ -60,6 +61,9 @@ def main() -> None:
         line = process.stdout.readline() if process.stdout else ""
         started = json.loads(line)
         seconds_to_start = time.perf_counter() - began
+        while _to_compile(started["address"]):
+            time.sleep(0.1)
+        seconds_to_compile = time.perf_counter() - began
         client = openai.AsyncOpenAI(base_url=started["address"], api_key="none", max_retries=0, timeout=600)
         asking = _rounds(client, started["model"], arguments.clients, arguments.tokens, arguments.rounds)
         rounds = asyncio.run(asking)
@@ -75,6 +79,7 @@ def main() -> None:
             "temperature": 1.0,
         },
         "seconds_to_start": seconds_to_start,
+        "seconds_until_all_is_compiled": seconds_to_compile,
         "exit_code": exit_code,
         "together": [_figures(together, seconds) for (together, seconds), _ in rounds],
         "one_after_another": [_figures(alone, seconds) for _, (alone, seconds) in rounds],
@@ -85,6 +90,11 @@ def main() -> None:
         one["tokens_per_second"] / other["tokens_per_second"] for one, other in both
     )
     results.write(arguments.out, result)
+
+
+def _to_compile(address: str) -> int:
+    with urllib.request.urlopen(f"{address.removesuffix('/v1')}/health") as answer:
+        return json.load(answer)["to_compile"]
 
 
 Answers = list[tuple[str, Stream | None]]

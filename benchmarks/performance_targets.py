@@ -71,7 +71,7 @@ def mfu(content: Content) -> Iterator[Figure]:
 
 def warm_start(content: Content) -> Iterator[Figure]:
     """Finds the seconds from the start of a process to its first step, of `benchmarks.startup`."""
-    seconds = content["seconds_to_first_step"]["warm"]
+    seconds = content["seconds"]["train warm"]
     yield "", seconds, f"{seconds:.1f} s"
 
 

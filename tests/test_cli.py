@@ -273,6 +273,27 @@ def test_importing_the_command_imports_no_jax(imported):
     assert heavy_modules_after(code) == "[]"
 
 
+# Tasks, statistics, checkpoints, and kernels for other devices: half of the time to the first step.
+UNUSED_BEFORE_THE_FIRST_STEP = ("scipy", "orbax", "torch", "transformers", "topklm.model.topk_pallas")
+TO_THE_FIRST_STEP = f"""
+import os, sys
+from topklm import cli
+from topklm.training import console
+def report(self, step, **figures):
+    print(step, [name for name in {UNUSED_BEFORE_THE_FIRST_STEP} if name in sys.modules], flush=True)
+    os._exit(0)
+console.Console.report = report
+cli.dispatch(["train", *sys.argv[1:]])
+"""
+
+
+def test_a_run_imports_nothing_before_its_first_step_that_the_step_does_not_need(trainer, tmp_path):
+    arguments = trainer.arguments(tmp_path / "run", {"checkpoint.trace": "log", "log.every_steps": 1})
+    process = trainer.start_python("-c", TO_THE_FIRST_STEP, *arguments)
+    assert process.finish() == 0, process.errors
+    assert process.output.splitlines()[-1] == "1 []"
+
+
 @pytest.mark.parametrize(
     "verb", [*cli.VERBS, "data show", "neurons harvest", "neurons find", "neurons card", "neurons contrast"]
 )

@@ -131,3 +131,12 @@ def test_a_parameter_that_no_rule_names_is_a_bug():
 def test_a_program_that_xla_splits_by_itself_has_no_kernels(backend, devices, wanted):
     model = topk.for_gspmd(ModelConfig(topk_backend=backend), devices)
     assert model == ModelConfig(topk_backend=wanted)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "wanted"),
+    [("auto", "cpu", "threshold"), ("auto", "gpu", "auto"), ("auto", "tpu", "auto"), ("lax", "cpu", "lax")],
+)
+def test_kernels_are_left_out_only_where_the_platform_has_none(backend, platform, wanted):
+    model = topk.for_platform(ModelConfig(topk_backend=backend), platform)
+    assert model == ModelConfig(topk_backend=wanted)

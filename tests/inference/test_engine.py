@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import queue
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,8 @@ def quickly_compiled():
 def slots():
     """With everything compiled, so that whatever else is compiled shows."""
     made = Scheduler(CONFIG, params_of(CONFIG), STOP, SIZES)
-    reports = []
-    warm_up(made, CONFIG, SIZES, lambda done, total: reports.append((done, total)))
-    total = reports[0][1]
-    assert reports == [(done, total) for done in range(total + 1)]
+    for compile_some in warm_up(made, CONFIG, SIZES):
+        compile_some()
     return made
 
 
@@ -325,6 +324,30 @@ def test_other_work_is_done_by_the_engines_thread(engine):
     assert engine.call(lambda: threading.current_thread().name).result(PATIENCE_SECONDS) == "topklm-engine"
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0).result(PATIENCE_SECONDS)
+
+
+def test_programs_are_compiled_while_nobody_asks_and_a_fault_in_that_harms_nobody(slots, expected):
+    engine = Engine(CONFIG, params_of(CONFIG), STOP, buckets=SIZES)
+    busy, done, compiled = threading.Event(), threading.Event(), []
+
+    def while_asked():
+        busy.set()
+        done.wait(PATIENCE_SECONDS)
+
+    later = [lambda: 1 / 0, *engine.programs()[:1], lambda: compiled.append(engine.load())]
+    engine.start([while_asked, *later])
+    busy.wait(PATIENCE_SECONDS)
+    assert engine.load().to_compile == len(later) + 1
+    texts = texts_of(list(jobs())[:2])
+    listener = Listener(texts)
+    engine.submit(texts, listener.deliver)
+    done.set()
+    listener.wait()
+    assert listener.found() == expected[:2]
+    while not compiled:
+        time.sleep(0.01)
+    assert compiled[0].to_compile == 1
+    engine.close()
 
 
 def test_a_text_of_no_new_tokens_has_ended(engine):

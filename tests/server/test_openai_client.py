@@ -270,7 +270,7 @@ def test_a_client_that_goes_frees_its_slot_for_the_next(served, client, expected
                 assert b"200 OK" in gone.recv(10_000)
         # There is one slot: who went has given it up.
         assert complete(client, seed=0).choices[0].text == expected[0]
-    load = {"running": 0, "waiting": 0, "slots": 1}
+    load = {"running": 0, "waiting": 0, "slots": 1, "to_compile": 0}
     assert served.ask("/health") == (200, {"status": "ok", "model": "village", **load})
 
 

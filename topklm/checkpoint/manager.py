@@ -245,6 +245,7 @@ class TraceManager:
         self._folder, self._say = absolute(folder), say
         self._due = set(steps)
         self._save: _Save | None = None
+        self._held: tuple[int, Any, Mapping[str, Any]] | None = None
         self._saved = set(_open(_ENTRY, self._folder, say)) if steps else set()
 
     def begin_after(self, step: int) -> None:
@@ -258,15 +259,29 @@ class TraceManager:
         self._saved -= set(later)
 
     def due(self, step: int) -> bool:
-        """Returns True if the parameters after this step are to be saved."""
-        return step in self._due and step not in self._saved
+        """Returns True if the parameters after this step are to be saved, or others are held."""
+        return self._held is not None or self._lacks(step)
+
+    def hold(self, step: int, params: Any, facts: Mapping[str, Any]) -> None:
+        """Takes what `save` does, for the next `save` to save first: a first step need not wait for that."""
+        self._due.discard(step)
+        self._held = step, _as_bfloat16(params), facts
 
     def save(self, step: int, params: Any, facts: Mapping[str, Any]) -> None:
-        """Starts saving parameters (a nested dict), whose buffers are free once this returns."""
+        """Starts saving parameters (a nested dict) if they are due; their buffers are free on return."""
+        held, self._held = self._held, None
+        if held:
+            self._begin(*held)
+        if self._lacks(step):
+            self._due.discard(step)
+            self._begin(step, _as_bfloat16(params), facts)
+
+    def _lacks(self, step: int) -> bool:
+        return step in self._due and step not in self._saved
+
+    def _begin(self, step: int, rounded: Any, facts: Mapping[str, Any]) -> None:
         self.close()
-        self._due.discard(step)
-        arrays = {PARAMS: _as_bfloat16(params)}
-        self._save = _Save(_ENTRY, self._folder, step, arrays, {FACTS: dict(facts)}, None)
+        self._save = _Save(_ENTRY, self._folder, step, {PARAMS: rounded}, {FACTS: dict(facts)}, None)
 
     def settle_before(self, step: int) -> None:
         """Waits for an entry of an earlier step: a run that resumes from this one would not save it again."""

@@ -13,7 +13,6 @@ from typing import Any
 from etils import epath
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from topklm.checkpoint import checksums
 from topklm.checkpoint.reader import (
@@ -48,7 +47,7 @@ class CheckpointWriter:
         self._final = checkpoints / str(step)
         bucket = is_bucket(checkpoints)
         self._folder = self._final if bucket else self._final.with_name(f"{step}{_TEMPORARY}")
-        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._handler = _orbax().PyTreeCheckpointHandler(use_compression=False)
         self._futures: list[Any] = []
 
     def make_folders(self, items: Sequence[str]) -> None:
@@ -117,10 +116,16 @@ class CheckpointWriter:
     async def _begin(self, trees: Mapping[str, Any]) -> list[Any]:
         saves = []
         for item, tree in trees.items():
-            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            save_args = jax.tree.map(lambda _: _orbax().SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            args = _orbax().args.PyTreeSave(tree, save_args=save_args)
             saves.append(self._handler.async_save(self._orbax_folder(item), args=args))
         return list(itertools.chain.from_iterable(await asyncio.gather(*saves)))
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint  # noqa: PLC0415 - 0.1 s that the start of a run does without
+
+    return orbax.checkpoint
 
 
 def write_checkpoint(

@@ -1,8 +1,9 @@
 """`topklm serve`: serves a model by OpenAI's interface for completions, with its neurons beside it."""
 
 import argparse
+from collections.abc import Callable
 import contextlib
-import functools
+import itertools
 import os
 from pathlib import Path
 import secrets
@@ -10,6 +11,7 @@ import sys
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
+from topklm.imports import uncollected
 from topklm.storage.files import is_bucket
 
 DESCRIPTION = (
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens N", "new ones of one text", 4096)
     add("--timeout SECONDS", "for one answer", 300.0)
     add("--grace SECONDS", "that texts may go on when the server is told to stop", 10.0)
-    text = "compile first what most requests need, else when it is needed; default do"
+    text = "compile what most requests need while there are none, else when it is needed; default do"
     add("--warm-up", text, action=argparse.BooleanOptionalAction, default=True)
     shared.flags(parser, "json")
 
@@ -48,13 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_installed("serve", _NEEDED)
     output = Output(arguments.json)
     # These need packages of the extra, and JAX.
-    import topklm  # noqa: PLC0415
-    from topklm.runtime import compilation_cache  # noqa: PLC0415
-    from topklm.server import app  # noqa: PLC0415
-    from topklm.server.requests import Limits  # noqa: PLC0415
-    from topklm.server.service import Service  # noqa: PLC0415
-    from topklm.web.http import is_loopback  # noqa: PLC0415
-    from topklm.web.server import listen  # noqa: PLC0415
+    with uncollected(first=True):
+        from topklm.inference.load import load  # noqa: PLC0415
+        from topklm.runtime import compilation_cache  # noqa: PLC0415
+        from topklm.server import app  # noqa: PLC0415
+        from topklm.server.requests import Limits  # noqa: PLC0415
+        from topklm.server.service import Service  # noqa: PLC0415
+        from topklm.web.http import is_loopback  # noqa: PLC0415
+        from topklm.web.server import listen  # noqa: PLC0415
 
     if arguments.slots is not None and not 1 <= arguments.slots <= 1024:
         raise shared.wrong(arguments, "slots", allowed="from 1 to 1024")
@@ -68,19 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     ).check()
     listen(arguments.host, arguments.port).close()  # a taken port shows before work is done
     compilation_cache.enable()
-    model = topklm.load(arguments.run, step=arguments.step)
+    model = load(arguments.run, step=arguments.step)
     run = arguments.run.rstrip("/") if is_bucket(arguments.run) else Path(arguments.run).resolve()
     name = arguments.name or os.path.basename(run)
     service = Service(model, name, limits, arguments.slots)
-    with contextlib.ExitStack() as stack:
-        if arguments.warm_up:
-            shown = Output("-")  # on standard error
-            shown.console.print("compiling programs; most are kept for the next start", highlight=False)
-            start = functools.partial(shown.progress.phase, "compiling")
-            phase = functools.cache(lambda total: stack.enter_context(start(total)))
-            service.start(lambda done, total: phase(total)(min(done, 1), 0, 0))
-        else:
-            service.start(None)
     token = None
     if not is_loopback(arguments.host):
         token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
@@ -90,5 +84,27 @@ def run(arguments: argparse.Namespace) -> None:
         line = f"{name}: answers at {address}{key}   (Ctrl-C ends it)"
         output.give({"address": address, "model": name, "token": token}, lambda: print(line))
         sys.stdout.flush()
+        service.engine.start(programs, _shown(len(programs), stack))
 
-    app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)
+    programs = service.programs() if arguments.warm_up else []
+    with contextlib.ExitStack() as stack:
+        app.serve(service, listen(arguments.host, arguments.port), arguments.host, token, ready)
+
+
+def _shown(total: int, stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Shows on standard error how much is compiled, until all is or the stack ends; call it after each."""
+    if not total:
+        return lambda: None
+    shown = Output("-")
+    text = "compiling programs while there are no requests; most are kept for the next start"
+    shown.console.print(text, highlight=False)
+    report = stack.enter_context(shown.progress.phase("compiling", total))
+    left = itertools.count(total - 1, -1)
+
+    def after_each() -> None:
+        report(1, 0, 0)
+        if next(left) == 0:
+            stack.close()
+            shown.console.print("compiling: all is compiled", highlight=False)
+
+    return after_each

@@ -18,7 +18,7 @@ import ml_collections
 from topklm import config
 from topklm.commands import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.imports import when_used
+from topklm.imports import uncollected, when_used
 from topklm.runtime import allocator
 from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
@@ -78,6 +78,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains as the flags say."""
+    load_modules()
     from topklm import distributed  # noqa: PLC0415 - imports JAX, which --help does without
 
     experiment, workdir = read(arguments, arguments.config_flags, EXAMPLE)
@@ -89,6 +90,12 @@ def run(arguments: argparse.Namespace) -> None:
         compilation_cache.enable()
         check_usable(workdir, "--workdir", write=True)
         loop.train(experiment, workdir, stop=stop)
+
+
+def load_modules() -> None:
+    """Imports all that a run needs before its first step."""
+    with uncollected(first=True):
+        loop.train  # noqa: B018 - one that waits is loaded when something of it is used
 
 
 def parse(arguments: Sequence[str], example: str = EXAMPLE) -> tuple[config.Config, AnyPath]:

@@ -9,13 +9,16 @@ import itertools
 import sys
 from typing import TypedDict
 
-import grain
-from grain.experimental import index_shuffle
 import numpy as np
 
 from topklm.data.dataset import Dataset, Mixture
 from topklm.data.records import RECORD_TOKENS, TokenStream
 from topklm.errors import UserError
+from topklm.imports import without
+
+with without("orbax"):  # in which Grain would register what is not used here
+    import grain
+    from grain.experimental import index_shuffle
 
 _SCAN_TOKENS = 64 * RECORD_TOKENS  # tokens read at a time while looking for document boundaries
 _OPEN_ROWS = 64  # rows of a held-out batch that still take pieces

@@ -3,6 +3,7 @@
 Updates on sequences are delivered from that thread. A sequence's tokens do not depend on the others.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 import concurrent.futures
 import logging
@@ -10,8 +11,7 @@ import threading
 from typing import NamedTuple, TypeVar
 
 from topklm.config import ModelConfig
-from topklm.inference.scheduler import Scheduler
-from topklm.inference.scheduler import warm_up as compile_early
+from topklm.inference.scheduler import Scheduler, warm_up
 from topklm.inference.sequence import Sequence, ServingBuckets, Token
 from topklm.model import transformer
 
@@ -49,11 +49,12 @@ class ClosedError(Exception):
 
 
 class EngineLoad(NamedTuple):
-    """How busy an engine is, in sequences."""
+    """How busy an engine is, in sequences; and how many times it will compile programs when it is not."""
 
     running: int
     waiting: int
     most_running: int
+    to_compile: int
 
 
 class Engine:
@@ -80,17 +81,25 @@ class Engine:
         self._aborted: set[Sequence] = set()
         self._calls: list[Callable[[], None]] = []
         self._closed = False
+        self._to_compile: deque[Callable[[], None]] = deque()
+        self._compiled: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="topklm-engine", daemon=True)
 
-    def start(self, warm_up: Callable[[int, int], None] | None = None) -> None:
-        """Starts the thread, after the programs that most traffic needs have been compiled.
+    def start(
+        self, to_compile: Iterable[Callable[[], None]] = (), compiled: Callable[[], None] = lambda: None
+    ) -> None:
+        """Starts the thread, which calls these functions (of `programs`, say) one by one while it is idle.
 
-        `warm_up` is called with how many of how many parts are done; None: programs are compiled when they
-        are needed, while all wait.
+        A request waits for the one that runs, and programs that it needs are compiled when it comes.
+        `compiled` is called after each, in the engine's thread.
         """
-        if warm_up is not None:
-            compile_early(self._scheduler, self._config, self._buckets, warm_up)
+        self._to_compile += to_compile
+        self._compiled = compiled
         self._thread.start()
+
+    def programs(self) -> list[Callable[[], None]]:
+        """Returns functions for `start` that compile what most traffic needs, see `scheduler.warm_up`."""
+        return warm_up(self._scheduler, self._config, self._buckets)
 
     def submit(self, sequences: Iterable[Sequence], on_update: OnUpdate) -> None:
         """Queues sequences, all or none; they begin in this order.
@@ -141,7 +150,8 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how busy it is."""
         with self._changed:
-            return EngineLoad(len(self._on_update), len(self._waiting), self._buckets.most_slots)
+            n_running, n_waiting = len(self._on_update), len(self._waiting)
+            return EngineLoad(n_running, n_waiting, self._buckets.most_slots, len(self._to_compile))
 
     def close(self) -> None:
         """Ends all sequences, and the thread; waits for both."""
@@ -156,11 +166,15 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._has_work)
+                self._changed.wait_for(lambda: self._has_work() or self._to_compile)
                 if self._closed:
                     break
+                is_idle = not self._has_work()
                 aborted, self._aborted = self._aborted, set()
                 calls, self._calls = self._calls, []
+            if is_idle:
+                self._compile()
+                continue
             try:
                 self._round(aborted, calls)
             except Exception:
@@ -172,6 +186,21 @@ class Engine:
             _deliver(on_update, [SequenceUpdate(one, [], "closed")])
         for call in self._calls:
             call()
+
+    def _compile(self) -> None:
+        """Calls one of the functions that compile; without them, programs are compiled when needed."""
+        function = self._to_compile[0]
+        try:
+            function()
+        except Exception:
+            _log.exception("programs could not be compiled early")
+            self._scheduler.clear()
+        with self._changed:
+            self._to_compile.popleft()
+        try:
+            self._compiled()
+        except Exception:  # theirs
+            _log.exception("a listener failed")
 
     def _has_work(self) -> bool:
         return bool(self._closed or self._waiting or self._aborted or self._calls or self._on_update)

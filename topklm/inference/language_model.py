@@ -36,7 +36,7 @@ from topklm.inference.tokens import (
     rows_of,
     split_at_character,
 )
-from topklm.model import transformer
+from topklm.model import topk, transformer
 from topklm.neurons.capture import (
     TOPK,
     ActivationCache,
@@ -428,7 +428,7 @@ class LanguageModel:
         self, n_rows: int, steer: Steer | None, steer_mode: str, topk_k: int | None
     ) -> tuple[ModelConfig, InterventionBatch | None]:
         """Gives the model's shape with the k that is asked for, and interventions on so many texts."""
-        config = with_topk_k(self.cfg, topk_k)
+        config = topk.for_parameters(with_topk_k(self.cfg, topk_k), self.params)
         if steer is None:
             return config, None
         if not isinstance(steer, InterventionBatch):

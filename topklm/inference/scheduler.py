@@ -9,6 +9,7 @@ prefill, P tokens of prompts, V vocabulary.
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+import functools
 import itertools
 from typing import Any
 
@@ -225,22 +226,24 @@ class Scheduler:
         return found
 
 
-def warm_up(
-    scheduler: Scheduler, config: ModelConfig, buckets: ServingBuckets, report: Callable[[int, int], None]
-) -> None:
-    """Compiles what most traffic needs, in an empty batch of these sizes; `report` gets parts and all."""
-    steer = InterventionBatch.of(config, {(0, 0): 0.0})
-    # Slots, sequences prefilled together, their length, capacity of the cache, whether steered.
-    parts: list[tuple[int, int, int, int, bool]] = []
-    for steered, length in itertools.product((False, True), buckets.prompts):
-        capacity = buckets.cache(length)
-        batches = buckets.prefill_batches(length)
-        parts += [(buckets.most_slots, n, length, capacity, steered) for n in batches]
+def warm_up(scheduler: Scheduler, config: ModelConfig, buckets: ServingBuckets) -> list[Callable[[], None]]:
+    """Returns functions that compile what most traffic needs, the programs of the smallest batches first.
+
+    Each runs them in the scheduler, which must hold no sequence, and leaves it as a new one is.
+    """
+    # Whether steered, slots, sequences prefilled together, their length, capacity of the cache.
+    parts: set[tuple[bool, int, int, int, int]] = set()
+    lengths = (1, *buckets.prompts[1:])
+    for steered, length in itertools.product((False, True), lengths):
+        for n in buckets.prefill_batches(length):
+            n_slots = buckets.most_slots if n > 1 else buckets.slots[0]
+            parts.add((steered, n_slots, n, length, buckets.cache(length)))
     for steered, n_slots, capacity in itertools.product((False, True), buckets.slots, buckets.caches):
         batches = buckets.prefill_batches(1)
-        parts += [(n_slots, n, 1, capacity, steered) for n in batches if n_slots > 1 or n == 1]
-    for done, (n_slots, n, length, capacity, steered) in enumerate(parts):
-        report(done, len(parts))
+        parts |= {(steered, n_slots, n, 1, capacity) for n in batches if n_slots > 1 or n == 1}
+    steer = InterventionBatch.of(config, {(0, 0): 0.0})
+
+    def generate(steered: bool, n_slots: int, n: int, length: int, capacity: int) -> None:
         scheduler.resize(n_slots, capacity)
         sequences = [
             Sequence.of(config, [0] * length, Sampling(), 1, steer=steer if steered else None)
@@ -249,14 +252,21 @@ def warm_up(
         scheduler.add(sequences)
         sequences[0].n_alternatives = 0 if n == 1 else None
         scheduler.decode(1)
-        for one in sequences:
-            scheduler.remove(one)
-    for capacity in buckets.caches:
-        for one_size, other in itertools.permutations(buckets.slots, 2):
-            scheduler.resize(one_size, capacity)
-            scheduler.resize(other, capacity)
-    scheduler.shrink()
-    report(len(parts), len(parts))
+        scheduler.clear()
+
+    def move(capacity: int, before: int, after: int) -> None:
+        scheduler.resize(before, capacity)
+        scheduler.resize(after, capacity)
+        scheduler.clear()
+
+    return [
+        *(functools.partial(generate, *part) for part in sorted(parts)),
+        *(
+            functools.partial(move, capacity, before, after)
+            for capacity in buckets.caches
+            for before, after in itertools.permutations(buckets.slots, 2)
+        ),
+    ]
 
 
 class Generation:

@@ -19,7 +19,7 @@ from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.kv_cache import STEPS
 from topklm.inference.sampling import RowSampling, draw
 from topklm.inference.sequence import Sequence
-from topklm.model import transformer
+from topklm.model import topk, transformer
 from topklm.model.block import NO_HOOKS, LayerHooks
 
 MOST_ALTERNATIVES = 20  # A
@@ -79,6 +79,7 @@ class StaticArgs(NamedTuple):
         cls, config: ModelConfig, params: transformer.Parameters, token_step: TokenStep = one_pass
     ) -> "StaticArgs":
         """Makes those for parameters on their devices."""
+        config = topk.for_parameters(config, params)
         sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
         if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.size == 1:
             return cls(config, None, token_step)

@@ -99,6 +99,25 @@ def centred(config: ModelConfig, u: jax.Array) -> jax.Array:
     return jnp.concatenate([x - mean for x, mean in zip(parts, means, strict=True)], axis=-1)
 
 
+def for_platform(config: ModelConfig, platform: str) -> ModelConfig:
+    """Returns the model with "auto" named where the platform has no kernel of its own.
+
+    Else those of all platforms are imported and traced, for a program that is lowered for one of them.
+    """
+    automatic = backends.TOPK.automatic(platform, config.dtype)
+    if config.topk_backend != backends.AUTO or automatic.platform:
+        return config
+    return dataclasses.replace(config, topk_backend=automatic.name)
+
+
+def for_parameters(config: ModelConfig, parameters: Any) -> ModelConfig:
+    """Does as `for_platform` of the devices on which parameters lie; nothing where that is not known yet."""
+    array = jax.tree.leaves(parameters)[0]
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        return config
+    return for_platform(config, next(iter(array.devices())).platform)
+
+
 def for_gspmd(config: ModelConfig, n_devices: int) -> ModelConfig:
     """Returns the model for programs that XLA splits by itself over these devices, which have no kernels."""
     asked = config.topk_backend

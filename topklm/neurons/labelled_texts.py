@@ -14,16 +14,18 @@ import io
 import json
 import lzma
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import zlib
 
 import numpy as np
-import scipy.sparse
 
 from topklm.data import sources
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.storage.files import parse_json
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 MEAN, LAST = -1, -2  # instead of the end of a word
 MEAN_TOKENS = 127  # of a text's beginning, that are averaged
@@ -56,7 +58,7 @@ class Located:
     """The examples that a tokenizer can show, n of them, in the N tokens of documents."""
 
     documents: Sequence[np.ndarray]  # int32[tokens] of each, none empty
-    pooling: scipy.sparse.csr_array  # float32[n, N], the share of each token in each example
+    pooling: "scipy.sparse.csr_array"  # float32[n, N], the share of each token in each example
     kept: np.ndarray  # int[n], which of `LabelledTexts` they are
 
 
@@ -193,6 +195,8 @@ def locate(given: LabelledTexts, tokenizer: Tokenizer, context_length: int) -> L
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     columns = np.fromiter((token for row in rows for token in row), np.int64, offsets[-1])
     shares = np.repeat(1 / np.array(lengths, np.float32), lengths)
+    import scipy.sparse  # noqa: PLC0415 - the trainer, which reads tasks, does without
+
     pooling = scipy.sparse.csr_array((shares, columns, offsets), (len(rows), n_tokens))
     return Located(documents, pooling, np.array(kept, np.int64))
 

@@ -58,6 +58,7 @@ class _Api:
     def health(self, _request: Request) -> Response:
         load = self._service.engine.load()
         busy = {"running": load.running, "waiting": load.waiting, "slots": load.most_running}
+        busy["to_compile"] = load.to_compile
         if self._service.closing:
             return Json({"status": "stopping", **busy}, 503)
         return Json({"status": "ok", "model": self._service.name, **busy})

@@ -228,12 +228,11 @@ class Service:
         self.closing = False
         self._listening: set[asyncio.Queue[list[SequenceUpdate] | None]] = set()  # None: grace is over
 
-    def start(self, warm_up: Callable[[int, int], None] | None) -> None:
-        """Starts the engine, see `Engine.start`; the programs for neurons are compiled too."""
-        if warm_up is not None and self.model.config.model.n_topk_layers:
-            for length in self.buckets.prompts:
-                self.active_neurons([0] * length)
-        self.engine.start(warm_up)
+    def programs(self) -> list[Callable[[], Any]]:
+        """Returns functions for `Engine.start`: `Engine.programs`, and those of neurons."""
+        lengths = self.buckets.prompts if self.model.config.model.n_topk_layers else ()
+        of_neurons = [functools.partial(self.active_neurons, [0] * length) for length in lengths]
+        return [*self.engine.programs(), *of_neurons]
 
     def stop(self) -> None:
         """Refuses new requests, and ends sequences that have not ended when the time of grace is over."""
@@ -249,7 +248,7 @@ class Service:
         """Returns the neurons int32[S, T, k] of the TopK layers on one text, the strongest first.
 
         With them their activations, float32[S, T, k], 0 where none is active. Lengths are rounded up to those
-        that `start` has compiled programs for.
+        that `programs` compiles for.
         """
         padded = np.zeros((1, self.buckets.prompt(len(ids))), np.int32)
         padded[0, : len(ids)] = ids

@@ -368,11 +368,13 @@ class _Loop:
         }
 
     def _begin_trace(self, state: TrainState) -> None:
-        """Drops entries of later steps from the trace; saves that of a new run before it trains."""
+        """Drops entries of later steps from the trace; takes that of a new run before it trains."""
         step = int(state.step)
         with self._storage("opening the trace of"):
             self.trace.begin_after(step or -1)
-        if self.trace.due(step):
+        if self.trace.due(step) and step < self.config.train.steps:
+            self.trace.hold(step, state.params, self._facts(step))
+        elif self.trace.due(step):
             self._save_for_trace(state)
 
     def _save_for_trace(self, state: TrainState) -> None:

@@ -6,12 +6,14 @@
 from collections import deque
 from collections.abc import Callable
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 
 from topklm.data.stream import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 DeviceBatch = dict[str, jax.Array]  # a Batch of global arrays [B, T]
 
@@ -24,7 +26,7 @@ class Feed:
     itself, costs the caller time.
     """
 
-    def __init__(self, stream: grain.DatasetIterator, put: Callable[[Batch], DeviceBatch], ahead: int = 2):
+    def __init__(self, stream: "grain.DatasetIterator", put: Callable[[Batch], DeviceBatch], ahead: int = 2):
         """Reads nothing yet; `put` starts a batch's transfer, of `ahead` besides the one given out."""
         self.waited = 0.0  # seconds the caller has waited for the stream; sending is not waiting
         self._stream, self._put, self._ahead = stream, put, ahead

@@ -149,6 +149,7 @@ def make_forward(
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)
+    config = topk.for_platform(config, layout.platform)
     attention = backends.ATTENTION.choose(config.attention, layout.platform, config.dtype, config)
     parallel = layout.device_view(shapes, jnp.dtype(config.dtype), attention.name)
 
