@@ -51,7 +51,8 @@ def main() -> None:
     """Writes benchmarks/results/startup.json."""
     parser = results.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("train", "serve", "import"), help="default: all")
+    text = "the others stay as they are in the file; default: all"
+    parser.add_argument("--only", choices=("train", "serve", "import"), help=text)
     parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -62,6 +63,8 @@ def main() -> None:
             for kind, start in kinds.items():
                 runs[kind].append(start(repeat))
                 print(json.dumps({kind: runs[kind][-1]}), flush=True)
+    if arguments.only:
+        runs = {**json.loads(arguments.out.read_text())["runs"], **runs}
     whole = {kind: [sum(start.values()) for start in starts] for kind, starts in runs.items()}
     result = {
         "seconds": {kind: statistics.median(seconds) for kind, seconds in whole.items()},

@@ -294,6 +294,24 @@ def test_a_run_imports_nothing_before_its_first_step_that_the_step_does_not_need
     assert process.output.splitlines()[-1] == "1 []"
 
 
+LOADS_THE_TRAINER = """
+import gc
+begun = []
+from topklm.commands import train
+gc.callbacks.append(lambda phase, about: begun.append(phase))
+train.load_modules()
+n = len(begun)
+train.load_modules()
+print(n, gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_count()[0] < 100_000)
+"""
+
+
+def test_modules_of_the_trainer_are_loaded_without_searches_for_garbage(trainer):
+    process = trainer.start_python("-c", LOADS_THE_TRAINER)
+    assert process.finish() == 0, process.errors
+    assert process.output.split() == ["0", "True", "True", "True"]
+
+
 @pytest.mark.parametrize(
     "verb", [*cli.VERBS, "data show", "neurons harvest", "neurons find", "neurons card", "neurons contrast"]
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 import gc
 import importlib
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -35,8 +36,14 @@ def uncollected(*, first: bool = False) -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-        if first and not gc.get_freeze_count():
-            gc.freeze()
+        if first:
+            _leave_out_once()
+
+
+@functools.cache
+def _leave_out_once() -> None:
+    """Freezes once: what is garbage by then is never freed."""
+    gc.freeze()
 
 
 class _Uncollected(SourceFileLoader):
