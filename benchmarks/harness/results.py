@@ -19,8 +19,8 @@ IMAGES = ROOT / "docs" / "images"
 
 _NUMBERS = re.compile(r"\[\n\s*(?:(?:-?\d[\d.e+-]*|null),?\n\s*)+\]")
 
-# Variables that keep a processor with AVX-512 from using it: ours, and of PyTorch's libraries. It remains that
-# processor otherwise, so such a figure is not one of a machine with AVX2 only.
+# Variables that keep a processor with AVX-512 from using it: ours, and of PyTorch's libraries. It remains
+# that processor otherwise, so such a figure is not one of a machine with AVX2 only.
 AVX2_ONLY = {
     "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
