@@ -15,11 +15,14 @@ import json
 import re
 import socket
 import threading
+import time
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec
 import google_crc32c
+
+from topklm.storage import remote
 
 DROP = "drop"  # instead of a status: hang up without an answer
 
@@ -50,7 +53,8 @@ def environment(url: str) -> dict[str, str]:
 
 
 def forget_connections() -> None:
-    """fsspec keeps what it has opened, with the environment of that time."""
+    """fsspec and TensorStore keep what they have opened, with the environment of that time."""
+    remote._context.cache_clear()
     fsspec.get_filesystem_class("gs").clear_instance_cache()
 
 
@@ -61,6 +65,7 @@ class Request:
     method: str
     path: str  # decoded
     query: dict[str, str]
+    range: str = ""  # its header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Bucket:
         self.name = name
         self.objects: dict[str, Object] = {}
         self.requests: list[Request] = []  # answered ones
+        self.delay = 0.0  # seconds before each answer
         self.lock = threading.Lock()
         self.uploads: dict[str, tuple[str, dict[str, str], bytearray]] = {}
         self._failures: list[tuple[Callable[[Request], bool], int | str, Iterator[Any]]] = []
@@ -124,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
-        request = Request(self.command, unquote(url.path), query)
+        request = Request(self.command, unquote(url.path), query, self.headers.get("Range", ""))
+        time.sleep(self.bucket.delay)
         with self.bucket.lock:
             status = self.bucket.failure(request)
             if status is None:

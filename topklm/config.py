@@ -211,10 +211,14 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = _setting(
-        "quickstart", "quickstart, a prepared folder, or files, globs, URLs of text, separated by commas"
+        "quickstart",
+        "quickstart, a prepared folder (gs:// and s3:// too), or files, globs, URLs of text, with commas",
     )
     mixture: str = _setting(
         "", 'prepared folders and their shares of the windows, "DIR:0.7,DIR:0.3"; replaces source'
+    )
+    cache_gib: float = _setting(
+        8.0, "GiB of a machine's temporary folder (TMPDIR) that may hold what was read from buckets", _ABOVE_0
     )
     text_field: str = _setting("text", "key of the text in a JSON line")
     vocab_size: int = _setting(
@@ -443,7 +447,7 @@ _BETA, _MOST_BETA = 10.0, 1e6
 # elsewhere: its content is compared by its fingerprint. How a step is computed changes rounding at most.
 CHANGEABLE_ON_RESUME = frozenset(
     {"train.steps", "train.on_bad_step", "train.spike_sigmas", "model.remat", "model.layer_stack"}
-    | {"model.attention", "data.source", "data.mixture", "data.dir", "data.syntax"}
+    | {"model.attention", "data.source", "data.mixture", "data.dir", "data.syntax", "data.cache_gib"}
     | {"mesh", "checkpoint", "eval", "log", "profile"}
 )
 

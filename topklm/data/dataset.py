@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from topklm.data.formats import endings
 from topklm.data.records import Shard, TokenStream, missing_shards, sha256_of_file
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.storage.files import check_name, json_digest, parse_json, unsealed
+from topklm.storage.files import check_name, is_bucket, json_digest, parse_json, unsealed
+from topklm.storage.remote import CACHE_GIB, RemoteFolder
 
 FORMAT_VERSION = 3
 _OLDER_VERSIONS = (2,)  # read, too; 2 holds no digest of itself
@@ -52,9 +54,9 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset on disk."""
+    """A prepared dataset on disk, or in a bucket."""
 
-    path: Path
+    path: Path | RemoteFolder
     tokenizer: Tokenizer
     train: SplitInfo
     heldout: SplitInfo
@@ -63,6 +65,11 @@ class Dataset:
     def tokens(self, split: SplitInfo) -> TokenStream:
         """Gives random access to the tokens of `self.train` or `self.heldout`."""
         return TokenStream(self.path, split.shards, self.tokenizer.vocab_size)
+
+    def close(self) -> None:
+        """Ends waits for a bucket that gives no answer."""
+        if isinstance(self.path, RemoteFolder):
+            self.path.close()
 
     @property
     def splits(self) -> dict[str, SplitInfo]:
@@ -76,58 +83,70 @@ class Dataset:
         )
 
 
-def is_dataset(path: Path) -> bool:
-    """Tells whether a whole dataset is there; UserError if the folder may not be looked into."""
+def is_dataset(path: str | Path) -> bool:
+    """Tells whether a whole dataset is there, by asking a bucket too; UserError if that may not be known."""
+    if is_bucket(path):
+        if any(sign in str(path) for sign in ",*?[") or str(path).lower().endswith(endings()):
+            return False  # files of text
+        try:
+            return bool(RemoteFolder(str(path)).read(DESCRIPTION_FILE))
+        except FileNotFoundError:
+            return False
     with disk_errors_are_user_errors(f"looking for a dataset in {path}"):
         try:
-            return (path / DESCRIPTION_FILE).is_file()
+            return (Path(path) / DESCRIPTION_FILE).is_file()
         except PermissionError:
             raise
         except OSError:  # no path of a folder, but a list of sources, longer than names may be
             return False
 
 
-def load_dataset(path: str | Path) -> Dataset:
-    """Opens a prepared folder; reads its description and tokenizer, no shard.
+def load_dataset(path: str | Path, cache_gib: float = CACHE_GIB) -> Dataset:
+    """Opens a prepared folder, local or in a bucket; reads its description and tokenizer, no shard.
 
-    A file that is missing, cannot be read, or is not the one that was written is a UserError.
+    A file that is missing, cannot be read, or is not the one that was written is a UserError. `cache_gib` is
+    that of `RemoteFolder`.
     """
     check_name(os.fspath(path), "dataset")
-    path = Path(os.path.expanduser(path)).absolute()
-    content = read_description(path)
+    bucket = RemoteFolder(str(path), cache_gib) if is_bucket(path) else None
+    folder = bucket or Path(os.path.expanduser(path)).absolute()
+    content = read_description(folder)
     try:
         splits = {name: split_from_json(content["splits"][name]) for name in SPLITS}
         sha256, fingerprint = str(content["tokenizer"]["sha256"]), str(content["fingerprint"])
     except (KeyError, TypeError, ValueError) as e:
-        raise damaged(path / DESCRIPTION_FILE, e) from e
-    with disk_errors_are_user_errors(f"reading {path}"):
+        raise damaged(folder / DESCRIPTION_FILE, e) from e
+    with disk_errors_are_user_errors(f"reading {folder}"):
         try:
-            found = sha256_of_file(path / TOKENIZER_FILE)
+            file = bucket.local_copy(TOKENIZER_FILE) if bucket else Path(folder / TOKENIZER_FILE)
+            found = sha256_of_file(file)
         except FileNotFoundError:
             found = "missing"
-        missing = missing_shards(path, [shard for split in splits.values() for shard in split.shards])
+        missing = missing_shards(folder, [shard for split in splits.values() for shard in split.shards])
     advice = "put it back, or delete the folder and prepare the data again"
     if found != sha256:
         raise UserError(
-            f"{path / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 {found[:12]}, not "
+            f"{folder / TOKENIZER_FILE} is not the tokenizer of this dataset (sha256 {found[:12]}, not "
             f"{sha256[:12]}); {advice}"
         )
     if missing:
-        raise UserError(f"{path / missing[0]} is missing ({len(missing)} of its shards are); {advice}")
-    tokenizer = Tokenizer.load(path / TOKENIZER_FILE)
-    return Dataset(path, tokenizer, fingerprint=fingerprint, **splits)
+        raise UserError(f"{folder / missing[0]} is missing ({len(missing)} of its shards are); {advice}")
+    tokenizer = Tokenizer.load(file)
+    return Dataset(folder, tokenizer, fingerprint=fingerprint, **splits)
 
 
-def read_description(path: Path, note: Callable[[str], None] | None = None) -> dict[str, Any]:
+def read_description(path: Path | RemoteFolder, note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Reads a folder's dataset.json, as `parse_description`; UserError if it is missing or cannot be read."""
     file = path / DESCRIPTION_FILE
     with disk_errors_are_user_errors(f"reading {file}"):
         try:
-            content = file.read_bytes()
+            content = (
+                path.read(DESCRIPTION_FILE) if isinstance(path, RemoteFolder) else Path(file).read_bytes()
+            )
         except (FileNotFoundError, NotADirectoryError) as e:
             advice = "check the path, or make it: topklm prepare SOURCE --out DIR"
-            there = f"no prepared dataset, it has no {file.name}"
-            what = there if path.is_dir() else "there is no such folder"
+            there = f"no prepared dataset, it has no {DESCRIPTION_FILE}"
+            what = there if isinstance(path, RemoteFolder) or path.is_dir() else "there is no such folder"
             raise UserError(f"{path}: {what}: {advice}") from e
     return parse_description(content, file, note)
 
@@ -233,6 +252,11 @@ class Mixture:
         """Tokens of all held-out text, separators not counted."""
         return sum(dataset.heldout.text_tokens for dataset in self.datasets)
 
+    def close(self) -> None:
+        """Ends waits for buckets that give no answer."""
+        for dataset in self.datasets:
+            dataset.close()
+
     def picks(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Picks the dataset whose turn it is, at windows int64[N] counted from the run's start, in any order.
 
@@ -255,7 +279,7 @@ class Mixture:
         return order, earlier
 
 
-def open_mixture(text: str) -> Mixture:
+def open_mixture(text: str, cache_gib: float = CACHE_GIB) -> Mixture:
     """Opens the datasets of `data.mixture`: "DIR:0.7,DIR:0.3"; the weights need not add up to 1.
 
     Raises:
@@ -263,12 +287,12 @@ def open_mixture(text: str) -> Mixture:
             different tokenizers, and weights that only repeat after more than a million windows.
     """
     said = f"data.mixture = {text!r}:"
-    parsed: dict[Path, Fraction] = {}
+    parsed: dict[str, Fraction] = {}
     for part in text.split(","):
         folder, _, weight = (word.strip() for word in part.rpartition(":"))
         if not folder or not _WEIGHT.fullmatch(weight) or not Fraction(weight):
             raise UserError(f"{said} {part.strip()!r} is not a folder and its weight: {_EXAMPLE}")
-        path = Path(os.path.realpath(os.path.expanduser(folder)))
+        path = folder.rstrip("/") if is_bucket(folder) else os.path.realpath(os.path.expanduser(folder))
         if path in parsed:
             raise UserError(f"{said} the folder {folder} is there twice: add its weights up")
         parsed[path] = Fraction(weight)
@@ -281,7 +305,7 @@ def open_mixture(text: str) -> Mixture:
             f"{sum(weights):,} windows; at most {MAX_PERIOD:,}: give weights of fewer digits"
         )
     try:
-        return Mixture(tuple(load_dataset(folder) for folder in parsed), weights)
+        return Mixture(tuple(load_dataset(folder, cache_gib) for folder in parsed), weights)
     except UserError as e:
         raise e.within("data.mixture", repr(text)) from e
 

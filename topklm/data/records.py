@@ -3,7 +3,7 @@
 Shards are ArrayRecord files of fixed-length records. The meaning of tokens is not known here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import errno
@@ -13,17 +13,24 @@ import itertools
 import os
 from pathlib import Path
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 from array_record.python import array_record_module
 import numpy as np
 
+from topklm.data.record_index import BLOCK_BYTES, NoIndexError, record_offsets
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.storage.files import replacing
+from topklm.storage.remote import ByteRange, RemoteFolder
 
 RECORD_TOKENS = 2048  # tokens per record; the last record of a stream may be shorter
 SHARD_TOKENS = 8192 * RECORD_TOKENS  # tokens per shard at most, 16.8 M, unless asked otherwise
 MAX_OPEN_SHARDS = 256  # of one stream; systems allow a process some 1,000 open files
+
+# From a bucket: records that are read together, and bytes that usually hold the index of a shard.
+_SPAN_RECORDS = 16
+_INDEX_BYTES = 3 * BLOCK_BYTES
+_ROUNDS = 6  # requests for the same records, of which three are needed, before they count as damaged
 
 _WRITER_OPTIONS = "group_size:1"  # one record per compressed chunk: nothing unwanted is decoded
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the library's advice for random access
@@ -116,14 +123,16 @@ class TokenStream:
 
     Safe to use from several threads and to pickle. A shard is opened, and its size, its number of records and
     the first and last of them are checked, when it is first read; no more than a few hundred are open at a
-    time. Every record is checked by the file format, as it is read.
+    time. Every record is checked by the file format, as it is read. Of a folder in a bucket only ranges are
+    read, those of one call at the same time.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], vocab_size: int):
+    def __init__(self, folder: Path | RemoteFolder, shards: Sequence[Shard], vocab_size: int):
         self._folder, self._shards, self._vocab_size = folder, tuple(shards), vocab_size
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        opened: Any = _RemoteShard if isinstance(folder, RemoteFolder) else _OpenShard
         # A thread that reads from one that is dropped keeps it alive: the last reference closes the file.
-        self._shard = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(_OpenShard, folder))
+        self._shard = functools.lru_cache(MAX_OPEN_SHARDS)(functools.partial(opened, folder))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -133,16 +142,50 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Reads tokens start to stop - 1, int32[stop - start]; ShardError if a shard is not as written."""
+        return self.read_many([(start, stop)])[0]
+
+    def read_many(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Reads tokens start to stop - 1 of each span, as `read`."""
+        parts = [self._parts(start, stop) for start, stop in spans]
+        found: dict[_Part, np.ndarray] = {}
+        for round_ in range(_ROUNDS + 1):
+            fetched: dict[ByteRange, _RemoteShard] = {}
+            for part in itertools.chain.from_iterable(parts):
+                if part not in found:
+                    try:
+                        found[part] = self._read(part, is_last_try=round_ == _ROUNDS)
+                    except _NotHereError as e:
+                        fetched.update(dict.fromkeys(e.ranges, e.shard))
+            if not fetched:
+                break
+            _fetch(fetched)
+        empty = np.zeros(0, np.int32)
+        return [np.concatenate([empty, *(found[part] for part in those)]) for those in parts]
+
+    def _parts(self, start: int, stop: int) -> "list[_Part]":
+        """Cuts a span at the ends of shards."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
-        parts, dtype = [np.zeros(0, np.int32)], token_dtype(self._vocab_size)
+        parts = []
         while start < stop:
             number = int(np.searchsorted(self._starts, start, side="right")) - 1
-            end = min(stop, int(self._starts[number + 1]))
-            first = int(self._starts[number])
-            parts.append(self._shard(self._shards[number]).read(start - first, end - first, dtype))
+            first, end = int(self._starts[number]), min(stop, int(self._starts[number + 1]))
+            parts.append((number, start - first, end - first))
             start = end
-        return np.concatenate(parts)
+        return parts
+
+    def _read(self, part: "_Part", is_last_try: bool) -> np.ndarray:
+        number, start, stop = part
+        shard = self._shard(self._shards[number])
+        try:
+            return shard.read(start, stop, token_dtype(self._vocab_size))
+        except _NotHereError as e:
+            if is_last_try:
+                raise e.damage from e
+            raise
+
+
+_Part: TypeAlias = tuple[int, int, int]  # number of a shard, and tokens of it: from, to before
 
 
 class _OpenShard:
@@ -157,18 +200,25 @@ class _OpenShard:
         """Reads tokens start to stop - 1 of the shard, int32."""
         wanted = range(start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS + 1)
         with self._lock:
-            if self._reader is None:
-                self._reader = self._open()
-            try:
-                records = self._reader.read(list(wanted))
-            except RuntimeError as e:
-                number = next((n for n in wanted if not self._is_readable(n)), wanted[0])
-                raise _bad_shard(self._path, f"is damaged: its record {number} cannot be read ({e})") from e
+            records = self._records(wanted)
         tokens = np.frombuffer(b"".join(records), dtype).astype(np.int32)
         offset = wanted[0] * RECORD_TOKENS
         if tokens.size != min(wanted.stop * RECORD_TOKENS, self._shard.tokens) - offset:
             raise _bad_shard(self._path, "holds other records than were written")
         return tokens[start - offset : stop - offset]
+
+    def _records(self, wanted: range) -> list[bytes]:
+        if self._reader is None:
+            _check_size(self._path, self._shard)
+            self._reader = self._open(self._path)
+        try:
+            return self._reader.read(list(wanted))
+        except RuntimeError as e:
+            raise self._damage(wanted, e) from e
+
+    def _damage(self, wanted: range, error: Exception) -> ShardError:
+        number = next((n for n in wanted if not self._is_readable(n)), wanted[0])
+        return _bad_shard(self._path, f"is damaged: its record {number} cannot be read ({error})")
 
     def _is_readable(self, record: int) -> bool:
         try:
@@ -177,26 +227,113 @@ class _OpenShard:
             return False
         return True
 
-    def _open(self) -> Any:
-        path, shard = self._path, self._shard
-        _check_size(path, shard)
+    def _open(self, path: str | Path) -> Any:
+        shard = self._shard
         try:
             reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
             records = reader.num_records()
         except RuntimeError as e:
-            raise _bad_shard(path, f"cannot be read ({e})") from e
+            raise _bad_shard(self._path, f"cannot be read ({e})") from e
         # A file that is not ArrayRecord opens without complaint and has no records.
         if records != -(-shard.tokens // RECORD_TOKENS):
-            raise _bad_shard(path, f"holds {records} records, not what was written")
+            raise _bad_shard(self._path, f"holds {records} records, not what was written")
         with contextlib.suppress(RuntimeError):  # a damaged record is refused when it is asked for
             if shard.ends and _ends_digest(reader.read([0, records - 1])) != shard.ends:
-                raise _bad_shard(path, "is another shard than was written")
+                raise _bad_shard(self._path, "is another shard than was written")
         return reader
 
 
-def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[str]:
+class _NotHereError(Exception):
+    """Bytes that are not yet on this machine, or are `damage` if they were just fetched."""
+
+    def __init__(self, shard: "_RemoteShard", ranges: Sequence[tuple[int, int]], damage: ShardError):
+        super().__init__(str(damage))
+        self.ranges = [ByteRange(shard.name, start, stop) for start, stop in ranges]
+        self.shard, self.damage = shard, damage
+
+
+class _RemoteShard(_OpenShard):
+    """A shard in a bucket, read from a local file that has holes where nothing was fetched.
+
+    A hole fails the checksums of the format like any other damage, which is all that tells them apart: so
+    processes share such files, and one that was killed leaves nothing that could be taken for data.
+    """
+
+    def __init__(self, folder: RemoteFolder, shard: Shard):
+        super().__init__(folder, shard)  # type: ignore[arg-type]  # for its name in errors
+        self.folder, self.name = folder, shard.name
+        self._file = f"{shard.sha256}.arrayrecord"
+        self._offsets: Any = None
+
+    def keep(self, parts: dict[int, bytes]) -> None:
+        """Writes bytes of the shard, by their offsets, into its local file."""
+        self.folder.keep(self._file, self._shard.size, parts)
+
+    def _records(self, wanted: range) -> list[bytes]:
+        local = self.folder.cache / self._file
+        if not local.exists():  # deleted to make room
+            self._reader = None
+        if self._reader is None:
+            self._offsets = self._index(local)
+            try:
+                self._reader = self._open(local)
+            except ShardError as e:
+                raise _NotHereError(self, self._ends(_INDEX_BYTES), e) from e
+        try:
+            return self._reader.read(list(wanted))
+        except RuntimeError as e:
+            first = wanted.start // _SPAN_RECORDS * _SPAN_RECORDS
+            last = min(-(-wanted.stop // _SPAN_RECORDS) * _SPAN_RECORDS, len(self._offsets) - 1)
+            span = int(self._offsets[first]), int(self._offsets[last])
+            raise _NotHereError(self, [span], self._damage(wanted, e)) from e
+
+    def _index(self, local: Path) -> np.ndarray:
+        """Returns where the records lie, as `record_offsets`, by what is here of the shard."""
+        size = self._shard.size
+        damage = _bad_shard(self._path, "cannot be read (its index is damaged)")
+        try:
+            with local.open("rb") as file:
+
+                def read(start: int, stop: int) -> bytes:
+                    return os.pread(file.fileno(), stop - start, start)
+
+                offsets = record_offsets(read, size)
+                head = read(0, BLOCK_BYTES)
+        except FileNotFoundError as e:
+            raise _NotHereError(self, self._ends(_INDEX_BYTES), damage) from e
+        except NoIndexError as e:
+            raise _NotHereError(self, self._ends(max(_INDEX_BYTES, size - e.start)), damage) from e
+        if not any(head):
+            raise _NotHereError(self, self._ends(_INDEX_BYTES), damage)
+        return offsets
+
+    def _ends(self, n_last: int) -> list[tuple[int, int]]:
+        """Returns two ranges, of the first record and of the last bytes; one, if the shard is small."""
+        size = self._shard.size
+        if size <= BLOCK_BYTES + n_last:
+            return [(0, size)]
+        return [(0, BLOCK_BYTES), (size - n_last, size)]
+
+
+def _fetch(ranges: Mapping[ByteRange, _RemoteShard]) -> None:
+    """Reads ranges, which may be of several shards of a folder, into their local files."""
+    parts: dict[_RemoteShard, dict[int, bytes]] = {}
+    folder = next(iter(ranges.values())).folder
+    try:
+        found = folder.read_ranges(ranges)
+    except FileNotFoundError as e:
+        raise _bad_shard(e.filename, "is missing") from e
+    except EOFError as e:
+        raise _bad_shard(str(e), "has fewer bytes than were written") from e
+    for one, content in found.items():
+        parts.setdefault(ranges[one], {})[one.start] = content
+    for shard, contents in parts.items():
+        shard.keep(contents)
+
+
+def missing_shards(folder: Path | RemoteFolder, shards: Sequence[Shard]) -> list[str]:
     """Lists the shards that are not there; one look at the folder, however many they are."""
-    there = set(os.listdir(folder))
+    there = folder.names() if isinstance(folder, RemoteFolder) else set(os.listdir(folder))
     return [shard.name for shard in shards if shard.name not in there]
 
 
@@ -236,7 +373,7 @@ def _ends_digest(records: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(records)).hexdigest()
 
 
-def _bad_shard(path: Path, what: str) -> ShardError:
+def _bad_shard(path: str | Path, what: str) -> ShardError:
     return ShardError(f"{path} {what}; delete its folder and prepare the data again", what)
 
 

@@ -3,7 +3,7 @@
 Gives NumPy arrays on one host. Where they go, and on how many devices, is decided in training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import sys
@@ -15,6 +15,7 @@ from topklm.data.dataset import Dataset, Mixture
 from topklm.data.records import RECORD_TOKENS, TokenStream
 from topklm.errors import UserError
 from topklm.imports import without
+from topklm.storage.remote import RemoteFolder
 
 with without("orbax"):  # in which Grain would register what is not used here
     import grain
@@ -57,11 +58,18 @@ class WindowSource:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Returns window `index`, int32[T + 1]."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        length = self._context_length + 1
-        start = min(index * self._context_length, len(self._stream) - length)
-        return self._stream.read(start, start + length)
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Returns these windows, int32[T + 1] each; from a bucket all are read at the same time."""
+        spans = []
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"window {index} of {len(self)}")
+            length = self._context_length + 1
+            start = min(index * self._context_length, len(self._stream) - length)
+            spans.append((start, start + length))
+        return self._stream.read_many(spans)
 
 
 def train_stream(
@@ -71,7 +79,7 @@ def train_stream(
     batch_size: int,
     seed: int,
     rows: slice | np.ndarray = slice(None),
-    threads: int = 2,
+    threads: int | None = None,
 ) -> grain.DatasetIterator:
     """Yields training batches without end: the windows that `window_ids` names, each epoch in a new order.
 
@@ -79,19 +87,24 @@ def train_stream(
     on `rows` or `threads`, so a run may continue with other values of both. A batch has B windows of T tokens
     over all hosts, of the training splits of the mixture, in exactly its proportions; an epoch may end inside
     one. `rows`, a slice or numbers, are those that this host wants, and only they are read, ahead by
-    `threads` threads; 0 reads when asked. UserError if a split is shorter than one window, naming its folder.
+    `threads` threads (2, from a bucket 4), each a batch at a time; 0 reads when asked. UserError if a split
+    is shorter than one window, naming its folder.
     """
     sources = [WindowSource(dataset, context_length) for dataset in mixture.datasets]
     separator_id = mixture.tokenizer.separator_id
 
     def read_batch(ids: np.ndarray) -> Batch:
         windows = np.empty((len(ids), context_length + 1), np.int32)
-        for row, (dataset, window) in enumerate(ids.tolist()):
-            windows[row] = sources[dataset][window]
+        for number, source in enumerate(sources):
+            rows_of = np.flatnonzero(ids[:, 0] == number)
+            for row, window in zip(rows_of, source.read(ids[rows_of, 1].tolist()), strict=True):
+                windows[row] = window
         return windows_to_batch(windows, separator_id)
 
     sizes = {"context_length": context_length, "batch_size": batch_size}
     batches = window_ids(mixture, **sizes, seed=seed, rows=rows).map(read_batch)
+    if threads is None:
+        threads = 4 if any(isinstance(d.path, RemoteFolder) for d in mixture.datasets) else 2
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(1, 4 * threads))
     return iter(batches.to_iter_dataset(options))
 

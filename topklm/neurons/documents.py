@@ -29,6 +29,7 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.layout import Layout
 from topklm.model import transformer
+from topklm.storage.files import is_bucket
 
 _DIGEST_BYTES = 16  # of a text; tells it from others, as when data are prepared
 _BATCH_TOKENS = 8192  # of one device
@@ -72,12 +73,15 @@ def open_documents(
     if source is None:
         return _Prepared(prepare(data, lambda line: None), split, tokenizer, "the run's own data")
     if (folder := _as_folder(source)) and is_dataset(folder):
-        return _Prepared(Mixture.single(load_dataset(folder)), split, tokenizer, f"{flag} = {source}")
+        dataset = load_dataset(folder, data.cache_gib)
+        return _Prepared(Mixture.single(dataset), split, tokenizer, f"{flag} = {source}")
     names = [part.strip() for part in source.split(",") if part.strip()]
     return _Files(find(names, flag=flag), data.text_field, tokenizer)
 
 
-def _as_folder(source: str) -> Path | None:
+def _as_folder(source: str) -> str | Path | None:
+    if is_bucket(source):
+        return source
     with contextlib.suppress(OSError, RuntimeError):  # too long for a name; nobody's home is known
         folder = Path(source).expanduser()
         return folder if folder.is_dir() else None

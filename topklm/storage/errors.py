@@ -111,11 +111,16 @@ def storage_problem(error: Exception, path: AnyPath) -> str | None:
 def says_nothing_of_content(error: Exception) -> bool:
     """Tells whether reading failed for want of access, or by the disk itself, and not for what was read."""
     text = str(error)
-    if _REFUSED.search(text) or _UNREACHABLE.search(text):
+    if _REFUSED.search(text) or is_silence(error):
         return True
     code = system_error(error)
     of_content = isinstance(error, FileNotFoundError) if code is None else code in _OF_CONTENT
     return not of_content and (code is not None or isinstance(error, OSError))
+
+
+def is_silence(error: Exception) -> bool:
+    """Tells whether a store gave no answer, or wants to be asked again later."""
+    return isinstance(error, TimeoutError | ConnectionError) or bool(_UNREACHABLE.search(str(error)))
 
 
 def _has_no_trace(record: logging.LogRecord) -> bool:

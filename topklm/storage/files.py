@@ -23,7 +23,8 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 
 AnyPath: TypeAlias = Path | epath.Path
 
-_BUCKET_PREFIX = "gs://"
+_BUCKET_PREFIX = "gs://"  # of run folders
+_BUCKET_PREFIXES = (_BUCKET_PREFIX, "s3://")  # data are read from both
 
 
 def as_path(name: str | os.PathLike[str], flag: str = "path") -> AnyPath:
@@ -72,7 +73,7 @@ def check_name(name: str, flag: str) -> None:
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
     """Tells whether a path leads into a bucket."""
-    return os.fspath(path).startswith(_BUCKET_PREFIX)
+    return os.fspath(path).startswith(_BUCKET_PREFIXES)
 
 
 def absolute(path: AnyPath) -> epath.Path:

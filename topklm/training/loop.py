@@ -22,6 +22,7 @@ from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager, TraceManager
 from topklm.config import Config
 from topklm.data.stream import heldout_part, train_stream
+from topklm.errors import UserError
 from topklm.eval.tasks import Task
 from topklm.imports import versions
 from topklm.inference.scheduler import generate_tokens
@@ -150,6 +151,7 @@ class _Loop:
                     self._evaluate(first, state)
                 self._steps(train_step, state, first)
         finally:
+            self.run.mixture.close()
             self.console.finish()
             with self._storage("saving a checkpoint in"):
                 self.trace.close()
@@ -178,7 +180,8 @@ class _Loop:
                 pending = None
                 time.sleep(rest_seconds)
             with self.profiler.step(step):
-                given = next(self.feed), *self.syntax.batch(step), *self.stop_sync.stop_flag()
+                batch = self._next_batch(state, pending)
+                given = batch, *self.syntax.batch(step), *self.stop_sync.stop_flag()
                 state, step_metrics = train_step(state, *given)
             if pending:
                 self._log(*pending)  # of the step before: the devices are busy with this one
@@ -210,6 +213,19 @@ class _Loop:
                 return
         self._wait_for_checkpoint(steps)
         self._show_summary(f"{self.folder}: trained", steps)
+
+    def _next_batch(self, state: TrainState, pending: tuple[int, Any] | None) -> DeviceBatch:
+        """Returns the next batch; if there is none to be had, one process alone saves what it has done."""
+        try:
+            return next(self.feed)
+        except UserError:
+            if distributed.process_count() == 1 and (step := int(state.step)):
+                if pending:
+                    self._log(*pending)
+                self._save(state)
+                self._wait_for_checkpoint(step)
+                self.console.say(f"no more data: saved step {step:,} in {self.folder}")
+            raise
 
     def _make_steps(self, state: TrainState) -> jax.stages.Compiled:
         """Makes the evaluation step, and compiles and returns the train step."""

@@ -53,7 +53,15 @@ from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.progress import Progress
 from topklm.storage.errors import store_errors_are_user_errors
-from topklm.storage.files import check_name, folder_lock, fsync, is_locked, json_digest, sealed_json
+from topklm.storage.files import (
+    check_name,
+    folder_lock,
+    fsync,
+    is_bucket,
+    is_locked,
+    json_digest,
+    sealed_json,
+)
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.
 TOKENIZER_TRAINING_BYTES = 1 << 28
@@ -71,14 +79,15 @@ def prepare(data: DataConfig, announce: Callable[[str], None] = print) -> Mixtur
     folder.
     """
     if data.mixture:
-        return open_mixture(data.mixture)
+        return open_mixture(data.mixture, data.cache_gib)
 
-    def opened(folder: Path, how: str = "") -> Mixture:
-        dataset = load_dataset(folder)
+    def opened(folder: str | Path, how: str = "") -> Mixture:
+        dataset = load_dataset(folder, data.cache_gib)
         announce(f"data: {how}{folder} ({dataset})")
         return Mixture.single(dataset)
 
-    if is_dataset(folder := Path(os.path.expanduser(data.source))):
+    folder = data.source if is_bucket(data.source) else os.path.expanduser(data.source)
+    if is_dataset(folder):
         return opened(folder)
     names = [part.strip() for part in data.source.split(",") if part.strip()]
     files = find(names, flag="data.source", say=announce)
