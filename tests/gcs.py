@@ -30,7 +30,7 @@ DROP = "drop"  # instead of a status: hang up without an answer
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serves with a handler on a free port; gives the URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 256})(("127.0.0.1", 0), handler)
     server.handle_error = lambda *_: None  # a client may hang up
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -124,13 +124,14 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     return Prepared(subjects, facts)
 
 
-def make_dataset(folder: Path, tokens: int, shard_tokens: int) -> Dataset:
-    """Writes a dataset of random tokens, all of them for training; the tokenizer only gives the sizes.
+def make_dataset(folder: Path, tokens: int, shard_tokens: int, heldout_tokens: int = 0) -> Dataset:
+    """Writes a dataset of random tokens; the tokenizer only gives the sizes.
 
     Args:
         folder: To be made.
         tokens: How many, in documents of 500.
         shard_tokens: Tokens per shard, at most.
+        heldout_tokens: The first ones again, as held-out text.
     """
     folder.mkdir()
     tokenizer = train_bpe(["abc"], 300)
@@ -142,7 +143,13 @@ def make_dataset(folder: Path, tokens: int, shard_tokens: int) -> Dataset:
         for i, (start, stop) in enumerate(bounds)
     )
     train = SplitInfo(tokens // _DOCUMENT_TOKENS, tokens, 0, shards)
-    dataset = Dataset(folder, tokenizer, train, SplitInfo(0, 0, 0, ()), "")
+    heldout = SplitInfo(0, 0, 0, ())
+    if heldout_tokens:
+        shard = write_shard(
+            folder / shard_name("heldout", 0, 1), [ids[:heldout_tokens]], tokenizer.vocab_size
+        )
+        heldout = SplitInfo(heldout_tokens // _DOCUMENT_TOKENS, heldout_tokens, heldout_tokens, (shard,))
+    dataset = Dataset(folder, tokenizer, train, heldout, "")
     tokenizer.save(folder / "tokenizer.json")
     content = {
         "format_version": 2,
@@ -225,7 +232,9 @@ def _take(iterator: Iterator[Any], n: int) -> Any:
 
 def _read_bytes(mixture: Mixture, n_bytes: int) -> None:
     """Reads from the shards in order, and from the first again after the last."""
-    paths = [Path(dataset.path / shard.name) for dataset in mixture.datasets for shard in dataset.train.shards]
+    paths = [
+        Path(dataset.path / shard.name) for dataset in mixture.datasets for shard in dataset.train.shards
+    ]
     block = memoryview(bytearray(_BLOCK_BYTES))
     for path in itertools.cycle(paths):
         with path.open("rb", buffering=0) as file:

@@ -347,7 +347,7 @@ def test_a_training_survives_an_outage_and_saves_before_it_gives_up(
     assert f"no more data: saved step {saved}" in ended.output
     assert 0 < saved < STEPS
     bucket.recover()
-    bucket.fail(503, lambda request: True, times=40)  # a short one
+    bucket.fail(503, lambda request: request.path.endswith(".arrayrecord"), times=40)  # a short one
     resumed = trainer.train(tmp_path / "run", settings)
     assert resumed.exit_code == 0, resumed.errors
     assert f"continuing {tmp_path / 'run'} from its checkpoint of step {saved}" in resumed.output

@@ -8,6 +8,7 @@ is done by the library that reads the records.
 
 from collections.abc import Callable
 import struct
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
