@@ -271,7 +271,7 @@ class _RemoteShard(_OpenShard):
 
     def _records(self, wanted: range) -> list[bytes]:
         local = self.folder.cache / self._file
-        if not local.exists():  # deleted to make room
+        if not local.exists():  # deleted, for the cache was full
             self._reader = None
         if self._reader is None:
             self._offsets = self._index(local)

@@ -1,6 +1,6 @@
 """Folders in buckets that are only read: objects in ranges, many at a time, kept on the local disk.
 
-Requests go through TensorStore's clients, of gs:// and s3://. Which ranges hold what is not known here.
+Requests go through TensorStore's clients, of gs:// and s3://. The meaning of a range is not known here.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ class RemoteFolder:
     """A folder in a bucket; safe to use from several threads and to pickle.
 
     A store that is silent is asked again, with longer and longer pauses, and a line on standard error says
-    so. What was read is kept in files of a local folder which all processes of a user share, within
+    so. Ranges that were read are kept in files of a local folder which all processes of a user share, within
     `cache_gib` in all; those written longest ago are deleted first.
     """
 
