@@ -8,6 +8,7 @@ tokens. Each measurement begins with an empty cache; its peer reads the same dat
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -63,9 +64,8 @@ def main() -> None:
 
 def serve(folder: Path) -> None:
     """Serves a folder as gs://bucket/data until standard input ends; prints the URL."""
-    from tests.gcs import Bucket  # noqa: PLC0415 - of the clone
-
-    bucket = Bucket(objects={f"data/{file.name}": file.read_bytes() for file in folder.iterdir()})
+    gcs = importlib.import_module("tests.gcs")  # of the clone
+    bucket = gcs.Bucket(objects={f"data/{file.name}": file.read_bytes() for file in folder.iterdir()})
     bucket.delay = DELAY_SECONDS
     with bucket.served() as url:
         print(url, flush=True)

@@ -232,9 +232,7 @@ def _take(iterator: Iterator[Any], n: int) -> Any:
 
 def _read_bytes(mixture: Mixture, n_bytes: int) -> None:
     """Reads from the shards in order, and from the first again after the last."""
-    paths = [
-        Path(dataset.path / shard.name) for dataset in mixture.datasets for shard in dataset.train.shards
-    ]
+    paths: list[Any] = [d.path / shard.name for d in mixture.datasets for shard in d.train.shards]
     block = memoryview(bytearray(_BLOCK_BYTES))
     for path in itertools.cycle(paths):
         with path.open("rb", buffering=0) as file:

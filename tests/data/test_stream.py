@@ -84,8 +84,8 @@ class Numbers:
     def __len__(self):
         return self.n
 
-    def read(self, start, stop):
-        return np.arange(self.n, dtype=np.int32)[start:stop]
+    def read_many(self, spans):
+        return [np.arange(self.n, dtype=np.int32)[start:stop] for start, stop in spans]
 
 
 def with_windows(*n_windows):

@@ -216,7 +216,11 @@ def _spec(url: str) -> dict[str, Any]:
     """Returns TensorStore's description of a folder in a bucket."""
     protocol, _, rest = url.partition("://")
     bucket, _, folder = rest.partition("/")
-    spec = {"driver": {"gs": "gcs"}.get(protocol, protocol), "bucket": bucket, "path": f"{folder}/"}
+    spec: dict[str, Any] = {
+        "driver": {"gs": "gcs"}.get(protocol, protocol),
+        "bucket": bucket,
+        "path": f"{folder}/",
+    }
     if protocol == "s3":
         # As botocore and fsspec have them.
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
