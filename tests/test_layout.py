@@ -47,6 +47,11 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused():
     ("fields", "mesh", "message"),
     [
         ({"context_length": 60}, (1, 1, 2, 4), r"model.context_length = 60: must be a multiple of 8"),
+        (
+            {"context_length": 62},
+            (1, 1, 1, 2),
+            r"model.context_length = 62: must be a multiple of 4 \(.* 2 x mesh",
+        ),
         ({"n_heads": 2, "n_kv_heads": 2}, (1, 1, 4), r"model.n_heads = 2: must be a multiple of 4"),
         ({"n_heads": 4, "n_kv_heads": 2}, (1, 1, 4), r"model.n_kv_heads = 2: must be a multiple of 4"),
         ({"d_mlp": 86}, (1, 1, 4), r"model.d_mlp = 86: must be a multiple of 4 \(mesh.tensor\)"),

@@ -124,8 +124,11 @@ class Layout:
                 f"{shape['data']} x fsdp {shape['fsdp']} x grad_accumulation {train.grad_accumulation})"
             )
         context, tensor = shape["context"], shape["tensor"]
+        tokens, why = context * tensor, "mesh.context x mesh.tensor"
+        if context > 1:
+            tokens, why = context * math.lcm(2, tensor), f"{why}, and of 2 x mesh.context"
         divisors = {
-            "model.context_length": (model.context_length, context * tensor, "mesh.context x mesh.tensor"),
+            "model.context_length": (model.context_length, tokens, why),
             "model.n_heads": (model.n_heads, tensor, "mesh.tensor"),
             "model.n_kv_heads": (model.n_kv_heads, tensor, "mesh.tensor"),
             "model.d_mlp": (model.d_mlp, tensor, "mesh.tensor"),

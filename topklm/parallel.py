@@ -1,8 +1,8 @@
 """The view from inside one device's program (`jax.shard_map`), and its collectives.
 
-Each device runs the model on its part: some rows of the batch, a run of their tokens (axis `context`), some
-heads, MLP columns and vocabulary (axis `tensor`). Between attention and MLP the residual stream is split by
-token over both, never by D, so norms and TopK see whole rows and need no communication (Korthikanti et al.
+Each device runs the model on its part: some rows of the batch, two runs of their tokens (axis `context`),
+some heads, MLP columns and vocabulary (axis `tensor`). Between attention and MLP the residual stream is split
+by token over both, never by D, so norms and TopK see whole rows and need no communication (Korthikanti et al.
 2022, "Reducing Activation Recomputation", section 4.2.2). `topklm.layout` says where the parts come from.
 """
 
@@ -42,6 +42,28 @@ class Parallel:
         if self.tensor is None:
             return x_BTD
         return jax.lax.psum_scatter(x_BTD, self.tensor, scatter_dimension=1, tiled=True)
+
+    def balanced(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Exchanges the tokens of arrays [B, T] along `context`, so that all devices attend to equally many.
+
+        Of the 2 n chunks of a sequence, device i of n has 2 i and 2 i + 1 before, i and 2 n - 1 - i after
+        ("zigzag"). Sums over tokens stay the same.
+        """
+        if self.context is None:
+            return batch
+        n, axis = jax.lax.axis_size(self.context), self.context
+
+        def exchanged(x_BT: jax.Array) -> jax.Array:
+            even, odd = (  # chunks of even and of odd numbers: a device gets one of each
+                jax.lax.ppermute(half, axis, [(i, min(2 * i + h, 2 * n - 1 - 2 * i - h)) for i in range(n)])
+                for h, half in enumerate(jnp.split(x_BT, 2, axis=1))
+            )
+            even_first = jax.lax.axis_index(axis) % 2 == 0
+            return jnp.concatenate(
+                [jnp.where(even_first, even, odd), jnp.where(even_first, odd, even)], axis=1
+            )
+
+        return {name: exchanged(x) for name, x in batch.items()}
 
     def residual_tokens(self, x_BT: jax.Array) -> jax.Array:
         """Returns this device's residual tokens of an array that the tensor group has in common."""

@@ -8,7 +8,14 @@ from references import attention_reference
 
 from topklm.config import ModelConfig
 from topklm.model import attention
-from topklm.model.attention import causal_attention, rotate, rotation_angles
+from topklm.model.attention import (
+    causal_attention,
+    chunks_of_device,
+    rotate,
+    rotation_angles,
+    zigzag_attention,
+)
+from topklm.parallel import Parallel, all_gather
 
 
 def make(length, *, heads=4, kv_heads=2, batch=2, width=6, dtype=jnp.float32):
@@ -67,6 +74,45 @@ def test_values_and_gradients_equal_the_plain_formula(monkeypatch, length, heads
 
 def test_the_real_block_size_with_a_rest_too():
     assert_equals_the_plain_formula(attention._QUERY_BLOCK * 2 + 3, batch=1)
+
+
+def in_zigzag(x, n):
+    """The tokens in the order in which n devices hold them: of 2 n chunks, device i has i and 2 n - 1 - i."""
+    chunks = np.split(np.asarray(x), 2 * n, axis=1)
+    return np.concatenate([chunks[m] for i in range(n) for m in (i, 2 * n - 1 - i)], axis=1)
+
+
+@pytest.mark.parametrize("block", [2, 128])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+def test_devices_that_share_a_sequence_compute_what_one_does(monkeypatch, n, block):
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+    qkv, segments = make(48)
+    g = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+
+    def of_device(*parts):
+        names = ("q", "k", "v", "segments", "g")
+        own = Parallel(context="context").balanced(dict(zip(names, parts, strict=True)))
+
+        def attend(q, k, v):
+            keys, values, key_segments = (all_gather(x, "context", dim=1) for x in (k, v, own["segments"]))
+            chunks = chunks_of_device("context")
+            return zigzag_attention(q, keys, values, own["segments"], key_segments, chunks)
+
+        out, pull = jax.vjp(attend, *(own[name] for name in names[:3]))
+        return own["segments"], out, *pull(own["g"])
+
+    # As many "devices" as the mapped axis has places.
+    parts = (jnp.stack(jnp.split(jnp.asarray(x), n, axis=1)) for x in (*qkv, segments, g))
+    order, *got = jax.jit(jax.vmap(of_device, axis_name="context"))(*parts)
+    np.testing.assert_array_equal(np.concatenate([*order], axis=1), in_zigzag(segments, n))
+    want = value_and_gradients(attention_reference, qkv, segments, g)
+    for ours, plain in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.concatenate([*ours], axis=1), in_zigzag(plain, n), atol=5e-6)
+    np.testing.assert_allclose(
+        np.concatenate([*got[0]], axis=1),
+        in_zigzag(numpy_attention(*qkv, np.asarray(segments)), n),
+        atol=5e-6,
+    )
 
 
 def test_bfloat16_stays_near_float32():

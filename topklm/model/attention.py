@@ -20,6 +20,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.model import backends
 from topklm.model.layers import Linear, RMSNorm, transposed
+from topklm.model.zigzag import chunks_of_device, zigzag_attention
 from topklm.parallel import ALONE, Parallel, all_gather
 
 # Queries per block. Small blocks skip more of the upper triangle, large ones make better matrix products;
@@ -107,8 +108,8 @@ class Attention(nnx.Module):
             # kernels of accelerators do not take. Few tokens are on this device; keys and values of all of
             # them are narrower than the activations.
             k, v, key_segments = (all_gather(x, parallel.context, dim=1) for x in (k, v, segment_ids_BT))
-            first = jax.lax.axis_index(parallel.context) * length
-            mixed = causal_attention(q, k, v, segment_ids_BT, key_segments, first)
+            chunks = chunks_of_device(parallel.context)
+            mixed = zigzag_attention(q, k, v, segment_ids_BT, key_segments, chunks)
         return self.out(mixed.reshape(batch, length, -1))
 
     def project(self, x_BTD: jax.Array, rotation: Rotation) -> Heads:
@@ -127,41 +128,26 @@ class Attention(nnx.Module):
 
 @jax.custom_vjp
 def causal_attention(
-    q_BTHd: jax.Array,
-    k_BSKd: jax.Array,
-    v_BSKd: jax.Array,
-    segment_ids_BT: jax.Array,
-    key_segment_ids_BS: jax.Array | None = None,
-    first: jax.Array | None = None,
+    q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKd: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
     """Computes causal attention within segments, [B, T, H, d] in the dtype of q; scores are float32.
 
-    Queries are [B, T, H, d], keys and values [B, S, K, d]; K divides H, query head h reads key head h // (H /
-    K). A token attends to equal segment ids only, int32[B, T]. Where the queries are a part of all tokens,
-    the keys have ids of their own, int32[B, S], and `first` is the position of the first query among them: it
-    is known only when the program runs, so the keys to the right are computed and masked. The backward pass
-    keeps the probabilities, of the lower triangle where the queries are all tokens.
+    Queries are [B, T, H, d], keys and values [B, T, K, d]; K divides H, query head h reads key head h // (H /
+    K). A token attends to equal segment ids only, int32[B, T]. The backward pass keeps the probabilities of
+    the lower triangle.
     """
-    return _attention_forward(q_BTHd, k_BSKd, v_BSKd, segment_ids_BT, key_segment_ids_BS, first)[0]
+    return _attention_forward(q_BTHd, k_BTKd, v_BTKd, segment_ids_BT)[0]
 
 
-def _attention_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array | None = None,
-    first: jax.Array | None = None,
-) -> tuple:
+def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple:
     # Scores stand with keys as rows: so every product, of the backward pass too, is one of plain row-major
     # matrices, and only arrays as narrow as a head are transposed, never those as wide as the keys.
     queries, keys, values = _columns(_scaled(q), k.shape[2]), _rows(k), _columns(v, v.shape[2])
     outputs, probabilities = [], []
     for start, stop in _query_blocks(q.shape[1]):
-        seen = stop if first is None else k.shape[1]
-        of_block = queries[..., start:stop], keys[:, :, :seen]
-        p = _probabilities(*of_block, (segments, key_segments, first, start, stop)).astype(q.dtype)
-        mixed = _product("bkds,bksn->bkdn", values[:, :, :, 0, :seen], p).astype(q.dtype)
+        of_block = queries[..., start:stop], keys[:, :, :stop]
+        p = _probabilities(*of_block, _allowed(segments, start, stop)).astype(q.dtype)
+        mixed = _product("bkds,bksn->bkdn", values[:, :, :, 0, :stop], p).astype(q.dtype)
         outputs.append(mixed.reshape(of_block[0].shape))
         probabilities.append(p)
     out = _from_columns(jnp.concatenate(outputs, axis=-1))
@@ -172,7 +158,7 @@ def attention_weights(q_BTHd: jax.Array, k_BTKd: jax.Array, segment_ids_BT: jax.
     """Computes the weights by which `causal_attention` mixes values, float32[B, H, T, T]: query, then key."""
     batch, length, n_heads, _ = q_BTHd.shape
     queries, keys = _columns(_scaled(q_BTHd), k_BTKd.shape[2]), _rows(k_BTKd)
-    p_BKSN = _probabilities(queries, keys, (segment_ids_BT, None, None, 0, length))
+    p_BKSN = _probabilities(queries, keys, _allowed(segment_ids_BT, 0, length))
     return p_BKSN.mT.reshape(batch, n_heads, length, length)
 
 
@@ -180,11 +166,11 @@ def _scaled(q: jax.Array) -> jax.Array:
     return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-def _probabilities(scaled_BKdGt: jax.Array, keys_BKSd: jax.Array, allowed: tuple) -> jax.Array:
-    """Computes float32[B, K, S, H/K * t] of scaled queries; `allowed` are the arguments of `_allowed`."""
+def _probabilities(scaled_BKdGt: jax.Array, keys_BKSd: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Computes float32[B, K, S, H/K * t] of scaled queries; `allowed` is that of `_allowed`."""
     scores = _product("bksd,bkdn->bksn", keys_BKSd, _flat(scaled_BKdGt))
     of_group = scores.reshape(*scores.shape[:3], *scaled_BKdGt.shape[3:])
-    scores = jnp.where(_allowed(*allowed), of_group, _MASKED).reshape(scores.shape)
+    scores = jnp.where(allowed, of_group, _MASKED).reshape(scores.shape)
     exponentials = jnp.exp(scores - scores.max(axis=2, keepdims=True))
     return exponentials / exponentials.sum(axis=2, keepdims=True)
 
@@ -218,7 +204,7 @@ def _attention_backward(saved: tuple, g_BTHd: jax.Array) -> tuple:
     assert dv is not None
     dq = _from_columns(jnp.concatenate(dq_blocks[::-1], axis=-1)) * q.shape[-1] ** -0.5
     gradients = (x.astype(g_BTHd.dtype) for x in (dq, _rows(dk), _rows(dv)))
-    return *gradients, None, None, None
+    return *gradients, None
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
@@ -228,19 +214,10 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(s, min(s + _QUERY_BLOCK, length)) for s in range(0, length, _QUERY_BLOCK)]
 
 
-def _allowed(
-    segments_BT: jax.Array,
-    key_segments_BS: jax.Array | None,
-    first: jax.Array | None,
-    start: int,
-    stop: int,
-) -> jax.Array:
-    """Returns the keys that a block of queries attends to, bool[B, 1, keys, 1, stop - start]."""
-    if key_segments_BS is None:
-        key_segments_BS = segments_BT[:, :stop]
-    queries: Any = np.arange(start, stop) if first is None else first + np.arange(start, stop)
-    same = key_segments_BS[:, :, None] == segments_BT[:, None, start:stop]
-    return (same & (np.arange(key_segments_BS.shape[1])[:, None] <= queries))[:, None, :, None]
+def _allowed(segments_BT: jax.Array, start: int, stop: int) -> jax.Array:
+    """Returns the keys that a block of queries attends to, bool[B, 1, stop, 1, stop - start]."""
+    same = segments_BT[:, :stop, None] == segments_BT[:, None, start:stop]
+    return (same & (np.arange(stop)[:, None] <= np.arange(start, stop)))[:, None, :, None]
 
 
 def _rows(x_BTKd: jax.Array) -> jax.Array:

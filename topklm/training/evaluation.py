@@ -89,6 +89,7 @@ def make_eval_step(
     specs, parallel, forward = make_forward(config.model, layout, hooks)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> dict[str, Any]:
+        batch = parallel.balanced(batch)
         capture = capture_topk_health(parallel.residual_tokens(batch["loss_weights"]))
         model, h, health = forward(params, batch, capture)
         h, w, targets = parallel.gather_tokens(h), model.unembedding(), batch["targets"]

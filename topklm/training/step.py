@@ -129,6 +129,7 @@ def make_loss_and_gradient(config: Config, layout: Layout) -> Callable:
     gradient = jax.value_and_grad(loss_of_device, has_aux=True)
 
     def of_device(params: transformer.Parameters, batch: Batch) -> tuple[jax.Array, Any]:
+        batch = parallel.balanced(batch)
         total = layout.sum_over(batch["loss_weights"].sum(), keep=REPLICATED, leave_out="tensor")
         batch = {**batch, "loss_weights": batch["loss_weights"] / jnp.maximum(total, 1.0)}
         (_, nll), grads = _accumulate(gradient, params, batch, config.train.grad_accumulation)
@@ -145,7 +146,8 @@ def make_forward(
     """Builds the forward pass of one device's program; hooks are called with the number of the layer.
 
     Returns the specs of the parameters; the device's view of the mesh; and `(params, batch, capture) ->
-    (model, h, captured)`, whose parameters are this device's parts.
+    (model, h, captured)`, whose parameters are this device's parts, and whose
+    batch went through `parallel.balanced`.
     """
     shapes = jax.eval_shape(functools.partial(transformer.create, config, 0))
     backends.TOPK.check_platform(config.topk_backend, layout.platform)
