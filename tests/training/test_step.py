@@ -109,6 +109,10 @@ def topk_with_fixed_sets(layout):
         active = random_sets()
         if layout.size == 1:
             return jnp.where(active, x_BTD, 0.0)
+        # The tokens in the order in which the devices hold them.
+        n = layout.mesh.shape["context"]
+        chunks = np.split(active, 2 * n, axis=1)
+        active = np.concatenate([chunks[m] for i in range(n) for m in (i, 2 * n - 1 - i)], axis=1)
         places = jax.lax.axis_index(("data", "fsdp")), jax.lax.axis_index(("context", "tensor"))
         first = (places[0] * x_BTD.shape[0], places[1] * x_BTD.shape[1], 0)
         return jnp.where(jax.lax.dynamic_slice(active, first, x_BTD.shape), x_BTD, 0.0)
