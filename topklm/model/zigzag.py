@@ -1,7 +1,8 @@
 """Causal attention of a sequence that devices share along the mesh axis `context`, in zigzag order.
 
-Device i of n has the chunks i and 2 n - 1 - i of 2 n, as `Parallel.balanced` puts them: all have equally much to
-compute, and no device computes scores that the causal mask would drop. One device is `topklm.model.attention`.
+Device i of n has the chunks i and 2 n - 1 - i of 2 n, as `Parallel.balanced` puts them: so all devices
+compute equally much, and only within a chunk are scores masked for lying to the right. A sequence on one
+device goes through `topklm.model.attention`.
 """
 
 import functools
