@@ -6,7 +6,7 @@ by token over both, never by D, so norms and TopK see whole rows and need no com
 2022, "Reducing Activation Recomputation", section 4.2.2). `topklm.layout` says where the parts come from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -43,7 +43,7 @@ class Parallel:
             return x_BTD
         return jax.lax.psum_scatter(x_BTD, self.tensor, scatter_dimension=1, tiled=True)
 
-    def balanced(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def balanced(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """Exchanges the tokens of arrays [B, T] along `context`, so that all devices attend to equally many.
 
         Of the 2 n chunks of a sequence, device i of n has 2 i and 2 i + 1 before, i and 2 n - 1 - i after

@@ -344,6 +344,7 @@ def test_a_training_survives_an_outage_and_saves_before_it_gives_up(
     assert re.search(
         r"^error: .*gs://bucket gives no answer for 'gs://bucket/data/books'", ended.errors, re.M
     )
+    assert "no more data" in ended.output, (ended.output, len(bucket.requests))
     (saved,) = run_folder.complete_steps(tmp_path / "run")
     assert f"no more data: saved step {saved}" in ended.output
     assert 0 < saved < STEPS

@@ -7,7 +7,7 @@ again. Every process of a run takes the same turns: all agree first on anything 
 signal, a damaged file).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -180,7 +180,8 @@ class _Loop:
                 pending = None
                 time.sleep(rest_seconds)
             with self.profiler.step(step):
-                batch = self._next_batch(state, pending)
+                with self._saved_without_data(state, pending):
+                    batch = next(self.feed)
                 given = batch, *self.syntax.batch(step), *self.stop_sync.stop_flag()
                 state, step_metrics = train_step(state, *given)
             if pending:
@@ -201,7 +202,8 @@ class _Loop:
                     with self.watchdog.paused():
                         self.profiler.close()
                 if evaluation_due and not stopping:
-                    self._evaluate(step, state)
+                    with self._saved_without_data(state):
+                        self._evaluate(step, state)
                 stopping = stopping or bool(self.stop_sync)
                 if tracing_due:
                     self._save_for_trace(state)
@@ -214,10 +216,13 @@ class _Loop:
         self._wait_for_checkpoint(steps)
         self._show_summary(f"{self.folder}: trained", steps)
 
-    def _next_batch(self, state: TrainState, pending: tuple[int, Any] | None) -> DeviceBatch:
-        """Returns the next batch; if there is none to be had, one process alone saves what it has done."""
+    @contextlib.contextmanager
+    def _saved_without_data(
+        self, state: TrainState, pending: tuple[int, Any] | None = None
+    ) -> Iterator[None]:
+        """Saves the state if the block finds no data to be had and the process is alone, and raises on."""
         try:
-            return next(self.feed)
+            yield
         except UserError:
             if distributed.process_count() == 1 and (step := int(state.step)):
                 if pending:
