@@ -21,10 +21,16 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 INDEX = "README.md"
 
 _BENCH = "topklm bench"
+_FEW = "256:32,1024:4,1024:8,1024:32,1024:128,2048:4,2048:8,2048:32,2048:64,4096:4,4096:8,4096:32,4096:128"
 # The command of each file of benchmarks/results that the page is about.
 COMMANDS = {
     "bench_step.json": f"{_BENCH} step --peer=torch",
     "bench_topk.json": f"{_BENCH} topk --peer=torch",
+    "bench_topk_few.json": f"{_BENCH} topk --only=auto --peer=torch --sizes={_FEW}",
+    "bench_step_avx2.json": f"{_BENCH} step --isa=avx2 --dtype=float32 --peer=torch",
+    "bench_topk_few_avx2.json": (
+        f"{_BENCH} topk --isa=avx2 --only=auto --dtype=float32 --peer=torch --sizes={_FEW}"
+    ),
     "bench_data.json": f"{_BENCH} data --config=configs/small.py --peer=torch",
     "bench_decode.json": f"{_BENCH} decode --peer=torch --repeats=19",
     "bench_checkpoint.json": f"{_BENCH} checkpoint",
@@ -66,7 +72,7 @@ def render(document: str, results: Mapping[str, Content]) -> str:
         ValueError: If it has no markers.
     """
     rows = [_target_row(target, results) for target in TARGETS]
-    summary = markdown(["on", "figure", "target", "measured", ""], rows)
+    summary = markdown(["on", "figure", "target", "before", "now", ""], rows)
     return results_lib.fill(document, {"targets": summary}, DOCUMENT.name)
 
 
@@ -90,7 +96,7 @@ def _table_file(name: str) -> str:
 
 
 def _target_row(target: Target, results: Mapping[str, Content]) -> list[str]:
-    known = [target.place, target.figure, target.wanted]
+    known = [target.place, target.figure, target.wanted, target.before]
     found = target.find(results[target.file]) if target.file in results else []
     if not found:
         return [*known, "not measured", "no such machine here" if target.place == GPU else ""]
@@ -124,6 +130,8 @@ def _circumstances(content: Content) -> str:
     versions = content.get("versions", {})
     facts += [f"torch {versions['torch']}"] if "torch" in versions else []
     place = machine["processor"] if machine["devices"] == ["cpu"] else ", ".join(machine["devices"])
+    if "instructions" in machine and machine["devices"] == ["cpu"]:
+        place += f", {machine['instructions']}"
     when = [content["date"][:10]] if "date" in content else []
     return ", ".join([place, *facts, *_allocators(content), *when])
 

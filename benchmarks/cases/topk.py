@@ -35,6 +35,7 @@ ROWS = 4096
 SIZES = "256:32,1024:128,2048:64,4096:128"
 AUTO, SCATTER, COPY, TORCH = "auto", "lax.top_k + scatter", "copy", "torch.topk + scatter"
 
+_NAMES = (*backends.TOPK.names, SCATTER)
 _SECONDS_PER_SAMPLE = 0.05
 # Forward pass in float32 on CPUs, at every size.
 _CPU_TARGETS = {TORCH: 2.0, SCATTER: 3.0}
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", default=SIZES, metavar="D:K,...", help=f"widths and kept; default {SIZES}")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"default {ROWS}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    names = ", ".join(_NAMES)
+    parser.add_argument("--only", metavar="NAME,...", help=f"of ours and JAX's, {names}; default all of here")
     parser.add_argument(
         "--against", choices=("k",), help="at the first width only, k from 1 to half of it: the cost's growth"
     )
@@ -80,6 +83,10 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
         raise UserError("--config: `bench topk` has no model; give --sizes=D:K,...")
     if arguments.peer:
         peers.require(arguments.peer)
+    if arguments.only and (unknown := set(arguments.only.split(",")) - {*_NAMES}):
+        raise UserError(f"--only = {min(unknown)}: must be of {', '.join(_NAMES)}")
+    if arguments.only and AUTO not in arguments.only.split(","):
+        raise UserError(f"--only = {arguments.only}: must have {AUTO}, with which the others are compared")
     parts = [_measure(case, arguments) for case in _cases(arguments)]
     if parts[0].settings["platform"] == "gpu" and arguments.sizes == SIZES and not arguments.against:
         parts.append(_measure(_GPU_CASE, arguments))
@@ -92,18 +99,19 @@ def prepare(spec: Mapping[str, Any]) -> Prepared:
     """Prepares the subjects `topk_side` of every operation and k, and `COPY`; facts are their names.
 
     Args:
-        spec: `rows`, `d`, `ks` and `dtype`; `only_auto`: of our backends only the one that training uses.
+        spec: `rows`, `d`, `ks` and `dtype`; `only`: names of operations, all if empty.
     """
     x, g = (jnp.asarray(values, spec["dtype"]) for values in random_rows(spec["rows"], spec["d"]))
-    ours = (AUTO,) if spec["only_auto"] else _backends()
+    ours = [name for name in (*_backends(), SCATTER) if name in spec["only"] or not spec["only"]]
     subjects: dict[str, Callable[[], Any]] = {COPY: blocking(jax.jit(jnp.negative), x)}
     for k in spec["ks"]:
-        operations = {name: functools.partial(topk, k=k, backend=name) for name in ours}
-        operations[SCATTER] = functools.partial(top_k_and_scatter, k=k)
-        for name, operation in operations.items():
+        for name in ours:
+            operation = functools.partial(topk, k=k, backend=name)
+            if name == SCATTER:
+                operation = functools.partial(top_k_and_scatter, k=k)
             subjects[topk_side(k, name, backward=False)] = blocking(jax.jit(operation), x)
             subjects[topk_side(k, name, backward=True)] = blocking(_with_gradient(operation), x, g)
-    return Prepared(subjects, {"platform": jax.default_backend(), "operations": [*ours, SCATTER]})
+    return Prepared(subjects, {"platform": jax.default_backend(), "operations": ours})
 
 
 def top_k_and_scatter(x_ND: jax.Array, k: int) -> jax.Array:
@@ -134,7 +142,8 @@ def _with_gradient(operation: Callable[[jax.Array], jax.Array]) -> Callable:
 
 def _measure(case: Case, arguments: argparse.Namespace) -> Report:
     growth = arguments.against == "k"
-    spec = {**dataclasses.asdict(case), "only_auto": growth}
+    only = arguments.only.split(",") if arguments.only else [AUTO, SCATTER] if growth else []
+    spec = {**dataclasses.asdict(case), "only": only}
     modules = [__name__, *(["benchmarks.peers.torch_topk"] if arguments.peer else [])]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(module, spec)) for module in modules]
