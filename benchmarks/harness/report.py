@@ -24,7 +24,7 @@ from topklm.storage.files import local_path, write_atomically
 _PACKAGES = ("topklm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _VARIABLES = ("LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "LD_PRELOAD", "OMP_NUM_THREADS", *AVX2_ONLY)
 _INTERVAL = "95 %"  # of the median, by bootstrap over the rounds
-_NOTE_WIDTH = 24  # so many characters find room beside the figures at 80 columns
+_NOTE_WIDTH = 24  # so many characters stand beside the figures at 80 columns
 _SCALES = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")), "bytes": ((2**30, "GiB"), (2**20, "MiB"))}
 
 
