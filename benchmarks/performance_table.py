@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.harness import results as results_lib
 from benchmarks.harness.report import formatted
 from benchmarks.harness.results import FOLDER, ROOT, Content, markdown
+from benchmarks.harness.timing import interval
 from benchmarks.performance_targets import GPU, TARGETS, Target
 from topklm.storage.files import write_atomically
 
@@ -27,7 +28,7 @@ COMMANDS = {
     "bench_step.json": f"{_BENCH} step --peer=torch",
     "bench_topk.json": f"{_BENCH} topk --peer=torch",
     "bench_topk_few.json": f"{_BENCH} topk --only=auto --peer=torch --sizes={_FEW}",
-    "bench_step_avx2.json": f"{_BENCH} step --isa=avx2 --dtype=float32 --peer=torch",
+    "bench_step_avx2.json": f"{_BENCH} step --isa=avx2 --shape=s1 --dtype=float32 --peer=torch",
     "bench_topk_few_avx2.json": (
         f"{_BENCH} topk --isa=avx2 --only=auto --dtype=float32 --peer=torch --sizes={_FEW}"
     ),
@@ -145,18 +146,22 @@ def _allocators(content: Content) -> list[str]:
 
 
 def _figures(content: Content) -> str:
-    columns = ["figure", "median", "quartiles", "floor", "of the floor", ""]
+    columns = ["figure", "median", "95 %", "floor", "of the floor", ""]
     text = markdown(columns, [_figure_row(result) for result in content["results"]])
     rows = [
-        [row["name"], f"{row['median']:.2f} x", " to ".join(f"{value:.2f}" for value in row["quartiles"])]
+        [
+            row["name"],
+            f"{row['median']:.2f} x",
+            " to ".join(f"{value:.2f}" for value in interval(row["samples"])),
+        ]
         for row in content["comparisons"]
     ]
-    return f"{text}\n\n{markdown(['comparison', 'median', 'quartiles'], rows)}" if rows else text
+    return f"{text}\n\n{markdown(['comparison', 'median', '95 %'], rows)}" if rows else text
 
 
 def _figure_row(result: Mapping[str, Any]) -> list[str]:
     unit, floor = result["unit"], result["floor"]
-    spread = " to ".join(formatted(value, unit) for value in result["quartiles"])
+    spread = " to ".join(formatted(value, unit) for value in interval(result["samples"]))
     return [
         result["name"],
         formatted(result["median"], unit),

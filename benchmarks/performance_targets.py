@@ -8,6 +8,7 @@ import dataclasses
 import re
 
 from benchmarks.harness.results import Content
+from benchmarks.harness.timing import interval
 
 CPU, GPU, TPU = "2 CPU cores, AVX-512", "H200", "TPU v5e, ahead of time"
 LIMITED = "the same, kept to AVX2"
@@ -57,8 +58,7 @@ def ratios(pattern: str) -> Finder:
     def find(content: Content) -> Iterator[Figure]:
         for comparison in content["comparisons"]:
             if match := re.fullmatch(pattern, comparison["name"]):
-                middle = comparison["median"]
-                low, high = comparison.get("interval", comparison["quartiles"])
+                middle, (low, high) = comparison["median"], interval(comparison["samples"])
                 spread = f" ({low:.2f} to {high:.2f})" if len(comparison["samples"]) > 1 else ""
                 yield match[1], middle, f"{middle:.2f}{spread}"
 
