@@ -246,7 +246,10 @@ def _comparisons(case: str, comparisons: Sequence[Comparison]) -> tuple[rich.tab
 
 
 def _interval(samples: Sequence[float], shown: Callable[[float], str]) -> str:
-    return "..".join(map(shown, interval(samples))) if len(samples) > 1 else ""
+    if len(samples) == 1:
+        return ""
+    (low, _, unit), end = (text.partition(" ") for text in map(shown, interval(samples)))
+    return f"{low}..{''.join(end)}" if unit == end[2] else f"{low} {unit}..{''.join(end)}"
 
 
 def _digits(value: float) -> str:
