@@ -3,7 +3,7 @@
 A target is looked up in the JSON of one benchmark; `benchmarks.performance_table` makes a table of all.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import re
 
@@ -37,7 +37,7 @@ class Target:
     wanted: str  # ">= 1.25", "< 2 %", "0"
     file: str  # of benchmarks/results
     figures: Finder
-    before: str = ""  # what was measured before, where the target was set for it
+    before: str = ""  # the figure when the target was set, where there was one
 
     def find(self, content: Content) -> list[Found]:
         """Looks the figures up in the content of the file, and compares them with the target."""
@@ -157,7 +157,7 @@ def _few(dtype: str) -> list[tuple[str, Finder]]:
 
 
 # By machine and file of results: (figure, target, how it is found, the figure before if the target is newer).
-_ASKED: dict[tuple[str, str], list[tuple[str, str, Finder] | tuple[str, str, Finder, str]]] = {
+_ASKED: dict[tuple[str, str], Sequence[tuple[str, str, Finder] | tuple[str, str, Finder, str]]] = {
     (CPU, "bench_step.json"): [
         (f"training tokens/s over {_PEER}, S1 float32", ">= 1.7", _rate("s1 float32"), "1.47"),
         ("the same, S2 float32", ">= 1.8", _rate("s2 float32"), "1.67"),
