@@ -3,11 +3,12 @@ import json
 import os
 from pathlib import Path
 import re
+import signal
 import subprocess
 import sys
 import threading
 
-from helpers import CONFIG_FILE, ROOT, STEPS, assert_one_line_error, in_this_process
+from helpers import CONFIG_FILE, ROOT, STEPS, Process, assert_one_line_error, in_this_process
 import jax
 import pytest
 
@@ -114,6 +115,34 @@ def test_a_longer_run_says_what_changes_and_an_evaluation_of_a_part_that_it_is_o
     assert "held-out figures are of 100 tokens of" in output
     last = json.loads((run_copy / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/tokens"] == 100 < last["eval/of_tokens"]
+
+
+UNWINDS = """
+import sys, time
+from pathlib import Path
+from topklm import cli
+from topklm.storage.files import new_folder
+
+def make(argv):
+    with new_folder(Path("made")) as folder:
+        (folder / "half").touch()
+        print("half made", flush=True)
+        time.sleep(600)
+
+cli.dispatch = make
+sys.exit(cli.run(["export"]))
+"""
+
+
+def test_sigterm_leaves_nothing_half_made(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = Process([sys.executable, "-c", UNWINDS], cwd=tmp_path, env=environment)
+    process.wait_for_line("half made")
+    assert len(list(tmp_path.iterdir())) == 1
+    process.signal(signal.SIGTERM)
+    assert process.finish() == errors.EXIT_TERMINATED
+    assert process.errors == "SIGTERM: what was saved before stays\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("platform", ["cuda", "gpu", "nonsense"])

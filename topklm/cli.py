@@ -65,9 +65,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     errors.report_each_failure_once()
     goes_on = f"{' '.join(arguments[:2])} ".startswith(tuple(f"{verb} " for verb in _GOES_ON))
     on_storage = errors.EXIT_TRY_AGAIN if arguments[:1] == ["train"] else errors.EXIT_USER_ERROR
-    with errors.output_never_ends_it(goes_on):
+    # A trainer hears its signals by itself, and saves.
+    unwinds = contextlib.nullcontext() if arguments[:1] == ["train"] else errors.sigterm_unwinds()
+    with errors.output_never_ends_it(goes_on), unwinds:
         code = errors.guarded(lambda: _start(arguments), on_storage)
-    if code == errors.EXIT_INTERRUPTED:
+    if code in (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED):
         errors.end_at_once(code)
     return code
 

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ EXIT_USER_ERROR = 2
 EXIT_TRY_AGAIN = 75
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 _LONGEST_VALUE = 200  # characters that a line shows of a value that a user gave
 _LONGEST_LINE = 4000
@@ -180,7 +182,7 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
 
     It is 2 for a mistake of the user, and for what the system refuses; `on_storage` where storage failed in a
     way that may pass (a launcher starts a trainer again at 75); 130 for Ctrl-C; 141 if nobody reads its whole
-    work.
+    work; 143 for SIGTERM inside `sigterm_unwinds`.
     """
     try:
         command()
@@ -188,6 +190,9 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
             sys.stdout.flush()
     except _ReaderGone:
         return EXIT_BROKEN_PIPE
+    except Terminated:
+        print("SIGTERM: what was saved before stays", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("interrupted; what was saved before stays", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -198,6 +203,31 @@ def guarded(command: Callable[[], None], on_storage: int = EXIT_USER_ERROR) -> i
         print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
         return on_storage if may_pass(e) else EXIT_USER_ERROR
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what Ctrl-C does, with another exit code."""
+
+
+@contextlib.contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """Makes SIGTERM raise `Terminated` inside the block, so that what is half made is removed.
+
+    The system's own way would leave it. Only the main thread may enter. A signal that is ignored, or has a
+    handler, stays so.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _ReaderGone(Exception):  # noqa: N818

@@ -11,7 +11,7 @@ from helpers import CONFIG_FILE, TINY
 import pytest
 
 from benchmarks.command import BENCHMARKS
-from benchmarks.harness import roofline
+from benchmarks.harness import results, roofline
 from topklm import cli
 from topklm.commands import bench, train
 from topklm.errors import UserError
@@ -34,15 +34,15 @@ def by_name(rows):
 @pytest.mark.slow
 def test_step_measures_topk_and_base(tmp_path, capsys):
     found = measured(tmp_path, "step", *CONFIG)
-    results = by_name(found["results"])
-    assert set(results) == {
+    by_side = by_name(found["results"])
+    assert set(by_side) == {
         f"config float32: {figure}, {side}" for figure in ("step", "peak memory") for side in ("TopK", "Base")
     }
-    step = results["config float32: step, TopK"]
+    step = by_side["config float32: step, TopK"]
     assert len(step["samples"]) == 2 and 0 < step["floor"] < step["median"]
     assert step["facts"]["tokens_per_second"] == pytest.approx(4 * 32 / step["median"])
     assert 0 < step["facts"]["mfu"] < 1
-    assert results["config float32: peak memory, TopK"]["median"] > 2**26
+    assert by_side["config float32: peak memory, TopK"]["median"] > 2**26
     (comparison,) = found["comparisons"]
     assert (comparison["name"], comparison["at_most"]) == ("config float32: step, TopK / Base", 1.03)
     assert found["settings"]["cases"]["config float32"]["allocator"]
@@ -59,7 +59,7 @@ def test_step_explains_where_its_time_goes(tmp_path, capsys):
         assert parts["sum"]["samples"][i] == pytest.approx(sum(parts[name]["samples"][i] for name in names))
     assert parts["host"]["floor"] is None
     assert all(parts[name]["floor"] > 0 for name in names if name != "host")
-    assert "of the step" in capsys.readouterr().out
+    assert "% of it █" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -71,6 +71,20 @@ def test_topk_measures_every_backend_beside_a_copy(tmp_path):
     assert all(row["floor"] > 0 for row in found["results"])
     (forward,) = (row for row in found["comparisons"] if row["at_least"])
     assert forward["name"] == "256 x 16, k 4, float32, forward: faster than lax.top_k + scatter"
+
+
+@pytest.mark.slow
+def test_sides_are_kept_from_wider_instructions_when_asked(tmp_path, monkeypatch):
+    for variable in results.AVX2_ONLY:
+        monkeypatch.setenv(variable, "")  # so that what the command sets ends with the test
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    found = measured(
+        tmp_path, "topk", "--sizes=16:4", "--rows=64", "--dtype=float32", "--only=auto", "--isa=avx2"
+    )
+    assert found["environment"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false --xla_cpu_max_isa=AVX2"
+    assert found["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert found["machine"]["instructions"] in ("AVX-512 limited to AVX2", "AVX2", "AVX", "NEON")
+    assert {row["facts"]["operation"] for row in found["results"]} == {"auto"}
 
 
 @pytest.mark.slow
@@ -115,6 +129,9 @@ def test_torch_runs_beside_ours_from_the_same_weights(tmp_path, capsys):
         (["topk", "--sizes=16"], "--sizes = '16': must be D:K"),
         (["topk", "--sizes=16:17"], "--sizes = '16:17': must be D:K"),
         (["topk", "--rows=0"], "--rows = 0: must be 1 or more"),
+        (["topk", "--only=best"], "--only = best: must be of auto, lax"),
+        (["topk", "--only=lax"], "--only = lax: must have auto"),
+        (["topk", "--isa=sse"], "--isa"),
         (["topk", *CONFIG], "--config: `bench topk` has no model"),
     ],
 )

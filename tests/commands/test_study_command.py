@@ -2,13 +2,27 @@
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 
-from helpers import assert_one_line_error, in_this_process
+from helpers import ROOT, Process, assert_one_line_error, in_this_process, wait_until
 import pytest
 import saved_runs
 
 from topklm.eval import claims
 
+TERMINATED = """
+import sys, types
+from pathlib import Path
+from topklm import cli
+from topklm.commands import study
+
+# In place of Python that runs a command of the study.
+study.sys = types.SimpleNamespace(executable="./command")
+cli.dispatch = lambda argv: study._run(study._Command("one", "card", [], False), Path("one.json"), True)
+sys.exit(cli.run(["study"]))
+"""
 SMALL = ("--kinds", "topk", "--sae-tokens", 4000, "--limit", 2, "--tokens", 1500)
 
 
@@ -90,3 +104,17 @@ def test_a_study_measures_every_claim_and_nothing_twice(tmp_path, trainer):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").glob("*-?.json")}
     assert in_this_process(*given).exit_code == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_sigterm_ends_the_command_that_a_study_runs_too(tmp_path):
+    script = tmp_path / "command"
+    script.write_text("#!/bin/sh\necho $$ > pid.new\nmv pid.new pid\nexec sleep 600\n")
+    script.chmod(0o700)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = Process([sys.executable, "-c", TERMINATED], cwd=tmp_path, env=environment)
+    assert wait_until((tmp_path / "pid").exists, process)
+    process.signal(signal.SIGTERM)
+    assert process.finish() == 143
+    assert process.errors == "SIGTERM: what was saved before stays\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -238,6 +238,9 @@ def test_a_dataset_that_is_not_whole_is_refused(books, local):
         load_dataset(URL)
     with pytest.raises(UserError, match="gs://nosuch/books: no prepared dataset"):
         load_dataset("gs://nosuch/books")
+    for url in ("gs://", "s3:///books"):
+        with pytest.raises(UserError, match=f"{url}: names no bucket; give gs://BUCKET/FOLDER"):
+            load_dataset(url)
 
 
 def test_a_store_that_refuses_says_what_to_set(books):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+import contextlib
 import json
 from pathlib import Path
 import subprocess
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
-from topklm.errors import EXIT_INTERRUPTED, UserError, disk_errors_are_user_errors
+from topklm.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    Terminated,
+    UserError,
+    disk_errors_are_user_errors,
+)
 from topklm.imports import when_used
 from topklm.storage.files import local_path, read_json, write_atomically
 
@@ -41,6 +48,7 @@ EXAMPLE = "topklm study studies/small --topk runs/a runs/b --base runs/base-a ru
 _RESULT, _PAGE, _DONE = "claims.json", "claims.md", "done.json"
 _CHAINED = ("sae-chained",)
 _TRACED = ("coordinates", *_CHAINED)  # traces of a Base LM
+_SECONDS_TO_END = 10  # for a command that was interrupted with the study
 
 
 class _Command(NamedTuple):
@@ -267,12 +275,21 @@ def _run(one: _Command, path: Path, quiet: bool) -> str:
         *one.arguments,
         *(["--json", str(path)] if one.has_json else []),
     ]
-    ended = subprocess.run(
-        command, stdout=subprocess.DEVNULL if quiet else None, stderr=subprocess.PIPE, text=True, check=False
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL if quiet else None, stderr=subprocess.PIPE, text=True
     )
-    if ended.returncode == EXIT_INTERRUPTED:
+    try:
+        _, errors = process.communicate()
+    except KeyboardInterrupt as e:
+        if isinstance(e, Terminated):
+            process.terminate()  # a terminal sends Ctrl-C to both
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_SECONDS_TO_END)
+        process.kill()
+        raise
+    if process.returncode in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         raise KeyboardInterrupt
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+    if process.returncode:
+        lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         return f"topklm {one.arguments[0]}: {lines[-1].removeprefix('error: ')}"
     return ""

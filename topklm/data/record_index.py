@@ -20,7 +20,7 @@ _MAGIC = 0x71930E704FDAE05E
 
 
 class NoIndexError(ValueError):
-    """The bytes are not those of an index; `start` to `stop` - 1 are those that were looked at."""
+    """Bytes `start` to `stop` - 1 of the file hold no index."""
 
     def __init__(self, start: int, stop: int):
         super().__init__(f"no index in bytes {start} to {stop - 1}")

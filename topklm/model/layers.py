@@ -123,10 +123,11 @@ _TOKENS_PER_CHUNK = 1024
 
 @jax.custom_vjp
 def swiglu(x_ND: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """Computes `silu(x @ gate) * (x @ up) @ down`, and the hidden product again for its gradient.
+    """Computes SwiGLU, `(silu(x @ gate) * (x @ up)) @ down`: [N, D] -> [N, D] in the dtype of x.
 
-    On CPUs the backward pass goes over chunks of tokens, one after the other: XLA would else leave the
-    gradients of weights to the end of the step, and all that they are made of in memory.
+    The formula is eq. 6 of Shazeer 2020. The gradient computes the hidden product again; on CPUs it goes over
+    chunks of tokens, one after the other: XLA would else leave the gradients of weights to the end of the
+    step, and all that they are made of in memory.
     """
     return _swiglu_forward(x_ND, gate_DF, up_DF, down_FD)[0]
 

@@ -109,7 +109,10 @@ def _search_in_blocks(x_ND: jax.Array, k: int, activation: str) -> tuple[jax.Arr
 
 
 def _kth(key_RD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Finds the k-th key of each row, or a bound that exactly k keys reach; and `_ranks` that win there."""
+    """Finds each row's k-th key, or a bound that exactly k keys reach, and the least of `_ranks` that wins.
+
+    int32[R, 1] and integers[R, 1]. A rank decides among keys equal to the k-th only.
+    """
     d = key_RD.shape[1]
     if is_few := k <= _FEW and d % _SLICES == 0:
         groups = _fold(jnp.maximum, key_RD, d // _SLICES)

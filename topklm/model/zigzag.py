@@ -22,7 +22,7 @@ class Chunks(NamedTuple):
     """The J = 2 n + 1 pairs of chunks of queries and keys that one of n devices computes."""
 
     half: jax.Array  # int32[J], 0 or 1: the queries' chunk, of the two of the device
-    key: jax.Array  # int32[J]: the keys' chunk, by its place among those that were gathered
+    key: jax.Array  # int32[J]: the index of the keys' chunk in the gathered array
     is_causal: jax.Array  # bool[J]: both are the same chunk; other keys lie before all queries
 
 
@@ -47,9 +47,10 @@ def zigzag_attention(
 ) -> jax.Array:
     """Computes `causal_attention` of two chunks of queries, of the 2 n that a sequence of S = n T tokens has.
 
-    The two chunks of device i see 2 n + 1 chunks of keys in all, whatever i is: only
-    these are computed, in place of 4 n. Keys and values of all devices, [B, S, K, d], stand one device after
-    the other. The backward pass keeps the probabilities.
+    Queries are [B, T, H, d], keys and values of all devices [B, S, K, d], one device after the other. The two
+    chunks of device i see 2 n + 1 chunks of keys in all, whatever i is: only these are computed, in place of
+    4 n. The result is [B, T, H, d] in the dtype of q, scores are float32. The backward pass keeps the
+    probabilities.
     """
     return _zigzag_forward(q_BTHd, k_BSKd, v_BSKd, segment_ids_BT, key_segment_ids_BS, chunks)[0]
 

@@ -50,6 +50,8 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, cache_gib: float = CACHE_GIB):
+        if not url.partition("://")[2].partition("/")[0]:
+            raise UserError(f"{url}: names no bucket; give gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
         self.url, self._cache_gib = url.rstrip("/"), cache_gib
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._has_answered, self._silent_since = False, 0.0
