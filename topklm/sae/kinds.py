@@ -22,7 +22,7 @@ errors are means over tokens and coordinates, so they do not depend on the size 
 Dims: N tokens, D d_model, M codes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -154,8 +154,11 @@ class Kind:
 
 
 def pre_activations(params: Arrays, x_ND: jax.Array) -> jax.Array:
-    """Returns float32[N, M]; the encoder's rows are the decoder's where it has none of its own."""
-    return (x_ND - params["centre"]) @ params["encoder"].T + params["bias"]
+    """Returns float32[N, M], without a bias where the parameters have none."""
+    still = jax.lax.stop_gradient(params["centre"])
+    # Zeros, which have the centre's gradient: of all tokens at once, not of each with every code.
+    of_centre = (still - params["centre"]) @ params["encoder"].T
+    return (x_ND - still) @ params["encoder"].T + (params.get("bias", 0) + of_centre)
 
 
 def _seen(x_ND: jax.Array, back_ND: jax.Array, codes_NM: jax.Array, **more: jax.Array) -> Seen:
@@ -173,11 +176,20 @@ def topk_loss(
     config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, is_sparse: bool
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of topk; `is_sparse`: with products of the kept codes alone."""
+    pre = pre_activations(params, x_ND)
     if is_sparse:
-        kept = sparse.largest_of_tokens(jax.lax.stop_gradient(pre_activations(params, x_ND)), config.k)
-        (back,), seen = _sparsely(params, x_ND, kept)
+        kept = sparse.largest(jax.lax.stop_gradient(pre), config.k)
+        values = sparse.encode(x_ND - params["centre"], params["encoder"], params["bias"], kept)
+        back = sparse.combine(values, kept, params["decoder"]) + params["centre"]
+        active = values > 0
+        seen = Seen(
+            jnp.mean(jnp.square(x_ND - back)),
+            jnp.sum(active) / len(x_ND),
+            jnp.zeros(config.width, bool).at[kept].max(active),
+            jnp.min(jnp.where(active, values, jnp.inf)),
+        )
     else:
-        codes = topk(pre_activations(params, x_ND), config.k)
+        codes = topk(pre, config.k)
         back = codes @ params["decoder"] + params["centre"]
         seen = _seen(x_ND, back, codes)
     return seen.error + aux_loss(config, params, memory, x_ND, back), seen
@@ -189,63 +201,20 @@ def batchtopk_codes(pre_NM: jax.Array, k: int) -> jax.Array:
 
 
 def nested_loss(
-    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, is_sparse: bool
+    config: SaeConfig, params: Arrays, memory: Arrays, x_ND: jax.Array, _: jax.Array, __: bool
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of matryoshka, and of batchtopk, which has one prefix: all codes.
 
-    AuxK is of the error of all codes; `is_sparse` as in `topk_loss`.
+    AuxK is of the error of all codes.
     """
     prefixes = config.prefixes() if config.kind == "matryoshka" else [(config.width, 1.0)]
-
-    def densely() -> tuple[jax.Array, Seen]:
-        codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
-        back, begin, found = jnp.broadcast_to(params["centre"], x_ND.shape), 0, []
-        for end, _ in prefixes:
-            back = back + codes[:, begin:end] @ params["decoder"][begin:end]
-            found.append(back)
-            begin = end
-        return jnp.stack(found), _seen(x_ND, back, codes)
-
-    if is_sparse:
-        pre = jax.lax.stop_gradient(pre_activations(params, x_ND))
-        kept, counts, is_complete = sparse.largest_of_batch(pre, config.k)
-        ends = [end for end, _ in prefixes]
-        backs, seen = jax.lax.cond(is_complete, lambda: _sparsely(params, x_ND, kept, counts, ends), densely)
-    else:
-        backs, seen = densely()
-    losses = [
-        weight * jnp.mean(jnp.square(x_ND - back)) for (_, weight), back in zip(prefixes, backs, strict=True)
-    ]
-    return sum(losses) + aux_loss(config, params, memory, x_ND, backs[-1]), seen
-
-
-def _sparsely(
-    params: Arrays,
-    x_ND: jax.Array,
-    kept: sparse.Kept,
-    counts: jax.Array | None = None,
-    ends: Sequence[int] = (),
-) -> tuple[jax.Array, Seen]:
-    """Returns what each of P prefixes of codes reconstructs, [P, N, D], from a list of kept codes."""
-    n, d = x_ND.shape
-    values = sparse.encode(x_ND - params["centre"], params["encoder"], params["bias"], kept)
-    if counts is not None:
-        values = jnp.where(counts, values, 0)
-    code, token = kept
-    if len(ends) > 1:  # each prefix decodes its own codes; sums over prefixes follow
-        assert token is not None
-        token = token + n * jnp.searchsorted(jnp.asarray(ends), code, side="right").astype(token.dtype)
-    n_parts = max(1, len(ends))
-    parts = sparse.combine(values, (code, token), params["decoder"], n_parts * n)
-    backs = jnp.cumsum(parts.reshape(n_parts, n, d), axis=0) + params["centre"]
-    active = values > 0
-    seen = Seen(
-        jnp.mean(jnp.square(x_ND - backs[-1])),
-        jnp.sum(active) / n,
-        jnp.zeros(len(params["bias"]), bool).at[code].max(active),
-        jnp.min(jnp.where(active, values, jnp.inf)),
-    )
-    return backs, seen
+    codes = batchtopk_codes(pre_activations(params, x_ND), config.k)
+    back, begin, losses = params["centre"], 0, []
+    for end, weight in prefixes:
+        back = back + codes[:, begin:end] @ params["decoder"][begin:end]
+        losses.append(weight * jnp.mean(jnp.square(x_ND - back)))
+        begin = end
+    return sum(losses) + aux_loss(config, params, memory, x_ND, back), _seen(x_ND, back, codes)
 
 
 def aux_loss(
@@ -345,7 +314,7 @@ def gba_loss(
 ) -> tuple[jax.Array, Seen]:
     """Computes the loss of gba, half the squared error; its biases are in `memory`."""
     del config
-    alone_NM = (x_ND - params["centre"]) @ params["encoder"].T
+    alone_NM = pre_activations(params, x_ND)
     pre_NM = alone_NM + memory["bias"]
     codes = jnp.where(pre_NM > 0, alone_NM, 0)
     back = (params["scale"] * codes) @ params["encoder"] + params["centre"]
@@ -423,11 +392,16 @@ def begin(
     params = {"encoder": rows_MD, "decoder": rows_MD, "bias": jnp.zeros(width), "centre": centre_D}
     memory = {"idle": jnp.zeros(width, jnp.int32), "dead_after": jnp.full((), dead_after, jnp.int32)}
     if config.kind in ("jumprelu", "gba"):
-        pre = (x_ND - centre_D) @ rows_MD.T
+        pre_MN = rows_MD @ (x_ND - centre_D).T
         shares = config.frequencies() if config.kind == "gba" else np.full(width, config.k / width)
-        ranked = jnp.sort(pre, axis=0)[::-1]
-        rank = np.clip(np.round(shares * len(x_ND)).astype(int), 0, len(x_ND) - 1)
-        bounds = jnp.maximum(ranked[rank, np.arange(width)], 0)
+        ranks = np.clip(np.round(shares * len(x_ND)).astype(int), 0, len(x_ND) - 1)
+        bounds = jnp.zeros(width)  # the positive pre-activations of those ranks
+        for rank in np.unique(ranks):
+            codes = np.flatnonzero(ranks == rank)
+            largest = topk(pre_MN[codes], int(rank) + 1)
+            has_all = jnp.sum(largest > 0, axis=1) > rank
+            least = jnp.min(jnp.where(largest > 0, largest, jnp.inf), axis=1)
+            bounds = bounds.at[codes].set(jnp.where(has_all, least, 0))
         params["threshold"], params["scale"] = bounds, jnp.ones(width)
         counts = {"counts": jnp.zeros(width), "largest": jnp.full(width, -jnp.inf), "read": jnp.zeros(())}
         memory |= {"bias": -bounds, **counts}
