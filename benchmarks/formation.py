@@ -6,7 +6,8 @@ r"""Tables and picture of docs/formation.md, from traces of several runs.
 Reads every trace that `topklm trace run` left in these runs, of Base LMs those of all dictionaries, and facts
 of TopK LMs (`topklm trace facts runs/small-seed0 --steps log --json FILE`). Writes
 benchmarks/results/formation.json (each run's curves), docs/images/formation.svg, and the tables between the
-markers of the page: means over the seeds, with the least and the largest.
+markers of the page: means over the seeds, with the least and the largest. With --books, those of other runs
+beside them: formation-books.json, formation-books.svg, and the tables whose markers begin with books.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ from topklm.trace.read import CHAINED, COORDINATES, FRESH, SAME
 from topklm.trace.summary import CARRIED, WRITTEN, Summary
 
 PAGE = results.ROOT / "docs" / "formation.md"
-OUT = results.FOLDER / "formation.json"
-PICTURE = results.IMAGES / "formation.svg"
+OUT, BOOKS_OUT = results.FOLDER / "formation.json", results.FOLDER / "formation-books.json"
+PICTURE, BOOKS_PICTURE = results.IMAGES / "formation.svg", results.IMAGES / "formation-books.svg"
 
 TOPK, WSD, BASE = "TopK", "TopK, WSD", "Base, coordinates"
 SAES = {FRESH: "SAE, fresh seeds", SAME: "SAE, same seed", CHAINED: "SAE, chained"}
@@ -37,7 +38,9 @@ _OVER_LAYERS = (
     *("r_reference", "r_other", "r_shifted", "r_matched", "r_previous", "jaccard_reference"),
     *("token_entropy", "semantic_entropy", "by_token", "by_context", "lens_reference"),
 )
-_STEPS = (0, 16, 32, 64, 128, 181, 362, 724, 1300)  # of the tables, where they are traced
+# Of the tables, where they are traced.
+_STEPS = (0, 16, 32, 64, 128, 181, 362, 724, 1300)
+_STEPS_OF_BOOKS = (0, 16, 64, 128, 256, 724, 2048, 5793, 9800)
 
 
 def main() -> None:
@@ -46,6 +49,7 @@ def main() -> None:
     for kind in ("topk", "base", "wsd"):
         parser.add_argument(f"--{kind}", type=pathlib.Path, nargs="+", default=[], help="run folders")
     parser.add_argument("--facts", type=pathlib.Path, nargs="+", default=[], help="results of TopK LMs")
+    parser.add_argument("--books", action="store_true", help="the runs are of books")
     arguments = parser.parse_args()
     groups: dict[str, list[Summary]] = {
         TOPK: [_open(run, "") for run in arguments.topk],
@@ -62,9 +66,10 @@ def main() -> None:
         "facts": [results.read(path) for path in arguments.facts],
         "seeds": [{"runs": [one.name, other.name], "layers": _matched(one, other)} for one, other in pairs],
     }
-    results.write(OUT, result, shown={})
-    draw(found, PICTURE)
-    page = results.fill(PAGE.read_text(encoding="utf-8"), page_tables(result), PAGE.name)
+    results.write(BOOKS_OUT if arguments.books else OUT, result, shown={})
+    draw(found, BOOKS_PICTURE if arguments.books else PICTURE)
+    parts = tables_of_books(result) if arguments.books else page_tables(result)
+    page = results.fill(PAGE.read_text(encoding="utf-8"), parts, PAGE.name)
     PAGE.write_text(page, encoding="utf-8")
 
 
@@ -140,10 +145,16 @@ def _list(values: np.ndarray) -> list[float | None]:
 # Tables.
 
 
-def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the tables of the page by their markers."""
+def tables_of_books(result: Mapping[str, Any]) -> dict[str, str]:
+    """Returns those tables that one TopK LM and its twin fill, by their markers."""
+    made = page_tables(result, _STEPS_OF_BOOKS)
+    return {f"books {name}": made[name] for name in ("identity", "model", "onsets", "flows")}
+
+
+def page_tables(result: Mapping[str, Any], chosen: Sequence[int] = _STEPS) -> dict[str, str]:
+    """Returns the tables of the page by their markers, at those of the chosen steps that were traced."""
     groups = result["groups"]
-    steps = [step for step in _STEPS if step in groups[TOPK][0]["steps"]]
+    steps = [step for step in chosen if step in groups[TOPK][0]["steps"]]
 
     def row(title: str, group: str, *path: Any, digits: int = 2) -> list[str]:
         return [title, *(spread(groups[group], path, step, digits) for step in steps)]

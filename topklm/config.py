@@ -255,7 +255,8 @@ class TrainConfig:
     init: str = _setting(
         "",
         "run whose newest checkpoint gives the first parameters; step, optimizer and data begin at 0; TopK "
-        "settings may differ, so a Base LM can become a TopK LM; empty: drawn by seed",
+        "settings may differ, so a Base LM can become a TopK LM, and model.d_model may be larger, with "
+        "model.head_dim as it was; empty: drawn by seed",
     )
     only: str = _setting(
         "",

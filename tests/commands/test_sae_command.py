@@ -177,6 +177,11 @@ def test_training_that_was_stopped_goes_on_to_the_same_bits(base, trained, tmp_p
         train(base, out, "--resume")
 
 
+def test_neurons_of_a_base_lm_have_no_wider_one(base):
+    with pytest.raises(UserError, match="--wider is of TopK LMs"):
+        run(sae, "measure", "--run", base, "--wider", base)
+
+
 def test_the_help_names_every_kind():
     assert tuple(kinds.KINDS) == sae._KINDS
 
@@ -203,6 +208,8 @@ def test_neurons_of_topk_lms_have_the_same_table(data, tmp_path, capsys):
     for option, value in (("--hedging", 2), ("--together", 0)):
         with pytest.raises(UserError, match=f"{option} is of autoencoders"):
             run(sae, "measure", "--run", one, option, value)
+    with pytest.raises(UserError, match=r"--wider = .*: must be a run begun like .* by train.init"):
+        run(sae, "measure", "--run", one, "--wider", one)
 
 
 @pytest.mark.parametrize(

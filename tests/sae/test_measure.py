@@ -1,6 +1,7 @@
 """Measures of autoencoders with known answers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import saved_runs
 
+from topklm.errors import UserError
 from topklm.layout import one_device
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
@@ -182,6 +184,56 @@ def test_hedging_is_zero_where_nothing_moved_and_one_where_all_moves_are_along_n
     twice = np.concatenate([control + along, new, new])  # new rows that span no more
     assert measure.hedging_rate(control, twice) > 0.5 * rate
     assert np.isnan(measure.hedging_rate(control, np.concatenate([control, rng.normal(size=(40, 40))])))
+
+
+def test_neurons_hedge_as_far_as_their_reading_rows_move_along_those_of_new_ones():
+    config = dataclasses.replace(saved_runs.MODEL, n_nontopk=0, topk_k=4)
+    wide = dataclasses.replace(config, d_model=D + 2, head_dim=config.head_width)
+    narrow = model(config).params
+    rng = np.random.default_rng(6)
+    moved = jax.tree.map(np.array, transformer.widened(wide, 0, narrow))
+    scale = moved["blocks"]["mlp_norm"]["scale"]
+    np.testing.assert_allclose(scale[:, :D], narrow["blocks"]["mlp_norm"]["scale"] * (D / (D + 2)) ** 0.5)
+    names = [("attention", name) for name in ("query", "key", "value")] + [("mlp", "gate"), ("mlp", "up")]
+    mix = rng.normal(size=(D, 2))
+    for part, name in names:
+        kernel = moved["blocks"][part][name]["kernel"]
+        norm = moved["blocks"][f"{part}_norm"]["scale"][:, :, None]
+        # As much of the new rows, as the norm lets them through.
+        kernel[1, :D] += (0.3 * mix @ (norm * kernel)[1, D:]) / norm[1, :D]
+    found = measure.hedging_of_topk_lm(lm(config, narrow, "a"), lm(wide, moved, "a"))
+    wanted = []
+    for layer in (1, 2):  # what reads layers 0 and 1
+        of = {}
+        for key, params, d in (("control", narrow, D), ("wide", moved, D + 2)):
+            if layer == config.n_layers:
+                rows = params["final_norm"]["scale"][:, None] * params["unembed"]["kernel"]
+            else:
+                block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+                rows = np.hstack(
+                    [
+                        block[f"{part}_norm"]["scale"][:, None] * block[part][name]["kernel"]
+                        for part, name in names
+                    ]
+                )
+            of[key] = rows * d**0.5
+        wanted.append(measure.hedging_rate(of["control"], of["wide"]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert found[0] > 0.3 and found[1] < 1e-6
+    for other, said in (
+        (lm(wide, moved, "b"), "train.init differs"),
+        (lm(wide, moved, "a", step=3), "the step differs"),
+        (lm(dataclasses.replace(wide, topk_k=3), moved, "a"), "model differs"),
+        (lm(config, narrow, "a"), "with a larger model.d_model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            measure.hedging_of_topk_lm(lm(config, narrow, "a"), other)
+
+
+def lm(config, params, init, step=2):
+    """As much of a loaded model as hedging reads."""
+    train = SimpleNamespace(init=init)
+    return SimpleNamespace(cfg=config, params=params, step=step, run="r", config=SimpleNamespace(train=train))
 
 
 @pytest.mark.slow

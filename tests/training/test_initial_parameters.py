@@ -41,6 +41,29 @@ def test_a_base_lm_becomes_a_topk_lm(trainer, finished_run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved["params"], begun["params"])
 
 
+def test_a_wider_model_begins_as_the_narrow_one(trainer, finished_run, tmp_path):
+    run = tmp_path / "run"
+    settings = {"train.init": finished_run, "model.d_model": 40, "model.head_dim": 16, **ONE_STILL_STEP}
+    ended = trainer.train(run, settings)
+    assert ended.exit_code == 0, ended.errors
+    saved, begun = (
+        arrays(finished_run, checkpoint_steps(finished_run)[-1])["params"],
+        arrays(run, 1)["params"],
+    )
+
+    def same_corner(path, narrow, wide):
+        factor = (32 / 40) ** 0.5 if path[-1].key == "scale" else 1
+        corner = wide[tuple(map(slice, narrow.shape))]
+        np.testing.assert_allclose(corner, factor * narrow, rtol=1e-6)
+
+    jax.tree_util.tree_map_with_path(same_corner, saved, begun)
+    assert np.std(begun["embed"]["embedding"][:, 32:]) == pytest.approx(0.1, rel=0.2)
+    assert np.std(begun["blocks"]["mlp"]["gate"]["kernel"][:, 32:]) == pytest.approx(40**-0.5, rel=0.2)
+    (last,) = (line for line in metrics(finished_run) if line["step"] == 24 and "eval/loss" in line)
+    (evaluated,) = (line for line in metrics(run) if "eval/loss" in line)
+    assert abs(evaluated["eval/loss"] - last["eval/loss"]) < 0.2
+
+
 def test_a_run_that_has_begun_no_longer_needs_the_other(trainer, run_copy, tmp_path):
     settings = {"train.init": run_copy, "train.steps": 2}
     assert trainer.train(tmp_path / "run", settings).exit_code == 0

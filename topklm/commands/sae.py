@@ -91,6 +91,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     text = "train on with and without so many new codes, which says how far old rows move for them"
     add("--hedging N", text, int)
     add("--against RUN", "TopK LMs of other seeds, for the stability of neurons", nargs="+", default=[])
+    add("--wider RUN", "begun like the TopK LM --run by train.init, but wider: the hedging of its neurons")
     text = "layers whose reconstructions replace hidden states at once; default all but the model's last"
     add("--together L,...", text, type=shared.layers)
 
@@ -215,10 +216,16 @@ def _measure(arguments: argparse.Namespace) -> None:
                     f"--{name} is of autoencoders, and {arguments.run} is a TopK LM: leave it out"
                 )
         others = [shared.load(argparse.Namespace(run=name, step=None))[0] for name in arguments.against]
-        found = measure.of_topk_lm(model, others, text_model, documents, arguments.tokens, output.progress)
+        wider = (
+            arguments.wider and shared.load(argparse.Namespace(run=arguments.wider, step=arguments.step))[0]
+        )
+        found = measure.of_topk_lm(
+            model, others, text_model, documents, arguments.tokens, output.progress, wider
+        )
     else:
-        if arguments.against:
-            raise UserError(f"--against is of TopK LMs, and {arguments.run} is a Base LM: leave it out")
+        for name in ("against", "wider"):
+            if getattr(arguments, name):
+                raise UserError(f"--{name} is of TopK LMs, and {arguments.run} is a Base LM: leave it out")
         if not arguments.folders:
             raise UserError(field="folders", allowed="given, one or more, for a Base LM")
         if (arguments.hedging or 0) >= model.cfg.d_model:

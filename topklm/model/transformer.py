@@ -35,6 +35,8 @@ from topklm.parallel import ALONE, Parallel
 
 Parameters = dict[str, Any]
 
+WIDENED_WRITE = 0.1  # of the initial size, for parameters that write new coordinates
+
 _Result = TypeVar("_Result")
 
 
@@ -215,6 +217,25 @@ class Transformer(nnx.Module):
 def create(config: ModelConfig, seed: int) -> Parameters:
     """Initialises parameters, a plain nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=seed))))
+
+
+def widened(config: ModelConfig, seed: int, params: Parameters) -> Parameters:
+    """Returns the parameters of a model of this config that begins as a narrower one, of fewer coordinates.
+
+    New coordinates are read as at initialisation, by seed, and written a tenth as strongly; while they are
+    small, norms give the others what they gave before.
+    """
+    d_narrow, d = params["embed"]["embedding"].shape[1], config.d_model
+
+    def of(path: tuple, fresh: jax.Array, old: jax.Array) -> jax.Array:
+        module, name = path[-2].key, path[-1].key
+        if name == "scale" and fresh.shape != old.shape:
+            fresh, old = (x * (d_narrow / d) ** 0.5 for x in (fresh, old))
+        if name == "embedding" or module in ("out", "down"):
+            fresh = WIDENED_WRITE * fresh
+        return fresh.at[tuple(map(slice, old.shape))].set(old)
+
+    return jax.tree_util.tree_map_with_path(of, create(config, seed), params)
 
 
 def bind(config: ModelConfig, params: Parameters) -> Transformer:

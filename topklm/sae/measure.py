@@ -134,6 +134,53 @@ def hedging(
     return [hedging_rate(a, b, seed) for a, b in zip(control, extended, strict=True)]
 
 
+def reading_rows(config: ModelConfig, params: transformer.Parameters, layer: int) -> np.ndarray:
+    """Returns float64[D, n], by which what reads a layer's output reads each coordinate.
+
+    Projections of the next layer's attention and MLP side by side, or the unembedding after the last layer;
+    each row times the norm's scale and sqrt(D), so it is that of a state of length 1.
+    """
+    params = jax.tree.map(np.asarray, params)
+    if layer + 1 == config.n_layers:
+        parts = [(params["final_norm"], np.asarray(transformer.bind(config, params).unembedding()))]
+    else:
+        block = jax.tree.map(lambda leaf: leaf[layer + 1], params["blocks"])
+        attention, mlp = block["attention"], block["mlp"]
+        parts = [(block["attention_norm"], attention[name]["kernel"]) for name in ("query", "key", "value")]
+        parts += [(block["mlp_norm"], mlp[name]["kernel"]) for name in ("gate", "up")]
+    rows = [norm["scale"].astype(np.float64)[:, None] * kernel for norm, kernel in parts]
+    return np.sqrt(config.d_model) * np.concatenate(rows, axis=1)
+
+
+def hedging_of_topk_lm(control: LanguageModel, wider: LanguageModel) -> list[float]:
+    """Returns the hedging rate of each TopK layer's neurons: both begun as one model, `wider` with new ones.
+
+    Rows are `reading_rows`. UserError unless both were begun by `train.init` of one run, trained as long, and
+    differ in the width alone.
+    """
+    begun = control.config.train.init
+    for name, mine, its in (
+        ("train.init", begun, wider.config.train.init),
+        ("the step", control.step, wider.step),
+        (
+            "model",
+            dataclasses.replace(control.cfg, d_model=0, head_dim=control.cfg.head_width),
+            dataclasses.replace(wider.cfg, d_model=0, head_dim=wider.cfg.head_width),
+        ),
+    ):
+        if mine != its:
+            text = f"must differ from {control.run} in model.d_model alone; {name} differs"
+            raise UserError(text, field="--wider", value=str(wider.run))
+    if not begun or wider.cfg.d_model <= control.cfg.d_model:
+        allowed = f"a run begun like {control.run} by train.init, with a larger model.d_model"
+        raise UserError(field="--wider", value=str(wider.run), allowed=allowed)
+    both = [
+        [reading_rows(model.cfg, model.params, layer) for layer in range(control.cfg.n_topk_layers)]
+        for model in (control, wider)
+    ]
+    return [hedging_rate(rows, more) for rows, more in zip(*both, strict=True)]
+
+
 # Measures on text.
 
 
@@ -350,12 +397,15 @@ def of_topk_lm(
     documents: Iterable[np.ndarray],
     n_tokens: int,
     progress: Progress,
+    wider: LanguageModel | None = None,
 ) -> dict[str, Any]:
     """Measures a TopK LM by itself, and its neurons against those of TopK LMs of other seeds.
 
-    UserError if another one has another tokenizer, width or number of TopK layers.
+    With `wider`, the hedging rate too. UserError as of `hedging_of_topk_lm`, and if another one has another
+    tokenizer, width or number of TopK layers.
     """
     config = model.cfg
+    rates = None if wider is None else hedging_of_topk_lm(model, wider)
     for other in others:
         mine, its = ((m.tokenizer.sha256, m.cfg.d_model, m.cfg.n_topk_layers) for m in (model, other))
         if mine != its:
@@ -385,6 +435,8 @@ def of_topk_lm(
         if others:
             pairs = [agreement(sums.correlation(number, layer)) for number in range(len(others))]
             row |= {key: float(np.mean([pair[key] for pair in pairs])) for key in pairs[0]}
+        if rates is not None:
+            row["hedging"] = rates[layer]
         rows.append(row)
     description = f"neurons of a TopK LM: {config.topk_k} of {config.d_model}"
     entry = {"name": str(model.run), "description": description, "of_layers": list(range(n_layers))}

@@ -90,11 +90,16 @@ def _check_initial_run(config: Config, folder: AnyPath) -> None:
 def initial_parameters(run: PreparedRun) -> transformer.Parameters:
     """Reads the parameters that a new run begins with: of the newest checkpoint of `train.init`.
 
-    UserError if there is none, it is damaged, or its tokenizer or the shape of its parameters differs.
+    Where this run's model has more coordinates, they are put into a wider one. UserError if there is none, it
+    is damaged, or its tokenizer or the shape of its parameters differs in another way.
     """
-    other = run.config.train.init
+    other, asked = run.config.train.init, run.config.model
     saved = run_folder.saved_config(as_path(other, "train.init"))
-    if saved is not None and (fields := _reshaping_fields(saved.model, run.config.model)):
+    narrow = asked
+    if saved is not None and saved.model.d_model < asked.d_model:
+        narrow = dataclasses.replace(asked, d_model=saved.model.d_model, head_dim=asked.head_width)
+    if saved is not None and _reshaping_fields(saved.model, narrow):
+        fields = _reshaping_fields(saved.model, asked)
         raise UserError(
             f"train.init = {other}: its parameters have another shape ({fields}): give this run the same"
         )
@@ -104,7 +109,11 @@ def initial_parameters(run: PreparedRun) -> transformer.Parameters:
             f"train.init = {other}: was trained with another tokenizer than the data has: prepare the data "
             f"with --tokenizer {other}/{run_folder.TOKENIZER_FILE}, or name a run with the data's tokenizer"
         )
-    return model.params
+    if narrow is asked:
+        return model.params
+    widened = functools.partial(transformer.widened, asked, run.config.train.seed)
+    shardings = run.layout.shardings(jax.eval_shape(widened, model.params))
+    return jax.jit(widened, out_shardings=shardings)(model.params)
 
 
 def _reshaping_fields(saved: ModelConfig, asked: ModelConfig) -> str:
