@@ -1,7 +1,7 @@
 r"""Tables and picture of docs/formation.md, from traces of several runs.
 
     python -m benchmarks.formation --topk runs/small-seed{0,1,2} --base runs/small-base-seed{0,1,2} \
-        --wsd runs/small-wsd-seed{0,1} --facts facts-seed{0,1,2}.json
+        --wsd runs/small-wsd-seed{0,1} --base-wsd runs/small-base-wsd-seed{0,1} --facts facts-seed{0,1,2}.json
 
 Reads every trace that `topklm trace run` left in these runs, of Base LMs those of all dictionaries, and facts
 of TopK LMs (`topklm trace facts runs/small-seed0 --steps log --json FILE`). Writes
@@ -28,7 +28,8 @@ PAGE = results.ROOT / "docs" / "formation.md"
 OUT, BOOKS_OUT = results.FOLDER / "formation.json", results.FOLDER / "formation-books.json"
 PICTURE, BOOKS_PICTURE = results.IMAGES / "formation.svg", results.IMAGES / "formation-books.svg"
 
-TOPK, WSD, BASE = "TopK", "TopK, WSD", "Base, coordinates"
+TOPK, WSD = "TopK", "TopK, WSD"
+BASE, BASE_WSD = "Base, coordinates", "Base, coordinates, WSD"
 SAES = {FRESH: "SAE, fresh seeds", SAME: "SAE, same seed", CHAINED: "SAE, chained"}
 WAVE = 64, 256  # onsets after the first and up to the second step
 COMMON = 10  # tokens of the text that are the commonest
@@ -46,7 +47,7 @@ _STEPS_OF_BOOKS = (0, 16, 64, 128, 256, 724, 2048, 5793, 9800)
 def main() -> None:
     """Reads the traces, and writes JSON, picture and page."""
     parser = results.parser(__doc__)
-    for kind in ("topk", "base", "wsd"):
+    for kind in ("topk", "base", "wsd", "base-wsd"):
         parser.add_argument(f"--{kind}", type=pathlib.Path, nargs="+", default=[], help="run folders")
     parser.add_argument("--facts", type=pathlib.Path, nargs="+", default=[], help="results of TopK LMs")
     parser.add_argument("--books", action="store_true", help="the runs are of books")
@@ -58,6 +59,7 @@ def main() -> None:
     for name, title in {COORDINATES: BASE, **SAES}.items():
         traced = [run for run in arguments.base if tables.name_of(name) in tables.names(run)]
         groups[title] = [_open(run, name) for run in traced]
+    groups[BASE_WSD] = [_open(run, COORDINATES) for run in arguments.base_wsd]
     found = {name: [figures(one) for one in group] for name, group in groups.items() if group}
     pairs = list(itertools.combinations(groups[TOPK], 2))
     result = {
@@ -164,7 +166,7 @@ def page_tables(result: Mapping[str, Any], chosen: Sequence[int] = _STEPS) -> di
     identity += [row("null: best other index", TOPK, "curves", "r_other")]
     identity += [row("same index is the best of all", TOPK, "curves", "same_is_best")]
     identity += [row("Jaccard, active tokens", TOPK, "curves", "jaccard_reference")]
-    for name in (WSD, BASE, *SAES.values()):
+    for name in (WSD, BASE, BASE_WSD, *SAES.values()):
         if name in groups:
             identity.append(row(f"{name}: r, same index", name, "curves", "r_reference"))
     for name in SAES.values():

@@ -6,7 +6,7 @@ Reads the statistics that `topklm neurons measure` wrote for each run; the first
 Writes benchmarks/results/NAME.json, the ten neurons that the tool puts first and what they are active at, and
 how the entropies of all neurons are distributed, with intervals by bootstrap over documents, and the
 differences from the TopK model of the same place in the list; and draws the distributions as
-docs/images/NAME.svg.
+docs/images/NAME.svg. With --page, fills the tables of docs/gallery.md with the first neurons of both kinds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,29 @@ from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
 from topklm.neurons.store import Store
 
+PAGE = results.ROOT / "docs" / "gallery.md"
+# Of the page's neurons, given by us after reading their pages.
+NAMES = {
+    "1:159": "*of*",
+    "1:94": "the first person: *I*, *my*",
+    "2:63": "speech begins",
+    "2:193": "not clean: hyphen, opening quotation mark, line break in verse",
+    "2:241": "*be*, *been*, *being*; line break",
+    "2:19": "a sentence or a chapter is over: `.`, `##`",
+    "2:126": "degree: *more*, *very*, *most*, *less*",
+    "1:188": "a condition begins: *if*, *when*, *how*; comma",
+    "2:47": "not clean: *can*, *may*, *might*; line break, *The*",
+    "2:137": "quotation mark before speech",
+}
+HEADS = (
+    *("neuron", "name", "strongest input tokens, share of its activation", "density", "token entropy"),
+    *("semantic entropy", "ablation effect", "strongest example"),
+)
 SHOWN = 10
 EXAMPLES = 4
 BEFORE, BEHIND = 10, 4  # tokens of an example's context
 TOPK, BASE, KEPT = "TopK", "Base", "Base, k largest"
-WRITTEN = {kind: f"Base, {title}" for kind, title in DICTIONARIES.items()}
+WRITTEN = {kind: f"Base, {DICTIONARIES[kind]}" for kind in FITTED}
 COLOUR_OF = dict(zip((TOPK, BASE, KEPT, *WRITTEN.values()), (*COLOURS, "#e69f00", "#56b4e9"), strict=True))
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_FIGURES = (
@@ -69,6 +87,7 @@ def main() -> None:
         )
     parser.add_argument("--draws", type=int, default=200, help="of documents; default %(default)s")
     parser.add_argument("--out", required=True, help="name of the JSON and of the picture")
+    parser.add_argument("--page", action="store_true", help="fill the tables of docs/gallery.md")
     arguments = parser.parse_args()
     groups = {TOPK: arguments.topk, BASE: arguments.base, KEPT: arguments.kept}
     groups |= {name: getattr(arguments, kind) for kind, name in WRITTEN.items()}
@@ -101,6 +120,35 @@ def main() -> None:
     results.save(results.FOLDER / f"{arguments.out}.json", result)
     rows = {kind: [table.read(folder.table)[0] for folder in folders] for kind, folders in runs.items()}
     draw(rows, results.IMAGES / f"{arguments.out}.svg")
+    if arguments.page:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(results.fill(text, page_tables(result), PAGE.name), encoding="utf-8")
+
+
+def page_tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tables of the first neurons of TopK LM and Base LM, by their markers."""
+    return {
+        f"first {kind}": results.markdown(HEADS, [_row(one) for one in result["first"][kind]])
+        for kind in (TOPK, BASE)
+    }
+
+
+def _row(neuron: Mapping[str, Any]) -> list[str]:
+    number = f"{neuron['layer']}:{neuron['neuron']}"
+    tokens = ", ".join(f"`{_visible(token)}` {share:.0%}" for token, share in neuron["top_tokens"][:5])
+    before, at, after = (_visible(text, " ") for text in neuron["examples"][0])
+    gap = at[: len(at) - len(at.lstrip(" "))]  # Markdown's bold begins with no space
+    example = f"…{before[-30:]}{gap}**{at.strip(' ') or '␣'}**{after}"
+    effect = f"{neuron['ablation_effect']:+.3f} ± {neuron['ablation_standard_error']:.3f}"
+    entropies = (f"{neuron[name]:.2f}" for name in ("token_entropy_corrected", "semantic_entropy_corrected"))
+    return [number, NAMES.get(number, ""), tokens, f"{neuron['density']:.2%}", *entropies, effect, example]
+
+
+def _visible(text: str, space: str = "␣") -> str:
+    """Writes spaces and line breaks as signs, and escapes what Markdown would read."""
+    for sign, by in (("\r\n", "↵"), ("\n", "↵"), ("\r", "←"), (" ", space), ("|", "\\|"), ("*", "\\*")):
+        text = text.replace(sign, by)
+    return text
 
 
 def _folder(run: pathlib.Path) -> NeuronsFolder:
