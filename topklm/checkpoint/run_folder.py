@@ -12,6 +12,7 @@ from typing import Any
 import uuid
 
 from topklm import config as config_lib
+from topklm import distributed
 from topklm.checkpoint import reader
 from topklm.checkpoint.reader import FACTS, OPTIMIZER, CheckpointReader, DamagedError
 from topklm.errors import UserError
@@ -28,7 +29,7 @@ OWNER_FILE = ".owner"
 
 # A network file system may show a new file to other machines only after its attribute cache has expired:
 # NFS keeps what it knows of a folder for up to 60 s (acdirmax of nfs(5)).
-_SHARED_PATIENCE_SECONDS = 90.0
+SHARED_PATIENCE_SECONDS = 90.0
 
 _THIS_PROCESS = uuid.uuid4().hex
 
@@ -151,6 +152,17 @@ def holds_parameters_alone(folder: AnyPath) -> bool:
     return bool(steps) and not (folder / CHECKPOINTS_FOLDER / str(steps[-1]) / OPTIMIZER).exists()
 
 
+def check_shared(folder: AnyPath, field: str) -> None:
+    """Raises UserError, which names `field`, if a process does not see what process 0 writes there."""
+    if distributed.process_count() == 1:
+        return
+    marker = distributed.broadcast("marker", write_marker(folder) if distributed.is_primary() else None)
+    check_marker(folder, marker, field)
+    distributed.barrier("marker")
+    if distributed.is_primary():
+        remove_marker(folder, marker)
+
+
 def write_marker(folder: AnyPath) -> str:
     """Leaves a file in the folder that the run's other processes can look for; returns its name."""
     # A name that nobody has asked for before: file systems also remember what was not there.
@@ -161,14 +173,16 @@ def write_marker(folder: AnyPath) -> str:
     return name
 
 
-def check_marker(folder: AnyPath, name: str, patience_seconds: float = _SHARED_PATIENCE_SECONDS) -> None:
+def check_marker(
+    folder: AnyPath, name: str, field: str = "--workdir", patience_seconds: float = SHARED_PATIENCE_SECONDS
+) -> None:
     """Waits for the file of `write_marker`; UserError if it does not come: hosts do not share the folder."""
     deadline = time.monotonic() + patience_seconds
     with storage_errors_are_user_errors(f"reading the run folder {folder}", folder):
         while not (folder / name).exists():
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--workdir = {folder}: host {socket.gethostname()} does not see what the first process "
+                    f"{field} = {folder}: host {socket.gethostname()} does not see what the first process "
                     "writes there: give gs://BUCKET/FOLDER, or a folder of a file system that all hosts share"
                 )
             time.sleep(0.1)

@@ -13,9 +13,11 @@ from topklm.commands import shared, trace_facts, trace_language
 from topklm.commands.shared import Output, Verb
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
+from topklm.progress import Progress
 from topklm.storage.files import local_path, write_atomically
 
 with when_used():
+    from topklm import distributed
     from topklm.checkpoint import run_folder
     from topklm.explorer import trace_figures, traced
     from topklm.runtime import compilation_cache
@@ -25,6 +27,7 @@ with when_used():
 if TYPE_CHECKING:
     from topklm.explorer.traced import Trace
     from topklm.trace.summary import Summary
+    from topklm.trace.tables import TraceFolder
 
 DESCRIPTION = "Follows the neurons of a run over its checkpoints, on the same held-out tokens."
 EXAMPLE = "topklm trace run runs/small"
@@ -44,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "read the same text through every checkpoint, and write the tables",
             "Reads the same held-out tokens through every checkpoint of a run, compares each neuron with "
             "itself at the reference, at the step before and in other layers, and writes tables of Parquet "
-            "into RUN/neurons/trace. Started again it goes on after the last whole step.",
+            "into RUN/neurons/trace. Started again it goes on after the last whole step. The processes of a "
+            "launcher share the steps.",
             EXAMPLE,
             _add_run,
             _run,
@@ -121,18 +125,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from topklm.distributed import cluster  # noqa: PLC0415 - imports JAX, which --help does without
-
     shared.check_at_least(arguments, 1, "tokens", "min_tokens", "topk_k", "sae_tokens")
     if arguments.tokens < arguments.min_tokens:
         raise shared.wrong(arguments, "tokens", allowed=f"--min-tokens = {arguments.min_tokens} or more")
-    if (process := cluster.find()) and process.count > 1:
-        raise UserError(
-            f"this is process {process.index} of {process.count}: one process traces a run, with all devices "
-            "of its host"
-        )
-    output = Output(arguments.json)
-    steps, reference = _steps(arguments)
+    with distributed.session():
+        _trace(arguments)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    """Traces a run as one of its processes, the first of which prints."""
+    is_first = distributed.is_primary()
+    output = Output(arguments.json if is_first else None)
+    progress = output.progress if is_first else Progress(lambda line: None)
+    run_folder.check_shared(local_path(arguments.run, "RUN"), "RUN")
+    steps, reference = distributed.of_first("steps", lambda: _steps(arguments))
     layout = shared.local_layout()
     compilation_cache.enable()
     config = run_folder.saved_config(local_path(arguments.run, "RUN"))
@@ -148,19 +154,20 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.source,
         arguments.keep_events,
     )
-    source = read.Checkpoints(arguments.run, model, layout, options, output.progress)
+    source = read.Checkpoints(arguments.run, model, layout, options, progress)
     measures = [] if arguments.no_language else trace_language.measures_of(arguments, model, layout)
     for note in (note for one in measures for note in one.notes):
-        output.progress.say(note)
+        progress.say(note)
     described = {key: value for one in measures for key, value in one.describe().items()}
     folder = tables.TraceFolder(local_path(arguments.run, "RUN"), tables.name_of(options.dictionary))
     settings = source.settings(reference, described)
+    source.check_same_everywhere(settings)
     with folder.writing(settings, arguments.restart):
-        # Steps of an earlier call stay, and are done again where another is now before them.
-        saved = read.readable(arguments.run)
-        steps = sorted({*steps, *(step for step in folder.steps() if step in saved)})
+        steps = distributed.of_first("all steps", lambda: _with_earlier(steps, folder, arguments.run))
         source.prepare(steps, folder)
-        engine.trace(folder, settings, source, steps, output.progress, measures, arguments.keep_events)
+        engine.trace(folder, settings, source, steps, progress, measures, arguments.keep_events)
+    if not is_first:
+        return
     done = folder.steps()
     facts = {
         "trace": str(folder.path),
@@ -169,6 +176,12 @@ def _run(arguments: argparse.Namespace) -> None:
     }
     line = f"{folder.path}: {tables.described(settings)}; {len(done)} steps; topklm trace report"
     output.give(facts, lambda: output.say(f"{line} {arguments.run}"))
+
+
+def _with_earlier(steps: Sequence[int], folder: TraceFolder, run: str) -> list[int]:
+    """Adds the steps of earlier calls, which stay; they are done again where another is now before them."""
+    saved = read.readable(run)
+    return sorted({*steps, *(step for step in folder.steps() if step in saved)})
 
 
 def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:

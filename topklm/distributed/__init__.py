@@ -5,9 +5,11 @@ time out. In a single process every function here is trivial.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import contextlib
+import json
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from topklm.distributed import cluster
 from topklm.distributed.coordination import Ending, Kind, say_last_line
@@ -16,6 +18,7 @@ from topklm.distributed.session import Session
 from topklm.errors import EXIT_TRY_AGAIN
 
 PATIENCE_S = 1800.0  # for the others to come to the same line: the slowest compilation or save
+_WEEK_S = 604_800.0
 
 _session: Session | None = None
 
@@ -90,6 +93,26 @@ def gather(name: str, value: str, timeout_s: float = PATIENCE_S) -> list[str]:
 def broadcast(name: str, value: str | None, timeout_s: float = PATIENCE_S) -> str:
     """Returns process 0's value, in every process; those of the others do not matter. Raises as `gather`."""
     return gather(name, value or "" if is_primary() else "", timeout_s)[0]
+
+
+def of_first(name: str, make: Callable[[], Any]) -> Any:
+    """Returns a value that process 0 alone makes, and JSON can hold, in every process; waits as `meet`."""
+    return json.loads(meet(name, json.dumps(make()) if is_primary() else "")[0])
+
+
+def meet(name: str, value: str = "") -> list[str]:
+    """Returns the values of all processes as `gather`, for parts of work that take hours.
+
+    Waits for a week, in a thread, so that the main thread hears signals. A process that ends, hung or killed,
+    ends the run as ever.
+    """
+    if not _session:
+        return [value]
+    waiting = futures.ThreadPoolExecutor(1)
+    try:
+        return waiting.submit(_session.gather, name, value, _WEEK_S).result()
+    finally:
+        waiting.shutdown(wait=False)
 
 
 def announce_stop(text: str) -> None:

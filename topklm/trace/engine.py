@@ -1,7 +1,8 @@
 """The loop of a trace: reads checkpoints, compares, writes the tables of each step, and goes on after a stop.
 
 The reference is read first, then the steps rise; of activations, those of the reference, of the step before
-and of the present one are held, whatever the number of checkpoints.
+and of the present one are held, whatever the number of checkpoints. Each of several processes does this for
+neighbouring steps, and the first writes the table over all steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from topklm import distributed
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
 from topklm.progress import Progress
@@ -43,35 +45,48 @@ def trace(
     measures: Sequence[Measure] = (),
     keep_events: bool = False,
 ) -> None:
-    """Traces steps, rising, that are not traced yet; the folder is held by this process (`writing`).
+    """Traces steps, rising, that are not traced yet; this process is in `folder.writing`.
 
     A step is done again where another one is now before it. UserError if two have the same parameters.
     """
-    there = {step: folder.read_step("run", step).to_pylist()[0] for step in folder.steps()}
     before = dict(zip(steps, [None, *steps[:-1]], strict=True))
-    todo = [s for s in steps if s not in there or there[s]["previous"] != before[s]]
-    known = {row["parameters"]: step for step, row in there.items()}
-    if todo:
-        again = [s for s in todo if before[s] is not None and before[s] not in todo]
-        total = (1 + len(todo) + len(again)) * source.text.n_tokens
-        with progress.phase(f"tracing {len(todo)} steps", total) as report:
+    todo, known = distributed.of_first("steps to trace", lambda: _todo(folder, before))
+    index, count = distributed.process_index(), distributed.process_count()
+    begin, end = (-(-len(todo) * i // count) for i in (index, index + 1))  # rounded up: the first has a part
+    own = todo[begin:end]
+    if own:
+        again = [s for s in own if before[s] is not None and before[s] not in own]
+        total = (1 + len(own) + len(again)) * source.text.n_tokens
+        of_all = f"{len(own)} of {len(todo)}" if count > 1 else f"{len(todo)}"
+        with progress.phase(f"tracing {of_all} steps", total) as report:
 
             def read(step: int, store: bool = False) -> tuple[Any, Side]:
                 return _read(source, step, folder, known, lambda tokens: report(tokens, 0, tokens), store)
 
-            reference = read(settings.reference, store=True)[1]
+            reference = read(settings.reference, store=index == 0)[1]
             previous: Side | None = None
-            for step in todo:
+            for step in own:
                 earlier = before[step]
                 if earlier is None:
                     previous = None
                 elif previous is None or previous.reading.step != earlier:
                     previous = read(earlier)[1]
-                model, now = read(step, keep_events)
+                model, now = read(step, keep_events and step != settings.reference)
                 _write(folder, settings, source, now, reference, previous)
                 _write_run(folder, source, model, now, earlier, measures)
                 previous = now
-    folder.write_formation(formation_rows(folder, settings))
+    distributed.meet("steps traced")
+    if index == 0:
+        folder.wait_for(todo)
+        _check_distinct(folder)
+        folder.write_formation(formation_rows(folder, settings))
+
+
+def _todo(folder: TraceFolder, before: Mapping[int, int | None]) -> tuple[list[int], dict[str, int]]:
+    """Returns the steps that are not traced after those before them, and traced ones by their parameters."""
+    there = {step: folder.read_step("run", step).to_pylist()[0] for step in folder.steps()}
+    todo = [s for s in before if s not in there or there[s]["previous"] != before[s]]
+    return todo, {row["parameters"]: step for step, row in there.items()}
 
 
 def _read(
@@ -85,12 +100,26 @@ def _read(
     model = source.load(step)
     reading = source.read(model, folder, report, store)
     if (other := known.setdefault(reading.parameters, step)) != step:
-        low, high = sorted((other, step))
-        raise UserError(
-            f"steps {low} and {high} hold the same parameters: one of the checkpoints is not what its name "
-            "says; leave one out of --steps"
-        )
+        raise _not_distinct(other, step)
     return model, measure.side(reading, source.text)
+
+
+def _check_distinct(folder: TraceFolder) -> None:
+    """Raises UserError for two steps with the same parameters, which processes read; forgets the later one."""
+    known: dict[str, int] = {}
+    for step in folder.steps():
+        row = folder.read_step("run", step).to_pylist()[0]
+        if (other := known.setdefault(row["parameters"], step)) != step:
+            folder.forget(step)
+            raise _not_distinct(other, step)
+
+
+def _not_distinct(*steps: int) -> UserError:
+    low, high = sorted(steps)
+    return UserError(
+        f"steps {low} and {high} hold the same parameters: one of the checkpoints is not what its name says; "
+        "leave one out of --steps"
+    )
 
 
 def _write(

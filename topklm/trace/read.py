@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from topklm import distributed
 from topklm.checkpoint import checksums
 from topklm.checkpoint.run_folder import holds_parameters_alone
 from topklm.config import Config
@@ -36,7 +38,7 @@ from topklm.sae.kinds import SaeConfig
 from topklm.sae.text import fit_text
 from topklm.storage.files import as_path
 from topklm.trace.measure import Reading, Text
-from topklm.trace.tables import Settings, TraceFolder
+from topklm.trace.tables import Settings, TraceFolder, as_facts
 
 COORDINATES = "coordinates"
 FRESH, SAME, CHAINED = "sae-fresh", "sae-same-seed", "sae-chained"
@@ -144,6 +146,17 @@ class Checkpoints:
             measures=measures,
         )
 
+    def check_same_everywhere(self, settings: Settings) -> None:
+        """Raises UserError if a process of several is about to trace something else than the first."""
+        own = {**as_facts(settings), "clusters": hashlib.sha256(self.clusters.tobytes()).hexdigest()}
+        first, *others = map(json.loads, distributed.meet("settings", json.dumps(own)))
+        for index, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    here, there = f"process {index} has {other[name]!r}", f"process 0 {value!r}"
+                    advice = "give all hosts the same command, text and versions"
+                    raise UserError(f"{name.replace('_', ' ')}: {here}, {there}: {advice}")
+
     def load(self, step: int) -> LanguageModel:
         """Loads the model of a step; step 0, where no checkpoint is of it, is made from the seed."""
         return load_step(self._run, step, self._layout, self._config)
@@ -203,27 +216,37 @@ class Checkpoints:
         )
 
     def prepare(self, steps: Sequence[int], folder: TraceFolder) -> None:
-        """Makes the autoencoders of each step, rising, that are not there."""
+        """Makes autoencoders of steps, rising, that have none; processes share them, unless they are a chain."""
         kind = self._options.dictionary
         if not kind.startswith("sae"):
             return
-        for before, step in zip([None, *steps[:-1]], steps, strict=True):
-            path = folder.dictionary(step)
-            if kind == CHAINED and path.exists() and Dictionary.load(path).facts.get(_AFTER) != before:
-                raise UserError(
-                    f"{path} was not trained on from step {before}: no step is added to a chain; give the "
-                    "same --steps, or --restart"
-                )
+        missing = distributed.of_first("autoencoders", lambda: self._missing(steps, folder))
+        index, count = distributed.process_index(), distributed.process_count()
+        own = set(missing[index::count]) if kind != CHAINED else {*missing} if index == 0 else set()
         start: Dictionary | None = None
         for before, step in zip([None, *steps[:-1]], steps, strict=True):
             path = folder.dictionary(step)
-            if not path.exists():
+            if step in own:
                 made = self._fitted(step, step if kind == FRESH else 0, start)
                 made = dataclasses.replace(made, facts={**made.facts, _AFTER: before if start else None})
                 made.save(path)
                 self._progress.say(f"step {step:,}: {made.description}")
-            if kind == CHAINED:
+            if kind == CHAINED and own:
                 start = Dictionary.load(path)
+        distributed.meet("autoencoders made")
+
+    def _missing(self, steps: Sequence[int], folder: TraceFolder) -> list[int]:
+        found = []
+        for before, step in zip([None, *steps[:-1]], steps, strict=True):
+            path = folder.dictionary(step)
+            if not path.exists():
+                found.append(step)
+            elif self._options.dictionary == CHAINED and Dictionary.load(path).facts.get(_AFTER) != before:
+                raise UserError(
+                    f"{path} was not trained on from step {before}: no step is added to a chain; give the "
+                    "same --steps, or --restart"
+                )
+        return found
 
     def _fitted(self, step: int, seed: int, start: Dictionary | None) -> Dictionary:
         fitted = fit_text(

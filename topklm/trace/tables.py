@@ -15,18 +15,21 @@ A folder of Parquet files is one table, for pandas, DuckDB and pyarrow alike. A 
 a dead neuron for example, is null.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
 from pathlib import Path
 import shutil
+import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from topklm import distributed
+from topklm.checkpoint.run_folder import SHARED_PATIENCE_SECONDS
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.neurons.paths import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
@@ -217,8 +220,15 @@ class TraceFolder:
     def writing(self, settings: Settings, restart: bool = False) -> Iterator[None]:
         """Holds the folder while this process writes to it; UserError if it holds a trace of other settings.
 
-        `restart` deletes that first.
+        `restart` deletes that first. Of several processes the first holds it for all.
         """
+        with self._held(settings, restart) if distributed.is_primary() else contextlib.nullcontext():
+            distributed.meet("folder of the trace")
+            with disk_errors_are_user_errors(f"writing {self.path}"):
+                yield
+
+    @contextlib.contextmanager
+    def _held(self, settings: Settings, restart: bool) -> Iterator[None]:
 
         def refuse(owner: str) -> None:
             raise UserError(f"{self.path}: process {owner} is tracing into it: wait for its end")
@@ -233,8 +243,7 @@ class TraceFolder:
                     content = {"format": FORMAT, **dataclasses.asdict(settings)}
                     write_atomically(self.about, sealed_json(content, indent=2))
             self._check_same(settings)
-            with disk_errors_are_user_errors(f"writing {self.path}"):
-                yield
+            yield
 
     def _clear(self) -> None:
         self.about.unlink(missing_ok=True)
@@ -277,6 +286,21 @@ class TraceFolder:
         folder = self.path / "run"
         found = folder.iterdir() if folder.exists() else ()
         return sorted(int(path.stem) for path in found if path.suffix == ".parquet" and path.stem.isdecimal())
+
+    def wait_for(self, steps: Collection[int]) -> None:
+        """Waits until this process sees steps that others wrote: network file systems show them late."""
+        deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
+        while missing := set(steps) - set(self.steps()):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path}: step {min(missing)}, which another process traced, is not there: all hosts "
+                    "must share the file system"
+                )
+            time.sleep(0.1)
+
+    def forget(self, step: int) -> None:
+        """Makes a step one that is not traced."""
+        (self.path / "run" / f"{step}.parquet").unlink()
 
     def write(self, table: str, step: int, rows: pa.Table) -> None:
         """Writes the rows of a step, whole or not at all."""

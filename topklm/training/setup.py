@@ -156,7 +156,7 @@ def prepare_run(config: Config, folder: AnyPath, console: Console) -> Iterator[P
         if distributed.is_primary():
             stack.enter_context(run_folder.owned(folder, console.say))
         _check_initial_run(config, folder)
-        _check_shared(folder)
+        run_folder.check_shared(folder, "--workdir")
         config, mixture = prepare_data(config, console.say)
         layout.check(config)
         if distributed.is_primary():
@@ -208,17 +208,6 @@ def _describe(config: Config, folder: AnyPath, mixture: Mixture) -> None:
             )
     with storage_errors_are_user_errors(f"writing to the run folder {folder}", folder):
         describe_run(folder, config, mixture.tokenizer)
-
-
-def _check_shared(folder: AnyPath) -> None:
-    if distributed.process_count() == 1:
-        return
-    marker = run_folder.write_marker(folder) if distributed.is_primary() else None
-    marker = distributed.broadcast("marker", marker, _PATIENCE_SECONDS)
-    run_folder.check_marker(folder, marker)
-    distributed.barrier("marker", _PATIENCE_SECONDS)
-    if distributed.is_primary():
-        run_folder.remove_marker(folder, marker)
 
 
 def prepare_data(config: Config, say: Callable[[str], None]) -> tuple[Config, Mixture]:

@@ -1,0 +1,86 @@
+"""A trace by several real processes: the bytes of one, whatever the kills."""
+
+import os
+import shutil
+import signal
+import sys
+
+from helpers import ROOT, Process, coordinator_port, in_this_process
+import pytest
+
+from topklm.trace.tables import TraceFolder
+
+FEW = "--tokens", "900", "--min-tokens", "5", "--keep-events"
+# A process that is killed when it is about to write the row of its second step.
+PROGRAM = """
+import os, signal, sys
+from topklm import cli
+from topklm.trace.tables import TraceFolder
+
+write, rows = TraceFolder.write, []
+
+def killed(self, table, step, of):
+    rows.extend([step] * (table == "run"))
+    if len(rows) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, table, step, of)
+
+if "{index}" == os.environ["TOPKLM_PROCESS_ID"]:
+    TraceFolder.write = killed
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+class Job:
+    """Processes that run `topklm` together."""
+
+    def __init__(self, folder, count, arguments, killed=None):
+        path = folder / f"program-{count}.py"
+        path.write_text(PROGRAM.format(index=killed))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TOPKLM_COORDINATOR": f"localhost:{coordinator_port()}",
+            "TOPKLM_PROCESS_COUNT": str(count),
+            "TOPKLM_PEER_TIMEOUT": "5",
+        }
+        command = [sys.executable, str(path), *map(str, arguments)]
+        self.processes = [
+            Process(command, env={**environment, "TOPKLM_PROCESS_ID": str(index)}) for index in range(count)
+        ]
+        self.codes = [process.finish() for process in self.processes]
+        self.errors = [process.errors for process in self.processes]
+
+
+def content(run):
+    folder = TraceFolder(run).path
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, finished_run):
+    """A run that one process has traced."""
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("alone") / "run")
+    ended = in_this_process("trace", "run", run, *FEW)
+    assert ended.exit_code == 0, ended.errors
+    return run
+
+
+def test_two_processes_of_which_one_is_killed_and_then_three_write_the_bytes_of_one(
+    alone, finished_run, tmp_path
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    job = Job(tmp_path, 2, ["trace", "run", run, *FEW], killed=1)
+    assert job.codes == [75, -signal.SIGKILL]
+    said = "process 1 is gone (no sign of life for 5 s): it was killed or its machine failed; start the same"
+    assert said in job.errors[0].splitlines()[-1]
+    steps = TraceFolder(alone).steps()
+    done = TraceFolder(run).steps()
+    assert steps[-1] not in done
+    assert done
+    job = Job(tmp_path, 3, ["trace", "run", run, *FEW])
+    assert job.codes == [0, 0, 0], job.errors
+    assert f"{len(steps)} steps; topklm trace report" in job.processes[0].output
+    assert job.processes[1].output == job.processes[2].output == ""
+    assert content(run) == content(alone)
