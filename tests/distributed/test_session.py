@@ -255,6 +255,23 @@ sum_over_processes(1)
     assert [process.errors for process in job.processes.values()] == ["", ""]
 
 
+def test_a_process_that_waits_for_long_work_of_others_hears_signals(start):
+    job = start(
+        2,
+        """
+print(distributed.of_first("word", lambda: [f"of {me}"]), flush=True)
+if me:
+    distributed.meet("work")
+time.sleep(1000)
+""",
+    )
+    job.wait_for("['of 0']")
+    job[1].signal(signal.SIGINT)
+    assert job.finish() == [75, 130]
+    assert "process 1 was told to stop" in last_line(job[0])
+    assert last_line(job[1]) == "interrupted; what was saved before stays"
+
+
 def test_who_waits_in_vain_ends_the_run_for_all(start):
     job = start(2, 'distributed.barrier("door", 0.5) if me else sum_over_processes(1)')
     assert job.finish() == [75, 75]

@@ -1,6 +1,7 @@
 """The whole trace of planted activations, whose onsets, turnovers and partners are known."""
 
 import hashlib
+import json
 import types
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from test_trace_compare import block_of
 
+from topklm import distributed
 from topklm.errors import UserError
 from topklm.explorer.traced import Trace
 from topklm.neurons.segment import from_dense
@@ -110,6 +112,28 @@ def traced(run, source=None, steps=STEPS, measures=(), **changes):
     with folder.writing(about):
         engine.trace(folder, about, source, steps, Progress(lambda line: None), measures)
     return folder
+
+
+class Processes:
+    """Plays processes one after another, the first last, as it waits for the others."""
+
+    def __init__(self, monkeypatch, count):
+        self._patch, self._count = monkeypatch, count
+
+    def trace(self, folder, about, source, steps):
+        made = {}
+
+        def of_first(name, make):
+            if name not in made:
+                made[name] = json.dumps(make())
+            return json.loads(made[name])
+
+        with self._patch.context() as patch:
+            patch.setattr(distributed, "process_count", lambda: self._count)
+            patch.setattr(distributed, "of_first", of_first)
+            for index in reversed(range(self._count)):
+                patch.setattr(distributed, "process_index", lambda index=index: index)
+                engine.trace(folder, about, source, steps, Progress(lambda line: None))
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +374,42 @@ def test_a_trace_in_python(folder):
             wrong()
     for name in ("identity", "loss", "onsets", "layers"):
         assert trace.plot(name).startswith("<svg")
+
+
+def files(folder):
+    return {str(p.relative_to(folder.path)): p.read_bytes() for p in folder.path.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_any_number_of_processes_writes_the_tables_of_one(folder, tmp_path, monkeypatch, count):
+    other, source = TraceFolder(tmp_path), Planted()
+    about = settings(source)
+    with other.writing(about):
+        Processes(monkeypatch, count).trace(other, about, source, STEPS)
+    assert files(other) == files(folder)
+    # The reference and the step before: once for each process that has steps, and no step twice.
+    n_working = min(count, len(STEPS))
+    assert len(source.loaded) == len(STEPS) + n_working + n_working - 1
+
+
+def test_processes_go_on_where_others_stopped(folder, tmp_path, monkeypatch):
+    other, source = TraceFolder(tmp_path), Planted()
+    about = settings(source)
+    with other.writing(about):
+        Processes(monkeypatch, 3).trace(other, about, source, [0, 16, 256])
+        Processes(monkeypatch, 2).trace(other, about, source, STEPS)
+    assert files(other) == files(folder)
+
+
+def test_the_same_parameters_read_by_two_processes_are_found_in_the_end(tmp_path, monkeypatch):
+    other = TraceFolder(tmp_path)
+    source = Planted(parameters=lambda step: "same" if step in (1, 64) else str(step))
+    about = settings(source)
+    processes = Processes(monkeypatch, 3)
+    with other.writing(about):
+        for _ in range(2):
+            with pytest.raises(UserError, match="steps 1 and 64 hold the same parameters"):
+                processes.trace(other, about, source, STEPS)
+        without = [step for step in STEPS if step != 64]
+        processes.trace(other, about, source, without)
+    assert other.steps() == without

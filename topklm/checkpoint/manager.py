@@ -246,6 +246,7 @@ class TraceManager:
         self._due = set(steps)
         self._save: _Save | None = None
         self._held: tuple[int, Any, Mapping[str, Any]] | None = None
+        self._rounding: Callable[[Any], Any] | None = None  # compiled once, for the shardings of the run
         self._saved = set(_open(_ENTRY, self._folder, say)) if steps else set()
 
     def begin_after(self, step: int) -> None:
@@ -265,7 +266,7 @@ class TraceManager:
     def hold(self, step: int, params: Any, facts: Mapping[str, Any]) -> None:
         """Takes what `save` does, for the next `save` to save first: a first step need not wait for that."""
         self._due.discard(step)
-        self._held = step, _as_bfloat16(params), facts
+        self._held = step, self._rounded(params), facts
 
     def save(self, step: int, params: Any, facts: Mapping[str, Any]) -> None:
         """Starts saving parameters (a nested dict) if they are due; their buffers are free on return."""
@@ -274,7 +275,15 @@ class TraceManager:
             self._begin(*held)
         if self._lacks(step):
             self._due.discard(step)
-            self._begin(step, _as_bfloat16(params), facts)
+            self._begin(step, self._rounded(params), facts)
+
+    def _rounded(self, params: Any) -> Any:
+        """Rounds arrays (a nested dict) to bfloat16 where they are."""
+        if self._rounding is None:
+            shardings = jax.tree.map(lambda array: array.sharding, params)
+            cast = functools.partial(jax.tree.map, lambda array: array.astype(jnp.bfloat16))
+            self._rounding = jax.jit(cast, out_shardings=shardings)
+        return self._rounding(params)
 
     def _lacks(self, step: int) -> bool:
         return step in self._due and step not in self._saved
@@ -293,13 +302,6 @@ class TraceManager:
         save, self._save = self._save, None
         if save and (problem := save.problem.result()):
             self._say(f"warning: the trace lacks step {save.step}, which could not be written ({problem})")
-
-
-def _as_bfloat16(params: Any) -> Any:
-    """Rounds arrays (a nested dict) to bfloat16 where they are."""
-    shardings = jax.tree.map(lambda array: array.sharding, params)
-    cast = functools.partial(jax.tree.map, lambda array: array.astype(jnp.bfloat16))
-    return jax.jit(cast, out_shardings=shardings)(params)
 
 
 def rounded_shapes(abstract: Any) -> Any:

@@ -105,7 +105,7 @@ def _read(
 
 
 def _check_distinct(folder: TraceFolder) -> None:
-    """Raises UserError for two steps with the same parameters, which processes read; forgets the later one."""
+    """Raises UserError for two steps with the same parameters, and forgets that the later one was traced."""
     known: dict[str, int] = {}
     for step in folder.steps():
         row = folder.read_step("run", step).to_pylist()[0]

@@ -216,7 +216,7 @@ class Checkpoints:
         )
 
     def prepare(self, steps: Sequence[int], folder: TraceFolder) -> None:
-        """Makes autoencoders of steps, rising, that have none; processes share them, unless they are a chain."""
+        """Makes the autoencoders that steps, rising, lack; processes share them, unless they are a chain."""
         kind = self._options.dictionary
         if not kind.startswith("sae"):
             return

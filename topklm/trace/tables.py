@@ -293,8 +293,8 @@ class TraceFolder:
         while missing := set(steps) - set(self.steps()):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.path}: step {min(missing)}, which another process traced, is not there: all hosts "
-                    "must share the file system"
+                    f"{self.path}: step {min(missing)}, which another process traced, is not there: all "
+                    "hosts must share the file system"
                 )
             time.sleep(0.1)
 

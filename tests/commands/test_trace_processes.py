@@ -7,6 +7,7 @@ import sys
 
 from helpers import ROOT, Process, coordinator_port, in_this_process
 import pytest
+from test_trace_command import base
 
 from topklm.trace.tables import TraceFolder
 
@@ -53,7 +54,7 @@ class Job:
 
 
 def content(run):
-    folder = TraceFolder(run).path
+    folder = run / "neurons"
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -67,20 +68,49 @@ def alone(tmp_path_factory, finished_run):
     return run
 
 
-def test_two_processes_of_which_one_is_killed_and_then_three_write_the_bytes_of_one(
-    alone, finished_run, tmp_path
-):
+def test_two_processes_write_the_bytes_of_one(alone, finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    job = Job(tmp_path, 2, ["trace", "run", run, *FEW])
+    assert job.codes == [0, 0], job.errors
+    assert f"{len(TraceFolder(alone).steps())} steps; topklm trace report" in job.processes[0].output
+    assert job.processes[1].output == ""
+    assert content(run) == content(alone)
+
+
+@pytest.mark.slow
+def test_a_kill_ends_all_by_its_name_and_another_number_of_processes_goes_on(alone, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     job = Job(tmp_path, 2, ["trace", "run", run, *FEW], killed=1)
     assert job.codes == [75, -signal.SIGKILL]
     said = "process 1 is gone (no sign of life for 5 s): it was killed or its machine failed; start the same"
     assert said in job.errors[0].splitlines()[-1]
-    steps = TraceFolder(alone).steps()
     done = TraceFolder(run).steps()
-    assert steps[-1] not in done
     assert done
+    assert TraceFolder(alone).steps()[-1] not in done
     job = Job(tmp_path, 3, ["trace", "run", run, *FEW])
     assert job.codes == [0, 0, 0], job.errors
-    assert f"{len(steps)} steps; topklm trace report" in job.processes[0].output
-    assert job.processes[1].output == job.processes[2].output == ""
     assert content(run) == content(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sae-fresh", "sae-same-seed", "sae-chained"])
+def test_processes_make_the_autoencoders_of_one(name, tmp_path):
+    run = base(tmp_path)
+    flags = (
+        *FEW,
+        "--no-language",
+        "--dictionary",
+        name,
+        "--layers",
+        "1",
+        "--sae-tokens",
+        "3000",
+        "--topk-k",
+        "4",
+    )
+    other = shutil.copytree(run, tmp_path / "other" / run.name)
+    ended = in_this_process("trace", "run", run, *flags)
+    assert ended.exit_code == 0, ended.errors
+    job = Job(tmp_path, 2, ["trace", "run", other, *flags])
+    assert job.codes == [0, 0], job.errors
+    assert content(other) == content(run)
