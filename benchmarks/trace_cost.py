@@ -5,6 +5,7 @@
 Writes benchmarks/results/trace_cost.json: for an entry, seconds that training is held up, seconds until it is
 on the disk, and CPU seconds, each the median of `ENTRIES` after the first; for commands, wall seconds of each
 run of them, which take turns. The runs need a trace of their own checkpoints; nothing is written into them.
+With --only=entries the other figures stay as they are; programs are kept as the trainer keeps them.
 """
 
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from benchmarks.harness import results
 import topklm
 from topklm.checkpoint.manager import TraceManager
+from topklm.runtime import compilation_cache
 
 ENTRIES = 20
 REPEATS = 3
@@ -38,7 +40,15 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("topk", type=Path, help="run folder of a TopK LM")
     parser.add_argument("base", type=Path, help="run folder of a Base LM")
+    parser.add_argument("--only", choices=("entries",), help="measure entries alone")
     arguments = parser.parse_args()
+    path = results.FOLDER / "trace_cost.json"
+    compilation_cache.enable()
+    if arguments.only:
+        with tempfile.TemporaryDirectory() as name:
+            entries = measure_entries(arguments.topk, Path(name) / "entries")
+        results.write(path, {**results.read(path), "entries": entries})
+        return
     with tempfile.TemporaryDirectory() as name:
         runs = {}
         for kind in ("topk", "base"):
@@ -50,7 +60,7 @@ def main() -> None:
             for command, (kind, flags) in COMMANDS.items():
                 seconds[command].append(_timed(runs[kind], flags))
     commands = {name: {"flags": COMMANDS[name][1], "seconds": of} for name, of in seconds.items()}
-    results.write(results.FOLDER / "trace_cost.json", {"entries": entries, "commands": commands})
+    results.write(path, {"entries": entries, "commands": commands})
 
 
 def measure_entries(run: Path, folder: Path) -> dict[str, Any]:
