@@ -1,6 +1,9 @@
 """`topklm unlearn` on a tiny run: the table, the run that it makes, and wrong input."""
 
 import json
+import os
+import signal
+import sys
 
 import helpers
 from helpers import in_this_process
@@ -10,7 +13,7 @@ import pytest
 
 import topklm
 from topklm.neurons.ablate_set import halves
-from topklm.training import only
+from topklm.training import only, unlearn
 
 PAIRS = [
     {"UID": uid, "field": "syntax", "sentence_good": f"The {a} hid.", "sentence_bad": f"Hid {a} the."}
@@ -52,6 +55,7 @@ def call(monkeypatch, place, finished_run):
 
 def test_the_run_that_is_made_opens_and_the_table_says_what_it_cost(call, place, finished_run):
     ended = call("--out", "new", "--json", "found.json")
+    assert not (place / "new.begun").exists()
     assert ended.exit_code == 0, ended.errors
     content = json.loads((place / "found.json").read_text())
     assert content == json.loads((place / "new/unlearn.json").read_text())
@@ -96,6 +100,70 @@ def test_the_run_that_is_made_opens_and_the_table_says_what_it_cost(call, place,
     n_tokens = sum(len(topklm.load(finished_run).tokenizer.encode(t)) for t in scored)
     nats = figures["scored"] * np.log(2) * sum(map(len, scored)) / n_tokens
     assert nats == pytest.approx(chosen["forget"]["value"], rel=1e-4)
+
+
+# It is killed when the fourth result is to be written.
+KILLED = """
+import os, signal, sys
+from topklm import cli
+from topklm.training.unlearn import Parts
+
+write, done = Parts._write, []
+
+def killed(self, path, result):
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(path)
+    write(self, path, result)
+
+Parts._write = killed
+cli.run(sys.argv[1:])
+"""
+
+
+def test_unlearning_that_was_killed_goes_on_after_what_is_done(call, place, finished_run, monkeypatch):
+    if not (place / "new").exists():
+        call("--out", "new")
+    texts = "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--data", "tasks", "--out", "again"
+    words = ["unlearn", str(finished_run), *texts, *(f"--{name}={value}" for name, value in FLAGS.items())]
+    process = helpers.Process(
+        [sys.executable, "-c", KILLED, *words], env={**os.environ, "PYTHONPATH": str(helpers.ROOT)}
+    )
+    assert process.finish() == -signal.SIGKILL
+    names = "as-it-was", "chosen-neurons", "chosen-set-to-0"
+    assert {path.stem for path in (place / "again.begun").iterdir()} == set(names)
+    assert not (place / "again").exists()
+    refusals = [
+        ((), "--out = again: again.begun holds unlearning that was begun for it: give --resume, or delete"),
+        (("--resume", "--budget", 0.5), "--budget = 0.5: again.begun was begun with 0.05: give that"),
+        (("--resume", "--seed", 1), "--seed = 1: again.begun was begun with 0"),
+    ]
+    for flags, said in refusals:
+        ended = call("--out", "again", *flags)
+        assert ended.exit_code == 2
+        assert said in helpers.assert_one_line_error(ended.errors)
+    damaged = place / "again.begun/as-it-was.npz"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:1000])
+    ended = call("--out", "again", "--resume")
+    assert "as-it-was.npz is damaged" in helpers.assert_one_line_error(ended.errors)
+    damaged.write_bytes(whole)
+    run, done = unlearn.Unlearning.run, []
+    monkeypatch.setattr(unlearn.Unlearning, "run", lambda *given: done.append(given[1]) or run(*given))
+    ended = call("--out", "again", "--resume")
+    assert ended.exit_code == 0, ended.errors
+    assert [m.name for m in done] == [
+        "random neurons 1",
+        "random neurons 2",
+        "all parameters",
+        "gradient ascent",
+    ]
+    found, other = (json.loads((place / name / "unlearn.json").read_text()) for name in ("new", "again"))
+    assert found == {**other, "out": "new"}
+    helpers.assert_same_bits(topklm.load(place / "new").params, topklm.load(place / "again").params)
+    assert {path.name for path in place.glob("*again*")} == {"again"}
+    ended = call("--out", "third", "--resume")
+    assert "third.begun is missing, so there is nothing to go on from" in ended.errors
 
 
 def test_documents_of_the_runs_own_data_are_chosen_by_a_pattern(call, place):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 import json
+from pathlib import Path
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +20,10 @@ from topklm.commands.shared import Output
 from topklm.errors import UserError
 from topklm.imports import when_used
 from topklm.neurons import contrast
-from topklm.storage.files import local_path, new_folder, write_atomically
+from topklm.storage.files import json_digest, local_path, new_folder, write_atomically
 
 with when_used():
+    from topklm.checkpoint import checksums
     from topklm.convert import huggingface
     from topklm.eval import tasks
     from topklm.inference import load
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from topklm.neurons.ablate_set import Neuron
     from topklm.neurons.documents import TextModel
     from topklm.progress import Progress, Report
-    from topklm.training.unlearn import Result, Settings
+    from topklm.training.unlearn import Method, Result, Settings
 
 DESCRIPTION = (
     "Chooses neurons that are more active in one text than in another, fine-tunes their parameters alone so "
@@ -46,6 +50,8 @@ DESCRIPTION = (
 EXAMPLE = 'topklm unlearn runs/small --forget-regex "music|song" --out runs/unlearned'
 
 REPORT_FILE = "unlearn.json"  # in the new run folder
+_STATE = ".begun"  # ends the name of a folder beside the new run's, which holds what is done
+_ELSEWHERE = ("run", "out", "resume", "json")  # arguments that decide no result, or are told in other words
 _TEXTS = ("forget", "retain")
 _HEADS = {
     "forget": "forget",
@@ -79,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--relearn-steps N", "on the forget text's first half, all parameters", 20)
     add("--limit N", "of BLiMP, only the first N items of each paradigm", 5)
     add("--data DIR", "folder with a blimp.jsonl in place of the BLiMP that ships")
+    add("--resume", "go on with unlearning that was begun for the same --out", False)
     add("--eval-tokens N", "of held-out text, at most, for bits per byte", 12_000)
 
 
@@ -91,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise shared.wrong(arguments, name, allowed="above 0, at most 1")
     counts = ("count", "steps", "batch_size", "random_sets", "relearn_steps", "limit", "eval_tokens")
     output, out = Output(arguments.json), local_path(arguments.out, "--out")
+    state = out.with_name(f"{out.name}{_STATE}")
+    _check_begun(state, arguments.resume)
     with new_folder(out) as folder:
         model, text_model, texts = neurons_compare.open_texts(arguments, _TEXTS, *counts)
         layers = _layers(arguments, model)
@@ -115,13 +124,22 @@ def run(arguments: argparse.Namespace) -> None:
             unlearn.Method("all parameters", unlearn.SSPU, neurons),
             unlearn.Method("gradient ascent", unlearn.ASCENT),
         ]
+        parts = unlearn.Parts(state, _begun_with(arguments, model, (train, test), tokenized), model.params)
         with output.progress.phase("unlearning", work.n_steps(methods)) as tell:
 
-            def report(steps: int) -> None:
-                tell(steps, 0, 0)
+            def result(method: Method) -> Result:
+                done, n_steps = 0, work.n_steps([method]) - work.n_steps([])
 
-            before = work.run(unlearn.AS_IT_WAS, report)
-            results = [_without_others(work.run(method, report), methods[0]) for method in methods]
+                def report(steps: int) -> None:
+                    nonlocal done
+                    done += steps
+                    tell(steps, 0, 0)
+
+                found = parts.get(method, lambda: _without_others(work.run(method, report), methods[0]))
+                report(n_steps - done)
+                return found
+
+            before, *results = map(result, (unlearn.AS_IT_WAS, *methods))
         content = {
             "run": arguments.run,
             "step": model.step,
@@ -138,7 +156,32 @@ def run(arguments: argparse.Namespace) -> None:
             folder, huggingface.Model(model.config, model.tokenizer, results[0].params, step=model.step)
         )
         write_atomically(folder / REPORT_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    shutil.rmtree(state, ignore_errors=True)
     output.give(content, lambda: _show(output, content, texts))
+
+
+def _check_begun(state: Path, resume: bool) -> None:
+    if state.exists() and not resume:
+        text = f"{state} holds unlearning that was begun for it: give --resume, or delete that"
+        raise UserError(text, field="--out", value=str(state).removesuffix(_STATE))
+    if resume and not state.exists():
+        raise UserError(
+            f"--resume: {state} is missing, so there is nothing to go on from: leave --resume out"
+        )
+
+
+def _begun_with(
+    arguments: argparse.Namespace,
+    model: LanguageModel,
+    halves: Sequence[Sequence[Sequence[np.ndarray]]],
+    tokenized: Mapping[str, TokenizedTask],
+) -> dict[str, Any]:
+    """Returns all that decides the results, by flag: they are not to be mixed with others'."""
+    given = {shared.flag(name): value for name, value in vars(arguments).items() if name not in _ELSEWHERE}
+    texts = [[hashlib.sha256(ids.tobytes()).hexdigest() for ids in part] for half in halves for part in half]
+    found = {"texts": texts, "tasks": {name: one.task.sha256 for name, one in tokenized.items()}}
+    digests = {name: json_digest(value) for name, value in found.items()}
+    return {"RUN": f"{Path(model.run).name}, {checksums.fingerprint(model.params)}", **given, **digests}
 
 
 def _layers(arguments: argparse.Namespace, model: LanguageModel) -> list[int]:

@@ -11,10 +11,11 @@
 All in the run folder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 
@@ -36,6 +37,14 @@ def harvested_steps(run: Path) -> list[int]:
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     steps = sorted(int(name) for name in names if name.isdecimal())
     return [step for step in steps if NeuronsFolder(run, step).store.exists()]
+
+
+def check_begun_with(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises UserError for the first setting, by flag, that the work at a path was not begun with."""
+    for name in {**asked, **there}:
+        if asked.get(name) != there.get(name):
+            text = f"{path} was begun with {there.get(name)}: give that, or begin in another folder"
+            raise UserError(text, field=name, value=asked.get(name))
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import optax
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import BATCH_AXES, Layout, one_device
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons.paths import check_begun_with, damage_is_a_user_error
 from topklm.sae import kinds
 from topklm.sae.kinds import Arrays, SaeConfig
 from topklm.storage.files import parse_json, write_atomically
@@ -254,11 +254,7 @@ class _Training:
             with np.load(path, allow_pickle=False) as found:
                 about = parse_json(str(found["about"]))
                 leaves = [found[str(i)] for i in range(len(found.files) - 1)]
-            there, asked = about["settings"], self._settings
-            for name in asked.keys() | there.keys():
-                if asked.get(name) != there.get(name):
-                    text = f"{path} was begun with {there.get(name)}: give that, or begin in another folder"
-                    raise UserError(text, field=name, value=asked.get(name))
+            check_begun_with(path, about["settings"], self._settings)
             self.n_tokens, self.history = about["tokens"], about["history"]
             self.state = jax.tree.unflatten(jax.tree.structure(_shape_of_state(self._config)), leaves)
             self.state = jax.device_put(self.state, self._layout.replicated)

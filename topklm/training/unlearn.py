@@ -18,7 +18,11 @@ Dims: B rows, T tokens, D coordinates, L layers, G documents.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import io
+import json
+from pathlib import Path
 from typing import Any
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +30,7 @@ import numpy as np
 import optax
 
 from topklm.config import ModelConfig
+from topklm.errors import disk_errors_are_user_errors
 from topklm.eval import compare, scoring
 from topklm.eval.compare import Figure
 from topklm.eval.tasks import TokenizedTask
@@ -35,6 +40,8 @@ from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
 from topklm.neurons.ablate_set import AblatedLosses, Estimate, Neuron, estimate
 from topklm.neurons.documents import TextModel
+from topklm.neurons.paths import check_begun_with, damage_is_a_user_error
+from topklm.storage.files import parse_json, write_atomically
 from topklm.training import only
 
 _CHECK_EVERY = 4  # steps between two looks at the budget
@@ -85,6 +92,56 @@ class Result:
     n_parameters: int  # that may move
     steps: int  # that were not taken back
     figures: Mapping[str, Figure]  # by name of the column, in `COLUMNS`
+
+
+class Parts:
+    """A folder of results, each a file that is written whole: begun again, nothing is done that is there.
+
+    `settings` are by flag, and JSON-able: UserError for results of others.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], params: transformer.Parameters):
+        self._folder, self._settings = folder, json.loads(json.dumps(settings))
+        self._structure = jax.tree.structure(params)
+
+    def get(self, method: Method, make: Callable[[], Result]) -> Result:
+        """Reads the result of a method, or makes and keeps it."""
+        path = self._folder / f"{method.name.replace(' ', '-')}.npz"
+        if path.exists():
+            return self._read(path, method)
+        result = make()
+        self._write(path, result)
+        return result
+
+    def _write(self, path: Path, result: Result) -> None:
+        about: dict[str, Any] = {"settings": self._settings, "figures": {}}
+        about |= {"n_parameters": result.n_parameters, "steps": result.steps}
+        arrays = {f"params.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(result.params))}
+        for name, figure in result.figures.items():
+            about["figures"][name] = [figure.task, figure.part, figure.measure, figure.unit]
+            arrays |= {f"{name}.sums": figure.sums, f"{name}.weights": figure.weights}
+        to = io.BytesIO()
+        np.savez(to, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        with disk_errors_are_user_errors(f"writing {path}"):
+            self._folder.mkdir(exist_ok=True)
+            write_atomically(path, to.getvalue())
+
+    def _read(self, path: Path, method: Method) -> Result:
+        again = "delete it, and give the same command"
+        with damage_is_a_user_error(path, again, KeyError, EOFError, zipfile.BadZipFile):
+            with np.load(path, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+            about = parse_json(str(arrays["about"]))
+            check_begun_with(self._folder, about["settings"], self._settings)
+            leaves = [
+                arrays[f"params.{i}"] for i in range(sum(name.startswith("params.") for name in arrays))
+            ]
+            params = jax.tree.unflatten(self._structure, leaves) if leaves else {}
+            figures = {
+                name: Figure(*key, arrays[f"{name}.sums"], arrays[f"{name}.weights"])
+                for name, key in about["figures"].items()
+            }
+            return Result(method, params, about["n_parameters"], about["steps"], figures)
 
 
 COLUMNS = ("forget", "retain", "blimp", "bits_per_byte", "relearned")
