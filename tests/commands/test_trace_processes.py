@@ -59,37 +59,37 @@ def content(run):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, finished_run):
-    """A run that one process has traced."""
-    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("alone") / "run")
-    ended = in_this_process("trace", "run", run, *FEW)
+def alone(run, folder, *flags):
+    """Traces a copy of a run by one process; returns the copy."""
+    copy = shutil.copytree(run, folder / "alone" / run.name)
+    ended = in_this_process("trace", "run", copy, *flags)
     assert ended.exit_code == 0, ended.errors
-    return run
+    return copy
 
 
-def test_two_processes_write_the_bytes_of_one(alone, finished_run, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    job = Job(tmp_path, 2, ["trace", "run", run, *FEW])
+def test_two_processes_write_the_bytes_of_one(finished_run, tmp_path):
+    run, flags = shutil.copytree(finished_run, tmp_path / finished_run.name), (*FEW, "--no-language")
+    job = Job(tmp_path, 2, ["trace", "run", run, *flags])
     assert job.codes == [0, 0], job.errors
-    assert f"{len(TraceFolder(alone).steps())} steps; topklm trace report" in job.processes[0].output
+    by_one = alone(finished_run, tmp_path, *flags)
+    assert f"{len(TraceFolder(by_one).steps())} steps; topklm trace report" in job.processes[0].output
     assert job.processes[1].output == ""
-    assert content(run) == content(alone)
+    assert content(run) == content(by_one)
 
 
 @pytest.mark.slow
-def test_a_kill_ends_all_by_its_name_and_another_number_of_processes_goes_on(alone, finished_run, tmp_path):
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_a_kill_ends_all_by_its_name_and_another_number_of_processes_goes_on(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / finished_run.name)
     job = Job(tmp_path, 2, ["trace", "run", run, *FEW], killed=1)
     assert job.codes == [75, -signal.SIGKILL]
     said = "process 1 is gone (no sign of life for 5 s): it was killed or its machine failed; start the same"
     assert said in job.errors[0].splitlines()[-1]
-    done = TraceFolder(run).steps()
+    done, by_one = TraceFolder(run).steps(), alone(finished_run, tmp_path, *FEW)
     assert done
-    assert TraceFolder(alone).steps()[-1] not in done
+    assert TraceFolder(by_one).steps()[-1] not in done
     job = Job(tmp_path, 3, ["trace", "run", run, *FEW])
     assert job.codes == [0, 0, 0], job.errors
-    assert content(run) == content(alone)
+    assert content(run) == content(by_one)
 
 
 @pytest.mark.slow
@@ -108,9 +108,7 @@ def test_processes_make_the_autoencoders_of_one(name, tmp_path):
         "--topk-k",
         "4",
     )
-    other = shutil.copytree(run, tmp_path / "other" / run.name)
-    ended = in_this_process("trace", "run", run, *flags)
-    assert ended.exit_code == 0, ended.errors
-    job = Job(tmp_path, 2, ["trace", "run", other, *flags])
+    by_one = alone(run, tmp_path, *flags)
+    job = Job(tmp_path, 2, ["trace", "run", run, *flags])
     assert job.codes == [0, 0], job.errors
-    assert content(other) == content(run)
+    assert content(run) == content(by_one)

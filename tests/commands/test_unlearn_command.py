@@ -102,7 +102,7 @@ def test_the_run_that_is_made_opens_and_the_table_says_what_it_cost(call, place,
     assert nats == pytest.approx(chosen["forget"]["value"], rel=1e-4)
 
 
-# It is killed when the fourth result is to be written.
+# It is killed when two results are written.
 KILLED = """
 import os, signal, sys
 from topklm import cli
@@ -111,28 +111,51 @@ from topklm.training.unlearn import Parts
 write, done = Parts._write, []
 
 def killed(self, path, result):
-    if len(done) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    done.append(path)
     write(self, path, result)
+    done.append(path)
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 Parts._write = killed
 cli.run(sys.argv[1:])
 """
 
 
-def test_unlearning_that_was_killed_goes_on_after_what_is_done(call, place, finished_run, monkeypatch):
-    if not (place / "new").exists():
-        call("--out", "new")
-    texts = "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--data", "tasks", "--out", "again"
-    words = ["unlearn", str(finished_run), *texts, *(f"--{name}={value}" for name, value in FLAGS.items())]
+def killed(words):
     process = helpers.Process(
         [sys.executable, "-c", KILLED, *words], env={**os.environ, "PYTHONPATH": str(helpers.ROOT)}
     )
     assert process.finish() == -signal.SIGKILL
-    names = "as-it-was", "chosen-neurons", "chosen-set-to-0"
-    assert {path.stem for path in (place / "again.begun").iterdir()} == set(names)
-    assert not (place / "again").exists()
+
+
+def interrupted(words):
+    """The same by Ctrl-C, which takes no process of its own."""
+    run, done = unlearn.Unlearning.run, []
+
+    def run_two(self, *given):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(given)
+        return run(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearn.Unlearning, "run", run_two)
+        assert in_this_process(*words).exit_code == 130
+
+
+@pytest.mark.parametrize("stop", [interrupted, pytest.param(killed, marks=pytest.mark.slow)])
+def test_unlearning_that_was_stopped_goes_on_after_what_is_done(
+    call, place, finished_run, monkeypatch, tmp_path, stop
+):
+    if not (place / "new").exists():
+        call("--out", "new")
+    for name in ("forget.jsonl", "retain.jsonl", "tasks"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    texts = "--forget", "forget.jsonl", "--retain", "retain.jsonl", "--data", "tasks", "--out", "again"
+    stop(["unlearn", str(finished_run), *texts, *(f"--{name}={value}" for name, value in FLAGS.items())])
+    assert {path.stem for path in (tmp_path / "again.begun").iterdir()} == {"as-it-was", "chosen-neurons"}
+    assert not (tmp_path / "again").exists()
     refusals = [
         ((), "--out = again: again.begun holds unlearning that was begun for it: give --resume, or delete"),
         (("--resume", "--budget", 0.5), "--budget = 0.5: again.begun was begun with 0.05: give that"),
@@ -142,7 +165,7 @@ def test_unlearning_that_was_killed_goes_on_after_what_is_done(call, place, fini
         ended = call("--out", "again", *flags)
         assert ended.exit_code == 2
         assert said in helpers.assert_one_line_error(ended.errors)
-    damaged = place / "again.begun/as-it-was.npz"
+    damaged = tmp_path / "again.begun/as-it-was.npz"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:1000])
     ended = call("--out", "again", "--resume")
@@ -153,15 +176,18 @@ def test_unlearning_that_was_killed_goes_on_after_what_is_done(call, place, fini
     ended = call("--out", "again", "--resume")
     assert ended.exit_code == 0, ended.errors
     assert [m.name for m in done] == [
+        "chosen set to 0",
         "random neurons 1",
         "random neurons 2",
         "all parameters",
         "gradient ascent",
     ]
-    found, other = (json.loads((place / name / "unlearn.json").read_text()) for name in ("new", "again"))
+    found, other = (
+        json.loads((run / "unlearn.json").read_text()) for run in (place / "new", tmp_path / "again")
+    )
     assert found == {**other, "out": "new"}
-    helpers.assert_same_bits(topklm.load(place / "new").params, topklm.load(place / "again").params)
-    assert {path.name for path in place.glob("*again*")} == {"again"}
+    helpers.assert_same_bits(topklm.load(place / "new").params, topklm.load(tmp_path / "again").params)
+    assert {path.name for path in tmp_path.glob("*again*")} == {"again"}
     ended = call("--out", "third", "--resume")
     assert "third.begun is missing, so there is nothing to go on from" in ended.errors
 
