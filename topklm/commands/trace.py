@@ -17,7 +17,6 @@ from topklm.progress import Progress
 from topklm.storage.files import local_path, write_atomically
 
 with when_used():
-    from topklm import distributed
     from topklm.checkpoint import run_folder
     from topklm.explorer import trace_figures, traced
     from topklm.runtime import compilation_cache
@@ -125,6 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from topklm import distributed  # noqa: PLC0415 - imports JAX, which --help does without
+
     shared.check_at_least(arguments, 1, "tokens", "min_tokens", "topk_k", "sae_tokens")
     if arguments.tokens < arguments.min_tokens:
         raise shared.wrong(arguments, "tokens", allowed=f"--min-tokens = {arguments.min_tokens} or more")
@@ -134,11 +135,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _trace(arguments: argparse.Namespace) -> None:
     """Traces a run as one of its processes, the first of which prints."""
+    from topklm import distributed  # noqa: PLC0415 - see `_run`
+
     is_first = distributed.is_primary()
     output = Output(arguments.json if is_first else None)
     progress = output.progress if is_first else Progress(lambda line: None)
-    run_folder.check_shared(local_path(arguments.run, "RUN"), "RUN")
     steps, reference = distributed.of_first("steps", lambda: _steps(arguments))
+    run_folder.check_shared(local_path(arguments.run, "RUN"), "RUN")
     layout = shared.local_layout()
     compilation_cache.enable()
     config = run_folder.saved_config(local_path(arguments.run, "RUN"))

@@ -118,8 +118,9 @@ class Parts:
         about |= {"n_parameters": result.n_parameters, "steps": result.steps}
         arrays = {f"params.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(result.params))}
         for name, figure in result.figures.items():
-            about["figures"][name] = [figure.task, figure.part, figure.measure, figure.unit]
-            arrays |= {f"{name}.sums": figure.sums, f"{name}.weights": figure.weights}
+            fields = {field.name: getattr(figure, field.name) for field in dataclasses.fields(figure)}
+            arrays |= {f"{name}.{field}": fields.pop(field) for field in ("sums", "weights")}
+            about["figures"][name] = fields
         to = io.BytesIO()
         np.savez(to, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
         with disk_errors_are_user_errors(f"writing {path}"):
@@ -138,8 +139,8 @@ class Parts:
             ]
             params = jax.tree.unflatten(self._structure, leaves) if leaves else {}
             figures = {
-                name: Figure(*key, arrays[f"{name}.sums"], arrays[f"{name}.weights"])
-                for name, key in about["figures"].items()
+                name: Figure(**fields, sums=arrays[f"{name}.sums"], weights=arrays[f"{name}.weights"])
+                for name, fields in about["figures"].items()
             }
             return Result(method, params, about["n_parameters"], about["steps"], figures)
 
