@@ -9,9 +9,9 @@ from topklm.commands import shared
 from topklm.commands.shared import Output
 from topklm.data import formats
 from topklm.data.building.build import build
+from topklm.data.building.chunks import Storage
 from topklm.data.building.encode import DatasetSettings, DatasetSources, Selection
 from topklm.data.building.engines import BeamEngine, LocalEngine, all_cores
-from topklm.data.building.storage import Storage
 from topklm.data.dataset import DESCRIPTION_FILE, parse_description
 from topklm.data.records import SHARD_TOKENS
 from topklm.data.sources import find

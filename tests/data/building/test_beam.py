@@ -5,9 +5,9 @@ from test_build import SELECTION, SETTINGS, TEXTS, contents, make, write_lines
 
 from topklm.data.building import encode
 from topklm.data.building.build import build
+from topklm.data.building.chunks import Storage
 from topklm.data.building.encode import DatasetSources
 from topklm.data.building.engines import BeamEngine
-from topklm.data.building.storage import Storage
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find
 from topklm.errors import UserError

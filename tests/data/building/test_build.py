@@ -9,10 +9,9 @@ import pytest
 
 from topklm.data.building import encode
 from topklm.data.building.build import build
-from topklm.data.building.chunks import ShardTask
+from topklm.data.building.chunks import ShardTask, Storage
 from topklm.data.building.encode import DatasetSettings, DatasetSources, Selection
 from topklm.data.building.engines import LocalEngine
-from topklm.data.building.storage import Storage
 from topklm.data.dataset import load_dataset, read_description
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.sources import find

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from topklm.data.building import chunks as chunks_module
-from topklm.data.building.chunks import INDEX_DTYPE, Chunk
-from topklm.data.building.storage import Storage
+from topklm.data.building.chunks import INDEX_DTYPE, Chunk, Storage
 
 U2 = np.dtype("<u2")
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from topklm.data.building import chunks as chunks_lib
-from topklm.data.building.chunks import INDEX_DTYPE, Chunk
-from topklm.data.building.storage import Storage
+from topklm.data.building.chunks import INDEX_DTYPE, Chunk, Storage
 
 DOCUMENTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 2), st.booleans()), max_size=60)
 

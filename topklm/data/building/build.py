@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 
 from topklm.config import DataConfig
-from topklm.data.building.chunks import ShardTask, Totals, plan_shards
+from topklm.data.building.chunks import ShardTask, Storage, Totals, plan_shards
 from topklm.data.building.encode import (
     DatasetSettings,
     DatasetSources,
@@ -34,7 +34,6 @@ from topklm.data.building.encode import (
     training_text,
 )
 from topklm.data.building.engines import Engine, LocalEngine, all_cores
-from topklm.data.building.storage import Storage
 from topklm.data.dataset import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,

@@ -21,8 +21,7 @@ import numpy as np
 import tokenizers
 
 from topklm.config import MAX_VOCABULARY
-from topklm.data.building.chunks import INDEX_DTYPE, Chunk
-from topklm.data.building.storage import Storage
+from topklm.data.building.chunks import INDEX_DTYPE, Chunk, Storage
 from topklm.data.documents import Problem
 from topklm.data.records import SHARD_TOKENS, token_dtype
 from topklm.data.sources import FileReader, SourceFile

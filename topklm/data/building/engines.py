@@ -23,8 +23,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from topklm.data.building.chunks import Chunk, Totals, drop_duplicates
-from topklm.data.building.storage import Storage
+from topklm.data.building.chunks import Chunk, Storage, Totals, drop_duplicates
 from topklm.errors import UserError
 from topklm.imports import optional_module
 from topklm.progress import Report
