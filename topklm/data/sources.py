@@ -23,10 +23,9 @@ from urllib.parse import urlsplit
 import fsspec
 import fsspec.asyn
 
-from topklm.data import formats, tables
+from topklm.data import formats
 from topklm.data.documents import BLOCK_BYTES, Items
-from topklm.data.formats import QUICKSTART
-from topklm.data.tables import HF
+from topklm.data.formats import HF, QUICKSTART
 from topklm.errors import UserError, one_line
 from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
 
@@ -137,7 +136,7 @@ def _find_one(source: str, flag: str, say: Callable[[str], None]) -> Iterator[tu
     if source == QUICKSTART:
         files = [_quickstart_file(flag)]
     elif source.startswith("hf:"):
-        files = [SourceFile(url, HF, 0, version) for url, version in tables.find_hf(source, flag)]
+        files = [SourceFile(url, HF, 0, version) for url, version in formats.find_hf(source, flag)]
     elif is_remote(source) and not source.startswith(("file://", "local://")):
         files = _remote_files(source, flag, say)
     else:
@@ -305,7 +304,7 @@ def _stem(file: SourceFile) -> str:
     if file.ending == QUICKSTART:
         return QUICKSTART
     if file.ending == HF:
-        name, config, split = tables.hf_parts(file.url)[:3]
+        name, config, split = formats.hf_parts(file.url)[:3]
         return "-".join(part for part in (Path(name).name, config, split) if part != "default")
     path = urlsplit(file.url).path if file.url.startswith("http") else file.url
     return path.rpartition("/")[2][: -len(file.ending)]
@@ -360,7 +359,7 @@ class FileReader:
             pass
 
     def _read_hf(self) -> Items:
-        for raw, item in tables.read_hf(self._file.url, self._file.version, self._text_field):
+        for raw, item in formats.read_hf(self._file.url, self._file.version, self._text_field):
             if raw is not None:
                 self.bytes_read += 1
                 self._hash.update(len(raw).to_bytes(8, "little"))
