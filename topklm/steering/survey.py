@@ -22,10 +22,9 @@ from topklm.model import transformer
 from topklm.neurons.statistics.lenses import spread_ends
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import SurveySettings, next_token_effects, significance
+from topklm.steering import SurveySettings, next_token_effects
 from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts, token_sets
-from topklm.steering.next_token_effects import TreatmentEffects, Unsteered
-from topklm.steering.significance import MeasuredLayer, Verdicts
+from topklm.steering.next_token_effects import MeasuredLayer, TreatmentEffects, Unsteered, Verdicts
 
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
 _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
@@ -167,7 +166,7 @@ def _survey_layer(
             effects = treat(prompt, concepts.tokens[:, kind])
             prompted.append((effects.gains[rows, rows, kind], effects.divergences))
     measured = MeasuredLayer(*[*map(np.stack, zip(*steered, strict=True)), others_at])
-    verdicts = significance.judge(measured, settings.bound)
+    verdicts = next_token_effects.judge(measured, settings.bound)
     gains, divergences = (np.stack(figures, axis=1) for figures in zip(*prompted, strict=True))
     return Layer(concepts, n_alive, norm, measured, verdicts, gains, divergences)
 
@@ -199,7 +198,7 @@ def neuron_rows(
         words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
         for place, neuron in enumerate(layer.concepts.neurons):
             x = int(layer.verdicts.strength[place])
-            there_is = x != significance.NO_STRENGTH
+            there_is = x != next_token_effects.NO_STRENGTH
             rows.append(
                 {
                     "layer": number,
@@ -234,7 +233,7 @@ def without_nan(tree: Any) -> Any:
 
 def _of_layers(name: str, layers: list[Layer], settings: SurveySettings) -> dict[str, Any]:
     strength = _joined(layers, lambda layer: layer.verdicts.strength)
-    steered = strength != significance.NO_STRENGTH
+    steered = strength != next_token_effects.NO_STRENGTH
     divergences = _joined(
         layers,
         lambda layer: layer.measured.divergences[
@@ -299,7 +298,7 @@ def _joined(layers: list[Layer], get: Callable[[Layer], np.ndarray]) -> np.ndarr
 
 
 def _share(passed: np.ndarray) -> dict[str, float]:
-    low, high = significance.wilson(int(passed.sum()), len(passed))
+    low, high = next_token_effects.wilson(int(passed.sum()), len(passed))
     return {"share": float(passed.mean()) if len(passed) else math.nan, "low": low, "high": high}
 
 

@@ -25,7 +25,7 @@ from topklm.neurons import ablate_targets
 from topklm.neurons.search import Matches
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import SurveySettings, next_token_effects, significance
+from topklm.steering import SurveySettings, next_token_effects
 from topklm.steering.next_token_effects import TreatmentEffects
 from topklm.steering.survey import Prompts
 
@@ -123,8 +123,8 @@ def _of_layer(
     """Judges neurons, of which the first treatments are; the others are random directions."""
     n = len(neurons)
     per_nat_XR = gains_XR / np.maximum(divergences_XR, 1e-9)
-    random_X = np.quantile(per_nat_XR[:, n:], significance.QUANTILE, axis=1)
-    strengths = significance.largest_within(divergences_XR[:, :n], settings.bound)
+    random_X = np.quantile(per_nat_XR[:, n:], next_token_effects.QUANTILE, axis=1)
+    strengths = next_token_effects.largest_within(divergences_XR[:, :n], settings.bound)
     return [
         TowardNeuron(
             layer,
@@ -136,5 +136,5 @@ def _of_layer(
             float(random_X[x]),
         )
         for place, (neuron, x) in enumerate(zip(neurons, strengths, strict=True))
-        if x != significance.NO_STRENGTH
+        if x != next_token_effects.NO_STRENGTH
     ]
