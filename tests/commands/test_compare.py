@@ -15,7 +15,7 @@ import topklm
 from topklm import cli
 from topklm.commands import compare
 from topklm.errors import UserError
-from topklm.neurons import compare_runs
+from topklm.neurons import ablate_targets
 from topklm.neurons.ablate_set import halves
 from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
@@ -100,7 +100,7 @@ def test_the_best_neuron_is_found_on_one_half_and_scored_on_the_other(place):
     matched = np.concatenate(
         [[c in "aeiou" for c in text] for text in (t.encode().decode("latin-1") for t in TEXTS)]
     )
-    layer_0, layer_1 = compare_runs.best_neurons(store, matched, seed=3)
+    layer_0, layer_1 = ablate_targets.best_neurons(store, matched, seed=3)
     assert (layer_0.layer, layer_1.layer) == (0, 1)
     bounds, (choose, other) = store.document_bounds(), halves(len(TEXTS), 3)
     scores = {}

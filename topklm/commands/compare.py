@@ -22,7 +22,7 @@ from topklm.storage.files import read_json
 with when_used():
     from topklm.eval import compare as eval_compare
     from topklm.eval import tasks
-    from topklm.neurons import ablate_targets, compare_runs, dictionary, search
+    from topklm.neurons import ablate_targets, dictionary, search
     from topklm.neurons import documents as documents_lib
     from topklm.steering import survey
 
@@ -154,7 +154,7 @@ def _pattern(
         assert one.store is not None  # a pattern is asked for
         text = search.StoredText(one.store, one.model.tokenizer)
         matches = text.matches(pattern, ignore_case=not arguments.case)
-        best = compare_runs.best_neurons(one.store, matches.touched, arguments.seed)
+        best = ablate_targets.best_neurons(one.store, matches.touched, arguments.seed)
         with _of_pattern(pattern), shared.arguments_are_flags(arguments):
             plan = ablate_targets.chosen(
                 one.store,

@@ -6,10 +6,11 @@ program. Computed in float32, whatever the dtype of the model. Dims: R treatment
 R x C rows, V vocabulary, D d_model, L layers, N concepts of K kinds with M tokens each.
 
 Verdicts say which neurons are steerable, and how sure that is; the definitions are ours. Of neuron j of a
-layer, let g[x, r, i] be the gain of concept i (`concepts`) when vector r is added at strength x: the rise of ln P(the next token is one of the concept's), a mean over
-the prompts. And d[x, r]: the KL divergence of the steered next-token distribution from the unsteered one,
-nats, a mean likewise. It says what the unsteered model loses on text that the steered one writes, beyond
-what that one loses itself; so fluency is kept while d is at most a bound.
+layer, let g[x, r, i] be the gain of concept i (`concepts`) when vector r is added at strength x: the rise of
+ln P(the next token is one of the concept's), a mean over the prompts. And d[x, r]: the KL divergence of the
+steered next-token distribution from the unsteered one, nats, a mean likewise. It says what the unsteered
+model loses on text that the steered one writes, beyond what that one loses itself; so fluency is kept while d
+is at most a bound.
 
     strength     x_j, the largest at which d[x, j] is within the bound. The gain has no part in that choice,
                  so it is one test a neuron, whatever the number of strengths.
@@ -22,8 +23,8 @@ what that one loses itself; so fluency is kept while d is at most a bound.
                  for any concept, and only what goes beyond this share says something about concepts.
 
 A neuron without a strength within the bound is neither. By chance a neuron beats a quantile in 5 of 100
-cases. Dims of verdicts: X strengths, N neurons, R random directions, S neurons that were tried with all concepts, K
-kinds.
+cases. Dims of verdicts: X strengths, N neurons, R random directions, S neurons that were tried with all
+concepts, K kinds.
 """
 
 from collections.abc import Callable
