@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from topklm.neurons import detectors
-from topklm.neurons.detectors import DetectorSearch
+from topklm.neurons import probing
+from topklm.neurons.probing import DetectorSearch
 
 WORDS = [b" the", b" sea", b" rose", b" ing", b"ing", b" 1984", b" Paris", b".", b" go", b"es"]
 
@@ -24,22 +24,22 @@ def test_grown_sets_have_the_highest_f1_of_all_sets_of_keys():
     for _ in range(20):
         keys = rng.integers(0, 6, 200)
         is_active = rng.random(200) < rng.random(6)[keys] * rng.random()
-        found = detectors.grow(keys, is_active, 7)
+        found = probing.grow(keys, is_active, 7)
         every = (
-            detectors.f1(np.isin(keys, chosen), is_active)
+            probing.f1(np.isin(keys, chosen), is_active)
             for n in range(1, 7)
             for chosen in itertools.combinations(range(6), n)
         )
-        assert detectors.f1(found[keys], is_active) == pytest.approx(max(every))
+        assert probing.f1(found[keys], is_active) == pytest.approx(max(every))
         assert not found[6]  # which never comes
 
 
 def test_f1_is_that_of_precision_and_recall():
     says = np.array([1, 1, 1, 0, 0], bool)
     active = np.array([1, 1, 0, 1, 0], bool)
-    assert detectors.f1(says, active) == pytest.approx(2 / 3)
-    assert np.isnan(detectors.f1(says, np.zeros(5, bool)))
-    assert detectors.grow(np.zeros(5, int), np.zeros(5, bool), 1).tolist() == [False]
+    assert probing.f1(says, active) == pytest.approx(2 / 3)
+    assert np.isnan(probing.f1(says, np.zeros(5, bool)))
+    assert probing.grow(np.zeros(5, int), np.zeros(5, bool), 1).tolist() == [False]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "pairs of tokens", "year", "noise"])
@@ -76,7 +76,7 @@ def test_a_neuron_that_is_silent_in_the_scored_half_has_no_score():
 def test_patterns_mark_tokens_and_the_last_of_a_match():
     pieces = [b"In ", b"19", b"84", b" she", b" sa", b"ng", b", go", b"ing", b"19", b" on"]
     documents = np.array([0] * 8 + [1] * 2)
-    found = detectors.marked(pieces, documents)
+    found = probing.marked(pieces, documents)
     assert np.flatnonzero(found["year"]).tolist() == [1, 2]
     assert np.flatnonzero(found["year, last token"]).tolist() == [2]
     assert np.flatnonzero(found["-ing"]).tolist() == [6, 7]

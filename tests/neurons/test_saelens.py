@@ -13,7 +13,7 @@ import saved_runs
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
-from topklm.neurons import delphi, saelens, segment
+from topklm.neurons import saelens, segment
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.store import Metadata, Store, StoreWriter
 
@@ -220,7 +220,7 @@ def test_widths_that_are_not_the_models_and_damage_are_refused(tmp_path, model):
 def store(tmp_path):
     """Three rows and a part of one, two layers, of which a neuron in five is active."""
     rng = np.random.default_rng(0)
-    n = 3 * delphi.ROW + 10
+    n = 3 * saelens.DELPHI_ROW + 10
     values = rng.normal(size=(2, n, D)) * (rng.random((2, n, D)) < 0.2)
     metadata = Metadata("made", 3, "0", "text", "topk", LAYERS, D, D, "identity", 32)
     with StoreWriter(tmp_path / "store", metadata, 0) as writer:
@@ -230,15 +230,15 @@ def store(tmp_path):
 
 
 def test_delphis_cache_holds_every_activation_of_whole_rows(tmp_path, store):
-    delphi.write(store, tmp_path, "made")
-    rows = store.n_tokens // delphi.ROW
+    saelens.write_delphi(store, tmp_path, "made")
+    rows = store.n_tokens // saelens.DELPHI_ROW
     width = store.metadata.d_model
     for layer in store.metadata.layers:
         held = load_file(tmp_path / f"layers.{layer}/0_{width - 1}.safetensors")
-        np.testing.assert_array_equal(held["tokens"].reshape(-1), store.tokens(0, rows * delphi.ROW))
-        dense = np.zeros((rows * delphi.ROW, width))
+        np.testing.assert_array_equal(held["tokens"].reshape(-1), store.tokens(0, rows * saelens.DELPHI_ROW))
+        dense = np.zeros((rows * saelens.DELPHI_ROW, width))
         row, position, neuron = held["locations"].astype(int).T
-        dense[row * delphi.ROW + position, neuron] = held["activations"]
+        dense[row * saelens.DELPHI_ROW + position, neuron] = held["activations"]
         for number in range(width):
             events = store.neuron(layer, number)
             want = np.zeros(store.n_tokens)
@@ -247,9 +247,9 @@ def test_delphis_cache_holds_every_activation_of_whole_rows(tmp_path, store):
 
 
 def test_a_store_without_a_whole_row_is_refused(tmp_path, monkeypatch, store):
-    monkeypatch.setattr(delphi, "ROW", 10**9)
+    monkeypatch.setattr(saelens, "DELPHI_ROW", 10**9)
     with pytest.raises(UserError, match="harvest more"):
-        delphi.write(store, tmp_path, "made")
+        saelens.write_delphi(store, tmp_path, "made")
 
 
 def test_bits_do_not_depend_on_a_bias_of_zero():

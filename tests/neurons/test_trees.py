@@ -7,7 +7,7 @@ import pytest
 
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
-from topklm.neurons import trees
+from topklm.neurons import labelled_texts
 
 BYTES = train_bpe([], 257)  # a token for every byte
 
@@ -18,7 +18,7 @@ SEES = [("The", 2, "det"), ("sea", 3, "nsubj"), ("has", 0, "root"), ("salt", 3, 
 def read(tmp_path, content, length=96, tokenizer=BYTES, **options):
     path = tmp_path / "some.conllu"
     path.write_text(content)
-    return trees.read(path, tokenizer, length, **options)
+    return labelled_texts.read_trees(path, tokenizer, length, **options)
 
 
 def test_arcs_are_looked_for_from_the_later_word(tmp_path):
@@ -81,7 +81,7 @@ def test_attention_between_words_is_a_mean_of_sums():
     rng = np.random.default_rng(0)
     weights = rng.random((2, 3, 6, 6)).astype(np.float32)
     words = np.array([[-1, 0, 0, 1, 2, 2], [-1, 0, 1, 1, 1, -1]])
-    found = np.asarray(trees.word_attention(jnp.asarray(weights), jnp.asarray(words)))
+    found = np.asarray(labelled_texts.word_attention(jnp.asarray(weights), jnp.asarray(words)))
     for b in range(2):
         for later in range(6):
             for earlier in range(6):

@@ -7,7 +7,7 @@ from references import attention_in_float64
 import saved_runs
 
 from topklm.model import transformer
-from topklm.neurons.trees import Trees
+from topklm.neurons.labelled_texts import Trees
 from topklm.trace import heads
 
 # The old miller sees ships: det(2, 0), amod(2, 1), nsubj(3, 2), obj(3, 4); words are tokens 1 to 5.

@@ -26,7 +26,7 @@ from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
-from topklm.neurons import trees
+from topklm.neurons import labelled_texts
 from topklm.training import anomalies, syntax
 from topklm.training.step import TrainState, make_optimizer, make_train_step
 from topklm.training.syntax import SentenceBatches
@@ -56,7 +56,7 @@ SENTENCES = conllu(
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("trees") / "some.conllu"
     path.write_text(SENTENCES)
-    return trees.read(path, train_bpe([], 257), MODEL.context_length)
+    return labelled_texts.read_trees(path, train_bpe([], 257), MODEL.context_length)
 
 
 def config_of(weight, steps=0, **more):
@@ -245,7 +245,7 @@ def test_other_sentences_than_those_of_a_checkpoint_are_refused(found, tmp_path)
     given = batches(found)
     given.check_facts(given.facts())
     (tmp_path / "some.conllu").write_text(SENTENCES.replace("sea", "lake"))
-    other = trees.read(tmp_path / "some.conllu", train_bpe([], 257), MODEL.context_length)
+    other = labelled_texts.read_trees(tmp_path / "some.conllu", train_bpe([], 257), MODEL.context_length)
     for facts in (batches(other).facts(), {}):
         with pytest.raises(UserError, match="not the sentences that this run was trained with"):
             given.check_facts(facts)
@@ -278,5 +278,5 @@ def test_a_weight_without_sentences_is_refused():
 
 if __name__ == "__main__":
     axes = {name: int(size) for name, size in (pair.split("=") for pair in sys.argv[2].split(","))}
-    read = trees.read(Path(sys.argv[1]), train_bpe([], 257), MODEL.context_length)
+    read = labelled_texts.read_trees(Path(sys.argv[1]), train_bpe([], 257), MODEL.context_length)
     print(json.dumps(trained(config_of(-0.5), make_layout(MeshConfig(**{"data": 1, **axes})), read, 2)[1]))

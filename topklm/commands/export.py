@@ -14,8 +14,8 @@ from topklm.storage.files import as_path, local_path, new_folder
 
 with when_used():
     from topklm.convert import huggingface
-    from topklm.neurons import delphi, harvest, saelens
     from topklm.neurons import dictionary as dictionary_lib
+    from topklm.neurons import harvest, saelens
     from topklm.training import throughput
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _facts(model: "LanguageModel") -> "saelens.ModelFacts":
 
 def _delphi(model: "LanguageModel", folder: Path, arguments: argparse.Namespace) -> None:
     shared.check_on_disk(arguments.run)
-    delphi.write(shared.open_store(shared.folder_of(model), model), folder, Path(model.run).name)
+    saelens.write_delphi(shared.open_store(shared.folder_of(model), model), folder, Path(model.run).name)
 
 
 FORMATS = {

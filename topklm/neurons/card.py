@@ -29,7 +29,7 @@ from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import labelled_texts, probing
-from topklm.neurons.detectors import Detector, DetectorSearch
+from topklm.neurons.probing import Detector, DetectorSearch
 from topklm.neurons.statistics import ablation, embeddings, table, variance
 from topklm.neurons.statistics.bootstrap import (
     document_weights,

@@ -1,4 +1,4 @@
-"""Folders of SAELens: the neurons of a TopK LM as identity SAEs, and dictionaries of a Base LM, both ways.
+"""Folders of SAELens, of neurons of a TopK LM and of dictionaries of a Base LM; a cache for delphi.
 
     blocks.L.hook_resid_post/cfg.json                 one folder for each layer
     blocks.L.hook_resid_post/sae_weights.safetensors  W_enc [D, M], b_enc [M], W_dec [M, D], b_dec [D];
@@ -25,6 +25,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import optional_module
 from topklm.neurons.capture import RESID_POST, hook_name
 from topklm.neurons.dictionary import Dictionary
+from topklm.neurons.store import Store
 from topklm.storage.files import read_json
 
 KIND = "saelens"
@@ -226,3 +227,51 @@ def _read(folder: Path, layer: int, d_model: int) -> tuple[int, dict[str, np.nda
     if not values.get("apply_b_dec_to_input", True):  # the centre is taken off: put it back
         arrays["b_enc"] = arrays["b_enc"] + arrays["b_dec"] @ arrays["W_enc"]
     return k, arrays
+
+
+DELPHI_ROW = 64  # tokens; a neuron that is active in each of them has no counterexamples over there
+_DELPHI_KIND = np.uint16
+
+
+def write_delphi(store: Store, out: Path, model_name: str) -> None:
+    """Writes a store as a cache of delphi (EleutherAI), which explains neurons by a language model.
+
+        layers.L/0_{D - 1}.safetensors: locations [E, 3] (row, position, neuron), activations; tokens [n, T]
+        layers.L/config.json
+
+    The cache is one stream of rows; a row holds tokens of several documents where they are short, and tokens
+    after the last whole row are left out. UserError if there is none.
+    """
+    numpy = optional_module("safetensors.numpy", "export", "topklm export")
+    rows, width = store.n_tokens // DELPHI_ROW, store.metadata.d_model
+    if not rows:
+        raise UserError(
+            f"{store.folder}: holds {store.n_tokens} tokens, and a row takes {DELPHI_ROW}: harvest more"
+        )
+    tokens = store.tokens(0, rows * DELPHI_ROW).reshape(rows, DELPHI_ROW).astype(np.int64)
+    # Over there all three columns have one dtype.
+    kind = _DELPHI_KIND if max(rows, width) <= np.iinfo(_DELPHI_KIND).max else np.uint32
+    for layer in store.metadata.layers:
+        block = store.block(layer, 0, width)
+        neurons = np.repeat(np.arange(width), np.diff(block.offsets))
+        locations = np.stack([block.tokens // DELPHI_ROW, block.tokens % DELPHI_ROW, neurons], axis=1)
+        kept = block.tokens < rows * DELPHI_ROW
+        arrays = {
+            "locations": np.ascontiguousarray(locations[kept].astype(kind)),
+            "activations": block.values[kept].astype(np.float16),
+            "tokens": tokens,
+        }
+        folder = out / f"layers.{layer}"
+        folder.mkdir()
+        numpy.save_file(arrays, folder / f"0_{width - 1}.safetensors")
+        about = {
+            "model_name": model_name,
+            "ctx_len": DELPHI_ROW,
+            "dataset_repo": "",
+            "dataset_split": "",
+            "dataset_name": "",
+            "batch_size": 8,
+            "n_tokens": rows * DELPHI_ROW,
+            "n_splits": 1,
+        }
+        (folder / "config.json").write_text(json.dumps(about) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.model import transformer
-from topklm.neurons.trees import Trees, word_attention
+from topklm.neurons.labelled_texts import Trees, word_attention
 
 DISTANCES = 8
 LEAST_ARCS = 100  # of a relation, in both halves together

@@ -34,7 +34,7 @@ from topklm.layout import Layout, one_device
 from topklm.model import transformer
 from topklm.model.losses import token_losses
 from topklm.neurons import documents as documents_lib
-from topklm.neurons import trees as trees_lib
+from topklm.neurons import labelled_texts as trees_lib
 from topklm.neurons.documents import TextModel
 from topklm.trace import heads
 
@@ -187,7 +187,7 @@ class LanguageMeasures:
         return values, rows
 
     def _trees(self, path: Path, model: LanguageModel) -> trees_lib.Trees:
-        found = trees_lib.read(path, model.tokenizer, model.cfg.context_length, SENTENCES)
+        found = trees_lib.read_trees(path, model.tokenizer, model.cfg.context_length, SENTENCES)
         left_out = documents_lib.described(found.left_out)
         self.notes.append(
             f"{path.name}: {len(found.tokens):,} sentences{f'; left out: {left_out}' if left_out else ''}"

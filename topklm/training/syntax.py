@@ -21,8 +21,8 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.layout import Layout
 from topklm.model import transformer
-from topklm.neurons import documents, trees
-from topklm.neurons.trees import Trees, word_attention
+from topklm.neurons import documents, labelled_texts
+from topklm.neurons.labelled_texts import Trees, word_attention
 
 Sentences = Mapping[str, jax.Array]  # of a batch: "tokens", "segment_ids", "words", [B, T]; "arcs", [B, A, 2]
 
@@ -145,7 +145,9 @@ def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSe
     """
     if not config.optim.syntax_weight:
         return NoSentences()
-    found = trees.read(_path(config), tokenizer, config.model.context_length, flag="data.syntax")
+    found = labelled_texts.read_trees(
+        _path(config), tokenizer, config.model.context_length, flag="data.syntax"
+    )
     batches = SentenceBatches(found, config, layout)
     if distributed.process_count() > 1 and len(set(distributed.gather("syntax", batches.digest))) > 1:
         raise UserError("data.syntax: processes have other files; give all hosts the same")
