@@ -9,7 +9,7 @@ import explored_run
 import pytest
 from serve_site import Site, serving
 
-from topklm.explorer.index import Index
+from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
 from topklm.neurons.paths import NeuronsFolder
 

@@ -16,7 +16,7 @@ import pytest
 from topklm.commands import neurons_find
 from topklm.errors import UserError
 from topklm.explorer import neuronpedia, pages, views
-from topklm.explorer.index import Index
+from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.overview import Asked, select
 from topklm.neurons.labels import Labels

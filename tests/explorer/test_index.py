@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from topklm.explorer.index import Index
+from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.overview import Asked, select
 from topklm.explorer.overview import table as page_of

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 
 from topklm.errors import UserError
 from topklm.explorer import finding, markup, overview, pages, trace_views, views
-from topklm.explorer.index import Index
+from topklm.explorer.finding import Index
 from topklm.explorer.live_model import LiveModel
 from topklm.explorer.markup import Link
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
