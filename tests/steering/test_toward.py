@@ -10,7 +10,7 @@ from test_survey import CONFIG, DOCUMENTS, PROGRESS, SETTINGS, effects, log_p
 
 from topklm.errors import UserError
 from topklm.neurons.search import Matches
-from topklm.steering import survey, toward
+from topklm.steering import survey
 
 TOKENS = np.array([5, 9, 2], np.int32)
 
@@ -27,7 +27,7 @@ def asked(store):
 def test_each_neuron_has_the_gain_for_its_cost_that_it_has_alone(store):
     settings = dataclasses.replace(SETTINGS, neurons=5)
     prompts = asked(store)
-    found = toward.rank(store, CONFIG, params(), TOKENS, prompts, settings, PROGRESS)
+    found = survey.rank(store, CONFIG, params(), TOKENS, prompts, settings, PROGRESS)
     assert [one.gain_per_nat for one in found] == sorted((one.gain_per_nat for one in found), reverse=True)
     assert {one.layer for one in found} == set(store.metadata.layers)
     before = log_p(prompts.tokens)
@@ -67,10 +67,10 @@ def test_each_neuron_has_the_gain_for_its_cost_that_it_has_alone(store):
 
 def test_the_bound_leaves_neurons_out_and_a_layer_that_is_not_there_is_named(store):
     tight = dataclasses.replace(SETTINGS, bound=1e-7)
-    assert toward.rank(store, CONFIG, params(), TOKENS, asked(store), tight, PROGRESS) == []
+    assert survey.rank(store, CONFIG, params(), TOKENS, asked(store), tight, PROGRESS) == []
     with pytest.raises(UserError, match=r"layer 9: .* has activations of the layers"):
         wrong = dataclasses.replace(SETTINGS, layers=(9,))
-        toward.rank(store, CONFIG, params(), TOKENS, asked(store), wrong, PROGRESS)
+        survey.rank(store, CONFIG, params(), TOKENS, asked(store), wrong, PROGRESS)
 
 
 class Text:
@@ -95,8 +95,8 @@ def test_a_patterns_tokens_begin_a_match_at_half_of_their_places():
     #       matches: 1 2 .  1 2 and, in the next document, 2, then 7 1 and 6 right after it
     touched = np.array([0, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 1], bool)
     ends = np.array([0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1], bool)
-    found = toward.pattern_tokens(text, Matches(5, touched, ends), 10)
+    found = survey.pattern_tokens(text, Matches(5, touched, ends), 10)
     # 1 begins 2 of its 3; 6 its only one; 2 begins 1 of 3 and 7 begins 1 of 3: too few.
     assert found.tolist() == [1, 6]
     with pytest.raises(UserError, match="0 matches in the harvested text, and no token begins one"):
-        toward.pattern_tokens(text, Matches(0, np.zeros(12, bool), np.zeros(12, bool)), 10)
+        survey.pattern_tokens(text, Matches(0, np.zeros(12, bool), np.zeros(12, bool)), 10)

@@ -25,7 +25,7 @@ from topklm.storage.files import is_bucket, local_path
 with when_used():
     from topklm.neurons import ablate_set, dictionary, search
     from topklm.steering import concepts as concept_lib
-    from topklm.steering import dose, toward
+    from topklm.steering import dose, survey
     from topklm.steering import survey as survey_lib
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def _toward(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
     _sampled(arguments)  # refuses what is wrong before the work
     model, store = _open(arguments.run, arguments.step)
     matches = search.StoredText(store, model.tokenizer).matches(arguments.toward)
-    tokens = toward.pattern_tokens(store, matches, model.cfg.vocab_size)
+    tokens = survey.pattern_tokens(store, matches, model.cfg.vocab_size)
     bounds = store.document_bounds()
     if len(bounds) < 3:
         raise UserError(f"{store.folder} holds one document, and must hold two or more: harvest more text")
@@ -340,7 +340,7 @@ def _toward(arguments: argparse.Namespace, output: Output) -> tuple[dict[str, An
             among[bounds[number] : bounds[number + 1]] = True
         length, separator_id = settings.prompt_tokens, model.tokenizer.separator_id
         prompts.append(survey_lib.neutral_prompts(store, n, length, separator_id, arguments.seed, among))
-    ranked = toward.rank(store, model.cfg, model.params, tokens, prompts[0], settings, output.progress)
+    ranked = survey.rank(store, model.cfg, model.params, tokens, prompts[0], settings, output.progress)
     if not ranked:
         raise UserError(f"no neuron stays within --bound = {settings.bound:g} nats: give a larger one")
     texts = [model.tokenizer.decode(ids[1:]) for ids in prompts[1].tokens]
