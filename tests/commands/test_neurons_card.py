@@ -13,7 +13,7 @@ import saved_runs
 
 import topklm
 from topklm import cli
-from topklm.commands.card import of_run
+from topklm.commands import neurons_card_run as of_run
 from topklm.commands.neurons_card import CARD
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare

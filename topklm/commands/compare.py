@@ -274,7 +274,7 @@ def _show_pattern(output: Output, names: Sequence[str], pattern: dict[str, Any])
 def _show_cards(output: Output, cards: Sequence[dict[str, Any]]) -> None:
     """Prints the measures of the runs' own neurons, a column for each layer."""
     # They need packages of the extra.
-    from topklm.commands.card import tables  # noqa: PLC0415
+    from topklm.commands import neurons_card  # noqa: PLC0415
     from topklm.neurons import card as card_lib  # noqa: PLC0415
 
     layers = [
@@ -285,7 +285,7 @@ def _show_cards(output: Output, cards: Sequence[dict[str, Any]]) -> None:
         for layer in basis["layers"]
     ]
     rows = [
-        [one.title, *(tables.cell(layer.get(one.name), one.text) for _, layer in layers)]
+        [one.title, *(neurons_card.cell(layer.get(one.name), one.text) for _, layer in layers)]
         for one in card_lib.MEASURES
     ]
     heads = ["readability card", *(name for name, _ in layers)]

@@ -1,1 +1,0 @@
-"""The parts of `topklm neurons card`, which need packages of the extra `explore`."""
