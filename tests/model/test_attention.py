@@ -7,9 +7,14 @@ import pytest
 from references import attention_reference
 
 from topklm.config import ModelConfig
-from topklm.model import attention, zigzag
-from topklm.model.attention import causal_attention, rotate, rotation_angles
-from topklm.model.zigzag import chunks_of_device, zigzag_attention
+from topklm.model import attention
+from topklm.model.attention import (
+    causal_attention,
+    chunks_of_device,
+    rotate,
+    rotation_angles,
+    zigzag_attention,
+)
 from topklm.parallel import Parallel, all_gather
 
 
@@ -79,7 +84,7 @@ def in_zigzag(x, n):
 
 @pytest.mark.parametrize(("n", "block"), [(2, 5), (3, 128), (4, 128), (8, 2)])
 def test_devices_that_share_a_sequence_compute_what_one_does(monkeypatch, n, block):
-    monkeypatch.setattr(zigzag, "_QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "_ZIGZAG_BLOCK", block)
     qkv, segments = make(48)
     g = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
 
