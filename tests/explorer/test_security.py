@@ -262,7 +262,7 @@ def test_a_pattern_that_takes_for_ever_stops_nobody(site, monkeypatch):
 
 
 def test_too_many_who_wait_for_the_same_are_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.requests._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.web.http._MOST_WAITING", 0)
     monkeypatch.setattr("topklm.explorer.views.prompt", lambda *_: 1 / 0)
     answer = site.ask(
         "/api/prompt", headers={"Content-Type": "application/json"}, method="POST", body=b'{"text":"a"}'
@@ -280,7 +280,7 @@ def test_who_has_waited_too_long_for_a_turn_is_told_so(site, monkeypatch, kind):
         goes_on.wait(60)
         return {"done": True}
 
-    monkeypatch.setattr("topklm.explorer.requests._WAITING_SECONDS", 0.05)
+    monkeypatch.setattr("topklm.web.http._WAITING_SECONDS", 0.05)
     monkeypatch.setattr("topklm.explorer.finding.regex", view)
     monkeypatch.setattr("topklm.explorer.views.prompt", view)
     headers, answers = {"Content-Type": "application/json"}, []

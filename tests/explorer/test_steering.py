@@ -214,7 +214,7 @@ def test_a_neuron_that_is_not_there_is_not_steered(site, place):
 
 
 def test_when_too_many_wait_one_more_is_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.requests._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.web.http._MOST_WAITING", 0)
     answer, _ = stream(site, ASKED)
     assert answer.status == 503
     assert "try again" in answer.json["error"]

@@ -29,24 +29,31 @@ from topklm.explorer.live_model import LiveModel
 from topklm.explorer.markup import Link
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
 from topklm.explorer.overview import Asked
-from topklm.explorer.requests import (
-    BusyError,
-    check_not_busy,
-    field,
-    fields,
-    file,
-    number,
-    redirect_with,
-    run_limited,
-    taken,
-    whole_number,
-)
 from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
 from topklm.explorer.trace_pages import TracePages
 from topklm.explorer.traces import StepData
 from topklm.neurons.labels import Note, read_export, step_of
 from topklm.web import server
-from topklm.web.http import EMBEDDED, Guard, Json, Say, Stream, comes_from_elsewhere, is_loopback, to_json
+from topklm.web.http import (
+    EMBEDDED,
+    BusyError,
+    Guard,
+    Json,
+    Say,
+    Stream,
+    check_not_busy,
+    comes_from_elsewhere,
+    field,
+    fields,
+    file,
+    is_loopback,
+    number,
+    redirect_with,
+    run_limited,
+    taken,
+    to_json,
+    whole_number,
+)
 
 SUGGESTED = 10  # neurons to label
 MAX_BODY = 2**20  # bytes: the labels of a run

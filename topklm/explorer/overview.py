@@ -10,9 +10,9 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.explorer.neuron_data import NeuronRows
-from topklm.explorer.requests import whole_number
 from topklm.explorer.views import LabelOf, summary
 from topklm.neurons.statistics import catalog
+from topklm.web.http import whole_number
 
 PAGE = 50  # neurons of the table at once
 READABLE = "readable"  # the default order

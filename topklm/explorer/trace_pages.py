@@ -13,9 +13,8 @@ from topklm.explorer import overview, trace_views
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
 from topklm.explorer.overview import READABLE, Asked
 from topklm.explorer.pages import neuron_address
-from topklm.explorer.requests import number
 from topklm.explorer.traces import FORMATION, StepData, TraceData, Traces
-from topklm.web.http import Json
+from topklm.web.http import Json, number
 
 Page = Callable[..., Response]  # (request, template, status, **content)
 _SORT = "onset_50"  # of the table of formation
