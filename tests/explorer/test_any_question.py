@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from topklm.explorer import finding
-from topklm.explorer.live_model import LiveModel, Reading
-from topklm.explorer.steering import NAMES
+from topklm.explorer.steering import NAMES, LiveModel, Reading
 
 SHOWN = ("/", "/go", "/prompt", "/search", "/labels", "/labels/next", "/neurons/0/3")
 TOLD = ("/overview", "/search", "/set", "/neurons/0/3", "/neurons/0/3/context", "/labels.json", "/labels.csv")

@@ -478,7 +478,7 @@ def test_what_is_written_comes_bit_by_bit_and_can_be_stopped(open_page, compiled
                 text.append(text[-1])  # rrrr
             return [text[-1:] for text in self.texts]
 
-    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.steering.Generation", Endless)
     page = open_page("/neurons/1/17", viewport=PHONE)
     page.locator("#steer summary").click()
     page.get_by_label("Prompt").fill("The baker")

@@ -8,7 +8,7 @@ import scipy.special
 import topklm
 from topklm.errors import UserError
 from topklm.explorer import views
-from topklm.explorer.live_model import LiveModel, predictions
+from topklm.explorer.steering import LiveModel, predictions
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from test_security import assert_harmless
 
 from topklm.commands import shared
 from topklm.errors import UserError
-from topklm.explorer.live_model import LiveModel
-from topklm.explorer.steering import COLUMNS, SteerSettings, Strengths, Writing, box, spelled
+from topklm.explorer.steering import COLUMNS, LiveModel, SteerSettings, Strengths, Writing, box, spelled
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
 from topklm.inference.sampling import Sampling
@@ -286,7 +285,7 @@ made: list[Endless] = []
 
 
 def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, monkeypatch):
-    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.steering.Generation", Endless)
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})
@@ -295,7 +294,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
         assert json.loads(answer.readline())["column"] in COLUMNS
         assert site.ask("/api/neurons/1/17/text", form={"text": "the old baker"}).status == 200
         answer.close()
-    monkeypatch.setattr("topklm.explorer.live_model.Generation", Generation)
+    monkeypatch.setattr("topklm.explorer.steering.Generation", Generation)
     # The next one has its turn when the first has ended, and not before.
     assert stream(site, ASKED)[0].status == 200
     went_on = made[0].went_on
@@ -305,7 +304,7 @@ def test_others_have_the_model_meanwhile_and_a_client_that_goes_ends_it(site, mo
 
 
 def test_a_server_that_is_told_to_stop_ends_what_is_written_without_a_trace(source, monkeypatch, caplog):
-    monkeypatch.setattr("topklm.explorer.live_model.Generation", Endless)
+    monkeypatch.setattr("topklm.explorer.steering.Generation", Endless)
     with serving(source) as site:
         connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
         connection.request("POST", ADDRESS, json.dumps(ASKED).encode(), {"Content-Type": "application/json"})

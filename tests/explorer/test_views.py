@@ -10,9 +10,9 @@ from serve_site import serving
 
 from topklm.errors import UserError
 from topklm.explorer import finding, overview, views
-from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import NeuronData, NotThereError, shown
 from topklm.explorer.overview import Asked
+from topklm.explorer.steering import LiveModel
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog, table
 

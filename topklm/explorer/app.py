@@ -25,11 +25,10 @@ from starlette.types import ASGIApp
 from topklm.errors import UserError
 from topklm.explorer import finding, markup, overview, pages, trace_views, views
 from topklm.explorer.finding import Index
-from topklm.explorer.live_model import LiveModel
 from topklm.explorer.markup import Link
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
 from topklm.explorer.overview import Asked
-from topklm.explorer.steering import COLUMNS, NAMES, SteerSettings, Writing, box
+from topklm.explorer.steering import COLUMNS, NAMES, LiveModel, SteerSettings, Writing, box
 from topklm.explorer.trace_pages import TracePages
 from topklm.explorer.traces import StepData
 from topklm.neurons.labels import Note, read_export, step_of

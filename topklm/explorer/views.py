@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from topklm.errors import UserError
-from topklm.explorer.live_model import LiveModel
 from topklm.explorer.neuron_data import LISTED_TOKENS, NeuronRows, StoreWindow
+from topklm.explorer.steering import LiveModel
 from topklm.neurons.statistics.activity import RANGE_PARTS
 
 EXAMPLE_TOKENS = 128
