@@ -30,11 +30,10 @@ from topklm.config import Config
 from topklm.data.building.build import prepare as prepare_data
 from topklm.data.dataset import Dataset, Mixture, SplitInfo
 from topklm.data.records import shard_bounds, shard_name, token_dtype, write_shard
-from topklm.data.stream import Batch, train_stream, window_ids
+from topklm.data.stream import Batch, DeviceBatch, Feed, train_stream, window_ids
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.layout import one_device
-from topklm.training.prefetch import DeviceBatch, Feed
 
 DESCRIPTION = (
     "Measures the training stream of a config's data, which are prepared first if need be, beside the train "

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from topklm.config import MeshConfig
+from topklm.data import stream as prefetch_module
+from topklm.data.stream import Feed
 from topklm.layout import Layout, make_layout
-from topklm.training import prefetch as prefetch_module
-from topklm.training.prefetch import Feed
 
 
 class CountingStream:

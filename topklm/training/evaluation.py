@@ -13,7 +13,7 @@ import numpy as np
 from topklm import distributed
 from topklm.config import Config, EvalConfig
 from topklm.data.dataset import Mixture
-from topklm.data.stream import HeldoutPart, heldout_batches
+from topklm.data.stream import DeviceBatch, HeldoutPart, heldout_batches
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.eval import compare, scoring, tasks
@@ -22,7 +22,6 @@ from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import losses, topk, transformer
 from topklm.model.block import NO_HOOKS, CaptureFn, LayerHooks
 from topklm.neurons.documents import TextModel
-from topklm.training.prefetch import DeviceBatch
 from topklm.training.step import Batch, make_forward
 
 

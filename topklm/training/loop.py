@@ -21,7 +21,7 @@ from topklm import distributed
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import CheckpointManager, TraceManager
 from topklm.config import Config
-from topklm.data.stream import heldout_part, train_stream
+from topklm.data.stream import DeviceBatch, Feed, heldout_part, train_stream
 from topklm.errors import UserError
 from topklm.eval.tasks import Task
 from topklm.imports import versions
@@ -40,7 +40,6 @@ from topklm.training.evaluation import (
     heldout_feed,
     make_eval_step,
 )
-from topklm.training.prefetch import DeviceBatch, Feed
 from topklm.training.setup import PreparedRun, check_memory, initial_parameters, prepare_run
 from topklm.training.step import (
     StopSync,
