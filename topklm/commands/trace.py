@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topklm.commands import shared, trace_facts, trace_language
+from topklm.commands import shared, trace_facts
 from topklm.commands.shared import Output, Verb
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = shared.flags(parser, "run", "json")
-    trace_language.add_steps(parser)
+    trace_facts.add_steps(parser)
     text = "of held-out text, in the whole windows that have them"
     add("--tokens N", text, _TOKENS)
     add("--min-tokens N", "neurons active at fewer of the reference are in no median", _MIN_TOKENS)
@@ -90,7 +90,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
     add("--keep-events", "keep the activations of every step, not of the reference alone", False)
     add("--no-language", "leave out figures of the whole model but its loss", False)
-    trace_language.add_arguments(parser)
+    trace_facts.add_language(parser)
     add("--restart", "delete a trace of other settings that is there, and begin again", False)
 
 
@@ -158,7 +158,7 @@ def _trace(arguments: argparse.Namespace) -> None:
         arguments.keep_events,
     )
     source = read.Checkpoints(arguments.run, model, layout, options, progress)
-    measures = [] if arguments.no_language else trace_language.measures_of(arguments, model, layout)
+    measures = [] if arguments.no_language else trace_facts.measures_of(arguments, model, layout)
     for note in (note for one in measures for note in one.notes):
         progress.say(note)
     described = {key: value for one in measures for key, value in one.describe().items()}
@@ -189,7 +189,7 @@ def _with_earlier(steps: Sequence[int], folder: TraceFolder, run: str) -> list[i
 
 def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
     """Returns the steps that are asked for, rising, and the reference; UserError if they are not there."""
-    steps = trace_language.chosen_steps(arguments)
+    steps = trace_facts.chosen_steps(arguments)
     reference = steps[-1] if arguments.reference is None else arguments.reference
     if reference not in steps:
         allowed = f"one of the steps, {', '.join(map(str, steps))}"
