@@ -13,11 +13,12 @@ import saved_runs
 
 import topklm
 from topklm import cli
-from topklm.commands import neurons_card_run as of_run
+from topklm.commands import shared
 from topklm.commands.neurons_card import CARD
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
+from topklm.explorer import card_run
 from topklm.neurons import card, probing
 from topklm.neurons.dictionary import Dictionary
 from topklm.sae import folder
@@ -247,7 +248,7 @@ def responses(rates, perplexities):
 def test_text_is_turned_fluently_where_the_rate_is_up_and_perplexity_at_most_doubled(
     rates, perplexities, turned
 ):
-    assert of_run.turns(*responses(rates, perplexities), "input") is turned
+    assert card_run.turns(*responses(rates, perplexities), "input") is turned
 
 
 def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
@@ -280,7 +281,7 @@ def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
 
 
 def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):
-    monkeypatch.setattr(of_run, "fit_text", None)
+    monkeypatch.setattr(card_run, "fit_text", None)
     options = "--tokens", 1500, "--no-steering", "--json"
     run(place / "base", "--dictionary-tokens", 4000, *options)
     there = json.loads(capsys.readouterr().out)["runs"][0]["bases"]
@@ -314,7 +315,8 @@ def test_what_is_not_allowed_is_named(place, arguments, words):
 
 
 def test_saes_that_are_given_take_the_place_of_the_own_one(place):
-    runs = [of_run.load(str(place / name), None) for name in ("base", "seed")]
+    asked = [argparse.Namespace(run=str(place / name), step=None) for name in ("base", "seed")]
+    runs = [card_run.Run(one.run, *shared.load(one)) for one in asked]
     base, other = runs
     d = MODEL.d_model
 
@@ -325,10 +327,10 @@ def test_saes_that_are_given_take_the_place_of_the_own_one(place):
         return f"{kind}-{layers}", made, layers
 
     def found(*saes):
-        common = of_run.Common(
+        common = card_run.Common(
             runs, [], np.zeros(1), [], seed=0, dictionary_tokens=1, saes=saes, steers=False, progress=None
         )
-        return [sae.kind for sae in of_run._saes(common, base, [], d, 4)]
+        return [sae.kind for sae in card_run._saes(common, base, [], d, 4)]
 
     both = [given("sae", base), given("sae-batchtopk", base)]
     assert found(*both, given("sae-gba", other)) == ["sae", "sae-batchtopk"]

@@ -57,13 +57,14 @@ def _card(arguments: argparse.Namespace) -> None:
     shared.check_can_write(arguments, "out")
     output = Output(arguments.json)
     # They need packages of the extra.
-    from topklm.commands import neurons_card_run as of_run  # noqa: PLC0415
-    from topklm.explorer import card_picture  # noqa: PLC0415
+    from topklm.explorer import card_picture, card_run  # noqa: PLC0415
     from topklm.neurons import labelled_texts  # noqa: PLC0415
     from topklm.sae import folder as sae_folder  # noqa: PLC0415
 
-    sets = of_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
-    runs = [of_run.load(name, arguments.step if name == arguments.run else None) for name in names]
+    sets = card_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
+    steps = [arguments.step if name == arguments.run else None for name in names]
+    asked = [argparse.Namespace(run=name, step=step) for name, step in zip(names, steps, strict=True)]
+    runs = [card_run.Run(one.run, *shared.load(one)) for one in asked]
     notes = list[str]()
     if arguments.labels is None and runs[0].model.config.data.source == QUICKSTART:
         try:
@@ -73,9 +74,9 @@ def _card(arguments: argparse.Namespace) -> None:
     if not sets:
         notes.append("no text with labels was given (--labels, --conllu, --sae-probes): nothing is probed")
     output.progress.say("clustering tokens")
-    documents = of_run.documents(runs[0], arguments.tokens)
-    clusters, resource = of_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
-    common = of_run.Common(
+    documents = card_run.documents(runs[0], arguments.tokens)
+    clusters, resource = card_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
+    common = card_run.Common(
         runs,
         documents,
         clusters,
@@ -89,7 +90,7 @@ def _card(arguments: argparse.Namespace) -> None:
     measured = list[dict[str, Any]]()
     for run in runs:
         output.progress.say(f"{run.name}:")
-        found, more = of_run.measure(common, run)
+        found, more = card_run.measure(common, run)
         measured.append(found)
         notes += more
     facts = survey.without_nan(

@@ -1,6 +1,5 @@
 """One run on the readability card: its bases, all measures of them, and what the model costs."""
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from topklm.checkpoint.checksums import fingerprint
-from topklm.commands import shared
 from topklm.config import Config, ModelConfig
 from topklm.data.building.build import prepare
 from topklm.data.stream import heldout_part
@@ -29,6 +27,7 @@ from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel, open_documents
 from topklm.neurons.harvest import kind_and_layers
 from topklm.neurons.labelled_texts import LabelledTexts
+from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 from topklm.progress import Progress
@@ -58,7 +57,8 @@ class Run:
     @property
     def text_model(self) -> TextModel:
         """Reads text."""
-        return shared.text_model(self.model, self.layout)
+        model = self.model
+        return TextModel(model.cfg, model.params, self.layout, model.tokenizer.separator_id)
 
     @property
     def n_layers(self) -> int:
@@ -85,11 +85,6 @@ class Common:
         """Shows a long piece of work; yields a function that is told how much is done since the last time."""
         with self.progress.phase(name, total) as report:
             yield lambda n: report(n, 0, 0)
-
-
-def load(name: str, step: int | None) -> Run:
-    """Loads the checkpoint of a step, None the newest, of a run folder."""
-    return Run(name, *shared.load(argparse.Namespace(run=name, step=step)))
 
 
 def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int) -> list[LabelledTexts]:
@@ -232,7 +227,7 @@ def _saes(
 
 def _sae(common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int) -> Dictionary:
     """Returns a Base LM's SAE, made once and kept beside the run; documents tell its explained variance."""
-    path = shared.folder_of(run.model).path / f"card-sae-{width}-{keep}.npz"
+    path = NeuronsFolder(Path(run.model.run), run.model.step).path / f"card-sae-{width}-{keep}.npz"
     parameters = fingerprint(run.model.params)
     if path.exists():
         there = Dictionary.load(path)
