@@ -664,14 +664,7 @@ def _check_ranges(config: Config) -> None:
             require(field, math.isfinite(value), "a finite number")
             require(field, not value or _LEAST_FLOAT <= abs(value) <= _LARGEST_FLOAT, _FLOAT32_RANGE)
         if isinstance(value, str):
-            if value and field in (
-                "data.dir",
-                "data.source",
-                "data.mixture",
-                "data.syntax",
-                "train.init",
-                "eval.tasks_dir",
-            ):
+            if value and field in _NAMES_OF_FILES:
                 check_name(value, field)
             is_utf8 = value.encode(errors="ignore").decode() == value  # no lone surrogates
             require(field, is_utf8, "text that UTF-8 can write")

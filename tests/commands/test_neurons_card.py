@@ -20,9 +20,10 @@ from topklm.data.building.build import prepare
 from topklm.errors import UserError
 from topklm.explorer import card_run
 from topklm.neurons import card, probing
+from topklm.neurons.ablate_set import Estimate
 from topklm.neurons.dictionary import Dictionary
 from topklm.sae import folder
-from topklm.steering.dose import Estimate, Response
+from topklm.steering.dose import Response
 
 STEP = 7
 MODEL = dataclasses.replace(saved_runs.MODEL, n_layers=3, d_model=16, d_mlp=16, vocab_size=300)

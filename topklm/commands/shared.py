@@ -490,10 +490,7 @@ def warn_of_another_model(arguments: argparse.Namespace, model: "LanguageModel")
     """Prints a line to standard error if --steer-file was made for other parameters than these.
 
     A neuron's number means something else in another model. Files that people write, and those of earlier
-    versions, name none.
-
-    Raises:
-        UserError: If the file names its model in another way than `name_of`.
+    versions, name none. UserError if the file names its model in another way than `name_of`.
     """
     if arguments.steer_file is None:
         return

@@ -30,10 +30,11 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
+    from topklm.neurons.ablate_set import Estimate
     from topklm.neurons.paths import NeuronsFolder
     from topklm.neurons.store import Store
     from topklm.steering.concepts import Concept, NeuronFacts
-    from topklm.steering.dose import Estimate, Response
+    from topklm.steering.dose import Response
 
 DESCRIPTION = (
     "Continues prompts with one neuron set to one value after another, shows the texts side by side, and "

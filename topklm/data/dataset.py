@@ -282,9 +282,8 @@ class Mixture:
 def open_mixture(text: str, cache_gib: float = CACHE_GIB) -> Mixture:
     """Opens the datasets of `data.mixture`: "DIR:0.7,DIR:0.3"; the weights need not add up to 1.
 
-    Raises:
-        UserError: For a text of another form, a folder given twice or without a dataset, datasets of
-            different tokenizers, and weights that only repeat after more than a million windows.
+    UserError for a text of another form, a folder given twice or without a dataset, datasets of different
+    tokenizers, and weights that only repeat after more than a million windows.
     """
     said = f"data.mixture = {text!r}:"
     parsed: dict[str, Fraction] = {}

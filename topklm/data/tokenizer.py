@@ -173,9 +173,8 @@ class Tokenizer:
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a user's tokenizer: a Hugging Face tokenizer.json, a SentencePiece model, a .tiktoken file.
 
-    Raises:
-        UserError: If it is missing, damaged, of none of these kinds, or has no separator; or if the library
-            that it needs is not installed.
+    UserError if it is missing, damaged, of none of these kinds, or has no separator; or if the library that
+    it needs is not installed.
     """
     check_name(os.fspath(path), "tokenizer")
     path = Path(os.path.expanduser(path))

@@ -138,8 +138,7 @@ def score(
 def interventions_for(config: ModelConfig, steer: Sequence[Intervention] | None) -> InterventionBatch | None:
     """Makes interventions that act on every request; all of its tokens count as the prompt.
 
-    Raises:
-        ArgumentError: For one on a single row, or on generated tokens, of which there are none.
+    ArgumentError for one on a single row, or on generated tokens, of which there are none.
     """
     if not steer:
         return None
@@ -154,10 +153,7 @@ def window_requests(model: TextModel, documents: Iterable[np.ndarray]) -> tuple[
     """Makes requests that together score every token of documents, int32[n] of each, none empty.
 
     A document longer than a row becomes several, each given the last tokens of the one before, as windows of
-    `topklm.neurons.documents`.
-
-    Returns:
-        Requests, and the number of each one's document, int64[R].
+    `topklm.neurons.documents`. Returns requests, and the number of each one's document, int64[R].
     """
     windows = list(model.windows(documents))
     requests = [Request(w.inputs[: w.n_known], w.inputs[w.n_known :]) for w in windows]

@@ -362,8 +362,7 @@ class TokenizedTask:
 def tokenize(task: Task, model: TextModel, tokenizer: Tokenizer) -> TokenizedTask:
     """Makes the requests of a task, for a model and its tokenizer.
 
-    Raises:
-        UserError: If the tokenizer makes nothing of a choice, or one does not fit into the model's context.
+    UserError if the tokenizer makes nothing of a choice, or one does not fit into the model's context.
     """
     if task.documents:
         return TokenizedTask(task, *scoring.window_requests(model, tokenizer.encode_batch(task.documents)))

@@ -211,8 +211,7 @@ class NeuronRows:
     def window(self, at: int, size: int) -> StoreWindow:
         """Returns at most `size` tokens of one document around a token, which stands as far inside as can be.
 
-        Raises:
-            UserError: If the store has no such token.
+        UserError if the store has no such token.
         """
         return self.windows([at], size)[0]
 

@@ -113,10 +113,10 @@ def _forward(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A ratio of sums over documents, the change of a mean loss say, with its 95 % interval by bootstrap."""
+    """A ratio of sums over documents or texts, with its 95 % interval by bootstrap over them."""
 
     value: float  # NaN where there is no token to take it of
-    low: float  # percentile, NaN likewise
+    low: float  # percentile, NaN likewise, and where there are too few to draw from
     high: float
 
 

@@ -310,8 +310,7 @@ def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id:
 def first_fit(sizes: Sequence[int], capacity: int) -> tuple[list[int], int]:
     """Puts the longest first, each into the first row with enough space.
 
-    Returns:
-        The row of each, and how many rows there are.
+    Returns the row of each, and how many rows there are.
     """
     # A tournament: a node holds the most space that a row below it has, so each search takes log2(n) steps.
     n = 1 << max(0, len(sizes) - 1).bit_length()

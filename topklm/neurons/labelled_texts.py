@@ -145,10 +145,8 @@ def of_conllu(path: Path) -> LabelledTexts:
 def of_sae_probes(seed: int = 0) -> LabelledTexts:
     """Reads the data files with two labels of the package sae-probes, at most 500 texts of each.
 
-    Kantamneni et al. 2025, arXiv:2502.16681. The package is read as data, never imported.
-
-    Raises:
-        UserError: If it is not installed.
+    Kantamneni et al. 2025, arXiv:2502.16681. The package is read as data, never imported. UserError if it is
+    not installed.
     """
     try:
         files = metadata.files(_SAE_PROBES) or []
@@ -320,10 +318,8 @@ def read_trees(
     """Reads the sentences of a CoNLL-U file that fit into the context, and into `LONGEST` tokens.
 
     At most the first `most` of them. Relations lose their subtypes; punctuation and roots are no arcs. A word
-    is the tokens whose last byte is in it, and an arc of a word without any is left out.
-
-    Raises:
-        UserError: If the file cannot be read, has no heads, or no sentence is left.
+    is the tokens whose last byte is in it, and an arc of a word without any is left out. UserError if the
+    file cannot be read, has no heads, or no sentence is left.
     """
     length, left_out = min(LONGEST, context_length), Counter[str]()
     too_long = _TOO_LONG.format(length)

@@ -146,9 +146,8 @@ def layers_of(folder: Path) -> tuple[int, ...]:
 def read_dictionary(folder: Path, layers: Sequence[int], d_model: int) -> Dictionary:
     """Reads the SAEs of these layers as a dictionary.
 
-    Raises:
-        UserError: If one is missing or damaged, is of a kind that is not read, of another kind, width or k
-            than the others, or its hidden states are not the model's.
+    UserError if one is missing or damaged, is of a kind that is not read, of another kind, width or k than
+    the others, or its hidden states are not the model's.
     """
     read = [_read(folder, layer, d_model) for layer in layers]
     for what, values in (

@@ -79,8 +79,7 @@ class _Stretch:
 class StoredText:
     """The text of a store's documents, decoded a stretch at a time: memory does not grow with their length.
 
-    Raises:
-        UserError: For a tokenizer that did not make the store's tokens.
+    UserError for a tokenizer that did not make the store's tokens.
     """
 
     def __init__(self, store: Store, tokenizer: Tokenizer):
@@ -189,9 +188,7 @@ class _Patience:
     def spans(self, compiled: Any, text: str, first: int, stop: int) -> list[tuple[int, int]]:
         """Returns the matches that start from `first` on and before `stop`, as begin and end.
 
-        Raises:
-            TimeoutError: When the time is over.
-            _EmptyMatchError: For a match of no characters.
+        TimeoutError when the time is over. _EmptyMatchError for a match of no characters.
         """
         spans: list[tuple[int, int]] = []
         while True:
@@ -293,11 +290,8 @@ def rank(
 
     Sorted by falling F1, then by falling weighted precision, then by layer and number. Neurons that are
     active at no matched token are left out. `among`, bool[N], says which tokens there are, as if the store
-    held no others; None: all.
-
-    Raises:
-        UserError: If the store does not have a layer; None: all that it has.
-        ValueError: If `matched` has another shape.
+    held no others; None: all. UserError if the store does not have a layer; None: all that it has. ValueError
+    if `matched` has another shape.
     """
     if matched.shape != (store.n_tokens,):
         raise ValueError(f"matched has shape {matched.shape}: must be [{store.n_tokens}], the store's tokens")

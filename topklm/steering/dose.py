@@ -23,6 +23,7 @@ import numpy as np
 from topklm.errors import ArgumentError
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, Positions
 from topklm.inference.language_model import LanguageModel
+from topklm.neurons.ablate_set import Estimate
 from topklm.steering import Sampled
 from topklm.steering.concepts import Concept
 
@@ -30,15 +31,6 @@ DISTINCT = (1, 2, 3)
 RESAMPLES = 2000
 
 _MAX_ROWS = 64  # texts that are run together
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval."""
-
-    value: float  # NaN where there is nothing to take it of
-    low: float  # NaN, as `high`, where there are fewer than two groups to draw from
-    high: float  # upper end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

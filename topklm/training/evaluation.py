@@ -150,8 +150,7 @@ def summarize_topk_health(
 def find_tasks(config: EvalConfig) -> list[Task]:
     """Reads the tasks of `eval.tasks`.
 
-    Raises:
-        UserError: If there is no such task, or one has a line that is no item.
+    UserError if there is no such task, or one has a line that is no item.
     """
     names = dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip())
     folder = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
@@ -167,8 +166,7 @@ def find_tasks(config: EvalConfig) -> list[Task]:
 class TaskEvaluation:
     """Tasks, ready to be evaluated again and again, in the dtype of training; all processes take part.
 
-    Raises:
-        UserError: If a process has other files than the first.
+    UserError if a process has other files than the first.
     """
 
     def __init__(self, config: Config, found: Sequence[Task], tokenizer: Tokenizer, layout: Layout):

@@ -140,8 +140,7 @@ def _path(config: Config) -> Path:
 def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSentences:
     """Reads the sentences of `data.syntax`, if `optim.syntax_weight` is not 0.
 
-    Raises:
-        UserError: If the file cannot be read, has no heads, or processes have other files.
+    UserError if the file cannot be read, has no heads, or processes have other files.
     """
     if not config.optim.syntax_weight:
         return NoSentences()

@@ -55,10 +55,8 @@ def columns(block: NeuronBlock, n_tokens: int) -> Mapping[str, Any]:
     `density` is the share of all tokens at which a neuron is active: n_active / N. Of a layer, densities add
     up to the mean number of active neurons per token, which is k where none of the k kept values is 0.
     `mean_activation` and `max_activation` are of strengths, over the active tokens. A dead neuron, one that
-    is active nowhere in the store, has density 0 and no mean, maximum or histogram.
-
-    Raises:
-        UserError: If an activation is NaN or infinite.
+    is active nowhere in the store, has density 0 and no mean, maximum or histogram. UserError if an
+    activation is NaN or infinite.
     """
     found, counts = figures(block, n_tokens), n_active(block)
     rows = [row.tolist() if count else None for row, count in zip(histogram(block), counts, strict=True)]
