@@ -1,8 +1,8 @@
 from jax._src.clusters import cloud_tpu_cluster
 import pytest
 
-from topklm.distributed import cluster
-from topklm.distributed.cluster import ClusterProcess
+from topklm.distributed import coordination
+from topklm.distributed.coordination import ClusterProcess
 from topklm.errors import UserError
 
 SLURM = {
@@ -38,7 +38,7 @@ def find(monkeypatch):
     def find_with(**variables: str) -> ClusterProcess | None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return cluster.find()
+        return coordination.find_process()
 
     return find_with
 

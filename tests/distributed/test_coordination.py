@@ -10,7 +10,7 @@ ALONE = """
 import os, sys, threading
 import jax
 from topklm.distributed import coordination
-from topklm.distributed.cluster import ClusterProcess
+from topklm.distributed.coordination import ClusterProcess
 
 alone = ClusterProcess(0, 1, "localhost", int(sys.argv[1]))
 client = coordination.connect(
@@ -44,7 +44,7 @@ waiting.join()
 ABORTED = """
 import os, sys
 from topklm.distributed import coordination
-from topklm.distributed.cluster import ClusterProcess
+from topklm.distributed.coordination import ClusterProcess
 
 def end(said):
     print(coordination.missing_processes(said), flush=True)

@@ -66,9 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     has_jax = check("versions", _versions)
     if has_jax:
         from topklm import distributed  # noqa: PLC0415 - imports JAX
-        from topklm.distributed import cluster  # noqa: PLC0415
+        from topklm.distributed import coordination  # noqa: PLC0415
 
-        process = cluster.find()
+        process = coordination.find_process()
         host = "" if process is None else f"process {process.index}: "
         session = distributed.session()
     with session:

@@ -153,13 +153,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _harvest(arguments: argparse.Namespace) -> None:
-    from topklm.distributed import cluster  # noqa: PLC0415 - imports JAX, which --help does without
+    from topklm.distributed import coordination  # noqa: PLC0415 - imports JAX, which --help does without
 
     shared.check_on_disk(arguments.run)
     output = Output(arguments.json)
     model, layout = shared.load(arguments)
     folder = shared.folder_of(model)
-    if arguments.part is None and (process := cluster.find()):
+    if arguments.part is None and (process := coordination.find_process()):
         arguments.part = harvest_lib.Share(process.index, process.count)
     names = (field.name for field in dataclasses.fields(HarvestSettings))
     settings = HarvestSettings(**{name: getattr(arguments, name) for name in names})

@@ -11,7 +11,7 @@ import json
 import os
 from typing import Any, NoReturn
 
-from topklm.distributed import cluster
+from topklm.distributed import coordination
 from topklm.distributed.coordination import Ending, Kind, say_last_line
 from topklm.distributed.coordination import PeerLost as PeerLost
 from topklm.distributed.session import Session
@@ -27,7 +27,7 @@ _session: Session | None = None
 def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Joins the run's other processes, if the environment names any, and leaves together with them.
 
-    Enter it before the first use of a device. `cluster.find` says how the environment is read. All must come
+    Enter it before the first use of a device. `coordination.find_process` reads the environment. All must come
     within TOPKLM_START_TIMEOUT seconds (300); one that is silent for TOPKLM_PEER_TIMEOUT seconds (10) counts
     as gone.
 
@@ -44,14 +44,14 @@ def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
         UserError: For an environment that does not fit.
     """
     global _session  # noqa: PLW0603 - a process is part of one run
-    process = cluster.find()
+    process = coordination.find_process()
     if process is None:
         yield
         return
     _session = Session(
         process,
-        start_timeout_s=cluster.seconds("TOPKLM_START_TIMEOUT", 300),
-        peer_timeout_s=cluster.seconds("TOPKLM_PEER_TIMEOUT", 10),
+        start_timeout_s=coordination.seconds("TOPKLM_START_TIMEOUT", 300),
+        peer_timeout_s=coordination.seconds("TOPKLM_PEER_TIMEOUT", 10),
         told_to_stop=told_to_stop,
     )
     try:

@@ -22,8 +22,7 @@ import jax
 
 from topklm import errors
 from topklm.distributed import coordination
-from topklm.distributed.cluster import ClusterProcess
-from topklm.distributed.coordination import AGAIN, Ending, Kind, PeerLost, say_last_line
+from topklm.distributed.coordination import AGAIN, ClusterProcess, Ending, Kind, PeerLost, say_last_line
 from topklm.errors import UserError
 from topklm.imports import versions
 

@@ -12,7 +12,7 @@ import threading
 import time
 
 from topklm import distributed
-from topklm.distributed import cluster
+from topklm.distributed import coordination
 from topklm.storage.files import AnyPath
 
 _TIMEOUT_S = 600.0
@@ -30,7 +30,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: AnyPath | None = None, timeout_s: float | None = None):
-        self._timeout_s = timeout_s or cluster.seconds("TOPKLM_HANG_TIMEOUT", _TIMEOUT_S)
+        self._timeout_s = timeout_s or coordination.seconds("TOPKLM_HANG_TIMEOUT", _TIMEOUT_S)
         self._folder = folder if isinstance(folder, pathlib.Path) else None
         self._step: int | None = None
         self._quiet_s = 0.0
