@@ -55,7 +55,6 @@ class _Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run")
     add("base BASE", "run to compare it with, e.g. runs/small-base")
     text = "look for neurons of these tokens in what was harvested of both; may be given several times"
@@ -70,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     shared.check_at_least(arguments, 1, "tokens", "count", "random_sets")
     shared.check_at_least(arguments, 0, "seed")
     output = Output(arguments.json)

@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     import jax  # noqa: PLC0415 - slow, and --help does without
 
     config, _ = train.read(arguments, arguments.config_flags, EXAMPLE)

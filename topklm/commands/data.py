@@ -34,7 +34,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     verbs = {
         "show": Verb(
             "print a few decoded windows",
@@ -84,7 +83,6 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     if "://" in arguments.dataset:
         allowed = "a local or mounted folder"
         raise UserError(field="DIR", value=arguments.dataset, allowed=allowed, advice="copy or mount it")

@@ -40,13 +40,11 @@ _SIDE = 256  # of the matrices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "json")
     add("--workdir FOLDER", "where a run shall be kept, local or gs://...; default runs", default="runs")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     folder = as_path(arguments.workdir, "--workdir")
     found: list[dict[str, Any]] = []

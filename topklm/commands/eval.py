@@ -44,7 +44,6 @@ _NATIVE = ("against", "tasks", "text", "margin", "items")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser)
     add("runs RUN", "run folders, e.g. runs/small; several: the same model with other seeds", nargs="+")
     text = "as many runs to compare with, paired by their order, e.g. runs/small-base"
@@ -70,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     shared.check_at_least(arguments, 0, "seed", "tokens")
     shared.check_at_least(arguments, 1, "limit")
     shared.check_can_write(arguments, "items")

@@ -23,7 +23,6 @@ _NEEDED = ("jinja2", "pyarrow", "starlette", "uvicorn", "regex")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run", "step")
     add("--port N", "0: any that is free", PORT)
     text = "where to listen; on others than the default a token is demanded"
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     for name in ("neurons", "model_id"):
         if getattr(arguments, name) is not None and arguments.export is None:
             raise shared.wrong(arguments, name, "goes with --export only; leave it out")

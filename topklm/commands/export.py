@@ -83,7 +83,6 @@ FORMATS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run")
     text = "; ".join(f"{name}: {one.help}" for name, one in FORMATS.items())
     add("--format", text, "huggingface", choices=FORMATS)
@@ -93,7 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     out = local_path(arguments.out, "--out")
     with new_folder(out) as folder:

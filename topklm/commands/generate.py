@@ -12,7 +12,6 @@ _OPTIONS = ("topk_k", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run")
     add("prompt", "text that begins a document")
     add("--max-new-tokens N", "", 50)
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     shared.check_at_least(arguments, 0, "temperature", "max_new_tokens")
     if arguments.json and arguments.stream:
         raise UserError("--stream with --json: one object is printed at the end; leave one of the two out")

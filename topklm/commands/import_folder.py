@@ -25,7 +25,6 @@ EXAMPLE = "topklm import hf:HuggingFaceTB/SmolLM2-135M --out runs/smollm2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser)
     add("folder FOLDER", "with config.json, safetensors and a tokenizer, or hf:ORG/NAME")
     add("--out RUN", "the run folder to be made", required=True)
@@ -34,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     out = local_path(arguments.out, "--out")
     with new_folder(out) as folder:

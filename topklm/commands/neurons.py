@@ -65,7 +65,6 @@ class HarvestSettings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     verbs = {
         "harvest": Verb(
             "run held-out text through the model and store what its neurons do",
@@ -148,7 +147,6 @@ def _share(text: str) -> Share:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     arguments.call(arguments)
 
 

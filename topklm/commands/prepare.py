@@ -31,7 +31,6 @@ _HELDOUT_FRACTION = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser)
     add("sources SOURCE", "where the text is, see above", nargs="+")
     add("--out DIR", "folder of the dataset, e.g. datasets/mine", required=True)
@@ -63,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     settings = _settings(arguments)
     check_name(arguments.out, "--out")
     output = Output(arguments.json)

@@ -72,13 +72,11 @@ class FoundRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "json")
     add("folder FOLDER", f"that holds run folders; default {DEFAULT_FOLDER}", nargs="?")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     name = DEFAULT_FOLDER if arguments.folder is None else arguments.folder
     folder = as_path(name, "FOLDER")

@@ -26,7 +26,6 @@ _NEEDED = ("starlette", "uvicorn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run", "step")
     add("--port N", "0: any that is free", PORT)
     text = f"where to listen; beyond this machine a token is demanded, ${TOKEN_VARIABLE} or a new one"
@@ -46,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     shared.check_installed("serve", _NEEDED)
     output = Output(arguments.json)
     # These need packages of the extra, and JAX.

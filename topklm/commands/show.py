@@ -35,12 +35,10 @@ _MARKS = {_LOSS: ".", _HELDOUT: "o"}  # the latter over the former
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     shared.flags(parser, "run", "json")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     folder = as_path(arguments.run, "RUN")
     with storage_errors_are_user_errors(f"reading {folder}", folder):

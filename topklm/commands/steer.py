@@ -54,7 +54,6 @@ _SIDE_BY_SIDE = 100  # columns of a terminal, from which texts stand beside one 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the verb's arguments."""
     add = shared.flags(parser, "run", "seed", "step", "json")
     either = shared.flags(parser.add_mutually_exclusive_group(required=True))
     either("--neuron L:N", "steer neuron N of layer L, e.g. 2:117")
@@ -104,7 +103,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carries the verb out."""
     output = Output(arguments.json)
     if arguments.survey:
         shared.check_goes_with(arguments, "neuron", *_OF_TEXTS, *_OF_NEURON)

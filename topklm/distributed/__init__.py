@@ -27,7 +27,7 @@ _session: Session | None = None
 def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Joins the run's other processes, if the environment names any, and leaves together with them.
 
-    Enter it before the first use of a device. `coordination.find_process` reads the environment. All must come
+    Enter it before a device is used. `coordination.find_process` reads the environment. All must come
     within TOPKLM_START_TIMEOUT seconds (300); one that is silent for TOPKLM_PEER_TIMEOUT seconds (10) counts
     as gone.
 
