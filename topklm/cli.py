@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import keyword
 import os
+from pathlib import Path
 import sys
 from types import ModuleType
 
@@ -83,6 +84,9 @@ def _start(argv: Sequence[str]) -> None:
 def dispatch(argv: Sequence[str]) -> None:
     """Runs one verb with its arguments."""
     verb, *rest = argv or ["--help"]
+    if verb == "bench":
+        _bench(rest)
+        return
     if verb in VERBS:
         command = _module(verb)
         command.run(commands.parse(verb, command, rest))
@@ -93,6 +97,18 @@ def dispatch(argv: Sequence[str]) -> None:
         shared.print_versions()
         return
     _parser().parse_args([verb, *rest])  # shows the help, or says what is wrong
+
+
+def _bench(words: Sequence[str]) -> None:
+    """Hands over to the harness in `benchmarks/`, which lies beside the package in a clone."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "command.py").is_file():
+        raise errors.UserError(
+            "bench: the benchmarks are not installed with the package; clone the repository and run "
+            "`python -m topklm bench ...` there"
+        )
+    sys.path.insert(0, str(root))  # before another folder of that name in the working directory
+    importlib.import_module("benchmarks.command").run(words)
 
 
 def _module(verb: str) -> ModuleType:
@@ -111,8 +127,8 @@ def _parser(verb: str = "") -> commands.Parser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for name, summary in VERBS.items():
         inner = verbs.add_parser(name, help=summary)
-        if name == verb and hasattr(command := _module(name), "add_arguments"):
-            command.add_arguments(inner)
+        if name == verb != "bench":
+            _module(name).add_arguments(inner)
     return parser
 
 

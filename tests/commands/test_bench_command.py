@@ -13,7 +13,7 @@ import pytest
 from benchmarks.command import BENCHMARKS
 from benchmarks.harness import results, roofline
 from topklm import cli
-from topklm.commands import bench, train
+from topklm.commands import train
 from topklm.errors import UserError
 from topklm.model import backends
 
@@ -152,7 +152,7 @@ def test_every_benchmark_explains_itself_with_an_example(name, capsys):
 
 
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.topklm, "__file__", str(tmp_path / "topklm" / "__init__.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "topklm" / "cli.py"))
     with pytest.raises(UserError, match="not installed with the package; clone the repository and run"):
         cli.dispatch(["bench", "step"])
 
@@ -161,6 +161,6 @@ def test_the_benchmarks_are_found_from_any_folder(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").write_text("raise ImportError('of somebody else')")
     command = [sys.executable, "-m", "topklm", "bench", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(bench.topklm.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "the TopK operation, every backend" in done.stdout

@@ -46,12 +46,7 @@ def with_json(argv: Sequence[str], takes_file: bool = True) -> list[str]:
 
 
 def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the words after a verb's name; flags of a config are in `config_flags` of what it returns.
-
-    A module without `add_arguments` reads its command line itself; it is in `words`.
-    """
-    if not hasattr(command, "add_arguments"):
-        return argparse.Namespace(words=list(argv))
+    """Reads the words after a verb's name; flags of a config are in `config_flags` of what it returns."""
     takes_config = getattr(command, "TAKES_CONFIG", False)
     parser = Parser(
         f"topklm {verb}",
