@@ -22,7 +22,7 @@ import rich.console
 
 import topklm
 from topklm.model import transformer
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import embeddings, table
 from topklm.neurons.statistics.bootstrap import (
     document_weights,

@@ -20,7 +20,7 @@ import urllib.request
 from playwright.sync_api import sync_playwright
 
 from benchmarks.harness import results
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.store import Store
 
 RESULT = results.FOLDER / "explorer_pages.json"

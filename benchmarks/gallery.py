@@ -22,8 +22,7 @@ from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 from topklm.checkpoint import run_folder
 from topklm.data.tokenizer import Tokenizer
-from topklm.neurons import DICTIONARIES, FITTED
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import DICTIONARIES, FITTED, NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
 from topklm.neurons.store import Store

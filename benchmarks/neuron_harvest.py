@@ -17,9 +17,9 @@ from topklm.inference.language_model import LanguageModel
 from topklm.layout import Layout
 from topklm.model import transformer
 from topklm.model.losses import token_losses
+from topklm.neurons import NeuronsFolder
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.documents import TextModel, batches
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 
 _Batch = tuple[np.ndarray, ...]  # inputs, segment ids, positions

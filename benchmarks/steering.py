@@ -22,7 +22,7 @@ from benchmarks.harness import pictures, results
 from benchmarks.harness.pictures import COLOURS
 import topklm
 from topklm.inference.language_model import LanguageModel
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.statistics.table import readable_first
 from topklm.progress import TerminalProgress

@@ -15,9 +15,8 @@ import topklm
 from topklm import cli
 from topklm.commands import compare
 from topklm.errors import UserError
-from topklm.neurons import ablate_targets
+from topklm.neurons import NeuronsFolder, ablate_targets
 from topklm.neurons.ablate_set import halves
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 
 pytestmark = pytest.mark.usefixtures("small_batches")

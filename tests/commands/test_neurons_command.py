@@ -7,7 +7,7 @@ from helpers import assert_one_line_error, devices, in_this_process, sentences, 
 import numpy as np
 import pytest
 
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 

@@ -16,11 +16,11 @@ from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
 from topklm.layout import make_layout
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.ablate_set import AblatedLosses, halves
 from topklm.neurons.documents import TextModel
 from topklm.neurons.harvest import count
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 
 pytestmark = pytest.mark.usefixtures("small_batches")
 

@@ -15,8 +15,8 @@ from topklm.commands import export, neurons
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import embeddings, table
 from topklm.neurons.store import Store
 

@@ -10,9 +10,9 @@ import saved_runs
 import topklm
 from topklm.commands.neurons_find import FIND
 from topklm.errors import UserError
+from topklm.neurons import NeuronsFolder
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, StoreWriter
 
 D, LAYERS = saved_runs.MODEL.d_model, (0, 1)  # the store's; of the model, only layer 0 has TopK

@@ -14,8 +14,7 @@ from topklm.commands import neurons
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.layout import make_layout
-from topklm.neurons import documents
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder, documents
 from topklm.neurons.store import Store, StoreWriter, wait_for_writers
 from topklm.progress import Progress
 

@@ -13,8 +13,8 @@ from topklm.checkpoint.checksums import fingerprint
 from topklm.commands.neurons_find import SELECT
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import read_contrast
 from topklm.storage.files import sealed_json
 

@@ -16,9 +16,8 @@ from topklm.commands import export, neurons, sae
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
-from topklm.neurons import documents, fit_dictionary
+from topklm.neurons import NeuronsFolder, documents, fit_dictionary
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 from topklm.sae import kinds

@@ -11,9 +11,9 @@ import saved_runs
 from topklm import cli
 from topklm.commands import steer
 from topklm.errors import UserError
+from topklm.neurons import NeuronsFolder
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.ablate_set import Estimate
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.steering import Sampled, dose, survey
 from topklm.steering.dose import Response

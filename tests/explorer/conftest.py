@@ -11,7 +11,7 @@ from serve_site import Site, serving
 
 from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 
 
 @pytest.fixture(scope="session")

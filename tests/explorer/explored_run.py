@@ -15,8 +15,8 @@ import saved_runs
 
 import topklm
 from topklm.config import Config
+from topklm.neurons import NeuronsFolder
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import activity, catalog, table
 from topklm.neurons.statistics.activity import RANGE_PARTS
 from topklm.neurons.store import Metadata, StoreWriter

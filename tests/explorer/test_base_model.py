@@ -14,7 +14,7 @@ import topklm
 from topklm import cli
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.steering import spelled
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 

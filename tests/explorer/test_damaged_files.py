@@ -19,8 +19,8 @@ from topklm.explorer import neuronpedia, pages, views
 from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.overview import Asked, select
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog, table
 from topklm.steering import concepts

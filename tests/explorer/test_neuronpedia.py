@@ -14,9 +14,9 @@ from topklm.errors import UserError
 from topklm.explorer import neuron_data, neuronpedia
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.neuronpedia import export
+from topklm.neurons import NeuronsFolder
 from topklm.neurons import segment as segment_lib
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import activity, catalog, table
 from topklm.neurons.store import Metadata, Store, StoreWriter
 from topklm.progress import Progress

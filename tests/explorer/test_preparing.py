@@ -23,7 +23,7 @@ from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
 from topklm.explorer.preparing import Preparing
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 from topklm.progress import Progress

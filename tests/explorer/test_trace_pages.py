@@ -16,8 +16,8 @@ from traced_run import LEAVES, MIN_TOKENS, REFERENCE, STEPS, rows_of
 from topklm.explorer.markup import MISSING
 from topklm.explorer.neuron_data import NeuronData
 from topklm.explorer.traces import Traces
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels, read_export
-from topklm.neurons.paths import NeuronsFolder
 from topklm.trace import changes
 
 D, DEAD = explored_run.D, explored_run.DEAD

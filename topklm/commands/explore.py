@@ -7,7 +7,7 @@ import webbrowser
 
 from topklm.commands import shared
 from topklm.commands.shared import Output
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.progress import Progress
 from topklm.storage.files import local_path
 

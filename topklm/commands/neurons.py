@@ -18,8 +18,7 @@ from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
-from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS, FITTED
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS, FITTED, NeuronsFolder
 from topklm.neurons.statistics import MeasureSettings
 from topklm.progress import Progress
 from topklm.storage.files import local_path

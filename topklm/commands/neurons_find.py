@@ -22,9 +22,8 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
 from topklm.imports import when_used
 from topklm.inference.interventions import Intervention, needs_value, save_interventions
-from topklm.neurons import SHOWN_PER_LAYER
+from topklm.neurons import SHOWN_PER_LAYER, NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder, harvested_steps
 from topklm.storage.files import as_path, local_path
 
 with when_used():

@@ -38,8 +38,8 @@ from topklm.inference.interventions import (
     neuron_of,
     times_of,
 )
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.progress import TerminalProgress
 from topklm.storage.files import as_path, is_bucket, local_path, parse_json, sealed_json, write_atomically
 

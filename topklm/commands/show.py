@@ -14,8 +14,8 @@ from topklm.commands.shared import Output
 from topklm.config import Config
 from topklm.errors import UserError, visible
 from topklm.imports import when_used
+from topklm.neurons import NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder, harvested_steps
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import as_path, is_bucket, local_path
 

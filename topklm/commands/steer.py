@@ -30,8 +30,8 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
+    from topklm.neurons import NeuronsFolder
     from topklm.neurons.ablate_set import Estimate
-    from topklm.neurons.paths import NeuronsFolder
     from topklm.neurons.store import Store
     from topklm.steering.concepts import Concept, NeuronFacts
     from topklm.steering.dose import Response

@@ -19,15 +19,14 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import Layout
 from topklm.model.block import NO_HOOKS, LayerHooks
+from topklm.neurons import NeuronsFolder, card, labelled_texts, probing
 from topklm.neurons import bases as bases_lib
-from topklm.neurons import card, labelled_texts, probing
 from topklm.neurons.bases import TITLES, Basis
 from topklm.neurons.card import CardText, Figures, Neuron
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel, open_documents
 from topklm.neurons.harvest import kind_and_layers
 from topklm.neurons.labelled_texts import LabelledTexts
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import embeddings, entropy
 from topklm.neurons.store import NeuronBlock
 from topklm.progress import Progress

@@ -20,8 +20,8 @@ import pyarrow as pa
 from topklm.checkpoint.run_folder import TOKENIZER_FILE
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError, visible
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.search import StoredText
 from topklm.neurons.statistics import catalog, table
 from topklm.neurons.store import NeuronBlock, Store

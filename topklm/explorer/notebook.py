@@ -22,10 +22,9 @@ from topklm.inference.interventions import neuron_of
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
 from topklm.layout import one_device
-from topklm.neurons import ablate_targets, documents, search
+from topklm.neurons import NeuronsFolder, ablate_targets, documents, harvested_steps, search
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.display import Columns
-from topklm.neurons.paths import NeuronsFolder, harvested_steps
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.storage.files import as_path, is_bucket
 from topklm.training import metrics

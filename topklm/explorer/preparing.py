@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from topklm.errors import EXIT_INTERRUPTED, UserError, end_at_once
 from topklm.explorer import app, pages
 from topklm.explorer.neuron_data import NeuronData
-from topklm.neurons.paths import NeuronsFolder
+from topklm.neurons import NeuronsFolder
 from topklm.progress import Progress, StoppedError, WatchedProgress
 from topklm.web.http import Json
 

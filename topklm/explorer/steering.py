@@ -30,9 +30,9 @@ from topklm.inference.load import load
 from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
 from topklm.inference.tokens import TextStream
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.capture import RESID_POST, SparseActivations, hook_name
 from topklm.neurons.dictionary import Dictionary, check_coordinates
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Metadata
 
 EXPECTED = 5  # next tokens

@@ -37,6 +37,7 @@ from topklm.inference.tokens import (
     split_at_character,
 )
 from topklm.model import topk, transformer
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.capture import (
     TOPK,
     ActivationCache,
@@ -47,7 +48,6 @@ from topklm.neurons.capture import (
 )
 from topklm.neurons.dictionary import check_coordinates
 from topklm.neurons.display import ActiveNeurons
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.store import Store
 from topklm.storage.files import is_bucket
 

@@ -30,8 +30,7 @@ import numpy as np
 
 from topklm.errors import UserError
 from topklm.model.topk import topk
-from topklm.neurons import DICTIONARIES
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons import DICTIONARIES, damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 
 FORMAT = 4

@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons import damage_is_a_user_error
 from topklm.storage.files import for_tensorstore, fsync, read_json, sealed_json, write_atomically
 
 ARRAYS = ("tokens", "documents", "losses", "offsets", "gaps", "values")

@@ -22,8 +22,8 @@ import shutil
 import numpy as np
 
 from topklm.errors import ArgumentError, UserError
+from topklm.neurons import NeuronsFolder, damage_is_a_user_error
 from topklm.neurons import segment as segment_lib
-from topklm.neurons.paths import NeuronsFolder, damage_is_a_user_error
 from topklm.neurons.segment import Segment, SegmentReader
 from topklm.storage.files import (
     DIGEST,

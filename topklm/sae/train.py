@@ -25,8 +25,8 @@ import optax
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import BATCH_AXES, Layout, one_device
+from topklm.neurons import check_begun_with, damage_is_a_user_error
 from topklm.neurons.dictionary import Dictionary
-from topklm.neurons.paths import check_begun_with, damage_is_a_user_error
 from topklm.sae import kinds
 from topklm.sae.kinds import Arrays, SaeConfig
 from topklm.storage.files import parse_json, write_atomically

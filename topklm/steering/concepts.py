@@ -30,8 +30,8 @@ from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.paths import NeuronsFolder
 from topklm.neurons.statistics import entropy
 from topklm.neurons.store import NeuronBlock, Store
 

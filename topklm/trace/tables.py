@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from topklm import distributed
 from topklm.checkpoint.run_folder import SHARED_PATIENCE_SECONDS
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
 from topklm.storage.files import folder_lock, read_json, replacing, sealed_json, write_atomically
 from topklm.trace import formation

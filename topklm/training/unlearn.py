@@ -38,9 +38,9 @@ from topklm.inference.interventions import Intervention
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.losses import token_losses
+from topklm.neurons import check_begun_with, damage_is_a_user_error
 from topklm.neurons.ablate_set import AblatedLosses, Estimate, Neuron, estimate
 from topklm.neurons.documents import TextModel
-from topklm.neurons.paths import check_begun_with, damage_is_a_user_error
 from topklm.storage.files import parse_json, write_atomically
 from topklm.training import only
 

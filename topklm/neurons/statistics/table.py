@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.neurons.paths import damage_is_a_user_error
+from topklm.neurons import damage_is_a_user_error
 from topklm.neurons.statistics import MeasureSettings, ablation, activity, catalog, embeddings, lenses
 from topklm.neurons.statistics.catalog import Statistic
 from topklm.neurons.statistics.inputs import SLOW, Inputs, Neurons
