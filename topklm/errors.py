@@ -256,7 +256,6 @@ class _Output:
         self._try(self._stream.flush)
 
     def _try(self, output: Callable[[], object]) -> None:
-        """Writes, or lets go of the text."""
         try:
             output()
         except OSError as e:

@@ -1,7 +1,4 @@
-"""Shows how far a long piece of work is: lines in a log, or bars on a terminal.
-
-Knows nothing of the work; its results never depend on what is shown.
-"""
+"""Shows how far a long piece of work is: lines in a log, or bars on a terminal."""
 
 from collections.abc import Callable, Iterator
 import contextlib

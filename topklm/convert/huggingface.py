@@ -215,7 +215,6 @@ def _read_parameters(folder: Path, config: Any, path: str) -> Parameters:
 
 
 def _weight_files(folder: Path, path: str) -> Sequence[Path]:
-    """Returns the files that hold the parameters."""
     index = folder / _INDEX
     if index.exists():
         where = read_json(index, "get the whole folder again").get("weight_map")

@@ -105,7 +105,6 @@ def _charts(charts: Sequence[tuple[str, Sequence[_Row]]], about: str, dots: str)
 
 
 def _chart(title: str, rows: Sequence[_Row], dots: str) -> Iterator[str]:
-    """Yields one measure."""
     ends = [end for row in rows for figure in row.figures.values() for end in _ends(figure)]
     low, high = min(ends), max(ends)
     margin = 0.04 * ((high - low) or abs(high) or 1.0)

@@ -126,7 +126,6 @@ class Index:
             return connection
 
     def _fingerprint(self) -> str:
-        """Returns a digest of everything that the index is made from."""
         store = self._source.store
         digest = hashlib.sha256(f"{FORMAT} {store.metadata} {store.n_tokens}".encode())
         for name in ("top_tokens", "examples", "example_parts"):  # other figures may be added to the table
@@ -134,7 +133,6 @@ class Index:
         return digest.hexdigest()
 
     def _fill(self, connection: sqlite3.Connection) -> None:
-        """Writes everything into an empty database."""
         connection.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_SCHEMA}")
         with connection:
             connection.executemany(

@@ -209,10 +209,7 @@ class NeuronRows:
         return starts, numbers[starts[:-1]]
 
     def window(self, at: int, size: int) -> StoreWindow:
-        """Returns at most `size` tokens of one document around a token, which stands as far inside as can be.
-
-        UserError if the store has no such token.
-        """
+        """Returns at most `size` tokens of a document around one; UserError if there is no such token."""
         return self.windows([at], size)[0]
 
     def windows(self, positions: Sequence[int], size: int) -> list[StoreWindow]:

@@ -230,7 +230,6 @@ class _Rows:
         }
 
     def _feature(self, row: Row) -> Row:
-        """Returns a neuron."""
         heights = row["histogram"] or []
         highest = row["max_activation"] or 0.0
         hook = TOPK if self._measured.kind == "topk" else RESID_POST
@@ -308,7 +307,6 @@ class _Rows:
         }
 
     def _explanation(self, neuron: int, label: str) -> Row:
-        """Returns a label that a person gave a neuron."""
         return {
             "id": self._row_id(neuron, label),
             **self._place(neuron),
@@ -320,7 +318,6 @@ class _Rows:
         }
 
     def _bins(self, row: Row) -> list[Row]:
-        """Returns the bin of an example by its part."""
         if not row["examples"]:
             return []
         highest = row["max_activation"]

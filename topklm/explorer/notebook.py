@@ -1,7 +1,4 @@
-"""A run folder for Python and notebooks: `topklm.open("runs/small")`.
-
-Thin: everything is read and computed where the commands and the explorer's pages have it from.
-"""
+"""A run folder for Python and notebooks: `topklm.open("runs/small")`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import functools
@@ -110,12 +107,10 @@ class Run:
 
     @functools.cached_property
     def _store(self) -> Store:
-        """The harvested activations; raises UserError if there are none."""
         return Store.of_step(self._folder)
 
     @functools.cached_property
     def _source(self) -> "neuron_data.NeuronData":
-        """The measured neurons; raises UserError if there are none."""
         for package in _NEEDED:
             optional_module(package, "explore", "neurons")
         if not self._folder.table.exists():

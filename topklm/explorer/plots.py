@@ -71,10 +71,7 @@ def histogram(counts: Sequence[int], high: float, x_title: str, y_title: str, ab
 
 
 def violins(layers: Mapping[str, np.ndarray], y: Axis, about: str) -> Markup:
-    """Draws how many neurons of each layer have which value, as a shape with a line at the middle one.
-
-    Values are finite, float[n] of each layer by its name.
-    """
+    """Draws how many neurons have which value, finite, float[n] of each layer; with a line at the median."""
 
     def draw(name: str, frame: Frame, centre: float, slot: float) -> str:
         values = layers[name]
@@ -147,10 +144,7 @@ def lines(
     about: str,
     size: tuple[int, int] = (860, 300),
 ) -> Markup:
-    """Draws points (x, y) of each curve joined by a line, with the curve's name after its end.
-
-    Names that would lie on one another are moved apart.
-    """
+    """Draws points (x, y) of each curve joined by a line, with the curve's name after its end."""
     frame = Frame(size, x, y, right=RIGHT + round(LETTER * max(map(len, curves), default=0)))
     paths, ends = [], []
     for number, (name, points) in enumerate(curves.items()):

@@ -130,7 +130,6 @@ class TraceData:
         return layers.index(layer) * width + neuron if layer in layers and neuron < width else None
 
     def _at(self, step: int) -> StepData:
-        """Reads a step; NotThereError for another."""
         if step not in self.steps:
             raise NotThereError(f"step {step}: must be one of {', '.join(map(str, self.steps))}")
         settings, source = self.settings, self._source

@@ -179,7 +179,6 @@ def run_with_hooks(
 
 
 def _pairs(config: ModelConfig, fwd_hooks: ForwardHooks) -> list[tuple[str, Hook]]:
-    """Makes a pair for each name that is meant."""
     if isinstance(fwd_hooks, str | dict) or not hasattr(fwd_hooks, "__iter__"):
         allowed = "a list of (name, function)"
         raise ArgumentError(field="fwd_hooks", value=reprlib.repr(fwd_hooks), allowed=allowed)

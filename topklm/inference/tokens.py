@@ -110,7 +110,6 @@ def row_of(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
 
 
 def _row(item: Any, vocab_size: int, encode: Encode | None, name: str) -> Row:
-    """Reads a text, or the ids of one row."""
     if isinstance(item, str) and encode is not None:
         try:
             item.encode()

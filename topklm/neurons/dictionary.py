@@ -249,7 +249,6 @@ class ExplainedVariance:
 
 
 def _said(value: Any) -> str:
-    """Returns a fact as text."""
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):

@@ -308,10 +308,7 @@ def pack(windows: list[TokenWindow], length: int, batch_rows: int, separator_id:
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> tuple[list[int], int]:
-    """Puts the longest first, each into the first row with enough space.
-
-    Returns the row of each, and how many rows there are.
-    """
+    """Returns the row of each, the longest put first, into the first row with space; and how many rows."""
     # A tournament: a node holds the most space that a row below it has, so each search takes log2(n) steps.
     n = 1 << max(0, len(sizes) - 1).bit_length()
     most, rows, n_rows = [capacity] * (2 * n), [0] * len(sizes), 0

@@ -177,10 +177,7 @@ class Labels:
 
 
 def read_export(content: str) -> list[tuple[Neuron, Note]]:
-    """Reads labels of `as_json` or `as_csv`, all but layer, neuron and label optional.
-
-    UserError with the line or entry.
-    """
+    """Reads labels of `as_json` or `as_csv`, where comment, by and steps may lack; UserError otherwise."""
     try:
         if content.lstrip("\ufeff \r\n\t").startswith("{"):
             notes = _parse(content.lstrip("\ufeff").encode())

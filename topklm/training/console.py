@@ -1,7 +1,4 @@
-"""The output of a run: a live line on a terminal, plain lines elsewhere, and tables.
-
-It prints and computes nothing that training depends on.
-"""
+"""The output of a run: a live line on a terminal, plain lines elsewhere, and tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import math

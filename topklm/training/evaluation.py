@@ -148,10 +148,7 @@ def summarize_topk_health(
 
 
 def find_tasks(config: EvalConfig) -> list[Task]:
-    """Reads the tasks of `eval.tasks`.
-
-    UserError if there is no such task, or one has a line that is no item.
-    """
+    """Reads the tasks of `eval.tasks`; UserError for one that is not there, or a line that is no item."""
     names = dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip())
     folder = Path(config.tasks_dir).expanduser() if config.tasks_dir else None
     if names and folder is not None and not folder.is_dir():

@@ -161,8 +161,6 @@ def build(
 
 @dataclasses.dataclass
 class _Build:
-    """One attempt."""
-
     sources: DatasetSources
     settings: DatasetSettings
     work: Storage
@@ -171,7 +169,6 @@ class _Build:
     progress: Progress
 
     def run(self) -> None:
-        """Does what is left to do."""
         settings, work, say = self.settings, self.work, self.progress.say
         selection = fitted(self.sources.files, settings.selection)
         if selection.last_heldout:

@@ -145,7 +145,6 @@ def check_same(path: Path, measured: TableMetadata, store: Store) -> None:
 
 
 def _sealed(content: bytes) -> bytes:
-    """Puts its digest into a Parquet file."""
     at = _footer(content)
     return content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at:]
 
