@@ -112,11 +112,7 @@ def open_texts(
             f"{both} have {len(common):,} documents in common: each must be in one text only; leave them "
             "out of the other"
         )
-    return (
-        model,
-        shared.text_model(model, layout),
-        texts,
-    )
+    return model, shared.text_model(model, layout), texts
 
 
 def _resolved(source: str) -> str:

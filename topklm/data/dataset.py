@@ -30,9 +30,7 @@ DESCRIPTION_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "heldout")
 
-MAX_PERIOD = (
-    1_000_000  # windows after which the turns of a mixture repeat; their table takes 12 bytes for each
-)
+MAX_PERIOD = 1_000_000  # windows after which a mixture's turns repeat; their table takes 12 bytes for each
 _WEIGHT = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?|\.[0-9]{1,12}")
 _EXAMPLE = "write DIR:WEIGHT,DIR:WEIGHT with decimal weights above 0, such as books:0.7,wiki:0.3"
 

@@ -255,11 +255,8 @@ def heat(own: Summary, layer: int, address: Link | None = None) -> Markup:
         some = order[group]
         first, start = int(numbers[some[0]]), starts[some[0]]
         said = "never for good" if np.isnan(start) else f"from step {start:,.0f} on"
-        title = (
-            f"{layer}:{first}"
-            + (f" and {len(some) - 1} more" if len(some) > 1 else "")
-            + f", above .5 {said}"
-        )
+        more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+        title = f"{layer}:{first}{more}, above .5 {said}"
         known = ~np.isnan(r[:, some])
         sums = np.where(known, r[:, some], 0).sum(axis=1)
         values = np.where(known.any(axis=1), sums / np.maximum(known.sum(axis=1), 1), np.nan)

@@ -79,7 +79,7 @@ class TracePages:
             other = trace.at(trace.steps[0])
         except UserError:
             return None
-        address = functools.partial(_address, asked, trace_views.common_columns(self._source, other))
+        address = functools.partial(_address, asked, {*self._source.figures} & {*other.figures})
         return trace_views.step_links(trace.steps, source.measured.step, address, self._source.measured.step)
 
     def about(self, source: NeuronRows) -> dict[str, Any]:

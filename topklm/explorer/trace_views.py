@@ -7,7 +7,6 @@ import numpy as np
 
 from topklm.explorer import trace_figures
 from topklm.explorer.markup import Link
-from topklm.explorer.neuron_data import NeuronRows
 from topklm.explorer.traces import CURVES, StepData, TraceData
 from topklm.explorer.views import LabelOf, snippets, summary
 from topklm.trace import tables
@@ -205,11 +204,6 @@ def drawn_formation(trace: TraceData, others: Sequence[TraceData], link: Link | 
 def drawn_layers(trace: TraceData) -> Any:
     """Draws r of two layers by step; None for layers too many to be told apart."""
     return trace_figures.layers([trace.summary]) if len(trace.settings.layers) <= _DRAWN_LAYERS else None
-
-
-def common_columns(source: NeuronRows, other: NeuronRows) -> set[str]:
-    """Returns the figures that tables of both have."""
-    return {*source.figures} & {*other.figures}
 
 
 def plain(values: np.ndarray) -> list[float | None]:

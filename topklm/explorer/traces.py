@@ -41,26 +41,17 @@ FIGURES: Sequence[Figure] = tuple(
         ("lens_reference", "Lens cosine", ""),
     )
 )
-_TITLES = {
-    "onset_50": "Onset .5",
-    "onset_90": "Onset .9",
-    "onset_excess": "Onset, excess",
-    "onset_best": "Onset, own index",
-    "stage0_r": "r at first",
-    "turnovers": "Turnovers",
-    "settled": "Settled",
-}
-_KINDS = {"stage0_r": ("correlation", ""), "turnovers": ("count", "steps"), "settled": ("flag", "")}
 FORMATION: Sequence[Figure] = tuple(
-    Figure(
-        name,
-        title,
-        tables.FORMATION_DEFINITIONS[name][1],
-        kind=_KINDS.get(name, ("count", "step"))[0],
-        unit=_KINDS.get(name, ("count", "step"))[1],
-        first=name not in ("onset_excess", "onset_best"),
+    Figure(name, title, tables.FORMATION_DEFINITIONS[name][1], kind=kind, unit=unit, first=first)
+    for name, title, kind, unit, first in (
+        ("onset_50", "Onset .5", "count", "step", True),
+        ("onset_90", "Onset .9", "count", "step", True),
+        ("onset_excess", "Onset, excess", "count", "step", False),
+        ("onset_best", "Onset, own index", "count", "step", False),
+        ("stage0_r", "r at first", "correlation", "", True),
+        ("turnovers", "Turnovers", "count", "steps", True),
+        ("settled", "Settled", "flag", "", True),
     )
-    for name, title in _TITLES.items()
 )
 _OF_CATALOG = {*tables.NEURONS.names, "max_activation"}  # the latter is that of the strongest example
 

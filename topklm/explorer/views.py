@@ -161,7 +161,6 @@ def unlabelled(source: NeuronRows, after: tuple[int, int] | None = None) -> Iter
 
 
 def _exp(entropy: float | None) -> float | None:
-    """Returns how many equally likely things have this entropy."""
     return None if entropy is None else math.exp(entropy)
 
 

@@ -193,10 +193,8 @@ class FileTask:
             report(self.size, result.documents, 0)
             return result
         tokenizer, encode = _encoder(self.work.url, self.tokenizer_sha256)
-        reader, result = (
-            FileReader(self.file, self.selection.text_field),
-            FileResult(self.file.url, self.size),
-        )
+        reader = FileReader(self.file, self.selection.text_field)
+        result = FileResult(self.file.url, self.size)
         bytes_told = 0
         # One thread reads, one encodes, this one writes. Both are ended here, whatever happens: left to the
         # garbage collector, they would be waited for in any thread, even one of themselves.
