@@ -9,7 +9,7 @@ import saved_runs
 
 from topklm.checkpoint import run_folder
 from topklm.errors import UserError
-from topklm.storage import gcs
+from topklm.storage import remote
 from topklm.storage.files import as_path, write_atomically
 
 FOLDER = as_path("gs://bucket/runs/x")
@@ -28,50 +28,50 @@ def leave_owner(bucket, **facts):
 
 
 def test_a_bucket_that_can_be_used_is_let_pass(bucket):
-    gcs.check_usable(FOLDER, "--workdir", write=True)
+    remote.check_usable(FOLDER, "--workdir", write=True)
 
 
 def test_a_local_folder_needs_no_bucket(tmp_path):
-    gcs.check_usable(tmp_path, "--workdir", write=True)
+    remote.check_usable(tmp_path, "--workdir", write=True)
 
 
 def test_a_bucket_that_does_not_exist_is_named(bucket):
     with pytest.raises(
         UserError, match=r"^--workdir = gs://other/x: there is no bucket gs://other: create it"
     ):
-        gcs.check_usable(as_path("gs://other/x"), "--workdir", write=True)
+        remote.check_usable(as_path("gs://other/x"), "--workdir", write=True)
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_without_access_the_message_says_how_to_get_it(bucket, status, capfd):
     bucket.fail(status, lambda _: True)
     with pytest.raises(UserError, match=r"^--workdir: no access to gs://bucket .*run `gcloud auth applicat"):
-        gcs.check_usable(FOLDER, "--workdir", write=True)
+        remote.check_usable(FOLDER, "--workdir", write=True)
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_role_that_cannot_read_the_settings_is_refused_before_orbax_finds_out(bucket):
     bucket.fail(403, lambda request: request.path == "/storage/v1/b/bucket")
-    gcs.check_usable(FOLDER, "--workdir", write=False)
+    remote.check_usable(FOLDER, "--workdir", write=False)
     with pytest.raises(UserError, match=r"settings of gs://bucket is refused.*grant roles/storage\.legacyB"):
-        gcs.check_usable(FOLDER, "--workdir", write=True)
+        remote.check_usable(FOLDER, "--workdir", write=True)
 
 
 def test_a_store_that_does_not_answer_is_given_up_soon(bucket, monkeypatch):
-    monkeypatch.setattr(gcs, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(remote, "_ANSWER_SECONDS", 1.0)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{deaf.getsockname()[1]}")
         with pytest.raises(UserError, match=r"gs://bucket gives no answer for .*check the network"):
-            gcs.check_usable(FOLDER, "--workdir", write=True)
+            remote.check_usable(FOLDER, "--workdir", write=True)
 
 
 @pytest.mark.parametrize("package", ["gcsfs", "google.cloud.storage"])
 def test_without_the_packages_the_extra_is_named(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"--workdir = gs://bucket/runs/x: .*pip install 'topklm\[gcs\]'"):
-        gcs.check_usable(FOLDER, "--workdir", write=True)
+        remote.check_usable(FOLDER, "--workdir", write=True)
 
 
 # The small files.

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from topklm.errors import UserError
-from topklm.storage import gcs
+from topklm.storage import remote
 from topklm.storage.files import as_path
 from topklm.training import metrics
 
@@ -27,7 +27,7 @@ def is_upload(request):
 
 @pytest.fixture
 def no_pause(monkeypatch):
-    monkeypatch.setattr(gcs, "_SECONDS_BETWEEN_COPIES", 0.0)
+    monkeypatch.setattr(remote, "_SECONDS_BETWEEN_COPIES", 0.0)
 
 
 def test_lines_and_tensorboard_files_are_there_after_a_sync(bucket):
@@ -120,7 +120,7 @@ def test_a_bucket_that_fails_to_the_end_is_an_error_and_the_lines_are_kept(bucke
 
 
 def test_a_bucket_that_gives_no_answer_holds_nobody_up_for_long(bucket, monkeypatch):
-    monkeypatch.setattr(gcs, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "_COPY_SECONDS", 0.3)
     go = threading.Event()
     bucket.fail(503, lambda request: is_upload(request) and not go.wait(300))
     warnings = []
@@ -129,7 +129,7 @@ def test_a_bucket_that_gives_no_answer_holds_nobody_up_for_long(bucket, monkeypa
     writer.sync()
     assert len(warnings) == 1
     go.set()
-    monkeypatch.setattr(gcs, "_PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(remote, "_COPY_SECONDS", 60.0)
     writer.close()
     assert lines_in(bucket) == [1]
 

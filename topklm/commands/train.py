@@ -22,11 +22,11 @@ from topklm.imports import uncollected, when_used
 from topklm.runtime import allocator
 from topklm.runtime.signals import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
-from topklm.storage.gcs import check_usable
 
 with when_used():
     from topklm.checkpoint import run_folder
     from topklm.runtime import compilation_cache
+    from topklm.storage import remote
     from topklm.training import loop
 
 DESCRIPTION = (
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         if distributed.is_primary():
             print(f"allocator: {allocator_name}", flush=True)
         compilation_cache.enable()
-        check_usable(workdir, "--workdir", write=True)
+        remote.check_usable(workdir, "--workdir", write=True)
         loop.train(experiment, workdir, stop=stop)
 
 

@@ -27,7 +27,7 @@ from topklm.layout import Layout, one_device, scans_layers
 from topklm.model import topk, transformer
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, absolute, as_path, write_atomically
-from topklm.storage.gcs import check_usable
+from topklm.storage.remote import check_usable
 
 
 def load(

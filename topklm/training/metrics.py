@@ -25,7 +25,7 @@ from topklm.imports import optional_module, without
 from topklm.storage import files
 from topklm.storage.errors import storage_errors_are_user_errors
 from topklm.storage.files import AnyPath, as_path, is_bucket, parse_json, write_atomically
-from topklm.storage.gcs import GcsMirror
+from topklm.storage.remote import GcsMirror
 
 # tensorboardX looks for them, which takes seconds, for what is not used here.
 with without("torch", "boto3", "google.cloud.storage"):
