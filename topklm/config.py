@@ -459,14 +459,9 @@ def default() -> ml_collections.ConfigDict:
 
 
 def resolve(raw: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """Checks field names, types and ranges and returns the typed config.
+    """Checks a nested mapping of sections to fields, defaults where it has none; returns the typed config.
 
-    Args:
-        raw: Nested mapping of sections to fields, and of the fields in no section; a missing one takes its
-            default.
-
-    Raises:
-        UserError: For an unknown field (with the nearest name), a wrong type, or a value out of range.
+    UserError for an unknown field (with the nearest name), a wrong type, or a value out of range.
     """
     values = raw.to_dict() if isinstance(raw, ml_collections.ConfigDict) else raw
     if not isinstance(values, Mapping):

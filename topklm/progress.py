@@ -89,10 +89,8 @@ class StoppedError(Exception):
 class WatchedProgress(Progress):
     """Passes everything on to another, and lets other threads see how far the work is, and end it.
 
-    Attributes:
-        name: Of the present phase, or the last line that was said.
-        share: Of the phase that is done, 0 to 1; None where nobody knows.
-        seconds_left: Of the phase, as its pace so far says; None likewise.
+    `name` is that of the present phase, or the last line that was said. Of the phase `share` is done, 0 to 1,
+    and `seconds_left` are left, as its pace so far says; None where nobody knows.
     """
 
     def __init__(self, inner: Progress):

@@ -61,16 +61,9 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def write(model: Model, out: Path, dtype: str, card: str) -> None:
-    """Writes a model's files into an empty folder.
+    """Writes a model's files into an empty folder, tensors of a dtype of `DTYPES`, and a card as README.md.
 
-    Args:
-        model: The model.
-        out: The folder.
-        dtype: Of the tensors, one of `DTYPES`.
-        card: The content of README.md.
-
-    Raises:
-        UserError: If its tokenizer is none that the folder can hold.
+    UserError if its tokenizer is none that the folder can hold.
     """
     config, tokenizer = model.config.model, model.tokenizer
     if tokenizer.kind != "huggingface":
@@ -101,14 +94,9 @@ def write(model: Model, out: Path, dtype: str, card: str) -> None:
 def read(path: str, flag: str = "FOLDER", tokenizer: Tokenizer | None = None) -> Model:
     """Reads a folder of a Llama, of Qwen 3, or one that `write` wrote; or `hf:ORG/NAME`.
 
-    Args:
-        path: The folder.
-        flag: By which errors name it.
-        tokenizer: In place of the folder's own.
-
-    Raises:
-        UserError: If a file is missing or damaged, a tensor is missing, left over or of another shape, or the
-            model has what topklm has not, which is named.
+    Errors name the folder by `flag`; a `tokenizer` is in place of the folder's own. UserError if a file is
+    missing or damaged, a tensor is missing, left over or of another shape, or the model has what topklm has
+    not, which is named.
     """
     folder = _from_hub(path.removeprefix(HUB)) if path.startswith(HUB) else local_path(path, flag)
     with disk_errors_are_user_errors(f"reading {path}"):

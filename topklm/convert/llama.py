@@ -85,12 +85,8 @@ def tensors(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[st
 def parameters(config: ModelConfig, take: Callable[[str], np.ndarray]) -> Parameters:
     """Returns parameters, float32, of tensors that are asked for by Hugging Face's names.
 
-    Args:
-        config: The model; of more rows than `vocab_size`, the first are taken.
-        take: Returns a tensor and counts it as used.
-
-    Raises:
-        UserError: Naming a tensor of another shape.
+    `take` returns a tensor and counts it as used; of more rows than `vocab_size`, the first are taken.
+    UserError names a tensor of another shape.
     """
     d, size = config.d_model, config.vocab_size
 

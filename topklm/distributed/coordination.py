@@ -414,8 +414,8 @@ def _register_timeout(seconds: int) -> Iterator[None]:
 def _standard_error_held_back() -> Iterator[Callable[[], str]]:
     """Keeps all that is printed to standard error in a file, and prints it at the end of the block.
 
-    Yields:
-        A function that restores standard error and returns what was printed until then; "" after the block.
+    Yields a function that restores standard error and returns what was printed until then; "" after the
+    block.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:

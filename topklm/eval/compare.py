@@ -105,13 +105,9 @@ def figures_of(outcome: Outcome) -> Iterator[Figure]:
 def difference(
     ours: Sequence[Figure], theirs: Sequence[Figure], margin: float | None = None, seed: int = 0
 ) -> Difference:
-    """Computes the difference of the same figure of runs and others, paired by their order.
+    """Computes the difference of the same figure of runs and others, one or more, paired by their order.
 
-    Args:
-        ours: One or more.
-        theirs: As many, of the same units with the same weights.
-        margin: Default that of the measure.
-        seed: Of the bootstrap.
+    They are of the same units with the same weights; the margin is by default that of the measure.
     """
     weights, measure = ours[0].weights, MEASURES[ours[0].measure]
     gaps = np.array([one.sums - other.sums for one, other in zip(ours, theirs, strict=True)])

@@ -176,24 +176,12 @@ def run(
     steer: Sequence[Intervention] | None = None,
     topk_k: int | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks of lm-evaluation-harness, with its prompts and metrics.
+    """Runs tasks or groups of lm-evaluation-harness, by its names, with its prompts and metrics.
 
-    Args:
-        model: Evaluated.
-        layout: Its.
-        names: Of tasks or groups, as the harness has them.
-        data: Folder with files NAME.jsonl (also .gz, .xz); a task of that name reads it instead of the hub.
-            BLiMP's paradigms that ship with topklm are read from there.
-        limit: Items of each task.
-        steer: Interventions on neurons.
-        topk_k: Neurons that each TopK keeps.
-
-    Returns:
-        "results", of each task its metrics; "samples", of each task its items with their answers and
-        metrics; "versions" of tasks; "notes".
-
-    Raises:
-        UserError: For a task that there is not, or whose data cannot be had.
+    A task reads the file NAME.jsonl (also .gz, .xz) of the folder `data` instead of the hub, if there is one;
+    BLiMP's paradigms that ship with topklm are read from there. Of each task `limit` items are taken. Returns
+    "results", of each task its metrics; "samples", of each task its items with their answers and metrics;
+    "versions" of tasks; "notes". UserError for a task that there is not, or whose data cannot be had.
     """
     from lm_eval.tasks import TaskManager  # noqa: PLC0415 - lists 14,000 files, which takes seconds
 

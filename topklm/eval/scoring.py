@@ -99,21 +99,12 @@ def score(
     report: Callable[[int], None] = lambda tokens: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Scores | None:
-    """Scores requests; every process of a run gives all of them, and gets all scores.
+    """Scores requests; every process of a run gives all of them, and gets all scores; None if given up.
 
-    Args:
-        model: Its rows are split over the devices of its layout.
-        requests: A continuation must fit into a row.
-        interventions: From `interventions_for`.
-        program: From `make_program`; default one in float32.
-        report: Told of the tokens that are read.
-        stopped: Asked after every batch whether to give up.
-
-    Returns:
-        None if it was given up.
-
-    Raises:
-        ArgumentError: For an empty context or continuation, or a continuation of more than T tokens.
+    Rows are split over the devices of the model's layout. Interventions come from `interventions_for`, the
+    program from `make_program`; by default it is one in float32. `report` is told of the tokens that are
+    read; `stopped` is asked after every batch whether to give up. ArgumentError for an empty context or
+    continuation, or a continuation of more than T tokens.
     """
     program = program or make_program(model.config, model.layout, in_float32=True)
     length = model.config.context_length

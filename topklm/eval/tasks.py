@@ -166,14 +166,7 @@ def of_text(name: str, documents: Sequence[str], source: str) -> Task:
 def beginning(
     documents: Iterable[np.ndarray], tokenizer: Tokenizer, n_tokens: int | None, share: float = 1.0
 ) -> list[str]:
-    """Returns the beginning of a text.
-
-    Args:
-        documents: Token ids of each.
-        tokenizer: Of these ids.
-        n_tokens: At most; None: all.
-        share: Of `n_tokens`, that one document gives at most.
-    """
+    """Returns the first `n_tokens` tokens of documents, None: all; one gives at most a share of them."""
     texts, left = list[str](), math.inf if n_tokens is None else n_tokens
     of_one = max(1, int(share * left)) if n_tokens is not None else math.inf
     for ids in documents:
@@ -195,15 +188,9 @@ def find(
 ) -> Task:
     """Reads a task by its name: from the folder, or as it ships with topklm.
 
-    Args:
-        name: Of a file NAME.jsonl, also .gz or .xz, or of a folder of such files.
-        folder: Looked into first.
-        limit: The first so many items of each group; None: all.
-        field: By which the user named the task.
-        flag: By which the user names a folder.
-
-    Raises:
-        UserError: If there is none of this name, or a line is no item of its kind.
+    A name is that of a file NAME.jsonl, also .gz or .xz, or of a folder of such files; `limit` takes the
+    first so many items of each group (None: all). Errors name the task by `field`, the folder by `flag`.
+    UserError if there is none of this name, or a line is no item of its kind.
     """
     places = [(folder, flag)] if folder is not None else []
     for place, called in (*places, (SHIPPED, "blimp")):

@@ -65,8 +65,7 @@ CURVES = (
 class StepData(NeuronRows):
     """The neurons at a step of a trace; their activations are known at their examples alone.
 
-    Attributes:
-        is_own: Whether they are those of which other pages are, and so have pages and labels.
+    `is_own` says whether they are those of which other pages are, and so have pages and labels.
     """
 
     is_own = True
