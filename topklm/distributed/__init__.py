@@ -36,12 +36,8 @@ def session(told_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     itself, whatever it is doing: with one line, and exit code 2 if a mistake of the user was the cause,
     else 75.
 
-    Args:
-        told_to_stop: Returns whether somebody has asked this process itself to stop. If so, it ends with
-            exit code 0 when another one ends the run by `announce_stop`.
-
-    Raises:
-        UserError: For an environment that does not fit.
+    `told_to_stop` returns whether somebody has asked this process itself to stop. If so, it ends with exit
+    code 0 when another one ends the run by `announce_stop`. UserError for an environment that does not fit.
     """
     global _session  # noqa: PLW0603 - a process is part of one run
     process = coordination.find_process()

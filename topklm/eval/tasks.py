@@ -166,7 +166,7 @@ def of_text(name: str, documents: Sequence[str], source: str) -> Task:
 def beginning(
     documents: Iterable[np.ndarray], tokenizer: Tokenizer, n_tokens: int | None, share: float = 1.0
 ) -> list[str]:
-    """Returns the first `n_tokens` tokens of documents, None: all; one gives at most a share of them."""
+    """Returns texts of the first `n_tokens` tokens of documents (None: all); of one at most a share."""
     texts, left = list[str](), math.inf if n_tokens is None else n_tokens
     of_one = max(1, int(share * left)) if n_tokens is not None else math.inf
     for ids in documents:

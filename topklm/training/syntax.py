@@ -53,11 +53,7 @@ def mean_over_arcs(largest_LBA: jax.Array, arcs_BA2: jax.Array) -> jax.Array:
 
 
 class NoSentences:
-    """Stands in where a run reads none.
-
-    Attributes:
-        said: How many there are, and how many were left out; "" where there are none.
-    """
+    """Stands in where a run reads none; `said` is how many there are, and how many were left out."""
 
     said = ""
 
