@@ -126,10 +126,7 @@ _Patterns = tuple[re.Pattern[str] | None, re.Pattern[str] | None]
 
 
 def _patterns(arguments: argparse.Namespace, flags: tuple[str, str]) -> _Patterns | None:
-    """Compiles what tells documents of the run's own data apart; None where texts are given.
-
-    Without the second pattern, the second text is all that does not match the first.
-    """
+    """Compiles one or both patterns that tell the run's documents apart; None where texts are given."""
     texts = [getattr(arguments, flag) for flag in flags]
     regexes = [getattr(arguments, f"{flag}_regex") for flag in flags]
     if regexes == [None, None]:

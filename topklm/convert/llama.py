@@ -175,10 +175,7 @@ def to_json(config: ModelConfig, separator_id: int, dtype: str) -> dict[str, Any
 
 
 def from_json(values: Mapping[str, Any]) -> ModelConfig:
-    """Returns the model that a config.json describes: Llama, Qwen3, or one that `to_json` wrote.
-
-    UserError naming all that the model has and topklm has not, or a field that is missing.
-    """
+    """Returns the model of a config.json: Llama, Qwen3, `to_json`'s; UserError names all that is unknown."""
     kind = values.get("model_type")
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     rule = rope.get("rope_type", rope.get("type", "default"))

@@ -338,10 +338,7 @@ def missing_shards(folder: Path | RemoteFolder, shards: Sequence[Shard]) -> list
 
 
 def check_shards(folder: Path, shards: Sequence[Shard], *, contents: bool = False) -> None:
-    """Checks that every shard is there in its full size, and with `contents` that no byte changed.
-
-    ShardError names the first file that is not as it was written.
-    """
+    """Checks that shards are there in full size, with `contents` every byte; ShardError names the first."""
     for shard in shards:
         path = folder / shard.name
         _check_size(path, shard)

@@ -443,9 +443,6 @@ _handlers: list[object] = []  # ctypes does not keep them
 
 
 def _handle_abort(on_abort: Callable[[], None]) -> None:
-    """Installs a handler of SIGABRT for the rest of the process.
-
-    Python's own handlers run in the main thread, which may be waiting in native code.
-    """
+    """Handles SIGABRT, also while the main thread, which runs Python's handlers, is in native code."""
     _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: on_abort()))
     ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])

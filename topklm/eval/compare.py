@@ -153,10 +153,7 @@ def _over_both(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, f
 
 
 def margins(text: str | None) -> Mapping[str, float]:
-    """Reads margins by measure, "acc=0.01,bits_per_byte=0.02".
-
-    UserError for another form, an unknown measure, or a margin below 0.
-    """
+    """Reads margins by measure, "acc=0.01,bits_per_byte=0.02"; UserError for another form or measure."""
     found = {}
     for part in (text or "").split(",") if text else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))

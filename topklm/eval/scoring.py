@@ -127,10 +127,7 @@ def score(
 
 
 def interventions_for(config: ModelConfig, steer: Sequence[Intervention] | None) -> InterventionBatch | None:
-    """Makes interventions that act on every request; all of its tokens count as the prompt.
-
-    ArgumentError for one on a single row, or on generated tokens, of which there are none.
-    """
+    """Makes interventions on all of every request; ArgumentError for one on a row, or generated tokens."""
     if not steer:
         return None
     for one in steer:

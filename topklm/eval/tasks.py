@@ -347,10 +347,7 @@ class TokenizedTask:
 
 
 def tokenize(task: Task, model: TextModel, tokenizer: Tokenizer) -> TokenizedTask:
-    """Makes the requests of a task, for a model and its tokenizer.
-
-    UserError if the tokenizer makes nothing of a choice, or one does not fit into the model's context.
-    """
+    """Makes the requests of a task; UserError for a choice without tokens, or too long for the context."""
     if task.documents:
         return TokenizedTask(task, *scoring.window_requests(model, tokenizer.encode_batch(task.documents)))
     owners = np.repeat(np.arange(len(task.items)), [len(item.choices) for item in task.items])

@@ -201,10 +201,7 @@ def _size(common: Common, run: Run) -> tuple[int, int]:
 def _saes(
     common: Common, run: Run, documents: Sequence[np.ndarray], width: int, keep: int
 ) -> list[Dictionary]:
-    """Returns the SAEs of a Base LM that are given, of a kind each, or else one of its own.
-
-    UserError if two are of one kind, or one is not of all layers.
-    """
+    """Returns the given SAEs of a Base LM, or its own; UserError for two of a kind, or not of all layers."""
     if not common.saes:
         return [_sae(common, run, documents, width, keep)]
     of_run = sae_folder.facts_of(run.model, tuple(range(run.n_layers)))
@@ -317,10 +314,7 @@ def _ablation(common: Common, run: Run, text: CardText, chosen: Sequence[Neuron]
 def _steering(
     common: Common, run: Run, text: CardText, chosen: Sequence[Neuron], blocks: Sequence[NeuronBlock]
 ) -> dict[str, Any]:
-    """Counts the neurons that raise a concept of their own while the text stays fluent.
-
-    Tokens that a neuron raises are what it does by construction; its input tokens are evidence.
-    """
+    """Counts neurons that raise a concept of their own in fluent text; input tokens alone are evidence."""
     model, found = run.model, list[dict[str, Any]]()
     longest = int(model.lengths(Sampled().prompts).max())
     sampled = Sampled(max_new_tokens=min(Sampled.max_new_tokens, model.cfg.context_length - longest))

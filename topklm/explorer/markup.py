@@ -87,10 +87,7 @@ class ShadedPiece(NamedTuple):
 def pieces(
     tokens: Sequence[str], values: Sequence[float], strongest: float, example: int | None = None
 ) -> list[ShadedPiece]:
-    """Returns text in as few pieces as can be: tokens that are not active are joined.
-
-    The activation `strongest` has the darkest shade; `example` is the token that all this is about.
-    """
+    """Returns text in few pieces: silent tokens joined; `strongest` is darkest, `example` the one meant."""
     found, plain = list[ShadedPiece](), ""
     for position, (token, value) in enumerate(zip(tokens, values, strict=True)):
         if not value and position != example:

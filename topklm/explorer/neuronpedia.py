@@ -139,10 +139,7 @@ class _ExampleWindow(NamedTuple):
 
 
 def _example_windows(store: Store, positions: np.ndarray) -> list[_ExampleWindow]:
-    """Returns the text around tokens int64[M] of a store, in any order, as `NeuronData.windows` has it.
-
-    It is read strip by strip, so that all of a store is read once at most, and never held.
-    """
+    """Returns the text around tokens int64[M] of a store, in any order, read strip by strip, never held."""
     order = np.argsort(positions, kind="stable")
     found: dict[int, _ExampleWindow] = {}
     for rows in np.split(order, np.flatnonzero(np.diff(positions[order] // _STRIP)) + 1):

@@ -37,10 +37,7 @@ class TracePages:
     # Other pages
 
     def at(self, request: Request) -> NeuronRows:
-        """Returns the neurons at the step that a link asks for, or the measured ones.
-
-        NotThereError for a step that is not traced.
-        """
+        """Returns neurons at the step that a link asks for, or as measured; NotThereError if not traced."""
         if "step" not in request.query_params:
             return self._source
         step = number(request, "step")

@@ -108,10 +108,7 @@ def at_step(source: StepData, layer: int, neuron: int, labels: LabelOf) -> dict[
 def step_links(
     steps: Sequence[int], current: int, address: Callable[[int | None], str], now: int
 ) -> dict[str, Any]:
-    """Returns the links of a slider over steps: of each traced one, and of `now`, which is `address(None)`.
-
-    Earlier and later ones are None at the ends.
-    """
+    """Returns the links of a slider over steps, `address(None)` for `now`; None beyond its ends."""
     every = sorted({*steps, now})
     links = [
         {"step": step, "address": address(None if step == now else step), "current": step == current}

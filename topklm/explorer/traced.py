@@ -23,10 +23,7 @@ _SHOWN = 8  # steps of a neuron, in text
 
 
 def open_trace(run: str | os.PathLike[str], dictionary: str = "") -> "Trace":
-    """Opens what `topklm trace run` wrote of a run folder; of a Base LM, that of one of its dictionaries.
-
-    UserError if there is no trace.
-    """
+    """Opens what `topklm trace run` wrote, of a Base LM for one dictionary; UserError without a trace."""
     return Trace(TraceFolder(local_path(os.fspath(run), "run"), tables.name_of(dictionary)))
 
 

@@ -27,10 +27,7 @@ def neuron(
     example_tokens: int = EXAMPLE_TOKENS,
     labels: LabelOf | None = None,
 ) -> dict[str, Any]:
-    """Returns all that the page of a neuron shows, with examples of at most `example_tokens` tokens.
-
-    Labels are those of `source.named()`, which is called where they are not given.
-    """
+    """Returns all of a neuron's page; examples of at most `example_tokens`; labels by default `named()`."""
     number = source.number(layer, neuron)
     row, measured = source.row(number), source.measured
     labels = source.named() if labels is None else labels
@@ -147,10 +144,7 @@ def labelled(source: NeuronRows) -> list[dict[str, Any]]:
 
 
 def unlabelled(source: NeuronRows, after: tuple[int, int] | None = None) -> Iterator[int]:
-    """Yields the numbers of living neurons without a label, those first that a person is likely to name.
-
-    With `after`, those that follow this neuron in that order, then those from the beginning.
-    """
+    """Yields living neurons without a label, first the most readable; with `after`, from there round."""
     order = source.readable.tolist()
     if after is not None:
         place = order.index(source.number(*after)) + 1

@@ -176,10 +176,7 @@ def _within(scaled_BV: jax.Array, sampling: RowSampling) -> jax.Array:
 
 
 def _limit(key_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """Finds the highest key at and above which the weights sum to `wanted_B` or more, int32[B, 1].
-
-    Found bit by bit from the top, which takes 32 sums and no sorting.
-    """
+    """Finds, bit by bit, the highest key from which on weights sum to `wanted_B`, int32[B, 1]."""
 
     def enough(limit_B: jax.Array) -> jax.Array:
         return jnp.where(key_BV >= limit_B[:, None], weight_BV, 0.0).sum(axis=-1) >= wanted_B

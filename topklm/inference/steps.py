@@ -229,10 +229,7 @@ def scores_of_drawn(log_p_BV: jax.Array, tokens_B: np.ndarray) -> Scores:
 def scores_of_prompt(
     config: ModelConfig, params: transformer.Parameters, sequence: Sequence, size: int
 ) -> Scores:
-    """Returns those of the tokens of a sequence's prompt but the first, each given the ones before it.
-
-    `size` is the number of tokens that the prompt is filled up to.
-    """
+    """Returns those of a prompt's tokens but the first, each given those before; `size` is with padding."""
     n = sequence.n_prompt
     tokens_1P = np.zeros((1, size), np.int32)
     tokens_1P[0, :n] = sequence.tokens[:n]

@@ -62,10 +62,7 @@ class Plan:
 
 
 def given(store: Store, sets: Sequence[Sequence[Neuron]], targets: Matches, *, tokens: int) -> Plan:
-    """Plans to measure sets of neurons on the first documents of a store, of `tokens` tokens at most.
-
-    UserError if there is no such neuron, one is active nowhere, or there is no target.
-    """
+    """Plans to measure sets on the first `tokens` of a store; UserError for no such neuron, or no target."""
     bounds = store.document_bounds()
     numbers = np.arange(len(bounds) - 1)
     density = densities(store, np.ones(store.n_tokens, bool))

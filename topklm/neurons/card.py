@@ -394,10 +394,7 @@ def _mean_of(effects: Sequence[float]) -> dict[str, Any]:
 
 
 def probing_entry(scores: probing.Scores, controls: Mapping[str, probing.Scores]) -> dict[str, Any]:
-    """Returns means over questions with their intervals, for JSON; and "less_NAME", less those of a control.
-
-    The differences are paired over questions, the standard error is over them as well.
-    """
+    """Returns means over questions with intervals, for JSON; "less_NAME", paired, less those of a control."""
     entry: dict[str, Any] = {}
     for name in ("auc", "balanced_accuracy"):
         own = getattr(scores, name)

@@ -255,10 +255,7 @@ def windows_of(document: int, ids: np.ndarray, separator_id: int, length: int) -
 
 
 def chunk_bounds(n_inputs: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """Yields where windows of T >= 2 tokens begin and end among a document's inputs, the separator counted.
-
-    Each as its first input, the one after its last, and the first that is to be read.
-    """
+    """Yields first input, the one after the last, and the first to be read, of windows of T >= 2 tokens."""
     overlap = max(1, int(length * _OVERLAP))
     known, first = 1, 0
     while known < n_inputs:

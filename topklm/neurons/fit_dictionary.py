@@ -188,10 +188,7 @@ def random_rows(n_layers: int, d: int, seed: int) -> np.ndarray:
 
 
 def components(covariance_SDD: np.ndarray) -> np.ndarray:
-    """Returns float64[S, D, D], rows of principal components by falling variance.
-
-    A component has no sign of its own: its largest entry is made positive, so that it is fixed.
-    """
+    """Returns float64[S, D, D], components by falling variance, the largest entry of each positive."""
     _, vectors = np.linalg.eigh(covariance_SDD)  # columns by rising variance
     rows = np.swapaxes(vectors, 1, 2)[:, ::-1]
     largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2)[..., None], axis=2)

@@ -177,10 +177,7 @@ def of_sae_probes(seed: int = 0) -> LabelledTexts:
 
 
 def locate(given: LabelledTexts, tokenizer: Tokenizer, context_length: int) -> Located:
-    """Finds the tokens of examples, in texts that are cut to what fits into a model's context.
-
-    Of a text whose last token counts, the beginning is cut off, of others the end.
-    """
+    """Finds the tokens of examples in texts cut to the context, before the last token where it counts."""
     most = context_length - 1  # the separator stands first
     order = np.argsort(given.text, kind="stable")
     examples = np.split(order, np.searchsorted(given.text[order], np.arange(1, len(given.texts))))
@@ -258,10 +255,7 @@ def lines(path: Path, flag: str) -> Iterator[str]:
 
 
 def parsed(path: Path, flag: str) -> Iterator[tuple[str, list[ParsedWord]]]:
-    """Yields the text of each sentence of a CoNLL-U file (also .gz, .xz), and its words in order.
-
-    Sentences without a line "# text = " are left out. UserError for a file that cannot be read.
-    """
+    """Yields text and words of sentences of CoNLL-U (.gz, .xz) that have a text; UserError if unreadable."""
     text, words = "", list[ParsedWord]()
     for line in (*lines(path, flag), ""):
         if line.startswith("# text = "):

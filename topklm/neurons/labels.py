@@ -86,10 +86,7 @@ class Labels:
         self._path = path
 
     def all(self, step: int | None = None) -> dict[Neuron, str]:
-        """Returns the labels of each neuron as one text, by (layer, neuron), rising; raises as `notes`.
-
-        With a step, labels that do not hold there say where they do.
-        """
+        """Returns labels as one text, by (layer, neuron), rising; at another step, with where they hold."""
         return {
             place: BETWEEN.join(note.label if step is None else note.at(step) for note in some)
             for place, some in self.notes().items()
@@ -134,10 +131,7 @@ class Labels:
         self._change(change)
 
     def add(self, read: Iterable[tuple[Neuron, Note]]) -> tuple[int, int]:
-        """Adds labels that were read from a file; one that a neuron has already gets their comment.
-
-        Returns how many were added, and how many were there and are changed; errors as of `set`.
-        """
+        """Adds labels of a file, or their comments; returns how many were added, and how many changed."""
         counts = [0, 0]
 
         def change(notes: dict[Neuron, tuple[Note, ...]]) -> None:

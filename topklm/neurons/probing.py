@@ -211,10 +211,7 @@ class Detector:
 
 
 class DetectorSearch:
-    """Finds rules on one text: ids int[N], the bytes of each token, and rising numbers of documents from 0.
-
-    The ids before, int[N], are below 0 where there is none.
-    """
+    """Finds rules on a text: ids int[N] and those before, below 0 for none, bytes, and documents from 0."""
 
     def __init__(
         self,

@@ -68,10 +68,7 @@ def write_neurons(model: ModelFacts, out: Path) -> None:
 
 
 def write_dictionary(model: ModelFacts, dictionary: Dictionary, layers: Sequence[int], out: Path) -> None:
-    """Writes the dictionary of a Base LM, an SAE for each of these layers.
-
-    UserError for an ensemble that is no SAE of SAELens.
-    """
+    """Writes a Base LM's dictionary, an SAE for each of these layers; UserError for what SAELens has not."""
     if dictionary.sequential or (dictionary.members > 1 and dictionary.threshold is None):
         text = (
             f"is an ensemble of {dictionary.members} TopK members or of boosting, which no SAE of SAELens is"

@@ -77,10 +77,7 @@ class _Stretch:
 
 
 class StoredText:
-    """The text of a store's documents, decoded a stretch at a time: memory does not grow with their length.
-
-    UserError for a tokenizer that did not make the store's tokens.
-    """
+    """The text of a store, decoded stretch by stretch for memory's sake; UserError for another tokenizer."""
 
     def __init__(self, store: Store, tokenizer: Tokenizer):
         if tokenizer.sha256 != store.metadata.tokenizer_sha256:

@@ -197,10 +197,7 @@ class Store:
         return store
 
     def check_model(self, tokenizer_sha256: str, parameters: str) -> None:
-        """Raises UserError if the activations are of another tokenizer, or of other parameters.
-
-        `parameters` as in `Metadata`; stores of earlier versions do not know of which they are.
-        """
+        """Raises UserError for activations of another tokenizer or parameters, where these are known."""
         there = self.metadata.tokenizer_sha256, self.metadata.parameters
         if there != (tokenizer_sha256, there[1] and parameters):
             raise UserError(f"{self.folder} is of another model: delete it, and harvest again")
@@ -270,10 +267,7 @@ class Store:
         return np.unique(np.concatenate([*bounds, [self.n_tokens]]))
 
     def blocks(self, layer: int, n_events: int, n_neurons: int) -> Iterator[tuple[int, int]]:
-        """Yields the first neuron of a block, and the one after its last, for all neurons of a layer.
-
-        A block has at most `n_neurons`, and `n_events`, but if a single neuron has more.
-        """
+        """Yields bounds of blocks of a layer, of at most `n_neurons` and `n_events`, or one neuron."""
         first, d = self._number(layer, 0), self.metadata.d_model
         counts = (np.diff(segment.offsets[first : first + d + 1]) for segment in self.segments)
         stops, begin = np.cumsum(sum(counts, np.zeros(d, np.int64))), 0

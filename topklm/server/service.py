@@ -58,10 +58,7 @@ class Choice:
         return self._piece(said, all_held=True)
 
     def add(self, tokens: list[Token], finished: str | None) -> dict[str, Any] | None:
-        """Returns the next piece; None if there is nothing to be sent yet.
-
-        A stop string that comes up ends the completion: see `finish_reason`.
-        """
+        """Returns the next piece, None if nothing is to be sent; a stop string sets `finish_reason`."""
         n_before = self.n_new
         said = self._stream.add([token.id for token in tokens])
         for token in tokens[: self.n_new - n_before] if self._wants_scores else ():

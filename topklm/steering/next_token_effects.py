@@ -164,10 +164,7 @@ def _effects(
 
 
 def _of_concepts(log_p: jax.Array, concepts_NKM: jax.Array) -> jax.Array:
-    """Computes ln P(the token is one of a concept's), float32[..., N, K], from log-probabilities [..., V].
-
-    A concept without tokens has 0: nothing changes for it.
-    """
+    """Computes ln P(the token is of a concept), float32[..., N, K], of [..., V]; 0 for an empty concept."""
     picked = jnp.take(log_p, jnp.maximum(concepts_NKM, 0), axis=-1)
     picked = jnp.where(concepts_NKM != NO_TOKEN, picked, -jnp.inf)
     empty_NK = jnp.all(concepts_NKM == NO_TOKEN, axis=-1)

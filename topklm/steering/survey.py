@@ -109,10 +109,7 @@ def survey(
     settings: SurveySettings,
     progress: Progress,
 ) -> dict[int, Layer]:
-    """Surveys the layers of a model, whose parameters are on one device, by their numbers.
-
-    UserError if the store is too small, or a layer is asked for that it does not have.
-    """
+    """Surveys layers of a model on one device; UserError for too small a store, or a layer it has not."""
     layers = store.metadata.layers if settings.layers is None else settings.layers
     if unknown := sorted(set(layers) - set(store.metadata.layers)):
         raise UserError(

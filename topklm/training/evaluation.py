@@ -161,10 +161,7 @@ def find_tasks(config: EvalConfig) -> list[Task]:
 
 
 class TaskEvaluation:
-    """Tasks, ready to be evaluated again and again, in the dtype of training; all processes take part.
-
-    UserError if a process has other files than the first.
-    """
+    """Tasks, ready to be evaluated in training's dtype by all processes; UserError if their files differ."""
 
     def __init__(self, config: Config, found: Sequence[Task], tokenizer: Tokenizer, layout: Layout):
         if found and distributed.process_count() > 1:

@@ -92,10 +92,7 @@ class MetricsWriter:
             self._mirror.copy_soon()
 
     def sync(self) -> dict[str, int]:
-        """Returns when the lines are where the checkpoints are; called before one refers to them.
-
-        Gives their number and their CRC-32, which are compared when the run is continued.
-        """
+        """Returns when lines are where checkpoints are, with their number and CRC-32, to be compared."""
         with disk_errors_are_user_errors(f"writing {self._path}"):
             os.fsync(self._file.fileno())
             self._board.flush()

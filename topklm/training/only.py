@@ -40,10 +40,7 @@ _WRITING, _READING = ("out", "down"), ("query", "key", "value", "gate", "up")
 
 
 def resolved(config: Config) -> Config:
-    """Returns the config with the neurons of `train.only=neurons=FILE` in place of the file.
-
-    UserError if the file holds none, or some that the model has not.
-    """
+    """Returns the config with neurons in place of the file of `train.only`; UserError for none, or others."""
     only = config.train.only
     if not only.startswith(_FILE):
         return config

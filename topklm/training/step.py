@@ -220,10 +220,7 @@ def learning_rate_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def change_of_schedule(config: OptimConfig, before: int, steps: int, step: int) -> str | None:
-    """Describes the jump of the learning rate in a run of `before` steps that goes on to `steps` at `step`.
-
-    Returns None if the rate goes on as it would have.
-    """
+    """Describes the jump of the learning rate where a run of `before` steps goes on to `steps`; or None."""
     last, planned = (float(learning_rate_schedule(config, before)(i)) for i in (step - 1, step))
     now = float(learning_rate_schedule(config, steps)(step))
     if steps == before or abs(now - planned) <= 0.01 * config.learning_rate:
@@ -276,10 +273,7 @@ class StopSync:
         return bool(self._stop) if self._alone else self._agreed
 
     def with_stop_flag(self, step: Callable, donate_argnums: tuple[int, ...] = ()) -> Callable:
-        """Gives a step, `(...) -> results` or `(...) -> (state, results)`, one more argument: the stop flag.
-
-        Only if there are other processes.
-        """
+        """Gives a step, which returns results or (state, results), a stop flag, if there are others."""
         if self._alone:
             return step
 

@@ -89,10 +89,7 @@ class Rate:
         self._peak = peak_flops_per_second(self._devices, self._dtype)
 
     def at(self, step: int, seconds: float) -> tuple[float, float]:
-        """Returns tokens per second, and the model FLOPs utilisation of that.
-
-        The utilisation is NaN where it would be above 1: then the peak is not that of this machine.
-        """
+        """Returns tokens per second, and model FLOPs utilisation; NaN above 1, of another peak."""
         self._marks.append((step, seconds))
         while len(self._marks) > 2 and seconds - self._marks[1][1] >= _LEAST_SECONDS:
             self._marks.popleft()

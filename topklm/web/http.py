@@ -237,10 +237,7 @@ class Stream(Response):
     def __init__(
         self, write: Callable[[Say], Awaitable[None]], media_type: str, seconds: float | None = None
     ):
-        """Takes the function that makes the answer, called with one that sends a piece.
-
-        A client that takes more than so many seconds for the whole answer is hung up on.
-        """
+        """Takes the function that makes the answer, and the seconds that a client may take for all."""
         super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._write, self._seconds = write, seconds

@@ -190,10 +190,7 @@ class _Patient(H11Protocol):
 
 
 class _Seldom(logging.Filter):
-    """Passes what is logged from one place, or an error that was raised there, once a minute.
-
-    So a client that can make a server fail cannot fill a log with it.
-    """
+    """Passes what is logged or raised at one place once a minute: no client can fill a log with it."""
 
     def __init__(self) -> None:
         super().__init__()

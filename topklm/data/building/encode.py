@@ -182,10 +182,7 @@ class FileTask:
         return json_digest(identity)[:24]
 
     def run(self, report: Report) -> FileResult:
-        """Encodes the file, or what an earlier attempt has left of it.
-
-        UserError is for a file that cannot be read at all; with `strict` for the first problem in it.
-        """
+        """Encodes the file, or the rest of it; UserError if it cannot be read; if `strict`, for a problem."""
         folder = self.work.child(self.name)
         if (result := self._finished(folder)) is not None:
             if self.selection.strict and result.examples:

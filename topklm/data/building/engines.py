@@ -85,10 +85,7 @@ class LocalEngine:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Sequence[Task], work: Storage, report: Report) -> list[Any]:
-        """Does the tasks, see `Engine`; reports in this thread of this process only.
-
-        UserError if a worker was killed, as the system does when memory runs out; and any error of a task.
-        """
+        """Does the tasks, see `Engine`, reporting in this thread; UserError if a worker was killed."""
         # The largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(tasks)), key=lambda i: -tasks[i].size)
         if self._in_this_process or min(self._cores, len(tasks)) <= 1:

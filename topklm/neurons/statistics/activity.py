@@ -93,10 +93,7 @@ def owners(block: NeuronBlock) -> np.ndarray:
 
 
 def histogram(block: NeuronBlock, n_bins: int = HISTOGRAM_BINS) -> np.ndarray:
-    """Counts tokens by strength, in parts of equal width of (0, largest of the neuron]: int64[n, n_bins].
-
-    A part holds its upper end and not its lower one. A dead neuron has zeros.
-    """
+    """Counts tokens by strength in equal parts, upper ends included, of (0, largest]: int64[n, n_bins]."""
     strengths = np.abs(block.values)
     bins = parts(strengths, np.repeat(reduced(np.maximum, strengths, block.offsets), n_active(block)), n_bins)
     n = len(block.offsets) - 1

@@ -39,10 +39,7 @@ def columns(
 
 
 def previous(token_ids: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Returns int64[N], the token before each of the same document; `NO_TOKEN` at a document's first.
-
-    Documents begin at bounds, int64[documents + 1].
-    """
+    """Returns int64[N], the token before each; `NO_TOKEN` where documents begin, at bounds int64[n + 1]."""
     before = np.concatenate([[NO_TOKEN], token_ids[:-1].astype(np.int64)])
     before[bounds[:-1]] = NO_TOKEN
     return before
