@@ -1,7 +1,4 @@
-"""`topklm neurons`: reads activations off a model, measures its neurons, and finds them.
-
-Here are `harvest` and `measure`, from a checkpoint to the statistics of its neurons in the run folder.
-"""
+"""`topklm neurons`: reads activations off a model (`harvest`), measures its neurons, and finds them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`topklm neurons find` and `select`: neurons that are active in a text, or where a pattern or a token is.
-
-`select` also takes those with a label, or of a contrast, and writes interventions on them.
-"""
+"""`topklm neurons find` and `select`: neurons active in a text, where a pattern is, or with a label."""
 
 from __future__ import annotations
 

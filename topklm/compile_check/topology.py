@@ -1,7 +1,4 @@
-"""The devices that a program is compiled for: TPU slices described by libtpu, or virtual CPU devices.
-
-`Chip` holds what the makers' data sheets say of a device. Nothing here needs the device itself.
-"""
+"""TPU slices as libtpu describes them, virtual CPU devices, and what data sheets say of chips."""
 
 import contextlib
 import dataclasses

@@ -1,7 +1,4 @@
-"""Plots as SVG text. Colours come from the page's stylesheet, by class, so that they follow light and dark.
-
-Every plot says what it shows in words too, for readers who cannot see it.
-"""
+"""Plots as SVG text, which say in words what they show; a page's stylesheet colours them, by class."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses

@@ -165,10 +165,7 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def identity(traces: Sequence[Summary]) -> Markup:
-    """Draws r to the reference: by index and nulls of the first trace, of others by index and by match.
-
-    The reference itself, where r is 1, is left out.
-    """
+    """Draws r to the reference, which is left out: by index and nulls of one trace; of others, by match."""
     own, *others = traces
     found = {
         "same index": _before(own, "r_reference"),

@@ -1,7 +1,4 @@
-"""Opens a run folder as a model: `topklm.load("runs/small")`.
-
-Only parameters are read, never the optimizer, onto one device or any mesh, whatever the run was saved from.
-"""
+"""Opens a run folder as a model, parameters alone, onto a device or mesh: `topklm.load("runs/small")`."""
 
 from collections.abc import Iterator, Mapping
 import contextlib

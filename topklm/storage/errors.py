@@ -1,7 +1,4 @@
-"""Errors of disks and of remote stores: which there are, and what a user is told about them.
-
-Errors with a number of the operating system are explained in `topklm.errors`, which needs no path.
-"""
+"""Errors of disks and of remote stores, and what a user is told; `topklm.errors` has those with a number."""
 
 from collections.abc import Iterator
 import contextlib

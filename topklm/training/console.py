@@ -126,10 +126,7 @@ def evaluation_line(step: int, result: Mapping[str, Any]) -> str:
 
 
 def summary(lines: Iterable[Mapping[str, Any]], step: int) -> dict[str, str]:
-    """Returns the rows, label to text, of the table that is printed at the end of a run.
-
-    `lines` are its metrics, oldest first, and `step` is that of its newest checkpoint.
-    """
+    """Returns rows of the last table, label to text, of metrics, oldest first, and the newest checkpoint."""
     newest = {name: value for line in lines for name, value in line.items()}
     formats: dict[str, tuple[str, Callable[[Any], str]]] = {
         "tokens_seen": ("tokens seen", "{:,}".format),

@@ -134,10 +134,7 @@ def _path(config: Config) -> Path:
 
 
 def open_sentences(config: Config, tokenizer: Tokenizer, layout: Layout) -> NoSentences:
-    """Reads the sentences of `data.syntax`, if `optim.syntax_weight` is not 0.
-
-    UserError if the file cannot be read, has no heads, or processes have other files.
-    """
+    """Reads the sentences of `data.syntax`, if they count; UserError for a bad file, or others elsewhere."""
     if not config.optim.syntax_weight:
         return NoSentences()
     found = labelled_texts.read_trees(
