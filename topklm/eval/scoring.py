@@ -58,10 +58,7 @@ class Scores:
 
 
 def make_program(config: ModelConfig, layout: Layout, *, in_float32: bool) -> Program:
-    """Makes the two programs of a model, which XLA splits over the devices of the layout.
-
-    They compute in float32 if asked to, whatever the model's dtype: differences between models are small.
-    """
+    """Makes a model's two programs, split over the devices of a layout; in float32 if asked."""
     if in_float32:
         config = dataclasses.replace(config, dtype="float32")
 

@@ -354,10 +354,7 @@ def _raising(source: NeuronData, ids: Sequence[int]) -> list[tuple[int, dict[str
 def regex(
     source: NeuronData, pattern: str, ignore_case: bool = True, only_ends: bool = False
 ) -> dict[str, Any]:
-    """Returns neurons by how well they tell the tokens of matches from others, see `topklm.neurons.search`.
-
-    With `only_ends`, of a match only the last token counts, where a neuron can first know of it.
-    """
+    """Returns neurons by how well they tell the tokens of matches, or only the last ones, from others."""
     found = source.stored_text.matches(pattern, ignore_case=ignore_case, timeout_s=REGEX_SECONDS)
     matched = found.ends if only_ends else found.touched
     labels = source.named()

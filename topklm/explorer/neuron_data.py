@@ -284,10 +284,7 @@ class NeuronData(NeuronRows):
         return self._events(layer, neuron) if found is None else found
 
     def reading_ahead(self, numbers: Iterable[int]) -> Iterator[int]:
-        """Yields rising numbers of neurons, whose `events` are read together with those of their neighbours.
-
-        That is faster than one by one; as many are read at once as fit into memory.
-        """
+        """Yields rising numbers of neurons; `events` of neighbours are read together, as memory allows."""
         group: list[int] = []
         n_events = 0
         for number in numbers:

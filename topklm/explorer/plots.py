@@ -45,10 +45,7 @@ class Axis:
 
 
 def histogram(counts: Sequence[int], high: float, x_title: str, y_title: str, about: str) -> Markup:
-    """Draws bars of equal width from 0 to `high`; each says its range and count when it is pointed at.
-
-    The heights are square roots: rare strong activations would not be seen beside the many weak ones.
-    """
+    """Draws bars from 0 to `high`, as high as square roots; each says its range and count when pointed at."""
     largest = int(max([*counts, 1]))
     x, y = Axis(x_title, 0, high or 1), Axis(y_title, 0, math.sqrt(largest))
     frame = Frame((340, 170), x, y)

@@ -63,10 +63,7 @@ CURVES = (
 
 
 class StepData(NeuronRows):
-    """The neurons at a step of a trace; their activations are known at their examples alone.
-
-    `is_own` says whether they are those of which other pages are, and so have pages and labels.
-    """
+    """The neurons at a step of a trace, known at their examples; those of other pages too if `is_own`."""
 
     is_own = True
 

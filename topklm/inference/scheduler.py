@@ -95,10 +95,7 @@ class Scheduler:
             self.resize(len(self.sequences), 0)
 
     def resize(self, n_slots: int, capacity: int) -> None:
-        """Makes the batch one of at least so many slots, with the sequences in the first of them.
-
-        The cache then holds at least `capacity` tokens of each; it shrinks only when empty.
-        """
+        """Makes a batch of at least so many slots, and a cache of so many tokens, which shrinks if empty."""
         assert isinstance(self._buckets, ServingBuckets)
         n_slots = self._buckets.batch(max(n_slots, len(self.sequences)))
         if self._state is None:

@@ -250,10 +250,7 @@ def _definition(config: ModelConfig) -> nnx.GraphDef:
 
 
 def jit_in_float32(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Compiles a function of (config, ...) so that models made of the config compute in float32.
-
-    For effects of single neurons, which are small, whatever the model's dtype and the device's precision.
-    """
+    """Compiles a function of (config, ...) in float32, for small effects, whatever the model's dtype."""
 
     @functools.partial(jax.jit, static_argnums=0)
     @functools.wraps(function)

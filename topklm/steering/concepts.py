@@ -85,10 +85,7 @@ def of_words(words: Sequence[str]) -> Concept:
 
 
 def raised_tokens(config: ModelConfig, params: transformer.Parameters, neuron: int) -> np.ndarray:
-    """Returns the tokens that a neuron raises most by the identity lens, int64[`SIZE`], falling.
-
-    That lens (`statistics.lenses`) needs no measuring, and is the same for all layers.
-    """
+    """Returns the tokens that a neuron raises most by the identity lens, of any layer, int64[`SIZE`]."""
     model = transformer.bind(config, params)
     effects_V = model.final_norm.scale[...][neuron] * model.unembedding()[neuron, : config.vocab_size]
     tokens = jax.lax.top_k(effects_V.astype(jnp.float32), min(SIZE, config.vocab_size))[1]

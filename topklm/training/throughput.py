@@ -48,10 +48,7 @@ _PROFILE_FOLDER = "profile"  # of a run
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds spent on training steps; stopped while the run evaluates or saves.
-
-    Goes on from the total of a checkpoint, so steps that a dying process had done after it never count.
-    """
+    """Seconds of training steps, from a checkpoint's total on; stopped while the run evaluates or saves."""
 
     total: float
     began_at: float  # when the run was begun for the first time, in seconds since 1970

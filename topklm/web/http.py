@@ -229,10 +229,7 @@ class Json(JSONResponse):
 
 
 class Stream(Response):
-    """An answer that is sent in pieces, as they are made; ended once the client has gone.
-
-    Nothing is sent before the first piece, so an error before that can be answered otherwise.
-    """
+    """An answer sent in pieces, until the client has gone; an error before the first is still an answer."""
 
     def __init__(
         self, write: Callable[[Say], Awaitable[None]], media_type: str, seconds: float | None = None
