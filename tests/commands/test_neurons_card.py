@@ -281,6 +281,17 @@ def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
     assert 0 <= layer["semantic_entropy"]["value"] < layer["token_entropy"]["value"]
 
 
+def test_a_long_document_gives_a_sixteenth_of_the_text(place, monkeypatch):
+    lengths = [4, 5000, 30, 1, 100, 100, 100]
+    monkeypatch.setattr(
+        card_run, "open_documents", lambda tokenizer, data: (np.arange(length) for length in lengths)
+    )
+    run = card_run.Run("base", *shared.load(argparse.Namespace(run=str(place / "base"), step=None)))
+    found = card_run.documents(run, 320)
+    assert [len(ids) for ids in found] == [4, 20, 20, 20, 20, 20]
+    assert [len(ids) for ids in card_run.documents(run, 40)] == [2, 2, 2, 2, 2, 2]
+
+
 def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):
     monkeypatch.setattr(card_run, "fit_text", None)
     options = "--tokens", 1500, "--no-steering", "--json"

@@ -40,6 +40,7 @@ from topklm.steering.dose import Response, Sampled
 from topklm.training.evaluation import evaluate, heldout_feed, make_eval_step
 from topklm.training.throughput import flops_per_token, parameter_count
 
+LARGEST_PART = 16  # of which a document is at most one
 _STRENGTHS = (0.5, 1.0, 2.0)  # in the neuron's largest activation on the text
 _MOST_PERPLEXITY = 2.0  # times that of the unsteered texts
 _ABLATION_SAMPLES = 256  # of each neuron
@@ -99,13 +100,17 @@ def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int
 
 
 def documents(run: Run, n_tokens: int) -> list[np.ndarray]:
-    """Reads the first held-out tokens of a run, in documents of two or more; the last one is cut."""
-    found, left = list[np.ndarray](), n_tokens
+    """Reads the first held-out tokens of a run, in documents of two or more.
+
+    The last one is cut, and so are long ones: none gives more than a sixteenth, or there is no interval over
+    documents.
+    """
+    found, left, most = list[np.ndarray](), n_tokens, max(2, n_tokens // LARGEST_PART)
     for ids in open_documents(run.model.tokenizer, run.model.config.data):
         if left < 2:
             break
         if len(ids) > 1:
-            found.append(ids[:left])
+            found.append(ids[: min(left, most)])
             left -= len(found[-1])
     return found
 
