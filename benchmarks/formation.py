@@ -41,7 +41,7 @@ _OVER_LAYERS = (
 )
 # Of the tables, where they are traced.
 _STEPS = (0, 16, 32, 64, 128, 181, 362, 724, 1300)
-_STEPS_OF_BOOKS = (0, 16, 64, 128, 256, 724, 2048, 5793, 9800)
+_STEPS_OF_BOOKS = (0, 16, 64, 128, 256, 724, 1448, 2896, 5793, 9800)
 
 
 def main() -> None:
@@ -354,7 +354,10 @@ def draw(groups: Mapping[str, Sequence[Any]], path: pathlib.Path) -> None:
 def _finish(axis: Any, title: str, y_title: str) -> None:
     axis.set_title(title, loc="left")
     axis.set(xscale="log", xlabel="training step (0 at the left end)", ylabel=y_title)
-    axis.legend(fontsize=7, frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=False)
+    else:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="#888888")
 
 
 if __name__ == "__main__":

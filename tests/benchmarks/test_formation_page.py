@@ -19,6 +19,13 @@ def test_page_has_the_tables_of_the_result(result):
     assert results.fill(page, formation.page_tables(result), "formation.md") == page
 
 
+def test_page_has_the_tables_of_the_books():
+    page = formation.PAGE.read_text(encoding="utf-8")
+    parts = formation.tables_of_books(results.read(formation.BOOKS_OUT))
+    assert len(parts) == 4
+    assert results.fill(page, parts, "formation.md") == page
+
+
 def test_figures_in_words_are_those_of_the_result(result):
     def mean(group, curve, step):
         runs = result["groups"][group]
