@@ -282,14 +282,17 @@ def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
 
 
 def test_a_long_document_gives_a_sixteenth_of_the_text(place, monkeypatch):
-    lengths = [4, 5000, 30, 1, 100, 100, 100]
+    lengths = [4, 5000, 30, 1, *[100] * 20]  # of one token: left out
     monkeypatch.setattr(
         card_run, "open_documents", lambda tokenizer, data: (np.arange(length) for length in lengths)
     )
     run = card_run.Run("base", *shared.load(argparse.Namespace(run=str(place / "base"), step=None)))
     found = card_run.documents(run, 320)
-    assert [len(ids) for ids in found] == [4, 20, 20, 20, 20, 20]
-    assert [len(ids) for ids in card_run.documents(run, 40)] == [2, 2, 2, 2, 2, 2]
+    assert [len(ids) for ids in found] == [4, *[20] * 15, 16]
+    lengths = [4, 5000, 30, 1, 100, 100, 100]
+    assert [len(ids) for ids in card_run.documents(run, 40)] == [4, 8, 8, 8, 8, 4]  # too few for sixteenths
+    lengths = [9000]
+    assert [len(ids) for ids in card_run.documents(run, 7000)] == [7000]
 
 
 def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):

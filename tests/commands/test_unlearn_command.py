@@ -158,7 +158,7 @@ def test_unlearning_that_was_stopped_goes_on_after_what_is_done(
     assert not (tmp_path / "again").exists()
     refusals = [
         ((), "--out = again: again.begun holds unlearning that was begun for it: give --resume, or delete"),
-        (("--resume", "--budget", 0.5), "--budget = 0.5: again.begun was begun with 0.05: give that"),
+        (("--resume", "--budget", 0.5), "--budget = 0.5: again.begun was begun with 0.05: give what"),
         (("--resume", "--seed", 1), "--seed = 1: again.begun was begun with 0"),
     ]
     for flags, said in refusals:
@@ -189,7 +189,7 @@ def test_unlearning_that_was_stopped_goes_on_after_what_is_done(
     helpers.assert_same_bits(topklm.load(place / "new").params, topklm.load(tmp_path / "again").params)
     assert {path.name for path in tmp_path.glob("*again*")} == {"again"}
     ended = call("--out", "third", "--resume")
-    assert "third.begun is missing, so there is nothing to go on from" in ended.errors
+    assert "third.begun holds nothing to go on from" in ended.errors
 
 
 def test_documents_of_the_runs_own_data_are_chosen_by_a_pattern(call, place):

@@ -221,9 +221,9 @@ def test_neurons_hedge_as_far_as_their_reading_rows_move_along_those_of_new_ones
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert found[0] > 0.3 and found[1] < 1e-6
     for other, said in (
-        (lm(wide, moved, "b"), "train.init differs"),
-        (lm(wide, moved, "a", step=3), "the step differs"),
-        (lm(dataclasses.replace(wide, topk_k=3), moved, "a"), "model differs"),
+        (lm(wide, moved, "b"), "train.init was 'a', now 'b'"),
+        (lm(wide, moved, "a", step=3), "step was 2, now 3"),
+        (lm(dataclasses.replace(wide, topk_k=3), moved, "a"), "model.topk_k was 4, now 3"),
         (lm(config, narrow, "a"), "with a larger model.d_model"),
     ):
         with pytest.raises(UserError, match=said):
@@ -232,8 +232,9 @@ def test_neurons_hedge_as_far_as_their_reading_rows_move_along_those_of_new_ones
 
 def lm(config, params, init, step=2):
     """As much of a loaded model as hedging reads."""
-    train = SimpleNamespace(init=init)
-    return SimpleNamespace(cfg=config, params=params, step=step, run="r", config=SimpleNamespace(train=train))
+    train = dataclasses.replace(saved_runs.CONFIG.train, init=init)
+    whole = dataclasses.replace(saved_runs.CONFIG, model=config, train=train)
+    return SimpleNamespace(cfg=config, params=params, step=step, run="r", config=whole)
 
 
 @pytest.mark.slow

@@ -216,15 +216,15 @@ def _measure(arguments: argparse.Namespace) -> None:
                     f"--{name} is of autoencoders, and {arguments.run} is a TopK LM: leave it out"
                 )
         others = [shared.load(argparse.Namespace(run=name, step=None))[0] for name in arguments.against]
-        wider = (
-            arguments.wider and shared.load(argparse.Namespace(run=arguments.wider, step=arguments.step))[0]
-        )
+        wider = None
+        if arguments.wider is not None:
+            wider = shared.load(argparse.Namespace(run=arguments.wider, step=arguments.step))[0]
         found = measure.of_topk_lm(
             model, others, text_model, documents, arguments.tokens, output.progress, wider
         )
     else:
         for name in ("against", "wider"):
-            if getattr(arguments, name):
+            if getattr(arguments, name) not in (None, []):
                 raise UserError(f"--{name} is of TopK LMs, and {arguments.run} is a Base LM: leave it out")
         if not arguments.folders:
             raise UserError(field="folders", allowed="given, one or more, for a Base LM")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 from pathlib import Path
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise shared.wrong(arguments, name, allowed="above 0, at most 1")
     counts = ("count", "steps", "batch_size", "random_sets", "relearn_steps", "limit", "eval_tokens")
     output, out = Output(arguments.json), local_path(arguments.out, "--out")
-    state = out.with_name(f"{out.name}{_STATE}")
+    named = out if out.name else out.absolute()
+    state = named.parent / f"{named.name}{_STATE}"
     _check_begun(state, arguments.resume)
     with new_folder(out) as folder:
         model, text_model, texts = neurons_compare.open_texts(arguments, _TEXTS, *counts)
@@ -156,18 +157,20 @@ def run(arguments: argparse.Namespace) -> None:
             folder, huggingface.Model(model.config, model.tokenizer, results[0].params, step=model.step)
         )
         write_atomically(folder / REPORT_FILE, (json.dumps(content, indent=1) + "\n").encode())
-    shutil.rmtree(state, ignore_errors=True)
+    for part in state.glob("*.npz"):
+        part.unlink()
+    with contextlib.suppress(OSError):  # nothing was kept, or there is more in it than ours
+        state.rmdir()
     output.give(content, lambda: _show(output, content, texts))
 
 
 def _check_begun(state: Path, resume: bool) -> None:
-    if state.exists() and not resume:
+    is_begun = any(state.glob("*.npz"))
+    if is_begun and not resume:
         text = f"{state} holds unlearning that was begun for it: give --resume, or delete that"
         raise UserError(text, field="--out", value=str(state).removesuffix(_STATE))
-    if resume and not state.exists():
-        raise UserError(
-            f"--resume: {state} is missing, so there is nothing to go on from: leave --resume out"
-        )
+    if resume and not is_begun:
+        raise UserError(f"--resume: {state} holds nothing to go on from: leave --resume out")
 
 
 def _begun_with(

@@ -100,19 +100,27 @@ def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int
 
 
 def documents(run: Run, n_tokens: int) -> list[np.ndarray]:
-    """Reads the first held-out tokens of a run, in documents of two or more.
+    """Reads so many held-out tokens of a run, if it has them: the first documents of two tokens or more.
 
     The last one is cut, and so are long ones: none gives more than a sixteenth, or there is no interval over
-    documents.
+    documents; more only where all documents together would give too few.
     """
-    found, left, most = list[np.ndarray](), n_tokens, max(2, n_tokens // LARGEST_PART)
+    found, most, n = list[np.ndarray](), max(2, n_tokens // LARGEST_PART), 0
     for ids in open_documents(run.model.tokenizer, run.model.config.data):
-        if left < 2:
+        if n_tokens - n < 2:
             break
         if len(ids) > 1:
-            found.append(ids[: min(left, most)])
-            left -= len(found[-1])
-    return found
+            found.append(ids[:n_tokens])
+            n += min(len(ids), most)
+    longest = max(map(len, found), default=0)
+    while sum(min(len(ids), most) for ids in found) < n_tokens - 1 and most < longest:
+        most *= 2
+    cut, left = list[np.ndarray](), n_tokens
+    for ids in found:
+        if left > 1:
+            cut.append(ids[: min(left, most)])
+            left -= len(cut[-1])
+    return cut
 
 
 def clusters(

@@ -222,8 +222,9 @@ def create(config: ModelConfig, seed: int) -> Parameters:
 def widened(config: ModelConfig, seed: int, params: Parameters) -> Parameters:
     """Returns the parameters of a model of this config that begins as a narrower one, of fewer coordinates.
 
-    New coordinates are read as at initialisation, by seed, and written a tenth as strongly; while they are
-    small, norms give the others what they gave before.
+    New coordinates are read as at initialisation, by seed, and written a tenth as strongly (so are those of a
+    tied embedding, both ways); while they are small, norms give the others what they gave before. They come
+    last, so `topk_groups` are to grow at their end.
     """
     d_narrow, d = params["embed"]["embedding"].shape[1], config.d_model
 

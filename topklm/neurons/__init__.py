@@ -58,7 +58,7 @@ def check_begun_with(path: Path, there: Mapping[str, Any], asked: Mapping[str, A
     """Raises UserError for the first setting, by flag, that the work at a path was not begun with."""
     for name in {**asked, **there}:
         if asked.get(name) != there.get(name):
-            text = f"{path} was begun with {there.get(name)}: give that, or begin in another folder"
+            text = f"{path} was begun with {there.get(name)}: give what it was begun with, or another folder"
             raise UserError(text, field=name, value=asked.get(name))
 
 

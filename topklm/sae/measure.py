@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topklm.checkpoint import run_folder
 from topklm.config import ModelConfig
 from topklm.errors import UserError
 from topklm.imports import optional_module
@@ -155,25 +156,28 @@ def reading_rows(config: ModelConfig, params: transformer.Parameters, layer: int
 def hedging_of_topk_lm(control: LanguageModel, wider: LanguageModel) -> list[float]:
     """Returns the hedging rate of each TopK layer's neurons: both begun as one model, `wider` with new ones.
 
-    Rows are `reading_rows`. UserError unless both were begun by `train.init` of one run, trained as long, and
-    differ in the width alone.
+    Rows are `reading_rows`. UserError unless both were begun by `train.init` of one run and trained alike, to
+    one step, and differ in the width alone.
     """
     begun = control.config.train.init
-    for name, mine, its in (
-        ("train.init", begun, wider.config.train.init),
-        ("the step", control.step, wider.step),
-        (
-            "model",
-            dataclasses.replace(control.cfg, d_model=0, head_dim=control.cfg.head_width),
-            dataclasses.replace(wider.cfg, d_model=0, head_dim=wider.cfg.head_width),
-        ),
-    ):
-        if mine != its:
-            text = f"must differ from {control.run} in model.d_model alone; {name} differs"
-            raise UserError(text, field="--wider", value=str(wider.run))
     if not begun or wider.cfg.d_model <= control.cfg.d_model:
         allowed = f"a run begun like {control.run} by train.init, with a larger model.d_model"
         raise UserError(field="--wider", value=str(wider.run), allowed=allowed)
+    # Groups add up to the width.
+    models = [
+        dataclasses.replace(one.cfg, d_model=0, head_dim=one.cfg.head_width, topk_groups="")
+        for one in (control, wider)
+    ]
+    configs = (
+        dataclasses.replace(one.config, model=model)
+        for one, model in zip((control, wider), models, strict=True)
+    )
+    differing = run_folder.differing_fields(*configs)
+    if control.step != wider.step:
+        differing = f"step was {control.step}, now {wider.step}"
+    if differing:
+        text = f"must differ from {control.run} in model.d_model alone: {differing}"
+        raise UserError(text, field="--wider", value=str(wider.run))
     both = [
         [reading_rows(model.cfg, model.params, layer) for layer in range(control.cfg.n_topk_layers)]
         for model in (control, wider)

@@ -249,7 +249,7 @@ class _Training:
                 f"--resume: {path} is missing, so there is nothing to go on from: leave --resume out"
             )
         with damage_is_a_user_error(
-            path, "delete it, and begin again", KeyError, EOFError, zipfile.BadZipFile
+            path, "delete it, and begin again", KeyError, EOFError, RuntimeError, zipfile.BadZipFile
         ):
             with np.load(path, allow_pickle=False) as found:
                 about = parse_json(str(found["about"]))

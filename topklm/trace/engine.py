@@ -75,9 +75,11 @@ def trace(
                 _write(folder, settings, source, now, reference, previous)
                 _write_run(folder, source, model, now, earlier, measures)
                 previous = now
+    if count > 1:
+        progress.say("waiting for the other processes")
     distributed.meet("steps traced")
     if index == 0:
-        folder.wait_for(todo)
+        folder.wait_until_done(lambda: _todo(folder, before)[0])
         _check_distinct(folder)
         folder.write_formation(formation_rows(folder, settings))
 

@@ -154,7 +154,9 @@ class Checkpoints:
             for name, value in first.items():
                 if other[name] != value:
                     here, there = f"process {index} has {other[name]!r}", f"process 0 {value!r}"
-                    advice = "give all hosts the same command, text and versions"
+                    advice = (
+                        "give all hosts, which are to be of one kind, the same command, text and versions"
+                    )
                     raise UserError(f"{name.replace('_', ' ')}: {here}, {there}: {advice}")
 
     def load(self, step: int) -> LanguageModel:
@@ -233,7 +235,10 @@ class Checkpoints:
                 self._progress.say(f"step {step:,}: {made.description}")
             if kind == CHAINED and own:
                 start = Dictionary.load(path)
+        if count > 1:
+            self._progress.say("waiting for the other processes")
         distributed.meet("autoencoders made")
+        folder.wait_until_done(lambda: [step for step in steps if not folder.dictionary(step).exists()])
 
     def _missing(self, steps: Sequence[int], folder: TraceFolder) -> list[int]:
         found = []

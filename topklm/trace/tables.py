@@ -15,7 +15,7 @@ A folder of Parquet files is one table, for pandas, DuckDB and pyarrow alike. A 
 a dead neuron for example, is null.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -229,6 +229,7 @@ class TraceFolder:
 
     @contextlib.contextmanager
     def _held(self, settings: Settings, restart: bool) -> Iterator[None]:
+        """Does what `writing` does, in the process that holds the folder."""
 
         def refuse(owner: str) -> None:
             raise UserError(f"{self.path}: process {owner} is tracing into it: wait for its end")
@@ -287,14 +288,14 @@ class TraceFolder:
         found = folder.iterdir() if folder.exists() else ()
         return sorted(int(path.stem) for path in found if path.suffix == ".parquet" and path.stem.isdecimal())
 
-    def wait_for(self, steps: Collection[int]) -> None:
-        """Waits until this process sees steps that others wrote: network file systems show them late."""
+    def wait_until_done(self, missing: Callable[[], Collection[int]]) -> None:
+        """Waits until no step is missing: network file systems show late what others wrote."""
         deadline = time.monotonic() + SHARED_PATIENCE_SECONDS
-        while missing := set(steps) - set(self.steps()):
+        while steps := missing():
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.path}: step {min(missing)}, which another process traced, is not there: all "
-                    "hosts must share the file system"
+                    f"{self.path}: what another process made of step {min(steps)} is not there: all hosts "
+                    "must share the file system"
                 )
             time.sleep(0.1)
 

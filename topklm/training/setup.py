@@ -99,10 +99,10 @@ def initial_parameters(run: PreparedRun) -> transformer.Parameters:
     if saved is not None and saved.model.d_model < asked.d_model:
         narrow = dataclasses.replace(asked, d_model=saved.model.d_model, head_dim=asked.head_width)
     if saved is not None and _reshaping_fields(saved.model, narrow):
-        fields = _reshaping_fields(saved.model, asked)
-        raise UserError(
-            f"train.init = {other}: its parameters have another shape ({fields}): give this run the same"
-        )
+        fields, advice = _reshaping_fields(saved.model, asked), "give this run the same"
+        if narrow is not asked and asked.head_width != saved.model.head_width:
+            advice += f", or of a wider model model.head_dim={saved.model.head_width}"
+        raise UserError(f"train.init = {other}: its parameters have another shape ({fields}): {advice}")
     model = load(other, mesh=run.layout.mesh)
     if model.tokenizer.sha256 != run.mixture.tokenizer.sha256:
         raise UserError(

@@ -129,7 +129,7 @@ class Parts:
 
     def _read(self, path: Path, method: Method) -> Result:
         again = "delete it, and give the same command"
-        with damage_is_a_user_error(path, again, KeyError, EOFError, zipfile.BadZipFile):
+        with damage_is_a_user_error(path, again, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             with np.load(path, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
             about = parse_json(str(arrays["about"]))
