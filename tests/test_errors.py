@@ -1,10 +1,12 @@
 """The parts of an error, and the line that they make."""
 
+import os
 import pickle
+import signal
 
 import pytest
 
-from topklm.errors import ArgumentError, UserError
+from topklm.errors import ArgumentError, Terminated, UserError, signals_wait, sigterm_unwinds
 
 
 def test_a_value_stands_with_its_field_the_allowed_values_and_advice():
@@ -60,3 +62,17 @@ def test_an_error_of_a_worker_arrives_with_its_parts(kind):
     assert (type(error), str(error)) == (kind, "a = 1: must be 2; give 2")
     assert str(error.named("b")) == "b = 1: must be 2; give 2"
     assert str(pickle.loads(pickle.dumps(kind("is empty", field="a"))).named("b")) == "b is empty"
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_signals_wait_until_the_end_of_a_block(number, raised):
+    done = False
+    with sigterm_unwinds():
+        with pytest.raises(raised) as caught, signals_wait():
+            os.kill(os.getpid(), number)
+            done = True
+        assert done and caught.type is raised
+        with pytest.raises(raised):  # handlers are there again
+            signal.raise_signal(number)

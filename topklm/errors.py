@@ -230,6 +230,26 @@ def sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM act after the block: a process that is being started has no name to end it by.
+
+    Only the main thread may enter.
+    """
+    received = list[int]()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in held:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
 class _ReaderGone(Exception):  # noqa: N818
     """Nobody reads standard output any more, and there is nothing else to do than to write it."""
 

@@ -19,6 +19,7 @@ from topklm.errors import (
     Terminated,
     UserError,
     disk_errors_are_user_errors,
+    signals_wait,
 )
 from topklm.imports import when_used
 from topklm.storage.files import local_path, read_json, write_atomically
@@ -175,6 +176,8 @@ def _measure(arguments: argparse.Namespace, folder: Path, output: Output) -> Non
     commands = list(_commands(arguments, folder, configs[0], of_runs))
     done = read_json(folder / _DONE, f"delete {folder / _DONE}") if (folder / _DONE).exists() else {}
     measured, missing = dict[str, list[Any]](), dict[str, str]()
+    if len(arguments.topk) == 1:
+        missing["stability"] = "takes runs of two seeds or more"
     with output.progress.phase("commands", len(commands)) as report:
         for one in commands:
             path, made_so = folder / f"{one.name}.json", [*one.arguments, *map(str, of_runs)]
@@ -275,17 +278,19 @@ def _run(one: _Command, path: Path, quiet: bool) -> str:
         *one.arguments,
         *(["--json", str(path)] if one.has_json else []),
     ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL if quiet else None, stderr=subprocess.PIPE, text=True
-    )
+    output = subprocess.DEVNULL if quiet else None
+    process: subprocess.Popen[str] | None = None
     try:
+        with signals_wait():
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True)
         _, errors = process.communicate()
     except KeyboardInterrupt as e:
-        if isinstance(e, Terminated):
-            process.terminate()  # a terminal sends Ctrl-C to both
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_SECONDS_TO_END)
-        process.kill()
+        if process is not None:
+            if isinstance(e, Terminated):
+                process.terminate()  # a terminal sends Ctrl-C to both
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_END)
+            process.kill()
         raise
     if process.returncode in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         raise KeyboardInterrupt
