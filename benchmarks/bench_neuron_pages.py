@@ -43,10 +43,9 @@ from topklm.explorer import pages as html
 from topklm.explorer.neuron_data import NeuronData
 from topklm.inference.language_model import LanguageModel
 from topklm.layout import make_layout
-from topklm.neurons import NeuronsFolder
+from topklm.neurons import MeasureSettings, NeuronsFolder
 from topklm.neurons.documents import open_documents
-from topklm.neurons.statistics import MeasureSettings
-from topklm.neurons.statistics.inputs import Inputs
+from topklm.neurons.statistics.catalog import Inputs
 from topklm.neurons.statistics.table import measure
 from topklm.neurons.store import Store
 from topklm.progress import Progress

@@ -1,6 +1,6 @@
 """How far figures of neurons would move with other documents: intervals by bootstrap over documents.
 
-The method is that of `topklm.neurons.statistics.bootstrap`. Of each draw are computed
+The method is that of `topklm.neurons.card`. Of each draw are computed
 
 - *Entropies*: shares, distinct tokens (clusters) and activations are those of the drawn documents.
 - *Monosemanticity*: over pairs of different tokens of the drawn documents. A document that was drawn twice
@@ -23,13 +23,8 @@ import rich.console
 import topklm
 from topklm.model import transformer
 from topklm.neurons import NeuronsFolder
+from topklm.neurons.card import document_weights, entropy_of_draws, interval, sums_of_draws
 from topklm.neurons.statistics import embeddings, table
-from topklm.neurons.statistics.bootstrap import (
-    document_weights,
-    entropy_of_draws,
-    interval,
-    sums_of_draws,
-)
 from topklm.neurons.statistics.embeddings import Embeddings
 from topklm.neurons.store import NeuronBlock, Store
 from topklm.progress import TerminalProgress

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from benchmarks.harness import results
-from topklm.eval.compare import MEASURES
+from topklm.eval.tasks import MEASURES
 
 FOLDER = results.FOLDER / "capabilities"
 PAGE = pathlib.Path(__file__).parents[1] / "docs/capabilities.md"

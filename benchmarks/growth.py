@@ -27,7 +27,7 @@ from benchmarks.harness.timing import alternate
 from benchmarks.harness.worker import Worker, threads
 from topklm.config import Config
 from topklm.model import transformer
-from topklm.runtime import allocator
+from topklm.runtime import process
 from topklm.training import throughput
 
 RESULT = results.FOLDER / "growth.json"
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps a point; default %(default)s")
     arguments = parser.parse_args()
-    allocator.restart_with_tcmalloc()
+    process.restart_with_tcmalloc()
     result = run(SHAPES["s1"], AXES, arguments.repeats)
     results.write(arguments.out, result)
 

@@ -20,9 +20,8 @@ import jax
 
 from benchmarks.harness import results
 from configs import paper
-from topklm.compile_check.check import Report, as_text, from_dict, with_vocabulary
+from topklm.compile_check.check import GIB, Chip, Report, as_text, from_dict, with_vocabulary
 from topklm.compile_check.cost import KINDS
-from topklm.compile_check.topology import GIB, Chip
 from topklm.config import Config, resolve
 from topklm.storage.files import write_atomically
 

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.harness import results, timing
 from benchmarks.subjects import blocking
 from topklm.model.layers import product, sparse_matmul, transposed
-from topklm.runtime import allocator
+from topklm.runtime import process
 
 RESULT = results.FOLDER / "sparse_input.json"
 ROWS, COLUMNS = 4096, 1024
@@ -28,7 +28,7 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
-    allocator.keep_freed_memory()
+    process.keep_freed_memory()
     cases = [_case(d, k, repeats) for d in (512, 1024, 2048, 4096) for k in (4, 8, 32) if k < d // 16]
     results.write(RESULT, {"rows": ROWS, "columns": COLUMNS, "dtype": "float32", "cases": cases})
 

@@ -17,7 +17,7 @@ from topklm import cli, errors
 from topklm.commands import shared, train
 from topklm.config import Config, flatten
 from topklm.storage.files import as_path
-from topklm.training.console import Console, next_commands
+from topklm.training.metrics import Console, next_commands
 
 RUNS_THE_COMMAND = "import sys; from topklm import cli; sys.exit(cli.run())"
 HEAVY = ("jax", "flax", "optax", "orbax", "grain")

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 import pytest
 
 import topklm
-from topklm.compile_check import cost, hlo
+from topklm.compile_check import cost
 from topklm.config import Config, MeshConfig, ModelConfig, TrainConfig
 from topklm.layout import make_layout
 from topklm.training.step import abstract_batch, abstract_state, make_optimizer, make_train_step
@@ -111,7 +111,7 @@ def compiled_step(config, layout):
 def communication(text):
     """Runs and bytes of every kind of collective, by the devices that take part."""
     runs, n_bytes = Counter(), Counter()
-    for collective in cost.collectives(hlo.parse(text)):
+    for collective in cost.collectives(cost.parse(text)):
         key = f"{collective.kind} over {collective.groups}"
         runs[key] += collective.count
         n_bytes[key] += collective.count * collective.bytes

@@ -7,7 +7,7 @@ import pytest
 from topklm import config as config_lib
 from topklm.config import Config, differences_that_matter, flatten, from_saved, nearest_field, resolve
 from topklm.errors import UserError
-from topklm.training.console import describe_model
+from topklm.training.metrics import describe_model
 
 
 def with_fields(**fields):

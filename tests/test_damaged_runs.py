@@ -16,7 +16,7 @@ import topklm
 from topklm import cli, config, errors
 from topklm.checkpoint.manager import CheckpointManager
 from topklm.layout import one_device
-from topklm.storage.errors import storage_errors_are_user_errors
+from topklm.storage.files import storage_errors_are_user_errors
 from topklm.training.step import abstract_state, make_optimizer
 
 OTHER = saved_runs.CONFIG.to_dict() | {"train": {**saved_runs.CONFIG.to_dict()["train"], "seed": 7}}

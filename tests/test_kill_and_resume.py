@@ -22,7 +22,7 @@ import topklm
 ASKS_ITSELF_TO_STOP = """
 import signal, sys, time
 from topklm import main
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 
 stop_after, report = int(sys.argv.pop(1)), Console.report
 
@@ -41,7 +41,7 @@ REST_SECONDS = 0.2
 RESTS_AFTER_EACH_STEP = f"""
 import sys, time
 from topklm import main
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 
 report = Console.report
 

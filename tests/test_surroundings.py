@@ -37,7 +37,7 @@ FULL_DISK = '"$@" > /dev/full'
 TERMINAL_CLOSES = """
 import signal, sys, time
 from topklm import main
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # libtpu has it ignored, in processes that tests start too
 report = Console.report

@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 
 from topklm import commands, errors
-from topklm.runtime import allocator
+from topklm.runtime import process
 
 VERBS = {
     "train": "train a model",
@@ -77,7 +77,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _start(argv: Sequence[str]) -> None:
     if argv[:1] in (["train"], ["bench"]):
-        allocator.restart_with_tcmalloc()
+        process.restart_with_tcmalloc()
     dispatch(argv)
 
 

@@ -32,7 +32,7 @@ from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.layout import one_device
 from topklm.model import transformer
-from topklm.runtime import allocator
+from topklm.runtime import process
 from topklm.training.step import TrainState, init_state, make_optimizer
 
 DESCRIPTION = "Measures saving and loading the checkpoints of a config, in a temporary folder."
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, config: Config | None) -> Report:
     if arguments.folder and not Path(arguments.folder).is_dir():
         raise UserError(f"--folder = {arguments.folder}: there is no such folder; make it, or leave it out")
     config = with_vocabulary(config or SHAPES["s2"])
-    allocator_name = allocator.keep_freed_memory()
+    allocator_name = process.keep_freed_memory()
     with (
         disk_errors_are_user_errors("writing to --folder"),
         tempfile.TemporaryDirectory(dir=arguments.folder) as name,

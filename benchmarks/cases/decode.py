@@ -32,8 +32,8 @@ from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
 from topklm.inference import kv_cache
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.model import transformer
 
 DESCRIPTION = "Measures generation with a config's model, freshly initialised."

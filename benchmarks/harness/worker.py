@@ -21,7 +21,7 @@ from typing import Any, Self, TextIO
 
 from benchmarks.harness.timing import Subject, timed
 from topklm.errors import UserError, explain
-from topklm.runtime import allocator
+from topklm.runtime import process
 
 # Never a folder of the same name in the working directory.
 _PYTHON = (sys.executable, "-P", "-m", "benchmarks.harness.worker")
@@ -187,7 +187,7 @@ def _serve(module: str, answers: TextIO) -> None:
     def answer(message: Any) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    allocator_name = allocator.keep_freed_memory()  # before either framework has threads
+    allocator_name = process.keep_freed_memory()  # before either framework has threads
     try:
         prepared: Prepared = importlib.import_module(module).prepare(json.loads(sys.stdin.readline()))
     except Exception as e:

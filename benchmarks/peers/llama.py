@@ -13,7 +13,7 @@ import transformers
 
 from topklm import config as config_lib
 from topklm.config import ModelConfig
-from topklm.convert import llama as names
+from topklm.convert import huggingface
 from topklm.model import transformer
 
 
@@ -66,7 +66,7 @@ def load(model: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 def state_dict(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns parameters, or gradients of them, by Hugging Face's names."""
-    return dict(names.tensors(config, params))
+    return dict(huggingface.tensors(config, params))
 
 
 def write_weights(config: Mapping[str, Any], path: str) -> None:

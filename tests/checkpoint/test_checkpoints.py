@@ -13,13 +13,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from topklm.checkpoint.manager import CheckpointManager
-from topklm.checkpoint.reader import open_arrays
-from topklm.checkpoint.writer import CheckpointWriter
+from topklm.checkpoint.step_folder import CheckpointWriter, open_arrays
 from topklm.config import CheckpointConfig, Config, resolve
 from topklm.errors import UserError
 from topklm.layout import one_device
-from topklm.training import anomalies
-from topklm.training.step import abstract_state, init_state, make_optimizer, make_train_step
+from topklm.training.step import abstract_state, empty_window, init_state, make_optimizer, make_train_step
 
 # Saves a trained state of 8 devices, then restores a checkpoint of one device onto its own layout:
 # `SCRIPT CONFIG_JSON FOLDER_OF_8 ARRAYS_OF_8 FOLDER_OF_1 ARRAYS_OF_1`.
@@ -244,9 +242,9 @@ def saved_by_an_earlier_version(folder, state):
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, config, optimizer, layout, state):
     saved_by_an_earlier_version(tmp_path / "c", state)
     checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
-    fresh = {"recent": anomalies.empty()}
+    fresh = {"recent": empty_window()}
     restored, data, facts = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
-    assert_same_bits(restored, state._replace(recent=anomalies.empty()))
+    assert_same_bits(restored, state._replace(recent=empty_window()))
     assert restored.recent["loss"].sharding == restored.step.sharding
     assert (data, facts) == ({"next_index": 3}, {"note": "old"})
 
@@ -264,7 +262,7 @@ def test_what_is_saved_is_restored_and_not_taken_afresh(tmp_path, config, optimi
     checkpoints = CheckpointManager(tmp_path / "c", config.checkpoint)
     checkpoints.save(state, {}, {})
     checkpoints.wait()
-    fresh = {"recent": anomalies.empty()}
+    fresh = {"recent": empty_window()}
     restored, _, _ = checkpoints.restore(abstract_state(config, optimizer), layout, fresh)
     assert_same_bits(restored.recent, state.recent)
     assert int(restored.recent["count"]) == 3

@@ -199,7 +199,7 @@ def test_storage_in_trouble_is_not_damage(folder, layout, monkeypatch, error):
         raise error
 
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep=3))
-    monkeypatch.setattr("topklm.checkpoint.reader.open_arrays", refuse)
+    monkeypatch.setattr("topklm.checkpoint.step_folder.open_arrays", refuse)
     with pytest.raises(type(error)):
         checkpoints.restore(jax.eval_shape(lambda: tiny_state(1)), layout)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "3"}

@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from topklm.checkpoint import reader
-from topklm.checkpoint.reader import open_arrays
+from topklm.checkpoint import step_folder
+from topklm.checkpoint.step_folder import open_arrays
 
 ON_ONE_DEVICE = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -36,7 +36,7 @@ def save(folder, tree, chunk_byte_size=None):
 
 
 def read_arrays(folder, target):
-    return reader.read_arrays(open_arrays(folder), target)
+    return step_folder.read_arrays(open_arrays(folder), target)
 
 
 def target_of(tree, sharding=ON_ONE_DEVICE):
@@ -46,7 +46,7 @@ def target_of(tree, sharding=ON_ONE_DEVICE):
 @pytest.mark.parametrize("chunk_byte_size", [None, 64, 1000])
 @pytest.mark.parametrize("in_flight", [1, 500, 2**20])
 def test_what_was_saved_is_read_whatever_the_chunks(tmp_path, monkeypatch, chunk_byte_size, in_flight):
-    monkeypatch.setattr(reader, "_BYTES_IN_FLIGHT", in_flight)
+    monkeypatch.setattr(step_folder, "_BYTES_IN_FLIGHT", in_flight)
     tree = arrays_of(1)
     folder = save(tmp_path / "params", tree, chunk_byte_size)
     assert_same_bits(read_arrays(folder, target_of(tree)), tree)
@@ -55,7 +55,7 @@ def test_what_was_saved_is_read_whatever_the_chunks(tmp_path, monkeypatch, chunk
 def test_the_chunks_of_a_box_cover_it_once():
     box, chunk = ((2, 9), (0, 5)), (4, 3)
     counted = np.zeros((10, 6), int)
-    for part in reader._chunks(box, chunk):
+    for part in step_folder._chunks(box, chunk):
         rows, columns = (slice(a, b) for a, b in zip(part.inclusive_min, part.exclusive_max, strict=True))
         counted[rows, columns] += 1
         assert {(r // 4, c // 3) for r, c in itertools.product(range(10)[rows], range(6)[columns])} == {

@@ -23,7 +23,7 @@ from saved_runs import facts, save, state
 
 from topklm.checkpoint.manager import TraceManager
 from topklm.checkpoint.run_folder import TRACE_FOLDER
-from topklm.checkpoint.writer import CheckpointWriter
+from topklm.checkpoint.step_folder import CheckpointWriter
 from topklm.config import resolve
 from topklm.errors import UserError
 from topklm.inference.load import checkpoint_step, load, saved_steps
@@ -33,7 +33,7 @@ from topklm.model import transformer
 KILLED_AFTER = """
 import os, signal, sys
 from topklm import main
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 
 last, report = int(sys.argv.pop(1)), Console.report
 

@@ -10,7 +10,7 @@ import pytest
 import saved_runs
 
 import topklm
-from topklm.eval import compare, tasks
+from topklm.eval import tasks
 from topklm.inference.interventions import Intervention
 from topklm.layout import one_device
 from topklm.neurons.documents import TextModel
@@ -72,7 +72,7 @@ def by_library(place, name, task, steer=()):
 
     interventions = scoring.interventions_for(lm.cfg, steer)
     outcome = tasks.tokenize(task, model, lm.tokenizer).evaluate(model, interventions)
-    return {one.key: one for one in compare.figures_of(outcome)}
+    return {one.key: one for one in tasks.figures_of(outcome)}
 
 
 def test_a_run_is_evaluated_at_its_text_and_all_tasks_there_are(call, place, tmp_path):
@@ -105,7 +105,7 @@ def test_runs_are_paired_with_others_by_their_order(call, place):
     task = tasks.find("blimp", place / "tasks")
     sides = [[by_library(place, f"{kind}{seed}", task) for seed in STEPS] for kind in ("small", "base")]
     for key in (("blimp", "", "acc"), ("blimp", "syntax", "acc")):
-        want = compare.difference(*([run[key] for run in side] for side in sides))
+        want = tasks.difference(*([run[key] for run in side] for side in sides))
         assert figure(content, *key)["difference"] == {
             **dataclasses.asdict(want),
             "by_run": list(want.by_run),

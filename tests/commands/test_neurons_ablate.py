@@ -10,7 +10,7 @@ import saved_runs
 from test_neurons_find import write_store
 
 import topklm
-from topklm.commands.neurons_ablate import ABLATE
+from topklm.commands.neurons_find import ABLATE
 from topklm.config import MeshConfig
 from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, load_interventions, save_interventions

@@ -18,7 +18,7 @@ from topklm.commands.neurons_card import CARD
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
-from topklm.explorer import card_run
+from topklm.explorer import card as card_lib
 from topklm.neurons import card, probing
 from topklm.neurons.ablate_set import Estimate
 from topklm.neurons.dictionary import Dictionary
@@ -249,7 +249,7 @@ def responses(rates, perplexities):
 def test_text_is_turned_fluently_where_the_rate_is_up_and_perplexity_at_most_doubled(
     rates, perplexities, turned
 ):
-    assert card_run.turns(*responses(rates, perplexities), "input") is turned
+    assert card_lib.turns(*responses(rates, perplexities), "input") is turned
 
 
 def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
@@ -284,19 +284,19 @@ def test_vectors_of_words_are_the_resource_of_clusters(place, capsys):
 def test_a_long_document_gives_a_sixteenth_of_the_text(place, monkeypatch):
     lengths = [4, 5000, 30, 1, *[100] * 20]  # of one token: left out
     monkeypatch.setattr(
-        card_run, "open_documents", lambda tokenizer, data: (np.arange(length) for length in lengths)
+        card_lib, "open_documents", lambda tokenizer, data: (np.arange(length) for length in lengths)
     )
-    run = card_run.Run("base", *shared.load(argparse.Namespace(run=str(place / "base"), step=None)))
-    found = card_run.documents(run, 320)
+    run = card_lib.Run("base", *shared.load(argparse.Namespace(run=str(place / "base"), step=None)))
+    found = card_lib.documents(run, 320)
     assert [len(ids) for ids in found] == [4, *[20] * 15, 16]
     lengths = [4, 5000, 30, 1, 100, 100, 100]
-    assert [len(ids) for ids in card_run.documents(run, 40)] == [4, 8, 8, 8, 8, 4]  # too few for sixteenths
+    assert [len(ids) for ids in card_lib.documents(run, 40)] == [4, 8, 8, 8, 8, 4]  # too few for sixteenths
     lengths = [9000]
-    assert [len(ids) for ids in card_run.documents(run, 7000)] == [7000]
+    assert [len(ids) for ids in card_lib.documents(run, 7000)] == [7000]
 
 
 def test_the_sae_of_a_base_lm_is_made_once_for_its_parameters(facts, place, capsys, monkeypatch):
-    monkeypatch.setattr(card_run, "fit_text", None)
+    monkeypatch.setattr(card_lib, "fit_text", None)
     options = "--tokens", 1500, "--no-steering", "--json"
     run(place / "base", "--dictionary-tokens", 4000, *options)
     there = json.loads(capsys.readouterr().out)["runs"][0]["bases"]
@@ -331,7 +331,7 @@ def test_what_is_not_allowed_is_named(place, arguments, words):
 
 def test_saes_that_are_given_take_the_place_of_the_own_one(place):
     asked = [argparse.Namespace(run=str(place / name), step=None) for name in ("base", "seed")]
-    runs = [card_run.Run(one.run, *shared.load(one)) for one in asked]
+    runs = [card_lib.Run(one.run, *shared.load(one)) for one in asked]
     base, other = runs
     d = MODEL.d_model
 
@@ -342,10 +342,10 @@ def test_saes_that_are_given_take_the_place_of_the_own_one(place):
         return f"{kind}-{layers}", made, layers
 
     def found(*saes):
-        common = card_run.Common(
+        common = card_lib.Common(
             runs, [], np.zeros(1), [], seed=0, dictionary_tokens=1, saes=saes, steers=False, progress=None
         )
-        return [sae.kind for sae in card_run._saes(common, base, [], d, 4)]
+        return [sae.kind for sae in card_lib._saes(common, base, [], d, 4)]
 
     both = [given("sae", base), given("sae-batchtopk", base)]
     assert found(*both, given("sae-gba", other)) == ["sae", "sae-batchtopk"]

@@ -252,8 +252,7 @@ def test_a_checkpoint_that_diverged_is_named(tmp_path):
 
 def import_nan(run, step):
     """Writes the checkpoint of a step again with a parameter that is NaN."""
-    from topklm.checkpoint.reader import FACTS, PARAMS  # noqa: PLC0415
-    from topklm.checkpoint.writer import write_checkpoint  # noqa: PLC0415
+    from topklm.checkpoint.step_folder import FACTS, PARAMS, write_checkpoint  # noqa: PLC0415
 
     model = topklm.load(run, step=step)
     params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), model.params)

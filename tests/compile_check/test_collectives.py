@@ -2,14 +2,14 @@
 
 import pytest
 
-from topklm.compile_check import cost, hlo
+from topklm.compile_check import cost
 
 MESH = {"data": 2, "fsdp": 4}
 ARRAY = 64 * 128 * 4  # float32[64, 128], on every device
 
 
 def found_in(text):
-    return cost.collectives(hlo.parse(text))
+    return cost.collectives(cost.parse(text))
 
 
 def only(text):

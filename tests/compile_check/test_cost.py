@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from topklm.compile_check import cost
-from topklm.compile_check.hlo import parse
+from topklm.compile_check.cost import parse
 
 # By hand, from the docstring of the function: 2 x rows x inner x columns for each product.
 LOOPED = 2 * 16 * 32 * 32

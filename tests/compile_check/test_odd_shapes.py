@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from configs import books, paper, small
-from topklm.compile_check import check, topology
+from topklm.compile_check import check
 from topklm.config import resolve
 from topklm.errors import UserError
 
@@ -19,7 +19,7 @@ def compiled(name, model, batch_size, mesh):
     values = {"model": {**SHAPE, "topk_k": 8, **model}, "mesh": mesh, "data": {"vocab_size": 512}}
     slices = values["mesh"].pop("slices", 1)
     config = resolve({**values, "train": {"batch_size": batch_size}})
-    return check.compile_check(config, topology.find(name, slices), "made")
+    return check.compile_check(config, check.find(name, slices), "made")
 
 
 def slow(*values):
@@ -67,7 +67,7 @@ def test_a_step_of_any_shape_is_counted_whole(name, model, batch_size, mesh):
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x1", "v6e:2x2"])
 def test_every_recipe_has_a_report_or_a_line_on_every_family(experiment, name):
     try:
-        found = check.compile_check(resolve(experiment), topology.find(name), "made")
+        found = check.compile_check(resolve(experiment), check.find(name), "made")
     except UserError as e:
         assert "GiB per device" in str(e)
     else:
@@ -78,4 +78,4 @@ def test_every_recipe_has_a_report_or_a_line_on_every_family(experiment, name):
 @pytest.mark.parametrize("name", ["v5e:3x3", "v6e:1x3", "v5p:3x1x1"])
 def test_a_slice_that_is_not_made_is_one_line(name):
     with pytest.raises(UserError, match=f"--topology = {name}: libtpu does not know this slice"):
-        topology.find(name)
+        check.find(name)

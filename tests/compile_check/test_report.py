@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from topklm.compile_check.check import Memory, Report, Traffic, as_text, from_dict
-from topklm.compile_check.topology import GIB
+from topklm.compile_check.check import GIB, Memory, Report, Traffic, as_text, from_dict
 
 PARAMETERS = Traffic("all-gather", ("fsdp",), False, count=24, bytes=2**30, bytes_sent=9e8, seconds=0.02)
 TOKENS = Traffic("reduce-scatter", ("tensor",), False, count=48, bytes=2**28, bytes_sent=2e8, seconds=0.03)

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from topklm.compile_check import check, topology
+from topklm.compile_check import check
 from topklm.config import resolve
 
 pytestmark = [
@@ -31,7 +31,7 @@ SHAPE = {
 
 def compiled(**model):
     config = resolve({"model": {**SHAPE, **model}, "train": {"batch_size": 16}})
-    return check.compile_check(config, topology.find("v5e:2x2"), "made")
+    return check.compile_check(config, check.find("v5e:2x2"), "made")
 
 
 @pytest.fixture(scope="module")

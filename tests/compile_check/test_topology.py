@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from topklm.compile_check.topology import CHIPS, Topology, find
+from topklm.compile_check.check import CHIPS, Topology, find
 from topklm.errors import UserError
 
 LINK = CHIPS["v5e"].link_bytes_per_second

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from topklm.config import Config, ModelConfig
-from topklm.convert import huggingface, llama
+from topklm.convert import huggingface
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel
@@ -218,7 +218,7 @@ def test_a_model_that_is_not_ours_is_refused_in_one_line(plain, change, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("missing", [*llama._FIELDS])
+@pytest.mark.parametrize("missing", [*huggingface._FIELDS])
 def test_a_field_that_is_missing_is_named_or_has_llamas_default(plain, missing):
     model, folder = plain
     rewritten(folder / "config.json", lambda values: values.pop(missing))

@@ -7,10 +7,9 @@ import damage
 from making import make_dataset
 import pytest
 
-from topklm.data.dataset import SPLITS, load_dataset
+from topklm.data.dataset import SPLITS, load_dataset, verify
 from topklm.data.records import RECORD_TOKENS
 from topklm.data.tokenizer import train_bpe
-from topklm.data.verify import verify
 from topklm.errors import UserError
 
 TEXTS = [f"Crate {n} of {n % 11} went to shelf {n * n}. " * (1 + n % 6) for n in range(120)]

@@ -2,8 +2,8 @@ from making import make_dataset, stream_of
 import numpy as np
 import pytest
 
+from topklm.data.dataset import sample_windows
 from topklm.data.tokenizer import train_bpe
-from topklm.data.verify import sample_windows
 from topklm.errors import UserError
 
 TEXTS = [f"Letter {n} came by boat. " * (1 + n % 9) + "Señor Þór ☂" for n in range(150)]

@@ -13,8 +13,7 @@ import pytest
 
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
-from topklm.data.dataset import load_dataset, read_description
-from topklm.data.verify import verify
+from topklm.data.dataset import load_dataset, read_description, verify
 from topklm.errors import UserError
 
 TEXTS = [f"Ship {n} sailed on day {n * n} to the port of {n % 7} hills." for n in range(120)]

@@ -2,8 +2,7 @@ from array_record.python import array_record_module
 import numpy as np
 import pytest
 
-from topklm.data.record_index import NoIndexError, record_offsets
-from topklm.data.records import RECORD_TOKENS, write_shard
+from topklm.data.records import RECORD_TOKENS, NoIndexError, record_offsets, write_shard
 
 OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 

@@ -8,11 +8,10 @@ from making import make_dataset, rewrite_description
 import numpy as np
 import pytest
 
-from topklm.data import verify as verify_module
-from topklm.data.dataset import load_dataset
+from topklm.data import dataset as dataset_lib
+from topklm.data.dataset import DatasetProblem, load_dataset, verify
 from topklm.data.records import RECORD_TOKENS, write_shard
 from topklm.data.tokenizer import train_bpe
-from topklm.data.verify import DatasetProblem, verify
 from topklm.errors import UserError
 from topklm.progress import Progress
 
@@ -325,7 +324,7 @@ def test_a_folder_without_a_description_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify_module, "_BLOCK_TOKENS", RECORD_TOKENS)
+    monkeypatch.setattr(dataset_lib, "_BLOCK_TOKENS", RECORD_TOKENS)
 
     def peak(n_documents):
         make_dataset(tmp_path / str(n_documents), ["x" * 2000] * n_documents)

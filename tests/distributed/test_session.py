@@ -64,7 +64,7 @@ sys.exit(errors.guarded(main))
 WAITING_PROGRAM = """
 import sys
 from topklm import distributed, errors
-from topklm.runtime.signals import stop_on_signal
+from topklm.runtime.process import stop_on_signal
 
 def main():
     with stop_on_signal(distributed.announce_stop) as stop:

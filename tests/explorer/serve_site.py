@@ -14,10 +14,10 @@ from urllib.parse import urlencode
 from starlette.types import ASGIApp
 import uvicorn
 
+from topklm import web
 from topklm.explorer import app
 from topklm.explorer.neuron_data import NeuronData
-from topklm.web import server
-from topklm.web.http import Guard
+from topklm.web import Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Site:
 
 @contextlib.contextmanager
 def serving(source: NeuronData, token: str | None = None) -> Iterator[Site]:
-    listening = server.listen("127.0.0.1", 0)
+    listening = web.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}) if token is None else None
     pages = app.create(source, lambda line: None)
@@ -83,7 +83,7 @@ def serving(source: NeuronData, token: str | None = None) -> Iterator[Site]:
 
 @contextlib.contextmanager
 def answering(application: ASGIApp, listening: socket.socket, **options: Any) -> Iterator[uvicorn.Server]:
-    running = server.make_server(application, **options)
+    running = web.make_server(application, **options)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not running.started:

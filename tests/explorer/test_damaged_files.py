@@ -18,7 +18,7 @@ from topklm.errors import UserError
 from topklm.explorer import neuronpedia, pages, views
 from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.overview import Asked, select
+from topklm.explorer.views import Asked, select
 from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Labels
 from topklm.neurons.search import rank

@@ -9,9 +9,8 @@ import sys
 from helpers import Process
 import pytest
 
-from topklm import cli
+from topklm import cli, web
 from topklm.errors import UserError
-from topklm.web import server
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def test_mistakes_are_named(explored_copy, arguments, said):
 
 
 def test_a_taken_port_is_named_before_anything_is_done(tmp_path):
-    with server.listen("127.0.0.1", 0) as listening:
+    with web.listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(UserError, match=f"--port = {port}: cannot listen"):
             cli.dispatch(["explore", str(tmp_path / "no run"), "--port", str(port)])

@@ -10,8 +10,8 @@ import pytest
 
 from topklm.explorer.finding import Index
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.overview import Asked, select
-from topklm.explorer.overview import table as page_of
+from topklm.explorer.views import Asked, select
+from topklm.explorer.views import table as page_of
 from topklm.neurons.statistics import catalog, table
 from topklm.neurons.statistics.table import readable_first
 

@@ -14,10 +14,10 @@ from topklm.commands.neurons import _measure
 from topklm.errors import UserError
 from topklm.explorer import pages
 from topklm.explorer.neuron_data import NeuronData
-from topklm.explorer.overview import Asked, select
-from topklm.neurons.statistics import MeasureSettings, catalog, table
-from topklm.neurons.statistics.catalog import Statistic
-from topklm.neurons.statistics.inputs import Inputs
+from topklm.explorer.views import Asked, select
+from topklm.neurons import MeasureSettings
+from topklm.neurons.statistics import catalog, table
+from topklm.neurons.statistics.catalog import Inputs, Statistic
 from topklm.neurons.statistics.table import extend, measure
 from topklm.neurons.store import Store, StoreWriter
 from topklm.progress import Progress

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from topklm.explorer import markup, plots, trace_figures
+from topklm.explorer import markup, plots, traced
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_counts_beside_an_axis_are_short(count, text):
 
 def test_marks_of_a_timeline_stand_at_their_steps():
     x = plots.Axis("step", 1, 100, logarithmic=True)
-    mark = trace_figures.Mark
+    mark = traced.Mark
     rows = {
         "loss & <more>": [mark(1, "a"), mark(10, "b", "break"), mark(100, "c", "rises")],
         "onsets": [mark(10, "d", span=(1, 100))],
     }
-    svg = trace_figures.timeline(rows, x, "about")
+    svg = traced.timeline(rows, x, "about")
     _, circles = bars(svg, "circle")
     assert [circle["class"] for circle in circles] == ["dot", "dot hollow", "dot"]
     _, lines = bars(svg, "line")
@@ -110,11 +110,11 @@ def test_marks_of_a_timeline_stand_at_their_steps():
 
 def test_rows_of_a_heat_map_are_drawn_in_order_and_their_gaps_left_empty():
     rows = [
-        trace_figures.Row([0.05, 0.31, math.nan], 1, "first"),
-        trace_figures.Row([-1, 0.31, 0.39], math.nan, "second", "/neurons/0/1"),
+        traced.Row([0.05, 0.31, math.nan], 1, "first"),
+        traced.Row([-1, 0.31, 0.39], math.nan, "second", "/neurons/0/1"),
     ]
     axis = plots.Axis("loss", 1, 3)
-    svg = trace_figures.shaded(["0", "1", "2"], rows, 2, axis, [3, math.nan, 1], "about")
+    svg = traced.shaded(["0", "1", "2"], rows, 2, axis, [3, math.nan, 1], "about")
     _, paths = bars(svg, "path")
     cells = {(p["class"], p["fill-opacity"]): p["d"].count("z") for p in paths if "cell" in p["class"]}
     # Neighbours of one shade are one.

@@ -18,16 +18,16 @@ import pytest
 import saved_runs
 from serve_site import Site, answering
 
+from topklm import web
 from topklm.commands.neurons import is_measured
 from topklm.config import DataConfig
 from topklm.data.building.build import prepare
 from topklm.errors import UserError
-from topklm.explorer.preparing import Preparing
+from topklm.explorer.app import Preparing
 from topklm.neurons import NeuronsFolder
 from topklm.neurons.statistics import table
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.web import server
 
 PATIENCE_S = 60
 
@@ -63,7 +63,7 @@ class StepByStep:
 def prepared(work):
     told = []
     made = Preparing("village", work, Progress(told.append))
-    listening = server.listen("127.0.0.1", 0)
+    listening = web.listen("127.0.0.1", 0)
     with answering(made, listening, closing=made.close) as running:
         made.start(running.end)
         yield made, Site(listening.getsockname()[1], None), running

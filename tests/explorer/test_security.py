@@ -11,9 +11,9 @@ import explored_run
 import pytest
 from serve_site import serving
 
+from topklm import web
 from topklm.explorer.neuron_data import NeuronData
-from topklm.web import http, server
-from topklm.web.http import MAX_BODY, is_loopback
+from topklm.web import MAX_BODY, is_loopback
 
 HOSTILE_LABEL = "<script>alert('label')</script>\"'><img src=x onerror=alert(3)>"
 POSTS = ("/prompt", "/neurons/0/3/text", "/neurons/0/3/label", "/api/prompt", "/api/neurons/0/3/label")
@@ -205,7 +205,7 @@ def test_bodies_have_a_limit_also_where_their_length_is_not_said(site):
 
 def test_a_link_has_a_limit(site):
     # Little more than the limit of a head: what is unread when the server hangs up takes its answer away.
-    assert site.ask("/prompt?text=" + "a" * server._MAX_HEAD).status == 400
+    assert site.ask("/prompt?text=" + "a" * web._MAX_HEAD).status == 400
 
 
 def test_methods_that_a_page_does_not_have_are_refused(site):
@@ -214,8 +214,8 @@ def test_methods_that_a_page_does_not_have_are_refused(site):
 
 
 def test_slow_clients_are_hung_up_on_and_stop_nobody(site, monkeypatch):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(http, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.5)
     head = f"POST /prompt HTTP/1.1\r\nHost: {site.host}\r\nContent-Length: 100\r\n\r\ntext="
     with contextlib.ExitStack() as stack:
         clients = [
@@ -232,7 +232,7 @@ def test_slow_clients_are_hung_up_on_and_stop_nobody(site, monkeypatch):
 
 
 def test_who_sends_a_byte_at_a_time_is_hung_up_on_too(site, monkeypatch):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.5)
     with (
         socket.create_connection(("127.0.0.1", site.port), timeout=60) as client,
         contextlib.suppress(OSError),
@@ -262,7 +262,7 @@ def test_a_pattern_that_takes_for_ever_stops_nobody(site, monkeypatch):
 
 
 def test_too_many_who_wait_for_the_same_are_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.web.http._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.web._MOST_WAITING", 0)
     monkeypatch.setattr("topklm.explorer.views.prompt", lambda *_: 1 / 0)
     answer = site.ask(
         "/api/prompt", headers={"Content-Type": "application/json"}, method="POST", body=b'{"text":"a"}'
@@ -280,7 +280,7 @@ def test_who_has_waited_too_long_for_a_turn_is_told_so(site, monkeypatch, kind):
         goes_on.wait(60)
         return {"done": True}
 
-    monkeypatch.setattr("topklm.web.http._WAITING_SECONDS", 0.05)
+    monkeypatch.setattr("topklm.web._WAITING_SECONDS", 0.05)
     monkeypatch.setattr("topklm.explorer.finding.regex", view)
     monkeypatch.setattr("topklm.explorer.views.prompt", view)
     headers, answers = {"Content-Type": "application/json"}, []

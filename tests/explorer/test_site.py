@@ -7,9 +7,9 @@ import time
 import pytest
 from serve_site import serving
 
+from topklm import web
 from topklm.errors import UserError
 from topklm.explorer.neuron_data import NeuronData
-from topklm.web import server
 
 PAGES = [
     "/",
@@ -234,10 +234,10 @@ def test_a_bug_is_a_page_too_and_no_trace(site, monkeypatch, caplog):
 
 
 def test_a_taken_port_is_said_to_be_taken():
-    with server.listen("127.0.0.1", 0) as listening:
+    with web.listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(UserError, match=f"--port = {port}: cannot listen .* choose another"):
-            server.listen("127.0.0.1", port)
+            web.listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_taken_port_is_said_to_be_taken():
 )
 def test_an_address_that_cannot_be_listened_on_is_named(host, port, named):
     with pytest.raises(UserError, match=named):
-        server.listen(host, port)
+        web.listen(host, port)
 
 
 @pytest.mark.parametrize("what", ["store", "table", "tokenizer", "step", "other tokenizer"])

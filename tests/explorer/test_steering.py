@@ -22,8 +22,8 @@ from topklm.errors import UserError
 from topklm.explorer.steering import COLUMNS, LiveModel, SteerSettings, Strengths, Writing, box, spelled
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import MODES, Intervention, Mode, load_interventions, save_interventions
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.server import requests
 from topklm.server.requests import ApiError, Limits
 
@@ -213,7 +213,7 @@ def test_a_neuron_that_is_not_there_is_not_steered(site, place):
 
 
 def test_when_too_many_wait_one_more_is_sent_away(site, monkeypatch):
-    monkeypatch.setattr("topklm.web.http._MOST_WAITING", 0)
+    monkeypatch.setattr("topklm.web._MOST_WAITING", 0)
     answer, _ = stream(site, ASKED)
     assert answer.status == 503
     assert "try again" in answer.json["error"]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from topklm.web import server
+from topklm import web
 
 LARGE = b"a" * 2**24  # more than the buffers of a connection hold
 
@@ -35,10 +35,10 @@ APP = Starlette(routes=[Route("/", hello), Route("/large", large), Route("/broke
 @pytest.fixture
 def running(monkeypatch):
     """Yields a server of few connections, which waits for as long as it takes; its port and itself."""
-    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 12)
+    monkeypatch.setattr(web, "_MOST_CONNECTIONS", 12)
     for name in ("REQUEST_SECONDS", "_READING_SECONDS"):
-        monkeypatch.setattr(server, name, 300.0)
-    listening = server.listen("127.0.0.1", 0)
+        monkeypatch.setattr(web, name, 300.0)
+    listening = web.listen("127.0.0.1", 0)
     with answering(APP, listening) as made:
         yield listening.getsockname()[1], made
 
@@ -93,7 +93,7 @@ def test_of_those_who_are_waited_for_the_longest_goes_first(small):
 
 
 def test_who_reads_nothing_of_a_long_answer_is_hung_up_on(running, monkeypatch):
-    monkeypatch.setattr(server, "_READING_SECONDS", 0.2)
+    monkeypatch.setattr(web, "_READING_SECONDS", 0.2)
     with contextlib.ExitStack() as stack:
         client = connected(stack, running[0], HOLDING_ON["not reading"])
         while not running[1].server_state.connections:
@@ -112,7 +112,7 @@ def test_a_long_answer_that_is_read_arrives_whole(small):
 
 
 def test_one_fault_is_logged_once_however_often_it_is_asked_for(small, caplog):
-    server._seldom._last.clear()
+    web._seldom._last.clear()
     with caplog.at_level(logging.ERROR):
         for _ in range(20):
             assert small.ask("/broken").status == 500
@@ -122,8 +122,8 @@ def test_one_fault_is_logged_once_however_often_it_is_asked_for(small, caplog):
 
 def test_different_faults_are_all_logged_and_the_same_one_again_after_a_while(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(server.time, "monotonic", lambda: now[0])
-    seldom = server._Seldom()
+    monkeypatch.setattr(web.time, "monotonic", lambda: now[0])
+    seldom = web._Seldom()
 
     def passes(function):
         try:

@@ -9,10 +9,10 @@ import pytest
 from serve_site import serving
 
 from topklm.errors import UserError
-from topklm.explorer import finding, overview, views
+from topklm.explorer import finding, views
 from topklm.explorer.neuron_data import NeuronData, NotThereError, shown
-from topklm.explorer.overview import Asked
 from topklm.explorer.steering import LiveModel
+from topklm.explorer.views import Asked
 from topklm.neurons.search import rank
 from topklm.neurons.statistics import catalog, table
 
@@ -195,7 +195,7 @@ def test_half_a_character_is_read_as_a_sign_for_it(source, reader):
 
 
 def test_the_overview_counts_dead_neurons_and_gives_medians_of_the_living(source):
-    data = overview.overview(source, Asked())
+    data = views.overview(source, Asked())
     assert [layer["n_dead"] for layer in data["layers"]] == [1, 0]
     alive = source.column("density")[:32][source.column("n_active")[:32] > 0]
     assert data["layers"][0]["median"]["density"] == pytest.approx(np.median(alive))
@@ -241,11 +241,11 @@ def test_a_link_without_sense_is_refused_by_name(wrong):
 
 def test_a_page_that_is_not_there_is_refused(source):
     with pytest.raises(UserError, match="page 3: must be from 1 to 2"):
-        overview.overview(source, Asked(page=3))
+        views.overview(source, Asked(page=3))
 
 
 def test_a_random_neuron_is_alive_and_not_always_the_same(source):
-    found = {overview.random_neuron(source, seed) for seed in range(300)}
+    found = {views.random_neuron(source, seed) for seed in range(300)}
     assert explored_run.DEAD not in found
     assert len(found) > 50
 

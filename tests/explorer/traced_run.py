@@ -12,7 +12,7 @@ import saved_runs
 
 from topklm.neurons.store import NeuronBlock
 from topklm.progress import Progress
-from topklm.trace import engine, tables
+from topklm.trace import measure, tables
 from topklm.trace.measure import Reading, Text
 from topklm.trace.tables import Settings, TraceFolder
 
@@ -32,7 +32,7 @@ def block_of(dense: np.ndarray) -> NeuronBlock:
     return NeuronBlock(offsets, tokens.astype(np.int32), dense[tokens, neurons].astype(np.float32))
 
 
-class Source(engine.Source):
+class Source(measure.Source):
     """Checkpoints as functions of the step."""
 
     def __init__(self, tokens: np.ndarray, documents: np.ndarray, layers: list[np.ndarray]):
@@ -80,7 +80,7 @@ def make(run: Path, source: Source, dictionary: str = "") -> TraceFolder:
         min_tokens=MIN_TOKENS,
     )
     with folder.writing(settings):
-        engine.trace(folder, settings, source, STEPS, Progress(lambda line: None), [measured])
+        measure.trace(folder, settings, source, STEPS, Progress(lambda line: None), [measured])
         for step in STEPS:
             folder.write("layers", step, _with_flows(folder.read_step("layers", step), step))
     shutil.copytree(run / "neurons" / str(REFERENCE) / "store", folder.store(REFERENCE))

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.adaptive_losses import token_losses
 from topklm.inference.adaptive import AdaptiveK, entropy, with_topk_k
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
 from topklm.model.topk import topk

@@ -16,9 +16,8 @@ import pytest
 from topklm.inference.engine import ClosedError, Engine, FullError
 from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.interventions import Intervention
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Scheduler, warm_up
-from topklm.inference.sequence import Sequence, ServingBuckets, default_slots
+from topklm.inference.sequence import Sampling, Sequence, ServingBuckets, default_slots
 from topklm.inference.steps import scores_of_prompt
 from topklm.model import transformer
 

@@ -13,7 +13,7 @@ from topklm.commands import generate as command
 from topklm.errors import UserError
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import Intervention, save_interventions
-from topklm.inference.sampling import Sampling
+from topklm.inference.sequence import Sampling
 
 MODEL = byte_model().cfg
 PROMPT = "old"

@@ -10,9 +10,8 @@ import numpy as np
 from plain_loop import CONFIG, compilations, limited_logits, params_of, plain_loop
 import pytest
 
-from topklm.inference.sampling import RowSampling, Sampling, draw, held
 from topklm.inference.scheduler import Generation
-from topklm.inference.sequence import bucket, cache_bucket
+from topklm.inference.sequence import RowSampling, Sampling, bucket, cache_bucket, draw, held
 from topklm.inference.steps import STEPS
 
 PROMPT = [3, 14, 15, 9, 26]

@@ -12,8 +12,8 @@ import pytest
 from topklm.errors import UserError
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import Intervention, entries_of, load_interventions, save_interventions
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.model import transformer
 
 PARAMS = params_of(CONFIG)

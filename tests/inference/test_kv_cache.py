@@ -9,8 +9,8 @@ from plain_loop import CONFIG, params_of, plain_loop
 import pytest
 
 from topklm.inference import kv_cache
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.model.cached_attention import KeysAndValues, KVBlock, attend_over
 
 RANDOM = np.random.default_rng(0)

@@ -15,7 +15,7 @@ import pytest
 
 from topklm.commands import train
 from topklm.training import loop
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "launch").rglob("*.sh"))
 STARTED_BY_PEOPLE = ("launch/tpu_vm.sh", "launch/slurm.sh", "launch/gke/submit.sh")
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_is_told_from_one_that_is_finished(capsys):
 def test_a_run_that_was_stopped_while_it_started_is_told_from_one_that_is_finished():
     code = (
         "import os, signal, time\n"
-        "from topklm.runtime.signals import stop_on_signal\n"
+        "from topklm.runtime.process import stop_on_signal\n"
         "with stop_on_signal():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(300)\n"

@@ -13,7 +13,7 @@ import pytest
 from references import active_mask
 
 from benchmarks.topk_and_norm import select_and_norm
-from topklm.compile_check import cost, hlo, topology
+from topklm.compile_check import check, cost
 from topklm.model import topk_pallas
 from topklm.model.topk import topk
 
@@ -272,7 +272,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def compiled_for_v5e(function, *arguments):
-    device = topology.find("v5e:1x1").devices[0]
+    device = check.find("v5e:1x1").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
     return jax.jit(function).lower(*placed).compile()
@@ -286,7 +286,7 @@ def test_on_a_v5e_it_reads_once_and_writes_once_and_needs_no_more_memory(dtype, 
     x = jax.ShapeDtypeStruct((4100, d), dtype)
     done = compiled_for_v5e(lambda x: topk_pallas.select(x, d // 16, "relu", "tpu")[0], x)
     n_bytes = x.size * dtype.itemsize
-    assert cost.main_memory_bytes(hlo.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
+    assert cost.main_memory_bytes(cost.parse(done.as_text())) == pytest.approx(2 * n_bytes, rel=0.001)
     assert done.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes
 
 
@@ -299,7 +299,7 @@ def test_on_a_v5e_residual_topk_and_norm_are_one_kernel():
 
     done = compiled_for_v5e(fused, x, x, scale)
     assert done.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    moved = cost.main_memory_bytes(hlo.parse(done.as_text()))
+    moved = cost.main_memory_bytes(cost.parse(done.as_text()))
     assert moved == pytest.approx(4 * x.size * BF16.itemsize, rel=0.07)  # the inverse RMS fills 128 lanes
 
 
@@ -314,6 +314,6 @@ def test_on_a_v5e_a_flag_and_a_residual_add_one_read_and_no_memory(dtype, d):
 
     compiled = compiled_for_v5e(flagged, x, x, flag)
     n_bytes = x.size * dtype.itemsize
-    touched = cost.main_memory_bytes(hlo.parse(compiled.as_text()))
+    touched = cost.main_memory_bytes(cost.parse(compiled.as_text()))
     assert touched == pytest.approx(3 * n_bytes, rel=0.001)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.001 * n_bytes

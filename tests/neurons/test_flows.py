@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from topklm.neurons.flows import Flows, sums
+from topklm.neurons.harvest import Flows, flow_sums
 
 S, B, T, D = 2, 3, 50, 5
 
@@ -22,7 +22,7 @@ def test_figures_are_those_of_numpy_however_rows_are_cut(cuts):
     read = rng.random((B, T)) < 0.7
     flows = Flows()
     for a, b in itertools.pairwise(cuts):
-        of_layers = [sums(*(jnp.asarray(x[s, a:b]) for x in (h, u, kept)), read[a:b]) for s in range(S)]
+        of_layers = [flow_sums(*(jnp.asarray(x[s, a:b]) for x in (h, u, kept)), read[a:b]) for s in range(S)]
         stacked = {name: jnp.stack([layer[name] for layer in of_layers]) for name in of_layers[0]}
         flows.add(stacked, int(read[a:b].sum()))
     found = flows.columns()
@@ -47,6 +47,6 @@ def test_figures_are_those_of_numpy_however_rows_are_cut(cuts):
 def test_a_negative_activation_is_carried_by_a_negative_input():
     h, kept = jnp.array([[[-1.0]]]), jnp.array([[[-2.0]]])
     flows = Flows()
-    flows.add({name: x[None] for name, x in sums(h, kept, kept, jnp.ones((1, 1), bool)).items()}, 1)
+    flows.add({name: x[None] for name, x in flow_sums(h, kept, kept, jnp.ones((1, 1), bool)).items()}, 1)
     assert flows.columns()["carried"] == 0.5
     assert flows.columns()["kept_before"] == 1

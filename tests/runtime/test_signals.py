@@ -8,11 +8,11 @@ import threading
 from helpers import ROOT, Process
 import pytest
 
-from topklm.runtime.signals import stop_on_signal
+from topklm.runtime.process import stop_on_signal
 
 HEADER = """
 import ctypes, os, signal, sys, time
-from topklm.runtime.signals import stop_on_signal
+from topklm.runtime.process import stop_on_signal
 
 def say(text):
     os.write(1, f"{text}\\n".encode())  # in one piece, whoever else writes

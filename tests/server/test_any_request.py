@@ -20,7 +20,7 @@ from topklm.inference.engine import SequenceUpdate
 from topklm.inference.sequence import Token
 from topklm.inference.steps import Scores
 from topklm.server import requests
-from topklm.server.service import Service
+from topklm.server.app import Service
 
 FIELDS = {
     "completions": requests._KNOWN,

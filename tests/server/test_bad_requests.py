@@ -12,12 +12,11 @@ from topklm.config import Config, ModelConfig
 from topklm.data.tokenizer import train_bpe
 from topklm.errors import UserError
 from topklm.inference.engine import ClosedError, Engine
-from topklm.inference.sampling import RowSampling, draw
+from topklm.inference.sequence import RowSampling, draw
 from topklm.server import app, requests
-from topklm.server.app import refused
+from topklm.server.app import Service, finite, refused
 from topklm.server.requests import ApiError, Limits
-from topklm.server.service import Service, finite
-from topklm.web.http import Guard
+from topklm.web import Guard
 
 MODEL = ModelConfig(
     d_model=32,

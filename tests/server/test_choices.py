@@ -8,11 +8,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from topklm.data.tokenizer import Tokenizer, train_bpe
-from topklm.inference.sampling import Sampling
-from topklm.inference.sequence import Sequence, Token
+from topklm.inference.sequence import Sampling, Sequence, Token
 from topklm.inference.steps import Scores
 from topklm.inference.tokens import first_stop
-from topklm.server.service import Choice, joined
+from topklm.server.app import Choice, joined
 
 TOKENIZER = train_bpe(["the old baker ate a cake by the river \U0001f600 über"] * 20, 290)
 SAID = "über the river \U0001f600!"

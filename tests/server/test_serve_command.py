@@ -12,7 +12,7 @@ from topklm import cli
 from topklm.commands import serve
 from topklm.errors import UserError
 from topklm.server import app
-from topklm.web.server import listen, name_of, names_of
+from topklm.web import listen, name_of, names_of
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from topklm.steering import next_token_effects
-from topklm.steering.next_token_effects import MeasuredLayer
+from topklm.steering import dose
+from topklm.steering.dose import MeasuredLayer
 
 X, N, R, K = 3, 12, 40, 2
 OTHERS_AT = np.array([0, 3, 4, 9])
@@ -29,7 +29,7 @@ def measured():
 def quantile(values):
     """Returns the 95th percentile, by linear interpolation between sorted values."""
     values = sorted(values)
-    at = next_token_effects.QUANTILE * (len(values) - 1)
+    at = dose.QUANTILE * (len(values) - 1)
     low = math.floor(at)
     return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
@@ -40,7 +40,7 @@ def strength_of(measured, neuron):
 
 
 def test_each_verdict_is_that_of_the_definition(measured):
-    found = next_token_effects.judge(measured, BOUND)
+    found = dose.judge(measured, BOUND)
     for j in range(N):
         x = strength_of(measured, j)
         assert found.strength[j] == x
@@ -61,7 +61,7 @@ def test_each_verdict_is_that_of_the_definition(measured):
 
 
 def test_mismatched_pairs_are_counted_one_by_one(measured):
-    found = next_token_effects.judge(measured, BOUND)
+    found = dose.judge(measured, BOUND)
     for k in range(K):
         passed = []
         for s, neuron in enumerate(OTHERS_AT):
@@ -83,7 +83,7 @@ def test_a_gain_below_zero_is_none_whatever_random_directions_do(measured):
         others=measured.others - 100,
         others_at=OTHERS_AT,
     )
-    assert not next_token_effects.judge(low, BOUND).steerable.any()
+    assert not dose.judge(low, BOUND).steerable.any()
 
 
 def test_random_numbers_are_steerable_in_five_of_a_hundred_cases():
@@ -94,7 +94,7 @@ def test_random_numbers_are_steerable_in_five_of_a_hundred_cases():
     random = rng.normal(3, 1, (1, 200, n, 1))
     others = np.zeros((1, 0, n, 1))
     chance = MeasuredLayer(own, zeros, zeros, random, np.zeros((1, 200)), others, np.zeros(0, np.int64))
-    found = next_token_effects.judge(chance, BOUND)
+    found = dose.judge(chance, BOUND)
     assert 0.035 < found.steerable.mean() < 0.065
     assert not found.specific.any()  # there was nothing to compare with
 
@@ -102,9 +102,9 @@ def test_random_numbers_are_steerable_in_five_of_a_hundred_cases():
 @pytest.mark.parametrize(("count", "n"), [(0, 10), (3, 10), (10, 10), (170, 256)])
 def test_the_interval_of_a_share_is_wilsons(count, n):
     # Its ends are the shares p from which count / n is 1.96 standard deviations sqrt(p (1 - p) / n) away.
-    low, high = next_token_effects.wilson(count, n)
+    low, high = dose.wilson(count, n)
     for end in (low, high):
         assert (count / n - end) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / n, abs=1e-12)
     assert low <= count / n <= high
     assert low < high
-    assert math.isnan(next_token_effects.wilson(0, 0)[0])
+    assert math.isnan(dose.wilson(0, 0)[0])

@@ -8,7 +8,7 @@ import saved_runs
 
 from topklm.model import transformer
 from topklm.neurons.labelled_texts import Trees
-from topklm.trace import heads
+from topklm.trace import language
 
 # The old miller sees ships: det(2, 0), amod(2, 1), nsubj(3, 2), obj(3, 4); words are tokens 1 to 5.
 ARCS = [(2, 0, "det/head"), (2, 1, "amod/head"), (3, 2, "nsubj/head"), (4, 3, "obj/dependent")]
@@ -27,7 +27,7 @@ def trees_of(n, seed=0):
 
 @pytest.fixture(autouse=True)
 def few_arcs(monkeypatch):
-    monkeypatch.setattr(heads, "LEAST_ARCS", 4)
+    monkeypatch.setattr(language, "LEAST_ARCS", 4)
 
 
 def test_a_head_that_looks_along_the_arcs_has_them_all():
@@ -38,10 +38,10 @@ def test_a_head_that_looks_along_the_arcs_has_them_all():
     attention[0, 1, range(1, 6), range(5)] = 0.9  # the second head looks at the word before
     attention[0, :, range(6), range(6)] = 3.0  # nobody is its own head, and nobody looks ahead
     attention[0, :, 0, 5] = 3.0
-    answers = np.asarray(heads.answers_of(jnp.asarray(attention)))
+    answers = np.asarray(language.answers_of(jnp.asarray(attention)))
     assert answers[0, 0, 1:5].tolist() == [0, 1, 2, 3]
-    rows = heads.Parsing(trees_of(4)).rows_of(np.tile(answers[None], (1, 4, 1, 1)))
-    found = {one.relation: one for one in heads.attachment(rows)}
+    rows = language.Parsing(trees_of(4)).rows_of(np.tile(answers[None], (1, 4, 1, 1)))
+    found = {one.relation: one for one in language.attachment(rows)}
     assert {name: one.uas for name, one in found.items()} == {
         "amod/head": 1,
         "det/head": 0,
@@ -49,7 +49,7 @@ def test_a_head_that_looks_along_the_arcs_has_them_all():
         "obj/dependent": 1,
     }
     assert {name: one.distance for name, one in found.items()} == dict.fromkeys(found, 1)
-    assert heads.over_relations(list(found.values())) == {"uas": 0.75, "uas_distance": 1}
+    assert language.over_relations(list(found.values())) == {"uas": 0.75, "uas_distance": 1}
     assert {one.n for one in found.values()} == {4}
 
 
@@ -57,8 +57,8 @@ def test_the_head_is_chosen_on_one_half_and_scored_on_the_other():
     answers = np.full((2, 6, 1, 6), -1)  # layers, sentences, heads, words
     answers[0, 0::2, 0, 2] = 1  # layer 0 has amod in the even sentences alone, layer 1 in the odd ones
     answers[1, 1::2, 0, 2] = 1
-    rows = heads.Parsing(trees_of(6)).rows_of(answers)
-    found = {one.relation: one for one in heads.attachment(rows)}
+    rows = language.Parsing(trees_of(6)).rows_of(answers)
+    found = {one.relation: one for one in language.attachment(rows)}
     assert found["amod/head"].uas == 0  # chosen in-sample it would be 1
     hits = {
         (r["layer"], r["half"]): r["hits"] for r in rows if r["relation"] == "amod/head" and r["head"] < 1
@@ -68,19 +68,19 @@ def test_the_head_is_chosen_on_one_half_and_scored_on_the_other():
 
 
 def test_a_relation_with_few_arcs_is_not_scored(monkeypatch):
-    monkeypatch.setattr(heads, "LEAST_ARCS", 7)
-    assert heads.Parsing(trees_of(6)).relations == []
-    assert np.isnan(heads.over_relations([])["uas"])
+    monkeypatch.setattr(language, "LEAST_ARCS", 7)
+    assert language.Parsing(trees_of(6)).relations == []
+    assert np.isnan(language.over_relations([])["uas"])
 
 
 @pytest.mark.parametrize("short", [5, 32])
 def test_rows_of_a_model_are_those_of_its_attention_in_float64(monkeypatch, short):
-    monkeypatch.setattr(heads, "_BATCH", 4)
-    monkeypatch.setattr(heads, "_SHORT", short)
+    monkeypatch.setattr(language, "_BATCH_SENTENCES", 4)
+    monkeypatch.setattr(language, "_SHORT", short)
     trees = trees_of(6)
     trees.segment_ids[1, 5:] = 0  # the last word of one sentence sees itself alone
     params = transformer.create(saved_runs.MODEL, 0)
-    rows = heads.Parsing(trees).rows(saved_runs.MODEL, params)
+    rows = language.Parsing(trees).rows(saved_runs.MODEL, params)
     weights = attention_in_float64(saved_runs.MODEL, params, trees.tokens, trees.segment_ids)
     hits = {}
     for s in range(6):
@@ -102,4 +102,4 @@ def test_an_induction_pattern_matches_prefixes_and_one_that_repeats_does_not():
     for i in range(period + 1, 2 * period + 1):
         weights[:, 0, i, i - period + 1] = 1  # the token after the same one
         weights[:, 1, i, i - period] = 1  # the same one
-    assert np.asarray(heads.prefix_scores(jnp.asarray(weights))).tolist() == [1, 0]
+    assert np.asarray(language.prefix_scores(jnp.asarray(weights))).tolist() == [1, 0]

@@ -16,7 +16,8 @@ from topklm.explorer.traced import Trace
 from topklm.neurons.segment import from_dense
 from topklm.neurons.store import Metadata, StoreWriter
 from topklm.progress import Progress
-from topklm.trace import engine, tables
+from topklm.trace import measure as measure_lib
+from topklm.trace import tables
 from topklm.trace.measure import Reading, Text
 from topklm.trace.summary import Summary, against, shared_steps
 from topklm.trace.tables import Settings, TraceFolder
@@ -56,7 +57,7 @@ def planted(step, tokens):
     return [one, other]
 
 
-class Planted(engine.Source):
+class Planted(measure_lib.Source):
     """A run whose checkpoints are functions of the step."""
 
     def __init__(self, change=lambda step, layers: layers, parameters=str):
@@ -110,7 +111,7 @@ def traced(run, source=None, steps=STEPS, measures=(), **changes):
     folder = TraceFolder(run)
     about = settings(source, **changes)
     with folder.writing(about):
-        engine.trace(folder, about, source, steps, Progress(lambda line: None), measures)
+        measure_lib.trace(folder, about, source, steps, Progress(lambda line: None), measures)
     return folder
 
 
@@ -133,7 +134,7 @@ class Processes:
             patch.setattr(distributed, "of_first", of_first)
             for index in reversed(range(self._count)):
                 patch.setattr(distributed, "process_index", lambda index=index: index)
-                engine.trace(folder, about, source, steps, Progress(lambda line: None))
+                measure_lib.trace(folder, about, source, steps, Progress(lambda line: None))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from topklm.errors import UserError
-from topklm.training import anomalies
-from topklm.training.anomalies import LEAST_STEPS, MOST_SKIPPED_IN_A_ROW, WINDOW_STEPS, Policy
+from topklm.training.step import (
+    LEAST_STEPS,
+    MOST_SKIPPED_IN_A_ROW,
+    WINDOW_STEPS,
+    AnomalyPolicy,
+    empty_window,
+    is_bad,
+    push_step,
+)
 
 SIGMAS = 4.0
 
@@ -17,10 +24,10 @@ SIGMAS = 4.0
 def judge_with_jax(losses, norms, sigmas):
     @jax.jit
     def step(recent, loss, norm):
-        bad = anomalies.is_bad(recent, loss, norm, sigmas)
-        return anomalies.push(recent, loss, norm, bad), bad
+        bad = is_bad(recent, loss, norm, sigmas)
+        return push_step(recent, loss, norm, bad), bad
 
-    recent, judged = anomalies.empty(), []
+    recent, judged = empty_window(), []
     for loss, norm in zip(losses, norms, strict=True):
         recent, bad = step(recent, np.float32(loss), np.float32(norm))
         judged.append(bool(bad))
@@ -88,11 +95,11 @@ def test_a_fall_of_the_loss_is_no_spike():
 
 
 def stopping(good=400, sigmas=0.0):
-    return Policy("stop", sigmas, "Lower the learning rate.", lambda: good)
+    return AnomalyPolicy("stop", sigmas, "Lower the learning rate.", lambda: good)
 
 
 def skipping(good=400):
-    return Policy("skip", SIGMAS, "Lower the learning rate.", lambda: good)
+    return AnomalyPolicy("skip", SIGMAS, "Lower the learning rate.", lambda: good)
 
 
 def test_a_step_that_is_not_finite_stops_the_run_with_the_steps_to_look_at():

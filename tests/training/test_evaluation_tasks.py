@@ -10,7 +10,7 @@ import pytest
 import topklm
 from topklm.config import Config
 from topklm.errors import UserError
-from topklm.eval import compare, scoring, tasks
+from topklm.eval import scoring, tasks
 from topklm.layout import one_device
 from topklm.neurons.documents import TextModel
 from topklm.training import evaluation, metrics
@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_saved_model(run, folder):
         (tasks.find("mine", folder, 2), {"acc": "mine", "acc_bytes": "mine_acc_bytes"}),
     ):
         outcome = tasks.tokenize(task, model, lm.tokenizer).evaluate(model, program=program)
-        figures = {f.measure: f.estimate().value for f in compare.figures_of(outcome) if not f.part}
+        figures = {f.measure: f.estimate().value for f in tasks.figures_of(outcome) if not f.part}
         for measure, name in names.items():
             assert last[f"eval/{name}"] == pytest.approx(figures[measure], rel=1e-6)
     assert last["step"] == lm.step

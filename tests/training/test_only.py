@@ -24,8 +24,14 @@ from topklm.errors import UserError
 from topklm.inference.interventions import Intervention, save_interventions
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
-from topklm.training import anomalies, only
-from topklm.training.step import TrainState, make_loss_and_gradient, make_optimizer, make_train_step
+from topklm.training import only
+from topklm.training.step import (
+    TrainState,
+    empty_window,
+    make_loss_and_gradient,
+    make_optimizer,
+    make_train_step,
+)
 
 MODEL = ModelConfig(
     d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=24, vocab_size=61, context_length=16, topk_k=6
@@ -58,7 +64,7 @@ def start(optimizer, layout, chances=None):
     opt_state = optimizer.init(params)
     if chances is not None:
         opt_state = opt_state._replace(chances=chances)
-    state = TrainState(np.int32(0), params, opt_state, anomalies.empty())
+    state = TrainState(np.int32(0), params, opt_state, empty_window())
     return jax.device_put(state, layout.shardings(state), may_alias=False)
 
 

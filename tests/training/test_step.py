@@ -21,10 +21,10 @@ import pytest
 from topklm.config import Config, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
-from topklm.training import anomalies
 from topklm.training.step import (
     TrainState,
     abstract_state,
+    empty_window,
     init_state,
     learning_rate_schedule,
     make_optimizer,
@@ -78,7 +78,7 @@ def initial_params():
 def fresh_state(optimizer, layout):
     """Makes the state that `init_state` gives, without compiling it."""
     params = initial_params()
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), empty_window())
     # Copied, because a step reuses the memory.
     return jax.device_put(state, layout.shardings(state), may_alias=False)
 

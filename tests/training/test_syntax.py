@@ -27,8 +27,8 @@ from topklm.errors import UserError
 from topklm.layout import make_layout, one_device
 from topklm.model import transformer
 from topklm.neurons import labelled_texts
-from topklm.training import anomalies, syntax
-from topklm.training.step import TrainState, make_optimizer, make_train_step
+from topklm.training import syntax
+from topklm.training.step import TrainState, empty_window, make_optimizer, make_train_step
 from topklm.training.syntax import SentenceBatches
 
 MODEL = ModelConfig(
@@ -128,7 +128,7 @@ def text_batch(seed=0):
 
 def state_of(optimizer, layout):
     params = transformer.create(MODEL, 0)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomalies.empty())
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), empty_window())
     return jax.device_put(state, layout.shardings(state), may_alias=False)
 
 

@@ -9,7 +9,7 @@ import pytest
 from topklm.config import Config, ModelConfig
 from topklm.model import transformer
 from topklm.training import throughput
-from topklm.training.console import Console
+from topklm.training.metrics import Console
 from topklm.training.throughput import (
     Clock,
     data_sheet_peak,

@@ -20,23 +20,24 @@ import jax
 import jax.numpy as jnp
 
 from topklm import distributed
-from topklm.checkpoint.reader import (
+from topklm.checkpoint.step_folder import (
     DATA,
     FACTS,
     OPTIMIZER,
     PARAMS,
     READ_ERRORS,
     CheckpointReader,
+    CheckpointWriter,
     DamagedError,
     complete_steps,
     describe_damage,
+    remove,
+    remove_old,
 )
-from topklm.checkpoint.writer import CheckpointWriter, remove, remove_old
 from topklm.config import CheckpointConfig
 from topklm.errors import UserError
 from topklm.layout import Layout
-from topklm.storage.errors import storage_problem
-from topklm.storage.files import AnyPath, absolute, beside
+from topklm.storage.files import AnyPath, absolute, beside, storage_problem
 
 _MEETING_S = 600.0  # for all processes to come to the same line
 _STORAGE_S = 1200.0  # for each to read or write its part; a save that takes longer has failed

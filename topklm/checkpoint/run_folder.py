@@ -13,11 +13,19 @@ import uuid
 
 from topklm import config as config_lib
 from topklm import distributed
-from topklm.checkpoint import reader
-from topklm.checkpoint.reader import FACTS, OPTIMIZER, CheckpointReader, DamagedError
+from topklm.checkpoint import step_folder
+from topklm.checkpoint.step_folder import FACTS, OPTIMIZER, CheckpointReader, DamagedError
 from topklm.errors import UserError
-from topklm.storage.errors import storage_errors_are_user_errors, store_errors
-from topklm.storage.files import AnyPath, absolute, folder_lock, is_bucket, parse_json, write_atomically
+from topklm.storage.files import (
+    AnyPath,
+    absolute,
+    folder_lock,
+    is_bucket,
+    parse_json,
+    storage_errors_are_user_errors,
+    store_errors,
+    write_atomically,
+)
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -116,7 +124,7 @@ def complete_steps(folder: AnyPath, of: str = CHECKPOINTS_FOLDER) -> list[int]:
     """
     checkpoints = folder / of
     with storage_errors_are_user_errors(f"listing {checkpoints}", checkpoints):
-        return reader.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
+        return step_folder.complete_steps(absolute(checkpoints)) if checkpoints.exists() else []
 
 
 def has_checkpoint(folder: AnyPath) -> bool:

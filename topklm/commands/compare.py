@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from topklm.commands import neurons_ablate, shared
+from topklm.commands import neurons_find, shared
 from topklm.commands.shared import Output
 from topklm.errors import ArgumentError, UserError, visible
 from topklm.imports import when_used
 from topklm.storage.files import read_json
 
 with when_used():
-    from topklm.eval import compare as eval_compare
     from topklm.eval import tasks
     from topklm.neurons import ablate_targets, dictionary, search
     from topklm.neurons import documents as documents_lib
     from topklm.steering import survey
 
 if TYPE_CHECKING:
-    from topklm.eval.compare import Figure
+    from topklm.eval.tasks import Figure
     from topklm.inference.language_model import LanguageModel
     from topklm.layout import Layout
     from topklm.neurons.store import Store
@@ -132,9 +131,9 @@ def _bits(arguments: argparse.Namespace, output: Output, runs: Sequence[_Run]) -
         with output.progress.phase(f"reading with {one.name}", tokenized.n_tokens) as tell:
             outcome = tokenized.evaluate(one.text_model, report=_told(tell))
         assert outcome is not None  # nothing stops it
-        figures += eval_compare.figures_of(outcome)
+        figures += tasks.figures_of(outcome)
     ours, theirs = figures
-    gap = eval_compare.difference([ours], [theirs], seed=arguments.seed)
+    gap = tasks.difference([ours], [theirs], seed=arguments.seed)
     return {
         "documents": len(texts),
         "bytes": int(ours.weights.sum()),
@@ -173,7 +172,7 @@ def _pattern(
         found.append(
             {
                 "best": [dataclasses.asdict(neuron) for neuron in best],
-                "ablation": neurons_ablate.facts_of(plan, before, outcomes),
+                "ablation": neurons_find.facts_of(plan, before, outcomes),
             }
         )
     return {"regex": pattern, "runs": found}

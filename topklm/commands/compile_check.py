@@ -7,7 +7,7 @@ from topklm.commands.shared import Output
 from topklm.imports import when_used
 
 with when_used():
-    from topklm.compile_check import check, topology
+    from topklm.compile_check import check
 
 DESCRIPTION = (
     "Compiles the full train step for a TPU slice that is not there, and prints what a step takes of each "
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = train.read(arguments, arguments.config_flags, EXAMPLE)
     # Nothing runs here: leave the machine's accelerators to others.
     jax.config.update("jax_platforms", "cpu")
-    slices = topology.find(arguments.topology, arguments.slices)
+    slices = check.find(arguments.topology, arguments.slices)
     report = check.compile_check(config, slices, arguments.config)
     output = Output(arguments.json)
     output.give(report.to_dict(), lambda: check.show(report, output.console))

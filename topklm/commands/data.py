@@ -14,8 +14,16 @@ import rich.text
 
 from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
-from topklm.data.dataset import SPLITS, Dataset, is_dataset, load_dataset
-from topklm.data.verify import TextWindow, VerifyReport, sample_windows, verify
+from topklm.data.dataset import (
+    SPLITS,
+    Dataset,
+    TextWindow,
+    VerifyReport,
+    is_dataset,
+    load_dataset,
+    sample_windows,
+    verify,
+)
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
 from topklm.storage.files import as_path, local_path, replacing

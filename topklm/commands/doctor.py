@@ -18,8 +18,14 @@ from topklm.commands.shared import Output
 from topklm.config import MeshConfig
 from topklm.errors import UserError, explain, one_line, visible
 from topklm.imports import versions, when_used
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, absolute, as_path, is_bucket, write_atomically
+from topklm.storage.files import (
+    AnyPath,
+    absolute,
+    as_path,
+    is_bucket,
+    storage_errors_are_user_errors,
+    write_atomically,
+)
 from topklm.storage.remote import check_usable
 
 with when_used():

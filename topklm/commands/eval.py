@@ -18,7 +18,7 @@ from topklm.imports import versions, when_used
 from topklm.storage.files import local_path, write_atomically
 
 with when_used():
-    from topklm.eval import compare, scoring, tasks
+    from topklm.eval import scoring, tasks
     from topklm.inference import adaptive
     from topklm.inference import load as load_lib
     from topklm.neurons import documents as documents_lib
@@ -26,8 +26,7 @@ with when_used():
 
 if TYPE_CHECKING:
     from topklm.data.tokenizer import Tokenizer
-    from topklm.eval.compare import Figure
-    from topklm.eval.tasks import Outcome, Task, TokenizedTask
+    from topklm.eval.tasks import Figure, Outcome, Task, TokenizedTask
     from topklm.inference.language_model import LanguageModel
     from topklm.neurons.documents import TextModel
 
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         _check_harness(arguments)
         _run_harness(arguments, output, data)
         return
-    margins = compare.margins(arguments.margin)
+    margins = tasks.margins(arguments.margin)
     _check_runs(arguments)
     found = _Evaluation(arguments, output, data)
     content, figures = _content(arguments, found, margins)
@@ -123,7 +122,7 @@ class _Run:
     outcomes: Sequence[Outcome]
 
     def figures(self) -> list[Figure]:
-        return [figure for outcome in self.outcomes for figure in compare.figures_of(outcome)]
+        return [figure for outcome in self.outcomes for figure in tasks.figures_of(outcome)]
 
 
 class _Evaluation:
@@ -258,16 +257,16 @@ def _content(
         entry |= {"unit": ours[0].unit, "units": len(ours[0].sums)}
         for name, side in sides.items():
             entry[name] = [dataclasses.asdict(figure.estimate(arguments.seed)) for figure in side]
-        entry["mean"] = dataclasses.asdict(compare.mean_over_runs(ours, arguments.seed))
+        entry["mean"] = dataclasses.asdict(tasks.mean_over_runs(ours, arguments.seed))
         entry["difference"] = None
         if theirs:
-            entry["mean_against"] = dataclasses.asdict(compare.mean_over_runs(theirs, arguments.seed))
+            entry["mean_against"] = dataclasses.asdict(tasks.mean_over_runs(theirs, arguments.seed))
             if task in incomparable and not measure.startswith("acc"):
-                title = compare.MEASURES[measure].title
+                title = tasks.MEASURES[measure].title
                 text = "not compared: tokenizers differ, and one does not keep the text as it is"
                 found.notes.append(f"{task}: {title} {text}")
             else:
-                gap = compare.difference(ours, theirs, margins.get(measure), arguments.seed)
+                gap = tasks.difference(ours, theirs, margins.get(measure), arguments.seed)
                 entry["difference"] = dataclasses.asdict(gap)
         figures.append(entry)
     content = {

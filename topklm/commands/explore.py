@@ -67,13 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Serves at once, and makes meanwhile the figures that are missing."""
-    from topklm.web.server import listen  # noqa: PLC0415 - see `run`
+    from topklm.web import listen  # noqa: PLC0415 - see `run`
 
     with listen(arguments.host, arguments.port) as listening:  # a taken port shows before work is done
         from topklm.commands import neurons as neurons_verb  # noqa: PLC0415
         from topklm.explorer import app  # noqa: PLC0415
+        from topklm.explorer.app import Preparing  # noqa: PLC0415
         from topklm.explorer.neuron_data import NeuronData  # noqa: PLC0415
-        from topklm.explorer.preparing import Preparing  # noqa: PLC0415
         from topklm.inference.load import checkpoint_step  # noqa: PLC0415
         from topklm.runtime import compilation_cache  # noqa: PLC0415
 

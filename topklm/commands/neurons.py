@@ -10,13 +10,12 @@ from pathlib import Path
 import re
 from typing import TYPE_CHECKING
 
-from topklm.commands import neurons_ablate, neurons_card, neurons_compare, neurons_find, shared
+from topklm.commands import neurons_card, neurons_compare, neurons_find, shared
 from topklm.commands.shared import Output, Verb
 from topklm.data.dataset import SPLITS
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
-from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS, FITTED, NeuronsFolder
-from topklm.neurons.statistics import MeasureSettings
+from topklm.neurons import DICTIONARIES, DICTIONARY_TOKENS, FITTED, MeasureSettings, NeuronsFolder
 from topklm.progress import Progress
 from topklm.storage.files import local_path
 
@@ -81,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "find": neurons_find.FIND,
         "contrast": neurons_compare.CONTRAST,
         "select": neurons_find.SELECT,
-        "ablate": neurons_ablate.ABLATE,
+        "ablate": neurons_find.ABLATE,
         "ablate-set": neurons_compare.ABLATE_SET,
         "card": neurons_card.CARD,
     }
@@ -387,7 +386,7 @@ def measure_into(
         raise UserError("topklm neurons measure needs pyarrow: run pip install 'topklm[explore]'")
     # Parquet needs a package of the extra, and the others are slow to import.
     from topklm.neurons.statistics import embeddings  # noqa: PLC0415
-    from topklm.neurons.statistics.inputs import Inputs  # noqa: PLC0415
+    from topklm.neurons.statistics.catalog import Inputs  # noqa: PLC0415
     from topklm.neurons.statistics.table import extend, measure  # noqa: PLC0415
 
     windows = None

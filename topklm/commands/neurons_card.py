@@ -57,14 +57,14 @@ def _card(arguments: argparse.Namespace) -> None:
     shared.check_can_write(arguments, "out")
     output = Output(arguments.json)
     # They need packages of the extra.
-    from topklm.explorer import card_picture, card_run  # noqa: PLC0415
+    from topklm.explorer import card as card_lib  # noqa: PLC0415
     from topklm.neurons import labelled_texts  # noqa: PLC0415
     from topklm.sae import folder as sae_folder  # noqa: PLC0415
 
-    sets = card_run.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
+    sets = card_lib.labelled(arguments.labels, arguments.conllu, arguments.sae_probes, arguments.seed)
     steps = [arguments.step if name == arguments.run else None for name in names]
     asked = [argparse.Namespace(run=name, step=step) for name, step in zip(names, steps, strict=True)]
-    runs = [card_run.Run(one.run, *shared.load(one)) for one in asked]
+    runs = [card_lib.Run(one.run, *shared.load(one)) for one in asked]
     notes = list[str]()
     if arguments.labels is None and runs[0].model.config.data.source == QUICKSTART:
         try:
@@ -74,9 +74,9 @@ def _card(arguments: argparse.Namespace) -> None:
     if not sets:
         notes.append("no text with labels was given (--labels, --conllu, --sae-probes): nothing is probed")
     output.progress.say("clustering tokens")
-    documents = card_run.documents(runs[0], arguments.tokens)
-    clusters, resource = card_run.clusters(runs[0], documents, arguments.vectors, arguments.seed)
-    common = card_run.Common(
+    documents = card_lib.documents(runs[0], arguments.tokens)
+    clusters, resource = card_lib.clusters(runs[0], documents, arguments.vectors, arguments.seed)
+    common = card_lib.Common(
         runs,
         documents,
         clusters,
@@ -90,7 +90,7 @@ def _card(arguments: argparse.Namespace) -> None:
     measured = list[dict[str, Any]]()
     for run in runs:
         output.progress.say(f"{run.name}:")
-        found, more = card_run.measure(common, run)
+        found, more = card_lib.measure(common, run)
         measured.append(found)
         notes += more
     facts = survey.without_nan(
@@ -110,7 +110,7 @@ def _card(arguments: argparse.Namespace) -> None:
     )
     if arguments.out is not None:
         with disk_errors_are_user_errors(f"writing {arguments.out}"):
-            write_atomically(local_path(arguments.out, "--out"), card_picture.draw(facts).encode())
+            write_atomically(local_path(arguments.out, "--out"), card_lib.draw(facts).encode())
     output.give(facts, lambda: show(output, facts))
 
 

@@ -18,8 +18,7 @@ from topklm.commands.shared import Output
 from topklm.config import Config
 from topklm.errors import UserError, explain, visible
 from topklm.imports import when_used
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, absolute, as_path
+from topklm.storage.files import AnyPath, absolute, as_path, storage_errors_are_user_errors
 
 with when_used():
     from topklm.checkpoint import run_folder

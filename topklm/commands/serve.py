@@ -52,10 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
         from topklm.inference.load import load  # noqa: PLC0415
         from topklm.runtime import compilation_cache  # noqa: PLC0415
         from topklm.server import app  # noqa: PLC0415
+        from topklm.server.app import Service  # noqa: PLC0415
         from topklm.server.requests import Limits  # noqa: PLC0415
-        from topklm.server.service import Service  # noqa: PLC0415
-        from topklm.web.http import is_loopback  # noqa: PLC0415
-        from topklm.web.server import listen  # noqa: PLC0415
+        from topklm.web import is_loopback, listen  # noqa: PLC0415
 
     if arguments.slots is not None and not 1 <= arguments.slots <= 1024:
         raise shared.wrong(arguments, "slots", allowed="from 1 to 1024")

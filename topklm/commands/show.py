@@ -16,12 +16,11 @@ from topklm.errors import UserError, visible
 from topklm.imports import when_used
 from topklm.neurons import NeuronsFolder, harvested_steps
 from topklm.neurons.labels import Labels
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import as_path, is_bucket, local_path
+from topklm.storage.files import as_path, is_bucket, local_path, storage_errors_are_user_errors
 
 with when_used():
     from topklm.neurons import store as store_lib
-    from topklm.training import console
+    from topklm.training import metrics
 
 DESCRIPTION = (
     "Shows a run: where its config differs from the defaults, its loss over the steps, its checkpoints, and "
@@ -116,7 +115,7 @@ def _show(
     if parts:
         say("; ".join(parts))
     if found.config is not None:
-        say(console.describe_model(found.config))
+        say(metrics.describe_model(found.config))
         rows = [
             [field, Text(visible(str(here))), Text(visible(str(there)))]
             for field, (here, there) in differences.items()

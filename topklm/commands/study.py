@@ -27,7 +27,7 @@ from topklm.storage.files import local_path, read_json, write_atomically
 with when_used():
     from topklm.checkpoint import run_folder
     from topklm.eval import claims
-    from topklm.explorer import card_picture
+    from topklm.explorer import card as card_lib
     from topklm.inference import load as load_lib
     from topklm.neurons import bases
     from topklm.sae import folder as sae_folder
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name, study in studies.items():
             images.mkdir(exist_ok=True)
             write_atomically(
-                images / f"claims-{name}.svg", card_picture.draw_claims(study, bases.TITLES).encode()
+                images / f"claims-{name}.svg", card_lib.draw_claims(study, bases.TITLES).encode()
             )
         write_atomically(page, claims.page(studies, bases.TITLES).encode())
 

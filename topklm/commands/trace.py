@@ -1,15 +1,21 @@
-"""`topklm trace`: neurons over the checkpoints of a run."""
+"""`topklm trace`: neurons over the checkpoints of a run.
+
+`topklm trace facts`: neurons that tell known facts from forgotten ones; flags that it and `run` share.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import dataclasses
+import math
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topklm.commands import shared, trace_facts
+from topklm.commands import shared
 from topklm.commands.shared import Output, Verb
 from topklm.errors import ArgumentError, UserError, disk_errors_are_user_errors
 from topklm.imports import when_used
@@ -18,13 +24,17 @@ from topklm.storage.files import local_path, write_atomically
 
 with when_used():
     from topklm.checkpoint import run_folder
-    from topklm.explorer import trace_figures, traced
+    from topklm.explorer import traced
+    from topklm.neurons import documents as documents_lib
     from topklm.runtime import compilation_cache
     from topklm.steering import survey
-    from topklm.trace import changes, engine, read, summary, tables
+    from topklm.trace import changes, facts, language, measure, read, summary, tables
 
 if TYPE_CHECKING:
     from topklm.explorer.traced import Trace
+    from topklm.inference.language_model import LanguageModel
+    from topklm.layout import Layout
+    from topklm.trace.facts import Awareness
     from topklm.trace.summary import Summary
     from topklm.trace.tables import TraceFolder
 
@@ -67,14 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_report,
             _report,
         ),
-        "facts": trace_facts.FACTS,
+        "facts": _FACTS_VERB,
     }
     shared.add_verbs(parser, verbs, "run|show|report|facts")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = shared.flags(parser, "run", "json")
-    trace_facts.add_steps(parser)
+    add_steps(parser)
     text = "of held-out text, in the whole windows that have them"
     add("--tokens N", text, _TOKENS)
     add("--min-tokens N", "neurons active at fewer of the reference are in no median", _MIN_TOKENS)
@@ -90,7 +100,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--source TEXT", "prepared folder, or files, globs, URLs of text; default the run's data")
     add("--keep-events", "keep the activations of every step, not of the reference alone", False)
     add("--no-language", "leave out figures of the whole model but its loss", False)
-    trace_facts.add_language(parser)
+    add_language(parser)
     add("--restart", "delete a trace of other settings that is there, and begin again", False)
 
 
@@ -158,7 +168,7 @@ def _trace(arguments: argparse.Namespace) -> None:
         arguments.keep_events,
     )
     source = read.Checkpoints(arguments.run, model, layout, options, progress)
-    measures = [] if arguments.no_language else trace_facts.measures_of(arguments, model, layout)
+    measures = [] if arguments.no_language else measures_of(arguments, model, layout)
     for note in (note for one in measures for note in one.notes):
         progress.say(note)
     described = {key: value for one in measures for key, value in one.describe().items()}
@@ -168,7 +178,7 @@ def _trace(arguments: argparse.Namespace) -> None:
     with folder.writing(settings, arguments.restart):
         steps = distributed.of_first("all steps", lambda: _with_earlier(steps, folder, arguments.run))
         source.prepare(steps, folder)
-        engine.trace(folder, settings, source, steps, progress, measures, arguments.keep_events)
+        measure.trace(folder, settings, source, steps, progress, measures, arguments.keep_events)
     if not is_first:
         return
     done = folder.steps()
@@ -189,7 +199,7 @@ def _with_earlier(steps: Sequence[int], folder: TraceFolder, run: str) -> list[i
 
 def _steps(arguments: argparse.Namespace) -> tuple[list[int], int]:
     """Returns the steps that are asked for, rising, and the reference; UserError if they are not there."""
-    steps = trace_facts.chosen_steps(arguments)
+    steps = chosen_steps(arguments)
     reference = steps[-1] if arguments.reference is None else arguments.reference
     if reference not in steps:
         allowed = f"one of the steps, {', '.join(map(str, steps))}"
@@ -288,7 +298,7 @@ def _report(arguments: argparse.Namespace) -> None:
         folder = local_path(arguments.figures, "--figures")
         with disk_errors_are_user_errors(f"writing {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            for name, draw in trace_figures.FIGURES.items():
+            for name, draw in traced.FIGURES.items():
                 write_atomically(folder / f"{name}.svg", draw([own, *others]).encode())
     output.give(facts, lambda: _show_report(output, own, facts, layers))
 
@@ -415,3 +425,116 @@ def _number(value: float | None) -> str:
         return "-"
     text = f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def add_language(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of figures of language."""
+    add = shared.flags(parser)
+    text = (
+        "parsed sentences as CoNLL-U (also .gz, .xz), such as a treebank of Universal Dependencies: which "
+        "heads find which relations"
+    )
+    add("--conllu FILE", text)
+    add("--blimp N", "minimal pairs of each paradigm of BLiMP; 0: none", 0)
+
+
+def measures_of(
+    arguments: argparse.Namespace, model: LanguageModel, layout: Layout
+) -> list[language.LanguageMeasures]:
+    """Returns the figures of language that a run is asked for; UserError for a file that is no treebank."""
+    shared.check_at_least(arguments, 0, "blimp")
+    conllu = None if arguments.conllu is None else local_path(arguments.conllu, "--conllu")
+    return [language.LanguageMeasures(model, layout, blimp=arguments.blimp, conllu=conllu)]
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Declares which steps of a run are meant."""
+    text = "of those there are: all; log, each at least sqrt 2 times the one before; or numbers, 0,64,200"
+    shared.flags(parser)("--steps WHICH", text, "all")
+
+
+def chosen_steps(arguments: argparse.Namespace) -> list[int]:
+    """Returns the steps that are asked for, rising; UserError if they are not there."""
+    saved = read.readable(arguments.run)
+    if arguments.steps in ("all", "log"):
+        return saved if arguments.steps == "all" else changes.log_spaced(saved)
+    parts = [part.strip() for part in arguments.steps.split(",")]
+    if not all(re.fullmatch(r"\d{1,12}", part) for part in parts):
+        raise shared.wrong(arguments, "steps", allowed="all, log, or numbers with commas between")
+    steps = sorted({*map(int, parts)})
+    if missing := [step for step in steps if step not in saved]:
+        there = ", ".join(map(str, saved))
+        raise shared.wrong(arguments, "steps", f"there is no checkpoint {missing[0]}; there are {there}")
+    return steps
+
+
+_FACTS, _OTHERS = 4000, 9
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add = shared.flags(parser, "run")
+    add_steps(parser)
+    add("--facts N", "at most, of the run's own training articles", _FACTS)
+    add("--others N", "answers of other facts, which the right one must beat to be known", _OTHERS)
+    shared.flags(parser, "seed", "json")
+
+
+def _run_facts(arguments: argparse.Namespace) -> None:
+    shared.check_at_least(arguments, facts.FEWEST, "facts")
+    shared.check_at_least(arguments, 1, "others")
+    shared.check_at_least(arguments, 0, "seed")
+    output = Output(arguments.json)
+    steps = chosen_steps(arguments)
+    layout = shared.local_layout()
+    compilation_cache.enable()
+    config = run_folder.saved_config(local_path(arguments.run, "RUN"))
+    assert config is not None
+    model = read.load_step(arguments.run, steps[-1], layout, config)
+    articles = documents_lib.open_documents(model.tokenizer, model.config.data, split="train")
+    sizes = model.cfg.context_length, arguments.facts, arguments.others, arguments.seed
+    found = facts.collect(articles, model.tokenizer, *sizes)
+    reader = facts.FactReader(model, found)
+    measured = list[facts.Awareness]()
+    n_kinds = {kind: int((found.kinds == kind).sum()) for kind in sorted({*found.kinds.tolist()})}
+    with output.progress.phase("checkpoints", len(steps)) as report:
+        for step in steps:
+            params = read.load_step(arguments.run, step, layout, config).params
+            measured.append(reader.measure(step, params, arguments.seed))
+            report(1, 0, 0)
+    content = {
+        "run": arguments.run,
+        "facts": len(found.facts),
+        "by_kind": n_kinds,
+        "others": arguments.others,
+        "seed": arguments.seed,
+        "steps": [dataclasses.asdict(one) for one in measured],
+    }
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in n_kinds.items())
+    title = f"{len(found.facts):,} facts ({kinds}), each against {arguments.others} other answers"
+    output.give(survey.without_nan(content), lambda: _show_facts(output, title, measured))
+
+
+def _show_facts(output: Output, title: str, measured: Sequence[Awareness]) -> None:
+    output.say(title)
+    heads = ("step", "known", "greedy", "layer", "held out", "shuffled", "in sample", "shuffled")
+    cells = []
+    for one in measured:
+        share = one.n_known / (one.n_known + one.n_forgotten)
+        for layer in one.layers:
+            figures = (layer.held_out, layer.held_out_shuffled, layer.in_sample, layer.in_sample_shuffled)
+            row = [f"{one.step:,}", f"{share:.1%}", f"{one.greedy:.1%}", str(layer.layer)]
+            shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in figures]
+            cells.append((*row, *shown))
+    output.console.print(shared.table(heads, cells))
+    output.say("f(known) - f(forgotten) at the name's last token, mean of the five largest of a layer")
+
+
+_FACTS_VERB = Verb(
+    "neurons that tell known facts from forgotten ones, over the steps",
+    "Makes facts of the run's own training articles, and finds at each step which neurons are active more "
+    "often at the names of things whose fact the model has; chosen on one half and scored on the other, "
+    "beside the published figure, and both with shuffled labels.",
+    "topklm trace facts runs/small --steps log --json",
+    _add,
+    _run_facts,
+)

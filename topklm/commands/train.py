@@ -19,8 +19,8 @@ from topklm import config
 from topklm.commands import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import uncollected, when_used
-from topklm.runtime import allocator
-from topklm.runtime.signals import stop_on_signal
+from topklm.runtime import process
+from topklm.runtime.process import stop_on_signal
 from topklm.storage.files import AnyPath, as_path, check_name
 
 with when_used():
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     from topklm import distributed  # noqa: PLC0415 - imports JAX, which --help does without
 
     experiment, workdir = read(arguments, arguments.config_flags, EXAMPLE)
-    allocator_name = allocator.keep_freed_memory()
+    allocator_name = process.keep_freed_memory()
     # From before the others have come: waiting for them can take minutes.
     with stop_on_signal(distributed.announce_stop) as stop, distributed.session(lambda: stop.heard):
         if distributed.is_primary():

@@ -35,7 +35,7 @@ from topklm.data.documents import (
 )
 from topklm.errors import UserError
 from topklm.imports import optional_module
-from topklm.storage.errors import store_errors
+from topklm.storage.files import store_errors
 
 HF = "hf"
 

@@ -27,7 +27,7 @@ from topklm.data import formats
 from topklm.data.documents import BLOCK_BYTES, Items
 from topklm.data.formats import HF, QUICKSTART
 from topklm.errors import UserError, one_line
-from topklm.storage.errors import EXTRAS, store_errors_are_user_errors
+from topklm.storage.files import EXTRAS, store_errors_are_user_errors
 
 _MAX_ENDINGS = 8  # of files that are left out, in one line
 # Of files that are not read; the ending before tells more of them.

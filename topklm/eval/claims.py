@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from topklm.eval.compare import LEVEL
-from topklm.eval.compare import MEASURES as EVAL_MEASURES
+from topklm.eval.tasks import LEVEL
+from topklm.eval.tasks import MEASURES as EVAL_MEASURES
 
 Measured = Mapping[str, Sequence[Any]]  # the JSON of verbs, one or one for each seed, by name
 Values = tuple[float, ...]  # one for each seed

@@ -2,14 +2,21 @@
 
 Slow work is done in threads of its own, one at a time for the model and one for regular expressions, so that
 other requests do not wait for it.
+
+A run's pages are served while they are being made (`Preparing`), by a thread of this process: there is one
+copy of JAX. Until there is a table of neurons, every page says how far the work is; then the explorer's own
+take its place, and again when ablation effects have come. The work ends where it next tells of itself: all
+that it writes, it writes whole.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
 import functools
 import itertools
 import re
 import secrets
 import socket
+import threading
 from typing import Any
 
 import anyio
@@ -20,20 +27,22 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from topklm.errors import UserError
-from topklm.explorer import finding, markup, overview, pages, trace_views, views
+from topklm import web
+from topklm.errors import EXIT_INTERRUPTED, UserError, end_at_once
+from topklm.explorer import finding, markup, pages, traces, views
 from topklm.explorer.finding import Index
 from topklm.explorer.markup import Link
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
-from topklm.explorer.overview import Asked
 from topklm.explorer.steering import COLUMNS, NAMES, LiveModel, SteerSettings, Writing, box
 from topklm.explorer.trace_pages import TracePages
 from topklm.explorer.traces import StepData
+from topklm.explorer.views import Asked
+from topklm.neurons import NeuronsFolder
 from topklm.neurons.labels import Note, read_export, step_of
-from topklm.web import server
-from topklm.web.http import (
+from topklm.progress import Progress, StoppedError, WatchedProgress
+from topklm.web import (
     EMBEDDED,
     BusyError,
     Guard,
@@ -132,11 +141,11 @@ class _Explorer:
         asked = self._asked(request, source)
         about = self.of_trace.about(source)
         drawn = _plots(source, about["link"]) if about else self._plots
-        about |= {"data": overview.overview(source, asked), "asked": asked, "drawn": drawn}
+        about |= {"data": views.overview(source, asked), "asked": asked, "drawn": drawn}
         return self._page(request, "overview.html", steps=self.of_trace.slider(source, asked), **about)
 
     def random(self, _request: Request) -> Response:
-        return _to_neuron(*overview.random_neuron(self._source))
+        return _to_neuron(*views.random_neuron(self._source))
 
     def go(self, request: Request) -> Response:
         """Redirects to the neuron that was typed as 1:137 or 1/137."""
@@ -173,7 +182,7 @@ class _Explorer:
         """Returns the card that a script shows beside links to the neuron."""
         place, source = self._place(request), self.of_trace.at(request)
         if isinstance(source, StepData):
-            item = trace_views.at_step(source, *place, source.named())
+            item = traces.at_step(source, *place, source.named())
         else:
             item = views.summary(source, source.number(*place), source.named())
         return self._page(request, "preview.html", item=item)
@@ -243,7 +252,7 @@ class _Explorer:
 
     def overview_json(self, request: Request) -> Response:
         source = self.of_trace.at(request)
-        return Json(overview.overview(source, self._asked(request, source)))
+        return Json(views.overview(source, self._asked(request, source)))
 
     def neuron_json(self, request: Request) -> Response:
         _, about = self._of_neuron(request, self._place(request))
@@ -451,15 +460,123 @@ def serve(
     host: str,
     ready: Callable[[str, Callable[[], None]], None],
 ) -> None:
-    """Answers until Ctrl-C at an address of `server.listen`; other hosts than the loopback need a token.
+    """Answers until Ctrl-C at an address of `web.listen`; other hosts than the loopback need a token.
 
     `closing` is called when the server is told to stop; `ready` is told the address to open, once it can be
     opened, and what ends the server.
     """
     port = listening.getsockname()[1]
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    names = server.names_of(host, port) if token is None else None
+    names = web.names_of(host, port) if token is None else None
     guarded = Guard(application, names, token, max_body=MAX_BODY)
-    address = f"http://{server.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
-    running = server.make_server(guarded, closing=closing)
-    server.run(running, listening, lambda: ready(address, running.end))
+    address = f"http://{web.name_of(host)}:{port}/" + (f"?token={token}" if token else "")
+    running = web.make_server(guarded, closing=closing)
+    web.run(running, listening, lambda: ready(address, running.end))
+
+
+# Does the work; tells when pages can be shown, and returns when nothing is missing.
+Work = Callable[[Progress, Callable[[NeuronsFolder], None]], NeuronsFolder]
+
+
+class Preparing:
+    """The application of the moment, and the thread whose `work` harvests and measures what it shows."""
+
+    def __init__(self, run: str, work: Work, progress: Progress):
+        self.progress = WatchedProgress(progress)
+        self.problem = ""  # why a part of the figures is missing for good
+        self._work = work
+        self._made = 0  # how often there was more to show
+        self._error: BaseException | None = None
+        self._static = pages.Static()
+        template = pages.templates().get_template("preparing.html")
+        self._render = lambda **content: template.render(run=run, static=self._static.address, **content)
+        waiting = [
+            Route("/api/progress", self.answer),
+            Route(self._static.route, self._static.answer),
+            Route("/{path:path}", self._page, methods=["GET", "POST"]),
+        ]
+        self._current: ASGIApp = Starlette(routes=waiting)
+        self._explorer: Starlette | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._end: Callable[[], None] = lambda: None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request with what there is."""
+        await self._current(scope, receive, send)
+
+    def start(self, end: Callable[[], None]) -> None:
+        """Begins the work; `end` is called if it fails before there is anything to show."""
+        self._end = end
+        self._thread.start()
+
+    def close(self) -> None:
+        """Is called when the server is told to stop."""
+        self.progress.stop()
+        if self._explorer is not None:
+            self._explorer.state.closing()
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Waits for the end of the work; raises its error if nothing could be shown."""
+        self.progress.stop()
+        try:
+            self._thread.join(0.5)
+            if self._thread.is_alive():
+                say(f"ending after this step: {self.progress.name}   (Ctrl-C again: at once)")
+                self._thread.join()
+        except KeyboardInterrupt:
+            end_at_once(EXIT_INTERRUPTED)
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being made any more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    def facts(self) -> dict[str, Any]:
+        """Returns how far the work is, and how often there was more to show."""
+        progress = self.progress
+        return {
+            "stage": progress.name,
+            "share": progress.share,
+            "seconds_left": None if progress.seconds_left is None else round(progress.seconds_left),
+            "made": self._made,
+            "done": self.done,
+            "problem": self.problem,
+        }
+
+    def answer(self, _request: Request) -> Response:
+        """Returns `facts` as JSON."""
+        return Json(self.facts())
+
+    def _page(self, request: Request) -> Response:
+        if request.url.path.startswith("/api/"):
+            return Json({"error": "neurons are still being measured"}, 503, {"retry-after": "5"})
+        theme = request.cookies.get("topklm_theme")
+        theme = theme if theme in ("light", "dark") else ""
+        return HTMLResponse(self._render(theme=theme, work=self), 200, {"cache-control": "no-store"})
+
+    def _run(self) -> None:
+        try:
+            with contextlib.suppress(StoppedError):
+                self._show(self._work(self.progress, self._show))
+        except UserError as e:
+            if self._explorer is None:
+                self._error = e
+            else:
+                self.problem = str(e)
+                self._made += 1
+                with contextlib.suppress(StoppedError):
+                    self.progress.say(f"{e}; pages are shown without")
+        except BaseException as e:  # told in the main thread
+            self._error = e
+        finally:
+            if self._error is not None:
+                self._end()
+
+    def _show(self, folder: NeuronsFolder) -> None:
+        source = NeuronData(folder)
+        reader = None if self._explorer is None else self._explorer.state.reader
+        made = create(source, self.progress.say, reader=reader, work=self)
+        self._current = self._explorer = made
+        self._made += 1

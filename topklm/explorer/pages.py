@@ -20,12 +20,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from topklm.errors import UserError, disk_errors_are_user_errors
-from topklm.explorer import markup, plots, trace_views, views
+from topklm.explorer import markup, plots, traces, views
 from topklm.explorer.neuron_data import NeuronData, NeuronRows
 from topklm.explorer.traces import FIGURES, FORMATION, TraceData, Traces
 from topklm.neurons.labels import MAX_CHARACTERS, MAX_COMMENT
 from topklm.neurons.statistics import catalog
-from topklm.neurons.statistics.inputs import COMMON
+from topklm.neurons.statistics.catalog import COMMON
 from topklm.storage.files import write_atomically
 
 # Not as the machine has it set: browsers run scripts of this kind only.
@@ -81,7 +81,7 @@ def environment(source: NeuronRows) -> jinja2.Environment:
         at_steps=(),
         life=None,
         life_hint="",
-        life_said=trace_views.life_said,
+        life_said=traces.life_said,
         step_address=neuron_address,
         step_title=step_title,
         figure_of_trace={one.name: one for one in (*FIGURES, *FORMATION)},
@@ -285,10 +285,10 @@ def _with_onsets(item: dict[str, Any], trace: TraceData | None) -> dict[str, Any
 
 def _of_trace(trace: TraceData, templates: jinja2.Environment) -> Iterator[dict[str, Any]]:
     """Yields the pages of a trace, as `_pages`."""
-    drawn = trace_views.drawn_formation(trace, [], None)
+    drawn = traces.drawn_formation(trace, [], None)
     shown = {
-        "formation": {"data": trace_views.formation(trace), "drawn": drawn},
-        "layers": {"data": trace_views.layers(trace), "drawn": trace_views.drawn_layers(trace)},
+        "formation": {"data": traces.formation(trace), "drawn": drawn},
+        "layers": {"data": traces.layers(trace), "drawn": traces.drawn_layers(trace)},
     }
     for name, content in shown.items():
         text = templates.get_template("export_trace.html").render(page=name, **content)
@@ -310,8 +310,8 @@ def _pages(
         for number in source.reading_ahead(sorted(numbers)):
             layer, neuron = source.place(number)
             data = views.neuron(source, layer, neuron, example_tokens=EXAMPLE_TOKENS, labels=labels)
-            life = trace and trace_views.life(trace, layer, neuron)
-            at_steps = [trace_views.at_step(step, layer, neuron, labels) for step in steps] if life else []
+            life = trace and traces.life(trace, layer, neuron)
+            at_steps = [traces.at_step(step, layer, neuron, labels) for step in steps] if life else []
             text = body.render(
                 data=data, own_text=False, example_tokens=EXAMPLE_TOKENS, life=life, at_steps=at_steps
             )

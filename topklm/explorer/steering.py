@@ -27,8 +27,8 @@ from topklm.inference.interventions import (
 )
 from topklm.inference.language_model import LanguageModel
 from topklm.inference.load import load
-from topklm.inference.sampling import Sampling
 from topklm.inference.scheduler import Generation
+from topklm.inference.sequence import Sampling
 from topklm.inference.tokens import TextStream
 from topklm.neurons import NeuronsFolder
 from topklm.neurons.capture import RESID_POST, SparseActivations, hook_name

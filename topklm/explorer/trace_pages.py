@@ -9,12 +9,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from topklm.errors import UserError
-from topklm.explorer import overview, trace_views
+from topklm.explorer import traces, views
 from topklm.explorer.neuron_data import NeuronData, NeuronRows, NotThereError
-from topklm.explorer.overview import READABLE, Asked
 from topklm.explorer.pages import neuron_address
 from topklm.explorer.traces import FORMATION, StepData, TraceData, Traces
-from topklm.web.http import Json, number
+from topklm.explorer.views import READABLE, Asked
+from topklm.web import Json, number
 
 Page = Callable[..., Response]  # (request, template, status, **content)
 _SORT = "onset_50"  # of the table of formation
@@ -53,7 +53,7 @@ class TracePages:
             return found
         try:
             trace = self.traces.own()
-            found["life"] = trace and trace_views.life(trace, layer, neuron)
+            found["life"] = trace and traces.life(trace, layer, neuron)
         except UserError as e:
             return {**found, "life_hint": str(e)}
         if trace is None:
@@ -64,7 +64,7 @@ class TracePages:
         def address(step: int | None) -> str:
             return neuron_address(layer, neuron, step)
 
-        steps = trace_views.step_links(trace.steps, source.measured.step, address, self._source.measured.step)
+        steps = traces.step_links(trace.steps, source.measured.step, address, self._source.measured.step)
         return {**found, "steps": steps}
 
     def slider(self, source: NeuronRows, asked: Asked) -> dict[str, Any] | None:
@@ -77,7 +77,7 @@ class TracePages:
         except UserError:
             return None
         address = functools.partial(_address, asked, {*self._source.figures} & {*other.figures})
-        return trace_views.step_links(trace.steps, source.measured.step, address, self._source.measured.step)
+        return traces.step_links(trace.steps, source.measured.step, address, self._source.measured.step)
 
     def about(self, source: NeuronRows) -> dict[str, Any]:
         """Returns what templates are told of a step, in place of what they know of the measured one."""
@@ -109,12 +109,12 @@ class TracePages:
             request,
             "formation.html",
             trace=trace,
-            data=trace_views.formation(trace),
+            data=traces.formation(trace),
             drawn=self._drawn(trace, tuple(others)),
-            table=overview.table(source, asked),
+            table=views.table(source, asked),
             asked=asked,
             step=source.measured.step,
-            steps=trace_views.step_links(trace.steps, source.measured.step, self_of_step, _before(trace)),
+            steps=traces.step_links(trace.steps, source.measured.step, self_of_step, _before(trace)),
             figure_of=source.figures,
             link=neuron_address if source.is_own else _no_link,
             **about,
@@ -125,18 +125,18 @@ class TracePages:
         trace, about = self._chosen(request)
         if trace is None:
             return self._page(request, "layers.html", trace=None, **about)
-        data, drawn = trace_views.layers(trace), trace_views.drawn_layers(trace)
+        data, drawn = traces.layers(trace), traces.drawn_layers(trace)
         return self._page(request, "layers.html", trace=trace, data=data, drawn=drawn, **about)
 
     def formation_json(self, request: Request) -> Response:
         """Gives the figures of `formation`."""
         trace = self._needed(request)
-        table = overview.table(*self._asked(request, trace))
-        return Json({**trace_views.formation(trace), "table": table})
+        table = views.table(*self._asked(request, trace))
+        return Json({**traces.formation(trace), "table": table})
 
     def layers_json(self, request: Request) -> Response:
         """Gives the figures of `layers`."""
-        return Json(trace_views.layers(self._needed(request)))
+        return Json(traces.layers(self._needed(request)))
 
     def _chosen(self, request: Request) -> tuple[TraceData | None, dict[str, Any]]:
         names = self.traces.names()
@@ -158,7 +158,7 @@ class TracePages:
 
     def _draw(self, trace: TraceData, others: tuple[TraceData, ...]) -> Mapping[str, Any]:
         is_own = trace.name == self.traces.own_name
-        return trace_views.drawn_formation(trace, others, neuron_address if is_own else None)
+        return traces.drawn_formation(trace, others, neuron_address if is_own else None)
 
     def _asked(self, request: Request, trace: TraceData) -> tuple[StepData, Asked]:
         """Returns the table's step, by default the last before the reference, and its order."""

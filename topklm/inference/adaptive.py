@@ -17,7 +17,7 @@ import numpy as np
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError
 from topklm.inference import kv_cache
-from topklm.inference.sampling import check_integer
+from topklm.inference.sequence import check_integer
 from topklm.inference.steps import CacheInputs, RequestBatch, one_pass
 from topklm.model import transformer
 

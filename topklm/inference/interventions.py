@@ -17,8 +17,7 @@ import numpy as np
 
 from topklm.config import ModelConfig
 from topklm.errors import ArgumentError, UserError
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import as_path, parse_json, write_atomically
+from topklm.storage.files import as_path, parse_json, storage_errors_are_user_errors, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

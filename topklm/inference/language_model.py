@@ -21,9 +21,8 @@ from topklm.inference.adaptive import AdaptiveK, with_topk_k
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Steer, entries_of, in_activations
 from topklm.inference.kv_cache import Layers, by_layer
-from topklm.inference.sampling import Sampling, check_integer
 from topklm.inference.scheduler import Generation
-from topklm.inference.sequence import bucket
+from topklm.inference.sequence import Sampling, bucket, check_integer
 from topklm.inference.steps import STEPS
 from topklm.inference.tokens import (
     Row,

@@ -13,8 +13,14 @@ import jax
 
 from topklm.checkpoint import run_folder
 from topklm.checkpoint.manager import rounded_shapes
-from topklm.checkpoint.reader import FACTS, PARAMS, READ_ERRORS, CheckpointReader, describe_damage
-from topklm.checkpoint.writer import write_checkpoint
+from topklm.checkpoint.step_folder import (
+    FACTS,
+    PARAMS,
+    READ_ERRORS,
+    CheckpointReader,
+    describe_damage,
+    write_checkpoint,
+)
 from topklm.config import Config, ModelConfig, from_saved
 from topklm.convert import huggingface
 from topklm.data.tokenizer import Tokenizer
@@ -22,8 +28,7 @@ from topklm.errors import UserError
 from topklm.inference.language_model import LanguageModel, dtype_name
 from topklm.layout import Layout, one_device, scans_layers
 from topklm.model import topk, transformer
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, absolute, as_path, write_atomically
+from topklm.storage.files import AnyPath, absolute, as_path, storage_errors_are_user_errors, write_atomically
 from topklm.storage.remote import check_usable
 
 
@@ -36,7 +41,7 @@ def load(
     """Reads a checkpoint's model, or that of a Hugging Face folder (`topklm.convert.huggingface`).
 
     Besides the parameters, which stay in the memory of the host where that is the device, it takes little
-    (see `topklm.checkpoint.reader`). UserError if there is none, it is damaged, or parts do not belong
+    (see `topklm.checkpoint.step_folder`). UserError if there is none, it is damaged, or parts do not belong
     together.
 
     Args:

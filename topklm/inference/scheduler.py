@@ -21,8 +21,17 @@ from topklm.inference import kv_cache
 from topklm.inference import steps as steps_lib
 from topklm.inference.adaptive import AdaptiveK
 from topklm.inference.intervention_batch import InterventionBatch
-from topklm.inference.sampling import RowSampling, Sampling, held
-from topklm.inference.sequence import BatchBuckets, Buckets, Row, Sequence, ServingBuckets, Token
+from topklm.inference.sequence import (
+    BatchBuckets,
+    Buckets,
+    Row,
+    RowSampling,
+    Sampling,
+    Sequence,
+    ServingBuckets,
+    Token,
+    held,
+)
 from topklm.inference.steps import NOTHING, STEPS, DecodeState, RequestBatch, Scores, StaticArgs, TokenStep
 from topklm.model import transformer
 

@@ -17,8 +17,7 @@ from topklm.config import ModelConfig
 from topklm.inference import kv_cache
 from topklm.inference.intervention_batch import InterventionBatch, on_rows
 from topklm.inference.kv_cache import STEPS
-from topklm.inference.sampling import RowSampling, draw
-from topklm.inference.sequence import Sequence
+from topklm.inference.sequence import RowSampling, Sequence, draw
 from topklm.model import topk, transformer
 from topklm.model.block import NO_HOOKS, LayerHooks
 

@@ -4,14 +4,25 @@ Measured of each layer of each basis, over tokens that are not the first of thei
 
     density             share of tokens at which a code is active
     dead                share of codes that are active nowhere
-    token_entropy       corrected, as `statistics.entropy`
+    token_entropy       corrected, as `statistics.selectivity`
     semantic_entropy    likewise, of clusters of tokens from one resource for all models
-    by_token            as `statistics.variance`
+    by_token            as `statistics.selectivity`
     by_context          likewise
 
-Of all but `dead` the median over codes that are active at 30 tokens or more. Intervals are those of
-`statistics.bootstrap`, of the median, with the codes that count held fixed. The definitions are ours.
-Dims: N tokens, G documents, R draws (the first is the sample as it is), D d_model, M codes of a layer.
+Of all but `dead` the median over codes that are active at 30 tokens or more. The definitions are ours.
+
+Intervals of the median, with the codes that count held fixed, are by bootstrap over documents: tokens of one
+document are not independent of each other, documents about are. As many documents as there are are drawn with
+replacement, R times; a draw is a weight for each document, how often it was drawn. The figures of every
+neuron are computed again from each draw, exactly, from sums by document that are made once.
+
+A draw holds some two thirds of the documents, and some of them twice: its entropies are lower than those of
+the sample, and its groups look more alike, by more than draws differ among each other. So an interval is from
+the 2.5th to the 97.5th percentile of draws that are moved until their mean is the figure. It says how far the
+figure moves with the documents, not how far a sample of this size is from endless text. The choices are ours.
+
+Dims: E events of a neuron, N tokens, G documents, R draws (the first is the sample as it is), D d_model,
+M codes of a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +41,65 @@ from topklm.errors import UserError
 from topklm.model import transformer
 from topklm.neurons import labelled_texts, probing
 from topklm.neurons.probing import Detector, DetectorSearch
-from topklm.neurons.statistics import ablation, embeddings, table, variance
-from topklm.neurons.statistics.bootstrap import (
-    document_weights,
-    entropy_of_draws,
-    interval,
-    sums_of_draws,
-)
+from topklm.neurons.statistics import ablation, embeddings, selectivity, table
 from topklm.neurons.store import NeuronBlock
+
+LEVEL = 0.95
+
+
+def document_weights(n_documents: int, n_draws: int, seed: int = 0) -> np.ndarray:
+    """Counts how often each document is drawn, int64[G, R]; a column adds up to G.
+
+    Stores of the same text have the same documents: the same seed draws the same ones of each, so that draws
+    of two models may be subtracted from each other.
+    """
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), n_draws).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Of a figure."""
+
+    figure: float  # from the sample as it is
+    low: float
+    high: float
+    shift: float  # mean of the draws less the figure, which was taken off the draws
+
+
+def interval(figure: float, draws: np.ndarray, level: float = LEVEL) -> Interval:
+    """Returns the middle `level` of draws float[R], without NaN, moved so that their mean is the figure."""
+    shift = float(np.nanmean(draws) - figure)
+    low, high = np.nanquantile(draws - shift, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(figure, float(low), float(high), shift)
+
+
+def sums_of_draws(
+    ids: np.ndarray, documents: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds up a neuron's values, float64[E], by token or cluster, int[E], in each draw.
+
+    Documents, int[E], are rows of the weights, float64[G, R]. Returns int[u], the distinct ids, rising, and
+    float64[u, R].
+    """
+    distinct, rows = np.unique(ids, return_inverse=True)
+    # Sums by token and document; the product with the weights is the sum of every token in every draw.
+    by_document = scipy.sparse.csr_array((values, (rows, documents)), (len(distinct), len(weights)))
+    return distinct, by_document @ weights
+
+
+def entropy_of_draws(sums: np.ndarray, n_active: np.ndarray) -> np.ndarray:
+    """Computes `plug_in` and `miller_madow` of `selectivity` of each draw, float64[R], nats; NaN for zeros.
+
+    Sums of strengths, float64[u, R], are as from `sums_of_draws`, of `n_active` activations, float64[R].
+    """
+    totals = sums.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # - sum of p ln p with p = s / total.
+        plug_in = np.log(totals) - np.where(sums > 0, sums * np.log(sums), 0).sum(axis=0) / totals
+        correction = (np.count_nonzero(sums, axis=0) - 1) / (2 * n_active)
+        return np.where(totals > 0, np.maximum(plug_in, 0) + correction, np.nan)
+
 
 DRAWS = 200
 LEAST_TOKENS, LEAST_DOCUMENTS = 1000, 8
@@ -96,7 +158,7 @@ class CardText:
             counts = scipy.sparse.csr_array(
                 (np.ones(len(keys)), (keys, self.document_of)), (self.vocab_size, len(self.weights))
             )
-            takes_part = variance.group_sizes(keys, self.vocab_size) > 0
+            takes_part = selectivity.group_sizes(keys, self.vocab_size) > 0
             found[name] = np.where(takes_part[:, None], counts @ self.weights, 0)
         return found
 
@@ -122,8 +184,8 @@ def make_text(
         advice = f"at least {LEAST_TOKENS:,} of {LEAST_DOCUMENTS} are needed"
         raise UserError(text, field="--tokens", advice=advice)
     token_ids = np.concatenate(documents).astype(np.int64)
-    previous = variance.previous(token_ids, np.cumsum([0, *lengths]))
-    kept = previous != variance.NO_TOKEN
+    previous = selectivity.previous(token_ids, np.cumsum([0, *lengths]))
+    kept = previous != selectivity.NO_TOKEN
     drawn = document_weights(len(documents), draws, seed).astype(np.float64)
     return CardText(
         documents,
@@ -252,11 +314,11 @@ def _of_neuron(
     ):
         sizes = text.group_sizes[name]
         counted = sizes[keys[events.tokens], 0] > 0
-        if counted.sum() >= variance.LEAST_ACTIVE:
+        if counted.sum() >= selectivity.LEAST_ACTIVE:
             squares = np.bincount(own[counted], np.square(values[counted]), len(there)) @ weights
             part = sizes[groups, 0] > 0
             sizes_of_part = sizes[groups[part]]
-            found[name] = variance.share(of_group[part], sizes_of_part, squares, *text.group_totals[name])
+            found[name] = selectivity.share(of_group[part], sizes_of_part, squares, *text.group_totals[name])
     return found, len(ids)
 
 

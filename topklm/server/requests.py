@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 from starlette.responses import Response
 
+from topklm import web
 from topklm.errors import ArgumentError, UserError, one_line
 from topklm.inference.engine import MOST_WAITING
 from topklm.inference.intervention_batch import InterventionBatch
 from topklm.inference.interventions import DEFAULT_MODE, Intervention, entries_of, from_json, in_activations
 from topklm.inference.language_model import LanguageModel
-from topklm.inference.sampling import Sampling
-from topklm.inference.sequence import WHEN_FULL
+from topklm.inference.sequence import WHEN_FULL, Sampling
 from topklm.inference.sequence import Sequence as TokenSequence
 from topklm.inference.steps import MOST_ALTERNATIVES
 from topklm.inference.tokens import check_stop
-from topklm.web import http
-from topklm.web.http import Json, kind_of
+from topklm.web import Json, kind_of
 
 FAULT = "a fault of the server, which its terminal tells of"
 
@@ -50,7 +49,7 @@ class ApiError(Exception):
 def json_object(body: bytes) -> dict[str, Any]:
     """Parses the body of a request; raises ApiError if it is no JSON object."""
     try:
-        return http.from_json(body)
+        return web.from_json(body)
     except ValueError as e:
         raise ApiError(400, str(e)) from e
 

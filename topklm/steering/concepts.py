@@ -32,10 +32,10 @@ from topklm.inference.language_model import LanguageModel
 from topklm.model import transformer
 from topklm.neurons import NeuronsFolder
 from topklm.neurons.dictionary import check_coordinates
-from topklm.neurons.statistics import entropy
+from topklm.neurons.statistics import selectivity
 from topklm.neurons.store import NeuronBlock, Store
 
-SIZE = entropy.TOP_TOKENS
+SIZE = selectivity.TOP_TOKENS
 KINDS = ("input", "distinct", "next")
 NO_TOKEN = -1
 
@@ -214,11 +214,11 @@ class ConceptReader:
         return begin + alive, np.stack([_largest(of_kind) for of_kind in scores], axis=1)
 
     def _by_token(self, block: NeuronBlock, token_ids: np.ndarray) -> np.ndarray:
-        """Returns float64[n, V], as `entropy.by_group`, of the documents that are read."""
+        """Returns float64[n, V], as `selectivity.by_group`, of the documents that are read."""
         kept = self._is_read[block.tokens] & (token_ids[block.tokens] != NO_TOKEN)
         before = np.concatenate([[0], np.cumsum(kept)])
         part = NeuronBlock(before[block.offsets], block.tokens[kept], block.values[kept])
-        return entropy.by_group(part, token_ids, self._vocab_size)
+        return selectivity.by_group(part, token_ids, self._vocab_size)
 
     def _distinctness(self, p_NV: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -241,6 +241,6 @@ def _normalised(strengths_NV: np.ndarray) -> np.ndarray:
 def _largest(scores_NV: np.ndarray) -> np.ndarray:
     """Returns the tokens with the largest scores above 0, int32[N, M], then `NO_TOKEN`."""
     tokens = np.full((len(scores_NV), SIZE), NO_TOKEN, np.int32)
-    for row, (ids, _) in enumerate(entropy.top_tokens(np.maximum(scores_NV, 0.0), SIZE)):
+    for row, (ids, _) in enumerate(selectivity.top_tokens(np.maximum(scores_NV, 0.0), SIZE)):
         tokens[row, : len(ids)] = ids
     return tokens

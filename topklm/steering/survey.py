@@ -36,9 +36,9 @@ from topklm.neurons.search import Matches
 from topklm.neurons.statistics.lenses import spread_ends
 from topklm.neurons.store import Store
 from topklm.progress import Progress
-from topklm.steering import SurveySettings, next_token_effects
+from topklm.steering import SurveySettings, dose
 from topklm.steering.concepts import KINDS, NO_TOKEN, ConceptReader, Concepts, token_sets
-from topklm.steering.next_token_effects import MeasuredLayer, TreatmentEffects, Unsteered, Verdicts
+from topklm.steering.dose import MeasuredLayer, TreatmentEffects, Unsteered, Verdicts
 
 PROMPTED = ("input", "next")  # kinds of concepts; the tokens of "distinct" ones are much those of "input"
 _OTHERS = 256  # neurons of a layer that are tried with all of its concepts
@@ -118,7 +118,7 @@ def survey(
         )
     chosen = neutral_prompts(store, settings.prompts, settings.prompt_tokens, separator_id, settings.seed)
     reader = ConceptReader(store, config.vocab_size)
-    before = next_token_effects.unsteered(config, params, chosen.tokens)
+    before = dose.unsteered(config, params, chosen.tokens)
     rng = np.random.default_rng(settings.seed)
     found = {}
     for layer in layers:
@@ -149,21 +149,21 @@ def _survey_layer(
     random = rng.standard_normal((settings.random_directions, d))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
     others_at = np.sort(rng.permutation(len(neurons))[:_OTHERS])
-    at_once = next_token_effects.treatments_at_once(config, len(prompts.tokens), concepts.tokens)
+    at_once = dose.treatments_at_once(config, len(prompts.tokens), concepts.tokens)
     rest = prompts.following, concepts.tokens, before
 
     def add(length: float, directions: np.ndarray) -> TreatmentEffects:
         """Adds vectors of this length along directions, [R, D], or neurons, [R]."""
         if directions.ndim == 1:
             directions = (directions[:, None] == np.arange(d)).astype(np.float64)
-        return next_token_effects.add_vectors(config, params, layer, directions * length, *rest)
+        return dose.add_vectors(config, params, layer, directions * length, *rest)
 
     def prompt(tokens_RM: np.ndarray) -> TreatmentEffects:
         tokens = np.stack([prompts.with_prefix(_prefix(ids)) for ids in tokens_RM])
-        return next_token_effects.change_prompts(config, params, tokens, *rest)
+        return dose.change_prompts(config, params, tokens, *rest)
 
     def treat(run: Callable[[np.ndarray], TreatmentEffects], treatments: np.ndarray) -> TreatmentEffects:
-        return next_token_effects.in_parts(run, treatments, at_once, lambda n: report(n, 0, 0))
+        return dose.in_parts(run, treatments, at_once, lambda n: report(n, 0, 0))
 
     total = len(settings.strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
     steered, prompted = [], []
@@ -177,7 +177,7 @@ def _survey_layer(
             effects = treat(prompt, concepts.tokens[:, kind])
             prompted.append((effects.gains[rows, rows, kind], effects.divergences))
     measured = MeasuredLayer(*[*map(np.stack, zip(*steered, strict=True)), others_at])
-    verdicts = next_token_effects.judge(measured, settings.bound)
+    verdicts = dose.judge(measured, settings.bound)
     gains, divergences = (np.stack(figures, axis=1) for figures in zip(*prompted, strict=True))
     return Layer(concepts, n_alive, norm, measured, verdicts, gains, divergences)
 
@@ -209,7 +209,7 @@ def neuron_rows(
         words = {kind: token_sets(layer.concepts, kind) for kind in KINDS}
         for place, neuron in enumerate(layer.concepts.neurons):
             x = int(layer.verdicts.strength[place])
-            there_is = x != next_token_effects.NO_STRENGTH
+            there_is = x != dose.NO_STRENGTH
             rows.append(
                 {
                     "layer": number,
@@ -244,7 +244,7 @@ def without_nan(tree: Any) -> Any:
 
 def _of_layers(name: str, layers: list[Layer], settings: SurveySettings) -> dict[str, Any]:
     strength = _joined(layers, lambda layer: layer.verdicts.strength)
-    steered = strength != next_token_effects.NO_STRENGTH
+    steered = strength != dose.NO_STRENGTH
     divergences = _joined(
         layers,
         lambda layer: layer.measured.divergences[
@@ -309,7 +309,7 @@ def _joined(layers: list[Layer], get: Callable[[Layer], np.ndarray]) -> np.ndarr
 
 
 def _share(passed: np.ndarray) -> dict[str, float]:
-    low, high = next_token_effects.wilson(int(passed.sum()), len(passed))
+    low, high = dose.wilson(int(passed.sum()), len(passed))
     return {"share": float(passed.mean()) if len(passed) else math.nan, "low": low, "high": high}
 
 
@@ -370,9 +370,9 @@ def rank(
         there = ", ".join(map(str, store.metadata.layers))
         raise UserError(f"layer {unknown[0]}: {store.folder} has activations of the layers {there}")
     alive = ablate_targets.densities(store, np.ones(store.n_tokens, bool)) > 0
-    before = next_token_effects.unsteered(config, params, prompts.tokens)
+    before = dose.unsteered(config, params, prompts.tokens)
     concept_NKM, rng = tokens[None, None], np.random.default_rng(settings.seed)
-    at_once = next_token_effects.treatments_at_once(config, len(prompts.tokens), concept_NKM)
+    at_once = dose.treatments_at_once(config, len(prompts.tokens), concept_NKM)
     found = list[TowardNeuron]()
     for layer in layers:
         neurons = np.flatnonzero(alive[store.metadata.layers.index(layer)])
@@ -388,11 +388,9 @@ def rank(
 
                 def add(vectors: np.ndarray, layer: int = layer) -> TreatmentEffects:
                     following = prompts.following
-                    return next_token_effects.add_vectors(
-                        config, params, layer, vectors, following, concept_NKM, before
-                    )
+                    return dose.add_vectors(config, params, layer, vectors, following, concept_NKM, before)
 
-                effects = next_token_effects.in_parts(
+                effects = dose.in_parts(
                     add, directions * (strength * norm), at_once, lambda n: report(n, 0, 0)
                 )
                 gains.append(effects.gains[:, 0, 0])
@@ -411,8 +409,8 @@ def _of_layer(
     """Judges neurons, of which the first treatments are; the others are random directions."""
     n = len(neurons)
     per_nat_XR = gains_XR / np.maximum(divergences_XR, 1e-9)
-    random_X = np.quantile(per_nat_XR[:, n:], next_token_effects.QUANTILE, axis=1)
-    strengths = next_token_effects.largest_within(divergences_XR[:, :n], settings.bound)
+    random_X = np.quantile(per_nat_XR[:, n:], dose.QUANTILE, axis=1)
+    strengths = dose.largest_within(divergences_XR[:, :n], settings.bound)
     return [
         TowardNeuron(
             layer,
@@ -424,5 +422,5 @@ def _of_layer(
             float(random_X[x]),
         )
         for place, (neuron, x) in enumerate(zip(neurons, strengths, strict=True))
-        if x != next_token_effects.NO_STRENGTH
+        if x != dose.NO_STRENGTH
     ]

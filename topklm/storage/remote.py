@@ -25,8 +25,14 @@ import tensorstore as ts
 
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import optional_module
-from topklm.storage.errors import is_silence, storage_errors_are_user_errors, store_errors_are_user_errors
-from topklm.storage.files import AnyPath, is_bucket, write_atomically
+from topklm.storage.files import (
+    AnyPath,
+    is_bucket,
+    is_silence,
+    storage_errors_are_user_errors,
+    store_errors_are_user_errors,
+    write_atomically,
+)
 
 CACHE_GIB = 8.0
 

@@ -1,8 +1,8 @@
 """Neurons over the checkpoints of a run: `topklm trace`, and `topklm.trace("runs/small")` in Python.
 
 The same held-out tokens are read through every checkpoint (`read`), what a neuron does at one is compared
-with what it does at the reference, at the checkpoint before and in other layers (`compare`, `measure`), and
-written as tables (`tables`), from which onsets follow (`formation`). `engine` is the loop.
+with what it does at the reference, at the checkpoint before and in other layers (`measure`), and
+written as tables (`tables`), from which onsets follow (`changes`).
 """
 
 import os

@@ -28,8 +28,7 @@ from topklm.neurons import documents as documents_lib
 from topklm.neurons import harvest as harvest_lib
 from topklm.neurons.dictionary import Dictionary
 from topklm.neurons.documents import TextModel
-from topklm.neurons.flows import Flows
-from topklm.neurons.harvest import DENSE, TOPK, harvest
+from topklm.neurons.harvest import DENSE, TOPK, Flows, harvest
 from topklm.neurons.segment import Segment
 from topklm.neurons.statistics import embeddings
 from topklm.neurons.store import Metadata, NeuronBlock, StoreWriter

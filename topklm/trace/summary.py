@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from topklm.errors import UserError
 from topklm.neurons.store import Store
-from topklm.trace import changes, compare, heads, tables
-from topklm.trace.heads import Relation
+from topklm.trace import changes, language, measure, tables
+from topklm.trace.language import Relation
 from topklm.trace.tables import Settings, TraceFolder
 
 # Columns whose median is shown, by their titles in tables of at most 80 columns.
@@ -144,7 +144,7 @@ class Summary:
     def relations(self) -> dict[str, list[Relation]]:
         """How well heads find each relation at each step; none where heads were not measured."""
         rows = self.folder.read("heads").to_pylist()
-        found = [heads.attachment([row for row in rows if row["step"] == step]) for step in self.steps]
+        found = [language.attachment([row for row in rows if row["step"] == step]) for step in self.steps]
         by_step = [{one.relation: one for one in of_step} for of_step in found]
         return {one.relation: [of_step[one.relation] for of_step in by_step] for one in found[-1]}
 
@@ -250,9 +250,9 @@ def against(one: TraceFolder, other: TraceFolder, steps: tuple[int, int]) -> lis
     rows, n = [], settings.n_tokens
     for layer in (layer for layer in settings.layers if layer in there.layers):
         x, y = (store.block(layer, 0, settings.width) for store in stores)
-        r = compare.correlations(x, y, n)
-        moved = compare.shifted(y, n, n // 2)
-        found, null = compare.partners(r), compare.partners(compare.correlations(x, moved, n))
+        r = measure.correlations(x, y, n)
+        moved = measure.shifted(y, n, n // 2)
+        found, null = measure.partners(r), measure.partners(measure.correlations(x, moved, n))
         alive = np.diff(x.offsets) >= settings.min_tokens
         same = np.diagonal(r)
         rows.append(

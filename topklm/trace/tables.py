@@ -34,7 +34,7 @@ from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.neurons import damage_is_a_user_error
 from topklm.neurons.statistics import catalog
 from topklm.storage.files import folder_lock, read_json, replacing, sealed_json, write_atomically
-from topklm.trace import formation
+from topklm.trace import changes
 
 FORMAT = 1
 PLAIN = "trace"  # the folder's name without a dictionary
@@ -96,7 +96,7 @@ LAYERS = pa.schema(
         "jaccard": _F64,
         "jaccard_other": _F64,  # null: of neuron j with j + 1
         "same_is_best": _BOOL,
-        # Of neighbouring layers: `topklm.neurons.flows`, of layer b
+        # Of neighbouring layers: `topklm.neurons.harvest`, of layer b
         "kept_before": _F64,
         "carried": _F64,
         "r_written": _F64,
@@ -126,19 +126,19 @@ HEADS = pa.schema(
 RUN = pa.schema(
     {"step": _I32, "previous": _I32, "parameters": pa.string(), "loss": _F64, "bits_per_byte": _F64}
 )
-# Columns over all steps (`topklm.trace.formation`): type and definition.
+# Columns over all steps (`topklm.trace.changes`): type and definition.
 FORMATION_DEFINITIONS: Mapping[str, tuple[pa.DataType, str]] = {
     **{
         f"onset_{level * 100:.0f}": (
             _I32,
             f"The first step from which on r with the reference stays at {level} or more, up to it.",
         )
-        for level in formation.LEVELS
+        for level in changes.LEVELS
     },
     "onset_excess": (
         _I32,
         "The first step from which on (r - r0) / (1 - r0), r0 being r at the first step, stays at "
-        f"{formation.EXCESS_LEVEL} or more.",
+        f"{changes.EXCESS_LEVEL} or more.",
     ),
     "onset_best": (
         _I32,
@@ -147,12 +147,12 @@ FORMATION_DEFINITIONS: Mapping[str, tuple[pa.DataType, str]] = {
     "stage0_r": (_F64, "r with the reference at the first step."),
     "settled": (
         _BOOL,
-        f"Whether r with the step before is {formation.SETTLED} or more at the reference.",
+        f"Whether r with the step before is {changes.SETTLED} or more at the reference.",
     ),
     "turnovers": (
         _I32,
         "Steps at which the ten strongest tokens are others than at the step before: Jaccard below "
-        f"{formation.TURNOVER}.",
+        f"{changes.TURNOVER}.",
     ),
 }
 FORMATION = pa.schema(

@@ -16,7 +16,7 @@ from topklm.data.dataset import Mixture
 from topklm.data.stream import DeviceBatch, HeldoutPart, heldout_batches
 from topklm.data.tokenizer import Tokenizer
 from topklm.errors import UserError
-from topklm.eval import compare, scoring, tasks
+from topklm.eval import scoring, tasks
 from topklm.eval.tasks import Task
 from topklm.layout import REPLICATED, ROWS, Layout
 from topklm.model import losses, topk, transformer
@@ -186,7 +186,7 @@ class TaskEvaluation:
             if outcome is None:
                 return None
             name, (main, *_) = tokenized.task.name, tokenized.task.measures
-            for figure in compare.figures_of(outcome):
+            for figure in tasks.figures_of(outcome):
                 if not figure.part:
                     full = name if figure.measure == main else f"{name}_{figure.measure}"
                     found[full] = float(figure.sums.sum() / figure.weights.sum())

@@ -27,12 +27,10 @@ from topklm.eval.tasks import Task
 from topklm.imports import versions
 from topklm.inference.scheduler import generate_tokens
 from topklm.model import topk
-from topklm.runtime.signals import StopRequest, stop_on_signal
+from topklm.runtime.process import StopRequest, stop_on_signal
 from topklm.runtime.watchdog import Watchdog
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath
-from topklm.training import anomalies, metrics, only, syntax
-from topklm.training.console import Console, describe_model, evaluation_line, next_commands, summary
+from topklm.storage.files import AnyPath, storage_errors_are_user_errors
+from topklm.training import metrics, only, syntax
 from topklm.training.evaluation import (
     TaskEvaluation,
     evaluate,
@@ -40,14 +38,17 @@ from topklm.training.evaluation import (
     heldout_feed,
     make_eval_step,
 )
+from topklm.training.metrics import Console, describe_model, evaluation_line, next_commands, summary_rows
 from topklm.training.setup import PreparedRun, check_memory, initial_parameters, prepare_run
 from topklm.training.step import (
+    AnomalyPolicy,
     StopSync,
     TrainState,
     abstract_batch,
     abstract_state,
     change_of_schedule,
     compile_step,
+    empty_window,
     init_state,
     make_optimizer,
     make_train_step,
@@ -108,7 +109,7 @@ class _Loop:
             rows=layout.process_rows(config.train.batch_size),
         )
         self.feed = Feed(stream, lambda batch: layout.put_batch(batch, config.train.batch_size))
-        self.policy = anomalies.Policy(
+        self.policy = AnomalyPolicy(
             config.train.on_bad_step,
             config.train.spike_sigmas,
             f"Lower --config.optim.learning_rate (now {config.optim.learning_rate}) in a new --workdir, or "
@@ -276,7 +277,7 @@ class _Loop:
             return state
         with self._storage("reading the checkpoints of"):
             state, data_state, facts = self.checkpoints.restore(
-                abstract, self.layout, fresh={"recent": anomalies.empty()}
+                abstract, self.layout, fresh={"recent": empty_window()}
             )
         self.run.check_facts(int(state.step), facts)
         self.syntax.check_facts(facts)
@@ -420,7 +421,7 @@ class _Loop:
         )
 
     def _show_summary(self, title: str, step: int) -> None:
-        self.console.table(title, summary(metrics.read(self.folder), step))
+        self.console.table(title, summary_rows(metrics.read(self.folder), step))
         self.console.say("next:")
         for command in next_commands(self.folder):
             self.console.say(f"  {command}")

@@ -26,9 +26,8 @@ from topklm.errors import UserError
 from topklm.inference.load import describe_run, load
 from topklm.layout import Layout, make_layout
 from topklm.model import backends, transformer
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, as_path
-from topklm.training.console import Console
+from topklm.storage.files import AnyPath, as_path, storage_errors_are_user_errors
+from topklm.training.metrics import Console
 from topklm.training.throughput import parameter_count
 
 # The first process may prepare a large corpus while the others wait; if it fails they hear of it at once.

@@ -18,8 +18,7 @@ import numpy as np
 from topklm import distributed
 from topklm.config import Config, ModelConfig
 from topklm.errors import UserError
-from topklm.storage.errors import storage_errors_are_user_errors
-from topklm.storage.files import AnyPath, write_atomically
+from topklm.storage.files import AnyPath, storage_errors_are_user_errors, write_atomically
 
 # Dense bfloat16 peak of one chip, FLOP/s, by JAX's name of it, which must match as a whole: an L40 is no L4.
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e. NVIDIA: the data sheets of A100, H100 (SXM, PCIe and

@@ -31,9 +31,9 @@ import optax
 
 from topklm.config import ModelConfig
 from topklm.errors import disk_errors_are_user_errors
-from topklm.eval import compare, scoring
-from topklm.eval.compare import Figure
-from topklm.eval.tasks import TokenizedTask
+from topklm.eval import scoring
+from topklm.eval import tasks as tasks_lib
+from topklm.eval.tasks import Figure, TokenizedTask
 from topklm.inference.interventions import Intervention
 from topklm.model import transformer
 from topklm.model.block import LayerHooks
@@ -314,7 +314,7 @@ class Unlearning:
         for name, measure in (("blimp", "acc"), ("heldout", "bits_per_byte")):
             outcome = self._tasks[name].evaluate(model, interventions)
             assert outcome is not None  # nothing stops it
-            figures = {f.measure: f for f in compare.figures_of(outcome) if not f.part}
+            figures = {f.measure: f for f in tasks_lib.figures_of(outcome) if not f.part}
             found[name if name in COLUMNS else measure] = figures[measure]
         everything = jax.tree.map(np.ones_like, only.neuron_mask(config, ()))
         step, rate = self._stepper(RELEARN, everything, keep, ()), self._settings.relearning_rate

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from topklm.neurons.statistics import activity, embeddings, entropy
+from topklm.neurons.statistics import activity, embeddings, selectivity
 from topklm.neurons.statistics.catalog import schema
 
 N, D, V = 3000, 12, 60
@@ -36,7 +36,7 @@ def measured(folder, text, cuts, size):
             block = store.block(layer, begin, end)
             columns = {
                 **activity.columns(block, store.n_tokens),
-                **entropy.columns(block, ids, of_tokens),
+                **selectivity.columns(block, ids, of_tokens),
                 **{name: of_all[number, begin:end] for name, of_all in scores.items()},
                 **activity.coactive_columns(similarities, begin, end),
                 **activity.example_columns(block, bounds, layer, begin),

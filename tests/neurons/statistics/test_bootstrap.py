@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bootstrap
-from topklm.neurons.statistics import embeddings, entropy
+from topklm.neurons.statistics import embeddings, selectivity
 from topklm.neurons.store import NeuronBlock
 
 N, D, V, C, WIDTH = 60, 7, 9, 4, 5
@@ -87,7 +87,7 @@ def test_without_drawing_the_figures_are_those_of_the_table(text, dense):
     block = block_of(dense)
     clusters = np.zeros(V, np.int64)
     clusters[text.token_ids] = text.groups
-    columns = entropy.columns(block, text.token_ids, clusters)
+    columns = selectivity.columns(block, text.token_ids, clusters)
     pairs = embeddings.Pairs(D, 1, WIDTH)
     pairs.add(block.values, block.tokens, block.offsets, text.embeddings[:, None])
     columns = {**columns, "monosemanticity": pairs.scores()[:, 0]}

@@ -15,7 +15,7 @@ from topklm.layout import make_layout
 from topklm.neurons import bases, card, documents, probing
 from topklm.neurons.documents import TextModel
 from topklm.neurons.labelled_texts import Located
-from topklm.neurons.statistics import entropy, variance
+from topklm.neurons.statistics import selectivity
 from topklm.neurons.store import NeuronBlock
 
 V, T = plain_model.V, 32
@@ -70,16 +70,16 @@ def test_figures_of_the_sample_are_those_of_the_statistics(text):
     block, _ = of_tokens(text, np.random.default_rng(0), 6)
     found = card.measure(block, text)
     ids = text.token_ids
-    wanted = dict(variance.columns(block, ids, text.previous_ids, V))
+    wanted = dict(selectivity.variance_columns(block, ids, text.previous_ids, V))
     without = NeuronBlock(
         block.offsets, block.tokens, np.where(text.clusters[block.tokens] < 0, 0, block.values)
     )
     kept = without.values != 0
     ends = np.concatenate([[0], np.cumsum(kept)])[without.offsets]
     clustered = NeuronBlock(ends, without.tokens[kept], without.values[kept])
-    columns = entropy.columns(block, ids, np.arange(V))
+    columns = selectivity.columns(block, ids, np.arange(V))
     wanted["token_entropy"] = columns["token_entropy_corrected"]
-    wanted["semantic_entropy"] = entropy.columns(clustered, ids, np.arange(V) % 7)[
+    wanted["semantic_entropy"] = selectivity.columns(clustered, ids, np.arange(V) % 7)[
         "semantic_entropy_corrected"
     ]
     assert (found.n_active[:5, 0] >= 30).all() and found.n_active[5, 0] == 0
@@ -92,8 +92,8 @@ def test_every_draw_is_what_its_documents_give_when_they_are_written_out(text):
     block, dense = of_tokens(text, np.random.default_rng(1), 4)
     found = card.measure(block, text)
     takes_part = {
-        "by_token": variance.group_sizes(text.token_ids, V) > 0,
-        "by_context": variance.group_sizes(text.previous_ids, V) > 0,
+        "by_token": selectivity.group_sizes(text.token_ids, V) > 0,
+        "by_context": selectivity.group_sizes(text.previous_ids, V) > 0,
     }
     keys = {"by_token": text.token_ids, "by_context": text.previous_ids}
     for draw in range(text.weights.shape[1]):

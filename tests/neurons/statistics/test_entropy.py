@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from topklm.neurons.statistics import entropy
+from topklm.neurons.statistics import selectivity
 
 
 def test_a_neuron_of_one_token_has_entropy_0():
     dense = np.array([[1.25], [0], [3], [0.1]], np.float32)
-    found = entropy.columns(block_of(dense), np.array([7, 3, 7, 7]), np.zeros(9, int))
+    found = selectivity.columns(block_of(dense), np.array([7, 3, 7, 7]), np.zeros(9, int))
     assert found["token_entropy"].tolist() == found["token_entropy_corrected"].tolist() == [0.0]
     assert math.copysign(1, found["token_entropy"][0]) == 1
     assert found["semantic_entropy"].tolist() == [0.0]
@@ -25,7 +25,7 @@ def test_a_neuron_of_one_token_has_entropy_0():
 def test_a_neuron_uniform_over_m_tokens_has_entropy_ln_m(m):
     ids = np.tile(np.arange(m), 4)
     dense = np.full((4 * m, 1), 0.5, np.float32)
-    found = entropy.columns(block_of(dense), ids, np.arange(m) % 2)
+    found = selectivity.columns(block_of(dense), ids, np.arange(m) % 2)
     np.testing.assert_allclose(found["token_entropy"], [math.log(m)], rtol=1e-12)
     np.testing.assert_allclose(
         found["token_entropy_corrected"], [math.log(m) + (m - 1) / (8 * m)], rtol=1e-12
@@ -42,7 +42,7 @@ def test_all_columns_are_what_counting_finds(signed):
     rng = np.random.default_rng(2)
     dense = random_dense(5, 1, 900, 7, signed=signed)[0]
     ids, clusters = rng.zipf(1.5, 900).clip(max=49).astype(np.uint16), rng.integers(0, 6, 50)
-    found = entropy.columns(block_of(dense), ids, clusters)
+    found = selectivity.columns(block_of(dense), ids, clusters)
     for neuron in range(6):
         by_token, by_cluster = collections.Counter(), collections.Counter()
         n_active = np.count_nonzero(dense[:, neuron])
@@ -65,7 +65,7 @@ def test_all_columns_are_what_counting_finds(signed):
 def test_a_dead_neuron_has_no_entropies():
     dense = np.zeros((5, 2), np.float32)
     dense[2, 1] = 1
-    found = entropy.columns(block_of(dense), np.arange(5), np.arange(5))
+    found = selectivity.columns(block_of(dense), np.arange(5), np.arange(5))
     assert found["n_distinct_tokens"].tolist() == [0, 1]
     for name in found.keys() - {"n_distinct_tokens"}:
         if name.startswith("top_"):
@@ -78,25 +78,25 @@ def test_a_dead_neuron_has_no_entropies():
 def test_merging_never_adds_entropy_and_clusters_of_one_change_nothing():
     rng = np.random.default_rng(8)
     strengths = rng.random((20, 30)) * (rng.random((20, 30)) < 0.4)
-    np.testing.assert_array_equal(entropy.merged(strengths, np.arange(30)), strengths)
+    np.testing.assert_array_equal(selectivity.merged(strengths, np.arange(30)), strengths)
     clusters = rng.permutation(np.arange(30) % 7)
-    merged = entropy.merged(strengths, clusters)
+    merged = selectivity.merged(strengths, clusters)
     wanted = [[row[clusters == c].sum() for c in range(7)] for row in strengths]
     np.testing.assert_allclose(merged, wanted, rtol=1e-12)
-    assert np.all(entropy.plug_in(merged) <= entropy.plug_in(strengths) + 1e-12)
+    assert np.all(selectivity.plug_in(merged) <= selectivity.plug_in(strengths) + 1e-12)
 
 
 def test_equal_shares_come_by_rising_id():
     strengths = np.array([[0, 2.0, 1, 1, 0, 1, 2], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    ids = [found.tolist() for found, _ in entropy.top_tokens(strengths, 3)]
+    ids = [found.tolist() for found, _ in selectivity.top_tokens(strengths, 3)]
     assert ids == [[1, 6, 2], [], [0, 1, 2]]
-    assert next(found.tolist() for found, _ in entropy.top_tokens(strengths, 9)) == [1, 6, 2, 3, 5]
+    assert next(found.tolist() for found, _ in selectivity.top_tokens(strengths, 9)) == [1, 6, 2, 3, 5]
 
 
 def test_the_correction_takes_most_of_the_bias_away():
     rng = np.random.default_rng(0)
     n_neurons, n_active, m = 300, 200, 40
     strengths = np.stack([np.bincount(rng.integers(0, m, n_active), minlength=m) for _ in range(n_neurons)])
-    plain = entropy.plug_in(strengths.astype(float))
-    corrected = plain + entropy.miller_madow(strengths, np.full(n_neurons, n_active))
+    plain = selectivity.plug_in(strengths.astype(float))
+    corrected = plain + selectivity.miller_madow(strengths, np.full(n_neurons, n_active))
     assert abs(corrected.mean() - math.log(m)) < 0.15 * abs(plain.mean() - math.log(m))

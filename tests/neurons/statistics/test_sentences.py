@@ -10,7 +10,7 @@ import pytest
 import saved_runs
 
 from topklm.errors import UserError
-from topklm.neurons.statistics import embeddings, entropy
+from topklm.neurons.statistics import embeddings, selectivity
 
 N, D = 90, 5
 BOUNDS = np.array([0, 2, 40, N])
@@ -74,7 +74,7 @@ def test_semantic_entropy_is_that_of_the_clusters_of_places(filled, embedded):
     of_places = embedded[0].clusters(6, seed=2)
     assert set(of_places) == set(range(of_places.max() + 1)) and 2 <= of_places.max() + 1 <= 6
     np.testing.assert_array_equal(of_places, embedded[0].clusters(6, seed=2))
-    columns = entropy.columns(block_of(dense), ids, np.arange(257), of_places)
+    columns = selectivity.columns(block_of(dense), ids, np.arange(257), of_places)
     for neuron in range(D - 1):
         a = dense[:, neuron].astype(float)
         shares = np.array([a[of_places == c].sum() for c in range(of_places.max() + 1)]) / a.sum()
@@ -84,7 +84,7 @@ def test_semantic_entropy_is_that_of_the_clusters_of_places(filled, embedded):
         more = (len(shares) - 1) / (2 * np.count_nonzero(a))
         assert columns["semantic_entropy_corrected"][neuron] == pytest.approx(wanted + more, rel=1e-6)
     assert np.isnan(columns["semantic_entropy"][D - 1])
-    plain = entropy.columns(block_of(dense), ids, np.arange(257))
+    plain = selectivity.columns(block_of(dense), ids, np.arange(257))
     np.testing.assert_array_equal(columns["token_entropy"], plain["token_entropy"])
     np.testing.assert_array_equal(columns["token_entropy"], plain["semantic_entropy"])
 

@@ -51,7 +51,6 @@ from topklm.data.sources import HF, corpus_name, find, is_remote
 from topklm.data.tokenizer import Tokenizer, train_bpe
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.progress import Progress
-from topklm.storage.errors import store_errors_are_user_errors
 from topklm.storage.files import (
     check_name,
     folder_lock,
@@ -60,6 +59,7 @@ from topklm.storage.files import (
     is_locked,
     json_digest,
     sealed_json,
+    store_errors_are_user_errors,
 )
 
 # A byte-level BPE of some ten thousand tokens changes little beyond this much text.

@@ -23,10 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topklm.errors import UserError
-from topklm.neurons import damage_is_a_user_error
-from topklm.neurons.statistics import MeasureSettings, ablation, activity, catalog, embeddings, lenses
-from topklm.neurons.statistics.catalog import Statistic
-from topklm.neurons.statistics.inputs import SLOW, Inputs, Neurons
+from topklm.neurons import MeasureSettings, damage_is_a_user_error
+from topklm.neurons.statistics import ablation, activity, catalog, embeddings, lenses
+from topklm.neurons.statistics.catalog import SLOW, Inputs, Neurons, Statistic
 from topklm.neurons.store import Store
 from topklm.storage.files import parse_json, write_atomically
 
