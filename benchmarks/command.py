@@ -17,7 +17,8 @@ from typing import Any
 
 import rich.console
 
-from topklm.commands import Parser, shared, train, with_json
+from topklm.cli import Parser, with_json
+from topklm.commands import shared, train
 from topklm.errors import UserError
 
 DESCRIPTION = (

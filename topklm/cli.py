@@ -1,18 +1,22 @@
-"""The `topklm` command: finds the module of a verb in `topklm.commands`, and runs it.
+"""The `topklm` command: finds the module of a verb in `topklm.commands`, reads its command line, and runs it.
 
 Imports nothing else of the library, so that it starts at once and a verb loads only what it needs.
 """
 
+import argparse
 from collections.abc import Sequence
 import contextlib
+import difflib
 import importlib
 import keyword
 import os
 from pathlib import Path
 import sys
 from types import ModuleType
+from typing import Any, NoReturn
 
-from topklm import commands, errors
+from topklm import errors
+from topklm.errors import UserError
 from topklm.runtime import process
 
 VERBS = {
@@ -39,6 +43,8 @@ VERBS = {
     "bench": "measure a part of the library on this machine",
 }
 
+_LONGEST_NAME = 100  # characters: comparing takes the product of two lengths
+
 # Their work is not what they print: they go on when nobody reads that any more.
 _GOES_ON = (
     "train",
@@ -56,6 +62,58 @@ _GOES_ON = (
     "serve",
     "explore",
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as all errors are, and names the nearest of the values that there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses what is none of an argument's choices; argparse calls it."""
+        if action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(str(value)[:_LONGEST_NAME], map(str, action.choices), n=1)
+            there = (
+                f"did you mean {near[0]}?" if near else f"choose from {', '.join(map(str, action.choices))}"
+            )
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {there}")
+
+
+def with_json(argv: Sequence[str], takes_file: bool = True) -> list[str]:
+    """Returns the words of a command line with the FILE of `--json [FILE]` joined to it, "-" where none is.
+
+    A word after --json is its FILE if it ends in .json. Others, such as RUN, are for the verb, and so are all
+    where `takes_file` is False; `--json=FILE` takes any.
+    """
+    words = list(argv)
+    for i in reversed([i for i, word in enumerate(words) if word == "--json"]):
+        has_file = takes_file and words[i + 1 :] and (words[i + 1] == "-" or words[i + 1].endswith(".json"))
+        words[i : i + 1 + bool(has_file)] = [f"--json={words[i + 1] if has_file else '-'}"]
+    return words
+
+
+def parse(verb: str, command: Any, argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the words after a verb's name; flags of a config are in `config_flags` of what it returns."""
+    takes_config = getattr(command, "TAKES_CONFIG", False)
+    parser = Parser(
+        f"topklm {verb}",
+        description=command.DESCRIPTION,
+        epilog=f"example: {command.EXAMPLE}",
+        allow_abbrev=not takes_config,  # --config is a beginning of its fields
+    )
+    command.add_arguments(parser)
+    # argparse takes it for the mark after which all is positional, and gives an empty list.
+    if odd := next((part for part in argv if part.startswith("--") and part.endswith("=--")), None):
+        raise UserError(f"{odd!r}: -- is no value; see {parser.prog} --help")
+    argv = with_json(argv, takes_file=not getattr(command, "READS_FILES", False))
+    arguments, others = parser.parse_known_args(argv)
+    if takes_config:
+        arguments.config_flags = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return arguments
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +147,7 @@ def dispatch(argv: Sequence[str]) -> None:
         return
     if verb in VERBS:
         command = _module(verb)
-        command.run(commands.parse(verb, command, rest))
+        command.run(parse(verb, command, rest))
         return
     if argv[:1] == ["--version"]:
         from topklm.commands import shared  # noqa: PLC0415
@@ -103,7 +161,7 @@ def _bench(words: Sequence[str]) -> None:
     """Hands over to the harness in `benchmarks/`, which lies beside the package in a clone."""
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "command.py").is_file():
-        raise errors.UserError(
+        raise UserError(
             "bench: the benchmarks are not installed with the package; clone the repository and run "
             "`python -m topklm bench ...` there"
         )
@@ -116,9 +174,9 @@ def _module(verb: str) -> ModuleType:
     return importlib.import_module(f"topklm.commands.{name}")
 
 
-def _parser(verb: str = "") -> commands.Parser:
+def _parser(verb: str = "") -> Parser:
     """Returns the parser of the verbs' names, and of the arguments of one of them."""
-    parser = commands.Parser(
+    parser = Parser(
         "topklm",
         description="Train TopK language models and read them.",
         epilog="topklm VERB --help explains a verb, with an example.",

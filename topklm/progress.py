@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import threading
 import time
+from typing import Protocol
 
 import rich.console
 import rich.progress
@@ -11,8 +12,12 @@ import rich.progress
 _SHARES = 1000  # units of work whose share alone is known
 _LINE_SECONDS = 10  # between two lines of a long phase where there is no terminal
 
-# Takes units of work, documents and tokens, each since the last time.
-Report = Callable[[int, int, int], None]
+
+class Report(Protocol):
+    """Is told how much is done since the last time."""
+
+    def __call__(self, units: int, documents: int = 0, tokens: int = 0) -> None:
+        """Takes units of work, and which documents and tokens they are, where these are shown."""
 
 
 class Progress:
@@ -27,7 +32,13 @@ class Progress:
 
         Yields a function that is told of (units, documents, tokens) done since the last time.
         """
-        yield lambda units, documents, tokens: None
+        yield lambda units, documents=0, tokens=0: None
+
+    @contextlib.contextmanager
+    def phase_of_tokens(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Begins a long piece of work whose units are tokens, and shown as such."""
+        with self.phase(name, total) as report:
+            yield lambda tokens: report(tokens, 0, tokens)
 
     @contextlib.contextmanager
     def phase_by_share(self, name: str) -> Iterator[Callable[[float], None]]:
@@ -37,7 +48,7 @@ class Progress:
 
             def tell(share: float) -> None:
                 nonlocal done
-                report(round(_SHARES * share) - done, 0, 0)
+                report(round(_SHARES * share) - done)
                 done = round(_SHARES * share)
 
             yield tell
@@ -66,7 +77,7 @@ class TerminalProgress(Progress):
         )
         task = bar.add_task(name, total=total or None, figures="")
 
-        def report(units: int, documents: int, tokens: int) -> None:
+        def report(units: int, documents: int = 0, tokens: int = 0) -> None:
             nonlocal done, next_line
             done = (done[0] + units, done[1] + documents, done[2] + tokens)
             now = time.monotonic()
@@ -120,7 +131,7 @@ class WatchedProgress(Progress):
         self._tell(name)
         with self._inner.phase(name, total) as inner:
 
-            def report(units: int, documents: int, tokens: int) -> None:
+            def report(units: int, documents: int = 0, tokens: int = 0) -> None:
                 nonlocal done
                 inner(units, documents, tokens)
                 done += units

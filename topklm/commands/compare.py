@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import itertools
@@ -128,8 +128,8 @@ def _bits(arguments: argparse.Namespace, output: Output, runs: Sequence[_Run]) -
     figures: list[Figure] = []
     for one in runs:
         tokenized = tasks.tokenize(task, one.text_model, one.model.tokenizer)
-        with output.progress.phase(f"reading with {one.name}", tokenized.n_tokens) as tell:
-            outcome = tokenized.evaluate(one.text_model, report=_told(tell))
+        with output.progress.phase_of_tokens(f"reading with {one.name}", tokenized.n_tokens) as report:
+            outcome = tokenized.evaluate(one.text_model, report=report)
         assert outcome is not None  # nothing stops it
         figures += tasks.figures_of(outcome)
     ours, theirs = figures
@@ -162,12 +162,12 @@ def _pattern(
                 seed=arguments.seed,
             )
             n_tokens = plan.n_tokens(arguments.random_sets)
-            with output.progress.phase(f"ablating neurons of {one.name}", n_tokens) as tell:
+            with output.progress.phase_of_tokens(f"ablating neurons of {one.name}", n_tokens) as report:
                 before, outcomes = plan.measure(
                     one.text_model,
                     n_random=arguments.random_sets,
                     seed=arguments.seed,
-                    report=_told(tell),
+                    report=report,
                 )
         found.append(
             {
@@ -185,10 +185,6 @@ def _of_pattern(pattern: str) -> Iterator[None]:
         yield
     except ArgumentError as e:
         raise e.within("--regex", pattern) from e
-
-
-def _told(tell: Callable[[int, int, int], None]) -> Callable[[int], None]:
-    return lambda tokens: tell(tokens, 0, tokens)
 
 
 def _card(one: _Run, notes: list[str]) -> dict[str, Any] | None:

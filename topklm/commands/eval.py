@@ -204,10 +204,8 @@ class _Evaluation:
             if key not in self._tokenized:
                 self._tokenized[key] = tasks.tokenize(task, text_model, model.tokenizer)
             tokenized = self._tokenized[key]
-            with self._output.progress.phase(f"{name}: {task.name}", tokenized.n_tokens) as tell:
-                outcome = tokenized.evaluate(
-                    text_model, interventions, report=lambda tokens, tell=tell: tell(tokens, 0, tokens)
-                )
+            with self._output.progress.phase_of_tokens(f"{name}: {task.name}", tokenized.n_tokens) as report:
+                outcome = tokenized.evaluate(text_model, interventions, report=report)
             assert outcome is not None  # nothing stops it
             outcomes.append(outcome)
             if outcome.n_cut:

@@ -378,7 +378,7 @@ def measure_into(
 ) -> None:
     """Computes statistics of all neurons from what was harvested, and writes the table, or what it lacks.
 
-    Statistics are left out that need an input of `statistics.inputs.SLOW` named in `without`. The encoder is
+    Statistics are left out that need an input of `statistics.catalog.SLOW` named in `without`. The encoder is
     one of sentences, a name or folder; None: the model's own unembedding stands for tokens.
     """
     store = shared.open_store(folder, model)
@@ -392,10 +392,8 @@ def measure_into(
     windows = None
     if encoder is not None:
         loaded = embeddings.load_encoder(encoder)
-        with progress.phase("embedding the text around each token", store.n_tokens) as report:
-            windows = embeddings.embed_windows(
-                store, model.tokenizer, loaded, Path(encoder).name, lambda n: report(n, 0, n)
-            )
+        with progress.phase_of_tokens("embedding the text around each token", store.n_tokens) as report:
+            windows = embeddings.embed_windows(store, model.tokenizer, loaded, Path(encoder).name, report)
     dictionary = dictionary_lib.Dictionary.load(folder.dictionary) if store.metadata.dictionary else None
     separator_id = model.tokenizer.separator_id
     inputs = Inputs(store, model.cfg, model.params, separator_id, settings, progress, dictionary, windows)

@@ -231,13 +231,13 @@ def _contrast_of(
     """Reads the activations of documents, in pieces or whole, and compares the two texts."""
     shared.check_keep(model.config, arguments.keep)
     documents = [ids for text in texts for ids in text]
-    with progress.phase("reading activations", sum(map(len, documents))) as report:
+    with progress.phase_of_tokens("reading activations", sum(map(len, documents))) as report:
         counts = harvest_lib.count(
             model,
             documents,
             keep=arguments.keep,
             piece=piece,
-            report=lambda tokens: report(tokens, 0, tokens),
+            report=report,
         )
     n_positive = len(harvest_lib.unit_sizes([len(ids) for ids in texts[0]], piece))
     found = contrast_lib.contrast(
@@ -388,9 +388,9 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
     ]
     with shared.arguments_are_flags(arguments):
         sets = [ablate_set.strongest(ranked, number, arguments.by) for number in arguments.count]
-        with output.progress.phase(
+        with output.progress.phase_of_tokens(
             "measuring losses", sum(n_tokens) * (1 + len(sets) * (1 + arguments.random_sets))
-        ) as tell:
+        ) as report:
             before, outcomes = ablate_set.measure(
                 losses,
                 sets,
@@ -398,7 +398,7 @@ def _ablate_set(arguments: argparse.Namespace) -> None:
                 counts.layers,
                 n_random=arguments.random_sets,
                 seed=arguments.seed,
-                report=lambda tokens: tell(tokens, 0, tokens),
+                report=report,
             )
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in sets[0]]

@@ -381,12 +381,14 @@ def _ablate(arguments: argparse.Namespace) -> None:
     with shared.arguments_are_flags(arguments):
         plan = _plan(arguments, model, store)
         text_model = shared.text_model(model, layout)
-        with output.progress.phase("measuring losses", plan.n_tokens(arguments.random_sets)) as tell:
+        with output.progress.phase_of_tokens(
+            "measuring losses", plan.n_tokens(arguments.random_sets)
+        ) as report:
             before, outcomes = plan.measure(
                 text_model,
                 n_random=arguments.random_sets,
                 seed=arguments.seed,
-                report=lambda tokens: tell(tokens, 0, tokens),
+                report=report,
             )
     if arguments.save is not None:
         entries = [Intervention(layer, neuron, mode="ablate") for layer, neuron in plan.sets[0]]

@@ -99,7 +99,7 @@ def _shown(total: int, stack: contextlib.ExitStack) -> Callable[[], None]:
     left = itertools.count(total - 1, -1)
 
     def after_each() -> None:
-        report(1, 0, 0)
+        report(1)
         if next(left) == 0:
             stack.close()
             shown.console.print("compiling: all is compiled", highlight=False)

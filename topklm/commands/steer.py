@@ -193,7 +193,7 @@ def _respond(
             sampled,
             mode=arguments.mode,
             positions=arguments.positions,
-            report=lambda texts: report(texts, 0, 0),
+            report=report,
         )
 
 

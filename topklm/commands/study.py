@@ -186,13 +186,13 @@ def _measure(arguments: argparse.Namespace, folder: Path, output: Output) -> Non
                 if why := _run(one, path, arguments.json == "-"):
                     output.progress.say(f"note: {why}")
                     missing.setdefault(one.measurement, why)  # later commands fail for want of this one
-                    report(1, 0, 0)
+                    report(1)
                     continue
                 done[one.name] = made_so
                 _write(folder / _DONE, done)
             if one.has_json:
                 measured.setdefault(one.measurement, []).append(read_json(path, f"delete {path}"))
-            report(1, 0, 0)
+            report(1)
     settings = {name: getattr(arguments, name) for name in ("kinds", "sae_tokens", "limit", "tokens", "text")}
     result = {
         "topk": arguments.topk,

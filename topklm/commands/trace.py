@@ -500,7 +500,7 @@ def _run_facts(arguments: argparse.Namespace) -> None:
         for step in steps:
             params = read.load_step(arguments.run, step, layout, config).params
             measured.append(reader.measure(step, params, arguments.seed))
-            report(1, 0, 0)
+            report(1)
     content = {
         "run": arguments.run,
         "facts": len(found.facts),

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from topklm import config
-from topklm.commands import Parser
+from topklm.cli import Parser
 from topklm.errors import UserError, disk_errors_are_user_errors
 from topklm.imports import uncollected, when_used
 from topklm.runtime import process

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from topklm.inference.language_model import LanguageModel
     from topklm.neurons.ablate_set import Neuron
     from topklm.neurons.documents import TextModel
-    from topklm.progress import Progress, Report
+    from topklm.progress import Progress
     from topklm.training.unlearn import Method, Result, Settings
 
 DESCRIPTION = (
@@ -134,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
                 def report(steps: int) -> None:
                     nonlocal done
                     done += steps
-                    tell(steps, 0, 0)
+                    tell(steps)
 
                 found = parts.get(method, lambda: _without_others(work.run(method, report), methods[0]))
                 report(n_steps - done)
@@ -208,8 +207,8 @@ def _chosen(
     """Chooses neurons on the training halves, and random sets; returns facts of the chosen ones too."""
     counts = []
     for name, documents in zip(_TEXTS, train, strict=True):
-        with progress.phase(f"reading activations, {name}", sum(map(len, documents))) as tell:
-            counts.append(harvest.count(model, documents, report=functools.partial(_tell, tell)))
+        with progress.phase_of_tokens(f"reading activations, {name}", sum(map(len, documents))) as tell:
+            counts.append(harvest.count(model, documents, report=tell))
     frequency = np.stack([one.active.sum(axis=0) / one.n_tokens.sum() for one in counts])[:, layers]
     activation = np.stack([one.activation for one in counts])[:, layers]
     rng = np.random.default_rng(arguments.seed)
@@ -230,10 +229,6 @@ def _chosen(
         for layer, neuron in neurons
     ]
     return neurons, random, facts
-
-
-def _tell(report: Report, tokens: int) -> None:
-    report(tokens, 0, tokens)
 
 
 def _settings(arguments: argparse.Namespace, layer: int) -> Settings:

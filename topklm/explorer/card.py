@@ -5,8 +5,7 @@ measure, a row a basis, a dot a layer; of the claims a chart is a figure, a row 
 seed.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import operator
@@ -88,12 +87,6 @@ class Common:
     steers: bool  # whether neurons are steered
     progress: Progress  # shows how far it is
 
-    @contextlib.contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a long piece of work; yields a function that is told how much is done since the last time."""
-        with self.progress.phase(name, total) as report:
-            yield lambda n: report(n, 0, 0)
-
 
 def labelled(labels: str | None, conllu: str | None, sae_probes: bool, seed: int) -> list[LabelledTexts]:
     """Reads the texts to probe with that flags name."""
@@ -172,16 +165,16 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
     width, keep = _size(common, run)
     saes = [] if config.n_topk_layers else _saes(common, run, text.documents, width, keep)
     reading = run.text_model, run.n_layers
-    with common.phase("reading hidden states", n_tokens) as report:
+    with common.progress.phase("reading hidden states", n_tokens) as report:
         mean, covariance = bases_lib.moments(*reading, text.documents, report)
     bases = bases_lib.make(config, mean, covariance, keep, saes, common.seed)
     of_kind = {sae.kind: sae for sae in saes}
-    with common.phase("reading codes", n_tokens) as report:
+    with common.progress.phase("reading codes", n_tokens) as report:
         blocks = bases_lib.read_blocks(*reading, bases, text.documents, report)
     entries, figures = list[dict[str, Any]](), list[list[Figures]]()
     for basis, of_basis in zip(bases, blocks, strict=True):
         n_neurons = sum(len(block.offsets) - 1 for block in of_basis)
-        with common.phase(f"measuring {TITLES[basis.name]}", n_neurons) as report:
+        with common.progress.phase(f"measuring {TITLES[basis.name]}", n_neurons) as report:
             figures.append([card.measure(block, text, report) for block in of_basis])
         layers = [{"layer": number, **card.layer_entry(x)} for number, x in enumerate(figures[-1])]
         entries.append({"name": basis.name, "layers": layers})
@@ -194,7 +187,7 @@ def measure(common: Common, run: Run) -> tuple[dict[str, Any], list[str]]:
         search = card.detector_search(text, model.tokenizer.token_bytes(range(config.vocab_size)))
         for entry, of_layers, of_basis in zip(entries, figures, blocks, strict=True):
             chosen = card.readable(of_layers, card.READABLE)
-            with common.phase(f"seeking rules for {TITLES[entry['name']]}", len(chosen)) as report:
+            with common.progress.phase(f"seeking rules for {TITLES[entry['name']]}", len(chosen)) as report:
                 entry["detectors"] = card.detectors_entry(
                     search, chosen, of_basis, len(text.token_ids), report
                 )
@@ -293,12 +286,12 @@ def _probe(
     # A rotation is probed whole, and with as few active codes as the other bases have.
     rotation = next(basis for basis in bases if basis.name == "random")
     probed = [*bases, Basis(f"{rotation.name}_cut", rotation.encode)]
-    with common.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
+    with common.progress.phase(f"reading {given.name}", sum(map(len, located.documents))) as report:
         pooled = bases_lib.pool(run.text_model, n_layers, probed, located, report)
     is_scored = ~given.to_fit[kept]
     weights = np.zeros((len(kept), 1 + card.DRAWS))
     weights[is_scored] = card.text_weights(given.text[kept][is_scored], card.DRAWS, common.seed)
-    with common.phase(f"probing {given.name}", len(probed) * n_layers * len(questions)) as report:
+    with common.progress.phase(f"probing {given.name}", len(probed) * n_layers * len(questions)) as report:
         scores = [
             {
                 basis.name: probing.probe(x[layer], questions, weights, report=report)
@@ -353,7 +346,7 @@ def _steering(
                 [strength * largest for strength in _STRENGTHS],
                 concept_lib.own_concepts(model, None, facts, layer, number),
                 sampled,
-                report=lambda texts: report(texts, 0, 0),
+                report=report,
             )
             turned = {
                 concept: [

@@ -111,7 +111,7 @@ def export(
                 chosen = {number: source.row(number) for number in numbers}
                 for kind, lines in rows.lines(chosen, labels).items():
                     _write(path / kind / f"batch-{batch}.jsonl.gz", lines)
-                report(len(chosen), 0, 0)
+                report(len(chosen))
 
 
 def _write(path: Path, rows: Iterator[Row]) -> None:

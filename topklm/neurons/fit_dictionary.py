@@ -83,9 +83,9 @@ def fit(
     """
     text = TrainingText(model, data)
     n_batches = text.n_batches(n_tokens)
-    with progress.phase(f"making a dictionary ({kind})", n_batches) as report:
+    with progress.phase_of_tokens(f"making a dictionary ({kind})", n_batches * text.batch_tokens) as report:
         batches = itertools.islice(text.batches(), n_batches)
-        mean, scatter = moments(batches, lambda: report(1, 0, text.batch_tokens))
+        mean, scatter = moments(batches, lambda: report(text.batch_tokens))
     rows_SMD = (
         random_rows(len(mean), mean.shape[1], _SEED) if kind == "random" else signed_components(scatter)
     ).astype(np.float32)

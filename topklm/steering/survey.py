@@ -163,7 +163,7 @@ def _survey_layer(
         return dose.change_prompts(config, params, tokens, *rest)
 
     def treat(run: Callable[[np.ndarray], TreatmentEffects], treatments: np.ndarray) -> TreatmentEffects:
-        return dose.in_parts(run, treatments, at_once, lambda n: report(n, 0, 0))
+        return dose.in_parts(run, treatments, at_once, report)
 
     total = len(settings.strengths) * (len(neurons) + len(random)) + len(PROMPTED) * len(neurons)
     steered, prompted = [], []
@@ -390,9 +390,7 @@ def rank(
                     following = prompts.following
                     return dose.add_vectors(config, params, layer, vectors, following, concept_NKM, before)
 
-                effects = dose.in_parts(
-                    add, directions * (strength * norm), at_once, lambda n: report(n, 0, 0)
-                )
+                effects = dose.in_parts(add, directions * (strength * norm), at_once, report)
                 gains.append(effects.gains[:, 0, 0])
                 divergences.append(effects.divergences)
         found += _of_layer(layer, neurons, np.stack(gains), np.stack(divergences), settings)

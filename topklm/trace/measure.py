@@ -404,10 +404,10 @@ def trace(
         again = [s for s in own if before[s] is not None and before[s] not in own]
         total = (1 + len(own) + len(again)) * source.text.n_tokens
         of_all = f"{len(own)} of {len(todo)}" if count > 1 else f"{len(todo)}"
-        with progress.phase(f"tracing {of_all} steps", total) as report:
+        with progress.phase_of_tokens(f"tracing {of_all} steps", total) as report:
 
             def read(step: int, store: bool = False) -> tuple[Any, Side]:
-                return _read(source, step, folder, known, lambda tokens: report(tokens, 0, tokens), store)
+                return _read(source, step, folder, known, report, store)
 
             reference = read(settings.reference, store=index == 0)[1]
             previous: Side | None = None

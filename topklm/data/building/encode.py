@@ -187,7 +187,7 @@ class FileTask:
         if (result := self._finished(folder)) is not None:
             if self.selection.strict and result.examples:
                 raise _strict_stop(result.examples[0])
-            report(self.size, result.documents, 0)
+            report(self.size, result.documents)
             return result
         tokenizer, encode = _encoder(self.work.url, self.tokenizer_sha256)
         reader = FileReader(self.file, self.selection.text_field)
@@ -207,7 +207,7 @@ class FileTask:
                         append(rows, tokens)
                         report(reader.bytes_read - bytes_told, len(rows), sum(piece.size for piece in tokens))
                         bytes_told = reader.bytes_read
-        report(reader.bytes_read - bytes_told, 0, 0)
+        report(reader.bytes_read - bytes_told)
         result.sha256 = reader.sha256
         folder.write_sealed(_DONE_FILE, {"folder": self.name, "result": dataclasses.asdict(result)})
         return result
@@ -282,7 +282,7 @@ def training_text(
             if selection.is_heldout(hashlib.sha256(raw).digest()):
                 continue
             yield text
-            report(0, 1, 0)
+            report(0, 1)
             left -= len(raw)
             budget -= len(raw)
             if left <= 0:

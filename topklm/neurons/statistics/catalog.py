@@ -207,7 +207,7 @@ class Statistic(Figure):
     type: pa.DataType = _F64  # of its column
     # Further columns that belong to it, and their types
     more: Mapping[str, pa.DataType] = dataclasses.field(default_factory=dict)
-    # Which of `inputs.SLOW` it reads, so that they are computed first and in their order
+    # Which of `SLOW` it reads, so that they are computed first and in their order
     needs: tuple[str, ...] = ()
 
     @property
