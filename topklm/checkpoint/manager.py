@@ -2,7 +2,7 @@
 
 A save that fails is tried again while training goes on; a damaged checkpoint gives way to the one before.
 Orbax's own manager is not used: where one process fails, it leaves the others waiting, some of them in a
-collective that has no end. Here processes exchange their results. `reader` describes the layout on disk.
+collective that has no end. Here processes exchange their results. `step_folder` describes the layout on disk.
 """
 
 from collections.abc import Callable, Collection, Mapping

@@ -62,7 +62,7 @@ class Kind:
     title: str
     fields: tuple[str, ...]  # that a line must have
     read: Callable[[Record], Item]
-    measures: tuple[str, ...]  # names in `compare.MEASURES`, the first one is the task's figure
+    measures: tuple[str, ...]  # names in `MEASURES`, the first one is the task's figure
 
 
 def _pair(record: Record) -> Item:

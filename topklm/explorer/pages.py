@@ -1,4 +1,4 @@
-"""Draws pages from the data of `views` and `overview`: templates, plots, and what they call."""
+"""Draws pages from the data of `views`: templates, plots, and what they call."""
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
