@@ -307,11 +307,11 @@ UNUSED_BEFORE_THE_FIRST_STEP = ("scipy", "orbax", "torch", "transformers", "topk
 TO_THE_FIRST_STEP = f"""
 import os, sys
 from topklm import cli
-from topklm.training import console
+from topklm.training import metrics
 def report(self, step, **figures):
     print(step, [name for name in {UNUSED_BEFORE_THE_FIRST_STEP} if name in sys.modules], flush=True)
     os._exit(0)
-console.Console.report = report
+metrics.Console.report = report
 cli.dispatch(["train", *sys.argv[1:]])
 """
 
